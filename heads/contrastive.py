@@ -1,0 +1,193 @@
+"""Image-text matching: the contrastive loss, retrieval and zero-shot accuracy.
+
+Shape letters: see `indiclip.types`; C classes, L trained embedding lengths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torchmetrics
+from torch import Tensor
+
+from indiclip.head import Head
+from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
+from indiclip.types import Batch, Features
+
+if TYPE_CHECKING:
+    from indiclip.encoder import Encoder
+
+
+class Contrastive(Head):
+    """Pulls an image to its caption, and to the captions of images with the same label.
+
+    Args:
+        task: Which batch it reads.
+        weight: Factor of its loss.
+        loss: `sigmoid` (SigLIP) or `softmax` (CLIP), over the encoder's trained lengths.
+        length_weights: Weight of each of the encoder's lengths, ascending; None is equal.
+        templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
+        retrieval_at: The k of retrieval recall@k.
+    """
+
+    def __init__(
+        self,
+        task: str = "contrastive",
+        weight: float = 1.0,
+        loss: Literal["sigmoid", "softmax"] = "sigmoid",
+        length_weights: list[float] | None = None,
+        templates: list[str] | None = None,
+        retrieval_at: list[int] | None = None,
+    ) -> None:
+        super().__init__(task, weight)
+        self.loss_name, self.length_weights = loss, length_weights
+        self.templates = templates or ["{}"]
+        if any("{}" not in template for template in self.templates):
+            raise ValueError(f"heads.contrastive.templates: {self.templates} must each contain {{}} for the class name")
+        self.retrieval_at = retrieval_at or [1, 5]
+        self.class_names: list[str] = []
+        self._class_text: list[Tensor] | None = None
+
+    def build(self, encoder: Encoder) -> None:
+        make = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}[self.loss_name]
+        self.criterion: ContrastiveLoss = make(lengths=encoder.lengths, length_weights=self.length_weights)
+        self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
+
+    def check(self, dataset: Any) -> None:
+        self.class_names = list(getattr(dataset, "classes", None) or [])
+
+    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
+        captions = _captions(batch)
+        self._class_text = None  # the weights are about to change
+        image_BE = encoder.embed_features(features)
+        text_BE = encoder.embed_text(captions)
+        labels_B = _labels(batch, image_BE.device)
+        ids_B = caption_ids(captions).to(image_BE.device)
+        return {"loss": self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)}
+
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+        """`image_E`, `text_E`, `hits_L` (zero-shot right at each length, where a class is known) and `nearest`
+        (the captions of this batch closest to the image, best first).
+        """
+        captions = _captions(batch)
+        image_BE, text_BE = encoder.embed_features(features), encoder.embed_text(captions)
+        hits = self._zero_shot(image_BE, _labels(batch, image_BE.device), encoder)
+        distinct = list(dict.fromkeys(captions))
+        similarity_BC = image_BE @ text_BE[[captions.index(caption) for caption in distinct]].T
+        order = similarity_BC.topk(min(5, len(distinct)), dim=1).indices.tolist()
+        return [
+            {"image_E": image, "text_E": text, "hits_L": hit, "nearest": [distinct[i] for i in nearest]}
+            for image, text, hit, nearest in zip(image_BE, text_BE, hits, order, strict=True)
+        ]
+
+    def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
+        image_BE = torch.stack([prediction["image_E"] for prediction in predictions])
+        text_BE = torch.stack([prediction["text_E"] for prediction in predictions])
+        hits = [prediction["hits_L"] for prediction in predictions if prediction["hits_L"] is not None]
+        assert isinstance(self.metric, EmbeddingMetric)
+        self.metric.update(image_BE, text_BE, caption_ids(_captions(batch)).to(image_BE.device), hits)
+
+    def draw(self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]) -> tuple[np.ndarray, str]:
+        nearest = "\n".join(
+            f"{'✓' if caption == target['caption'] else '·'} {caption}" for caption in prediction["nearest"]
+        )
+        return image_HW3, f"{target['caption']}\n— nearest:\n{nearest}"
+
+    def _zero_shot(self, image_BE: Tensor, labels_B: Tensor | None, encoder: Encoder) -> list[Tensor | None]:
+        """For each image whether the nearest class is the right one, at each trained length."""
+        if labels_B is None or not self.class_names:
+            return [None] * len(image_BE)
+        if self._class_text is None or self._class_text[0].device != image_BE.device or self.training:
+            self._class_text = self._class_embeddings(encoder)
+        hits_LB = torch.stack(
+            [
+                (image_BE[:, :length] @ class_CE.T).argmax(1) == labels_B
+                for length, class_CE in zip(encoder.lengths, self._class_text, strict=True)
+            ]
+        )
+        return [hits_LB[:, i] if labels_B[i] >= 0 else None for i in range(len(image_BE))]
+
+    def _class_embeddings(self, encoder: Encoder) -> list[Tensor]:
+        """Mean of the templates' embeddings of each class, at each length (unit length)."""
+        prompts = [template.format(name) for name in self.class_names for template in self.templates]
+        full_CTE = encoder.embed_text(prompts).unflatten(0, (len(self.class_names), len(self.templates)))
+        cut = [torch.nn.functional.normalize(full_CTE[..., :length], dim=-1) for length in encoder.lengths]
+        return [torch.nn.functional.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
+
+
+class EmbeddingMetric(torchmetrics.Metric):
+    """Retrieval both ways and zero-shot accuracy over everything seen since the last reset.
+
+    An image's right texts are all with its caption's id; equal captions count as one candidate.
+
+    Args:
+        lengths: Embedding lengths, ascending; the last is the full one.
+        retrieval_at: The k of recall@k.
+    """
+
+    full_state_update = False
+    image_BE: list[Tensor]
+    text_BE: list[Tensor]
+    ids_B: list[Tensor]
+    hits_L: Tensor
+    labelled: Tensor
+
+    def __init__(self, lengths: list[int], retrieval_at: list[int]) -> None:
+        super().__init__()
+        self.lengths, self.retrieval_at = lengths, retrieval_at
+        for name in ("image_BE", "text_BE", "ids_B"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.add_state("hits_L", default=torch.zeros(len(lengths)), dist_reduce_fx="sum")
+        self.add_state("labelled", default=torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, image_BE: Tensor, text_BE: Tensor, ids_B: Tensor, hits: list[Tensor]) -> None:
+        """Add a batch; `hits` has a bool (L,) for each labelled image."""
+        self.image_BE.append(image_BE.float())
+        self.text_BE.append(text_BE.float())
+        self.ids_B.append(ids_B)
+        for hit_L in hits:
+            self.hits_L += hit_L.to(self.hits_L.device)
+        self.labelled += len(hits)
+
+    def compute(self) -> dict[str, Tensor]:
+        """`zero_shot` (at the full length) and `zero_shot_<length>`, `image_to_text_r<k>`, `text_to_image_r<k>`."""
+        result: dict[str, Tensor] = {}
+        if self.labelled > 0:
+            accuracy_L = self.hits_L / self.labelled
+            result["zero_shot"] = accuracy_L[-1]
+            for length, accuracy in zip(self.lengths[:-1], accuracy_L[:-1], strict=True):
+                result[f"zero_shot_{length}"] = accuracy
+        image_BE, text_BE = _cat(self.image_BE), _cat(self.text_BE)
+        ids, group_B = torch.unique(_cat(self.ids_B), return_inverse=True)
+        first_C = torch.full((len(ids),), len(group_B), device=group_B.device)
+        first_C = first_C.scatter_reduce(0, group_B, torch.arange(len(group_B), device=group_B.device), "amin")
+        similarity_BC = image_BE @ text_BE[first_C].T
+        right_B = similarity_BC.gather(1, group_B[:, None])
+        rank_B = (similarity_BC > right_B).sum(1)
+        # A text is found when any image with its caption is among its k nearest.
+        own_BC = group_B[:, None] == torch.arange(len(ids), device=group_B.device)
+        best_C = similarity_BC.masked_fill(~own_BC, -torch.inf).amax(0)
+        rank_C = (similarity_BC > best_C).sum(0)
+        for k in self.retrieval_at:
+            result[f"image_to_text_r{k}"] = (rank_B < k).float().mean()
+            result[f"text_to_image_r{k}"] = (rank_C < k).float().mean()
+        return result
+
+
+def _cat(parts: list[Tensor] | Tensor) -> Tensor:
+    return torch.cat(parts) if isinstance(parts, list) else parts
+
+
+def _captions(batch: Batch) -> list[str]:
+    captions = batch["targets"].get("caption")
+    if captions is None or any(caption is None for caption in captions):
+        raise ValueError("heads.contrastive: a source of its task gives samples without a caption")
+    return captions
+
+
+def _labels(batch: Batch, device: torch.device) -> Tensor | None:
+    """Class of each image, -1 for none; None where no image has one."""
+    labels = [-1 if label is None else int(label) for label in batch["targets"].get("label", [])]
+    return torch.tensor(labels, device=device) if any(label >= 0 for label in labels) else None

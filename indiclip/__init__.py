@@ -1,0 +1,21 @@
+"""IndiCLIP trains vision encoders that understand India and the world."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from indiclip.checkpoint import load
+
+__version__ = _version("indiclip")
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy, so that `indiclip --version` does not wait for torch.
+    if name == "load":
+        from indiclip.checkpoint import load
+
+        return load
+    raise AttributeError(f"module 'indiclip' has no attribute {name!r}")

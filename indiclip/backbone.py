@@ -1,0 +1,240 @@
+"""Backbones: `Images` in, `Features` out.
+
+`NaFlexViT` takes any width and height (padding and a mask). `FixedSize` wraps every other timm family at one canvas
+size; the smaller image lies in the canvas's upper left corner.
+
+Shape letters: see `indiclip.types`; C channels of a feature map.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import timm
+import torch
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
+
+from indiclip.types import Features, Images
+
+# (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "so400m": (1152, 27, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+class Backbone(nn.Module, ABC):
+    """What the encoder needs of an image model.
+
+    Attributes:
+        width: Token width D.
+        stride: Image pixels between neighbouring tokens of `Features`.
+        patch_size: Side of the patches that the data pipeline cuts, in pixels.
+        max_tokens: The token budget per image: no source may ask for more patches.
+        canvas_hw: The one image size this backbone takes; None where any size goes.
+    """
+
+    width: int
+    stride: int
+    patch_size: int
+    max_tokens: int
+    canvas_hw: tuple[int, int] | None = None
+    mean_P: Tensor
+    std_P: Tensor
+
+    def _set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Keep the pixel statistics in the layout of a patch (channel last, so the three numbers repeat)."""
+        pixels = self.patch_size**2
+        self.register_buffer("mean_P", torch.tensor(mean).repeat(pixels) * 255, persistent=False)
+        self.register_buffer("std_P", torch.tensor(std).repeat(pixels) * 255, persistent=False)
+
+    def normalise(self, images: Images) -> Tensor:
+        """uint8 patches -> zero mean and unit variance, (B, N, P)."""
+        return (images["patches_BNP"].to(self.mean_P.dtype) - self.mean_P) / self.std_P
+
+    @abstractmethod
+    def forward(self, images: Images) -> Features: ...
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this backbone without a network, weights aside."""
+
+
+class NaFlexViT(Backbone):
+    """timm's NaFlexVit: any width and height within a token budget, aspect kept.
+
+    Args:
+        size: One of SIZES, from scratch. Or None, with `name` or with `width`, `depth` and `num_heads`.
+        name: A timm ViT, e.g. `vit_base_patch16_clip_224.openai`: its architecture, and its weights if `pretrained`.
+        width: Token width, overrides the size's.
+        depth: Number of blocks, overrides the size's.
+        num_heads: Attention heads, overrides the size's.
+        patch_size: Side of a patch in pixels (from scratch only; a named model has its own).
+        pretrained: Load the named model's weights (from the hub or its local cache).
+        max_tokens: Token budget per image.
+        options: More arguments of timm's NaFlexVit, e.g. `{reg_tokens: 4, qk_norm: true, drop_path_rate: 0.1}`.
+    """
+
+    def __init__(
+        self,
+        size: str | None = None,
+        name: str | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        patch_size: int = 16,
+        pretrained: bool = False,
+        max_tokens: int = 1024,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        options = dict(options or {})
+        if name is not None:
+            self.vit = _named_naflex(name, pretrained, options)
+        else:
+            if pretrained:
+                raise ValueError("backbone.pretrained: needs `name`, a timm model; a size alone is from scratch")
+            shape = _vit_shape(size, width, depth, num_heads)
+            # Grid sampling reads the position table at each token without waiting for the GPU.
+            options = {"pos_embed_use_grid_sample": True} | options
+            self.vit = NaFlexVit(
+                patch_size=patch_size,
+                embed_dim=shape[0],
+                depth=shape[1],
+                num_heads=shape[2],
+                num_classes=0,
+                global_pool="",
+                fc_norm=False,
+                **options,
+            )
+        self._args = {"size": size, "name": name, "width": width, "depth": depth, "num_heads": num_heads}
+        self._args |= {"patch_size": patch_size, "max_tokens": max_tokens, "options": options}
+        self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
+        self.width = int(self.vit.embed_dim)
+        self.max_tokens = max_tokens
+        config = getattr(self.vit, "pretrained_cfg", None) or {}
+        self._set_normalisation(config.get("mean", (0.5, 0.5, 0.5)), config.get("std", (0.5, 0.5, 0.5)))
+
+    def forward(self, images: Images) -> Features:
+        p = self.patch_size
+        grids = [(height // p, width // p) for height, width in images["sizes_hw"]]
+        N = images["patches_BNP"].shape[1]
+        full = all(rows * columns == N for rows, columns in grids)
+        valid_BN = None if full else images["valid_BN"]  # attention without a mask is the faster kernel
+        out = self.vit.forward_features(self.normalise(images), patch_coord=images["coords_BN2"], patch_valid=valid_BN)
+        tokens_BND = out["patches"][:, self.vit.num_prefix_tokens :]
+        grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
+        return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride)
+
+    def spec(self) -> dict[str, Any]:
+        return self._args | {"pretrained": False}
+
+
+class FixedSize(Backbone):
+    """Any timm image model (ConvNeXt, Swin, FocalNet, hybrids with a convolutional stem) at one canvas size.
+
+    Args:
+        name: timm model name.
+        canvas_hw: Height and width in pixels of the images it gets; sources must give images no larger.
+        patch_size: Side of the patches in which images travel here; must divide the canvas. It does not change the
+            model.
+        pretrained: Load the named model's weights (from the hub or its local cache).
+        feature_index: Which of the model's stages gives the features, -1 the last.
+        options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        canvas_hw: tuple[int, int] = (224, 224),
+        patch_size: int = 16,
+        pretrained: bool = False,
+        feature_index: int = -1,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if any(side % patch_size for side in canvas_hw):
+            raise ValueError(
+                f"backbone.canvas_hw: {list(canvas_hw)} must be multiples of backbone.patch_size {patch_size}"
+            )
+        check_timm_name(name)
+        self._args = {"name": name, "canvas_hw": list(canvas_hw), "patch_size": patch_size}
+        self._args |= {"feature_index": feature_index, "options": options}
+        self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
+        self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
+        self.patch_size = patch_size
+        self.max_tokens = canvas_hw[0] * canvas_hw[1] // patch_size**2
+        info = self.net.feature_info[feature_index]
+        self.width, self.stride = int(info["num_chs"]), int(info["reduction"])
+        self._index = feature_index % len(self.net.feature_info)
+        self._set_normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
+
+    def _canvas(self, images: Images) -> Tensor:
+        """Patches -> (B, 3, height, width), zeros (the mean colour) outside the images."""
+        assert self.canvas_hw is not None
+        p = self.patch_size
+        grid_hw = (self.canvas_hw[0] // p, self.canvas_hw[1] // p)
+        cells = Features(self.normalise(images), images["coords_BN2"], images["valid_BN"], grid_hw, p)
+        map_BPHW, _ = cells.map()
+        B, _, H, W = map_BPHW.shape
+        return map_BPHW.reshape(B, p, p, 3, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, 3, H * p, W * p)
+
+    def forward(self, images: Images) -> Features:
+        pixels = self._canvas(images)
+        (map_BCHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
+        B, C, H, W = map_BCHW.shape
+        rows, columns = torch.meshgrid(
+            torch.arange(H, device=pixels.device), torch.arange(W, device=pixels.device), indexing="ij"
+        )
+        coords_BN2 = torch.stack([rows, columns], -1).reshape(1, H * W, 2).expand(B, -1, -1)
+        valid_BN = None
+        if any(size != self.canvas_hw for size in images["sizes_hw"]):
+            sizes_B2 = torch.tensor(images["sizes_hw"], device=pixels.device)
+            valid_BN = (coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
+        return Features(map_BCHW.flatten(2).transpose(1, 2), coords_BN2, valid_BN, (H, W), self.stride)
+
+    def spec(self) -> dict[str, Any]:
+        return self._args | {"pretrained": False}
+
+
+def check_timm_name(name: str) -> None:
+    """Raise ValueError with the nearest name unless timm knows the model."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ValueError(f"backbone.name: timm has no model {name!r}" + (f"; nearest is {near[0]!r}" if near else ""))
+
+
+def _vit_shape(
+    size: str | None, width: int | None, depth: int | None, num_heads: int | None
+) -> tuple[int, int, int]:
+    if size is not None and size not in SIZES:
+        near = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.0)
+        raise ValueError(f"backbone.size: {size!r} is none of {', '.join(SIZES)}; nearest is {near[0]!r}")
+    base = SIZES[size] if size else (None, None, None)
+    shape = (width or base[0], depth or base[1], num_heads or base[2])
+    if shape[0] is None or shape[1] is None or shape[2] is None:
+        raise ValueError("backbone: give `size`, `name`, or all of `width`, `depth` and `num_heads`")
+    if shape[0] % shape[2]:
+        raise ValueError(f"backbone.num_heads: {shape[2]} does not divide the width {shape[0]}")
+    return shape[0], shape[1], shape[2]
+
+
+def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:
+    """A timm ViT by name as a NaFlexVit (timm converts the weights), without its pooling and classifier."""
+    check_timm_name(name)
+    try:
+        model = timm.create_model(
+            name, pretrained=pretrained, use_naflex=True, num_classes=0, global_pool="", fc_norm=False, **options
+        )
+    except TypeError as error:
+        raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.backbone.FixedSize") from error
+    if not isinstance(model, NaFlexVit):
+        raise ValueError(f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.backbone.FixedSize")
+    return model

@@ -1,0 +1,65 @@
+"""From a run or checkpoint on disk to the encoder it trained, without Lightning, a network or pickled code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from indiclip.encoder import Encoder
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool = False) -> Encoder:
+    """The encoder of a run, in evaluation mode.
+
+    Args:
+        path: A run's folder (`runs/quickstart`; its last checkpoint) or a checkpoint file.
+        device: Where to put it.
+        trust_code: The checkpoint names the classes it is made of. Those outside the package `indiclip` are imported
+            only if this is True, because importing a module runs it.
+
+    Raises:
+        FileNotFoundError: No checkpoint there.
+        ValueError: A file that is none of ours, or one that names foreign classes.
+    """
+    file = _checkpoint_file(Path(path))
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{file}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or "encoder" not in checkpoint or "state_dict" not in checkpoint:
+        raise ValueError(f"{file}: not a checkpoint of IndiCLIP; expected the entries 'encoder' and 'state_dict'")
+    spec = checkpoint["encoder"]
+    encoder = Encoder(**{name: _build(value, trust_code, file) for name, value in spec.items()})
+    prefix = "encoder."
+    weights = {name[len(prefix) :]: w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    encoder.load_state_dict(weights)
+    return encoder.to(device).eval()
+
+
+def _checkpoint_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), siblings, n=1)
+        raise FileNotFoundError(f"{path}: no such run or checkpoint" + (f"; nearest is {near[0]}" if near else ""))
+    last = path / "checkpoints" / "last.ckpt"
+    found = [last] if last.is_file() else sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{path}: holds no checkpoint (*.ckpt)")
+    return found[-1]
+
+
+def _build(value: Any, trust_code: bool, file: Path) -> Any:
+    """`{class_path, init_args}` -> object, innermost first; anything else as it is."""
+    if not (isinstance(value, dict) and set(value) == {"class_path", "init_args"}):
+        return value
+    module, _, name = value["class_path"].rpartition(".")
+    if module.split(".")[0] != "indiclip" and not trust_code:
+        raise ValueError(f"{file}: names the class {value['class_path']}; pass trust_code=True to import its module")
+    arguments = {key: _build(item, trust_code, file) for key, item in value["init_args"].items()}
+    return cast(Any, getattr(importlib.import_module(module), name))(**arguments)

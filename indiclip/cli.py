@@ -1,0 +1,80 @@
+"""The command `indiclip`, and its alias `lightning fit|validate|test|predict --config ...`.
+
+Only this file knows model and data together: it links them, compares them before training, and turns a user's mistake
+into one line. Nothing heavy is imported until a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+_HELP = """\
+IndiCLIP {version}: trains vision encoders that understand India and the world.
+
+usage: indiclip <command> [--config FILE]... [options]
+
+  fit        train             indiclip fit --config conf/quickstart.yaml
+  validate   score held-out    indiclip validate --config runs/quickstart/config.yaml --ckpt_path runs/quickstart/checkpoints/last.ckpt
+  test       the same, once more on `data.val`
+  predict    run the heads over `data.val`
+
+  --config FILE            an experiment; several are stacked, later ones win
+  --name NAME              the run's folder, runs/NAME (default: the first config's name)
+  --ckpt_path FILE         go on from a checkpoint
+  --trainer.max_steps N    any key of the YAML can be set so; lists append with `+:` in a second --config
+  --print_config           print the whole configuration and stop
+  --help, --version        `indiclip fit --help` lists every option
+
+A config names Python classes and so can run any code: use only configs you trust.
+The same works as `lightning fit --config ...`.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `indiclip`. Returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        from indiclip import __version__
+
+        print(_HELP.format(version=__version__))
+        return 0
+    if argv[0] in ("-V", "--version", "version"):
+        from indiclip import __version__
+
+        print(f"indiclip {__version__}")
+        return 0
+    if argv[0] not in _TRAINER_COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(argv[0], _TRAINER_COMMANDS, n=1, cutoff=0.0)[0]
+        print(f"indiclip: no command {argv[0]!r}; nearest is {near!r} (indiclip --help)", file=sys.stderr)
+        return 2
+    from indiclip.training import run
+
+    return run(argv)
+
+
+def lightning() -> int:
+    """Entry point of `lightning`: our commands here, every other word to lightning-sdk where that is installed."""
+    argv = sys.argv[1:]
+    if argv and argv[0] in _TRAINER_COMMANDS:
+        return main(argv)
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        scripts = distribution("lightning-sdk").entry_points.select(group="console_scripts", name="lightning")
+    except PackageNotFoundError:
+        wanted = f"`lightning {argv[0]}`" if argv else "`lightning`"
+        print(
+            f"{wanted} belongs to the package lightning-sdk, which is not installed; "
+            f"IndiCLIP answers to `lightning {'|'.join(_TRAINER_COMMANDS)}`",
+            file=sys.stderr,
+        )
+        return 2
+    return int(next(iter(scripts)).load()() or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""COCO annotation files: boxes, masks, captions and DensePose.
+
+Boxes are in the frame of the image file as stored, so EXIF rotation must not be applied (`images.decode` does not).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+from torch.utils.data import Dataset
+
+from indiclip.data import densepose as dp
+from indiclip.data.images import UnreadableSample, read_image
+from indiclip.data.tables import Strings, check_files, column, existing, load_json, xywh_to_xyxy
+from indiclip.types import Sample
+
+_MIN_SIDE = 1.0  # pixels; COCO's few thinner boxes are slips of an annotator, too thin to be learnt from
+
+Entry = dict[str, Any]
+
+
+class CocoDetection(Dataset[Sample]):
+    """Images with boxes, and optionally masks, captions and DensePose.
+
+    The category ids (in COCO 1 to 90 with gaps) become classes 0 to K - 1 in the order of the ids. What a box reaches
+    over the image's edge, up to one pixel, is clipped; boxes thinner than one pixel are dropped and counted.
+
+    Args:
+        images: Folder of the image files.
+        annotations: JSON file in COCO's format. Its images may carry a list `captions` themselves.
+        captions: COCO's captions JSON of the same images, instead.
+        masks: Also give `masks`.
+        densepose: Also give the `dp_*` fields, of the annotations that have them.
+        keep_empty: False leaves out images without a box (with `densepose`: without an annotated body).
+
+    Attributes:
+        classes: Names in the order of the classes.
+        dropped: How many boxes were left out because they are thinner than a pixel.
+
+    Raises:
+        FileNotFoundError: The JSON, the folder, or images in it are missing.
+        ValueError: Malformed JSON, a missing key, an unknown image or category, a box outside its image, DensePose
+            values out of range. One line with the file and the id.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        annotations: str,
+        captions: str | None = None,
+        masks: bool = False,
+        densepose: bool = False,
+        keep_empty: bool = True,
+    ) -> None:
+        self.folder, self._file = existing(images), existing(annotations)
+        self._with_masks, self._with_densepose = masks, densepose
+        content = load_json(self._file, ("images", "annotations", "categories"))
+        row_of = self._read_images(content["images"])
+        self.classes, class_of = _read_categories(content["categories"], f"{self._file}: category")
+        self._read_annotations(content["annotations"], row_of, class_of)
+        self._read_captions(content["images"], row_of, existing(captions) if captions else None)
+        # The images that are given, by their place in the file.
+        self._rows = np.arange(len(row_of)) if keep_empty else self._annotated()
+        if len(self._rows) == 0:
+            raise ValueError(f"{self._file}: no {'' if keep_empty else 'annotated '}images; expected at least one")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def key(self, index: int) -> str:
+        """The image id as text. Reads and decodes nothing."""
+        return str(self._ids[self._rows[index]])
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of an image; `__getitem__` gives the first."""
+        first, last = self._caption_starts[self._rows[index] :][:2]
+        return [self._captions[i] for i in range(first, last)]
+
+    def __getitem__(self, index: int) -> Sample:
+        row, key = int(self._rows[index]), self.key(index)
+        image = read_image(self.folder / self._names[row], key)
+        height, width = self._sizes_hw[row].tolist()
+        if image.shape[:2] != (height, width):
+            found = f"{image.shape[1]}x{image.shape[0]}"
+            raise UnreadableSample(key, f"{self._names[row]} has {found} pixels, the annotations say {width}x{height}")
+        at = slice(*self._starts[row : row + 2].tolist())
+        sample = Sample(image=image, key=key, boxes_xyxy=self._boxes_xyxy[at].copy(), classes=self._classes[at].copy())
+        sample["crowd"] = self._crowd[at].copy()
+        if captions := self.captions(index):
+            sample["caption"] = captions[0]
+        numbers = range(at.start, at.stop)
+        try:
+            if self._with_masks:
+                sample["masks"] = _decode_masks([json.loads(self._segments[i]) for i in numbers], height, width)
+            if self._with_densepose:
+                people = [json.loads(self._people[i]) for i in numbers if self._is_person[i]]
+                sample.update(dp.fields(people, height, width))
+        except (ValueError, TypeError) as error:  # a run-length code that does not add up
+            raise UnreadableSample(key, f"{self._file}: broken mask: {error}") from error
+        return sample
+
+    def _annotated(self) -> np.ndarray:
+        counted = self._is_person if self._with_densepose else np.ones(len(self._classes), bool)
+        sums = np.concatenate([[0], np.cumsum(counted)])[self._starts]
+        return np.flatnonzero(np.diff(sums))
+
+    def _read_images(self, images: list[Entry]) -> dict[Any, int]:
+        """Columns of the images. Returns image id -> row."""
+        where = f"{self._file}: image"
+        ids, names = _unique(column(images, "id", where), where), column(images, "file_name", where)
+        sizes = list(zip(column(images, "height", where), column(images, "width", where), strict=True))
+        for image_id, size in zip(ids, sizes, strict=True):
+            if not all(isinstance(side, int) and side > 0 for side in size):
+                raise ValueError(f"{where} {image_id}: (height, width) is {size}; expected whole pixels")
+        check_files(self.folder, names, str(self._file))
+        self._ids, self._names = np.array(ids), Strings(names)
+        self._sizes_hw = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+        return {image_id: row for row, image_id in enumerate(ids)}
+
+    def _read_annotations(self, entries: list[Entry], row_of: Mapping[Any, int], class_of: Mapping[Any, int]) -> None:
+        """Columns of the annotations, in the order of the images; those of image row r are at `_starts[r : r + 2]`."""
+        where = f"{self._file}: annotation"
+        wheres = [f"{where} {entry_id}" for entry_id in _unique(column(entries, "id", where), where)]
+        rows = _lookup(column(entries, "image_id", where), row_of, wheres, "image")
+        classes = _lookup(column(entries, "category_id", where), class_of, wheres, "category")
+        boxes_xywh = _numbers(column(entries, "bbox", where), wheres)
+        boxes_xyxy = xywh_to_xyxy(boxes_xywh, self._sizes_hw[rows], wheres)
+        thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
+        self.dropped = int((~thick).sum())
+
+        kept = np.flatnonzero(thick)[np.argsort(rows[thick], kind="stable")]
+        self._starts = np.searchsorted(rows[kept], np.arange(len(row_of) + 1))
+        self._boxes_xyxy, self._classes = boxes_xyxy[kept], classes[kept]
+        self._crowd = np.array([bool(entries[i].get("iscrowd", 0)) for i in kept], dtype=bool)
+        # As JSON in one buffer: as Python objects, COCO's polygons take gigabytes.
+        if self._with_masks:
+            codes = (_check_segment(entries[i], wheres[i], self._sizes_hw[rows[i]].tolist()) for i in kept)
+            self._segments = Strings(json.dumps(code) for code in codes)
+        if self._with_densepose:
+            people = [dp.person(entries[i], wheres[i]) for i in kept]
+            self._is_person = np.array([person is not None for person in people], dtype=bool)
+            self._people = Strings(json.dumps(person) for person in people)
+
+    def _read_captions(self, images: list[Entry], row_of: Mapping[Any, int], file: Path | None) -> None:
+        """Columns of the captions, in the order of the images."""
+        of_row: list[list[Any]] = [[] for _ in images]
+        if file is None:
+            of_row = [image.get("captions") or [] for image in images]
+            wheres = [f"{self._file}: image {image['id']}" for image in images]
+        else:
+            entries = load_json(file, ("annotations",))["annotations"]
+            texts, ids = (column(entries, name, f"{file}: annotation") for name in ("caption", "image_id"))
+            for image_id, text in zip(ids, texts, strict=True):
+                if image_id in row_of:  # the file may be of more images than are at hand
+                    of_row[row_of[image_id]].append(text)
+            wheres = [f"{file}: image {image['id']}" for image in images]
+        for where, texts in zip(wheres, of_row, strict=True):
+            for text in texts:
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"{where}: a caption is {text!r}; expected text")
+        self._captions = Strings(text.strip() for texts in of_row for text in texts)
+        self._caption_starts = np.cumsum([0, *map(len, of_row)])
+
+
+def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[Any, int]]:
+    """Names in the order of their ids, and category id -> class."""
+    ids, names = _unique(column(entries, "id", where), where), column(entries, "name", where)
+    _unique(names, where)
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    return [str(names[i]) for i in order], {ids[i]: number for number, i in enumerate(order)}
+
+
+def _unique(ids: list[Any], where: str) -> list[Any]:
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{where} {Counter(ids).most_common(1)[0][0]!r} is there twice; expected each once")
+    return ids
+
+
+def _lookup(ids: list[Any], known: Mapping[Any, int], wheres: Sequence[str], what: str) -> np.ndarray:
+    for found, where in zip(ids, wheres, strict=True):
+        if found not in known:
+            raise ValueError(f"{where}: {what}_id {found!r} is not among the {len(known)} ids of {what!r} entries")
+    return np.array([known[found] for found in ids], dtype=np.int64)
+
+
+def _numbers(boxes: list[Any], wheres: Sequence[str]) -> np.ndarray:
+    for box, where in zip(boxes, wheres, strict=True):
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
+            raise ValueError(f"{where}: bbox is {box!r}; expected [x, y, width, height]")
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def _check_segment(entry: Entry, where: str, size_hw: list[int]) -> Any:
+    """A `segmentation` that can be decoded: polygons, or a run-length code of the image's size."""
+    code = entry.get("segmentation")
+    if isinstance(code, list):
+        for polygon in code:
+            if not isinstance(polygon, list) or len(polygon) % 2:
+                raise ValueError(f"{where}: a polygon is {str(polygon)[:40]}; expected [x1, y1, x2, y2, ...]")
+        return [polygon for polygon in code if len(polygon) >= 6]  # fewer than three corners have no area
+    if not isinstance(code, dict) or code.get("size") != size_hw or "counts" not in code:
+        found = f"of size {code.get('size')}" if isinstance(code, dict) else repr(code)
+        raise ValueError(f"{where}: segmentation {found}; expected polygons or a run-length code of size {size_hw}")
+    if isinstance(code["counts"], list) and sum(code["counts"]) != size_hw[0] * size_hw[1]:
+        found = f"{sum(code['counts'])} pixels"
+        raise ValueError(f"{where}: the run-length code covers {found}; expected {size_hw[0] * size_hw[1]}")
+    return code
+
+
+def _decode_masks(codes: list[Any], height: int, width: int) -> np.ndarray:
+    """uint8 (M, height, width)."""
+    masks = np.zeros((len(codes), height, width), np.uint8)
+    for mask, code in zip(masks, codes, strict=True):
+        if isinstance(code, list):
+            if code:
+                mask[:] = rle.decode(rle.merge(rle.frPyObjects(code, height, width)))
+        else:
+            packed = rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
+            mask[:] = rle.decode(packed)
+    return masks

@@ -1,0 +1,142 @@
+"""The encoder, what a run is for: images and text of any kind in, embeddings that nest out.
+
+It knows no head, no Lightning and no config. Shape letters: see `indiclip.types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from indiclip.backbone import Backbone
+from indiclip.patches import AnyImage, batch_images
+from indiclip.text import TextTower, describe
+from indiclip.types import Features, Images
+
+
+
+class Encoder(nn.Module):
+    """Backbone, text tower, attention pooling and projections into one space.
+
+    Args:
+        backbone: Images -> features.
+        text: Token ids -> token vectors.
+        embed_dim: Length E of the full embedding.
+        lengths: The lengths that embeddings are trained to be cut to (Matryoshka), ascending. The full length is
+            always one of them.
+    """
+
+    def __init__(
+        self, backbone: Backbone, text: TextTower, embed_dim: int = 512, lengths: Sequence[int] = (64, 128, 256)
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.text = text
+        self.embed_dim = embed_dim
+        self.lengths = sorted({*(length for length in lengths if length < embed_dim), embed_dim})
+        if self.lengths[0] < 1:
+            raise ValueError(f"encoder.lengths: {list(lengths)} must lie between 1 and embed_dim {embed_dim}")
+        self.image_pool = Pool(backbone.width)
+        self.text_pool = Pool(text.width)
+        self.image_projection = nn.Linear(backbone.width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(text.width, embed_dim, bias=False)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_projection.weight.device
+
+    def features(self, images: Images) -> Features:
+        """Backbone features of a batch of images."""
+        return cast(Features, self.backbone(images))
+
+    def embed_features(self, features: Features, length: int | None = None) -> Tensor:
+        """Unit-length image embeddings (B, length) of features."""
+        pooled_BD = self.image_pool(features.tokens_BND, features.valid_BN)
+        return self._cut(self.image_projection(pooled_BD), length)
+
+    def embed_image(
+        self,
+        images: AnyImage | Sequence[AnyImage] | Images,
+        length: int | None = None,
+        max_tokens: int = 256,
+    ) -> Tensor:
+        """Unit-length embeddings of images of any size.
+
+        Args:
+            images: A PIL image, a uint8 array (height, width, 3), a uint8 or 0..1 float tensor (3, height, width), a
+                list of any of these, or a batch of patches.
+            length: Cut to this many numbers: one of `lengths`. None is the full length.
+            max_tokens: Larger images are scaled down, aspect kept, to this many patches.
+
+        Returns:
+            (B, length) on the encoder's device; B is 1 for a single image.
+
+        Raises:
+            ValueError: An image that is none of the above, or a length that was not trained.
+        """
+        self._check_length(length)
+        if not isinstance(images, dict):
+            many = list(images) if isinstance(images, list | tuple) else [images]
+            budget = min(max_tokens, self.backbone.max_tokens)
+            images = batch_images(many, self.backbone.patch_size, budget, self.backbone.canvas_hw)
+        images = cast(Images, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in images.items()})
+        return self.embed_features(self.features(images), length)
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and their mask (B, T), on the encoder's device."""
+        ids_BT, valid_BT = self.text.tokenizer(texts)
+        return ids_BT.to(self.device), valid_BT.to(self.device)
+
+    def embed_text(self, texts: str | list[str], length: int | None = None) -> Tensor:
+        """Unit-length embeddings (B, length) of strings in any language; equal strings are encoded once.
+
+        Raises:
+            ValueError: A length that was not trained.
+        """
+        self._check_length(length)
+        many = [texts] if isinstance(texts, str) else list(texts)
+        distinct = list(dict.fromkeys(many))
+        ids_BT, valid_BT = self.tokenize(distinct)
+        pooled_BD = self.text_pool(self.text(ids_BT, valid_BT), valid_BT)
+        text_BE = self._cut(self.text_projection(pooled_BD), length)
+        if len(distinct) == len(many):
+            return text_BE
+        position = {text: i for i, text in enumerate(distinct)}
+        return text_BE[torch.tensor([position[text] for text in many], device=text_BE.device)]
+
+    def spec(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this encoder without a network, weights aside (plain types only)."""
+        return {
+            "backbone": describe(self.backbone),
+            "text": describe(self.text),
+            "embed_dim": self.embed_dim,
+            "lengths": list(self.lengths),
+        }
+
+    def _check_length(self, length: int | None) -> None:
+        if length is not None and length not in self.lengths:
+            raise ValueError(f"length {length} was not trained; the trained lengths are {self.lengths}")
+
+    @staticmethod
+    def _cut(embedding_BE: Tensor, length: int | None) -> Tensor:
+        return F.normalize(embedding_BE[:, :length].float(), dim=-1)
+
+
+class Pool(nn.Module):
+    """One learned query attends to the valid tokens (timm's attention pooling)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        num_heads = max(1, width // 64)
+        self.pool = AttentionPoolLatent(width, num_heads=num_heads if width % num_heads == 0 else 1)
+
+    def forward(self, tokens_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
+        mask = None if valid_BN is None else valid_BN[:, None, None, :]
+        return cast(Tensor, self.pool(tokens_BND, attn_mask=mask))

@@ -1,0 +1,130 @@
+"""The training loop: every step sums every head's losses. Nothing here knows a task."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers.optimization import get_cosine_schedule_with_warmup
+
+from indiclip.encoder import Encoder
+from indiclip.head import Head
+from indiclip.optim import parameter_groups
+from indiclip.types import Batch, Features
+
+Batches = dict[str, Batch]
+
+
+class MultiTask(L.LightningModule):
+    """One encoder, several heads, one optimizer step for all of them.
+
+    Args:
+        encoder: What is trained and kept.
+        heads: The tasks.
+        lr: Peak learning rate.
+        weight_decay: Of matrices and kernels; biases, norms and tables do not decay.
+        betas: AdamW's.
+        warmup_steps: Linear warm-up, then cosine to zero at the run's last step.
+        lr_scale: Factor of the learning rate by parameter-name prefix, e.g. `{encoder.backbone: 0.1}`.
+        uncertainty_weighting: Learn each head's weight (Kendall, Gal, Cipolla, CVPR 2018, arXiv:1705.07115, eq. 10
+            with s = log sigma^2): exp(-s) * loss + s instead of the loss. The head's `weight` stays a factor.
+
+    Raises:
+        ValueError: No head, or the same head twice.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        heads: list[Head],
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.98),
+        warmup_steps: int = 100,
+        lr_scale: dict[str, float] | None = None,
+        uncertainty_weighting: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_heads(heads)
+        self.encoder = encoder
+        for head in heads:
+            head.build(encoder)
+        self.heads = nn.ModuleDict({head.name: head for head in heads})
+        self.lr, self.weight_decay, self.betas, self.warmup_steps = lr, weight_decay, betas, warmup_steps
+        self.lr_scale = lr_scale
+        self.log_variances = nn.ParameterDict(
+            {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
+        )
+        self.head_losses: dict[str, Tensor] = {}  # each head's part of this step's total, for callbacks
+
+    def each_head(self) -> list[Head]:
+        """The heads, typed."""
+        return cast(list[Head], list(self.heads.values()))
+
+    def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
+        features: dict[str, Features] = {}
+        self.head_losses = {}
+        for head in self.each_head():
+            batch = batches[head.task]
+            if head.task not in features:  # heads of one task share its features
+                features[head.task] = self.encoder.features(batch["images"])
+            losses = head.loss(features[head.task], batch, self.encoder)
+            self.head_losses[head.name] = self._weighted(head, sum(losses.values(), torch.zeros((), device=self.device)))
+            self.log_dict({f"train/{head.name}/{name}": loss.detach() for name, loss in losses.items()}, batch_size=1)
+        total = sum(self.head_losses.values(), torch.zeros((), device=self.device))
+        self.log("train/loss", total.detach(), batch_size=1)
+        return total
+
+    def _weighted(self, head: Head, loss: Tensor) -> Tensor:
+        if head.name not in self.log_variances:
+            return head.weight * loss
+        s = self.log_variances[head.name]
+        self.log(f"train/{head.name}/log_variance", s.detach(), batch_size=1)
+        return head.weight * (torch.exp(-s) * loss + s)
+
+    def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
+        """Each head's predictions, `{head: one dict per image}`."""
+        features = {task: self.encoder.features(batch["images"]) for task, batch in batches.items()}
+        return {
+            head.name: head.predict(features[head.task], batches[head.task], self.encoder)
+            for head in self.each_head()
+            if head.task in batches  # held-out sources end at different steps
+        }
+
+    def validation_step(self, batches: Batches, batch_idx: int) -> None:
+        predictions = self.predict_step(batches, batch_idx)
+        for head in self.each_head():
+            if head.name in predictions:
+                head.update_metric(predictions[head.name], batches[head.task])
+
+    def on_validation_epoch_end(self) -> None:
+        for head in self.each_head():
+            if head.metric.update_called:
+                self.log_dict({f"val/{head.name}/{name}": value for name, value in head.metric.compute().items()})
+            head.metric.reset()
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.named_parameters(), self.lr, self.weight_decay, self.lr_scale)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("trainer.max_steps: the cosine schedule needs it (or trainer.max_epochs)")
+        schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["encoder"] = self.encoder.spec()  # plain types: enough for `indiclip.load`
+
+
+def _check_heads(heads: list[Head]) -> None:
+    if not heads:
+        raise ValueError("model.heads: the list is empty; name at least one head")
+    names = [head.name for head in heads]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?)")

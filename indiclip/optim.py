@@ -1,0 +1,48 @@
+"""Parameter groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+_NO_DECAY = ("pos_embed", "cls_token", "reg_token", "latent", "logit_scale", "logit_bias", "embeddings")
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    lr_scale: dict[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """AdamW groups by learning rate and by whether weights decay.
+
+    Biases, norms and other vectors, position tables, queries and temperatures do not decay.
+
+    Args:
+        parameters: Named, as `module.named_parameters()` gives them; frozen ones are left out.
+        lr: Learning rate.
+        weight_decay: Of matrices and kernels.
+        lr_scale: Factor of the learning rate by prefix of the name, the longest match counts, e.g.
+            `{encoder.backbone: 0.1}`.
+
+    Raises:
+        ValueError: A prefix that no parameter has.
+    """
+    lr_scale = lr_scale or {}
+    unused = set(lr_scale)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        matches = [prefix for prefix in lr_scale if name.startswith(prefix)]
+        unused -= set(matches)
+        scale = lr_scale[max(matches, key=len)] if matches else 1.0
+        decays = parameter.ndim > 1 and not any(part in name for part in _NO_DECAY)
+        decay = weight_decay if decays else 0.0
+        group = groups.setdefault((scale, decay), {"params": [], "lr": lr * scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    if unused:
+        raise ValueError(f"model.lr_scale: no parameter's name starts with {', '.join(sorted(unused))}")
+    return list(groups.values())

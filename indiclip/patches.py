@@ -1,0 +1,120 @@
+"""Images as patches: any size in, a padded batch with coordinates and a mask out (NaFlex).
+
+Shape letters: see `indiclip.types`; C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.naflex_transforms import get_image_size_for_seq, patchify_image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from indiclip.types import Images
+
+AnyImage = Image.Image | np.ndarray | Tensor
+
+
+@lru_cache(maxsize=4096)
+def fit_hw(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
+    """The size, in whole patches, to which an image is resized: aspect kept, never enlarged by a patch or more.
+
+    Returns:
+        (height, width) in pixels, multiples of `patch_size`, of at most `max_tokens` patches.
+    """
+    _, (new_height, new_width) = get_image_size_for_seq((height, width), patch_size, max_tokens, max_ratio=1.0)
+    return int(new_height), int(new_width)
+
+
+def fit_canvas_hw(height: int, width: int, patch_size: int, canvas_hw: tuple[int, int]) -> tuple[int, int]:
+    """As `fit_hw`, for a canvas of one size: the image fills it as far as its aspect allows."""
+    ratio = min(canvas_hw[0] / height, canvas_hw[1] / width)
+    rows, columns = (max(1, round(side * ratio / patch_size)) for side in (height, width))
+    return min(rows * patch_size, canvas_hw[0]), min(columns * patch_size, canvas_hw[1])
+
+
+def resize(image_CHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """uint8 -> uint8, bilinear with antialias; the same tensor where nothing changes."""
+    if tuple(image_CHW.shape[-2:]) == size_hw:
+        return image_CHW
+    return TF.resize(image_CHW, list(size_hw), antialias=True)
+
+
+def patchify(image_CHW: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """A uint8 image of whole patches -> `(patches_NP, coords_N2)`, row by row; inside a patch row, column, channel."""
+    patches_NP, coords_N2, _ = patchify_image(image_CHW, (patch_size, patch_size), pad=False)
+    return patches_NP, coords_N2
+
+
+def unpatchify(images: Images, index: int) -> np.ndarray:
+    """The resized picture of one image of a batch, uint8 (height, width, 3)."""
+    height, width = images["sizes_hw"][index]
+    patches_NP = images["patches_BNP"][index].cpu()
+    p = int((patches_NP.shape[-1] // 3) ** 0.5)
+    rows, columns = height // p, width // p
+    cells = patches_NP[: rows * columns].reshape(rows, columns, p, p, 3)
+    return cells.permute(0, 2, 1, 3, 4).reshape(height, width, 3).numpy()
+
+
+def stack(
+    patches: Sequence[tuple[Tensor, Tensor]],
+    sizes_hw: list[tuple[int, int]],
+    scale: list[tuple[float, float]],
+) -> Images:
+    """Pad the `(patches_NP, coords_N2)` of several images to the longest of them."""
+    B, N = len(patches), max(cells.shape[0] for cells, _ in patches)
+    patches_BNP = torch.zeros(B, N, patches[0][0].shape[-1], dtype=torch.uint8)
+    coords_BN2 = torch.zeros(B, N, 2, dtype=torch.long)
+    valid_BN = torch.zeros(B, N, dtype=torch.bool)
+    for i, (cells_NP, coords_N2) in enumerate(patches):
+        patches_BNP[i, : len(cells_NP)] = cells_NP
+        coords_BN2[i, : len(cells_NP)] = coords_N2
+        valid_BN[i, : len(cells_NP)] = True
+    return Images(patches_BNP=patches_BNP, coords_BN2=coords_BN2, valid_BN=valid_BN, sizes_hw=sizes_hw, scale=scale)
+
+
+def batch_images(
+    images: Sequence[AnyImage], patch_size: int, max_tokens: int, canvas_hw: tuple[int, int] | None = None
+) -> Images:
+    """Resize and cut images of any kind and size.
+
+    Raises:
+        ValueError: Something that is no image, naming its position.
+    """
+    if not images:
+        raise ValueError("images: the list is empty")
+    patches, sizes, scale = [], [], []
+    for position, image in enumerate(images):
+        pixels_CHW = _to_uint8(image, position)
+        height, width = pixels_CHW.shape[-2:]
+        size = (
+            fit_canvas_hw(height, width, patch_size, canvas_hw)
+            if canvas_hw
+            else fit_hw(height, width, patch_size, max_tokens)
+        )
+        patches.append(patchify(resize(pixels_CHW, size), patch_size))
+        sizes.append(size)
+        scale.append((size[0] / height, size[1] / width))
+    return stack(patches, sizes, scale)
+
+
+def _to_uint8(image: AnyImage, position: int) -> Tensor:
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
+        if image.dtype == torch.uint8:
+            return image.cpu()
+        if image.is_floating_point() and 0 <= float(image.min()) and float(image.max()) <= 1:
+            return (image.detach().cpu() * 255).round().to(torch.uint8)
+    found = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
+    raise ValueError(
+        f"image {position}: found {found}; expected a PIL image, a uint8 array (height, width, 3), or a uint8 or 0..1 "
+        "float tensor (3, height, width)"
+    )

@@ -1,0 +1,254 @@
+"""Text towers and tokenizers: strings -> token ids -> one vector per token.
+
+Shape letters: T tokens of the longest text in the batch (never a constant), D width; B texts.
+"""
+
+from __future__ import annotations
+
+import base64
+import unicodedata
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Tokenizer(ABC):
+    """Strings to ids.
+
+    Attributes:
+        vocab_size: Number of ids.
+        pad_id: The id that fills short texts.
+        context_length: Longer texts are cut to this many tokens, the end token kept.
+    """
+
+    vocab_size: int
+    pad_id: int
+    context_length: int
+
+    @abstractmethod
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, at most `context_length` of them."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this tokenizer without a network or its original file."""
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids padded to the longest text.
+
+        Returns:
+            `(ids_BT, valid_BT)`: int64 and bool. An empty list gives shapes (0, 0).
+        """
+        rows = self.encode(texts)
+        longest = max(map(len, rows), default=0)
+        ids_BT = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows]).reshape(len(rows), longest)
+        lengths_B1 = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
+        return ids_BT, torch.arange(longest) < lengths_B1
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes after Unicode NFC; needs no file and knows every script.
+
+    An Indian-language character is three bytes, so texts are long: right for trials and short captions.
+    """
+
+    pad_id, start_id, end_id, num_special = 0, 1, 2, 3
+    vocab_size = 256 + num_special
+
+    def __init__(self, context_length: int = 256) -> None:
+        self.context_length = context_length
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        keep = self.context_length - 2
+        rows = [unicodedata.normalize("NFC", text).encode()[:keep] for text in texts]
+        return [[self.start_id, *(byte + self.num_special for byte in row), self.end_id] for row in rows]
+
+    def spec(self) -> dict[str, Any]:
+        return {"context_length": self.context_length}
+
+
+class FastTokenizer(Tokenizer):
+    """Any `tokenizers` tokenizer: a `tokenizer.json`, a folder that holds one, or a name on the hub.
+
+    Args:
+        source: File, folder or hub name. None when `serialized` is given.
+        context_length: Longest text in tokens.
+        serialized: The content of a `tokenizer.json` (what a checkpoint carries).
+        pad_token: Its id fills short texts; where it is None, the first of the usual names that the vocabulary has.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        context_length: int = 64,
+        serialized: str | None = None,
+        pad_token: str | None = None,
+    ) -> None:
+        from tokenizers import Tokenizer as RustTokenizer
+
+        if serialized is not None:
+            tokenizer = RustTokenizer.from_str(serialized)
+        elif source is None:
+            raise ValueError("tokenizer.source: give a tokenizer.json, its folder, or a hub name")
+        else:
+            path = Path(source) / "tokenizer.json" if Path(source).is_dir() else Path(source)
+            tokenizer = RustTokenizer.from_file(str(path)) if path.is_file() else _hub_tokenizer(source)
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(context_length)
+        self._tokenizer = tokenizer
+        self.context_length = context_length
+        self.vocab_size = tokenizer.get_vocab_size()
+        names = [pad_token] if pad_token else ["<pad>", "[PAD]", "<|endoftext|>", "</s>"]
+        ids = [tokenizer.token_to_id(name) for name in names]
+        self.pad_id = next((id for id in ids if id is not None), 0)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch([unicodedata.normalize("NFC", text) for text in texts])
+        return [encoding.ids for encoding in encodings]
+
+    def spec(self) -> dict[str, Any]:
+        return {"context_length": self.context_length, "serialized": self._tokenizer.to_str()}
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file.
+
+    Args:
+        source: The `.model` file. None when `serialized` is given.
+        context_length: Longest text in tokens, start and end included where the model has them.
+        serialized: The file's bytes in base64 (what a checkpoint carries).
+    """
+
+    def __init__(
+        self, source: str | None = None, context_length: int = 64, serialized: str | None = None
+    ) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        if serialized is not None:
+            proto = base64.b64decode(serialized)
+        elif source is None or not Path(source).is_file():
+            raise FileNotFoundError(f"tokenizer.source: no SentencePiece model at {source!r}")
+        else:
+            proto = Path(source).read_bytes()
+        self._processor = SentencePieceProcessor(model_proto=proto)
+        self.context_length = context_length
+        self.vocab_size = self._processor.vocab_size()
+        self.pad_id = max(self._processor.pad_id(), 0)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        start, end = self._processor.bos_id(), self._processor.eos_id()
+        prefix, suffix = [start] * (start >= 0), [end] * (end >= 0)
+        keep = self.context_length - len(prefix) - len(suffix)
+        rows = self._processor.encode([unicodedata.normalize("NFC", text) for text in texts])
+        return [[*prefix, *row[:keep], *suffix] for row in rows]
+
+    def spec(self) -> dict[str, Any]:
+        proto = base64.b64encode(self._processor.serialized_model_proto()).decode()
+        return {"context_length": self.context_length, "serialized": proto}
+
+
+def _hub_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"tokenizer.source: {name!r} is no file, no folder with a tokenizer.json, and not to be had from the hub"
+        ) from error
+    return tokenizer.backend_tokenizer
+
+
+class TextTower(nn.Module):
+    """Any transformers text model.
+
+    Args:
+        tokenizer: Its vocabulary size is the model's, where the model is made from scratch.
+        architecture: A transformers configuration as a dict, `model_type` and its fields, from scratch: e.g.
+            `{model_type: bert, hidden_size: 192, num_hidden_layers: 4, num_attention_heads: 3,
+            intermediate_size: 768}`.
+        pretrained: A folder or hub name with a configuration and weights, instead of `architecture`. A model that
+            has a text tower of its own (CLIP, SigLIP) gives that.
+
+    Attributes:
+        width: Width D of the vectors.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, architecture: dict[str, Any] | None = None, pretrained: str | None = None
+    ) -> None:
+        super().__init__()
+        if (architecture is None) == (pretrained is None):
+            raise ValueError("text: give exactly one of `architecture` (from scratch) and `pretrained`")
+        self.tokenizer = tokenizer
+        if pretrained is not None:
+            self.model = _text_part(_pretrained_model(pretrained))
+        else:
+            self.model = _text_part(_new_model(dict(architecture or {}), tokenizer))
+        config = self.model.config
+        if config.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"text.tokenizer: has {tokenizer.vocab_size} ids but the model's vocabulary only {config.vocab_size}"
+            )
+        self.width = int(config.hidden_size)
+
+    def forward(self, ids_BT: Tensor, valid_BT: Tensor) -> Tensor:
+        """Token vectors (B, T, D)."""
+        out = self.model(input_ids=ids_BT, attention_mask=valid_BT.long())
+        return cast(Tensor, out.last_hidden_state)
+
+    def spec(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this tower without a network, weights aside."""
+        plain = self.model.config.to_diff_dict() | {"model_type": self.model.config.model_type}
+        return {"architecture": plain, "tokenizer": describe(self.tokenizer)}
+
+
+def describe(part: Any) -> dict[str, Any]:
+    """`{class_path, init_args}` of an object that has a `spec()`, in the words a YAML uses."""
+    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": part.spec()}
+
+
+def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> nn.Module:
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    model_type = architecture.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        import difflib
+
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1, cutoff=0.0)
+        raise ValueError(
+            f"text.architecture.model_type: transformers has no {model_type!r}; nearest is {near[0]!r}"
+        )
+    architecture.setdefault("vocab_size", tokenizer.vocab_size)
+    architecture.setdefault("pad_token_id", tokenizer.pad_id)
+    config = CONFIG_MAPPING[model_type](**architecture)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and longest < tokenizer.context_length:
+        raise ValueError(
+            f"text.architecture.max_position_embeddings: {longest} is less than the tokenizer's context_length "
+            f"{tokenizer.context_length}"
+        )
+    return cast(nn.Module, AutoModel.from_config(config))
+
+
+def _pretrained_model(name: str) -> nn.Module:
+    from transformers import AutoModel
+
+    try:
+        return cast(nn.Module, AutoModel.from_pretrained(name, use_safetensors=True))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"text.pretrained: {name!r} is no folder with a transformers model in safetensors, and not to be had from "
+            "the hub"
+        ) from error
+
+
+def _text_part(model: nn.Module) -> nn.Module:
+    """The text tower of a two-tower model; any other model as it is, without a pooler nobody reads."""
+    model = cast(nn.Module, getattr(model, "text_model", model))
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # its parameters would never get a gradient
+    return model

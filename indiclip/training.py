@@ -1,0 +1,182 @@
+"""fit, validate, test and predict: LightningCLI with our model and data, checked before the first step."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from indiclip.callbacks import RunRecord, StartupTable, TaskGradients, TaskProgress
+from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain, nearest
+from indiclip.data.module import MultiTaskData, Source, Steps
+from indiclip.module import MultiTask
+
+
+_TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,  # the plan already divides each step over the ranks
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # StartupTable has it
+}
+# Said by the libraries in every run, and nothing that a user could act on.
+_NOISE = ("isinstance\\(treespec, LeafSpec\\)", "The number of training batches .* is smaller", ".*does not have many workers")
+
+
+class IndiCLI(LightningCLI):
+    """LightningCLI with a run folder, links between model and data, and checks before training."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            MultiTask,
+            MultiTaskData,
+            seed_everything_default=0,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_class=OneLineParser,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=Optional[str], help="Name of the run's folder (default: the first config's).")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("model.encoder", "data.patch_size", lambda e: e.backbone.patch_size, "instantiate")
+        parser.link_arguments("model.encoder", "data.canvas_hw", lambda e: e.backbone.canvas_hw, "instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        assert self.subcommand is not None
+        config = self.config[self.subcommand]
+        self.folder = _run_folder(config, self.subcommand)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer", default={})
+        callbacks = list(config.get("callbacks") or [])
+        for callback in (StartupTable(), TaskProgress(), TaskGradients(), RunRecord(), self._checkpoints()):
+            if not any(isinstance(other, type(callback)) for other in callbacks):
+                callbacks.append(callback)
+        callbacks.append(LearningRateMonitor("step"))
+        logger = TensorBoardLogger(str(self.folder.parent), name=self.folder.name, version="")
+        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+
+    def _checkpoints(self) -> ModelCheckpoint:
+        return ModelCheckpoint(self.folder / "checkpoints", filename="{step}", save_last=True, auto_insert_metric_name=False)
+
+    def before_fit(self) -> None:
+        check(self.model, self.datamodule, training=True)
+
+    def before_validate(self) -> None:
+        check(self.model, self.datamodule, training=False)
+
+    before_test = before_predict = before_validate
+
+
+def run(argv: list[str]) -> int:
+    """Run one of LightningCLI's commands. Returns the exit status."""
+    sys.argv = ["indiclip", *argv]
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", f".*{message}")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        check_yaml(_config_files(argv))
+        IndiCLI()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("INDICLIP_TRACEBACK"):
+            raise
+        message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
+        print(f"indiclip: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    following = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-c")]
+    return following + [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+
+
+def check(model: MultiTask, data: MultiTaskData, training: bool) -> None:
+    """Compare heads and sources, and read the first sample of each source.
+
+    Raises:
+        ValueError: The first thing that does not fit, naming the YAML key.
+    """
+    heads = model.each_head()
+    tasks = {head.task for head in heads}
+    parts = [("data.train", data.train)] * training + [("data.val", data.val)]
+    for key, sources in parts:
+        for i, source in enumerate(sources):
+            _check_source(f"{key}[{i}]", source, model, tasks)
+    if training:
+        given = {source.task for source in data.train}
+        for head in heads:
+            if head.task not in given:
+                raise ValueError(
+                    f"model.heads: {head.name} reads the task {head.task!r}, for which data.train has no source"
+                    f"{nearest(head.task, given)}"
+                )
+    for head in heads:
+        for _, sources in parts:
+            for source in sources:
+                if source.task == head.task:
+                    head.check(source.dataset)
+    for _, sources in parts:
+        if sources:
+            _read_one(data, sources)
+
+
+def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -> None:
+    if source.task not in tasks:
+        raise ValueError(f"{key}.task: no head reads {source.task!r}{nearest(source.task, tasks)}")
+    budget = model.encoder.backbone.max_tokens
+    if source.max_tokens > budget:
+        raise ValueError(
+            f"{key}.max_tokens: {source.max_tokens} is over the backbone's budget, "
+            f"model.encoder.backbone.max_tokens {budget}"
+        )
+
+
+def _read_one(data: MultiTaskData, sources: list[Source]) -> None:
+    """One sample of each source through its transform: what is wrong with the first shows here, not in a worker."""
+    steps = Steps(sources, data.seed, data.patch_size, data.canvas_hw, train=True)
+    for task, plan in steps.plans.items():
+        for source in range(len(plan.sizes)):
+            place = next(place for place in plan.batch(0) if place.source == source)
+            sample = steps._read(task, place, [])
+            if sample and "dp_boxes_xyxy" in sample and steps.sources[task][source].transform.flips:
+                raise ValueError(
+                    f"data: the source of task {task!r} has DensePose points and a flip among its augmentations; a "
+                    "mirrored body needs the symmetry table, which is not part of IndiCLIP"
+                )
+
+
+def _run_folder(config: Any, subcommand: str) -> Path:
+    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>`."""
+    checkpoint = config.get("ckpt_path")
+    if checkpoint and Path(checkpoint).parent.name == "checkpoints":
+        return Path(checkpoint).parent.parent
+    files = config.get("config") or []
+    stem = Path(str(files[0])).stem if files else subcommand
+    name = config.get("name") or stem
+    if "/" in name or name in ("", ".", ".."):
+        raise ValueError(f"--name: {name!r} must be a plain folder name")
+    root = Path(config["runs"])
+    if any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        return root / name  # only the first process writes there
+    for number in range(1, 10_000):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)  # atomic: two runs started together get two folders
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError(f"--name: {root} holds 10,000 runs named {name}")
