@@ -15,6 +15,7 @@ from timm.data.naflex_transforms import get_image_size_for_seq, patchify_image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from indiclip.data.images import to_rgb
 from indiclip.types import Images
 
 AnyImage = Image.Image | np.ndarray | Tensor
@@ -92,6 +93,8 @@ def batch_images(
     for position, image in enumerate(images):
         pixels_CHW = _to_uint8(image, position)
         height, width = pixels_CHW.shape[-2:]
+        if height * width == 0:
+            raise ValueError(f"image {position}: found {width}x{height} pixels; expected at least 1x1")
         size = (
             fit_canvas_hw(height, width, patch_size, canvas_hw)
             if canvas_hw
@@ -105,13 +108,13 @@ def batch_images(
 
 def _to_uint8(image: AnyImage, position: int) -> Tensor:
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
         if image.dtype == torch.uint8:
             return image.cpu()
-        if image.is_floating_point() and 0 <= float(image.min()) and float(image.max()) <= 1:
+        if image.is_floating_point() and image.numel() and float(image.min()) >= 0 and float(image.max()) <= 1:
             return (image.detach().cpu() * 255).round().to(torch.uint8)
     found = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
     raise ValueError(

@@ -200,13 +200,9 @@ def test_without_a_gradient_the_value_is_the_same(loss_class):
     torch.testing.assert_close(_gradients(frozen, text_BE), _gradients(loss(image_BE, text_BE), text_BE), **EXACT)
 
 
-@pytest.mark.parametrize(("loss_class", "lengths", "kept"), [
-    (SoftmaxLoss, None, 0),
-    (SoftmaxLoss, [2, 4, 8], 0),
-    (SigmoidLoss, None, 0),
-    (SigmoidLoss, [2, 4, 8], 0),
-])  # fmt: skip
-def test_what_is_kept_for_the_backward_pass(loss_class, lengths, kept):
+@BOTH
+@pytest.mark.parametrize("lengths", [None, [2, 4, 8]])
+def test_no_logits_are_kept_for_the_backward_pass(loss_class, lengths):
     num_pairs, saved = 40, []
 
     def pack(x):
@@ -217,9 +213,10 @@ def test_what_is_kept_for_the_backward_pass(loss_class, lengths, kept):
     with saved_tensors_hooks(pack, lambda x: x):
         value = loss(*_pairs(num_pairs))
     gc.collect()
-    alive = [x for reference in saved if (x := reference()) is not None and x.numel() >= num_pairs**2]
-    assert len({x.untyped_storage().data_ptr() for x in alive}) == kept
     assert value.requires_grad
+    alive = [x for reference in saved if (x := reference()) is not None]
+    assert alive
+    assert max(x.numel() for x in alive) < num_pairs**2
 
 
 def test_caption_ids_are_those_of_b2sum():
@@ -311,7 +308,7 @@ def _results(wrap, rows, average):
 
 
 def _bf16_results(rows, world):
-    """The loss and the text gradients of bfloat16 embeddings, which travel as such, averaged over the ranks."""
+    """This rank's loss of bfloat16 embeddings, and its rows of the gradients, averaged over the ranks."""
     results = []
     for loss_class in (SoftmaxLoss, SigmoidLoss):
         inputs = [x.detach().bfloat16()[rows].requires_grad_() for x in _pairs(12, 8)]
@@ -359,6 +356,6 @@ def test_processes_equal_the_big_batch(world, tmp_path):
     for case, (loss, gradients) in enumerate(expected):
         losses, own_gradients = zip(*(rank["bf16"][case] for rank in ranks), strict=True)
         torch.testing.assert_close(torch.stack(losses).mean(), loss, rtol=1e-6, atol=0)
-        # The gradients of the texts were summed over the ranks in float32 and rounded to bfloat16 once.
+        # Summed over the ranks in float32 and rounded to bfloat16 once: two neighbours of the format at most apart.
         for gathered, gradient in zip(zip(*own_gradients, strict=True), gradients, strict=True):
             torch.testing.assert_close(torch.cat(gathered), gradient, rtol=2**-7, atol=1e-6)

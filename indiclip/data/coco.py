@@ -35,7 +35,7 @@ class CocoDetection(Dataset[Sample]):
         images: Folder of the image files.
         annotations: JSON file in COCO's format. Its images may carry a list `captions` themselves.
         captions: COCO's captions JSON of the same images, instead.
-        masks: Also give `masks`.
+        masks: Also give `masks`; all zeros where an annotation has none.
         densepose: Also give the `dp_*` fields, of the annotations that have them.
         keep_empty: False leaves out images without a box (with `densepose`: without an annotated body).
 
@@ -79,8 +79,8 @@ class CocoDetection(Dataset[Sample]):
 
     def captions(self, index: int) -> list[str]:
         """All captions of an image; `__getitem__` gives the first."""
-        first, last = self._caption_starts[self._rows[index] :][:2]
-        return [self._captions[i] for i in range(first, last)]
+        row = self._rows[index]
+        return [self._captions[i] for i in range(*self._caption_starts[row : row + 2].tolist())]
 
     def __getitem__(self, index: int) -> Sample:
         row, key = int(self._rows[index]), self.key(index)

@@ -58,9 +58,11 @@ def decode(data: bytes, key: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             return pixels
         with _open(io.BytesIO(data), kind) as image:
             _check_size(image.width, image.height, key, max_pixels)
-            return np.array(_to_rgb(image))
+            return np.array(to_rgb(image))
     except UnreadableSample:
         raise
+    except Image.DecompressionBombError as error:  # PIL has a limit of its own
+        raise UnreadableSample(key, str(error)) from error
     except Exception as error:  # damaged bytes raise anything in PIL: OSError, SyntaxError, struct.error, zlib.error
         raise UnreadableSample(key, f"damaged {kind}: {' '.join(str(error).split())}") from error
 
@@ -125,7 +127,8 @@ def _open(file: IO[bytes], kind: str) -> Image.Image:
         return Image.open(file, formats=(kind,))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB; see `decode`. PIL's own conversion shows what is behind transparent pixels."""
     if image.mode in _DEEP_MODES:  # PIL's own conversion clips to 255 instead of scaling
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:

@@ -6,6 +6,8 @@ are `main` (the thing's own colour), `dark` and `light` (shades of it), fixed on
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,7 +46,7 @@ def _strokes(paint: str, width: float, *xy: float) -> Shapes:
     """A polyline of the given width, as one quadrilateral per segment."""
     points = _poly(*xy)
     shapes = []
-    for a, b in zip(points[:-1], points[1:], strict=True):
+    for a, b in pairwise(points):
         along = (b - a) / np.linalg.norm(b - a)
         side = np.array([-along[1], along[0]]) * width / 2
         shapes.append((paint, np.stack([a + side, b + side, b - side, a - side])))
@@ -59,7 +61,11 @@ def _diya() -> Shapes:
     flame = np.concatenate([_oval(0.55, -0.28, 0.3, 0.3, -20, 200, 12), _poly(0.55, -1.1)])
     core = np.concatenate([_oval(0.55, -0.22, 0.16, 0.18, -20, 200, 10), _poly(0.55, -0.7)])
     bowl = np.concatenate([_oval(-0.1, 0.1, 0.9, 0.8, 20, 180, 14), _poly(0.5, -0.05, 1.05, -0.02)])
-    shapes: Shapes = [("main", bowl), ("dark", _oval(-0.1, 0.1, 0.84, 0.17)), ("gold", _oval(-0.1, 0.12, 0.62, 0.1))]
+    shapes: Shapes = [
+        ("main", bowl),
+        ("dark", _oval(-0.1, 0.1, 0.84, 0.17)),
+        ("gold", _oval(-0.1, 0.12, 0.62, 0.1)),
+    ]
     dots: Shapes = [("white", _oval(x, 0.5, 0.09, 0.09, count=9)) for x in (-0.5, -0.1, 0.3)]
     return [*shapes, ("flame", flame), ("glow", core), *dots]
 
@@ -114,14 +120,23 @@ def _rangoli() -> Shapes:
     dots: Shapes = []
     for angle in np.radians(np.arange(22.5, 360, 45)):
         dots.append(("dark", _oval(0.9 * np.cos(angle), 0.9 * np.sin(angle), 0.12, 0.12, count=9)))
-    return [*dots, *petals, *inner, ("dark", _oval(0, 0, 0.3, 0.3)), ("gold", _oval(0, 0, 0.16, 0.16, count=12))]
+    return [
+        *dots,
+        *petals,
+        *inner,
+        ("dark", _oval(0, 0, 0.3, 0.3)),
+        ("gold", _oval(0, 0, 0.16, 0.16, count=12)),
+    ]
 
 
 def _balloon() -> Shapes:
     return [
         *_strokes("ink", 0.06, 0, 0.5, 0.1, 0.75, -0.08, 0.95, 0.06, 1.25),
         ("dark", _poly(0, 0.4, 0.17, 0.66, -0.17, 0.66)),
-        ("main", np.concatenate([_oval(0, -0.3, 0.74, 0.72, 160, 380, 18), _poly(0.3, 0.34, 0, 0.5, -0.3, 0.34)])),
+        (
+            "main",
+            np.concatenate([_oval(0, -0.3, 0.74, 0.72, 160, 380, 18), _poly(0.3, 0.34, 0, 0.5, -0.3, 0.34)]),
+        ),
         ("white", _petal(-0.48, -0.2, 0.52, 0.11, 20)),
     ]
 
@@ -149,7 +164,10 @@ def _rickshaw() -> Shapes:
         ("ink", _poly(-1, -0.02, -0.92, -0.62, -0.75, -0.75, 0.42, -0.78, 0.6, -0.66, 0.85, 0.02)),
         ("glass", _poly(-0.1, -0.02, -0.1, -0.55, 0.42, -0.58, 0.68, 0.0)),
         ("white", _poly(-0.75, -0.15, -0.75, -0.5, -0.35, -0.5, -0.35, -0.15)),
-        ("main", _poly(-1, 0.58, -1, -0.05, -0.2, -0.05, -0.1, 0.3, 0.25, 0.3, 0.4, -0.02, 0.85, 0, 1, 0.25, 1, 0.58)),
+        (
+            "main",
+            _poly(-1, 0.58, -1, -0.05, -0.2, -0.05, -0.1, 0.3, 0.25, 0.3, 0.4, -0.02, 0.85, 0, 1, 0.25, 1, 0.58),
+        ),
         ("gold", _oval(0.93, 0.22, 0.1, 0.1, count=9)),
         ("dark", _poly(-1, 0.42, -1, 0.58, 1, 0.58, 1, 0.42)),
         *wheels,
@@ -158,8 +176,44 @@ def _rickshaw() -> Shapes:
 
 def _mango() -> Shapes:
     outline = _poly(
-        *(0.1, -0.62, 0.45, -0.6, 0.75, -0.38, 0.86, -0.02, 0.78, 0.38, 0.5, 0.72, 0.1, 0.9, -0.3, 0.9, -0.62, 0.74),
-        *(-0.86, 0.5, -0.92, 0.28, -0.8, 0.24, -0.66, 0.3, -0.52, 0.2, -0.42, -0.06, -0.3, -0.36, -0.12, -0.56),
+        *(
+            0.1,
+            -0.62,
+            0.45,
+            -0.6,
+            0.75,
+            -0.38,
+            0.86,
+            -0.02,
+            0.78,
+            0.38,
+            0.5,
+            0.72,
+            0.1,
+            0.9,
+            -0.3,
+            0.9,
+            -0.62,
+            0.74,
+        ),
+        *(
+            -0.86,
+            0.5,
+            -0.92,
+            0.28,
+            -0.8,
+            0.24,
+            -0.66,
+            0.3,
+            -0.52,
+            0.2,
+            -0.42,
+            -0.06,
+            -0.3,
+            -0.36,
+            -0.12,
+            -0.56,
+        ),
     )
     return [
         ("main", outline),
@@ -205,14 +259,22 @@ def _feather() -> Shapes:
 
 
 def _lotus() -> Shapes:
-    petals = ((-75, 0.95, "main"), (75, 0.95, "main"), (-48, 1.08, "dark"), (48, 1.08, "dark"), (-24, 1.2, "light"))
+    petals = (
+        (-75, 0.95, "main"),
+        (75, 0.95, "main"),
+        (-48, 1.08, "dark"),
+        (48, 1.08, "dark"),
+        (-24, 1.2, "light"),
+    )
     petals += ((24, 1.2, "light"), (0, 1.3, "main"))
     fan: Shapes = [(paint, _petal(0, 0.5, length, 0.27, lean)) for lean, length, paint in petals]
     return [("leaf", _oval(0, 0.55, 1.0, 0.2)), *fan, ("gold", _oval(0, 0.42, 0.2, 0.12, count=12))]
 
 
 def _bell() -> Shapes:
-    dome = np.concatenate([_oval(0, -0.2, 0.5, 0.52, 180, 360, 12), _poly(0.6, 0.3, 0.95, 0.62, -0.95, 0.62, -0.6, 0.3)])
+    dome = np.concatenate(
+        [_oval(0, -0.2, 0.5, 0.52, 180, 360, 12), _poly(0.6, 0.3, 0.95, 0.62, -0.95, 0.62, -0.6, 0.3)]
+    )
     return [
         *_arc_strokes("dark", 0.13, 0, -0.82, 0.2, 0, 360),
         ("ink", _oval(0, 0.72, 0.22, 0.22, count=14)),

@@ -68,7 +68,9 @@ def captions(rng: np.random.Generator, groups: list[Group], place: str) -> dict[
         place: A key of the `places` table, or "" when there is none to tell.
     """
     number, colour, where, frame = rng.random(4)
-    told = {"number": number < 0.5, "colour": colour < 0.65, "place": bool(place) and where < 0.45}
+    # Several kinds are rarely in the same place: only one kind has its place told.
+    place = place if len(groups) == 1 else ""
+    told = {"number": number < 0.5, "colour": colour < 0.65, "place": where < 0.45}
     return {language: _caption(_WORDS[language], groups, place, told, frame) for language in LANGUAGES}
 
 
@@ -78,7 +80,7 @@ def _caption(table: dict[str, Any], groups: list[Group], place: str, told: dict[
         return str(templates["empty"])
     phrases = [_phrase(table, group, told) for group in groups]
     what = templates["and"].join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
-    if told["place"]:
+    if place and told["place"]:
         what = templates["placed"].format(what=what, place=table["places"][place])
     # Half of the captions are bare; the rest share the other frames.
     chosen = 0 if frame < 0.5 else 1 + int((frame - 0.5) * 2 * (len(frames) - 1))

@@ -6,9 +6,9 @@ source is gone through in epochs of its own, shuffled anew each time.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ class Place(NamedTuple):
     """Where a sample of a step comes from."""
 
     source: int  # which source of the task
-    index: int  # which sample of the source
+    index: int  # type: ignore[assignment]  # which sample of the source (hides tuple.index)
     position: int  # how many samples of the source came before it in the whole run
 
 
@@ -34,13 +34,22 @@ class Plan:
         shuffle: False gives each source in its own order (validation).
 
     Raises:
-        ValueError: A source that is empty, or whose share is less than one sample per batch.
+        ValueError: A source that is empty, has no positive weight, or whose share is less than one sample per batch.
     """
 
     def __init__(
-        self, task: str, sizes: Sequence[int], weights: Sequence[float], batch_size: int, seed: int, shuffle: bool = True
+        self,
+        task: str,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
     ) -> None:
         self.task, self.sizes, self.seed, self.shuffle = task, list(sizes), seed, shuffle
+        for source, weight in enumerate(weights):
+            if not 0 < weight < math.inf:
+                raise ValueError(f"data: source {source} of task {task!r} has weight {weight}; expected more than 0")
         self.counts = apportion(batch_size, weights)
         for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             if size < 1:
@@ -50,7 +59,7 @@ class Plan:
                     f"data: source {source} of task {task!r} gets no sample in a batch of {batch_size}; raise its "
                     "weight or the batch_size"
                 )
-        self._order = lru_cache(maxsize=4 * len(self.sizes))(self._shuffled)
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # source -> its newest epoch and the order in it
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,9 +80,12 @@ class Plan:
         """As `batch`, but every sample once: the last steps are shorter, then empty."""
         return [place for place in self.batch(step) if place.position < self.sizes[place.source]]
 
-    def _shuffled(self, source: int, epoch: int) -> np.ndarray:
-        entropy = [self.seed, zlib.crc32(self.task.encode()), source, epoch]
-        return np.random.default_rng(entropy).permutation(self.sizes[source])
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        # Only the newest is kept: an order is as long as its source, and every worker holds its own.
+        if source not in self._orders or self._orders[source][0] != epoch:
+            entropy = [self.seed, zlib.crc32(self.task.encode()), source, epoch]
+            self._orders[source] = epoch, np.random.default_rng(entropy).permutation(self.sizes[source])
+        return self._orders[source][1]
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

@@ -169,7 +169,8 @@ def expand(urls: str | list[str]) -> list[Path]:
     paths: list[Path] = []
     for url in [urls] if isinstance(urls, str) else urls:
         for name in map(os.path.expanduser, braceexpand(url)):
-            paths.extend(map(Path, sorted(glob(name)) or [existing(name)]))  # noqa: PTH207 (Path.glob takes no absolute one)
+            found = sorted(glob(name)) or [str(existing(name))]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+            paths.extend(Path(file) for file in found)
     if not paths:
         raise ValueError("urls: no shards given")
     seen: dict[str, Path] = {}

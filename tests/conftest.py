@@ -1,0 +1,37 @@
+"""What the tests share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with the real data; tests that need it are skipped where it is absent."""
+    root = Path(os.environ.get("INDICLIP_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root} (set INDICLIP_DATA)")
+    return root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpacked shards go to a folder of this test run."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["INDICLIP_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture
+def picture() -> Callable[..., np.ndarray]:
+    """Makes smooth pictures, which JPEG keeps within a few grey levels: (height, width, seed) -> uint8 RGB."""
+
+    def make(height: int, width: int, seed: int = 0) -> np.ndarray:
+        corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        return np.asarray(Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR))
+
+    return make

@@ -1,0 +1,96 @@
+"""Captions in several languages: who gets which, and what is wrong with a table."""
+
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from indiclip.data.captions import CaptionTable
+
+TABLE = 'file\tsymbol\ten\thi\nb.png\tB\tbird\tचिड़िया\na.png\tA\ta "quoted" ant\t \n'
+
+
+@pytest.fixture
+def build(tmp_path):
+    def make(text=TABLE, name="names.tsv", **options):
+        for image in ("a.png", "b.png"):
+            Image.new("RGB", (3, 2)).save(tmp_path / image)
+        (tmp_path / name).write_text(text, "utf-8")
+        return CaptionTable(str(tmp_path), str(tmp_path / name), **options)
+
+    return make
+
+
+def test_language_columns_are_told_by_their_codes(build):
+    dataset = build()
+    assert dataset.languages == ["en", "hi"]
+    assert [dataset.key(i) for i in range(2)] == ["b.png", "a.png"]
+    assert dataset.captions(0) == {"en": "bird", "hi": "चिड़िया"}
+
+
+def test_empty_cells_are_not_drawn_and_quotes_in_a_tsv_are_quotes(build):
+    assert build().captions(1) == {"en": 'a "quoted" ant'}
+    assert {build(seed=seed)[1]["caption"] for seed in range(20)} == {'a "quoted" ant'}
+
+
+def test_the_draw_is_of_seed_and_name_alone(build):
+    lines = TABLE.splitlines()
+    drawn = [build(seed=seed)[0]["caption"] for seed in range(30)]
+    assert set(drawn) == {"bird", "चिड़िया"}
+    swapped = "\n".join([lines[0], lines[2], lines[1]])
+    assert [build(swapped, seed=seed)[1]["caption"] for seed in range(30)] == drawn
+
+
+def test_named_columns_are_taken_whatever_they_are_called(build):
+    dataset = build(languages=["symbol"])
+    assert [dataset[i]["caption"] for i in range(2)] == ["B", "A"]
+    assert build(languages=["hi", "en"])[0]["caption"] in ("bird", "चिड़िया")
+
+
+def test_csv_with_quotes_a_byte_order_mark_and_another_image_column(build):
+    dataset = build('\ufeffpicture,en\r\nb.png,"one, two"\r\n', "names.csv", image_column="picture")
+    assert dataset[0]["caption"] == "one, two"
+
+
+BAD = [
+    (TABLE, {"languages": ["hin"]}, r"names\.tsv: no column 'hin'; the nearest is 'hi'; found \['file', 'symbol'"),
+    (TABLE, {"image_column": "files"}, r"no column 'files'; the nearest is 'file'"),
+    (TABLE, {"languages": ["hi"]}, r"line 3: 'a\.png' has no caption in hi"),
+    (TABLE + "b.png\tB\tbird\t\n", {}, r"line 4: 'b\.png' was in line 2 already"),
+    (TABLE + "c.png\tC\tcat\t\n", {}, r"names\.tsv: 1 of 3 images are not in .*, first 'c\.png'"),
+    (TABLE + "c.png\tC\n", {}, r"line 4 has 2 columns; the header has 4"),
+    ("file\ttext\na.png\tx\n", {}, r"no column is called by a language's code .*; found \['file', 'text'\]"),
+    ("file\ten\n", {}, r"names\.tsv: no rows; expected a header and a row per image"),
+    ("", {}, r"names\.tsv: no rows"),
+]
+
+
+@pytest.mark.parametrize(("text", "options", "message"), BAD)
+def test_bad_tables_are_named_in_one_line(build, text, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        build(text, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files(build, tmp_path):
+    with pytest.raises(ValueError, match=r"names\.txt: expected a \.tsv or \.csv file"):
+        build(name="names.txt")
+    (tmp_path / "names.tsv").write_bytes(b"file\ten\na.png\t\xff\n")
+    with pytest.raises(ValueError, match=r"names\.tsv: broken table: .*utf-8"):
+        CaptionTable(str(tmp_path), str(tmp_path / "names.tsv"))
+
+
+def test_real_names_are_drawn_from_all_languages(data_root):
+    folder = data_root / "emoji_multilingual"
+    dataset = CaptionTable(str(folder / "images"), str(folder / "names.tsv"))
+    assert dataset.languages == ["en", "hi", "bn", "ta", "te", "mr", "gu", "kn", "ml", "pa", "or", "as", "ur"]
+    assert len(dataset) == 696
+    drawn = Counter()
+    for i in range(0, len(dataset), 3):
+        sample = dataset[i]
+        assert sample["image"].shape == (96, 96, 3)
+        drawn.update(language for language, text in dataset.captions(i).items() if text == sample["caption"])
+    assert set(drawn) == set(dataset.languages)
+    # 232 draws of 13: 17.8 each, with a standard deviation of 4.1; some names are the same in two languages
+    assert min(drawn.values()) > 5
+    assert max(drawn.values()) < 40

@@ -1,0 +1,153 @@
+"""Decoding: the same pixels as PIL, and one kind of error for anything that is no image."""
+
+import io
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from indiclip.data.images import UnreadableSample, decode, read_image, read_size_hw
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width, height):
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(48, 64), (1, 1), (17, 31)])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_jpeg_is_close_to_pil(picture, size, subsampling):
+    data = encoded(Image.fromarray(picture(*size)), "JPEG", quality=90, subsampling=subsampling)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    found = decode(data, "k")
+    assert found.dtype == np.uint8
+    assert found.shape == (*size, 3)
+    assert abs(found - expected).max() <= 2  # both are libjpeg-turbo, which may round chroma in another way
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_lossless_formats_are_exact(picture, kind, options):
+    image = picture(20, 33)
+    assert (decode(encoded(Image.fromarray(image), kind, **options), "k") == image).all()
+
+
+def test_grey_jpeg_becomes_rgb():
+    data = encoded(Image.new("L", (8, 8), 77), "JPEG")
+    assert decode(data, "k").tolist() == np.full((8, 8, 3), 77).tolist()
+
+
+def test_cmyk_jpeg_goes_through_pil(picture):
+    data = encoded(Image.fromarray(picture(16, 16)).convert("CMYK"), "JPEG", quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert (decode(data, "k") == expected).all()
+
+
+def test_transparency_is_laid_on_white():
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(200, 0, 0, 255), (200, 0, 0, 0), (200, 0, 0, 51)])  # opaque, clear, a fifth
+    assert decode(encoded(image), "k")[0].tolist() == [[200, 0, 0], [255, 255, 255], [244, 204, 204]]
+    grey = Image.new("LA", (2, 1))
+    grey.putdata([(10, 255), (10, 0)])
+    assert decode(encoded(grey), "k")[0].tolist() == [[10] * 3, [255] * 3]
+
+
+def test_palettes_with_and_without_transparency():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putdata([0, 1])
+    assert decode(encoded(image), "k")[0].tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert decode(encoded(image, transparency=1), "k")[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+def test_sixteen_bits_keep_their_high_byte():
+    values = np.array([[0x0000, 0x00FF, 0x0100, 0x7FFF, 0xFFFF]], dtype=np.uint16)
+    assert decode(encoded(Image.fromarray(values)), "k")[0, :, 0].tolist() == [0, 0, 1, 127, 255]
+
+
+def test_one_bit_becomes_black_and_white():
+    image = Image.new("1", (2, 1))
+    image.putdata([0, 1])
+    assert decode(encoded(image), "k")[0].tolist() == [[0] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_rotation_is_not_applied(tmp_path, picture, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees"
+    path = tmp_path / "photo"
+    path.write_bytes(encoded(Image.fromarray(picture(20, 40)), kind, exif=exif))
+    assert read_image(path, "k").shape == (20, 40, 3)
+    assert read_size_hw(path) == (20, 40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.95])
+def test_truncated_files_are_unreadable(kind, share):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), kind)
+    with pytest.raises(UnreadableSample, match=r"^shard/7: ") as caught:
+        decode(data[: max(16, int(share * len(data)))], "shard/7")
+    assert "\n" not in str(caught.value)
+
+
+def test_random_damage_gives_pixels_or_unreadable_never_another_error(picture):
+    rng = np.random.default_rng(3)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encoded(Image.fromarray(picture(32, 32)), kind)
+        for _ in range(150):
+            damaged = bytearray(data)
+            for place in rng.integers(0, len(data), 3):
+                damaged[place] = rng.integers(256)
+            with suppress(UnreadableSample):
+                assert decode(bytes(damaged), "k", max_pixels=10**6).dtype == np.uint8
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a" + bytes(20), b"<svg/>", b"BM" + bytes(60), b"II*\0" + bytes(60)])
+def test_other_formats_are_refused_by_their_first_bytes(data):
+    with pytest.raises(UnreadableSample, match="k: expected the bytes of a JPEG, PNG or WebP, found"):
+        decode(data, "k")
+
+
+def test_a_bomb_is_refused_from_its_header_alone():
+    with pytest.raises(UnreadableSample, match=r"k: 11000x10000 pixels are more than the 100,000,000 allowed"):
+        decode(png_header(11_000, 10_000), "k")
+    with pytest.raises(UnreadableSample, match=r"k: Image size .* exceeds limit of 178956970 pixels"):
+        decode(png_header(60_000, 60_000), "k")  # PIL's own limit comes first
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_cap_is_on_the_product_of_the_sides(kind):
+    data = encoded(Image.new("RGB", (10, 30)), kind)
+    assert decode(data, "k", max_pixels=300).shape == (30, 10, 3)
+    with pytest.raises(UnreadableSample, match="10x30 pixels are more than the 299 allowed"):
+        decode(data, "k", max_pixels=299)
+
+
+def test_a_missing_file_is_unreadable(tmp_path):
+    with pytest.raises(UnreadableSample, match="No such file"):
+        read_image(tmp_path / "gone.jpg", "k")
+
+
+def test_unreadable_survives_the_way_back_from_a_worker_process():
+    error = pickle.loads(pickle.dumps(UnreadableSample("a", "torn")))
+    assert (error.key, error.reason, str(error)) == ("a", "torn", "a: torn")
+
+
+def test_no_lightning_is_imported_for_images():
+    code = "import sys, indiclip.data.images; assert not {'torch', 'lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

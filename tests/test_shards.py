@@ -1,0 +1,295 @@
+"""Shards: the members that webdataset sees, and a clear error for everything that is wrong with them."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from indiclip.data.images import UnreadableSample
+from indiclip.data.shards import Shards, expand
+
+
+def png(value=0, size=(4, 4)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, members, mode="w", **options):
+    """Members as name -> bytes, text, or a ready TarInfo."""
+    with tarfile.open(path, mode, **options) as tar:
+        for name, content in members if isinstance(members, list) else members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_a_sample_has_the_image_its_text_and_its_label(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar", {"0.png": png(9), "0.txt": " a diya\n", "0.cls": "1", "1.cls": "0", "1.PNG": png()}
+    )
+    shards = Shards(path, classes=["kite", "diya"])
+    assert len(shards) == 2
+    sample = shards[0]
+    assert sample["image"].tolist() == np.full((4, 4, 3), 9).tolist()
+    assert (sample["key"], sample["caption"], sample["label"]) == ("a/0", "a diya", 1)
+    assert shards[1].keys() == {"image", "key", "label"}
+    assert shards.labels.tolist() == [1, 0]
+    assert shards[-1]["key"] == "a/1" == shards.key(-1)
+    with pytest.raises(IndexError):
+        shards[2]
+
+
+def test_json_gives_caption_and_label_under_either_name(tmp_path):
+    entries = [{"caption": "x", "label": 2}, {"text": "y", "cls": 0, "url": "z"}, {"caption": None, "text": "w"}]
+    members = {
+        f"{i}.{kind}": png() if kind == "png" else json.dumps(e)
+        for i, e in enumerate(entries)
+        for kind in ("png", "json")
+    }
+    shards = Shards(write_tar(tmp_path / "a.tar", members))
+    assert [(s["caption"], s["label"]) for s in shards] == [("x", 2), ("y", 0), ("w", -1)]
+
+
+def test_txt_and_cls_go_before_json(tmp_path):
+    members = {"0.png": png(), "0.json": '{"caption": "j", "label": 5}', "0.txt": "t", "0.cls": "4"}
+    sample = Shards(write_tar(tmp_path / "a.tar", members))[0]
+    assert (sample["caption"], sample["label"]) == ("t", 4)
+
+
+def test_the_template_captions_what_has_no_text(tmp_path):
+    members = {
+        "0.png": png(),
+        "0.cls": "1",
+        "1.png": png(),
+        "1.cls": "0",
+        "1.txt": "own words",
+        "2.png": png(),
+        "2.json": '{"label": 0}',
+    }
+    (tmp_path / "classes.txt").write_text("kite\nमटका\n", "utf-8")
+    shards = Shards(write_tar(tmp_path / "a.tar", members), str(tmp_path / "classes.txt"), "a photo of a {}")
+    assert [sample["caption"] for sample in shards] == ["a photo of a मटका", "own words", "a photo of a kite"]
+
+
+@pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_indian_names_in_every_tar_dialect(tmp_path, layout):
+    name = "folder-" * 11 + "/दीया-" + "x" * 60  # longer than the 100 bytes of a plain header
+    path = write_tar(tmp_path / "a.tar", {f"./{name}.png": png(5), f"./{name}.txt": "दीया"}, format=layout)
+    sample = Shards(path)[0]
+    assert (sample["key"], sample["caption"], sample["image"].max()) == (f"a/{name}", "दीया", 5)
+
+
+def test_webdataset_reads_the_same_samples(tmp_path):
+    rng = np.random.default_rng(0)
+    for shard in range(3):
+        with webdataset.TarWriter(str(tmp_path / f"s-{shard}.tar")) as writer:
+            for i in range(7):
+                image = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+                writer.write({"__key__": f"{shard}_{i}", "png": image, "txt": f"caption {i}", "cls": i})
+    urls = sorted(map(str, tmp_path.glob("*.tar")))
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    ours = Shards(str(tmp_path / "s-{0..2}.tar"))
+    assert len(ours) == len(theirs) == 21
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["key"].split("/")[1] == other["__key__"]
+        assert (mine["image"] == other["png"]).all()
+        assert (mine["caption"], mine["label"]) == (other["txt"], other["cls"])
+
+
+def test_cifar_shards_equal_webdatasets_reading(data_root):
+    url = str(data_root / "cifar10" / "test-0000.tar.gz")
+    ours = Shards(url, str(data_root / "cifar10" / "classes.txt"))
+    theirs = webdataset.WebDataset(url, shardshuffle=False)
+    for i, other in zip(range(200), theirs, strict=False):
+        sample = ours[i]
+        expected = np.asarray(Image.open(io.BytesIO(other["jpg"])).convert("RGB")).astype(int)
+        assert abs(sample["image"] - expected).max() <= 2
+        assert sample["caption"] == other["txt"].decode().strip()
+        assert sample["label"] == int(other["cls"])
+        assert ours.classes[sample["label"]] in sample["caption"]
+    assert np.bincount(ours.labels).size == 10
+    assert not ours.ignored
+
+
+def test_gz_is_unpacked_once_and_again_when_it_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("INDICLIP_CACHE", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "a.tar.gz", {"0.png": png(1), "0.txt": "one"}, "w:gz")
+    assert Shards(path)[0]["caption"] == "one"
+    (unpacked,) = (tmp_path / "cache").iterdir()
+    inode = unpacked.stat().st_ino
+    assert Shards(path)[0]["caption"] == "one"
+    assert [entry.stat().st_ino for entry in (tmp_path / "cache").iterdir()] == [inode]
+    write_tar(tmp_path / "a.tar.gz", {"0.png": png(1), "0.txt": "another"}, "w:gz")
+    assert Shards(path)[0]["caption"] == "another"
+
+
+def test_plain_and_packed_shards_have_the_same_keys(tmp_path):
+    members = {"0.png": png(), "0.txt": "x"}
+    (tmp_path / "p").mkdir()
+    plain, packed = write_tar(tmp_path / "a.tar", members), write_tar(tmp_path / "p" / "a.tar.gz", members, "w:gz")
+    assert Shards(plain).key(0) == Shards(packed).key(0) == "a/0"
+
+
+def test_braces_globs_and_lists_expand_in_order(tmp_path):
+    for name in ("b-0.tar", "b-1.tar", "b-2.tar", "c.tar"):
+        write_tar(tmp_path / name, {"0.png": png(), "0.txt": "x"})
+    names = [path.name for path in expand([f"{tmp_path}/c.tar", f"{tmp_path}/b-*.tar"])]
+    assert names == ["c.tar", "b-0.tar", "b-1.tar", "b-2.tar"]
+    assert [path.name for path in expand(f"{tmp_path}/b-{{1..2}}.tar")] == ["b-1.tar", "b-2.tar"]
+
+
+def test_only_listed_extensions_are_read_and_the_rest_is_counted(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.abort, ()
+
+    link = tarfile.TarInfo("7.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    members = {
+        "0.png": png(), "0.txt": "x", "0.pkl": pickle.dumps(Trap()), "0.pyd": b"", "0.seg.png": png(), "README": "",
+        "7.txt": link, "../8.png": png(), "../8.txt": "y", "._0.png": b"", "9.txt": "text of a lost image",
+    }  # fmt: skip
+    shards = Shards(write_tar(tmp_path / "a.tar", members))
+    assert len(shards) == 1
+    assert shards[0]["caption"] == "x"
+    assert shards.ignored == {
+        "pkl": 1, "pyd": 1, "seg.png": 1, "(unnamed)": 2, "(link)": 1, "(outside)": 2, "(no image)": 1,
+    }  # fmt: skip
+
+
+def test_workers_read_a_forked_and_a_pickled_dataset(tmp_path):
+    members = [(f"{i}.{kind}", png(i) if kind == "png" else str(i)) for i in range(40) for kind in ("png", "cls")]
+    shards = Shards(write_tar(tmp_path / "a.tar", members))
+    assert shards[0]["label"] == 0  # the descriptor is open before the fork
+    for method in ("fork", "spawn"):
+        loader = DataLoader(shards, batch_size=None, num_workers=2, multiprocessing_context=method)
+        assert [int(sample["image"].max()) for sample in loader] == list(range(40))
+
+
+def open_files():
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("indiclip.data.shards._OPEN_FILES", 3)
+    for i in range(8):
+        write_tar(tmp_path / f"{i}.tar", {"0.png": png(i), "0.cls": str(i)})
+    shards = Shards(str(tmp_path / "*.tar"))
+    before = open_files()
+    order = np.random.default_rng(0).integers(0, 8, 60).tolist()
+    assert [int(shards[i]["image"].max()) for i in order] == order
+    assert open_files() == before + 3
+    del shards
+    assert open_files() == before
+
+
+BAD = {
+    "empty caption": ({"0.png": png(), "0.txt": " \n"}, r"a\.tar: 0\.txt: the caption is ' \\n'; expected text"),
+    "empty caption in json": ({"0.png": png(), "0.json": '{"caption": ""}'}, r"0\.json: the caption is ''"),
+    "caption of another type": ({"0.png": png(), "0.json": '{"text": 3}'}, r"0\.json: the caption is 3; expected text"),
+    "label beyond the classes": ({"0.png": png(), "0.cls": "2"}, r"0\.cls: the label is 2; expected 0 to 1 \(diya\)"),
+    "negative label": ({"0.png": png(), "0.cls": "-1"}, r"0\.cls: the label is '-1'; expected a whole number from 0"),
+    "no number": ({"0.png": png(), "0.json": '{"label": 0.5}'}, r"0\.json: the label is 0\.5; expected a whole number"),
+    "yes or no": ({"0.png": png(), "0.json": '{"label": true}'}, r"0\.json: the label is True; expected a whole"),
+    "neither text nor label": ({"7.jpg": png()}, r"a\.tar: 7\.jpg: neither text \(\.txt, \.json\) nor label"),
+    "json without either": ({"7.jpg": png(), "7.json": "{}"}, r"7\.jpg: neither text"),
+    "broken json": ({"0.png": png(), "0.json": "{"}, r"a\.tar: 0\.json: broken JSON"),
+    "json list": ({"0.png": png(), "0.json": "[]"}, r"0\.json: found a JSON list; expected an object"),
+    "not utf-8": ({"0.png": png(), "0.txt": b"\xff"}, r"0\.txt: the text is not UTF-8: .* at byte 0"),
+    "two images": ({"0.png": png(), "0.jpg": png(), "0.txt": "x"}, r"a\.tar: duplicate key '0' \(png, jpg\)"),
+    "the same member twice": ([("0.png", png()), ("0.png", png())], r"duplicate key '0' \(png\)"),
+    "no images": ({"0.txt": "x"}, r"a\.tar: no images in 1 shards; ignored: {'\(no image\)': 1}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_members_are_named(tmp_path, what):
+    members, message = BAD[what]
+    with pytest.raises(ValueError, match=message) as caught:
+        Shards(write_tar(tmp_path / "a.tar", members), classes=["kite", "diya"])
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_tars_are_named_wherever_they_break(tmp_path):
+    path = tmp_path / "a.tar"
+    members = {f"{i}.{kind}": png() if kind == "png" else "x" for i in range(3) for kind in ("png", "txt")}
+    whole = Path(write_tar(path, members)).read_bytes()
+    header = whole.index(b"1.png")
+    damaged = bytearray(whole)
+    damaged[header + 20] ^= 1
+    for data in (
+        b"",
+        b"no tar at all" * 100,
+        whole[: header + 200],
+        whole[: header + 600],
+        bytes(damaged),
+        gzip.compress(whole),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.tar: broken tar: "):
+            Shards(str(path))
+
+
+def test_broken_gzip_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("INDICLIP_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.tar.gz"
+    whole = Path(write_tar(path, {"0.png": png(), "0.txt": "x"}, "w:gz")).read_bytes()
+    for data in (b"plain", whole[: len(whole) // 2], whole[:60] + b"\0\0\0\0" + whole[64:]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.tar\.gz: broken gzip"):
+            Shards(str(path))
+        assert not list((tmp_path / "cache").iterdir())
+
+
+def test_bad_urls_and_classes(tmp_path):
+    write_tar(tmp_path / "train-0000.tar", {"0.png": png(), "0.cls": "0"})
+    (tmp_path / "x").mkdir()
+    write_tar(tmp_path / "x" / "train-0000.tar.gz", {"0.png": png(), "0.cls": "0"}, "w:gz")
+    path = str(tmp_path / "train-0000.tar")
+    with pytest.raises(FileNotFoundError, match=r"train-0001\.tar: no such file or folder; the nearest is 'train-0000"):
+        Shards(str(tmp_path / "train-{0000..0001}.tar"))
+    with pytest.raises(FileNotFoundError, match=r"val-\*\.tar: no such file"):
+        Shards(str(tmp_path / "val-*.tar"))
+    with pytest.raises(ValueError, match="urls: no shards given"):
+        Shards([])
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(ValueError, match=r"a\.zip is no shard; expected \.tar, \.tar\.gz or \.tgz"):
+        Shards(str(tmp_path / "a.zip"))
+    with pytest.raises(ValueError, match="have one name, so keys would be duplicate; make them two sources"):
+        Shards([path, str(tmp_path / "x" / "train-0000.tar.gz")])
+    with pytest.raises(ValueError, match=r"caption: the template 'a photo' needs a \{\} for the class's name"):
+        Shards(path, ["kite"], "a photo")
+    with pytest.raises(ValueError, match=r"caption: the template 'a \{\}' needs .*, and `classes`"):
+        Shards(path, caption="a {}")
+    with pytest.raises(ValueError, match="class 1 is 'kite'; expected one name per class, each once"):
+        Shards(path, ["kite", "kite"])
+    with pytest.raises(FileNotFoundError, match=r"clases\.txt: no such file or folder; the nearest is"):
+        Shards(path, str(tmp_path / "clases.txt"))
+
+
+def test_damage_found_at_reading_is_unreadable_not_fatal(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0.png": png()[:40], "0.txt": "x", "1.png": png(), "1.txt": "y"})
+    shards = Shards(path)
+    with pytest.raises(UnreadableSample, match=r"^a/0: damaged PNG"):
+        shards[0]
+    os.truncate(path, 100)
+    with pytest.raises(UnreadableSample, match=r"^a/1: .*a\.tar has become shorter since it was indexed"):
+        shards[1]
+    Path(path).unlink()
+    with pytest.raises(UnreadableSample, match=r"^a/1: .*No such file"):
+        pickle.loads(pickle.dumps(shards))[1]

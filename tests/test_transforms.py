@@ -1,0 +1,213 @@
+"""Image and annotations move together: coloured things are painted, moved, and looked for where the targets say."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from indiclip import patches
+from indiclip.data.transforms import Transform, collate
+
+COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
+BOXES = np.array([[10, 20, 50, 60], [100, 5, 130, 95], [60, 70, 90, 90]], dtype=np.float32)
+SIZE_HW = (100, 140)
+
+
+def scene(boxes=BOXES):
+    """A rectangle of its own colour in every box, with its mask and, on its middle, a point."""
+    image = np.full((*SIZE_HW, 3), 128, np.uint8)
+    masks = np.zeros((len(boxes), *SIZE_HW), np.uint8)
+    for colour, mask, (x1, y1, x2, y2) in zip(COLOURS, masks, boxes.astype(int), strict=False):
+        image[y1:y2, x1:x2], mask[y1:y2, x1:x2] = colour, 1
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    numbers = np.arange(len(boxes))
+    return {
+        "image": image, "key": "s", "caption": "three things", "label": 4,
+        "boxes_xyxy": boxes.copy(), "classes": numbers, "crowd": numbers == 1, "masks": masks, "points_xy": middles,
+        "count_class": "thing", "dp_boxes_xyxy": boxes.copy(), "dp_masks": masks, "dp_points_xy": middles.repeat(2, 0),
+        "dp_person": numbers.repeat(2), "dp_part": numbers.repeat(2) + 1,
+        "dp_uv": np.stack([numbers / 9] * 2, 1).repeat(2, 0),
+    }  # fmt: skip
+
+
+def prepare(sample, *augment, max_tokens=100_000, patch_size=2, seed=0, canvas_hw=None):
+    prepared = Transform(max_tokens, list(augment))(sample, patch_size, canvas_hw, seed)
+    return prepared, patches.unpatchify(collate([prepared])["images"], 0)
+
+
+def bounds(image, colour, tolerance=60):
+    """The box of the pixels near a colour."""
+    rows, columns = np.nonzero((abs(image.astype(int) - colour) <= tolerance).all(-1))
+    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+
+
+def check(prepared, image, slack):
+    """Everything that is left lies where its colour is."""
+    assert len(prepared["boxes_xyxy"]) == len(prepared["classes"]) == len(prepared["crowd"]) == len(prepared["masks"])
+    assert prepared["masks"].shape[1:] == image.shape[:2]
+    for box, number, crowd, mask in zip(
+        *(prepared[n] for n in ("boxes_xyxy", "classes", "crowd", "masks")), strict=True
+    ):
+        assert bounds(image, COLOURS[number]) == pytest.approx(box.numpy(), abs=slack)
+        assert bounds(mask.numpy()[..., None] * 255, 255) == pytest.approx(box.numpy(), abs=slack)
+        assert crowd == (number == 1)
+    height, width = image.shape[:2]
+    assert prepared["points_xy"].shape[1:] == prepared["dp_points_xy"].shape[1:] == (2,)
+    for x, y in prepared["points_xy"].tolist():
+        assert 0 <= x < width
+        assert 0 <= y < height
+        assert (abs(image[int(y), int(x)].astype(int) - COLOURS) <= 60).all(1).any()
+    fields = (prepared[name] for name in ("dp_points_xy", "dp_person", "dp_part", "dp_uv"))
+    for (x, y), person, part, uv in zip(*fields, strict=True):
+        number = int(part) - 1
+        assert (abs(image[int(y), int(x)].astype(int) - COLOURS[number]) <= 60).all()
+        assert bounds(image, COLOURS[number]) == pytest.approx(prepared["dp_boxes_xyxy"][person].numpy(), abs=slack)
+        assert prepared["dp_masks"][person, int(y), int(x)] == 1
+        assert uv.tolist() == pytest.approx([number / 9] * 2)
+
+
+def test_without_changes_everything_stays_as_it_was():
+    sample = scene()
+    prepared, image = prepare(sample)
+    assert (image == sample["image"]).all()
+    assert prepared["boxes_xyxy"].tolist() == BOXES.tolist()
+    assert (prepared["caption"], prepared["label"], prepared["count_class"]) == ("three things", 4, "thing")
+    assert (prepared["size_hw"], prepared["scale"]) == (SIZE_HW, (1.0, 1.0))
+    check(prepared, image, 0)
+
+
+@pytest.mark.parametrize("flip", [v2.RandomHorizontalFlip(1.0), v2.RandomVerticalFlip(1.0)])
+def test_a_flip_is_exact(flip):
+    prepared, image = prepare(scene(), flip)
+    dims = (1,) if isinstance(flip, v2.RandomHorizontalFlip) else (0,)
+    assert (image == np.flip(scene()["image"], dims)).all()
+    check(prepared, image, 0)
+
+
+def test_a_flip_and_its_repetition_are_nothing():
+    prepared, image = prepare(scene(), v2.RandomHorizontalFlip(1.0), v2.RandomHorizontalFlip(1.0))
+    assert (image == scene()["image"]).all()
+    assert prepared["points_xy"].tolist() == scene()["points_xy"].tolist()
+
+
+@pytest.mark.parametrize(("max_tokens", "patch_size"), [(2000, 2), (300, 4), (40, 16)])
+def test_resizing_into_a_budget_moves_everything_along(max_tokens, patch_size):
+    for flips in ([], [v2.RandomHorizontalFlip(1.0)]):
+        prepared, image = prepare(scene(), *flips, max_tokens=max_tokens, patch_size=patch_size)
+        assert image.shape[:2] == prepared["size_hw"] == patches.fit_hw(*SIZE_HW, patch_size, max_tokens)
+        assert prepared["scale"] == pytest.approx((image.shape[0] / SIZE_HW[0], image.shape[1] / SIZE_HW[1]))
+        check(prepared, image, 1)  # a pixel: edges fall between pixels
+
+
+def test_a_canvas_is_filled_without_squashing():
+    prepared, image = prepare(scene(), patch_size=10, canvas_hw=(200, 200))
+    assert image.shape[:2] == (140, 200)
+    check(prepared, image, 1.5)
+
+
+def test_random_crops_leave_targets_on_what_they_belong_to():
+    crop = v2.RandomResizedCrop((64, 96), scale=(0.2, 1.0), antialias=True)
+    numbers = set()
+    for seed in range(60):
+        prepared, image = prepare(scene(), crop, v2.RandomHorizontalFlip(0.5), seed=seed)
+        whole = prepared["boxes_xyxy"][:, 2:] - prepared["boxes_xyxy"][:, :2] >= 4
+        for name in ("boxes_xyxy", "classes", "crowd", "masks"):  # slivers are lost among blended edges
+            prepared[name] = prepared[name][whole.all(1)]
+        check(prepared, image, 2)
+        numbers.add(len(prepared["boxes_xyxy"]))
+    assert numbers >= {1, 2, 3}
+
+
+class Crop(v2.Transform):
+    """One fixed crop."""
+
+    def __init__(self, top, left, height, width):
+        super().__init__()
+        self.where = (top, left, height, width)
+
+    def transform(self, value, params):
+        return v2.functional.crop(value, *self.where)
+
+
+def test_a_crop_removes_objects_points_and_people_and_numbers_them_anew():
+    prepared, image = prepare(scene(), Crop(0, 56, 100, 84))
+    assert prepared["classes"].tolist() == [1, 2]
+    assert prepared["boxes_xyxy"].tolist() == [[44, 5, 74, 95], [4, 70, 34, 90]]
+    assert prepared["dp_person"].tolist() == [0, 0, 1, 1]
+    assert prepared["dp_part"].tolist() == [2, 2, 3, 3]
+    assert len(prepared["dp_boxes_xyxy"]) == len(prepared["dp_masks"]) == len(prepared["points_xy"]) == 2
+    check(prepared, image, 0)
+
+
+def test_a_crop_between_all_things_leaves_empty_lists():
+    prepared, _ = prepare(scene(), Crop(0, 0, 100, 8))
+    assert prepared["boxes_xyxy"].shape == (0, 4)
+    assert prepared["masks"].shape == (0, 100, 8)
+    assert prepared["points_xy"].shape == prepared["dp_points_xy"].shape == (0, 2)
+    assert prepared["dp_masks"].shape == (0, 100, 8)
+
+
+def test_a_box_whose_point_is_cut_off_stays_and_is_clipped():
+    prepared, image = prepare(scene(), Crop(0, 0, 100, 24))
+    assert prepared["boxes_xyxy"].tolist() == [[10, 20, 24, 60]]
+    assert prepared["points_xy"].shape == (0, 2)  # its middle is at 30
+    check(prepared, image, 0)
+
+
+def test_masks_are_resized_after_an_augmentation_too():
+    # Indexing a tv_tensor gives a plain tensor, which v2 leaves as it is.
+    prepared, image = prepare(scene(), Crop(0, 0, 100, 140), max_tokens=300, patch_size=4)
+    assert prepared["masks"].shape[1:] == prepared["dp_masks"].shape[1:] == image.shape[:2] != SIZE_HW
+
+
+@pytest.mark.parametrize("x", [0.0, np.nextafter(np.float32(140), np.float32(0))])
+def test_points_on_the_edge_survive_mirroring_and_resizing(x):
+    sample = scene() | {"points_xy": np.array([[x, 0.0]], np.float32)}
+    for options in ({}, {"max_tokens": 299, "patch_size": 4}, {"max_tokens": 37, "patch_size": 8}):
+        prepared, image = prepare(sample, v2.RandomHorizontalFlip(1.0), **options)
+        ((found, y),) = prepared["points_xy"].tolist()
+        assert 0 <= found < image.shape[1]
+        assert abs(found - (image.shape[1] if x == 0 else 0)) < 1e-2
+        assert y == 0
+
+
+def test_the_augmentation_is_a_function_of_the_seed_alone():
+    jitter = v2.RandomResizedCrop((64, 96), scale=(0.2, 1.0), antialias=True)
+    torch.manual_seed(1)
+    first, _ = prepare(scene(), jitter, seed=9)
+    state = torch.get_rng_state()
+    again, _ = prepare(scene(), jitter, seed=9)
+    other, _ = prepare(scene(), jitter, seed=10)
+    assert torch.equal(torch.get_rng_state(), state)  # and the loop's own random numbers are left alone
+    assert torch.equal(first["patches"][0], again["patches"][0])
+    assert not torch.equal(first["patches"][0], other["patches"][0])
+
+
+def test_validation_is_not_augmented():
+    prepared = Transform(100_000, [v2.RandomHorizontalFlip(1.0)])(scene(), 2, None, None)
+    assert prepared["boxes_xyxy"].tolist() == BOXES.tolist()
+
+
+def test_the_sample_itself_is_not_changed():
+    sample = scene()
+    prepare(sample, v2.RandomHorizontalFlip(1.0), max_tokens=300, patch_size=4)
+    assert all(np.array_equal(sample[name], value) for name, value in scene().items())
+
+
+def test_flips_are_known():
+    assert Transform(augment=[v2.ColorJitter(0.1), v2.RandomHorizontalFlip()]).flips
+    assert not Transform(augment=[v2.ColorJitter(0.1)]).flips
+
+
+def test_a_batch_lists_the_targets_of_every_image():
+    empty = scene(BOXES[:0]) | {"key": "e"}
+    only_image = {"image": scene()["image"], "key": "i", "label": 2}
+    prepared = [prepare(sample, v2.RandomHorizontalFlip(1.0))[0] for sample in (scene(), empty, only_image)]
+    batch = collate(prepared, [("x", "torn")])
+    assert batch["keys"] == ["s", "e", "i"]
+    assert batch["skipped"] == [("x", "torn")]
+    assert batch["targets"]["label"] == [4, 4, 2]
+    assert batch["targets"]["caption"] == ["three things", "three things", None]
+    assert [None if boxes is None else len(boxes) for boxes in batch["targets"]["boxes_xyxy"]] == [3, 0, None]
+    assert all(type(masks) is torch.Tensor for masks in batch["targets"]["masks"][:2])
+    assert "key" in prepared[0]  # collating leaves its input as it is
