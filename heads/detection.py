@@ -107,7 +107,7 @@ class Detection(Head):
     def forward(self, features: Features) -> tuple[Answers, Grid]:
         """The answers of the cells of all scales, and where these lie."""
         map_BDHW, mask_BHW = features.map()
-        levels = self.pyramid(map_BDHW, None if bool_all(features) else mask_BHW)
+        levels = self.pyramid(map_BDHW, None if features.valid_BN is None else mask_BHW)
         answers = Answers.cat([self.towers(map_BDHW, mask_BHW) for map_BDHW, mask_BHW in levels])
         sizes_hw = [(level.shape[2], level.shape[3]) for level, _ in levels]
         strides = [features.stride / scale for scale in self.scales]
@@ -165,3 +165,307 @@ class Detection(Head):
             f"{hits} of {len(missed)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
             f"white is the truth: {', '.join(sorted(missed)) or 'nothing'}"
         )
+
+
+class Pyramid(nn.Module):
+    """ViTDet's simple feature pyramid: every scale straight from the backbone's one map."""
+
+    def __init__(self, width: int, out_channels: int, scales: list[float]) -> None:
+        super().__init__()
+        self.scales = scales
+        self.resize = nn.ModuleList(_resize(width, scale) for scale in scales)
+        self.project = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    ConvNorm(max(width // int(max(scale, 1)), 1), out_channels, kernel_size=1),
+                    ConvNorm(out_channels, out_channels, kernel_size=3),
+                ]
+            )
+            for scale in scales
+        )
+
+    def forward(self, map_BDHW: Tensor, mask_BHW: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """A `(map, mask)` per scale; the mask is None where every cell is valid."""
+        levels = []
+        for scale, resize, project in zip(self.scales, self.resize, self.project, strict=True):
+            if scale < 1 and mask_BHW is not None:  # a padded cell must not win the maximum
+                map_BDhw = resize(map_BDHW.masked_fill(~mask_BHW[:, None], -torch.inf))
+            else:
+                map_BDhw = resize(map_BDHW)
+            mask_Bhw = None if mask_BHW is None else _resize_mask(mask_BHW, scale)
+            if mask_Bhw is not None:
+                map_BDhw = map_BDhw.masked_fill(~mask_Bhw[:, None], 0)
+            for layer in cast(nn.ModuleList, project):
+                map_BDhw = layer(map_BDhw, mask_Bhw)
+            levels.append((map_BDhw, mask_Bhw))
+        return levels
+
+
+class Towers(nn.Module):
+    """FCOS' two towers of convolutions, shared by all scales: one for classes, one for boxes and centerness."""
+
+    def __init__(self, channels: int, num_convs: int, num_classes: int) -> None:
+        super().__init__()
+        self.class_tower = nn.ModuleList(ConvNorm(channels, channels, 3, act=True) for _ in range(num_convs))
+        self.box_tower = nn.ModuleList(ConvNorm(channels, channels, 3, act=True) for _ in range(num_convs))
+        self.class_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.sides = nn.Conv2d(channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        for layer in (self.class_logits, self.sides, self.centerness):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(cast(Tensor, layer.bias))
+        nn.init.constant_(cast(Tensor, self.class_logits.bias), -math.log((1 - _PRIOR) / _PRIOR))
+
+    def forward(self, map_BDHW: Tensor, mask_BHW: Tensor | None) -> Answers:
+        classes_BDHW = boxes_BDHW = map_BDHW
+        for class_layer, box_layer in zip(self.class_tower, self.box_tower, strict=True):
+            classes_BDHW = class_layer(classes_BDHW, mask_BHW)
+            boxes_BDHW = box_layer(boxes_BDHW, mask_BHW)
+        sides_BA4 = _cells(self.sides(boxes_BDHW)).clamp(max=6).exp()
+        centerness_BA = _cells(self.centerness(boxes_BDHW))[..., 0]
+        valid_BA = torch.ones_like(centerness_BA, dtype=torch.bool) if mask_BHW is None else mask_BHW.flatten(1)
+        return Answers(_cells(self.class_logits(classes_BDHW)), sides_BA4, centerness_BA, valid_BA)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, norm over channels and, if asked, ReLU; zero outside the images."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, act: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = LayerNorm2d(out_channels)
+        self.act = act
+
+    def forward(self, map_BDHW: Tensor, mask_BHW: Tensor | None) -> Tensor:
+        map_BDHW = self.norm(self.conv(map_BDHW))
+        if self.act:
+            map_BDHW = F.relu(map_BDHW)
+        return map_BDHW if mask_BHW is None else map_BDHW * mask_BHW[:, None]
+
+
+@dataclass
+class Answers:
+    """What the towers say, in float32.
+
+    Attributes:
+        logits_BAC: Of the classes.
+        sides_BA4: Distances from the cell's centre to the box's left, top, right, bottom, in strides; positive.
+        centerness_BA: Its logit.
+        valid_BA: False for cells outside the image.
+    """
+
+    logits_BAC: Tensor
+    sides_BA4: Tensor
+    centerness_BA: Tensor
+    valid_BA: Tensor
+
+    @classmethod
+    def cat(cls, levels: list[Answers]) -> Answers:
+        names = ("logits_BAC", "sides_BA4", "centerness_BA", "valid_BA")
+        return cls(*(torch.cat([getattr(level, name) for level in levels], 1) for name in names))
+
+
+@dataclass
+class Grid:
+    """The cells of all scales.
+
+    Attributes:
+        centres_A2: (x, y) in pixels.
+        strides_A: Side of a cell in pixels; not whole where a scale above 1 divides an odd stride.
+        reach_A2: The least and the most distance to a box's furthest side that the cell answers for, in strides.
+    """
+
+    centres_A2: Tensor
+    strides_A: Tensor
+    reach_A2: Tensor
+
+    def sides(self, boxes_M4: Tensor) -> Tensor:
+        """Distances (A, M, 4) from every cell's centre to every box's sides, in strides; positive inside."""
+        low_AM2 = self.centres_A2[:, None] - boxes_M4[None, :, :2]
+        high_AM2 = boxes_M4[None, :, 2:] - self.centres_A2[:, None]
+        return torch.cat([low_AM2, high_AM2], -1) / self.strides_A[:, None, None]
+
+    def boxes(self, sides_A4: Tensor) -> Tensor:
+        """The inverse: one box (x1, y1, x2, y2) per cell."""
+        reach_A4 = sides_A4 * self.strides_A[:, None]
+        return torch.cat([self.centres_A2 - reach_A4[:, :2], self.centres_A2 + reach_A4[:, 2:]], -1)
+
+
+def make_grid(sizes_hw: list[tuple[int, int]], strides: list[float], reach: float, device: torch.device) -> Grid:
+    """The grid of maps of these sizes and strides, finest first."""
+    centres, all_strides, limits = [], [], []
+    for level, ((rows, columns), stride) in enumerate(zip(sizes_hw, strides, strict=True)):
+        y_H = (torch.arange(rows, device=device) + 0.5) * stride
+        x_W = (torch.arange(columns, device=device) + 0.5) * stride
+        centres.append(torch.cartesian_prod(y_H, x_W).flip(-1).reshape(-1, 2))
+        all_strides.append(torch.full((rows * columns,), stride, device=device))
+        least = reach * strides[level - 1] / stride if level else 0.0
+        most = reach if level < len(strides) - 1 else math.inf
+        limits.append(torch.tensor([least, most], device=device).expand(rows * columns, 2))
+    return Grid(torch.cat(centres), torch.cat(all_strides), torch.cat(limits))
+
+
+def assign(
+    grid: Grid, boxes_M4: Tensor, classes_M: Tensor, crowd_M: Tensor, radius: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which box every cell of an image answers for: the smallest whose centre is near and whose size suits.
+
+    Returns:
+        `(classes_A, sides_A4, ignored_A)`: class, -1 for background; distances to the box's sides (1 for background);
+        whether the cell lies in a crowd and so is neither.
+    """
+    sides_AM4 = grid.sides(boxes_M4)
+    inside_AM = sides_AM4.amin(-1) > 0
+    off_centre_AM = (sides_AM4[..., :2] - sides_AM4[..., 2:]).abs().amax(-1) / 2
+    furthest_AM = sides_AM4.amax(-1)
+    suits_AM = (furthest_AM > grid.reach_A2[:, :1]) & (furthest_AM <= grid.reach_A2[:, 1:])
+    match_AM = inside_AM & suits_AM & (off_centre_AM < radius) & ~crowd_M
+    area_M = (boxes_M4[:, 2:] - boxes_M4[:, :2]).prod(-1)
+    # One column more, so that there is a smallest one without any box too.
+    area_AM = F.pad(torch.where(match_AM, area_M, torch.inf), (0, 1), value=torch.inf)
+    least_A, box_A = area_AM.min(1)
+    positive_A = least_A < torch.inf
+    classes_A = torch.where(positive_A, F.pad(classes_M, (0, 1))[box_A], -1)
+    sides_A4 = F.pad(sides_AM4, (0, 0, 0, 1), value=1.0)[torch.arange(len(box_A), device=box_A.device), box_A]
+    ignored_A = (inside_AM & crowd_M).any(1) & ~positive_A
+    return classes_A, torch.where(positive_A[:, None], sides_A4, 1.0), ignored_A
+
+
+def fcos_losses(answers: Answers, classes_BA: Tensor, sides_BA4: Tensor, ignored_BA: Tensor) -> dict[str, Tensor]:
+    """Focal loss of the classes, generalised IoU of the boxes and cross-entropy of the centerness (FCOS, section 3).
+
+    All are sums over the batch, divided by its number of positive cells. Every cell takes part with a weight of 0 or
+    1, so that no index has to be known on the host and every parameter gets a gradient, if only zero.
+    """
+    positive_BA = (classes_BA >= 0) & answers.valid_BA
+    counted_BA = answers.valid_BA & ~ignored_BA
+    num_positive = positive_BA.sum().clamp(min=1)
+    one_hot_BAC = F.one_hot(classes_BA + 1, answers.logits_BAC.shape[-1] + 1)[..., 1:].to(answers.logits_BAC.dtype)
+    focal_BAC = ops.sigmoid_focal_loss(answers.logits_BAC, one_hot_BAC)
+    # Boxes around the origin, in strides: overlap is the same at any place and size.
+    sign = answers.sides_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0])
+    box_BA = ops.generalized_box_iou_loss(answers.sides_BA4 * sign, sides_BA4 * sign)
+    across_BA22 = sides_BA4.unflatten(-1, (2, 2))  # (left, top), (right, bottom)
+    centerness_BA = (across_BA22.amin(-2) / across_BA22.amax(-2)).prod(-1).sqrt()
+    cross_entropy_BA = F.binary_cross_entropy_with_logits(answers.centerness_BA, centerness_BA, reduction="none")
+    return {
+        "classification": (focal_BAC.sum(-1) * counted_BA).sum() / num_positive,
+        "box": (box_BA * positive_BA).sum() / num_positive,
+        "centerness": (cross_entropy_BA * positive_BA).sum() / num_positive,
+    }
+
+
+class DetectionMetric(torchmetrics.Metric):
+    """COCO's average precision, in the original images' pixels (COCO's small, medium, large are in those).
+
+    The area of an object is its box's; COCO's own is its mask's. Rows and counts instead of a list per image, because
+    torchmetrics gathers lists only where every rank has equally many.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("detections", default=[], dist_reduce_fx="cat")  # (K, 6) x1 y1 x2 y2 score label
+        self.add_state("truths", default=[], dist_reduce_fx="cat")  # (M, 6) x1 y1 x2 y2 crowd label
+        self.add_state("counts", default=[], dist_reduce_fx="cat")  # (images, 2)
+
+    def update(self, detections_K6: Tensor, truths_M6: Tensor) -> None:
+        """Add an image."""
+        self.detections.append(detections_K6)
+        self.truths.append(truths_M6)
+        self.counts.append(torch.tensor([[len(detections_K6), len(truths_M6)]], device=detections_K6.device))
+
+    def update_image(
+        self, prediction: dict[str, Tensor], target: tuple[Tensor, Tensor, Tensor], scale_hw: tuple[float, float]
+    ) -> None:
+        """Add an image from the resized pixels of `Detection.predict` and of the batch."""
+        scale_4 = prediction["boxes_xyxy"].new_tensor([scale_hw[1], scale_hw[0]] * 2)
+        columns = (prediction["boxes_xyxy"] / scale_4, prediction["scores"][:, None], prediction["labels"][:, None])
+        boxes_M4, classes_M, crowd_M = target
+        self.update(torch.cat(columns, 1), torch.cat([boxes_M4 / scale_4, crowd_M[:, None], classes_M[:, None]], 1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """`ap` (IoU 0.50:0.95), `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` and the recalls `ar1`, `ar10`,
+        `ar100`, `ar_small`, `ar_medium`, `ar_large`; without those that have no object.
+        """
+        counts_I2 = torchmetrics.utilities.dim_zero_cat(self.counts)
+        detections = torchmetrics.utilities.dim_zero_cat(self.detections).split(counts_I2[:, 0].tolist())
+        truths = torchmetrics.utilities.dim_zero_cat(self.truths).split(counts_I2[:, 1].tolist())
+        coco = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)
+        coco.update(
+            [{"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()} for rows in detections],
+            [{"boxes": rows[:, :4], "iscrowd": rows[:, 4].long(), "labels": rows[:, 5].long()} for rows in truths],
+        )
+        numbers = {_metric_name(name): value for name, value in coco.compute().items() if name != "classes"}
+        return {name: value for name, value in numbers.items() if value.numel() == 1 and value != _ABSENT}
+
+
+def _metric_name(name: str) -> str:
+    """torchmetrics' names as COCO's: map_50 -> ap50, mar_100 -> ar100, map_small -> ap_small."""
+    kind, _, rest = name.removeprefix("m").partition("_")
+    return kind + (rest if rest.isdigit() else f"_{rest}" * bool(rest))
+
+
+def hits_at_half(boxes_K4: Tensor, labels_K: Tensor, gt_M4: Tensor, gt_classes_M: Tensor) -> list[bool]:
+    """For each detection, best first, whether it finds an object that none before it has: same class, IoU >= 0.5."""
+    iou_KM = ops.box_iou(boxes_K4, gt_M4) * (labels_K[:, None] == gt_classes_M)
+    hits = []
+    for iou_M in iou_KM:
+        best = int(iou_M.argmax()) if len(iou_M) else -1
+        hits.append(best >= 0 and bool(iou_M[best] >= 0.5))
+        if hits[-1]:
+            iou_KM[:, best] = 0
+    return hits
+
+
+def draw_boxes(image_HW3: np.ndarray, layers: list[tuple[Tensor, list[str] | None, str]]) -> np.ndarray:
+    """Boxes in `(boxes_xyxy, words, colour)` layers on an image enlarged to at least 320 pixels."""
+    factor = max(1, -(-320 // min(image_HW3.shape[:2])))
+    picture = Image.fromarray(image_HW3).resize((image_HW3.shape[1] * factor, image_HW3.shape[0] * factor))
+    canvas = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(12)
+    for boxes_M4, words, colour in layers:
+        for i, (x1, y1, x2, y2) in enumerate((boxes_M4 * factor).tolist()):
+            canvas.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour, width=2)
+            if words is not None:
+                place = (x1 + 3, max(y1 - 15, 0))
+                canvas.rectangle(canvas.textbbox(place, words[i], font=font), fill=colour)
+                canvas.text(place, words[i], fill="#ffffff", font=font)
+    return np.asarray(picture)
+
+
+def _targets(batch: Batch, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`(boxes_M4, classes_M, crowd_M)` of each image."""
+    targets, found = batch["targets"], []
+    boxes = targets.get("boxes_xyxy", [None] * len(batch["keys"]))
+    crowds = targets.get("crowd", [None] * len(batch["keys"]))
+    for i, (boxes_M4, crowd_M) in enumerate(zip(boxes, crowds, strict=True)):
+        if boxes_M4 is None:
+            raise ValueError(f"heads.detection: sample {batch['keys'][i]!r} of its task has no boxes_xyxy")
+        crowd_M = torch.zeros(len(boxes_M4), dtype=torch.bool) if crowd_M is None else crowd_M
+        found.append((boxes_M4.to(device).float(), targets["classes"][i].to(device), crowd_M.to(device)))
+    return found
+
+
+def _cells(map_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C) in float32: box arithmetic in bfloat16 would be off by pixels."""
+    return map_BCHW.permute(0, 2, 3, 1).flatten(1, 2).float()
+
+
+def _resize(width: int, scale: float) -> nn.Module:
+    """From the backbone's map to one scale of the pyramid (ViTDet, section 3: transposed convolution, max-pooling)."""
+    if scale < 1:
+        return nn.MaxPool2d(round(1 / scale), ceil_mode=True)
+    layers: list[nn.Module] = []
+    for step in range(int(math.log2(scale))):
+        layers += [LayerNorm2d(width), nn.GELU()] if step else []
+        layers.append(nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2))
+        width //= 2
+    return nn.Sequential(*layers)
+
+
+def _resize_mask(mask_BHW: Tensor, scale: float) -> Tensor:
+    if scale < 1:
+        return F.max_pool2d(mask_BHW[:, None].float(), round(1 / scale), ceil_mode=True)[:, 0] > 0
+    return mask_BHW.repeat_interleave(int(scale), 1).repeat_interleave(int(scale), 2)

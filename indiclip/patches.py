@@ -43,7 +43,8 @@ def resize(image_CHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """uint8 -> uint8, bilinear with antialias; the same tensor where nothing changes."""
     if tuple(image_CHW.shape[-2:]) == size_hw:
         return image_CHW
-    return TF.resize(image_CHW, list(size_hw), antialias=True)
+    resized: Tensor = TF.resize(image_CHW, list(size_hw), antialias=True)
+    return resized
 
 
 def patchify(image_CHW: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:

@@ -61,15 +61,18 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer", default={})
         callbacks = list(config.get("callbacks") or [])
-        for callback in (StartupTable(), TaskProgress(), TaskGradients(), RunRecord(), self._checkpoints()):
+        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord()]
+        if config.get("enable_progress_bar") is not False:
+            ours.append(TaskProgress())
+        if config.get("enable_checkpointing") is not False:
+            checkpoints = self.folder / "checkpoints"
+            ours.append(ModelCheckpoint(checkpoints, "{step}", save_last=True, auto_insert_metric_name=False))
+        for callback in ours:  # the config's own settings of one of them count
             if not any(isinstance(other, type(callback)) for other in callbacks):
                 callbacks.append(callback)
         callbacks.append(LearningRateMonitor("step"))
         logger = TensorBoardLogger(str(self.folder.parent), name=self.folder.name, version="")
         return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
-
-    def _checkpoints(self) -> ModelCheckpoint:
-        return ModelCheckpoint(self.folder / "checkpoints", filename="{step}", save_last=True, auto_insert_metric_name=False)
 
     def before_fit(self) -> None:
         check(self.model, self.datamodule, training=True)
