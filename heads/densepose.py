@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from PIL import Image
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -104,13 +104,11 @@ class DensePose(Head):
         convs = [nn.Conv2d(self.channels, self.channels, 3, padding=1) for _ in range(self.num_convs)]
         self.convs = nn.ModuleList(convs)
         self.charts = nn.ConvTranspose2d(self.channels, self.coarse_classes + 3 * (NUM_PARTS + 1), 4, 2, padding=1)
-        for conv in (*convs, self.charts):
+        for conv in convs:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
-        with torch.no_grad():  # U and V start in the middle of their range, and classes undecided
-            self.charts.weight.mul_(0.1)
-            self.charts.bias[-2 * (NUM_PARTS + 1) :] = 0.5
-        self.to(memory_format=torch.channels_last)  # a third faster on the CPU, and what tensor cores want
+        nn.init.normal_(self.charts.weight, std=0.01)  # classes start undecided,
+        is_uv = torch.arange(self.charts.out_channels) >= self.coarse_classes + NUM_PARTS + 1
+        self.charts.bias = nn.Parameter(0.5 * is_uv)  # U and V in the middle of their range
         self.metric = SurfaceMetric()
 
     def check(self, dataset: Any) -> None:
@@ -123,7 +121,7 @@ class DensePose(Head):
     def forward(self, features: Features, boxes: list[Tensor]) -> Charts:
         """Maps of the windows at `boxes`, one tensor (Q, 4) per image in pixels; at least one box in all."""
         map_BDHW, mask_BHW = features.map()
-        fine_BCHW = F.gelu(self.norm(self.fine(map_BDHW)))
+        fine_BCHW = F.relu(self.norm(self.fine(map_BDHW)))
         if features.valid_BN is not None:
             fine_BCHW = _extend(fine_BCHW, mask_BHW, self.upscale)
         scale = self.upscale / features.stride
@@ -137,14 +135,12 @@ class DensePose(Head):
 
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
         """`coarse`, `part`, `u`, `v`; zero, with zero gradients, where nothing is annotated."""
-        people = People.of(batch, features, self.roi_size * 2)
-        boxes = people.boxes
+        windows = _boxes(batch, features.tokens_BND.device)
         if self.training and self.box_jitter:
-            boxes = jitter(boxes, batch["images"]["sizes_hw"], self.box_jitter, self.step)
-            people = People.of(batch, features, self.roi_size * 2, boxes)
-        if self.training:
+            windows = jitter(windows, batch["images"]["sizes_hw"], self.box_jitter, self.step)
             self.step += 1
-        losses = chart_losses(self(features, boxes), people)
+        people = People.of(batch["targets"], windows, self.roi_size * 2)
+        losses = chart_losses(self(features, people.windows), people)
         return {name: self.loss_weights[name] * loss for name, loss in losses.items()}
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
@@ -163,11 +159,8 @@ class DensePose(Head):
             with 0 off the person, `uv` (Q, 2, h, w) in [0, 1] of that part. `paste` lays them into the image.
         """
         counts = [len(boxes_Q4) for boxes_Q4 in boxes]
-        if not sum(counts):
-            charts = Charts.split(features.tokens_BND.new_zeros(0, self.charts.out_channels, 1, 1), self.coarse_classes)
-        else:
-            charts = self(features, boxes).doubled()
-        decoded = [value.split(counts) for value in charts.decode()]
+        charts = self(features, boxes).doubled()
+        decoded = [torch.split(value, counts) for value in charts.decode()]
         names = ("scores", "mask_probs", "part", "uv")
         return [
             {"boxes_xyxy": boxes_Q4} | dict(zip(names, values, strict=True))
@@ -192,13 +185,12 @@ class DensePose(Head):
         on = part > 0
         big[on] = 0.3 * big[on] + 0.7 * _shades(part[on], uv[on])
         text = f"{len(prediction['part'])} people"
-        points = _points(target, prediction["part"].device)
-        if points is not None and len(points[0]):
-            xy_S2, _, part_S, uv_S2 = points
+        xy_S2, person_S, part_S, uv_S2 = _points(target, prediction["part"].device)
+        if len(part_S):
             colours = _shades(part_S.cpu().numpy(), uv_S2.cpu().numpy())
             for (x, y), colour in zip((xy_S2 * zoom).long().tolist(), colours, strict=True):
                 right[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3] = colour
-            found_S, _ = _read(prediction, xy_S2, points[1])
+            found_S, _ = _read(prediction, xy_S2, person_S)
             text += f"; part right at {float((found_S == part_S).float().mean()):.0%} of {len(part_S)} points"
         return np.concatenate([big, right], axis=1), text
 
@@ -216,7 +208,7 @@ class Charts:
 
     @classmethod
     def split(cls, maps_RChw: Tensor, coarse_classes: int) -> Charts:
-        return cls(*maps_RChw.split([coarse_classes, *[NUM_PARTS + 1] * 3], dim=1))
+        return cls(*torch.split(maps_RChw, [coarse_classes, *[NUM_PARTS + 1] * 3], dim=1))
 
     def doubled(self) -> Charts:
         """Twice the cells a side, bilinear."""
@@ -239,15 +231,15 @@ class People:
     """The annotations of a batch, relative to R windows.
 
     Attributes:
-        boxes: The windows per image, (Q, 4) in pixels. At least one in all, so that every layer runs.
+        windows: Per image (Q, 4) in pixels; at least one in all, so that every layer runs.
         coarse_Rhw: Mask class of each cell, -1 where unknown.
         person_S: Window of each point.
-        xy_S2: Its place in the window; outside of [0, 1) where a jittered window does not hold it.
+        xy_S2: Its place in the window; outside of [0, 1] where a jittered window does not hold it.
         part_S: 1..24.
         uv_S2: In [0, 1].
     """
 
-    boxes: list[Tensor]
+    windows: list[Tensor]
     coarse_Rhw: Tensor
     person_S: Tensor
     xy_S2: Tensor
@@ -255,29 +247,20 @@ class People:
     uv_S2: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, features: Features, size: int, boxes: list[Tensor] | None = None) -> People:
-        """Collect a batch; `size` cells per side of a window, which is the person's own box or that in `boxes`."""
-        device = features.tokens_BND.device
-        truth = _boxes(batch, device)
-        boxes = boxes or truth
-        if not sum(map(len, truth)):
-            boxes = [torch.tensor([[0.0, 0.0, features.stride, features.stride]], device=device), *truth[1:]]
-        masks = batch["targets"].get("dp_masks") or [None] * len(truth)
-        coarse = [
-            coarse_targets(mask if len(own) else None, boxes_Q4, size)
-            for mask, own, boxes_Q4 in zip(masks, truth, boxes, strict=True)
-        ]
-        empty = [torch.zeros(0, 2), torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0, 2)]
-        parts = [[value.to(device) for value in empty]]
-        first = 0
-        for i, boxes_Q4 in enumerate(truth):
-            points = _points({name: values[i] for name, values in batch["targets"].items()}, device)
-            if points is not None and len(boxes_Q4):
-                xy_S2, person_S, part_S, uv_S2 = points
-                parts.append([to_window(xy_S2, boxes[i][person_S]), person_S + first, part_S, uv_S2])
-            first += len(boxes_Q4)
-        xy_S2, person_S, part_S, uv_S2 = (torch.cat(values) for values in zip(*parts, strict=True))
-        return cls(boxes, torch.cat(coarse), person_S, xy_S2, part_S, uv_S2)
+    def of(cls, targets: dict[str, list[Any]], windows: list[Tensor], size: int) -> People:
+        """Collect a batch, given one window per person; `size` is the number of cells along its side."""
+        images = [{name: values[i] for name, values in targets.items()} for i in range(len(windows))]
+        if not any(map(len, windows)):  # one window that nothing is known about
+            images = [{} for _ in windows]
+            windows = [windows[0].new_tensor([[0, 0, 1, 1]]), *windows[1:]]
+        device = windows[0].device
+        coarse, points, first = [], [], 0
+        for target, windows_Q4 in zip(images, windows, strict=True):
+            coarse.append(coarse_targets(target.get("dp_masks"), windows_Q4, size))
+            xy_S2, person_S, part_S, uv_S2 = _points(target, device)
+            points.append((person_S + first, to_window(xy_S2, windows_Q4[person_S]), part_S, uv_S2))
+            first += len(windows_Q4)
+        return cls(windows, torch.cat(coarse), *(torch.cat(values) for values in zip(*points, strict=True)))
 
 
 def chart_losses(charts: Charts, people: People) -> dict[str, Tensor]:
@@ -292,10 +275,10 @@ def chart_losses(charts: Charts, people: People) -> dict[str, Tensor]:
     depend on how crowded its images are. The weight 5 is 0.01 times 500 points, about five people of COCO DensePose.
     """
     coarse = F.cross_entropy(charts.coarse_logits, people.coarse_Rhw, ignore_index=-1, reduction="sum")
-    inside_S = ((people.xy_S2 >= 0) & (people.xy_S2 < 1)).all(1).float()
+    inside_S = ((people.xy_S2 >= 0) & (people.xy_S2 <= 1)).all(1).float()
     num_points = inside_S.sum().clamp(min=1)
     values_SC = read_at(torch.cat([charts.part_logits, charts.u, charts.v], 1), people.person_S, people.xy_S2)
-    logits_SK, u_SK, v_SK = values_SC.split(NUM_PARTS + 1, 1)
+    logits_SK, u_SK, v_SK = torch.split(values_SC, NUM_PARTS + 1, dim=1)
     part_S = F.cross_entropy(logits_SK, people.part_S, reduction="none")
     losses = {
         "coarse": coarse / (people.coarse_Rhw >= 0).sum().clamp(min=1),
@@ -352,11 +335,12 @@ def jitter(boxes: list[Tensor], sizes_hw: list[tuple[int, int]], amount: float, 
     additive recurrence with powers of the root of x^5 = x + 1), a function of the step and the box's number: a resumed
     run moves as the uninterrupted one would, which global random numbers do not give.
     """
-    powers_4 = torch.tensor([1.1673039782614187**-n for n in range(1, 5)], device=step.device, dtype=torch.float64)
+    # Fractions as whole numbers of 2 ** -24: exact at any step, on devices without float64 too.
+    powers_4 = torch.tensor([round(1.1673039782614187**-n * 2**24) for n in range(1, 5)], device=step.device)
     moved, first = [], 0
     for boxes_Q4, (height, width) in zip(boxes, sizes_hw, strict=True):
         number_Q = torch.arange(first, first + len(boxes_Q4), device=step.device) + step * 1009
-        move_Q4 = ((number_Q[:, None] * powers_4) % 1 * 2 - 1).to(boxes_Q4) * amount
+        move_Q4 = ((number_Q[:, None] * powers_4 % 2**24).to(boxes_Q4) / 2**23 - 1) * amount
         sides_Q2 = boxes_Q4[:, 2:] - boxes_Q4[:, :2]
         moved.append(_inside(boxes_Q4 + move_Q4 * sides_Q2.repeat(1, 2), height, width))
         first += len(boxes_Q4)
@@ -403,74 +387,70 @@ class SurfaceMetric(torchmetrics.Metric):
     """
 
     full_state_update = False
-    sums: Tensor
+    counts: Tensor
+    totals: Tensor
     gps_Q: list[Tensor]
     scores_Q: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        # Points, those with the right part, their distances; people with a mask, their overlaps. Float64 counts to
-        # 2 ** 53 where float32 stops at 17 million points.
-        self.add_state("sums", default=torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "counts", default=torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum"
+        )  # points, right, masks
+        self.add_state(
+            "totals", default=torch.zeros(2), dist_reduce_fx="sum"
+        )  # distances of right points, mask overlaps
         self.add_state("gps_Q", default=[], dist_reduce_fx="cat")
         self.add_state("scores_Q", default=[], dist_reduce_fx="cat")
 
     def update(self, prediction: dict[str, Any], target: dict[str, Any]) -> None:
         """Add an image: one dict of `DensePose.predict` and the image's targets, the same people in both."""
-        part_Qhw, boxes_Q4 = prediction["part"], prediction["boxes_xyxy"]
-        Q, zero = len(boxes_Q4), self.sums.new_zeros(())
-        iou_Q = _mask_iou(part_Qhw, target.get("dp_masks"), boxes_Q4)
-        points = _points(target, boxes_Q4.device) if Q else None
-        right = distances = zero
-        count_Q = gps_Q = boxes_Q4.new_zeros(Q)
-        if points is not None:
-            xy_S2, person_S, part_S, uv_S2 = points
-            found_S, found_uv_S2 = _read(prediction, xy_S2, person_S)
-            right_S = (found_S == part_S).float()
-            distance_S = (found_uv_S2 - uv_S2).norm(dim=1)
-            similarity_S = right_S * torch.exp(-(distance_S**2) / (2 * KAPPA**2))
-            count_Q = boxes_Q4.new_zeros(Q).index_add(0, person_S, torch.ones_like(similarity_S))
-            gps_Q = boxes_Q4.new_zeros(Q).index_add(0, person_S, similarity_S) / count_Q.clamp(min=1)
-            right, distances = right_S.sum(), (distance_S * right_S).sum()
-        self.sums += torch.stack(
-            [value.to(self.sums) for value in (count_Q.sum(), right, distances, zero + len(iou_Q), iou_Q.sum())]
-        )
+        boxes_Q4 = prediction["boxes_xyxy"]
+        xy_S2, person_S, part_S, uv_S2 = _points(target, boxes_Q4.device)
+        found_S, found_uv_S2 = _read(prediction, xy_S2, person_S)
+        right_S = found_S == part_S
+        distance_S = (found_uv_S2 - uv_S2).norm(dim=1)
+        similarity_S = right_S * torch.exp(-(distance_S**2) / (2 * KAPPA**2))
+        points_Q = torch.zeros_like(boxes_Q4[:, 0]).index_add(0, person_S, torch.ones_like(similarity_S))
+        gps_Q = torch.zeros_like(points_Q).index_add(0, person_S, similarity_S) / points_Q.clamp(min=1)
+        iou_Q = _mask_iou(prediction["part"], target.get("dp_masks"), boxes_Q4)
+        self.counts += torch.tensor([len(part_S), 0, len(iou_Q)], device=self.counts.device)
+        self.counts[1] += right_S.sum()
+        self.totals += torch.stack([(distance_S * right_S).sum(), iou_Q.sum()])
         # Also where empty: every rank must bring a tensor to be gathered.
-        self.gps_Q.append(gps_Q[count_Q > 0])
-        self.scores_Q.append(prediction["scores"][count_Q > 0].float())
+        self.gps_Q.append(gps_Q[points_Q > 0])
+        self.scores_Q.append(prediction["scores"][points_Q > 0])
 
     def compute(self) -> dict[str, Tensor]:
-        num_points, right, distances, num_masks, overlaps = self.sums
+        (num_points, right, num_masks), (distances, overlaps) = self.counts, self.totals
         result = {
             "part_accuracy": right / num_points.clamp(min=1),
             "uv_error": torch.where(right > 0, distances / right.clamp(min=1), 1.0),
             "mask_iou": overlaps / num_masks.clamp(min=1),
         }
         gps_Q, scores_Q = (torch.cat(v) if isinstance(v, list) else v for v in (self.gps_Q, self.scores_Q))
-        thresholds_L = torch.arange(50, 100, 5, device=gps_Q.device) / 100
-        precision_L = average_precision(gps_Q, scores_Q, thresholds_L)
+        precision_L = average_precision(gps_Q, scores_Q, torch.arange(50, 100, 5) / 100).to(gps_Q.device)
         result |= {"uv_gps": precision_L.mean(), "uv_gps_50": precision_L[0], "uv_gps_75": precision_L[5]}
-        return {name: value.float() for name, value in result.items()}
+        return result
 
 
 def average_precision(similarity_Q: Tensor, scores_Q: Tensor, thresholds_L: Tensor) -> Tensor:
-    """AP of Q predictions for Q people at each threshold, (L,), as COCO computes it.
+    """AP of Q predictions for Q people at each threshold, (L,) on the CPU, as COCO computes it.
 
     Ranked by score, a prediction is right where its similarity reaches the threshold. The precision at a recall is the
     best at that recall or any higher one; their mean is over the recalls 0, 0.01, ... 1.
     """
     Q = len(similarity_Q)
     if Q == 0:
-        return thresholds_L.new_zeros(len(thresholds_L))
-    ranked_Q = similarity_Q[scores_Q.argsort(descending=True, stable=True)].double()
-    # In float64 and a hair below, so that a similarity of exactly 0.55 reaches 0.55.
+        return torch.zeros(len(thresholds_L))
+    ranked_Q = similarity_Q[scores_Q.argsort(descending=True, stable=True)].cpu().double()
+    # A hair below, so that a similarity of 0.55 in float32 reaches 0.55.
     right_LQ = (ranked_Q >= thresholds_L.double()[:, None] - 1e-6).double().cumsum(1)
-    precision_LQ = right_LQ / torch.arange(1, Q + 1, device=ranked_Q.device)
+    precision_LQ = right_LQ / torch.arange(1, Q + 1)
     best_LQ = precision_LQ.flip(1).cummax(1).values.flip(1)
-    recalls = torch.arange(101, device=ranked_Q.device) / 100
-    place_LN = torch.searchsorted(right_LQ / Q, (recalls.double() - 1e-9).expand(len(right_LQ), -1).contiguous())
-    padded = F.pad(best_LQ, (0, 1))  # a recall that is never reached has precision 0
-    return padded.gather(1, place_LN).mean(1).float()
+    recalls_LN = (torch.arange(101).double() / 100 - 1e-9).repeat(len(thresholds_L), 1)
+    place_LN = torch.searchsorted(right_LQ / Q, recalls_LN)
+    return F.pad(best_LQ, (0, 1)).gather(1, place_LN).mean(1).float()  # a recall never reached has precision 0
 
 
 def _mask_iou(part_Qhw: Tensor, masks_QHW: Tensor | None, boxes_Q4: Tensor) -> Tensor:
@@ -491,11 +471,11 @@ def _read(prediction: dict[str, Any], xy_S2: Tensor, person_S: Tensor) -> tuple[
     return part_Qhw[person_S, y_S, x_S].long(), prediction["uv"][person_S, :, y_S, x_S]
 
 
-def _points(target: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Place, person, part and (U, V) of an image's points; None where it has none."""
+def _points(target: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Place (S, 2), person (S,), part (S,) and (U, V) (S, 2) of an image's points; S is 0 where it has none."""
     values = [target.get(name) for name in ("dp_points_xy", "dp_person", "dp_part", "dp_uv")]
     if any(value is None for value in values):
-        return None
+        values = [torch.zeros(0, 2), torch.zeros(0), torch.zeros(0), torch.zeros(0, 2)]
     xy_S2, person_S, part_S, uv_S2 = (value.to(device) for value in values if value is not None)
     return xy_S2.float(), person_S.long(), part_S.long(), uv_S2.float()
 

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from PIL import Image, ImageDraw, ImageFont
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
+from torchmetrics.utilities import dim_zero_cat
 from torchvision import ops
 
 from indiclip.head import Head
@@ -78,8 +79,10 @@ class Detection(Head):
     ) -> None:
         super().__init__(task, weight)
         self.scales = [2.0, 1.0, 0.5] if scales is None else [float(scale) for scale in scales]
-        if not self.scales or any(s not in _SCALES for s in self.scales) or any(
-            a != 2 * b for a, b in zip(self.scales, self.scales[1:], strict=False)
+        if (
+            not self.scales
+            or any(s not in _SCALES for s in self.scales)
+            or any(a != 2 * b for a, b in zip(self.scales, self.scales[1:], strict=False))
         ):
             raise ValueError(
                 f"heads.detection.scales: {scales}; expected some of {list(_SCALES)}, each half of the one before"
@@ -345,7 +348,7 @@ def fcos_losses(answers: Answers, classes_BA: Tensor, sides_BA4: Tensor, ignored
     # Boxes around the origin, in strides: overlap is the same at any place and size.
     sign = answers.sides_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0])
     box_BA = ops.generalized_box_iou_loss(answers.sides_BA4 * sign, sides_BA4 * sign)
-    across_BA22 = sides_BA4.unflatten(-1, (2, 2))  # (left, top), (right, bottom)
+    across_BA22 = sides_BA4.reshape(*sides_BA4.shape[:2], 2, 2)  # (left, top), (right, bottom)
     centerness_BA = (across_BA22.amin(-2) / across_BA22.amax(-2)).prod(-1).sqrt()
     cross_entropy_BA = F.binary_cross_entropy_with_logits(answers.centerness_BA, centerness_BA, reduction="none")
     return {
@@ -363,18 +366,22 @@ class DetectionMetric(torchmetrics.Metric):
     """
 
     full_state_update = False
+    detections: list[Tensor]
+    truths: list[Tensor]
+    counts: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("detections", default=[], dist_reduce_fx="cat")  # (K, 6) x1 y1 x2 y2 score label
-        self.add_state("truths", default=[], dist_reduce_fx="cat")  # (M, 6) x1 y1 x2 y2 crowd label
-        self.add_state("counts", default=[], dist_reduce_fx="cat")  # (images, 2)
+        # Flat and of one type, so that a rank without any image can take part in the gathering.
+        self.add_state("detections", default=[], dist_reduce_fx="cat")  # x1 y1 x2 y2 score label, again and again
+        self.add_state("truths", default=[], dist_reduce_fx="cat")  # x1 y1 x2 y2 crowd label
+        self.add_state("counts", default=[], dist_reduce_fx="cat")  # detections and truths of each image
 
     def update(self, detections_K6: Tensor, truths_M6: Tensor) -> None:
         """Add an image."""
-        self.detections.append(detections_K6)
-        self.truths.append(truths_M6)
-        self.counts.append(torch.tensor([[len(detections_K6), len(truths_M6)]], device=detections_K6.device))
+        self.detections.append(detections_K6.flatten())
+        self.truths.append(truths_M6.flatten())
+        self.counts.append(detections_K6.new_tensor([len(detections_K6), len(truths_M6)]))
 
     def update_image(
         self, prediction: dict[str, Tensor], target: tuple[Tensor, Tensor, Tensor], scale_hw: tuple[float, float]
@@ -389,9 +396,9 @@ class DetectionMetric(torchmetrics.Metric):
         """`ap` (IoU 0.50:0.95), `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` and the recalls `ar1`, `ar10`,
         `ar100`, `ar_small`, `ar_medium`, `ar_large`; without those that have no object.
         """
-        counts_I2 = torchmetrics.utilities.dim_zero_cat(self.counts)
-        detections = torchmetrics.utilities.dim_zero_cat(self.detections).split(counts_I2[:, 0].tolist())
-        truths = torchmetrics.utilities.dim_zero_cat(self.truths).split(counts_I2[:, 1].tolist())
+        counts_I2 = dim_zero_cat(self.counts).reshape(-1, 2).long()
+        detections = torch.split(dim_zero_cat(self.detections).reshape(-1, 6), counts_I2[:, 0].tolist())
+        truths = torch.split(dim_zero_cat(self.truths).reshape(-1, 6), counts_I2[:, 1].tolist())
         coco = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)
         coco.update(
             [{"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()} for rows in detections],

@@ -207,6 +207,8 @@ class RunRecord(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
         self._count_skipped(trainer, batch)
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # else Lightning ends in mid-epoch without a last validation
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self._append(trainer, "train/")
 

@@ -1,0 +1,224 @@
+"""Counting: how many things of a class, named in words, are in the image.
+
+The prompt's text embedding modulates every token (FiLM, Perez et al., arXiv:1709.07871), a small network makes of it
+the expected number of things per cell, and the count is the sum. It works on tokens, so that mixed aspects cost no
+padding but the batch's own.
+
+Shape letters: see `indiclip.types`; C channels, S cells of a token, K points of an image, I images of an evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.utilities import dim_zero_cat
+
+from indiclip.head import Head
+from indiclip.types import Batch, Features
+
+if TYPE_CHECKING:
+    from indiclip.encoder import Encoder
+
+_FIRST_DENSITY = 0.02  # things per cell before training: about the share of cells that hold one
+_SMALLEST = 1e-8  # keeps the logarithm of a density finite
+
+
+class Counting(Head):
+    """The count of the class that a text names, as the sum of a density.
+
+    Args:
+        task: Which batch it reads.
+        weight: Factor of its losses.
+        channels: Width of its layers.
+        num_layers: Layers between the modulated tokens and the density.
+        upsample: Cells along each side of a token: 2 where several things may fall into one patch.
+        prompt: What is asked; `{}` stands for the class name.
+
+    Raises:
+        ValueError: `prompt` without `{}`, or `upsample` below 1.
+    """
+
+    metric: CountMetric
+
+    def __init__(
+        self,
+        task: str = "counting",
+        weight: float = 1.0,
+        channels: int = 128,
+        num_layers: int = 1,
+        upsample: int = 1,
+        prompt: str = "{}",
+    ) -> None:
+        super().__init__(task, weight)
+        if "{}" not in prompt:
+            raise ValueError(f"heads.counting.prompt: {prompt!r} must contain {{}} for the class name")
+        if upsample < 1:
+            raise ValueError(f"heads.counting.upsample: found {upsample}, expected 1 or more")
+        self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
+
+    def build(self, encoder: Encoder) -> None:
+        self.tokens = nn.Linear(encoder.backbone.width, self.channels)
+        self.norm = nn.LayerNorm(self.channels, elementwise_affine=False)  # the text gives the scale and the shift
+        self.modulate = nn.Linear(encoder.embed_dim, 2 * self.channels)
+        layers: list[nn.Module] = []
+        for _ in range(self.num_layers):
+            layers += [nn.Linear(self.channels, self.channels), nn.GELU()]
+        self.layers = nn.Sequential(nn.GELU(), *layers)
+        self.density = nn.Linear(self.channels, self.upsample**2)
+        nn.init.constant_(self.density.bias, math.log(math.expm1(_FIRST_DENSITY)))
+        self.metric = CountMetric()
+
+    def forward(self, features: Features, text_BE: Tensor) -> Tensor:
+        """Expected things (B, N, S) in every cell of every token, float32; 0 on padding."""
+        scale_BC, shift_BC = self.modulate(text_BE).chunk(2, -1)
+        x_BNC = self.norm(self.tokens(features.tokens_BND))
+        x_BNC = self.layers(x_BNC * (1 + scale_BC[:, None]) + shift_BC[:, None])
+        density_BNS = F.softplus(self.density(x_BNC).float())
+        return density_BNS if features.valid_BN is None else density_BNS * features.valid_BN[..., None]
+
+    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
+        density_BNS = self(features, self._embed(batch, encoder))
+        points = _targets(batch, "points_xy")
+        counts_BNS = self._counts(features, batch, points)
+        known_B = torch.tensor([found is not None for found in points], device=density_BNS.device)
+        return count_losses(density_BNS, counts_BNS, known_B)
+
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+        """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
+        density_BNS = self(features, self._embed(batch, encoder))
+        s, stride = self.upsample, features.stride
+        cells = Features(density_BNS, features.coords_BN2, features.valid_BN, features.grid_hw, stride)
+        map_BSHW, _ = cells.map()
+        map_BHW = F.pixel_shuffle(map_BSHW, s)[:, 0]
+        return [
+            {
+                "count": float(count),
+                "density": map_HW[: -(-height // stride) * s, : -(-width // stride) * s],
+                "prompt": prompt,
+            }
+            for count, map_HW, (height, width), prompt in zip(
+                density_BNS.sum((1, 2)).tolist(),
+                map_BHW,
+                batch["images"]["sizes_hw"],
+                self._prompts(batch),
+                strict=True,
+            )
+        ]
+
+    def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
+        for prediction, points_K2 in zip(predictions, _targets(batch, "points_xy"), strict=True):
+            if points_K2 is not None:
+                self.metric.update(prediction["count"], len(points_K2))
+
+    def draw(self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]) -> tuple[np.ndarray, str]:
+        points_K2 = target["points_xy"]
+        truth = "" if points_K2 is None else f" (truth {len(points_K2)})"
+        picture = heat_map(image_HW3, prediction["density"].float().numpy())
+        return picture, f"how many {prediction['prompt']}: {prediction['count']:.1f}{truth}"
+
+    def _prompts(self, batch: Batch) -> list[str]:
+        return [self.prompt.format(name) for name in _targets(batch, "count_class")]
+
+    def _embed(self, batch: Batch, encoder: Encoder) -> Tensor:
+        return encoder.embed_text(self._prompts(batch))
+
+    def _counts(self, features: Features, batch: Batch, points: list[Tensor | None]) -> Tensor:
+        """How many points (B, N, S) lie in each cell of each token."""
+        s, (H, W) = self.upsample, features.grid_hw
+        grid_BHW = torch.zeros(len(points), H * s, W * s, device=features.tokens_BND.device)
+        for grid_HW, points_K2, (height, width) in zip(grid_BHW, points, batch["images"]["sizes_hw"], strict=True):
+            if points_K2 is not None:
+                # A point on the lower or right edge belongs to the last cell.
+                x_K = (points_K2[:, 0].clamp(0, width - 1e-3) * s / features.stride).long().to(grid_HW.device)
+                y_K = (points_K2[:, 1].clamp(0, height - 1e-3) * s / features.stride).long().to(grid_HW.device)
+                grid_HW.index_put_((y_K, x_K), grid_HW.new_ones(len(x_K)), accumulate=True)
+        tokens_BSL = F.pixel_unshuffle(grid_BHW[:, None], s).flatten(2)
+        place_BN = features.coords_BN2[..., 0] * W + features.coords_BN2[..., 1]
+        counts_BNS = tokens_BSL.transpose(1, 2).gather(1, place_BN[..., None].expand(-1, -1, s * s))
+        return counts_BNS if features.valid_BN is None else counts_BNS * features.valid_BN[..., None]
+
+
+def count_losses(density_BNS: Tensor, counts_BNS: Tensor, known_B: Tensor) -> dict[str, Tensor]:
+    """Where the things are, and how many.
+
+    `density`: the points are taken as a Poisson process with the predicted intensity, whose negative log-likelihood is
+    the sum of the intensity less the sum of its logarithm at the points (Daley and Vere-Jones, An Introduction to the
+    Theory of Point Processes, 2003, eq. 2.1.9), here without what the prediction does not change, so that 0 is
+    perfect: sum of d - c - c log(d / c) over the cells, per image and point. `count`: the difference of the
+    count, relative to one more than the true one.
+
+    Args:
+        density_BNS: Predicted, positive; 0 on padding.
+        counts_BNS: True number of points in each cell.
+        known_B: False for images without an answer, which do not count.
+    """
+    log_ratio_BNS = density_BNS.clamp(min=_SMALLEST).log() - counts_BNS.clamp(min=1).log()
+    deviance_B = (density_BNS - counts_BNS - counts_BNS * log_ratio_BNS).sum((1, 2))
+    counts_B = counts_BNS.sum((1, 2))
+    error_B = (density_BNS.sum((1, 2)) - counts_B).abs() / (1 + counts_B)
+    num_images = known_B.sum().clamp(min=1)
+    return {
+        "density": (deviance_B * known_B).sum() / (num_images + (counts_B * known_B).sum()),
+        "count": (error_B * known_B).sum() / num_images,
+    }
+
+
+class CountMetric(torchmetrics.Metric):
+    """Errors of the counts, and of the constant answer that is the hardest to beat.
+
+    That is the mean of the held-out counts themselves: the mean of the training set, which one would answer in
+    earnest, has a larger squared error.
+    """
+
+    full_state_update = False
+    rows: list[Tensor] | Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", default=[], dist_reduce_fx="cat")  # flat: answer, truth, answer, truth, ...
+
+    def update(self, count: float, truth: int) -> None:
+        """Add an image."""
+        assert isinstance(self.rows, list)
+        self.rows.append(torch.tensor([count, truth], dtype=torch.float32, device=self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """`mae`, `rmse`, `mae_of_mean`, `rmse_of_mean` (always answering the mean), `mae_ratio` (ours to that)."""
+        counts_I, truths_I = dim_zero_cat(self.rows).reshape(-1, 2).unbind(1)
+        error_I, constant_I = counts_I - truths_I, truths_I - truths_I.mean()
+        mae, mae_of_mean = error_I.abs().mean(), constant_I.abs().mean()
+        numbers = {
+            "mae": mae,
+            "rmse": error_I.square().mean().sqrt(),
+            "mae_of_mean": mae_of_mean,
+            "rmse_of_mean": constant_I.square().mean().sqrt(),
+        }
+        if mae_of_mean > 0:
+            numbers["mae_ratio"] = mae / mae_of_mean
+        return {name: value.float() for name, value in numbers.items()}
+
+
+def heat_map(image_HW3: np.ndarray, density_HW: np.ndarray) -> np.ndarray:
+    """The grey image with the density laid over it, from clear through red to yellow at its largest."""
+    size = (image_HW3.shape[1], image_HW3.shape[0])
+    strength = density_HW / max(float(density_HW.max()), 0.05)  # an empty map stays clear
+    heat = Image.fromarray((strength * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    heat_HW1 = np.asarray(heat, dtype=np.float32)[..., None] / 255
+    grey_HW1 = image_HW3.mean(-1, keepdims=True)
+    colour_HW3 = np.concatenate([np.full_like(heat_HW1, 255), 255 * heat_HW1**2, np.zeros_like(heat_HW1)], -1)
+    opacity_HW1 = np.sqrt(heat_HW1) * 0.85
+    return (grey_HW1 * (1 - opacity_HW1) + colour_HW3 * opacity_HW1).astype(np.uint8)
+
+
+def _targets(batch: Batch, name: str) -> list[Any]:
+    """A list over the images."""
+    if name not in batch["targets"]:
+        raise ValueError(f"heads.counting: a source of its task gives samples without {name}")
+    return batch["targets"][name]

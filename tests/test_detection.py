@@ -1,0 +1,498 @@
+"""heads/detection.py, on features made by hand: torchvision's FCOS and pycocotools are the oracles."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS
+
+from heads.detection import Answers, Detection, DetectionMetric, assign, fcos_losses, hits_at_half, make_grid
+from indiclip.encoder import Encoder
+from indiclip.types import Batch, Features
+
+WIDTH = 16
+
+
+def head_for(stride: int = 8, num_classes: int = 3, **options: Any) -> Detection:
+    torch.manual_seed(0)
+    head = Detection(num_classes, **({"out_channels": 16, "num_convs": 1} | options))
+    head.build(encoder_with(stride))
+    return head
+
+
+def encoder_with(stride: int = 8) -> Encoder:
+    return cast(Encoder, SimpleNamespace(backbone=SimpleNamespace(width=WIDTH, stride=stride)))
+
+
+def features_of(maps_HWD: list[Tensor], stride: int = 8) -> Features:
+    """Token maps of any sizes as one padded batch; the padding holds numbers that must not matter."""
+    B, N, D = len(maps_HWD), max(m.shape[0] * m.shape[1] for m in maps_HWD), maps_HWD[0].shape[-1]
+    tokens_BND, coords_BN2 = torch.full((B, N, D), 7.0), torch.zeros(B, N, 2, dtype=torch.long)
+    valid_BN = torch.zeros(B, N, dtype=torch.bool)
+    for i, map_HWD in enumerate(maps_HWD):
+        rows, columns, _ = map_HWD.shape
+        n = rows * columns
+        tokens_BND[i, :n] = map_HWD.reshape(n, D)
+        coords_BN2[i, :n] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        valid_BN[i, :n] = True
+    grid_hw = (max(m.shape[0] for m in maps_HWD), max(m.shape[1] for m in maps_HWD))
+    full = all(m.shape[:2] == grid_hw for m in maps_HWD)
+    return Features(tokens_BND, coords_BN2, None if full else valid_BN, grid_hw, stride)
+
+
+def batch_of(
+    sizes_hw: list[tuple[int, int]],
+    boxes: list[list[list[float]]],
+    classes: list[list[int]],
+    crowd: list[list[bool]] | None = None,
+    scale: list[tuple[float, float]] | None = None,
+) -> Batch:
+    targets: dict[str, list[Any]] = {
+        "boxes_xyxy": [torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) for rows in boxes],
+        "classes": [torch.tensor(rows, dtype=torch.long) for rows in classes],
+    }
+    if crowd is not None:
+        targets["crowd"] = [torch.tensor(rows, dtype=torch.bool) for rows in crowd]
+    images = {"sizes_hw": sizes_hw, "scale": scale or [(1.0, 1.0)] * len(sizes_hw)}
+    return cast(Batch, {"images": images, "targets": targets, "keys": [str(i) for i in range(len(sizes_hw))]})
+
+
+def random_boxes(rng: np.random.Generator, count: int, height: int, width: int) -> Tensor:
+    corners = rng.random((count, 2, 2)) * [width, height]
+    boxes_M4 = np.concatenate([corners.min(1), corners.max(1) + 1], 1).clip(0, [width, height] * 2)
+    return torch.from_numpy(boxes_M4).float()
+
+
+def random_answers(cells: int, classes: int) -> Answers:
+    return Answers(
+        logits_BAC=torch.randn(2, cells, classes),
+        sides_BA4=torch.rand(2, cells, 4) * 4 + 0.1,
+        centerness_BA=torch.randn(2, cells),
+        valid_BA=torch.ones(2, cells, dtype=torch.bool),
+    )
+
+
+class Torchvision(FCOS):
+    """torchvision's FCOS without the network; it keeps which box it matched to which anchor."""
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        backbone = nn.Module()
+        backbone.out_channels = 32
+        super().__init__(backbone, num_classes, **options)
+        inner = self.head.compute_loss
+
+        def keeping(targets, outputs, anchors, matched):
+            self.matched = matched
+            return inner(targets, outputs, anchors, matched)
+
+        self.head.compute_loss = keeping
+
+
+SIZES, STRIDES = [(24, 32), (12, 16), (6, 8)], [4.0, 8.0, 16.0]
+
+
+def as_anchors(grid) -> Tensor:
+    half_A1 = grid.strides_A[:, None] / 2
+    return torch.cat([grid.centres_A2 - half_A1, grid.centres_A2 + half_A1], 1)
+
+
+def test_assignment_and_losses_are_torchvisions() -> None:
+    """Same cells for the same boxes, and the same three losses, without padding and crowds."""
+    torch.manual_seed(3)
+    rng = np.random.default_rng(3)
+    grid = make_grid(SIZES, STRIDES, 8.0, torch.device("cpu"))
+    answers = random_answers(len(grid.strides_A), 5)
+    targets = [
+        {"boxes": random_boxes(rng, m, 96, 128), "labels": torch.from_numpy(rng.integers(0, 5, m))} for m in (9, 4)
+    ]
+    oracle = Torchvision(5)
+    expected = oracle.compute_loss(
+        targets,
+        {
+            "cls_logits": answers.logits_BAC,
+            "bbox_regression": answers.sides_BA4,
+            "bbox_ctrness": answers.centerness_BA[..., None],
+        },
+        [as_anchors(grid)] * 2,
+        [rows * columns for rows, columns in SIZES],
+    )
+    none = [torch.zeros(len(target["labels"]), dtype=torch.bool) for target in targets]
+    assigned = [assign(grid, t["boxes"], t["labels"], crowd, 1.5) for t, crowd in zip(targets, none, strict=True)]
+    for (classes_A, sides_A4, ignored_A), target, matched_A in zip(assigned, targets, oracle.matched, strict=True):
+        assert (matched_A >= 0).sum() > 20
+        torch.testing.assert_close(classes_A, torch.where(matched_A < 0, -1, target["labels"][matched_A]))
+        positive_A = classes_A >= 0
+        torch.testing.assert_close(
+            grid.boxes(sides_A4)[positive_A], target["boxes"][matched_A][positive_A], rtol=0, atol=1e-4
+        )
+        assert not ignored_A.any()
+    losses = fcos_losses(answers, *(torch.stack(parts) for parts in zip(*assigned, strict=True)))
+    names = {"classification": "classification", "box": "bbox_regression", "centerness": "bbox_ctrness"}
+    for ours, theirs in names.items():
+        torch.testing.assert_close(losses[ours], expected[theirs], rtol=1e-5, atol=1e-6)
+
+
+def test_detections_are_torchvisions() -> None:
+    torch.manual_seed(4)
+    head = head_for(num_classes=5, topk=10_000, nms_thresh=0.5)
+    grid = make_grid(SIZES, STRIDES, 8.0, torch.device("cpu"))
+    answers = random_answers(len(grid.strides_A), 5)
+    head.forward = lambda features: (answers, grid)  # type: ignore[method-assign]
+    batch = batch_of([(96, 128), (90, 70)], [[], []], [[], []])
+    found = head.predict(cast(Features, None), batch, encoder_with())
+
+    oracle = Torchvision(5, score_thresh=head.score_thresh, nms_thresh=0.5, topk_candidates=10_000)
+    counts = [rows * columns for rows, columns in SIZES]
+    outputs = {
+        "cls_logits": list(answers.logits_BAC.split(counts, 1)),
+        "bbox_regression": list(answers.sides_BA4.split(counts, 1)),
+        "bbox_ctrness": list(answers.centerness_BA[..., None].split(counts, 1)),
+    }
+    anchors = [list(as_anchors(grid).split(counts))] * 2
+    for ours, theirs in zip(found, oracle.postprocess_detections(outputs, anchors, [(96, 128), (90, 70)]), strict=True):
+        assert len(ours["scores"]) == 100
+        torch.testing.assert_close(ours["scores"], theirs["scores"])
+        torch.testing.assert_close(ours["labels"], theirs["labels"])
+        torch.testing.assert_close(ours["boxes_xyxy"], theirs["boxes"], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [7, 8, 14, 28])
+def test_decoding_inverts_the_targets(stride: int) -> None:
+    """The regression that a head is asked for, decoded, is the ground truth; strides need not be whole."""
+    rng = np.random.default_rng(stride)
+    head = head_for(stride)
+    _, grid = head(features_of([torch.randn(9, 13, WIDTH)], stride))
+    height, width = 9 * stride, 13 * stride
+    assert torch.equal(grid.strides_A.unique(), torch.tensor([stride / 2, stride, stride * 2]))
+    torch.testing.assert_close(grid.centres_A2[0], torch.tensor([stride / 4, stride / 4]))
+    boxes_M4 = random_boxes(rng, 12, height, width)
+    classes_M = torch.arange(12)
+    classes_A, sides_A4, _ = assign(grid, boxes_M4, classes_M, torch.zeros(12, dtype=torch.bool), 1.5)
+    positive_A = classes_A >= 0
+    assert len(classes_A[positive_A].unique()) >= 6
+    torch.testing.assert_close(
+        grid.boxes(sides_A4)[positive_A], boxes_M4[classes_A[positive_A]], rtol=0, atol=1e-4 * stride
+    )
+
+
+def test_cells_of_every_scale_cover_an_odd_map() -> None:
+    """13 x 9 patches at half the scale are 7 x 5 cells, of which the last reach over the edge."""
+    head = head_for(scales=[1.0, 0.5, 0.25])
+    answers, grid = head(features_of([torch.randn(13, 9, WIDTH)]))
+    assert answers.logits_BAC.shape == (1, 13 * 9 + 7 * 5 + 4 * 3, 3)
+    torch.testing.assert_close(grid.centres_A2[13 * 9 : 13 * 9 + 5, 0], torch.tensor([8.0, 24, 40, 56, 72]))
+    torch.testing.assert_close(grid.centres_A2[13 * 9 : 13 * 9 + 35 : 5, 1], torch.arange(7) * 16.0 + 8)
+
+
+def test_no_size_of_box_falls_between_two_scales() -> None:
+    """Every square around a cell's centre is answered for by exactly one scale (torchvision drops the borders)."""
+    grid = make_grid([(32, 32), (16, 16), (8, 8)], [4.0, 8.0, 16.0], 4.0, torch.device("cpu"))
+    for half in (3.0, 13.9, 14.0, 14.1, 15.9, 16.0, 16.1, 31.9, 32.0, 33.0, 60.0):
+        box_14 = torch.tensor([[64 - half, 64 - half, 64 + half, 64 + half]])
+        centre_A = (grid.centres_A2 - 64).abs().amax(1) / grid.strides_A  # the cells that touch the centre
+        furthest_A = half + (grid.centres_A2 - 64).abs().amax(1)
+        classes_A, _, _ = assign(grid, box_14, torch.tensor([0]), torch.tensor([False]), 0.6)
+        inside_A = (centre_A < 0.6) & (grid.sides(box_14)[:, 0].amin(1) > 0)
+        least_A, most_A = (grid.reach_A2 * grid.strides_A[:, None]).unbind(1)
+        torch.testing.assert_close(classes_A >= 0, inside_A & (furthest_A > least_A) & (furthest_A <= most_A))
+        assert (classes_A >= 0).any()
+
+
+def test_the_smaller_of_two_boxes_wins_even_by_little() -> None:
+    """torchvision compares 1e8 - area in float32, which cannot tell 100 from 103 square pixels apart."""
+    grid = make_grid([(8, 8)], [8.0], 8.0, torch.device("cpu"))
+    boxes_M4 = torch.tensor([[15.0, 15.0, 25.3, 25.0], [15.0, 15.0, 25.0, 25.0]])
+    classes_A, _, _ = assign(grid, boxes_M4, torch.tensor([0, 1]), torch.tensor([False, False]), 1.5)
+    assert classes_A[2 * 8 + 2] == 1
+
+
+CASES = {
+    "objects": ([[[8, 8, 40, 40]], [[0, 0, 20, 30], [30, 10, 60, 44]]], [[1], [0, 2]], [[False], [False, False]]),
+    "one image without": ([[[8, 8, 40, 40]], []], [[1], []], [[False], []]),
+    "no objects": ([[], []], [[], []], [[], []]),
+    "all crowd": ([[[0, 0, 104, 72]], [[0, 0, 64, 64]]], [[1], [2]], [[True], [True]]),
+}
+
+
+@pytest.mark.parametrize("scales", [[2.0, 1.0, 0.5], [1.0]])
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_gets_a_gradient(case: str, scales: list[float]) -> None:
+    head = head_for(scales=scales)
+    features = features_of([torch.randn(9, 13, WIDTH), torch.randn(8, 8, WIDTH)])
+    losses = head.loss(features, batch_of([(72, 104), (64, 64)], *CASES[case]), encoder_with())
+    assert set(losses) == {"classification", "box", "centerness"}
+    assert all(torch.isfinite(loss) and loss >= 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert not [name for name, p in head.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    has_box = case in ("objects", "one image without")
+    assert (losses["box"] > 0) == has_box
+    assert bool(head.towers.sides.weight.grad.any()) == has_box
+
+
+def test_a_crowd_is_neither_object_nor_background() -> None:
+    """A crowd over the whole image leaves nothing to learn; over a part, the rest is background as before."""
+    head = head_for()
+    features = features_of([torch.randn(8, 8, WIDTH)])
+
+    def classification(boxes: list[list[float]], crowd: list[bool]) -> Tensor:
+        batch = batch_of([(64, 64)], [boxes], [[0] * len(boxes)], [crowd])
+        return head.loss(features, batch, encoder_with())["classification"]
+
+    whole, empty = classification([[0, 0, 64, 64]], [True]), classification([], [])
+    left, right = classification([[0, 0, 32, 64]], [True]), classification([[32, 0, 64, 64]], [True])
+    assert whole == 0
+    assert empty > 0
+    torch.testing.assert_close(left + right, empty)
+    # An object inside the crowd is still an object.
+    both = classification([[0, 0, 64, 64], [8, 8, 40, 40]], [True, False])
+    assert both > 0
+
+
+def test_what_lies_beside_an_image_does_not_matter() -> None:
+    """The same loss and detections for an image alone and beside a larger one, at odd sizes."""
+    torch.manual_seed(5)
+    head = head_for(scales=[2.0, 1.0, 0.5, 0.25], score_thresh=0.0, topk=100_000).eval()
+    for parameter in head.towers.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    maps = [torch.randn(13, 9, WIDTH), torch.randn(11, 20, WIDTH)]
+    sizes = [(104, 72), (88, 160)]
+    boxes = [[[3.0, 5.0, 50.0, 60.0]], [[20.0, 10.0, 150.0, 80.0], [0.0, 60.0, 30.0, 88.0]]]
+    classes = [[1], [0, 2]]
+    crowd = [[False], [False, False]]
+    both, batch = features_of(maps), batch_of(sizes, boxes, classes, crowd)
+    alone = [
+        (features_of([maps[i]]), batch_of(sizes[i : i + 1], boxes[i : i + 1], classes[i : i + 1], crowd[i : i + 1]))
+        for i in range(2)
+    ]
+    positives = []
+    for features, one in alone:
+        _, grid = head(features)
+        classes_A, _, _ = assign(
+            grid, one["targets"]["boxes_xyxy"][0], one["targets"]["classes"][0], one["targets"]["crowd"][0], 1.5
+        )
+        positives.append(int((classes_A >= 0).sum()))
+    assert min(positives) > 0
+    together = head.loss(both, batch, encoder_with())
+    apart = [head.loss(features, one, encoder_with()) for features, one in alone]
+    for name, value in together.items():
+        mean = sum(p * losses[name] for p, losses in zip(positives, apart, strict=True)) / sum(positives)
+        torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-5)
+    for found, (features, one) in zip(head.predict(both, batch, encoder_with()), alone, strict=True):
+        (expected,) = head.predict(features, one, encoder_with())
+        assert len(found["scores"]) == len(expected["scores"]) == 100
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["boxes_xyxy"], expected["boxes_xyxy"], rtol=1e-4, atol=1e-3)
+
+
+def test_detections_lie_inside_their_image() -> None:
+    head = head_for(score_thresh=0.0, topk=100_000, detections_per_image=100_000, nms_thresh=1.0)
+    nn.init.constant_(head.towers.sides.bias, 3.0)  # boxes of 40 strides
+    features = features_of([torch.randn(5, 3, WIDTH), torch.randn(9, 12, WIDTH)])
+    for found, (height, width) in zip(
+        head.predict(features, batch_of([(40, 24), (72, 96)], [[], []], [[], []]), encoder_with()),
+        [(40, 24), (72, 96)],
+        strict=True,
+    ):
+        cells = sum(-(-height // stride) * -(-width // stride) for stride in (4, 8, 16))
+        assert len(found["scores"]) == cells * 3  # padding has no detection, whatever its score
+        assert found["boxes_xyxy"].min() >= 0
+        assert (found["boxes_xyxy"] <= torch.tensor([width, height, width, height])).all()
+
+
+def test_low_precision_features_give_exact_boxes() -> None:
+    """bfloat16 keeps 8 bits: a coordinate of 1,000 would be off by 4 pixels."""
+    head = head_for().bfloat16()
+    features = features_of([torch.randn(8, 8, WIDTH)])
+    features.tokens_BND = features.tokens_BND.bfloat16()
+    answers, _ = head(features)
+    assert {answers.logits_BAC.dtype, answers.sides_BA4.dtype, answers.centerness_BA.dtype} == {torch.float32}
+
+
+def test_learns_two_rectangles() -> None:
+    """From fixed features that tell the cells apart, to an average precision (IoU 0.5) of 1."""
+    torch.manual_seed(0)
+    head = head_for(out_channels=32)
+    features = features_of([torch.randn(8, 8, WIDTH), torch.randn(8, 8, WIDTH)])
+    boxes = [[[6.0, 10.0, 34.0, 52.0]], [[30.0, 4.0, 62.0, 30.0], [4.0, 36.0, 40.0, 60.0]]]
+    batch = batch_of([(64, 64)] * 2, boxes, [[0], [1, 2]])
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    head.update_metric(head.predict(features, batch, encoder_with()), batch)
+    assert head.metric.compute()["ap50"] < 0.5
+    head.metric.reset()
+    for _ in range(80):
+        optimizer.zero_grad()
+        sum(head.loss(features, batch, encoder_with()).values()).backward()
+        optimizer.step()
+    head.update_metric(head.predict(features, batch, encoder_with()), batch)
+    assert head.metric.compute()["ap50"] > 0.99
+    assert head.metric.compute()["ap75"] > 0.99
+
+
+def hand_made(seed: int, images: int) -> tuple[Batch, list[dict[str, Tensor]]]:
+    """Truths and detections of images that were resized by factors of their own; areas off the buckets' borders."""
+    rng = np.random.default_rng(seed)
+    boxes, classes, crowd, scale, predictions = [], [], [], [], []
+    for _ in range(images):
+        m = int(rng.integers(0, 8))
+        truth = (random_boxes(rng, m, 200, 300) + torch.tensor([0.0, 0.0, 3.0, 3.0])).round(decimals=1)
+        moved = truth[rng.random(m) < 0.8] + torch.from_numpy(rng.normal(0, 4, 4)).float()
+        found = torch.cat([moved, random_boxes(rng, 5, 200, 300)])
+        found[:, 2:] = torch.maximum(found[:, 2:], found[:, :2] + 2)
+        factor = (float(rng.choice([0.5, 1.0, 0.8])), float(rng.choice([0.5, 1.0, 1.25])))
+        wide = torch.tensor([factor[1], factor[0]] * 2)
+        boxes.append((truth * wide).tolist())
+        classes.append(rng.integers(0, 3, m).tolist())
+        crowd.append((rng.random(m) < 0.15).tolist())
+        scale.append(factor)
+        labels = torch.from_numpy(rng.integers(0, 3, len(found)))
+        labels[: min(len(moved), m)] = torch.tensor(classes[-1][: len(moved)], dtype=torch.long)[: min(len(moved), m)]
+        scores = torch.from_numpy(rng.permutation(1000)[: len(found)] / 1000).float()
+        predictions.append({"boxes_xyxy": found * wide, "scores": scores, "labels": labels})
+    return batch_of([(400, 400)] * images, boxes, classes, crowd, scale), predictions
+
+
+def pycocotools(batch: Batch, predictions: list[dict[str, Tensor]]) -> list[float]:
+    """The reference's 12 numbers, in original pixels."""
+    rows: list[dict[str, Any]] = []
+    results = []
+    for i, (prediction, (height, width)) in enumerate(zip(predictions, batch["images"]["scale"], strict=True)):
+        wide = torch.tensor([width, height] * 2)
+        for j, box in enumerate((batch["targets"]["boxes_xyxy"][i] / wide).tolist()):
+            xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            row = {"id": len(rows) + 1, "image_id": i, "bbox": xywh, "area": xywh[2] * xywh[3]}
+            category, crowd = int(batch["targets"]["classes"][i][j]), int(batch["targets"]["crowd"][i][j])
+            rows.append(row | {"category_id": category, "iscrowd": crowd})
+        for box, score, label in zip(
+            (prediction["boxes_xyxy"] / wide).tolist(),
+            prediction["scores"].tolist(),
+            prediction["labels"].tolist(),
+            strict=True,
+        ):
+            xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            results.append({"image_id": i, "category_id": label, "bbox": xywh, "score": score})
+    coco = COCO()
+    images = [{"id": i, "height": 500, "width": 500} for i in range(len(predictions))]
+    coco.dataset = {"info": {}, "images": images, "annotations": rows, "categories": [{"id": i} for i in range(3)]}
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+NAMES = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
+NAMES += ["ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_metric_is_cocos(seed: int) -> None:
+    head = head_for()
+    batch, predictions = hand_made(seed, 40)
+    head.update_metric(predictions, batch)
+    numbers = head.metric.compute()
+    assert sorted(numbers) == sorted(NAMES)
+    for name, expected in zip(NAMES, pycocotools(batch, predictions), strict=True):
+        assert 0 < expected < 1
+        assert float(numbers[name]) == pytest.approx(expected, abs=1e-4), name
+
+
+def test_the_metric_leaves_out_what_has_no_object() -> None:
+    head = head_for()
+    batch = batch_of([(64, 64)], [[[0, 0, 20, 20]]], [[1]])
+    head.update_metric([{"boxes_xyxy": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}], batch)
+    numbers = head.metric.compute()
+    assert "ap_small" in numbers
+    assert "ap_large" not in numbers
+    assert all(0 <= value <= 1 for value in numbers.values())
+
+
+def _rank(rank: int, address: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
+    batch, predictions = hand_made(0, 12)
+    metric = DetectionMetric()
+    share = {0: range(0, 9), 1: range(9, 12), 2: range(0)}[rank]
+    for i in share:
+        target = tuple(batch["targets"][name][i] for name in ("boxes_xyxy", "classes", "crowd"))
+        metric.update_image(predictions[i], target, batch["images"]["scale"][i])
+    queue.put((rank, {name: float(value) for name, value in metric.compute().items()}))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_ranks_with_unequal_shares_agree_on_the_metric(tmp_path) -> None:
+    """Nine images, three and none are the twelve."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_rank, args=(r, f"file://{tmp_path}/meet", queue)) for r in range(3)]
+    for process in processes:
+        process.start()
+    answers = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(30)
+    head = head_for()
+    batch, predictions = hand_made(0, 12)
+    head.update_metric(predictions, batch)
+    expected = {name: float(value) for name, value in head.metric.compute().items()}
+    assert answers[0] == answers[1] == answers[2] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_detection_finds_an_object_once() -> None:
+    gt_M4 = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
+    boxes_K4 = torch.tensor([[0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 30, 30], [20, 20, 30, 25], [50, 50, 60, 60.0]])
+    # The second finds the first object again, the third has the wrong class, the fourth an IoU of just 0.5.
+    hits = hits_at_half(boxes_K4, torch.tensor([0, 0, 0, 1, 1]), gt_M4, torch.tensor([0, 1]))
+    assert hits == [True, False, False, True, False]
+
+
+def test_the_picture_shows_both_and_counts() -> None:
+    head = head_for()
+    head.class_names = ["diya", "kite", "matka"]
+    prediction = {
+        "boxes_xyxy": torch.tensor([[4.0, 4.0, 24.0, 24.0], [30.0, 30.0, 40.0, 40.0], [0.0, 0.0, 9.0, 9.0]]),
+        "scores": torch.tensor([0.9, 0.6, 0.1]),
+        "labels": torch.tensor([1, 0, 0]),
+    }
+    target = {
+        "boxes_xyxy": torch.tensor([[4.0, 4.0, 24.0, 23.0], [30.0, 4.0, 44.0, 20.0]]),
+        "classes": torch.tensor([1, 2]),
+    }
+    picture, words = head.draw(np.full((48, 64, 3), 90, np.uint8), prediction, target)
+    assert words.splitlines()[0].startswith("1 of 2 found, 1 false")
+    assert "kite, matka" in words
+    assert min(picture.shape[:2]) >= 320
+    colours = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
+    assert {(255, 255, 255), (255, 61, 127)} <= colours
+
+
+def test_number_of_classes_must_be_the_datasets() -> None:
+    head = head_for(num_classes=3)
+    with pytest.raises(ValueError, match=r"heads\.detection\.num_classes: found 3, expected 2"):
+        head.check(SimpleNamespace(classes=["diya", "kite"]))
+    head.check(SimpleNamespace(classes=["diya", "kite", "matka"]))
+    assert head.class_names == ["diya", "kite", "matka"]
+
+
+@pytest.mark.parametrize("scales", [[], [3.0], [1.0, 2.0], [1.0, 0.25]])
+def test_scales_must_halve(scales: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"heads\.detection\.scales"):
+        Detection(3, scales=scales)
+
+
+def test_a_sample_without_boxes_is_named() -> None:
+    head = head_for()
+    batch = batch_of([(64, 64)], [[]], [[]])
+    batch["targets"]["boxes_xyxy"] = [None]
+    with pytest.raises(ValueError, match=r"heads\.detection: sample '0'"):
+        head.loss(features_of([torch.randn(8, 8, WIDTH)]), batch, encoder_with())
