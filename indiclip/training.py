@@ -167,8 +167,8 @@ def _run_folder(config: Any, subcommand: str) -> Path:
     checkpoint = config.get("ckpt_path")
     if checkpoint and Path(checkpoint).parent.name == "checkpoints":
         return Path(checkpoint).parent.parent
-    files = config.get("config") or []
-    stem = Path(str(files[0])).stem if files else subcommand
+    files = _config_files(sys.argv)
+    stem = Path(files[0]).stem if files else subcommand
     name = config.get("name") or stem
     if "/" in name or name in ("", ".", ".."):
         raise ValueError(f"--name: {name!r} must be a plain folder name")
