@@ -13,7 +13,7 @@ from indiclip.encoder import Encoder
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool = False) -> Encoder:
-    """The encoder of a run, in evaluation mode.
+    """The encoder of a run, in evaluation mode and without gradients.
 
     Args:
         path: A run's folder (`runs/quickstart`; its last checkpoint) or a checkpoint file.
@@ -37,7 +37,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
     prefix = "encoder."
     weights = {name[len(prefix) :]: w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
     encoder.load_state_dict(weights)
-    return encoder.to(device).eval()
+    return encoder.to(device).eval().requires_grad_(False)
 
 
 def _checkpoint_file(path: Path) -> Path:

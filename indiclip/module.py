@@ -27,7 +27,7 @@ class MultiTask(L.LightningModule):
         weight_decay: Of matrices and kernels; biases, norms and tables do not decay.
         betas: AdamW's.
         warmup_steps: Linear warm-up, then cosine to zero at the run's last step.
-        lr_scale: Factor of the learning rate by parameter-name prefix, e.g. `{encoder.backbone: 0.1}`.
+        lr_scale: Factor of the learning rate by module path, e.g. `{encoder.backbone: 0.1}`.
         uncertainty_weighting: Learn each head's weight (Kendall, Gal, Cipolla, CVPR 2018, arXiv:1705.07115, eq. 10
             with s = log sigma^2): exp(-s) * loss + s instead of the loss. The head's `weight` stays a factor.
 

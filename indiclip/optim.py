@@ -24,11 +24,11 @@ def parameter_groups(
         parameters: Named, as `module.named_parameters()` gives them; frozen ones are left out.
         lr: Learning rate.
         weight_decay: Of matrices and kernels.
-        lr_scale: Factor of the learning rate by prefix of the name, the longest match counts, e.g.
+        lr_scale: Factor of the learning rate by module path, the longest match counts, e.g.
             `{encoder.backbone: 0.1}`.
 
     Raises:
-        ValueError: A prefix that no parameter has.
+        ValueError: A path that no parameter has.
     """
     lr_scale = lr_scale or {}
     unused = set(lr_scale)
@@ -36,7 +36,7 @@ def parameter_groups(
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        matches = [prefix for prefix in lr_scale if name.startswith(prefix)]
+        matches = [prefix for prefix in lr_scale if f"{name}.".startswith(f"{prefix}.")]
         unused -= set(matches)
         scale = lr_scale[max(matches, key=len)] if matches else 1.0
         decays = parameter.ndim > 1 and not any(part in name for part in _NO_DECAY)
@@ -44,5 +44,5 @@ def parameter_groups(
         group = groups.setdefault((scale, decay), {"params": [], "lr": lr * scale, "weight_decay": decay})
         group["params"].append(parameter)
     if unused:
-        raise ValueError(f"model.lr_scale: no parameter's name starts with {', '.join(sorted(unused))}")
+        raise ValueError(f"model.lr_scale: no parameter lies under {', '.join(sorted(unused))}")
     return list(groups.values())

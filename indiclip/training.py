@@ -27,8 +27,13 @@ _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # StartupTable has it
 }
-# Said by the libraries in every run, and nothing that a user could act on.
-_NOISE = ("isinstance\\(treespec, LeafSpec\\)", "The number of training batches .* is smaller", ".*does not have many workers")
+# Said by the libraries in every run; nothing that a user could act on.
+_NOISE = (
+    r"isinstance\(treespec, LeafSpec\)",
+    "The number of training batches .* is smaller",
+    "does not have many workers",
+    "your dataloader is not resumable",  # it is: the position is the step number
+)
 
 
 class IndiCLI(LightningCLI):

@@ -1,0 +1,39 @@
+"""Small models and batches for tests."""
+
+import numpy as np
+import torch
+
+from indiclip.backbone import NaFlexViT
+from indiclip.encoder import Encoder
+from indiclip.patches import batch_images
+from indiclip.text import ByteTokenizer, TextTower
+from indiclip.types import Batch
+
+ARCHITECTURE = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def tiny_encoder(seed: int = 0, embed_dim: int = 64, lengths: tuple[int, ...] = (16, 32)) -> Encoder:
+    """Patch 8, width 32, one block."""
+    torch.manual_seed(seed)
+    backbone = NaFlexViT(width=32, depth=1, num_heads=2, patch_size=8)
+    return Encoder(backbone, TextTower(ByteTokenizer(), ARCHITECTURE), embed_dim, lengths)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A uint8 picture of noise."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def caption_batch(captions: list[str], labels: list[int] | None = None, side: int = 24) -> Batch:
+    """A contrastive batch of noise."""
+    images = batch_images([noise(side, side, i) for i in range(len(captions))], 8, 64)
+    targets = {"caption": captions} | ({"label": labels} if labels else {})
+    return Batch(images=images, targets=targets, keys=[str(i) for i in range(len(captions))])

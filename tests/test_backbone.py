@@ -1,0 +1,94 @@
+"""Backbones keep the contract: padding changes nothing, every timm family gives features at its stride."""
+
+import pytest
+import timm
+import torch
+from helpers import noise
+
+from indiclip.backbone import FixedSize, NaFlexViT
+from indiclip.patches import batch_images
+
+
+def test_padding_does_not_change_an_image():
+    torch.manual_seed(0)
+    backbone = NaFlexViT(width=32, depth=2, num_heads=2, patch_size=8).eval().double()
+    small, large = noise(24, 32, 1), noise(64, 40, 2)
+    with torch.no_grad():
+        alone = backbone(batch_images([small], 8, 64))
+        beside = backbone(batch_images([small, large], 8, 64))
+    assert alone.valid_BN is None
+    torch.testing.assert_close(beside.tokens_BND[0, :12], alone.tokens_BND[0], atol=1e-10, rtol=0)
+    map_BDHW, mask_BHW = beside.map()
+    assert mask_BHW[0].sum() == 12
+    assert mask_BHW[1].sum() == 40
+    torch.testing.assert_close(map_BDHW[0, :, 2, 3], alone.tokens_BND[0, 11], atol=1e-10, rtol=0)
+
+
+def test_naflex_equals_timms_vit_of_the_same_weights():
+    """Oracle: timm's VisionTransformer (no class token, average pool) with the same weights, at its own size."""
+    torch.manual_seed(0)
+    name = "vit_medium_patch16_gap_240"
+    naflex, plain = NaFlexViT(name=name).eval(), timm.create_model(name, num_classes=0).eval()
+    theirs = plain.state_dict()
+    with torch.no_grad():
+        for key, value in naflex.vit.state_dict().items():
+            source = theirs[key.replace("embeds.proj", "patch_embed.proj").replace("embeds.", "")]
+            if key == "embeds.proj.weight":  # convolution kernel (D, C, p, p) -> linear over (p, p, C)
+                source = source.permute(0, 2, 3, 1)
+            value.copy_(source.reshape(value.shape))
+        picture = noise(240, 240)
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(plain.pretrained_cfg[part])[:, None, None] for part in ("mean", "std"))
+        expected = plain.forward_features((pixels - mean) / std)
+        got = naflex(batch_images([picture], 16, 225)).tokens_BND
+    torch.testing.assert_close(got, expected[:, plain.num_prefix_tokens :], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("convnext_atto", None),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 4}),
+        ("focalnet_tiny_srf", None),
+        ("vit_tiny_r_s16_p8_224", {"img_size": 64}),
+    ],
+)
+def test_other_families_give_features_at_their_stride(name, options):
+    backbone = FixedSize(name, canvas_hw=(64, 64), patch_size=8, options=options).eval()
+    images = batch_images([noise(64, 64, 0), noise(40, 64, 1)], 8, 64, (64, 64))
+    with torch.no_grad():
+        features = backbone(images)
+    side = 64 // backbone.stride
+    assert features.tokens_BND.shape == (2, side * side, backbone.width)
+    assert features.grid_hw == (side, side)
+    assert features.valid_BN is not None
+    assert features.valid_BN[0].all()
+    expected = sum(row * backbone.stride < 40 for row in range(side)) * side
+    assert features.valid_BN[1].sum() == expected
+
+
+def test_canvas_holds_the_normalised_pixels():
+    backbone = FixedSize("convnext_atto", canvas_hw=(32, 32), patch_size=8)
+    picture = noise(32, 32)
+    canvas = backbone._canvas(batch_images([picture], 8, 16, (32, 32)))
+    mean, std = backbone.net.pretrained_cfg["mean"], backbone.net.pretrained_cfg["std"]
+    pixels = torch.from_numpy(picture).permute(2, 0, 1) / 255
+    expected = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(canvas[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NaFlexViT(size="tniy"), "backbone.size: 'tniy'.*nearest is 'tiny'"),
+        (lambda: NaFlexViT(width=64), "give `size`, `name`, or all of"),
+        (lambda: NaFlexViT(width=64, depth=1, num_heads=3), "backbone.num_heads: 3 does not divide the width 64"),
+        (lambda: NaFlexViT(name="vit_tiny_patch16_225"), "no model 'vit_tiny_patch16_225'; nearest is"),
+        (lambda: NaFlexViT(name="convnext_atto"), "no plain ViT; use indiclip.backbone.FixedSize"),
+        (lambda: NaFlexViT(size="tiny", pretrained=True), "backbone.pretrained: needs `name`"),
+        (lambda: FixedSize("convnext_atto", (33, 32), 8), "must be multiples of backbone.patch_size 8"),
+    ],
+)
+def test_mistakes_name_the_key(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,188 @@
+"""The command: help without waiting, one line per mistake, a run's folder, resume, load and the README's lines."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import indiclip
+from indiclip.cli import lightning, main
+from indiclip.training import run
+
+ROOT = Path(__file__).parent.parent
+ENCODER = {
+    "backbone": {
+        "class_path": "indiclip.backbone.NaFlexViT",
+        "init_args": {"width": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "max_tokens": 64},
+    },
+    "text": {
+        "tokenizer": {"class_path": "indiclip.text.ByteTokenizer"},
+        "architecture": {
+            "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+    },
+    "embed_dim": 32,
+    "lengths": [16],
+}  # fmt: skip
+
+
+def config(**changes):
+    """A two-step experiment; `changes` are dotted keys with `__` for the dot, and their values."""
+    mela = {"class_path": "indiclip.data.mela.Mela", "init_args": {"num_scenes": 12, "size": 32, "layout": "single"}}
+    source = {"task": "contrastive", "dataset": mela, "batch_size": 4, "max_tokens": 16}
+    tree = {
+        "model": {"encoder": ENCODER, "heads": [{"class_path": "heads.contrastive.Contrastive"}]},
+        "data": {"train": [source], "val": [source], "steps_per_epoch": 2},
+        "trainer": {"max_steps": 2, "accelerator": "cpu"},
+    }
+    tree = json.loads(json.dumps(tree))
+    for key, value in changes.items():
+        node = tree
+        *path, last = [int(part) if part.isdigit() else part for part in key.split("__")]
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return tree
+
+
+def fit(folder, tree, *flags):
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return run(["fit", "--config", str(file), "--runs", str(folder / "runs"), *flags])
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(flag):
+    code = f"import sys; from indiclip.cli import main; main(['{flag}']); print([m for m in sys.modules if m == 'torch'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    assert indiclip.__version__ in out
+
+
+def test_unknown_command_is_said_with_the_nearest(capsys):
+    assert main(["fti"]) == 2
+    assert "no command 'fti'; nearest is 'fit'" in capsys.readouterr().err
+
+
+def test_lightning_says_whose_the_other_words_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning", "login"])
+    assert lightning() == 2
+    assert "belongs to the package lightning-sdk, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer__max_stpes": 3}, "trainer.max_stpes: no such option; nearest is 'trainer.max_steps'"),
+        ({"data__train__0__batchsize": 3}, "data.train.batchsize: .* nearest is 'batch_size'"),
+        ({"model__encoder__backbone__init_args__witdh": 3}, "backbone.witdh: .*NaFlexViT has no such option; nearest is 'width'"),
+        ({"model__heads__0__class_path": "heads.contrastive.Contrastiv"}, "no attribute 'Contrastiv'; nearest is 'Contrastive'"),
+        ({"model__heads__0__class_path": "heads.contrstive.Contrastive"}, "nearest is '(heads.)?contrastive'"),
+        ({"data__train__0__task": "contrastve"}, r"data.train\[0\].task: no head reads 'contrastve'; nearest is 'contrastive'"),
+        ({"data__train": []}, "model.heads: contrastive reads the task 'contrastive', for which data.train has no source"),
+        ({"data__train__0__max_tokens": 100}, r"data.train\[0\].max_tokens: 100 is over the backbone's budget.*64"),
+        ({"data__train__0__batch_size": "${nope.x}"}, "nope.x"),
+        ({"trainer__max_steps": "many"}, "trainer.max_steps: .*int.* many"),
+        ({"data__train__0__dataset__init_args__layout": "singel"}, "layout.*'singel'.*'single'"),
+        ({"model__heads": [{"class_path": "heads.contrastive.Contrastive"}] * 2}, "contrastive stands there more than once"),
+        ({"model__encoder__lengths": [0]}, "encoder.lengths"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_before_training(changes, message, tmp_path, capsys):
+    assert fit(tmp_path, config(**changes)) == 2
+    error = capsys.readouterr().err.strip()
+    lines = [line for line in error.splitlines() if line.startswith("indiclip: ")]
+    assert len(lines) == 1, error
+    assert re.search(message, lines[0]), lines[0]
+    assert "usage:" not in error
+
+
+def test_missing_and_malformed_files_are_named(tmp_path, capsys):
+    assert run(["fit", "--config", str(tmp_path / "quikstart.yaml")]) == 2
+    assert "no file" in capsys.readouterr().err
+    (tmp_path / "broken.yaml").write_text("model: [")
+    assert run(["fit", "--config", str(tmp_path / "broken.yaml")]) == 2
+    assert "broken.yaml: not a YAML file" in capsys.readouterr().err
+
+
+def test_flip_of_densepose_points_is_refused(tmp_path, capsys):
+    tree = config()
+    tree["model"]["heads"] = [{"class_path": "heads.densepose.DensePose", "init_args": {"roi_size": 7, "channels": 8, "num_convs": 1}}]  # fmt: skip
+    for part in ("train", "val"):
+        tree["data"][part][0]["task"] = "densepose"
+        tree["data"][part][0]["dataset"]["init_args"] |= {"layout": "mixed", "people": 1.0}
+    tree["data"]["train"][0]["augment"] = [{"class_path": "torchvision.transforms.v2.RandomHorizontalFlip"}]
+    assert fit(tmp_path, tree) == 2
+    assert "a mirrored body needs the symmetry table" in capsys.readouterr().err
+
+
+def test_two_runs_get_two_folders_and_a_resume_goes_on_in_its_own(tmp_path):
+    tree = config()
+    assert fit(tmp_path, tree) == 0
+    assert fit(tmp_path, tree) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["experiment", "experiment-2"]
+    folder = tmp_path / "runs" / "experiment"
+    last = folder / "checkpoints" / "last.ckpt"
+    assert fit(tmp_path, config(trainer__max_steps=4), "--ckpt_path", str(last)) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 4
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def test_the_readmes_lines_run(tmp_path, monkeypatch):
+    """README's five lines, with the run and picture they name put in place."""
+    from PIL import Image
+
+    block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "load(" in b)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 6
+    (tmp_path / "runs").mkdir()
+    tree = config(model__encoder__embed_dim=128, model__encoder__lengths=[64])
+    assert fit(tmp_path, tree, "--name", "quickstart") == 0
+    Image.new("RGB", (50, 30), "orange").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["images"].shape[1] == 64
+
+
+def test_load_does_not_import_lightning(tmp_path):
+    assert fit(tmp_path, config()) == 0
+    code = "import sys, indiclip; indiclip.load(sys.argv[1]); print('lightning' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "runs" / "experiment")], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "False"
+
+
+def test_load_says_what_is_wrong_and_imports_no_foreign_code(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such run or checkpoint"):
+        indiclip.load(tmp_path / "nothing")
+    (tmp_path / "x.ckpt").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="x.ckpt: not a readable checkpoint"):
+        indiclip.load(tmp_path / "x.ckpt")
+    spec = {"backbone": {"class_path": "evil.Backbone", "init_args": {}}}
+    torch.save({"encoder": spec, "state_dict": {}}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="names the class evil.Backbone; pass trust_code=True"):
+        indiclip.load(tmp_path / "evil.ckpt")
+
+
+def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(config(trainer__max_steps=100_000)))
+    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    history = tmp_path / "runs" / "experiment" / "history.jsonl"
+    while process.poll() is None and not (history.is_file() and "step" in history.read_text()):
+        time.sleep(0.2)
+    process.send_signal(2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode not in (0, 2), error
+    assert "Traceback" not in error

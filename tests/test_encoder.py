@@ -1,0 +1,59 @@
+"""The encoder from Python: anything in, embeddings that nest out."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise, tiny_encoder
+from PIL import Image
+
+
+def test_every_kind_of_image_gives_the_same_embedding():
+    encoder = tiny_encoder().eval()
+    picture = noise(24, 40)
+    as_tensor = torch.from_numpy(picture).permute(2, 0, 1)
+    with torch.no_grad():
+        expected = encoder.embed_image(picture)
+        for same in (Image.fromarray(picture), as_tensor, as_tensor / 255, [picture]):
+            torch.testing.assert_close(encoder.embed_image(same), expected, atol=1e-6, rtol=0)
+        both = encoder.embed_image([noise(64, 64, 3), picture])
+    torch.testing.assert_close(both[1:], expected, atol=1e-5, rtol=0)  # what lies beside it does not matter
+    torch.testing.assert_close(expected.norm(dim=1), torch.ones(1))
+
+
+def test_short_embeddings_are_the_cut_and_normalised_full_ones():
+    encoder = tiny_encoder().eval()
+    assert encoder.lengths == [16, 32, 64]
+    with torch.no_grad():
+        full, short = encoder.embed_text(["पतंग", "kite"]), encoder.embed_text(["पतंग", "kite"], length=16)
+    torch.testing.assert_close(short, torch.nn.functional.normalize(full[:, :16], dim=1))
+    with pytest.raises(ValueError, match=r"length 20 was not trained; the trained lengths are \[16, 32, 64\]"):
+        encoder.embed_text("kite", length=20)
+
+
+def test_equal_texts_are_encoded_once():
+    encoder = tiny_encoder().eval()
+    rows = []
+    encoder.text.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    with torch.no_grad():
+        repeated = encoder.embed_text(["kite", "drum", "kite", "kite"])
+    assert rows == [2]
+    torch.testing.assert_close(repeated[[0, 0, 0]], repeated[[0, 2, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(repeated[1:2], encoder.embed_text("drum"), atol=1e-6, rtol=0)
+
+
+def test_large_images_are_scaled_into_the_budget():
+    encoder = tiny_encoder().eval()
+    seen = []
+    encoder.backbone.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]["sizes_hw"]))
+    with torch.no_grad():
+        encoder.embed_image(noise(400, 800), max_tokens=64)
+    ((height, width),) = seen[0]
+    assert height * width // 64 <= 64
+    assert width / height == pytest.approx(2, rel=0.2)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((8, 8)), "picture.jpg", torch.zeros(3, 8, 8) + 7.0, np.zeros((8, 8, 3))])
+def test_what_is_no_image_is_said(wrong):
+    with pytest.raises(ValueError, match="image 0: found .*; expected a PIL image"):
+        tiny_encoder().embed_image(wrong)

@@ -1,0 +1,176 @@
+"""The loop: every head in every step, shared features, weights, groups, exact resume."""
+
+import lightning as L
+import pytest
+import torch
+from helpers import caption_batch, tiny_encoder
+from torch.utils.data import Dataset
+
+from heads.contrastive import Contrastive
+from heads.counting import Counting
+from heads.densepose import DensePose
+from heads.detection import Detection
+from indiclip.data.mela import Mela
+from indiclip.data.module import MultiTaskData, Source
+from indiclip.module import MultiTask
+from indiclip.optim import parameter_groups
+
+SMALL = {"task": "scenes", "out_channels": 32, "num_convs": 1, "scales": [1.0, 0.5], "num_classes": 17}
+
+
+def four_tasks(seed=0, **options):
+    torch.manual_seed(seed)
+    heads = [
+        Contrastive(loss="softmax"),
+        Detection(**SMALL),
+        DensePose(task="scenes", roi_size=7, channels=16, num_convs=1),
+        Counting(task="scenes", channels=16),
+    ]
+    return MultiTask(tiny_encoder(seed), heads, warmup_steps=2, **options)
+
+
+def mela_data(num_workers=0, steps_per_epoch=4):
+    train = [
+        Source("contrastive", Mela(50, 32, "single", seed=1), 4, max_tokens=16),
+        Source("scenes", Mela(30, [32, 48], people=1.0, seed=2), 2, max_tokens=24),
+    ]
+    val = [Source("scenes", Mela(5, 32, people=1.0, seed=3), 2, max_tokens=16)]
+    return MultiTaskData(train, val, seed=3, num_workers=num_workers, steps_per_epoch=steps_per_epoch, patch_size=8)
+
+
+def trainer(folder, **options):
+    return L.Trainer(
+        accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+
+
+def test_every_parameter_gets_a_gradient_in_every_step(tmp_path):
+    class Watch(L.Callback):
+        steps = 0
+
+        def on_after_backward(self, trainer, module):
+            self.steps += 1
+            assert [name for name, p in module.named_parameters() if p.grad is None] == []
+
+    watch = Watch()
+    module = four_tasks(uncertainty_weighting=True)
+    trainer(tmp_path, max_steps=5, callbacks=[watch], enable_checkpointing=False).fit(module, datamodule=mela_data())
+    assert watch.steps == 5
+
+
+def test_heads_of_one_task_share_its_features():
+    module = four_tasks()
+    calls = []
+    module.encoder.backbone.register_forward_hook(lambda *_: calls.append(1))
+    data = mela_data()
+    module.log = module.log_dict = lambda *a, **k: None
+    total = module.training_step(data.steps(data.train, True)[0], 0)
+    assert len(calls) == 2  # two tasks, four heads
+    torch.testing.assert_close(total, sum(module.head_losses.values()))
+
+
+def test_uncertainty_weighting_by_hand():
+    module = MultiTask(tiny_encoder(), [Contrastive(weight=2.0)], uncertainty_weighting=True)
+    module.log = lambda *a, **k: None
+    with torch.no_grad():
+        module.log_variances["contrastive"].fill_(0.5)
+    weighted = module._weighted(module.each_head()[0], torch.tensor(3.0))
+    assert weighted.item() == pytest.approx(2 * (3 * 2.718281828**-0.5 + 0.5), rel=1e-6)
+
+
+def test_parameter_groups():
+    module = four_tasks()
+    groups = parameter_groups(module.named_parameters(), 1e-3, 0.1, {"encoder.backbone": 0.1})
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len(of) == sum(1 for _ in module.parameters())
+    named = dict(module.named_parameters())
+    block = of[id(named["encoder.backbone.vit.blocks.0.attn.qkv.weight"])]
+    assert (block["lr"], block["weight_decay"]) == (pytest.approx(1e-4), 0.1)
+    for name in ("encoder.backbone.vit.embeds.pos_embed", "encoder.text_pool.pool.latent"):
+        assert of[id(named[name])]["weight_decay"] == 0
+    assert of[id(named["heads.contrastive.criterion.logit_scale"])]["lr"] == pytest.approx(1e-3)
+    with pytest.raises(ValueError, match="model.lr_scale: no parameter lies under encoder.backbon$"):
+        parameter_groups(named.items(), 1e-3, 0.1, {"encoder.backbon": 0.1, "encoder.backbone": 1.0})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_mid_epoch_is_exact(tmp_path, workers):
+    """Six steps in one go, or three, a new process's worth of objects, and three more: the same weights to the bit."""
+    seen = {}
+
+    class Keys(L.Callback):
+        def __init__(self, name):
+            self.rows = seen.setdefault(name, [])
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.rows.append([key for part in batch.values() for key in part["keys"]])
+
+    def fit(name, steps, ckpt=None, num_workers=0):
+        module = four_tasks()
+        run = trainer(tmp_path / name, max_steps=6, limit_val_batches=0, callbacks=[Keys(name)])
+        if steps == 6:
+            run.fit(module, datamodule=mela_data(num_workers), ckpt_path=ckpt, weights_only=True)
+            return module
+
+        class Stop(L.Callback):
+            def on_train_batch_end(self, trainer, module, *_):
+                if trainer.global_step == steps:
+                    trainer.save_checkpoint(tmp_path / "half.ckpt")
+                    trainer.should_stop = True
+
+        run.callbacks.append(Stop())
+        run.fit(module, datamodule=mela_data(num_workers))
+        return module
+
+    whole = fit("whole", 6)
+    fit("first", 3)
+    resumed = fit("second", 6, ckpt=tmp_path / "half.ckpt", num_workers=workers)
+    assert seen["first"] + seen["second"] == seen["whole"]
+    for (name, expected), got in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, got), name
+
+
+def test_an_unreadable_sample_is_replaced_and_told():
+    from indiclip.data.images import UnreadableSample
+
+    class Broken(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            if index % 3 == 1:
+                raise UnreadableSample(f"key{index}", "no end marker")
+            return Mela(6, 32, "single", seed=1)[index]
+
+    data = MultiTaskData([Source("c", Broken(), 6)], [Source("c", Broken(), 6)], patch_size=8)
+    batch = data.steps(data.train, train=True)[0]["c"]
+    assert len(batch["keys"]) == 6
+    assert sorted(batch["skipped"]) == [("key1", "no end marker"), ("key4", "no end marker")]
+    batch = data.steps(data.val, train=False)[0]["c"]
+    assert len(batch["keys"]) == 4  # a held-out sample counts once
+    assert len(batch["skipped"]) == 2
+
+
+def test_same_head_twice_is_said():
+    with pytest.raises(ValueError, match="model.heads: contrastive stands there more than once"):
+        MultiTask(tiny_encoder(), [Contrastive(), Contrastive()])
+    with pytest.raises(ValueError, match="model.heads: the list is empty"):
+        MultiTask(tiny_encoder(), [])
+
+
+def test_checkpoint_carries_what_load_needs(tmp_path):
+    import indiclip
+
+    module = MultiTask(tiny_encoder(), [Contrastive()])
+    run = trainer(tmp_path, max_steps=1)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    encoder = indiclip.load(tmp_path / "x.ckpt")
+    with torch.no_grad():
+        batch = caption_batch(["a"])
+        module.eval()
+        torch.testing.assert_close(
+            encoder.embed_image(batch["images"]), module.encoder.embed_image(batch["images"]), atol=0, rtol=0
+        )
+        torch.testing.assert_close(encoder.embed_text("पतंग"), module.encoder.embed_text("पतंग"), atol=0, rtol=0)

@@ -1,0 +1,62 @@
+"""The arrows of the design, read from the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def imports(file: Path) -> set[str]:
+    """Modules a file imports at run time (what stands under `if TYPE_CHECKING` does not count)."""
+    found = set()
+    todo = list(ast.parse(file.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"indiclip.{a.name}" for a in node.names} if node.module == "indiclip" else {node.module}
+        todo += list(ast.iter_child_nodes(node))
+    return found
+
+
+def of(file: Path, package: str) -> set[str]:
+    return {name for name in imports(file) if name == package or name.startswith(f"{package}.")}
+
+
+def test_indiclip_never_imports_heads():
+    assert {file.name: of(file, "heads") for file in (ROOT / "indiclip").rglob("*.py") if of(file, "heads")} == {}
+
+
+@pytest.mark.parametrize("head", sorted((ROOT / "heads").glob("*.py")), ids=lambda path: path.stem)
+def test_heads_import_the_contract_only_and_never_each_other(head):
+    assert of(head, "heads") == set()
+    assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", "indiclip.losses"}
+
+
+@pytest.mark.parametrize(
+    ("file", "allowed"),
+    [
+        ("types.py", set()),
+        ("patches.py", {"types", "data.images"}),
+        ("backbone.py", {"types"}),
+        ("text.py", set()),
+        ("losses.py", {"types"}),
+        ("head.py", {"types"}),
+        ("optim.py", set()),
+        ("encoder.py", {"types", "backbone", "text", "patches"}),
+        ("checkpoint.py", {"encoder"}),
+        ("module.py", {"encoder", "head", "types", "optim"}),
+    ],
+)
+def test_arrows_point_one_way(file, allowed):
+    assert of(ROOT / "indiclip" / file, "indiclip") <= {f"indiclip.{name}" for name in allowed}
+
+
+def test_data_knows_no_model():
+    for file in (ROOT / "indiclip" / "data").glob("*.py"):
+        assert of(file, "indiclip") <= {"indiclip.types", "indiclip.patches"} | of(file, "indiclip.data"), file.name
