@@ -112,7 +112,7 @@ class Contrastive(Head):
     def _class_embeddings(self, encoder: Encoder) -> list[Tensor]:
         """Mean of the templates' embeddings of each class, at each length (unit length)."""
         prompts = [template.format(name) for name in self.class_names for template in self.templates]
-        full_CTE = encoder.embed_text(prompts).unflatten(0, (len(self.class_names), len(self.templates)))
+        full_CTE = encoder.embed_text(prompts).reshape(len(self.class_names), len(self.templates), -1)
         cut = [torch.nn.functional.normalize(full_CTE[..., :length], dim=-1) for length in encoder.lengths]
         return [torch.nn.functional.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
 

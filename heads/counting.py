@@ -214,7 +214,8 @@ def heat_map(image_HW3: np.ndarray, density_HW: np.ndarray) -> np.ndarray:
     grey_HW1 = image_HW3.mean(-1, keepdims=True)
     colour_HW3 = np.concatenate([np.full_like(heat_HW1, 255), 255 * heat_HW1**2, np.zeros_like(heat_HW1)], -1)
     opacity_HW1 = np.sqrt(heat_HW1) * 0.85
-    return (grey_HW1 * (1 - opacity_HW1) + colour_HW3 * opacity_HW1).astype(np.uint8)
+    blend_HW3: np.ndarray = grey_HW1 * (1 - opacity_HW1) + colour_HW3 * opacity_HW1
+    return blend_HW3.astype(np.uint8)
 
 
 def _targets(batch: Batch, name: str) -> list[Any]:

@@ -399,7 +399,13 @@ class DetectionMetric(torchmetrics.Metric):
         counts_I2 = dim_zero_cat(self.counts).reshape(-1, 2).long()
         detections = torch.split(dim_zero_cat(self.detections).reshape(-1, 6), counts_I2[:, 0].tolist())
         truths = torch.split(dim_zero_cat(self.truths).reshape(-1, 6), counts_I2[:, 1].tolist())
-        coco = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False)
+        # COCO's thresholds in float64: torchmetrics' own are float32, so that a recall of just 0.6 misses "0.6".
+        coco = MeanAveragePrecision(
+            backend="faster_coco_eval",
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            sync_on_compute=False,
+        )
         coco.update(
             [{"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()} for rows in detections],
             [{"boxes": rows[:, :4], "iscrowd": rows[:, 4].long(), "labels": rows[:, 5].long()} for rows in truths],

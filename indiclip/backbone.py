@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -114,12 +114,18 @@ class NaFlexViT(Backbone):
                 fc_norm=False,
                 **options,
             )
-        self._args = {"size": size, "name": name, "width": width, "depth": depth, "num_heads": num_heads}
+        self._args: dict[str, Any] = {
+            "size": size,
+            "name": name,
+            "width": width,
+            "depth": depth,
+            "num_heads": num_heads,
+        }
         self._args |= {"patch_size": patch_size, "max_tokens": max_tokens, "options": options}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
         self.width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
-        config = getattr(self.vit, "pretrained_cfg", None) or {}
+        config: dict[str, Any] = cast(Any, getattr(self.vit, "pretrained_cfg", None)) or {}
         self._set_normalisation(config.get("mean", (0.5, 0.5, 0.5)), config.get("std", (0.5, 0.5, 0.5)))
 
     def forward(self, images: Images) -> Features:
@@ -150,6 +156,8 @@ class FixedSize(Backbone):
         options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`.
     """
 
+    net: Any  # timm models share no type that has what is used here
+
     def __init__(
         self,
         name: str,
@@ -174,6 +182,7 @@ class FixedSize(Backbone):
         info = self.net.feature_info[feature_index]
         self.width, self.stride = int(info["num_chs"]), int(info["reduction"])
         self._index = feature_index % len(self.net.feature_info)
+        self.net.prune_intermediate_layers([self._index], prune_head=True)  # stages behind it would get no gradient
         self._set_normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
 
     def _canvas(self, images: Images) -> Tensor:
@@ -189,7 +198,7 @@ class FixedSize(Backbone):
     def forward(self, images: Images) -> Features:
         pixels = self._canvas(images)
         (map_BCHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
-        B, C, H, W = map_BCHW.shape
+        B, _, H, W = map_BCHW.shape
         rows, columns = torch.meshgrid(
             torch.arange(H, device=pixels.device), torch.arange(W, device=pixels.device), indexing="ij"
         )
@@ -211,9 +220,7 @@ def check_timm_name(name: str) -> None:
         raise ValueError(f"backbone.name: timm has no model {name!r}" + (f"; nearest is {near[0]!r}" if near else ""))
 
 
-def _vit_shape(
-    size: str | None, width: int | None, depth: int | None, num_heads: int | None
-) -> tuple[int, int, int]:
+def _vit_shape(size: str | None, width: int | None, depth: int | None, num_heads: int | None) -> tuple[int, int, int]:
     if size is not None and size not in SIZES:
         near = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.0)
         raise ValueError(f"backbone.size: {size!r} is none of {', '.join(SIZES)}; nearest is {near[0]!r}")

@@ -127,7 +127,9 @@ class TaskProgress(ProgressBar):
         if not terminal:
             task = self._progress.tasks[0]
             left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
-            self._console.print(f"step {trainer.global_step}/{task.total or '?'}  {rate}  {losses}  {left}", soft_wrap=True)
+            self._console.print(
+                f"step {trainer.global_step}/{task.total or '?'}  {rate}  {losses}  {left}", soft_wrap=True
+            )
         if now - self._since > 10:  # a moving rate: what happened long ago does not count
             self._samples, self._since = 0, now
 
@@ -200,7 +202,9 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero and trainer.log_dir:
             folder = Path(trainer.log_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_history(folder) if row["step"] <= trainer.global_step] if trainer.ckpt_path else []
+            kept = (
+                [row for row in read_history(folder) if row["step"] <= trainer.global_step] if trainer.ckpt_path else []
+            )
             (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def on_train_batch_end(
@@ -209,7 +213,7 @@ class RunRecord(L.Callback):
         self._count_skipped(trainer, batch)
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # else Lightning ends in mid-epoch without a last validation
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._append(trainer, "train/")
 
     def on_validation_batch_end(
@@ -232,7 +236,7 @@ class RunRecord(L.Callback):
             return
         assert isinstance(pl_module, MultiTask)
         folder = Path(trainer.log_dir)
-        record = {
+        record: dict[str, Any] = {
             "step": trainer.global_step,
             "seconds": round(time.monotonic() - self._started, 1),
             "metrics": _numbers(trainer.callback_metrics),

@@ -10,14 +10,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent
+from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
 from indiclip.patches import AnyImage, batch_images
 from indiclip.text import TextTower, describe
 from indiclip.types import Features, Images
-
 
 
 class Encoder(nn.Module):
@@ -83,7 +82,7 @@ class Encoder(nn.Module):
         """
         self._check_length(length)
         if not isinstance(images, dict):
-            many = list(images) if isinstance(images, list | tuple) else [images]
+            many = cast(list[AnyImage], list(images) if isinstance(images, list | tuple) else [images])
             budget = min(max_tokens, self.backbone.max_tokens)
             images = batch_images(many, self.backbone.patch_size, budget, self.backbone.canvas_hw)
         images = cast(Images, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in images.items()})

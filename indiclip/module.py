@@ -71,7 +71,9 @@ class MultiTask(L.LightningModule):
             if head.task not in features:  # heads of one task share its features
                 features[head.task] = self.encoder.features(batch["images"])
             losses = head.loss(features[head.task], batch, self.encoder)
-            self.head_losses[head.name] = self._weighted(head, sum(losses.values(), torch.zeros((), device=self.device)))
+            self.head_losses[head.name] = self._weighted(
+                head, sum(losses.values(), torch.zeros((), device=self.device))
+            )
             self.log_dict({f"train/{head.name}/{name}": loss.detach() for name, loss in losses.items()}, batch_size=1)
         total = sum(self.head_losses.values(), torch.zeros((), device=self.device))
         self.log("train/loss", total.detach(), batch_size=1)
@@ -82,7 +84,7 @@ class MultiTask(L.LightningModule):
             return head.weight * loss
         s = self.log_variances[head.name]
         self.log(f"train/{head.name}/log_variance", s.detach(), batch_size=1)
-        return head.weight * (torch.exp(-s) * loss + s)
+        return cast(Tensor, head.weight * (torch.exp(-s) * loss + s))
 
     def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
         """Each head's predictions, `{head: one dict per image}`."""

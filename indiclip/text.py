@@ -122,9 +122,7 @@ class SentencePieceTokenizer(Tokenizer):
         serialized: The file's bytes in base64 (what a checkpoint carries).
     """
 
-    def __init__(
-        self, source: str | None = None, context_length: int = 64, serialized: str | None = None
-    ) -> None:
+    def __init__(self, source: str | None = None, context_length: int = 64, serialized: str | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
         if serialized is not None:
@@ -177,6 +175,8 @@ class TextTower(nn.Module):
         width: Width D of the vectors.
     """
 
+    model: Any  # transformers models share no type that has a config
+
     def __init__(
         self, tokenizer: Tokenizer, architecture: dict[str, Any] | None = None, pretrained: str | None = None
     ) -> None:
@@ -211,7 +211,7 @@ def describe(part: Any) -> dict[str, Any]:
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": part.spec()}
 
 
-def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> nn.Module:
+def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
     from transformers import CONFIG_MAPPING, AutoModel
 
     model_type = architecture.pop("model_type", None)
@@ -219,9 +219,7 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> nn.Module:
         import difflib
 
         near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1, cutoff=0.0)
-        raise ValueError(
-            f"text.architecture.model_type: transformers has no {model_type!r}; nearest is {near[0]!r}"
-        )
+        raise ValueError(f"text.architecture.model_type: transformers has no {model_type!r}; nearest is {near[0]!r}")
     architecture.setdefault("vocab_size", tokenizer.vocab_size)
     architecture.setdefault("pad_token_id", tokenizer.pad_id)
     config = CONFIG_MAPPING[model_type](**architecture)
@@ -231,14 +229,14 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> nn.Module:
             f"text.architecture.max_position_embeddings: {longest} is less than the tokenizer's context_length "
             f"{tokenizer.context_length}"
         )
-    return cast(nn.Module, AutoModel.from_config(config))
+    return AutoModel.from_config(config)  # type: ignore[no-untyped-call]
 
 
-def _pretrained_model(name: str) -> nn.Module:
+def _pretrained_model(name: str) -> Any:
     from transformers import AutoModel
 
     try:
-        return cast(nn.Module, AutoModel.from_pretrained(name, use_safetensors=True))
+        return AutoModel.from_pretrained(name, use_safetensors=True)
     except OSError as error:
         raise FileNotFoundError(
             f"text.pretrained: {name!r} is no folder with a transformers model in safetensors, and not to be had from "
@@ -246,9 +244,9 @@ def _pretrained_model(name: str) -> nn.Module:
         ) from error
 
 
-def _text_part(model: nn.Module) -> nn.Module:
+def _text_part(model: Any) -> Any:
     """The text tower of a two-tower model; any other model as it is, without a pooler nobody reads."""
-    model = cast(nn.Module, getattr(model, "text_model", model))
+    model = getattr(model, "text_model", model)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # its parameters would never get a gradient
     return model

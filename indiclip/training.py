@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -19,7 +19,6 @@ from indiclip.callbacks import RunRecord, StartupTable, TaskGradients, TaskProgr
 from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain, nearest
 from indiclip.data.module import MultiTaskData, Source, Steps
 from indiclip.module import MultiTask
-
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -52,7 +51,7 @@ class IndiCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=Optional[str], help="Name of the run's folder (default: the first config's).")
+        parser.add_argument("--name", type=str, default="", help="Name of the run's folder (default: the config's).")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.encoder", "data.patch_size", lambda e: e.backbone.patch_size, "instantiate")

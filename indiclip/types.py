@@ -90,7 +90,9 @@ class Features:
         if self.valid_BN is None and N == H * W:  # every image fills the grid, row by row
             full_BHW = torch.ones(B, H, W, dtype=torch.bool, device=self.tokens_BND.device)
             return self.tokens_BND.transpose(1, 2).reshape(B, D, H, W), full_BHW
-        valid_BN = torch.ones_like(self.coords_BN2[..., 0], dtype=torch.bool) if self.valid_BN is None else self.valid_BN
+        valid_BN = (
+            torch.ones_like(self.coords_BN2[..., 0], dtype=torch.bool) if self.valid_BN is None else self.valid_BN
+        )
         cell_BN = self.coords_BN2[..., 0] * W + self.coords_BN2[..., 1]
         cell_BN = torch.where(valid_BN, cell_BN, H * W)  # padding goes to a cell that is cut off below
         cells_BLD = self.tokens_BND.new_zeros(B, H * W + 1, D)

@@ -8,7 +8,7 @@ from heads.contrastive import Contrastive, EmbeddingMetric
 
 
 def test_retrieval_by_hand():
-    """Three images, two distinct captions ("x" twice). Cosines by hand: image 0 and 2 prefer x, image 1 prefers x too."""
+    """Three images, two distinct captions, x twice. By hand: every image is nearer to x, also image 1, which is y's."""
     image_BE = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, (1 - 0.81) ** 0.5]])
     text_BE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     metric = EmbeddingMetric(lengths=[2], retrieval_at=[1, 2])

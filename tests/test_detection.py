@@ -405,7 +405,7 @@ def test_the_metric_is_cocos(seed: int) -> None:
     assert sorted(numbers) == sorted(NAMES)
     for name, expected in zip(NAMES, pycocotools(batch, predictions), strict=True):
         assert 0 < expected < 1
-        assert float(numbers[name]) == pytest.approx(expected, abs=1e-4), name
+        assert float(numbers[name]) == pytest.approx(expected, abs=1e-5), name
 
 
 def test_the_metric_leaves_out_what_has_no_object() -> None:

@@ -55,7 +55,11 @@ def test_sentencepiece_round_trip(tmp_path):
 
     (tmp_path / "text.txt").write_text("लाल पतंग\nपीला गेंदा\na red kite\na yellow marigold\n" * 20, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "sp"), vocab_size=60, hard_vocab_limit=False, minloglevel=2
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "sp"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     tokenizer = SentencePieceTokenizer(str(tmp_path / "sp.model"), context_length=16)
     rebuilt = SentencePieceTokenizer(**tokenizer.spec())

@@ -259,14 +259,15 @@ def _feather() -> Shapes:
 
 
 def _lotus() -> Shapes:
-    petals = (
+    petals = [
         (-75, 0.95, "main"),
         (75, 0.95, "main"),
         (-48, 1.08, "dark"),
         (48, 1.08, "dark"),
         (-24, 1.2, "light"),
-    )
-    petals += ((24, 1.2, "light"), (0, 1.3, "main"))
+        (24, 1.2, "light"),
+        (0, 1.3, "main"),
+    ]
     fan: Shapes = [(paint, _petal(0, 0.5, length, 0.27, lean)) for lean, length, paint in petals]
     return [("leaf", _oval(0, 0.55, 1.0, 0.2)), *fan, ("gold", _oval(0, 0.42, 0.2, 0.12, count=12))]
 

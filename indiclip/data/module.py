@@ -126,7 +126,7 @@ class StepSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0  # type: ignore[attr-defined]
         return iter(range(done, (done // self.length + 1) * self.length))
 
 
@@ -189,5 +189,7 @@ class Steps(Dataset[dict[str, Batch]]):
             except UnreadableSample as error:
                 skipped.append((error.key, error.reason))
         if self.train:
-            raise RuntimeError(f"data: {len(skipped)} samples in a row of task {task!r} are unreadable, last: {skipped[-1]}")
+            raise RuntimeError(
+                f"data: {len(skipped)} samples in a row of task {task!r} are unreadable, last: {skipped[-1]}"
+            )
         return None

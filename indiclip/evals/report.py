@@ -186,5 +186,5 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
     if len(names) <= 12:
         axes.legend(fontsize=7)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
