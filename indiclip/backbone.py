@@ -134,7 +134,8 @@ class NaFlexViT(Backbone):
         N = images["patches_BNP"].shape[1]
         full = all(rows * columns == N for rows, columns in grids)
         valid_BN = None if full else images["valid_BN"]  # attention without a mask is the faster kernel
-        out = self.vit.forward_features(self.normalise(images), patch_coord=images["coords_BN2"], patch_valid=valid_BN)
+        pixels_BNP = self.normalise(images)
+        out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))
         tokens_BND = out["patches"][:, self.vit.num_prefix_tokens :]
         grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
         return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride)
