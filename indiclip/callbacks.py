@@ -257,8 +257,8 @@ class RunRecord(L.Callback):
                 file.write(json.dumps(row) + "\n")
 
     def _count_skipped(self, trainer: L.Trainer, batch: Batches) -> None:
-        for task, part in batch.items():
-            for key, reason in part.get("skipped", []):
+        for part in batch.values():
+            for task, key, reason in part.get("skipped", []):
                 row = {"task": task, "key": key, "reason": reason}
                 self.skipped.append(row)
                 if trainer.log_dir:

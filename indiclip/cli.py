@@ -25,10 +25,30 @@ usage: indiclip <command> [--config FILE]... [options]
   --ckpt_path FILE         go on from a checkpoint
   --trainer.max_steps N    any key of the YAML can be set so; lists append with `+:` in a second --config
   --print_config           print the whole configuration and stop
-  --help, --version        `indiclip fit --help` lists every option
+  --help, --version        `indiclip fit --help`: the options one needs; `--help=all`: every one
 
 A config names Python classes and so can run any code: use only configs you trust.
 The same works as `lightning fit --config ...`.
+"""
+
+_COMMAND_HELP = """\
+usage: indiclip {command} --config FILE [--config FILE]... [options]
+
+example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 100
+
+  --config FILE                   an experiment; several are stacked, later ones win, lists grow with `+:`
+  --name NAME, --runs FOLDER      the run's folder is FOLDER/NAME (default: runs/<the first config's name>)
+  --ckpt_path FILE                go on from, or score, a checkpoint
+  --seed_everything N             order of the samples, augmentation, initial weights
+  --model.lr X  --model.warmup_steps N  --model.weight_decay X  --model.uncertainty_weighting true
+  --data.num_workers N            loader processes
+  --data.steps_per_epoch N        steps between validations
+  --trainer.max_steps N           length of the run
+  --trainer.accelerator gpu  --trainer.devices 8  --trainer.num_nodes 4  --trainer.precision bf16-mixed
+  --trainer.accumulate_grad_batches N  --trainer.gradient_clip_val X  --trainer.limit_val_batches N
+  --print_config                  print the whole configuration and stop
+
+`indiclip {command} --help=all` lists every option (it imports the libraries first: about ten seconds).
 """
 
 
@@ -45,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"indiclip {__version__}")
         return 0
+    if argv[0] in _TRAINER_COMMANDS and any(flag in argv for flag in ("-h", "--help")):
+        print(_COMMAND_HELP.format(command=argv[0]))
+        return 0
     if argv[0] not in _TRAINER_COMMANDS:
         import difflib
 
@@ -53,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from indiclip.training import run
 
-    return run(argv)
+    return run(["--help" if flag == "--help=all" else flag for flag in argv])
 
 
 def lightning() -> int:

@@ -60,6 +60,7 @@ class IndiCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        config["weights_only"] = True  # never unpickle a checkpoint
         self.folder = _run_folder(config, self.subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -57,7 +57,7 @@ class Batch(TypedDict):
     images: Images
     targets: dict[str, list[Any]]  # the fields of Sample, a list over the images each, in resized pixels
     keys: list[str]
-    skipped: NotRequired[list[tuple[str, str]]]  # (key, reason) of unreadable samples that others stand in for
+    skipped: NotRequired[list[tuple[str, str, str]]]  # (task, key, reason) of unreadable samples
 
 
 @dataclass

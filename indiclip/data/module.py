@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -163,21 +164,26 @@ class Steps(Dataset[dict[str, Batch]]):
         return Plan(task, sizes, [source.weight for source in group], batch_size, self.seed, shuffle=self.train)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
-        batches = {task: self._batch(task, step) for task in self.plans}
-        return {task: batch for task, batch in batches.items() if batch is not None}
+        skipped: list[tuple[str, str, str]] = []
+        batches = {task: self._batch(task, step, skipped) for task in self.plans}
+        found = {task: batch for task, batch in batches.items() if batch is not None}
+        if skipped and not found:
+            warnings.warn(f"data: nothing in held-out step {step} is readable: {skipped}", stacklevel=2)
+        for batch in found.values():
+            batch["skipped"], skipped = skipped, []  # all with the first batch, so that each is counted once
+        return found
 
-    def _batch(self, task: str, step: int) -> Batch | None:
+    def _batch(self, task: str, step: int, skipped: list[tuple[str, str, str]]) -> Batch | None:
         plan = self.plans[task]
         places = plan.batch(step) if self.train else plan.pass_through(step)
         samples: list[Prepared] = []
-        skipped: list[tuple[str, str]] = []
         for place in places[self.rank :: self.world_size]:
             sample = self._read(task, place, skipped)
             if sample is not None:
                 samples.append(sample)
-        return collate(samples, skipped) if samples else None
+        return collate(samples) if samples else None
 
-    def _read(self, task: str, place: Place, skipped: list[tuple[str, str]]) -> Prepared | None:
+    def _read(self, task: str, place: Place, skipped: list[tuple[str, str, str]]) -> Prepared | None:
         """One prepared sample; in training the next readable one stands in for an unreadable one."""
         source = self.sources[task][place.source]
         size = self.plans[task].sizes[place.source]
@@ -187,7 +193,7 @@ class Steps(Dataset[dict[str, Batch]]):
                 random_seed = zlib.crc32(repr((self.seed, task, place)).encode()) if self.train else None
                 return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
             except UnreadableSample as error:
-                skipped.append((error.key, error.reason))
+                skipped.append((task, error.key, error.reason))
         if self.train:
             raise RuntimeError(
                 f"data: {len(skipped)} samples in a row of task {task!r} are unreadable, last: {skipped[-1]}"

@@ -79,7 +79,7 @@ class Transform:
         return prepared
 
 
-def collate(samples: list[Prepared], skipped: list[tuple[str, str]] | None = None) -> Batch:
+def collate(samples: list[Prepared], skipped: list[tuple[str, str, str]] | None = None) -> Batch:
     """Prepared samples -> `Batch`: patches padded to the longest, every annotation a list over the images."""
     samples = [dict(sample) for sample in samples]
     images = patches.stack(
