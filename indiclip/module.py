@@ -104,7 +104,7 @@ class MultiTask(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         for head in self.each_head():
             # Ranks may have got different numbers of samples, but all must take part in a metric's exchange.
-            if self.trainer.strategy.reduce_boolean_decision(head.metric.update_called, all=False):
+            if self.trainer.strategy.reduce_boolean_decision(bool(head.metric.update_called), all=False):
                 self.log_dict({f"val/{head.name}/{name}": value for name, value in head.metric.compute().items()})
             head.metric.reset()
 
