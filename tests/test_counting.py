@@ -1,0 +1,260 @@
+"""heads/counting.py, on features made by hand and a tiny text tower."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from heads.counting import Counting, CountMetric, count_losses, heat_map
+from indiclip.backbone import NaFlexViT
+from indiclip.encoder import Encoder
+from indiclip.text import ByteTokenizer, TextTower
+from indiclip.types import Batch, Features
+
+WIDTH = 32
+BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    backbone = NaFlexViT(width=WIDTH, depth=1, num_heads=2, patch_size=8)
+    text = TextTower(ByteTokenizer(), BERT | {"intermediate_size": 64, "max_position_embeddings": 256})
+    return Encoder(backbone, text, embed_dim=32, lengths=[16])
+
+
+def head_for(encoder: Encoder, **options: Any) -> Counting:
+    torch.manual_seed(0)
+    head = Counting(**({"channels": 32} | options))
+    head.build(encoder)
+    return head
+
+
+def features_of(maps_HWD: list[Tensor], stride: int = 8) -> Features:
+    """Token maps of any sizes as one padded batch, shuffled; the padding holds numbers that must not matter."""
+    B, N, D = len(maps_HWD), max(m.shape[0] * m.shape[1] for m in maps_HWD), maps_HWD[0].shape[-1]
+    tokens_BND, coords_BN2 = torch.full((B, N, D), 7.0), torch.zeros(B, N, 2, dtype=torch.long)
+    valid_BN = torch.zeros(B, N, dtype=torch.bool)
+    for i, map_HWD in enumerate(maps_HWD):
+        rows, columns, _ = map_HWD.shape
+        order = torch.randperm(rows * columns)
+        tokens_BND[i, : len(order)] = map_HWD.reshape(-1, D)[order]
+        coords_BN2[i, : len(order)] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[order]
+        valid_BN[i, : len(order)] = True
+    grid_hw = (max(m.shape[0] for m in maps_HWD), max(m.shape[1] for m in maps_HWD))
+    return Features(tokens_BND, coords_BN2, valid_BN, grid_hw, stride)
+
+
+def batch_of(sizes_hw: list[tuple[int, int]], points: list[Any], names: list[str]) -> Batch:
+    targets = {
+        "points_xy": [None if p is None else torch.tensor(p, dtype=torch.float32).reshape(-1, 2) for p in points],
+        "count_class": names,
+    }
+    images = {"sizes_hw": sizes_hw, "scale": [(1.0, 1.0)] * len(sizes_hw)}
+    return cast(Batch, {"images": images, "targets": targets, "keys": [str(i) for i in range(len(sizes_hw))]})
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_the_count_is_the_sum_of_the_density(encoder: Encoder, upsample: int) -> None:
+    """Also for images of different sizes, each with a density of its own size."""
+    head = head_for(encoder, upsample=upsample)
+    features = features_of([torch.randn(3, 5, WIDTH), torch.randn(4, 2, WIDTH)])
+    batch = batch_of([(24, 40), (32, 16)], [[], []], ["kite", "diya"])
+    for found, shape in zip(head.predict(features, batch, encoder), [(3, 5), (4, 2)], strict=True):
+        assert found["density"].shape == (shape[0] * upsample, shape[1] * upsample)
+        assert found["density"].min() > 0
+        assert found["count"] == pytest.approx(found["density"].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [7, 8])
+@pytest.mark.parametrize("upsample", [1, 2, 3])
+def test_every_point_is_in_its_cell(encoder: Encoder, upsample: int, stride: int) -> None:
+    """A perfect density, laid out by `predict`, has the points where NumPy's histogram has them; none is lost."""
+    rng = np.random.default_rng(upsample)
+    head = head_for(encoder, upsample=upsample)
+    sizes = [(3 * stride, 5 * stride), (4 * stride, 2 * stride)]
+    features = features_of([torch.randn(3, 5, WIDTH), torch.randn(4, 2, WIDTH)], stride)
+    points = [rng.random((20, 2)) * [width, height] for height, width in sizes]
+    points[0][:2] = [[sizes[0][1], sizes[0][0]], [0, 0]]  # on the corners
+    batch = batch_of(sizes, points, ["kite", "diya"])
+    counts_BNS = head._counts(features, batch, batch["targets"]["points_xy"])
+    head.forward = lambda tokens_BND, text_BNE: counts_BNS  # type: ignore[method-assign]
+    for found, points_K2, (height, width) in zip(head.predict(features, batch, encoder), points, sizes, strict=True):
+        cells = (height // stride * upsample, width // stride * upsample)
+        expected, _, _ = np.histogram2d(points_K2[:, 1], points_K2[:, 0], cells, [[0, height], [0, width]])
+        assert found["density"].numpy().tolist() == expected.tolist()
+        assert found["count"] == 20
+
+
+def test_losses_by_hand() -> None:
+    """Two cells with 2 and 0 things, answered 1 and 0.5; a second image without an answer."""
+    density_BNS = torch.tensor([[[1.0], [0.5]], [[3.0], [4.0]]])
+    counts_BNS = torch.tensor([[[2.0], [0.0]], [[0.0], [0.0]]])
+    losses = count_losses(density_BNS, counts_BNS, torch.tensor([True, False]))
+    deviance = (1 - 2 - 2 * np.log(1 / 2)) + 0.5
+    assert losses["density"].item() == pytest.approx(deviance / (1 + 2), rel=1e-6)
+    assert losses["count"].item() == pytest.approx(0.5 / 3, rel=1e-6)
+    perfect = count_losses(counts_BNS, counts_BNS, torch.tensor([True, True]))
+    assert perfect["density"].item() == perfect["count"].item() == 0
+
+
+POINTS = {
+    "things": [[[3, 3], [30, 20]], [[12, 1]]],
+    "none": [[], []],
+    "one unknown": [None, [[12, 1]]],
+    "all unknown": [None, None],
+}
+
+
+@pytest.mark.parametrize("case", POINTS)
+def test_every_parameter_gets_a_gradient(encoder: Encoder, case: str) -> None:
+    head = head_for(encoder)
+    features = features_of([torch.randn(3, 5, WIDTH), torch.randn(4, 2, WIDTH)])
+    losses = head.loss(features, batch_of([(24, 40), (32, 16)], POINTS[case], ["kite", "diya"]), encoder)
+    assert set(losses) == {"density", "count"}
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    used = [*head.named_parameters(), *encoder.text.named_parameters()]
+    assert not [name for name, p in used if p.grad is None or not p.grad.isfinite().all()]
+    assert bool(head.density.weight.grad.any()) == (case != "all unknown")
+
+
+def test_what_lies_beside_an_image_does_not_matter(encoder: Encoder) -> None:
+    head = head_for(encoder.eval(), upsample=2)
+    maps, sizes = [torch.randn(3, 5, WIDTH), torch.randn(9, 2, WIDTH)], [(24, 40), (72, 16)]
+    points = [[[3, 3]], [[9, 70]]]  # one point each, so that both weigh the same
+    both = features_of(maps), batch_of(sizes, points, ["kite", "diya"])
+    apart = [
+        (features_of([maps[i]]), batch_of([sizes[i]], [points[i]], [name])) for i, name in enumerate(["kite", "diya"])
+    ]
+    together = head.loss(*both, encoder)
+    for name, value in together.items():
+        mean = sum(head.loss(*one, encoder)[name] for one in apart) / 2
+        torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-6)
+    for found, one in zip(head.predict(*both, encoder), apart, strict=True):
+        torch.testing.assert_close(found["density"], head.predict(*one, encoder)[0]["density"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_prompt_decides_what_is_counted(encoder: Encoder) -> None:
+    """Squares of two colours on one image: after a few steps the answer is the count of the colour that is named."""
+    rng = np.random.default_rng(0)
+    head = head_for(encoder)
+    colours_2D = torch.randn(2, WIDTH)
+
+    def example(images: int) -> tuple[Features, Batch]:
+        cells_BN = torch.from_numpy(rng.choice(3, (images, 30), p=[0.7, 0.2, 0.1]))
+        maps = [torch.cat([torch.zeros(1, WIDTH), colours_2D])[cells_N].reshape(5, 6, WIDTH) for cells_N in cells_BN]
+        asked = rng.integers(0, 2, images)
+        points = []
+        for cells_N, colour in zip(cells_BN, asked, strict=True):
+            y, x = np.divmod(np.flatnonzero(cells_N.numpy() == colour + 1), 6)
+            points.append(np.stack([x, y], 1) * 8 + 4)
+        return features_of(maps), batch_of([(40, 48)] * images, points, [["kesariya", "peacock"][i] for i in asked])
+
+    parameters = [*head.parameters(), *encoder.parameters()]
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        sum(head.loss(*example(16), encoder).values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        features, batch = example(32)
+        head.update_metric(head.predict(features, batch, encoder), batch)
+        assert head.metric.compute()["mae_ratio"] < 0.25
+        other = ["peacock" if name == "kesariya" else "kesariya" for name in batch["targets"]["count_class"]]
+        swapped = cast(Batch, batch | {"targets": batch["targets"] | {"count_class": other}})
+        head.metric.reset()
+        head.update_metric(head.predict(features, swapped, encoder), batch)
+        assert head.metric.compute()["mae_ratio"] > 0.75
+
+
+def test_the_metric_by_hand() -> None:
+    metric = CountMetric()
+    for count, truth in ((1.0, 2), (4.0, 4), (5.0, 9)):
+        metric.update(count, truth)
+    numbers = {name: float(value) for name, value in metric.compute().items()}
+    # Errors 1, 0, 4; the mean of 2, 4, 9 is 5, its errors 3, 1, 4.
+    assert numbers == pytest.approx(
+        {
+            "mae": 5 / 3,
+            "rmse": (17 / 3) ** 0.5,
+            "mae_of_mean": 8 / 3,
+            "rmse_of_mean": (26 / 3) ** 0.5,
+            "mae_ratio": 5 / 8,
+        }
+    )
+
+
+def test_the_metric_of_equal_counts_has_no_ratio() -> None:
+    metric = CountMetric()
+    metric.update(1.0, 3)
+    numbers = metric.compute()
+    assert float(numbers["mae"]) == 2
+    assert "mae_ratio" not in numbers
+
+
+def test_ranks_sum_up_to_one_metric() -> None:
+    """torchmetrics' own gathering, with the other rank's state handed in; one more rank has seen nothing."""
+    ours, theirs = CountMetric(), CountMetric()
+    ours.update(1.0, 2)
+    for count, truth in ((4.0, 4), (5.0, 9)):
+        theirs.update(count, truth)
+
+    def gather(state: Tensor, group: Any = None) -> list[Tensor]:
+        nothing = torch.tensor([], dtype=theirs.dtype)  # what torchmetrics makes of a state that was never added to
+        other = torch.cat(cast(list[Tensor], theirs.rows))
+        assert state.ndim == other.ndim == nothing.ndim and state.dtype == other.dtype == nothing.dtype  # noqa: PT018
+        return [state, other, nothing]
+
+    ours.dist_sync_fn, ours.distributed_available_fn = gather, lambda: True
+    assert float(ours.compute()["mae"]) == pytest.approx(5 / 3)
+
+
+def test_images_without_an_answer_are_not_measured(encoder: Encoder) -> None:
+    head = head_for(encoder)
+    head.update_metric([{"count": 3.0}, {"count": 2.0}], batch_of([(8, 8)] * 2, [None, []], ["kite"] * 2))
+    assert float(head.metric.compute()["mae"]) == 2
+
+
+def test_the_prompt_is_what_is_embedded(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, asked = head_for(encoder, prompt="how many {}?"), []
+    embed = encoder.embed_text
+    monkeypatch.setattr(encoder, "embed_text", lambda texts: asked.extend(texts) or embed(texts))
+    batch = batch_of([(16, 16)] * 2, [[], []], ["kite", "दीया"])
+    found = head.predict(features_of([torch.randn(2, 2, WIDTH)] * 2), batch, encoder)
+    assert asked == ["how many kite?", "how many दीया?"]
+    assert found[1]["prompt"] == "how many दीया?"
+
+
+def test_the_picture_is_hot_where_the_things_are(encoder: Encoder) -> None:
+    head = head_for(encoder)
+    density_HW = torch.zeros(4, 6)
+    density_HW[1, 4] = 2.0
+    grey = np.full((32, 48, 3), 100, np.uint8)
+    prediction = {"density": density_HW, "count": 2.04, "prompt": "marigold"}
+    picture, words = head.draw(grey, prediction, {"points_xy": torch.zeros(2, 2)})
+    assert words == "how many marigold: 2.0 (truth 2)"
+    assert picture.shape == grey.shape
+    heat_HW = picture[..., 0].astype(int) - picture[..., 2]
+    assert np.unravel_index(heat_HW.argmax(), heat_HW.shape)[0] in range(8, 16)
+    assert np.unravel_index(heat_HW.argmax(), heat_HW.shape)[1] in range(32, 40)
+    assert heat_HW[-1, 0] == 0
+    assert (heat_map(grey, np.zeros((4, 6), np.float32)) == grey).all()
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"heads\.counting\.prompt: 'how many' must contain \{\}"):
+        Counting(prompt="how many")
+    with pytest.raises(ValueError, match=r"heads\.counting\.upsample: found 0"):
+        Counting(upsample=0)
+
+
+def test_a_source_without_points_is_named(encoder: Encoder) -> None:
+    head, batch = head_for(encoder), batch_of([(16, 16)], [[]], ["kite"])
+    del batch["targets"]["points_xy"]
+    with pytest.raises(ValueError, match=r"heads\.counting: .* without points_xy"):
+        head.loss(features_of([torch.randn(2, 2, WIDTH)]), batch, encoder)
