@@ -47,3 +47,15 @@ def test_every_experiment_opens_with_what_it_does_and_its_command(experiment):
     opening = [line for line in experiment.read_text().splitlines() if line.startswith("#")]
     assert any(f"indiclip fit --config conf/{experiment.name}" in line for line in opening)
     assert any(line.startswith(("# Expect:", "# Score:")) for line in opening)
+
+
+@pytest.mark.parametrize("part", sorted((ROOT / "conf" / "heads").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_head_is_added_by_a_second_config(part, capsys):
+    """The stacked head stands behind the first config's, with the part's own settings."""
+    base = ROOT / "conf" / "cifar10.yaml"
+    with pytest.raises(SystemExit, match="0"):
+        run(["fit", "--config", str(base), "--config", str(part), "--print_config"])
+    heads = yaml.safe_load(capsys.readouterr().out)["model"]["heads"]
+    (added,) = yaml.safe_load(part.read_text())["model"]["heads+"]
+    assert [head["class_path"] for head in heads] == ["heads.contrastive.Contrastive", added["class_path"]]
+    assert added["init_args"].items() <= heads[1]["init_args"].items()
