@@ -75,42 +75,24 @@ class Counting(Head):
         nn.init.constant_(self.density.bias, math.log(math.expm1(_FIRST_DENSITY)))
         self.metric = CountMetric()
 
-    def forward(self, tokens_BND: Tensor, text_BNE: Tensor) -> Tensor:
-        """Expected things (B, N, S) in every cell of every token, float32 and above 0.
-
-        Tokens and texts are broadcast: a text per image is (B, 1, E).
-        """
-        scale_BNC, shift_BNC = self.modulate(text_BNE).chunk(2, -1)
-        x_BNC = self.norm(self.tokens(tokens_BND))
-        x_BNC = self.layers(x_BNC * (1 + scale_BNC) + shift_BNC)
-        return F.softplus(self.density(x_BNC).float())
+    def forward(self, features: Features, text_BE: Tensor) -> Tensor:
+        """Expected things (B, N, S) in every cell of every token, float32; 0 on padding."""
+        scale_BC, shift_BC = self.modulate(text_BE).chunk(2, -1)
+        x_BNC = self.norm(self.tokens(features.tokens_BND))
+        x_BNC = self.layers(x_BNC * (1 + scale_BC[:, None]) + shift_BC[:, None])
+        density_BNS = F.softplus(self.density(x_BNC).float())
+        return density_BNS if features.valid_BN is None else density_BNS * features.valid_BN[..., None]
 
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
-        prompts, points = self._prompts(batch), _targets(batch, "points_xy")
-        distinct = list(dict.fromkeys(prompts))
-        text_PE = encoder.embed_text(distinct)
-        device = text_PE.device
-        asked_B = torch.tensor([distinct.index(prompt) for prompt in prompts], device=device)
-        density_BNS = self._masked(self(features.tokens_BND, text_PE[asked_B, None]), features)
+        density_BNS = self(features, self._embed(batch, encoder))
+        points = _targets(batch, "points_xy")
         counts_BNS = self._counts(features, batch, points)
-        known_B = torch.tensor([found is not None for found in points], device=device)
-        losses = count_losses(density_BNS, counts_BNS, known_B)
-        return losses | {"class": self._class_loss(features, counts_BNS, text_PE, asked_B)}
-
-    def _class_loss(self, features: Features, counts_BNS: Tensor, text_PE: Tensor, asked_B: Tensor) -> Tensor:
-        image_K, token_K, cell_K = counts_BNS.nonzero(as_tuple=True)
-        density_KPS = self(features.tokens_BND[image_K, token_K][:, None], text_PE[None])
-        log_KP = density_KPS[torch.arange(len(cell_K)), :, cell_K].clamp(min=_SMALLEST).log()
-        return F.cross_entropy(log_KP, asked_B[image_K], reduction="sum") / max(1, len(cell_K))
-
-    @staticmethod
-    def _masked(density_BNS: Tensor, features: Features) -> Tensor:
-        return density_BNS if features.valid_BN is None else density_BNS * features.valid_BN[..., None]
+        known_B = torch.tensor([found is not None for found in points], device=density_BNS.device)
+        return count_losses(density_BNS, counts_BNS, known_B)
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
-        prompts = self._prompts(batch)
-        density_BNS = self._masked(self(features.tokens_BND, encoder.embed_text(prompts)[:, None]), features)
+        density_BNS = self(features, self._embed(batch, encoder))
         s, stride = self.upsample, features.stride
         cells = Features(density_BNS, features.coords_BN2, features.valid_BN, features.grid_hw, stride)
         map_BSHW, _ = cells.map()
@@ -125,7 +107,7 @@ class Counting(Head):
                 density_BNS.sum((1, 2)).tolist(),
                 map_BHW,
                 batch["images"]["sizes_hw"],
-                prompts,
+                self._prompts(batch),
                 strict=True,
             )
         ]
@@ -143,6 +125,9 @@ class Counting(Head):
 
     def _prompts(self, batch: Batch) -> list[str]:
         return [self.prompt.format(name) for name in _targets(batch, "count_class")]
+
+    def _embed(self, batch: Batch, encoder: Encoder) -> Tensor:
+        return encoder.embed_text(self._prompts(batch))
 
     def _counts(self, features: Features, batch: Batch, points: list[Tensor | None]) -> Tensor:
         """How many points (B, N, S) lie in each cell of each token."""

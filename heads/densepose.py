@@ -120,7 +120,7 @@ class DensePose(Head):
             )
 
     def forward(self, features: Features, boxes: list[Tensor]) -> Charts:
-        """Maps of the windows at `boxes`, one tensor (Q, 4) per image in pixels; at least one box in all."""
+        """Maps of the windows at `boxes`, one tensor (Q, 4) per image in pixels."""
         map_BDHW, mask_BHW = features.map()
         fine_BCHW = F.relu(self.norm(self.fine(map_BDHW)))
         if features.valid_BN is not None:
@@ -135,7 +135,10 @@ class DensePose(Head):
         return Charts.split(self.charts(x_RChw).float(), self.coarse_classes)
 
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
-        """`coarse`, `part`, `u`, `v`; zero, with zero gradients, where nothing is annotated."""
+        """`coarse`, `part`, `u`, `v`; zero, with zero gradients, where nothing is annotated.
+
+        A batch without people needs no special case: convolutions of no windows have gradients, zeros.
+        """
         windows = _boxes(batch, features.tokens_BND.device)
         if self.training and self.box_jitter:
             windows = jitter(windows, batch["images"]["sizes_hw"], self.box_jitter, self.step)
@@ -232,7 +235,7 @@ class People:
     """The annotations of a batch, relative to R windows.
 
     Attributes:
-        windows: Per image (Q, 4) in pixels; at least one in all, so that every layer runs.
+        windows: Per image (Q, 4) in pixels.
         coarse_Rhw: Mask class of each cell, -1 where unknown.
         person_S: Window of each point.
         xy_S2: Its place in the window; outside of [0, 1] where a jittered window does not hold it.
@@ -251,9 +254,6 @@ class People:
     def of(cls, targets: dict[str, list[Any]], windows: list[Tensor], size: int) -> People:
         """Collect a batch, given one window per person; `size` is the number of cells along its side."""
         images = [{name: values[i] for name, values in targets.items()} for i in range(len(windows))]
-        if not any(map(len, windows)):  # one window that nothing is known about
-            images = [{} for _ in windows]
-            windows = [windows[0].new_tensor([[0, 0, 1, 1]]), *windows[1:]]
         device = windows[0].device
         coarse, points, first = [], [], 0
         for target, windows_Q4 in zip(images, windows, strict=True):

@@ -131,9 +131,19 @@ class TestGeometry:
         assert (uv_HW2[inner][..., 0] * size - columns).abs().max() <= 0.5 * 56 / 56 + 1e-3  # half a cell, in pixels
         assert (uv_HW2[inner][..., 1] * size - rows).abs().max() <= 0.5 * 84 / 56 + 1e-3
 
+    def test_of_overlapping_people_the_higher_score_is_on_top(self) -> None:
+        first, second = hand_prediction(5, (0.1, 0.1), 0.9), hand_prediction(7, (0.2, 0.2), 0.8)
+        second["boxes_xyxy"] = second["boxes_xyxy"] + 4
+        both = {name: torch.cat([first[name], second[name]]) for name in first}
+        part_HW, uv_HW2 = paste(both, (12, 12))
+        assert part_HW[:8, :8].unique().tolist() == [5]
+        assert part_HW[8:, 8:].unique().tolist() == [7]
+        assert uv_HW2[7, 7].tolist() == pytest.approx([0.1, 0.1])
+        assert part_HW[0, 9] == 0
+
     def test_mask_targets_are_the_mask_in_the_window(self) -> None:
         mask = torch.zeros(1, 32, 32, dtype=torch.uint8)
-        mask[0, 8:16, 4:12] = 1
+        mask[0, 8:17, 4:13] = 1  # the third row's and column's centres are at 18 and 14
         people = People.of({"dp_masks": [mask]}, [torch.tensor([[4.0, 8.0, 20.0, 24.0]])], 4)
         assert people.coarse_Rhw.tolist() == [[[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]]
 
@@ -147,6 +157,7 @@ class TestGeometry:
         either = (moved_N4[:, 2:] - moved_N4[:, :2]).prod(1) + 30 * 60 - both
         assert (both / either).min() > 0.7
         share_N4 = (moved_N4 - box) / torch.tensor([30.0, 60.0, 30.0, 60.0]) / 0.08
+        assert share_N4.abs().max() < 1.0001
         assert share_N4.min(0).values.max() < -0.95  # all of the range is used
         assert share_N4.max(0).values.min() > 0.95
         assert share_N4.mean(0).abs().max() < 0.05
@@ -189,6 +200,38 @@ def loop_losses(charts: Charts, people: People) -> dict[str, float]:
             gap = abs(at(maps, r, part, x, y) - truth)
             sums[name] += 0.5 * gap**2 if gap < 1 else gap - 0.5
     return {name: value / (cells if name == "coarse" else points) for name, value in sums.items()}
+
+
+class TestCharts:
+    def test_decoded_by_hand(self) -> None:
+        """One window of two cells: part 3 on the person, and part 4 with a strong part 0 off the person."""
+        coarse = torch.tensor([[0.0, 1.0], [math.log(3), 0.0]]).reshape(1, 2, 1, 2)  # person with 3/4, 1/(1 + e)
+        part, u, v = torch.zeros(3, 1, 25, 1, 2)
+        part[0, 3, 0, 0], part[0, 4, 0, 1], part[0, 0] = 1.0, 1.0, 9.0
+        u[0, 3], v[0, 3], u[0, 4] = 0.25, 1.5, 0.5
+        scores, mask_probs, parts, uv = Charts(coarse, part, u, v).decode()
+        torch.testing.assert_close(mask_probs, torch.tensor([[[0.75, 1 / (1 + math.e)]]]))
+        assert scores.tolist() == pytest.approx([0.75])
+        assert parts.tolist() == [[[3, 0]]]
+        assert uv.tolist() == [[[[0.25, 0.0]], [[1.0, 0.0]]]]
+
+    def test_points_stay_with_their_person(self) -> None:
+        """Three people in the first image, the last without points, none in the second, one in the third."""
+        boxes = [
+            torch.tensor([[0.0, 0, 10, 10], [10, 0, 30, 20], [0, 0, 9, 9]]),
+            torch.zeros(0, 4),
+            torch.tensor([[5.0, 5, 15, 9]]),
+        ]
+        targets = {
+            "dp_points_xy": [torch.tensor([[20.0, 5.0], [1.0, 2.0]]), None, torch.tensor([[10.0, 6.0]])],
+            "dp_person": [torch.tensor([1, 0]), None, torch.tensor([0])],
+            "dp_part": [torch.tensor([1, 2]), None, torch.tensor([3])],
+            "dp_uv": [torch.zeros(2, 2), None, torch.zeros(1, 2)],
+        }
+        people = People.of(targets, boxes, 4)
+        assert people.person_S.tolist() == [1, 0, 3]
+        assert people.part_S.tolist() == [1, 2, 3]
+        torch.testing.assert_close(people.xy_S2, torch.tensor([[0.5, 0.25], [0.1, 0.2], [0.5, 0.25]]))
 
 
 class TestLosses:
@@ -387,6 +430,14 @@ class TestMetric:
             found = metric.compute()
             assert float(found["uv_gps_75"]) == expected
             assert float(found["uv_gps"]) == pytest.approx(0.6 if expected else 0.5)  # of 0.50, 0.55, ...
+
+    def test_a_wrong_part_counts_nothing_however_near_its_u_and_v(self) -> None:
+        """Three of four points right and exact, one wrong with the same U and V: similarity 0.75."""
+        metric = SurfaceMetric()
+        metric.update(hand_prediction(5, (0.2, 0.2), 0.9), hand_target([5, 5, 5, 6], (0.2, 0.2)))
+        found = metric.compute()
+        assert float(found["uv_gps_75"]) == 1
+        assert float(found["uv_gps"]) == pytest.approx(0.6)  # 0.50 to 0.75 of the ten thresholds
 
     def test_average_precision_against_numpy(self) -> None:
         rng = np.random.default_rng(5)
