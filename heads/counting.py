@@ -77,7 +77,8 @@ class Counting(Head):
 
     def forward(self, features: Features, text_BE: Tensor) -> Tensor:
         """Expected things (B, N, S) in every cell of every token, float32; 0 on padding."""
-        scale_BC, shift_BC = self.modulate(text_BE).chunk(2, -1)
+        # A unit vector's numbers are small; at variance 1 the text steers the density from the first steps on.
+        scale_BC, shift_BC = self.modulate(text_BE * text_BE.shape[-1] ** 0.5).chunk(2, -1)
         x_BNC = self.norm(self.tokens(features.tokens_BND))
         x_BNC = self.layers(x_BNC * (1 + scale_BC[:, None]) + shift_BC[:, None])
         density_BNS = F.softplus(self.density(x_BNC).float())

@@ -6,7 +6,7 @@ It knows no head, no Lightning and no config. Shape letters: see `indiclip.types
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from indiclip.types import Features, Images
 
 
 class Encoder(nn.Module):
-    """Backbone, text tower, attention pooling and projections into one space.
+    """Backbone, text tower, pooling and projections into one space.
 
     Args:
         backbone: Images -> features.
@@ -28,10 +28,18 @@ class Encoder(nn.Module):
         embed_dim: Length E of the full embedding.
         lengths: The lengths that embeddings are trained to be cut to (Matryoshka), ascending. The full length is
             always one of them.
+        pool: How tokens become one vector, on both sides: see `Pool`.
+        batch_norm: Normalise what was pooled, on both sides: see `Pool`.
     """
 
     def __init__(
-        self, backbone: Backbone, text: TextTower, embed_dim: int = 512, lengths: Sequence[int] = (64, 128, 256)
+        self,
+        backbone: Backbone,
+        text: TextTower,
+        embed_dim: int = 512,
+        lengths: Sequence[int] = (64, 128, 256),
+        pool: Literal["attention", "mean"] = "attention",
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -40,8 +48,8 @@ class Encoder(nn.Module):
         self.lengths = sorted({*(length for length in lengths if length < embed_dim), embed_dim})
         if self.lengths[0] < 1:
             raise ValueError(f"encoder.lengths: {list(lengths)} must lie between 1 and embed_dim {embed_dim}")
-        self.image_pool = Pool(backbone.width)
-        self.text_pool = Pool(text.width)
+        self.image_pool = Pool(backbone.width, pool, batch_norm)
+        self.text_pool = Pool(text.width, pool, batch_norm)
         self.image_projection = nn.Linear(backbone.width, embed_dim, bias=False)
         self.text_projection = nn.Linear(text.width, embed_dim, bias=False)
         for projection in (self.image_projection, self.text_projection):
@@ -117,6 +125,8 @@ class Encoder(nn.Module):
             "text": describe(self.text),
             "embed_dim": self.embed_dim,
             "lengths": list(self.lengths),
+            "pool": self.image_pool.kind,
+            "batch_norm": self.image_pool.norm is not None,
         }
 
     def _check_length(self, length: int | None) -> None:
@@ -129,13 +139,40 @@ class Encoder(nn.Module):
 
 
 class Pool(nn.Module):
-    """One learned query attends to the valid tokens (timm's attention pooling)."""
+    """Valid tokens -> one vector.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: Of the tokens.
+        kind: `attention` lets one learned query attend to them (timm's attention pooling); `mean` is their mean.
+        batch_norm: Normalise each channel over the batch. New towers give nearly the same vector for everything
+            (cosines above 0.9), and short training from scratch spends most of its steps on leaving that; batch norm
+            takes what is common away. `trainer.sync_batchnorm` makes the statistics those of all ranks.
+    """
+
+    def __init__(self, width: int, kind: Literal["attention", "mean"] = "attention", batch_norm: bool = False) -> None:
         super().__init__()
+        if kind not in ("attention", "mean"):
+            raise ValueError(f"encoder.pool: found {kind!r}, expected attention or mean")
+        self.kind = kind
         num_heads = max(1, width // 64)
-        self.pool = AttentionPoolLatent(width, num_heads=num_heads if width % num_heads == 0 else 1)
+        num_heads = num_heads if width % num_heads == 0 else 1
+        self.pool = AttentionPoolLatent(width, num_heads=num_heads) if kind == "attention" else None
+        self.norm = nn.BatchNorm1d(width, affine=False) if batch_norm else None
 
     def forward(self, tokens_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
-        mask = None if valid_BN is None else valid_BN[:, None, None, :]
-        return cast(Tensor, self.pool(tokens_BND, attn_mask=mask))
+        if self.pool is not None:
+            mask = None if valid_BN is None else valid_BN[:, None, None, :]
+            pooled_BD = cast(Tensor, self.pool(tokens_BND, attn_mask=mask))
+        elif valid_BN is None:
+            pooled_BD = tokens_BND.mean(1)
+        else:
+            share_BN = valid_BN / valid_BN.sum(1, keepdim=True)
+            pooled_BD = torch.einsum("bnd,bn->bd", tokens_BND, share_BN.to(tokens_BND.dtype))
+        return pooled_BD if self.norm is None else self._normalise(pooled_BD)
+
+    def _normalise(self, pooled_BD: Tensor) -> Tensor:
+        assert self.norm is not None
+        if len(pooled_BD) > 1 or not self.training:
+            return cast(Tensor, self.norm(pooled_BD))
+        # One vector has no variance: take the running statistics, as in evaluation.
+        return F.batch_norm(pooled_BD, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)

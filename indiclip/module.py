@@ -114,6 +114,9 @@ class MultiTask(L.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.named_parameters(), self.lr, self.weight_decay, self.lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+        # Fused AdamW can undo the loss scale itself, and Lightning then refuses to clip gradients in mixed precision.
+        # This makes the GradScaler, where there is one, undo it before the clipping.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("trainer.max_steps: the cosine schedule needs it (or trainer.max_epochs)")
