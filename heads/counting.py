@@ -4,12 +4,14 @@ The prompt's text embedding modulates every token (FiLM, Perez et al., arXiv:170
 the expected number of things per cell, and the count is the sum. It works on tokens, so that mixed aspects cost no
 padding but the batch's own.
 
-Shape letters: see `indiclip.types`; C channels, S cells of a token, K points of an image, I images of an evaluation.
+Shape letters: see `indiclip.types`; C channels, Q questions, S cells of a token, K points of an image, M boxes, I images of an
+evaluation.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,15 @@ from indiclip.types import Batch, Features
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
+@dataclass(frozen=True)
+class Question:
+    """How many `name` there are in image number `image` of the batch; the answer's places (K, 2), None if unknown."""
+
+    image: int
+    name: str
+    points_K2: Tensor | None
+
+
 _FIRST_DENSITY = 0.02  # things per cell before training: about the share of cells that hold one
 _SMALLEST = 1e-8  # keeps the logarithm of a density finite
 
@@ -40,6 +51,8 @@ class Counting(Head):
         num_layers: Layers between the modulated tokens and the density.
         upsample: Cells along each side of a token: 2 where several things may fall into one patch.
         prompt: What is asked; `{}` stands for the class name.
+        ask_boxes: In training, where an image has boxes with classes, ask for each of them too (their centres are the
+            points), and for those of the image before it in the batch: several questions for one pass of the backbone.
 
     Raises:
         ValueError: `prompt` without `{}`, or `upsample` below 1.
@@ -55,6 +68,7 @@ class Counting(Head):
         num_layers: int = 1,
         upsample: int = 1,
         prompt: str = "{}",
+        ask_boxes: bool = False,
     ) -> None:
         super().__init__(task, weight)
         if "{}" not in prompt:
@@ -62,6 +76,8 @@ class Counting(Head):
         if upsample < 1:
             raise ValueError(f"heads.counting.upsample: found {upsample}, expected 1 or more")
         self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
+        self.ask_boxes = ask_boxes
+        self.class_names: list[str] = []
 
     def build(self, encoder: Encoder) -> None:
         self.tokens = nn.Linear(encoder.backbone.width, self.channels)
@@ -75,21 +91,39 @@ class Counting(Head):
         nn.init.constant_(self.density.bias, math.log(math.expm1(_FIRST_DENSITY)))
         self.metric = CountMetric()
 
-    def forward(self, features: Features, text_BE: Tensor) -> Tensor:
-        """Expected things (B, N, S) in every cell of every token, float32; 0 on padding."""
+    def check(self, dataset: Any) -> None:
+        self.class_names = list(getattr(dataset, "classes", None) or [])
+        if self.ask_boxes and not self.class_names:
+            raise ValueError(
+                "heads.counting.ask_boxes: the source's dataset has no list of class names, `classes`, to ask for"
+            )
+
+    def forward(self, features: Features, text_QE: Tensor, image_Q: Tensor | None = None) -> Tensor:
+        """Expected things (Q, N, S) in every cell of every token, float32; 0 on padding.
+
+        Args:
+            features: Of the images.
+            text_QE: What is asked.
+            image_Q: Which image each question is about; None asks one of every image.
+        """
         # A unit vector's numbers are small; at variance 1 the text steers the density from the first steps on.
-        scale_BC, shift_BC = self.modulate(text_BE * text_BE.shape[-1] ** 0.5).chunk(2, -1)
-        x_BNC = self.norm(self.tokens(features.tokens_BND))
-        x_BNC = self.layers(x_BNC * (1 + scale_BC[:, None]) + shift_BC[:, None])
-        density_BNS = F.softplus(self.density(x_BNC).float())
-        return density_BNS if features.valid_BN is None else density_BNS * features.valid_BN[..., None]
+        scale_QC, shift_QC = self.modulate(text_QE * text_QE.shape[-1] ** 0.5).chunk(2, -1)
+        x_BNC, valid_BN = self.norm(self.tokens(features.tokens_BND)), features.valid_BN
+        x_QNC = x_BNC if image_Q is None else x_BNC[image_Q]
+        x_QNC = self.layers(x_QNC * (1 + scale_QC[:, None]) + shift_QC[:, None])
+        density_QNS = F.softplus(self.density(x_QNC).float())
+        if valid_BN is None:
+            return density_QNS
+        return density_QNS * (valid_BN if image_Q is None else valid_BN[image_Q])[..., None]
 
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
-        density_BNS = self(features, self._embed(batch, encoder))
-        points = _targets(batch, "points_xy")
-        counts_BNS = self._counts(features, batch, points)
-        known_B = torch.tensor([found is not None for found in points], device=density_BNS.device)
-        return count_losses(density_BNS, counts_BNS, known_B)
+        questions = self._questions(batch)
+        image_Q = torch.tensor([question.image for question in questions], device=features.tokens_BND.device)
+        text_QE = encoder.embed_text([self.prompt.format(question.name) for question in questions])
+        density_QNS = self(features, text_QE, image_Q)
+        counts_QNS = self._counts(features, batch, questions)
+        known_Q = torch.tensor([question.points_K2 is not None for question in questions], device=image_Q.device)
+        return count_losses(density_QNS, counts_QNS, known_Q)
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
@@ -130,20 +164,41 @@ class Counting(Head):
     def _embed(self, batch: Batch, encoder: Encoder) -> Tensor:
         return encoder.embed_text(self._prompts(batch))
 
-    def _counts(self, features: Features, batch: Batch, points: list[Tensor | None]) -> Tensor:
-        """How many points (B, N, S) lie in each cell of each token."""
+    def _questions(self, batch: Batch) -> list[Question]:
+        """The source's own, one of each image, and those that the boxes answer."""
+        names, points = _targets(batch, "count_class"), _targets(batch, "points_xy")
+        questions = [Question(i, name, points_K2) for i, (name, points_K2) in enumerate(zip(names, points, strict=True))]
+        if not self.ask_boxes:
+            return questions
+        boxes, classes = _targets(batch, "boxes_xyxy"), _targets(batch, "classes")
+        crowds = batch["targets"].get("crowd", [None] * len(boxes))
+        present = [set() if of_image is None else set(of_image.tolist()) for of_image in classes]
+        for i, (boxes_M4, classes_M) in enumerate(zip(boxes, classes, strict=True)):
+            if boxes_M4 is None:
+                continue  # nobody looked for boxes here
+            centres_M2 = (boxes_M4[:, :2] + boxes_M4[:, 2:]) / 2
+            uncounted = set() if crowds[i] is None else set(classes_M[crowds[i]].tolist())
+            for label in sorted((present[i] | present[i - 1]) - uncounted):
+                questions.append(Question(i, self.class_names[label], centres_M2[classes_M == label]))
+        return questions
+
+    def _counts(self, features: Features, batch: Batch, questions: list[Question]) -> Tensor:
+        """How many points (Q, N, S) lie in each cell of each token."""
         s, (H, W) = self.upsample, features.grid_hw
-        grid_BHW = torch.zeros(len(points), H * s, W * s, device=features.tokens_BND.device)
-        for grid_HW, points_K2, (height, width) in zip(grid_BHW, points, batch["images"]["sizes_hw"], strict=True):
-            if points_K2 is not None:
+        device = features.tokens_BND.device
+        grid_QHW = torch.zeros(len(questions), H * s, W * s, device=device)
+        for grid_HW, question in zip(grid_QHW, questions, strict=True):
+            if (points_K2 := question.points_K2) is not None:
+                height, width = batch["images"]["sizes_hw"][question.image]
                 # A point on the lower or right edge belongs to the last cell.
-                x_K = (points_K2[:, 0].clamp(0, width - 1e-3) * s / features.stride).long().to(grid_HW.device)
-                y_K = (points_K2[:, 1].clamp(0, height - 1e-3) * s / features.stride).long().to(grid_HW.device)
+                x_K = (points_K2[:, 0].clamp(0, width - 1e-3) * s / features.stride).long().to(device)
+                y_K = (points_K2[:, 1].clamp(0, height - 1e-3) * s / features.stride).long().to(device)
                 grid_HW.index_put_((y_K, x_K), grid_HW.new_ones(len(x_K)), accumulate=True)
-        tokens_BSL = F.pixel_unshuffle(grid_BHW[:, None], s).flatten(2)
-        place_BN = features.coords_BN2[..., 0] * W + features.coords_BN2[..., 1]
-        counts_BNS = tokens_BSL.transpose(1, 2).gather(1, place_BN[..., None].expand(-1, -1, s * s))
-        return counts_BNS if features.valid_BN is None else counts_BNS * features.valid_BN[..., None]
+        tokens_QSL = F.pixel_unshuffle(grid_QHW[:, None], s).flatten(2)
+        image_Q = [question.image for question in questions]
+        place_QN = (features.coords_BN2[..., 0] * W + features.coords_BN2[..., 1])[image_Q]
+        counts_QNS = tokens_QSL.transpose(1, 2).gather(1, place_QN[..., None].expand(-1, -1, s * s))
+        return counts_QNS if features.valid_BN is None else counts_QNS * features.valid_BN[image_Q][..., None]
 
 
 def count_losses(density_BNS: Tensor, counts_BNS: Tensor, known_B: Tensor) -> dict[str, Tensor]:
