@@ -1,18 +1,18 @@
 """Counting: how many things of a class, named in words, are in the image.
 
-The prompt's text embedding modulates every token (FiLM, Perez et al., arXiv:1709.07871), a small network makes of it
-the expected number of things per cell, and the count is the sum. It works on tokens, so that mixed aspects cost no
-padding but the batch's own.
+The prompt's text embedding modulates every token (FiLM, Perez et al., arXiv:1709.07871), neighbours are compared, so
+that a thing of several tokens is one, and a small network makes of it the expected number of things per cell. The
+count is the sum.
 
-Shape letters: see `indiclip.types`; C channels, Q questions, S cells of a token, K points of an image, M boxes, I images of an
-evaluation.
+Shape letters: see `indiclip.types`; C channels, Q questions, S cells of a token, K points of an image, M boxes, I
+images of an evaluation. H and W are rows and columns of tokens, or of cells where the name says so.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from indiclip.types import Batch, Features
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
+_FIRST_DENSITY = 0.02  # things per cell before training: about the share of cells that hold one
+_SMALLEST = 1e-8  # keeps the logarithm of a density finite
+
+
 @dataclass(frozen=True)
 class Question:
     """How many `name` there are in image number `image` of the batch; the answer's places (K, 2), None if unknown."""
@@ -37,10 +41,6 @@ class Question:
     points_K2: Tensor | None
 
 
-_FIRST_DENSITY = 0.02  # things per cell before training: about the share of cells that hold one
-_SMALLEST = 1e-8  # keeps the logarithm of a density finite
-
-
 class Counting(Head):
     """The count of the class that a text names, as the sum of a density.
 
@@ -48,7 +48,7 @@ class Counting(Head):
         task: Which batch it reads.
         weight: Factor of its losses.
         channels: Width of its layers.
-        num_layers: Layers between the modulated tokens and the density.
+        num_layers: Layers between the compared tokens and the density.
         upsample: Cells along each side of a token: 2 where several things may fall into one patch.
         prompt: What is asked; `{}` stands for the class name.
         ask_boxes: In training, where an image has boxes with classes, ask for each of them too (their centres are the
@@ -83,12 +83,13 @@ class Counting(Head):
         self.tokens = nn.Linear(encoder.backbone.width, self.channels)
         self.norm = nn.LayerNorm(self.channels, elementwise_affine=False)  # the text gives the scale and the shift
         self.modulate = nn.Linear(encoder.embed_dim, 2 * self.channels)
+        self.compare = nn.Conv2d(self.channels, self.channels, 3, padding=1)
         layers: list[nn.Module] = []
         for _ in range(self.num_layers):
-            layers += [nn.Linear(self.channels, self.channels), nn.GELU()]
+            layers += [nn.Conv2d(self.channels, self.channels, 1), nn.GELU()]
         self.layers = nn.Sequential(nn.GELU(), *layers)
-        self.density = nn.Linear(self.channels, self.upsample**2)
-        nn.init.constant_(self.density.bias, math.log(math.expm1(_FIRST_DENSITY)))
+        self.density = nn.Conv2d(self.channels, self.upsample**2, 1)
+        nn.init.constant_(cast(Tensor, self.density.bias), math.log(math.expm1(_FIRST_DENSITY)))
         self.metric = CountMetric()
 
     def check(self, dataset: Any) -> None:
@@ -99,7 +100,7 @@ class Counting(Head):
             )
 
     def forward(self, features: Features, text_QE: Tensor, image_Q: Tensor | None = None) -> Tensor:
-        """Expected things (Q, N, S) in every cell of every token, float32; 0 on padding.
+        """Expected things (Q, H, W) in every cell, float32; 0 where an image has no patch.
 
         Args:
             features: Of the images.
@@ -107,43 +108,39 @@ class Counting(Head):
             image_Q: Which image each question is about; None asks one of every image.
         """
         # A unit vector's numbers are small; at variance 1 the text steers the density from the first steps on.
-        scale_QC, shift_QC = self.modulate(text_QE * text_QE.shape[-1] ** 0.5).chunk(2, -1)
-        x_BNC, valid_BN = self.norm(self.tokens(features.tokens_BND)), features.valid_BN
-        x_QNC = x_BNC if image_Q is None else x_BNC[image_Q]
-        x_QNC = self.layers(x_QNC * (1 + scale_QC[:, None]) + shift_QC[:, None])
-        density_QNS = F.softplus(self.density(x_QNC).float())
-        if valid_BN is None:
-            return density_QNS
-        return density_QNS * (valid_BN if image_Q is None else valid_BN[image_Q])[..., None]
+        scale_QC11, shift_QC11 = self.modulate(text_QE * text_QE.shape[-1] ** 0.5)[..., None, None].chunk(2, 1)
+        tokens_BNC = self.norm(self.tokens(features.tokens_BND))
+        x_QCHW, mask_QHW = replace(features, tokens_BND=tokens_BNC).map()
+        if image_Q is not None:
+            x_QCHW, mask_QHW = x_QCHW[image_Q], mask_QHW[image_Q]
+        mask_Q1HW = mask_QHW[:, None]
+        x_QCHW = x_QCHW * (1 + scale_QC11) + shift_QC11
+        x_QCHW = x_QCHW + self.compare(F.gelu(x_QCHW) * mask_Q1HW)
+        density_QSHW = F.softplus(self.density(self.layers(x_QCHW)).float()) * mask_Q1HW
+        return F.pixel_shuffle(density_QSHW, self.upsample)[:, 0]
 
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
         questions = self._questions(batch)
         image_Q = torch.tensor([question.image for question in questions], device=features.tokens_BND.device)
         text_QE = encoder.embed_text([self.prompt.format(question.name) for question in questions])
-        density_QNS = self(features, text_QE, image_Q)
-        counts_QNS = self._counts(features, batch, questions)
+        density_QHW = self(features, text_QE, image_Q)
+        counts_QHW = self._counts(features, batch, questions)
         known_Q = torch.tensor([question.points_K2 is not None for question in questions], device=image_Q.device)
-        return count_losses(density_QNS, counts_QNS, known_Q)
+        return count_losses(density_QHW, counts_QHW, known_Q)
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
-        density_BNS = self(features, self._embed(batch, encoder))
+        prompts = [self.prompt.format(name) for name in _targets(batch, "count_class")]
+        density_BHW = self(features, encoder.embed_text(prompts))
         s, stride = self.upsample, features.stride
-        cells = Features(density_BNS, features.coords_BN2, features.valid_BN, features.grid_hw, stride)
-        map_BSHW, _ = cells.map()
-        map_BHW = F.pixel_shuffle(map_BSHW, s)[:, 0]
         return [
             {
-                "count": float(count),
-                "density": map_HW[: -(-height // stride) * s, : -(-width // stride) * s],
+                "count": count,
+                "density": density_HW[: -(-height // stride) * s, : -(-width // stride) * s],
                 "prompt": prompt,
             }
-            for count, map_HW, (height, width), prompt in zip(
-                density_BNS.sum((1, 2)).tolist(),
-                map_BHW,
-                batch["images"]["sizes_hw"],
-                self._prompts(batch),
-                strict=True,
+            for count, density_HW, (height, width), prompt in zip(
+                density_BHW.sum((1, 2)).tolist(), density_BHW, batch["images"]["sizes_hw"], prompts, strict=True
             )
         ]
 
@@ -158,16 +155,12 @@ class Counting(Head):
         picture = heat_map(image_HW3, prediction["density"].float().numpy())
         return picture, f"how many {prediction['prompt']}: {prediction['count']:.1f}{truth}"
 
-    def _prompts(self, batch: Batch) -> list[str]:
-        return [self.prompt.format(name) for name in _targets(batch, "count_class")]
-
-    def _embed(self, batch: Batch, encoder: Encoder) -> Tensor:
-        return encoder.embed_text(self._prompts(batch))
-
     def _questions(self, batch: Batch) -> list[Question]:
         """The source's own, one of each image, and those that the boxes answer."""
         names, points = _targets(batch, "count_class"), _targets(batch, "points_xy")
-        questions = [Question(i, name, points_K2) for i, (name, points_K2) in enumerate(zip(names, points, strict=True))]
+        questions = [
+            Question(i, name, points_K2) for i, (name, points_K2) in enumerate(zip(names, points, strict=True))
+        ]
         if not self.ask_boxes:
             return questions
         boxes, classes = _targets(batch, "boxes_xyxy"), _targets(batch, "classes")
@@ -183,47 +176,39 @@ class Counting(Head):
         return questions
 
     def _counts(self, features: Features, batch: Batch, questions: list[Question]) -> Tensor:
-        """How many points (Q, N, S) lie in each cell of each token."""
-        s, (H, W) = self.upsample, features.grid_hw
-        device = features.tokens_BND.device
-        grid_QHW = torch.zeros(len(questions), H * s, W * s, device=device)
-        for grid_HW, question in zip(grid_QHW, questions, strict=True):
+        """How many points (Q, H, W) lie in each cell."""
+        s, (H, W), device = self.upsample, features.grid_hw, features.tokens_BND.device
+        counts_QHW = torch.zeros(len(questions), H * s, W * s, device=device)
+        for counts_HW, question in zip(counts_QHW, questions, strict=True):
             if (points_K2 := question.points_K2) is not None:
                 height, width = batch["images"]["sizes_hw"][question.image]
                 # A point on the lower or right edge belongs to the last cell.
                 x_K = (points_K2[:, 0].clamp(0, width - 1e-3) * s / features.stride).long().to(device)
                 y_K = (points_K2[:, 1].clamp(0, height - 1e-3) * s / features.stride).long().to(device)
-                grid_HW.index_put_((y_K, x_K), grid_HW.new_ones(len(x_K)), accumulate=True)
-        tokens_QSL = F.pixel_unshuffle(grid_QHW[:, None], s).flatten(2)
-        image_Q = [question.image for question in questions]
-        place_QN = (features.coords_BN2[..., 0] * W + features.coords_BN2[..., 1])[image_Q]
-        counts_QNS = tokens_QSL.transpose(1, 2).gather(1, place_QN[..., None].expand(-1, -1, s * s))
-        return counts_QNS if features.valid_BN is None else counts_QNS * features.valid_BN[image_Q][..., None]
+                counts_HW.index_put_((y_K, x_K), counts_HW.new_ones(len(x_K)), accumulate=True)
+        return counts_QHW
 
 
-def count_losses(density_BNS: Tensor, counts_BNS: Tensor, known_B: Tensor) -> dict[str, Tensor]:
+def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> dict[str, Tensor]:
     """Where the things are, and how many.
 
     `density`: the points are taken as a Poisson process with the predicted intensity, whose negative log-likelihood is
     the sum of the intensity less the sum of its logarithm at the points (Daley and Vere-Jones, An Introduction to the
     Theory of Point Processes, 2003, eq. 2.1.9), here without what the prediction does not change, so that 0 is
-    perfect: sum of d - c - c log(d / c) over the cells, per image and point. `count`: the difference of the
-    count, relative to one more than the true one.
+    perfect: sum of d - c - c log(d / c) over the cells. `count`: the absolute difference of the counts. Both
+    are sums over the batch, divided by its questions and points.
 
     Args:
-        density_BNS: Predicted, positive; 0 on padding.
-        counts_BNS: True number of points in each cell.
-        known_B: False for images without an answer, which do not count.
+        density_QHW: Predicted, positive; 0 on padding.
+        counts_QHW: True number of points in each cell.
+        known_Q: False for questions without an answer, which do not count.
     """
-    log_ratio_BNS = density_BNS.clamp(min=_SMALLEST).log() - counts_BNS.clamp(min=1).log()
-    deviance_B = (density_BNS - counts_BNS - counts_BNS * log_ratio_BNS).sum((1, 2))
-    counts_B = counts_BNS.sum((1, 2))
-    error_B = (density_BNS.sum((1, 2)) - counts_B).abs() / (1 + counts_B)
-    num_images = known_B.sum().clamp(min=1)
-    return {
-        "density": (deviance_B * known_B).sum() / (num_images + (counts_B * known_B).sum()),
-        "count": (error_B * known_B).sum() / num_images,
-    }
+    log_ratio_QHW = density_QHW.clamp(min=_SMALLEST).log() - counts_QHW.clamp(min=1).log()
+    deviance_Q = (density_QHW - counts_QHW - counts_QHW * log_ratio_QHW).sum((1, 2))
+    counts_Q = counts_QHW.sum((1, 2))
+    error_Q = (density_QHW.sum((1, 2)) - counts_Q).abs()
+    total = known_Q.sum().clamp(min=1) + (counts_Q * known_Q).sum()
+    return {"density": (deviance_Q * known_Q).sum() / total, "count": (error_Q * known_Q).sum() / total}
 
 
 class CountMetric(torchmetrics.Metric):

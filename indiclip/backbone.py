@@ -103,8 +103,8 @@ class NaFlexViT(Backbone):
                 raise ValueError("backbone.pretrained: needs `name`, a timm model; a size alone is from scratch")
             shape = _vit_shape(size, width, depth, num_heads)
             # Grid sampling reads the position table at each token without waiting for the GPU.
-            # timm's plain start (normal, 0.02) is made for wide models and learns several times slower in narrow ones than
-            # Xavier's, which big_vision uses.
+            # timm's plain start (normal, 0.02) is made for wide models and learns several times slower in narrow ones
+            # than Xavier's, which big_vision uses.
             options = {"pos_embed_use_grid_sample": True, "weight_init": "jax"} | options
             self.vit = NaFlexVit(
                 patch_size=patch_size,
@@ -114,7 +114,7 @@ class NaFlexViT(Backbone):
                 num_classes=0,
                 global_pool="",
                 fc_norm=False,
-                **options,
+                **cast(Any, options),
             )
         self._args: dict[str, Any] = {
             "size": size,

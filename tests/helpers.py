@@ -1,5 +1,7 @@
 """Small models and batches for tests."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -20,11 +22,11 @@ ARCHITECTURE = {
 }
 
 
-def tiny_encoder(seed: int = 0, embed_dim: int = 64, lengths: tuple[int, ...] = (16, 32)) -> Encoder:
+def tiny_encoder(seed: int = 0, embed_dim: int = 64, lengths: tuple[int, ...] = (16, 32), **options: Any) -> Encoder:
     """Patch 8, width 32, one block."""
     torch.manual_seed(seed)
     backbone = NaFlexViT(width=32, depth=1, num_heads=2, patch_size=8)
-    return Encoder(backbone, TextTower(ByteTokenizer(), ARCHITECTURE), embed_dim, lengths)
+    return Encoder(backbone, TextTower(ByteTokenizer(), ARCHITECTURE), embed_dim, lengths, **options)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -81,8 +81,8 @@ def test_every_point_is_in_its_cell(encoder: Encoder, upsample: int, stride: int
     points = [rng.random((20, 2)) * [width, height] for height, width in sizes]
     points[0][:2] = [[sizes[0][1], sizes[0][0]], [0, 0]]  # on the corners
     batch = batch_of(sizes, points, ["kite", "diya"])
-    counts_BNS = head._counts(features, batch, batch["targets"]["points_xy"])
-    head.forward = lambda tokens_BND, text_BNE: counts_BNS  # type: ignore[method-assign]
+    counts_BHW = head._counts(features, batch, head._questions(batch))
+    head.forward = lambda features, text_BE: counts_BHW  # type: ignore[method-assign]
     for found, points_K2, (height, width) in zip(head.predict(features, batch, encoder), points, sizes, strict=True):
         cells = (height // stride * upsample, width // stride * upsample)
         expected, _, _ = np.histogram2d(points_K2[:, 1], points_K2[:, 0], cells, [[0, height], [0, width]])
@@ -91,15 +91,24 @@ def test_every_point_is_in_its_cell(encoder: Encoder, upsample: int, stride: int
 
 
 def test_losses_by_hand() -> None:
-    """Two cells with 2 and 0 things, answered 1 and 0.5; a second image without an answer."""
-    density_BNS = torch.tensor([[[1.0], [0.5]], [[3.0], [4.0]]])
-    counts_BNS = torch.tensor([[[2.0], [0.0]], [[0.0], [0.0]]])
-    losses = count_losses(density_BNS, counts_BNS, torch.tensor([True, False]))
-    deviance = (1 - 2 - 2 * np.log(1 / 2)) + 0.5
-    assert losses["density"].item() == pytest.approx(deviance / (1 + 2), rel=1e-6)
-    assert losses["count"].item() == pytest.approx(0.5 / 3, rel=1e-6)
-    perfect = count_losses(counts_BNS, counts_BNS, torch.tensor([True, True]))
+    """Two cells with 2 and 0 things, answered 1 and 0.5; a second image without an answer, a third without things."""
+    density_QHW = torch.tensor([[[1.0, 0.5]], [[3.0, 4.0]], [[0.25, 0.0]]])
+    counts_QHW = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
+    losses = count_losses(density_QHW, counts_QHW, torch.tensor([True, False, True]))
+    deviance = (1 - 2 - 2 * np.log(1 / 2)) + 0.5 + 0.25
+    assert losses["density"].item() == pytest.approx(deviance / (2 + 2), rel=1e-6)
+    assert losses["count"].item() == pytest.approx((0.5 + 0.25) / (2 + 2), rel=1e-6)
+    perfect = count_losses(counts_QHW, counts_QHW, torch.tensor([True] * 3))
     assert perfect["density"].item() == perfect["count"].item() == 0
+
+
+def test_the_deviance_is_that_of_a_poisson_variable() -> None:
+    """PyTorch's Poisson likelihood less that of the perfect answer, in float64."""
+    density, counts = torch.rand(5, 3, 4, dtype=torch.float64) + 0.1, torch.randint(0, 4, (5, 3, 4)).double()
+    ours = count_losses(density, counts, torch.ones(5, dtype=torch.bool))["density"] * (5 + counts.sum())
+    likelihood = torch.distributions.Poisson(density).log_prob(counts).sum()
+    best = torch.distributions.Poisson(counts.clamp(min=1e-300)).log_prob(counts).sum()
+    torch.testing.assert_close(ours, best - likelihood, rtol=1e-10, atol=1e-10)
 
 
 POINTS = {
@@ -137,6 +146,54 @@ def test_what_lies_beside_an_image_does_not_matter(encoder: Encoder) -> None:
         torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-6)
     for found, one in zip(head.predict(*both, encoder), apart, strict=True):
         torch.testing.assert_close(found["density"], head.predict(*one, encoder)[0]["density"], rtol=1e-4, atol=1e-6)
+
+
+def boxed_batch(encoder: Encoder) -> tuple[Counting, Batch]:
+    """Two kites and a diya; a crowd of diyas and a kite; nothing; an image whose boxes nobody drew."""
+    head = head_for(encoder, ask_boxes=True)
+    head.class_names = ["kite", "diya", "toran"]
+    batch = batch_of([(32, 32)] * 4, [[[1, 1]], [], [], None], ["toran", "kite", "kite", "diya"])
+    kite, diya = [0.0, 0, 8, 8], [8.0, 16, 16, 32]
+    boxes = [[kite, [16.0, 0, 24, 8], diya], [diya, kite], []]
+    batch["targets"]["boxes_xyxy"] = [*(torch.tensor(of_image).reshape(-1, 4) for of_image in boxes), None]
+    batch["targets"]["classes"] = [torch.tensor([0, 0, 1]), torch.tensor([1, 0]), torch.zeros(0).long(), None]
+    batch["targets"]["crowd"] = [torch.zeros(3).bool(), torch.tensor([True, False]), torch.zeros(0).bool(), None]
+    return head, batch
+
+
+def test_boxes_answer_more_questions(encoder: Encoder) -> None:
+    """Every class of the image and of the one before it, but none whose things are a crowd, of unknown number."""
+    head, batch = boxed_batch(encoder)
+    asked = [(q.image, q.name, None if q.points_K2 is None else q.points_K2.tolist()) for q in head._questions(batch)]
+    assert asked == [
+        (0, "toran", [[1, 1]]),
+        (1, "kite", []),
+        (2, "kite", []),
+        (3, "diya", None),
+        (0, "kite", [[4, 4], [20, 4]]),
+        (0, "diya", [[12, 24]]),
+        (1, "kite", [[4, 4]]),
+        (2, "kite", []),
+        (2, "diya", []),
+    ]
+
+
+def test_questions_about_one_image_are_answered_apart(encoder: Encoder) -> None:
+    """The loss over all questions is that of a batch which repeats the image for each of them."""
+    head, batch = boxed_batch(encoder.eval())
+    maps = [torch.randn(4, 4, WIDTH) for _ in range(4)]
+    questions = head._questions(batch)
+    together = head.loss(features_of(maps), batch, encoder)
+    points = [None if q.points_K2 is None else q.points_K2.numpy() for q in questions]
+    repeated = batch_of([(32, 32)] * len(questions), points, [q.name for q in questions])
+    apart = head_for(encoder).loss(features_of([maps[q.image] for q in questions]), repeated, encoder)
+    for name, value in together.items():
+        torch.testing.assert_close(value, apart[name], rtol=1e-5, atol=1e-7)
+
+
+def test_asking_for_boxes_needs_class_names() -> None:
+    with pytest.raises(ValueError, match=r"heads\.counting\.ask_boxes: .* no list of class names"):
+        Counting(ask_boxes=True).check(object())
 
 
 def test_the_prompt_decides_what_is_counted(encoder: Encoder) -> None:

@@ -6,6 +6,8 @@ import torch
 from helpers import noise, tiny_encoder
 from PIL import Image
 
+from indiclip.encoder import Pool
+
 
 def test_every_kind_of_image_gives_the_same_embedding():
     encoder = tiny_encoder().eval()
@@ -57,3 +59,40 @@ def test_large_images_are_scaled_into_the_budget():
 def test_what_is_no_image_is_said(wrong):
     with pytest.raises(ValueError, match="image 0: found .*; expected a PIL image"):
         tiny_encoder().embed_image(wrong)
+
+
+def some_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows of 5, 2 and 1 valid tokens of width 8; the padding holds numbers that must not matter."""
+    valid_BN = torch.arange(5) < torch.tensor([[5], [2], [1]])
+    return torch.where(valid_BN[..., None], torch.randn(3, 5, 8), 1e4), valid_BN
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_mean_pool_is_the_mean_of_the_valid_tokens(batch_norm):
+    tokens_BND, valid_BN = some_tokens()
+    expected = torch.stack([tokens_ND[valid_N].mean(0) for tokens_ND, valid_N in zip(tokens_BND, valid_BN)])
+    if batch_norm:
+        expected = (expected - expected.mean(0)) / (expected.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(Pool(8, "mean", batch_norm)(tokens_BND, valid_BN), expected)
+
+
+@pytest.mark.parametrize("kind", ["mean", "attention"])
+def test_padding_does_not_reach_the_pool(kind):
+    pool, (tokens_BND, valid_BN) = Pool(8, kind), some_tokens()
+    apart = torch.cat([pool(tokens_ND[valid_N][None], None) for tokens_ND, valid_N in zip(tokens_BND, valid_BN)])
+    torch.testing.assert_close(pool(tokens_BND, valid_BN), apart)
+
+
+def test_a_single_vector_is_normalised_by_the_running_statistics():
+    pool, one = Pool(8, "mean", batch_norm=True), torch.randn(1, 5, 8)
+    for _ in range(50):
+        pool(torch.randn(64, 5, 8) * 3 + 2, None)
+    alone = pool(one, None)
+    assert pool.norm.num_batches_tracked == 50  # one vector says nothing about the variance
+    torch.testing.assert_close(alone, pool.eval()(one, None))
+    torch.testing.assert_close(alone[0], (one.mean(1) - 2)[0] / (9 / 5) ** 0.5, atol=0.2, rtol=0.2)
+
+
+def test_an_unknown_pool_is_said():
+    with pytest.raises(ValueError, match=r"encoder.pool: found 'max', expected attention or mean"):
+        Pool(8, "max")

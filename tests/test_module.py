@@ -159,10 +159,24 @@ def test_same_head_twice_is_said():
         MultiTask(tiny_encoder(), [])
 
 
-def test_checkpoint_carries_what_load_needs(tmp_path):
+def test_reduced_precision_clips_with_the_fused_optimizer(tmp_path):
+    """Lightning takes a fused AdamW to unscale the gradients itself, and refuses to clip them; ours does not."""
+    module = four_tasks()
+    run = trainer(tmp_path, max_steps=2, precision="bf16-mixed", gradient_clip_val=1e-3, enable_checkpointing=False)
+    before = [p.detach().clone() for p in module.parameters()]
+    run.fit(module, datamodule=mela_data())
+    assert module.optimizers().param_groups[0]["fused"]
+    norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "mean", "batch_norm": True}])
+def test_checkpoint_carries_what_load_needs(tmp_path, options):
     import indiclip
 
-    module = MultiTask(tiny_encoder(), [Contrastive()])
+    module = MultiTask(tiny_encoder(**options), [Contrastive()])
+    module.encoder.embed_text(["kite", "drum"])  # moves the running statistics, where there are any
     run = trainer(tmp_path, max_steps=1)
     run.strategy.connect(module)
     run.save_checkpoint(tmp_path / "x.ckpt")

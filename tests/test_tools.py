@@ -271,3 +271,21 @@ def test_sources_without_the_data_are_named(tmp_path):
     tree(tmp_path / "y", {"annotations/instances_val2017.json": b"{}"})
     with pytest.raises(FileNotFoundError, match=r"no captions_val2017\.json inside"):
         prepare_coco.main(["--out", str(tmp_path / "data"), "--source", str(tmp_path / "y")])
+
+
+def test_a_tokenizer_of_a_configs_captions(tmp_path):
+    """It reads back what it wrote, in every script; words that the captions repeat are one token each."""
+    out = tmp_path / "deep" / "mela.json"
+    train_tokenizer.main(
+        ["--config", "conf/quickstart.yaml", "--samples", "300", "--vocab-size", "600", "--out", str(out)]
+    )
+    tokenizer = FastTokenizer(str(out))
+    for text in ("a marigold, 3 kites", "एक पतंग", "never seen: ஔ \U0001f6fa"):
+        ids_BT, valid_BT = tokenizer([text])
+        assert tokenizer.tokenizer.decode(ids_BT[0][valid_BT[0]].tolist(), skip_special_tokens=True) == text
+    captions = [Mela(size=64, layout="single", languages=["en", "hi"], seed=9)[i]["caption"] for i in range(20)]
+    _, ours = tokenizer(captions)
+    _, of_bytes = ByteTokenizer()(captions)
+    assert ours.sum() < of_bytes.sum() / 3
+    with pytest.raises(SystemExit):
+        train_tokenizer.main(["--config", "conf/quickstart.yaml", "--vocab-size", "258", "--out", str(out)])

@@ -2,8 +2,8 @@
 
     python tools/train_tokenizer.py --config conf/quickstart.yaml --vocab-size 1024 --out conf/tokenizers/mela.json
 
-A byte-level BPE (words keep their leading space, punctuation stands alone), so that no text is unknown to it. The config
-reads it with `tokenizer: {class_path: indiclip.text.FastTokenizer, init_args: {source: <out>}}`.
+A byte-level BPE (words keep their leading space, punctuation stands alone), so that no text is unknown to it. The
+config reads it with `tokenizer: {class_path: indiclip.text.FastTokenizer, init_args: {source: <out>}}`.
 """
 
 from __future__ import annotations
