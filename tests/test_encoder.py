@@ -70,7 +70,9 @@ def some_tokens() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_the_mean_pool_is_the_mean_of_the_valid_tokens(batch_norm):
     tokens_BND, valid_BN = some_tokens()
-    expected = torch.stack([tokens_ND[valid_N].mean(0) for tokens_ND, valid_N in zip(tokens_BND, valid_BN)])
+    expected = torch.stack(
+        [tokens_ND[valid_N].mean(0) for tokens_ND, valid_N in zip(tokens_BND, valid_BN, strict=True)]
+    )
     if batch_norm:
         expected = (expected - expected.mean(0)) / (expected.var(0, unbiased=False) + 1e-5).sqrt()
     torch.testing.assert_close(Pool(8, "mean", batch_norm)(tokens_BND, valid_BN), expected)
@@ -79,7 +81,9 @@ def test_the_mean_pool_is_the_mean_of_the_valid_tokens(batch_norm):
 @pytest.mark.parametrize("kind", ["mean", "attention"])
 def test_padding_does_not_reach_the_pool(kind):
     pool, (tokens_BND, valid_BN) = Pool(8, kind), some_tokens()
-    apart = torch.cat([pool(tokens_ND[valid_N][None], None) for tokens_ND, valid_N in zip(tokens_BND, valid_BN)])
+    apart = torch.cat(
+        [pool(tokens_ND[valid_N][None], None) for tokens_ND, valid_N in zip(tokens_BND, valid_BN, strict=True)]
+    )
     torch.testing.assert_close(pool(tokens_BND, valid_BN), apart)
 
 

@@ -16,8 +16,10 @@ from PIL import Image
 
 from indiclip.data.captions import CaptionTable
 from indiclip.data.coco import CocoDetection
+from indiclip.data.mela import Mela
 from indiclip.data.points import CountingPoints
 from indiclip.data.shards import Shards
+from indiclip.text import ByteTokenizer, FastTokenizer
 
 TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -27,6 +29,7 @@ import prepare_cifar10  # noqa: E402
 import prepare_coco  # noqa: E402
 import prepare_counting  # noqa: E402
 import prepare_emoji  # noqa: E402
+import train_tokenizer  # noqa: E402
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -282,7 +285,7 @@ def test_a_tokenizer_of_a_configs_captions(tmp_path):
     tokenizer = FastTokenizer(str(out))
     for text in ("a marigold, 3 kites", "एक पतंग", "never seen: ஔ \U0001f6fa"):
         ids_BT, valid_BT = tokenizer([text])
-        assert tokenizer.tokenizer.decode(ids_BT[0][valid_BT[0]].tolist(), skip_special_tokens=True) == text
+        assert tokenizer._tokenizer.decode(ids_BT[0][valid_BT[0]].tolist(), skip_special_tokens=True) == text
     captions = [Mela(size=64, layout="single", languages=["en", "hi"], seed=9)[i]["caption"] for i in range(20)]
     _, ours = tokenizer(captions)
     _, of_bytes = ByteTokenizer()(captions)
