@@ -179,6 +179,7 @@ class FixedSize(Backbone):
         self._args = {"name": name, "canvas_hw": list(canvas_hw), "patch_size": patch_size}
         self._args |= {"feature_index": feature_index, "options": options}
         self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
+        self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
         self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
         self.patch_size = patch_size
         self.max_tokens = canvas_hw[0] * canvas_hw[1] // patch_size**2

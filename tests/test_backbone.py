@@ -24,6 +24,14 @@ def test_padding_does_not_change_an_image():
     torch.testing.assert_close(map_BDHW[0, :, 2, 3], alone.tokens_BND[0, 11], atol=1e-10, rtol=0)
 
 
+def test_a_narrow_vit_starts_with_xaviers_weights():
+    """Query, key and value are three matrices (192, 192), each with variance 2 / (192 + 192)."""
+    torch.manual_seed(0)
+    weight = NaFlexViT(width=192, depth=1, num_heads=3).vit.get_parameter("blocks.0.attn.qkv.weight")
+    for part in weight.chunk(3):
+        assert part.std().item() == pytest.approx(192**-0.5, rel=0.02)
+
+
 def test_naflex_equals_timms_vit_of_the_same_weights():
     """Oracle: timm's VisionTransformer (no class token, average pool) with the same weights, at its own size."""
     torch.manual_seed(0)

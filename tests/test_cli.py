@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -181,11 +182,13 @@ def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
     file = tmp_path / "experiment.yaml"
     file.write_text(yaml.safe_dump(config(trainer__max_steps=100_000)))
     command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    # Shells make background jobs, and so all that those start, ignore Ctrl-C.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
     history = tmp_path / "runs" / "experiment" / "history.jsonl"
     while process.poll() is None and not (history.is_file() and "step" in history.read_text()):
         time.sleep(0.2)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode not in (0, 2), error
     assert "Traceback" not in error
