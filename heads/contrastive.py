@@ -57,6 +57,11 @@ class Contrastive(Head):
 
     def check(self, dataset: Any) -> None:
         self.class_names = list(getattr(dataset, "classes", None) or [])
+        if getattr(dataset, "captioned", True) is False:
+            raise ValueError(
+                f"heads.contrastive.task: {type(dataset).__name__} for task {self.task!r} has images without a "
+                "caption; `captioned: true` leaves them out"
+            )
 
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
         captions = _captions(batch)
@@ -181,9 +186,10 @@ def _cat(parts: list[Tensor] | Tensor) -> Tensor:
 
 
 def _captions(batch: Batch) -> list[str]:
-    captions = batch["targets"].get("caption")
-    if captions is None or any(caption is None for caption in captions):
-        raise ValueError("heads.contrastive: a source of its task gives samples without a caption")
+    captions = batch["targets"].get("caption", [None] * len(batch["keys"]))
+    for caption, key in zip(captions, batch["keys"], strict=True):
+        if caption is None:
+            raise ValueError(f"heads.contrastive: the sample {key!r} has no caption")
     return captions
 
 

@@ -8,7 +8,6 @@ Shape letters: see `indiclip.types`; C channels of a feature map.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ import torch
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
+from indiclip.names import nearest
 from indiclip.types import Features, Images
 
 # (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
@@ -220,14 +220,12 @@ class FixedSize(Backbone):
 def check_timm_name(name: str) -> None:
     """Raise ValueError with the nearest name unless timm knows the model."""
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise ValueError(f"backbone.name: timm has no model {name!r}" + (f"; nearest is {near[0]!r}" if near else ""))
+        raise ValueError(f"backbone.name: timm has no model {name!r}{nearest(name, timm.list_models())}")
 
 
 def _vit_shape(size: str | None, width: int | None, depth: int | None, num_heads: int | None) -> tuple[int, int, int]:
     if size is not None and size not in SIZES:
-        near = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.0)
-        raise ValueError(f"backbone.size: {size!r} is none of {', '.join(SIZES)}; nearest is {near[0]!r}")
+        raise ValueError(f"backbone.size: {size!r} is none of {', '.join(SIZES)}{nearest(size, SIZES)}")
     base = SIZES[size] if size else (None, None, None)
     shape = (width or base[0], depth or base[1], num_heads or base[2])
     if shape[0] is None or shape[1] is None or shape[2] is None:

@@ -37,7 +37,8 @@ class StartupTable(L.Callback):
 
 
 def _sources_table(trainer: L.Trainer) -> Table:
-    table = Table("task", "source", "samples", "batch", "tokens/image", title="Sources", title_justify="left")
+    columns = ("task", "source", "samples", "batch", "tokens/image", "left out")
+    table = Table(*columns, title="Sources", title_justify="left")
     data = trainer.datamodule  # type: ignore[attr-defined]
     for part, sources in (("train", data.train), ("val", data.val)):
         for source in sources:
@@ -47,6 +48,7 @@ def _sources_table(trainer: L.Trainer) -> Table:
                 f"{len(source.dataset):,}",
                 str(source.batch_size),
                 f"<= {source.max_tokens}",
+                ", ".join(f"{n:,} {what}" for what, n in getattr(source.dataset, "left_out", {}).items() if n),
             )
     return table
 

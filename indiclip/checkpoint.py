@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from indiclip.encoder import Encoder
+from indiclip.names import nearest
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool = False) -> Encoder:
@@ -45,8 +45,7 @@ def _checkpoint_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), siblings, n=1)
-        raise FileNotFoundError(f"{path}: no such run or checkpoint" + (f"; nearest is {near[0]}" if near else ""))
+        raise FileNotFoundError(f"{path}: no such run or checkpoint{nearest(str(path), siblings)}")
     last = path / "checkpoints" / "last.ckpt"
     found = [last] if last.is_file() else sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:

@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         print(_COMMAND_HELP.format(command=argv[0]))
         return 0
     if argv[0] not in _TRAINER_COMMANDS:
-        import difflib
+        from indiclip.names import nearest
 
-        near = difflib.get_close_matches(argv[0], _TRAINER_COMMANDS, n=1, cutoff=0.0)[0]
-        print(f"indiclip: no command {argv[0]!r}; nearest is {near!r} (indiclip --help)", file=sys.stderr)
+        hint = nearest(argv[0], _TRAINER_COMMANDS)
+        print(f"indiclip: no command {argv[0]!r}{hint} (indiclip --help)", file=sys.stderr)
         return 2
     from indiclip.training import run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -17,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from indiclip.data.module import MultiTaskData
 from indiclip.module import MultiTask
+from indiclip.names import nearest
 
 _GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "config")
@@ -66,12 +66,6 @@ def check_yaml(files: Iterable[str]) -> None:
             raise ConfigError(f"{name}: not a YAML file: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{name}: expected the keys {', '.join(_GROUPS)}, found {type(content).__name__}")
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """`; nearest is 'x'`, or nothing where there are no words."""
-    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.0)
-    return f"; nearest is {near[0]!r}" if near else ""
 
 
 def _is_wrapper(line: str) -> bool:

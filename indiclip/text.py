@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from indiclip.names import nearest
+
 
 class Tokenizer(ABC):
     """Strings to ids.
@@ -216,10 +218,8 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
 
     model_type = architecture.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        import difflib
-
-        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1, cutoff=0.0)
-        raise ValueError(f"text.architecture.model_type: transformers has no {model_type!r}; nearest is {near[0]!r}")
+        near = nearest(str(model_type), CONFIG_MAPPING.keys())
+        raise ValueError(f"text.architecture.model_type: transformers has no {model_type!r}{near}")
     architecture.setdefault("vocab_size", tokenizer.vocab_size)
     architecture.setdefault("pad_token_id", tokenizer.pad_id)
     config = CONFIG_MAPPING[model_type](**architecture)

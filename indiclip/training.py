@@ -16,9 +16,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from indiclip.callbacks import RunRecord, StartupTable, TaskGradients, TaskProgress
-from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain, nearest
+from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain
 from indiclip.data.module import MultiTaskData, Source, Steps
 from indiclip.module import MultiTask
+from indiclip.names import nearest
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -98,7 +99,7 @@ def run(argv: list[str]) -> int:
     try:
         check_yaml(_config_files(argv))
         IndiCLI()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise
         message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
@@ -113,7 +114,7 @@ def _config_files(argv: list[str]) -> list[str]:
 
 
 def check(model: MultiTask, data: MultiTaskData, training: bool) -> None:
-    """Compare heads and sources, and read the first sample of each source.
+    """Compare heads and sources, and read a sample of each source.
 
     Raises:
         ValueError: The first thing that does not fit, naming the YAML key.
@@ -133,10 +134,15 @@ def check(model: MultiTask, data: MultiTaskData, training: bool) -> None:
                     f"{nearest(head.task, given)}"
                 )
     for head in heads:
-        for _, sources in parts:
-            for source in sources:
-                if source.task == head.task:
-                    head.check(source.dataset)
+        of_task = {
+            f"{key}[{i}]": source.dataset
+            for key, sources in parts
+            for i, source in enumerate(sources)
+            if source.task == head.task
+        }
+        _check_classes(head.task, of_task)
+        for dataset in of_task.values():
+            head.check(dataset)
     for _, sources in parts:
         if sources:
             _read_one(data, sources)
@@ -153,13 +159,26 @@ def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -
         )
 
 
+def _check_classes(task: str, datasets: dict[str, Any]) -> None:
+    """A class number means the same thing in all sources of a task, held-out ones too."""
+    lists = {key: list(names) for key, dataset in datasets.items() if (names := getattr(dataset, "classes", None))}
+    for (key, names), (other, others) in itertools.pairwise(lists.items()):
+        if names != others:
+            place = next((i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), None)
+            apart = f"class {place} is {names[place]!r} and {others[place]!r}" if place is not None else "one is longer"
+            raise ValueError(
+                f"{other}: the sources of task {task!r} must have the same classes in the same order; {key} has "
+                f"{len(names)}, {other} has {len(others)}, {apart}"
+            )
+
+
 def _read_one(data: MultiTaskData, sources: list[Source]) -> None:
-    """One sample of each source through its transform: what is wrong with the first shows here, not in a worker."""
+    """A sample of each source through its transform: what is wrong with all shows here, not in a worker."""
     steps = Steps(sources, data.seed, data.patch_size, data.canvas_hw, train=True)
     for task, plan in steps.plans.items():
         for source in range(len(plan.sizes)):
             place = next(place for place in plan.batch(0) if place.source == source)
-            sample = steps._read(task, place, [])
+            sample = steps.read(task, place)
             if sample and "dp_boxes_xyxy" in sample and steps.sources[task][source].transform.flips:
                 raise ValueError(
                     f"data: the source of task {task!r} has DensePose points and a flip among its augmentations; a "

@@ -1,7 +1,6 @@
 """The command: help without waiting, one line per mistake, a run's folder, resume, load and the README's lines."""
 
 import json
-import os
 import re
 import signal
 import subprocess

@@ -78,5 +78,5 @@ def test_mistakes_name_the_key():
     head.build(encoder)
     batch = caption_batch(["a", "b"])
     batch["targets"] = {}
-    with pytest.raises(ValueError, match="without a caption"):
+    with pytest.raises(ValueError, match="the sample '0' has no caption"):
         head.loss(encoder.features(batch["images"]), batch, encoder)

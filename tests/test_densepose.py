@@ -339,11 +339,6 @@ class TestAnyBatch:
             assert picture.shape == (320, 640, 3)
             assert text.startswith(f"{count} people")
 
-    def test_a_dataset_without_surfaces_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"heads\.densepose\.task: SimpleNamespace for task 'densepose'"):
-            DensePose().check(SimpleNamespace(densepose=False))
-        DensePose().check(Mela(1))
-
     def test_neighbours_in_the_batch_change_nothing(self) -> None:
         """Images of three aspects, padded to a common map, against each by itself. People touch the borders too."""
         sizes = [(96, 64), (48, 128), (96, 96)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from indiclip.data.mela import CLASSES, COLOURS, LANGUAGES, THINGS, Mela, Scene, class_names, draw_scene, prompts
+from indiclip.data.mela import CLASSES, COLOURS, LANGUAGES, THINGS, Mela, Scene, class_names, draw_scene
 from indiclip.data.mela_layout import Item, draw_background
 from indiclip.data.mela_people import GARMENTS, NUM_PARTS, draw_person
 from indiclip.data.mela_scene import _visible_only, place_of
@@ -251,7 +251,7 @@ def test_every_language_has_every_name(language: str) -> None:
         assert len(set(names)) == len(names)
         assert all(name.strip() == name != "" for name in names)
     assert class_names(language)[PERSON] == table["kinds"]["person"]
-    assert all(prompt.count("{}") == 1 for prompt in prompts(language))
+    assert all(prompt.count("{}") == 1 for prompt in table["frames"])
     scripts = {"hi": "\u0900-\u097f", "mr": "\u0900-\u097f", "bn": "\u0980-\u09ff", "gu": "\u0a80-\u0aff"}
     scripts |= {"ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff", "en": "a-z"}
     told = [*class_names(language), *table["colours"].values(), *table["places"].values(), *table["numbers"]]
@@ -360,7 +360,7 @@ def test_the_label_of_a_single_scene_is_its_kind_and_all_kinds_occur() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layout": "singel"}, r"layout: .*found 'singel'. Did you mean 'single'\?"),
+        ({"layout": "singel"}, r"layout: .*found 'singel'; nearest is 'single'"),
         ({"languages": ["en", "hindi"]}, "languages: expected one of en, hi.*found 'hindi'"),
         ({"languages": "en"}, r"languages: expected a list such as \['en', 'hi'\]; found 'en'"),
         ({"size": [96, 160, 3]}, r"size: .*\[height, width\].*found \[96, 160, 3\]"),
@@ -380,5 +380,5 @@ def test_an_index_past_the_end_is_refused() -> None:
     mela = Mela(num_scenes=2, size=32)
     with pytest.raises(IndexError, match="expected 0 to 1; found 2"):
         mela[2]
-    with pytest.raises(ValueError, match=r"language: .*found 'hin'\. Did you mean 'hi'\?"):
+    with pytest.raises(ValueError, match=r"language: .*found 'hin'; nearest is 'hi'"):
         class_names("hin")

@@ -5,8 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from torch.utils.data import Dataset
 
+from indiclip.data.images import UnreadableSample
+from indiclip.data.module import Source, Steps
 from indiclip.data.plan import Place, Plan, apportion
+from indiclip.types import Sample
 
 
 def test_a_step_is_the_same_in_any_order_of_asking_and_in_another_process():
@@ -39,14 +43,63 @@ def test_every_sample_comes_exactly_once_in_an_epoch_of_its_source(sizes, batch)
         assert size < 10 or len(set(orders)) == len(orders)  # shuffled anew; small sources repeat one by chance
 
 
-def test_ranks_share_one_global_batch_whatever_their_number():
-    plan = Plan("t", [100, 30], [2, 1], 12, seed=2)
-    for step in range(5):
-        whole = plan.batch(step)
-        for world in (1, 2, 3, 4):
-            parts = [whole[rank::world] for rank in range(world)]
-            assert {len(part) for part in parts} == {12 // world}
-            assert Counter(place for part in parts for place in part) == Counter(whole)
+class Numbers(Dataset):
+    """Sample i is a grey image with the key `<name><i>`; those of `torn` cannot be read."""
+
+    def __init__(self, name: str, length: int, torn: tuple[int, ...] = ()) -> None:
+        self.name, self.length, self.torn = name, length, torn
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.torn:
+            raise UnreadableSample(f"{self.name}{index}", "torn")
+        return Sample(image=np.full((8, 8, 3), index, np.uint8), key=f"{self.name}{index}")
+
+
+def keys_of(sources: list[Source], train: bool, step: int, rank: int = 0, world: int = 1) -> list[str]:
+    batches = Steps(sources, 5, 8, None, train, rank, world)[step]
+    return batches["t"]["keys"] if batches else []
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("train", [True, False])
+def test_ranks_share_one_global_batch_whatever_their_number(world, train):
+    """In training evenly; a held-out part may leave a rank less, or nothing."""
+    sources = [Source("t", Numbers("a", 13), 12, 2.0), Source("t", Numbers("b", 6), 12, 1.0)]
+    for step in range(2):
+        parts = [keys_of(sources, train, step, rank, world) for rank in range(world)]
+        together = [part[i] for i in range(12) for part in parts if i < len(part)]
+        assert together == keys_of(sources, train, step)
+        assert len({len(part) for part in parts}) == 1 or not train
+
+
+def test_a_batch_that_ranks_cannot_share_is_said():
+    with pytest.raises(
+        ValueError, match=r"batch_size 12 of task 't' is over all ranks and must be a multiple of the 5"
+    ):
+        Steps([Source("t", Numbers("a", 13), 12)], 0, 8, None, True, 0, 5)
+    with pytest.raises(ValueError, match=r"sources of task 't' have different batch_size"):
+        Steps([Source("t", Numbers("a", 13), 12), Source("t", Numbers("b", 13), 6)], 0, 8, None, True)
+
+
+def test_an_unreadable_sample_is_replaced_in_training_and_counted():
+    steps = Steps([Source("t", Numbers("a", 6, torn=(1, 2)), 6)], 0, 8, None, True)
+    batch = steps[0]["t"]
+    assert sorted(batch["keys"]) == ["a0", "a3", "a3", "a3", "a4", "a5"]
+    assert sorted(key for _, key, _ in batch["skipped"]) == ["a1", "a2", "a2"]
+    with pytest.raises(
+        ValueError, match=r"data: 3 samples in a row of task 't' are unreadable, the last one a\d: torn"
+    ):
+        Steps([Source("t", Numbers("a", 3, torn=(0, 1, 2)), 3)], 0, 8, None, True)[0]
+
+
+def test_a_held_out_step_without_a_readable_sample_is_counted_with_the_next():
+    steps = Steps([Source("t", Numbers("a", 3, torn=(1,)), 1)], 0, 8, None, False)
+    with pytest.warns(UserWarning, match="nothing in held-out step 1 is readable"):
+        assert [steps[i].keys() for i in range(2)] == [{"t"}, set()]
+    assert steps[2]["t"]["skipped"] == [("t", "a1", "torn")]
 
 
 def test_seeds_and_tasks_have_orders_of_their_own():

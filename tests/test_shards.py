@@ -123,7 +123,7 @@ def test_cifar_shards_equal_webdatasets_reading(data_root):
         assert sample["label"] == int(other["cls"])
         assert ours.classes[sample["label"]] in sample["caption"]
     assert np.bincount(ours.labels).size == 10
-    assert not ours.ignored
+    assert not ours.left_out
 
 
 def test_gz_is_unpacked_once_and_again_when_it_changed(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_only_listed_extensions_are_read_and_the_rest_is_counted(tmp_path):
     shards = Shards(write_tar(tmp_path / "a.tar", members))
     assert len(shards) == 1
     assert shards[0]["caption"] == "x"
-    assert shards.ignored == {
+    assert shards.left_out == {
         "pkl": 1, "pyd": 1, "seg.png": 1, "(unnamed)": 2, "(link)": 1, "(outside)": 2, "(no image)": 1,
     }  # fmt: skip
 
@@ -213,7 +213,7 @@ BAD = {
     "not utf-8": ({"0.png": png(), "0.txt": b"\xff"}, r"0\.txt: the text is not UTF-8: .* at byte 0"),
     "two images": ({"0.png": png(), "0.jpg": png(), "0.txt": "x"}, r"a\.tar: duplicate key '0' \(png, jpg\)"),
     "the same member twice": ([("0.png", png()), ("0.png", png())], r"duplicate key '0' \(png\)"),
-    "no images": ({"0.txt": "x"}, r"a\.tar: no images in 1 shards; ignored: {'\(no image\)': 1}"),
+    "no images": ({"0.txt": "x"}, r"a\.tar: no images in 1 shards; left out: {'\(no image\)': 1}"),
 }  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def test_bad_urls_and_classes(tmp_path):
     (tmp_path / "x").mkdir()
     write_tar(tmp_path / "x" / "train-0000.tar.gz", {"0.png": png(), "0.cls": "0"}, "w:gz")
     path = str(tmp_path / "train-0000.tar")
-    with pytest.raises(FileNotFoundError, match=r"train-0001\.tar: no such file or folder; the nearest is 'train-0000"):
+    with pytest.raises(FileNotFoundError, match=r"train-0001\.tar: no such file or folder; nearest is 'train-0000"):
         Shards(str(tmp_path / "train-{0000..0001}.tar"))
     with pytest.raises(FileNotFoundError, match=r"val-\*\.tar: no such file"):
         Shards(str(tmp_path / "val-*.tar"))
@@ -278,7 +278,7 @@ def test_bad_urls_and_classes(tmp_path):
         Shards(path, caption="a {}")
     with pytest.raises(ValueError, match="class 1 is 'kite'; expected one name per class, each once"):
         Shards(path, ["kite", "kite"])
-    with pytest.raises(FileNotFoundError, match=r"clases\.txt: no such file or folder; the nearest is"):
+    with pytest.raises(FileNotFoundError, match=r"clases\.txt: no such file or folder; nearest is"):
         Shards(path, str(tmp_path / "clases.txt"))
 
 

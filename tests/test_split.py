@@ -6,7 +6,8 @@ from jsonargparse import ArgumentParser
 from torch.utils.data import Dataset
 
 from indiclip.data.split import Split
-from indiclip.data.tables import Strings, nearest, stable_hash
+from indiclip.data.tables import Strings, stable_hash
+from indiclip.names import nearest
 
 
 class Numbers(Dataset):
@@ -102,5 +103,5 @@ def test_strings_and_the_nearest_name():
     with pytest.raises(IndexError):
         column[4]
     assert len(Strings([])) == 0
-    assert nearest("captoin", ["url", "caption"]) == "; the nearest is 'caption'"
+    assert nearest("captoin", ["url", "caption"]) == "; nearest is 'caption'"
     assert nearest("x", []) == ""

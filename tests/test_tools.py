@@ -277,7 +277,7 @@ def test_sources_without_the_data_are_named(tmp_path):
 
 
 def test_a_tokenizer_of_a_configs_captions(tmp_path):
-    """It reads back what it wrote, in every script; words that the captions repeat are one token each."""
+    """It reads back what it wrote, in every script, and spends less than a third of the bytes."""
     out = tmp_path / "deep" / "mela.json"
     train_tokenizer.main(
         ["--config", "conf/quickstart.yaml", "--samples", "300", "--vocab-size", "600", "--out", str(out)]

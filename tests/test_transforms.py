@@ -197,15 +197,26 @@ def test_the_sample_itself_is_not_changed():
 def test_flips_are_known():
     assert Transform(augment=[v2.ColorJitter(0.1), v2.RandomHorizontalFlip()]).flips
     assert not Transform(augment=[v2.ColorJitter(0.1)]).flips
+    assert Transform(augment=[v2.RandomApply([v2.Compose([v2.RandomHorizontalFlip()])])]).flips
+
+
+@pytest.mark.parametrize("step", [v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes(), v2.RandomApply([v2.RandomIoUCrop()])])
+def test_a_transform_that_would_lose_points_is_refused(step):
+    with pytest.raises(ValueError, match=r"augment: (RandomIoUCrop|SanitizeBoundingBoxes) loses points"):
+        Transform(augment=[step])
+
+
+def test_an_image_must_stay_of_bytes():
+    with pytest.raises(ValueError, match=r"augment: gives an image of torch\.float32; expected torch\.uint8"):
+        Transform(augment=[v2.ToDtype(torch.float32, scale=True)])(scene(), 8, None, 0)
 
 
 def test_a_batch_lists_the_targets_of_every_image():
     empty = scene(BOXES[:0]) | {"key": "e"}
     only_image = {"image": scene()["image"], "key": "i", "label": 2}
     prepared = [prepare(sample, v2.RandomHorizontalFlip(1.0))[0] for sample in (scene(), empty, only_image)]
-    batch = collate(prepared, [("x", "torn")])
+    batch = collate(prepared)
     assert batch["keys"] == ["s", "e", "i"]
-    assert batch["skipped"] == [("x", "torn")]
     assert batch["targets"]["label"] == [4, 4, 2]
     assert batch["targets"]["caption"] == ["three things", "three things", None]
     assert [None if boxes is None else len(boxes) for boxes in batch["targets"]["boxes_xyxy"]] == [3, 0, None]

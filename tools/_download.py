@@ -20,8 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from rich.progress import Progress
+
+from indiclip.data.tables import stable_hash
 
 _TIMEOUT = 60  # seconds without a byte
 
@@ -38,7 +41,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a script; what went wrong with files or the network is one line for the user."""
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile, ElementTree.ParseError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -82,7 +85,12 @@ def archive(source: str | None, url: str, out: Path, md5: str | None = None) -> 
             raise FileNotFoundError(f"--source: {path}: no such file or folder")
         return path
     found = as_url(source) if source else url
-    return fetch(found, out / ".downloads" / found.rsplit("/", 1)[-1], None if source else md5)
+    return download(found, out, None if source else md5)
+
+
+def download(url: str, out: Path, md5: str | None = None) -> Path:
+    """`fetch` into `out/.downloads`. A file is known there by its whole address: many archives are master.zip."""
+    return fetch(url, out / ".downloads" / f"{stable_hash(url):016x}-{url.rsplit('/', 1)[-1]}", md5)
 
 
 def members(source: Path, pattern: str) -> Iterator[tuple[str, bytes]]:

@@ -3,8 +3,7 @@
     INDICLIP_DATA=... python tools/bench_cifar10.py --seeds 0 1 2
 
 One process and one thread per run, the loader inside it, so that process time is all the CPU time there is; what
-validation costs is left out. Prints the curve of each seed and whether the aims of 62% at 400 and 76% at 1,200
-CPU-seconds are met.
+validation costs is left out. Prints the curve of each seed.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def open_clip_step(pixels: torch.Tensor, captions: list[str], device: str) -> tu
     text |= {"heads": TEXT_HEADS, "layers": TEXT_DEPTH}
     model = open_clip.CLIP(EMBED, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)).to(device)
     tokenizer, loss = ByteTokenizer(CONTEXT), ClipLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # faster than the peer's script, as ours
     pixels = pixels.to(device)
 
     def step() -> None:
@@ -124,8 +124,7 @@ def four_tasks(rounds: int, device: str) -> None:
     parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_class_arguments(MultiTask, "model")
     parser.add_class_arguments(MultiTaskData, "data")
-    for unused in ("trainer",):
-        parser.add_argument(f"--{unused}", type=dict)
+    parser.add_argument("--trainer", type=dict)
     config = parser.parse_path(str(Path(__file__).parent.parent / "conf" / "quickstart.yaml"))
     parts = parser.instantiate_classes(config)
     module, data = parts.model.to(device), parts.data

@@ -39,6 +39,8 @@ def keep_heads(config: Any, names: list[str]) -> Any:
 
 def fit(config: Path, runs: Path, name: str, extra: list[str]) -> dict[str, Any]:
     """Train in `runs/name`; the run's metrics.json."""
+    if (runs / name).exists():
+        raise SystemExit(f"{runs / name} is there already; give another --runs")
     command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(config), "--runs", str(runs)]
     subprocess.run([*command, "--name", name, *extra], check=True, stdout=subprocess.DEVNULL)
     result: dict[str, Any] = json.loads((runs / name / "metrics.json").read_text())

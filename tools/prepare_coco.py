@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from _download import as_url, fetch, members, parser, run, write
+from _download import as_url, download, fetch, members, parser, run, write
 from rich.progress import track
 
 BASE = "http://images.cocodataset.org"
@@ -25,9 +25,7 @@ def read_annotations(source: str | None, out: Path) -> tuple[dict[str, Any], dic
     """Instances, keypoints and captions, from the public archive or beneath a local folder or URL."""
     base = as_url(source or BASE)
     folder = Path(source).expanduser() / "annotations" if source and "://" not in source else None
-    packed = (
-        folder if folder and folder.is_dir() else fetch(f"{base}/{ARCHIVE}", out / ".downloads" / Path(ARCHIVE).name)
-    )
+    packed = folder if folder and folder.is_dir() else download(f"{base}/{ARCHIVE}", out)
     found = {Path(name).stem: json.loads(data) for name, data in members(packed, rf"({'|'.join(FILES)})\.json$")}
     if missing := set(FILES) - set(found):
         raise FileNotFoundError(f"{packed}: no {sorted(missing)[0]}.json inside")

@@ -13,7 +13,7 @@ import io
 import json
 from pathlib import Path
 
-from _download import as_url, fetch, parser, run, write
+from _download import as_url, download, parser, run, write
 from PIL import Image
 from rich.progress import track
 
@@ -24,9 +24,9 @@ SIDE = 96  # pixels
 _VARIATION = "\ufe0f"  # "as a picture": not part of Noto's file names
 
 
-def names(base: str, downloads: Path, language: str) -> dict[str, str]:
+def names(base: str, out: Path, language: str) -> dict[str, str]:
     """Symbol -> its name (CLDR's text for speech) in a language."""
-    file = fetch(f"{base}/annotations/{language}/annotations.json", downloads / f"annotations-{language}.json")
+    file = download(f"{base}/annotations/{language}/annotations.json", out)
     entries = json.loads(file.read_bytes())["annotations"]["annotations"]
     return {symbol: " ".join(entry["tts"][0].split()) for symbol, entry in entries.items() if entry.get("tts")}
 
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__ or "", "a folder or URL with png/128 and annotations/<language>")
     options.add_argument("--limit", type=int, help="stop after so many pictograms")
     arguments = options.parse_args(argv)
-    folder, downloads = arguments.out / "emoji_multilingual", arguments.out / ".downloads" / "emoji"
+    folder = arguments.out / "emoji_multilingual"
     pictures, bases = (as_url(arguments.source or base) for base in (PICTURES, NAMES))
-    of_language = [names(bases, downloads, language) for language in LANGUAGES]
+    of_language = [names(bases, arguments.out, language) for language in LANGUAGES]
     symbols = [symbol for symbol in of_language[0] if all(symbol in found for found in of_language)]
     rows, absent = [["file", "symbol", *LANGUAGES]], 0
     for symbol in track(symbols, "pictures", transient=True):
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             break
         code = "_".join(f"{ord(character):04x}" for character in symbol if character != _VARIATION)
         try:
-            png = fetch(f"{pictures}/png/128/emoji_u{code}.png", downloads / f"{code}.png")
+            png = download(f"{pictures}/png/128/emoji_u{code}.png", arguments.out)
         except FileNotFoundError:  # CLDR names letters and signs too, which have no picture
             absent += 1
             continue

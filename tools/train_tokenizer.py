@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from omegaconf import OmegaConf
@@ -19,6 +20,7 @@ from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
 
+from indiclip.data.images import UnreadableSample
 from indiclip.data.module import MultiTaskData
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -47,7 +49,7 @@ def train(captions: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def captions_of(config: Path, samples: int) -> Iterator[str]:
-    """The captions of the first `samples` samples of each training source of a config that has any."""
+    """The captions of the first `samples` samples of each training source of a config."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MultiTaskData, "data")
     data = OmegaConf.to_container(OmegaConf.load(config), resolve=True)["data"]  # type: ignore[index,call-overload]
@@ -55,8 +57,19 @@ def captions_of(config: Path, samples: int) -> Iterator[str]:
     for source in built.data.train:
         dataset: Dataset = source.dataset  # type: ignore[type-arg]
         for i in track(range(min(samples, len(dataset))), source.task, transient=True):  # type: ignore[arg-type]
-            if caption := dataset[i].get("caption"):
-                yield caption
+            yield from _captions(dataset, i)
+
+
+def _captions(dataset: Any, index: int) -> list[str]:
+    """All captions of a sample; the image is read only where the dataset cannot tell them without."""
+    if hasattr(dataset, "captions"):
+        found = dataset.captions(index)
+        return list(found.values() if isinstance(found, dict) else found)
+    try:
+        caption = dataset[index].get("caption")
+    except UnreadableSample:
+        return []
+    return [caption] if caption else []
 
 
 def main(argv: list[str] | None = None) -> None:

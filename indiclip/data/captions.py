@@ -9,7 +9,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from indiclip.data.images import read_image
-from indiclip.data.tables import Strings, check_files, existing, nearest, stable_hash
+from indiclip.data.tables import Strings, check_files, existing, stable_hash
+from indiclip.names import nearest
 from indiclip.types import Sample
 
 # Columns that are taken for captions where none are named: English and the languages of the Eighth Schedule of the

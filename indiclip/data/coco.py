@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle
 from torch.utils.data import Dataset
 
 from indiclip.data import densepose as dp
 from indiclip.data.images import UnreadableSample, read_image
+from indiclip.data.masks import check_mask, decode_mask
 from indiclip.data.tables import Strings, check_files, column, existing, load_json, xywh_to_xyxy
 from indiclip.types import Sample
 
@@ -35,13 +35,16 @@ class CocoDetection(Dataset[Sample]):
         images: Folder of the image files.
         annotations: JSON file in COCO's format. Its images may carry a list `captions` themselves.
         captions: COCO's captions JSON of the same images, instead.
-        masks: Also give `masks`; all zeros where an annotation has none.
+        masks: Also give `masks`; all zeros where an annotation's `segmentation` is an empty list.
         densepose: Also give the `dp_*` fields, of the annotations that have them.
         keep_empty: False leaves out images without a box (with `densepose`: without an annotated body).
+        captioned: True leaves out images without a caption.
 
     Attributes:
         classes: Names in the order of the classes.
-        dropped: How many boxes were left out because they are thinner than a pixel.
+        densepose: Whether body surfaces are given.
+        captioned: Whether every image has a caption.
+        left_out: How many boxes were left out because they are thinner than a pixel.
 
     Raises:
         FileNotFoundError: The JSON, the folder, or images in it are missing.
@@ -57,18 +60,25 @@ class CocoDetection(Dataset[Sample]):
         masks: bool = False,
         densepose: bool = False,
         keep_empty: bool = True,
+        captioned: bool = False,
     ) -> None:
         self.folder, self._file = existing(images), existing(annotations)
-        self._with_masks, self._with_densepose = masks, densepose
+        self._with_masks, self.densepose = masks, densepose
         content = load_json(self._file, ("images", "annotations", "categories"))
         row_of = self._read_images(content["images"])
         self.classes, class_of = _read_categories(content["categories"], f"{self._file}: category")
         self._read_annotations(content["annotations"], row_of, class_of)
         self._read_captions(content["images"], row_of, existing(captions) if captions else None)
         # The images that are given, by their place in the file.
-        self._rows = np.arange(len(row_of)) if keep_empty else self._annotated()
+        kept = np.ones(len(row_of), bool) if keep_empty else self._annotated()
+        with_caption = np.diff(self._caption_starts) > 0
+        if captioned:
+            kept &= with_caption
+        self._rows = np.flatnonzero(kept)
+        self.captioned = bool(with_caption[self._rows].all())
         if len(self._rows) == 0:
-            raise ValueError(f"{self._file}: no {'' if keep_empty else 'annotated '}images; expected at least one")
+            asked = "annotated " * (not keep_empty) + "captioned " * captioned
+            raise ValueError(f"{self._file}: no {asked}images; expected at least one")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -95,20 +105,19 @@ class CocoDetection(Dataset[Sample]):
         if captions := self.captions(index):
             sample["caption"] = captions[0]
         numbers = range(at.start, at.stop)
-        try:
-            if self._with_masks:
-                sample["masks"] = _decode_masks([json.loads(self._segments[i]) for i in numbers], height, width)
-            if self._with_densepose:
-                people = [json.loads(self._people[i]) for i in numbers if self._is_person[i]]
-                sample.update(dp.fields(people, height, width))
-        except (ValueError, TypeError) as error:  # a run-length code that does not add up
-            raise UnreadableSample(key, f"{self._file}: broken mask: {error}") from error
+        if self._with_masks:
+            masks = [decode_mask(json.loads(self._segments[i]), (height, width)) for i in numbers]
+            sample["masks"] = np.array(masks, np.uint8).reshape(-1, height, width)
+        if self.densepose:
+            people = [json.loads(self._people[i]) for i in numbers if self._is_person[i]]
+            sample.update(dp.fields(people, height, width))
         return sample
 
     def _annotated(self) -> np.ndarray:
-        counted = self._is_person if self._with_densepose else np.ones(len(self._classes), bool)
+        """bool: which images have a box (with `densepose`: a body)."""
+        counted = self._is_person if self.densepose else np.ones(len(self._classes), bool)
         sums = np.concatenate([[0], np.cumsum(counted)])[self._starts]
-        return np.flatnonzero(np.diff(sums))
+        return np.asarray(np.diff(sums) > 0)
 
     def _read_images(self, images: list[Entry]) -> dict[Any, int]:
         """Columns of the images. Returns image id -> row."""
@@ -132,7 +141,7 @@ class CocoDetection(Dataset[Sample]):
         boxes_xywh = _numbers(column(entries, "bbox", where), wheres)
         boxes_xyxy = xywh_to_xyxy(boxes_xywh, self._sizes_hw[rows], wheres)
         thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
-        self.dropped = int((~thick).sum())
+        self.left_out = Counter({"boxes thinner than a pixel": int((~thick).sum())})
 
         kept = np.flatnonzero(thick)[np.argsort(rows[thick], kind="stable")]
         self._starts = np.searchsorted(rows[kept], np.arange(len(row_of) + 1))
@@ -140,9 +149,10 @@ class CocoDetection(Dataset[Sample]):
         self._crowd = np.array([bool(entries[i].get("iscrowd", 0)) for i in kept], dtype=bool)
         # As JSON in one buffer: as Python objects, COCO's polygons take gigabytes.
         if self._with_masks:
-            codes = (_check_segment(entries[i], wheres[i], self._sizes_hw[rows[i]].tolist()) for i in kept)
+            sizes = self._sizes_hw[rows].tolist()
+            codes = (check_mask(entries[i].get("segmentation"), sizes[i], wheres[i]) for i in kept)
             self._segments = Strings(json.dumps(code) for code in codes)
-        if self._with_densepose:
+        if self.densepose:
             people = [dp.person(entries[i], wheres[i]) for i in kept]
             self._is_person = np.array([person is not None for person in people], dtype=bool)
             self._people = Strings(json.dumps(person) for person in people)
@@ -161,6 +171,8 @@ class CocoDetection(Dataset[Sample]):
                     of_row[row_of[image_id]].append(text)
             wheres = [f"{file}: image {image['id']}" for image in images]
         for where, texts in zip(wheres, of_row, strict=True):
+            if not isinstance(texts, list):
+                raise ValueError(f"{where}: captions is {texts!r}; expected a list of texts")
             for text in texts:
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"{where}: a caption is {text!r}; expected text")
@@ -177,6 +189,9 @@ def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[
 
 
 def _unique(ids: list[Any], where: str) -> list[Any]:
+    for found in ids:
+        if not isinstance(found, int | str):
+            raise ValueError(f"{where}: found {found!r}; expected a number or text")
     if len(set(ids)) < len(ids):
         raise ValueError(f"{where} {Counter(ids).most_common(1)[0][0]!r} is there twice; expected each once")
     return ids
@@ -184,7 +199,7 @@ def _unique(ids: list[Any], where: str) -> list[Any]:
 
 def _lookup(ids: list[Any], known: Mapping[Any, int], wheres: Sequence[str], what: str) -> np.ndarray:
     for found, where in zip(ids, wheres, strict=True):
-        if found not in known:
+        if not isinstance(found, int | str) or found not in known:
             raise ValueError(f"{where}: {what}_id {found!r} is not among the {len(known)} ids of {what!r} entries")
     return np.array([known[found] for found in ids], dtype=np.int64)
 
@@ -194,33 +209,3 @@ def _numbers(boxes: list[Any], wheres: Sequence[str]) -> np.ndarray:
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
             raise ValueError(f"{where}: bbox is {box!r}; expected [x, y, width, height]")
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
-
-
-def _check_segment(entry: Entry, where: str, size_hw: list[int]) -> Any:
-    """A `segmentation` that can be decoded: polygons, or a run-length code of the image's size."""
-    code = entry.get("segmentation")
-    if isinstance(code, list):
-        for polygon in code:
-            if not isinstance(polygon, list) or len(polygon) % 2:
-                raise ValueError(f"{where}: a polygon is {str(polygon)[:40]}; expected [x1, y1, x2, y2, ...]")
-        return [polygon for polygon in code if len(polygon) >= 6]  # fewer than three corners have no area
-    if not isinstance(code, dict) or code.get("size") != size_hw or "counts" not in code:
-        found = f"of size {code.get('size')}" if isinstance(code, dict) else repr(code)
-        raise ValueError(f"{where}: segmentation {found}; expected polygons or a run-length code of size {size_hw}")
-    if isinstance(code["counts"], list) and sum(code["counts"]) != size_hw[0] * size_hw[1]:
-        found = f"{sum(code['counts'])} pixels"
-        raise ValueError(f"{where}: the run-length code covers {found}; expected {size_hw[0] * size_hw[1]}")
-    return code
-
-
-def _decode_masks(codes: list[Any], height: int, width: int) -> np.ndarray:
-    """uint8 (M, height, width)."""
-    masks = np.zeros((len(codes), height, width), np.uint8)
-    for mask, code in zip(masks, codes, strict=True):
-        if isinstance(code, list):
-            if code:
-                mask[:] = rle.decode(rle.merge(rle.frPyObjects(code, height, width)))
-        else:
-            packed = rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
-            mask[:] = rle.decode(packed)
-    return masks

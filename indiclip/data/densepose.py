@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle
 
+from indiclip.data.masks import check_run_lengths, decode_mask
 from indiclip.data.tables import xywh_to_xyxy
 from indiclip.types import Sample
 
@@ -27,7 +27,7 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
         ValueError: A field is missing or of another length, or a value is out of range; begins with `where`.
     """
     names = ("dp_masks", *_RANGES)
-    if "dp_masks" not in entry:
+    if not any(name in entry for name in names):
         return None
     for name in names:
         if not isinstance(entry.get(name), list):
@@ -36,6 +36,8 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{where}: the dp_ fields have different lengths {lengths}")
     for name, (low, high) in _RANGES.items():
+        if not all(isinstance(value, int | float) for value in entry[name]):
+            raise ValueError(f"{where}: {name} is {str(entry[name])[:40]}; expected numbers")
         values = np.array(entry[name], dtype=np.float64)
         wrong = ~((values >= low) & (values <= high))  # NaN too
         if name == "dp_I":
@@ -43,15 +45,15 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
         if wrong.any():
             raise ValueError(f"{where}: {name} is {values[wrong][0]:g}; expected {low} to {high}")
     for code in entry["dp_masks"]:
-        if code and (not isinstance(code, dict) or code.get("size") != [_GRID, _GRID]):
-            raise ValueError(f"{where}: a dp_masks entry is no run-length code of {_GRID}x{_GRID}")
+        if code:
+            check_run_lengths(code, [_GRID, _GRID], f"{where}: a dp_masks entry")
     return {name: entry[name] for name in (*names, "bbox")}
 
 
 def fields(people: list[dict[str, Any]], height: int, width: int) -> Sample:
     """The `dp_*` fields of an image, of people as `person` gives them.
 
-    A point at (dp_x, dp_y) is (dp_x, dp_y) / 255 of the way through the box, as in detectron2's DensePose.
+    A point at (dp_x, dp_y) is (dp_x, dp_y) / 255 of the way through the box, as in DensePose's own evaluation.
     """
     # The box as annotated, because the points are relative to that; not the clipped one of the detection targets.
     boxes_xywh = np.array([entry["bbox"] for entry in people], dtype=np.float64).reshape(-1, 4)
@@ -76,8 +78,7 @@ def _body(entry: dict[str, Any], height: int, width: int) -> np.ndarray:
     grid = np.zeros((_GRID, _GRID), np.uint8)
     for code in entry["dp_masks"]:
         if code:
-            packed = rle.frPyObjects(code, _GRID, _GRID) if isinstance(code["counts"], list) else code
-            grid |= rle.decode(packed)
+            grid |= decode_mask(code, (_GRID, _GRID))
     left, top, box_width, box_height = entry["bbox"]
     columns = (np.arange(width) + 0.5 - left) / box_width * _GRID
     rows = (np.arange(height) + 0.5 - top) / box_height * _GRID

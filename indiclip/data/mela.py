@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from indiclip.data.mela_scene import MIN_SIDE, Scene, check_arguments, draw_scene
 from indiclip.data.mela_things import COLOURS, THINGS
-from indiclip.data.mela_words import CLASSES, LANGUAGES, PERSON, class_names, must_be_one_of, prompts
+from indiclip.data.mela_words import CLASSES, LANGUAGES, PERSON, class_names, must_be_one_of
 from indiclip.types import Sample
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "Scene",
     "class_names",
     "draw_scene",
-    "prompts",
 ]
 
 ABSENT = 0.15  # share of samples that ask for the points of a class which is not there
@@ -80,17 +79,16 @@ class Mela(Dataset[Sample]):
         """Names of all classes in class-id order (16 things and the person), in native script."""
         return class_names(language)
 
-    @staticmethod
-    def prompts(language: str = "en") -> list[str]:
-        """Zero-shot prompt templates with one `{}` for a class name."""
-        return prompts(language)
-
     def scene(self, index: int) -> Scene:
         """The scene behind sample `index`: image, instance, part and UV maps, captions in all languages."""
         return draw_scene(self.seed, index, self.height, self.width, self.layout, self.people)
 
     def __len__(self) -> int:
         return self.num_scenes
+
+    def key(self, index: int) -> str:
+        """The scene's name. Draws nothing."""
+        return f"mela-{self.seed}-{index}"
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.num_scenes:
@@ -101,7 +99,7 @@ class Mela(Dataset[Sample]):
         language = self.languages[rng.integers(len(self.languages))]
         sample: Sample = {
             "image": scene.image_HW3,
-            "key": f"mela-{self.seed}-{index}",
+            "key": self.key(index),
             "caption": scene.captions[language],
             "label": int(scene.classes[0]) if self.layout == "single" else -1,
             "boxes_xyxy": scene.boxes_xyxy,

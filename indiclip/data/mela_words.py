@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
 from indiclip.data.mela_things import THINGS
+from indiclip.names import nearest
 
 CLASSES = [*THINGS, "person"]  # class id = place in this list
 PERSON = CLASSES.index("person")
@@ -37,9 +37,7 @@ def must_be_one_of(argument: str, found: object, allowed: list[str]) -> None:
     """Raise ValueError that names the argument, what was found, what is allowed and the nearest of it."""
     if found in allowed:
         return
-    near = get_close_matches(str(found), allowed, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{argument}: expected one of {', '.join(allowed)}; found {found!r}.{hint}")
+    raise ValueError(f"{argument}: expected one of {', '.join(allowed)}; found {found!r}{nearest(str(found), allowed)}")
 
 
 def words(language: str) -> dict[str, Any]:
@@ -52,11 +50,6 @@ def class_names(language: str = "en") -> list[str]:
     """Names of all classes in class-id order (16 things and the person), in native script."""
     kinds = words(language)["kinds"]
     return [kinds[kind] for kind in CLASSES]
-
-
-def prompts(language: str = "en") -> list[str]:
-    """Zero-shot prompt templates with one `{}` for a class name; captions are framed by the same ones."""
-    return list(words(language)["frames"])
 
 
 def captions(rng: np.random.Generator, groups: list[Group], place: str) -> dict[str, str]:

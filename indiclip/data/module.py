@@ -128,7 +128,7 @@ class StepSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0  # type: ignore[attr-defined]
-        return iter(range(done, (done // self.length + 1) * self.length))
+        return iter(range(done, done + self.length))  # Lightning leaves a resumed epoch at its end
 
 
 class Steps(Dataset[dict[str, Batch]]):
@@ -150,6 +150,7 @@ class Steps(Dataset[dict[str, Batch]]):
         for source in sources:
             self.sources.setdefault(source.task, []).append(source)
         self.plans = {task: self._plan(task, group) for task, group in self.sources.items()}
+        self._skipped: list[tuple[str, str, str]] = []  # task, key, reason: not yet handed over
 
     def _plan(self, task: str, group: list[Source]) -> Plan:
         batch_size = group[0].batch_size
@@ -164,38 +165,44 @@ class Steps(Dataset[dict[str, Batch]]):
         return Plan(task, sizes, [source.weight for source in group], batch_size, self.seed, shuffle=self.train)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
-        skipped: list[tuple[str, str, str]] = []
-        batches = {task: self._batch(task, step, skipped) for task in self.plans}
+        batches = {task: self._batch(task, step) for task in self.plans}
         found = {task: batch for task, batch in batches.items() if batch is not None}
-        if skipped and not found:
-            warnings.warn(f"data: nothing in held-out step {step} is readable: {skipped}", stacklevel=2)
+        if self._skipped and not found:
+            warnings.warn(f"data: nothing in held-out step {step} is readable: {self._skipped}", stacklevel=2)
         for batch in found.values():
-            batch["skipped"], skipped = skipped, []  # all with the first batch, so that each is counted once
+            # All with the first batch, so that each is counted once; where there is none, with the next step's.
+            batch["skipped"], self._skipped = self._skipped, []
         return found
 
-    def _batch(self, task: str, step: int, skipped: list[tuple[str, str, str]]) -> Batch | None:
+    def _batch(self, task: str, step: int) -> Batch | None:
         plan = self.plans[task]
         places = plan.batch(step) if self.train else plan.pass_through(step)
         samples: list[Prepared] = []
         for place in places[self.rank :: self.world_size]:
-            sample = self._read(task, place, skipped)
+            sample = self.read(task, place)
             if sample is not None:
                 samples.append(sample)
         return collate(samples) if samples else None
 
-    def _read(self, task: str, place: Place, skipped: list[tuple[str, str, str]]) -> Prepared | None:
-        """One prepared sample; in training the next readable one stands in for an unreadable one."""
+    def read(self, task: str, place: Place) -> Prepared | None:
+        """One prepared sample; in training the next readable one stands in for an unreadable one.
+
+        Raises:
+            ValueError: Many in a row are unreadable.
+        """
         source = self.sources[task][place.source]
         size = self.plans[task].sizes[place.source]
-        for attempt in range(min(_REPLACEMENTS, size) if self.train else 1):
+        attempts = min(_REPLACEMENTS, size) if self.train else 1
+        for attempt in range(attempts):
             try:
                 sample = source.dataset[(place.index + attempt) % size]
                 random_seed = zlib.crc32(repr((self.seed, task, place)).encode()) if self.train else None
                 return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
             except UnreadableSample as error:
-                skipped.append((task, error.key, error.reason))
+                self._skipped.append((task, error.key, error.reason))
         if self.train:
-            raise RuntimeError(
-                f"data: {len(skipped)} samples in a row of task {task!r} are unreadable, last: {skipped[-1]}"
+            _, key, reason = self._skipped[-1]
+            raise ValueError(
+                f"data: {attempts} samples in a row of task {task!r} are unreadable, the last one {key}: {reason}"
             )
         return None

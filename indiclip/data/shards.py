@@ -57,7 +57,7 @@ class Shards(Dataset[Sample]):
     Attributes:
         classes: Names of the classes; empty where not given.
         labels: int64 (number of samples,): -1 where a sample has none.
-        ignored: How many members were left out, by extension; `(link)`, `(outside)`: a name with `..`, `(unnamed)`:
+        left_out: How many members were left out, by extension; `(link)`, `(outside)`: a name with `..`, `(unnamed)`:
             no key or no extension, `(no image)`: text without an image.
 
     Raises:
@@ -74,19 +74,19 @@ class Shards(Dataset[Sample]):
             raise ValueError(f"caption: the template {caption!r} needs a {{}} for the class's name, and `classes`")
         self.template = caption
         self.paths = expand(urls)
-        self.ignored: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self._files = _Files([_plain_tar(path) for path in self.paths])
         keys: list[str] = []
         places: list[np.ndarray] = []
         for shard, path in enumerate(self.paths):
-            members = _members(path, self._files.paths[shard], self.ignored)
+            members = _members(path, self._files.paths[shard], self.left_out)
             with _mapped(self._files.paths[shard]) as data:
                 rows = [self._row(f"{path}: {key}", shard, parts, data) for key, parts in members.items()]
             places.append(np.array(rows, dtype=_PLACES))
             keys.extend(f"{_stem(path)}/{key}" for key in members)
         self._places, self._keys = np.concatenate(places), Strings(keys)
         if not keys:
-            raise ValueError(f"{self.paths[0]}: no images in {len(self.paths)} shards; ignored: {dict(self.ignored)}")
+            raise ValueError(f"{self.paths[0]}: no images in {len(self.paths)} shards; left out: {dict(self.left_out)}")
         self.labels: np.ndarray = np.ascontiguousarray(self._places["label"])
         self._has_labels = bool((self.labels >= 0).any())
 
@@ -216,7 +216,7 @@ class _Files:
             os.close(descriptor)
 
 
-def _members(path: Path, tar_path: Path, ignored: Counter[str]) -> dict[str, Parts]:
+def _members(path: Path, tar_path: Path, left_out: Counter[str]) -> dict[str, Parts]:
     """key -> its parts, for every sample of a tar that has an image."""
     samples: dict[str, Parts] = {}
     try:
@@ -231,7 +231,7 @@ def _members(path: Path, tar_path: Path, ignored: Counter[str]) -> dict[str, Par
                     extension = "(link)"
                 elif member.name.startswith("/") or ".." in PurePosixPath(name).parts:
                     extension = "(outside)"
-                _add(samples, path, key, extension.lower(), (member.offset_data, member.size), ignored)
+                _add(samples, path, key, extension.lower(), (member.offset_data, member.size), left_out)
             # tarfile takes a damaged header for the end of the archive.
             with tar_path.open("rb") as file:
                 file.seek(tar.offset)
@@ -241,15 +241,15 @@ def _members(path: Path, tar_path: Path, ignored: Counter[str]) -> dict[str, Par
         raise ValueError(f"{path}: broken tar: {error}") from error
     for key in [key for key, parts in samples.items() if not any(name in parts for name in _IMAGES)]:
         del samples[key]
-        ignored["(no image)"] += 1
+        left_out["(no image)"] += 1
     return samples
 
 
 def _add(
-    samples: dict[str, Parts], path: Path, key: str, extension: str, place: tuple[int, int], ignored: Counter[str]
+    samples: dict[str, Parts], path: Path, key: str, extension: str, place: tuple[int, int], left_out: Counter[str]
 ) -> None:
     if extension not in _READ:
-        ignored[extension] += 1
+        left_out[extension] += 1
         return
     parts = samples.setdefault(key, {})
     if extension in parts or (extension in _IMAGES and any(name in parts for name in _IMAGES)):

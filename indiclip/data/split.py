@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -74,6 +75,16 @@ class Split(Dataset[Sample]):
         return np.asarray(self.dataset.labels)[self._indices]
 
     @property
-    def languages(self) -> list[str]:
-        """The dataset's languages."""
-        return list(self.dataset.languages)
+    def densepose(self) -> bool:
+        """Whether the dataset gives body surfaces."""
+        return bool(getattr(self.dataset, "densepose", True))
+
+    @property
+    def captioned(self) -> bool:
+        """Whether every image of the dataset has a caption."""
+        return bool(getattr(self.dataset, "captioned", True))
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """What the whole dataset left out, by reason."""
+        return Counter(getattr(self.dataset, "left_out", {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+
+from indiclip.names import nearest
 
 
 class Strings:
@@ -30,12 +31,6 @@ class Strings:
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]
         return self._bytes[self._ends[index] : self._ends[index + 1]].tobytes().decode()
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for an error message, e.g. `; the nearest is 'caption'`, or nothing where there are no names at all."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)
-    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 def stable_hash(text: str) -> int:
@@ -67,6 +62,8 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
     there = {entry.name for entry in folder.iterdir()}
     missing = []
     for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: file_name is {name!r}; expected text")
         if name in there:
             continue
         parts = PurePosixPath(name)

@@ -1,11 +1,12 @@
 """From a `Sample` of a dataset to the patches and targets of a batch: image, boxes, points and masks move together.
 
-The geometry is torchvision's (transforms v2 on tv_tensors), so any v2 transform can be named in a YAML.
+The geometry is torchvision's (transforms v2 on tv_tensors), so its transforms can be named in a YAML.
 Shape letters: see `indiclip.types`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ Prepared = dict[str, Any]
 _PER_OBJECT = ("boxes_xyxy", "classes", "crowd", "masks")
 _PER_PERSON = ("dp_boxes_xyxy", "dp_masks")
 _PER_DP_POINT = ("dp_points_xy", "dp_person", "dp_part", "dp_uv")
+# These take the first boxes of a sample for all that it has, but points and bodies are boxes too (see `_wrap`).
+_FOR_ONE_LIST_OF_BOXES = (v2.RandomIoUCrop, v2.SanitizeBoundingBoxes)
 
 
 class Transform:
@@ -33,16 +36,25 @@ class Transform:
         augment: torchvision v2 transforms on the uint8 image and its annotations, e.g. a
             `torchvision.transforms.v2.RandomHorizontalFlip`. Their random numbers are a function of (seed, sample
             position).
+
+    Raises:
+        ValueError: A transform that cannot move several lists of boxes.
     """
 
     def __init__(self, max_tokens: int = 256, augment: list[torch.nn.Module] | None = None) -> None:
         self.max_tokens = max_tokens
         self.augment = list(augment or [])
+        for step in _each(self.augment):
+            if isinstance(step, _FOR_ONE_LIST_OF_BOXES):
+                raise ValueError(
+                    f"augment: {type(step).__name__} loses points and bodies; what leaves the image is removed anyway, "
+                    "and RandomResizedCrop crops"
+                )
 
     @property
     def flips(self) -> bool:
         """Whether any step may mirror the image."""
-        return any("Flip" in type(step).__name__ for step in self.augment)
+        return any("Flip" in type(step).__name__ for step in _each(self.augment))
 
     def __call__(
         self, sample: Sample, patch_size: int, canvas_hw: tuple[int, int] | None, random_seed: int | None
@@ -64,6 +76,8 @@ class Transform:
             torch.default_generator.manual_seed(random_seed)
             fields = _drop_outside(v2.Compose(self.augment)(fields))
             torch.default_generator.set_state(before)
+            if fields["image"].dtype != torch.uint8:
+                raise ValueError(f"augment: gives an image of {fields['image'].dtype}; expected torch.uint8")
         height, width = fields["image"].shape[-2:]
         if canvas_hw is not None:
             size = patches.fit_canvas_hw(height, width, patch_size, canvas_hw)
@@ -79,7 +93,7 @@ class Transform:
         return prepared
 
 
-def collate(samples: list[Prepared], skipped: list[tuple[str, str, str]] | None = None) -> Batch:
+def collate(samples: list[Prepared]) -> Batch:
     """Prepared samples -> `Batch`: patches padded to the longest, every annotation a list over the images."""
     samples = [dict(sample) for sample in samples]
     images = patches.stack(
@@ -90,7 +104,14 @@ def collate(samples: list[Prepared], skipped: list[tuple[str, str, str]] | None 
     keys = [sample.pop("key") for sample in samples]
     names = dict.fromkeys(name for sample in samples for name in sample)
     targets = {name: [sample.get(name) for sample in samples] for name in names}
-    return Batch(images=images, targets=targets, keys=keys, skipped=skipped or [])
+    return Batch(images=images, targets=targets, keys=keys, skipped=[])
+
+
+def _each(steps: Iterable[Any]) -> Iterator[Any]:
+    """The transforms, and those inside of `Compose`, `RandomApply` and the like, which keep them in a plain list."""
+    for step in steps:
+        yield step
+        yield from _each(getattr(step, "transforms", ()))
 
 
 def _wrap(sample: Sample) -> dict[str, Any]:

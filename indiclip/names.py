@@ -1,0 +1,12 @@
+"""The nearest valid name, for error messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint such as `; nearest is 'caption'`, or nothing where there are no names at all."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)
+    return f"; nearest is {near[0]!r}" if near else ""
