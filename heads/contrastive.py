@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torchmetrics
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
 from indiclip.head import Head
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
@@ -18,6 +19,8 @@ from indiclip.types import Batch, Features
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
+
+_ROUNDING = 1e-6  # of a cosine in float32
 
 
 class Contrastive(Head):
@@ -31,6 +34,8 @@ class Contrastive(Head):
         templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
         retrieval_at: The k of retrieval recall@k.
     """
+
+    needs = ("caption",)
 
     def __init__(
         self,
@@ -78,10 +83,11 @@ class Contrastive(Head):
         """
         captions = _captions(batch)
         image_BE, text_BE = encoder.embed_features(features), encoder.embed_text(captions)
-        hits = self._zero_shot(image_BE, _labels(batch, image_BE.device), encoder)
         distinct = list(dict.fromkeys(captions))
-        similarity_BC = image_BE @ text_BE[[captions.index(caption) for caption in distinct]].T
-        order = similarity_BC.topk(min(5, len(distinct)), dim=1).indices.tolist()
+        first = [captions.index(caption) for caption in distinct]
+        with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
+            hits = self._zero_shot(image_BE, _labels(batch, image_BE.device), encoder)
+            order = (image_BE @ text_BE[first].T).topk(min(5, len(distinct)), dim=1).indices.tolist()
         return [
             {"image_E": image, "text_E": text, "hits_L": hit, "nearest": [distinct[i] for i in nearest]}
             for image, text, hit, nearest in zip(image_BE, text_BE, hits, order, strict=True)
@@ -100,11 +106,11 @@ class Contrastive(Head):
         )
         return image_HW3, f"{target['caption']}\n— nearest:\n{nearest}"
 
-    def _zero_shot(self, image_BE: Tensor, labels_B: Tensor | None, encoder: Encoder) -> list[Tensor | None]:
+    def _zero_shot(self, image_BE: Tensor, labels_B: Tensor, encoder: Encoder) -> list[Tensor | None]:
         """For each image whether the nearest class is the right one, at each trained length."""
-        if labels_B is None or not self.class_names:
+        if not self.class_names or not (labels_B >= 0).any():
             return [None] * len(image_BE)
-        if self._class_text is None or self._class_text[0].device != image_BE.device or self.training:
+        if self._class_text is None or self._class_text[0].device != image_BE.device:
             self._class_text = self._class_embeddings(encoder)
         hits_LB = torch.stack(
             [
@@ -116,7 +122,7 @@ class Contrastive(Head):
 
     def _class_embeddings(self, encoder: Encoder) -> list[Tensor]:
         """Mean of the templates' embeddings of each class, at each length (unit length)."""
-        prompts = [template.format(name) for name in self.class_names for template in self.templates]
+        prompts = [template.replace("{}", name) for name in self.class_names for template in self.templates]
         full_CTE = encoder.embed_text(prompts).reshape(len(self.class_names), len(self.templates), -1)
         cut = [torch.nn.functional.normalize(full_CTE[..., :length], dim=-1) for length in encoder.lengths]
         return [torch.nn.functional.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
@@ -147,13 +153,22 @@ class EmbeddingMetric(torchmetrics.Metric):
         self.add_state("hits_L", default=torch.zeros(len(lengths)), dist_reduce_fx="sum")
         self.add_state("labelled", default=torch.zeros(()), dist_reduce_fx="sum")
 
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty, but with the shapes and types that a rank without samples needs in the exchange."""
+        super().reset()
+        empty_0E = torch.zeros(0, self.lengths[-1], device=self.device)
+        self.image_BE, self.text_BE = [empty_0E], [empty_0E]
+        self.ids_B = [torch.zeros(0, dtype=torch.int64, device=self.device)]
+
     def update(self, image_BE: Tensor, text_BE: Tensor, ids_B: Tensor, hits: list[Tensor]) -> None:
         """Add a batch; `hits` has a bool (L,) for each labelled image."""
         self.image_BE.append(image_BE.float())
         self.text_BE.append(text_BE.float())
         self.ids_B.append(ids_B)
-        for hit_L in hits:
-            self.hits_L += hit_L.to(self.hits_L.device)
+        if hits:
+            self.hits_L += torch.stack(hits).sum(0)
         self.labelled += len(hits)
 
     def compute(self) -> dict[str, Tensor]:
@@ -164,25 +179,42 @@ class EmbeddingMetric(torchmetrics.Metric):
             result["zero_shot"] = accuracy_L[-1]
             for length, accuracy in zip(self.lengths[:-1], accuracy_L[:-1], strict=True):
                 result[f"zero_shot_{length}"] = accuracy
-        image_BE, text_BE = _cat(self.image_BE), _cat(self.text_BE)
-        ids, group_B = torch.unique(_cat(self.ids_B), return_inverse=True)
+        image_BE, text_BE = dim_zero_cat(self.image_BE), dim_zero_cat(self.text_BE)
+        ids, group_B = torch.unique(dim_zero_cat(self.ids_B), return_inverse=True)
         first_C = torch.full((len(ids),), len(group_B), device=group_B.device)
         first_C = first_C.scatter_reduce(0, group_B, torch.arange(len(group_B), device=group_B.device), "amin")
-        similarity_BC = image_BE @ text_BE[first_C].T
-        right_B = similarity_BC.gather(1, group_B[:, None])
-        rank_B = (similarity_BC > right_B).sum(1)
-        # A text is found when any image with its caption is among its k nearest.
-        own_BC = group_B[:, None] == torch.arange(len(ids), device=group_B.device)
-        best_C = similarity_BC.masked_fill(~own_BC, -torch.inf).amax(0)
-        rank_C = (similarity_BC > best_C).sum(0)
+        rank_B, rank_C = retrieval_ranks(image_BE, text_BE[first_C], group_B)
         for k in self.retrieval_at:
             result[f"image_to_text_r{k}"] = (rank_B < k).float().mean()
             result[f"text_to_image_r{k}"] = (rank_C < k).float().mean()
         return result
 
 
-def _cat(parts: list[Tensor] | Tensor) -> Tensor:
-    return torch.cat(parts) if isinstance(parts, list) else parts
+def retrieval_ranks(image_BE: Tensor, text_CE: Tensor, group_B: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor]:
+    """How many wrong ones are at least as near as the right one: of the texts for an image, of the images for a text.
+
+    Ties (to rounding) and NaN count against the right one, so that a model which gives the same vector for everything
+    finds nothing.
+
+    Args:
+        image_BE: Images.
+        text_CE: Distinct captions.
+        group_B: The caption of each image; a text's right image is the nearest of its own.
+        rows: Images whose similarities are in memory at a time.
+
+    Returns:
+        `(rank_B, rank_C)`, 0 where the right one is the nearest.
+    """
+    right_B = (image_BE * text_CE[group_B]).sum(1)
+    best_C = torch.full((len(text_CE),), -torch.inf, device=right_B.device).scatter_reduce(0, group_B, right_B, "amax")
+    ranks, rank_C = [], torch.zeros(len(text_CE), dtype=torch.int64, device=right_B.device)
+    for start in range(0, len(image_BE), rows):
+        part = slice(start, start + rows)
+        similarity_BC = image_BE[part] @ text_CE.T
+        wrong_BC = torch.ones_like(similarity_BC, dtype=torch.bool).scatter(1, group_B[part, None], False)
+        ranks.append((~(similarity_BC < right_B[part, None] - _ROUNDING) & wrong_BC).sum(1))
+        rank_C += (~(similarity_BC < best_C - _ROUNDING) & wrong_BC).sum(0)
+    return torch.cat(ranks), rank_C
 
 
 def _captions(batch: Batch) -> list[str]:
@@ -193,7 +225,7 @@ def _captions(batch: Batch) -> list[str]:
     return captions
 
 
-def _labels(batch: Batch, device: torch.device) -> Tensor | None:
-    """Class of each image, -1 for none; None where no image has one."""
-    labels = [-1 if label is None else int(label) for label in batch["targets"].get("label", [])]
-    return torch.tensor(labels, device=device) if any(label >= 0 for label in labels) else None
+def _labels(batch: Batch, device: torch.device) -> Tensor:
+    """Class of each image, -1 for none."""
+    labels = batch["targets"].get("label", [None] * len(batch["keys"]))
+    return torch.tensor([-1 if label is None else int(label) for label in labels], device=device)

@@ -59,6 +59,8 @@ class Counting(Head):
     """
 
     metric: CountMetric
+    needs = ("count_class", "points_xy")
+    embeds_images = False
 
     def __init__(
         self,
@@ -122,7 +124,8 @@ class Counting(Head):
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
         questions = self._questions(batch)
         image_Q = torch.tensor([question.image for question in questions], device=features.tokens_BND.device)
-        text_QE = encoder.embed_text([self.prompt.format(question.name) for question in questions])
+        prompts = [self.prompt.replace("{}", question.name) for question in questions]
+        text_QE = encoder.embed_text(prompts, batch_statistics=False)
         density_QHW = self(features, text_QE, image_Q)
         counts_QHW = self._counts(features, batch, questions)
         known_Q = torch.tensor([question.points_K2 is not None for question in questions], device=image_Q.device)
@@ -130,7 +133,7 @@ class Counting(Head):
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
-        prompts = [self.prompt.format(name) for name in _targets(batch, "count_class")]
+        prompts = [self.prompt.replace("{}", name) for name in _targets(batch, "count_class")]
         density_BHW = self(features, encoder.embed_text(prompts))
         s, stride = self.upsample, features.stride
         return [

@@ -71,6 +71,9 @@ class DensePose(Head):
 
     step: Tensor
 
+    needs = ("dp_boxes_xyxy",)
+    embeds_images = embeds_text = False
+
     def __init__(
         self,
         task: str = "densepose",
@@ -111,13 +114,6 @@ class DensePose(Head):
         is_uv = torch.arange(self.charts.out_channels) >= self.coarse_classes + NUM_PARTS + 1
         self.charts.bias = nn.Parameter(0.5 * is_uv)  # U and V in the middle of their range
         self.metric = SurfaceMetric()
-
-    def check(self, dataset: Any) -> None:
-        if getattr(dataset, "densepose", True) is False:
-            raise ValueError(
-                f"heads.densepose.task: {type(dataset).__name__} for task {self.task!r} gives no body surfaces "
-                "(its `densepose` is off)"
-            )
 
     def forward(self, features: Features, boxes: list[Tensor]) -> Charts:
         """Maps of the windows at `boxes`, one tensor (Q, 4) per image in pixels."""

@@ -61,6 +61,8 @@ class Detection(Head):
     """
 
     metric: DetectionMetric
+    needs = ("boxes_xyxy", "classes")
+    embeds_images = embeds_text = False
 
     def __init__(
         self,

@@ -97,6 +97,10 @@ class NaFlexViT(Backbone):
         super().__init__()
         options = dict(options or {})
         if name is not None:
+            given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
+            for key, value in given.items():
+                if value is not None:
+                    raise ValueError(f"backbone.{key}: {name} has its own; leave it out beside `name`")
             self.vit = _named_naflex(name, pretrained, options)
         else:
             if pretrained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from indiclip.evals.report import held_out_pictures, write_report
+from indiclip.evals.report import held_out_pictures, readable, write_report
 from indiclip.module import Batches, MultiTask
 
 
@@ -24,6 +25,7 @@ class StartupTable(L.Callback):
     """Prints heads, sources, parameter counts and tokens per image before the first step."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = trainer.log_dir  # all ranks ask: rank 0 tells the others
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, MultiTask)
@@ -31,7 +33,7 @@ class StartupTable(L.Callback):
         console.print(_sources_table(trainer), _parts_table(pl_module))
         device = trainer.strategy.root_device
         console.print(
-            f"run folder [bold]{Path(trainer.log_dir or '.')}[/]   {trainer.world_size} x {device.type}   precision "
+            f"run folder [bold]{folder}[/]   {trainer.world_size} x {device.type}   precision "
             f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
         )
 
@@ -169,27 +171,44 @@ class TaskGradients(L.Callback):
 
     def __init__(self, every_n_steps: int = 100) -> None:
         self.every_n_steps = every_n_steps
+        self._last = -1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._folder = trainer.log_dir
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        if trainer.global_step % self.every_n_steps:
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._last:  # once, also where gradients are accumulated
             return
+        self._last = step
         assert isinstance(pl_module, MultiTask)
-        parameters = [p for p in pl_module.encoder.backbone.parameters() if p.requires_grad]
-        gradients: dict[str, Tensor] = {}
-        for name, part in pl_module.head_losses.items():
-            parts = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-            gradients[name] = torch.cat([g.float().flatten() for g in parts if g is not None])
-        for name, gradient in gradients.items():
-            pl_module.log(f"train/{name}/backbone_grad_norm", gradient.norm(), batch_size=1)
-        for first, second in itertools.combinations(gradients, 2):
-            cosine = torch.nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)
-            pl_module.log(f"train/grad_cosine/{first}_{second}", cosine, batch_size=1)
+        values = gradient_numbers(pl_module)
+        # Not by `pl_module.log`, which would repeat them as if they were measured at every logging step.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+        if trainer.is_global_zero and self._folder:
+            _append(Path(self._folder), {"step": step, **values})
+
+
+def gradient_numbers(module: MultiTask) -> dict[str, float]:
+    """Norm of each head's gradient on the backbone, and cosines between them, from `module.head_losses`."""
+    parameters = [p for p in module.encoder.backbone.parameters() if p.requires_grad]
+    gradients: dict[str, Tensor] = {}
+    for name, part in module.head_losses.items():
+        parts = torch.autograd.grad(part, parameters, retain_graph=True, materialize_grads=True)
+        gradients[name] = torch.cat([gradient.float().flatten() for gradient in parts])
+    numbers = {f"train/{name}/backbone_grad_norm": gradient.norm() for name, gradient in gradients.items()}
+    for first, second in itertools.combinations(gradients, 2):
+        cosine = torch.nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)
+        numbers[f"train/grad_cosine/{first}_{second}"] = cosine
+    return {name: float(value) for name, value in numbers.items()}
 
 
 class RunRecord(L.Callback):
     """Writes `history.jsonl`, `skipped.jsonl`, `metrics.json` and `report.html` into the run's folder.
 
-    `history.jsonl` has a line per logging step; a resumed run goes on in it.
+    `history.jsonl` has a line per logging step, and `skipped.jsonl` one per unreadable sample; a resumed run goes on
+    in them. Where there are several ranks, each has its own `skipped-<rank>.jsonl`.
 
     Args:
         pictures: Held-out images per head in the report.
@@ -197,26 +216,35 @@ class RunRecord(L.Callback):
 
     def __init__(self, pictures: int = 12) -> None:
         self.pictures = pictures
-        self.skipped: list[dict[str, str]] = []  # task, key, reason
+        self._began: float | None = None  # when training did, less the seconds of the runs that this one goes on from
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._started = time.monotonic()
-        if trainer.is_global_zero and trainer.log_dir:
-            folder = Path(trainer.log_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = (
-                [row for row in read_history(folder) if row["step"] <= trainer.global_step] if trainer.ckpt_path else []
-            )
-            (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
+        rank = trainer.global_rank
+        self._skipped_file = self._folder / ("skipped.jsonl" if rank == 0 else f"skipped-{rank}.jsonl")
+        if stage == "fit" and not trainer.ckpt_path:
+            self._skipped_file.unlink(missing_ok=True)
+        self._skipped = {(row["task"], row["key"]) for row in _read_lines(self._skipped_file)}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        rows = read_history(self._folder) if trainer.ckpt_path else []
+        kept = [row for row in rows if row["step"] <= self._step]
+        self._began = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
+        if trainer.is_global_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
-        self._count_skipped(trainer, batch)
-        if trainer.global_step == trainer.max_steps:
+        self._note_skipped(batch)
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == trainer.max_steps:
             trainer.should_stop = True  # else Lightning ends in mid-epoch without a last validation
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._append(trainer, "train/")
+        if step != self._step and every and step % every == 0:
+            self._write_row(trainer, "train/")
+        self._step = step
 
     def on_validation_batch_end(
         self,
@@ -227,62 +255,78 @@ class RunRecord(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._count_skipped(trainer, batch)
+        self._note_skipped(batch)
+
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._append(trainer, "val/")
+        if self._began is not None and not trainer.sanity_checking:
+            self._write_row(trainer, "val/")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._began is not None:
+            exception.add_note(f"(while training {self._folder}, after step {trainer.global_step})")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or not trainer.log_dir:
-            return
+        trainer.strategy.barrier()  # the other ranks' skipped samples are on disk
+        if self._began is None or not trainer.is_global_zero:
+            return  # no step was left to train: what the folder holds stays
         assert isinstance(pl_module, MultiTask)
-        folder = Path(trainer.log_dir)
+        skipped = [row for file in sorted(self._folder.glob("skipped*.jsonl")) for row in _read_lines(file)]
         record: dict[str, Any] = {
             "step": trainer.global_step,
-            "seconds": round(time.monotonic() - self._started, 1),
+            "seconds": round(time.monotonic() - self._began, 1),
             "metrics": _numbers(trainer.callback_metrics),
-            "skipped": len(self.skipped),
+            "skipped": len(skipped),
         }
-        (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-        record |= {"history": read_history(folder), "skipped": self.skipped}
+        (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        record |= {"history": read_history(self._folder), "skipped": skipped}
         data = trainer.datamodule  # type: ignore[attr-defined]
         batches = data.first_val_batches(self.pictures)
-        write_report(folder, folder.name, record, held_out_pictures(pl_module, batches, self.pictures))
-        _print_summary(folder, record["metrics"])
+        write_report(self._folder, self._folder.name, record, held_out_pictures(pl_module, batches, self.pictures))
+        _print_summary(self._folder, record["metrics"])
 
-    def _append(self, trainer: L.Trainer, prefix: str) -> None:
-        if trainer.is_global_zero and trainer.log_dir:
+    def _write_row(self, trainer: L.Trainer, prefix: str) -> None:
+        if trainer.is_global_zero:
+            assert self._began is not None
             values = {k: v for k, v in _numbers(trainer.callback_metrics).items() if k.startswith(prefix)}
-            row = {"step": trainer.global_step, "seconds": round(time.monotonic() - self._started, 1), **values}
-            with (Path(trainer.log_dir) / "history.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            seconds = round(time.monotonic() - self._began, 1)
+            _append(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
 
-    def _count_skipped(self, trainer: L.Trainer, batch: Batches) -> None:
+    def _note_skipped(self, batch: Batches) -> None:
         for part in batch.values():
             for task, key, reason in part.get("skipped", []):
-                row = {"task": task, "key": key, "reason": reason}
-                self.skipped.append(row)
-                if trainer.log_dir:
-                    with (Path(trainer.log_dir) / "skipped.jsonl").open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                if (task, key) not in self._skipped:  # once, though each epoch meets it again
+                    self._skipped.add((task, key))
+                    with self._skipped_file.open("a") as file:
+                        file.write(json.dumps({"task": task, "key": key, "reason": reason}) + "\n")
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `history.jsonl`; none where there is no such file."""
-    file = folder / "history.jsonl"
+    return _read_lines(folder / "history.jsonl")
+
+
+def _append(folder: Path, row: dict[str, Any]) -> None:
+    with (folder / "history.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: round(float(value), 6) for name, value in metrics.items()}
+def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Rounded; None for what is not finite, which JSON has no number for."""
+    values = {name: float(value) for name, value in metrics.items()}
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _print_summary(folder: Path, metrics: dict[str, float]) -> None:
+def _print_summary(folder: Path, metrics: dict[str, float | None]) -> None:
     table = Table("metric", "held out", title="Result", title_justify="left")
     for name, value in sorted(metrics.items()):
         if name.startswith(("val/", "eval/")):
-            table.add_row(name, f"{value:.4g}")
+            table.add_row(name, readable(value))
     console = Console()
     console.print(table)
     console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from indiclip.backbone import Backbone
 from indiclip.encoder import Encoder
 from indiclip.names import nearest
+from indiclip.text import TextTower, Tokenizer
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool = False) -> Encoder:
@@ -18,8 +20,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
     Args:
         path: A run's folder (`runs/quickstart`; its last checkpoint) or a checkpoint file.
         device: Where to put it.
-        trust_code: The checkpoint names the classes it is made of. Those outside the package `indiclip` are imported
-            only if this is True, because importing a module runs it.
+        trust_code: The checkpoint names the classes it is made of. Others than IndiCLIP's backbones, text towers and
+            tokenizers are imported and called only if this is True, and only then may it name weights or files to
+            fetch.
 
     Raises:
         FileNotFoundError: No checkpoint there.
@@ -29,7 +32,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{file}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file}: not a readable checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or "encoder" not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError(f"{file}: not a checkpoint of IndiCLIP; expected the entries 'encoder' and 'state_dict'")
     spec = checkpoint["encoder"]
@@ -58,7 +62,17 @@ def _build(value: Any, trust_code: bool, file: Path) -> Any:
     if not (isinstance(value, dict) and set(value) == {"class_path", "init_args"}):
         return value
     module, _, name = value["class_path"].rpartition(".")
-    if module.split(".")[0] != "indiclip" and not trust_code:
-        raise ValueError(f"{file}: names the class {value['class_path']}; pass trust_code=True to import its module")
-    arguments = {key: _build(item, trust_code, file) for key, item in value["init_args"].items()}
-    return cast(Any, getattr(importlib.import_module(module), name))(**arguments)
+    arguments = value["init_args"]
+    if not trust_code:
+        if module not in ("indiclip.backbone", "indiclip.text") or not _is_part(module, name):
+            raise ValueError(f"{file}: names {value['class_path']}; pass trust_code=True to import and call it")
+        for key in ("pretrained", "source"):
+            if arguments.get(key):
+                raise ValueError(f"{file}: asks for {key} {arguments[key]!r}; pass trust_code=True to fetch it")
+    arguments = {key: _build(item, trust_code, file) for key, item in arguments.items()}
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def _is_part(module: str, name: str) -> bool:
+    made = getattr(importlib.import_module(module), name, None)
+    return isinstance(made, type) and issubclass(made, (Backbone, TextTower, Tokenizer))

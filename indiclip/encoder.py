@@ -45,8 +45,8 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.text = text
         self.embed_dim = embed_dim
-        self.lengths = sorted({*(length for length in lengths if length < embed_dim), embed_dim})
-        if self.lengths[0] < 1:
+        self.lengths = sorted({*lengths, embed_dim})
+        if self.lengths[0] < 1 or self.lengths[-1] > embed_dim:
             raise ValueError(f"encoder.lengths: {list(lengths)} must lie between 1 and embed_dim {embed_dim}")
         self.image_pool = Pool(backbone.width, pool, batch_norm)
         self.text_pool = Pool(text.width, pool, batch_norm)
@@ -101,17 +101,25 @@ class Encoder(nn.Module):
         ids_BT, valid_BT = self.text.tokenizer(texts)
         return ids_BT.to(self.device), valid_BT.to(self.device)
 
-    def embed_text(self, texts: str | list[str], length: int | None = None) -> Tensor:
+    def embed_text(self, texts: str | list[str], length: int | None = None, batch_statistics: bool = True) -> Tensor:
         """Unit-length embeddings (B, length) of strings in any language; equal strings are encoded once.
+
+        Args:
+            texts: One or many; none give shape (0, length).
+            length: Cut to this many numbers: one of `lengths`. None is the full length.
+            batch_statistics: False makes batch norm, where there is one, use its running statistics in training too:
+                for a handful of prompts, whose own mean and variance say little.
 
         Raises:
             ValueError: A length that was not trained.
         """
         self._check_length(length)
         many = [texts] if isinstance(texts, str) else list(texts)
+        if not many:
+            return torch.zeros(0, length or self.embed_dim, device=self.device)
         distinct = list(dict.fromkeys(many))
         ids_BT, valid_BT = self.tokenize(distinct)
-        pooled_BD = self.text_pool(self.text(ids_BT, valid_BT), valid_BT)
+        pooled_BD = self.text_pool(self.text(ids_BT, valid_BT), valid_BT, batch_statistics)
         text_BE = self._cut(self.text_projection(pooled_BD), length)
         if len(distinct) == len(many):
             return text_BE
@@ -157,9 +165,11 @@ class Pool(nn.Module):
         num_heads = max(1, width // 64)
         num_heads = num_heads if width % num_heads == 0 else 1
         self.pool = AttentionPoolLatent(width, num_heads=num_heads) if kind == "attention" else None
-        self.norm = nn.BatchNorm1d(width, affine=False) if batch_norm else None
+        self.norm: nn.BatchNorm1d | nn.SyncBatchNorm | None = None
+        if batch_norm:
+            self.norm = nn.BatchNorm1d(width, affine=False)
 
-    def forward(self, tokens_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
+    def forward(self, tokens_BND: Tensor, valid_BN: Tensor | None, batch_statistics: bool = True) -> Tensor:
         if self.pool is not None:
             mask = None if valid_BN is None else valid_BN[:, None, None, :]
             pooled_BD = cast(Tensor, self.pool(tokens_BND, attn_mask=mask))
@@ -168,11 +178,10 @@ class Pool(nn.Module):
         else:
             share_BN = valid_BN / valid_BN.sum(1, keepdim=True)
             pooled_BD = torch.einsum("bnd,bn->bd", tokens_BND, share_BN.to(tokens_BND.dtype))
-        return pooled_BD if self.norm is None else self._normalise(pooled_BD)
-
-    def _normalise(self, pooled_BD: Tensor) -> Tensor:
-        assert self.norm is not None
-        if len(pooled_BD) > 1 or not self.training:
+        if self.norm is None:
+            return pooled_BD
+        # One vector has no variance. Over ranks it has, and there all must take part in their exchange.
+        alone = len(pooled_BD) == 1 and not isinstance(self.norm, nn.SyncBatchNorm)
+        if self.training and batch_statistics and not alone:
             return cast(Tensor, self.norm(pooled_BD))
-        # One vector has no variance: take the running statistics, as in evaluation.
         return F.batch_norm(pooled_BD, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)

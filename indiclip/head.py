@@ -29,10 +29,17 @@ class Head(nn.Module, ABC):
 
     Attributes:
         name: Log prefix, `train/<name>/<loss>`: the file's name in `heads/`.
-        metric: A `torchmetrics.MetricCollection` or `Metric` whose `compute()` gives a dict of numbers.
+        metric: Its `compute()` gives a dict of numbers.
+        needs: Fields that every sample of its task has; checked before training.
+        embeds_images: Whether `loss` calls `encoder.embed_features`.
+        embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
+            training waits for a gradient of everything else.
     """
 
-    metric: torchmetrics.Metric | torchmetrics.MetricCollection
+    metric: torchmetrics.Metric
+    needs: tuple[str, ...] = ()
+    embeds_images = True
+    embeds_text = True
 
     def __init__(self, task: str, weight: float) -> None:
         super().__init__()

@@ -49,6 +49,10 @@ class MultiTask(L.LightningModule):
         super().__init__()
         _check_heads(heads)
         self.encoder = encoder
+        if not any(head.embeds_images for head in heads):
+            nn.ModuleList([encoder.image_pool, encoder.image_projection]).requires_grad_(False)
+        if not any(head.embeds_text for head in heads):
+            nn.ModuleList([encoder.text, encoder.text_pool, encoder.text_projection]).requires_grad_(False)
         for head in heads:
             head.build(encoder)
         self.heads = nn.ModuleDict({head.name: head for head in heads})

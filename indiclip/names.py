@@ -7,6 +7,6 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint such as `; nearest is 'caption'`, or nothing where there are no names at all."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)
+    """A hint such as `; nearest is 'caption'`, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
     return f"; nearest is {near[0]!r}" if near else ""

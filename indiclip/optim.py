@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-_NO_DECAY = ("pos_embed", "cls_token", "reg_token", "latent", "logit_scale", "logit_bias", "embeddings")
+_NO_DECAY = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
 
 
 def parameter_groups(
@@ -18,7 +19,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """AdamW groups by learning rate and by whether weights decay.
 
-    Biases, norms and other vectors, position tables, queries and temperatures do not decay.
+    Biases, norms and other vectors, tables of positions and words, queries and temperatures do not decay.
 
     Args:
         parameters: Named, as `module.named_parameters()` gives them; frozen ones are left out.
@@ -39,7 +40,7 @@ def parameter_groups(
         matches = [prefix for prefix in lr_scale if f"{name}.".startswith(f"{prefix}.")]
         unused -= set(matches)
         scale = lr_scale[max(matches, key=len)] if matches else 1.0
-        decays = parameter.ndim > 1 and not any(part in name for part in _NO_DECAY)
+        decays = parameter.ndim > 1 and not _NO_DECAY.search(name)
         decay = weight_decay if decays else 0.0
         group = groups.setdefault((scale, decay), {"params": [], "lr": lr * scale, "weight_decay": decay})
         group["params"].append(parameter)

@@ -103,6 +103,10 @@ class FastTokenizer(Tokenizer):
         self._tokenizer = tokenizer
         self.context_length = context_length
         self.vocab_size = tokenizer.get_vocab_size()
+        if pad_token is not None and tokenizer.token_to_id(pad_token) is None:
+            near = nearest(pad_token, tokenizer.get_vocab())
+            raise ValueError(f"tokenizer.pad_token: the vocabulary has no {pad_token!r}{near}")
+        self.pad_token = pad_token
         names = [pad_token] if pad_token else ["<pad>", "[PAD]", "<|endoftext|>", "</s>"]
         ids = [tokenizer.token_to_id(name) for name in names]
         self.pad_id = next((id for id in ids if id is not None), 0)
@@ -112,7 +116,11 @@ class FastTokenizer(Tokenizer):
         return [encoding.ids for encoding in encodings]
 
     def spec(self) -> dict[str, Any]:
-        return {"context_length": self.context_length, "serialized": self._tokenizer.to_str()}
+        return {
+            "context_length": self.context_length,
+            "serialized": self._tokenizer.to_str(),
+            "pad_token": self.pad_token,
+        }
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -196,6 +204,7 @@ class TextTower(nn.Module):
                 f"text.tokenizer: has {tokenizer.vocab_size} ids but the model's vocabulary only {config.vocab_size}"
             )
         self.width = int(config.hidden_size)
+        self._read_a_long_text()
 
     def forward(self, ids_BT: Tensor, valid_BT: Tensor) -> Tensor:
         """Token vectors (B, T, D)."""
@@ -206,6 +215,21 @@ class TextTower(nn.Module):
         """Constructor arguments that rebuild this tower without a network, weights aside."""
         plain = self.model.config.to_diff_dict() | {"model_type": self.model.config.model_type}
         return {"architecture": plain, "tokenizer": describe(self.tokenizer)}
+
+    @torch.no_grad()
+    def _read_a_long_text(self) -> None:
+        """Raise ValueError unless a text of `context_length` tokens goes through."""
+        length = self.tokenizer.context_length
+        ids_1T = torch.full((1, length), (self.tokenizer.pad_id + 1) % self.tokenizer.vocab_size)
+        self.eval()
+        try:
+            self(ids_1T, torch.ones_like(ids_1T, dtype=torch.bool))
+        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"text: {self.model.config.model_type} cannot read texts of the tokenizer's context_length {length} "
+                f"({error}); is text.architecture.max_position_embeddings too small?"
+            ) from error
+        self.train()
 
 
 def describe(part: Any) -> dict[str, Any]:
@@ -245,8 +269,10 @@ def _pretrained_model(name: str) -> Any:
 
 
 def _text_part(model: Any) -> Any:
-    """The text tower of a two-tower model; any other model as it is, without a pooler nobody reads."""
+    """The text tower of a two-tower model, the encoder of two; another as it is, without a pooler nobody reads."""
     model = getattr(model, "text_model", model)
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # its parameters would never get a gradient
     return model

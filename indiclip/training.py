@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from indiclip.callbacks import RunRecord, StartupTable, TaskGradients, TaskProgress
 from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain
 from indiclip.data.module import MultiTaskData, Source, Steps
+from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
 
@@ -27,6 +31,7 @@ _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # StartupTable has it
 }
+_CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")  # which Lightning looks up itself
 # Said by the libraries in every run; nothing that a user could act on.
 _NOISE = (
     r"isinstance\(treespec, LeafSpec\)",
@@ -39,17 +44,25 @@ _NOISE = (
 class IndiCLI(LightningCLI):
     """LightningCLI with a run folder, links between model and data, and checks before training."""
 
+    folder: Path | None = None
+
     def __init__(self) -> None:
-        super().__init__(
-            MultiTask,
-            MultiTaskData,
-            seed_everything_default=0,
-            trainer_defaults=_TRAINER_DEFAULTS,
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            parser_class=OneLineParser,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-        )
+        try:
+            super().__init__(
+                MultiTask,
+                MultiTaskData,
+                seed_everything_default=0,
+                trainer_defaults=_TRAINER_DEFAULTS,
+                parser_kwargs={"parser_mode": "omegaconf+"},
+                parser_class=OneLineParser,
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+            )
+        except BaseException:
+            if self.folder is not None:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()  # if it is empty: nothing came of this run
+            raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="", help="Name of the run's folder (default: the config's).")
@@ -63,22 +76,31 @@ class IndiCLI(LightningCLI):
         config = self.config[self.subcommand]
         config["weights_only"] = True  # never unpickle a checkpoint
         self.folder = _run_folder(config, self.subcommand)
+        if self.subcommand != "fit":
+            self.save_config_callback = None  # the folder keeps the configuration that it was trained with
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        callbacks = list(config.get("callbacks") or [])
         ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
             checkpoints = self.folder / "checkpoints"
             ours.append(ModelCheckpoint(checkpoints, "{step}", save_last=True, auto_insert_metric_name=False))
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(str(self.folder.parent), name=self.folder.name, version="")
+        if config.get("logger") is not False:
+            ours.append(LearningRateMonitor("step"))
+        if config.get("default_root_dir") is None:
+            kwargs["default_root_dir"] = str(self.folder)
+        given = config.get("callbacks") or []
+        given = [*given] if isinstance(given, list) else [given]
         for callback in ours:  # the config's own settings of one of them count
-            if not any(isinstance(other, type(callback)) for other in callbacks):
-                callbacks.append(callback)
-        callbacks.append(LearningRateMonitor("step"))
-        logger = TensorBoardLogger(str(self.folder.parent), name=self.folder.name, version="")
-        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+            kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
+            if not any(isinstance(other, kind) for other in given):
+                given.append(callback)
+        return super().instantiate_trainer(callbacks=given, **kwargs)
 
     def before_fit(self) -> None:
         check(self.model, self.datamodule, training=True)
@@ -91,7 +113,7 @@ class IndiCLI(LightningCLI):
 
 def run(argv: list[str]) -> int:
     """Run one of LightningCLI's commands. Returns the exit status."""
-    sys.argv = ["indiclip", *argv]
+    sys.argv[1:] = argv  # the first stays: Lightning starts the other processes of this machine with it
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -99,8 +121,9 @@ def run(argv: list[str]) -> int:
     try:
         check_yaml(_config_files(argv))
         IndiCLI()
-    except (ValueError, OSError) as error:
-        if os.environ.get("INDICLIP_TRACEBACK"):
+    except (ValueError, OSError, MisconfigurationException) as error:
+        in_training = bool(getattr(error, "__notes__", None))  # see RunRecord
+        if os.environ.get("INDICLIP_TRACEBACK") or (in_training and not isinstance(error, OSError)):
             raise
         message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
         print(f"indiclip: {' '.join(message.split())}", file=sys.stderr)
@@ -143,9 +166,9 @@ def check(model: MultiTask, data: MultiTaskData, training: bool) -> None:
         _check_classes(head.task, of_task)
         for dataset in of_task.values():
             head.check(dataset)
-    for _, sources in parts:
-        if sources:
-            _read_one(data, sources)
+    for key, sources in parts:
+        for i, sample in _first_samples(data, sources):
+            _check_sample(f"{key}[{i}]", sources[i], sample, heads)
 
 
 def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -> None:
@@ -172,24 +195,44 @@ def _check_classes(task: str, datasets: dict[str, Any]) -> None:
             )
 
 
-def _read_one(data: MultiTaskData, sources: list[Source]) -> None:
-    """A sample of each source through its transform: what is wrong with all shows here, not in a worker."""
+def _first_samples(data: MultiTaskData, sources: list[Source]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
+    if not sources:
+        return
     steps = Steps(sources, data.seed, data.patch_size, data.canvas_hw, train=True)
     for task, plan in steps.plans.items():
-        for source in range(len(plan.sizes)):
-            place = next(place for place in plan.batch(0) if place.source == source)
-            sample = steps.read(task, place)
-            if sample and "dp_boxes_xyxy" in sample and steps.sources[task][source].transform.flips:
+        of_task = [i for i, source in enumerate(sources) if source.task == task]
+        places = plan.batch(0)
+        for number, i in enumerate(of_task):
+            sample = steps.read(task, next(place for place in places if place.source == number))
+            if sample:
+                yield i, sample
+
+
+def _check_sample(key: str, source: Source, sample: dict[str, Any], heads: list[Head]) -> None:
+    for head in heads:
+        if head.task != source.task:
+            continue
+        for name in head.needs:
+            if name not in sample:
                 raise ValueError(
-                    f"data: the source of task {task!r} has DensePose points and a flip among its augmentations; a "
-                    "mirrored body needs the symmetry table, which is not part of IndiCLIP"
+                    f"{key}: {head.name} needs {name}, which the samples of {type(source.dataset).__name__} do not "
+                    f"have; they have {', '.join(sorted(sample))}"
                 )
+    if "dp_boxes_xyxy" in sample and source.transform.flips:
+        raise ValueError(
+            f"{key}.augment: the source has DensePose points and a flip among its augmentations; a mirrored body "
+            "needs the symmetry table, which is not part of IndiCLIP"
+        )
 
 
 def _run_folder(config: Any, subcommand: str) -> Path:
-    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>`."""
+    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>` where a name is given."""
     checkpoint = config.get("ckpt_path")
-    if checkpoint and Path(checkpoint).parent.name == "checkpoints":
+    if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
+        near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
+        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest(checkpoint, near)}")
+    if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
         return Path(checkpoint).parent.parent
     files = _config_files(sys.argv)
     stem = Path(files[0]).stem if files else subcommand

@@ -1,5 +1,8 @@
 """Small models and batches for tests."""
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,3 +42,25 @@ def caption_batch(captions: list[str], labels: list[int] | None = None, side: in
     images = batch_images([noise(side, side, i) for i in range(len(captions))], 8, 64)
     targets = {"caption": captions} | ({"label": labels} if labels else {})
     return Batch(images=images, targets=targets, keys=[str(i) for i in range(len(captions))])
+
+
+def on_ranks(world: int, function: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What `function(rank)` gives in each of `world` processes of one gloo group (forked: no imports to wait for)."""
+
+    def work(rank: int, queue: Any) -> None:
+        torch.set_num_threads(1)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        address = f"file://{folder}/meet"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+        queue.put((rank, function(rank)))
+        torch.distributed.destroy_process_group()
+
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=work, args=(rank, queue)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    answers = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(30)
+    return [answers[rank] for rank in range(world)]

@@ -1,6 +1,7 @@
 """The command: help without waiting, one line per mistake, a run's folder, resume, load and the README's lines."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import indiclip
+from indiclip.callbacks import read_history
 from indiclip.cli import lightning, main
 from indiclip.training import run
 
@@ -41,7 +44,7 @@ def config(**changes):
     tree = {
         "model": {"encoder": ENCODER, "heads": [{"class_path": "heads.contrastive.Contrastive"}]},
         "data": {"train": [source], "val": [source], "steps_per_epoch": 2},
-        "trainer": {"max_steps": 2, "accelerator": "cpu"},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "log_every_n_steps": 1},
     }
     tree = json.loads(json.dumps(tree))
     for key, value in changes.items():
@@ -138,12 +141,107 @@ def test_two_runs_get_two_folders_and_a_resume_goes_on_in_its_own(tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 2
     assert json.loads((folder / "metrics.json").read_text())["step"] == 4
     assert torch.load(last, weights_only=True)["global_step"] == 4
+    history = read_history(folder)
+    assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 3, 4]
+    seconds = [row["seconds"] for row in history if "seconds" in row]
+    assert seconds == sorted(seconds)
+
+    # Nothing is left to train: what the folder holds stays.
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".json", ".jsonl", ".html")}
+    assert fit(tmp_path, config(trainer__max_steps=4), "--ckpt_path", str(last)) == 0
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+    # A name makes it another run.
+    assert fit(tmp_path, config(trainer__max_steps=5), "--ckpt_path", str(last), "--name", "branch") == 0
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    assert json.loads((tmp_path / "runs" / "branch" / "metrics.json").read_text())["step"] == 5
+
+
+def test_validate_and_test_score_a_run_and_leave_it_as_it_is(tmp_path, capsys):
+    assert fit(tmp_path, config()) == 0
+    folder = tmp_path / "runs" / "experiment"
+    saved = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".yaml", ".json", ".html")}
+    scores = json.loads(saved["metrics.json"])["metrics"]
+    for command in ("validate", "test"):
+        capsys.readouterr()
+        flags = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--runs", str(tmp_path / "runs")]
+        assert run([command, "--config", str(folder / "config.yaml"), *flags]) == 0
+        shown = capsys.readouterr().out
+        assert "val/contrastive/zero_shot" in shown
+        assert f"{scores['val/contrastive/zero_shot']:.4f}"[:6] in shown
+    assert {name: (folder / name).read_bytes() for name in saved} == saved
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["experiment"]
+
+
+def test_a_mistake_leaves_no_folder(tmp_path, capsys):
+    assert fit(tmp_path, config(data__train__0__task="contrastve")) == 2
+    assert fit(tmp_path, config(trainer__accelerator="gpu")) == (0 if torch.cuda.is_available() else 2)
+    assert fit(tmp_path, config(), "--ckpt_path", str(tmp_path / "none.ckpt")) == 2
+    assert list((tmp_path / "runs").iterdir()) == [] or torch.cuda.is_available()
+    assert "none.ckpt" in capsys.readouterr().err
+
+
+def test_a_source_without_what_a_head_needs_is_refused(tmp_path, capsys):
+    tree = config()
+    tree["model"]["heads"].append({"class_path": "heads.densepose.DensePose", "init_args": {"task": "contrastive"}})
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (40, 40)).save(images / "a.png")
+    (tmp_path / "names.tsv").write_text("file\ten\na.png\tkite\n")
+    table = {"images": str(images), "table": str(tmp_path / "names.tsv")}
+    for part in ("train", "val"):
+        tree["data"][part][0]["dataset"] = {"class_path": "indiclip.data.captions.CaptionTable", "init_args": table}
+    assert fit(tmp_path, tree) == 2
+    assert re.search(
+        r"data.train\[0\]: densepose needs dp_boxes_xyxy, which the samples of CaptionTable do not have; they have "
+        ".*caption",
+        capsys.readouterr().err,
+    )
+
+
+def test_the_users_own_logger_and_bar_count(tmp_path):
+    tree = config(trainer__logger=False)
+    tree["trainer"]["callbacks"] = [{"class_path": "lightning.pytorch.callbacks.RichProgressBar"}]
+    assert fit(tmp_path, tree) == 0
+    names = {path.name for path in (tmp_path / "runs" / "experiment").iterdir()}
+    assert "report.html" in names
+    assert not any("tfevents" in name for name in names)
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_two_processes_train_all_four_tasks(launcher, tmp_path):
+    """Through the command, by either launcher; held-out numbers are of all seven scenes, more on one rank."""
+    file = tmp_path / "experiment.yaml"
+    tree = config(trainer__max_steps=3, trainer__devices=2)
+    small = {
+        "heads.detection.Detection": {"num_classes": 17, "out_channels": 16, "num_convs": 1, "scales": [1.0]},
+        "heads.densepose.DensePose": {"roi_size": 7, "channels": 8, "num_convs": 1},
+        "heads.counting.Counting": {"channels": 8},
+    }
+    tree["model"]["heads"] += [
+        {"class_path": name, "init_args": {"task": "scenes"} | arguments} for name, arguments in small.items()
+    ]
+    for part, scenes in (("train", 12), ("val", 7)):
+        source = json.loads(json.dumps(tree["data"][part][0]))
+        source["dataset"]["init_args"] |= {"layout": "mixed", "people": 1.0, "num_scenes": scenes}
+        tree["data"][part].append(source | {"task": "scenes"})
+    file.write_text(yaml.safe_dump(tree))
+    command = ["-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
+    if launcher == "torchrun":
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "runs" / "experiment"
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    for name in ("contrastive/zero_shot", "detection/ap", "densepose/part_accuracy", "counting/mae"):
+        assert f"val/{name}" in metrics
+    assert [row["step"] for row in read_history(folder) if "train/loss" in row] == [1, 2, 3]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["experiment"]
 
 
 def test_the_readmes_lines_run(tmp_path, monkeypatch):
     """README's five lines, with the run and picture they name put in place."""
-    from PIL import Image
-
     block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "load(" in b)
     assert len([line for line in block.splitlines() if line.strip()]) <= 6
     (tmp_path / "runs").mkdir()
@@ -173,8 +271,34 @@ def test_load_says_what_is_wrong_and_imports_no_foreign_code(tmp_path):
         indiclip.load(tmp_path / "x.ckpt")
     spec = {"backbone": {"class_path": "evil.Backbone", "init_args": {}}}
     torch.save({"encoder": spec, "state_dict": {}}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match="names the class evil.Backbone; pass trust_code=True"):
+    with pytest.raises(ValueError, match="names evil.Backbone; pass trust_code=True"):
         indiclip.load(tmp_path / "evil.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    with pytest.raises(ValueError, match="empty.ckpt: not a readable checkpoint"):
+        indiclip.load(tmp_path / "empty.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("class_path", "arguments", "message"),
+    [
+        ("indiclip.config_errors._import", {"class_path": "canary.Thing"}, "names indiclip.config_errors._import"),
+        ("indiclip.checkpoint.load", {"path": "inner.ckpt", "trust_code": True}, "names indiclip.checkpoint.load"),
+        ("indiclip.text.describe", {"part": 1}, "names indiclip.text.describe"),
+        ("indiclip.text.importlib", {}, "names indiclip.text.importlib"),
+        ("indiclip.text.FastTokenizer", {"source": "someone/theirs"}, "asks for source 'someone/theirs'"),
+        ("indiclip.backbone.FixedSize", {"name": "x", "pretrained": True}, "asks for pretrained True"),
+    ],
+)
+def test_a_checkpoint_calls_nothing_but_parts_of_an_encoder(class_path, arguments, message, tmp_path, monkeypatch):
+    """Each would import a module, unpickle or fetch something; the canary would leave a file."""
+    (tmp_path / "canary.py").write_text("open('sung', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = {"backbone": {"class_path": class_path, "init_args": arguments}}
+    torch.save({"encoder": spec, "state_dict": {}}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=message):
+        indiclip.load(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "sung").exists()
 
 
 def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):

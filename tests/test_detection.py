@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from helpers import on_ranks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -418,33 +419,21 @@ def test_the_metric_leaves_out_what_has_no_object() -> None:
     assert all(0 <= value <= 1 for value in numbers.values())
 
 
-def _rank(rank: int, address: str, queue: Any) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
-    batch, predictions = hand_made(0, 12)
-    metric = DetectionMetric()
-    share = {0: range(0, 9), 1: range(9, 12), 2: range(0)}[rank]
-    for i in share:
-        target = tuple(batch["targets"][name][i] for name in ("boxes_xyxy", "classes", "crowd"))
-        metric.update_image(predictions[i], target, batch["images"]["scale"][i])
-    queue.put((rank, {name: float(value) for name, value in metric.compute().items()}))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, because three fresh processes import for half a minute")
 def test_ranks_with_unequal_shares_agree_on_the_metric(tmp_path) -> None:
     """Nine images, three and none are the twelve."""
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(r, f"file://{tmp_path}/meet", queue)) for r in range(3)]
-    for process in processes:
-        process.start()
-    answers = dict(queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(30)
-    head = head_for()
     batch, predictions = hand_made(0, 12)
+
+    def numbers(rank: int) -> dict[str, float]:
+        metric = DetectionMetric()
+        for i in (range(0, 9), range(9, 12), range(0))[rank]:
+            target = tuple(batch["targets"][name][i] for name in ("boxes_xyxy", "classes", "crowd"))
+            metric.update_image(predictions[i], target, batch["images"]["scale"][i])
+        return {name: float(value) for name, value in metric.compute().items()}
+
+    answers = on_ranks(3, numbers, tmp_path)
+    head = head_for()
     head.update_metric(predictions, batch)
     expected = {name: float(value) for name, value in head.metric.compute().items()}
     assert answers[0] == answers[1] == answers[2] == pytest.approx(expected, abs=1e-6)

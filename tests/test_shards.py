@@ -278,7 +278,7 @@ def test_bad_urls_and_classes(tmp_path):
         Shards(path, caption="a {}")
     with pytest.raises(ValueError, match="class 1 is 'kite'; expected one name per class, each once"):
         Shards(path, ["kite", "kite"])
-    with pytest.raises(FileNotFoundError, match=r"clases\.txt: no such file or folder; nearest is"):
+    with pytest.raises(FileNotFoundError, match=r"clases\.txt: no such file or folder"):
         Shards(path, str(tmp_path / "clases.txt"))
 
 

@@ -50,7 +50,7 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
         ("head.py", {"types"}),
         ("optim.py", set()),
         ("encoder.py", {"types", "backbone", "text", "patches"}),
-        ("checkpoint.py", {"encoder", "names"}),
+        ("checkpoint.py", {"backbone", "encoder", "names", "text"}),
         ("module.py", {"encoder", "head", "types", "optim"}),
     ],
 )

@@ -1,5 +1,7 @@
 """Tokenizers and text towers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import ARCHITECTURE
@@ -83,6 +85,22 @@ def test_any_transformers_architecture_and_a_local_pretrained_folder(tmp_path):
     assert describe(tower)["class_path"] == "indiclip.text.TextTower"
 
 
+def test_the_encoder_of_an_encoder_decoder():
+    t5 = {"model_type": "t5", "d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 16}
+    tower = TextTower(ByteTokenizer(), t5)
+    ids_BT, valid_BT = tower.tokenizer(["a kite", "पतंग"])
+    assert tower(ids_BT, valid_BT).shape == (*ids_BT.shape, 32)
+    assert not any("decoder" in name for name, _ in tower.named_parameters())
+
+
+def test_a_pad_token_is_checked_and_carried():
+    file = Path(__file__).parent.parent / "conf" / "tokenizers" / "mela.json"
+    with pytest.raises(ValueError, match=r"tokenizer\.pad_token: the vocabulary has no '<pda>'; nearest is '<pad>'"):
+        FastTokenizer(str(file), pad_token="<pda>")
+    tokenizer = FastTokenizer(str(file), pad_token="</s>")
+    assert FastTokenizer(**tokenizer.spec()).pad_id == tokenizer.pad_id != FastTokenizer(str(file)).pad_id
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -90,6 +108,12 @@ def test_any_transformers_architecture_and_a_local_pretrained_folder(tmp_path):
         ({"architecture": ARCHITECTURE | {"model_type": "brt"}}, ValueError, "no 'brt'; nearest is 'bert'"),
         ({"architecture": ARCHITECTURE | {"max_position_embeddings": 8}}, ValueError, "8 is less than"),
         ({"architecture": ARCHITECTURE | {"vocab_size": 100}}, ValueError, "has 259 ids"),
+        # RoBERTa's positions start after the padding id.
+        (
+            {"architecture": ARCHITECTURE | {"model_type": "roberta", "max_position_embeddings": 256}},
+            ValueError,
+            "roberta cannot read texts of the tokenizer's context_length 256",
+        ),
         ({"pretrained": "/no/such/folder"}, FileNotFoundError, "text.pretrained: '/no/such/folder'"),
     ],
 )

@@ -75,11 +75,6 @@ class Split(Dataset[Sample]):
         return np.asarray(self.dataset.labels)[self._indices]
 
     @property
-    def densepose(self) -> bool:
-        """Whether the dataset gives body surfaces."""
-        return bool(getattr(self.dataset, "densepose", True))
-
-    @property
     def captioned(self) -> bool:
         """Whether every image of the dataset has a caption."""
         return bool(getattr(self.dataset, "captioned", True))

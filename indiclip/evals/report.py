@@ -46,8 +46,8 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     Args:
         folder: The run's folder; `config.yaml` in it is shown, if there.
         title: Heading.
-        record: `step`, `seconds`, `metrics` (name -> number), `history` (rows with `step`), `skipped` (rows of task,
-            key, reason).
+        record: `step`, `seconds`, `metrics` (name -> number, None if not finite), `history` (rows with `step`),
+            `skipped` (rows of task, key, reason).
         sections: Head name -> pictures.
 
     Returns:
@@ -114,12 +114,17 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _metrics_table(metrics: dict[str, float]) -> str:
+def _metrics_table(metrics: dict[str, float | None]) -> str:
     rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{value:.4g}</td></tr>'
+        f'<tr><td>{html.escape(name)}</td><td class="number">{readable(value)}</td></tr>'
         for name, value in sorted(metrics.items())
     )
     return f"<table><tr><th>metric</th><th>value</th></tr>{rows}</table>" if rows else "<p>none</p>"
+
+
+def readable(value: float | None) -> str:
+    """A metric's value for people; None stands for one that is not finite."""
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _skipped_table(skipped: list[dict[str, str]]) -> str:
@@ -131,7 +136,7 @@ def _skipped_table(skipped: list[dict[str, str]]) -> str:
         for row in skipped[:200]
     )
     return (
-        f"<p>{len(skipped):,} unreadable samples were skipped and others stood in for them.</p>"
+        f"<p>{len(skipped):,} unreadable samples were skipped; in training others stood in for them.</p>"
         f"<table><tr><th>task</th><th>key</th><th>reason</th></tr>{rows}</table>"
     )
 
@@ -176,9 +181,16 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
     figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
     axes = figure.subplots()
     for name in names:
-        points = [(row["step"], row[name]) for row in history if name in row]
+        points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
         marker = "o" if len(points) < 20 else None
-        axes.plot(*zip(*points, strict=True), label=name.rsplit("/", 1)[-1], linewidth=1.2, marker=marker, markersize=3)
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            label=name.rsplit("/", 1)[-1],
+            linewidth=1.2,
+            marker=marker,
+            markersize=3,
+        )
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
