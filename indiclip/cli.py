@@ -16,7 +16,7 @@ IndiCLIP {version}: trains vision encoders that understand India and the world.
 usage: indiclip <command> [--config FILE]... [options]
 
   fit        train             indiclip fit --config conf/quickstart.yaml
-  validate   score held-out    indiclip validate --config runs/quickstart/config.yaml --ckpt_path RUN/last.ckpt
+  validate   score held-out    indiclip validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
   test       the same, once more on `data.val`
   predict    run the heads over `data.val`
 
