@@ -54,6 +54,7 @@ class Contrastive(Head):
         self.retrieval_at = retrieval_at or [1, 5]
         self.class_names: list[str] = []
         self._class_text: list[Tensor] | None = None
+        self.register_load_state_dict_post_hook(_forget_class_text)  # type: ignore[no-untyped-call]
 
     def build(self, encoder: Encoder) -> None:
         make = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}[self.loss_name]
@@ -215,6 +216,11 @@ def retrieval_ranks(image_BE: Tensor, text_CE: Tensor, group_B: Tensor, rows: in
         ranks.append((~(similarity_BC < right_B[part, None] - _ROUNDING) & wrong_BC).sum(1))
         rank_C += (~(similarity_BC < best_C - _ROUNDING) & wrong_BC).sum(0)
     return torch.cat(ranks), rank_C
+
+
+def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:
+    """Other weights were loaded."""
+    head._class_text = None
 
 
 def _captions(batch: Batch) -> list[str]:

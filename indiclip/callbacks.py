@@ -1,10 +1,8 @@
-"""What a run shows and leaves while it trains: the start-up table, the progress line, task gradients, its record."""
+"""What a run shows while it trains: the start-up table, the progress line, task gradients."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from indiclip.evals.report import held_out_pictures, readable, write_report
 from indiclip.module import Batches, MultiTask
+from indiclip.record import append_history
 
 
 class StartupTable(L.Callback):
@@ -187,7 +185,7 @@ class TaskGradients(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
         if trainer.is_global_zero and self._folder:
-            _append(Path(self._folder), {"step": step, **values})
+            append_history(Path(self._folder), {"step": step, **values})
 
 
 def gradient_numbers(module: MultiTask) -> dict[str, float]:
@@ -202,131 +200,3 @@ def gradient_numbers(module: MultiTask) -> dict[str, float]:
         cosine = torch.nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)
         numbers[f"train/grad_cosine/{first}_{second}"] = cosine
     return {name: float(value) for name, value in numbers.items()}
-
-
-class RunRecord(L.Callback):
-    """Writes `history.jsonl`, `skipped.jsonl`, `metrics.json` and `report.html` into the run's folder.
-
-    `history.jsonl` has a line per logging step, and `skipped.jsonl` one per unreadable sample; a resumed run goes on
-    in them. Where there are several ranks, each has its own `skipped-<rank>.jsonl`.
-
-    Args:
-        pictures: Held-out images per head in the report.
-    """
-
-    def __init__(self, pictures: int = 12) -> None:
-        self.pictures = pictures
-        self._began: float | None = None  # when training did, less the seconds of the runs that this one goes on from
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
-        rank = trainer.global_rank
-        self._skipped_file = self._folder / ("skipped.jsonl" if rank == 0 else f"skipped-{rank}.jsonl")
-        if stage == "fit" and not trainer.ckpt_path:
-            self._skipped_file.unlink(missing_ok=True)
-        self._skipped = {(row["task"], row["key"]) for row in _read_lines(self._skipped_file)}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
-        rows = read_history(self._folder) if trainer.ckpt_path else []
-        kept = [row for row in rows if row["step"] <= self._step]
-        self._began = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
-        if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
-    ) -> None:
-        self._note_skipped(batch)
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == trainer.max_steps:
-            trainer.should_stop = True  # else Lightning ends in mid-epoch without a last validation
-        if step != self._step and every and step % every == 0:
-            self._write_row(trainer, "train/")
-        self._step = step
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batches,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._note_skipped(batch)
-
-    on_test_batch_end = on_validation_batch_end
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._began is not None and not trainer.sanity_checking:
-            self._write_row(trainer, "val/")
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._began is not None:
-            exception.add_note(f"(while training {self._folder}, after step {trainer.global_step})")
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.strategy.barrier()  # the other ranks' skipped samples are on disk
-        if self._began is None or not trainer.is_global_zero:
-            return  # no step was left to train: what the folder holds stays
-        assert isinstance(pl_module, MultiTask)
-        skipped = [row for file in sorted(self._folder.glob("skipped*.jsonl")) for row in _read_lines(file)]
-        record: dict[str, Any] = {
-            "step": trainer.global_step,
-            "seconds": round(time.monotonic() - self._began, 1),
-            "metrics": _numbers(trainer.callback_metrics),
-            "skipped": len(skipped),
-        }
-        (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-        record |= {"history": read_history(self._folder), "skipped": skipped}
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        batches = data.first_val_batches(self.pictures)
-        write_report(self._folder, self._folder.name, record, held_out_pictures(pl_module, batches, self.pictures))
-        _print_summary(self._folder, record["metrics"])
-
-    def _write_row(self, trainer: L.Trainer, prefix: str) -> None:
-        if trainer.is_global_zero:
-            assert self._began is not None
-            values = {k: v for k, v in _numbers(trainer.callback_metrics).items() if k.startswith(prefix)}
-            seconds = round(time.monotonic() - self._began, 1)
-            _append(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
-
-    def _note_skipped(self, batch: Batches) -> None:
-        for part in batch.values():
-            for task, key, reason in part.get("skipped", []):
-                if (task, key) not in self._skipped:  # once, though each epoch meets it again
-                    self._skipped.add((task, key))
-                    with self._skipped_file.open("a") as file:
-                        file.write(json.dumps({"task": task, "key": key, "reason": reason}) + "\n")
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `history.jsonl`; none where there is no such file."""
-    return _read_lines(folder / "history.jsonl")
-
-
-def _append(folder: Path, row: dict[str, Any]) -> None:
-    with (folder / "history.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """Rounded; None for what is not finite, which JSON has no number for."""
-    values = {name: float(value) for name, value in metrics.items()}
-    return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _print_summary(folder: Path, metrics: dict[str, float | None]) -> None:
-    table = Table("metric", "held out", title="Result", title_justify="left")
-    for name, value in sorted(metrics.items()):
-        if name.startswith(("val/", "eval/")):
-            table.add_row(name, readable(value))
-    console = Console()
-    console.print(table)
-    console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)

@@ -18,7 +18,7 @@ usage: indiclip <command> [--config FILE]... [options]
   fit        train             indiclip fit --config conf/quickstart.yaml
   validate   score held-out    indiclip validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
   test       the same, once more on `data.val`
-  predict    run the heads over `data.val`
+  predict    write what the heads find in `data.val` to RUN/predictions/
 
   --config FILE            an experiment; several are stacked, later ones win
   --name NAME              the run's folder, runs/NAME (default: the first config's name)
@@ -26,6 +26,8 @@ usage: indiclip <command> [--config FILE]... [options]
   --trainer.max_steps N    any key of the YAML can be set so; lists append with `+:` in a second --config
   --print_config           print the whole configuration and stop
   --help, --version        `indiclip fit --help`: the options one needs; `--help=all`: every one
+
+INDICLIP_DATA is the folder of local data (default: data); INDICLIP_TRACEBACK=1 shows where an error came from.
 
 A config names Python classes and so can run any code: use only configs you trust.
 The same works as `lightning fit --config ...`.

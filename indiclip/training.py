@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from indiclip.callbacks import RunRecord, StartupTable, TaskGradients, TaskProgress
+from indiclip.callbacks import StartupTable, TaskGradients, TaskProgress
 from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain
 from indiclip.data.module import MultiTaskData, Source, Steps
 from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
+from indiclip.record import PredictionWriter, RunRecord
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -37,6 +39,7 @@ _NOISE = (
     r"isinstance\(treespec, LeafSpec\)",
     "The number of training batches .* is smaller",
     "does not have many workers",
+    "Couldn't infer the batch indices",  # the samples' keys say which they are
     "your dataloader is not resumable",  # it is: the position is the step number
 )
 
@@ -76,13 +79,15 @@ class IndiCLI(LightningCLI):
         config = self.config[self.subcommand]
         config["weights_only"] = True  # never unpickle a checkpoint
         self.folder = _run_folder(config, self.subcommand)
+        if self.subcommand == "predict":
+            config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
             self.save_config_callback = None  # the folder keeps the configuration that it was trained with
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord()]
+        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord(), PredictionWriter()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
@@ -118,6 +123,9 @@ def run(argv: list[str]) -> int:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A CPU takes a hundred times longer over numbers below 1e-38, which the gradients of a saturated GELU are. Threads
+    # take the setting over from the one that starts them, so it must come before any of torch's.
+    torch.set_flush_denormal(True)
     try:
         check_yaml(_config_files(argv))
         IndiCLI()

@@ -143,6 +143,23 @@ def test_learns_four_pictures_and_says_so_at_every_length():
     assert [prediction["nearest"][0] for prediction in predictions] == batch["targets"]["caption"]
 
 
+def test_other_weights_are_scored_by_their_own_class_texts():
+    head, batch = Contrastive(), caption_batch(["kite", "drum"], labels=[0, 1])
+    encoder, other = tiny_encoder().eval(), tiny_encoder(seed=1).eval()
+    head.build(encoder)
+    head.class_names = ["kite", "drum"]
+    module = torch.nn.ModuleDict({"encoder": encoder, "head": head})
+    with torch.no_grad():
+        head.predict(encoder.features(batch["images"]), batch, encoder)
+        before = head._class_text[-1]
+        other_head = Contrastive()
+        other_head.build(other)
+        module.load_state_dict(torch.nn.ModuleDict({"encoder": other, "head": other_head}).state_dict())
+        head.predict(encoder.features(batch["images"]), batch, encoder)
+        torch.testing.assert_close(head._class_text[-1], other.embed_text(head.class_names))
+    assert not torch.allclose(before, head._class_text[-1], atol=1e-3)
+
+
 def test_mistakes_name_the_key():
     with pytest.raises(ValueError, match="heads.contrastive.templates"):
         Contrastive(templates=["a photo"])

@@ -3,8 +3,8 @@
     python tools/bench_step.py                # CPU
     python tools/bench_step.py --device cuda --batch 256
 
-1. A contrastive step (forward, loss, backward, AdamW) beside open_clip_torch's CLIP with the same image tower, text
-   tower, vocabulary, images and captions.
+1. A contrastive step (tokenizing, forward, loss, backward, AdamW) beside open_clip_torch's CLIP with the same image
+   tower, text tower, tokenizer, images and captions; once with a BPE tokenizer, once byte by byte.
 2. The quickstart's four-task step beside the sum of its tasks alone.
 
 Alternates ours and theirs, pair by pair, and prints medians; needs the extra `test`.
@@ -29,7 +29,7 @@ from indiclip.backbone import NaFlexViT
 from indiclip.data.mela import Mela
 from indiclip.data.module import Source, Steps
 from indiclip.encoder import Encoder
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import ByteTokenizer, FastTokenizer, TextTower, Tokenizer
 
 WIDTH, DEPTH, HEADS, PATCH, PIXELS = 192, 6, 3, 8, 96
 TEXT_WIDTH, TEXT_DEPTH, TEXT_HEADS, EMBED = 192, 4, 3, 256
@@ -51,13 +51,13 @@ def paired(steps: dict[str, Step], rounds: int, device: str) -> dict[str, float]
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def our_contrastive_step(batch: dict[str, Any], device: str) -> tuple[Step, int]:
+def our_contrastive_step(batch: dict[str, Any], tokenizer: Tokenizer, device: str) -> tuple[Step, int]:
     """Our encoder with a text tower of OpenCLIP's shape."""
     architecture = {
         "model_type": "clip_text_model", "hidden_size": TEXT_WIDTH, "num_hidden_layers": TEXT_DEPTH,
         "num_attention_heads": TEXT_HEADS, "intermediate_size": 4 * TEXT_WIDTH, "max_position_embeddings": CONTEXT,
     }  # fmt: skip
-    text = TextTower(ByteTokenizer(CONTEXT), architecture)
+    text = TextTower(tokenizer, architecture)
     encoder = Encoder(NaFlexViT(width=WIDTH, depth=DEPTH, num_heads=HEADS, patch_size=PATCH), text, EMBED, [])
     head = Contrastive(loss="softmax")
     head.build(encoder)
@@ -74,13 +74,13 @@ def our_contrastive_step(batch: dict[str, Any], device: str) -> tuple[Step, int]
     return step, sum(p.numel() for p in module.parameters())
 
 
-def open_clip_step(pixels: torch.Tensor, captions: list[str], device: str) -> tuple[Step, int]:
+def open_clip_step(pixels: torch.Tensor, captions: list[str], tokenizer: Tokenizer, device: str) -> tuple[Step, int]:
     """OpenCLIP's CLIP of the same shape; its training script's loss and optimizer."""
     vision = {"layers": DEPTH, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH, "image_size": PIXELS}
-    text = {"context_length": CONTEXT, "vocab_size": ByteTokenizer.vocab_size, "width": TEXT_WIDTH}
+    text = {"context_length": CONTEXT, "vocab_size": tokenizer.vocab_size, "width": TEXT_WIDTH}
     text |= {"heads": TEXT_HEADS, "layers": TEXT_DEPTH}
     model = open_clip.CLIP(EMBED, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)).to(device)
-    tokenizer, loss = ByteTokenizer(CONTEXT), ClipLoss()
+    loss = ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # faster than the peer's script, as ours
     pixels = pixels.to(device)
 
@@ -96,7 +96,7 @@ def open_clip_step(pixels: torch.Tensor, captions: list[str], device: str) -> tu
     return step, sum(p.numel() for p in model.parameters())
 
 
-def contrastive(batch_size: int, rounds: int, device: str) -> None:
+def contrastive(batch_size: int, tokenizer: Tokenizer, rounds: int, device: str) -> None:
     """Print samples/s of both."""
     torch.manual_seed(0)
     scenes = Mela(batch_size, PIXELS, "single", languages=["en"], seed=0)
@@ -105,10 +105,14 @@ def contrastive(batch_size: int, rounds: int, device: str) -> None:
     batch["targets"].pop("label")  # the peer knows no labels
     pixels = torch.stack([torch.from_numpy(scenes[i]["image"]).permute(2, 0, 1) for i in range(batch_size)])
     captions = [scenes[i]["caption"] for i in range(batch_size)]
-    ours, our_size = our_contrastive_step(batch, device)
-    theirs, their_size = open_clip_step((pixels / 255 - 0.5) / 0.5, captions, device)
+    ours, our_size = our_contrastive_step(batch, tokenizer, device)
+    theirs, their_size = open_clip_step((pixels / 255 - 0.5) / 0.5, captions, tokenizer, device)
     times = paired({"ours": ours, "open_clip": theirs}, rounds, device)
-    print(f"contrastive step, {batch_size} pairs, {PIXELS} px, {len(set(captions))} distinct captions")
+    lengths = [len(row) for row in tokenizer.encode(captions)]
+    print(
+        f"contrastive step, {batch_size} pairs, {PIXELS} px, {type(tokenizer).__name__}: {len(set(captions))} distinct "
+        f"captions of {statistics.mean(lengths):.0f} tokens, the longest {max(lengths)}"
+    )
     for name, size in (("ours", our_size), ("open_clip", their_size)):
         print(f"  {name:10} {batch_size / times[name]:8.1f} samples/s   {size / 1e6:.2f} M parameters")
     print(f"  ratio      {times['open_clip'] / times['ours']:8.2f}x")
@@ -153,11 +157,14 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads")
-    contrastive(arguments.batch, arguments.rounds, arguments.device)
+    bpe = FastTokenizer(str(Path(__file__).parent.parent / "conf" / "tokenizers" / "mela.json"), CONTEXT)
+    for tokenizer in (bpe, ByteTokenizer(CONTEXT)):
+        for batch_size in arguments.batch:
+            contrastive(batch_size, tokenizer, arguments.rounds, arguments.device)
     four_tasks(arguments.rounds, arguments.device)
 
 

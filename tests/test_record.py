@@ -1,0 +1,68 @@
+"""The record of a run: its history, and what it says of skipped samples."""
+
+import json
+
+import lightning as L
+from helpers import tiny_encoder
+from torch.utils.data import Dataset
+
+from heads.contrastive import Contrastive
+from indiclip.callbacks import TaskGradients
+from indiclip.data.images import UnreadableSample
+from indiclip.data.mela import Mela
+from indiclip.data.module import MultiTaskData, Source
+from indiclip.module import MultiTask
+from indiclip.record import RunRecord, read_history
+
+
+class SomeBroken(Dataset):
+    """Every fourth sample is unreadable."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        if index % 4 == 0:
+            raise UnreadableSample(f"shard/{index:04}<b>", "truncated JPEG")
+        return Mela(16, 32, "single")[index]
+
+
+def test_a_run_with_corrupt_images_goes_on_counts_and_lists_them(tmp_path):
+    source = Source("contrastive", SomeBroken(), 4, max_tokens=16)
+    module = MultiTask(tiny_encoder(), [Contrastive()], warmup_steps=1)
+    logger = L.pytorch.loggers.TensorBoardLogger(str(tmp_path), name="run", version="")
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=8, logger=logger, callbacks=[RunRecord(pictures=2)], log_every_n_steps=2,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        use_distributed_sampler=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    data = MultiTaskData([source], [source], num_workers=1, steps_per_epoch=4, patch_size=8)
+    trainer.fit(module, datamodule=data)
+    folder = tmp_path / "run"
+    rows = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "metrics.json").read_text())["skipped"] == len(rows)
+    assert len(rows) == 4  # once each, though two passes and two validations met them
+    assert {row["key"] for row in rows} == {f"shard/{index:04}<b>" for index in (0, 4, 8, 12)}
+    report = (folder / "report.html").read_text()
+    assert f"{len(rows):,} unreadable samples were skipped" in report
+    assert "shard/0004&lt;b&gt;" in report
+    assert "shard/0004<b>" not in report
+    history = read_history(folder)
+    assert [row["step"] for row in history if "train/loss" in row] == [2, 4, 6, 8]
+    assert [row["step"] for row in history if "val/contrastive/image_to_text_r1" in row] == [4, 8]
+
+
+def test_history_has_each_step_once_and_task_gradients_where_measured(tmp_path):
+    """Two micro-batches a step, rows at every second step, gradients at every third."""
+    source = Source("contrastive", Mela(16, 32, "single"), 4, max_tokens=16)
+    logger = L.pytorch.loggers.TensorBoardLogger(str(tmp_path), name="run", version="")
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=6, logger=logger, log_every_n_steps=2, accumulate_grad_batches=2,
+        callbacks=[RunRecord(pictures=1), TaskGradients(every_n_steps=3)], enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    data = MultiTaskData([source], [], steps_per_epoch=12, patch_size=8)
+    trainer.fit(MultiTask(tiny_encoder(), [Contrastive()], warmup_steps=1), datamodule=data)
+    history = read_history(tmp_path / "run")
+    assert [row["step"] for row in history if "train/loss" in row] == [2, 4, 6]
+    assert [row["step"] for row in history if "train/contrastive/backbone_grad_norm" in row] == [0, 3]

@@ -1,0 +1,22 @@
+"""The report's page."""
+
+import numpy as np
+
+from indiclip.evals.report import write_report
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": None}, "skipped": []}
+    record["history"] = [{"step": 1, "train/a/loss": 2.0}, {"step": 2, "train/a/loss": None}]
+    assert "not finite" in write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8")
+
+
+def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
+    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": [], "skipped": []}
+    picture = (np.zeros((8, 8, 3), np.uint8), "<script>alert(1)</script> पतंग")
+    page = write_report(tmp_path, "a & b", record, {"contrastive": [picture]}).read_text(encoding="utf-8")
+    assert "a &amp; b" in page
+    assert "<script>" not in page
+    assert "पतंग" in page
+    assert "val/a/b" in page
+    assert "0.25" in page
