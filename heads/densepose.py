@@ -184,7 +184,8 @@ class DensePose(Head):
         part, uv = (value.cpu().numpy().repeat(zoom, 0).repeat(zoom, 1) for value in (part_HW, uv_HW2))
         on = part > 0
         big[on] = 0.3 * big[on] + 0.7 * _shades(part[on], uv[on])
-        text = f"{len(prediction['part'])} people"
+        count = len(prediction["part"])
+        text = "1 person" if count == 1 else f"{count} people"
         xy_S2, person_S, part_S, uv_S2 = _points(target, prediction["part"].device)
         if len(part_S):
             colours = _shades(part_S.cpu().numpy(), uv_S2.cpu().numpy())

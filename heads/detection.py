@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 _SCALES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 _PRIOR = 0.01  # first score of every class, so that the many empty cells do not swamp the first steps (focal loss)
-_DRAWN_SCORE = 0.3  # detections below are left out of pictures
+_DRAWN_SCORE = 0.3  # detections below are left out of pictures,
+_DRAWN_OVERLAP = 0.5  # and those that overlap a better one of any class more than this (IoU)
 _ABSENT = -1.0  # what COCO's evaluation says where there is no such object
 
 
@@ -160,15 +161,17 @@ class Detection(Head):
         crowd_M = target.get("crowd")
         single_M = torch.ones(len(target["classes"]), dtype=torch.bool) if crowd_M is None else ~crowd_M
         gt_M4, gt_classes_M = target["boxes_xyxy"][single_M], target["classes"][single_M]
-        drawn_K = prediction["scores"] >= _DRAWN_SCORE
-        boxes_K4, scores_K, labels_K = (prediction[name][drawn_K] for name in ("boxes_xyxy", "scores", "labels"))
+        certain_K = prediction["scores"] >= _DRAWN_SCORE
+        boxes_K4, scores_K, labels_K = (prediction[name][certain_K] for name in ("boxes_xyxy", "scores", "labels"))
+        best_K = ops.nms(boxes_K4, scores_K, _DRAWN_OVERLAP)
+        boxes_K4, scores_K, labels_K = boxes_K4[best_K], scores_K[best_K], labels_K[best_K]
         hits = sum(hits_at_half(boxes_K4, labels_K, gt_M4, gt_classes_M))
         words = [f"{self.class_names[k]} {s:.2f}" for k, s in zip(labels_K.tolist(), scores_K.tolist(), strict=True)]
         picture = draw_boxes(image_HW3, [(gt_M4, None, "#ffffff"), (boxes_K4, words, "#ff3d7f")])
-        missed = [self.class_names[k] for k in gt_classes_M.tolist()]
+        present = [self.class_names[k] for k in gt_classes_M.tolist()]
         return picture, (
-            f"{hits} of {len(missed)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
-            f"white is the truth: {', '.join(sorted(missed)) or 'nothing'}"
+            f"{hits} of {len(present)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
+            f"white is the truth: {', '.join(sorted(present)) or 'nothing'}"
         )
 
 

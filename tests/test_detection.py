@@ -451,9 +451,10 @@ def test_the_picture_shows_both_and_counts() -> None:
     head = head_for()
     head.class_names = ["diya", "kite", "matka"]
     prediction = {
-        "boxes_xyxy": torch.tensor([[4.0, 4.0, 24.0, 24.0], [30.0, 30.0, 40.0, 40.0], [0.0, 0.0, 9.0, 9.0]]),
-        "scores": torch.tensor([0.9, 0.6, 0.1]),
-        "labels": torch.tensor([1, 0, 0]),
+        # A hit, a false one, one that is too uncertain, and a second guess at the first place.
+        "boxes_xyxy": torch.tensor([[4.0, 4, 24, 24], [30, 30, 40, 40], [0, 0, 9, 9], [4, 5, 24, 25]]),
+        "scores": torch.tensor([0.9, 0.6, 0.1, 0.5]),
+        "labels": torch.tensor([1, 0, 0, 2]),
     }
     target = {
         "boxes_xyxy": torch.tensor([[4.0, 4.0, 24.0, 23.0], [30.0, 4.0, 44.0, 20.0]]),

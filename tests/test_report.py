@@ -20,3 +20,9 @@ def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
     assert "पतंग" in page
     assert "val/a/b" in page
     assert "0.25" in page
+
+
+def test_curves_are_of_what_was_measured_more_than_once(tmp_path):
+    history = [{"step": 1, "train/a/loss": 2.0}, {"step": 2, "train/a/loss": 1.0}, {"step": 2, "val/a/b": 0.25}]
+    record = {"step": 2, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": history, "skipped": []}
+    assert write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8").count("<img") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,13 +165,13 @@ def _image_tag(png: bytes) -> str:
 
 
 def _curves(history: list[dict[str, Any]]) -> list[bytes]:
-    """A plot per group of names: `train/<head>/...` losses, and `val/<head>/...`."""
+    """A plot per group of names, `train/<head>/...` or `val/<head>/...`, of what was measured more than once."""
+    times = Counter(name for row in history for name in row)
     groups: dict[str, set[str]] = {}
-    for row in history:
-        for name in row:
-            parts = name.split("/")
-            if len(parts) >= 3 and not name.endswith("backbone_grad_norm"):
-                groups.setdefault("/".join(parts[:2]), set()).add(name)
+    for name, count in times.items():
+        parts = name.split("/")
+        if len(parts) >= 3 and count > 1 and not name.endswith("backbone_grad_norm"):
+            groups.setdefault("/".join(parts[:2]), set()).add(name)
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
