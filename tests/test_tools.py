@@ -25,6 +25,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import _download  # noqa: E402
+import bench_step  # noqa: E402
 import prepare_cifar10  # noqa: E402
 import prepare_coco  # noqa: E402
 import prepare_counting  # noqa: E402
@@ -292,3 +293,13 @@ def test_a_tokenizer_of_a_configs_captions(tmp_path):
     assert ours.sum() < of_bytes.sum() / 3
     with pytest.raises(SystemExit):
         train_tokenizer.main(["--config", "conf/quickstart.yaml", "--vocab-size", "258", "--out", str(out)])
+
+
+def test_the_steps_beside_the_peer_run(monkeypatch, capsys):
+    """The benchmark follows the heads' contract; its numbers decide nothing here."""
+    monkeypatch.chdir(TOOLS.parent)
+    bench_step.contrastive(4, ByteTokenizer(77), 1, "cpu")
+    bench_step.four_tasks(1, "cpu")
+    shown = capsys.readouterr().out
+    assert "ratio" in shown
+    assert "together / sum of the tasks alone" in shown

@@ -56,6 +56,7 @@ def our_contrastive_step(batch: dict[str, Any], tokenizer: Tokenizer, device: st
     architecture = {
         "model_type": "clip_text_model", "hidden_size": TEXT_WIDTH, "num_hidden_layers": TEXT_DEPTH,
         "num_attention_heads": TEXT_HEADS, "intermediate_size": 4 * TEXT_WIDTH, "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     text = TextTower(tokenizer, architecture)
     encoder = Encoder(NaFlexViT(width=WIDTH, depth=DEPTH, num_heads=HEADS, patch_size=PATCH), text, EMBED, [])
@@ -124,15 +125,17 @@ def four_tasks(rounds: int, device: str) -> None:
 
     from indiclip.data.module import MultiTaskData
     from indiclip.module import MultiTask
+    from indiclip.training import check
 
     parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_class_arguments(MultiTask, "model")
     parser.add_class_arguments(MultiTaskData, "data")
     parser.add_argument("--trainer", type=dict)
     config = parser.parse_path(str(Path(__file__).parent.parent / "conf" / "quickstart.yaml"))
-    parts = parser.instantiate_classes(config)
+    parts = parser.instantiate(config)
     module, data = parts.model.to(device), parts.data
     data.patch_size = module.encoder.backbone.patch_size
+    check(module, data, training=True)  # gives the heads the classes' names
     module.log = module.log_dict = lambda *_, **__: None
     batches = module.transfer_batch_to_device(data.steps(data.train, train=True)[0], torch.device(device), 0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
