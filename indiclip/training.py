@@ -83,6 +83,8 @@ class IndiCLI(LightningCLI):
             config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
             self.save_config_callback = None  # the folder keeps the configuration that it was trained with
+            if not config.get("ckpt_path"):
+                warnings.warn("no --ckpt_path: the weights are the config's own, before any training", stacklevel=2)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None

@@ -170,6 +170,8 @@ def test_validate_and_test_score_a_run_and_leave_it_as_it_is(tmp_path, capsys):
         shown = capsys.readouterr().out
         assert "val/contrastive/zero_shot" in shown
         assert f"{scores['val/contrastive/zero_shot']:.4f}"[:6] in shown
+    with pytest.warns(UserWarning, match="no --ckpt_path"):
+        assert run(["validate", "--config", str(folder / "config.yaml"), "--runs", str(tmp_path / "other")]) == 0
     assert {name: (folder / name).read_bytes() for name in saved} == saved
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["experiment"]
 
