@@ -337,7 +337,7 @@ class TestAnyBatch:
             target = {name: values[i] for name, values in batch["targets"].items()}
             picture, text = head.draw(np.zeros((32, 32, 3), np.uint8), prediction, target)
             assert picture.shape == (320, 640, 3)
-            assert text.startswith(f"{count} people")
+            assert text.startswith("1 person" if count == 1 else f"{count} people")
 
     def test_neighbours_in_the_batch_change_nothing(self) -> None:
         """Images of three aspects, padded to a common map, against each by itself. People touch the borders too."""
