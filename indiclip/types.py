@@ -8,7 +8,7 @@ Shape letters used in the whole project:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -51,13 +51,22 @@ class Images(TypedDict):
     scale: list[tuple[float, float]]  # resized / original (height, width)
 
 
+class Quarantined(NamedTuple):
+    """A sample that cannot be read."""
+
+    task: str
+    key: str  # the sample's
+    shard: str  # the shard or file that it lies in
+    reason: str
+
+
 class Batch(TypedDict):
     """The examples of one task in one step. A TypedDict, because `pin_memory` leaves dataclasses untouched."""
 
     images: Images
     targets: dict[str, list[Any]]  # the fields of Sample, a list over the images each, in resized pixels
     keys: list[str]
-    skipped: NotRequired[list[tuple[str, str, str]]]  # (task, key, reason) of unreadable samples
+    quarantined: NotRequired[list[Quarantined]]  # found unreadable while the step was put together
 
 
 @dataclass

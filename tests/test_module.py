@@ -146,10 +146,10 @@ def test_an_unreadable_sample_is_replaced_and_told():
     data = MultiTaskData([Source("c", Broken(), 6)], [Source("c", Broken(), 6)], patch_size=8)
     batch = data.steps(data.train, train=True)[0]["c"]
     assert len(batch["keys"]) == 6
-    assert sorted(batch["skipped"]) == [("c", "key1", "no end marker"), ("c", "key4", "no end marker")]
+    assert sorted(batch["quarantined"]) == [("c", "key1", "", "no end marker"), ("c", "key4", "", "no end marker")]
     batch = data.steps(data.val, train=False)[0]["c"]
     assert len(batch["keys"]) == 4  # a held-out sample counts once
-    assert len(batch["skipped"]) == 2
+    assert len(batch["quarantined"]) == 2
 
 
 def test_same_head_twice_is_said():

@@ -88,7 +88,7 @@ def test_an_unreadable_sample_is_replaced_in_training_and_counted():
     steps = Steps([Source("t", Numbers("a", 6, torn=(1, 2)), 6)], 0, 8, None, True)
     batch = steps[0]["t"]
     assert sorted(batch["keys"]) == ["a0", "a3", "a3", "a3", "a4", "a5"]
-    assert sorted(key for _, key, _ in batch["skipped"]) == ["a1", "a2", "a2"]
+    assert sorted(found.key for found in batch["quarantined"]) == ["a1", "a2", "a2"]
     with pytest.raises(
         ValueError, match=r"data: 3 samples in a row of task 't' are unreadable, the last one a\d: torn"
     ):
@@ -99,7 +99,7 @@ def test_a_held_out_step_without_a_readable_sample_is_counted_with_the_next():
     steps = Steps([Source("t", Numbers("a", 3, torn=(1,)), 1)], 0, 8, None, False)
     with pytest.warns(UserWarning, match="nothing in held-out step 1 is readable"):
         assert [steps[i].keys() for i in range(2)] == [{"t"}, set()]
-    assert steps[2]["t"]["skipped"] == [("t", "a1", "torn")]
+    assert steps[2]["t"]["quarantined"] == [("t", "a1", "", "torn")]
 
 
 def test_seeds_and_tasks_have_orders_of_their_own():

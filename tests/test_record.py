@@ -1,4 +1,4 @@
-"""The record of a run: its history, and what it says of skipped samples."""
+"""The record of a run: its history, and what it says of quarantined samples."""
 
 import json
 
@@ -39,12 +39,12 @@ def test_a_run_with_corrupt_images_goes_on_counts_and_lists_them(tmp_path):
     data = MultiTaskData([source], [source], num_workers=1, steps_per_epoch=4, patch_size=8)
     trainer.fit(module, datamodule=data)
     folder = tmp_path / "run"
-    rows = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-    assert json.loads((folder / "metrics.json").read_text())["skipped"] == len(rows)
+    rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "metrics.json").read_text())["quarantined"] == len(rows)
     assert len(rows) == 4  # once each, though two passes and two validations met them
     assert {row["key"] for row in rows} == {f"shard/{index:04}<b>" for index in (0, 4, 8, 12)}
     report = (folder / "report.html").read_text()
-    assert f"{len(rows):,} unreadable samples were skipped" in report
+    assert f"{len(rows):,} unreadable samples are in quarantine" in report
     assert "shard/0004&lt;b&gt;" in report
     assert "shard/0004<b>" not in report
     history = read_history(folder)

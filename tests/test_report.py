@@ -6,13 +6,13 @@ from indiclip.evals.report import write_report
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
-    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": None}, "skipped": []}
+    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": None}, "quarantined": []}
     record["history"] = [{"step": 1, "train/a/loss": 2.0}, {"step": 2, "train/a/loss": None}]
     assert "not finite" in write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8")
 
 
 def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
-    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": [], "skipped": []}
+    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": [], "quarantined": []}
     picture = (np.zeros((8, 8, 3), np.uint8), "<script>alert(1)</script> पतंग")
     page = write_report(tmp_path, "a & b", record, {"contrastive": [picture]}).read_text(encoding="utf-8")
     assert "a &amp; b" in page
@@ -24,5 +24,5 @@ def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
 
 def test_curves_are_of_what_was_measured_more_than_once(tmp_path):
     history = [{"step": 1, "train/a/loss": 2.0}, {"step": 2, "train/a/loss": 1.0}, {"step": 2, "val/a/b": 0.25}]
-    record = {"step": 2, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": history, "skipped": []}
+    record = {"step": 2, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": history, "quarantined": []}
     assert write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8").count("<img") == 1

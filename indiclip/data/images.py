@@ -26,11 +26,12 @@ class UnreadableSample(ValueError):
     Args:
         key: The sample's key.
         reason: What is wrong with it.
+        file: The shard or file that it lies in.
     """
 
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(key, reason)
-        self.key, self.reason = key, reason
+    def __init__(self, key: str, reason: str, file: str = "") -> None:
+        super().__init__(key, reason, file)
+        self.key, self.reason, self.file = key, reason, file
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}"

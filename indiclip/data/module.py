@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from indiclip.data.images import UnreadableSample
 from indiclip.data.plan import Place, Plan
 from indiclip.data.transforms import Prepared, Transform, collate
-from indiclip.types import Batch
+from indiclip.types import Batch, Quarantined
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
 
@@ -150,7 +150,7 @@ class Steps(Dataset[dict[str, Batch]]):
         for source in sources:
             self.sources.setdefault(source.task, []).append(source)
         self.plans = {task: self._plan(task, group) for task, group in self.sources.items()}
-        self._skipped: list[tuple[str, str, str]] = []  # task, key, reason: not yet handed over
+        self._quarantined: list[Quarantined] = []  # not yet handed over
 
     def _plan(self, task: str, group: list[Source]) -> Plan:
         batch_size = group[0].batch_size
@@ -167,11 +167,11 @@ class Steps(Dataset[dict[str, Batch]]):
     def __getitem__(self, step: int) -> dict[str, Batch]:
         batches = {task: self._batch(task, step) for task in self.plans}
         found = {task: batch for task, batch in batches.items() if batch is not None}
-        if self._skipped and not found:
-            warnings.warn(f"data: nothing in held-out step {step} is readable: {self._skipped}", stacklevel=2)
+        if self._quarantined and not found:
+            warnings.warn(f"data: nothing in held-out step {step} is readable: {self._quarantined}", stacklevel=2)
         for batch in found.values():
             # All with the first batch, so that each is counted once; where there is none, with the next step's.
-            batch["skipped"], self._skipped = self._skipped, []
+            batch["quarantined"], self._quarantined = self._quarantined, []
         return found
 
     def _batch(self, task: str, step: int) -> Batch | None:
@@ -199,10 +199,11 @@ class Steps(Dataset[dict[str, Batch]]):
                 random_seed = zlib.crc32(repr((self.seed, task, place)).encode()) if self.train else None
                 return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
             except UnreadableSample as error:
-                self._skipped.append((task, error.key, error.reason))
+                self._quarantined.append(Quarantined(task, error.key, error.file, error.reason))
         if self.train:
-            _, key, reason = self._skipped[-1]
+            last = self._quarantined[-1]
             raise ValueError(
-                f"data: {attempts} samples in a row of task {task!r} are unreadable, the last one {key}: {reason}"
+                f"data: {attempts} samples in a row of task {task!r} are unreadable, the last one {last.key}: "
+                f"{last.reason}"
             )
         return None

@@ -104,7 +104,7 @@ def collate(samples: list[Prepared]) -> Batch:
     keys = [sample.pop("key") for sample in samples]
     names = dict.fromkeys(name for sample in samples for name in sample)
     targets = {name: [sample.get(name) for sample in samples] for name in names}
-    return Batch(images=images, targets=targets, keys=keys, skipped=[])
+    return Batch(images=images, targets=targets, keys=keys, quarantined=[])
 
 
 def _each(steps: Iterable[Any]) -> Iterator[Any]:

@@ -48,7 +48,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
         folder: The run's folder; `config.yaml` in it is shown, if there.
         title: Heading.
         record: `step`, `seconds`, `metrics` (name -> number, None if not finite), `history` (rows with `step`),
-            `skipped` (rows of task, key, reason).
+            `quarantined` (rows of task, key, shard, reason).
         sections: Head name -> pictures.
 
     Returns:
@@ -65,7 +65,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     for name, pictures in sections.items():
         body += [f"<h2>{html.escape(name.capitalize())}</h2>", _figures(pictures)]
     body += ["<h2>Every number</h2>", _metrics_table(record["metrics"])]
-    body += ["<h2>Skipped samples</h2>", _skipped_table(record["skipped"])]
+    body += ["<h2>Quarantined samples</h2>", _quarantine_table(record["quarantined"])]
     config = folder / "config.yaml"
     if config.is_file():
         body += ["<h2>Configuration</h2>", f"<details><pre>{html.escape(config.read_text())}</pre></details>"]
@@ -128,17 +128,17 @@ def readable(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def _skipped_table(skipped: list[dict[str, str]]) -> str:
-    if not skipped:
+def _quarantine_table(quarantined: list[dict[str, str]]) -> str:
+    if not quarantined:
         return "<p>No sample was unreadable.</p>"
     rows = "".join(
-        f"<tr><td>{html.escape(row['task'])}</td><td>{html.escape(row['key'])}</td>"
-        f"<td>{html.escape(row['reason'])}</td></tr>"
-        for row in skipped[:200]
+        f"<tr><td>{html.escape(row['task'])}</td><td>{html.escape(row['shard'])}</td>"
+        f"<td>{html.escape(row['key'])}</td><td>{html.escape(row['reason'])}</td></tr>"
+        for row in quarantined[:200]
     )
     return (
-        f"<p>{len(skipped):,} unreadable samples were skipped; in training others stood in for them.</p>"
-        f"<table><tr><th>task</th><th>key</th><th>reason</th></tr>{rows}</table>"
+        f"<p>{len(quarantined):,} unreadable samples are in quarantine; in training others stood in for them.</p>"
+        f"<table><tr><th>task</th><th>shard</th><th>key</th><th>reason</th></tr>{rows}</table>"
     )
 
 
