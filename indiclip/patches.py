@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.naflex_transforms import get_image_size_for_seq, patchify_image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
@@ -109,7 +109,7 @@ def batch_images(
 
 def _to_uint8(image: AnyImage, position: int) -> Tensor:
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:

@@ -1,6 +1,7 @@
 """COCO annotation files: boxes, masks, captions and DensePose.
 
-Boxes are in the frame of the image file as stored, so EXIF rotation must not be applied (`images.decode` does not).
+Boxes are in the frame of the image file as stored, unless the size that the JSON gives is that of the photo turned by
+its EXIF orientation. `Transform` turns image and boxes together.
 """
 
 from __future__ import annotations
@@ -96,12 +97,14 @@ class CocoDetection(Dataset[Sample]):
         row, key = int(self._rows[index]), self.key(index)
         image = read_image(self.folder / self._names[row], key)
         height, width = self._sizes_hw[row].tolist()
-        if image.shape[:2] != (height, width):
-            found = f"{image.shape[1]}x{image.shape[0]}"
-            raise UnreadableSample(key, f"{self._names[row]} has {found} pixels, the annotations say {width}x{height}")
+        if (height, width) not in (image.size_hw, image.upright_hw):
+            found = f"{image.size_hw[1]}x{image.size_hw[0]}"
+            reason = f"{self._names[row]} has {found} pixels, the annotations say {width}x{height}"
+            raise UnreadableSample(key, reason, str(self._file))
         at = slice(*self._starts[row : row + 2].tolist())
         sample = Sample(image=image, key=key, boxes_xyxy=self._boxes_xyxy[at].copy(), classes=self._classes[at].copy())
         sample["crowd"] = self._crowd[at].copy()
+        sample["annotated_upright"] = (height, width) != image.size_hw  # drawn in a viewer that turned the photo
         if captions := self.captions(index):
             sample["caption"] = captions[0]
         numbers = range(at.start, at.stop)

@@ -25,7 +25,7 @@ import numpy as np
 from braceexpand import braceexpand
 from torch.utils.data import Dataset
 
-from indiclip.data.images import UnreadableSample, decode
+from indiclip.data.images import EncodedImage, UnreadableSample
 from indiclip.data.tables import Strings, existing, stable_hash
 from indiclip.types import Sample
 
@@ -99,7 +99,7 @@ class Shards(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         place, key = self._places[range(len(self))[index]], self.key(index)
-        sample = Sample(image=decode(self._files.read(place["shard"], place["image"], key), key), key=key)
+        sample = Sample(image=EncodedImage(self._files.read(place["shard"], place["image"], key), key, str(self.paths[place["shard"]])), key=key)
         caption = self._caption(place, key)
         if caption:
             sample["caption"] = caption
