@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data.naflex_transforms import get_image_size_for_seq, patchify_image
+from timm.data.naflex_transforms import get_image_size_for_seq
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -49,8 +49,16 @@ def resize(image_CHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
 
 def patchify(image_CHW: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """A uint8 image of whole patches -> `(patches_NP, coords_N2)`, row by row; inside a patch row, column, channel."""
-    patches_NP, coords_N2, _ = patchify_image(image_CHW, (patch_size, patch_size), pad=False)
-    return patches_NP, coords_N2
+    C, height, width = image_CHW.shape
+    H, W, p = height // patch_size, width // patch_size, patch_size
+    patches_NP = image_CHW.reshape(C, H, p, W, p).permute(1, 3, 2, 4, 0).reshape(H * W, p * p * C)
+    return patches_NP, _coords(H, W)
+
+
+@lru_cache(maxsize=4096)
+def _coords(H: int, W: int) -> Tensor:
+    """(row, column) of each patch, (H * W, 2); shared, not to be written to."""
+    return torch.cartesian_prod(torch.arange(H), torch.arange(W)).reshape(-1, 2)
 
 
 def unpatchify(images: Images, index: int) -> np.ndarray:

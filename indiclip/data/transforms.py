@@ -178,7 +178,7 @@ def _read_region(image: Any, full: Size, region: Region, size: Size) -> Tensor:
     """A part of an image, decoded no larger than needed, as uint8 (3, *size)."""
     if isinstance(image, EncodedImage):
         # So large that the part still has the pixels that it is shown with.
-        needed = tuple(-(-whole * to // part) for whole, to, part in zip(full, size, region[2:], strict=True))
+        needed = (-(-full[0] * size[0] // region[2]), -(-full[1] * size[1] // region[3]))
         smaller = needed if needed[0] <= full[0] and needed[1] <= full[1] else full
         pixels = image.decode(smaller if image.orientation < 5 else smaller[::-1])
         image_CHW = _turn(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), image.orientation)
