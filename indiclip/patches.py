@@ -32,6 +32,18 @@ def fit_hw(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[i
     return int(new_height), int(new_width)
 
 
+def count_tokens(sizes_hw: np.ndarray, patch_size: int, max_tokens: int) -> np.ndarray:
+    """Patches of each image after `fit_hw`, for many images at once: int64 (M,) of (M, 2) heights and widths."""
+    sizes = np.asarray(sizes_hw, dtype=np.float64)
+    low, high = np.full(len(sizes), 1e-6), np.full(len(sizes), 100.0)
+    for _ in range(24):  # timm's search for the scale, step by step, down to 1e-5
+        middle = (low + high) / 2
+        fits = np.prod(np.ceil(sizes * middle[:, None] / patch_size), axis=1) <= max_tokens
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    cells = np.ceil(sizes * np.minimum(low, 1.0)[:, None] / patch_size)
+    return np.asarray(np.maximum(cells, 1).prod(1), dtype=np.int64)
+
+
 def fit_canvas_hw(height: int, width: int, patch_size: int, canvas_hw: tuple[int, int]) -> tuple[int, int]:
     """As `fit_hw`, for a canvas of one size: the image fills it as far as its aspect allows."""
     ratio = min(canvas_hw[0] / height, canvas_hw[1] / width)

@@ -116,6 +116,11 @@ class CocoDetection(Dataset[Sample]):
             sample.update(dp.fields(people, height, width))
         return sample
 
+    @property
+    def sizes_hw(self) -> np.ndarray:
+        """Height and width of each image, (number of samples, 2)."""
+        return np.asarray(self._sizes_hw[self._rows])
+
     def _annotated(self) -> np.ndarray:
         """bool: which images have a box (with `densepose`: a body)."""
         counted = self._is_person if self.densepose else np.ones(len(self._classes), bool)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from indiclip.data.images import UnreadableSample
-from indiclip.data.plan import Place, Plan
+from indiclip.data.plan import Budget, Place, Plan, Samples
 from indiclip.data.transforms import Prepared, Transform, collate
+from indiclip.patches import count_tokens
 from indiclip.types import Batch, Quarantined
 
+_ALWAYS_ALLOWED = 10  # unreadable samples of a task, however small its sources
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
 
 
 @dataclass
 class Source:
     """Where the examples of a task come from.
+
+    A step has `batch_size` samples, or as many as `batch_tokens` hold: one of the two.
 
     Args:
         task: The task that reads them; heads name it too.
@@ -32,18 +39,64 @@ class Source:
         max_tokens: Most patches per image; larger images are scaled down, aspect kept.
         augment: torchvision v2 transforms for training, which move the annotations too, e.g.
             `torchvision.transforms.v2.RandomHorizontalFlip`.
+        batch_tokens: Patches per step over all ranks, each image padded to the longest of its batch. The sources of
+            the task then take turns, step by step.
+        batch_multiple: With `batch_tokens`, the samples of a step are a multiple of this, and the number of ranks must
+            divide it.
+        window: Shards among which samples are shuffled; it bounds how many shards are read at a time.
     """
 
     task: str
     # A bare class: jsonargparse silently builds a bare Dataset where it is subscripted.
     dataset: Dataset  # type: ignore[type-arg]
-    batch_size: int
+    batch_size: int | None = None
     weight: float = 1.0
     max_tokens: int = 256
     augment: list[nn.Module] | None = None
+    batch_tokens: int | None = None
+    batch_multiple: int = 8
+    window: int = 16
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data: {name} of task {self.task!r} is {value}; expected 1 or more")
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens")
         self.transform = Transform(self.max_tokens, self.augment)
+
+    @property
+    def budget(self) -> Budget:
+        """How many samples make a batch of the task."""
+        if self.batch_size is not None:
+            return Budget(self.batch_size)
+        return Budget(self.batch_multiple, self.batch_tokens, self.max_tokens)
+
+    def samples(self, patch_size: int, canvas_hw: tuple[int, int] | None) -> Samples:
+        """What a plan has to know of the source."""
+        sizes = getattr(self.dataset, "sizes_hw", None)
+        lengths = None
+        if sizes is not None and canvas_hw is None and self.transform.keeps_size:
+            lengths = TokenCounts(sizes, patch_size, self.max_tokens)
+        return Samples(len(self.dataset), getattr(self.dataset, "starts", None), lengths)  # type: ignore[arg-type]
+
+
+@dataclass
+class TokenCounts:
+    """Indices of samples -> how many tokens their images have."""
+
+    sizes_hw: np.ndarray
+    patch_size: int
+    max_tokens: int
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        codes = self.sizes_hw[indices].astype(np.int64) @ np.array([2**32, 1])
+        distinct, of_sample = np.unique(codes, return_inverse=True)
+        sizes = np.stack([distinct >> 32, distinct % 2**32], axis=1)
+        counts = count_tokens(sizes, self.patch_size, self.max_tokens)
+        counts[(sizes == 0).any(1)] = self.max_tokens  # an unreadable header may be any image's
+        return np.asarray(counts[of_sample])
 
 
 class MultiTaskData(L.LightningDataModule):
@@ -54,6 +107,7 @@ class MultiTaskData(L.LightningDataModule):
         val: Held-out sources; each is gone through once.
         seed: Decides the order of the samples and their augmentation.
         num_workers: Loader processes.
+        quarantine: Share of a task's training samples that may be unreadable before the run stops; ten always may.
         steps_per_epoch: Steps between validations; None goes once through the source that takes longest.
         patch_size: Linked to the backbone's by the command.
         canvas_hw: Linked to the backbone's by the command.
@@ -66,14 +120,26 @@ class MultiTaskData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         steps_per_epoch: int | None = None,
+        quarantine: float = 0.01,
         patch_size: int = 16,
         canvas_hw: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= quarantine <= 1:
+            raise ValueError(f"data.quarantine: found {quarantine}; expected a share, 0 to 1")
+        self.quarantine = quarantine
         self.train, self.val = train, list(val or [])
         self.seed, self.num_workers = seed, num_workers
         self.steps_per_epoch = steps_per_epoch
         self.patch_size, self.canvas_hw = patch_size, canvas_hw
+
+    @property
+    def quarantine_limits(self) -> dict[str, int]:
+        """Task -> distinct unreadable samples after which the run stops."""
+        sizes: Counter[str] = Counter()
+        for source in self.train:
+            sizes[source.task] += len(source.dataset)  # type: ignore[arg-type]
+        return {task: max(_ALWAYS_ALLOWED, math.ceil(self.quarantine * size)) for task, size in sizes.items()}
 
     def steps(self, sources: list[Source], train: bool) -> Steps:
         """The steps of this rank."""
@@ -99,7 +165,7 @@ class MultiTaskData(L.LightningDataModule):
     def first_val_batches(self, num_samples: int) -> list[dict[str, Batch]]:
         """Held-out steps with the first `num_samples` of every source, read in this process (for pictures)."""
         steps = Steps(self.val, self.seed, self.patch_size, self.canvas_hw, train=False)
-        smallest = min((source.batch_size for source in self.val), default=1)
+        smallest = min((sum(plan.counts) for plan in steps.plans.values()), default=1)
         return [steps[i] for i in range(-(-num_samples // smallest) if self.val else 0)]
 
     def _loader(self, steps: Steps, sampler: Any) -> DataLoader[dict[str, Batch]]:
@@ -150,19 +216,30 @@ class Steps(Dataset[dict[str, Batch]]):
         for source in sources:
             self.sources.setdefault(source.task, []).append(source)
         self.plans = {task: self._plan(task, group) for task, group in self.sources.items()}
-        self._quarantined: list[Quarantined] = []  # not yet handed over
+        # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
+        self._quarantined = [
+            lost._replace(task=source.task)
+            for source in sources
+            for lost in getattr(source.dataset, "damaged", [])
+            if rank == 0
+        ]
 
     def _plan(self, task: str, group: list[Source]) -> Plan:
-        batch_size = group[0].batch_size
-        if any(source.batch_size != batch_size for source in group):
-            raise ValueError(f"data: the sources of task {task!r} have different batch_size; they share one batch")
-        if self.train and batch_size % self.world_size:
+        budget = group[0].budget
+        if any(source.budget != budget for source in group):
             raise ValueError(
-                f"data: batch_size {batch_size} of task {task!r} is over all ranks and must be a multiple of the "
+                f"data: the sources of task {task!r} differ in batch_size, batch_tokens, batch_multiple or max_tokens; "
+                "they share their batches"
+            )
+        if self.train and budget.samples % self.world_size:
+            name = "batch_size" if budget.tokens is None else "batch_multiple"
+            raise ValueError(
+                f"data: {name} {budget.samples} of task {task!r} is over all ranks and must be a multiple of the "
                 f"{self.world_size} ranks"
             )
-        sizes = [len(source.dataset) for source in group]  # type: ignore[arg-type]
-        return Plan(task, sizes, [source.weight for source in group], batch_size, self.seed, shuffle=self.train)
+        samples = [source.samples(self.patch_size, self.canvas_hw) for source in group]
+        weights, window = [source.weight for source in group], max(source.window for source in group)
+        return Plan(task, samples, weights, budget, self.seed, self.train, window)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
         batches = {task: self._batch(task, step) for task in self.plans}
@@ -177,15 +254,21 @@ class Steps(Dataset[dict[str, Batch]]):
     def _batch(self, task: str, step: int) -> Batch | None:
         plan = self.plans[task]
         places = plan.batch(step) if self.train else plan.pass_through(step)
+        budget = self.sources[task][0].budget
+        # Whatever an augmentation makes of the images, the batch stays within the tokens.
+        max_tokens = budget.tokens // max(len(places), 1) if budget.tokens else None
         samples: list[Prepared] = []
         for place in places[self.rank :: self.world_size]:
-            sample = self.read(task, place)
+            sample = self.read(task, place, max_tokens)
             if sample is not None:
                 samples.append(sample)
         return collate(samples) if samples else None
 
-    def read(self, task: str, place: Place) -> Prepared | None:
+    def read(self, task: str, place: Place, max_tokens: int | None = None) -> Prepared | None:
         """One prepared sample; in training the next readable one stands in for an unreadable one.
+
+        Args:
+            max_tokens: A smaller budget than the source's own.
 
         Raises:
             ValueError: Many in a row are unreadable.
@@ -197,7 +280,7 @@ class Steps(Dataset[dict[str, Batch]]):
             try:
                 sample = source.dataset[(place.index + attempt) % size]
                 random_seed = zlib.crc32(repr((self.seed, task, place)).encode()) if self.train else None
-                return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
+                return source.transform(sample, self.patch_size, self.canvas_hw, random_seed, max_tokens)
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(task, error.key, error.file, error.reason))
         if self.train:

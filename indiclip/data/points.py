@@ -79,6 +79,11 @@ class CountingPoints(Dataset[Sample]):
             sample["classes"] = np.full(len(sample["boxes_xyxy"]), label)
         return sample
 
+    @property
+    def sizes_hw(self) -> np.ndarray:
+        """Height and width of each image, (number of samples, 2)."""
+        return self._sizes_hw
+
     def _size_hw(self, entry: dict[str, Any], where: str) -> tuple[int, int]:
         header = read_header(self.folder / entry["file_name"])
         said = (entry.get("height", header.size_hw[0]), entry.get("width", header.size_hw[1]))

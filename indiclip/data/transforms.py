@@ -75,6 +75,11 @@ class Transform:
         """Whether any step may mirror the image."""
         return any("Flip" in type(step).__name__ for step in _each(self.augment))
 
+    @property
+    def keeps_size(self) -> bool:
+        """Whether the number of patches depends on the image's size alone."""
+        return all(type(step) in _OF_ANY_SIZE for step in self.augment)
+
     def __call__(
         self,
         sample: Sample,
