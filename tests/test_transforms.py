@@ -281,8 +281,9 @@ def test_a_jpeg_decoded_small_is_the_one_decoded_whole(picture, size, max_tokens
     assert found["size_hw"] == expected["size_hw"]
     assert found["scale"] == expected["scale"]
     difference = abs(quick.astype(int) - image)
-    assert difference.max() <= 10  # the filters differ, and the last of 97 rows at an eighth is one eighth of a row
-    assert difference.mean() < 0.6  # grey levels, of a smooth picture
+    whole_blocks = all(side % 8 == 0 for side in size)
+    assert difference.max() <= (3 if whole_blocks else 10)  # grey levels of a smooth picture; the filters differ
+    assert difference.mean() < (0.6 if whole_blocks else 1.2)  # up to half a pixel of the result apart
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

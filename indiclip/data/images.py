@@ -80,7 +80,8 @@ class EncodedImage:
         Transparent ones are laid on white, palettes and grey become RGB, and 16-bit channels keep their high byte.
 
         Args:
-            min_hw: A JPEG may come smaller than it is, but not smaller than this; (0, 0) is its whole size.
+            min_hw: A JPEG may come smaller than it is, but not smaller than this; (0, 0) is its whole size. Its last
+                row and column then stand for up to seven of the file's pixels that are not there.
 
         Returns:
             uint8 (height, width, 3), RGB.
