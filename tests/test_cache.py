@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indiclip.data import cache, tar_index
+from indiclip.data import cache, prefetch, tar_index
 from indiclip.data.images import UnreadableSample
+from indiclip.data.module import Source, Steps
 from indiclip.data.shards import Shards
 
 
@@ -223,3 +225,35 @@ def test_an_index_with_crc_finds_changed_bytes(tmp_path):
     with pytest.raises(UnreadableSample, match=r"a/0: the image's bytes are not those that were indexed \(CRC-32\)"):
         shards[0]
     assert shards[1]["caption"] == "value 2"
+
+
+@pytest.mark.parametrize("budget", [{"batch_size": 2}, {"batch_tokens": 8, "batch_multiple": 1, "max_tokens": 4}])
+def test_the_next_windows_shards_are_fetched_while_this_ones_are_read(tmp_path, place, budget):
+    for name in "abcdef":
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(1, 2, 3, 4))
+    shards = Shards(f"file://{tmp_path}/*.tar")
+    for copy in place.glob("*.tar"):  # made to index them
+        copy.unlink()
+    steps = Steps([Source("t", shards, window=2, **budget)], 0, 2, None, train=True)
+    seen = []
+    for step in range(24 // len(steps[0]["t"]["keys"])):
+        seen += [key.split("/")[0] for key in steps[step]["t"]["keys"]]
+        for thread in threading.enumerate():
+            if thread.name == "prefetch":
+                thread.join(30)
+        ahead = set(copies(place)) - set(seen[: len(seen) // 8 * 8 + 8])
+        assert len(ahead) == (2 if len(seen) <= 16 else 0)  # the window after this one
+    assert sorted(seen) == sorted("abcdef" * 4)
+    assert copies(place) == list("abcdef")
+
+
+def test_a_shard_that_cannot_be_fetched_ahead_is_said(tmp_path, place):
+    for name in "ab":
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(1, 2))
+    shards = Shards(f"file://{tmp_path}/*.tar")
+    for file in (*place.glob("*.tar"), *tmp_path.glob("*.tar")):
+        file.unlink()
+    with pytest.warns(UserWarning, match=r"a\.tar"):
+        prefetch._fetch(shards, [0, 1])
+    with pytest.raises(UnreadableSample, match=r"a/0: .*No such file"):
+        shards[0]

@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from indiclip.data.images import EncodedImage
-from indiclip.data.module import MultiTaskData, Source, StepSampler, Steps
+from indiclip.data.module import MultiTaskData, Source, Steps, StepSampler
 from indiclip.data.shards import Shards
 from indiclip.data.transforms import Transform
 

@@ -13,10 +13,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from indiclip.data.images import UnreadableSample
 from indiclip.data.plan import Budget, Place, Plan, Samples
+from indiclip.data.prefetch import Prefetch
 from indiclip.data.transforms import Prepared, Transform, collate
 from indiclip.patches import count_tokens
 from indiclip.types import Batch, Quarantined
@@ -216,6 +217,7 @@ class Steps(Dataset[dict[str, Batch]]):
         for source in sources:
             self.sources.setdefault(source.task, []).append(source)
         self.plans = {task: self._plan(task, group) for task, group in self.sources.items()}
+        self._prefetch = Prefetch()
         # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
         self._quarantined = [
             lost._replace(task=source.task)
@@ -253,7 +255,11 @@ class Steps(Dataset[dict[str, Batch]]):
 
     def _batch(self, task: str, step: int) -> Batch | None:
         plan = self.plans[task]
+        info = get_worker_info()
+        worker = self.rank + (info.id if info else 0)
         places = plan.batch(step) if self.train else plan.pass_through(step)
+        for number, shards in plan.next_shards(step) if self.train else []:
+            self._prefetch(task, number, self.sources[task][number].dataset, shards, worker)
         budget = self.sources[task][0].budget
         # Whatever an augmentation makes of the images, the batch stays within the tokens.
         max_tokens = budget.tokens // max(len(places), 1) if budget.tokens else None

@@ -114,14 +114,28 @@ class Plan:
             ]
         if self._turns is None:
             return [Place(i, *pair) for i, stream in enumerate(self._streams) for pair in stream.batch(step)]
-        cycle, turn = divmod(step, len(self._turns))
-        source = self._turns[turn]
-        number = cycle * self.counts[source] + self._turns[:turn].count(source)
+        source, number = self._turn(step)
         return [Place(source, *pair) for pair in self._streams[source].batch(number)]
+
+    def next_shards(self, step: int) -> list[tuple[int, list[int]]]:
+        """(source, its shards) that are read after those of this step, to be fetched in time."""
+        if not self.shuffle:
+            return []
+        if self._turns is None:
+            return [(i, stream.next_shards(step)) for i, stream in enumerate(self._streams)]
+        source, number = self._turn(step)
+        return [(source, self._streams[source].next_shards(number))]
 
     def pass_through(self, step: int) -> list[Place]:
         """As `batch`, but every sample once: the last steps are shorter, then empty."""
         return [place for place in self.batch(step) if place.position < self.sizes[place.source]]
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """With a token budget: whose turn it is, and the number of that source's batch."""
+        assert self._turns is not None
+        cycle, turn = divmod(step, len(self._turns))
+        source = self._turns[turn]
+        return source, cycle * self.counts[source] + self._turns[:turn].count(source)
 
     def _check(self, budget: Budget) -> None:
         for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
@@ -147,11 +161,9 @@ class Stream:
         self.samples, self.budget, self._entropy = samples, budget, entropy
         starts = np.asarray([0, samples.size] if samples.starts is None else samples.starts, dtype=np.int64)
         order = self._rng(0).permutation(len(starts) - 1)
-        self._windows = [
-            [(int(starts[shard]), int(starts[shard + 1])) for shard in order[first : first + window]]
-            for first in range(0, len(order), window)
-        ]
-        self._sizes = np.array([sum(last - first for first, last in shards) for shards in self._windows])
+        self._starts = starts
+        self._windows = [order[first : first + window].tolist() for first in range(0, len(order), window)]
+        self._sizes = np.array([np.diff(starts)[shards].sum() for shards in self._windows])
         self._epoch_at: tuple[int, np.ndarray, np.ndarray] = (-1, self._sizes, self._sizes)
         self._shuffled: dict[tuple[int, int], np.ndarray] = {}
         self._made: tuple[tuple[int, int], list[np.ndarray]] | None = None
@@ -168,15 +180,25 @@ class Stream:
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         """(index, position) of the samples of a batch."""
-        if self.budget.tokens is None:
-            granule = self.budget.samples
-            epoch, ordinal = self._window_at((number + 1) * granule - 1)
-            first = self._span(epoch, ordinal)[0] // granule
-        else:
-            epoch, ordinal, first = self._batch_at(number)
+        epoch, ordinal, first = self._place_of(number)
         if self._made is None or self._made[0] != (epoch, ordinal):
             self._made = (epoch, ordinal), self._batches(epoch, ordinal)
         return [(index, position) for index, position in self._made[1][number - first].tolist()]
+
+    def next_shards(self, number: int) -> list[int]:
+        """The shards of the window after the one that a batch belongs to."""
+        epoch, ordinal = self._place_of(number)[:2]
+        epoch, ordinal = (epoch, ordinal + 1) if ordinal + 1 < len(self._windows) else (epoch + 1, 0)
+        shards: list[int] = self._windows[self._rng(1, epoch).permutation(len(self._windows))[ordinal]]
+        return shards
+
+    def _place_of(self, number: int) -> tuple[int, int, int]:
+        """The epoch and window that a batch belongs to, and the number of that window's first batch."""
+        if self.budget.tokens is not None:
+            return self._batch_at(number)
+        granule = self.budget.samples
+        epoch, ordinal = self._window_at((number + 1) * granule - 1)
+        return epoch, ordinal, self._span(epoch, ordinal)[0] // granule
 
     def _batches(self, epoch: int, ordinal: int) -> list[np.ndarray]:
         """The batches, (samples, 2) of index and position, whose last granules end in a window."""
@@ -213,8 +235,7 @@ class Stream:
         """The samples of a window in the order of an epoch."""
         key = (epoch, ordinal)
         if key not in self._shuffled:
-            shards = self._windows[self._order(epoch)[0][ordinal]]
-            indices = np.concatenate([np.arange(first, last) for first, last in shards])
+            indices = self._of_window(self._order(epoch)[0][ordinal])
             while len(self._shuffled) > 1:  # this window's and the one before
                 del self._shuffled[next(iter(self._shuffled))]
             self._shuffled[key] = self._rng(2, epoch, ordinal).permutation(indices)
@@ -261,17 +282,21 @@ class Stream:
         assert self.budget.tokens is not None
         granule, most = self.budget.samples, self.budget.max_tokens
         counts = np.zeros(most + 1, np.int64)
-        for first, last in self._windows[number]:
-            if self.samples.lengths is None:
-                counts[most] += last - first
-            else:
-                counts += np.bincount(self.samples.lengths(np.arange(first, last)), minlength=most + 1)
+        if self.samples.lengths is None:
+            counts[most] = self._sizes[number]
+        else:
+            counts += np.bincount(self.samples.lengths(self._of_window(number)), minlength=most + 1)
         counts[most] += granule - 1
         longer = np.cumsum(counts[::-1])  # samples of at least most, most - 1, ... tokens
         total = int(self._sizes[number]) // granule
         longest = most - np.searchsorted(longer, np.arange(total + 1) * granule, side="right")
         budget = self.budget.tokens // granule
         return tuple(len(cut(longest[:granules].tolist(), budget)) + (granules > 0) for granules in (total, total + 1))  # type: ignore[return-value]
+
+    def _of_window(self, number: int) -> np.ndarray:
+        """The samples of a window, shard by shard."""
+        shards = self._windows[number]
+        return np.concatenate([np.arange(self._starts[shard], self._starts[shard + 1]) for shard in shards])
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([*self._entropy, *purpose])

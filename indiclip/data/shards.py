@@ -97,6 +97,11 @@ class Shards(Dataset[Sample]):
         """The shard that a sample lies in."""
         return cache.shown(self.urls[self._place(index)[0]])
 
+    def prefetch(self, shards: list[int]) -> None:
+        """Make the local copies of packed or remote shards; nothing is to be done for others."""
+        for shard in shards:
+            self._files.path(shard)
+
     def parts(self, index: int) -> dict[str, bytes]:
         """The bytes of a sample's members: `image`, and `txt`, `json` where it has them.
 
@@ -234,7 +239,7 @@ class _Files:
         """
         descriptor = self._open.get(shard)
         if descriptor is None:
-            descriptor = self._open[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._open[shard] = os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC)
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         data = os.pread(descriptor, length, offset)
@@ -242,7 +247,8 @@ class _Files:
             raise OSError("the shard has become shorter since it was indexed")
         return data
 
-    def _path(self, shard: int) -> Path:
+    def path(self, shard: int) -> Path:
+        """The plain tar on disk, copied there if need be."""
         url, index = self.urls[shard], self.indexes[shard]
 
         def check(copy: Path) -> None:

@@ -86,6 +86,11 @@ class Split(Dataset[Sample]):
         starts = getattr(self.dataset, "starts", None)
         return None if starts is None else np.searchsorted(self._indices, starts)
 
+    def prefetch(self, shards: list[int]) -> None:
+        """The dataset's own `prefetch`, where it has one."""
+        if hasattr(self.dataset, "prefetch"):
+            self.dataset.prefetch(shards)
+
     @property
     def damaged(self) -> list[Quarantined]:
         """What is lost of the whole dataset."""
