@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,6 +28,7 @@ from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
+from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO, newest_good, saved_at, what_is_wrong
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -33,7 +36,7 @@ _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # StartupTable has it
 }
-_CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")  # which Lightning looks up itself
+_CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself
 # Said by the libraries in every run; nothing that a user could act on.
 _NOISE = (
     r"isinstance\(treespec, LeafSpec\)",
@@ -94,7 +97,7 @@ class IndiCLI(LightningCLI):
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
             checkpoints = self.folder / "checkpoints"
-            ours.append(ModelCheckpoint(checkpoints, "{step}", save_last=True, auto_insert_metric_name=False))
+            ours.append(Checkpoints(checkpoints))
         if config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(self.folder.parent), name=self.folder.name, version="")
         if config.get("logger") is not False:
@@ -105,8 +108,13 @@ class IndiCLI(LightningCLI):
         given = [*given] if isinstance(given, list) else [given]
         for callback in ours:  # the config's own settings of one of them count
             kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
+            kind = ModelCheckpoint if isinstance(callback, Checkpoints) else kind
             if not any(isinstance(other, kind) for other in given):
                 given.append(callback)
+        plugins = config.get("plugins") or []
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins) and _saves_one_file(config.get("strategy")):
+            kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
         return super().instantiate_trainer(callbacks=given, **kwargs)
 
     def before_fit(self) -> None:
@@ -139,6 +147,12 @@ def run(argv: list[str]) -> int:
         print(f"indiclip: {' '.join(message.split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _saves_one_file(strategy: Any) -> bool:
+    """Whether a strategy saves through Lightning's plug-in; others write folders of shards by themselves."""
+    name = str(getattr(strategy, "class_path", strategy) if isinstance(strategy, str) else type(strategy).__name__)
+    return not any(word in name.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
 
 
 def _config_files(argv: list[str]) -> list[str]:
@@ -239,18 +253,20 @@ def _check_sample(key: str, source: Source, sample: dict[str, Any], heads: list[
 def _run_folder(config: Any, subcommand: str) -> Path:
     """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>` where a name is given."""
     checkpoint = config.get("ckpt_path")
+    if checkpoint == "last":
+        return _go_on(config, subcommand)
     if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
         near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
         raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest(checkpoint, near)}")
+    if checkpoint and Path(checkpoint).is_file():
+        reason = what_is_wrong(Path(checkpoint))
+        if reason and reason.startswith("torn"):
+            good = newest_good(Path(checkpoint).resolve().parent)[0]
+            raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; the newest good one there is {good or 'none'}")
     if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
         return Path(checkpoint).parent.parent
-    files = _config_files(sys.argv)
-    stem = Path(files[0]).stem if files else subcommand
-    name = config.get("name") or stem
-    if "/" in name or name in ("", ".", ".."):
-        raise ValueError(f"--name: {name!r} must be a plain folder name")
-    root = Path(config["runs"])
-    if any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    if not _is_first_process():
         return root / name  # only the first process writes there
     for number in range(1, 10_000):
         folder = root / (name if number == 1 else f"{name}-{number}")
@@ -260,3 +276,37 @@ def _run_folder(config: Any, subcommand: str) -> Path:
             continue
         return folder
     raise ValueError(f"--name: {root} holds 10,000 runs named {name}")
+
+
+def _run_name(config: Any, subcommand: str) -> str:
+    files = _config_files(sys.argv)
+    name = config.get("name") or (Path(files[0]).stem if files else subcommand)
+    if "/" in name or name in ("", ".", ".."):
+        raise ValueError(f"--name: {name!r} must be a plain folder name")
+    return str(name)
+
+
+def _is_first_process() -> bool:
+    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _go_on(config: Any, subcommand: str) -> Path:
+    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint, else a new one."""
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
+    matches = [match for folder in root.glob(f"{name}*") if (match := of_name.fullmatch(folder.name))]
+    for folder in [root / m[0] for m in sorted(matches, key=lambda m: int(m[2] or 1), reverse=True)]:
+        file, step, passed_over = newest_good(folder / "checkpoints")
+        for line in passed_over if _is_first_process() else []:
+            print(f"indiclip: passed over {folder / 'checkpoints'}/{line}", file=sys.stderr)
+        if file is not None:
+            config["ckpt_path"] = str(file)
+            if _is_first_process():
+                print(
+                    f"going on from {file}, the newest whole checkpoint of {name}: step {step}, saved {saved_at(file)}"
+                )
+            return folder
+    config["ckpt_path"] = None
+    if _is_first_process():
+        print(f"no whole checkpoint in {root / name}*: starting from the beginning")
+    return _run_folder(config, subcommand)
