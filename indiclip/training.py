@@ -29,6 +29,8 @@ from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
 from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO, newest_good, saved_at, what_is_wrong
+from indiclip.survival.ranks import AgreedStop
+from indiclip.survival.vote import StepVote
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -92,7 +94,7 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord(), PredictionWriter()]
+        ours: list[L.Callback] = [StartupTable(), StepVote(), TaskGradients(), RunRecord(), PredictionWriter()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
@@ -139,6 +141,10 @@ def run(argv: list[str]) -> int:
     try:
         check_yaml(_config_files(argv))
         IndiCLI()
+    except AgreedStop as stop:
+        if stop.first:
+            print(f"indiclip: {stop}", file=sys.stderr)
+        return stop.status
     except (ValueError, OSError, MisconfigurationException) as error:
         in_training = bool(getattr(error, "__notes__", None))  # see RunRecord
         if os.environ.get("INDICLIP_TRACEBACK") or (in_training and not isinstance(error, OSError)):
@@ -302,9 +308,7 @@ def _go_on(config: Any, subcommand: str) -> Path:
         if file is not None:
             config["ckpt_path"] = str(file)
             if _is_first_process():
-                print(
-                    f"going on from {file}, the newest whole checkpoint of {name}: step {step}, saved {saved_at(file)}"
-                )
+                print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
             return folder
     config["ckpt_path"] = None
     if _is_first_process():
