@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -141,6 +142,12 @@ def run(argv: list[str]) -> int:
     try:
         check_yaml(_config_files(argv))
         IndiCLI()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C
+            return 128 + signal.SIGINT
+        raise
     except AgreedStop as stop:
         if stop.first:
             print(f"indiclip: {stop}", file=sys.stderr)
