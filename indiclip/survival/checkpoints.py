@@ -71,14 +71,34 @@ class Checkpoints(ModelCheckpoint):
     """ModelCheckpoint whose `last.ckpt` is a link that always leads to a file.
 
     Args:
-        dirpath: Folder of the checkpoints.
-        options: ModelCheckpoint's.
+        dirpath: Folder of the checkpoints; by default `checkpoints` in the run's folder.
+        filename: Of a checkpoint, see ModelCheckpoint.
+        monitor: A metric by which the best are kept; None keeps the newest.
+        mode: `min` or `max`, which of its values is best.
+        save_top_k: How many are kept; -1 for all.
+        every_n_train_steps: Optimizer steps between two checkpoints; None saves after each validation.
     """
 
-    def __init__(self, dirpath: str | Path | None = None, **options: Any) -> None:
-        options = {"filename": "{step}", "save_last": "link", "auto_insert_metric_name": False, **options}
-        options.setdefault("enable_version_counter", False)  # a step done again replaces its file
-        super().__init__(dirpath, **options)
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str = "{step}",
+        monitor: str | None = None,
+        mode: str = "min",
+        save_top_k: int = 1,
+        every_n_train_steps: int | None = None,
+    ) -> None:
+        super().__init__(
+            dirpath,
+            filename,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            every_n_train_steps=every_n_train_steps,
+            save_last="link",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,  # a step done again replaces its file
+        )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
