@@ -8,7 +8,7 @@ from indiclip.data.scripts import RANGES, count_scripts, language, scripts
 
 regex = pytest.importorskip("regex")
 OF_INDIA = list(RANGES)[: list(RANGES).index("Arabic") + 1]
-MATHEMATICAL = range(0x1EE00, 0x1EF00)  # Arabic letters as symbols
+VEDIC = range(0x1CD0, 0x1D00)  # signs that several scripts share
 UNICODE_NAMES = {"Odia": "Oriya", "Kana": "Hiragana}\\p{Katakana"}
 
 
@@ -24,8 +24,8 @@ def test_every_letter_has_unicodes_script(name):
     ]
     assert not wrong  # nothing in the ranges belongs to another script
     if name in OF_INDIA:
-        lost = [p for p in range(0x20000) if letter.match(chr(p)) and not any(p in points for points in ranges)]
-        assert not [hex(p) for p in lost if regex.match(r"[\p{L}\p{M}]", chr(p)) and p not in MATHEMATICAL]
+        lost = [p for p in range(0x10000) if letter.match(chr(p)) and not any(p in points for points in ranges)]
+        assert not [hex(p) for p in lost if regex.match(r"[\p{L}\p{M}]", chr(p)) and p not in VEDIC]
 
 
 def test_the_taxonomys_words_are_in_their_scripts(data_root):

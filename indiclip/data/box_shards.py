@@ -85,6 +85,20 @@ def box_fields(entry: dict[str, Any], image: EncodedImage, num_classes: int, mas
     return sample
 
 
+def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) -> None:
+    """Check all that `box_fields` could be asked for; masks and DensePose where the annotations have them.
+
+    Raises:
+        ValueError: As `box_fields`, and where `captions` is no list of texts.
+    """
+    fields = box_fields(entry, image, num_classes, masks=False, densepose=True)
+    size_hw = list(image.upright_hw if fields["annotated_upright"] else image.size_hw)
+    for annotation, identity in zip(entry["annotations"], _ids(entry["annotations"]), strict=True):
+        if "segmentation" in annotation:
+            check_mask(annotation["segmentation"], size_hw, f"annotation {identity}")
+    first_caption(entry)
+
+
 def first_caption(entry: dict[str, Any]) -> str | None:
     """The first of the list `captions`.
 

@@ -1,0 +1,51 @@
+"""The same work on many things, in processes, with a progress bar."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader, Dataset
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class _Results(Dataset[Result], Generic[Task, Result]):
+    def __init__(self, work: Callable[[Task], Result], tasks: Sequence[Task]) -> None:
+        self.work, self.tasks = work, tasks
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Result:
+        return self.work(self.tasks[index])
+
+
+def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, what: str) -> Iterator[Result]:
+    """`work(task)` of every task, in order; a few are done ahead of the one that is asked for.
+
+    A DataLoader does it, because its processes end with this one, and it notices when one of them is killed.
+
+    Args:
+        work: A function of a module.
+        workers: Processes; 0 works in this one, None takes one per processor.
+        what: What is done, for the progress bar, which shows on a terminal.
+    """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, len(tasks) - 1)  # a single task needs no process
+    loader: Any = DataLoader(_Results(work, tasks), None, num_workers=max(workers, 0), collate_fn=_as_it_is)
+    running = iter(loader)  # starts the processes, before the bar starts a thread
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        yield from progress.track(running, len(tasks), description=what)
+
+
+def _as_it_is(result: Result) -> Result:
+    return result

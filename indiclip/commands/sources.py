@@ -1,0 +1,213 @@
+"""What `pack` makes shards of: a folder, a table, or a COCO file. Each gives the parts of a sample at a number."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from indiclip.data.captions import LANGUAGES, column_place, read_table
+from indiclip.data.coco import read_categories
+from indiclip.data.tables import Strings, column, existing, load_json
+from indiclip.data.tar_index import IMAGES
+
+_UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file name on some system, or in a key
+
+
+class Item(NamedTuple):
+    """A sample before its image is read."""
+
+    image: Path
+    texts: dict[str, bytes]  # `txt`, `json`, `cls`
+
+
+class Items(Protocol):
+    """A source.
+
+    Attributes:
+        keys: One per sample, fit for shards.
+        names: What to call each sample in messages.
+        classes: Class names, where the source has classes.
+    """
+
+    keys: Strings
+    names: Strings
+    classes: list[str]
+
+    def __getitem__(self, index: int) -> Item:
+        """Raises `ValueError` or `OSError` where the sample cannot be used."""
+
+
+def open_source(
+    path: str, images: str | None, image_column: str, caption_column: str, classes: list[str] | None
+) -> Items:
+    """The source at a path.
+
+    Args:
+        classes: The names that a folder's classes are numbered by; None takes them in alphabetical order.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: Another kind of file, or one without samples.
+    """
+    found = existing(path)
+    if found.is_dir():
+        return FolderItems(found, classes)
+    folder = existing(images) if images else found.parent
+    if found.suffix == ".json":
+        return CocoItems(found, folder)
+    if found.suffix in (".csv", ".tsv", ".parquet"):
+        return TableItems(found, folder, image_column, caption_column)
+    raise ValueError(f"{found}: expected a folder, a .csv, .tsv or .parquet table, or a COCO .json file")
+
+
+class FolderItems:
+    """`CLASS/*.jpg`, or `x.jpg` with `x.txt` or `x.json` beside it."""
+
+    def __init__(self, folder: Path, classes: list[str] | None) -> None:
+        self._folder = folder
+        found = sorted(_images_in(folder))
+        subfolders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        in_classes = {entry.name: sorted(_images_in(entry)) for entry in subfolders}
+        in_classes = {name: images for name, images in in_classes.items() if images}
+        if found and in_classes:
+            where = f"{folder}: images in the folder and in {len(in_classes)} folders of it"
+            raise ValueError(f"{where}; expected either CLASS/*.jpg, or x.jpg with x.txt beside it")
+        if not found and not in_classes:
+            raise ValueError(f"{folder}: no images ({', '.join(IMAGES)}) in it or in its {len(subfolders)} folders")
+        self.classes = [] if found else list(classes or in_classes)
+        if unknown := sorted(in_classes.keys() - set(self.classes)):
+            raise ValueError(f"{folder}: {unknown[0]!r} is not among the {len(self.classes)} classes of classes.txt")
+        relative = [image.relative_to(folder) for image in found or chain(*in_classes.values())]
+        self.names = Strings(map(str, relative))
+        self.keys = unique_keys(str(path.with_suffix("")) for path in relative)
+
+    def __getitem__(self, index: int) -> Item:
+        image = inside(self._folder, self.names[index])
+        texts = {}
+        for extension in ("txt", "json"):
+            beside = Path(self.names[index]).with_suffix(f".{extension}")
+            if (self._folder / beside).exists():
+                texts[extension] = inside(self._folder, str(beside)).read_bytes()
+        if self.classes:
+            texts["cls"] = str(self.classes.index(Path(self.names[index]).parts[0])).encode()
+        return Item(image, texts)
+
+
+class TableItems:
+    """A column of image files and one of captions. A column `language` or `lang`, or a caption column that is called by
+    a language's code, says the captions' language.
+    """
+
+    def __init__(self, table: Path, folder: Path, image_column: str, caption_column: str) -> None:
+        self._folder = folder
+        self.classes: list[str] = []
+        header, rows, lines = read_parquet(table) if table.suffix == ".parquet" else read_table(table)
+        image, caption = (column_place(name, header, table) for name in (image_column, caption_column))
+        images = [row[image].strip() for row in rows]
+        self._images = Strings(images)
+        self._captions = Strings(row[caption] for row in rows)
+        language = next((header.index(name) for name in ("language", "lang") if name in header), None)
+        of_column = caption_column if caption_column in LANGUAGES else ""
+        self._languages = Strings(of_column if language is None else row[language].strip() for row in rows)
+        self.names = Strings(f"{table.name}: line {line}" for line in lines)
+        self.keys = unique_keys(str(Path(name).with_suffix("")) for name in images)
+
+    def __getitem__(self, index: int) -> Item:
+        if not self._images[index]:
+            raise ValueError("no image is named")
+        texts = {"txt": self._captions[index].encode()}
+        if language := self._languages[index]:
+            texts["json"] = to_json({"language": language})
+        return Item(inside(self._folder, self._images[index]), texts)
+
+
+class CocoItems:
+    """Images of a COCO file: `.json` is the image's entry with its captions and annotations."""
+
+    def __init__(self, file: Path, folder: Path) -> None:
+        content = load_json(file, ("images", "annotations", "categories"))
+        self._folder, self._images = folder, content["images"]
+        self.classes, self._class_of = read_categories(content["categories"], f"{file}: category")
+        self._annotations: dict[Any, list[dict[str, Any]]] = {}
+        for image_id, entry in zip(
+            column(content["annotations"], "image_id", f"{file}: annotation"), content["annotations"], strict=True
+        ):
+            self._annotations.setdefault(image_id, []).append(entry)
+        self._ids = column(self._images, "id", f"{file}: image")
+        if lost := self._annotations.keys() - set(self._ids):
+            raise ValueError(f"{file}: annotations of {len(lost)} images that are not in the file, first {min(lost)!r}")
+        if len(set(self._ids)) < len(self._ids):
+            raise ValueError(f"{file}: an image id is there twice; expected each once")
+        self.names = Strings(f"image {image_id}" for image_id in self._ids)
+        self.keys = unique_keys(map(str, self._ids))
+
+    def __getitem__(self, index: int) -> Item:
+        image = self._images[index]
+        annotations = []
+        for entry in self._annotations.get(self._ids[index], []):
+            if entry.get("category_id") not in self._class_of:
+                raise ValueError(f"annotation {entry.get('id')}: no category {entry.get('category_id')!r}")
+            annotations.append({**entry, "class": self._class_of[entry["category_id"]]})
+        if not isinstance(image.get("file_name"), str):
+            raise ValueError(f"file_name is {image.get('file_name')!r}; expected text")
+        texts = {"json": to_json({**image, "annotations": annotations})}
+        return Item(inside(self._folder, image["file_name"]), texts)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a folder.
+
+    Raises:
+        ValueError: The name, or a link, leads out of it.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} lies outside the folder {folder}")
+    return path
+
+
+def unique_keys(names: Iterable[str]) -> Strings:
+    """File names without dots; a number is added to those that are there already."""
+    keys: dict[str, None] = {}
+    for name in names:
+        base = key = _UNSAFE.sub("_", name).strip("_") or "_"
+        count = 0
+        while key in keys:
+            count += 1
+            key = f"{base}_{count}"
+        keys[key] = None
+    return Strings(keys)
+
+
+def to_json(entry: dict[str, Any]) -> bytes:
+    """Compact UTF-8, the same for the same entry."""
+    return json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def read_parquet(file: Path) -> tuple[list[str], list[list[str]], list[int]]:
+    """As `read_table`; a missing value is an empty text.
+
+    Raises:
+        ValueError: pyarrow is not installed, or no Parquet file.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{file}: Parquet needs the package pyarrow: pip install pyarrow") from None
+    try:
+        table = parquet.read_table(file)
+    except ArrowException as error:
+        raise ValueError(f"{file}: broken Parquet: {error}") from error
+    columns = [["" if value is None else str(value) for value in one.to_pylist()] for one in table.columns]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    return table.column_names, rows, list(range(1, len(rows) + 1))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return [
+        entry for entry in folder.iterdir() if entry.suffix[1:].lower() in IMAGES and not entry.name.startswith(".")
+    ]
