@@ -63,14 +63,25 @@ def fit(folder, tree, *flags):
     return run(["fit", "--config", str(file), "--runs", str(folder / "runs"), *flags])
 
 
-@pytest.mark.parametrize("flag", ["--help", "--version"])
-def test_help_and_version_import_nothing_heavy(flag):
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--help", indiclip.__version__),
+        ("--version", indiclip.__version__),
+        ("shards --help", "indiclip shards pack photos/"),
+        *((f"shards {command} --help", f"example: indiclip shards {command}") for command in ("index", "check")),
+        *((f"shards {command} --help", f"example: indiclip shards {command}") for command in ("pack", "stats")),
+    ],
+)
+def test_help_and_version_import_nothing_heavy(words, expected):
     code = (
-        f"import sys; from indiclip.cli import main; main(['{flag}']); print([m for m in sys.modules if m == 'torch'])"
+        "import sys, atexit; from indiclip.cli import main; "
+        "atexit.register(lambda: print([m for m in sys.modules if m in ('torch', 'numpy', 'rich')])); "
+        f"main({words.split()!r})"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    assert indiclip.__version__ in out
+    assert expected in out
 
 
 def test_unknown_command_is_said_with_the_nearest(capsys):

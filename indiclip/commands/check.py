@@ -83,12 +83,12 @@ def _shard(url: str) -> tuple[int, list[Finding]]:
         shards = opened(url)
     except (ValueError, OSError) as error:
         found += [Finding("broken shard", shown, key, reason) for key, reason in damaged]
-        return 0, [*found, Finding("broken shard", shown, "", str(error))]
+        return 0, [*found, Finding("broken shard", shown, "", str(error).removeprefix(f"{shown}: "))]
     for lost in shards.damaged:
         kind = "duplicate member" if "there twice" in lost.reason else "broken shard"
         found.append(Finding(kind, shown, lost.key, lost.reason))
     if count := shards.left_out["(no image)"]:
-        found.append(Finding("text without an image", shown, "", f"{count:,} samples have no {', '.join(IMAGES)}"))
+        found.append(Finding("text without an image", shown, "", f"keys without {', '.join(IMAGES)}: {count:,}"))
     return len(shards), found
 
 

@@ -49,7 +49,7 @@ def _parser(command: str, example: str, about: str) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--workers", type=_count, metavar="N", help="processes (default: one per processor)")
+    parser.add_argument("--workers", type=_workers, metavar="N", help="processes (default: one per processor)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -168,10 +168,14 @@ def _terminated(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)  # so that open files are removed and processes ended
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from 1")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from {least}")
     return int(text)
+
+
+def _workers(text: str) -> int:
+    return _count(text, 0)
 
 
 def _bytes(text: str) -> int:
