@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -39,12 +41,24 @@ def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int 
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, len(tasks) - 1)  # a single task needs no process
-    loader: Any = DataLoader(_Results(work, tasks), None, num_workers=max(workers, 0), collate_fn=_as_it_is)
-    running = iter(loader)  # starts the processes, before the bar starts a thread
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than processors, as asked for
+        loader: Any = DataLoader(
+            _Results(work, tasks),
+            batch_size=None,
+            num_workers=max(workers, 0),
+            collate_fn=_as_it_is,
+            worker_init_fn=_ignore_ctrl_c,
+        )
+        running = iter(loader)  # starts the processes, before the bar starts a thread
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         yield from progress.track(running, len(tasks), description=what)
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process stops them; one that ends by itself waits to be read
 
 
 def _as_it_is(result: Result) -> Result:

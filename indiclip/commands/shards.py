@@ -165,6 +165,8 @@ def main(argv: list[str]) -> int:
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:
+    # A scheduler stops the workers too, at which the DataLoader would raise an error in the midst of the cleaning up.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise SystemExit(128 + number)  # so that open files are removed and processes ended
 
 

@@ -83,14 +83,14 @@ class FolderItems:
             raise ValueError(f"{folder}: {unknown[0]!r} is not among the {len(self.classes)} classes of classes.txt")
         relative = [image.relative_to(folder) for image in found or chain(*in_classes.values())]
         self.names = Strings(map(str, relative))
-        self.keys = unique_keys(str(path.with_suffix("")) for path in relative)
+        self.keys = unique_keys(_stem(str(path)) for path in relative)
 
     def __getitem__(self, index: int) -> Item:
         image = inside(self._folder, self.names[index])
         texts = {}
         for extension in ("txt", "json"):
             beside = Path(self.names[index]).with_suffix(f".{extension}")
-            if (self._folder / beside).exists():
+            if (self._folder / beside).is_file():
                 texts[extension] = inside(self._folder, str(beside)).read_bytes()
         if self.classes:
             texts["cls"] = str(self.classes.index(Path(self.names[index]).parts[0])).encode()
@@ -114,7 +114,7 @@ class TableItems:
         of_column = caption_column if caption_column in LANGUAGES else ""
         self._languages = Strings(of_column if language is None else row[language].strip() for row in rows)
         self.names = Strings(f"{table.name}: line {line}" for line in lines)
-        self.keys = unique_keys(str(Path(name).with_suffix("")) for name in images)
+        self.keys = unique_keys(map(_stem, images))
 
     def __getitem__(self, index: int) -> Item:
         if not self._images[index]:
@@ -181,6 +181,10 @@ def unique_keys(names: Iterable[str]) -> Strings:
             key = f"{base}_{count}"
         keys[key] = None
     return Strings(keys)
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.[^./]*$", "", name)
 
 
 def to_json(entry: dict[str, Any]) -> bytes:
