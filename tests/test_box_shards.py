@@ -77,6 +77,16 @@ def test_densepose_crowds_and_turned_photos_come_back(coco):
     assert turned["boxes_xyxy"].tolist() == [[1, 20, 9, 29]]
 
 
+def test_captions_of_a_file_of_their_own(coco):
+    (coco / "captions.json").write_text(json.dumps({"annotations": [
+        {"image_id": 7, "caption": " two kites "}, {"image_id": 99, "caption": "x"}, {"image_id": 7, "caption": "y"},
+    ]}))  # fmt: skip
+    words = ["--images", str(coco), "--captions", str(coco / "captions.json"), "--out", str(coco / "s"), "--name", "a"]
+    assert main(["shards", "pack", str(coco / "instances.json"), *words, "--workers", "0"]) == 0
+    shards = BoxShards(str(coco / "s" / "*.tar"), str(coco / "s" / "classes.txt"))
+    assert {s["key"]: s["caption"] for s in shards if "caption" in s} == {"a-000000/7": "two kites"}
+
+
 BAD = {
     "no annotations": ({"annotations": None}, r"annotations is None; expected a list"),
     "size": ({"height": 9}, r"has 40x20 pixels, the annotations say 40x9"),

@@ -39,7 +39,9 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.out)
     class_file, left_out_file = folder / "classes.txt", folder / f"{options.name}-left-out.jsonl"
     classes = read_classes(str(class_file)) if class_file.exists() else None
-    source = open_source(options.source, options.images, options.image_column, options.caption_column, classes)
+    source = open_source(
+        options.source, options.images, options.captions, options.image_column, options.caption_column, classes
+    )
     if source.classes and classes not in (None, source.classes):
         raise ValueError(f"{class_file} names other classes than {options.source}: their numbers would not fit")
     keys = [source.keys[i] for i in range(len(source.keys))]

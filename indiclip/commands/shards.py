@@ -106,6 +106,7 @@ def _pack(argv: list[str]) -> int:
     parser.add_argument("--size", type=_bytes, default=5 * 10**8, help="most bytes per shard (default: 500MB)")
     parser.add_argument("--seed", type=int, default=0, help="decides the order (default: 0)")
     parser.add_argument("--images", metavar="FOLDER", help="where the images lie (default: the table's folder)")
+    parser.add_argument("--captions", metavar="FILE", help="COCO's captions of the same images")
     parser.add_argument("--image_column", default="file", metavar="NAME", help="of a table (default: file)")
     parser.add_argument("--caption_column", default="caption", metavar="NAME", help="of a table (default: caption)")
     options = parser.parse_args(argv)

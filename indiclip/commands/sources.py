@@ -42,11 +42,21 @@ class Items(Protocol):
 
 
 def open_source(
-    path: str, images: str | None, image_column: str, caption_column: str, classes: list[str] | None
+    path: str,
+    images: str | None = None,
+    captions: str | None = None,
+    image_column: str = "file",
+    caption_column: str = "caption",
+    classes: list[str] | None = None,
 ) -> Items:
     """The source at a path.
 
     Args:
+        path: A folder, a table or a COCO file.
+        images: The folder of its images; None takes the one that the table or the file is in.
+        captions: COCO's captions JSON of the same images.
+        image_column: Of a table.
+        caption_column: Of a table.
         classes: The names that a folder's classes are numbered by; None takes them in alphabetical order.
 
     Raises:
@@ -54,11 +64,15 @@ def open_source(
         ValueError: Another kind of file, or one without samples.
     """
     found = existing(path)
+    if captions and found.suffix != ".json":
+        raise ValueError(f"--captions: {found} is no COCO .json file")
+    if found.is_dir() and images:
+        raise ValueError(f"--images: the images are those in the folder {found}")
     if found.is_dir():
         return FolderItems(found, classes)
     folder = existing(images) if images else found.parent
     if found.suffix == ".json":
-        return CocoItems(found, folder)
+        return CocoItems(found, folder, existing(captions) if captions else None)
     if found.suffix in (".csv", ".tsv", ".parquet"):
         return TableItems(found, folder, image_column, caption_column)
     raise ValueError(f"{found}: expected a folder, a .csv, .tsv or .parquet table, or a COCO .json file")
@@ -128,20 +142,20 @@ class TableItems:
 class CocoItems:
     """Images of a COCO file: `.json` is the image's entry with its captions and annotations."""
 
-    def __init__(self, file: Path, folder: Path) -> None:
+    def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
         content = load_json(file, ("images", "annotations", "categories"))
         self._folder, self._images = folder, content["images"]
         self.classes, self._class_of = read_categories(content["categories"], f"{file}: category")
         self._annotations: dict[Any, list[dict[str, Any]]] = {}
-        for image_id, entry in zip(
-            column(content["annotations"], "image_id", f"{file}: annotation"), content["annotations"], strict=True
-        ):
+        ids = column(content["annotations"], "image_id", f"{file}: annotation")
+        for image_id, entry in zip(ids, content["annotations"], strict=True):
             self._annotations.setdefault(image_id, []).append(entry)
         self._ids = column(self._images, "id", f"{file}: image")
         if lost := self._annotations.keys() - set(self._ids):
             raise ValueError(f"{file}: annotations of {len(lost)} images that are not in the file, first {min(lost)!r}")
         if len(set(self._ids)) < len(self._ids):
             raise ValueError(f"{file}: an image id is there twice; expected each once")
+        self._captions = _read_captions(captions) if captions else {}
         self.names = Strings(f"image {image_id}" for image_id in self._ids)
         self.keys = unique_keys(map(str, self._ids))
 
@@ -154,7 +168,10 @@ class CocoItems:
             annotations.append({**entry, "class": self._class_of[entry["category_id"]]})
         if not isinstance(image.get("file_name"), str):
             raise ValueError(f"file_name is {image.get('file_name')!r}; expected text")
-        texts = {"json": to_json({**image, "annotations": annotations})}
+        entry = {**image, "annotations": annotations}
+        if self._captions:
+            entry["captions"] = self._captions.get(self._ids[index], [])
+        texts = {"json": to_json(entry)}
         return Item(inside(self._folder, image["file_name"]), texts)
 
 
@@ -181,6 +198,16 @@ def unique_keys(names: Iterable[str]) -> Strings:
             key = f"{base}_{count}"
         keys[key] = None
     return Strings(keys)
+
+
+def _read_captions(file: Path) -> dict[Any, list[Any]]:
+    """Image id -> captions."""
+    entries = load_json(file, ("annotations",))["annotations"]
+    found: dict[Any, list[Any]] = {}
+    ids, texts = (column(entries, name, f"{file}: annotation") for name in ("image_id", "caption"))
+    for image_id, text in zip(ids, texts, strict=True):
+        found.setdefault(image_id, []).append(text)
+    return found
 
 
 def _stem(name: str) -> str:
