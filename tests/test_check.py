@@ -203,22 +203,37 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
-def test_ctrl_c_leaves_no_process(tmp_path):
+@pytest.fixture
+def waiting(tmp_path):
+    """A check whose worker waits for a shard that never answers, and the worker's id."""
     path = write_tar(tmp_path / "a.tar", {"0.png": png(), "0.txt": "x"})
-    os.mkfifo(tmp_path / "b.tar")  # a shard that never answers
+    os.mkfifo(tmp_path / "b.tar")
     command = [sys.executable, "-m", "indiclip.cli", "shards", "check", path, str(tmp_path / "b.tar"), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(children.read_text().split()) < 1:
+    while not (workers := children.read_text().split()):
         time.sleep(0.1)
-    time.sleep(0.5)
-    workers = [int(pid) for pid in children.read_text().split()]
+    yield process, int(workers[0])
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_leaves_no_process(waiting):
+    process, worker = waiting
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error == "indiclip shards check: stopped\n"
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert (process.returncode, error) == (130, "indiclip shards check: stopped\n")
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_killed_process_is_said(waiting):
+    process, worker = waiting
+    os.kill(worker, signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"indiclip shards check: DataLoader worker (pid(s) {worker}) exited unexpectedly" in error
+    assert "Traceback" not in error
 
 
 def test_index_lies_beside_the_shard_and_is_built_once(tmp_path, capsys):

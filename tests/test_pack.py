@@ -106,6 +106,13 @@ def test_folders_of_classes_and_a_second_split_with_the_same_numbers(tmp_path, c
     save(tmp_path / "other" / "lamp" / "0.jpg")
     assert pack(tmp_path / "other", out, name="test") == 2
     assert "'lamp' is not among the 3 classes of classes.txt" in capsys.readouterr().err
+    coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "diya"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    assert pack(tmp_path / "coco.json", out, name="test") == 2
+    assert "classes.txt names other classes than" in capsys.readouterr().err
+    save(tmp_path / "lines" / "a\nb" / "0.jpg")
+    assert pack(tmp_path / "lines", tmp_path / "new") == 2
+    assert r"the class 'a\nb' is no line of text" in capsys.readouterr().err
 
 
 def test_a_table_keeps_none_and_na_and_declares_the_language(tmp_path):

@@ -68,3 +68,12 @@ def test_the_table_names_everything_and_an_empty_caption_list(tmp_path, capsys):
         "          1  100.0%  4",
     ):
         assert line in shown
+
+
+def test_a_shard_that_is_none_is_one_line_from_another_process(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_text("no tar" * 200)
+    assert main(["shards", "stats", str(tmp_path / "*.tar"), "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "a.tar: no tar: " in error
+    assert error.count("\n") == 1

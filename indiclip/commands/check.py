@@ -6,7 +6,6 @@ The same functions as in training decide what is unreadable; what is odd but can
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from indiclip.commands.findings import Finding, Findings
+from indiclip.commands.findings import Finding, Findings, json_line
 from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, all_captions, opened, ranges
 from indiclip.data import cache, tar_index
@@ -49,6 +48,7 @@ Result = TypeVar("Result")
 def run(shards: list[str], max_characters: int, out: str | None, workers: int | None, as_json: bool) -> int:
     """Check shards and print what was found. Returns 1 where training could not use something."""
     urls = find(shards)
+    opened.cache_clear()  # they may have changed since the last call
     with Findings(_WARNINGS, out) as findings:
         counts = []
         for count, found in results(_shard, urls, workers, "shards"):
@@ -63,7 +63,7 @@ def run(shards: list[str], max_characters: int, out: str | None, workers: int | 
         findings.add(_repeats(tasks, hashes))
     if as_json:
         summary = {"shards": len(urls), "samples": sum(counts), "clean": findings.clean, **findings.summary()}
-        print(json.dumps(summary))
+        print(json_line(summary), end="")
     else:
         print(f"{sum(counts):,} samples in {len(urls):,} shards: {'no problems' if findings.clean else 'problems'}")
         findings.show()

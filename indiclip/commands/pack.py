@@ -44,6 +44,9 @@ def run(options: argparse.Namespace) -> int:
     )
     if source.classes and classes not in (None, source.classes):
         raise ValueError(f"{class_file} names other classes than {options.source}: their numbers would not fit")
+    for name in read_classes(source.classes):
+        if name not in source.classes or len(name.splitlines()) > 1:
+            raise ValueError(f"{options.source}: the class {name!r} is no line of text without spaces around it")
     keys = [source.keys[i] for i in range(len(source.keys))]
     order = sorted(range(len(keys)), key=lambda i: stable_hash(f"{options.seed}:{keys[i]}"))
     writer = ShardWriter(folder, options.name, options.samples, options.size)

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from rich.console import Console
@@ -17,6 +18,11 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+@dataclass
+class _Failed:
+    error: OSError | ValueError
+
+
 class _Results(Dataset[Result], Generic[Task, Result]):
     def __init__(self, work: Callable[[Task], Result], tasks: Sequence[Task]) -> None:
         self.work, self.tasks = work, tasks
@@ -24,8 +30,11 @@ class _Results(Dataset[Result], Generic[Task, Result]):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, index: int) -> Result:
-        return self.work(self.tasks[index])
+    def __getitem__(self, index: int) -> Result | _Failed:  # type: ignore[override]
+        try:
+            return self.work(self.tasks[index])
+        except (OSError, ValueError) as error:  # for the user; the DataLoader would hand over a page of traceback
+            return _Failed(error)
 
 
 def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, what: str) -> Iterator[Result]:
@@ -37,28 +46,34 @@ def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int 
         work: A function of a module.
         workers: Processes; 0 works in this one, None takes one per processor.
         what: What is done, for the progress bar, which shows on a terminal.
+
+    Raises:
+        OSError, ValueError: As `work` does.
+        RuntimeError: A process was killed.
     """
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, len(tasks) - 1)  # a single task needs no process
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than processors, as asked for
-        loader: Any = DataLoader(
-            _Results(work, tasks),
-            batch_size=None,
-            num_workers=max(workers, 0),
-            collate_fn=_as_it_is,
-            worker_init_fn=_ignore_ctrl_c,
-        )
-        running = iter(loader)  # starts the processes, before the bar starts a thread
+    running = _start(work, tasks, max(workers, 0))  # before the bar starts a thread
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        yield from progress.track(running, len(tasks), description=what)
+        for result in progress.track(running, len(tasks), description=what):
+            if isinstance(result, _Failed):
+                raise result.error
+            yield result
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process stops them; one that ends by itself waits to be read
+def _start(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Any:
+    # The processes never see Ctrl-C: this one ends them, and they do not wait for their results to be read.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than processors, as asked for
+            loader = DataLoader(_Results(work, tasks), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+            return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(result: Result) -> Result:

@@ -23,9 +23,9 @@ def ranges(url: str, count: int) -> list[Range]:
     return [Range(url, first, min(first + _SAMPLES, count)) for first in range(0, count, _SAMPLES)]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=32)
 def opened(url: str) -> Shards:
-    """One shard; a process works on one after the other."""
+    """One shard; those used last stay open."""
     return Shards(url)
 
 

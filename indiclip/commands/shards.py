@@ -95,6 +95,7 @@ def _pack(argv: list[str]) -> int:
         "Make shards of\n"
         "  a folder       CLASS/*.jpg, or x.jpg with x.txt or x.json beside it\n"
         "  a table        .csv, .tsv, .parquet: a column of image files and one of captions\n"
+        "                 (a column `language`, or a caption column called `hi`, declares the language)\n"
         "  a COCO file    .json with boxes, masks, captions, DensePose; read it with BoxShards\n"
         "The files' bytes are kept. What cannot be read is left out and listed in NAME-left-out.jsonl. The order is\n"
         "drawn from the seed; the same files and options give the same bytes.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from indiclip.commands.findings import json_line
 from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, all_captions, opened, ranges
 from indiclip.data import cache
@@ -55,6 +55,7 @@ class Counts:
 def run(shards: list[str], patch_size: int, max_tokens: int, workers: int | None, as_json: bool) -> int:
     """Count what is in shards, and print it."""
     urls = expand(shards)
+    opened.cache_clear()  # they may have changed since the last call
     sizes = list(results(_size, urls, workers, "shards"))
     tasks = [piece for url, count in zip(urls, sizes, strict=True) for piece in ranges(url, count)]
     total = Counts()
@@ -62,7 +63,7 @@ def run(shards: list[str], patch_size: int, max_tokens: int, workers: int | None
         total.add(counts)
     summary = {"shards": len(urls), **summarise(total, patch_size, max_tokens, _class_names(urls[0]))}
     if as_json:
-        print(json.dumps(summary, ensure_ascii=False))
+        print(json_line(summary), end="")
     else:
         _show(summary)
     return 0
