@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from indiclip.data.captions import LANGUAGES, column_place, read_table
-from indiclip.data.coco import read_categories
+from indiclip.data.coco import look_up, read_categories, unique_ids
 from indiclip.data.tables import Strings, column, existing, load_json
 from indiclip.data.tar_index import IMAGES
 
@@ -135,7 +135,7 @@ class TableItems:
             raise ValueError("no image is named")
         texts = {"txt": self._captions[index].encode()}
         if language := self._languages[index]:
-            texts["json"] = to_json({"language": language})
+            texts["json"] = _dumps({"language": language}).encode()
         return Item(inside(self._folder, self._images[index]), texts)
 
 
@@ -144,35 +144,28 @@ class CocoItems:
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
         content = load_json(file, ("images", "annotations", "categories"))
-        self._folder, self._images = folder, content["images"]
-        self.classes, self._class_of = read_categories(content["categories"], f"{file}: category")
-        self._annotations: dict[Any, list[dict[str, Any]]] = {}
-        ids = column(content["annotations"], "image_id", f"{file}: annotation")
-        for image_id, entry in zip(ids, content["annotations"], strict=True):
-            self._annotations.setdefault(image_id, []).append(entry)
-        self._ids = column(self._images, "id", f"{file}: image")
-        if lost := self._annotations.keys() - set(self._ids):
-            raise ValueError(f"{file}: annotations of {len(lost)} images that are not in the file, first {min(lost)!r}")
-        if len(set(self._ids)) < len(self._ids):
-            raise ValueError(f"{file}: an image id is there twice; expected each once")
-        self._captions = _read_captions(captions) if captions else {}
-        self.names = Strings(f"image {image_id}" for image_id in self._ids)
-        self.keys = unique_keys(map(str, self._ids))
+        images, annotations, where = content["images"], content["annotations"], f"{file}: annotation"
+        self._folder = folder
+        self.classes, class_of = read_categories(content["categories"], f"{file}: category")
+        ids = unique_ids(column(images, "id", f"{file}: image"), f"{file}: image")
+        row_of = {image_id: row for row, image_id in enumerate(ids)}
+        wheres = [f"{where} {identity}" for identity in column(annotations, "id", where)]
+        rows = look_up(column(annotations, "image_id", where), row_of, wheres, "image")
+        classes = look_up(column(annotations, "category_id", where), class_of, wheres, "category")
+        of_row: list[list[dict[str, Any]]] = [[] for _ in ids]
+        for row, number, entry in zip(rows.tolist(), classes.tolist(), annotations, strict=True):
+            of_row[row].append({**entry, "class": number})
+        if captions:
+            texts = _read_captions(captions)
+            images = [{**image, "captions": texts.get(image["id"], [])} for image in images]
+        # As JSON in one buffer, which the processes share; each would copy Python objects.
+        self._entries = Strings(_dumps({**image, "annotations": of_row[row]}) for row, image in enumerate(images))
+        self._files = Strings(map(str, column(images, "file_name", f"{file}: image")))
+        self.names = Strings(f"image {image_id}" for image_id in ids)
+        self.keys = unique_keys(map(str, ids))
 
     def __getitem__(self, index: int) -> Item:
-        image = self._images[index]
-        annotations = []
-        for entry in self._annotations.get(self._ids[index], []):
-            if entry.get("category_id") not in self._class_of:
-                raise ValueError(f"annotation {entry.get('id')}: no category {entry.get('category_id')!r}")
-            annotations.append({**entry, "class": self._class_of[entry["category_id"]]})
-        if not isinstance(image.get("file_name"), str):
-            raise ValueError(f"file_name is {image.get('file_name')!r}; expected text")
-        entry = {**image, "annotations": annotations}
-        if self._captions:
-            entry["captions"] = self._captions.get(self._ids[index], [])
-        texts = {"json": to_json(entry)}
-        return Item(inside(self._folder, image["file_name"]), texts)
+        return Item(inside(self._folder, self._files[index]), {"json": self._entries[index].encode()})
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -214,9 +207,8 @@ def _stem(name: str) -> str:
     return re.sub(r"\.[^./]*$", "", name)
 
 
-def to_json(entry: dict[str, Any]) -> bytes:
-    """Compact UTF-8, the same for the same entry."""
-    return json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode()
+def _dumps(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
 
 
 def read_parquet(file: Path) -> tuple[list[str], list[list[str]], list[int]]:

@@ -128,7 +128,7 @@ class CocoDetection(Dataset[Sample]):
     def _read_images(self, images: list[Entry]) -> dict[Any, int]:
         """Columns of the images. Returns image id -> row."""
         where = f"{self._file}: image"
-        ids, names = _unique(column(images, "id", where), where), column(images, "file_name", where)
+        ids, names = unique_ids(column(images, "id", where), where), column(images, "file_name", where)
         sizes = list(zip(column(images, "height", where), column(images, "width", where), strict=True))
         for image_id, size in zip(ids, sizes, strict=True):
             if not all(isinstance(side, int) and side > 0 for side in size):
@@ -141,9 +141,9 @@ class CocoDetection(Dataset[Sample]):
     def _read_annotations(self, entries: list[Entry], row_of: Mapping[Any, int], class_of: Mapping[Any, int]) -> None:
         """Columns of the annotations, in the order of the images; those of image row r are at `_starts[r : r + 2]`."""
         where = f"{self._file}: annotation"
-        wheres = [f"{where} {entry_id}" for entry_id in _unique(column(entries, "id", where), where)]
-        rows = _lookup(column(entries, "image_id", where), row_of, wheres, "image")
-        classes = _lookup(column(entries, "category_id", where), class_of, wheres, "category")
+        wheres = [f"{where} {entry_id}" for entry_id in unique_ids(column(entries, "id", where), where)]
+        rows = look_up(column(entries, "image_id", where), row_of, wheres, "image")
+        classes = look_up(column(entries, "category_id", where), class_of, wheres, "category")
         boxes_xywh = read_bboxes(column(entries, "bbox", where), wheres)
         boxes_xyxy = xywh_to_xyxy(boxes_xywh, self._sizes_hw[rows], wheres)
         thick = is_thick(boxes_xyxy)
@@ -192,13 +192,18 @@ def read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[A
     Raises:
         ValueError: An id or a name is missing or there twice.
     """
-    ids, names = _unique(column(entries, "id", where), where), column(entries, "name", where)
-    _unique(names, where)
+    ids, names = unique_ids(column(entries, "id", where), where), column(entries, "name", where)
+    unique_ids(names, where)
     order = sorted(range(len(ids)), key=ids.__getitem__)
     return [str(names[i]) for i in order], {ids[i]: number for number, i in enumerate(order)}
 
 
-def _unique(ids: list[Any], where: str) -> list[Any]:
+def unique_ids(ids: list[Any], where: str) -> list[Any]:
+    """The same ids, or names.
+
+    Raises:
+        ValueError: One is there twice, or is neither a number nor text; begins with `where`.
+    """
     for found in ids:
         if not isinstance(found, int | str):
             raise ValueError(f"{where}: found {found!r}; expected a number or text")
@@ -207,7 +212,12 @@ def _unique(ids: list[Any], where: str) -> list[Any]:
     return ids
 
 
-def _lookup(ids: list[Any], known: Mapping[Any, int], wheres: Sequence[str], what: str) -> np.ndarray:
+def look_up(ids: list[Any], known: Mapping[Any, int], wheres: Sequence[str], what: str) -> np.ndarray:
+    """The number that each id stands for, int64.
+
+    Raises:
+        ValueError: One that is not known; begins with its entry of `wheres`.
+    """
     for found, where in zip(ids, wheres, strict=True):
         if not isinstance(found, int | str) or found not in known:
             raise ValueError(f"{where}: {what}_id {found!r} is not among the {len(known)} ids of {what!r} entries")
