@@ -147,7 +147,8 @@ class _Sample:
             self._say("unreadable label", "the label is no whole number from 0")
         if "annotations" in entry and image is not None:
             self._try("unreadable boxes", check_boxes, entry, image, _NUM_CLASSES)
-        if caption is None and label == -1 and "annotations" not in entry and not self.found:
+        sound = all(finding.kind in _WARNINGS for finding in self.found)
+        if caption is None and label == -1 and "annotations" not in entry and sound:
             self._say("nothing to learn", "neither text (.txt, .json) nor label (.cls) nor boxes beside the image")
         self.hashes = _hash(parts["image"]), _hash(parts["image"], f"{label}:{caption}".encode())
 
