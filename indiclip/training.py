@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -140,6 +141,12 @@ def run(argv: list[str]) -> int:
     try:
         check_yaml(config_files(argv))
         IndiCLI()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C
+            return 128 + signal.SIGINT
+        raise
     except AgreedStop as stop:
         if stop.first:
             print(f"indiclip: {stop}", file=sys.stderr)

@@ -34,7 +34,8 @@ def test_a_run_with_corrupt_images_goes_on_counts_and_lists_them(tmp_path):
     logger = L.pytorch.loggers.TensorBoardLogger(str(tmp_path), name="run", version="")
     trainer = L.Trainer(
         accelerator="cpu", max_steps=8, logger=logger, log_every_n_steps=2,
-        callbacks=[StepVote(), RunRecord(pictures=2)], enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        callbacks=[StepVote(), RunRecord(pictures=2)], enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip
     data = MultiTaskData([source], [source], num_workers=1, steps_per_epoch=4, patch_size=8)

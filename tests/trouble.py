@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -65,6 +67,23 @@ class Signal(L.Callback):
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
         if self.step == 0:
             self._send(trainer)
+
+
+class Stuck(L.Callback):
+    """A step that never ends, said on stderr.
+
+    Args:
+        step: Which one.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step + 1 == self.step:
+            print("stuck", file=sys.stderr, flush=True)
+            while True:
+                time.sleep(0.05)
 
 
 class Diary(L.Callback):

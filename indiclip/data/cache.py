@@ -10,7 +10,6 @@ import fcntl
 import gzip
 import os
 import re
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -124,11 +123,16 @@ def _copy(url: str, version: Stat, part: Path) -> None:
         try:
             with _open(url) as source, part.open("wb") as target:
                 plain = gzip.GzipFile(fileobj=source) if packed else source
-                shutil.copyfileobj(plain, target, _BLOCK)
+                left = _limit()
+                while block := plain.read(_BLOCK):
+                    left -= len(block)
+                    if left < 0:  # a small file may unpack to any size
+                        raise ValueError(f"{shown(url)}: unpacks to more than {_limit():,} bytes (INDICLIP_CACHE_GB)")
+                    target.write(block)
             break
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{shown(url)}: broken gzip: {error}") from error
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             raise
         except Exception as error:  # each of fsspec's servers has errors of its own
             if attempt == _TRIES - 1 or not is_remote(url):
@@ -184,13 +188,18 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
+def _limit() -> int:
+    """Most bytes of all copies together."""
+    return int(float(os.environ.get("INDICLIP_CACHE_GB") or 100) * 1e9)
+
+
 def _make_room(place: Path, needed: int, keep: Path | None = None) -> None:
     """Remove copies, those read longest ago first, until `needed` more bytes are within the bound.
 
     Raises:
         NoCopy: The shard alone exceeds the bound.
     """
-    limit = int(float(os.environ.get("INDICLIP_CACHE_GB") or 100) * 1e9)
+    limit = _limit()
     if needed > limit:
         raise NoCopy(f"{place}: a shard of {needed:,} bytes exceeds the bound of {limit:,} (INDICLIP_CACHE_GB)")
     copies = []

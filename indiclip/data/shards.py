@@ -268,7 +268,7 @@ class _Files:
 def _entry(text: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON: {error}") from error
     if not isinstance(entry, dict):
         raise ValueError(f"found a JSON {type(entry).__name__}; expected an object")

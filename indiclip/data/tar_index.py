@@ -282,7 +282,7 @@ def _label(parts: Parts, data: mmap.mmap) -> int:
         return int(text) if text.strip().isdigit() and len(text) < 10 else BAD_LABEL
     try:
         entry = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return -1  # the sample is unreadable, which its reader says
     found = entry.get("label", entry.get("cls")) if isinstance(entry, dict) else None
     if isinstance(found, str) and found.strip().isdecimal():

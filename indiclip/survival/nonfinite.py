@@ -31,6 +31,14 @@ class NonFinite:
         self.count = self.in_a_row = 0
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
+    def open(self, trainer: L.Trainer, folder: Path) -> None:
+        """Count on in a run that goes on, from 0 else."""
+        file = folder / "nonfinite.jsonl"
+        if not trainer.ckpt_path and trainer.is_global_zero:
+            file.unlink(missing_ok=True)
+        self.count = len(file.read_text().splitlines()) if trainer.ckpt_path and file.is_file() else 0
+        self.in_a_row = 0
+
     def begin(self, module: MultiTask) -> None:
         """Keep the running statistics of batch norm, which the forward pass is about to change."""
         norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]

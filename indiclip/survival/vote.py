@@ -53,13 +53,13 @@ class StepVote(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
-        self.quarantine.begin(trainer, self._folder)
-        file = self._folder / "nonfinite.jsonl"
-        if stage == "fit" and not trainer.ckpt_path and trainer.is_global_zero:
-            file.unlink(missing_ok=True)
-        self.nonfinite.count = len(file.read_text().splitlines()) if stage == "fit" and file.is_file() else 0
+        if stage != "fit":
+            self.quarantine.begin(trainer, self._folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not in `setup`, where it is not known yet whether the run goes on from a checkpoint.
+        self.quarantine.begin(trainer, self._folder)
+        self.nonfinite.open(trainer, self._folder)
         self._losses, self._keys, self._on_the_way, self._voted = {}, {}, [], False
         self.preemption.install()
 
