@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -28,8 +29,7 @@ from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
-from indiclip.run_folder import config_files, run_folder
-from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
+from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO, newest_good, saved_at, what_is_wrong
 from indiclip.survival.ranks import AgreedStop
 from indiclip.survival.vote import StepVote
 
@@ -39,6 +39,7 @@ _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # StartupTable has it
 }
+_CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself
 # Said by the libraries in every run; nothing that a user could act on.
 _NOISE = (
     r"isinstance\(treespec, LeafSpec\)",
@@ -83,7 +84,7 @@ class IndiCLI(LightningCLI):
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         config["weights_only"] = True  # never unpickle a checkpoint
-        self.folder = run_folder(config, self.subcommand)
+        self.folder = _run_folder(config, self.subcommand)
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
@@ -139,7 +140,7 @@ def run(argv: list[str]) -> int:
     # take the setting over from the one that starts them, so it must come before any of torch's.
     torch.set_flush_denormal(True)
     try:
-        check_yaml(config_files(argv))
+        check_yaml(_config_files(argv))
         IndiCLI()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -165,6 +166,11 @@ def _saves_one_file(strategy: Any) -> bool:
     """Whether a strategy saves through Lightning's plug-in; others write folders of shards by themselves."""
     name = str(getattr(strategy, "class_path", strategy) if isinstance(strategy, str) else type(strategy).__name__)
     return not any(word in name.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    following = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-c")]
+    return following + [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
 
 
 def check(model: MultiTask, data: MultiTaskData, training: bool) -> None:
@@ -255,3 +261,63 @@ def _check_sample(key: str, source: Source, sample: dict[str, Any], heads: list[
             f"{key}.augment: the source has DensePose points and a flip among its augmentations; a mirrored body "
             "needs the symmetry table, which is not part of IndiCLIP"
         )
+
+
+def _run_folder(config: Any, subcommand: str) -> Path:
+    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>` where a name is given."""
+    checkpoint = config.get("ckpt_path")
+    if checkpoint == "last":
+        return _go_on(config, subcommand)
+    if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
+        near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
+        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest(checkpoint, near)}")
+    if checkpoint and Path(checkpoint).is_file():
+        reason = what_is_wrong(Path(checkpoint))
+        if reason and reason.startswith("torn"):
+            good = newest_good(Path(checkpoint).resolve().parent)[0]
+            raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; the newest good one there is {good or 'none'}")
+    if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
+        return Path(checkpoint).parent.parent
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    if not _is_first_process():
+        return root / name  # only the first process writes there
+    for number in range(1, 10_000):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)  # atomic: two runs started together get two folders
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError(f"--name: {root} holds 10,000 runs named {name}")
+
+
+def _run_name(config: Any, subcommand: str) -> str:
+    files = _config_files(sys.argv)
+    name = config.get("name") or (Path(files[0]).stem if files else subcommand)
+    if "/" in name or name in ("", ".", ".."):
+        raise ValueError(f"--name: {name!r} must be a plain folder name")
+    return str(name)
+
+
+def _is_first_process() -> bool:
+    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _go_on(config: Any, subcommand: str) -> Path:
+    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint, else a new one."""
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
+    matches = [match for folder in root.glob(f"{name}*") if (match := of_name.fullmatch(folder.name))]
+    for folder in [root / m[0] for m in sorted(matches, key=lambda m: int(m[2] or 1), reverse=True)]:
+        file, step, passed_over = newest_good(folder / "checkpoints")
+        for line in passed_over if _is_first_process() else []:
+            print(f"indiclip: passed over {folder / 'checkpoints'}/{line}", file=sys.stderr)
+        if file is not None:
+            config["ckpt_path"] = str(file)
+            if _is_first_process():
+                print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
+            return folder
+    config["ckpt_path"] = None
+    if _is_first_process():
+        print(f"no whole checkpoint in {root / name}*: starting from the beginning")
+    return _run_folder(config, subcommand)
