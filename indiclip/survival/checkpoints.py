@@ -1,17 +1,15 @@
-"""Checkpoints that are whole or not there: written beside their place, read back, listed by SHA-256, then put in it.
+"""Checkpoints that are whole or not there: written beside their place, read back, listed, then put in it.
 
-`manifest.json` in the folder of the checkpoints lists, for each file name, the hash of the newest file and of those
-before it. It is replaced before the checkpoint is, so that at any instant a file either has a hash that is listed, or
-is known to be torn.
+See `manifest` for what makes a checkpoint provably whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
-import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -21,10 +19,17 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-MANIFEST = "manifest.json"
+from indiclip.survival import manifest
+from indiclip.survival.manifest import newest_good, saved_at, what_is_wrong
+from indiclip.survival.ranks import AgreedStop, gathered
+
+__all__ = ["Checkpoints", "DurableCheckpointIO", "NotSaved", "newest_good", "saved_at", "what_is_wrong"]
 _HEADROOM = 1 << 20  # bytes beside the tensors, and that a file system takes for itself
-_BLOCK = 1 << 20
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class NotSaved(OSError):
+    """A checkpoint could not be saved: says which, why and what is left."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -34,11 +39,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint; what was at `path` stays until the new one has been read back from the disk.
 
         Raises:
-            ValueError: The checkpoint holds something other than tensors and plain values; says where.
-            OSError: No space, a read-only folder, or the disk gave back other bytes; says what is left.
+            NotSaved: The checkpoint holds something other than tensors and plain values, there is no space, the folder
+                cannot be written to, or the disk gave back other bytes.
         """
         for where, kind in foreign(checkpoint):
-            raise ValueError(f"{path}: {where} is a {kind}; a checkpoint may hold tensors and plain values only")
+            raise NotSaved(f"{path}: {where} is a {kind}; a checkpoint may hold tensors and plain values only")
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -50,15 +55,17 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 left.unlink(missing_ok=True)
             _check_space(checkpoint, target)
             digest = _write(checkpoint, part)
-            _list(target, {"sha256": digest, "size": part.stat().st_size, "step": checkpoint.get("global_step")})
+            manifest.announce(target, digest, part.stat().st_size, checkpoint.get("global_step") or 0)
             part.replace(target)
-            _sync(target.parent)
+            manifest.sync(target.parent)
+            manifest.settle(target)
         except OSError as error:
             found = newest_good(target.parent)[0]
             stays = f"the last good one is {found}" if found else "there is no earlier one"
-            raise OSError(error.errno, f"{target}: not saved: {error.strerror or error}; {stays}") from error
+            raise NotSaved(f"{target}: not saved: {error.strerror or error}; {stays}") from error
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # which would hide the first one
+                part.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -68,7 +75,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """ModelCheckpoint whose `last.ckpt` is a link that always leads to a file.
+    """ModelCheckpoint for runs that are killed and go on.
+
+    `last.ckpt` is a link that always leads to a file, no checkpoint is taken while gradients are being accumulated
+    (they would be lost), and where one cannot be saved all ranks end together.
 
     Args:
         dirpath: Folder of the checkpoints; by default `checkpoints` in the run's folder.
@@ -102,9 +112,17 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        steps = trainer.strategy.all_gather(torch.tensor(trainer.global_step, device=trainer.strategy.root_device))
-        if steps.min() != steps.max():
-            raise ValueError(f"--ckpt_path: the ranks go on from different steps: {steps.tolist()}")
+        steps = gathered(trainer, trainer.global_step)
+        if len(set(steps)) > 1:
+            raise AgreedStop(trainer, f"--ckpt_path: the ranks go on from different steps: {steps}", 2)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
+        if not _accumulating(trainer):  # else what is due comes with the end of the step
+            super().on_train_batch_end(trainer, *args, **options)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not _accumulating(trainer):
+            super().on_validation_end(trainer, pl_module)
 
     def save_now(self, trainer: L.Trainer) -> str:
         """Save a checkpoint of this step, unless there is one. Returns its path."""
@@ -118,59 +136,35 @@ class Checkpoints(ModelCheckpoint):
         return self._last_checkpoint_saved
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+        failure = None
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        except NotSaved as error:  # on the rank that writes
+            failure = error
+            trainer.strategy.barrier()  # where the others wait in `Trainer.save_checkpoint`
+        if messages := [text for text in gathered(trainer, str(failure or "")) if text]:
+            raise AgreedStop(trainer, messages[0]) from failure
         if self.save_last == "link" and self.dirpath:
             # At once: ModelCheckpoint removes the file that the link leads to before it makes a new link.
             link = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
             self._link_checkpoint(trainer, filepath, str(link))
 
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        # ModelCheckpoint keeps the file that a run went on from; one for each start would fill the disk.
+        return previous != current and (
+            super()._should_remove_checkpoint(trainer, previous, current)
+            or Path(self.dirpath or "").absolute() in Path(previous).absolute().parents
+        )
+
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
         """As ModelCheckpoint's, with no instant without a link."""
         if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
-            made = Path(linkpath).with_name(f".{Path(linkpath).name}.link")
+            made = Path(linkpath).with_name(f".{Path(linkpath).name}.part")
             made.unlink(missing_ok=True)
             made.symlink_to(os.path.relpath(filepath, Path(linkpath).parent))
             made.replace(linkpath)
         trainer.strategy.barrier()
-
-
-def newest_good(folder: Path) -> tuple[Path | None, int, list[str]]:
-    """The checkpoint of the highest step that is provably whole.
-
-    Returns:
-        Its path or None, its step, and for each newer file why it was passed over.
-    """
-    passed_over: list[str] = []
-    entries = _read_manifest(folder)
-    files = {file for file in folder.glob("*.ckpt") if not file.is_symlink()}
-
-    def step(file: Path) -> int:
-        return max((int(entry["step"] or 0) for entry in entries.get(file.name, [])), default=0)
-
-    for file in sorted(files, key=lambda file: (step(file), file.stat().st_mtime), reverse=True):
-        reason = what_is_wrong(file)
-        if reason is None:
-            return file, step(file), passed_over
-        passed_over.append(f"{file.name}: {reason}")
-    return None, 0, passed_over
-
-
-def what_is_wrong(file: Path) -> str | None:
-    """Why a checkpoint is not provably whole; None where it is."""
-    entries = _read_manifest(file.resolve().parent).get(file.resolve().name, [])
-    if not entries:
-        return f"not listed in {MANIFEST}"
-    size = file.stat().st_size
-    if all(entry["size"] != size for entry in entries):
-        return f"torn: {size:,} bytes, {entries[0]['size']:,} were written"
-    digest = _hash(file)
-    return None if any(entry["sha256"] == digest for entry in entries) else "torn: another SHA-256 than was written"
-
-
-def saved_at(file: Path) -> str:
-    """When a checkpoint was saved, for messages."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
 
 
 def foreign(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -185,11 +179,16 @@ def foreign(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
         yield where, f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+def _accumulating(trainer: L.Trainer) -> bool:
+    """Whether gradients are waiting for more of them before the optimizer's step."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
 def _check_space(checkpoint: dict[str, Any], target: Path) -> None:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(checkpoint)}
     needed, free = sum(storages.values()) + _HEADROOM, shutil.disk_usage(target.parent).free
     if free < needed:
-        raise OSError(28, f"it needs {needed:,} bytes and the disk has {free:,} left")
+        raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes and the disk has {free:,} left")
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -211,9 +210,11 @@ def _write(checkpoint: dict[str, Any], part: Path) -> str:
         file.flush()
         os.fsync(file.fileno())
         written = writer.sha256.hexdigest()
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
-    if (found := _hash(part)) != written:
-        raise OSError(5, f"the disk gave back other bytes than were written (SHA-256 {found[:12]}, not {written[:12]})")
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
+    if (found := manifest.sha256(part)) != written:
+        said = f"the disk gave back other bytes than were written (SHA-256 {found[:12]}, not {written[:12]})"
+        raise OSError(errno.EIO, said)
     return written
 
 
@@ -232,39 +233,3 @@ class _Hashing:
         except OSError as error:
             self.error = error
             raise
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _read_manifest(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    try:
-        content: dict[str, list[dict[str, Any]]] = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not ours: then no file is proven
-        return {}
-    return content
-
-
-def _list(target: Path, entry: dict[str, Any]) -> None:
-    """Add a file to the manifest, beside the one that it replaces."""
-    files = {name: rows for name, rows in _read_manifest(target.parent).items() if (target.parent / name).exists()}
-    # More than one before it: a run killed here twice leaves the file of the first entry but two.
-    files[target.name] = [entry, *files.get(target.name, [])[:3]]
-    made = target.parent / f".{MANIFEST}.part"
-    with made.open("w") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    made.replace(target.parent / MANIFEST)
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder as durable as the files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
