@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
@@ -24,12 +23,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from indiclip.callbacks import StartupTable, TaskGradients, TaskProgress
 from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain
-from indiclip.data.module import MultiTaskData, Source, Steps
+from indiclip.data.module import MultiTaskData
+from indiclip.data.plan import Place
+from indiclip.data.source import Source
+from indiclip.data.steps import Steps
 from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
-from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO, newest_good, saved_at, what_is_wrong
+from indiclip.run_folder import config_files, lock, run_folder, unlock
+from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.survival.ranks import AgreedStop
 from indiclip.survival.vote import StepVote
 
@@ -39,7 +42,6 @@ _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # StartupTable has it
 }
-_CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself
 # Said by the libraries in every run; nothing that a user could act on.
 _NOISE = (
     r"isinstance\(treespec, LeafSpec\)",
@@ -80,11 +82,14 @@ class IndiCLI(LightningCLI):
         parser.link_arguments("model.encoder", "data.patch_size", lambda e: e.backbone.patch_size, "instantiate")
         parser.link_arguments("model.encoder", "data.canvas_hw", lambda e: e.backbone.canvas_hw, "instantiate")
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the experiment is the config's, and a checkpoint is read after it has been checked, once."""
+
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         config["weights_only"] = True  # never unpickle a checkpoint
-        self.folder = _run_folder(config, self.subcommand)
+        self.folder = run_folder(config, self.subcommand)
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
@@ -100,7 +105,7 @@ class IndiCLI(LightningCLI):
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
             checkpoints = self.folder / "checkpoints"
-            ours.append(Checkpoints(checkpoints))
+            ours.append(Checkpoints(str(checkpoints)))
         if config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(self.folder.parent), name=self.folder.name, version="")
         if config.get("logger") is not False:
@@ -122,6 +127,8 @@ class IndiCLI(LightningCLI):
 
     def before_fit(self) -> None:
         check(self.model, self.datamodule, training=True)
+        assert self.folder is not None
+        lock(self.folder)
 
     def before_validate(self) -> None:
         check(self.model, self.datamodule, training=False)
@@ -140,7 +147,7 @@ def run(argv: list[str]) -> int:
     # take the setting over from the one that starts them, so it must come before any of torch's.
     torch.set_flush_denormal(True)
     try:
-        check_yaml(_config_files(argv))
+        check_yaml(config_files(argv))
         IndiCLI()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -159,6 +166,8 @@ def run(argv: list[str]) -> int:
         message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
         print(f"indiclip: {' '.join(message.split())}", file=sys.stderr)
         return 2
+    finally:
+        unlock()
     return 0
 
 
@@ -166,11 +175,6 @@ def _saves_one_file(strategy: Any) -> bool:
     """Whether a strategy saves through Lightning's plug-in; others write folders of shards by themselves."""
     name = str(getattr(strategy, "class_path", strategy) if isinstance(strategy, str) else type(strategy).__name__)
     return not any(word in name.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
-
-
-def _config_files(argv: list[str]) -> list[str]:
-    following = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-c")]
-    return following + [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
 
 
 def check(model: MultiTask, data: MultiTaskData, training: bool) -> None:
@@ -237,11 +241,10 @@ def _first_samples(data: MultiTaskData, sources: list[Source]) -> Iterator[tuple
     if not sources:
         return
     steps = Steps(sources, data.seed, data.patch_size, data.canvas_hw, train=True)
-    for task, plan in steps.plans.items():
+    for task in steps.plans:
         of_task = [i for i, source in enumerate(sources) if source.task == task]
-        places = plan.batch(0)
         for number, i in enumerate(of_task):
-            sample = steps.read(task, next(place for place in places if place.source == number))
+            sample = steps.read(task, Place(number, 0, 0))
             if sample:
                 yield i, sample
 
@@ -261,63 +264,3 @@ def _check_sample(key: str, source: Source, sample: dict[str, Any], heads: list[
             f"{key}.augment: the source has DensePose points and a flip among its augmentations; a mirrored body "
             "needs the symmetry table, which is not part of IndiCLIP"
         )
-
-
-def _run_folder(config: Any, subcommand: str) -> Path:
-    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>` where a name is given."""
-    checkpoint = config.get("ckpt_path")
-    if checkpoint == "last":
-        return _go_on(config, subcommand)
-    if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
-        near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
-        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest(checkpoint, near)}")
-    if checkpoint and Path(checkpoint).is_file():
-        reason = what_is_wrong(Path(checkpoint))
-        if reason and reason.startswith("torn"):
-            good = newest_good(Path(checkpoint).resolve().parent)[0]
-            raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; the newest good one there is {good or 'none'}")
-    if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
-        return Path(checkpoint).parent.parent
-    root, name = Path(config["runs"]), _run_name(config, subcommand)
-    if not _is_first_process():
-        return root / name  # only the first process writes there
-    for number in range(1, 10_000):
-        folder = root / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)  # atomic: two runs started together get two folders
-        except FileExistsError:
-            continue
-        return folder
-    raise ValueError(f"--name: {root} holds 10,000 runs named {name}")
-
-
-def _run_name(config: Any, subcommand: str) -> str:
-    files = _config_files(sys.argv)
-    name = config.get("name") or (Path(files[0]).stem if files else subcommand)
-    if "/" in name or name in ("", ".", ".."):
-        raise ValueError(f"--name: {name!r} must be a plain folder name")
-    return str(name)
-
-
-def _is_first_process() -> bool:
-    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-
-
-def _go_on(config: Any, subcommand: str) -> Path:
-    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint, else a new one."""
-    root, name = Path(config["runs"]), _run_name(config, subcommand)
-    of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
-    matches = [match for folder in root.glob(f"{name}*") if (match := of_name.fullmatch(folder.name))]
-    for folder in [root / m[0] for m in sorted(matches, key=lambda m: int(m[2] or 1), reverse=True)]:
-        file, step, passed_over = newest_good(folder / "checkpoints")
-        for line in passed_over if _is_first_process() else []:
-            print(f"indiclip: passed over {folder / 'checkpoints'}/{line}", file=sys.stderr)
-        if file is not None:
-            config["ckpt_path"] = str(file)
-            if _is_first_process():
-                print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
-            return folder
-    config["ckpt_path"] = None
-    if _is_first_process():
-        print(f"no whole checkpoint in {root / name}*: starting from the beginning")
-    return _run_folder(config, subcommand)

@@ -16,8 +16,9 @@ from PIL import Image
 
 from indiclip.data import cache, prefetch, tar_index
 from indiclip.data.images import UnreadableSample
-from indiclip.data.module import Source, Steps
 from indiclip.data.shards import Shards
+from indiclip.data.source import Source
+from indiclip.data.steps import Steps
 
 
 @pytest.fixture(autouse=True)

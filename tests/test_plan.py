@@ -8,8 +8,9 @@ import pytest
 from torch.utils.data import Dataset
 
 from indiclip.data.images import UnreadableSample
-from indiclip.data.module import Source, Steps, TokenCounts
 from indiclip.data.plan import Budget, Place, Plan, Samples, apportion
+from indiclip.data.source import Source, TokenCounts
+from indiclip.data.steps import Steps
 from indiclip.patches import fit_hw
 from indiclip.types import Sample
 

@@ -10,7 +10,8 @@ from heads.contrastive import Contrastive
 from indiclip.callbacks import TaskGradients
 from indiclip.data.images import UnreadableSample
 from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData, Source
+from indiclip.data.module import MultiTaskData
+from indiclip.data.source import Source
 from indiclip.module import MultiTask
 from indiclip.record import RunRecord, read_history
 from indiclip.survival.vote import StepVote

@@ -58,6 +58,13 @@ def test_arrows_point_one_way(file, allowed):
     assert of(ROOT / "indiclip" / file, "indiclip") <= {f"indiclip.{name}" for name in allowed}
 
 
+def test_commands_know_data_and_no_model():
+    ours = {"indiclip.names", "indiclip.patches"}
+    for file in (ROOT / "indiclip" / "commands").glob("*.py"):
+        allowed = ours | of(file, "indiclip.data") | of(file, "indiclip.commands")
+        assert of(file, "indiclip") <= allowed, file.name
+
+
 def test_data_knows_no_model():
     outside = {"indiclip.types", "indiclip.names", "indiclip.patches"}
     for file in (ROOT / "indiclip" / "data").glob("*.py"):

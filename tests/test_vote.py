@@ -15,7 +15,8 @@ from test_cli import config, fit
 from trouble import BadLoss, Unreadable
 
 from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData, Source
+from indiclip.data.module import MultiTaskData
+from indiclip.data.source import Source
 from indiclip.module import MultiTask
 from indiclip.record import read_history
 from indiclip.survival.ranks import AgreedStop

@@ -28,8 +28,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from indiclip.data.images import EncodedImage
-from indiclip.data.module import MultiTaskData, Source, Steps, StepSampler
+from indiclip.data.module import MultiTaskData, StepSampler
 from indiclip.data.shards import Shards
+from indiclip.data.source import Source
+from indiclip.data.steps import Steps
 from indiclip.data.transforms import Transform
 
 SIDE, PATCH, TOKENS = 224, 16, 196

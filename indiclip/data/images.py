@@ -50,6 +50,7 @@ class EncodedImage:
         max_pixels: More are refused before anything is decoded.
 
     Attributes:
+        kind: `JPEG`, `PNG` or `WEBP`.
         size_hw: (height, width) of the pixels as stored.
         orientation: EXIF's, 1 to 8; 1 is upright.
 
@@ -59,7 +60,7 @@ class EncodedImage:
 
     def __init__(self, data: bytes, key: str, file: str = "", max_pixels: int = MAX_PIXELS) -> None:
         self._data, self._key, self._file = data, key, file
-        self._kind = self._format(data)
+        self.kind = self._format(data)
         self._turbo = False
         try:
             self.size_hw, self.orientation = self._read_header()
@@ -115,7 +116,7 @@ class EncodedImage:
             return None
 
     def _read_header(self) -> tuple[tuple[int, int], int]:
-        if self._kind == "JPEG":
+        if self.kind == "JPEG":
             try:
                 height, width, colorspace, _ = simplejpeg.decode_jpeg_header(self._data, strict=False)
             except ValueError:
@@ -136,7 +137,7 @@ class EncodedImage:
     def _open(self) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked by us
-            return Image.open(io.BytesIO(self._data), formats=(self._kind,))
+            return Image.open(io.BytesIO(self._data), formats=(self.kind,))
 
     def _format(self, data: bytes) -> str:
         if data[:3] == b"\xff\xd8\xff":
@@ -151,7 +152,7 @@ class EncodedImage:
     def _unreadable(self, error: Exception) -> UnreadableSample:
         reason = " ".join(str(error).split())
         if not isinstance(error, Image.DecompressionBombError):  # PIL has a limit of its own
-            reason = f"damaged {self._kind}: {reason}"
+            reason = f"damaged {self.kind}: {reason}"
         return UnreadableSample(self._key, reason, self._file)
 
 

@@ -125,32 +125,31 @@ class Shards(Dataset[Sample]):
         key = self.key(index)
         try:
             parts = self.parts(index)
-            entry = _entry(parts["json"]) if "json" in parts else {}
-            label = int(self.labels[index])
-            if label == tar_index.BAD_LABEL:
-                raise ValueError("the label is no whole number from 0")
-            caption = self._caption(parts, entry, label)
-        except cache.NoCopy:
+            entry = read_entry(parts["json"]) if "json" in parts else {}
+            image = EncodedImage(parts["image"], key, self.shard(index))
+            sample = Sample(image=image, key=key)
+            sample.update(self._fields(index, image, parts, entry))
+        except (cache.NoCopy, UnreadableSample):
             raise
         except (OSError, ValueError) as error:
             raise self._unreadable(index, str(error)) from error
-        sample = Sample(image=EncodedImage(parts["image"], key, self.shard(index)), key=key)
-        if caption is not None:
-            sample["caption"] = caption
-        if self._has_labels:
-            sample["label"] = label
         return sample
 
-    def _caption(self, parts: dict[str, bytes], entry: dict[str, Any], label: int) -> str | None:
-        found: Any = parts["txt"].decode() if "txt" in parts else _json_caption(entry)
-        if found is None and label < 0:
+    def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
+        """What a sample has besides its image; raises `ValueError` with a reason where it cannot be used."""
+        fields, label = Sample(), int(self.labels[index])
+        if label == tar_index.BAD_LABEL:
+            raise ValueError("the label is no whole number from 0")
+        caption = read_caption(parts, entry)
+        if caption is None and label < 0:
             raise ValueError("neither text (.txt, .json) nor label (.cls) beside the image")
-        if found is None:
-            return self.template.replace("{}", self.classes[label]) if self.template else None
-        if not isinstance(found, str) or not found.strip():
-            raise ValueError(f"the caption is {str(found)[:40]!r}; expected text")
-        found.encode()  # half of a surrogate pair, which JSON can hold, is no text
-        return found.strip()
+        if caption is None and self.template:
+            caption = self.template.replace("{}", self.classes[label])
+        if caption is not None:
+            fields["caption"] = caption
+        if self._has_labels:
+            fields["label"] = label
+        return fields
 
     def _check_labels(self) -> None:
         self._has_labels = bool((self.labels >= 0).any())
@@ -193,22 +192,29 @@ def expand(urls: str | list[str]) -> list[str]:
         FileNotFoundError: A file is missing, or a glob finds none.
         ValueError: No shards, no tar, or two shards of one name (their keys would not be unique).
     """
-    found: list[str] = []
-    for url in [urls] if isinstance(urls, str) else urls:
-        for name in map(os.path.expanduser, braceexpand(url)):
-            found.extend(_matches(name))
-    if not found:
-        raise ValueError("urls: no shards given")
+    found = find(urls)
     seen: dict[str, str] = {}
     for url in found:
-        if not cache.SUFFIX.search(cache.shown(url)):
-            raise ValueError(f"urls: {cache.shown(url)} is no shard; expected .tar, .tar.gz or .tgz")
         if cache.stem(url) in seen:
             raise ValueError(
                 f"urls: {seen[cache.stem(url)]} and {cache.shown(url)} have one name, so keys would be duplicate; make "
                 "them two sources"
             )
         seen[cache.stem(url)] = cache.shown(url)
+    return found
+
+
+def find(urls: str | list[str]) -> list[str]:
+    """As `expand`, but several shards may have one name."""
+    found: list[str] = []
+    for url in [urls] if isinstance(urls, str) else urls:
+        for name in map(os.path.expanduser, braceexpand(url)):
+            found.extend(_matches(name))
+    if not found:
+        raise ValueError("urls: no shards given")
+    for url in found:
+        if not cache.SUFFIX.search(cache.shown(url)):
+            raise ValueError(f"urls: {cache.shown(url)} is no shard; expected .tar, .tar.gz or .tgz")
     return found
 
 
@@ -265,7 +271,12 @@ class _Files:
             os.close(descriptor)
 
 
-def _entry(text: bytes) -> dict[str, Any]:
+def read_entry(text: bytes) -> dict[str, Any]:
+    """The object in a `.json` member.
+
+    Raises:
+        ValueError: Broken JSON, or no object.
+    """
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -275,5 +286,18 @@ def _entry(text: bytes) -> dict[str, Any]:
     return entry
 
 
-def _json_caption(entry: dict[str, Any]) -> Any:
-    return entry.get("text") if entry.get("caption") is None else entry["caption"]
+def read_caption(parts: dict[str, bytes], entry: dict[str, Any]) -> str | None:
+    """The caption in a sample's members `txt` or `json`; None where there is none.
+
+    Raises:
+        ValueError: Something that is no text, empty, or no UTF-8.
+    """
+    found: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
+    if "txt" in parts:
+        found = parts["txt"].decode()
+    if found is None:
+        return None
+    if not isinstance(found, str) or not found.strip():
+        raise ValueError(f"the caption is {str(found)[:40]!r}; expected text")
+    found.encode()  # half of a surrogate pair, which JSON can hold, is no text
+    return found.strip()

@@ -40,7 +40,7 @@ BAD_LABEL = -2  # there is one, but it is no whole number from 0
 _VERSION = 1
 _MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")  # webdataset's rule: the key ends at the file name's first dot
 _HEAD = 1 << 18  # bytes of an image that are looked at for its size
-_MAX_BYTES = {**dict.fromkeys(IMAGES, 2**30), **dict.fromkeys(TEXTS, 2**24)}  # of a member; more is no sample
+MAX_BYTES = {**dict.fromkeys(IMAGES, 2**30), **dict.fromkeys(TEXTS, 2**24)}  # of a member; more is no sample
 
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
 _ASK_AT_ONCE = 16  # servers' answers waited for together
@@ -209,15 +209,8 @@ def image_size_hw(head: bytes) -> tuple[int, int]:
 def _samples(tar: Path, left_out: Counter[str], damaged: list[tuple[str, str]]) -> dict[str, Parts]:
     """key -> its parts, for every sample of a tar that has an image."""
     samples: dict[str, Parts] = {}
-    for name, member in _members(tar, damaged):
-        key, extension = match.groups() if (match := _MEMBER.match(name)) else ("", "(unnamed)")
-        extension = extension.lower()
-        if not member.isreg() or member.issparse():
-            extension = "(link)"
-        elif name.startswith("/") or ".." in PurePosixPath(name).parts:
-            extension = "(outside)"
-        elif member.size > _MAX_BYTES.get(extension, member.size):
-            extension = "(too large)"
+    for name, member in members(tar, damaged):
+        key, extension = key_and_extension(name, member)
         parts = samples.get(key, {})
         if extension not in (*IMAGES, *TEXTS):
             left_out[extension] += 1
@@ -232,8 +225,25 @@ def _samples(tar: Path, left_out: Counter[str], damaged: list[tuple[str, str]]) 
     return samples
 
 
-def _members(tar: Path, damaged: list[tuple[str, str]]) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The whole members of a tar, and their names without `./`."""
+def key_and_extension(name: str, member: tarfile.TarInfo) -> tuple[str, str]:
+    """A member's key and lower-case extension; a reason such as `(link)` in its place where it is not to be read."""
+    key, extension = match.groups() if (match := _MEMBER.match(name)) else ("", "(unnamed)")
+    extension = extension.lower()
+    if not member.isreg() or member.issparse():
+        extension = "(link)"
+    elif name.startswith("/") or ".." in PurePosixPath(name).parts:
+        extension = "(outside)"
+    elif member.size > MAX_BYTES.get(extension, member.size):
+        extension = "(too large)"
+    return key, extension
+
+
+def members(tar: Path, damaged: list[tuple[str, str]]) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The whole members of a tar, and their names without `./`. What is broken is appended to `damaged`.
+
+    Raises:
+        ValueError: No tar.
+    """
     size = tar.stat().st_size
     count, after = 0, "the start"
     try:

@@ -81,30 +81,33 @@ class Checkpoints(ModelCheckpoint):
     (they would be lost), and where one cannot be saved all ranks end together.
 
     Args:
-        dirpath: Folder of the checkpoints.
-        filename: A step that is done again replaces its file.
-        save_last: ModelCheckpoint's.
-        auto_insert_metric_name: ModelCheckpoint's.
-        enable_version_counter: ModelCheckpoint's.
-        options: More of ModelCheckpoint's, such as `every_n_train_steps`.
+        dirpath: Folder of the checkpoints; by default `checkpoints` in the run's folder.
+        filename: Of a checkpoint, see ModelCheckpoint.
+        monitor: A metric by which the best are kept; None keeps the newest.
+        mode: `min` or `max`, which of its values is best.
+        save_top_k: How many are kept; -1 for all.
+        every_n_train_steps: Optimizer steps between two checkpoints; None saves after each validation.
     """
 
     def __init__(
         self,
-        dirpath: str | Path | None = None,
-        filename: str | None = "{step}",
-        save_last: bool | str | None = "link",
-        auto_insert_metric_name: bool = False,
-        enable_version_counter: bool = False,
-        **options: Any,
+        dirpath: str | None = None,
+        filename: str = "{step}",
+        monitor: str | None = None,
+        mode: str = "min",
+        save_top_k: int = 1,
+        every_n_train_steps: int | None = None,
     ) -> None:
         super().__init__(
             dirpath,
             filename,
-            save_last=cast(Any, save_last),
-            auto_insert_metric_name=auto_insert_metric_name,
-            enable_version_counter=enable_version_counter,
-            **options,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            every_n_train_steps=every_n_train_steps,
+            save_last="link",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,  # a step done again replaces its file
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
