@@ -1,7 +1,8 @@
 """A run that goes on is the run that was not interrupted: dropout, accumulated gradients, ranks; and full disks."""
 
 import json
-from datetime import timedelta
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import ARCHITECTURE
-from test_cli import config, fit
+from test_cli import ROOT, config, fit
 from test_vote import two_ranks
 
 from heads.contrastive import Contrastive
@@ -21,6 +22,7 @@ from indiclip.module import MultiTask
 from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.survival.manifest import newest_good
 from indiclip.text import ByteTokenizer, TextTower
+from indiclip.training import run
 
 
 class Killed(BaseException):
@@ -104,29 +106,23 @@ def test_each_step_and_rank_draws_other_numbers():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "ends"),
     [
-        {"checkpoints": EVERY_STEP, "limit_val_batches": 0},
-        {"checkpoints": {"train_time_interval": timedelta(0), "save_top_k": -1}, "limit_val_batches": 0},
-        {
-            "checkpoints": {"save_on_train_epoch_end": False, "save_top_k": -1},
-            "val_check_interval": 1,
-            "limit_val_batches": 1,
-        },
+        ({"checkpoints": EVERY_STEP, "limit_val_batches": 0}, [2, 4, 6, 8, 10, 12]),
+        ({"checkpoints": {"save_top_k": -1}, "val_check_interval": 3, "limit_val_batches": 1}, [6, 12]),
     ],
-    ids=["steps", "time", "validation"],
+    ids=["steps", "validation"],
 )
-def test_no_checkpoint_is_taken_while_gradients_accumulate(tmp_path, options):
+def test_no_checkpoint_is_taken_while_gradients_accumulate(tmp_path, options, ends):
     """A step of two batches, and a kill between them. ModelCheckpoint saves in the first batch of the resumed run."""
-    options = options | {"accumulate_grad_batches": 2}
+    options = options | {"accumulate_grad_batches": 2, "steps": 6}
     whole, callback = train(tmp_path / "whole", **options)
-    ends = [(2, 1), (4, 2), (6, 3), (8, 4)]
-    assert callback.taken == ends
-    killed, callback = train(tmp_path / "run", kill=5, **options)
+    assert callback.taken == [(end, end // 2) for end in ends]
+    killed, callback = train(tmp_path / "run", kill=11, **options)
     assert killed is None
-    assert callback.taken == ends[:2]
+    assert callback.taken == [(end, end // 2) for end in ends[:-1]]
     resumed, callback = train(tmp_path / "run", going_on=True, **options)
-    assert callback.taken == ends[2:]
+    assert callback.taken == [(12, 6)]
     assert same(whole, resumed)
 
 
@@ -194,3 +190,24 @@ def test_two_ranks_one_and_two_again_give_the_same_global_batches(tmp_path):
     assert {step: sorted(keys) for step, keys in seen.items()} == {
         step: sorted(plan[step]["contrastive"]["keys"]) for step in range(6)
     }
+
+
+def test_one_line_is_for_the_first_start_and_for_the_next_ones(tmp_path, capsys):
+    """README's; and what was never trained is not scored as if it were the last of a run."""
+    tree = config()
+    assert fit(tmp_path, tree, "--ckpt_path", "last", "--name", "b") == 0
+    folder = tmp_path / "runs" / "b" / "checkpoints"
+    command = ["validate", "--config", str(tmp_path / "experiment.yaml"), "--runs", str(tmp_path / "runs")]
+    assert run([*command, "--ckpt_path", "last", "--name", "b"]) == 0
+    assert f"going on from {folder}/2.ckpt: step 2" in capsys.readouterr().out
+    assert run([*command, "--ckpt_path", "last", "--name", "a"]) == 2
+    assert f"--ckpt_path last: no whole checkpoint in {tmp_path / 'runs' / 'a'}*" in capsys.readouterr().err
+    text = re.findall(r"```\n(indiclip fit [^`]*--ckpt_path last.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    line = text.replace("\\\n", " ").replace("yours.yaml", str(tmp_path / "experiment.yaml")).replace("=500", "=1")
+    for steps in (3, 4):
+        flags = ["--runs", str(tmp_path / "runs"), "--trainer.max_steps", str(steps)]
+        assert run([*shlex.split(line)[1:], *flags]) == 0
+    out = capsys.readouterr().out
+    assert "starting from the beginning" in out
+    assert f"going on from {tmp_path}/runs/a/checkpoints/3.ckpt: step 3" in out
+    assert [path.name for path in sorted((tmp_path / "runs").iterdir())] == ["a", "b"]
