@@ -23,7 +23,7 @@ usage: indiclip <command> [--config FILE]... [options]
 
   --config FILE            an experiment; several are stacked, later ones win
   --name NAME              the run's folder, runs/NAME (default: the first config's name)
-  --ckpt_path FILE         go on from a checkpoint
+  --ckpt_path FILE         go on from a checkpoint; `last`: from the newest whole one of --name, or from the beginning
   --trainer.max_steps N    any key of the YAML can be set so; lists append with `+:` in a second --config
   --print_config           print the whole configuration and stop
   --help, --version        `indiclip fit --help`: the options one needs; `--help=all`: every one
@@ -42,6 +42,7 @@ example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 10
   --config FILE                   an experiment; several are stacked, later ones win, lists grow with `+:`
   --name NAME, --runs FOLDER      the run's folder is FOLDER/NAME (default: runs/<the first config's name>)
   --ckpt_path FILE                go on from, or score, a checkpoint
+  --ckpt_path last                the newest whole checkpoint of --name; `fit` starts from the beginning without one
   --seed_everything N             order of the samples, augmentation, initial weights
   --model.lr X  --model.warmup_steps N  --model.weight_decay X  --model.uncertainty_weighting true
   --data.num_workers N            loader processes

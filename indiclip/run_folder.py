@@ -105,6 +105,8 @@ def _go_on(config: Any, subcommand: str) -> Path:
             if _is_first_process():
                 print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
             return folder
+    if subcommand != "fit":
+        raise FileNotFoundError(f"--ckpt_path last: no whole checkpoint in {root / name}*")
     config["ckpt_path"] = None
     if _is_first_process():
         print(f"no whole checkpoint in {root / name}*: starting from the beginning")

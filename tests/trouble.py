@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -84,6 +85,22 @@ class Stuck(L.Callback):
             print("stuck", file=sys.stderr, flush=True)
             while True:
                 time.sleep(0.05)
+
+
+class FullDisk(L.Callback):
+    """From a step on, no file of the first rank may grow over a size: its checkpoints fail half-way.
+
+    Args:
+        step: The first step that it is so in, from 0 on.
+        size: Bytes.
+    """
+
+    def __init__(self, step: int, size: int = 50_000) -> None:
+        self.step, self.size = step, size
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step and trainer.is_global_zero:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
 
 
 class Diary(L.Callback):

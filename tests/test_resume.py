@@ -1,0 +1,213 @@
+"""A run that goes on is the run that was not interrupted: dropout, accumulated gradients, ranks; and full disks."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from helpers import ARCHITECTURE
+from test_cli import ROOT, config, fit
+from test_vote import two_ranks
+
+from heads.contrastive import Contrastive
+from indiclip.backbone import NaFlexViT
+from indiclip.data.mela import Mela
+from indiclip.data.module import MultiTaskData, Source
+from indiclip.encoder import Encoder
+from indiclip.module import MultiTask
+from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
+from indiclip.survival.manifest import newest_good
+from indiclip.text import ByteTokenizer, TextTower
+from indiclip.training import run
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+class Kill(L.Callback):
+    """Ends the run at the start of a batch, and notes at which batch each checkpoint was taken."""
+
+    def __init__(self, batch=None):
+        self.batch, self.taken = batch, []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batch:
+            raise Killed
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+        self.taken.append((progress["processed"], checkpoint["global_step"]))
+
+
+def tiny_module(dropout=0.0):
+    """Image-text, with dropout in the text tower and dropped paths in the backbone."""
+    torch.manual_seed(0)
+    drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    backbone = NaFlexViT(width=32, depth=1, num_heads=2, patch_size=8, options={"drop_path_rate": dropout})
+    text = TextTower(ByteTokenizer(), ARCHITECTURE | drops)
+    return MultiTask(Encoder(backbone, text, 32, (16,)), [Contrastive()], warmup_steps=1)
+
+
+def train(folder, kill=None, steps=4, dropout=0.3, checkpoints=None, going_on=False, **options):
+    """Weights at the end and the `Kill` callback; None for the weights of a killed run."""
+    module = tiny_module(dropout)
+    callback = Kill(kill)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, default_root_dir=folder, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        callbacks=[callback, Checkpoints(folder / "checkpoints", **checkpoints or {})], plugins=[DurableCheckpointIO()],
+        **options,
+    )  # fmt: skip
+    source = Source("contrastive", Mela(40, 32, "single", seed=1), 4, max_tokens=16)
+    data = MultiTaskData([source], [source], steps_per_epoch=100, patch_size=8)
+    found = newest_good(folder / "checkpoints")[0] if going_on else None
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=found, weights_only=True)
+    except Killed:
+        return None, callback
+    return module.state_dict(), callback
+
+
+def same(first, second):
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+EVERY_STEP = {"every_n_train_steps": 1, "save_top_k": -1}
+
+
+def test_a_resumed_run_drops_out_what_the_uninterrupted_one_did(tmp_path):
+    whole, _ = train(tmp_path / "whole", limit_val_batches=0)
+    other, _ = train(tmp_path / "other", dropout=0.0, limit_val_batches=0)
+    assert not same(whole, other)  # there is dropout
+    for batch in (1, 3):
+        folder = tmp_path / str(batch)
+        train(folder, kill=batch, checkpoints=EVERY_STEP, limit_val_batches=0)
+        torch.rand(7)  # the new process draws other numbers before it trains
+        resumed, _ = train(folder, checkpoints=EVERY_STEP, going_on=True, limit_val_batches=0)
+        assert same(whole, resumed)
+
+
+def test_each_step_and_rank_draws_other_numbers():
+    module = tiny_module()
+    seeds = set()
+    for rank in (0, 1):
+        for step in (0, 1, 2):
+            total = SimpleNamespace(total=SimpleNamespace(processed=step))
+            loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=total))
+            module._trainer = SimpleNamespace(global_rank=rank, fit_loop=loop)
+            module.on_train_batch_start({}, 0)
+            seeds.add(torch.default_generator.initial_seed())
+    assert len(seeds) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [
+        ({"checkpoints": EVERY_STEP, "limit_val_batches": 0}, [2, 4, 6, 8, 10, 12]),
+        ({"checkpoints": {"save_top_k": -1}, "val_check_interval": 3, "limit_val_batches": 1}, [6, 12]),
+    ],
+    ids=["steps", "validation"],
+)
+def test_no_checkpoint_is_taken_while_gradients_accumulate(tmp_path, options, ends):
+    """A step of two batches, and a kill between them. ModelCheckpoint saves in the first batch of the resumed run."""
+    options = options | {"accumulate_grad_batches": 2, "steps": 6}
+    whole, callback = train(tmp_path / "whole", **options)
+    assert callback.taken == [(end, end // 2) for end in ends]
+    killed, callback = train(tmp_path / "run", kill=11, **options)
+    assert killed is None
+    assert callback.taken == [(end, end // 2) for end in ends[:-1]]
+    resumed, callback = train(tmp_path / "run", going_on=True, **options)
+    assert callback.taken == [(12, 6)]
+    assert same(whole, resumed)
+
+
+def test_last_always_leads_to_a_checkpoint_and_none_piles_up(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    last = folder / "last.ckpt"
+    replace, unlink, seen = Path.replace, Path.unlink, []
+
+    def watched(function):
+        def call(self, *args, **options):
+            result = function(self, *args, **options)
+            seen.append(last.exists() and last.resolve().name)
+            return result
+
+        return call
+
+    monkeypatch.setattr(Path, "replace", watched(replace))
+    monkeypatch.setattr(Path, "unlink", watched(unlink))
+    options = {"checkpoints": {"every_n_train_steps": 1}, "limit_val_batches": 0}
+    train(tmp_path, kill=2, **options)
+    train(tmp_path, kill=3, going_on=True, **options)
+    train(tmp_path, going_on=True, **options)
+    assert {file.name for file in folder.iterdir()} == {"4.ckpt", "last.ckpt", "manifest.json"}
+    assert last.readlink() == Path("4.ckpt")
+    from_the_first_link = seen[seen.index("1.ckpt") :]
+    assert list(dict.fromkeys(from_the_first_link)) == ["1.ckpt", "2.ckpt", "3.ckpt", "4.ckpt"]
+
+
+def test_a_rank_that_cannot_save_ends_all_of_them(tmp_path):
+    """The other one is not left in a barrier; the good checkpoint stays."""
+    tree = config(trainer__max_steps=50)
+    tree["data"]["steps_per_epoch"] = 50
+    saves = {"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": {"every_n_train_steps": 2}}
+    tree["trainer"]["callbacks"] = [saves, {"class_path": "trouble.FullDisk", "init_args": {"step": 3}}]
+    done, folder = two_ranks(tmp_path, tree)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
+    at = folder / "checkpoints"
+    assert lines == [f"indiclip: {at}/4.ckpt: not saved: File too large; the last good one is {at}/2.ckpt"], done.stderr
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "Connection closed" not in done.stderr
+    assert {file.name for file in at.iterdir()} == {"2.ckpt", "last.ckpt", "manifest.json"}
+    assert newest_good(at)[:2] == (at / "2.ckpt", 2)
+
+
+def test_two_ranks_one_and_two_again_give_the_same_global_batches(tmp_path):
+    tree = config()
+    tree["data"]["steps_per_epoch"] = 4
+    seen = {}
+    for steps, ranks in [(2, 2), (4, 1), (6, 2)]:
+        diary = tmp_path / f"diary{steps}"
+        tree["trainer"] |= {"max_steps": steps, "devices": ranks}
+        tree["trainer"]["callbacks"] = [{"class_path": "trouble.Diary", "init_args": {"folder": str(diary)}}]
+        if ranks == 2:
+            done, _ = two_ranks(tmp_path, tree, "--ckpt_path", "last")
+            assert done.returncode == 0, done.stderr[-3000:]
+        else:
+            assert fit(tmp_path, tree, "--ckpt_path", "last") == 0
+        files = list(diary.glob("keys-*.jsonl"))
+        assert len(files) == ranks
+        for row in [json.loads(line) for file in files for line in file.read_text().splitlines()]:
+            seen.setdefault(row["step"], []).extend(row["keys"]["contrastive"])
+    data = MultiTaskData([Source("contrastive", Mela(12, 32, "single"), 4, max_tokens=16)], patch_size=8)
+    plan = data.steps(data.train, train=True)
+    assert {step: sorted(keys) for step, keys in seen.items()} == {
+        step: sorted(plan[step]["contrastive"]["keys"]) for step in range(6)
+    }
+
+
+def test_one_line_is_for_the_first_start_and_for_the_next_ones(tmp_path, capsys):
+    """README's; and what was never trained is not scored as if it were the last of a run."""
+    tree = config()
+    assert fit(tmp_path, tree, "--ckpt_path", "last", "--name", "b") == 0
+    folder = tmp_path / "runs" / "b" / "checkpoints"
+    command = ["validate", "--config", str(tmp_path / "experiment.yaml"), "--runs", str(tmp_path / "runs")]
+    assert run([*command, "--ckpt_path", "last", "--name", "b"]) == 0
+    assert f"going on from {folder}/2.ckpt: step 2" in capsys.readouterr().out
+    assert run([*command, "--ckpt_path", "last", "--name", "a"]) == 2
+    assert f"--ckpt_path last: no whole checkpoint in {tmp_path / 'runs' / 'a'}*" in capsys.readouterr().err
+    text = re.findall(r"```\n(indiclip fit [^`]*--ckpt_path last.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    line = text.replace("\\\n", " ").replace("yours.yaml", str(tmp_path / "experiment.yaml")).replace("=500", "=1")
+    for steps in (3, 4):
+        flags = ["--runs", str(tmp_path / "runs"), "--trainer.max_steps", str(steps)]
+        assert run([*shlex.split(line)[1:], *flags]) == 0
+    out = capsys.readouterr().out
+    assert "starting from the beginning" in out
+    assert f"going on from {tmp_path}/runs/a/checkpoints/3.ckpt: step 3" in out
+    assert [path.name for path in sorted((tmp_path / "runs").iterdir())] == ["a", "b"]
