@@ -22,10 +22,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from indiclip.callbacks import StartupTable, TaskGradients, TaskProgress
 from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain
 from indiclip.data.module import MultiTaskData, Source, Steps
+from indiclip.data.workers import explain as explain_worker
 from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
+from indiclip.survival.watchdog import Watchdog
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -89,7 +91,7 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord(), PredictionWriter()]
+        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord(), PredictionWriter(), Watchdog()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
@@ -131,9 +133,16 @@ def run(argv: list[str]) -> int:
     try:
         check_yaml(_config_files(argv))
         IndiCLI()
-    except (ValueError, OSError, MisconfigurationException) as error:
-        in_training = bool(getattr(error, "__notes__", None))  # see RunRecord
-        if os.environ.get("INDICLIP_TRACEBACK") or (in_training and not isinstance(error, OSError)):
+    except Exception as error:
+        if os.environ.get("INDICLIP_TRACEBACK"):
+            raise
+        notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
+        if (broken := explain_worker(error)) is not None:
+            print(f"indiclip: {' '.join([broken, *notes])}", file=sys.stderr)
+            return 1
+        if not isinstance(error, (ValueError, OSError, MisconfigurationException)):
+            raise
+        if notes and not isinstance(error, OSError):
             raise
         message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
         print(f"indiclip: {' '.join(message.split())}", file=sys.stderr)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from indiclip.data.images import UnreadableSample
 from indiclip.data.plan import Place, Plan
 from indiclip.data.transforms import Prepared, Transform, collate
+from indiclip.data.workers import StepLoader, Workers, reading
 from indiclip.types import Batch, Quarantined
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
@@ -103,11 +104,12 @@ class MultiTaskData(L.LightningDataModule):
         return [steps[i] for i in range(-(-num_samples // smallest) if self.val else 0)]
 
     def _loader(self, steps: Steps, sampler: Any) -> DataLoader[dict[str, Batch]]:
-        return DataLoader(
+        return StepLoader(
             steps,
             batch_size=None,  # a step is already a batch
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=Workers("train" if steps.train else "val", self.num_workers) if self.num_workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=False,  # the sampler reads the position anew each epoch
         )
@@ -195,9 +197,10 @@ class Steps(Dataset[dict[str, Batch]]):
         attempts = min(_REPLACEMENTS, size) if self.train else 1
         for attempt in range(attempts):
             try:
-                sample = source.dataset[(place.index + attempt) % size]
+                index = (place.index + attempt) % size
                 random_seed = zlib.crc32(repr((self.seed, task, place)).encode()) if self.train else None
-                return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
+                with reading(task, source.dataset, index):
+                    return source.transform(source.dataset[index], self.patch_size, self.canvas_hw, random_seed)
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(task, error.key, error.file, error.reason))
         if self.train:
