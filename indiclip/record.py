@@ -81,8 +81,9 @@ class RunRecord(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._began is not None:
             saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
-            where = f"while training {self._folder}, after step {trainer.global_step}; last checkpoint: {saved}"
-            exception.add_note(f"({where})")
+            rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
+            where = f"{self._folder}{rank}, after step {trainer.global_step}; last checkpoint: {saved}"
+            exception.add_note(f"(while training {where})")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier()  # the other ranks' quarantined samples are on disk

@@ -21,12 +21,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from indiclip.callbacks import StartupTable, TaskGradients, TaskProgress
 from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain
+from indiclip.data import workers
 from indiclip.data.module import MultiTaskData, Source, Steps
-from indiclip.data.workers import explain as explain_worker
 from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
+from indiclip.survival import ranks
+from indiclip.survival.ranks import LocalRanks
 from indiclip.survival.watchdog import Watchdog
 
 _TRAINER_DEFAULTS = {
@@ -91,7 +93,8 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord(), PredictionWriter(), Watchdog()]
+        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord(), PredictionWriter()]
+        ours += [Watchdog(), LocalRanks()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
@@ -137,7 +140,7 @@ def run(argv: list[str]) -> int:
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise
         notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
-        if (broken := explain_worker(error)) is not None:
+        if broken := workers.explain(error) or ranks.explain(error):
             print(f"indiclip: {' '.join([broken, *notes])}", file=sys.stderr)
             return 1
         if not isinstance(error, (ValueError, OSError, MisconfigurationException)):

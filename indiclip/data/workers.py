@@ -1,16 +1,17 @@
 """The processes of a loader: what each of them reads, which signals they ignore, how they end.
 
 A signal to the whole process group (Ctrl-C, or a scheduler's SIGTERM or SIGUSR1) reaches the workers too. They ignore
-it, because the main process has a step to finish with what they read and a checkpoint to save. So they end in other
-ways: when the main process has no more work for them, by its SIGKILL where they are stuck, and by the kernel's where the
-main process itself was killed.
+it, because the main process has a step to finish with what they read and a checkpoint to save. They end when it has no
+more work for them, by its SIGKILL where they are stuck, and by the kernel's where it was killed itself.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import re
@@ -117,9 +118,11 @@ class Workers:
         if multiprocessing.get_start_method() != "fork":
             resource_tracker.ensure_running()  # its start would let the signals through again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_TO_THE_GROUP, _ASK_FOR_STACKS))
+        gc.freeze()  # a forked worker never collects what it was born with: an old iterator there would shut down ours
         try:
             yield
         finally:
+            gc.unfreeze()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def started(self, processes: list[Any]) -> None:
@@ -174,9 +177,10 @@ class StepLoader(DataLoader[dict[str, Batch]]):
         return iterator
 
 
-def all_workers() -> list[Workers]:
-    """Those of all loaders of this process, by name."""
-    return sorted((workers for workers in _all if workers.processes), key=lambda workers: workers.name)
+def living_workers() -> list[Workers]:
+    """Those of the loaders of this process of which any is alive, by name."""
+    living = [workers for workers in _all if any(process.is_alive() for process in workers.processes)]
+    return sorted(living, key=lambda workers: workers.name)
 
 
 def kill_workers() -> None:
@@ -184,10 +188,13 @@ def kill_workers() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for a worker that is killed
-    for process in [process for workers in all_workers() for process in workers.processes]:
+    for process in [process for workers in living_workers() for process in workers.processes]:
         process.kill()
         process.join(1.0)
     signal.signal(signal.SIGCHLD, handler)
+
+
+atexit.register(kill_workers)  # before multiprocessing's own, which would kill them with torch's handler in place
 
 
 def explain(error: BaseException) -> str | None:
@@ -200,7 +207,7 @@ def explain(error: BaseException) -> str | None:
     text = str(error)
     if killed := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text):
         pids = {int(pid) for pid in killed[1].split(",")}
-        found = [(w, i) for w in all_workers() for i, process in enumerate(w.processes) if process.pid in pids]
+        found = [(w, i) for w in _all for i, process in enumerate(w.processes) if process.pid in pids]
         return "; ".join(_how_it_ended(*one) for one in found) or text
     if caught := re.match(r"Caught (\w+) in DataLoader worker process (\d+)\.\nOriginal Traceback", text):
         lines = text.splitlines()

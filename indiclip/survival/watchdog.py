@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 
-from indiclip.data.workers import Workers, all_workers, kill_workers, own_reading
+from indiclip.data.workers import Workers, kill_workers, living_workers, own_reading
 from indiclip.module import Batches
 
 _FRAMES = 5  # innermost ones that a line on stderr shows; the file has all
@@ -171,7 +171,7 @@ class Watchdog(L.Callback):
             head += f", reading {own.name} for {own.seconds:.0f} s"
         brief = [head, f"  rank {self._rank} itself: {_innermost(self._own_frames())}"]
         whole = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {head}", "", *_own_stacks()]
-        for workers in all_workers():
+        for workers in living_workers():
             lines, stacks = _ask(workers)
             brief += lines
             whole += stacks
@@ -213,6 +213,6 @@ def _ask(workers: Workers) -> tuple[list[str], list[str]]:
 
 
 def _innermost(frames: list[Any]) -> str:
-    """`function (file:line)` of the innermost calls, the innermost first, from where the standard library was called."""
+    """`function (file:line)` of the innermost calls, the innermost first, without the standard library's own."""
     frames = list(itertools.dropwhile(lambda frame: Path(frame[0]).is_relative_to(_STANDARD_LIBRARY), frames)) or frames
     return " < ".join(f"{name} ({Path(file).name}:{line})" for file, line, name in frames[:_FRAMES])
