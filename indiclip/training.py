@@ -27,8 +27,8 @@ from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
-from indiclip.survival import ranks
-from indiclip.survival.ranks import LocalRanks
+from indiclip.survival import local_ranks
+from indiclip.survival.local_ranks import LocalRanks
 from indiclip.survival.watchdog import Watchdog
 
 _TRAINER_DEFAULTS = {
@@ -140,7 +140,7 @@ def run(argv: list[str]) -> int:
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise
         notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
-        if broken := workers.explain(error) or ranks.explain(error):
+        if broken := workers.explain(error) or local_ranks.explain(error):
             print(f"indiclip: {' '.join([broken, *notes])}", file=sys.stderr)
             return 1
         if not isinstance(error, (ValueError, OSError, MisconfigurationException)):

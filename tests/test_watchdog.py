@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 from helpers import tiny_encoder
 from test_workers import wait_until
-from troubles import Troubles
+from trouble_reading import Troubles
 
 from heads.contrastive import Contrastive
 from indiclip.data.mela import Mela
@@ -79,11 +79,11 @@ def test_a_loader_that_stands_still_is_reported_with_what_it_reads(num_workers, 
     reader = r"train worker \d \(pid \d+\) reads" if num_workers else "reading"
     assert re.search(rf"{reader} contrastive sample mela-0-5 for \d+ s", shown)
     if num_workers:
-        assert re.search(r"reads .* s: bring \(troubles.py:\d+\) < __getitem__ \(troubles.py:\d+\) < read", shown)
+        assert re.search(r"reads .* s: bring \(trouble_reading.py:\d+\) < __getitem__ \(trouble_reading.py:\d+\) < read", shown)
         assert "1 of 2 train workers wait for work" in shown
     for name in ["MainThread", *["train worker 0", "train worker 1"][:num_workers]]:
         assert kept.count(name) >= 2
-    assert re.search(r'troubles.py", line \d+,? in bring', kept)
+    assert re.search(r'trouble_reading.py", line \d+,? in bring', kept)
 
 
 def test_a_step_that_stands_still_is_reported_with_the_stacks_of_the_rank(tmp_path, capfd):

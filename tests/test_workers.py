@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_cli import config, fit
 from torch.utils.data import Dataset
-from troubles import Troubles, loader
+from trouble_reading import Troubles, loader
 
 from indiclip.data.workers import StepLoader, Workers, explain, kill_workers, living_workers, own_reading, reading
 
@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "GLOO_SOCKE
 _IMPORTS = """
 import multiprocessing, os, signal, subprocess, sys
 from indiclip.data.workers import living_workers, explain
-from troubles import Troubles, loader
+from trouble_reading import Troubles, loader
 """
 
 
@@ -126,7 +126,7 @@ def test_workers_that_are_stuck_can_be_ended_at_once_and_answer_before():
     assert group.reading(1).name == "c sample mela-0-5"
     idle, stuck = group.stacks()
     assert "in bring" not in idle
-    assert re.search(r'troubles.py", line \d+ in bring\n.* in __getitem__\n', stuck)  # though it holds the GIL
+    assert re.search(r'trouble_reading.py", line \d+ in bring\n.* in __getitem__\n', stuck)  # though it holds the GIL
     kill_workers()  # and torch takes no notice
     assert not any(process.is_alive() for process in group.processes)
 
@@ -195,7 +195,7 @@ def test_errors_of_any_shape_survive_the_way_from_the_worker():
 
 def trouble(kind, **changes):
     tree = config(data__num_workers=2, trainer__max_steps=50, data__steps_per_epoch=50, **changes)
-    tree["data"]["train"][0]["dataset"] = {"class_path": "troubles.Troubles", "init_args": {"kind": kind}}
+    tree["data"]["train"][0]["dataset"] = {"class_path": "trouble_reading.Troubles", "init_args": {"kind": kind}}
     return tree
 
 
