@@ -46,7 +46,7 @@ def _sources_table(trainer: L.Trainer) -> Table:
                 source.task,
                 f"{type(source.dataset).__name__} ({part})",
                 f"{len(source.dataset):,}",
-                str(source.batch_size),
+                f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
                 f"<= {source.max_tokens}",
                 ", ".join(f"{n:,} {what}" for what, n in getattr(source.dataset, "left_out", {}).items() if n),
             )

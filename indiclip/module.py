@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from typing import Any, cast
 
 import lightning as L
@@ -66,6 +68,15 @@ class MultiTask(L.LightningModule):
     def each_head(self) -> list[Head]:
         """The heads, typed."""
         return cast(list[Head], list(self.heads.values()))
+
+    def on_train_batch_start(self, batch: Batches, batch_idx: int) -> None:
+        # Dropout and the like: a function of the step, so that a resumed run draws what the uninterrupted one did.
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        place = (os.environ.get("PL_GLOBAL_SEED", "0"), done, self.trainer.global_rank)
+        seed = zlib.crc32(repr(place).encode())
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.3 ms and seeds every GPU
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
 
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         features: dict[str, Features] = {}

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data.naflex_transforms import get_image_size_for_seq, patchify_image
+from PIL import Image, ImageOps
+from timm.data.naflex_transforms import get_image_size_for_seq
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -32,6 +32,18 @@ def fit_hw(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[i
     return int(new_height), int(new_width)
 
 
+def count_tokens(sizes_hw: np.ndarray, patch_size: int, max_tokens: int) -> np.ndarray:
+    """Patches of each image after `fit_hw`, for many images at once: int64 (M,) of (M, 2) heights and widths."""
+    sizes = np.asarray(sizes_hw, dtype=np.float64)
+    low, high = np.full(len(sizes), 1e-6), np.full(len(sizes), 100.0)
+    for _ in range(24):  # timm's search for the scale, step by step, down to 1e-5
+        middle = (low + high) / 2
+        fits = np.prod(np.ceil(sizes * middle[:, None] / patch_size), axis=1) <= max_tokens
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    cells = np.ceil(sizes * np.minimum(low, 1.0)[:, None] / patch_size)
+    return np.asarray(np.maximum(cells, 1).prod(1), dtype=np.int64)
+
+
 def fit_canvas_hw(height: int, width: int, patch_size: int, canvas_hw: tuple[int, int]) -> tuple[int, int]:
     """As `fit_hw`, for a canvas of one size: the image fills it as far as its aspect allows."""
     ratio = min(canvas_hw[0] / height, canvas_hw[1] / width)
@@ -49,8 +61,16 @@ def resize(image_CHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
 
 def patchify(image_CHW: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """A uint8 image of whole patches -> `(patches_NP, coords_N2)`, row by row; inside a patch row, column, channel."""
-    patches_NP, coords_N2, _ = patchify_image(image_CHW, (patch_size, patch_size), pad=False)
-    return patches_NP, coords_N2
+    C, height, width = image_CHW.shape
+    H, W, p = height // patch_size, width // patch_size, patch_size
+    patches_NP = image_CHW.reshape(C, H, p, W, p).permute(1, 3, 2, 4, 0).reshape(H * W, p * p * C)
+    return patches_NP, _coords(H, W)
+
+
+@lru_cache(maxsize=4096)
+def _coords(H: int, W: int) -> Tensor:
+    """(row, column) of each patch, (H * W, 2); shared, not to be written to."""
+    return torch.cartesian_prod(torch.arange(H), torch.arange(W)).reshape(-1, 2)
 
 
 def unpatchify(images: Images, index: int) -> np.ndarray:
@@ -109,7 +129,7 @@ def batch_images(
 
 def _to_uint8(image: AnyImage, position: int) -> Tensor:
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: history, metrics, the report, the list of quarantined samples, predictions."""
+"""What a run leaves in its folder: history, metrics, the report, predictions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from indiclip.module import Batches, MultiTask
 
 
 class RunRecord(L.Callback):
-    """Writes `history.jsonl`, `quarantine.jsonl`, `metrics.json` and `report.html` into the run's folder.
+    """Writes `history.jsonl`, `metrics.json` and `report.html` into the run's folder.
 
-    `history.jsonl` has a line per logging step, and `quarantine.jsonl` one per unreadable sample; a resumed run goes on
-    in them. Where there are several ranks, each has its own `quarantine-<rank>.jsonl`.
+    `history.jsonl` has a line per logging step; a resumed run goes on in it.
 
     Args:
         pictures: Held-out images per head in the report.
@@ -35,11 +34,6 @@ class RunRecord(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
-        rank = trainer.global_rank
-        self._quarantine_file = self._folder / ("quarantine.jsonl" if rank == 0 else f"quarantine-{rank}.jsonl")
-        if stage == "fit" and not trainer.ckpt_path:
-            self._quarantine_file.unlink(missing_ok=True)
-        self._quarantined = {(row["task"], row["key"]) for row in _read_lines(self._quarantine_file)}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
@@ -53,26 +47,12 @@ class RunRecord(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
-        self._note_quarantined(batch)
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == trainer.max_steps:
             trainer.should_stop = True  # else Lightning ends in mid-epoch without a last validation
         if step != self._step and every and step % every == 0:
             self._write_row(trainer, "train/")
         self._step = step
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batches,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._note_quarantined(batch)
-
-    on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._began is not None and not trainer.sanity_checking:
@@ -86,16 +66,16 @@ class RunRecord(L.Callback):
             exception.add_note(f"(while training {where})")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.strategy.barrier()  # the other ranks' quarantined samples are on disk
         if self._began is None or not trainer.is_global_zero:
             return  # no step was left to train: what the folder holds stays
         assert isinstance(pl_module, MultiTask)
-        quarantined = [row for file in sorted(self._folder.glob("quarantine*.jsonl")) for row in _read_lines(file)]
+        quarantined = _read_lines(self._folder / "quarantine.jsonl")
         record: dict[str, Any] = {
             "step": trainer.global_step,
             "seconds": round(time.monotonic() - self._began, 1),
             "metrics": _numbers(trainer.callback_metrics),
             "quarantined": len(quarantined),
+            "nonfinite_steps": len(_read_lines(self._folder / "nonfinite.jsonl")),
         }
         (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         record |= {"history": read_history(self._folder), "quarantined": quarantined}
@@ -110,14 +90,6 @@ class RunRecord(L.Callback):
             values = {k: v for k, v in _numbers(trainer.callback_metrics).items() if k.startswith(prefix)}
             seconds = round(time.monotonic() - self._began, 1)
             append_history(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
-
-    def _note_quarantined(self, batch: Batches) -> None:
-        for part in batch.values():
-            for found in part.get("quarantined", []):
-                if (found.task, found.key) not in self._quarantined:  # once, though each epoch meets it again
-                    self._quarantined.add((found.task, found.key))
-                    with self._quarantine_file.open("a") as file:
-                        file.write(json.dumps(found._asdict()) + "\n")
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,13 +24,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from indiclip.callbacks import StartupTable, TaskGradients, TaskProgress
 from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain
 from indiclip.data import workers
-from indiclip.data.module import MultiTaskData, Source, Steps
+from indiclip.data.module import MultiTaskData
+from indiclip.data.plan import Place
+from indiclip.data.source import Source
+from indiclip.data.steps import Steps
 from indiclip.head import Head
 from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
+from indiclip.run_folder import config_files, lock, run_folder, unlock
 from indiclip.survival import local_ranks
+from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.survival.local_ranks import LocalRanks
+from indiclip.survival.ranks import AgreedStop
+from indiclip.survival.vote import StepVote
 from indiclip.survival.watchdog import Watchdog
 
 _TRAINER_DEFAULTS = {
@@ -37,7 +46,6 @@ _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "enable_model_summary": False,  # StartupTable has it
 }
-_CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")  # which Lightning looks up itself
 # Said by the libraries in every run; nothing that a user could act on.
 _NOISE = (
     r"isinstance\(treespec, LeafSpec\)",
@@ -78,11 +86,14 @@ class IndiCLI(LightningCLI):
         parser.link_arguments("model.encoder", "data.patch_size", lambda e: e.backbone.patch_size, "instantiate")
         parser.link_arguments("model.encoder", "data.canvas_hw", lambda e: e.backbone.canvas_hw, "instantiate")
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the experiment is the config's, and a checkpoint is read after it has been checked, once."""
+
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         config["weights_only"] = True  # never unpickle a checkpoint
-        self.folder = _run_folder(config, self.subcommand)
+        self.folder = run_folder(config, self.subcommand)
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
@@ -93,13 +104,13 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        ours: list[L.Callback] = [StartupTable(), TaskGradients(), RunRecord(), PredictionWriter()]
+        ours: list[L.Callback] = [StartupTable(), StepVote(), TaskGradients(), RunRecord(), PredictionWriter()]
         ours += [Watchdog(), LocalRanks()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
             checkpoints = self.folder / "checkpoints"
-            ours.append(ModelCheckpoint(checkpoints, "{step}", save_last=True, auto_insert_metric_name=False))
+            ours.append(Checkpoints(str(checkpoints)))
         if config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(self.folder.parent), name=self.folder.name, version="")
         if config.get("logger") is not False:
@@ -110,12 +121,19 @@ class IndiCLI(LightningCLI):
         given = [*given] if isinstance(given, list) else [given]
         for callback in ours:  # the config's own settings of one of them count
             kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
+            kind = ModelCheckpoint if isinstance(callback, Checkpoints) else kind
             if not any(isinstance(other, kind) for other in given):
                 given.append(callback)
+        plugins = config.get("plugins") or []
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins) and _saves_one_file(config.get("strategy")):
+            kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
         return super().instantiate_trainer(callbacks=given, **kwargs)
 
     def before_fit(self) -> None:
         check(self.model, self.datamodule, training=True)
+        assert self.folder is not None
+        lock(self.folder)
 
     def before_validate(self) -> None:
         check(self.model, self.datamodule, training=False)
@@ -134,8 +152,18 @@ def run(argv: list[str]) -> int:
     # take the setting over from the one that starts them, so it must come before any of torch's.
     torch.set_flush_denormal(True)
     try:
-        check_yaml(_config_files(argv))
+        check_yaml(config_files(argv))
         IndiCLI()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C
+            return 128 + signal.SIGINT
+        raise
+    except AgreedStop as stop:
+        if stop.first:
+            print(f"indiclip: {stop}", file=sys.stderr)
+        return stop.status
     except Exception as error:
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise
@@ -150,12 +178,15 @@ def run(argv: list[str]) -> int:
         message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
         print(f"indiclip: {' '.join(message.split())}", file=sys.stderr)
         return 2
+    finally:
+        unlock()
     return 0
 
 
-def _config_files(argv: list[str]) -> list[str]:
-    following = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-c")]
-    return following + [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+def _saves_one_file(strategy: Any) -> bool:
+    """Whether a strategy saves through Lightning's plug-in; others write folders of shards by themselves."""
+    name = str(getattr(strategy, "class_path", strategy) if isinstance(strategy, str) else type(strategy).__name__)
+    return not any(word in name.lower() for word in ("fsdp", "modelparallel", "deepspeed"))
 
 
 def check(model: MultiTask, data: MultiTaskData, training: bool) -> None:
@@ -222,11 +253,10 @@ def _first_samples(data: MultiTaskData, sources: list[Source]) -> Iterator[tuple
     if not sources:
         return
     steps = Steps(sources, data.seed, data.patch_size, data.canvas_hw, train=True)
-    for task, plan in steps.plans.items():
+    for task in steps.plans:
         of_task = [i for i, source in enumerate(sources) if source.task == task]
-        places = plan.batch(0)
         for number, i in enumerate(of_task):
-            sample = steps.read(task, next(place for place in places if place.source == number))
+            sample = steps.read(task, Place(number, 0, 0))
             if sample:
                 yield i, sample
 
@@ -246,29 +276,3 @@ def _check_sample(key: str, source: Source, sample: dict[str, Any], heads: list[
             f"{key}.augment: the source has DensePose points and a flip among its augmentations; a mirrored body "
             "needs the symmetry table, which is not part of IndiCLIP"
         )
-
-
-def _run_folder(config: Any, subcommand: str) -> Path:
-    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>` where a name is given."""
-    checkpoint = config.get("ckpt_path")
-    if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
-        near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
-        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest(checkpoint, near)}")
-    if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
-        return Path(checkpoint).parent.parent
-    files = _config_files(sys.argv)
-    stem = Path(files[0]).stem if files else subcommand
-    name = config.get("name") or stem
-    if "/" in name or name in ("", ".", ".."):
-        raise ValueError(f"--name: {name!r} must be a plain folder name")
-    root = Path(config["runs"])
-    if any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
-        return root / name  # only the first process writes there
-    for number in range(1, 10_000):
-        folder = root / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)  # atomic: two runs started together get two folders
-        except FileExistsError:
-            continue
-        return folder
-    raise ValueError(f"--name: {root} holds 10,000 runs named {name}")

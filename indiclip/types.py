@@ -17,10 +17,11 @@ from torch import Tensor
 class Sample(TypedDict, total=False):
     """One example as a dataset gives it: NumPy arrays and plain values; only `image` and `key` must be there.
 
-    Coordinates are absolute pixels of `image`; boxes are (x1, y1, x2, y2) with x2, y2 exclusive.
+    Coordinates are absolute pixels of `image` as stored; boxes are (x1, y1, x2, y2) with x2, y2 exclusive.
     """
 
-    image: Any  # uint8 (height, width, 3), RGB
+    image: Any  # uint8 (height, width, 3), RGB; or an `EncodedImage`, which is decoded as large as it is needed
+    annotated_upright: bool  # coordinates are those of the image turned as its EXIF orientation says
     key: str  # unique in its dataset, stable between runs
     caption: str
     label: int  # class of the whole image, -1 where there is none

@@ -63,14 +63,25 @@ def fit(folder, tree, *flags):
     return run(["fit", "--config", str(file), "--runs", str(folder / "runs"), *flags])
 
 
-@pytest.mark.parametrize("flag", ["--help", "--version"])
-def test_help_and_version_import_nothing_heavy(flag):
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--help", indiclip.__version__),
+        ("--version", indiclip.__version__),
+        ("shards --help", "indiclip shards pack photos/"),
+        *((f"shards {command} --help", f"example: indiclip shards {command}") for command in ("index", "check")),
+        *((f"shards {command} --help", f"example: indiclip shards {command}") for command in ("pack", "stats")),
+    ],
+)
+def test_help_and_version_import_nothing_heavy(words, expected):
     code = (
-        f"import sys; from indiclip.cli import main; main(['{flag}']); print([m for m in sys.modules if m == 'torch'])"
+        "import sys, atexit; from indiclip.cli import main; "
+        "atexit.register(lambda: print([m for m in sys.modules if m in ('torch', 'numpy', 'rich')])); "
+        f"main({words.split()!r})"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    assert indiclip.__version__ in out
+    assert expected in out
 
 
 def test_unknown_command_is_said_with_the_nearest(capsys):
@@ -346,3 +357,62 @@ def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode not in (0, 2), error
     assert "Traceback" not in error
+
+
+def test_one_process_trains_in_a_folder(tmp_path, capsys):
+    """A requeued job may start before the old one is gone."""
+    assert fit(tmp_path, config()) == 0
+    tree = config(trainer__max_steps=4)
+    holder = (
+        "import sys; from pathlib import Path; from indiclip.run_folder import lock; "
+        "lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path / "runs" / "experiment")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    assert fit(tmp_path, tree, "--ckpt_path", "last") == 2
+    assert f"experiment: another process (pid {other.pid} on " in capsys.readouterr().err
+    other.kill()
+    other.communicate()
+    assert fit(tmp_path, tree, "--ckpt_path", "last") == 0
+
+
+def test_last_without_a_checkpoint_starts_and_a_torn_one_is_refused(tmp_path, capsys):
+    assert fit(tmp_path, config(), "--ckpt_path", "last") == 0
+    assert "no whole checkpoint in" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "experiment" / "checkpoints"
+    tree = config(trainer__max_steps=4)
+    tree["trainer"]["callbacks"] = [
+        {
+            "class_path": "indiclip.survival.checkpoints.Checkpoints",
+            "init_args": {"every_n_train_steps": 1, "save_top_k": -1},
+        }
+    ]
+    assert fit(tmp_path, tree, "--ckpt_path", str(folder / "last.ckpt")) == 0
+    assert {file.name for file in folder.glob("*.ckpt")} == {"2.ckpt", "3.ckpt", "4.ckpt", "last.ckpt"}
+    assert (folder / "last.ckpt").resolve() == folder / "4.ckpt"
+    (folder / "4.ckpt").write_bytes(b"torn")
+    capsys.readouterr()
+    assert fit(tmp_path, tree, "--ckpt_path", str(folder / "last.ckpt")) == 2
+    error = capsys.readouterr().err
+    assert "last.ckpt: torn: 4 bytes," in error
+    assert f"the newest good one there is {folder / '3.ckpt'}" in error
+    tree["trainer"]["max_steps"] = 5
+    assert fit(tmp_path, tree, "--ckpt_path", "last") == 0
+    shown = capsys.readouterr()
+    assert "passed over" in shown.err
+    assert "4.ckpt: torn" in shown.err
+    assert f"going on from {folder / '3.ckpt'}: step 3" in shown.out
+
+
+def test_sources_that_take_turns_are_all_checked(tmp_path, capsys):
+    tree = config()
+    source = tree["data"]["train"][0]
+    del source["batch_size"]
+    source |= {"batch_tokens": 64, "batch_multiple": 2}
+    tree["data"]["train"].append(json.loads(json.dumps(source)) | {"weight": 0.5})
+    assert fit(tmp_path, tree) == 0
+    assert "64 tokens" in capsys.readouterr().out
+    del source["batch_tokens"]
+    assert fit(tmp_path, tree) == 2
+    assert "needs one of batch_size and batch_tokens" in capsys.readouterr().err

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indiclip.data.images import UnreadableSample, decode, read_image, read_size_hw
+from indiclip.data.images import MAX_PIXELS, EncodedImage, UnreadableSample, read_header, read_image
+
+
+def decode(data, key, max_pixels=MAX_PIXELS):
+    return EncodedImage(data, key, max_pixels=max_pixels).decode()
 
 
 def encoded(image, kind="PNG", **options):
@@ -86,13 +90,16 @@ def test_one_bit_becomes_black_and_white():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_rotation_is_not_applied(tmp_path, picture, kind):
+def test_exif_rotation_is_reported_and_not_applied(tmp_path, picture, kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees"
     path = tmp_path / "photo"
     path.write_bytes(encoded(Image.fromarray(picture(20, 40)), kind, exif=exif))
-    assert read_image(path, "k").shape == (20, 40, 3)
-    assert read_size_hw(path) == (20, 40)
+    image = read_image(path, "k")
+    assert image.decode().shape == (20, 40, 3)
+    assert (image.size_hw, image.upright_hw, image.orientation) == ((20, 40), (40, 20), 6)
+    header = read_header(path)
+    assert (header.size_hw, header.orientation) == ((20, 40), 6)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

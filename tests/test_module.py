@@ -11,7 +11,8 @@ from heads.counting import Counting
 from heads.densepose import DensePose
 from heads.detection import Detection
 from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData, Source
+from indiclip.data.module import MultiTaskData
+from indiclip.data.source import Source
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
 

@@ -10,9 +10,11 @@ from heads.contrastive import Contrastive
 from indiclip.callbacks import TaskGradients
 from indiclip.data.images import UnreadableSample
 from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData, Source
+from indiclip.data.module import MultiTaskData
+from indiclip.data.source import Source
 from indiclip.module import MultiTask
 from indiclip.record import RunRecord, read_history
+from indiclip.survival.vote import StepVote
 
 
 class SomeBroken(Dataset):
@@ -32,8 +34,9 @@ def test_a_run_with_corrupt_images_goes_on_counts_and_lists_them(tmp_path):
     module = MultiTask(tiny_encoder(), [Contrastive()], warmup_steps=1)
     logger = L.pytorch.loggers.TensorBoardLogger(str(tmp_path), name="run", version="")
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=8, logger=logger, callbacks=[RunRecord(pictures=2)], log_every_n_steps=2,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        accelerator="cpu", max_steps=8, logger=logger, log_every_n_steps=2,
+        callbacks=[StepVote(), RunRecord(pictures=2)], enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip
     data = MultiTaskData([source], [source], num_workers=1, steps_per_epoch=4, patch_size=8)

@@ -1,11 +1,15 @@
 """Image and annotations move together: coloured things are painted, moved, and looked for where the targets say."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from indiclip import patches
+from indiclip.data.images import EncodedImage
 from indiclip.data.transforms import Transform, collate
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
@@ -222,3 +226,104 @@ def test_a_batch_lists_the_targets_of_every_image():
     assert [None if boxes is None else len(boxes) for boxes in batch["targets"]["boxes_xyxy"]] == [3, 0, None]
     assert all(type(masks) is torch.Tensor for masks in batch["targets"]["masks"][:2])
     assert "key" in prepared[0]  # collating leaves its input as it is
+
+
+def jpeg(image, quality=95, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0, **options)
+    return buffer.getvalue()
+
+
+def encoded_scene(orientation=1, kind="PNG"):
+    """The scene as a file whose EXIF asks for a turn; its annotations are in the frame of the file as stored."""
+    sample, exif = scene(), Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    Image.fromarray(sample["image"]).save(buffer, kind, exif=exif, **options)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue()))))
+    return sample | {"image": EncodedImage(buffer.getvalue(), "s")}, upright
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_image_and_annotations_together(orientation, kind):
+    sample, upright = encoded_scene(orientation, kind)
+    prepared, image = prepare(sample)
+    assert image.shape == upright.shape
+    assert abs(image.astype(int) - upright).max() <= 2 * (kind == "JPEG")
+    assert len(prepared["boxes_xyxy"]) == 3
+    check(prepared, image, slack=0.01)
+    smaller, image = prepare(sample, max_tokens=600)  # resized as well
+    check(smaller, image, slack=1.5)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_annotations_drawn_on_the_turned_photo_stay_where_they_are(orientation):
+    sample, _ = encoded_scene(orientation)
+    turned, image = prepare(sample)
+    again = sample | {name: turned[name].numpy() for name in ("boxes_xyxy", "dp_boxes_xyxy", "masks", "dp_masks")}
+    again |= {name: turned[name].numpy() for name in ("points_xy", "dp_points_xy")}
+    prepared, image = prepare(again | {"annotated_upright": True})
+    check(prepared, image, slack=0.01)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (1201, 799), (97, 1000)])
+@pytest.mark.parametrize("max_tokens", [16, 49, 196])
+def test_a_jpeg_decoded_small_is_the_one_decoded_whole(picture, size, max_tokens):
+    data = jpeg(picture(*size))
+    whole = {"image": EncodedImage(data, "k").decode(), "key": "k"}
+    late = {"image": EncodedImage(data, "k"), "key": "k"}
+    assert late["image"].decode((60, 80)).shape[0] < size[0] or min(size) < 120
+    (expected, image), (found, quick) = (
+        prepare(sample, max_tokens=max_tokens, patch_size=16) for sample in (whole, late)
+    )
+    assert found["size_hw"] == expected["size_hw"]
+    assert found["scale"] == expected["scale"]
+    difference = abs(quick.astype(int) - image)
+    whole_blocks = all(side % 8 == 0 for side in size)
+    assert difference.max() <= (3 if whole_blocks else 10)  # grey levels of a smooth picture; the filters differ
+    assert difference.mean() < (0.6 if whole_blocks else 1.2)  # up to half a pixel of the result apart
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_crop_drawn_before_decoding_is_the_crop_drawn_after(orientation):
+    sample, upright = encoded_scene(orientation)
+    sample["image"].decode = _counting(sample["image"].decode, sizes := [])
+    for seed in range(5):
+        crop = v2.RandomResizedCrop(40, scale=(0.2, 0.6))
+        prepared, image = prepare(sample, crop, v2.RandomHorizontalFlip(), seed=seed)
+        torch.manual_seed(seed)
+        oracle = v2.Compose([crop, v2.RandomHorizontalFlip()])(torch.from_numpy(upright.copy()).permute(2, 0, 1))
+        assert (image == oracle.permute(1, 2, 0).numpy()).all()
+        check(prepared, image, slack=1.5)
+    assert sizes
+
+
+def _counting(function, calls):
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return counted
+
+
+def test_a_crop_of_a_large_jpeg_is_decoded_small(picture):
+    image = EncodedImage(jpeg(picture(1200, 1600)), "k")
+    image.decode = _counting(image.decode, calls := [])
+    crop = v2.RandomResizedCrop(64, scale=(0.5, 0.9))
+    for seed in range(5):
+        _, small = prepare({"image": image, "key": "k"}, crop, seed=seed, patch_size=16)
+        torch.manual_seed(seed)
+        oracle = crop(torch.from_numpy(image.decode()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+        assert abs(small.astype(int) - oracle).max() <= 3
+        asked = calls[-2][0]
+        assert 64 <= min(asked) <= max(asked) < 300  # far below 1200 x 1600
+
+
+def test_a_smaller_budget_shrinks_whatever_the_augmentation_made():
+    sample = {"image": np.zeros((100, 100, 3), np.uint8), "key": "k"}
+    transform = Transform(256, [v2.RandomCrop(64)])
+    assert transform(sample, 8, None, 0)["patches"][0].shape[0] == 64
+    assert transform(sample, 8, None, 0, max_tokens=20)["patches"][0].shape[0] <= 20
+    assert transform(sample, 8, None, 0, max_tokens=9999)["patches"][0].shape[0] == 64

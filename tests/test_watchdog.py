@@ -13,7 +13,8 @@ from trouble_reading import Troubles
 
 from heads.contrastive import Contrastive
 from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData, Source
+from indiclip.data.module import MultiTaskData
+from indiclip.data.source import Source
 from indiclip.data.workers import living_workers
 from indiclip.module import MultiTask
 from indiclip.survival.watchdog import Watchdog
@@ -79,7 +80,9 @@ def test_a_loader_that_stands_still_is_reported_with_what_it_reads(num_workers, 
     reader = r"train worker \d \(pid \d+\) reads" if num_workers else "reading"
     assert re.search(rf"{reader} contrastive sample mela-0-5 for \d+ s", shown)
     if num_workers:
-        assert re.search(r"reads .* s: bring \(trouble_reading.py:\d+\) < __getitem__ \(trouble_reading.py:\d+\) < read", shown)
+        assert re.search(
+            r"reads .* s: bring \(trouble_reading.py:\d+\) < __getitem__ \(trouble_reading.py:\d+\) < read", shown
+        )
         assert "1 of 2 train workers wait for work" in shown
     for name in ["MainThread", *["train worker 0", "train worker 1"][:num_workers]]:
         assert kept.count(name) >= 2

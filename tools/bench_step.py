@@ -27,7 +27,8 @@ from torch import nn
 from heads.contrastive import Contrastive
 from indiclip.backbone import NaFlexViT
 from indiclip.data.mela import Mela
-from indiclip.data.module import Source, Steps
+from indiclip.data.source import Source
+from indiclip.data.steps import Steps
 from indiclip.encoder import Encoder
 from indiclip.text import ByteTokenizer, FastTokenizer, TextTower, Tokenizer
 

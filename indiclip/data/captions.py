@@ -52,12 +52,12 @@ class CaptionTable(Dataset[Sample]):
         seed: int = 0,
     ) -> None:
         self.folder, file = existing(images), existing(table)
-        header, rows, lines = _read_table(file)
-        names = [row[_place(image_column, header, file)] for row in rows]
+        header, rows, lines = read_table(file)
+        names = [row[column_place(image_column, header, file)] for row in rows]
         self.languages = list(languages) if languages else [name for name in header if name in LANGUAGES]
         if not self.languages:
             raise ValueError(f"{file}: no column is called by a language's code {LANGUAGES}; found {header}")
-        places = [_place(language, header, file) for language in self.languages]
+        places = [column_place(language, header, file) for language in self.languages]
         first_line: dict[str, int] = {}
         for name, row, line in zip(names, rows, lines, strict=True):
             if name in first_line:
@@ -88,8 +88,12 @@ class CaptionTable(Dataset[Sample]):
         return Sample(image=read_image(self.folder / key, key), key=key, caption=drawn)
 
 
-def _read_table(file: Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """Header, rows, and the rows' line numbers."""
+def read_table(file: Path) -> tuple[list[str], list[list[str]], list[int]]:
+    """Header, rows, and the rows' line numbers, of a .tsv (no quoting) or .csv file. "None" and "NA" are texts.
+
+    Raises:
+        ValueError: Another kind of file, a row of another length, no rows. Names the table and the line.
+    """
     if file.suffix not in (".tsv", ".csv"):
         raise ValueError(f"{file}: expected a .tsv or .csv file")
     rows, lines = [], []
@@ -112,7 +116,8 @@ def _read_table(file: Path) -> tuple[list[str], list[list[str]], list[int]]:
     return header, rows, lines
 
 
-def _place(name: str, header: list[str], file: Path) -> int:
+def column_place(name: str, header: list[str], file: Path) -> int:
+    """Where a table's column is."""
     if name not in header:
         raise ValueError(f"{file}: no column {name!r}{nearest(name, header)}; found {header}")
     return header.index(name)

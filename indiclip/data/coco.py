@@ -1,6 +1,7 @@
 """COCO annotation files: boxes, masks, captions and DensePose.
 
-Boxes are in the frame of the image file as stored, so EXIF rotation must not be applied (`images.decode` does not).
+Boxes are in the frame of the image file as stored, unless the size that the JSON gives is that of the photo turned by
+its EXIF orientation. `Transform` turns image and boxes together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from indiclip.data import densepose as dp
-from indiclip.data.images import UnreadableSample, read_image
+from indiclip.data.images import EncodedImage, UnreadableSample, read_image
 from indiclip.data.masks import check_mask, decode_mask
 from indiclip.data.tables import Strings, check_files, column, existing, load_json, xywh_to_xyxy
 from indiclip.types import Sample
@@ -66,7 +67,7 @@ class CocoDetection(Dataset[Sample]):
         self._with_masks, self.densepose = masks, densepose
         content = load_json(self._file, ("images", "annotations", "categories"))
         row_of = self._read_images(content["images"])
-        self.classes, class_of = _read_categories(content["categories"], f"{self._file}: category")
+        self.classes, class_of = read_categories(content["categories"], f"{self._file}: category")
         self._read_annotations(content["annotations"], row_of, class_of)
         self._read_captions(content["images"], row_of, existing(captions) if captions else None)
         # The images that are given, by their place in the file.
@@ -96,22 +97,27 @@ class CocoDetection(Dataset[Sample]):
         row, key = int(self._rows[index]), self.key(index)
         image = read_image(self.folder / self._names[row], key)
         height, width = self._sizes_hw[row].tolist()
-        if image.shape[:2] != (height, width):
-            found = f"{image.shape[1]}x{image.shape[0]}"
-            raise UnreadableSample(key, f"{self._names[row]} has {found} pixels, the annotations say {width}x{height}")
+        if (height, width) not in (image.size_hw, image.upright_hw):
+            reason = f"{self._names[row]} {wrong_size(image, height, width)}"
+            raise UnreadableSample(key, reason, str(self._file))
         at = slice(*self._starts[row : row + 2].tolist())
         sample = Sample(image=image, key=key, boxes_xyxy=self._boxes_xyxy[at].copy(), classes=self._classes[at].copy())
         sample["crowd"] = self._crowd[at].copy()
+        sample["annotated_upright"] = (height, width) != image.size_hw  # drawn in a viewer that turned the photo
         if captions := self.captions(index):
             sample["caption"] = captions[0]
         numbers = range(at.start, at.stop)
         if self._with_masks:
-            masks = [decode_mask(json.loads(self._segments[i]), (height, width)) for i in numbers]
-            sample["masks"] = np.array(masks, np.uint8).reshape(-1, height, width)
+            sample["masks"] = stack_masks([json.loads(self._segments[i]) for i in numbers], height, width)
         if self.densepose:
             people = [json.loads(self._people[i]) for i in numbers if self._is_person[i]]
             sample.update(dp.fields(people, height, width))
         return sample
+
+    @property
+    def sizes_hw(self) -> np.ndarray:
+        """Height and width of each image, (number of samples, 2)."""
+        return np.asarray(self._sizes_hw[self._rows])
 
     def _annotated(self) -> np.ndarray:
         """bool: which images have a box (with `densepose`: a body)."""
@@ -122,7 +128,7 @@ class CocoDetection(Dataset[Sample]):
     def _read_images(self, images: list[Entry]) -> dict[Any, int]:
         """Columns of the images. Returns image id -> row."""
         where = f"{self._file}: image"
-        ids, names = _unique(column(images, "id", where), where), column(images, "file_name", where)
+        ids, names = unique_ids(column(images, "id", where), where), column(images, "file_name", where)
         sizes = list(zip(column(images, "height", where), column(images, "width", where), strict=True))
         for image_id, size in zip(ids, sizes, strict=True):
             if not all(isinstance(side, int) and side > 0 for side in size):
@@ -135,12 +141,12 @@ class CocoDetection(Dataset[Sample]):
     def _read_annotations(self, entries: list[Entry], row_of: Mapping[Any, int], class_of: Mapping[Any, int]) -> None:
         """Columns of the annotations, in the order of the images; those of image row r are at `_starts[r : r + 2]`."""
         where = f"{self._file}: annotation"
-        wheres = [f"{where} {entry_id}" for entry_id in _unique(column(entries, "id", where), where)]
-        rows = _lookup(column(entries, "image_id", where), row_of, wheres, "image")
-        classes = _lookup(column(entries, "category_id", where), class_of, wheres, "category")
-        boxes_xywh = _numbers(column(entries, "bbox", where), wheres)
+        wheres = [f"{where} {entry_id}" for entry_id in unique_ids(column(entries, "id", where), where)]
+        rows = look_up(column(entries, "image_id", where), row_of, wheres, "image")
+        classes = look_up(column(entries, "category_id", where), class_of, wheres, "category")
+        boxes_xywh = read_bboxes(column(entries, "bbox", where), wheres)
         boxes_xyxy = xywh_to_xyxy(boxes_xywh, self._sizes_hw[rows], wheres)
-        thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
+        thick = is_thick(boxes_xyxy)
         self.left_out = Counter({"boxes thinner than a pixel": int((~thick).sum())})
 
         kept = np.flatnonzero(thick)[np.argsort(rows[thick], kind="stable")]
@@ -180,15 +186,24 @@ class CocoDetection(Dataset[Sample]):
         self._caption_starts = np.cumsum([0, *map(len, of_row)])
 
 
-def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[Any, int]]:
-    """Names in the order of their ids, and category id -> class."""
-    ids, names = _unique(column(entries, "id", where), where), column(entries, "name", where)
-    _unique(names, where)
+def read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[Any, int]]:
+    """Names in the order of their ids, and category id -> class.
+
+    Raises:
+        ValueError: An id or a name is missing or there twice.
+    """
+    ids, names = unique_ids(column(entries, "id", where), where), column(entries, "name", where)
+    unique_ids(names, where)
     order = sorted(range(len(ids)), key=ids.__getitem__)
     return [str(names[i]) for i in order], {ids[i]: number for number, i in enumerate(order)}
 
 
-def _unique(ids: list[Any], where: str) -> list[Any]:
+def unique_ids(ids: list[Any], where: str) -> list[Any]:
+    """The same ids, or names.
+
+    Raises:
+        ValueError: One is there twice, or is neither a number nor text; begins with `where`.
+    """
     for found in ids:
         if not isinstance(found, int | str):
             raise ValueError(f"{where}: found {found!r}; expected a number or text")
@@ -197,15 +212,40 @@ def _unique(ids: list[Any], where: str) -> list[Any]:
     return ids
 
 
-def _lookup(ids: list[Any], known: Mapping[Any, int], wheres: Sequence[str], what: str) -> np.ndarray:
+def look_up(ids: list[Any], known: Mapping[Any, int], wheres: Sequence[str], what: str) -> np.ndarray:
+    """The number that each id stands for, int64.
+
+    Raises:
+        ValueError: One that is not known; begins with its entry of `wheres`.
+    """
     for found, where in zip(ids, wheres, strict=True):
         if not isinstance(found, int | str) or found not in known:
             raise ValueError(f"{where}: {what}_id {found!r} is not among the {len(known)} ids of {what!r} entries")
     return np.array([known[found] for found in ids], dtype=np.int64)
 
 
-def _numbers(boxes: list[Any], wheres: Sequence[str]) -> np.ndarray:
+def read_bboxes(boxes: list[Any], wheres: Sequence[str]) -> np.ndarray:
+    """`bbox` entries as float64 (M, 4): left, top, width, height.
+
+    Raises:
+        ValueError: Not four numbers; begins with the box's entry of `wheres`.
+    """
     for box, where in zip(boxes, wheres, strict=True):
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
             raise ValueError(f"{where}: bbox is {box!r}; expected [x, y, width, height]")
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def is_thick(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """bool (M,): which boxes are at least a pixel wide and high."""
+    return np.asarray((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1))
+
+
+def stack_masks(codes: Sequence[Any], height: int, width: int) -> np.ndarray:
+    """uint8 (M, height, width) of codes that `check_mask` passed."""
+    return np.array([decode_mask(code, (height, width)) for code in codes], np.uint8).reshape(-1, height, width)
+
+
+def wrong_size(image: EncodedImage, height: int, width: int) -> str:
+    """The reason why annotations of this size do not fit an image."""
+    return f"has {image.size_hw[1]}x{image.size_hw[0]} pixels, the annotations say {width}x{height}"

@@ -1,7 +1,8 @@
 """Encoded images -> pixels, the same for every dataset.
 
-Only JPEG, PNG and WebP, told by their first bytes and never by a file's name. EXIF rotation is not applied: boxes and
-points are in the frame of the file as stored (COCO), and a decoder that rotates would move the image away from them.
+Only JPEG, PNG and WebP, told by their first bytes and never by a file's name. Decoders run late, when it is known how
+large the image has to be: a JPEG is then decoded at an eighth to the whole of its size. The EXIF rotation is reported,
+not applied: boxes and points are in the frame of the file as stored (COCO), and `Transform` turns both together.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -18,6 +19,8 @@ from PIL import Image
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
 
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names for 16-bit grey
+_HEAD = 1 << 18  # bytes of a file that hold its header; metadata before it may be long
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 class UnreadableSample(ValueError):
@@ -37,99 +40,153 @@ class UnreadableSample(ValueError):
         return f"{self.key}: {self.reason}"
 
 
-def decode(data: bytes, key: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode one image.
-
-    Transparent pixels are laid on white, palettes and grey become RGB, and 16-bit channels keep their high byte.
+class EncodedImage:
+    """An image file whose header has been read and checked, and whose pixels have not. `np.asarray` decodes it.
 
     Args:
         data: The file's bytes.
         key: Names the sample in errors.
-        max_pixels: Read from the header before anything is decoded.
+        file: The shard or file that the bytes are from.
+        max_pixels: More are refused before anything is decoded.
 
-    Returns:
-        uint8 (height, width, 3), RGB, in the orientation of the file as stored.
+    Attributes:
+        kind: `JPEG`, `PNG` or `WEBP`.
+        size_hw: (height, width) of the pixels as stored.
+        orientation: EXIF's, 1 to 8; 1 is upright.
 
     Raises:
-        UnreadableSample: Another format, too many pixels, damaged or truncated bytes.
+        UnreadableSample: Another format, too many pixels, damaged bytes.
     """
-    kind = _format(data, key)
-    try:
-        if kind == "JPEG" and (pixels := _decode_jpeg(data, key, max_pixels)) is not None:
+
+    def __init__(self, data: bytes, key: str, file: str = "", max_pixels: int = MAX_PIXELS) -> None:
+        self._data, self._key, self._file = data, key, file
+        self.kind = self._format(data)
+        self._turbo = False
+        try:
+            self.size_hw, self.orientation = self._read_header()
+        except Exception as error:  # damaged bytes raise anything in PIL: OSError, SyntaxError, struct.error
+            raise self._unreadable(error) from error
+        height, width = self.size_hw
+        if height * width > max_pixels:
+            raise UnreadableSample(key, f"{width}x{height} pixels are more than the {max_pixels:,} allowed", file)
+
+    @property
+    def upright_hw(self) -> tuple[int, int]:
+        """(height, width) after the rotation that EXIF asks for."""
+        return self.size_hw if self.orientation < 5 else self.size_hw[::-1]
+
+    def decode(self, min_hw: tuple[int, int] = (0, 0)) -> np.ndarray:
+        """The pixels as stored.
+
+        Transparent ones are laid on white, palettes and grey become RGB, and 16-bit channels keep their high byte.
+
+        Args:
+            min_hw: A JPEG may come smaller than it is, but not smaller than this; (0, 0) is its whole size. Its last
+                row and column then stand for up to seven of the file's pixels that are not there.
+
+        Returns:
+            uint8 (height, width, 3), RGB.
+
+        Raises:
+            UnreadableSample: Damaged or truncated bytes.
+        """
+        try:
+            if self._turbo and (pixels := self._decode_jpeg(min_hw)) is not None:
+                return pixels
+            with self._open() as image:
+                return np.array(to_rgb(image))
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.decode(), dtype)
+
+    def _decode_jpeg(self, min_hw: tuple[int, int]) -> np.ndarray | None:
+        """The fast path; None leaves a file with harmless faults to PIL, which forgives them."""
+        height, width = self.size_hw
+        # Only by powers of two: libjpeg-turbo takes longer over three eighths than over a half.
+        shrink = 1
+        while min_hw != (0, 0) and shrink < 8 and height >= 2 * shrink * min_hw[0] and width >= 2 * shrink * min_hw[1]:
+            shrink *= 2
+        smaller = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
+        try:
+            pixels: np.ndarray = simplejpeg.decode_jpeg(self._data, "RGB", **smaller)
             return pixels
-        with _open(io.BytesIO(data), kind) as image:
-            _check_size(image.width, image.height, key, max_pixels)
-            return np.array(to_rgb(image))
-    except UnreadableSample:
-        raise
-    except Image.DecompressionBombError as error:  # PIL has a limit of its own
-        raise UnreadableSample(key, str(error)) from error
-    except Exception as error:  # damaged bytes raise anything in PIL: OSError, SyntaxError, struct.error, zlib.error
-        raise UnreadableSample(key, f"damaged {kind}: {' '.join(str(error).split())}") from error
+        except ValueError:
+            return None
+
+    def _read_header(self) -> tuple[tuple[int, int], int]:
+        if self.kind == "JPEG":
+            try:
+                height, width, colorspace, _ = simplejpeg.decode_jpeg_header(self._data, strict=False)
+            except ValueError:
+                colorspace = "CMYK"
+            if colorspace not in ("CMYK", "YCCK"):  # those are PIL's
+                self._turbo = True
+                return (height, width), self._orientation(self._open()) if _has_exif(self._data) else 1
+        image = self._open()
+        return (image.height, image.width), self._orientation(image)
+
+    def _orientation(self, image: Image.Image) -> int:
+        try:
+            found = image.getexif().get(_ORIENTATION, 1)
+        except Exception:  # as for pixels, PIL raises anything; damaged metadata leave a good image
+            return 1
+        return found if found in range(1, 9) else 1
+
+    def _open(self) -> Image.Image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked by us
+            return Image.open(io.BytesIO(self._data), formats=(self.kind,))
+
+    def _format(self, data: bytes) -> str:
+        if data[:3] == b"\xff\xd8\xff":
+            return "JPEG"
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            return "PNG"
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return "WEBP"
+        found = f"found {len(data)} beginning {data[:8]!r}"
+        raise UnreadableSample(self._key, f"expected the bytes of a JPEG, PNG or WebP, {found}", self._file)
+
+    def _unreadable(self, error: Exception) -> UnreadableSample:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, Image.DecompressionBombError):  # PIL has a limit of its own
+            reason = f"damaged {self.kind}: {reason}"
+        return UnreadableSample(self._key, reason, self._file)
 
 
-def read_image(path: Path, key: str) -> np.ndarray:
-    """Decode a file; see `decode`."""
+def _has_exif(jpeg: bytes) -> bool:
+    """Whether a JPEG has EXIF data before its pixels; PIL takes twenty times as long to say so."""
+    place = 2
+    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":
+        if jpeg[place + 1 : place + 2] == b"\xe1" and jpeg[place + 4 : place + 10] == b"Exif\0\0":
+            return True
+        fill = jpeg[place + 1 : place + 2] == b"\xff"
+        place += 1 if fill else 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+    return False
+
+
+def read_image(path: Path, key: str) -> EncodedImage:
+    """An image file; see `EncodedImage`."""
     try:
-        return decode(path.read_bytes(), key)
+        return EncodedImage(path.read_bytes(), key, str(path))
     except OSError as error:
-        raise UnreadableSample(key, f"{path}: {error.strerror}") from error
+        raise UnreadableSample(key, f"{path}: {error.strerror}", str(path)) from error
 
 
-def read_size_hw(path: Path) -> tuple[int, int]:
-    """(height, width) in pixels, from a file's header alone.
+def read_header(path: Path) -> EncodedImage:
+    """Size and orientation of a file from its first bytes; not to be decoded.
 
     Raises:
-        ValueError: The file is no readable image, naming it.
+        UnreadableSample: The file is no readable image, naming it.
     """
     with path.open("rb") as file:
-        kind = _format(file.read(16), str(path))
-        file.seek(0)
-        try:
-            with _open(file, kind) as image:
-                return image.height, image.width
-        except Exception as error:
-            raise UnreadableSample(str(path), f"damaged {kind}: {error}") from error
-
-
-def _format(data: bytes, key: str) -> str:
-    if data[:3] == b"\xff\xd8\xff":
-        return "JPEG"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "PNG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    raise UnreadableSample(key, f"expected the bytes of a JPEG, PNG or WebP, found {len(data)} beginning {data[:8]!r}")
-
-
-def _check_size(width: int, height: int, key: str, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise UnreadableSample(key, f"{width}x{height} pixels are more than the {max_pixels:,} allowed")
-
-
-def _decode_jpeg(data: bytes, key: str, max_pixels: int) -> np.ndarray | None:
-    """The fast path; None leaves the image to PIL (CMYK, and files with harmless faults that it forgives)."""
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        _check_size(width, height, key, max_pixels)
-        if colorspace in ("CMYK", "YCCK"):
-            return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
-        return pixels
-    except UnreadableSample:
-        raise
-    except ValueError:
-        return None
-
-
-def _open(file: IO[bytes], kind: str) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked by us
-        return Image.open(file, formats=(kind,))
+        return EncodedImage(file.read(_HEAD), str(path), str(path))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB; see `decode`. PIL's own conversion shows what is behind transparent pixels."""
+    """Any PIL image as 8-bit RGB; see `EncodedImage.decode`. PIL's own conversion shows what is behind transparency."""
     if image.mode in _DEEP_MODES:  # PIL's own conversion clips to 255 instead of scaling
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:

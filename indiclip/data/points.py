@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from indiclip.data.images import read_image, read_size_hw
+from indiclip.data.images import read_header, read_image
 from indiclip.data.tables import Strings, check_files, column, existing, load_json, xywh_to_xyxy
 from indiclip.types import Sample
 
@@ -70,19 +70,26 @@ class CountingPoints(Dataset[Sample]):
         index = range(len(self))[index]
         key, label = self.key(index), int(self._labels[index])
         at = slice(*self._starts[index : index + 2].tolist())
-        sample = Sample(image=read_image(self.folder / key, key), key=key, points_xy=self._points_xy[at].copy())
+        image = read_image(self.folder / key, key)
+        sample = Sample(image=image, key=key, points_xy=self._points_xy[at].copy())
+        sample["annotated_upright"] = tuple(self._sizes_hw[index].tolist()) != image.size_hw
         sample["count_class"], sample["count_label"] = self.classes[label], label
         if self._boxed[index]:
             sample["boxes_xyxy"] = self._boxes_xyxy[at].copy()
             sample["classes"] = np.full(len(sample["boxes_xyxy"]), label)
         return sample
 
+    @property
+    def sizes_hw(self) -> np.ndarray:
+        """Height and width of each image, (number of samples, 2)."""
+        return self._sizes_hw
+
     def _size_hw(self, entry: dict[str, Any], where: str) -> tuple[int, int]:
-        size = read_size_hw(self.folder / entry["file_name"])
-        said = (entry.get("height", size[0]), entry.get("width", size[1]))
-        if said != size:
-            raise ValueError(f"{where}: the file has (height, width) {size}, the entry says {said}")
-        return size
+        header = read_header(self.folder / entry["file_name"])
+        said = (entry.get("height", header.size_hw[0]), entry.get("width", header.size_hw[1]))
+        if said not in (header.size_hw, header.upright_hw):
+            raise ValueError(f"{where}: the file has (height, width) {header.size_hw}, the entry says {said}")
+        return said
 
     def _place(self, points: list[Any], wheres: list[str]) -> np.ndarray:
         """All points, one image after the other, inside their images."""

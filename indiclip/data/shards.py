@@ -1,45 +1,31 @@
 """Image-text pairs in the WebDataset format: tars whose members `key.jpg`, `.txt`, `.json`, `.cls` make a sample.
 
-The members' places are indexed once, so that any sample is one read away and the order is free; webdataset reads a
-shard from its start, which cannot be resumed exactly. Only the extensions below are ever read: nothing is unpickled,
+An index says where each sample's parts are, so that any sample is one read away and the order is free; webdataset reads
+a shard from its start, which cannot be resumed exactly. Only the extensions below are ever read: nothing is unpickled,
 no link is followed.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import mmap
 import os
-import re
-import shutil
-import tarfile
-import tempfile
 import zlib
 from collections import Counter, OrderedDict
 from glob import glob
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
 from torch.utils.data import Dataset
 
-from indiclip.data.images import UnreadableSample, decode
-from indiclip.data.tables import Strings, existing, stable_hash
-from indiclip.types import Sample
+from indiclip.data import cache, tar_index
+from indiclip.data.images import EncodedImage, UnreadableSample
+from indiclip.data.tables import existing
+from indiclip.data.tar_index import TarIndex
+from indiclip.types import Quarantined, Sample
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_READ = (*_IMAGES, "txt", "json", "cls")
-_SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$")
-_MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")  # webdataset's rule: the key ends at the file name's first dot
 _OPEN_FILES = 64  # per process; thousands of shards would exceed the usual limit of 1,024
-
-# Where a sample's bytes are in its shard: (offset, length), length -1 where there is none.
-_PLACES = np.dtype([("shard", "i4"), ("image", "i8", 2), ("txt", "i8", 2), ("json", "i8", 2), ("label", "i8")])
-_NOWHERE = (0, -1)
-
-Parts = dict[str, tuple[int, int]]  # extension -> (offset, length)
 
 
 class Shards(Dataset[Sample]):
@@ -49,21 +35,24 @@ class Shards(Dataset[Sample]):
     else `label` or `cls` of the `.json`.
 
     Args:
-        urls: Files, globs or brace expansions (`train-{0000..0009}.tar.gz`), one or a list. A `.tar.gz` is unpacked
-            once into a cache folder (`INDICLIP_CACHE`, else ~/.cache/indiclip).
+        urls: Files, globs or brace expansions (`train-{0000..0009}.tar.gz`), or what fsspec opens (`s3://`, `gs://`,
+            `https://`), one or a list. What is packed or remote is read from a local copy, see `indiclip.data.cache`.
         classes: The classes' names, or a text file with one per line.
         caption: A template such as `a photo of a {}` that makes a caption of the class where there is no text.
 
     Attributes:
         classes: Names of the classes; empty where not given.
-        labels: int64 (number of samples,): -1 where a sample has none.
+        names: The shards' names, which begin their samples' keys.
+        labels: int32 (number of samples,): -1 where a sample has none.
+        sizes_hw: int32 (number of samples, 2): height and width as stored; 0 where the image's header is unreadable.
+        starts: int64 (number of shards + 1,): the samples of shard i are `starts[i]` to `starts[i + 1] - 1`.
         left_out: How many members were left out, by extension; `(link)`, `(outside)`: a name with `..`, `(unnamed)`:
-            no key or no extension, `(no image)`: text without an image.
+            no key or no extension, `(no image)`: text without an image, `(duplicate)`.
+        damaged: What of the shards is lost to all samples: the rest of a truncated tar, a member that is there twice.
 
     Raises:
         FileNotFoundError: A shard or the class file is missing.
-        ValueError: A broken tar; duplicate keys; an empty caption; a label that is no class; an image without text
-            and label. Names the shard and the member.
+        ValueError: No tar; a label that is no class. Names the shard and the member.
     """
 
     def __init__(
@@ -73,74 +62,111 @@ class Shards(Dataset[Sample]):
         if caption is not None and ("{}" not in caption or not self.classes):
             raise ValueError(f"caption: the template {caption!r} needs a {{}} for the class's name, and `classes`")
         self.template = caption
-        self.paths = expand(urls)
-        self.left_out: Counter[str] = Counter()
-        self._files = _Files([_plain_tar(path) for path in self.paths])
-        keys: list[str] = []
-        places: list[np.ndarray] = []
-        for shard, path in enumerate(self.paths):
-            members = _members(path, self._files.paths[shard], self.left_out)
-            with _mapped(self._files.paths[shard]) as data:
-                rows = [self._row(f"{path}: {key}", shard, parts, data) for key, parts in members.items()]
-            places.append(np.array(rows, dtype=_PLACES))
-            keys.extend(f"{_stem(path)}/{key}" for key in members)
-        self._places, self._keys = np.concatenate(places), Strings(keys)
-        if not keys:
-            raise ValueError(f"{self.paths[0]}: no images in {len(self.paths)} shards; left out: {dict(self.left_out)}")
-        self.labels: np.ndarray = np.ascontiguousarray(self._places["label"])
-        self._has_labels = bool((self.labels >= 0).any())
+        self.urls = expand(urls)
+        self.names = [cache.stem(url) for url in self.urls]
+        self._indexes = tar_index.indexes(self.urls)
+        self._files = _Files(self.urls, self._indexes)
+        counts = [len(index.rows) for index in self._indexes]
+        self.starts = np.cumsum([0, *counts])
+        self.left_out = sum((index.left_out for index in self._indexes), Counter[str]())
+        self.damaged = [
+            Quarantined("", f"{name}/{key}", cache.shown(url), reason)
+            for url, name, index in zip(self.urls, self.names, self._indexes, strict=True)
+            for key, reason in index.damaged
+        ]
+        if not self.starts[-1]:
+            where = cache.shown(self.urls[0])
+            raise ValueError(f"{where}: no images in {len(self.urls)} shards; left out: {dict(self.left_out)}")
+        self.labels: np.ndarray = np.concatenate([index.rows["label"] for index in self._indexes])
+        self._check_labels()
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return int(self.starts[-1])
+
+    @property
+    def sizes_hw(self) -> np.ndarray:
+        """See the class."""
+        return np.concatenate([np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes])
 
     def key(self, index: int) -> str:
         """`shard/member` without the folder: it stays when the data moves or grows. Reads and decodes nothing."""
-        return self._keys[index]
+        shard, place = self._place(index)
+        return f"{self.names[shard]}/{self._indexes[shard].keys[place]}"
+
+    def shard(self, index: int) -> str:
+        """The shard that a sample lies in."""
+        return cache.shown(self.urls[self._place(index)[0]])
+
+    def prefetch(self, shards: list[int]) -> None:
+        """Make the local copies of packed or remote shards; nothing is to be done for others."""
+        for shard in shards:
+            self._files.path(shard)
+
+    def parts(self, index: int) -> dict[str, bytes]:
+        """The bytes of a sample's members: `image`, and `txt`, `json` where it has them.
+
+        Raises:
+            UnreadableSample: The shard cannot be read there, or the image's bytes are not those that were indexed.
+        """
+        shard, place = self._place(index)
+        row = self._indexes[shard].rows[place].tolist()  # plain numbers: each field of a row costs a microsecond
+        image, image_bytes, txt, txt_bytes, json_, json_bytes, _, _, _, crc = row
+        found = {"image": self._files.read(shard, image, image_bytes)}
+        if self._indexes[shard].has_crc and zlib.crc32(found["image"]) != crc:
+            raise self._unreadable(index, "the image's bytes are not those that were indexed (CRC-32)")
+        if txt_bytes >= 0:
+            found["txt"] = self._files.read(shard, txt, txt_bytes)
+        if json_bytes >= 0:
+            found["json"] = self._files.read(shard, json_, json_bytes)
+        return found
 
     def __getitem__(self, index: int) -> Sample:
-        place, key = self._places[range(len(self))[index]], self.key(index)
-        sample = Sample(image=decode(self._files.read(place["shard"], place["image"], key), key), key=key)
-        caption = self._caption(place, key)
-        if caption:
-            sample["caption"] = caption
-        if self._has_labels:
-            sample["label"] = int(place["label"])
+        index = range(len(self))[index]
+        key = self.key(index)
+        try:
+            parts = self.parts(index)
+            entry = read_entry(parts["json"]) if "json" in parts else {}
+            image = EncodedImage(parts["image"], key, self.shard(index))
+            sample = Sample(image=image, key=key)
+            sample.update(self._fields(index, image, parts, entry))
+        except (cache.NoCopy, UnreadableSample):
+            raise
+        except (OSError, ValueError) as error:
+            raise self._unreadable(index, str(error)) from error
         return sample
 
-    def _caption(self, place: Any, key: str) -> str | None:
-        if place["txt"][1] >= 0:
-            return self._files.read(place["shard"], place["txt"], key).decode().strip()
-        if place["json"][1] >= 0:
-            entry = json.loads(self._files.read(place["shard"], place["json"], key))
-            if (caption := _json_caption(entry)) is not None:
-                return str(caption).strip()
-        return self.template.replace("{}", self.classes[place["label"]]) if self.template else None
-
-    def _row(self, where: str, shard: int, parts: Parts, data: mmap.mmap) -> tuple[Any, ...]:
-        """Check a sample's text and label, and say where its parts are."""
-        text = {name: _text(f"{where}.{name}", data, *parts[name]) for name in ("txt", "json", "cls") if name in parts}
-        entry = _json(f"{where}.json", text["json"]) if "json" in text else {}
-        caption, caption_in = (text["txt"], "txt") if "txt" in text else (_json_caption(entry), "json")
-        if caption is not None and not (isinstance(caption, str) and caption.strip()):
-            raise ValueError(f"{where}.{caption_in}: the caption is {caption!r}; expected text")
-        found = entry.get("label", entry.get("cls"))
-        label = self._label(f"{where}.cls", text["cls"]) if "cls" in text else self._label(f"{where}.json", found)
-        image = next(name for name in _IMAGES if name in parts)
+    def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
+        """What a sample has besides its image; raises `ValueError` with a reason where it cannot be used."""
+        fields, label = Sample(), int(self.labels[index])
+        if label == tar_index.BAD_LABEL:
+            raise ValueError("the label is no whole number from 0")
+        caption = read_caption(parts, entry)
         if caption is None and label < 0:
-            raise ValueError(f"{where}.{image}: neither text (.txt, .json) nor label (.cls) beside the image")
-        return shard, parts[image], parts.get("txt", _NOWHERE), parts.get("json", _NOWHERE), label
+            raise ValueError("neither text (.txt, .json) nor label (.cls) beside the image")
+        if caption is None and self.template:
+            caption = self.template.replace("{}", self.classes[label])
+        if caption is not None:
+            fields["caption"] = caption
+        if self._has_labels:
+            fields["label"] = label
+        return fields
 
-    def _label(self, where: str, found: Any) -> int:
-        if found is None:
-            return -1
-        label = int(found) if isinstance(found, str) and found.strip().isdecimal() else found
-        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            raise ValueError(f"{where}: the label is {found!r}; expected a whole number from 0")
-        if self.classes and label >= len(self.classes):
+    def _check_labels(self) -> None:
+        self._has_labels = bool((self.labels >= 0).any())
+        if self.classes and self.labels.max() >= len(self.classes):
+            index = int(self.labels.argmax())
             raise ValueError(
-                f"{where}: the label is {label}; expected 0 to {len(self.classes) - 1} ({self.classes[-1]})"
+                f"{self.shard(index)}: {self.key(index)}: the label is {self.labels[index]}; expected 0 to "
+                f"{len(self.classes) - 1} ({self.classes[-1]})"
             )
-        return label
+
+    def _place(self, index: int) -> tuple[int, int]:
+        index = range(len(self))[index]
+        shard = int(self.starts.searchsorted(index, side="right")) - 1
+        return shard, index - int(self.starts[shard])
+
+    def _unreadable(self, index: int, reason: str) -> UnreadableSample:
+        return UnreadableSample(self.key(index), reason, self.shard(index))
 
 
 def read_classes(classes: str | list[str] | None) -> list[str]:
@@ -159,153 +185,119 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
     return names
 
 
-def expand(urls: str | list[str]) -> list[Path]:
-    """Brace expansions and globs -> shard files in order.
+def expand(urls: str | list[str]) -> list[str]:
+    """Brace expansions and globs -> shards in order.
 
     Raises:
         FileNotFoundError: A file is missing, or a glob finds none.
         ValueError: No shards, no tar, or two shards of one name (their keys would not be unique).
     """
-    paths: list[Path] = []
+    found = find(urls)
+    seen: dict[str, str] = {}
+    for url in found:
+        if cache.stem(url) in seen:
+            raise ValueError(
+                f"urls: {seen[cache.stem(url)]} and {cache.shown(url)} have one name, so keys would be duplicate; make "
+                "them two sources"
+            )
+        seen[cache.stem(url)] = cache.shown(url)
+    return found
+
+
+def find(urls: str | list[str]) -> list[str]:
+    """As `expand`, but several shards may have one name."""
+    found: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
         for name in map(os.path.expanduser, braceexpand(url)):
-            found = sorted(glob(name)) or [str(existing(name))]  # noqa: PTH207 (Path.glob takes no absolute pattern)
-            paths.extend(Path(file) for file in found)
-    if not paths:
+            found.extend(_matches(name))
+    if not found:
         raise ValueError("urls: no shards given")
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if not _SUFFIX.search(path.name):
-            raise ValueError(f"urls: {path} is no shard; expected .tar, .tar.gz or .tgz")
-        if _stem(path) in seen:
-            raise ValueError(
-                f"urls: {seen[_stem(path)]} and {path} have one name, so keys would be duplicate; make them two sources"
-            )
-        seen[_stem(path)] = path
-    return paths
+    for url in found:
+        if not cache.SUFFIX.search(cache.shown(url)):
+            raise ValueError(f"urls: {cache.shown(url)} is no shard; expected .tar, .tar.gz or .tgz")
+    return found
+
+
+def _matches(name: str) -> list[str]:
+    if not cache.is_remote(name):
+        return sorted(glob(name)) or [str(existing(name))]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    if "*" not in name:
+        return [name]  # whether it is there is asked with its size, many at once
+    found = cache.remote_glob(name)
+    if not found:
+        raise FileNotFoundError(f"{cache.shown(name)}: no such file")
+    return found
 
 
 class _Files:
-    """Reads parts of files. Descriptors open at first use and are left out of a pickle; children of a fork may share
+    """Reads parts of shards. Descriptors open at first use and are left out of a pickle; children of a fork may share
     them, because `pread` moves no common position."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, urls: list[str], indexes: list[TarIndex]) -> None:
+        self.urls, self.indexes = urls, indexes
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def read(self, file: int, place: Any, key: str) -> bytes:
-        """The bytes at (offset, length) `place` of the file with this number."""
-        offset, length = int(place[0]), int(place[1])
-        try:
-            if file not in self._open:
-                self._open[file] = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
-                if len(self._open) > _OPEN_FILES:
-                    os.close(self._open.popitem(last=False)[1])
-            data = os.pread(self._open[file], length, offset)
-        except OSError as error:
-            raise UnreadableSample(key, f"{self.paths[file]}: {error.strerror}") from error
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` of the plain tar.
+
+        Raises:
+            OSError: They are not there.
+        """
+        descriptor = self._open.get(shard)
+        if descriptor is None:
+            descriptor = self._open[shard] = os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) > _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        data = os.pread(descriptor, length, offset)
         if len(data) != length:
-            raise UnreadableSample(key, f"{self.paths[file]} has become shorter since it was indexed")
+            raise OSError("the shard has become shorter since it was indexed")
         return data
 
+    def path(self, shard: int) -> Path:
+        """The plain tar on disk, copied there if need be."""
+        url, index = self.urls[shard], self.indexes[shard]
+
+        def check(copy: Path) -> None:
+            if tar_index.fingerprint(copy) != index.fingerprint:
+                raise ValueError(f"{cache.shown(url)}: its index (.index.npz) was made of another shard")
+
+        return cache.local_tar(url, index.version, check)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
 
 
-def _members(path: Path, tar_path: Path, left_out: Counter[str]) -> dict[str, Parts]:
-    """key -> its parts, for every sample of a tar that has an image."""
-    samples: dict[str, Parts] = {}
-    try:
-        # Undecodable names stay apart and can be stored.
-        with tarfile.open(tar_path, "r:", errors="backslashreplace") as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                name = member.name.removeprefix("./")
-                key, extension = match.groups() if (match := _MEMBER.match(name)) else ("", "(unnamed)")
-                if not member.isreg() or member.issparse():
-                    extension = "(link)"
-                elif member.name.startswith("/") or ".." in PurePosixPath(name).parts:
-                    extension = "(outside)"
-                _add(samples, path, key, extension.lower(), (member.offset_data, member.size), left_out)
-            # tarfile takes a damaged header for the end of the archive.
-            with tar_path.open("rb") as file:
-                file.seek(tar.offset)
-                if (block := file.read(512)).strip(b"\0") or len(block) not in (0, 512):
-                    raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: broken tar: {error}") from error
-    for key in [key for key, parts in samples.items() if not any(name in parts for name in _IMAGES)]:
-        del samples[key]
-        left_out["(no image)"] += 1
-    return samples
+def read_entry(text: bytes) -> dict[str, Any]:
+    """The object in a `.json` member.
 
-
-def _add(
-    samples: dict[str, Parts], path: Path, key: str, extension: str, place: tuple[int, int], left_out: Counter[str]
-) -> None:
-    if extension not in _READ:
-        left_out[extension] += 1
-        return
-    parts = samples.setdefault(key, {})
-    if extension in parts or (extension in _IMAGES and any(name in parts for name in _IMAGES)):
-        twice = extension if extension in parts else f"{next(name for name in _IMAGES if name in parts)}, {extension}"
-        raise ValueError(f"{path}: duplicate key {key!r} ({twice}); expected one member of a kind")
-    parts[extension] = place
-
-
-def _plain_tar(path: Path) -> Path:
-    """The shard itself, or its unpacked copy in the cache: one file per (path, size, time), renamed when complete."""
-    if path.name.endswith(".tar"):
-        return path
-    status = path.stat()
-    identity = stable_hash(f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}")
-    folder = Path(os.environ.get("INDICLIP_CACHE") or Path.home() / ".cache" / "indiclip")
-    target = folder / f"{_stem(path)}-{identity:016x}.tar"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with gzip.open(path) as packed, os.fdopen(descriptor, "wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 20)
-        Path(part).replace(target)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: broken gzip: {error}") from error
-    finally:
-        Path(part).unlink(missing_ok=True)
-    return target
-
-
-def _mapped(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _stem(path: Path) -> str:
-    return _SUFFIX.sub("", path.name)
-
-
-def _text(where: str, data: mmap.mmap, offset: int, length: int) -> str:
-    try:
-        return data[offset : offset + length].decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: the text is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _json(where: str, text: str) -> dict[str, Any]:
+    Raises:
+        ValueError: Broken JSON, or no object.
+    """
     try:
         entry = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: broken JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON: {error}") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: found a JSON {type(entry).__name__}; expected an object")
+        raise ValueError(f"found a JSON {type(entry).__name__}; expected an object")
     return entry
 
 
-def _json_caption(entry: dict[str, Any]) -> Any:
-    return entry.get("text") if entry.get("caption") is None else entry["caption"]
+def read_caption(parts: dict[str, bytes], entry: dict[str, Any]) -> str | None:
+    """The caption in a sample's members `txt` or `json`; None where there is none.
+
+    Raises:
+        ValueError: Something that is no text, empty, or no UTF-8.
+    """
+    found: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
+    if "txt" in parts:
+        found = parts["txt"].decode()
+    if found is None:
+        return None
+    if not isinstance(found, str) or not found.strip():
+        raise ValueError(f"the caption is {str(found)[:40]!r}; expected text")
+    found.encode()  # half of a surrogate pair, which JSON can hold, is no text
+    return found.strip()

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from indiclip.data.tables import stable_hash
-from indiclip.types import Sample
+from indiclip.types import Quarantined, Sample
 
 
 class Split(Dataset[Sample]):
@@ -73,6 +73,28 @@ class Split(Dataset[Sample]):
     def labels(self) -> np.ndarray:
         """The dataset's labels, of this part."""
         return np.asarray(self.dataset.labels)[self._indices]
+
+    @property
+    def sizes_hw(self) -> np.ndarray | None:
+        """The dataset's image sizes, of this part; None where it does not know them."""
+        sizes = getattr(self.dataset, "sizes_hw", None)
+        return None if sizes is None else np.asarray(sizes)[self._indices]
+
+    @property
+    def starts(self) -> np.ndarray | None:
+        """Where each shard of the dataset begins in this part; None where there are no shards."""
+        starts = getattr(self.dataset, "starts", None)
+        return None if starts is None else np.searchsorted(self._indices, starts)
+
+    def prefetch(self, shards: list[int]) -> None:
+        """The dataset's own `prefetch`, where it has one."""
+        if hasattr(self.dataset, "prefetch"):
+            self.dataset.prefetch(shards)
+
+    @property
+    def damaged(self) -> list[Quarantined]:
+        """What is lost of the whole dataset."""
+        return list(getattr(self.dataset, "damaged", []))
 
     @property
     def captioned(self) -> bool:

@@ -21,16 +21,29 @@ class Strings:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode() for text in texts]
+        encoded = [text.encode(errors="surrogatepass") for text in texts]
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._ends: np.ndarray = ends.astype(np.uint32) if ends[-1] < 2**32 else ends
+
+    @classmethod
+    def of_buffers(cls, data: np.ndarray, ends: np.ndarray) -> Strings:
+        """From what `buffers` gave."""
+        column = cls([])
+        column._bytes, column._ends = data, ends
+        return column
+
+    def buffers(self) -> tuple[np.ndarray, np.ndarray]:
+        """All texts as UTF-8, and where each ends, beginning with 0."""
+        return self._bytes, self._ends
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]
-        return self._bytes[self._ends[index] : self._ends[index + 1]].tobytes().decode()
+        data = self._bytes[self._ends[index] : self._ends[index + 1]].tobytes()
+        return data.decode(errors="surrogatepass")
 
 
 def stable_hash(text: str) -> int:

@@ -6,7 +6,8 @@ Shape letters: see `indiclip.types`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 from indiclip import patches
+from indiclip.data.images import EncodedImage
 from indiclip.types import Batch, Sample
 
 Prepared = dict[str, Any]
@@ -28,8 +31,24 @@ _PER_DP_POINT = ("dp_points_xy", "dp_person", "dp_part", "dp_uv")
 _FOR_ONE_LIST_OF_BOXES = (v2.RandomIoUCrop, v2.SanitizeBoundingBoxes)
 
 
+# Transforms that do the same to an image of any size, so that they can come after the resizing.
+_OF_ANY_SIZE = (
+    *(v2.RandomHorizontalFlip, v2.RandomVerticalFlip, v2.ColorJitter, v2.RandomGrayscale, v2.RandomPhotometricDistort),
+    *(v2.RandomAutocontrast, v2.RandomEqualize, v2.RandomInvert, v2.RandomPosterize, v2.RandomSolarize),
+    v2.RandomChannelPermutation,
+)
+# EXIF orientation -> transpose, then mirror left-right, then mirror top-bottom.
+_TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
+
+Size = tuple[int, int]
+Region = tuple[int, int, int, int]  # top, left, height, width
+
+
 class Transform:
-    """Augment, resize into the token budget, cut into patches.
+    """Decode, turn upright, augment, resize into the token budget, cut into patches.
+
+    A JPEG is decoded no larger than what follows needs: where no augmentation depends on the image's size, or where
+    the first one is a `RandomResizedCrop`.
 
     Args:
         max_tokens: Most patches per image; larger images are scaled down, aspect kept.
@@ -56,8 +75,18 @@ class Transform:
         """Whether any step may mirror the image."""
         return any("Flip" in type(step).__name__ for step in _each(self.augment))
 
+    @property
+    def keeps_size(self) -> bool:
+        """Whether the number of patches depends on the image's size alone."""
+        return all(type(step) in _OF_ANY_SIZE for step in self.augment)
+
     def __call__(
-        self, sample: Sample, patch_size: int, canvas_hw: tuple[int, int] | None, random_seed: int | None
+        self,
+        sample: Sample,
+        patch_size: int,
+        canvas_hw: Size | None,
+        random_seed: int | None,
+        max_tokens: int | None = None,
     ) -> Prepared:
         """Prepare one sample.
 
@@ -65,31 +94,42 @@ class Transform:
             patch_size: Side of a patch in pixels.
             canvas_hw: The one image size of a fixed-size backbone, or None.
             random_seed: Seeds the augmentation; None leaves it out (validation).
+            max_tokens: A smaller budget than the transform's own.
 
         Returns:
             `patches`, `size_hw`, `scale`, and the sample's annotations in the resized image's pixels, as tensors.
+
+        Raises:
+            UnreadableSample: The image cannot be decoded.
         """
-        fields = _wrap(sample)
-        if self.augment and random_seed is not None:
-            # Not torch.manual_seed: it also seeds every GPU backend, at 0.3 ms a call.
-            before = torch.default_generator.get_state()
-            torch.default_generator.manual_seed(random_seed)
-            fields = _drop_outside(v2.Compose(self.augment)(fields))
-            torch.default_generator.set_state(before)
+        budget = min(self.max_tokens, max_tokens or self.max_tokens)
+
+        def fit(size: Size) -> Size:
+            if canvas_hw is not None:
+                return patches.fit_canvas_hw(*size, patch_size, canvas_hw)
+            return patches.fit_hw(*size, patch_size, budget)
+
+        fields, full = _wrap(sample)
+        steps = self.augment if random_seed is not None else []
+        with _seeded(random_seed if steps else None):
+            region, size, left = _plan_reading(full, steps, fit)
+            fields = {name: _move(value, region, size) for name, value in fields.items()}
+            fields["image"] = tv_tensors.Image(_read_region(sample["image"], full, region, size))
+            fields = v2.Compose(left)(fields) if left else fields
+        if steps:
+            fields = _drop_outside(fields)
             if fields["image"].dtype != torch.uint8:
                 raise ValueError(f"augment: gives an image of {fields['image'].dtype}; expected torch.uint8")
         height, width = fields["image"].shape[-2:]
-        if canvas_hw is not None:
-            size = patches.fit_canvas_hw(height, width, patch_size, canvas_hw)
-        else:
-            size = patches.fit_hw(height, width, patch_size, self.max_tokens)
+        scale = (size[0] / region[2], size[1] / region[3])
+        size = fit((height, width))
         if size != (height, width):
-            fields = v2.Resize(list(size), antialias=True)(fields)
+            fields = {name: _move(value, (0, 0, height, width), size) for name, value in fields.items()}
         prepared = {name: _plain(value) for name, value in fields.items() if name != "image"}
         prepared |= {name: _inside(value, size) for name, value in prepared.items() if name.endswith("points_xy")}
         prepared["patches"] = patches.patchify(_plain(fields["image"]), patch_size)
         prepared["size_hw"] = size
-        prepared["scale"] = (size[0] / height, size[1] / width)
+        prepared["scale"] = (scale[0] * size[0] / height, scale[1] * size[1] / width)
         return prepared
 
 
@@ -114,13 +154,84 @@ def _each(steps: Iterable[Any]) -> Iterator[Any]:
         yield from _each(getattr(step, "transforms", ()))
 
 
-def _wrap(sample: Sample) -> dict[str, Any]:
-    """NumPy -> tv_tensors, so that v2 transforms know what each entry is."""
-    image_CHW = torch.from_numpy(np.ascontiguousarray(sample["image"])).permute(2, 0, 1)
-    canvas = (int(image_CHW.shape[1]), int(image_CHW.shape[2]))
-    fields: dict[str, Any] = {"image": tv_tensors.Image(image_CHW)}
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers from `seed`, and the generator as it was afterwards; nothing where it is None."""
+    if seed is None:
+        yield
+        return
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds every GPU backend, at 0.3 ms a call
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+def _plan_reading(full: Size, steps: list[Any], fit: Callable[[Size], Size]) -> tuple[Region, Size, list[Any]]:
+    """Which part (top, left, height, width) of the upright image is wanted at which size, and what is left to do."""
+    if steps and type(steps[0]) is v2.RandomResizedCrop:
+        canvas = tv_tensors.Image(torch.empty(3, *full, device="meta"))
+        at = steps[0].make_params([canvas])
+        height, width = steps[0].size
+        return (at["top"], at["left"], at["height"], at["width"]), (int(height), int(width)), steps[1:]
+    late = all(type(step) in _OF_ANY_SIZE for step in steps)
+    return (0, 0, *full), fit(full) if late else full, steps
+
+
+def _read_region(image: Any, full: Size, region: Region, size: Size) -> Tensor:
+    """A part of an image, decoded no larger than needed, as uint8 (3, *size)."""
+    if isinstance(image, EncodedImage):
+        # So large that the part still has the pixels that it is shown with.
+        needed = (-(-full[0] * size[0] // region[2]), -(-full[1] * size[1] // region[3]))
+        smaller = needed if needed[0] <= full[0] and needed[1] <= full[1] else full
+        pixels = image.decode(smaller if image.orientation < 5 else smaller[::-1])
+        image_CHW = _turn(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), image.orientation)
+    else:
+        image_CHW = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    found = image_CHW.shape[-2:]
+    if region[2:] != full:
+        top, left, height, width = (
+            round(place * found[i % 2] / full[i % 2]) for i, place in enumerate((*region[:2], *region[2:]))
+        )
+        image_CHW = image_CHW[:, top : top + max(height, 1), left : left + max(width, 1)]
+    return patches.resize(_plain(image_CHW), size)
+
+
+def _move(value: Any, region: Region, size: Size) -> Any:
+    """Annotations of a part of the image at another size."""
+    if not isinstance(value, tv_tensors.TVTensor):
+        return value
+    if region[2:] == tuple(TF.get_size(value)):
+        return value if region[2:] == size else TF.resize(value, list(size), antialias=True)
+    return TF.resized_crop(value, *region, list(size), antialias=True)
+
+
+def _turn(value: Any, orientation: int) -> Any:
+    """Turn an image, mask or boxes upright from EXIF's `orientation`."""
+    if orientation == 1 or not isinstance(value, tv_tensors.TVTensor):
+        return value
+    transpose, left_right, top_bottom = _TURNS[orientation]
+    if transpose and isinstance(value, tv_tensors.BoundingBoxes):
+        swapped = _plain(value)[:, [1, 0, 3, 2]]
+        value = tv_tensors.wrap(swapped, like=value, canvas_size=value.canvas_size[::-1])
+    elif transpose:
+        value = tv_tensors.wrap(_plain(value).transpose(-1, -2), like=value)
+    if left_right:
+        value = TF.horizontal_flip(value)
+    return TF.vertical_flip(value) if top_bottom else value
+
+
+def _wrap(sample: Sample) -> tuple[dict[str, Any], Size]:
+    """The annotations as tv_tensors in the frame of the upright image, and that image's (height, width)."""
+    image = sample["image"]
+    encoded = isinstance(image, EncodedImage)
+    full = image.upright_hw if encoded else image.shape[:2]
+    turned = not encoded or sample.get("annotated_upright", False)  # no turn to make
+    canvas = full if turned else image.size_hw
+    fields: dict[str, Any] = {}
     for name, value in sample.items():
-        if name == "image":
+        if name in ("image", "annotated_upright"):
             continue
         if isinstance(value, np.ndarray):
             tensor = torch.from_numpy(value)
@@ -133,10 +244,10 @@ def _wrap(sample: Sample) -> dict[str, Any]:
                 tensor = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas, clamping_mode=None)
             elif name.endswith("masks"):
                 tensor = tv_tensors.Mask(tensor)
-            fields[name] = tensor
+            fields[name] = tensor if turned else _turn(tensor, image.orientation)
         else:
             fields[name] = value
-    return fields
+    return fields, full
 
 
 def _drop_outside(fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,227 @@
+"""`indiclip shards check`: everything is read as training would read it, and more is said about it.
+
+The same functions as in training decide what is unreadable; what is odd but can be used is a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from indiclip.commands.findings import Finding, Findings, json_line
+from indiclip.commands.parallel import results
+from indiclip.commands.reading import Range, all_captions, opened, ranges
+from indiclip.data import cache, tar_index
+from indiclip.data.box_shards import check_boxes
+from indiclip.data.images import EncodedImage, UnreadableSample
+from indiclip.data.shards import Shards, find, read_caption, read_entry
+from indiclip.data.tar_index import BAD_LABEL, IMAGES, TEXTS
+
+_WARNINGS = (
+    "left-out member",
+    "placeholder caption",
+    "long caption",
+    "control character in a caption",
+    "extreme aspect",
+    "identical image",
+    "repeated sample",
+)
+_PLACEHOLDERS = {"none", "na", "n/a", "nan", "null", "nil", "undefined", "unknown", "untitled", "-", "?", "<na>"}
+_MAX_ASPECT = 20  # 1:20 or 20:1
+# What runs when something loads or opens it. Nothing of it is ever read, but it has no place in a shard.
+_PROGRAMS = {
+    *("pkl", "pickle", "pt", "pth", "ckpt", "joblib", "dill", "marshal"),
+    *("py", "pyc", "pyd", "so", "dll", "dylib", "exe", "bat", "cmd", "sh", "ps1", "js", "jar"),
+}
+_UNSAFE = {"(link)": "a link or a special file", "(outside)": "its name leads out of the folder"}
+_NUM_CLASSES = 2**31  # the shards alone do not say how many there are
+
+Result = TypeVar("Result")
+
+
+def run(shards: list[str], max_characters: int, out: str | None, workers: int | None, as_json: bool) -> int:
+    """Check shards and print what was found. Returns 1 where training could not use something."""
+    urls = find(shards)
+    opened.cache_clear()  # they may have changed since the last call
+    with Findings(_WARNINGS, out) as findings:
+        counts = []
+        for count, found in results(_shard, urls, workers, "shards"):
+            counts.append(count)
+            findings.add(found)
+        findings.add(_same_names(urls, counts))
+        tasks = [piece for url, count in zip(urls, counts, strict=True) for piece in ranges(url, count)]
+        hashes = []
+        for found, of_range in results(partial(_samples, max_characters=max_characters), tasks, workers, "samples"):
+            findings.add(found)
+            hashes.append(of_range)
+        findings.add(_repeats(tasks, hashes))
+    if as_json:
+        summary = {"shards": len(urls), "samples": sum(counts), "clean": findings.clean, **findings.summary()}
+        print(json_line(summary), end="")
+    else:
+        print(f"{sum(counts):,} samples in {len(urls):,} shards: {'no problems' if findings.clean else 'problems'}")
+        findings.show()
+    return 0 if findings.clean else 1
+
+
+def _shard(url: str) -> tuple[int, list[Finding]]:
+    """The number of samples, and what is wrong with the tar and with members that are no part of a sample."""
+    shown = cache.shown(url)
+    damaged: list[tuple[str, str]] = []
+    found = []
+    try:
+        tar = cache.local_tar(url, cache.stat(url))
+        for name, member in tar_index.members(tar, damaged):
+            if finding := _member(shown, name, tar_index.key_and_extension(name, member)[1]):
+                found.append(finding)
+        shards = opened(url)
+    except (ValueError, OSError) as error:
+        found += [Finding("broken shard", shown, key, reason) for key, reason in damaged]
+        return 0, [*found, Finding("broken shard", shown, "", str(error).removeprefix(f"{shown}: "))]
+    for lost in shards.damaged:
+        kind = "duplicate member" if "there twice" in lost.reason else "broken shard"
+        found.append(Finding(kind, shown, lost.key, lost.reason))
+    if count := shards.left_out["(no image)"]:
+        found.append(Finding("text without an image", shown, "", f"keys without {', '.join(IMAGES)}: {count:,}"))
+    return len(shards), found
+
+
+def _member(shard: str, name: str, extension: str) -> Finding | None:
+    if extension in _UNSAFE:
+        return Finding("unsafe member", shard, name, f"{_UNSAFE[extension]}; it is not read")
+    if extension.rpartition(".")[2] in _PROGRAMS:
+        return Finding("unsafe member", shard, name, "loading such a file can run code; it is not read")
+    if extension == "(too large)":
+        return Finding("unsafe member", shard, name, "too large for a part of a sample; it is not read")
+    if extension not in (*IMAGES, *TEXTS):
+        return Finding("left-out member", shard, name, f"is not read; expected {', '.join((*IMAGES, *TEXTS))}")
+    return None
+
+
+class Hashes(NamedTuple):
+    """64 bits of each sample's image, and of image, caption and label; 0 where it cannot be read."""
+
+    images: np.ndarray
+    samples: np.ndarray
+
+
+def _samples(piece: Range, max_characters: int) -> tuple[list[Finding], Hashes]:
+    shards, found = opened(piece.url), []
+    hashes = Hashes(*np.zeros((2, piece.last - piece.first), np.uint64))
+    for place, index in enumerate(range(piece.first, piece.last)):
+        sample = _Sample(shards, index, max_characters)
+        found += sample.found
+        hashes.images[place], hashes.samples[place] = sample.hashes
+    return found, hashes
+
+
+class _Sample:
+    """One sample, read part by part, so that everything that is wrong with it is said."""
+
+    def __init__(self, shards: Shards, index: int, max_characters: int) -> None:
+        self.found: list[Finding] = []
+        self.hashes = (0, 0)
+        self._shard, self._key = shards.shard(index), shards.key(index)
+        parts = self._try("unreadable bytes", shards.parts, index)
+        if parts is None:
+            return
+        image = self._try("unreadable image", EncodedImage, parts["image"], self._key)
+        if image is not None:
+            self._try("unreadable image", image.decode)
+            if max(image.size_hw) > _MAX_ASPECT * min(image.size_hw):
+                self._say("extreme aspect", f"{image.size_hw[1]}x{image.size_hw[0]} pixels")
+        entry = self._try("unreadable JSON", read_entry, parts["json"]) if "json" in parts else {}
+        if entry is None:
+            return
+        caption = self._try("unreadable caption", read_caption, parts, entry)
+        for _, text in all_captions(parts, entry, caption):
+            self._check_caption(text, max_characters)
+        label = int(shards.labels[index])
+        if label == BAD_LABEL:
+            self._say("unreadable label", "the label is no whole number from 0")
+        if "annotations" in entry and image is not None:
+            self._try("unreadable boxes", check_boxes, entry, image, _NUM_CLASSES)
+        sound = all(finding.kind in _WARNINGS for finding in self.found)
+        if caption is None and label == -1 and "annotations" not in entry and sound:
+            self._say("nothing to learn", "neither text (.txt, .json) nor label (.cls) nor boxes beside the image")
+        self.hashes = _hash(parts["image"]), _hash(parts["image"], f"{label}:{caption}".encode())
+
+    def _check_caption(self, text: str, max_characters: int) -> None:
+        if text.casefold() in _PLACEHOLDERS:
+            self._say("placeholder caption", f"the caption is {text!r}")
+        if len(text) > max_characters:
+            self._say("long caption", f"{len(text):,} characters; more than {max_characters:,}")
+        control = next(
+            (letter for letter in text if unicodedata.category(letter) == "Cc" and letter not in "\t\n\r"), ""
+        )
+        if control:
+            self._say("control character in a caption", f"{control!r} in {text[:40]!r}")
+
+    def _try(self, kind: str, function: Callable[..., Result], *arguments: Any) -> Result | None:
+        try:
+            return function(*arguments)
+        except UnreadableSample as error:
+            self._say(kind, error.reason)
+        except (OSError, ValueError) as error:
+            self._say(kind, str(error))
+        return None
+
+    def _say(self, kind: str, reason: str) -> None:
+        self.found.append(Finding(kind, self._shard, self._key, reason))
+
+
+def _hash(*contents: bytes) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for content in contents:
+        digest.update(content)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _same_names(urls: list[str], counts: list[int]) -> Iterator[Finding]:
+    """Keys that shards of one name share; keys begin with the shard's name."""
+    of_name: defaultdict[str, list[str]] = defaultdict(list)
+    for url, count in zip(urls, counts, strict=True):
+        if count:
+            of_name[cache.stem(url)].append(url)
+    for group in of_name.values():
+        first_in: dict[str, str] = {}
+        for url in group if len(group) > 1 else []:
+            shards = opened(url)
+            for key in map(shards.key, range(len(shards))):
+                if key in first_in:
+                    yield Finding("duplicate key", cache.shown(url), key, f"is in {first_in[key]} too")
+                else:
+                    first_in[key] = cache.shown(url)
+
+
+def _repeats(tasks: list[Range], hashes: list[Hashes]) -> Iterator[Finding]:
+    """Samples whose image was there before, with another caption or with the same."""
+    if not tasks:
+        return
+    starts = np.cumsum([0, *(piece.last - piece.first for piece in tasks)])
+    images, samples = (np.concatenate(column) for column in zip(*hashes, strict=True))
+    first_image, first_sample = _first_places(images), _first_places(samples)
+
+    def where(place: int) -> tuple[str, str]:
+        number = int(starts.searchsorted(place, side="right")) - 1
+        piece = tasks[number]
+        shards = opened(piece.url)
+        return cache.shown(piece.url), shards.key(piece.first + place - int(starts[number]))
+
+    for place in np.flatnonzero(first_image != np.arange(len(images))).tolist():
+        same = first_sample[place] != place
+        first_shard, first_key = where(int((first_sample if same else first_image)[place]))
+        kind, what = ("repeated sample", "image and caption are") if same else ("identical image", "the image is")
+        yield Finding(kind, *where(place), f"{what} that of {first_key} in {first_shard}")
+
+
+def _first_places(hashes: np.ndarray) -> np.ndarray:
+    """Of each hash, where it was first; unreadable samples (0) are each their own."""
+    _, first, number = np.unique(hashes, return_index=True, return_inverse=True)
+    return np.where(hashes == 0, np.arange(len(hashes)), first[number])

@@ -1,0 +1,85 @@
+"""What `check` found: counted, with the first examples, and written line by line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+_EXAMPLES = 3  # of each kind that are printed
+_LONGEST = 160  # characters of a reason that are printed
+
+
+class Finding(NamedTuple):
+    """Something about a shard or one of its samples."""
+
+    kind: str
+    shard: str
+    key: str  # of the sample or the member; nothing where it is about the whole shard
+    reason: str
+
+
+class Findings:
+    """Collects findings without keeping them.
+
+    Args:
+        warnings: The kinds that do not make data unusable.
+        out: A file for all of them, one JSON object a line; opened at once, so that a mistake is known at once.
+    """
+
+    def __init__(self, warnings: Iterable[str], out: str | None) -> None:
+        self.warnings = frozenset(warnings)
+        self.counts: Counter[str] = Counter()
+        self.examples: defaultdict[str, list[Finding]] = defaultdict(list)
+        self._file = Path(out).open("w", encoding="utf-8") if out else None  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> Findings:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file:
+            self._file.close()
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Count them, and write them."""
+        for finding in findings:
+            self.counts[finding.kind] += 1
+            if len(self.examples[finding.kind]) < _EXAMPLES:
+                self.examples[finding.kind].append(finding)
+            if self._file:
+                level = "warning" if finding.kind in self.warnings else "problem"
+                self._file.write(json_line({"level": level, **finding._asdict()}))
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is nothing but warnings."""
+        return self.counts.keys() <= self.warnings
+
+    def summary(self) -> dict[str, Any]:
+        """Problems and warnings by kind: their number, and examples."""
+        kinds: dict[str, Any] = {"problems": {}, "warnings": {}}
+        for kind, count in self.counts.most_common():
+            examples = [finding._asdict() for finding in self.examples[kind]]
+            kinds["warnings" if kind in self.warnings else "problems"][kind] = {"count": count, "examples": examples}
+        return kinds
+
+    def show(self) -> None:
+        """Print the summary."""
+        for level, kinds in self.summary().items():
+            if kinds:
+                print(f"{level}:")
+            for kind, found in kinds.items():
+                print(f"{found['count']:>9,}  {kind}")
+                for example in found["examples"]:
+                    reason = " ".join(example["reason"].split())
+                    shown = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
+                    line = f"             {example['shard']}: {example['key']}: {shown}"
+                    print(line.replace(": : ", ": ").encode(errors="backslashreplace").decode())
+
+
+def json_line(entry: dict[str, Any]) -> str:
+    """One line of JSON, in which Indian scripts can be read and broken names can be stored."""
+    return json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"

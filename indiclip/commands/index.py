@@ -1,0 +1,92 @@
+"""`indiclip shards index`: an index beside each shard."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from indiclip.commands.parallel import results
+from indiclip.data import cache, tar_index
+from indiclip.data.shards import expand
+from indiclip.data.tar_index import TarIndex
+
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def run(shards: list[str], crc: bool, workers: int | None, as_json: bool) -> int:
+    """Index shards and print what was found. Returns 1 where one is damaged."""
+    done = list(results(partial(_index, crc=crc), expand(shards), workers, "indexing"))
+    left_out = sum((Counter(found["left_out"]) for found in done), Counter[str]())
+    damaged = [found for found in done if found["damaged"]]
+    summary = {
+        "shards": len(done),
+        "samples": sum(found["samples"] for found in done),
+        "built": sum(found["built"] for found in done),
+        "left_out": dict(left_out.most_common()),
+        "damaged": {found["shard"]: found["damaged"] for found in damaged},
+        "elsewhere": {found["shard"]: found["index"] for found in done if found["elsewhere"]},
+    }
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        _show(summary)
+    return 1 if damaged else 0
+
+
+def _index(url: str, crc: bool) -> dict[str, Any]:
+    """What is known of a shard after its index has been built, unless an up-to-date one is there."""
+    shown = cache.shown(url)
+    file = tar_index.index_path(url)
+    found: dict[str, Any] = {"shard": shown, "samples": 0, "built": False, "left_out": {}, "elsewhere": False}
+    try:
+        version = cache.stat(url)
+        index = tar_index.find_index(url, version)
+        if index is None or (crc and not index.has_crc):
+            index = tar_index.build(cache.local_tar(url, version), version, crc)
+            found["built"] = True
+        if found["built"] or not (cache.is_remote(url) or file.exists()):
+            file = _save(index, url, version)
+            found["elsewhere"] = file != tar_index.index_path(url)
+    except (ValueError, OSError) as error:
+        return {**found, "damaged": [["", str(error)]]}
+    return {
+        **found,
+        "samples": len(index.rows),
+        "left_out": dict(index.left_out),
+        "damaged": index.damaged,
+        "index": str(file),
+    }
+
+
+def _save(index: TarIndex, url: str, version: cache.Stat) -> Path:
+    """Keep an index beside its shard, or in the cache folder where that is read-only."""
+    beside = tar_index.index_path(url)
+    # The system lets root write to a folder without any right to write; who took the rights away meant it.
+    if not cache.is_remote(url) and beside.parent.stat().st_mode & 0o222:
+        try:
+            index.save(beside)
+            return beside
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+    file = cache.cached_name(url, version, ".index.npz")
+    index.save(file)
+    return file
+
+
+def _show(summary: dict[str, Any]) -> None:
+    built = summary["built"]
+    print(
+        f"{summary['samples']:,} samples in {summary['shards']:,} shards; {built:,} indexes built, the rest up to date"
+    )
+    for reason, count in summary["left_out"].items():
+        print(f"  left out: {count:,} members {reason}")
+    if summary["elsewhere"]:
+        print(f"  {len(summary['elsewhere']):,} indexes are in {cache.folder()}: they cannot lie beside their shards")
+    for shard, reasons in summary["damaged"].items():
+        for key, reason in reasons:
+            print(f"  damaged: {shard}: {key + ': ' if key else ''}{reason}")

@@ -1,0 +1,80 @@
+"""The same work on many things, in processes, with a progress bar."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader, Dataset
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Failed:
+    error: OSError | ValueError
+
+
+class _Results(Dataset[Result], Generic[Task, Result]):
+    def __init__(self, work: Callable[[Task], Result], tasks: Sequence[Task]) -> None:
+        self.work, self.tasks = work, tasks
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Result | _Failed:  # type: ignore[override]
+        try:
+            return self.work(self.tasks[index])
+        except (OSError, ValueError) as error:  # for the user; the DataLoader would hand over a page of traceback
+            return _Failed(error)
+
+
+def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, what: str) -> Iterator[Result]:
+    """`work(task)` of every task, in order; a few are done ahead of the one that is asked for.
+
+    A DataLoader does it, because its processes end with this one, and it notices when one of them is killed.
+
+    Args:
+        work: A function of a module.
+        workers: Processes; 0 works in this one, None takes one per processor.
+        what: What is done, for the progress bar, which shows on a terminal.
+
+    Raises:
+        OSError, ValueError: As `work` does.
+        RuntimeError: A process was killed.
+    """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, len(tasks) - 1)  # a single task needs no process
+    running = _start(work, tasks, max(workers, 0))  # before the bar starts a thread
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        for result in progress.track(running, len(tasks), description=what):
+            if isinstance(result, _Failed):
+                raise result.error
+            yield result
+
+
+def _start(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Any:
+    # The processes never see Ctrl-C: this one ends them, and they do not wait for their results to be read.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than processors, as asked for
+            loader = DataLoader(_Results(work, tasks), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+            return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _as_it_is(result: Result) -> Result:
+    return result

@@ -1,0 +1,111 @@
+"""Which folder a run writes to, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from indiclip.names import nearest
+from indiclip.survival.checkpoints import newest_good, saved_at, what_is_wrong
+
+_locks: list[IO[str]] = []  # open while a run goes on
+_CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself
+
+
+def config_files(argv: list[str]) -> list[str]:
+    """The files that `--config` names."""
+    following = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-c")]
+    return following + [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+
+
+def run_folder(config: Any, subcommand: str) -> Path:
+    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>` where a name is given."""
+    checkpoint = config.get("ckpt_path")
+    if checkpoint == "last":
+        return _go_on(config, subcommand)
+    if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
+        near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
+        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest(checkpoint, near)}")
+    if checkpoint and Path(checkpoint).is_file():
+        reason = what_is_wrong(Path(checkpoint))
+        if reason and reason.startswith("torn"):
+            good = newest_good(Path(checkpoint).resolve().parent)[0]
+            raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; the newest good one there is {good or 'none'}")
+    if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
+        return Path(checkpoint).parent.parent
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    if not _is_first_process():
+        return root / name  # only the first process writes there
+    for number in range(1, 10_000):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)  # atomic: two runs started together get two folders
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError(f"--name: {root} holds 10,000 runs named {name}")
+
+
+def lock(folder: Path) -> None:
+    """Keep a folder for this process until `unlock`, or until it ends, however it ends.
+
+    Raises:
+        ValueError: Another process trains there.
+    """
+    if not _is_first_process():
+        return
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader workers would inherit it
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(f"{folder}: another process ({file.read().strip()}) trains there") from error
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _locks.append(file)
+
+
+def unlock() -> None:
+    """Give back what `lock` took."""
+    while _locks:
+        _locks.pop().close()
+
+
+def _run_name(config: Any, subcommand: str) -> str:
+    files = config_files(sys.argv)
+    name = config.get("name") or (Path(files[0]).stem if files else subcommand)
+    if "/" in name or name in ("", ".", ".."):
+        raise ValueError(f"--name: {name!r} must be a plain folder name")
+    return str(name)
+
+
+def _is_first_process() -> bool:
+    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _go_on(config: Any, subcommand: str) -> Path:
+    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint, else a new one."""
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
+    folders = root.iterdir() if root.is_dir() else []
+    matches = [match for folder in folders if (match := of_name.fullmatch(folder.name))]
+    for folder in [root / m[0] for m in sorted(matches, key=lambda m: int(m[2] or 1), reverse=True)]:
+        file, step, passed_over = newest_good(folder / "checkpoints")
+        for line in passed_over if _is_first_process() else []:
+            print(f"indiclip: passed over {folder / 'checkpoints'}/{line}", file=sys.stderr)
+        if file is not None:
+            config["ckpt_path"] = str(file)
+            if _is_first_process():
+                print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
+            return folder
+    config["ckpt_path"] = None
+    if _is_first_process():
+        print(f"no whole checkpoint in {root / name}*: starting from the beginning")
+    return run_folder(config, subcommand)

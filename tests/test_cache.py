@@ -1,0 +1,260 @@
+"""Local copies of packed and remote shards: checked, bounded, shared between processes, made once."""
+
+import gzip
+import io
+import multiprocessing
+import os
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from indiclip.data import cache, prefetch, tar_index
+from indiclip.data.images import UnreadableSample
+from indiclip.data.shards import Shards
+from indiclip.data.source import Source
+from indiclip.data.steps import Steps
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("INDICLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def tar_bytes(*values, side=4, noise=False):
+    """A shard with a sample per value."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for i, value in enumerate(values):
+            picture = io.BytesIO()
+            pixels = np.random.default_rng(value).integers(0, 256, (side, side, 3)) if noise else value
+            Image.fromarray(np.full((side, side, 3), pixels, np.uint8)).save(picture, "PNG")
+            for name, data in ((f"{i}.png", picture.getvalue()), (f"{i}.txt", f"value {value}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def captions(shards):
+    return [sample["caption"] for sample in shards]
+
+
+def copies(place):
+    return sorted(file.name.rpartition("-")[0] for file in place.glob("*.tar"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_remote_shards_are_read_from_one_copy(place, packed):
+    memory, name = fsspec.filesystem("memory"), "a.tar.gz" if packed else "a.tar"
+    data = tar_bytes(1, 2)
+    memory.pipe(f"/one/{name}", gzip.compress(data) if packed else data)
+    memory.pipe(f"/one/b{name[1:]}", gzip.compress(tar_bytes(3)) if packed else tar_bytes(3))
+    shards = Shards("memory://one/*.tar" + ".gz" * packed)
+    assert captions(shards) == ["value 1", "value 2", "value 3"]
+    assert [shards.key(i) for i in range(3)] == ["a/0", "a/1", "b/0"]
+    assert shards.sizes_hw.tolist() == [[4, 4]] * 3
+    memory.rm("/one", recursive=True)
+    assert captions(shards) == ["value 1", "value 2", "value 3"]
+    assert copies(place) == ["a", "b"]
+
+
+def test_a_url_with_file_goes_through_the_cache_and_a_changed_shard_is_copied_anew(tmp_path, place):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes(1))
+    assert captions(Shards(f"file://{path}")) == ["value 1"]
+    path.write_bytes(tar_bytes(2))
+    os.utime(path, (0, 0))
+    assert captions(Shards(f"file://{path}")) == ["value 2"]
+    assert copies(place) == ["a", "a"]
+
+
+def test_an_index_is_enough_to_begin_and_the_copy_is_checked_against_it(tmp_path, place):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes(1, 2))
+    tar_index.build(path, cache.Stat(path.stat().st_size, "elsewhere")).save(tar_index.index_path(str(path)))
+    shards = Shards(f"file://{path}")
+    assert len(shards) == 2
+    assert copies(place) == []  # nothing has been read yet
+    assert captions(shards) == ["value 1", "value 2"]
+    other = bytearray(path.read_bytes())
+    other[600] ^= 1  # of the same length
+    path.write_bytes(other)
+    os.utime(path, (1, 1))
+    with pytest.raises(UnreadableSample, match=r"a\.tar: its index \(\.index\.npz\) was made of another shard"):
+        Shards(f"file://{path}")[0]
+
+
+def test_the_copies_stay_within_the_bound_and_the_oldest_leaves(tmp_path, place, monkeypatch):
+    for name in "abc":
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(ord(name), side=100, noise=True))
+    size = (tmp_path / "a.tar").stat().st_size
+    monkeypatch.setenv("INDICLIP_CACHE_GB", str(2.5 * size / 1e9))
+    shards = Shards(f"file://{tmp_path}/{{a,b,c}}.tar")
+    for name, left in (("a", ["a", "c"]), ("b", ["a", "b"]), ("a", ["a", "b"]), ("c", ["a", "c"])):
+        # Each asks for its copy anew, as another process would.
+        cache.local_tar(f"file://{tmp_path}/{name}.tar", cache.stat(f"file://{tmp_path}/{name}.tar"))
+        assert copies(place) == left
+        time.sleep(0.01)
+    assert captions(shards) == ["value 97", "value 98", "value 99"]
+    monkeypatch.setenv("INDICLIP_CACHE_GB", "1e-6")
+    (tmp_path / "d.tar").write_bytes(tar_bytes(4))
+    with pytest.raises(OSError, match=r"a shard of .* bytes exceeds the bound of 1,000 \(INDICLIP_CACHE_GB\)"):
+        Shards(f"file://{tmp_path}/d.tar")
+
+
+def _fetch(url, queue):
+    queue.put(cache.local_tar(url, cache.stat(url)).stat().st_ino)
+
+
+def test_processes_share_one_copy(tmp_path, place):
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(tar_bytes(*range(20), side=64, noise=True)))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_fetch, args=(str(path), queue)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    inodes = {queue.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join(30)
+    assert len(inodes) == 1
+    assert copies(place) == ["a"]
+
+
+def test_what_killed_processes_left_is_overwritten_or_removed(tmp_path, place):
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(tar_bytes(1)))
+    target = cache.cached_name(str(path), cache.stat(str(path)), ".tar")
+    target.with_suffix(".part").write_bytes(b"half of it")
+    old = place / "other.part"
+    old.write_bytes(b"of a shard that is no more")
+    os.utime(old, (0, 0))
+    assert captions(Shards(str(path))) == ["value 1"]
+    assert not list(place.glob("*.part"))
+
+
+def test_a_server_that_fails_is_asked_again_and_then_named(monkeypatch, place):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/two/a.tar", tar_bytes(7))
+    tries = []
+
+    def broken(self, path, mode="rb", **options):
+        tries.append(path)
+        if len(tries) < failures:
+            raise ConnectionError("reset by peer")
+        return type(memory)._open(self, path, mode, **options)
+
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(type(memory), "open", broken)
+    failures = 3
+    assert captions(Shards("memory://two/a.tar")) == ["value 7"]
+    assert len(tries) == 3
+    memory.pipe("/two/b.tar", tar_bytes(7))
+    failures = 99
+    with pytest.raises(OSError, match=r"memory://two/b\.tar: no copy could be made in .*: reset by peer"):
+        Shards("memory://two/b.tar")
+
+
+def test_a_short_answer_is_no_shard(monkeypatch, place):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/three/a.tar", tar_bytes(7))
+    whole = memory.info("/three/a.tar")["size"]
+    stat = cache.stat
+    monkeypatch.setattr(cache, "stat", lambda url: cache.Stat(whole + 1, "x") if url.endswith("tar") else stat(url))
+    with pytest.raises(ValueError, match=rf"memory://three/a\.tar: received {whole:,} bytes; expected {whole + 1:,}"):
+        Shards("memory://three/a.tar")
+    assert copies(place) == []
+
+
+def test_missing_remote_shards_and_unknown_protocols_are_named():
+    with pytest.raises(FileNotFoundError, match=r"none\.tar"):
+        Shards("memory://four/none.tar")
+    with pytest.raises(FileNotFoundError, match=r"memory://four/\*\.tar: no such file"):
+        Shards("memory://four/*.tar")
+    with pytest.raises(ValueError, match=r"nosuch://bucket/a\.tar: .*nosuch"):
+        Shards("nosuch://bucket/a.tar")
+
+
+def test_messages_hold_no_password_and_no_signature():
+    assert cache.shown("https://me:secret@host/x/a.tar?X-Signature=5") == "https://host/x/a.tar"
+    assert cache.stem("https://me:secret@host/x/a.tar.gz?X-Signature=5") == "a"
+
+
+def test_a_moved_shard_keeps_its_index_and_a_changed_one_does_not(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes(1, 2))
+    index = tar_index.build(path, cache.stat(str(path)))
+    index.save(tar_index.index_path(str(path)))
+    os.utime(path, (5, 5))
+    monkeypatch.setattr(tar_index, "build", None)  # not to be called
+    assert captions(Shards(str(path))) == ["value 1", "value 2"]
+    monkeypatch.undo()
+    path.write_bytes(tar_bytes(3, 4))  # as long
+    assert captions(Shards(str(path))) == ["value 3", "value 4"]
+
+
+def test_a_torn_or_foreign_index_is_made_anew(tmp_path, place):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes(1))
+    file = Path(tar_index.index_path(str(path)))
+    tar_index.build(path, cache.stat(str(path))).save(file)
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    for data in (b"", whole[: len(whole) // 2], bytes(damaged), b"PK\x05\x06" + bytes(18)):
+        file.write_bytes(data)
+        assert tar_index.TarIndex.load(file) is None
+        assert captions(Shards(str(path))) == ["value 1"]
+
+
+def test_an_index_with_crc_finds_changed_bytes(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes(1, 2))
+    tar_index.build(path, cache.stat(str(path)), crc=True).save(tar_index.index_path(str(path)))
+    shards = Shards(str(path))
+    assert captions(shards) == ["value 1", "value 2"]
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 6] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UnreadableSample, match=r"a/0: the image's bytes are not those that were indexed \(CRC-32\)"):
+        shards[0]
+    assert shards[1]["caption"] == "value 2"
+
+
+@pytest.mark.parametrize("budget", [{"batch_size": 2}, {"batch_tokens": 8, "batch_multiple": 1, "max_tokens": 4}])
+def test_the_next_windows_shards_are_fetched_while_this_ones_are_read(tmp_path, place, budget):
+    for name in "abcdef":
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(1, 2, 3, 4))
+    shards = Shards(f"file://{tmp_path}/*.tar")
+    for copy in place.glob("*.tar"):  # made to index them
+        copy.unlink()
+    steps = Steps([Source("t", shards, window=2, **budget)], 0, 2, None, train=True)
+    seen = []
+    for step in range(24 // len(steps[0]["t"]["keys"])):
+        seen += [key.split("/")[0] for key in steps[step]["t"]["keys"]]
+        for thread in threading.enumerate():
+            if thread.name == "prefetch":
+                thread.join(30)
+        ahead = set(copies(place)) - set(seen[: len(seen) // 8 * 8 + 8])
+        assert len(ahead) == (2 if len(seen) <= 16 else 0)  # the window after this one
+    assert sorted(seen) == sorted("abcdef" * 4)
+    assert copies(place) == list("abcdef")
+
+
+def test_a_shard_that_cannot_be_fetched_ahead_is_said(tmp_path, place):
+    for name in "ab":
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(1, 2))
+    shards = Shards(f"file://{tmp_path}/*.tar")
+    for file in (*place.glob("*.tar"), *tmp_path.glob("*.tar")):
+        file.unlink()
+    with pytest.warns(UserWarning, match=r"a\.tar"):
+        prefetch._fetch(shards, [0, 1])
+    with pytest.raises(UnreadableSample, match=r"a/0: .*No such file"):
+        shards[0]

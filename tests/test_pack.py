@@ -1,0 +1,287 @@
+"""`indiclip shards pack`: webdataset reads the same samples, the same bytes every time, and nothing half done."""
+
+import csv
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from indiclip.cli import main
+from indiclip.commands.sources import unique_keys
+from indiclip.data import cache, tar_index
+from indiclip.data.shard_writer import ShardWriter
+from indiclip.data.shards import Shards
+
+ROOT = Path(__file__).parent.parent
+
+
+def pack(source, out, *words, name="train"):
+    return main(["shards", "pack", str(source), "--out", str(out), "--name", name, "--workers", "0", *map(str, words)])
+
+
+def save(path, value=0, size=(4, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def digest(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.tar"))}
+
+
+def left_out(folder, name="train"):
+    lines = (folder / f"{name}-left-out.jsonl").read_text("utf-8").splitlines()
+    return {entry["name"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """25 images with captions beside them."""
+    for i in range(25):
+        save(tmp_path / "photos" / f"{i}.png", i).with_suffix(".txt").write_text(f"caption {i} दीया\n", "utf-8")
+    return tmp_path / "photos"
+
+
+def test_webdataset_reads_what_was_packed(pairs, tmp_path):
+    assert pack(pairs, tmp_path / "out", "--samples", 10) == 0
+    urls = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    assert [Path(url).name for url in urls] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert sorted(sample["__key__"] for sample in theirs) == sorted(map(str, range(25)))
+    for sample in theirs:
+        assert sample["png"] == (pairs / f"{sample['__key__']}.png").read_bytes()
+        assert sample["txt"] == (pairs / f"{sample['__key__']}.txt").read_bytes()
+    keys = [int(sample["__key__"]) for sample in theirs]
+    assert keys != sorted(keys)  # shards are read in windows: their order is that of training
+    ours = Shards(urls)
+    assert [sample["caption"] for sample in ours] == [f"caption {key} दीया" for key in keys]
+    for url in urls:
+        index = tar_index.TarIndex.load(tar_index.index_path(url))
+        assert index.version == cache.stat(url)
+
+
+def test_the_same_files_give_the_same_bytes(pairs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pairs, copy)
+    for i, file in enumerate(sorted(copy.iterdir(), reverse=True)):
+        os.utime(file, (i, i))
+        file.chmod(0o600)
+    assert pack(pairs, tmp_path / "a", "--samples", 7) == 0
+    command = ["pack", str(copy), "--out", str(tmp_path / "b"), "--name", "train", "--samples", "7", "--workers", "3"]
+    assert main(["shards", *command]) == 0
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert len(digest(tmp_path / "a")) == 4
+    assert pack(pairs, tmp_path / "c", "--samples", 7, "--seed", 1) == 0
+    assert digest(tmp_path / "a") != digest(tmp_path / "c")
+    with tarfile.open(tmp_path / "a" / "train-000000.tar") as tar:
+        assert {(m.uid, m.gid, m.uname, m.mtime, m.mode) for m in tar} == {(0, 0, "", 0, 0o644)}
+
+
+def test_folders_of_classes_and_a_second_split_with_the_same_numbers(tmp_path, capsys):
+    for name in ("घड़ा", "diya", "kite.v2"):
+        for i in range(3):
+            save(tmp_path / "train" / name / f"{i}.jpg", 7 * i)
+    save(tmp_path / "val" / "kite.v2" / "0.PNG", 9)
+    out = tmp_path / "out"
+    assert pack(tmp_path / "train", out) == 0
+    assert pack(tmp_path / "val", out, name="val") == 0
+    assert (out / "classes.txt").read_text("utf-8") == "diya\nkite.v2\nघड़ा\n"
+    shards = Shards(str(out / "train-*.tar"), str(out / "classes.txt"), "a {}")
+    captions = {sample["key"].split("/")[1]: sample["caption"] for sample in shards}
+    assert captions["kite_v2_0"] == "a kite.v2"
+    assert np.bincount(shards.labels).tolist() == [3, 3, 3]
+    assert Shards(str(out / "val-*.tar"), str(out / "classes.txt"))[0]["label"] == 1
+    save(tmp_path / "other" / "lamp" / "0.jpg")
+    assert pack(tmp_path / "other", out, name="test") == 2
+    assert "'lamp' is not among the 3 classes of classes.txt" in capsys.readouterr().err
+    coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "diya"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    assert pack(tmp_path / "coco.json", out, name="test") == 2
+    assert "classes.txt names other classes than" in capsys.readouterr().err
+    save(tmp_path / "lines" / "a\nb" / "0.jpg")
+    assert pack(tmp_path / "lines", tmp_path / "new") == 2
+    assert r"the class 'a\nb' is no line of text" in capsys.readouterr().err
+
+
+def test_a_table_keeps_none_and_na_and_declares_the_language(tmp_path):
+    rows = {"a.png": "None", "sub/b.png": "NA", "c.png": "nan", "d.png": 'said "no"', "e.png": "दो, दीये"}
+    for value, name in enumerate(rows):
+        save(tmp_path / "images" / name, value)
+    with (tmp_path / "t.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("path", "hi", "note"), *((name, text, "") for name, text in rows.items())])
+    words = ("--images", tmp_path / "images", "--image_column", "path", "--caption_column", "hi")
+    assert pack(tmp_path / "t.csv", tmp_path / "out", *words) == 0
+    shards = Shards(str(tmp_path / "out" / "*.tar"))
+    found = {sample["key"].split("/")[1]: sample["caption"] for sample in shards}
+    assert found == {"a": "None", "sub_b": "NA", "c": "nan", "d": 'said "no"', "e": "दो, दीये"}
+    assert {shards.parts(i)["json"] for i in range(5)} == {b'{"language":"hi"}'}
+
+
+def test_what_cannot_be_read_is_left_out_and_listed(tmp_path, capsys):
+    folder = tmp_path / "images"
+    for name in ("good", "blank", "other"):
+        save(folder / f"{name}.png", len(name))
+    save(tmp_path / "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "half.png").write_bytes((folder / "good.png").read_bytes()[:50])
+    (folder / "text.jpg").write_text("no image")
+    names = ["good", "blank", "link", "half", "../secret", "missing", "good"]
+    lines = ["file\tcaption", *(f"{name}.png\t{'' if name == 'blank' else 'x'}" for name in names)]
+    table = folder / "t.tsv"
+    table.write_text("\n".join([*lines, f"{tmp_path}/secret.png\tx", "text.jpg\tx", "\tx"]))
+    assert pack(table, tmp_path / "out") == 0
+    assert "2 of 10 samples in 1 shards" in capsys.readouterr().out
+    reasons = left_out(tmp_path / "out")
+    expected = {
+        3: "the caption is ''; expected text",
+        4: "'link.png' lies outside the folder",
+        5: "damaged PNG: ",
+        6: "'../secret.png' lies outside the folder",
+        7: "missing.png: no such file",
+        9: f"'{tmp_path}/secret.png' lies outside the folder",
+        10: "expected the bytes of a JPEG, PNG or WebP, found 8",
+        11: "no image is named",
+    }
+    assert reasons.keys() == {f"t.tsv: line {number}" for number in expected}
+    for number, message in expected.items():
+        assert message in reasons[f"t.tsv: line {number}"]
+    assert {s["key"].split("/")[1] for s in Shards(str(tmp_path / "out" / "*.tar"))} == {"good", "good_1"}
+
+
+def test_nothing_is_overwritten_and_mistakes_are_one_line(pairs, tmp_path, capsys):
+    assert pack(pairs, tmp_path / "out") == 0
+    assert pack(pairs, tmp_path / "out", name="tra") == 0  # of another name
+    before = digest(tmp_path / "out")
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "t.csv").write_text("file,captoin\na.png,x\n")
+    (tmp_path / "t.zip").touch()
+    (tmp_path / "coco.json").write_text('{"images": [], "annotations": []}')
+    save(pairs.parent / "both" / "a.png")
+    save(pairs.parent / "both" / "class" / "a.png")
+    for source, words, message in (
+        (pairs, [], "train-000000.tar is there already and is not overwritten"),
+        (tmp_path / "empty", ["--name", "x"], "empty: no images (jpg, jpeg, png, webp) in it or in its 0 folders"),
+        (tmp_path / "nosuch", ["--name", "x"], "nosuch: no such file or folder"),
+        (tmp_path / "t.csv", ["--name", "x"], "no column 'caption'; nearest is 'captoin'"),
+        (tmp_path / "t.zip", ["--name", "x"], "expected a folder, a .csv, .tsv or .parquet table, or a COCO .json"),
+        (tmp_path / "coco.json", ["--name", "x"], "no list 'categories'"),
+        (tmp_path / "both", ["--name", "x"], "images in the folder and in 1 folders of it; expected either"),
+        (pairs, ["--name", "a/b"], "--name: found 'a/b'"),
+        (pairs, ["--name", "x", "--size", "5 apples"], "argument --size: found '5 apples'; expected a size such as"),
+        (pairs, ["--name", "x", "--smaples", "5"], "--smaples: no such option; nearest is '--samples'"),
+    ):
+        assert pack(source, tmp_path / "out", *words) == 2, message
+        error = capsys.readouterr().err
+        assert message in error, error
+        assert error.count("\n") == 1
+    assert digest(tmp_path / "out") == before
+
+
+def test_size_bounds_a_shard_and_a_larger_sample_has_its_own(tmp_path):
+    with ShardWriter(tmp_path, "s", max_samples=100, max_bytes=20_000) as writer:
+        for i, size in enumerate((8_000, 8_000, 8_000, 50_000, 10)):
+            writer.add(str(i), {"jpg": bytes(size)})
+    found = []
+    for shard in writer.shards:
+        with tarfile.open(shard) as tar:
+            found.append(tar.getnames())
+    assert found == [["0.jpg", "1.jpg"], ["2.jpg"], ["3.jpg"], ["4.jpg"]]
+    assert writer.num_samples == 5
+
+
+def noise_pairs(folder, count):
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"noise {i}")
+
+
+def test_a_full_disk_leaves_whole_shards_only(tmp_path, capsys):
+    noise_pairs(tmp_path / "photos", 12)  # of 50 kB
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))
+        assert pack(tmp_path / "photos", tmp_path / "out", "--samples", 2) == 0  # each shard fits
+        assert pack(tmp_path / "photos", tmp_path / "full", "--samples", 4) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out, error = capsys.readouterr()
+    assert "not finished; whole are, in" in out
+    assert "0 of 12 samples in 0 shards" in out
+    assert "File too large: " in error
+    assert ".train-000000.tar.part" in error
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_pack_leaves_whole_shards_and_no_process(number, tmp_path):
+    noise_pairs(tmp_path / "photos", 1)
+    for i in range(1, 2000):  # enough to be stopped in the middle
+        for kind in ("png", "txt"):
+            (tmp_path / "photos" / f"{i}.{kind}").hardlink_to(tmp_path / "photos" / f"0.{kind}")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "indiclip.cli", "shards", "pack", str(tmp_path / "photos"), "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(
+        [*command, "--name", "train", "--samples", "1", "--workers", "2"],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
+    while not (out / "train-000000.tar.index.npz").exists():
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = children.read_text().split()
+    os.killpg(process.pid, number)
+    shown, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "not finished; whole are, in" in shown
+    assert "Traceback" not in error
+    assert workers
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not list(out.glob(".*"))
+    shards = sorted(out.glob("*.tar"))
+    assert [len(Shards(str(shard))) for shard in shards] == [1] * len(shards)
+    assert 0 < len(shards) < 2000
+
+
+def test_keys_are_safe_file_names_without_dots_and_unique():
+    names = ["a.b", "a_b", "x/y", "x_y", "दीया", "../..", "a b", "CON:1", "\ud800x", ""]
+    keys = unique_keys(names)
+    expected = ["a_b", "a_b_1", "x_y", "x_y_1", "दीया", "_", "a_b_2", "CON_1", "x", "__1"]
+    assert [keys[i] for i in range(len(keys))] == expected
+
+
+def test_parquet_has_missing_values_and_texts_that_look_like_them(tmp_path, capsys, monkeypatch):
+    save(tmp_path / "a.png")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"file": ["a.png", "a.png", None], "caption": ["NA", None, "x"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 0
+    assert [sample["caption"] for sample in Shards(str(tmp_path / "out" / "*.tar"))] == ["NA"]
+    assert set(left_out(tmp_path / "out").values()) == {"the caption is ''; expected text", "no image is named"}
+    (tmp_path / "t.parquet").write_bytes(b"no parquet")
+    assert pack(tmp_path / "t.parquet", tmp_path / "out", name="x") == 2
+    assert "t.parquet: broken Parquet: " in capsys.readouterr().err
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "t.parquet").touch()
+    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
+    assert "Parquet needs the package pyarrow: pip install pyarrow" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""Signals: the step is finished, all ranks save, and the run leaves with the scheduler's code; it resumes exactly."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from test_cli import config, fit
+from test_vote import TESTS, two_ranks
+
+from indiclip.survival.preemption import requeue
+
+
+def experiment(folder, number=None, step=0, steps=6, **signal_options):
+    """A run that keeps a diary, and gets a signal where `number` is given."""
+    tree = config(trainer__max_steps=steps)
+    callbacks = [{"class_path": "trouble.Diary", "init_args": {"folder": str(folder / "diary")}}]
+    if number:
+        arguments = {"number": int(number), "step": step, **signal_options}
+        callbacks.append({"class_path": "trouble.Signal", "init_args": arguments})
+    tree["trainer"]["callbacks"] = callbacks
+    tree["data"]["steps_per_epoch"] = 3
+    return tree
+
+
+def diary(folder, rank=0):
+    """Step -> ids, of what was done last."""
+    rows = [json.loads(line) for line in (folder / "diary" / f"keys-{rank}.jsonl").read_text().splitlines()]
+    return {row["step"]: row["keys"] for row in rows}, [row["step"] for row in rows]
+
+
+def weights(folder, rank=0):
+    return torch.load(folder / "diary" / f"weights-{rank}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert fit(folder, experiment(folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [2, 0])
+def test_a_signal_saves_and_the_resumed_run_ends_with_the_same_weights(
+    tmp_path, capfd, monkeypatch, uninterrupted, number, status, step
+):
+    """After the second of six steps; or (0) in the validation that follows the third."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    before = signal.getsignal(number)
+    assert fit(tmp_path, experiment(tmp_path, number, step)) == status
+    assert signal.getsignal(number) == before
+    error = capfd.readouterr().err
+    assert f"{number.name}: finishing the step, then saving" in error
+    saved = tmp_path / "runs" / "experiment" / "checkpoints" / f"{step or 3}.ckpt"
+    assert f"indiclip: {number.name}: saved {saved}, step {step or 3}" in error
+    assert saved.is_file()
+    assert fit(tmp_path, experiment(tmp_path), "--ckpt_path", "last") == 0
+    assert f"going on from {saved}: step {step or 3}" in capfd.readouterr().out
+    keys, order = diary(tmp_path)
+    assert (keys, order) == diary(uninterrupted)
+    assert order == list(range(6))
+    expected = weights(uninterrupted)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
+
+
+def test_a_signal_in_the_middle_of_a_step_of_two_micro_batches_waits_for_its_end(tmp_path):
+    tree = experiment(tmp_path, signal.SIGTERM, 2)
+    tree["trainer"]["accumulate_grad_batches"] = 2
+    tree["data"]["steps_per_epoch"] = 8
+    assert fit(tmp_path, tree) == 143
+    assert diary(tmp_path)[1] == [0, 0, 1, 1]
+    checkpoint = tmp_path / "runs" / "experiment" / "checkpoints" / "2.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+
+
+def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path):
+    done, folder = two_ranks(tmp_path, experiment(tmp_path, signal.SIGTERM, 2, steps=50, rank=1))
+    assert done.returncode == 143, done.stderr[-3000:]
+    assert diary(tmp_path, 0)[1] == diary(tmp_path, 1)[1] == [0, 1]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
+    assert lines == [f"indiclip: SIGTERM: saved {folder / 'checkpoints' / '2.ckpt'}, step 2"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_ctrl_c_leaves_a_step_that_never_ends(tmp_path):
+    tree = experiment(tmp_path)
+    tree["trainer"]["callbacks"].append({"class_path": "trouble.Stuck", "init_args": {"step": 2}})
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    seen = ""
+    while "stuck\n" not in seen:
+        seen += run.stderr.readline()
+    run.send_signal(signal.SIGINT)
+    while "SIGINT: finishing the step" not in seen:
+        seen += run.stderr.readline()
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert not (tmp_path / "runs" / "experiment" / "checkpoints").exists()
+
+
+def fake_scontrol(folder, monkeypatch, status=0):
+    script = folder / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\necho no such job >&2\nexit {status}\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+
+
+def test_slurms_signal_puts_the_job_into_the_queue_again(tmp_path, monkeypatch, capfd):
+    fake_scontrol(tmp_path, monkeypatch)
+    assert fit(tmp_path, experiment(tmp_path, signal.SIGUSR1, 2)) == 138
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert "step 2; job 77 is queued again (1 of 20)" in capfd.readouterr().err
+
+
+def test_a_run_is_queued_again_only_so_often_and_only_while_it_gets_on(tmp_path, monkeypatch):
+    fake_scontrol(tmp_path, monkeypatch)
+    assert requeue(tmp_path, 5, 4) == "job 77 is queued again (1 of 4)"
+    assert requeue(tmp_path, 5, 4) == "job 77 is queued again (2 of 4)"
+    assert requeue(tmp_path, 5, 4) == "not queued again: the last 3 starts all ended at step 5"
+    assert requeue(tmp_path, 9, 4) == "job 77 is queued again (3 of 4)"
+    assert requeue(tmp_path, 12, 4) == "job 77 is queued again (4 of 4)"
+    assert requeue(tmp_path, 15, 4) == "not queued again: it was 4 times, the most allowed (max_requeues)"
+    assert (tmp_path / "asked").read_text() == "requeue 77\n" * 4
+
+
+def test_array_jobs_failing_and_missing_scontrol(tmp_path, monkeypatch):
+    fake_scontrol(tmp_path, monkeypatch, status=1)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert requeue(tmp_path, 1, 9) == "not queued again: scontrol requeue 70_3: no such job\n"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "not queued again: scontrol requeue 70_3: [Errno 2] No such file" in requeue(tmp_path, 2, 9)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3; rm -rf x")
+    assert requeue(tmp_path, 3, 9) == "not queued again: the job is called '70_3; rm -rf x'"

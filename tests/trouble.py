@@ -1,0 +1,125 @@
+"""Things that go wrong in tests of survival, to be named in a YAML: a head with bad losses, signals, a diary."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.data import Dataset
+
+from heads.contrastive import Contrastive
+from indiclip.data.images import UnreadableSample
+from indiclip.data.mela import Mela
+
+
+class BadLoss(Contrastive):
+    """The image-text head, but at some calls its loss, or only its gradient, is not a number.
+
+    Args:
+        bad: Calls of `loss`, from 0 on.
+        rank: The one that it happens on.
+        what: `loss` or `gradient`.
+    """
+
+    def __init__(self, bad: list[int], rank: int = 0, what: str = "loss", **options) -> None:
+        super().__init__(**options)
+        self.bad, self.rank, self.what, self.calls = bad, rank, what, 0
+
+    def loss(self, features, batch, encoder):
+        losses = super().loss(features, batch, encoder)
+        mine = self.rank == (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+        if self.calls in self.bad and mine:
+            name = next(iter(losses))
+            if self.what == "loss":
+                losses[name] = losses[name] * float("nan")
+            else:  # 0, with a gradient of 0 times infinity
+                zero = features.tokens_BND - features.tokens_BND.detach()
+                losses[name] = losses[name] + zero.abs().sqrt().sum()
+        self.calls += 1
+        return losses
+
+
+class Signal(L.Callback):
+    """Sends itself a signal at the end of a step, or in the middle of the first validation.
+
+    Args:
+        number: The signal's.
+        step: After which step; 0 for the first validation batch.
+        rank: The process that gets it.
+        times: How many of them.
+    """
+
+    def __init__(self, number: int, step: int, rank: int = 0, times: int = 1) -> None:
+        self.number, self.step, self.rank, self.times = number, step, rank, times
+
+    def _send(self, trainer):
+        if trainer.global_rank == self.rank and self.times:
+            self.times -= 1
+            os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step + 1 == self.step:
+            self._send(trainer)
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if self.step == 0:
+            self._send(trainer)
+
+
+class Stuck(L.Callback):
+    """A step that never ends, said on stderr.
+
+    Args:
+        step: Which one.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step + 1 == self.step:
+            print("stuck", file=sys.stderr, flush=True)
+            while True:
+                time.sleep(0.05)
+
+
+class Diary(L.Callback):
+    """Writes the ids of each step's samples and, at the end, the weights, one file per rank, into a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        row = {"step": trainer.global_step, "keys": {task: part["keys"] for task, part in batch.items()}}
+        with (self.folder / f"keys-{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_train_end(self, trainer, module):
+        torch.save(module.state_dict(), self.folder / f"weights-{trainer.global_rank}.pt")
+
+
+class Unreadable(Dataset):
+    """Scenes of which some cannot be read.
+
+    Args:
+        num: How many there are.
+        every: One in so many is torn.
+    """
+
+    def __init__(self, num: int, every: int) -> None:
+        self.scenes, self.every = Mela(num, 32, "single"), every
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def key(self, index):
+        return f"s/{index}"
+
+    def __getitem__(self, index):
+        if index % self.every == 0:
+            raise UnreadableSample(self.key(index), "torn", "s.tar")
+        return self.scenes[index] | {"key": self.key(index)}
