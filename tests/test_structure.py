@@ -69,3 +69,9 @@ def test_data_knows_no_model():
     outside = {"indiclip.types", "indiclip.names", "indiclip.patches"}
     for file in (ROOT / "indiclip" / "data").glob("*.py"):
         assert of(file, "indiclip") <= outside | of(file, "indiclip.data"), file.name
+
+
+def test_survival_knows_of_data_the_workers_only():
+    allowed = {f"indiclip.{name}" for name in ("module", "record", "types", "names", "data.workers")}
+    for file in (ROOT / "indiclip" / "survival").glob("*.py"):
+        assert of(file, "indiclip") <= allowed | of(file, "indiclip.survival"), file.name
