@@ -52,6 +52,7 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
         ("encoder.py", {"types", "backbone", "text", "patches"}),
         ("checkpoint.py", {"backbone", "encoder", "names", "text"}),
         ("module.py", {"encoder", "head", "types", "optim"}),
+        ("run_folder.py", {"names", "survival.manifest", "survival.checkpoints"}),
     ],
 )
 def test_arrows_point_one_way(file, allowed):
