@@ -60,7 +60,10 @@ class RunRecord(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._began is not None:
-            exception.add_note(f"(while training {self._folder}, after step {trainer.global_step})")
+            saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
+            rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
+            where = f"{self._folder}{rank}, after step {trainer.global_step}; last checkpoint: {saved}"
+            exception.add_note(f"(while training {where})")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._began is None or not trainer.is_global_zero:

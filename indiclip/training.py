@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from indiclip.callbacks import StartupTable, TaskGradients, TaskProgress
 from indiclip.config_errors import ConfigError, OneLineParser, check_yaml, explain
+from indiclip.data import workers
 from indiclip.data.module import MultiTaskData
 from indiclip.data.plan import Place
 from indiclip.data.source import Source
@@ -32,9 +33,12 @@ from indiclip.module import MultiTask
 from indiclip.names import nearest
 from indiclip.record import PredictionWriter, RunRecord
 from indiclip.run_folder import config_files, lock, run_folder, unlock
+from indiclip.survival import local_ranks
 from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
+from indiclip.survival.local_ranks import LocalRanks
 from indiclip.survival.ranks import AgreedStop
 from indiclip.survival.vote import StepVote
+from indiclip.survival.watchdog import Watchdog
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -101,6 +105,7 @@ class IndiCLI(LightningCLI):
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
         ours: list[L.Callback] = [StartupTable(), StepVote(), TaskGradients(), RunRecord(), PredictionWriter()]
+        ours += [Watchdog(), LocalRanks()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
@@ -159,9 +164,16 @@ def run(argv: list[str]) -> int:
         if stop.first:
             print(f"indiclip: {stop}", file=sys.stderr)
         return stop.status
-    except (ValueError, OSError, MisconfigurationException) as error:
-        in_training = bool(getattr(error, "__notes__", None))  # see RunRecord
-        if os.environ.get("INDICLIP_TRACEBACK") or (in_training and not isinstance(error, OSError)):
+    except Exception as error:
+        if os.environ.get("INDICLIP_TRACEBACK"):
+            raise
+        notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
+        if broken := workers.explain(error) or local_ranks.explain(error):
+            print(f"indiclip: {' '.join([broken, *notes])}", file=sys.stderr)
+            return 1
+        if not isinstance(error, (ValueError, OSError, MisconfigurationException)):
+            raise
+        if notes and not isinstance(error, OSError):
             raise
         message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
         print(f"indiclip: {' '.join(message.split())}", file=sys.stderr)

@@ -52,6 +52,7 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
         ("encoder.py", {"types", "backbone", "text", "patches"}),
         ("checkpoint.py", {"backbone", "encoder", "names", "text"}),
         ("module.py", {"encoder", "head", "types", "optim"}),
+        ("run_folder.py", {"names", "survival.manifest", "survival.checkpoints"}),
     ],
 )
 def test_arrows_point_one_way(file, allowed):
@@ -69,3 +70,9 @@ def test_data_knows_no_model():
     outside = {"indiclip.types", "indiclip.names", "indiclip.patches"}
     for file in (ROOT / "indiclip" / "data").glob("*.py"):
         assert of(file, "indiclip") <= outside | of(file, "indiclip.data"), file.name
+
+
+def test_survival_knows_of_data_the_workers_only():
+    allowed = {f"indiclip.{name}" for name in ("module", "record", "types", "names", "data.workers")}
+    for file in (ROOT / "indiclip" / "survival").glob("*.py"):
+        assert of(file, "indiclip") <= allowed | of(file, "indiclip.survival"), file.name

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from indiclip.data.source import Source
 from indiclip.data.steps import Steps
+from indiclip.data.workers import StepLoader, Workers
 from indiclip.types import Batch
 
 _ALWAYS_ALLOWED = 10  # unreadable samples of a task, however small its sources
@@ -87,11 +88,12 @@ class MultiTaskData(L.LightningDataModule):
         return [steps[i] for i in range(-(-num_samples // smallest) if self.val else 0)]
 
     def _loader(self, steps: Steps, sampler: Any) -> DataLoader[dict[str, Batch]]:
-        return DataLoader(
+        return StepLoader(
             steps,
             batch_size=None,  # a step is already a batch
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=Workers("train" if steps.train else "val", self.num_workers) if self.num_workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=False,  # the sampler reads the position anew each epoch
         )

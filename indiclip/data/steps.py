@@ -12,6 +12,7 @@ from indiclip.data.plan import Place, Plan
 from indiclip.data.prefetch import Prefetch
 from indiclip.data.source import Source
 from indiclip.data.transforms import Prepared, collate
+from indiclip.data.workers import reading
 from indiclip.types import Batch, Quarantined
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
@@ -103,9 +104,11 @@ class Steps(Dataset[dict[str, Batch]]):
         attempts = min(_REPLACEMENTS, size) if self.train else 1
         for attempt in range(attempts):
             try:
-                sample = source.dataset[(place.index + attempt) % size]
+                index = (place.index + attempt) % size
                 random_seed = zlib.crc32(repr((self.seed, task, place)).encode()) if self.train else None
-                return source.transform(sample, self.patch_size, self.canvas_hw, random_seed, max_tokens)
+                with reading(task, source.dataset, index):
+                    sample = source.dataset[index]
+                    return source.transform(sample, self.patch_size, self.canvas_hw, random_seed, max_tokens)
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(task, error.key, error.file, error.reason))
         if self.train:

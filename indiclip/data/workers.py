@@ -1,0 +1,245 @@
+"""The processes of a loader: what each of them reads, which signals they ignore, how they end.
+
+A signal to the whole process group (Ctrl-C, or a scheduler's SIGTERM or SIGUSR1) reaches the workers too. They ignore
+it, because the main process has a step to finish with what they read and a checkpoint to save. They end when it has no
+more work for them, by its SIGKILL where they are stuck, and by the kernel's where it was killed itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader
+
+from indiclip.types import Batch
+
+_TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_ASK_FOR_STACKS = signal.SIGUSR2
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_NOTE = struct.Struct("=d248s")  # since when (`time.monotonic`, 0: nothing is read), and what, cut to 248 bytes
+_LIKELY = {
+    signal.SIGKILL: "most likely the machine ran out of memory (fewer data.num_workers need less)",
+    signal.SIGBUS: "most likely shared memory (/dev/shm) is full",
+}
+
+# What this process reads. A worker's is a part of the memory that it shares with the main process.
+_note: Any = bytearray(_NOTE.size)
+_all: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def reading(task: str, dataset: Any, index: int) -> Iterator[None]:
+    """Note that this process reads a sample, for whoever asks why it does not end (3 microseconds)."""
+    key = getattr(dataset, "key", None)
+    name = f"{task} sample {key(index) if key else f'{type(dataset).__name__}[{index}]'}"
+    _NOTE.pack_into(_note, 0, time.monotonic(), name.encode(errors="replace"))
+    try:
+        yield
+    except Exception as error:
+        if multiprocessing.parent_process() is not None:  # the traceback says so to the main process, see `explain`
+            error.add_note(f"(while reading {name})")
+        raise
+    finally:
+        _NOTE.pack_into(_note, 0, 0.0, b"")
+
+
+class Reading(NamedTuple):
+    """What a process reads."""
+
+    name: str  # task and sample; empty where it reads nothing
+    seconds: float  # since it began
+
+
+def _read_note(note: Any, offset: int = 0) -> Reading:
+    since, name = _NOTE.unpack_from(note, offset)
+    return Reading(name.rstrip(b"\0").decode(errors="ignore"), time.monotonic() - since) if since else Reading("", 0.0)
+
+
+def own_reading() -> Reading:
+    """What this process reads itself, as it does where `num_workers` is 0."""
+    return _read_note(_note)
+
+
+class Workers:
+    """The workers of one loader, as its `worker_init_fn`: what each does first, and what can be known about them.
+
+    Args:
+        name: Of the loader, for messages.
+        num_workers: Its processes.
+
+    Attributes:
+        processes: Of the newest iteration; empty before the first.
+    """
+
+    def __init__(self, name: str, num_workers: int) -> None:
+        self.name = name
+        self.processes: list[Any] = []
+        self._notes = multiprocessing.RawArray(ctypes.c_char, num_workers * _NOTE.size)
+        self._pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_workers)]  # stacks come through them
+        self._thread_lives = True  # as long as the process: see _end_with_the_parent
+        _all.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"processes": []}  # a spawned worker has no use for its siblings
+
+    def __call__(self, worker_id: int) -> None:
+        global _note
+        _note = memoryview(self._notes).cast("B")[worker_id * _NOTE.size :]
+        for number in _TO_THE_GROUP:
+            signal.signal(number, signal.SIG_IGN)
+        to_main = self._pipes[worker_id][1]
+        os.set_blocking(to_main.fileno(), False)  # where nobody reads, stacks are cut and nothing waits
+        faulthandler.register(_ASK_FOR_STACKS, to_main, all_threads=True)  # in C: answers while C code holds the GIL
+        if self._thread_lives:
+            _end_with_the_parent()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_TO_THE_GROUP, _ASK_FOR_STACKS))
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around the start of the processes: holds signals back from them until they are set up."""
+        ctypes.memset(self._notes, 0, ctypes.sizeof(self._notes))
+        self._thread_lives = threading.current_thread() is threading.main_thread()
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # its start would let the signals through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_TO_THE_GROUP, _ASK_FOR_STACKS))
+        gc.freeze()  # a forked worker never collects what it was born with: an old iterator there would shut down ours
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def started(self, processes: list[Any]) -> None:
+        """Take charge of the processes of a new iteration."""
+        self.processes = processes
+        for process in processes:
+            # torch, and multiprocessing when Python exits, end by SIGTERM what does not end by itself.
+            process._popen.terminate = process._popen.kill
+
+    def reading(self, worker_id: int) -> Reading:
+        """What a worker reads; where it was killed, what it read then."""
+        return _read_note(self._notes, worker_id * _NOTE.size)
+
+    def label(self, worker_id: int) -> str:
+        """Of a worker in messages."""
+        return f"{self.name} worker {worker_id} (pid {self.processes[worker_id].pid})"
+
+    def stacks(self, seconds: float = 1.0) -> list[str]:
+        """The stacks of each worker's threads as faulthandler writes them; empty where a worker does not answer.
+
+        Args:
+            seconds: How long to wait for the answers.
+        """
+        self._answers()  # to an earlier question
+        for process in self.processes:
+            if process.is_alive():
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    os.kill(process.pid, _ASK_FOR_STACKS)
+        time.sleep(seconds)
+        return self._answers()
+
+    def _answers(self) -> list[str]:
+        answers = []
+        for from_worker, _ in self._pipes[: len(self.processes)]:
+            parts = []
+            while from_worker.poll() and (part := os.read(from_worker.fileno(), 1 << 16)):
+                parts.append(part)
+            answers.append(b"".join(parts).decode(errors="replace"))
+        return answers
+
+
+class StepLoader(DataLoader[dict[str, Batch]]):
+    """A DataLoader whose `worker_init_fn`, where it has one, is a `Workers`."""
+
+    def __iter__(self) -> Any:
+        workers = self.worker_init_fn
+        if not isinstance(workers, Workers):
+            return super().__iter__()
+        with workers.starting():
+            iterator = super().__iter__()
+        workers.started(iterator._workers)  # type: ignore[attr-defined]
+        return iterator
+
+
+def living_workers() -> list[Workers]:
+    """Those of the loaders of this process of which any is alive, by name."""
+    living = [workers for workers in _all if any(process.is_alive() for process in workers.processes)]
+    return sorted(living, key=lambda workers: workers.name)
+
+
+def kill_workers() -> None:
+    """End all workers of this process at once. torch waits five seconds for each that is stuck, one after the other."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for a worker that is killed
+    for process in [process for workers in living_workers() for process in workers.processes]:
+        process.kill()
+        process.join(1.0)
+    signal.signal(signal.SIGCHLD, handler)
+
+
+atexit.register(kill_workers)  # before multiprocessing's own, which would kill them with torch's handler in place
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that came of a worker; None for any other.
+
+    Args:
+        error: As torch raises it in the main process: for a worker that was killed, or with the worker's traceback as
+            its text.
+    """
+    text = str(error)
+    if killed := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text):
+        pids = {int(pid) for pid in killed[1].split(",")}
+        found = [(w, i) for w in _all for i, process in enumerate(w.processes) if process.pid in pids]
+        return "; ".join(_how_it_ended(*one) for one in found) or text
+    if caught := re.match(r"Caught (\w+) in DataLoader worker process (\d+)\.\nOriginal Traceback", text):
+        lines = text.splitlines()
+        last_frame = max(number for number, line in enumerate(lines) if line.startswith("  "))
+        message = " ".join(lines[last_frame + 1 :]) or caught[1]
+        return f"worker {caught[2]}: {message} (INDICLIP_TRACEBACK=1 shows where)"
+    return None
+
+
+def _how_it_ended(workers: Workers, worker_id: int) -> str:
+    status = workers.processes[worker_id].exitcode
+    if status is None or status >= 0:
+        how = f"ended with status {status}"
+    else:
+        number = signal.Signals(-status)
+        how = f"was killed by {number.name}"
+        if number in _LIKELY:
+            how += f", {_LIKELY[number]}"
+    name = workers.reading(worker_id).name
+    return f"{workers.label(worker_id)} {how}; it was {f'reading {name}' if name else 'between two samples'}"
+
+
+def _end_with_the_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however it ends and whatever this process does then.
+
+    The kernel means the thread that started this process. Without Linux, and where that thread may end earlier, torch's
+    own look at the parent remains: every five seconds, between two samples.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    # A fork server, where there is one, is the parent, and ends with the main process.
+    if parent is not None and os.getppid() != parent.pid and multiprocessing.get_start_method() != "forkserver":
+        os._exit(1)  # it ended before the kernel was asked

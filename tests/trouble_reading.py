@@ -1,0 +1,68 @@
+"""A dataset in which one sample brings trouble, for tests in this process and in others (three seconds to import)."""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import time
+
+from torch.utils.data import Dataset
+
+from indiclip.data.mela import Mela
+from indiclip.data.workers import StepLoader, Workers, reading
+
+
+class Troubles(Mela):
+    """Twenty-four scenes, of which number 5 does what `kind` says. `mela-0-5` is its key.
+
+    Args:
+        kind: `wait`: sleeps until the file `flag` is there; `stuck`: reads from a pipe that stays empty, in C code
+            that holds the GIL; `killed`: SIGKILL to the process that reads; `error`: a KeyError; `collect`: collects
+            garbage; `fine`: nothing. All but the first two in workers only.
+        flag: A file; while it is there nothing happens.
+    """
+
+    def __init__(self, kind: str, flag: str = "/nowhere") -> None:
+        super().__init__(24, 32, "single")
+        self.kind, self.flag = kind, flag
+
+    def __getitem__(self, index):
+        if index == 5 and not os.path.exists(self.flag):  # noqa: PTH110
+            self.bring()
+        return super().__getitem__(index)
+
+    def bring(self):
+        if self.kind == "wait":
+            while not os.path.exists(self.flag):  # noqa: PTH110
+                time.sleep(0.05)
+        if self.kind == "stuck":
+            ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+        if multiprocessing.parent_process() is None:
+            return  # the command reads a sample itself before it starts any worker
+        if self.kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "collect":
+            gc.collect()
+        if self.kind == "error":
+            raise KeyError("captoin")
+
+
+class Keys(Dataset):
+    """Reads the samples of another dataset as a step does, and gives their keys."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        with reading("c", self.samples, index):
+            return self.samples[index]["key"]
+
+
+def loader(samples, num_workers=2):
+    """A key at a time; of two workers the second reads number 5."""
+    group = Workers("train", num_workers)
+    return StepLoader(Keys(samples), batch_size=None, num_workers=num_workers, worker_init_fn=group)
