@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from heads.contrastive import Contrastive
 from indiclip.data.images import UnreadableSample
 from indiclip.data.mela import Mela
+from indiclip.survival import checkpoints
 
 
 class BadLoss(Contrastive):
@@ -101,6 +103,35 @@ class FullDisk(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == self.step and trainer.is_global_zero:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+class Kill(L.Callback):
+    """SIGKILL for this process and its loader workers (the process group).
+
+    Args:
+        step: In which step, from 0 on.
+        function: At its start, or the `write` of a checkpoint's part, or a `replace` of a file that follow it.
+        call: Which call of the function, from 1 on.
+    """
+
+    def __init__(self, step: int, function: str | None = None, call: int = 1) -> None:
+        self.step, self.function, self.call = step, function, call
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step != self.step:
+            return
+        if self.function is None:
+            os.killpg(0, signal.SIGKILL)
+        owner = {"write": checkpoints._Hashing, "replace": Path}[self.function]
+        function, calls = getattr(owner, self.function), []
+
+        def counted(*args):
+            calls.append(args)
+            if len(calls) == self.call:
+                os.killpg(0, signal.SIGKILL)
+            return function(*args)
+
+        setattr(owner, self.function, counted)
 
 
 class Diary(L.Callback):
