@@ -155,10 +155,10 @@ def test_a_stuck_reader_does_not_hold_up_the_end_of_a_failed_run(tmp_path):
     def fail(trainer, *_):
         if trainer.global_step == 1:
             before.extend(living_workers())
-            wait_until(lambda: any(before[0].reading(i).name.endswith("mela-0-5") for i in range(2)))
+            wait_until(lambda: any(before[0].reading(i).seconds > 1.5 for i in range(2)))
             raise RuntimeError("elsewhere")
 
-    look = Then("on_exception", lambda *_: after.extend(living_workers()))
+    look = Then("on_exception", lambda *_: after.extend(p.is_alive() for p in before[0].processes))
     with pytest.raises(RuntimeError, match="elsewhere"):
         fit(tmp_path, Troubles("wait"), Then("on_train_batch_start", fail), look, num_workers=2)
-    assert (len(before), after) == (1, [])
+    assert sorted(after) == [False, True]  # the other is told to end, as always

@@ -183,14 +183,21 @@ def living_workers() -> list[Workers]:
     return sorted(living, key=lambda workers: workers.name)
 
 
-def kill_workers() -> None:
-    """End all workers of this process at once. torch waits five seconds for each that is stuck, one after the other."""
+def kill_workers(reading_for: float = 0.0) -> None:
+    """End workers of this process at once. torch waits five seconds for each that is stuck, one after the other.
+
+    Args:
+        reading_for: Only those that have been reading one sample for so many seconds. A worker that is killed while it
+            hands over a batch leaves half of it in a pipe, on which torch's pinning thread, where there is one, waits.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for a worker that is killed
-    for process in [process for workers in living_workers() for process in workers.processes]:
-        process.kill()
-        process.join(1.0)
+    for workers in living_workers():
+        for i, process in enumerate(workers.processes):
+            if workers.reading(i).seconds >= reading_for:
+                process.kill()
+                process.join(1.0)
     signal.signal(signal.SIGCHLD, handler)
 
 

@@ -21,6 +21,7 @@ from indiclip.module import Batches
 _FRAMES = 5  # innermost ones that a line on stderr shows; the file has all
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (\S+)$', re.MULTILINE)  # as faulthandler writes it
 _STDERR = 2
+_STUCK_SECONDS = 1.0  # what a worker may still read, once the run has failed
 _STANDARD_LIBRARY = Path(os.__file__).parent
 
 
@@ -65,7 +66,7 @@ class Watchdog(L.Callback):
             del trainer.save_checkpoint  # ours, see _tell_of_saves
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        kill_workers()
+        kill_workers(_STUCK_SECONDS)
         self.teardown(trainer, pl_module, "")
 
     def _tell_of_saves(self, trainer: L.Trainer) -> None:
