@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from indiclip.names import nearest
-from indiclip.survival.checkpoints import newest_good, saved_at, what_is_wrong
+from indiclip.survival.manifest import newest_good, saved_at, what_is_wrong
 
 _locks: list[IO[str]] = []  # open while a run goes on
 _CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself

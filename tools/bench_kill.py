@@ -29,7 +29,7 @@ import lightning as L
 import torch
 import yaml
 
-from indiclip.survival.checkpoints import what_is_wrong
+from indiclip.survival.manifest import what_is_wrong
 
 STEPS, EVERY = 60, 5
 

@@ -20,10 +20,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from indiclip.survival import manifest
-from indiclip.survival.manifest import newest_good, saved_at, what_is_wrong
 from indiclip.survival.ranks import AgreedStop, gathered
 
-__all__ = ["Checkpoints", "DurableCheckpointIO", "NotSaved", "newest_good", "saved_at", "what_is_wrong"]
 _HEADROOM = 1 << 20  # bytes beside the tensors, and that a file system takes for itself
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -60,7 +58,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             manifest.sync(target.parent)
             manifest.settle(target)
         except OSError as error:
-            found = newest_good(target.parent)[0]
+            found = manifest.newest_good(target.parent)[0]
             stays = f"the last good one is {found}" if found else "there is no earlier one"
             raise NotSaved(f"{target}: not saved: {error.strerror or error}; {stays}") from error
         finally:
