@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,6 +67,12 @@ def lock(folder: Path) -> None:
     except BlockingIOError as error:
         file.seek(0)
         raise ValueError(f"{folder}: another process ({file.read().strip()}) trains there") from error
+    except OSError as error:  # a network file system without locks
+        warnings.warn(
+            f"{folder}: cannot be locked ({error.strerror}); see to it that one run writes there", stacklevel=2
+        )
+        file.close()
+        return
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {platform.node()}\n")
     file.flush()
