@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
@@ -108,6 +109,7 @@ class Workers:
         faulthandler.register(_ASK_FOR_STACKS, to_main, all_threads=True)  # in C: answers while C code holds the GIL
         if self._thread_lives:
             _end_with_the_parent()
+        sys.excepthook = _unless_unconnected
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_TO_THE_GROUP, _ASK_FOR_STACKS))
 
     @contextlib.contextmanager
@@ -235,6 +237,12 @@ def _how_it_ended(workers: Workers, worker_id: int) -> str:
             how += f", {_LIKELY[number]}"
     name = workers.reading(worker_id).name
     return f"{workers.label(worker_id)} {how}; it was {f'reading {name}' if name else 'between two samples'}"
+
+
+def _unless_unconnected(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print an uncaught error, but not that the main process ended while a batch was handed over to it."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_with_the_parent() -> None:
