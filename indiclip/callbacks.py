@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from indiclip.module import Batches, MultiTask
@@ -99,13 +99,13 @@ class TaskProgress(ProgressBar):
         self._console = Console()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=24 if self._console.width >= 120 else 4),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[losses]}", table_column=Column()),  # one below the other where it is narrow
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -123,7 +123,7 @@ class TaskProgress(ProgressBar):
             return
         self._shown = now
         assert isinstance(pl_module, MultiTask)
-        losses = "  ".join(f"{name} {loss.item():.3f}" for name, loss in pl_module.head_losses.items())
+        losses = "  ".join(f"{name}\N{NO-BREAK SPACE}{loss.item():.3f}" for name, loss in pl_module.head_losses.items())
         rate = f"{self._samples / (now - self._since):.0f} samples/s"
         self._progress.update(self._bar, completed=trainer.global_step, rate=rate, losses=losses)
         if not terminal:

@@ -53,6 +53,7 @@ _NOISE = (
     "does not have many workers",
     "Couldn't infer the batch indices",  # the samples' keys say which they are
     "your dataloader is not resumable",  # it is: the position is the step number
+    "Checkpoint directory .*/checkpoints exists and is not empty",  # a run goes on in its folder, a new one has its own
 )
 
 
