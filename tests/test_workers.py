@@ -130,6 +130,17 @@ def test_workers_that_are_stuck_can_be_ended_at_once_and_answer_before():
     assert not any(process.is_alive() for process in group.processes)
 
 
+def test_a_killed_worker_is_an_error_only_where_it_is_waited_for():
+    """torch's own handler raises it in the lines between, and in one of three hundred tries inside of a lock."""
+    steps = iter(loader(Troubles("fine")))
+    next(steps)
+    killed = living_workers()[0].processes[1]
+    killed.kill()
+    wait_until(lambda: not killed.is_alive())
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(steps)
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_killed_worker_is_named_with_what_it_read(method):
     code = f"""

@@ -12,7 +12,9 @@ from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+
+from indiclip.data.workers import WatchedLoader
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -70,7 +72,7 @@ def _start(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more than processors, as asked for
-            loader = DataLoader(_Results(work, tasks), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+            loader = WatchedLoader(_Results(work, tasks), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
             return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -23,10 +23,13 @@ import time
 import weakref
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from types import TracebackType
-from typing import Any, NamedTuple
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, TypeVar
 
+from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from indiclip.types import Batch
 
@@ -38,6 +41,8 @@ _LIKELY = {
     signal.SIGKILL: "most likely the machine ran out of memory (fewer data.num_workers need less)",
     signal.SIGBUS: "most likely shared memory (/dev/shm) is full",
 }
+
+T_co = TypeVar("T_co", covariant=True)
 
 # What this process reads. A worker's is a part of the memory that it shares with the main process.
 _note: Any = bytearray(_NOTE.size)
@@ -166,8 +171,45 @@ class Workers:
         return answers
 
 
-class StepLoader(DataLoader[dict[str, Batch]]):
-    """A DataLoader whose `worker_init_fn`, where it has one, is a `Workers`."""
+class WatchedLoader(DataLoader[T_co]):
+    """A DataLoader that raises the error for a killed worker only while it waits for what that has to bring.
+
+    torch raises it from a signal handler, wherever the main process is then: while a checkpoint is written, or inside
+    of a lock, which stays locked, so that the end of the iteration waits for ever.
+    """
+
+    def _get_iterator(self) -> Any:
+        if self.num_workers == 0:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()  # type: ignore[no-untyped-call]  # as torch's does
+        if threading.current_thread() is threading.main_thread():
+            signal_handling._SIGCHLD_handler_set = True  # torch's own stays out
+            if signal.getsignal(signal.SIGCHLD) is not _on_end_of_a_child:
+                signal.signal(signal.SIGCHLD, _on_end_of_a_child)
+        return _Iterator(self)
+
+
+class _Iterator(_MultiProcessingDataLoaderIter):
+    waiting = False
+
+    def _try_get_data(self, *args: Any, **options: Any) -> Any:
+        # With a pinning thread torch looks every five seconds, and an error here could leave its queue locked.
+        _Iterator.waiting = not self._pin_memory
+        try:
+            if self.waiting:
+                _error_if_any_worker_fails()
+            return super()._try_get_data(*args, **options)  # type: ignore[no-untyped-call]
+        finally:
+            _Iterator.waiting = False
+
+
+def _on_end_of_a_child(number: int, frame: FrameType | None) -> None:
+    if _Iterator.waiting:
+        _error_if_any_worker_fails()
+
+
+class StepLoader(WatchedLoader[dict[str, Batch]]):
+    """A loader whose `worker_init_fn`, where it has one, is a `Workers`."""
 
     def __iter__(self) -> Any:
         workers = self.worker_init_fn
@@ -192,15 +234,11 @@ def kill_workers(reading_for: float = 0.0) -> None:
         reading_for: Only those that have been reading one sample for so many seconds. A worker that is killed while it
             hands over a batch leaves half of it in a pipe, on which torch's pinning thread, where there is one, waits.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for a worker that is killed
     for workers in living_workers():
         for i, process in enumerate(workers.processes):
             if workers.reading(i).seconds >= reading_for:
                 process.kill()
                 process.join(1.0)
-    signal.signal(signal.SIGCHLD, handler)
 
 
 atexit.register(kill_workers)  # before multiprocessing's own, which would kill them with torch's handler in place
