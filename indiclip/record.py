@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from rich.table import Table
 
+from indiclip import json_lines
 from indiclip.evals.report import held_out_pictures, readable, write_report
 from indiclip.module import Batches, MultiTask
 
@@ -37,12 +38,13 @@ class RunRecord(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
-        rows = read_history(self._folder) if trainer.ckpt_path else []
-        kept = [row for row in rows if row["step"] <= self._step]
-        self._began = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
+        self._began = time.monotonic()
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+            rows = read_history(self._folder) if trainer.ckpt_path else []
+            kept = [row for row in rows if row["step"] <= self._step]
+            self._began -= max((row.get("seconds", 0.0) for row in kept), default=0.0)
+            json_lines.rewrite(self._folder / "history.jsonl", kept)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
@@ -69,13 +71,13 @@ class RunRecord(L.Callback):
         if self._began is None or not trainer.is_global_zero:
             return  # no step was left to train: what the folder holds stays
         assert isinstance(pl_module, MultiTask)
-        quarantined = _read_lines(self._folder / "quarantine.jsonl")
+        quarantined = json_lines.read(self._folder / "quarantine.jsonl")
         record: dict[str, Any] = {
             "step": trainer.global_step,
             "seconds": round(time.monotonic() - self._began, 1),
             "metrics": _numbers(trainer.callback_metrics),
             "quarantined": len(quarantined),
-            "nonfinite_steps": len(_read_lines(self._folder / "nonfinite.jsonl")),
+            "nonfinite_steps": len(json_lines.read(self._folder / "nonfinite.jsonl")),
         }
         (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         record |= {"history": read_history(self._folder), "quarantined": quarantined}
@@ -131,17 +133,12 @@ class PredictionWriter(BasePredictionWriter):
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `history.jsonl`; none where there is no such file."""
-    return _read_lines(folder / "history.jsonl")
+    return json_lines.read(folder / "history.jsonl")
 
 
 def append_history(folder: Path, row: dict[str, Any]) -> None:
     """Add a row to a run's `history.jsonl`."""
-    with (folder / "history.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    json_lines.append(folder / "history.jsonl", [row])
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from indiclip.names import nearest
-from indiclip.survival.manifest import newest_good, saved_at, what_is_wrong
+from indiclip.survival.manifest import NAME, newest_good, saved_at, unlisted, what_is_wrong
 
 _locks: list[IO[str]] = []  # open while a run goes on
 _CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself
@@ -94,7 +94,9 @@ def _run_name(config: Any, subcommand: str) -> str:
 
 
 def _is_first_process() -> bool:
-    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    # torchrun numbers the nodes by itself, whatever SLURM calls them. Lightning's own start gives no RANK.
+    ranks = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
 def _go_on(config: Any, subcommand: str) -> Path:
@@ -107,6 +109,11 @@ def _go_on(config: Any, subcommand: str) -> Path:
         file, step, passed_over = newest_good(folder / "checkpoints")
         for line in passed_over if _is_first_process() else []:
             print(f"indiclip: passed over {folder / 'checkpoints'}/{line}", file=sys.stderr)
+        if file is None and (names := unlisted(folder / "checkpoints")):
+            raise ValueError(
+                f"--ckpt_path last: {folder / 'checkpoints'} has {', '.join(names)}, which no {NAME} lists as whole; "
+                "name one by --ckpt_path"
+            )
         if file is not None:
             config["ckpt_path"] = str(file)
             if _is_first_process():

@@ -16,7 +16,7 @@ from torch import nn
 
 from indiclip.survival import manifest
 from indiclip.survival.checkpoints import DurableCheckpointIO, NotSaved, foreign
-from indiclip.survival.manifest import newest_good, what_is_wrong
+from indiclip.survival.manifest import newest_good, unlisted, what_is_wrong
 
 
 def content(step, size=1000):
@@ -146,7 +146,8 @@ def test_torn_and_changed_files_are_passed_over_and_said(tmp_path):
 def test_what_is_not_listed_is_not_taken_for_whole(tmp_path):
     assert newest_good(tmp_path / "nowhere") == (None, 0, [])
     torch.save(content(5), tmp_path / "5.ckpt")
-    assert newest_good(tmp_path) == (None, 0, ["5.ckpt: not listed in manifest.json"])
+    assert newest_good(tmp_path) == (None, 0, [])
+    assert unlisted(tmp_path) == ["5.ckpt"]
     assert what_is_wrong(tmp_path / "5.ckpt") is None  # but may be named: it may come from elsewhere
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: not a list of checkpoints; name one by --ckpt_path"):

@@ -1,12 +1,15 @@
 """The record of a run: its history, and what it says of quarantined samples."""
 
 import json
+import subprocess
+import sys
 
 import lightning as L
 from helpers import tiny_encoder
 from torch.utils.data import Dataset
 
 from heads.contrastive import Contrastive
+from indiclip import json_lines
 from indiclip.callbacks import TaskGradients
 from indiclip.data.images import UnreadableSample
 from indiclip.data.mela import Mela
@@ -53,6 +56,32 @@ def test_a_run_with_corrupt_images_goes_on_counts_and_lists_them(tmp_path):
     history = read_history(folder)
     assert [row["step"] for row in history if "train/loss" in row] == [2, 4, 6, 8]
     assert [row["step"] for row in history if "val/contrastive/image_to_text_r1" in row] == [4, 8]
+
+
+def test_a_torn_line_is_left_out_and_swallows_no_other(tmp_path):
+    file = tmp_path / "history.jsonl"
+    json_lines.append(file, [{"step": 1}, {"step": 2, "key": "a\u2028b"}])
+    with file.open("a") as opened:
+        opened.write('{"step": 3, "sec')  # a kill
+    assert json_lines.read(file) == [{"step": 1}, {"step": 2, "key": "a\u2028b"}]
+    json_lines.append(file, [{"step": 3}])
+    assert [row["step"] for row in read_history(tmp_path)] == [1, 2, 3]
+    json_lines.rewrite(file, [{"step": 1}])
+    assert file.read_text() == '{"step": 1}\n'
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_rows_are_added_whole_or_not_at_all(tmp_path):
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from indiclip import json_lines\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30, 30))\n"
+        "json_lines.append(Path(sys.argv[1]), [{'step': 1}])\n"
+        "json_lines.append(Path(sys.argv[1]), [{'step': 2, 'more': 'x' * 40}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True)
+    assert "File too large" in done.stderr
+    assert (tmp_path / "a").read_text() == '{"step": 1}\n'
 
 
 def test_history_has_each_step_once_and_task_gradients_where_measured(tmp_path):

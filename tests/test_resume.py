@@ -14,6 +14,7 @@ from test_cli import ROOT, config, fit
 from test_vote import two_ranks
 
 from heads.contrastive import Contrastive
+from indiclip import run_folder
 from indiclip.backbone import NaFlexViT
 from indiclip.data.mela import Mela
 from indiclip.data.module import MultiTaskData, Source
@@ -109,12 +110,15 @@ def test_each_step_and_rank_draws_other_numbers():
     ("options", "ends"),
     [
         ({"checkpoints": EVERY_STEP, "limit_val_batches": 0}, [2, 4, 6, 8, 10, 12]),
-        ({"checkpoints": {"save_top_k": -1}, "val_check_interval": 3, "limit_val_batches": 1}, [6, 12]),
+        ({"checkpoints": {"save_top_k": -1}, "val_check_interval": 3, "limit_val_batches": 1}, [4, 6, 10, 12]),
     ],
     ids=["steps", "validation"],
 )
 def test_no_checkpoint_is_taken_while_gradients_accumulate(tmp_path, options, ends):
-    """A step of two batches, and a kill between them. ModelCheckpoint saves in the first batch of the resumed run."""
+    """A step of two batches, and a kill between them: what is due in mid-step comes at its end.
+
+    ModelCheckpoint saves in the first batch of the resumed run.
+    """
     options = options | {"accumulate_grad_batches": 2, "steps": 6}
     whole, callback = train(tmp_path / "whole", **options)
     assert callback.taken == [(end, end // 2) for end in ends]
@@ -124,6 +128,55 @@ def test_no_checkpoint_is_taken_while_gradients_accumulate(tmp_path, options, en
     resumed, callback = train(tmp_path / "run", going_on=True, **options)
     assert callback.taken == [(12, 6)]
     assert same(whole, resumed)
+
+
+def test_a_stop_with_a_monitor_leaves_one_file_however_often(tmp_path):
+    """None of the best, by which the others are removed."""
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            trainer.checkpoint_callback.save_now(trainer)
+
+    module = tiny_module(0.0)
+    checkpoints = Checkpoints(tmp_path, monitor="val/contrastive/image_to_text_r1", mode="max")
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, num_sanity_val_steps=0, callbacks=[Stop(), checkpoints],
+        plugins=[DurableCheckpointIO()],
+    )  # fmt: skip
+    source = Source("contrastive", Mela(40, 32, "single", seed=1), 4, max_tokens=16)
+    trainer.fit(module, datamodule=MultiTaskData([source], [source], steps_per_epoch=100, patch_size=8))
+    assert {file.name for file in tmp_path.iterdir()} == {"stopped.ckpt", "last.ckpt", "manifest.json"}
+    assert newest_good(tmp_path)[:2] == (tmp_path / "stopped.ckpt", 3)
+
+
+def test_two_checkpoints_that_would_remove_each_others_files_are_refused(tmp_path):
+    both = [Checkpoints(tmp_path), Checkpoints(tmp_path, monitor="val/contrastive/image_to_text_r1")]
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, callbacks=both)
+    with pytest.raises(
+        ValueError, match=r"two Checkpoints write '\{step\}' into .*; give one of them another filename"
+    ):
+        trainer.fit(tiny_module(0.0), datamodule=MultiTaskData([Source("contrastive", Mela(4, 32, "single"), 4)]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, True),  # torchrun orders the nodes by itself
+        ({"RANK": "8", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+        ({"NODE_RANK": "1"}, False),  # Lightning's own start on two nodes
+        ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_one_process_of_all_is_the_first(monkeypatch, ranks, first):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert run_folder._is_first_process() is first
 
 
 def test_last_always_leads_to_a_checkpoint_and_none_piles_up(tmp_path, monkeypatch):

@@ -74,6 +74,6 @@ def test_data_knows_no_model():
 
 
 def test_survival_knows_of_data_the_workers_only():
-    allowed = {f"indiclip.{name}" for name in ("module", "record", "types", "names", "data.workers")}
+    allowed = {f"indiclip.{name}" for name in ("module", "json_lines", "types", "names", "data.workers")}
     for file in (ROOT / "indiclip" / "survival").glob("*.py"):
         assert of(file, "indiclip") <= allowed | of(file, "indiclip.survival"), file.name

@@ -64,7 +64,7 @@ def test_a_bad_step_changes_nothing(tmp_path, what, clip):
     assert unchanged == [False, True, False, True, False]
     assert all(torch.isfinite(value).all() for value in after[-1])
     rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
+    assert [row["step"] for row in rows] == [3, 5]  # counted from 1, as in the history
     assert rows[0]["heads"] == (["trouble"] if what == "loss" else [])
     assert len(rows[0]["ranks"][0]["keys"]["contrastive"]) == 4
     assert trainer.callback_metrics["train/nonfinite_steps"] == 2
@@ -102,10 +102,10 @@ def test_too_many_in_a_row_stop_the_run_and_say_who(tmp_path):
     with pytest.raises(AgreedStop) as caught:
         train(tmp_path, [1, 3, 4, 5, 6], steps=20, vote=StepVote(max_nonfinite=2))
     rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 3, 4, 5]
+    assert [row["step"] for row in rows] == [2, 4, 5, 6]
     keys = rows[-1]["ranks"][0]["keys"]["contrastive"]
     assert str(caught.value).startswith(
-        f"step 5: the loss of trouble was not finite in 3 steps in a row; samples {', '.join(keys[:3])}, ..."
+        f"step 6: the loss of trouble was not finite in 3 steps in a row; samples {', '.join(keys[:3])}, ..."
     )
     assert caught.value.status == 1
 
@@ -130,7 +130,7 @@ def test_one_rank_of_two_is_enough(tmp_path):
     done, folder = two_ranks(tmp_path, tree)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [2, 3]
     assert [[found["rank"] for found in row["ranks"]] for row in rows] == [[1], [1]]
     of_rank_1 = [json.loads(line) for line in (tmp_path / "diary" / "keys-1.jsonl").read_text().splitlines()]
     assert rows[0]["ranks"][0]["keys"] == of_rank_1[1]["keys"]
@@ -138,7 +138,7 @@ def test_one_rank_of_two_is_enough(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.isfinite(value).all() for value in first.values())
     assert json.loads((folder / "metrics.json").read_text())["nonfinite_steps"] == 2
-    assert "step 1: the loss of trouble is not finite: skipped (1 in a row)" in done.stdout
+    assert "step 2: the loss of trouble is not finite: skipped (1 in a row)" in done.stdout
     assert read_history(folder)[-1]["step"] == 4
 
 

@@ -58,8 +58,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
             manifest.sync(target.parent)
             manifest.settle(target)
         except OSError as error:
-            found = manifest.newest_good(target.parent)[0]
-            stays = f"the last good one is {found}" if found else "there is no earlier one"
+            stays = "which others are good could not be read"
+            with contextlib.suppress(OSError, ValueError):  # the disk may be as bad for reading
+                found = manifest.newest_good(target.parent)[0]
+                stays = f"the last good one is {found}" if found else "there is no earlier one"
             raise NotSaved(f"{target}: not saved: {error.strerror or error}; {stays}") from error
         finally:
             with contextlib.suppress(OSError):  # which would hide the first one
@@ -108,6 +110,17 @@ class Checkpoints(ModelCheckpoint):
             enable_version_counter=False,  # a step done again replaces its file
         )
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._due = False
+        for other in trainer.checkpoint_callbacks:
+            same = isinstance(other, Checkpoints) and (other.dirpath, other.filename) == (self.dirpath, self.filename)
+            if same and other is not self:
+                raise ValueError(
+                    f"trainer.callbacks: two Checkpoints write {self.filename!r} into {self.dirpath}, where each would "
+                    "remove the other's; give one of them another filename or dirpath"
+                )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         steps = gathered(trainer, trainer.global_step)
@@ -115,11 +128,17 @@ class Checkpoints(ModelCheckpoint):
             raise AgreedStop(trainer, f"--ckpt_path: the ranks go on from different steps: {steps}", 2)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
-        if not _accumulating(trainer):  # else what is due comes with the end of the step
-            super().on_train_batch_end(trainer, *args, **options)
+        if _accumulating(trainer):  # what is due comes with the end of the step
+            return
+        super().on_train_batch_end(trainer, *args, **options)
+        if self._due:
+            self._due = False
+            super().on_validation_end(trainer, trainer.lightning_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _accumulating(trainer):
+        if _accumulating(trainer):
+            self._due = True
+        else:
             super().on_validation_end(trainer, pl_module)
 
     def save_now(self, trainer: L.Trainer) -> str:
@@ -128,8 +147,8 @@ class Checkpoints(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             if self.monitor is None:
                 self._save_none_monitor_checkpoint(trainer, candidates)
-            else:
-                self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+            else:  # under one name, for it is none of the best, which alone are removed when others take their place
+                self._save_checkpoint(trainer, self.format_checkpoint_name(candidates, "stopped"))
             self._save_last_checkpoint(trainer, candidates)
         return self._last_checkpoint_saved
 

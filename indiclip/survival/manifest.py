@@ -54,9 +54,13 @@ def newest_good(folder: Path) -> tuple[Path | None, int, list[str]]:
                 passed_over.append(f"{file.name}: {proof}")
         if proofs[row["name"]] is row:
             return file, row["step"], passed_over
-    listed = {row["name"] for row in rows}
-    unknown = sorted(file.name for file in folder.glob("*.ckpt") if not file.is_symlink() and file.name not in listed)
-    return None, 0, [*passed_over, *(f"{name}: not listed in {NAME}" for name in unknown)]
+    return None, 0, passed_over
+
+
+def unlisted(folder: Path) -> list[str]:
+    """Names of checkpoints that something else than `DurableCheckpointIO` has written."""
+    listed = {row["name"] for row in _read(folder)}
+    return sorted(file.name for file in folder.glob("*.ckpt") if not file.is_symlink() and file.name not in listed)
 
 
 def what_is_wrong(file: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from indiclip import json_lines
 from indiclip.module import Batches, MultiTask
 from indiclip.survival.ranks import AgreedStop, gathered
 
@@ -32,12 +32,13 @@ class NonFinite:
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def open(self, trainer: L.Trainer, folder: Path) -> None:
-        """Count on in a run that goes on, from 0 else."""
+        """Count on in a run that goes on, from 0 else. A collective."""
         file = folder / "nonfinite.jsonl"
-        if not trainer.ckpt_path and trainer.is_global_zero:
-            file.unlink(missing_ok=True)
-        self.count = len(file.read_text().splitlines()) if trainer.ckpt_path and file.is_file() else 0
-        self.in_a_row = 0
+        rows = json_lines.read(file) if trainer.ckpt_path and trainer.is_global_zero else []
+        kept = [row for row in rows if row["step"] <= trainer.global_step]  # the others come again
+        if trainer.is_global_zero and file.is_file():
+            json_lines.rewrite(file, kept)
+        self.count, self.in_a_row = trainer.strategy.broadcast(len(kept)), 0
 
     def begin(self, module: MultiTask) -> None:
         """Keep the running statistics of batch norm, which the forward pass is about to change."""
@@ -86,8 +87,7 @@ class NonFinite:
         what = f"the loss of {', '.join(heads)}" if heads else "the gradient"
         blamed = [found for found in ranks if found["heads"]] or ranks
         if trainer.is_global_zero:
-            with (folder / "nonfinite.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "heads": heads, "ranks": blamed}) + "\n")
+            json_lines.append(folder / "nonfinite.jsonl", [{"step": step, "heads": heads, "ranks": blamed}])
             print(f"step {step}: {what} is not finite: skipped ({self.in_a_row} in a row)", flush=True)
         if self.in_a_row > self.most_in_a_row:
             some = [key for found in blamed for keys in found["keys"].values() for key in keys][:3]

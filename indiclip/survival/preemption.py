@@ -88,7 +88,10 @@ def requeue(folder: Path, step: int, most: int) -> str:
     Not more than `most` times, and not when the last starts have all ended at the same step.
     """
     file = folder / "requeues.json"
-    ends: list[int] = json.loads(file.read_text()) if file.is_file() else []
+    try:
+        ends: list[int] = json.loads(file.read_text()) if file.is_file() else []
+    except ValueError:
+        return f"not queued again: {file}, which counts how often it was, is damaged"
     if len(ends) >= most:
         return f"not queued again: it was {len(ends)} times, the most allowed (max_requeues)"
     newest = [*ends, step][-_STARTS_WITHOUT_PROGRESS:]

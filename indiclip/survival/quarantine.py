@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import lightning as L
 
+from indiclip import json_lines
 from indiclip.module import Batches
 from indiclip.survival.ranks import AgreedStop, gathered
 from indiclip.types import Quarantined
@@ -28,7 +28,7 @@ class Quarantine:
             file = folder / "quarantine.jsonl"
             if trainer.state.fn == "fit" and not trainer.ckpt_path:
                 file.unlink(missing_ok=True)
-            rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            rows = json_lines.read(file)
         pairs = trainer.strategy.broadcast([(row["task"], row["key"]) for row in rows])
         self._known = {(task, key) for task, key in pairs}
 
@@ -56,8 +56,7 @@ class Quarantine:
         rows = list({(row.task, row.key): row for row in rows}.values())
         if rows and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "quarantine.jsonl").open("a") as file:
-                file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
+            json_lines.append(folder / "quarantine.jsonl", [row._asdict() for row in rows])
         self._known |= {(row.task, row.key) for row in rows}
         counts = Counter(task for task, _ in self._known)
         limits: dict[str, int] = getattr(trainer.datamodule, "quarantine_limits", {})  # type: ignore[attr-defined]

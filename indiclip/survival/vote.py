@@ -88,7 +88,7 @@ class StepVote(L.Callback):
             ballots = ballots.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._on_the_way.append(_Count(ballots, arrived, trainer.global_step, self._losses, self._keys))
+        self._on_the_way.append(_Count(ballots, arrived, trainer.global_step + 1, self._losses, self._keys))
         self._losses, self._keys, self._voted = {}, {}, True
 
     def on_train_batch_end(
@@ -117,7 +117,8 @@ class StepVote(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self.quarantine.collect(batch)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        # Not while gradients wait for more of them, which a checkpoint would lose.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
             # At once: a scheduler waits a minute, a validation may take ten. The weights are those of the last step.
             nothing = torch.zeros((), device=pl_module.device)
             self._count(trainer, _Count(self._reduced(trainer, pl_module, nothing), None, trainer.global_step, {}, {}))

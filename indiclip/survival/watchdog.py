@@ -61,7 +61,7 @@ class Watchdog(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._thread is not None:
             self._stop.set()
-            self._thread.join()
+            self._thread.join(2.0)  # it may be writing to a file system that does not answer
             self._thread = None
             del trainer.save_checkpoint  # ours, see _tell_of_saves
 
