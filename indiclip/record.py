@@ -32,9 +32,12 @@ class RunRecord(L.Callback):
     def __init__(self, pictures: int = 12) -> None:
         self.pictures = pictures
         self._began: float | None = None  # when training did, less the seconds of the runs that this one goes on from
+        self._scored = -1  # the last step after which the history has held-out scores, when this run goes on in it
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
+        if stage == "fit":
+            self._recorded = trainer.strategy.broadcast(_step_of(self._folder / "metrics.json"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
@@ -44,6 +47,8 @@ class RunRecord(L.Callback):
             rows = read_history(self._folder) if trainer.ckpt_path else []
             kept = [row for row in rows if row["step"] <= self._step]
             self._began -= max((row.get("seconds", 0.0) for row in kept), default=0.0)
+            scored = [row["step"] for row in kept if any(name.startswith("val/") for name in row)]
+            self._scored = max(scored, default=-1)
             json_lines.rewrite(self._folder / "history.jsonl", kept)
 
     def on_train_batch_end(
@@ -57,7 +62,8 @@ class RunRecord(L.Callback):
         self._step = step
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._began is not None and not trainer.sanity_checking:
+        # A run that was killed between this row and the next checkpoint goes through the held-out data again.
+        if self._began is not None and not trainer.sanity_checking and self._scored < trainer.global_step:
             self._write_row(trainer, "val/")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -68,9 +74,21 @@ class RunRecord(L.Callback):
             exception.add_note(f"(while training {where})")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._began is None or not trainer.is_global_zero:
-            return  # no step was left to train: what the folder holds stays
+        if self._began is not None:  # else no step was left to train: what the folder holds stays
+            self._write(trainer, pl_module)
+
+    def after_fit(self, trainer: L.Trainer, pl_module: L.LightningModule, data: L.LightningDataModule) -> None:
+        """Validate and write what is missing where a run was stopped between its last step and its end."""
+        if self._began is None and 0 < trainer.global_step != self._recorded:
+            self.on_train_start(trainer, pl_module)
+            trainer.validate(pl_module, datamodule=data, verbose=False)
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         assert isinstance(pl_module, MultiTask)
+        assert self._began is not None
         quarantined = json_lines.read(self._folder / "quarantine.jsonl")
         record: dict[str, Any] = {
             "step": trainer.global_step,
@@ -139,6 +157,14 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def append_history(folder: Path, row: dict[str, Any]) -> None:
     """Add a row to a run's `history.jsonl`."""
     json_lines.append(folder / "history.jsonl", [row])
+
+
+def _step_of(metrics: Path) -> int:
+    """The step after which a `metrics.json` was written; -1 where there is none."""
+    try:
+        return int(json.loads(metrics.read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:

@@ -36,6 +36,7 @@ from indiclip.run_folder import config_files, lock, run_folder, unlock
 from indiclip.survival import local_ranks
 from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.survival.local_ranks import LocalRanks
+from indiclip.survival.owed_validation import OwedValidation
 from indiclip.survival.ranks import AgreedStop
 from indiclip.survival.vote import StepVote
 from indiclip.survival.watchdog import Watchdog
@@ -105,8 +106,8 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        ours: list[L.Callback] = [StartupTable(), StepVote(), TaskGradients(), RunRecord(), PredictionWriter()]
-        ours += [Watchdog(), LocalRanks()]
+        ours: list[L.Callback] = [StartupTable(), StepVote(), TaskGradients(), RunRecord(), OwedValidation()]
+        ours += [PredictionWriter(), Watchdog(), LocalRanks()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
@@ -135,6 +136,11 @@ class IndiCLI(LightningCLI):
         check(self.model, self.datamodule, training=True)
         assert self.folder is not None
         lock(self.folder)
+
+    def after_fit(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunRecord):
+                callback.after_fit(self.trainer, self.model, self.datamodule)
 
     def before_validate(self) -> None:
         check(self.model, self.datamodule, training=False)

@@ -13,6 +13,7 @@ import yaml
 from test_cli import config, fit
 from test_vote import TESTS, two_ranks
 
+from indiclip.record import read_history
 from indiclip.survival.preemption import requeue
 
 
@@ -67,6 +68,42 @@ def test_a_signal_saves_and_the_resumed_run_ends_with_the_same_weights(
     assert order == list(range(6))
     expected = weights(uninterrupted)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize("step", [3, 6, 0])
+def test_a_signal_in_the_last_step_of_an_epoch_or_of_the_run_costs_no_validation(tmp_path, uninterrupted, step):
+    """Nor does one amid a validation (0): the held-out scores are those of the uninterrupted run."""
+    assert fit(tmp_path, experiment(tmp_path, signal.SIGTERM, step)) == 143
+    folder, whole = (place / "runs" / "experiment" for place in (tmp_path, uninterrupted))
+    assert (folder / "checkpoints" / f"{step or 3}.ckpt").is_file()
+    assert not (folder / "metrics.json").exists()
+    for _ in range(2):  # a finished run has nothing left to do
+        assert fit(tmp_path, experiment(tmp_path), "--ckpt_path", "last") == 0
+        assert scores(folder) == scores(whole)
+        assert held_out(json.loads((folder / "metrics.json").read_text())["metrics"]) == scores(whole)[6]
+        assert (folder / "report.html").is_file()
+
+
+def test_a_validation_done_again_is_recorded_once(tmp_path):
+    """The checkpoint of the third step was taken before the validation that followed it."""
+    for steps in (3, 6):
+        tree = experiment(tmp_path, steps=steps)
+        checkpoints = "indiclip.survival.checkpoints.Checkpoints"
+        tree["trainer"]["callbacks"].append({"class_path": checkpoints, "init_args": {"every_n_train_steps": 3}})
+        assert fit(tmp_path, tree, "--ckpt_path", "last") == 0
+    assert list(scores(tmp_path / "runs" / "experiment")) == [3, 6]
+
+
+def held_out(values):
+    return {name: value for name, value in values.items() if name.startswith("val/")}
+
+
+def scores(folder):
+    """Step -> held-out metrics."""
+    rows = [(row["step"], held_out(row)) for row in read_history(folder)]
+    found = [row for row in rows if row[1]]
+    assert len(found) == len(dict(found))
+    return dict(found)
 
 
 def test_a_signal_in_the_middle_of_a_step_of_two_micro_batches_waits_for_its_end(tmp_path):
