@@ -168,7 +168,8 @@ def main(argv: list[str]) -> int:
 
 def _terminated(number: int, frame: Any) -> NoReturn:
     # A scheduler stops the workers too, at which the DataLoader would raise an error in the midst of the cleaning up.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Not SIG_DFL: Python would say of a signal that has just come that it was "ignored due to race condition".
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     raise SystemExit(128 + number)  # so that open files are removed and processes ended
 
 
