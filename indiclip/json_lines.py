@@ -1,9 +1,12 @@
-"""Files of one JSON object per line, to which a run adds while it may be killed and its disk may be full."""
+"""Files of one JSON object per line, and such as are replaced whole, by a run that may be killed and whose disk may be
+full.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ def append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
     """
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="surrogatepass")
+    data = _encoded(rows)
     with file.open("a+b", buffering=0) as opened:
         end = opened.seek(0, 2)
         opened.seek(max(end - 1, 0))
@@ -34,14 +37,32 @@ def append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
         try:
             while data:
                 data = data[opened.write(data) :]
-        except OSError:
+        except OSError as error:
             opened.truncate(end)
-            raise
+            raise OSError(error.errno, error.strerror, str(file)) from error  # the system does not say which
 
 
 def rewrite(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file as a whole."""
+    replace(file, _encoded(rows))
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Write any file as a whole or not at all.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to.
+    """
     part = file.with_name(f".{file.name}.part")
-    part.unlink(missing_ok=True)
-    append(part, rows)
-    part.replace(file)
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    finally:
+        with suppress(OSError):  # which would hide the first one
+            part.unlink(missing_ok=True)
+
+
+def _encoded(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="surrogatepass")

@@ -40,12 +40,17 @@ class RunRecord(L.Callback):
             self._recorded = trainer.strategy.broadcast(_step_of(self._folder / "metrics.json"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        """Go on in the history of the run, or begin one."""
         self._step = trainer.global_step
         self._began = time.monotonic()
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             rows = read_history(self._folder) if trainer.ckpt_path else []
-            kept = [row for row in rows if row["step"] <= self._step]
+            # Not what TaskGradients said of a step that comes again, which it does before the step is counted.
+            kept = [row for row in rows if row["step"] < self._step + ("seconds" in row)]
             self._began -= max((row.get("seconds", 0.0) for row in kept), default=0.0)
             scored = [row["step"] for row in kept if any(name.startswith("val/") for name in row)]
             self._scored = max(scored, default=-1)
@@ -79,8 +84,8 @@ class RunRecord(L.Callback):
 
     def after_fit(self, trainer: L.Trainer, pl_module: L.LightningModule, data: L.LightningDataModule) -> None:
         """Validate and write what is missing where a run was stopped between its last step and its end."""
-        if self._began is None and 0 < trainer.global_step != self._recorded:
-            self.on_train_start(trainer, pl_module)
+        if self._began is None and self._recorded < trainer.global_step:
+            self._begin(trainer)
             trainer.validate(pl_module, datamodule=data, verbose=False)
             self._write(trainer, pl_module)
 
@@ -97,11 +102,12 @@ class RunRecord(L.Callback):
             "quarantined": len(quarantined),
             "nonfinite_steps": len(json_lines.read(self._folder / "nonfinite.jsonl")),
         }
-        (self._folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        metrics = (json.dumps(record, indent=2) + "\n").encode()
         record |= {"history": read_history(self._folder), "quarantined": quarantined}
         data = trainer.datamodule  # type: ignore[attr-defined]
         batches = data.first_val_batches(self.pictures)
         write_report(self._folder, self._folder.name, record, held_out_pictures(pl_module, batches, self.pictures))
+        json_lines.replace(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
         _print_summary(self._folder, record["metrics"])
 
     def _write_row(self, trainer: L.Trainer, prefix: str) -> None:
@@ -160,11 +166,11 @@ def append_history(folder: Path, row: dict[str, Any]) -> None:
 
 
 def _step_of(metrics: Path) -> int:
-    """The step after which a `metrics.json` was written; -1 where there is none."""
+    """The step after which a `metrics.json` was written; 0 where there is none."""
     try:
         return int(json.loads(metrics.read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError):
-        return -1
+        return 0
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:

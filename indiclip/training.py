@@ -106,7 +106,8 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        ours: list[L.Callback] = [StartupTable(), StepVote(), TaskGradients(), RunRecord(), OwedValidation()]
+        # RunRecord before StepVote, which may end the run after a step that is to be recorded.
+        ours: list[L.Callback] = [StartupTable(), RunRecord(), StepVote(), TaskGradients(), OwedValidation()]
         ours += [PredictionWriter(), Watchdog(), LocalRanks()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
@@ -121,6 +122,12 @@ class IndiCLI(LightningCLI):
             kwargs["default_root_dir"] = str(self.folder)
         given = config.get("callbacks") or []
         given = [*given] if isinstance(given, list) else [given]
+        for callback in given:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+                raise ValueError(
+                    f"trainer.callbacks: the dirpath of {type(callback).__name__} is {callback.dirpath}, where "
+                    "--ckpt_path last would not look; leave it out, and move all of the run with --runs FOLDER"
+                )
         for callback in ours:  # the config's own settings of one of them count
             kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
             kind = ModelCheckpoint if isinstance(callback, Checkpoints) else kind
@@ -183,8 +190,8 @@ def run(argv: list[str]) -> int:
         if notes and not isinstance(error, OSError):
             raise
         message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
-        print(f"indiclip: {' '.join(message.split())}", file=sys.stderr)
-        return 2
+        print(f"indiclip: {' '.join([*message.split(), *notes])}", file=sys.stderr)
+        return 1 if notes else 2
     finally:
         unlock()
     return 0

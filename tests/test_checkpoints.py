@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -217,12 +219,25 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
     assert newest_good(tmp_path)[1] == 1
 
 
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
 @pytest.mark.parametrize(
     ("value", "where"),
     [
         ({"hyper_parameters": {"data": {"root": Path("x")}}}, "hyper_parameters.data.root is a pathlib"),
         ({"a": [1, {"b": nn.ReLU()}]}, r"a\[1\]\.b is a torch\.nn\.modules\.activation\.ReLU"),
         ({"a": pytest}, "a is a builtins.module"),
+        ({"a": defaultdict(int)}, "a is a collections.defaultdict"),
+        ({"a": [Pair(1, 2)]}, r"a\[0\] is a test_checkpoints.Pair"),
+        ({"a": {Path("x"): 1}}, "a key of a is a pathlib"),
+        ({"a": torch.ones(2).as_subclass(Tagged)}, "a is a test_checkpoints.Tagged"),
     ],
 )
 def test_only_tensors_and_plain_values_are_saved(tmp_path, value, where):
@@ -230,6 +245,14 @@ def test_only_tensors_and_plain_values_are_saved(tmp_path, value, where):
         DurableCheckpointIO().save_checkpoint(value, tmp_path / "x.ckpt")
     assert list(tmp_path.iterdir()) == []
     assert not list(foreign(content(1)))
+
+
+def test_everything_that_is_let_through_can_be_read_again(tmp_path):
+    ordered = OrderedDict(a=nn.Parameter(torch.ones(2)), b=torch.Size([3]))
+    values = [ordered, {1, "2"}, (1.5, 2j, None, True), b"x", torch.float16, torch.device("cpu"), {(1, "a"): 10**30}]
+    assert not list(foreign(values))
+    DurableCheckpointIO().save_checkpoint({"values": values}, tmp_path / "x.ckpt")
+    assert DurableCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")["values"][1:] == values[1:]
 
 
 def test_a_pickle_is_never_run(tmp_path):

@@ -36,6 +36,7 @@ ENCODER = {
     "embed_dim": 32,
     "lengths": [16],
 }  # fmt: skip
+ELSEWHERE = {"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": {"dirpath": "x"}}
 
 
 def config(**changes):
@@ -111,6 +112,7 @@ def test_lightning_says_whose_the_other_words_are(monkeypatch, capsys):
         ({"data__train__0__dataset__init_args__layout": "singel"}, "layout.*'singel'.*'single'"),
         ({"model__heads": [{"class_path": "heads.contrastive.Contrastive"}] * 2}, "more than once"),
         ({"model__encoder__lengths": [0]}, "encoder.lengths"),
+        ({"trainer__callbacks": ELSEWHERE}, "the dirpath of Checkpoints is .*x, where --ckpt_path last would not look"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_training(changes, message, tmp_path, capsys):

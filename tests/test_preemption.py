@@ -47,27 +47,30 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [2, 0])
+@pytest.mark.parametrize(("moment", "step"), [(2, 2), (0, 3), (-1, 1)])
 def test_a_signal_saves_and_the_resumed_run_ends_with_the_same_weights(
-    tmp_path, capfd, monkeypatch, uninterrupted, number, status, step
+    tmp_path, capfd, monkeypatch, uninterrupted, number, status, moment, step
 ):
-    """After the second of six steps; or (0) in the validation that follows the third."""
+    """After the second of six steps; in the validation that follows the third (0); before the first (-1)."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     before = signal.getsignal(number)
-    assert fit(tmp_path, experiment(tmp_path, number, step)) == status
+    assert fit(tmp_path, experiment(tmp_path, number, moment)) == status
     assert signal.getsignal(number) == before
     error = capfd.readouterr().err
     assert f"{number.name}: finishing the step, then saving" in error
-    saved = tmp_path / "runs" / "experiment" / "checkpoints" / f"{step or 3}.ckpt"
-    assert f"indiclip: {number.name}: saved {saved}, step {step or 3}" in error
+    saved = tmp_path / "runs" / "experiment" / "checkpoints" / f"{step}.ckpt"
+    assert f"indiclip: {number.name}: saved {saved}, step {step}" in error
     assert saved.is_file()
     assert fit(tmp_path, experiment(tmp_path), "--ckpt_path", "last") == 0
-    assert f"going on from {saved}: step {step or 3}" in capfd.readouterr().out
+    assert f"going on from {saved}: step {step}" in capfd.readouterr().out
     keys, order = diary(tmp_path)
     assert (keys, order) == diary(uninterrupted)
     assert order == list(range(6))
     expected = weights(uninterrupted)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
+    history, whole = (read_history(folder / "runs" / "experiment") for folder in (tmp_path, uninterrupted))
+    assert [row.keys() for row in history] == [row.keys() for row in whole]
+    assert [row["step"] for row in history] == [row["step"] for row in whole]
 
 
 @pytest.mark.parametrize("step", [3, 6, 0])
@@ -94,6 +97,47 @@ def test_a_validation_done_again_is_recorded_once(tmp_path):
     assert list(scores(tmp_path / "runs" / "experiment")) == [3, 6]
 
 
+def test_a_second_signal_in_a_validation_done_again_loses_no_later_one(tmp_path):
+    for moment in (4, 0, None):  # in the step before a validation, in that validation
+        tree = experiment(tmp_path, moment is not None and signal.SIGTERM, moment, steps=12)
+        tree["trainer"]["check_val_every_n_epoch"] = 2
+        tree["data"]["steps_per_epoch"] = 2
+        assert fit(tmp_path, tree, "--ckpt_path", "last") == (0 if moment is None else 143)
+    assert list(scores(tmp_path / "runs" / "experiment")) == [4, 8, 12]
+
+
+def test_a_run_that_went_further_keeps_its_record(tmp_path):
+    """Its third step's checkpoint has nothing left to train up to the third step; nor is a row there twice."""
+    tree = experiment(tmp_path)
+    tree["trainer"]["callbacks"] += [
+        {"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": {"save_top_k": -1}},
+        {"class_path": "indiclip.callbacks.TaskGradients", "init_args": {"every_n_steps": 1}},
+    ]
+    assert fit(tmp_path, tree) == 0
+    folder = tmp_path / "runs" / "experiment"
+    history, metrics = read_history(folder), (folder / "metrics.json").read_text()
+    third = ("--ckpt_path", str(folder / "checkpoints" / "3.ckpt"))
+    assert fit(tmp_path, tree, "--trainer.max_steps", "3", *third) == 0
+    assert (read_history(folder), (folder / "metrics.json").read_text()) == (history, metrics)
+    assert fit(tmp_path, tree, *third) == 0
+    assert sorted((row["step"], *row.keys()) for row in read_history(folder)) == sorted(
+        (row["step"], *row.keys()) for row in history
+    )
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_report_writes_it_at_the_next_start(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("indiclip.record.write_report", full)
+        assert fit(tmp_path, experiment(tmp_path)) == 1
+    assert fit(tmp_path, experiment(tmp_path), "--ckpt_path", "last") == 0
+    folder = tmp_path / "runs" / "experiment"
+    assert (folder / "report.html").is_file()
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 6
+
+
 def held_out(values):
     return {name: value for name, value in values.items() if name.startswith("val/")}
 
@@ -116,12 +160,13 @@ def test_a_signal_in_the_middle_of_a_step_of_two_micro_batches_waits_for_its_end
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
 
 
-def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path):
-    done, folder = two_ranks(tmp_path, experiment(tmp_path, signal.SIGTERM, 2, steps=50, rank=1))
+@pytest.mark.parametrize(("moment", "step"), [(2, 2), (-1, 1)])
+def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step):
+    done, folder = two_ranks(tmp_path, experiment(tmp_path, signal.SIGTERM, moment, steps=50, rank=1))
     assert done.returncode == 143, done.stderr[-3000:]
-    assert diary(tmp_path, 0)[1] == diary(tmp_path, 1)[1] == [0, 1]
+    assert diary(tmp_path, 0)[1] == diary(tmp_path, 1)[1] == list(range(step))
     lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
-    assert lines == [f"indiclip: SIGTERM: saved {folder / 'checkpoints' / '2.ckpt'}, step 2"]
+    assert lines == [f"indiclip: SIGTERM: saved {folder / 'checkpoints' / f'{step}.ckpt'}, step {step}"]
     assert "Traceback" not in done.stderr
 
 

@@ -80,7 +80,7 @@ def test_rows_are_added_whole_or_not_at_all(tmp_path):
         "json_lines.append(Path(sys.argv[1]), [{'step': 2, 'more': 'x' * 40}])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True)
-    assert "File too large" in done.stderr
+    assert f"File too large: '{tmp_path / 'a'}'" in done.stderr
     assert (tmp_path / "a").read_text() == '{"step": 1}\n'
 
 

@@ -54,7 +54,7 @@ def tiny_module(dropout=0.0):
     return MultiTask(Encoder(backbone, text, 32, (16,)), [Contrastive()], warmup_steps=1)
 
 
-def train(folder, kill=None, steps=4, dropout=0.3, checkpoints=None, going_on=False, **options):
+def train(folder, kill=None, steps=4, dropout=0.3, checkpoints=None, going_on=False, steps_per_epoch=100, **options):
     """Weights at the end and the `Kill` callback; None for the weights of a killed run."""
     module = tiny_module(dropout)
     callback = Kill(kill)
@@ -65,7 +65,7 @@ def train(folder, kill=None, steps=4, dropout=0.3, checkpoints=None, going_on=Fa
         **options,
     )  # fmt: skip
     source = Source("contrastive", Mela(40, 32, "single", seed=1), 4, max_tokens=16)
-    data = MultiTaskData([source], [source], steps_per_epoch=100, patch_size=8)
+    data = MultiTaskData([source], [source], steps_per_epoch=steps_per_epoch, patch_size=8)
     found = newest_good(folder / "checkpoints")[0] if going_on else None
     try:
         trainer.fit(module, datamodule=data, ckpt_path=found, weights_only=True)
@@ -128,6 +128,15 @@ def test_no_checkpoint_is_taken_while_gradients_accumulate(tmp_path, options, en
     resumed, callback = train(tmp_path / "run", going_on=True, **options)
     assert callback.taken == [(12, 6)]
     assert same(whole, resumed)
+
+
+def test_a_checkpoint_after_an_epoch_without_a_validation_is_as_exact(tmp_path):
+    """Epochs of three micro-batches, the last of which is a step of its own; killed in the fourth epoch."""
+    options = {"steps": 10, "steps_per_epoch": 3, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+    whole, callback = train(tmp_path / "whole", **options)
+    assert callback.taken == [(3, 2), (6, 4), (9, 6), (12, 8), (15, 10)]
+    assert train(tmp_path / "a", kill=10, **options)[0] is None
+    assert same(train(tmp_path / "a", going_on=True, **options)[0], whole)
 
 
 def test_a_stop_with_a_monitor_leaves_one_file_however_often(tmp_path):

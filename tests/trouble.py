@@ -50,7 +50,7 @@ class Signal(L.Callback):
 
     Args:
         number: The signal's.
-        step: After which step; 0 for the first validation batch.
+        step: After which step; 0 for the first validation batch, -1 for the time before the first step.
         rank: The process that gets it.
         times: How many of them.
     """
@@ -62,6 +62,10 @@ class Signal(L.Callback):
         if trainer.global_rank == self.rank and self.times:
             self.times -= 1
             os.kill(os.getpid(), self.number)
+
+    def on_train_start(self, trainer, module):
+        if self.step == -1:
+            self._send(trainer)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step + 1 == self.step:

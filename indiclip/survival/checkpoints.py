@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -81,7 +82,7 @@ class Checkpoints(ModelCheckpoint):
     (they would be lost), and where one cannot be saved all ranks end together.
 
     Args:
-        dirpath: Folder of the checkpoints; by default `checkpoints` in the run's folder.
+        dirpath: Folder of the checkpoints; the command takes `checkpoints` in the run's folder, and no other.
         filename: Of a checkpoint, see ModelCheckpoint.
         monitor: A metric by which the best are kept; None keeps the newest.
         mode: `min` or `max`, which of its values is best.
@@ -112,13 +113,13 @@ class Checkpoints(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._due = False
+        self._due, self._goes_on_from = False, -1
         for other in trainer.checkpoint_callbacks:
             same = isinstance(other, Checkpoints) and (other.dirpath, other.filename) == (self.dirpath, self.filename)
             if same and other is not self:
                 raise ValueError(
                     f"trainer.callbacks: two Checkpoints write {self.filename!r} into {self.dirpath}, where each would "
-                    "remove the other's; give one of them another filename or dirpath"
+                    "remove the other's; give one of them another filename"
                 )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -134,6 +135,9 @@ class Checkpoints(ModelCheckpoint):
         if self._due:
             self._due = False
             super().on_validation_end(trainer, trainer.lightning_module)
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached() and not trainer.enable_validation:
+            # Not after the epoch: a run of `max_steps` would go on with one batch more in the epoch that is over.
+            super().on_train_epoch_end(trainer, trainer.lightning_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _accumulating(trainer):
@@ -141,8 +145,13 @@ class Checkpoints(ModelCheckpoint):
         else:
             super().on_validation_end(trainer, pl_module)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._goes_on_from = checkpoint["global_step"]
+
     def save_now(self, trainer: L.Trainer) -> str:
         """Save a checkpoint of this step, unless there is one. Returns its path."""
+        if trainer.global_step == self._goes_on_from:  # amid a validation that is made up for, see OwedValidation
+            return str(trainer.ckpt_path)
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             if self.monitor is None:
@@ -186,13 +195,15 @@ class Checkpoints(ModelCheckpoint):
 
 def foreign(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """Places in a checkpoint that hold neither tensors nor plain values, and what is there."""
-    if isinstance(value, dict):
+    # The very types: `weights_only` reads no subclass of them, such as a named tuple or a defaultdict.
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
+            yield from foreign(key, f"a key of {where or 'the checkpoint'}")
             yield from foreign(item, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, list | tuple | set):
+    elif type(value) in (list, tuple, set):
         for number, item in enumerate(value):
             yield from foreign(item, f"{where}[{number}]")
-    elif not isinstance(value, torch.Tensor) and type(value) not in _PLAIN:
+    elif type(value) not in (torch.Tensor, torch.nn.Parameter, *_PLAIN):
         yield where, f"{type(value).__module__}.{type(value).__qualname__}"
 
 

@@ -94,7 +94,7 @@ def announce(file: Path, digest: str, size: int, step: int) -> None:
 def settle(file: Path) -> None:
     """Forget what `file` was before that which was announced last, now that this is in place."""
     rows = _read(file.parent)
-    last = max(number for number, row in enumerate(rows) if row["name"] == file.name)
+    last = max((number for number, row in enumerate(rows) if row["name"] == file.name), default=-1)
     kept = [row for number, row in enumerate(rows) if row["name"] != file.name or number == last]
     if len(kept) < len(rows):
         _write(file.parent, kept)

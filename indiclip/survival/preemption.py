@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from indiclip import json_lines
 from indiclip.survival.checkpoints import Checkpoints
 from indiclip.survival.ranks import AgreedStop
 
@@ -102,7 +103,10 @@ def requeue(folder: Path, step: int, most: int) -> str:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if not re.fullmatch(r"[0-9_-]+", job):
         return f"not queued again: the job is called {job!r}"
-    file.write_text(json.dumps([*ends, step]))
+    try:
+        json_lines.replace(file, json.dumps([*ends, step]).encode())
+    except OSError as error:
+        return f"not queued again: {file}, which counts how often it was, cannot be written: {error.strerror}"
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:

@@ -55,13 +55,16 @@ class StepVote(L.Callback):
         self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
         if stage != "fit":
             self.quarantine.begin(trainer, self._folder)
+        # Lightning's handler broadcasts wherever it interrupts a rank; a run that it ends has status 0, and one that
+        # only scores does not end. With none the system ends that one.
+        handlers = self.preemption.install if stage == "fit" else lambda: None
+        trainer._signal_connector.register_signal_handlers = handlers  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not in `setup`, where it is not known yet whether the run goes on from a checkpoint.
         self.quarantine.begin(trainer, self._folder)
         self.nonfinite.open(trainer, self._folder)
         self._losses, self._keys, self._on_the_way, self._voted = {}, {}, [], False
-        self.preemption.install()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int
@@ -125,6 +128,12 @@ class StepVote(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.quarantine.act(trainer, self._folder)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.preemption.restore()  # also where no step was left
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        vars(trainer._signal_connector).pop("register_signal_handlers", None)  # Lightning's again
 
     on_test_batch_end = on_validation_batch_end
     on_test_end = on_validation_end
