@@ -2,10 +2,11 @@
 
     python tools/bench_kill.py [--runs 20] [--kills 2] [--seed 0] [--folder FOLDER]
 
-A small model with dropout trains for 60 steps through the real command, with loader processes and a checkpoint every
-five steps; `TMPDIR` lies on another file system than the run. Each run is killed, with all its processes, and goes on
-with `--ckpt_path last` and another number of loader processes until it ends. Then the ids of the samples of every step
-and the last weights are compared with those of a run that nobody killed.
+A small model with dropout trains for 60 steps through the real command, with loader processes; every second run with a
+checkpoint every five steps, the others with two micro-batches a step and a checkpoint after each validation. `TMPDIR`
+lies on another file system than the run. Each run is killed, with all its processes, and goes on with
+`--ckpt_path last` and another number of loader processes until it ends. Then the ids of the samples of every batch, the
+held-out scores and the last weights are compared with those of a run that nobody killed.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ import lightning as L
 import torch
 import yaml
 
+from indiclip.record import read_history
 from indiclip.survival.manifest import what_is_wrong
 
 STEPS, EVERY = 60, 5
 
 
 class Diary(L.Callback):
-    """Writes the ids of each step's samples, and the weights at the end.
+    """Writes the ids of each batch's samples.
 
     Args:
         folder: Where to.
@@ -45,23 +47,26 @@ class Diary(L.Callback):
         self.folder = Path(folder)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        row = {"step": trainer.global_step, "keys": {task: part["keys"] for task, part in batch.items()}}
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        row = {"batch": number, "keys": {task: part["keys"] for task, part in batch.items()}}
         with (self.folder / "keys.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        torch.save(module.state_dict(), self.folder / "weights.pt")
 
-
-def experiment(folder: Path) -> dict[str, Any]:
-    """Two tasks' worth of a config: small, with dropout, without validation."""
+def experiment(folder: Path, micro_batches: int) -> dict[str, Any]:
+    """A small model with dropout."""
     text = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"intermediate_size": 64, "hidden_dropout_prob": 0.2}
     backbone = {"width": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "max_tokens": 64}
     mela = {"class_path": "indiclip.data.mela.Mela", "init_args": {"num_scenes": 100, "size": 32, "layout": "single"}}
     jitter = {"class_path": "torchvision.transforms.v2.ColorJitter", "init_args": {"brightness": 0.5}}
     source = {"task": "contrastive", "dataset": mela, "batch_size": 8, "max_tokens": 16, "augment": [jitter]}
-    checkpoints = {"class_path": "indiclip.survival.checkpoints.Checkpoints"}
+    held_out = source | {"dataset": mela | {"init_args": mela["init_args"] | {"num_scenes": 16, "seed": 1}}}
+    held_out = {name: value for name, value in held_out.items() if name != "augment"}
+    callbacks: list[dict[str, Any]] = [{"class_path": "bench_kill.Diary", "init_args": {"folder": str(folder)}}]
+    if micro_batches == 1:
+        every = {"every_n_train_steps": EVERY}
+        callbacks.append({"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": every})
     encoder = {
         "backbone": {"class_path": "indiclip.backbone.NaFlexViT", "init_args": backbone},
         "text": {"tokenizer": {"class_path": "indiclip.text.ByteTokenizer"}, "architecture": text},
@@ -71,15 +76,13 @@ def experiment(folder: Path) -> dict[str, Any]:
     }
     return {
         "model": {"encoder": encoder, "heads": [{"class_path": "heads.contrastive.Contrastive"}], "warmup_steps": 5},
-        "data": {"train": [source], "steps_per_epoch": 25},
+        "data": {"train": [source], "val": [held_out], "steps_per_epoch": 25 if micro_batches == 1 else 9},
         "trainer": {
             "max_steps": STEPS,
             "accelerator": "cpu",
+            "accumulate_grad_batches": micro_batches,
             "enable_progress_bar": False,
-            "callbacks": [
-                {"class_path": "bench_kill.Diary", "init_args": {"folder": str(folder)}},
-                checkpoints | {"init_args": {"every_n_train_steps": EVERY}},
-            ],
+            "callbacks": callbacks,
         },
     }
 
@@ -87,7 +90,6 @@ def experiment(folder: Path) -> dict[str, Any]:
 def start(folder: Path, scratch: Path, workers: int) -> subprocess.Popen[bytes]:
     """The command, in a process group of its own."""
     file = folder / "experiment.yaml"
-    file.write_text(yaml.safe_dump(experiment(folder)))
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"TMPDIR": str(scratch), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(folder / "runs")]
@@ -125,15 +127,22 @@ def kill(run: subprocess.Popen[bytes], folder: Path, while_saving: bool, draw: r
 
 
 def read_diary(folder: Path) -> dict[int, Any]:
-    """Step -> ids, of the last time that the step was done. A killed process may have left half a line."""
+    """Number of the batch -> ids, of the last time that it was done. A killed process may have left half a line."""
     rows = {}
     for line in (folder / "keys.jsonl").read_text().splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[row["step"]] = row["keys"]
+        rows[row["batch"]] = row["keys"]
     return rows
+
+
+def prepared(folder: Path, micro_batches: int) -> Path:
+    """A folder with an experiment."""
+    folder.mkdir()
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment(folder, micro_batches)))
+    return folder
 
 
 def one_run(folder: Path, scratch: Path, kills: int, draw: random.Random) -> dict[str, Any]:
@@ -156,16 +165,25 @@ def readable(file: Path) -> bool:
         return False
 
 
-def compare(folder: Path, reference: Path) -> tuple[int, int, bool]:
-    """(samples lost, samples repeated, weights equal) beside the run that nobody killed."""
+def held_out_scores(folder: Path) -> list[Any]:
+    """(step, scores) of every validation, in order."""
+    rows = read_history(folder / "runs" / "experiment")
+    found = [(row["step"], {name: row[name] for name in row if name.startswith("val/")}) for row in rows]
+    return [one for one in found if one[1]]
+
+
+def compare(folder: Path, reference: Path) -> tuple[int, int, bool, bool]:
+    """(samples lost, samples repeated, scores equal, weights equal) beside the run that nobody killed."""
     mine, theirs = (
-        Counter(f"{step} {key}" for step, tasks in read_diary(place).items() for keys in tasks.values() for key in keys)
-        for place in (folder, reference)
+        Counter(f"{batch} {key}" for batch, tasks in read_diary(p).items() for keys in tasks.values() for key in keys)
+        for p in (folder, reference)
     )
-    weights = [torch.load(place / "weights.pt", weights_only=True) for place in (folder, reference)]
+    last = [place / "runs" / "experiment" / "checkpoints" / "last.ckpt" for place in (folder, reference)]
+    weights = [torch.load(file, weights_only=True)["state_dict"] for file in last]
     return (
         (theirs - mine).total(),
         (mine - theirs).total(),
+        held_out_scores(folder) == held_out_scores(reference),
         all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()),
     )
 
@@ -181,39 +199,42 @@ def main() -> int:
     place = Path(tempfile.mkdtemp(prefix="kill-", dir=arguments.folder))
     scratch = Path(tempfile.mkdtemp(prefix="kill-", dir="/dev/shm"))
     other = "another file system" if scratch.stat().st_dev != place.stat().st_dev else "THE SAME file system"
-    reference = place / "reference"
-    reference.mkdir()
-    if start(reference, scratch, 2).wait():
-        print((reference / "output.txt").read_text()[-2000:])
-        return 1
-    sums = {"kills": 0, "saving": 0, "lost": 0, "repeated": 0, "examined": 0, "torn": 0, "unequal": 0}
+    references = [prepared(place / f"reference{micro_batches}", micro_batches) for micro_batches in (1, 2)]
+    for reference in references:
+        if start(reference, scratch, 2).wait():
+            print((reference / "output.txt").read_text()[-2000:])
+            return 1
+    names = ("kills", "saving", "lost", "repeated", "examined", "torn", "other scores", "other weights")
+    sums = dict.fromkeys(names, 0)
     for number in range(arguments.runs):
-        folder = place / f"run{number}"
-        folder.mkdir()
+        folder = prepared(place / f"run{number}", 1 + number % 2)
         seen = one_run(folder, scratch, arguments.kills, random.Random(f"{arguments.seed} {number}"))
         if seen["status"]:
             print((folder / "output.txt").read_text()[-2000:])
             return 1
-        lost, repeated, equal = compare(folder, reference)
+        lost, repeated, same_scores, equal = compare(folder, references[number % 2])
         sums["kills"] += sum(moment != "ended before" for moment in seen["moments"])
         sums["saving"] += seen["moments"].count("saving")
-        for name, value in (("lost", lost), ("repeated", repeated), ("unequal", not equal)):
-            sums[name] += value
+        sums["lost"], sums["repeated"] = sums["lost"] + lost, sums["repeated"] + repeated
+        sums["other scores"] += not same_scores
+        sums["other weights"] += not equal
         for name in ("examined", "torn"):
             sums[name] += seen[name]
         print(
-            f"run {number:2}: killed while {', '.join(seen['moments'])}; weights {'equal' if equal else 'DIFFER'}",
+            f"run {number:2}: killed while {', '.join(seen['moments'])}; weights {'equal' if equal else 'DIFFER'}, "
+            f"held-out scores {'equal' if same_scores else 'DIFFER'}",
             flush=True,
         )
     print(
         f"{arguments.runs} runs of {STEPS} steps, TMPDIR on {other}: {sums['kills']} kills, {sums['saving']} of them "
         f"while saving; samples lost {sums['lost']}, repeated {sums['repeated']}; checkpoints torn {sums['torn']} of "
-        f"{sums['examined']}; runs with other weights {sums['unequal']}"
+        f"{sums['examined']}; runs with other weights {sums['other weights']}, other held-out scores "
+        f"{sums['other scores']}"
     )
     shutil.rmtree(scratch)
     if not arguments.folder:
         shutil.rmtree(place)
-    return int(any(sums[name] for name in ("lost", "repeated", "torn", "unequal")))
+    return int(any(sums[name] for name in ("lost", "repeated", "torn", "other scores", "other weights")))
 
 
 if __name__ == "__main__":
