@@ -18,6 +18,8 @@ from torch import Tensor
 from indiclip.module import Batches, MultiTask
 from indiclip.record import append_history
 
+_SHOWN = 3  # damaged places in the data that are printed
+
 
 class StartupTable(L.Callback):
     """Prints heads, sources, parameter counts and tokens per image before the first step."""
@@ -30,10 +32,23 @@ class StartupTable(L.Callback):
         console = Console()
         console.print(_sources_table(trainer), _parts_table(pl_module))
         device = trainer.strategy.root_device
+        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         console.print(
-            f"run folder [bold]{folder}[/]   {trainer.world_size} x {device.type}   precision "
+            f"run folder [bold]{folder}[/]   {trainer.world_size} x {device.type}{threads}   precision "
             f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
         )
+        _print_damage(console, trainer)
+
+
+def _print_damage(console: Console, trainer: L.Trainer) -> None:
+    """What is lost of the data before the first step: how many samples, nobody knows."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    of_sources = (getattr(source.dataset, "damaged", []) for source in (*data.train, *data.val))
+    lost = list({(found.shard, found.key): found for damaged in of_sources for found in damaged}.values())
+    for found in lost[:_SHOWN]:
+        console.print(f"lost: {found.shard}: {found.key}: {found.reason}", style="yellow", markup=False, soft_wrap=True)
+    if len(lost) > _SHOWN:
+        console.print(f"lost: {len(lost) - _SHOWN:,} more, see quarantine.jsonl", style="yellow")
 
 
 def _sources_table(trainer: L.Trainer) -> Table:

@@ -6,7 +6,12 @@ into one line. Nothing heavy is imported until a command needs it.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -70,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"indiclip {__version__}")
         return 0
     if argv[0] == "shards":
-        from indiclip.commands.shards import main as shards
+        with _leaving_at_once():
+            from indiclip.commands.shards import main as shards
 
         return shards(argv[1:])
     if argv[0] in _TRAINER_COMMANDS and any(flag in argv for flag in ("-h", "--help")):
@@ -82,9 +88,28 @@ def main(argv: list[str] | None = None) -> int:
         hint = nearest(argv[0], (*_TRAINER_COMMANDS, "shards"))
         print(f"indiclip: no command {argv[0]!r}{hint} (indiclip --help)", file=sys.stderr)
         return 2
-    from indiclip.training import run
+    with _leaving_at_once():
+        from indiclip.training import run
 
     return run(["--help" if flag == "--help=all" else flag for flag in argv])
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """Around imports, which take seconds: Ctrl-C amid one of them would be a page of traceback."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"indiclip: stopped\n")
+        os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a caller's own, or none in a background job
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def lightning() -> int:

@@ -45,11 +45,15 @@ def explain(message: str) -> str:
         key = ".".join(filter(None, (key, option[1])))
         return f"{key}: {_short(classes)} has no such option{nearest(option[1], known)}"
     if option := re.search(r"(?:accept option '|unrecognized arguments: -*)([\w.]+)", reason):
-        return f"{option[1]}: no such option{_nearest_option(option[1])}"
+        group = option[1].partition(".")[0]
+        unknown = option[1] if group in _GROUPS else group
+        return f"{unknown}: no such option{_nearest_option(unknown)}"
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
         return f"{key}: {reason}{nearest(missing[2], _names_in(missing[1]))}"
     if missing := re.search(r"No module named '([^']+)'", reason):
         return f"{key}: {reason}{nearest(missing[1], _modules(missing[1]))}"
+    if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
+        return f"{reason}; does a --config FILE give them?"
     return f"{key}: {reason}" if key and key not in reason else reason
 
 

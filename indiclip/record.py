@@ -108,7 +108,7 @@ class RunRecord(L.Callback):
         batches = data.first_val_batches(self.pictures)
         write_report(self._folder, self._folder.name, record, held_out_pictures(pl_module, batches, self.pictures))
         json_lines.replace(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
-        _print_summary(self._folder, record["metrics"])
+        _print_summary(self._folder, record)
 
     def _write_row(self, trainer: L.Trainer, prefix: str) -> None:
         if trainer.is_global_zero:
@@ -179,11 +179,17 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _print_summary(folder: Path, metrics: dict[str, float | None]) -> None:
+def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     table = Table("metric", "held out", title="Result", title_justify="left")
-    for name, value in sorted(metrics.items()):
+    for name, value in sorted(record["metrics"].items()):
         if name.startswith(("val/", "eval/")):
             table.add_row(name, readable(value))
     console = Console()
     console.print(table)
+    if record["quarantined"]:
+        many = f"{len(record['quarantined']):,} unreadable samples"
+        console.print(f"{many}, listed in [bold]{folder / 'quarantine.jsonl'}[/]", soft_wrap=True)
+    if record["nonfinite_steps"]:
+        many = f"{record['nonfinite_steps']:,} steps that were not finite and were skipped"
+        console.print(f"{many}, listed in [bold]{folder / 'nonfinite.jsonl'}[/]", soft_wrap=True)
     console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)

@@ -33,11 +33,10 @@ def run_folder(config: Any, subcommand: str) -> Path:
     if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
         near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
         raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest(checkpoint, near)}")
-    if checkpoint and Path(checkpoint).is_file():
-        reason = what_is_wrong(Path(checkpoint))
-        if reason and reason.startswith("torn"):
-            good = newest_good(Path(checkpoint).resolve().parent)[0]
-            raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; the newest good one there is {good or 'none'}")
+    if checkpoint and Path(checkpoint).is_file() and (reason := what_is_wrong(Path(checkpoint))):
+        good = newest_good(Path(checkpoint).resolve().parent)[0]
+        instead = f"the newest good one there is {good}" if good else "there is no good one beside it"
+        raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; {instead}")
     if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
         return Path(checkpoint).parent.parent
     root, name = Path(config["runs"]), _run_name(config, subcommand)
@@ -100,15 +99,21 @@ def _is_first_process() -> bool:
 
 
 def _go_on(config: Any, subcommand: str) -> Path:
-    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint, else a new one."""
+    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint; else the newest one, if
+    it was killed before its first, or a new one.
+
+    Raises:
+        ValueError: There are checkpoints, but none is provably whole.
+    """
     root, name = Path(config["runs"]), _run_name(config, subcommand)
     of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
     folders = root.iterdir() if root.is_dir() else []
     matches = [match for folder in folders if (match := of_name.fullmatch(folder.name))]
-    for folder in [root / m[0] for m in sorted(matches, key=lambda m: int(m[2] or 1), reverse=True)]:
+    newest_first = [root / m[0] for m in sorted(matches, key=lambda m: int(m[2] or 1), reverse=True)]
+    torn: list[str] = []
+    for folder in newest_first:
         file, step, passed_over = newest_good(folder / "checkpoints")
-        for line in passed_over if _is_first_process() else []:
-            print(f"indiclip: passed over {folder / 'checkpoints'}/{line}", file=sys.stderr)
+        torn += [f"{folder / 'checkpoints'}/{line}" for line in passed_over]
         if file is None and (names := unlisted(folder / "checkpoints")):
             raise ValueError(
                 f"--ckpt_path last: {folder / 'checkpoints'} has {', '.join(names)}, which no {NAME} lists as whole; "
@@ -117,11 +122,20 @@ def _go_on(config: Any, subcommand: str) -> Path:
         if file is not None:
             config["ckpt_path"] = str(file)
             if _is_first_process():
+                for line in torn:
+                    print(f"indiclip: passed over {line}", file=sys.stderr)
                 print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
             return folder
+    if torn:  # not to begin anew in silence what has taken days
+        raise ValueError(
+            f"--ckpt_path last: no checkpoint is whole: {'; '.join(torn)}; to begin anew take another --name"
+        )
     if subcommand != "fit":
-        raise FileNotFoundError(f"--ckpt_path last: no whole checkpoint in {root / name}*")
+        raise FileNotFoundError(f"--ckpt_path last: no checkpoint of {name} in {root}")
     config["ckpt_path"] = None
+    # Two that are started together meet in one folder, where `lock` lets one train; killed runs do not leave one each.
+    unfinished = [folder for folder in newest_first[:1] if not (folder / "metrics.json").exists()]
+    folder = unfinished[0] if unfinished else run_folder(config, subcommand)
     if _is_first_process():
-        print(f"no whole checkpoint in {root / name}*: starting from the beginning")
-    return run_folder(config, subcommand)
+        print(f"no checkpoint of {name} in {root}: starting from the beginning in {folder}")
+    return folder

@@ -52,6 +52,7 @@ _NOISE = (
     r"isinstance\(treespec, LeafSpec\)",
     "The number of training batches .* is smaller",
     "does not have many workers",
+    "It is recommended to use `self.log",  # with sync_dist: torchmetrics has already put the ranks together
     "Couldn't infer the batch indices",  # the samples' keys say which they are
     "your dataloader is not resumable",  # it is: the position is the step number
     "Checkpoint directory .*/checkpoints exists and is not empty",  # a run goes on in its folder, a new one has its own
@@ -70,7 +71,7 @@ class IndiCLI(LightningCLI):
                 MultiTaskData,
                 seed_everything_default=0,
                 trainer_defaults=_TRAINER_DEFAULTS,
-                parser_kwargs={"parser_mode": "omegaconf+"},
+                parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
                 parser_class=OneLineParser,
                 save_config_kwargs={"overwrite": True},
                 auto_configure_optimizers=False,
@@ -185,7 +186,7 @@ def run(argv: list[str]) -> int:
         if broken := workers.explain(error) or local_ranks.explain(error):
             print(f"indiclip: {' '.join([broken, *notes])}", file=sys.stderr)
             return 1
-        if not isinstance(error, (ValueError, OSError, MisconfigurationException)):
+        if not isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException)):
             raise
         if notes and not isinstance(error, OSError):
             raise

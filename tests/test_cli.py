@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 import indiclip
+from indiclip import json_lines
 from indiclip.cli import lightning, main
 from indiclip.data.mela import Mela
 from indiclip.record import read_history
@@ -105,6 +106,10 @@ def test_lightning_says_whose_the_other_words_are(monkeypatch, capsys):
         ({"model__heads__0__class_path": "heads.contrastive.Contrastiv"}, "nearest is 'Contrastive'"),
         ({"model__heads__0__class_path": "heads.contrstive.Contrastive"}, "nearest is '(heads.)?contrastive'"),
         ({"data__train__0__task": "contrastve"}, r"data.train\[0\].task: .*'contrastve'; nearest is 'contrastive'"),
+        ({"data__num_workers": -1}, "data.num_workers: found -1; expected 0 or more"),
+        ({"modl": {"lr": 1}}, "modl: no such option; nearest is 'model'"),
+        ({"trainer__accelerator": "tpu"}, "torch_xla"),
+        ({"data__train__0__batch_tokens": 64}, "needs one of batch_size and batch_tokens; found both"),
         ({"data__train": []}, "contrastive reads the task 'contrastive', for which data.train has no source"),
         ({"data__train__0__max_tokens": 100}, r"data.train\[0\].max_tokens: 100 is over the backbone's budget.*64"),
         ({"data__train__0__batch_size": "${nope.x}"}, "nope.x"),
@@ -125,6 +130,8 @@ def test_a_mistake_is_one_line_before_training(changes, message, tmp_path, capsy
 
 
 def test_missing_and_malformed_files_are_named(tmp_path, capsys):
+    assert run(["fit"]) == 2
+    assert "fit.data.train; does a --config FILE give them?" in capsys.readouterr().err
     assert run(["fit", "--config", str(tmp_path / "quikstart.yaml")]) == 2
     assert "no file" in capsys.readouterr().err
     (tmp_path / "broken.yaml").write_text("model: [")
@@ -381,7 +388,7 @@ def test_one_process_trains_in_a_folder(tmp_path, capsys):
 
 def test_last_without_a_checkpoint_starts_and_a_torn_one_is_refused(tmp_path, capsys):
     assert fit(tmp_path, config(), "--ckpt_path", "last") == 0
-    assert "no whole checkpoint in" in capsys.readouterr().out
+    assert "no checkpoint of experiment in" in capsys.readouterr().out
     folder = tmp_path / "runs" / "experiment" / "checkpoints"
     tree = config(trainer__max_steps=4)
     tree["trainer"]["callbacks"] = [
@@ -405,6 +412,20 @@ def test_last_without_a_checkpoint_starts_and_a_torn_one_is_refused(tmp_path, ca
     assert "passed over" in shown.err
     assert "4.ckpt: torn" in shown.err
     assert f"going on from {folder / '3.ckpt'}: step 3" in shown.out
+    for file in folder.glob("?.ckpt"):
+        file.write_bytes(b"torn")
+    assert fit(tmp_path, tree, "--ckpt_path", "last") == 2
+    assert "--ckpt_path last: no checkpoint is whole: " in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_its_folder_to_the_next(tmp_path, capsys):
+    folder = tmp_path / "runs" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "history.jsonl").write_text('{"step": 1}\n')
+    assert fit(tmp_path, config(), "--ckpt_path", "last") == 0
+    assert f"starting from the beginning in {folder}" in capsys.readouterr().out
+    assert [row["seconds"] >= 0 for row in json_lines.read(folder / "history.jsonl") if row["step"] == 1] == [True]
+    assert [path.name for path in folder.parent.iterdir()] == ["experiment"]
 
 
 def test_sources_that_take_turns_are_all_checked(tmp_path, capsys):

@@ -22,6 +22,7 @@ from indiclip.encoder import Encoder
 from indiclip.module import MultiTask
 from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.survival.manifest import newest_good
+from indiclip.survival.owed_validation import OwedValidation
 from indiclip.text import ByteTokenizer, TextTower
 from indiclip.training import run
 
@@ -31,14 +32,17 @@ class Killed(BaseException):
 
 
 class Kill(L.Callback):
-    """Ends the run at the start of a batch, and notes at which batch each checkpoint was taken."""
+    """Ends the run at the start of a batch; notes at which batch each checkpoint was taken, and the validations."""
 
-    def __init__(self, batch=None):
-        self.batch, self.taken = batch, []
+    def __init__(self, batch=None, validations=None):
+        self.batch, self.taken, self.validations = batch, [], validations if validations is not None else []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batch:
             raise Killed
+
+    def on_validation_start(self, trainer, module):
+        self.validations.append(trainer.global_step)
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
@@ -54,14 +58,25 @@ def tiny_module(dropout=0.0):
     return MultiTask(Encoder(backbone, text, 32, (16,)), [Contrastive()], warmup_steps=1)
 
 
-def train(folder, kill=None, steps=4, dropout=0.3, checkpoints=None, going_on=False, steps_per_epoch=100, **options):
+def train(
+    folder,
+    kill=None,
+    steps=4,
+    dropout=0.3,
+    checkpoints=None,
+    going_on=False,
+    steps_per_epoch=100,
+    validations=None,
+    **options,
+):
     """Weights at the end and the `Kill` callback; None for the weights of a killed run."""
     module = tiny_module(dropout)
-    callback = Kill(kill)
+    callback = Kill(kill, validations)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        callbacks=[callback, Checkpoints(folder / "checkpoints", **checkpoints or {})], plugins=[DurableCheckpointIO()],
+        callbacks=[callback, OwedValidation(), Checkpoints(folder / "checkpoints", **checkpoints or {})],
+        plugins=[DurableCheckpointIO()],
         **options,
     )  # fmt: skip
     source = Source("contrastive", Mela(40, 32, "single", seed=1), 4, max_tokens=16)
@@ -137,6 +152,25 @@ def test_a_checkpoint_after_an_epoch_without_a_validation_is_as_exact(tmp_path):
     assert callback.taken == [(3, 2), (6, 4), (9, 6), (12, 8), (15, 10)]
     assert train(tmp_path / "a", kill=10, **options)[0] is None
     assert same(train(tmp_path / "a", going_on=True, **options)[0], whole)
+
+
+@pytest.mark.parametrize("checkpoints", [{}, {"every_n_train_steps": 4}, {"monitor": "train/loss"}])
+@pytest.mark.parametrize("options", [{}, {"limit_val_batches": 0}, {"max_epochs": 2, "steps": -1}])
+def test_the_last_step_is_saved(tmp_path, checkpoints, options):
+    weights, _ = train(tmp_path, checkpoints=checkpoints, **{"steps": 6, "steps_per_epoch": 5} | options)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == (10 if "max_epochs" in options else 6)
+    assert same(last["state_dict"], weights)
+
+
+def test_a_validation_is_not_done_again_by_the_run_that_goes_on(tmp_path):
+    """Killed in the fifth step; the checkpoint of the third was due in the step before a validation."""
+    for name, checkpoints in (("validation", {}), ("steps", {"every_n_train_steps": 3})):
+        steps: list[int] = []
+        options = {"steps": 6, "steps_per_epoch": 3, "checkpoints": checkpoints, "validations": steps}
+        train(tmp_path / name, kill=4, **options)
+        train(tmp_path / name, going_on=True, **options)
+        assert steps == [3, 6]
 
 
 def test_a_stop_with_a_monitor_leaves_one_file_however_often(tmp_path):
@@ -263,7 +297,7 @@ def test_one_line_is_for_the_first_start_and_for_the_next_ones(tmp_path, capsys)
     assert run([*command, "--ckpt_path", "last", "--name", "b"]) == 0
     assert f"going on from {folder}/2.ckpt: step 2" in capsys.readouterr().out
     assert run([*command, "--ckpt_path", "last", "--name", "a"]) == 2
-    assert f"--ckpt_path last: no whole checkpoint in {tmp_path / 'runs' / 'a'}*" in capsys.readouterr().err
+    assert f"--ckpt_path last: no checkpoint of a in {tmp_path / 'runs'}" in capsys.readouterr().err
     text = re.findall(r"```\n(indiclip fit [^`]*--ckpt_path last.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
     line = text.replace("\\\n", " ").replace("yours.yaml", str(tmp_path / "experiment.yaml")).replace("=500", "=1")
     for steps in (3, 4):

@@ -105,7 +105,8 @@ def test_too_many_in_a_row_stop_the_run_and_say_who(tmp_path):
     assert [row["step"] for row in rows] == [2, 4, 5, 6]
     keys = rows[-1]["ranks"][0]["keys"]["contrastive"]
     assert str(caught.value).startswith(
-        f"step 6: the loss of trouble was not finite in 3 steps in a row; samples {', '.join(keys[:3])}, ..."
+        "step 6: the loss of trouble (task contrastive) was not finite in 3 steps in a row; samples "
+        f"{', '.join(keys[:3])}, ..."
     )
     assert caught.value.status == 1
 
@@ -138,7 +139,7 @@ def test_one_rank_of_two_is_enough(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.isfinite(value).all() for value in first.values())
     assert json.loads((folder / "metrics.json").read_text())["nonfinite_steps"] == 2
-    assert "step 2: the loss of trouble is not finite: skipped (1 in a row)" in done.stdout
+    assert "step 2: the loss of trouble (task contrastive) is not finite: skipped (1 in a row)" in done.stdout
     assert read_history(folder)[-1]["step"] == 4
 
 

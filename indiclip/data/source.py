@@ -51,7 +51,8 @@ class Source:
             if value is not None and value < 1:
                 raise ValueError(f"data: {name} of task {self.task!r} is {value}; expected 1 or more")
         if (self.batch_size is None) == (self.batch_tokens is None):
-            raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens")
+            both = "; found both" if self.batch_size is not None else ""
+            raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens{both}")
         self.transform = Transform(self.max_tokens, self.augment)
 
     @property

@@ -78,8 +78,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
 class Checkpoints(ModelCheckpoint):
     """ModelCheckpoint for runs that are killed and go on.
 
-    `last.ckpt` is a link that always leads to a file, no checkpoint is taken while gradients are being accumulated
-    (they would be lost), and where one cannot be saved all ranks end together.
+    `last.ckpt` is a link that always leads to a file, the one that was saved last; no checkpoint is taken while
+    gradients are being accumulated, which would be lost; and where one cannot be saved all ranks end together.
 
     Args:
         dirpath: Folder of the checkpoints; the command takes `checkpoints` in the run's folder, and no other.
@@ -87,7 +87,8 @@ class Checkpoints(ModelCheckpoint):
         monitor: A metric by which the best are kept; None keeps the newest.
         mode: `min` or `max`, which of its values is best.
         save_top_k: How many are kept; -1 for all.
-        every_n_train_steps: Optimizer steps between two checkpoints; None saves after each validation.
+        every_n_train_steps: Optimizer steps between two checkpoints; None saves after each validation and at
+            the end of an epoch without one. The last step is always saved.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Checkpoints(ModelCheckpoint):
             save_top_k=save_top_k,
             every_n_train_steps=every_n_train_steps,
             save_last="link",
+            save_on_train_epoch_end=False,  # a run of `max_steps` that goes on from there would end the epoch twice
             auto_insert_metric_name=False,
             enable_version_counter=False,  # a step done again replaces its file
         )
@@ -131,26 +133,40 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
         if _accumulating(trainer):  # what is due comes with the end of the step
             return
+        loop, every = trainer.fit_loop.epoch_loop, self._every_n_train_steps
+        last = trainer.global_step == trainer.max_steps
+        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+            # After it: the run that goes on need not validate again.
+            self._defer_save_until_validation |= last or bool(every and trainer.global_step % every == 0)
+            return
         super().on_train_batch_end(trainer, *args, **options)
-        if self._due:
+        # An epoch without a validation has no new value of a metric of held-out data.
+        epoch_ends = loop._num_ready_batches_reached() and not (self.monitor and sum(trainer.num_val_batches))
+        if self._due or epoch_ends:
             self._due = False
             super().on_validation_end(trainer, trainer.lightning_module)
-        if trainer.fit_loop.epoch_loop._num_ready_batches_reached() and not trainer.enable_validation:
-            # Not after the epoch: a run of `max_steps` would go on with one batch more in the epoch that is over.
-            super().on_train_epoch_end(trainer, trainer.lightning_module)
+        if last:
+            self.save_now(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.global_step == self._goes_on_from:  # see OwedValidation
+            return
         if _accumulating(trainer):
             self._due = True
         else:
             super().on_validation_end(trainer, pl_module)
+            if trainer.global_step == trainer.max_steps:
+                self.save_now(trainer)  # where the last is none of the best
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save_now(trainer)  # of a run that ended before `max_steps`
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._goes_on_from = checkpoint["global_step"]
 
     def save_now(self, trainer: L.Trainer) -> str:
         """Save a checkpoint of this step, unless there is one. Returns its path."""
-        if trainer.global_step == self._goes_on_from:  # amid a validation that is made up for, see OwedValidation
+        if trainer.global_step == self._goes_on_from:
             return str(trainer.ckpt_path)
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)

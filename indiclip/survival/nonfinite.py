@@ -81,10 +81,14 @@ class NonFinite:
             AgreedStop: It was one too many in a row.
         """
         self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
+        module = trainer.lightning_module
+        assert isinstance(module, MultiTask)
+        tasks = {head.name: head.task for head in module.each_head()}
         mine = {"heads": [name for name, bad in losses.items() if bad], "keys": keys}
         ranks = [{"rank": rank, **found} for rank, found in enumerate(gathered(trainer, mine))]
         heads = sorted({head for found in ranks for head in found["heads"]})
-        what = f"the loss of {', '.join(heads)}" if heads else "the gradient"
+        named = [head if head == tasks[head] else f"{head} (task {tasks[head]})" for head in heads]
+        what = f"the loss of {', '.join(named)}" if heads else "the gradient"
         blamed = [found for found in ranks if found["heads"]] or ranks
         if trainer.is_global_zero:
             json_lines.append(folder / "nonfinite.jsonl", [{"step": step, "heads": heads, "ranks": blamed}])
