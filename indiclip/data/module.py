@@ -46,6 +46,8 @@ class MultiTaskData(L.LightningDataModule):
         super().__init__()
         if not 0 <= quarantine <= 1:
             raise ValueError(f"data.quarantine: found {quarantine}; expected a share, 0 to 1")
+        if seed < 0:
+            raise ValueError(f"seed_everything (data.seed): found {seed}; expected 0 or more")
         self.quarantine = quarantine
         self.train, self.val = train, list(val or [])
         self.seed, self.num_workers = seed, num_workers
