@@ -41,6 +41,15 @@ def test_a_torn_copy_is_made_anew(tmp_path, place, brought):
     assert len(brought) == 3
 
 
+def test_a_torn_copy_is_not_indexed(tmp_path, place):
+    (tmp_path / "a.tar").write_bytes(tar_bytes(1, 2))
+    assert captions(Shards(f"file://{tmp_path}/a.tar")) == ["value 1", "value 2"]
+    (copy,), (index,) = place.glob("*.tar"), place.glob("*.npz")
+    copy.write_bytes(copy.read_bytes()[:3000])
+    index.unlink()
+    assert captions(Shards(f"file://{tmp_path}/a.tar")) == ["value 1", "value 2"]
+
+
 def test_a_copy_is_on_the_disk_before_it_has_its_name(tmp_path, place, monkeypatch):
     fsync, seen = os.fsync, []
     monkeypatch.setattr(cache.os, "fsync", lambda file: (fsync(file), seen.append(copies(place))))
@@ -146,7 +155,7 @@ def test_copies_that_left_the_cache_leave_the_disk(tmp_path, place, monkeypatch)
 
 
 def test_nothing_is_fetched_ahead_where_it_would_push_out_what_is_read(tmp_path, place, monkeypatch, brought):
-    shards, size = remote(tmp_path)
+    shards, size = remote(tmp_path, "abcde")
     for copy in place.glob("*.tar"):
         copy.unlink()
     brought.clear()
@@ -159,4 +168,7 @@ def test_nothing_is_fetched_ahead_where_it_would_push_out_what_is_read(tmp_path,
         assert brought == []
         monkeypatch.setenv("INDICLIP_CACHE_GB", str(4.1 * size / 1e9))
         shards.prefetch([1, 2])
-    assert copies(place) == ["b", "c"]
+        assert copies(place) == ["b", "c"]
+        monkeypatch.setenv("INDICLIP_CACHE_GB", str(5.1 * size / 1e9))
+        shards.prefetch([0, 1, 2, 3])  # all copies together have room
+    assert copies(place) == ["a", "b", "c", "d"]

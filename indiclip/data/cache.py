@@ -109,16 +109,23 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
     if not is_copied(url):
         return Path(url)
     target = cached_name(url, version, ".tar")
-    if _is_at_hand(target, check):
+
+    def check_all(copy: Path) -> None:
+        found = copy.stat().st_size
+        if not is_packed(url) and version.size not in (-1, found):
+            raise ValueError(f"{shown(url)}: received {found:,} bytes; expected {version.size:,}")
+        check(copy)
+
+    if _is_at_hand(target, check_all):
         return target
     with _locked(target):
-        if _is_at_hand(target, check):  # another process has made it meanwhile
+        if _is_at_hand(target, check_all):  # another process has made it meanwhile
             return target
         _make_room(target.parent, max(version.size, 0))
         part = target.with_suffix(".part")
         try:
-            _copy(url, version, part)
-            check(part)
+            _copy(url, part)
+            check_all(part)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -135,7 +142,7 @@ def _is_at_hand(copy: Path, check: Callable[[Path], None]) -> bool:
     return True
 
 
-def _copy(url: str, version: Stat, part: Path) -> None:
+def _copy(url: str, part: Path) -> None:
     packed = is_packed(url)
     for wait in (*_WAITS, None):
         try:
@@ -160,9 +167,6 @@ def _copy(url: str, version: Stat, part: Path) -> None:
                     f"{shown(url)}: no copy could be made in {part.parent} (INDICLIP_CACHE): {error}"
                 ) from error
             time.sleep(wait)
-    found = part.stat().st_size
-    if not packed and version.size not in (-1, found):
-        raise ValueError(f"{shown(url)}: received {found:,} bytes; expected {version.size:,}")
 
 
 def _open(url: str) -> IO[bytes]:

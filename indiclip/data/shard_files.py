@@ -6,6 +6,7 @@ import errno
 import os
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,9 @@ class ShardFiles:
 
     def prefetch(self, shards: list[int]) -> None:
         """Make the local copies of a window, unless they would push out those of the window that is read meanwhile."""
-        copied = [shard for shard in shards if cache.is_copied(self.urls[shard])]
-        needed = 2 * sum(self.indexes[shard].tar_bytes for shard in copied)
+        needed = min(2 * self._copied_bytes(shards), self._copied_bytes(range(len(self.urls))))
         if needed <= cache.limit():
-            for shard in copied:
+            for shard in shards:
                 self.path(shard)
         elif not self._warned:
             self._warned = True
@@ -83,6 +83,9 @@ class ShardFiles:
                 f"all copies may take {cache.limit():,}; raise INDICLIP_CACHE_GB or lower `window`",
                 stacklevel=2,
             )
+
+    def _copied_bytes(self, shards: Iterable[int]) -> int:
+        return sum(self.indexes[shard].tar_bytes for shard in shards if cache.is_copied(self.urls[shard]))
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
