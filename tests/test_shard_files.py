@@ -138,6 +138,20 @@ def test_a_file_that_a_server_replaced_is_opened_again(tmp_path, monkeypatch):
         shards[0]
 
 
+def test_a_copy_that_another_machine_removed_is_closed(tmp_path, place, monkeypatch):
+    shards, _ = remote(tmp_path)
+    assert shards[0]["caption"] == "value 97"
+    before = open_files()
+
+    def stale(descriptor):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(shard_files.os, "fstat", stale)
+    assert shards[1]["caption"] == "value 98"
+    monkeypatch.undo()
+    assert open_files() == before
+
+
 def removed_but_open():
     links = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
     return sum(link.endswith("(deleted)") and ".tar" in link for link in links)

@@ -42,9 +42,9 @@ class ShardFiles:
         try:
             data = os.pread(self._descriptor(shard), length, offset)
         except OSError as error:
-            if error.errno != errno.ESTALE:
+            if error.errno != errno.ESTALE or shard not in self._open:
                 raise
-            os.close(self._open.pop(shard))  # the server has put another file in its place
+            os.close(self._open.pop(shard))  # another machine removed the file, or put another in its place
             data = os.pread(self._descriptor(shard), length, offset)
         if len(data) != length:
             raise OSError("the shard has become shorter since it was indexed")
@@ -108,7 +108,7 @@ class ShardFiles:
     def _close_removed(self) -> None:
         """Close copies that left the cache: they take room on the disk as long as they are open."""
         for shard, descriptor in list(self._open.items()):
-            if cache.is_copied(self.urls[shard]) and not os.fstat(descriptor).st_nlink:
+            if cache.is_copied(self.urls[shard]) and _is_removed(descriptor):
                 os.close(self._open.pop(shard))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,3 +117,10 @@ class ShardFiles:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
+
+
+def _is_removed(descriptor: int) -> bool:
+    try:
+        return os.fstat(descriptor).st_nlink == 0
+    except OSError:  # by another machine that shares the folder
+        return True
