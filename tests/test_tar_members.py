@@ -91,6 +91,8 @@ def crafted():
         yield block(attributes={"size": size}), f"a size of {int(size):,} bytes"
     yield block(attributes={"size": "many"}), "invalid literal"
     yield block(attributes={"size": "9" * 5000}), "Exceeds the limit"
+    for record in (b"0 path=", b"2 2 2 2 path="):
+        yield block(kind=b"x", size=len(record)) + padded(record), f"attributes with a record of {record[:1].decode()}"
     yield block(size=2**60), "truncated tar"
     for kind in NAMES:
         yield block(kind=kind, size=600 * 2**20) + bytes(2**20), r"a name or attributes of 629,145,600 bytes"
@@ -112,6 +114,18 @@ def test_thousands_of_names_for_one_member_are_no_recursion(tmp_path):
     attributes = b"".join(block(attributes={"path": f"{i}.png"})[:1024] for i in range(5000))
     found, damaged = read(tmp_path / "a.tar", names + member("", b"x") + attributes + member("", b"y") + END)
     assert [name for name, _, _ in found] == ["04999.txt", "4999.png"]
+    assert damaged == []
+
+
+def test_attributes_that_say_nothing_to_us_are_passed_over(tmp_path):
+    others = {
+        "SCHILY.xattr.user." + "x" * 255: "=\n\0é" * 99,
+        "mtime": "1.5",
+        "path": "दीया.txt",
+        "comment": "12 size=7",
+    }
+    found, damaged = read(tmp_path / "a.tar", block("x", 1, attributes=others) + padded(b"y") + END)
+    assert [(name, size) for name, _, size in found] == [("दीया.txt", 1)]
     assert damaged == []
 
 

@@ -23,7 +23,7 @@ _LOOK = 1 << 20  # bytes at a time behind the end mark
 _LONGEST = 1 << 20  # bytes of a name or of attributes
 _ATTRIBUTES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _ADDS = (*_ATTRIBUTES, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_RECORD = re.compile(rb"(\d{1,7}) ([^=]{1,99})=")  # the record's length, and what it is called
+_RECORD = re.compile(rb"(\d{1,7}) ([^=]{1,999})=")  # the record's length, and what it is called
 
 
 def key_and_extension(name: str, member: tarfile.TarInfo) -> tuple[str, str]:
@@ -112,12 +112,13 @@ def _additions(kind: bytes, data: bytes) -> dict[str, str]:
         return {"path": data.partition(b"\0")[0].decode(errors="backslashreplace")}
     found, place = dict[str, str](), 0
     while kind in _ATTRIBUTES and (record := _RECORD.match(data, place)):
-        length, name = int(record[1]), record[2].decode(errors="backslashreplace")
+        name, value_at, place = record[2].decode(errors="backslashreplace"), record.end(), place + int(record[1])
+        if place <= value_at:
+            raise ValueError(f"attributes with a record of {int(record[1])} bytes")
         if name in ("path", "size"):
-            found[name] = data[record.end() : place + length - 1].decode(errors="backslashreplace")
+            found[name] = data[value_at : place - 1].decode(errors="backslashreplace")
         elif name.startswith("GNU.sparse."):
             found["sparse"] = name
-        place += max(length, 1)
     return found
 
 
