@@ -87,6 +87,7 @@ def test_captions_of_a_file_of_their_own(coco):
     assert {s["key"]: s["caption"] for s in shards if "caption" in s} == {"a-000000/7": "two kites"}
 
 
+HUGE = 10**400  # JSON can hold it, no number of NumPy's can
 BAD = {
     "no annotations": ({"annotations": None}, r"annotations is None; expected a list"),
     "size": ({"height": 9}, r"has 40x20 pixels, the annotations say 40x9"),
@@ -96,6 +97,21 @@ BAD = {
     "mask": (
         {"annotations": [{"bbox": [0, 0, 5, 5], "class": 0, "segmentation": {"size": [20, 40], "counts": [1]}}]},
         r"annotation 0: segmentation: the runs cover 1 pixels; expected 800",
+    ),
+    "fraction": ({"height": 20.0}, r"\(height, width\) is \(20\.0, 40\); expected whole pixels"),
+    "text": ({"width": "40"}, r"\(height, width\) is \(20, '40'\); expected whole pixels"),
+    "huge box": ({"annotations": [{"bbox": [0, 0, HUGE, 5], "class": 0}]}, r"annotation 0: bbox is \[0, 0, 1000"),
+    "huge polygon": (
+        {"annotations": [{"bbox": [0, 0, 5, 5], "class": 0, "segmentation": [[0, 0, HUGE, 0, 5, 5]]}]},
+        r"annotation 0: a polygon is \[0, 0, 1000",
+    ),
+    "huge run": (
+        {"annotations": [{"bbox": [0, 0, 5, 5], "class": 0, "segmentation": {"size": [20, 40], "counts": [HUGE]}}]},
+        r"annotation 0: segmentation: the runs cover 1000",
+    ),
+    "huge point": (
+        {"annotations": [{"bbox": [0, 0, 5, 5], "class": 0, "segmentation": [], **DENSEPOSE, "dp_x": [0, HUGE, 0]}]},
+        r"annotation 0: dp_x is \[0, 1000.*; expected numbers",
     ),
     "captions": ({"captions": ["x", None]}, r"captions is .*; expected a list of texts"),
 }
@@ -109,7 +125,7 @@ def test_malformed_annotations_make_the_sample_unreadable(what, tmp_path, capsys
     entry = {"height": 20, "width": 40, "annotations": [], **changes}
     path = write_tar(tmp_path / "a.tar", {"0.png": picture.getvalue(), "0.json": json.dumps(entry)})
     with pytest.raises(UnreadableSample, match=message):
-        BoxShards(path, ["a", "b", "c"], masks=True)[0]
+        BoxShards(path, ["a", "b", "c"], masks=True, densepose=True)[0]
     if what != "class":  # the shards alone do not say how many classes there are
         assert main(["shards", "check", path, "--workers", "0"]) == 1
-        assert "1  unreadable boxes" in capsys.readouterr().out or what == "no annotations"
+        assert "1  unreadable boxes" in capsys.readouterr().out

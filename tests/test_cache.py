@@ -1,5 +1,6 @@
 """Local copies of packed and remote shards: checked, bounded, shared between processes, made once."""
 
+import fcntl
 import gzip
 import io
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -143,7 +145,7 @@ def test_what_killed_processes_left_is_overwritten_or_removed(tmp_path, place):
 def test_a_server_that_fails_is_asked_again_and_then_named(monkeypatch, place):
     memory = fsspec.filesystem("memory")
     memory.pipe("/two/a.tar", tar_bytes(7))
-    tries = []
+    tries, waited = [], []
 
     def broken(self, path, mode="rb", **options):
         tries.append(path)
@@ -151,15 +153,74 @@ def test_a_server_that_fails_is_asked_again_and_then_named(monkeypatch, place):
             raise ConnectionError("reset by peer")
         return type(memory)._open(self, path, mode, **options)
 
-    monkeypatch.setattr(cache.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cache.time, "sleep", waited.append)
     monkeypatch.setattr(type(memory), "open", broken)
     failures = 3
     assert captions(Shards("memory://two/a.tar")) == ["value 7"]
     assert len(tries) == 3
     memory.pipe("/two/b.tar", tar_bytes(7))
     failures = 99
+    waited.clear()
     with pytest.raises(OSError, match=r"memory://two/b\.tar: no copy could be made in .*: reset by peer"):
         Shards("memory://two/b.tar")
+    assert 60 <= sum(waited) <= 120  # a server starts anew in a minute
+    assert waited == sorted(waited)
+
+
+def test_a_signed_url_of_a_plain_tar(place):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/five/a.tar?signature=1", tar_bytes(1, 2))
+    memory.pipe("/five/b.tar.gz?signature=1", gzip.compress(tar_bytes(3)))
+    assert captions(Shards("memory://five/a.tar?signature=1")) == ["value 1", "value 2"]
+    assert captions(Shards("memory://five/b.tar.gz?signature=1")) == ["value 3"]
+    assert copies(place) == ["a", "b"]
+
+
+def test_an_index_that_one_may_not_ask_for_is_not_there(monkeypatch, place):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/six/a.tar", tar_bytes(1))
+    info, error = type(memory).info, PermissionError("Forbidden")  # S3, to who may not list the bucket
+
+    def answer(self, path, **options):
+        if path.endswith(".npz"):
+            raise error
+        return info(self, path, **options)
+
+    monkeypatch.setattr(type(memory), "info", answer)
+    assert captions(Shards("memory://six/a.tar")) == ["value 1"]
+    error = ConnectionError("reset by peer")
+    with pytest.raises(ConnectionError):
+        Shards("memory://six/a.tar")
+
+
+def test_an_index_is_fetched_once(monkeypatch, place):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/seven/a.tar.index.npz", b"x")
+    got, get_file = [], type(memory).get_file
+
+    def slow(self, *arguments, **options):
+        got.append(arguments)
+        time.sleep(0.1)  # the others ask meanwhile
+        return get_file(self, *arguments, **options)
+
+    monkeypatch.setattr(type(memory), "get_file", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(cache.remote_file, ["memory://seven/a.tar.index.npz"] * 4))
+    assert [file.read_bytes() for file in found] == [b"x"]
+    assert len(got) == 1
+
+
+def test_a_process_forked_under_a_lock_does_not_keep_it(place):
+    place.mkdir()
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=time.sleep, args=(60,), daemon=True)
+    with cache._locked(place / "a.tar"):
+        child.start()
+    (lock,) = place.glob(".lock-*")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    child.kill()
+    child.join(30)
 
 
 def test_a_short_answer_is_no_shard(monkeypatch, place):

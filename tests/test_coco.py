@@ -181,6 +181,14 @@ def test_an_image_of_another_size_than_said_is_unreadable(build, tmp_path):
         dataset[1]
 
 
+def test_an_image_whose_masks_unpack_to_too_much_is_unreadable(build, monkeypatch):
+    dataset = build(masks=True)
+    monkeypatch.setattr("indiclip.data.masks._MOST_BYTES", 24 * 30 - 1)
+    with pytest.raises(UnreadableSample, match=r"7: \d masks of 30x24 pixels; expected 719 pixels at most") as caught:
+        dataset[1]
+    assert caught.value.file.endswith("instances.json")
+
+
 def test_changing_a_sample_does_not_change_the_dataset(build):
     dataset = build()
     dataset[1]["boxes_xyxy"][:] = -1
@@ -231,6 +239,8 @@ BAD = {
     r"the image '\.\./b\.png' lies outside the folder": image(file_name="../b.png"),
     r"image 30: a caption is ' '; expected text": image(captions=["x", " "]),
     r"annotation 1: bbox is \[1, 2, 3\]; expected \[x, y, width, height\]": annotation(bbox=[1, 2, 3]),
+    r"annotation 1: bbox is \[1, 2, 1000.*; expected": annotation(bbox=[1, 2, 10**400, 3]),
+    r"image 30: \(height, width\) is \(20, 1000.*; expected whole pixels": image(width=10**400),
     r"annotation 1: the box .* = \[2\.0, 3\.0, -1\.0, 5\.0\] has a negative size": annotation(bbox=[2, 3, -1, 5]),
     r"annotation 1: the box .* lies outside its image \(30x24 pixels\)": annotation(bbox=[25, 3, 6.5, 5]),
     r"annotation 1: the box .* = \[-1\.5, .* lies outside its image": annotation(bbox=[-1.5, 3, 6, 5]),

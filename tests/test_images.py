@@ -1,16 +1,21 @@
 """Decoding: the same pixels as PIL, and one kind of error for anything that is no image."""
 
+import errno
 import io
+import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
 import zlib
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from indiclip.data.images import MAX_PIXELS, EncodedImage, UnreadableSample, read_header, read_image
 
@@ -70,6 +75,14 @@ def test_transparency_is_laid_on_white():
     assert decode(encoded(grey), "k")[0].tolist() == [[10] * 3, [255] * 3]
 
 
+def test_every_transparency_is_as_alpha_composite_makes_it():
+    colours = np.random.default_rng(0).integers(0, 256, (64, 256, 4), dtype=np.uint8)
+    colours[..., 3] = np.arange(256)
+    image = Image.fromarray(colours)
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert abs(decode(encoded(image), "k").astype(int) - np.asarray(expected)).max() <= 1  # PIL rounds in another way
+
+
 def test_palettes_with_and_without_transparency():
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
@@ -81,6 +94,7 @@ def test_palettes_with_and_without_transparency():
 def test_sixteen_bits_keep_their_high_byte():
     values = np.array([[0x0000, 0x00FF, 0x0100, 0x7FFF, 0xFFFF]], dtype=np.uint16)
     assert decode(encoded(Image.fromarray(values)), "k")[0, :, 0].tolist() == [0, 0, 1, 127, 255]
+    assert decode(encoded(Image.fromarray(values), transparency=0x0100), "k")[0, :, 0].tolist() == [0, 0, 255, 127, 255]
 
 
 def test_one_bit_becomes_black_and_white():
@@ -100,6 +114,52 @@ def test_exif_rotation_is_reported_and_not_applied(tmp_path, picture, kind):
     assert (image.size_hw, image.upright_hw, image.orientation) == ((20, 40), (40, 20), 6)
     header = read_header(path)
     assert (header.size_hw, header.orientation) == ((20, 40), 6)
+
+
+def test_pixels_are_not_decoded_to_look_for_exif_behind_them(picture, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(PngImageFile, "load", lambda image: decoded.append(image))
+    assert EncodedImage(encoded(Image.fromarray(picture(20, 40))), "k").size_hw == (20, 40)
+    with pytest.raises(UnreadableSample, match="40x20 pixels are more than the 799 allowed"):
+        EncodedImage(encoded(Image.fromarray(picture(20, 40))) + b"eXIf", "k", max_pixels=799)
+    assert decoded == []
+
+
+def test_exif_behind_the_pixels_of_a_png_counts(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(picture(20, 40)))
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    assert EncodedImage(data[:-12] + chunk + data[-12:], "k").orientation == 6
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_header_behind_long_metadata_is_read(tmp_path, kind):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8))
+    data = encoded(noise, kind, lossless=True) if kind == "WEBP" else encoded(noise, kind, icc_profile=bytes(400_000))
+    assert len(data) > 400_000
+    (tmp_path / "photo").write_bytes(data)
+    assert read_header(tmp_path / "photo").size_hw == (500, 400)
+    (tmp_path / "photo").write_bytes(data[:300_000])
+    with pytest.raises(UnreadableSample, match="photo: damaged"):
+        read_header(tmp_path / "photo")
+
+
+def test_fill_bytes_before_a_marker_are_not_gone_through_one_by_one(picture):
+    data = encoded(Image.fromarray(picture(8, 8)), "JPEG")
+    lines = []
+
+    def trace(frame, event, argument):
+        lines.append(event)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        assert EncodedImage(data[:2] + b"\xff" * 2**16 + data[2:], "k").size_hw == (8, 8)
+    finally:
+        sys.settrace(None)
+    assert len(lines) < 1000
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -148,6 +208,16 @@ def test_the_cap_is_on_the_product_of_the_sides(kind):
 def test_a_missing_file_is_unreadable(tmp_path):
     with pytest.raises(UnreadableSample, match="No such file"):
         read_image(tmp_path / "gone.jpg", "k")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE])
+def test_no_image_is_to_blame_for_the_machine(tmp_path, monkeypatch, number):
+    def fail(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        read_image(tmp_path / "a.jpg", "k")
 
 
 def test_unreadable_survives_the_way_back_from_a_worker_process():

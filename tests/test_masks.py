@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from indiclip.data.masks import check_mask, check_run_lengths, decode_mask
+from indiclip.data.coco import stack_masks
+from indiclip.data.densepose import fields
+from indiclip.data.masks import check_mask, check_room, check_run_lengths, decode_mask
 
 
 def compressed(mask: np.ndarray) -> dict:
@@ -25,6 +27,23 @@ def test_a_list_of_runs_goes_down_the_columns():
     code = {"size": [2, 3], "counts": [1, 2, 3]}
     assert check_mask(code, [2, 3], "x") == code
     np.testing.assert_array_equal(decode_mask(code, (2, 3)), [[0, 1, 0], [1, 0, 0]])
+
+
+def test_a_size_in_fractions_is_no_trouble_for_the_decoder():
+    """JSON's 2.0 equals 2, and pycocotools takes whole numbers only."""
+    mask = np.eye(3, dtype=np.uint8)
+    for code in (compressed(mask), {"counts": [0, 1, 3, 1, 3, 1]}):
+        code |= {"size": [3.0, 3.0]}
+        np.testing.assert_array_equal(decode_mask(check_mask(code, [3, 3], "x"), (3, 3)), mask)
+
+
+def test_masks_of_a_few_letters_that_unpack_to_gigabytes_are_refused():
+    check_room(2**10, 2**10, 2**10)
+    with pytest.raises(ValueError, match=r"1025 masks of 1024x1024 pixels; expected 1,073,741,824 pixels at most"):
+        stack_masks([{"size": [2**10, 2**10], "counts": [2**20]}] * 1025, 2**10, 2**10)
+    person = {"bbox": [0, 0, 9, 9], "dp_masks": []} | {name: [] for name in ("dp_x", "dp_y", "dp_I", "dp_U", "dp_V")}
+    with pytest.raises(ValueError, match=r"1025 masks of 1024x1024 pixels"):
+        fields([person] * 1025, 2**10, 2**10)
 
 
 def test_a_polygon_covers_its_pixels_and_one_without_area_none():

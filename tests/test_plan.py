@@ -101,22 +101,66 @@ def test_token_budgets_hold_and_no_sample_is_lost_or_repeated(case):
     assert whole >= 1
 
 
-def test_mixed_aspects_are_hardly_padded_and_the_budget_is_used():
+def padding(plan, lengths, grouped=True):
+    """Share of the tokens that are padding, and each batch's tokens, over an epoch."""
+    used, padded, rng = 0, [], np.random.default_rng(1)
+    for step in range(plan.steps_per_epoch):
+        tokens = np.array([lengths[place.source].lengths[place.index] for place in plan.batch(step)])
+        if not grouped:  # as many images of the source that has its turn, whatever their lengths
+            tokens = rng.choice(lengths[plan.batch(step)[0].source].lengths, len(tokens))
+        used += tokens.sum()
+        padded.append(tokens.max() * len(tokens))
+    return 1 - used / sum(padded), padded
+
+
+@pytest.mark.parametrize("num_sources", [1, 2])
+def test_mixed_aspects_are_hardly_padded_and_the_budget_is_used(num_sources):
+    """Of a source with all lengths, and of one with long images beside one with short ones."""
     rng = np.random.default_rng(0)
-    sizes = rng.integers(100, 1200, (20_000, 2))  # aspects from 1:12 to 12:1, large and small
-    lengths = TokenCounts(sizes, 16, 256)
-    tokens = lengths(np.arange(len(sizes)))
-    assert tokens.tolist()[:50] == [np.prod(fit_hw(h, w, 16, 256)) // 256 for h, w in sizes[:50].tolist()]
-    samples = Samples(len(sizes), np.arange(0, 20_001, 500), lengths)
-    for budget in (Budget(64), Budget(8, 64 * 256, 256)):
-        many, used, padded, batches = Plan("t", [samples], [1.0], budget, 0), 0, 0, []
-        for step in range(many.steps_per_epoch):
-            of_step = tokens[[place.index for place in many.batch(step)]]
-            used, padded = used + of_step.sum(), padded + of_step.max() * len(of_step)
-            batches.append(of_step.max() * len(of_step))
-        assert 1 - used / padded < 0.01  # the aim is 0.10; without grouping it is 0.06 here
-        if budget.tokens:
+    sources, lengths = [], []
+    for low, high in [(40, 700)] if num_sources == 1 else [(120, 700), (30, 300)]:
+        sizes = rng.integers(low, high, (10_000, 2))  # aspects from 1:17 to 17:1
+        count = TokenCounts(sizes, 16, 256)
+        tokens = count(np.arange(len(sizes)))
+        assert tokens.tolist()[:50] == [np.prod(fit_hw(h, w, 16, 256)) // 256 for h, w in sizes[:50].tolist()]
+        sources.append(Samples(len(sizes), np.arange(0, 10_001, 250), count))
+        lengths.append(Lengths(tokens))
+    budget = Budget(8, 64 * 256, 256)
+    for chosen in (budget, Budget(64)) if num_sources == 1 else (budget,):
+        plan = Plan("t", sources, [1.0] * num_sources, chosen, 0)
+        share, batches = padding(plan, lengths)
+        assert share < 0.04  # the aim is 0.10
+        assert padding(plan, lengths, grouped=False)[0] > 0.10
+        if chosen is budget:
             assert np.mean(batches) > 0.95 * budget.tokens
+
+
+def test_sources_of_different_lengths_need_a_token_budget():
+    """With a fixed size each step has images of both."""
+    lengths = [Lengths(np.full(640, 256)), Lengths(np.full(640, 16))]
+    sources = [Samples(640, None, each) for each in lengths]
+    assert padding(Plan("t", sources, [1, 1], Budget(64), 0), lengths)[0] > 0.4
+    assert padding(Plan("t", sources, [1, 1], Budget(8, 64 * 256, 256), 0), lengths)[0] == 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_source_smaller_than_batch_multiple_is_trained_on(size):
+    many = Plan("t", [Samples(size)], [1.0], Budget(8, 64, 4), 0)
+    assert many.steps_per_epoch == 1
+    assert {place.index for place in many.batch(0)} == set(range(size))
+    assert len(many.batch(0)) == 8
+
+
+def test_a_fixed_size_backbone_has_the_tokens_of_its_canvas():
+    """Its images fill the canvas whatever `max_tokens` says."""
+    source = Source("t", Numbers("a", 64), batch_tokens=640, batch_multiple=2, max_tokens=4)
+    canvas = Steps([source], 0, 8, (32, 64), train=True)
+    assert sorted(len(canvas[step]["t"]["keys"]) for step in range(4)) == [4, 20, 20, 20]  # of 4 x 8 tokens
+    assert len(Steps([source], 0, 8, None, train=True)[0]["t"]["keys"]) == 64
+    with pytest.raises(
+        ValueError, match=r"batch_tokens 640 .* hold 2 images \(batch_multiple\) of 512 tokens \(canvas_hw"
+    ):
+        Steps([source], 0, 8, (128, 256), train=True)
 
 
 def test_a_window_bounds_the_shards_that_are_read_at_a_time():

@@ -187,7 +187,7 @@ def open_files():
 
 
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("indiclip.data.shards._OPEN_FILES", 3)
+    monkeypatch.setattr("indiclip.data.shard_files._OPEN_FILES", 3)
     for i in range(8):
         write_tar(tmp_path / f"{i}.tar", {"0.png": png(i), "0.cls": str(i)})
     shards = Shards(str(tmp_path / "*.tar"))

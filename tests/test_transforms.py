@@ -122,6 +122,16 @@ def test_random_crops_leave_targets_on_what_they_belong_to():
     assert numbers >= {1, 2, 3}
 
 
+@pytest.mark.parametrize("options", [{"interpolation": v2.InterpolationMode.NEAREST}, {"antialias": False}])
+def test_another_interpolation_of_a_random_crop_is_torchvisions(options):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    crop = v2.RandomResizedCrop((64, 96), **options)
+    found = Transform(100, [crop])({"image": pixels, "key": "k"}, 32, None, 5)["patches"][0]
+    torch.manual_seed(5)
+    expected = crop(torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(found, patches.patchify(expected, 32)[0])
+
+
 class Crop(v2.Transform):
     """One fixed crop."""
 

@@ -17,11 +17,12 @@ import numpy as np
 from indiclip.commands.findings import Finding, Findings, json_line
 from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, all_captions, opened, ranges
-from indiclip.data import cache, tar_index
+from indiclip.data import cache
 from indiclip.data.box_shards import check_boxes
 from indiclip.data.images import EncodedImage, UnreadableSample
 from indiclip.data.shards import Shards, find, read_caption, read_entry
-from indiclip.data.tar_index import BAD_LABEL, IMAGES, TEXTS
+from indiclip.data.tar_index import BAD_LABEL
+from indiclip.data.tar_members import IMAGES, TEXTS, key_and_extension, members
 
 _WARNINGS = (
     "left-out member",
@@ -77,8 +78,8 @@ def _shard(url: str) -> tuple[int, list[Finding]]:
     found = []
     try:
         tar = cache.local_tar(url, cache.stat(url))
-        for name, member in tar_index.members(tar, damaged):
-            if finding := _member(shown, name, tar_index.key_and_extension(name, member)[1]):
+        for name, member in members(tar, damaged):
+            if finding := _member(shown, name, key_and_extension(name, member)[1]):
                 found.append(finding)
         shards = opened(url)
     except (ValueError, OSError) as error:

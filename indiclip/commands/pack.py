@@ -18,7 +18,7 @@ from indiclip.data.images import EncodedImage, UnreadableSample
 from indiclip.data.shard_writer import ShardWriter
 from indiclip.data.shards import read_caption, read_classes, read_entry
 from indiclip.data.tables import stable_hash
-from indiclip.data.tar_index import MAX_BYTES
+from indiclip.data.tar_members import MAX_BYTES
 
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _NAME = re.compile(r"[\w-]+")

@@ -58,10 +58,10 @@ def box_fields(entry: dict[str, Any], image: EncodedImage, num_classes: int, mas
         ValueError: A key is missing, a class out of range, another size than the image's, a malformed annotation.
     """
     height, width = (entry.get(side) for side in ("height", "width"))
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise ValueError(f"(height, width) is {str((height, width))[:40]}; expected whole pixels")
     if (height, width) not in (image.size_hw, image.upright_hw):
-        raise ValueError(wrong_size(image, height, width))  # type: ignore[arg-type]
-    assert isinstance(height, int)  # as the image's are
-    assert isinstance(width, int)
+        raise ValueError(wrong_size(image, height, width))
     entries = entry.get("annotations")
     if not isinstance(entries, list):
         raise ValueError(f"annotations is {str(entries)[:40]}; expected a list")

@@ -22,7 +22,7 @@ from indiclip.data.tables import stable_hash
 
 SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$")
 _LOCKS = 64  # lock files in the folder; two copies that share one wait for each other
-_TRIES = 3
+_WAITS = (1, 2, 4, 8, 16, 32)  # seconds between tries; a server that is started anew takes a minute
 _BLOCK = 1 << 20
 _ABANDONED = 3600.0  # seconds after which the rest of a killed process's copy is removed
 
@@ -41,6 +41,16 @@ class Stat(NamedTuple):
 def is_remote(url: str) -> bool:
     """Whether fsspec opens it: `s3://`, `gs://`, `https://`, `file://` and the like."""
     return "://" in url
+
+
+def is_packed(url: str) -> bool:
+    """Whether it is a `.tar.gz`; a signature may follow the name."""
+    return not shown(url).endswith(".tar")
+
+
+def is_copied(url: str) -> bool:
+    """Whether it is read from a local copy."""
+    return is_remote(url) or is_packed(url)
 
 
 def shown(url: str) -> str:
@@ -90,26 +100,32 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
     """A plain tar on disk: the shard itself, or its copy, which is made if it is not there.
 
     Args:
-        check: Called with a new copy before others see it; raises if it is not what was expected.
+        check: Called with the copy, before others see a new one; raises if it is not what was expected.
 
     Raises:
         ValueError: Broken gzip, a copy of another size, or what `check` raises.
         NoCopy: It cannot be read after several tries, or the folder is full.
     """
-    if not is_remote(url) and url.endswith(".tar"):
+    if not is_copied(url):
         return Path(url)
     target = cached_name(url, version, ".tar")
-    with suppress(FileNotFoundError):
-        os.utime(target)  # read just now: the last to be removed
+
+    def check_all(copy: Path) -> None:
+        found = copy.stat().st_size
+        if not is_packed(url) and version.size not in (-1, found):
+            raise ValueError(f"{shown(url)}: received {found:,} bytes; expected {version.size:,}")
+        check(copy)
+
+    if _is_at_hand(target, check_all):
         return target
-    with _locked(target.parent / f".lock-{stable_hash(target.name) % _LOCKS:02}"):
-        if target.exists():  # another process has made it meanwhile
+    with _locked(target):
+        if _is_at_hand(target, check_all):  # another process has made it meanwhile
             return target
         _make_room(target.parent, max(version.size, 0))
         part = target.with_suffix(".part")
         try:
-            _copy(url, version, part)
-            check(part)
+            _copy(url, part)
+            check_all(part)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -117,32 +133,40 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
     return target
 
 
-def _copy(url: str, version: Stat, part: Path) -> None:
-    packed = not url.endswith(".tar")
-    for attempt in range(_TRIES):
+def _is_at_hand(copy: Path, check: Callable[[Path], None]) -> bool:
+    try:
+        os.utime(copy)  # read just now: the last to be removed
+        check(copy)
+    except (FileNotFoundError, ValueError):  # a machine that went down may have left half of it
+        return False
+    return True
+
+
+def _copy(url: str, part: Path) -> None:
+    packed = is_packed(url)
+    for wait in (*_WAITS, None):
         try:
             with _open(url) as source, part.open("wb") as target:
                 plain = gzip.GzipFile(fileobj=source) if packed else source
-                left = _limit()
+                left = limit()
                 while block := plain.read(_BLOCK):
                     left -= len(block)
                     if left < 0:  # a small file may unpack to any size
-                        raise ValueError(f"{shown(url)}: unpacks to more than {_limit():,} bytes (INDICLIP_CACHE_GB)")
+                        raise ValueError(f"{shown(url)}: unpacks to more than {limit():,} bytes (INDICLIP_CACHE_GB)")
                     target.write(block)
+                target.flush()
+                os.fsync(target.fileno())
             break
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{shown(url)}: broken gzip: {error}") from error
         except (FileNotFoundError, ValueError):
             raise
         except Exception as error:  # each of fsspec's servers has errors of its own
-            if attempt == _TRIES - 1 or not is_remote(url):
+            if wait is None or not is_remote(url):
                 raise NoCopy(
                     f"{shown(url)}: no copy could be made in {part.parent} (INDICLIP_CACHE): {error}"
                 ) from error
-            time.sleep(2**attempt)
-    found = part.stat().st_size
-    if not packed and version.size not in (-1, found):
-        raise ValueError(f"{shown(url)}: received {found:,} bytes; expected {version.size:,}")
+            time.sleep(wait)
 
 
 def _open(url: str) -> IO[bytes]:
@@ -167,28 +191,33 @@ def remote_glob(pattern: str) -> list[str]:
 
 def remote_file(url: str) -> Path | None:
     """A small remote file's newest copy in the cache folder; None where there is no such file."""
-    filesystem, path = _filesystem(url)
     try:
         version = stat(url)
-    except FileNotFoundError:
+    except (TimeoutError, ConnectionError):
+        raise
+    except OSError:  # S3 and GCS say "forbidden" of what is not there to those who may not list
         return None
     copy = cached_name(url, version, ".copy")
-    if not copy.exists():
-        with _locked(copy.parent / ".lock-files"):
+    with _locked(copy):
+        if not copy.exists():
+            filesystem, path = _filesystem(url)
             filesystem.get_file(path, str(copy.with_suffix(".part")))
             copy.with_suffix(".part").replace(copy)
     return copy
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock of a killed one."""
-    with file.open("w") as lock:
+def _locked(target: Path) -> Iterator[None]:
+    """One process at a time makes this file; the system lets go of the lock of a killed one."""
+    with (target.parent / f".lock-{stable_hash(target.name) % _LOCKS:02}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # closing is not enough: a process that was forked meanwhile holds it too
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def _limit() -> int:
+def limit() -> int:
     """Most bytes of all copies together."""
     return int(float(os.environ.get("INDICLIP_CACHE_GB") or 100) * 1e9)
 
@@ -199,9 +228,9 @@ def _make_room(place: Path, needed: int, keep: Path | None = None) -> None:
     Raises:
         NoCopy: The shard alone exceeds the bound.
     """
-    limit = _limit()
-    if needed > limit:
-        raise NoCopy(f"{place}: a shard of {needed:,} bytes exceeds the bound of {limit:,} (INDICLIP_CACHE_GB)")
+    most = limit()
+    if needed > most:
+        raise NoCopy(f"{place}: a shard of {needed:,} bytes exceeds the bound of {most:,} (INDICLIP_CACHE_GB)")
     copies = []
     for file in place.glob("*"):
         with suppress(FileNotFoundError):  # another process removed it
@@ -212,7 +241,7 @@ def _make_room(place: Path, needed: int, keep: Path | None = None) -> None:
                 file.unlink()
     total = needed + sum(size for _, size, _ in copies)
     for _, size, file in sorted(copies):
-        if total <= limit:
+        if total <= most:
             break
         if file != keep:
             file.unlink(missing_ok=True)  # who reads it now holds it open

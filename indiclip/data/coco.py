@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from indiclip.data import densepose as dp
 from indiclip.data.images import EncodedImage, UnreadableSample, read_image
-from indiclip.data.masks import check_mask, decode_mask
-from indiclip.data.tables import Strings, check_files, column, existing, load_json, xywh_to_xyxy
+from indiclip.data.masks import check_mask, check_room, decode_mask
+from indiclip.data.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
 from indiclip.types import Sample
 
 _MIN_SIDE = 1.0  # pixels; COCO's few thinner boxes are slips of an annotator, too thin to be learnt from
@@ -106,7 +106,15 @@ class CocoDetection(Dataset[Sample]):
         sample["annotated_upright"] = (height, width) != image.size_hw  # drawn in a viewer that turned the photo
         if captions := self.captions(index):
             sample["caption"] = captions[0]
-        numbers = range(at.start, at.stop)
+        try:
+            sample.update(self._dense_fields(range(at.start, at.stop), height, width))
+        except ValueError as error:
+            raise UnreadableSample(key, str(error), str(self._file)) from error
+        return sample
+
+    def _dense_fields(self, numbers: range, height: int, width: int) -> Sample:
+        """Masks and body surfaces of some annotations of one image, where they are asked for."""
+        sample = Sample()
         if self._with_masks:
             sample["masks"] = stack_masks([json.loads(self._segments[i]) for i in numbers], height, width)
         if self.densepose:
@@ -131,7 +139,7 @@ class CocoDetection(Dataset[Sample]):
         ids, names = unique_ids(column(images, "id", where), where), column(images, "file_name", where)
         sizes = list(zip(column(images, "height", where), column(images, "width", where), strict=True))
         for image_id, size in zip(ids, sizes, strict=True):
-            if not all(isinstance(side, int) and side > 0 for side in size):
+            if not all(isinstance(side, int) and 0 < side < 2**31 for side in size):
                 raise ValueError(f"{where} {image_id}: (height, width) is {size}; expected whole pixels")
         check_files(self.folder, names, str(self._file))
         self._ids, self._names = np.array(ids), Strings(names)
@@ -231,8 +239,8 @@ def read_bboxes(boxes: list[Any], wheres: Sequence[str]) -> np.ndarray:
         ValueError: Not four numbers; begins with the box's entry of `wheres`.
     """
     for box, where in zip(boxes, wheres, strict=True):
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
-            raise ValueError(f"{where}: bbox is {box!r}; expected [x, y, width, height]")
+        if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
+            raise ValueError(f"{where}: bbox is {str(box)[:40]}; expected [x, y, width, height]")
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
@@ -242,7 +250,12 @@ def is_thick(boxes_xyxy: np.ndarray) -> np.ndarray:
 
 
 def stack_masks(codes: Sequence[Any], height: int, width: int) -> np.ndarray:
-    """uint8 (M, height, width) of codes that `check_mask` passed."""
+    """uint8 (M, height, width) of codes that `check_mask` passed.
+
+    Raises:
+        ValueError: Together they are too large.
+    """
+    check_room(len(codes), height, width)
     return np.array([decode_mask(code, (height, width)) for code in codes], np.uint8).reshape(-1, height, width)
 
 

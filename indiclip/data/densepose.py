@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from indiclip.data.masks import check_run_lengths, decode_mask
-from indiclip.data.tables import xywh_to_xyxy
+from indiclip.data.masks import check_room, check_run_lengths, decode_mask
+from indiclip.data.tables import is_number, xywh_to_xyxy
 from indiclip.types import Sample
 
 _GRID = 256
@@ -36,7 +36,7 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{where}: the dp_ fields have different lengths {lengths}")
     for name, (low, high) in _RANGES.items():
-        if not all(isinstance(value, int | float) for value in entry[name]):
+        if not all(map(is_number, entry[name])):
             raise ValueError(f"{where}: {name} is {str(entry[name])[:40]}; expected numbers")
         values = np.array(entry[name], dtype=np.float64)
         wrong = ~((values >= low) & (values <= high))  # NaN too
@@ -54,7 +54,11 @@ def fields(people: list[dict[str, Any]], height: int, width: int) -> Sample:
     """The `dp_*` fields of an image, of people as `person` gives them.
 
     A point at (dp_x, dp_y) is (dp_x, dp_y) / 255 of the way through the box, as in DensePose's own evaluation.
+
+    Raises:
+        ValueError: The masks together are too large.
     """
+    check_room(len(people), height, width)
     # The box as annotated, because the points are relative to that; not the clipped one of the detection targets.
     boxes_xywh = np.array([entry["bbox"] for entry in people], dtype=np.float64).reshape(-1, 4)
     sizes_hw = np.tile([height, width], (len(people), 1))

@@ -7,8 +7,11 @@ not applied: boxes and points are in the frame of the file as stored (COCO), and
 
 from __future__ import annotations
 
+import errno
 import io
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,14 @@ import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
+HEAD_BYTES = 1 << 18  # of a file hold its header, mostly
 
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names for 16-bit grey
-_HEAD = 1 << 18  # bytes of a file that hold its header; metadata before it may be long
+_PNG_EXIF = (b"eXIf", b"Raw profile type exif")
+_JPEG_MARKER = re.compile(rb"\xff+([^\xff])")  # any number of 0xff may come before it
 _ORIENTATION = 0x0112  # EXIF tag
+# Of the machine or its network, which no sample is to blame for.
+_TROUBLES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 
 
 class UnreadableSample(ValueError):
@@ -63,12 +70,11 @@ class EncodedImage:
         self.kind = self._format(data)
         self._turbo = False
         try:
-            self.size_hw, self.orientation = self._read_header()
+            self.size_hw, self.orientation = self._read_header(max_pixels)
+        except UnreadableSample:
+            raise
         except Exception as error:  # damaged bytes raise anything in PIL: OSError, SyntaxError, struct.error
             raise self._unreadable(error) from error
-        height, width = self.size_hw
-        if height * width > max_pixels:
-            raise UnreadableSample(key, f"{width}x{height} pixels are more than the {max_pixels:,} allowed", file)
 
     @property
     def upright_hw(self) -> tuple[int, int]:
@@ -115,7 +121,12 @@ class EncodedImage:
         except ValueError:
             return None
 
-    def _read_header(self) -> tuple[tuple[int, int], int]:
+    def _check_size(self, height: int, width: int, max_pixels: int) -> None:
+        if height * width > max_pixels:
+            reason = f"{width}x{height} pixels are more than the {max_pixels:,} allowed"
+            raise UnreadableSample(self._key, reason, self._file)
+
+    def _read_header(self, max_pixels: int) -> tuple[tuple[int, int], int]:
         if self.kind == "JPEG":
             try:
                 height, width, colorspace, _ = simplejpeg.decode_jpeg_header(self._data, strict=False)
@@ -123,11 +134,15 @@ class EncodedImage:
                 colorspace = "CMYK"
             if colorspace not in ("CMYK", "YCCK"):  # those are PIL's
                 self._turbo = True
+                self._check_size(height, width, max_pixels)
                 return (height, width), self._orientation(self._open()) if _has_exif(self._data) else 1
         image = self._open()
+        self._check_size(image.height, image.width, max_pixels)
         return (image.height, image.width), self._orientation(image)
 
     def _orientation(self, image: Image.Image) -> int:
+        if self.kind == "PNG" and not any(mark in self._data for mark in _PNG_EXIF):
+            return 1  # PIL would decode the whole image, to look for EXIF behind its pixels
         try:
             found = image.getexif().get(_ORIENTATION, 1)
         except Exception:  # as for pixels, PIL raises anything; damaged metadata leave a good image
@@ -159,38 +174,76 @@ class EncodedImage:
 def _has_exif(jpeg: bytes) -> bool:
     """Whether a JPEG has EXIF data before its pixels; PIL takes twenty times as long to say so."""
     place = 2
-    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":
-        if jpeg[place + 1 : place + 2] == b"\xe1" and jpeg[place + 4 : place + 10] == b"Exif\0\0":
+    while (marker := _JPEG_MARKER.match(jpeg, place)) and marker[1] != b"\xda":
+        place = marker.end()
+        if marker[1] == b"\xe1" and jpeg[place + 2 : place + 8] == b"Exif\0\0":
             return True
-        fill = jpeg[place + 1 : place + 2] == b"\xff"
-        place += 1 if fill else 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+        place += int.from_bytes(jpeg[place : place + 2], "big")
     return False
 
 
+def is_trouble(error: OSError) -> bool:
+    """Whether it says that the machine is in trouble, not that a file is bad."""
+    return error.errno in _TROUBLES
+
+
 def read_image(path: Path, key: str) -> EncodedImage:
-    """An image file; see `EncodedImage`."""
+    """An image file; see `EncodedImage`.
+
+    Raises:
+        UnreadableSample: No image, or no such file.
+        OSError: The machine is in trouble.
+    """
     try:
         return EncodedImage(path.read_bytes(), key, str(path))
     except OSError as error:
+        if is_trouble(error):
+            raise
         raise UnreadableSample(key, f"{path}: {error.strerror}", str(path)) from error
 
 
 def read_header(path: Path) -> EncodedImage:
-    """Size and orientation of a file from its first bytes; not to be decoded.
+    """Size and orientation of a file, not to be decoded; see `header`.
 
     Raises:
         UnreadableSample: The file is no readable image, naming it.
     """
     with path.open("rb") as file:
-        return EncodedImage(file.read(_HEAD), str(path), str(path))
+        return header(file.read(HEAD_BYTES), path.read_bytes, str(path), str(path))
+
+
+def header(head: bytes, whole: Callable[[], bytes], key: str = "", file: str = "") -> EncodedImage:
+    """Size and orientation of an image, not to be decoded.
+
+    Args:
+        head: Its first `HEAD_BYTES`, which are enough for most.
+        whole: Gives all of it, where they are not: PIL wants the whole of a WebP, and a JPEG may begin with a long
+            colour profile.
+        key: Names the sample in errors.
+        file: The shard or file that it lies in.
+
+    Raises:
+        UnreadableSample: No readable image.
+    """
+    try:
+        return EncodedImage(head, key, file)
+    except UnreadableSample:
+        if len(head) < HEAD_BYTES:
+            raise
+        return EncodedImage(whole(), key, file)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB; see `EncodedImage.decode`. PIL's own conversion shows what is behind transparency."""
     if image.mode in _DEEP_MODES:  # PIL's own conversion clips to 255 instead of scaling
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        grey = (values.astype(np.uint32) >> 8).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image)
+        return canvas
     return image.convert("RGB")

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
+from indiclip.data.tables import is_number
+
 _MOST_BITS = 40  # of a number in a compressed code
+_MOST_BYTES = 2**30  # of all masks of an image; a few letters of code can say them all
 
 
 def check_mask(code: Any, size_hw: list[int], where: str) -> Any:
@@ -29,7 +32,7 @@ def check_mask(code: Any, size_hw: list[int], where: str) -> Any:
         return code
     longest = max(size_hw)
     for polygon in code:
-        if not isinstance(polygon, list) or len(polygon) % 2 or not all(_is_number(side) for side in polygon):
+        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(_is_finite, polygon)):
             raise ValueError(f"{where}: a polygon is {str(polygon)[:40]}; expected [x1, y1, x2, y2, ...]")
         if polygon and not -longest <= min(polygon) <= max(polygon) <= 2 * longest:
             raise ValueError(f"{where}: a polygon reaches from {min(polygon):g} to {max(polygon):g}, out of its image")
@@ -53,17 +56,28 @@ def check_run_lengths(code: Any, size_hw: list[int], where: str, expected: str =
         raise ValueError(f"{where}: the runs cover {sum(runs)} pixels; expected {size_hw[0] * size_hw[1]}")
 
 
+def check_room(num_masks: int, height: int, width: int) -> None:
+    """Before masks of one image are decoded.
+
+    Raises:
+        ValueError: They would take more memory than an image may.
+    """
+    if num_masks * height * width > _MOST_BYTES:
+        raise ValueError(f"{num_masks} masks of {width}x{height} pixels; expected {_MOST_BYTES:,} pixels at most")
+
+
 def decode_mask(code: Any, size_hw: tuple[int, int]) -> np.ndarray:
     """uint8 (height, width) of a code that `check_mask` passed."""
     if isinstance(code, list):
         empty = np.zeros(size_hw, np.uint8)
         return np.asarray(rle.decode(rle.merge(rle.frPyObjects(code, *size_hw)))) if code else empty
+    code = code | {"size": list(size_hw)}  # whole numbers: C takes no 20.0
     packed = rle.frPyObjects(code, *size_hw) if isinstance(code["counts"], list) else code
     return np.asarray(rle.decode(packed))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def _runs(text: str, where: str) -> list[int]:

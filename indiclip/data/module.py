@@ -48,6 +48,8 @@ class MultiTaskData(L.LightningDataModule):
             raise ValueError(f"data.quarantine: found {quarantine}; expected a share, 0 to 1")
         if num_workers < 0:
             raise ValueError(f"data.num_workers: found {num_workers}; expected 0 or more")
+        if seed < 0:
+            raise ValueError(f"seed_everything (data.seed): found {seed}; expected 0 or more")
         self.quarantine = quarantine
         self.train, self.val = train, list(val or [])
         self.seed, self.num_workers = seed, num_workers

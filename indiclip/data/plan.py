@@ -42,6 +42,7 @@ class Budget(NamedTuple):
     samples: int  # in a batch; with `tokens`, their number is a multiple of it
     tokens: int | None = None  # most tokens of a batch, each image padded to the longest
     max_tokens: int = 1  # of an image
+    option: str = "max_tokens"  # that decides it, for messages
 
 
 class Plan:
@@ -78,7 +79,7 @@ class Plan:
         if budget.tokens is not None and budget.tokens < budget.samples * budget.max_tokens:
             raise ValueError(
                 f"data: batch_tokens {budget.tokens} of task {task!r} does not hold {budget.samples} images "
-                f"(batch_multiple) of {budget.max_tokens} tokens (max_tokens)"
+                f"(batch_multiple) of {budget.max_tokens} tokens ({budget.option})"
             )
         if budget.tokens is not None and not shuffle:  # held-out: in order, so many that any fit
             samples = budget.tokens // budget.max_tokens // budget.samples * budget.samples
@@ -98,10 +99,14 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which every source has been gone through at least once (with a token budget: its first epoch)."""
+        """Steps until every source has been gone through, at least one.
+
+        Those of its last samples that do not fill a batch (with a token budget: `Budget.samples`) belong to the next
+        epoch's first window, and may come somewhat later.
+        """
         if self._turns is None:
             return max(-(-size // count) for size, count in zip(self.sizes, self.counts, strict=True))
-        epochs = (stream.batches_in_first_epoch for stream in self._streams)
+        epochs = (max(1, stream.batches_in_first_epoch) for stream in self._streams)
         return max(-(-steps * len(self._turns) // count) for steps, count in zip(epochs, self.counts, strict=True))
 
     def batch(self, step: int) -> list[Place]:
@@ -173,7 +178,10 @@ class Stream:
 
     @property
     def batches_in_first_epoch(self) -> int:
-        """Batches until the first epoch's last sample."""
+        """Batches that end in the first epoch; of a fixed size, the one across its end too.
+
+        With a token budget there is none where the source has less than `Budget.samples`.
+        """
         if self.budget.tokens is None:
             return -(-self.samples.size // self.budget.samples)
         return int(self._batch_counts(0).sum())

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from indiclip.data.images import read_header, read_image
-from indiclip.data.tables import Strings, check_files, column, existing, load_json, xywh_to_xyxy
+from indiclip.data.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
 from indiclip.types import Sample
 
 _TOLERANCE = 1.0  # pixels by which a point may lie outside; so much is moved inside
@@ -128,4 +128,4 @@ def _count(points: Any, count: Any, where: str) -> int:
 
 
 def _is_point(point: Any) -> bool:
-    return isinstance(point, list) and len(point) == 2 and all(isinstance(side, int | float) for side in point)
+    return isinstance(point, list) and len(point) == 2 and all(map(is_number, point))

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from glob import glob
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,10 @@ from braceexpand import braceexpand
 from torch.utils.data import Dataset
 
 from indiclip.data import cache, tar_index
-from indiclip.data.images import EncodedImage, UnreadableSample
+from indiclip.data.images import EncodedImage, UnreadableSample, is_trouble
+from indiclip.data.shard_files import ShardFiles
 from indiclip.data.tables import existing
-from indiclip.data.tar_index import TarIndex
 from indiclip.types import Quarantined, Sample
-
-_OPEN_FILES = 64  # per process; thousands of shards would exceed the usual limit of 1,024
 
 
 class Shards(Dataset[Sample]):
@@ -64,19 +61,19 @@ class Shards(Dataset[Sample]):
         self.template = caption
         self.urls = expand(urls)
         self.names = [cache.stem(url) for url in self.urls]
+        self._shown = [cache.shown(url) for url in self.urls]
         self._indexes = tar_index.indexes(self.urls)
-        self._files = _Files(self.urls, self._indexes)
+        self._files = ShardFiles(self.urls, self._indexes)
         counts = [len(index.rows) for index in self._indexes]
         self.starts = np.cumsum([0, *counts])
         self.left_out = sum((index.left_out for index in self._indexes), Counter[str]())
         self.damaged = [
-            Quarantined("", f"{name}/{key}", cache.shown(url), reason)
-            for url, name, index in zip(self.urls, self.names, self._indexes, strict=True)
+            Quarantined("", f"{name}/{key}", shown, reason)
+            for shown, name, index in zip(self._shown, self.names, self._indexes, strict=True)
             for key, reason in index.damaged
         ]
         if not self.starts[-1]:
-            where = cache.shown(self.urls[0])
-            raise ValueError(f"{where}: no images in {len(self.urls)} shards; left out: {dict(self.left_out)}")
+            raise ValueError(f"{self._shown[0]}: no images in {len(self.urls)} shards; left out: {dict(self.left_out)}")
         self.labels: np.ndarray = np.concatenate([index.rows["label"] for index in self._indexes])
         self._check_labels()
 
@@ -90,50 +87,56 @@ class Shards(Dataset[Sample]):
 
     def key(self, index: int) -> str:
         """`shard/member` without the folder: it stays when the data moves or grows. Reads and decodes nothing."""
-        shard, place = self._place(index)
-        return f"{self.names[shard]}/{self._indexes[shard].keys[place]}"
+        return self._key(*self._place(index))
 
     def shard(self, index: int) -> str:
         """The shard that a sample lies in."""
-        return cache.shown(self.urls[self._place(index)[0]])
+        return self._shown[self._place(index)[0]]
 
     def prefetch(self, shards: list[int]) -> None:
         """Make the local copies of packed or remote shards; nothing is to be done for others."""
-        for shard in shards:
-            self._files.path(shard)
+        self._files.prefetch(shards)
 
     def parts(self, index: int) -> dict[str, bytes]:
         """The bytes of a sample's members: `image`, and `txt`, `json` where it has them.
 
         Raises:
-            UnreadableSample: The shard cannot be read there, or the image's bytes are not those that were indexed.
+            OSError: The shard cannot be read there.
+            ValueError: It is not the shard, or the image's bytes are not those, that were indexed.
         """
-        shard, place = self._place(index)
-        row = self._indexes[shard].rows[place].tolist()  # plain numbers: each field of a row costs a microsecond
-        image, image_bytes, txt, txt_bytes, json_, json_bytes, _, _, _, crc = row
-        found = {"image": self._files.read(shard, image, image_bytes)}
-        if self._indexes[shard].has_crc and zlib.crc32(found["image"]) != crc:
-            raise self._unreadable(index, "the image's bytes are not those that were indexed (CRC-32)")
-        if txt_bytes >= 0:
-            found["txt"] = self._files.read(shard, txt, txt_bytes)
-        if json_bytes >= 0:
-            found["json"] = self._files.read(shard, json_, json_bytes)
-        return found
+        return self._parts(*self._place(index))
 
     def __getitem__(self, index: int) -> Sample:
-        index = range(len(self))[index]
-        key = self.key(index)
+        shard, place = self._place(index)
+        key, file = self._key(shard, place), self._shown[shard]
         try:
-            parts = self.parts(index)
+            parts = self._parts(shard, place)
             entry = read_entry(parts["json"]) if "json" in parts else {}
-            image = EncodedImage(parts["image"], key, self.shard(index))
+            image = EncodedImage(parts["image"], key, file)
             sample = Sample(image=image, key=key)
             sample.update(self._fields(index, image, parts, entry))
         except (cache.NoCopy, UnreadableSample):
             raise
         except (OSError, ValueError) as error:
-            raise self._unreadable(index, str(error)) from error
+            if isinstance(error, OSError) and is_trouble(error):
+                raise
+            raise UnreadableSample(key, str(error), file) from error
         return sample
+
+    def _key(self, shard: int, place: int) -> str:
+        return f"{self.names[shard]}/{self._indexes[shard].keys[place]}"
+
+    def _parts(self, shard: int, place: int) -> dict[str, bytes]:
+        row = self._indexes[shard].rows[place].tolist()  # plain numbers: each field of a row costs a microsecond
+        image, image_bytes, txt, txt_bytes, json_, json_bytes, _, _, _, crc = row
+        found = {"image": self._files.read(shard, image, image_bytes)}
+        if self._indexes[shard].has_crc and zlib.crc32(found["image"]) != crc:
+            raise ValueError("the image's bytes are not those that were indexed (CRC-32)")
+        if txt_bytes >= 0:
+            found["txt"] = self._files.read(shard, txt, txt_bytes)
+        if json_bytes >= 0:
+            found["json"] = self._files.read(shard, json_, json_bytes)
+        return found
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
         """What a sample has besides its image; raises `ValueError` with a reason where it cannot be used."""
@@ -164,9 +167,6 @@ class Shards(Dataset[Sample]):
         index = range(len(self))[index]
         shard = int(self.starts.searchsorted(index, side="right")) - 1
         return shard, index - int(self.starts[shard])
-
-    def _unreadable(self, index: int, reason: str) -> UnreadableSample:
-        return UnreadableSample(self.key(index), reason, self.shard(index))
 
 
 def read_classes(classes: str | list[str] | None) -> list[str]:
@@ -227,48 +227,6 @@ def _matches(name: str) -> list[str]:
     if not found:
         raise FileNotFoundError(f"{cache.shown(name)}: no such file")
     return found
-
-
-class _Files:
-    """Reads parts of shards. Descriptors open at first use and are left out of a pickle; children of a fork may share
-    them, because `pread` moves no common position."""
-
-    def __init__(self, urls: list[str], indexes: list[TarIndex]) -> None:
-        self.urls, self.indexes = urls, indexes
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def read(self, shard: int, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` of the plain tar.
-
-        Raises:
-            OSError: They are not there.
-        """
-        descriptor = self._open.get(shard)
-        if descriptor is None:
-            descriptor = self._open[shard] = os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open) > _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        data = os.pread(descriptor, length, offset)
-        if len(data) != length:
-            raise OSError("the shard has become shorter since it was indexed")
-        return data
-
-    def path(self, shard: int) -> Path:
-        """The plain tar on disk, copied there if need be."""
-        url, index = self.urls[shard], self.indexes[shard]
-
-        def check(copy: Path) -> None:
-            if tar_index.fingerprint(copy) != index.fingerprint:
-                raise ValueError(f"{cache.shown(url)}: its index (.index.npz) was made of another shard")
-
-        return cache.local_tar(url, index.version, check)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
 
 def read_entry(text: bytes) -> dict[str, Any]:

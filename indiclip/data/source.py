@@ -17,7 +17,9 @@ from indiclip.patches import count_tokens
 class Source:
     """Where the examples of a task come from.
 
-    A step has `batch_size` samples, or as many as `batch_tokens` hold: one of the two.
+    A step has `batch_size` samples, or as many as `batch_tokens` hold: one of the two. Images of similar length come
+    together, so that little is padded. With `batch_size` and several sources of a task, each of them gives its part of
+    every step, and only within the parts are the lengths similar: sources of different lengths need `batch_tokens`.
 
     Args:
         task: The task that reads them; heads name it too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
 
@@ -59,6 +60,9 @@ class Steps(Dataset[dict[str, Batch]]):
                 f"data: {name} {budget.samples} of task {task!r} is over all ranks and must be a multiple of the "
                 f"{self.world_size} ranks"
             )
+        if self.canvas_hw is not None:  # the backbone's one size, whatever max_tokens says
+            canvas = math.prod(self.canvas_hw) // self.patch_size**2
+            budget = budget._replace(max_tokens=canvas, option="canvas_hw")
         samples = [source.samples(self.patch_size, self.canvas_hw) for source in group]
         weights, window = [source.weight for source in group], max(source.window for source in group)
         return Plan(task, samples, weights, budget, self.seed, self.train, window)

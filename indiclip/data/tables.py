@@ -126,6 +126,11 @@ def xywh_to_xyxy(
     return np.asarray(clipped, dtype=np.float32)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that NumPy can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
 def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
     """A JSON file, with the keys that it must have.
 

@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import re
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,20 +26,17 @@ from rich.progress import track
 
 from indiclip.data import cache
 from indiclip.data.cache import Stat
-from indiclip.data.images import EncodedImage, UnreadableSample
+from indiclip.data.images import HEAD_BYTES, UnreadableSample, header
 from indiclip.data.tables import Strings
+from indiclip.data.tar_members import IMAGES, TEXTS, key_and_extension, members
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-TEXTS = ("txt", "json", "cls")
 ROW = np.dtype(
     [(f"{part}{what}", kind) for part in ("image", "txt", "json") for what, kind in (("", "i8"), ("_bytes", "i4"))]
     + [("label", "i4"), ("height", "i4"), ("width", "i4"), ("crc", "u4")]
 )
 BAD_LABEL = -2  # there is one, but it is no whole number from 0
 _VERSION = 1
-_MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")  # webdataset's rule: the key ends at the file name's first dot
-_HEAD = 1 << 18  # bytes of an image that are looked at for its size
-MAX_BYTES = {**dict.fromkeys(IMAGES, 2**30), **dict.fromkeys(TEXTS, 2**24)}  # of a member; more is no sample
+_FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
 _ASK_AT_ONCE = 16  # servers' answers waited for together
@@ -71,6 +67,11 @@ class TarIndex:
     fingerprint: str
     has_crc: bool
 
+    @property
+    def tar_bytes(self) -> int:
+        """Size of the plain tar."""
+        return int(self.fingerprint.partition(":")[0])
+
     def save(self, file: Path) -> None:
         """Write the file whole or not at all.
 
@@ -100,24 +101,33 @@ class TarIndex:
     @classmethod
     def load(cls, file: Path) -> TarIndex | None:
         """Read an index; None where there is none that can be used."""
+        if not file.exists():
+            return None
         try:
             with np.load(file, allow_pickle=False) as arrays:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in arrays.zip.infolist()):
+                    return None  # it could unpack to any size
                 about = json.loads(arrays["about"].tobytes())
-                rows, keys = arrays["rows"], Strings.of_buffers(arrays["key_bytes"], arrays["key_ends"])
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ):  # missing or torn
+                rows, buffers = arrays["rows"], (arrays["key_bytes"], arrays["key_ends"])
+            known = about["version"] == _VERSION and _FINGERPRINT.fullmatch(about["fingerprint"])
+            if not known or not _is_sound(rows, *buffers):
+                return None
+            damaged = [(str(key), str(reason)) for key, reason in about["damaged"]]
+            left_out = Counter({str(reason): int(count) for reason, count in about["left_out"].items()})
+            version = Stat(int(about["size"]), str(about["stamp"]))
+            keys = Strings.of_buffers(*buffers)
+            return cls(rows, keys, left_out, damaged, version, about["fingerprint"], bool(about["has_crc"]))
+        except Exception:  # torn or odd content raises anything; the shard is indexed anew
             return None
-        if about.get("version") != _VERSION or rows.dtype != ROW or len(rows) != len(keys):
-            return None
-        damaged = [(str(key), str(reason)) for key, reason in about["damaged"]]
-        version = Stat(int(about["size"]), str(about["stamp"]))
-        return cls(rows, keys, Counter(about["left_out"]), damaged, version, about["fingerprint"], about["has_crc"])
+
+
+def _is_sound(rows: np.ndarray, key_bytes: np.ndarray, key_ends: np.ndarray) -> bool:
+    """Whether arrays of a file are what `TarIndex.save` writes."""
+    kinds = rows.dtype == ROW and key_bytes.dtype == np.uint8 and key_ends.dtype in (np.uint32, np.int64)
+    if not kinds or key_bytes.ndim != 1 or rows.ndim != 1 or key_ends.shape != (len(rows) + 1,):
+        return False
+    in_order = (key_ends[1:] >= key_ends[:-1]).all()
+    return bool(in_order and key_ends[0] == 0 and key_ends[-1] == len(key_bytes))
 
 
 def build(tar: Path, version: Stat, crc: bool = False) -> TarIndex:
@@ -169,12 +179,22 @@ def indexes(urls: list[str], crc: bool = False) -> list[TarIndex]:
 
 def find_index(url: str, version: cache.Stat) -> TarIndex | None:
     """The index of this version of a shard, where there is one beside it or in the cache folder."""
-    for file in (*_beside(url), cache.cached_name(url, version, ".index.npz")):
+    for file in _candidates(url, version):
         index = TarIndex.load(file)
-        if index is not None and _belongs(index, url, version):
+        if index is not None and _belongs(index, file, url, version):
             index.version = version
             return index
     return None
+
+
+def _candidates(url: str, version: cache.Stat) -> Iterator[Path]:
+    """Where its index may lie. The cache comes last, so that none is needed where an index lies beside the shard."""
+    if not cache.is_remote(url):
+        yield index_path(url)
+    elif "?" not in url and (copy := cache.remote_file(f"{url}.index.npz")):  # a signature is of the shard's URL only
+        yield copy
+    with suppress(OSError):  # a cache that cannot be made holds none
+        yield cache.cached_name(url, version, ".index.npz")
 
 
 def index_path(url: str) -> Path:
@@ -182,28 +202,16 @@ def index_path(url: str) -> Path:
     return Path(f"{url}.index.npz")
 
 
-def _beside(url: str) -> list[Path]:
-    if not cache.is_remote(url):
-        return [index_path(url)]
-    copy = cache.remote_file(f"{url}.index.npz")
-    return [copy] if copy else []
-
-
-def _belongs(index: TarIndex, url: str, version: cache.Stat) -> bool:
+def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool:
     if index.version == version:
         return True
     if index.version.size != version.size:
         return False
-    # Moved: a plain tar shows at once whether it is the same; of another the copy is looked at when it is made.
-    return cache.is_remote(url) or not url.endswith(".tar") or fingerprint(Path(url)) == index.fingerprint
-
-
-def image_size_hw(head: bytes) -> tuple[int, int]:
-    """(height, width) as stored, from a file's first bytes; (0, 0) where they are no readable image."""
-    try:
-        return EncodedImage(head, "").size_hw
-    except UnreadableSample:
-        return 0, 0
+    if cache.is_copied(url):  # moved: its copy is looked at when it is made
+        return True
+    # Moved: the fingerprint is of three places only, so what was changed later is indexed anew.
+    plain = Path(url)
+    return plain.stat().st_mtime_ns <= file.stat().st_mtime_ns and fingerprint(plain) == index.fingerprint
 
 
 def _samples(tar: Path, left_out: Counter[str], damaged: list[tuple[str, str]]) -> dict[str, Parts]:
@@ -225,61 +233,23 @@ def _samples(tar: Path, left_out: Counter[str], damaged: list[tuple[str, str]]) 
     return samples
 
 
-def key_and_extension(name: str, member: tarfile.TarInfo) -> tuple[str, str]:
-    """A member's key and lower-case extension; a reason such as `(link)` in its place where it is not to be read."""
-    key, extension = match.groups() if (match := _MEMBER.match(name)) else ("", "(unnamed)")
-    extension = extension.lower()
-    if not member.isreg() or member.issparse():
-        extension = "(link)"
-    elif name.startswith("/") or ".." in PurePosixPath(name).parts:
-        extension = "(outside)"
-    elif member.size > MAX_BYTES.get(extension, member.size):
-        extension = "(too large)"
-    return key, extension
-
-
-def members(tar: Path, damaged: list[tuple[str, str]]) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The whole members of a tar, and their names without `./`. What is broken is appended to `damaged`.
-
-    Raises:
-        ValueError: No tar.
-    """
-    size = tar.stat().st_size
-    count, after = 0, "the start"
-    try:
-        # Undecodable names stay apart and can be stored.
-        with tarfile.open(tar, "r:", errors="backslashreplace") as archive:
-            for member in archive:
-                if member.offset_data + member.size > size:
-                    damaged.append((member.name, f"truncated tar: {size:,} bytes end inside of this member"))
-                    return
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all that it has seen
-                count, after = count + 1, member.name
-                if not member.isdir():
-                    yield member.name.removeprefix("./"), member
-            # tarfile takes a damaged header for the end of the archive.
-            with tar.open("rb") as file:
-                file.seek(archive.offset)
-                block = file.read(512)
-            if not block:
-                raise tarfile.ReadError("no end mark")
-            if block.strip(b"\0") or len(block) < 512:
-                raise tarfile.ReadError(f"no valid header at byte {archive.offset:,}")
-    except (tarfile.TarError, EOFError) as error:
-        if not count:
-            raise ValueError(f"{tar}: no tar: {error}") from error
-        damaged.append((after, f"broken tar: {error}; what may have followed this member is lost"))
-
-
 def _fill(row: Any, parts: Parts, data: mmap.mmap, crc: bool) -> None:
     places = {name: parts.get(name, (0, -1)) for name in ("txt", "json")}
     places["image"] = offset, length = next(parts[name] for name in IMAGES if name in parts)
     for name, place in places.items():
         row[name], row[f"{name}_bytes"] = place
-    row["height"], row["width"] = image_size_hw(data[offset : offset + min(length, _HEAD)])
+    row["height"], row["width"] = _size_hw(data, offset, offset + length)
     row["label"] = _label(parts, data)
     if crc:
         row["crc"] = zlib.crc32(data[offset : offset + length])
+
+
+def _size_hw(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
+    """(height, width) as stored; (0, 0) where the bytes are no readable image."""
+    try:
+        return header(data[begin : min(begin + HEAD_BYTES, end)], lambda: data[begin:end]).size_hw
+    except UnreadableSample:
+        return 0, 0
 
 
 def _label(parts: Parts, data: mmap.mmap) -> int:
@@ -295,7 +265,7 @@ def _label(parts: Parts, data: mmap.mmap) -> int:
     except (ValueError, RecursionError):
         return -1  # the sample is unreadable, which its reader says
     found = entry.get("label", entry.get("cls")) if isinstance(entry, dict) else None
-    if isinstance(found, str) and found.strip().isdecimal():
+    if isinstance(found, str) and found.strip().isdecimal() and len(found) < 20:
         found = int(found)
     if found is None:
         return -1

@@ -48,7 +48,7 @@ class Transform:
     """Decode, turn upright, augment, resize into the token budget, cut into patches.
 
     A JPEG is decoded no larger than what follows needs: where no augmentation depends on the image's size, or where
-    the first one is a `RandomResizedCrop`.
+    the first one is a `RandomResizedCrop` with its default interpolation.
 
     Args:
         max_tokens: Most patches per image; larger images are scaled down, aspect kept.
@@ -170,13 +170,20 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 def _plan_reading(full: Size, steps: list[Any], fit: Callable[[Size], Size]) -> tuple[Region, Size, list[Any]]:
     """Which part (top, left, height, width) of the upright image is wanted at which size, and what is left to do."""
-    if steps and type(steps[0]) is v2.RandomResizedCrop:
+    if steps and _crops_as_we_resize(steps[0]):
         canvas = tv_tensors.Image(torch.empty(3, *full, device="meta"))
         at = steps[0].make_params([canvas])
         height, width = steps[0].size
         return (at["top"], at["left"], at["height"], at["width"]), (int(height), int(width)), steps[1:]
     late = all(type(step) in _OF_ANY_SIZE for step in steps)
     return (0, 0, *full), fit(full) if late else full, steps
+
+
+def _crops_as_we_resize(step: Any) -> bool:
+    if type(step) is not v2.RandomResizedCrop:
+        return False
+    # torchvision's own default is the word.
+    return bool(step.antialias) and step.interpolation in (v2.InterpolationMode.BILINEAR, "bilinear")
 
 
 def _read_region(image: Any, full: Size, region: Region, size: Size) -> Tensor:

@@ -1,0 +1,29 @@
+"""The loaders of a run: the same steps from any number of workers, and what they are not asked for."""
+
+import pytest
+from test_shards import png, write_tar
+
+from indiclip.data.module import MultiTaskData
+from indiclip.data.shards import Shards
+from indiclip.data.source import Source
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_one_shard_and_64_workers_give_the_steps_of_none(tmp_path):
+    """Fewer samples than workers in an epoch: most workers begin in a later one."""
+    members = {
+        f"{i:02}.{kind}": png(i) if kind == "png" else f"number {i}" for i in range(50) for kind in ("png", "txt")
+    }
+    source = Source("t", Shards(write_tar(tmp_path / "a.tar", members)), batch_size=4)
+    seen = []
+    for num_workers in (0, 64):
+        data = MultiTaskData([source], seed=3, num_workers=num_workers, steps_per_epoch=150, patch_size=4)
+        seen.append([(step["t"]["keys"], step["t"]["targets"]["caption"]) for step in data.train_dataloader()])
+    assert len(seen[0]) == 150
+    assert seen[1] == seen[0]
+    assert sorted(key for keys, _ in seen[1][:25] for key in keys) == sorted(2 * [f"a/{i:02}" for i in range(50)])
+
+
+def test_a_negative_seed_is_named():
+    with pytest.raises(ValueError, match=r"seed_everything \(data\.seed\): found -1; expected 0 or more"):
+        MultiTaskData([], seed=-1)

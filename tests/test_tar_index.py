@@ -1,0 +1,129 @@
+"""Which index is taken for a shard, and what becomes of an index that somebody made up."""
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_shards import png, write_tar
+
+from indiclip.data import cache, tar_index
+from indiclip.data.shards import Shards
+
+
+@pytest.fixture
+def shard(tmp_path, monkeypatch):
+    """A shard with an index beside it."""
+    monkeypatch.setenv("INDICLIP_CACHE", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "a.tar", {"0.png": png(1), "0.txt": "x" * 2000, "1.png": png(2), "1.txt": "y"})
+    tar_index.build(Path(path), cache.stat(path)).save(tar_index.index_path(path))
+    return path
+
+
+def found(path):
+    return tar_index.find_index(path, cache.stat(path))
+
+
+def test_no_cache_is_needed_where_an_index_lies_beside_the_shard(shard, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INDICLIP_CACHE", str(tmp_path / "file" / "cache"))  # cannot be made
+    assert [sample["key"] for sample in Shards(shard)] == ["a/0", "a/1"]
+    tar_index.index_path(shard).unlink()
+    assert [sample["key"] for sample in Shards(shard)] == ["a/0", "a/1"]
+
+
+def test_a_tar_changed_after_its_index_was_made_is_indexed_anew(shard):
+    """Also where the change is in none of the places that the fingerprint is of, and the length is the same."""
+    index = tar_index.index_path(shard)
+    index_time = index.stat().st_mtime_ns
+    os.utime(shard, ns=(index_time - 1, index_time - 1))
+    assert found(shard) is not None  # moved
+    os.utime(shard, ns=(index_time + 1, index_time + 1))
+    assert found(shard) is None
+
+
+def encoded(pixels, kind, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def arrays_of(index):
+    with np.load(index) as arrays:
+        return dict(arrays)
+
+
+def about(**changes):
+    def change(arrays):
+        arrays["about"] = np.frombuffer(json.dumps(json.loads(arrays["about"].tobytes()) | changes).encode(), np.uint8)
+
+    return change
+
+
+ODD = {
+    "about is a list": lambda a: a.update(about=np.frombuffer(b"[1]", np.uint8)),
+    "about is no text": lambda a: a.update(about=np.full(9, 255, np.uint8)),
+    "damaged is a number": about(damaged=3),
+    "damaged is of singles": about(damaged=["a"]),
+    "left_out is a list": about(left_out=[]),
+    "size is a list": about(size=[]),
+    "fingerprint is none": about(fingerprint=None),
+    "fingerprint without a size": about(fingerprint="x:00000000"),
+    "another version": about(version=99),
+    "rows of another kind": lambda a: a.update(rows=np.zeros(2)),
+    "rows in a table": lambda a: a.update(rows=a["rows"].reshape(2, 1)),
+    "a single row": lambda a: a.update(rows=a["rows"][0]),
+    "fewer keys": lambda a: a.update(key_ends=a["key_ends"][:-1]),
+    "no keys": lambda a: a.update(key_ends=a["key_ends"][:0]),
+    "keys that go back": lambda a: a.update(key_ends=a["key_ends"][::-1]),
+    "keys that go beyond": lambda a: a.update(key_ends=a["key_ends"] * 2),
+    "fractions": lambda a: a.update(key_ends=a["key_ends"].astype(float)),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_index_with_odd_content_is_made_anew(shard, what):
+    index = tar_index.index_path(shard)
+    arrays = arrays_of(index)
+    ODD[what](arrays)
+    np.savez(index, **arrays)
+    assert tar_index.TarIndex.load(index) is None
+    assert [sample["key"] for sample in Shards(shard)] == ["a/0", "a/1"]
+
+
+def test_what_is_no_archive_is_no_index(shard):
+    index = tar_index.index_path(shard)
+    with index.open("wb") as file:
+        np.save(file, np.zeros(3))
+    assert tar_index.TarIndex.load(index) is None
+
+
+def test_an_index_that_unpacks_is_refused(shard):
+    index = tar_index.index_path(shard)
+    arrays = arrays_of(index)
+    np.savez(index, **arrays)
+    assert tar_index.TarIndex.load(index) is not None
+    np.savez_compressed(index, **arrays)
+    with zipfile.ZipFile(index) as archive:
+        assert archive.infolist()[0].compress_type == zipfile.ZIP_DEFLATED
+    assert tar_index.TarIndex.load(index) is None
+
+
+@pytest.mark.parametrize("label", ["9" * 5000, "9" * 400])
+def test_a_label_of_many_digits_is_one_bad_sample(tmp_path, label):
+    members = {"0.png": png(), "0.json": json.dumps({"label": label, "text": "x"}), "1.png": png(), "1.txt": "good"}
+    shards = Shards(write_tar(tmp_path / "a.tar", members))
+    assert shards.labels.tolist() == [tar_index.BAD_LABEL, -1]
+    assert shards[1]["caption"] == "good"
+
+
+def test_the_size_of_an_image_behind_long_metadata_is_indexed(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (400, 500, 3), dtype=np.uint8)
+    members = {"0.webp": encoded(noise, "WEBP", lossless=True), "0.txt": "x"}
+    members |= {"1.jpg": encoded(noise, "JPEG", icc_profile=bytes(400_000)), "1.txt": "x"}
+    shards = Shards(write_tar(tmp_path / "a.tar", members))
+    assert shards.sizes_hw.tolist() == [[400, 500]] * 2
