@@ -203,6 +203,14 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def _forks(parent):
+    """Children of a process that run what it runs."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    files = [Path(f"/proc/{child}/cmdline") for child in children]
+    return {file.parent.name for file in files if file.exists() and file.read_bytes() == command}
+
+
 @pytest.fixture
 def waiting(tmp_path):
     """A check whose worker waits for a shard that never answers, and the worker's id."""
@@ -211,10 +219,12 @@ def waiting(tmp_path):
     command = [sys.executable, "-m", "indiclip.cli", "shards", "check", path, str(tmp_path / "b.tar"), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (workers := children.read_text().split()):
-        time.sleep(0.1)
-    yield process, int(workers[0])
+    workers: set[str] = set()
+    while not workers:  # of all children those that stay: libraries ask other programs while they are imported
+        seen = _forks(process.pid)
+        time.sleep(0.5)
+        workers = seen & _forks(process.pid)
+    yield process, int(workers.pop())
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -7,12 +7,37 @@ import pytest
 import torch
 import yaml
 
+from indiclip.cli import main
 from indiclip.training import run
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "conf").glob("*.yaml"))
-NEEDS_DATA = {"cifar10": ["cifar10"], "real_small": ["coco", "counting", "emoji_multilingual"]}
+NEEDS_DATA = {
+    "cifar10": ["cifar10"],
+    "real_small": ["coco", "counting", "emoji_multilingual"],
+    "shards": ["coco", "emoji_multilingual"],
+}
 SHORT = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--data.num_workers", "0"]
+BACKBONE = "--model.encoder.backbone.init_args"
+TEXT = "--model.encoder.text.architecture"
+SMALL = {  # what is meant for a GPU
+    "shards": [
+        *(f"{BACKBONE}.width", "64", f"{BACKBONE}.depth", "1", f"{BACKBONE}.num_heads", "1"),
+        *(f"{TEXT}.num_hidden_layers", "1", f"{TEXT}.hidden_size", "24", f"{TEXT}.intermediate_size", "24"),
+        *("--trainer.precision", "32-true", "--trainer.accelerator", "cpu"),
+    ]
+}
+
+
+def packed(data_root, folder):
+    """The shards that conf/shards.yaml reads, by the commands it names."""
+    pictograms, photos = data_root / "emoji_multilingual", data_root / "coco"
+    for name in ("train", "val"):
+        words = [str(pictograms / "names.tsv"), "--images", str(pictograms / "images"), "--caption_column", "hi"]
+        assert main(["shards", "pack", *words, "--out", str(folder / "captions"), "--name", name]) == 0
+        words = [str(photos / "instances.json"), "--images", str(photos / "images")]
+        assert main(["shards", "pack", *words, "--out", str(folder / "boxes"), "--name", name]) == 0
+    return folder
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
@@ -23,7 +48,10 @@ def test_every_experiment_trains_and_reports(experiment, tmp_path, monkeypatch, 
         if missing:
             pytest.skip(f"no {', '.join(missing)} in {data_root}")
         monkeypatch.setenv("INDICLIP_DATA", str(data_root))
-    assert run(["fit", "--config", str(experiment), "--runs", str(tmp_path), *SHORT]) == 0
+    if experiment.stem == "shards":
+        monkeypatch.setenv("INDICLIP_DATA", str(packed(data_root, tmp_path / "data")))
+    flags = ["--runs", str(tmp_path), *SHORT, *SMALL.get(experiment.stem, [])]
+    assert run(["fit", "--config", str(experiment), *flags]) == 0
     folder = tmp_path / experiment.stem
     config = yaml.safe_load(experiment.read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
