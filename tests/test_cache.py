@@ -9,6 +9,7 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -319,3 +320,14 @@ def test_a_shard_that_cannot_be_fetched_ahead_is_said(tmp_path, place):
         prefetch._fetch(shards, [0, 1])
     with pytest.raises(UnreadableSample, match=r"a/0: .*No such file"):
         shards[0]
+
+
+def test_what_a_web_server_answers_is_said_without_a_signature():
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # knows no request, not even GET
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_port}/a.tar"
+        with pytest.raises(FileNotFoundError, match=f"^{where}: the server answers 501 Unsupported method .'GET'.$"):
+            cache.stat(f"{where}?signature=secret")
+        server.shutdown()
+    with pytest.raises(FileNotFoundError, match=f"^{where}: Cannot connect to host 127.0.0.1"):
+        cache.stat(where)

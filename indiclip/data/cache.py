@@ -75,10 +75,20 @@ def stat(url: str) -> Stat:
     if not is_remote(url):
         status = Path(url).stat()
         return Stat(status.st_size, str(status.st_mtime_ns))
-    info = _filesystem(url)[0].info(url)
+    try:
+        info = _filesystem(url)[0].info(url)
+    except FileNotFoundError as error:  # which fsspec says whatever a web server answers, or if none does
+        raise FileNotFoundError(f"{shown(url)}: {_reason(error)}") from error
     stamp = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified", "updated") if name in info), "")
     size = info.get("size")
     return Stat(-1 if size is None else int(size), stamp)
+
+
+def _reason(error: FileNotFoundError) -> str:
+    cause = error.__cause__
+    if status := getattr(cause, "status", None):  # the answer's own text has the whole URL, a signature too
+        return f"the server answers {status} {getattr(cause, 'message', '')}"
+    return str(cause or error.strerror or "no such file")
 
 
 def folder() -> Path:
