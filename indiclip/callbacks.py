@@ -18,7 +18,7 @@ from torch import Tensor
 from indiclip.module import Batches, MultiTask
 from indiclip.record import append_history
 
-_SHOWN = 3  # damaged places in the data that are printed
+_DAMAGES_SHOWN = 3  # damaged places in the data that are printed
 
 
 class StartupTable(L.Callback):
@@ -45,10 +45,10 @@ def _print_damage(console: Console, trainer: L.Trainer) -> None:
     data = trainer.datamodule  # type: ignore[attr-defined]
     of_sources = (getattr(source.dataset, "damaged", []) for source in (*data.train, *data.val))
     lost = list({(found.shard, found.key): found for damaged in of_sources for found in damaged}.values())
-    for found in lost[:_SHOWN]:
+    for found in lost[:_DAMAGES_SHOWN]:
         console.print(f"lost: {found.shard}: {found.key}: {found.reason}", style="yellow", markup=False, soft_wrap=True)
-    if len(lost) > _SHOWN:
-        console.print(f"lost: {len(lost) - _SHOWN:,} more, see quarantine.jsonl", style="yellow")
+    if len(lost) > _DAMAGES_SHOWN:
+        console.print(f"lost: {len(lost) - _DAMAGES_SHOWN:,} more, see quarantine.jsonl", style="yellow")
 
 
 def _sources_table(trainer: L.Trainer) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -102,7 +103,9 @@ def _leaving_at_once() -> Iterator[None]:
         os.write(2, b"indiclip: stopped\n")
         os._exit(128 + number)
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a caller's own, or none in a background job
+    is_main = threading.current_thread() is threading.main_thread()
+    # Not where a caller has a handler of its own, or none, as in a background job.
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     signal.signal(signal.SIGINT, leave)

@@ -44,10 +44,10 @@ def append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def rewrite(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file as a whole."""
-    replace(file, _encoded(rows))
+    write_whole(file, _encoded(rows))
 
 
-def replace(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Write any file as a whole or not at all.
 
     Raises:

@@ -132,11 +132,20 @@ class MultiTask(L.LightningModule):
         # Fused AdamW can undo the loss scale itself, and Lightning then refuses to clip gradients in mixed precision.
         # This makes the GradScaler, where there is one, undo it before the clipping.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        steps = self.trainer.estimated_stepping_batches
+        steps = self._estimated_steps()
         if steps == float("inf"):
             raise ValueError("trainer.max_steps: the cosine schedule needs it (or trainer.max_epochs)")
         schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _estimated_steps(self) -> float:
+        steps = self.trainer.estimated_stepping_batches
+        loop = self.trainer.fit_loop
+        if loop._combined_loader is not None:
+            # `max_epochs` made Lightning begin to load, before it is known where a run that goes on stands: begin anew.
+            loop._combined_loader.reset()
+            loop._combined_loader = None
+        return steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["encoder"] = self.encoder.spec()  # plain types: enough for `indiclip.load`

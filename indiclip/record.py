@@ -107,7 +107,7 @@ class RunRecord(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         batches = data.first_val_batches(self.pictures)
         write_report(self._folder, self._folder.name, record, held_out_pictures(pl_module, batches, self.pictures))
-        json_lines.replace(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
+        json_lines.write_whole(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
         _print_summary(self._folder, record)
 
     def _write_row(self, trainer: L.Trainer, prefix: str) -> None:

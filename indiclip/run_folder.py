@@ -106,12 +106,8 @@ def _go_on(config: Any, subcommand: str) -> Path:
         ValueError: There are checkpoints, but none is provably whole.
     """
     root, name = Path(config["runs"]), _run_name(config, subcommand)
-    of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
-    folders = root.iterdir() if root.is_dir() else []
-    matches = [match for folder in folders if (match := of_name.fullmatch(folder.name))]
-    newest_first = [root / m[0] for m in sorted(matches, key=lambda m: int(m[2] or 1), reverse=True)]
-    torn: list[str] = []
-    for folder in newest_first:
+    folders, torn = _runs(root, name), list[str]()
+    for folder in folders:
         file, step, passed_over = newest_good(folder / "checkpoints")
         torn += [f"{folder / 'checkpoints'}/{line}" for line in passed_over]
         if file is None and (names := unlisted(folder / "checkpoints")):
@@ -133,9 +129,29 @@ def _go_on(config: Any, subcommand: str) -> Path:
     if subcommand != "fit":
         raise FileNotFoundError(f"--ckpt_path last: no checkpoint of {name} in {root}")
     config["ckpt_path"] = None
-    # Two that are started together meet in one folder, where `lock` lets one train; killed runs do not leave one each.
-    unfinished = [folder for folder in newest_first[:1] if not (folder / "metrics.json").exists()]
-    folder = unfinished[0] if unfinished else run_folder(config, subcommand)
+    return _begin(config, subcommand, folders)
+
+
+def _runs(root: Path, name: str) -> list[Path]:
+    """The folders of the runs of a name, the newest first."""
+    of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
+    matches = [
+        match for folder in (root.iterdir() if root.is_dir() else []) if (match := of_name.fullmatch(folder.name))
+    ]
+    return [root / match[0] for match in sorted(matches, key=lambda match: int(match[2] or 1), reverse=True)]
+
+
+def _begin(config: Any, subcommand: str, folders: list[Path]) -> Path:
+    """The folder of a run that begins where others of its name have no checkpoints.
+
+    Two that are started together meet in it, and `lock` lets one train; killed runs do not leave one each.
+    """
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    if folders and (folders[0] / "metrics.json").exists():  # it ended, without checkpoints
+        folder = run_folder(config, subcommand)
+    else:
+        folder = folders[0] if folders else root / name
+        folder.mkdir(parents=True, exist_ok=True)
     if _is_first_process():
         print(f"no checkpoint of {name} in {root}: starting from the beginning in {folder}")
     return folder

@@ -107,13 +107,13 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
+        checkpoints = self.folder / "checkpoints"
         # RunRecord before StepVote, which may end the run after a step that is to be recorded.
         ours: list[L.Callback] = [StartupTable(), RunRecord(), StepVote(), TaskGradients(), OwedValidation()]
         ours += [PredictionWriter(), Watchdog(), LocalRanks()]
         if config.get("enable_progress_bar") is not False:
             ours.append(TaskProgress())
         if config.get("enable_checkpointing") is not False:
-            checkpoints = self.folder / "checkpoints"
             ours.append(Checkpoints(str(checkpoints)))
         if config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(self.folder.parent), name=self.folder.name, version="")
@@ -124,11 +124,14 @@ class IndiCLI(LightningCLI):
         given = config.get("callbacks") or []
         given = [*given] if isinstance(given, list) else [given]
         for callback in given:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            if callback.dirpath:
                 raise ValueError(
                     f"trainer.callbacks: the dirpath of {type(callback).__name__} is {callback.dirpath}, where "
                     "--ckpt_path last would not look; leave it out, and move all of the run with --runs FOLDER"
                 )
+            callback.dirpath = os.path.realpath(checkpoints)  # whatever logger there is
         for callback in ours:  # the config's own settings of one of them count
             kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
             kind = ModelCheckpoint if isinstance(callback, Checkpoints) else kind

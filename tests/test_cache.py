@@ -1,5 +1,6 @@
 """Local copies of packed and remote shards: checked, bounded, shared between processes, made once."""
 
+import errno
 import fcntl
 import gzip
 import io
@@ -230,9 +231,24 @@ def test_a_short_answer_is_no_shard(monkeypatch, place):
     whole = memory.info("/three/a.tar")["size"]
     stat = cache.stat
     monkeypatch.setattr(cache, "stat", lambda url: cache.Stat(whole + 1, "x") if url.endswith("tar") else stat(url))
-    with pytest.raises(ValueError, match=rf"memory://three/a\.tar: received {whole:,} bytes; expected {whole + 1:,}"):
+    monkeypatch.setattr(cache, "_WAITS", (0,))
+    with pytest.raises(
+        cache.NoCopy, match=rf"memory://three/a\.tar: .*received {whole:,} bytes; expected {whole + 1:,}"
+    ):
         Shards("memory://three/a.tar")
     assert copies(place) == []
+
+
+def test_a_full_disk_is_not_waited_for(monkeypatch):
+    fsspec.filesystem("memory").pipe("/full/a.tar", tar_bytes(7))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+    with pytest.raises(cache.NoCopy, match=r"memory://full/a\.tar: .*INDICLIP_CACHE.*No space left on device"):
+        Shards("memory://full/a.tar")
 
 
 def test_missing_remote_shards_and_unknown_protocols_are_named():

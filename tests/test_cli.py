@@ -259,6 +259,16 @@ def test_the_users_own_logger_and_bar_count(tmp_path):
     assert not any("tfevents" in name for name in names)
 
 
+def test_checkpoints_are_in_the_runs_folder_whatever_the_logger(tmp_path, capsys):
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
+    tree = config(trainer__logger=logger)
+    tree["trainer"]["callbacks"] = [{"class_path": "indiclip.survival.checkpoints.Checkpoints"}]
+    for _ in range(2):
+        assert fit(tmp_path, tree, "--ckpt_path", "last") == 0
+    assert (tmp_path / "runs" / "experiment" / "checkpoints" / "2.ckpt").is_file()
+    assert "going on from" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_two_processes_train_all_four_tasks(launcher, tmp_path):
     """Through the command, by either launcher; held-out numbers are of all seven scenes, more on one rank."""

@@ -23,6 +23,8 @@ from indiclip.module import MultiTask
 from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.survival.manifest import newest_good
 from indiclip.survival.owed_validation import OwedValidation
+from indiclip.survival.ranks import AgreedStop
+from indiclip.survival.vote import StepVote
 from indiclip.text import ByteTokenizer, TextTower
 from indiclip.training import run
 
@@ -67,6 +69,8 @@ def train(
     going_on=False,
     steps_per_epoch=100,
     validations=None,
+    held_out=True,
+    more=(),
     **options,
 ):
     """Weights at the end and the `Kill` callback; None for the weights of a killed run."""
@@ -75,12 +79,12 @@ def train(
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        callbacks=[callback, OwedValidation(), Checkpoints(folder / "checkpoints", **checkpoints or {})],
+        callbacks=[callback, *more, OwedValidation(), Checkpoints(folder / "checkpoints", **checkpoints or {})],
         plugins=[DurableCheckpointIO()],
         **options,
     )  # fmt: skip
     source = Source("contrastive", Mela(40, 32, "single", seed=1), 4, max_tokens=16)
-    data = MultiTaskData([source], [source], steps_per_epoch=steps_per_epoch, patch_size=8)
+    data = MultiTaskData([source], [source] * held_out, steps_per_epoch=steps_per_epoch, patch_size=8)
     found = newest_good(folder / "checkpoints")[0] if going_on else None
     try:
         trainer.fit(module, datamodule=data, ckpt_path=found, weights_only=True)
@@ -152,6 +156,42 @@ def test_a_checkpoint_after_an_epoch_without_a_validation_is_as_exact(tmp_path):
     assert callback.taken == [(3, 2), (6, 4), (9, 6), (12, 8), (15, 10)]
     assert train(tmp_path / "a", kill=10, **options)[0] is None
     assert same(train(tmp_path / "a", going_on=True, **options)[0], whole)
+
+
+def test_a_run_of_epochs_goes_on_in_the_midst_of_one(tmp_path):
+    """With `max_epochs` Lightning begins to load data before it is known where the run stands."""
+    options = {"steps": -1, "max_epochs": 2, "steps_per_epoch": 4, "checkpoints": {"every_n_train_steps": 1}}
+    whole, _ = train(tmp_path / "whole", **options)
+    assert train(tmp_path / "a", kill=6, **options)[0] is None
+    assert same(train(tmp_path / "a", going_on=True, **options)[0], whole)
+
+
+@pytest.mark.parametrize(("checkpoints", "steps"), [({}, [3, 6]), ({"every_n_train_steps": 2}, [2, 4, 6])])
+def test_a_run_without_held_out_data_saves_as_often(tmp_path, checkpoints, steps):
+    _, callback = train(tmp_path, steps=6, steps_per_epoch=3, held_out=False, checkpoints=checkpoints)
+    assert [step for _, step in callback.taken] == steps
+
+
+def test_a_trial_saves_nothing(tmp_path):
+    train(tmp_path, fast_dev_run=True)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_that_is_ended_amid_a_step_saves_nothing_there(tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.processed >= 3
+
+    options = {"accumulate_grad_batches": 2, "checkpoints": {"every_n_train_steps": 1}, "held_out": False}
+    _, callback = train(tmp_path, more=[Stop()], **options)
+    assert callback.taken == [(2, 1)]
+
+
+def test_ranks_that_go_on_from_different_steps_end_together(monkeypatch):
+    monkeypatch.setattr("indiclip.survival.vote.gathered", lambda trainer, step: [step, step + 3])
+    trainer = SimpleNamespace(global_step=2, local_rank=0, is_global_zero=True, strategy=SimpleNamespace(launcher=None))
+    with pytest.raises(AgreedStop, match=r"--ckpt_path: the ranks go on from different steps: \[2, 5\]"):
+        StepVote().on_train_start(trainer, None)
 
 
 @pytest.mark.parametrize("checkpoints", [{}, {"every_n_train_steps": 4}, {"monitor": "train/loss"}])

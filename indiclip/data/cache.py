@@ -6,6 +6,7 @@ A plain `.tar` on disk is read where it is. Anything else is brought whole into 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import os
@@ -113,46 +114,52 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
         check: Called with the copy, before others see a new one; raises if it is not what was expected.
 
     Raises:
-        ValueError: Broken gzip, a copy of another size, or what `check` raises.
-        NoCopy: It cannot be read after several tries, or the folder is full.
+        ValueError: Broken gzip, or what `check` raises.
+        NoCopy: It cannot be read whole after several tries, or the folder is full or not to be written to.
     """
     if not is_copied(url):
         return Path(url)
     target = cached_name(url, version, ".tar")
 
-    def check_all(copy: Path) -> None:
-        found = copy.stat().st_size
-        if not is_packed(url) and version.size not in (-1, found):
-            raise ValueError(f"{shown(url)}: received {found:,} bytes; expected {version.size:,}")
-        check(copy)
-
-    if _is_at_hand(target, check_all):
+    size = -1 if is_packed(url) else version.size
+    if _is_at_hand(target, size, check):
         return target
-    with _locked(target):
-        if _is_at_hand(target, check_all):  # another process has made it meanwhile
-            return target
-        _make_room(target.parent, max(version.size, 0))
-        part = target.with_suffix(".part")
-        try:
-            _copy(url, part)
-            check_all(part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-        _make_room(target.parent, 0, keep=target)
+    try:
+        with _locked(target):
+            if not _is_at_hand(target, size, check):  # else another process has made it meanwhile
+                _make(target, url, version, check)
+    except (NoCopy, ValueError, FileNotFoundError):
+        raise
+    except OSError as error:  # of the folder, as when it is another user's
+        raise NoCopy(f"{shown(url)}: no copy could be made in {target.parent} (INDICLIP_CACHE): {error}") from error
     return target
 
 
-def _is_at_hand(copy: Path, check: Callable[[Path], None]) -> bool:
+def _is_at_hand(copy: Path, size: int, check: Callable[[Path], None]) -> bool:
     try:
-        os.utime(copy)  # read just now: the last to be removed
+        with suppress(PermissionError):  # another user's
+            os.utime(copy)  # read just now: the last to be removed
+        if size not in (-1, copy.stat().st_size):  # a machine that went down may have left half of it
+            return False
         check(copy)
-    except (FileNotFoundError, ValueError):  # a machine that went down may have left half of it
+    except (FileNotFoundError, ValueError):
         return False
     return True
 
 
-def _copy(url: str, part: Path) -> None:
+def _make(target: Path, url: str, version: Stat, check: Callable[[Path], None]) -> None:
+    _make_room(target.parent, max(version.size, 0))
+    part = target.with_suffix(".part")
+    try:
+        _copy(url, version, part)
+        check(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    _make_room(target.parent, 0, keep=target)
+
+
+def _copy(url: str, version: Stat, part: Path) -> None:
     packed = is_packed(url)
     for wait in (*_WAITS, None):
         try:
@@ -164,6 +171,8 @@ def _copy(url: str, part: Path) -> None:
                     if left < 0:  # a small file may unpack to any size
                         raise ValueError(f"{shown(url)}: unpacks to more than {limit():,} bytes (INDICLIP_CACHE_GB)")
                     target.write(block)
+                if not packed and version.size not in (-1, target.tell()):
+                    raise OSError(f"received {target.tell():,} bytes; expected {version.size:,}")
                 target.flush()
                 os.fsync(target.fileno())
             break
@@ -172,7 +181,8 @@ def _copy(url: str, part: Path) -> None:
         except (FileNotFoundError, ValueError):
             raise
         except Exception as error:  # each of fsspec's servers has errors of its own
-            if wait is None or not is_remote(url):
+            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if wait is None or is_full or not is_remote(url):
                 raise NoCopy(
                     f"{shown(url)}: no copy could be made in {part.parent} (INDICLIP_CACHE): {error}"
                 ) from error

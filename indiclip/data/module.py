@@ -69,6 +69,11 @@ class MultiTaskData(L.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return Steps(sources, self.seed, self.patch_size, self.canvas_hw, train, rank, world)
 
+    def setup(self, stage: str) -> None:
+        """Tell Lightning that nothing is held out; it would wait for the end of a validation that never begins."""
+        if not self.val and self.trainer is not None:
+            self.trainer.limit_val_batches = 0
+
     def train_dataloader(self) -> DataLoader[dict[str, Batch]]:
         """Steps from where the run stands to the end of the epoch."""
         steps = self.steps(self.train, train=True)

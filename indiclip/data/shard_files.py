@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import get_worker_info
+
 from indiclip.data import cache, tar_index
 from indiclip.data.tar_index import TarIndex
 
@@ -76,7 +78,7 @@ class ShardFiles:
         if needed <= cache.limit():
             for shard in shards:
                 self.path(shard)
-        elif not self._warned:
+        elif not self._warned and _speaks_for_all():
             self._warned = True
             warnings.warn(
                 f"data: shards are not fetched ahead, because two windows of {len(shards)} take {needed:,} bytes and "
@@ -117,6 +119,11 @@ class ShardFiles:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
+
+
+def _speaks_for_all() -> bool:
+    info = get_worker_info()
+    return info is None or info.id == 0
 
 
 def _is_removed(descriptor: int) -> bool:

@@ -84,7 +84,8 @@ class Checkpoints(ModelCheckpoint):
     Args:
         dirpath: Folder of the checkpoints; the command takes `checkpoints` in the run's folder, and no other.
         filename: Of a checkpoint, see ModelCheckpoint.
-        monitor: A metric by which the best are kept; None keeps the newest.
+        monitor: A metric by which the best are kept, and no others but that of the last step or of a signal; None keeps
+            the newest. Of a validation that is made up for (`OwedValidation`) the metric does not count.
         mode: `min` or `max`, which of its values is best.
         save_top_k: How many are kept; -1 for all.
         every_n_train_steps: Optimizer steps between two checkpoints; None saves after each validation and at
@@ -124,12 +125,6 @@ class Checkpoints(ModelCheckpoint):
                     "remove the other's; give one of them another filename"
                 )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        steps = gathered(trainer, trainer.global_step)
-        if len(set(steps)) > 1:
-            raise AgreedStop(trainer, f"--ckpt_path: the ranks go on from different steps: {steps}", 2)
-
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
         if _accumulating(trainer):  # what is due comes with the end of the step
             return
@@ -141,7 +136,7 @@ class Checkpoints(ModelCheckpoint):
             return
         super().on_train_batch_end(trainer, *args, **options)
         # An epoch without a validation has no new value of a metric of held-out data.
-        epoch_ends = loop._num_ready_batches_reached() and not (self.monitor and sum(trainer.num_val_batches))
+        epoch_ends = loop._num_ready_batches_reached() and not (self.monitor and trainer.enable_validation)
         if self._due or epoch_ends:
             self._due = False
             super().on_validation_end(trainer, trainer.lightning_module)
@@ -154,18 +149,22 @@ class Checkpoints(ModelCheckpoint):
         if _accumulating(trainer):
             self._due = True
         else:
+            self._due = False
             super().on_validation_end(trainer, pl_module)
             if trainer.global_step == trainer.max_steps:
                 self.save_now(trainer)  # where the last is none of the best
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save_now(trainer)  # of a run that ended before `max_steps`
+        if not _accumulating(trainer):
+            self.save_now(trainer)  # of a run that ended before `max_steps`
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._goes_on_from = checkpoint["global_step"]
 
-    def save_now(self, trainer: L.Trainer) -> str:
-        """Save a checkpoint of this step, unless there is one. Returns its path."""
+    def save_now(self, trainer: L.Trainer) -> str | None:
+        """Save a checkpoint of this step, unless there is one. Returns its path; None in a `fast_dev_run`."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
         if trainer.global_step == self._goes_on_from:
             return str(trainer.ckpt_path)
         if self._last_global_step_saved != trainer.global_step:

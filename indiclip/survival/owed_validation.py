@@ -10,7 +10,8 @@ import lightning as L
 class OwedValidation(L.Callback):
     """Goes through the held-out data at the start of a run whose checkpoint was taken before or amid a validation.
 
-    Lightning would go on with the next step. Where there is none, see `RunRecord.after_fit`.
+    Lightning would go on with the next step. Where there is none, see `RunRecord.after_fit`. Nothing can be saved
+    meanwhile: Lightning has already counted the epoch, and would count it again from that checkpoint.
     """
 
     def __init__(self) -> None:

@@ -104,7 +104,7 @@ def requeue(folder: Path, step: int, most: int) -> str:
     if not re.fullmatch(r"[0-9_-]+", job):
         return f"not queued again: the job is called {job!r}"
     try:
-        json_lines.replace(file, json.dumps([*ends, step]).encode())
+        json_lines.write_whole(file, json.dumps([*ends, step]).encode())
     except OSError as error:
         return f"not queued again: {file}, which counts how often it was, cannot be written: {error.strerror}"
     try:

@@ -14,6 +14,7 @@ from indiclip.module import Batches, MultiTask
 from indiclip.survival.nonfinite import NonFinite, bad_losses, keys_of
 from indiclip.survival.preemption import SIGNALS, Preemption
 from indiclip.survival.quarantine import Quarantine
+from indiclip.survival.ranks import AgreedStop, gathered
 
 _BALLOT = 2 + len(SIGNALS)  # non-finite, newly quarantined, and each signal
 
@@ -61,6 +62,9 @@ class StepVote(L.Callback):
         trainer._signal_connector.register_signal_handlers = handlers  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        steps = gathered(trainer, trainer.global_step)  # before anything else that the ranks do together
+        if len(set(steps)) > 1:
+            raise AgreedStop(trainer, f"--ckpt_path: the ranks go on from different steps: {steps}", 2)
         # Not in `setup`, where it is not known yet whether the run goes on from a checkpoint.
         self.quarantine.begin(trainer, self._folder)
         self.nonfinite.open(trainer, self._folder)
