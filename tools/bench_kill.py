@@ -3,7 +3,7 @@
     python tools/bench_kill.py [--runs 20] [--kills 2] [--seed 0] [--folder FOLDER]
 
 A small model with dropout trains for 60 steps through the real command, with loader processes; every second run with a
-checkpoint every five steps, the others with two micro-batches a step and a checkpoint after each validation. `TMPDIR`
+checkpoint every five steps, the others by epochs with two micro-batches a step and a checkpoint after each. `TMPDIR`
 lies on another file system than the run. Each run is killed, with all its processes, and goes on with
 `--ckpt_path last` and another number of loader processes until it ends. Then the ids of the samples of every batch, the
 held-out scores and the last weights are compared with those of a run that nobody killed.
@@ -78,7 +78,7 @@ def experiment(folder: Path, micro_batches: int) -> dict[str, Any]:
         "model": {"encoder": encoder, "heads": [{"class_path": "heads.contrastive.Contrastive"}], "warmup_steps": 5},
         "data": {"train": [source], "val": [held_out], "steps_per_epoch": 25 if micro_batches == 1 else 9},
         "trainer": {
-            "max_steps": STEPS,
+            **({"max_steps": STEPS} if micro_batches == 1 else {"max_epochs": 12}),  # of nine batches, five steps
             "accelerator": "cpu",
             "accumulate_grad_batches": micro_batches,
             "enable_progress_bar": False,
