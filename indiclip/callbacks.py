@@ -32,7 +32,7 @@ class StartupTable(L.Callback):
         console = Console()
         console.print(_sources_table(trainer), _parts_table(pl_module))
         device = trainer.strategy.root_device
-        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        threads = f"   threads {torch.get_num_threads()}" if device.type == "cpu" else ""
         console.print(
             f"run folder [bold]{folder}[/]   {trainer.world_size} x {device.type}{threads}   precision "
             f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"

@@ -187,9 +187,9 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     if record["quarantined"]:
-        many = f"{len(record['quarantined']):,} unreadable samples"
+        many = f"unreadable samples: {len(record['quarantined']):,}"
         console.print(f"{many}, listed in [bold]{folder / 'quarantine.jsonl'}[/]", soft_wrap=True)
     if record["nonfinite_steps"]:
-        many = f"{record['nonfinite_steps']:,} steps that were not finite and were skipped"
+        many = f"steps that were not finite and were skipped: {record['nonfinite_steps']:,}"
         console.print(f"{many}, listed in [bold]{folder / 'nonfinite.jsonl'}[/]", soft_wrap=True)
     console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)
