@@ -220,7 +220,8 @@ def test_a_process_forked_under_a_lock_does_not_keep_it(place):
         child.start()
     (lock,) = place.glob(".lock-*")
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where another process has it
+    assert child.is_alive()
     child.kill()
     child.join(30)
 
