@@ -6,6 +6,7 @@ Shape letters: T tokens of the longest text in the batch (never a constant), D w
 from __future__ import annotations
 
 import base64
+import json
 import unicodedata
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -37,6 +38,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def spec(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this tokenizer without a network or its original file."""
+
+    def count_unknown(self, texts: list[str]) -> int:
+        """How many unknown tokens stand in these texts, and letters that are dropped without one."""
+        return 0
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids padded to the longest text.
@@ -112,8 +117,28 @@ class FastTokenizer(Tokenizer):
         self.pad_id = next((id for id in ids if id is not None), 0)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch([unicodedata.normalize("NFC", text) for text in texts])
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in self._encodings(texts)]
+
+    def count_unknown(self, texts: list[str]) -> int:
+        model = json.loads(self._tokenizer.to_str())["model"]
+        name = model.get("unk_token")
+        unknown_id = self._tokenizer.token_to_id(name) if name else model.get("unk_id")
+        count = 0
+        for text, encoding in zip(texts, self._encodings(texts), strict=True):
+            # A BPE without an unknown token leaves out what it does not know; such a letter is in no token's span.
+            read = {place for start, end in encoding.offsets for place in range(start, end)}
+            letters = enumerate(unicodedata.normalize("NFC", text))
+            dropped = sum(not letter.isspace() for place, letter in letters if place not in read)
+            count += encoding.ids.count(unknown_id) + dropped
+        return count
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        whole = [unicodedata.normalize("NFC", text) for text in texts]
+        try:
+            return cast(list[Any], self._tokenizer.encode_batch(whole))
+        except TypeError as error:  # half of a surrogate pair is no Unicode text
+            broken = next(text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text))
+            raise ValueError(f"tokenizer: {broken!r} has half of a surrogate pair; expected Unicode text") from error
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -152,6 +177,10 @@ class SentencePieceTokenizer(Tokenizer):
         keep = self.context_length - len(prefix) - len(suffix)
         rows = self._processor.encode([unicodedata.normalize("NFC", text) for text in texts])
         return [[*prefix, *row[:keep], *suffix] for row in rows]
+
+    def count_unknown(self, texts: list[str]) -> int:
+        rows = self.encode(texts)
+        return sum(row.count(self._processor.unk_id()) for row in rows)
 
     def spec(self) -> dict[str, Any]:
         proto = base64.b64encode(self._processor.serialized_model_proto()).decode()

@@ -73,6 +73,8 @@ def fit(folder, tree, *flags):
         ("shards --help", "indiclip shards pack photos/"),
         *((f"shards {command} --help", f"example: indiclip shards {command}") for command in ("index", "check")),
         *((f"shards {command} --help", f"example: indiclip shards {command}") for command in ("pack", "stats")),
+        ("tokenizer --help", "indiclip tokenizer report tokenizers/india clip"),
+        ("tokenizer report --help", "example: indiclip tokenizer report"),
     ],
 )
 def test_help_and_version_import_nothing_heavy(words, expected):

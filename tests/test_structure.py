@@ -62,8 +62,9 @@ def test_arrows_point_one_way(file, allowed):
 
 def test_commands_know_data_and_no_model():
     ours = {"indiclip.names", "indiclip.patches"}
+    also = {"tokenizer_report.py": {"indiclip.text"}}  # tokenizers lie beside the text towers
     for file in (ROOT / "indiclip" / "commands").glob("*.py"):
-        allowed = ours | of(file, "indiclip.data") | of(file, "indiclip.commands")
+        allowed = ours | also.get(file.name, set()) | of(file, "indiclip.data") | of(file, "indiclip.commands")
         assert of(file, "indiclip") <= allowed, file.name
 
 

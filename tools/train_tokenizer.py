@@ -1,39 +1,50 @@
-"""Train a tokenizer on the captions that a config's sources give, in whatever languages and scripts they are.
+"""Train a tokenizer on the captions of a config's sources, on text files, or on both; in any languages and scripts.
 
-    python tools/train_tokenizer.py --config conf/quickstart.yaml --vocab-size 1024 --out conf/tokenizers/mela.json
+    python tools/train_tokenizer.py --config conf/quickstart.yaml --vocab-size 1024 --out tokenizer.json
+    python tools/train_tokenizer.py --text ../shared/data/text/* --vocab-size 64000 --out tokenizers/india
 
-A byte-level BPE (words keep their leading space, punctuation stands alone), so that no text is unknown to it. The
-config reads it with `tokenizer: {class_path: indiclip.text.FastTokenizer, init_args: {source: <out>}}`.
+A byte-level BPE, so that no text is unknown to it. Words keep their leading space and are split nowhere else: vowel
+signs, viramas and joiners (ZWJ, ZWNJ) belong to them. A config reads it with
+`tokenizer: {class_path: indiclip.text.FastTokenizer, init_args: {source: <out>}}`, and transformers reads the folder
+with `AutoTokenizer.from_pretrained`, the file with `PreTrainedTokenizerFast(tokenizer_file=...)`.
+
+Text files are tables with a column per language (`hi`, `ta`, `hi-Latn`), tables with the columns `lang` and `text`, or
+.txt. A share of their rows is held out, in all languages at once; `indiclip tokenizer report --held_out_only` measures
+on those.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from omegaconf import OmegaConf
 from rich.progress import track
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
 
 from indiclip.data.images import UnreadableSample
 from indiclip.data.module import MultiTaskData
+from indiclip.data.texts import HOLDOUT, training_texts
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
+# Words, punctuation, white space. An apostrophe inside a word is a part of it: English contractions, Assamese vowels.
+# Not \w: it lacks the joiners, and GPT-2's \p{L} lacks the vowel signs.
+PIECES = r" ?[^\s\p{P}]+(?:['’][^\s\p{P}]+)*| ?\p{P}+|\s+"
 
 
-def train(captions: Iterator[str], vocab_size: int) -> Tokenizer:
+def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of at most `vocab_size` ids (no less than 259: three special ones and the bytes)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(" ", "merged_with_next"),
-            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -72,21 +83,58 @@ def _captions(dataset: Any, index: int) -> list[str]:
     return [caption] if caption else []
 
 
+def balanced(texts: dict[str, list[str]], exponent: float) -> Iterator[str]:
+    """Texts such that each language's share goes with the `exponent`-th power of how many it has.
+
+    The language with most gives each of its texts once; others repeat theirs. An exponent of 1 repeats nothing, one
+    of 0 makes all languages equal (arXiv:1901.07291, section 3.1, has 0.5).
+    """
+    most = max(map(len, texts.values()), default=0)
+    for of_language in texts.values():
+        yield from islice(cycle(of_language), round(most * (len(of_language) / most) ** exponent))
+
+
+def save(tokenizer: Tokenizer, out: Path) -> None:
+    """As one file where `out` ends with .json, else as a folder that transformers reads."""
+    if out.suffix == ".json":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(out))
+        return
+    from transformers import PreTrainedTokenizerFast
+
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(out)
+
+
 def main(argv: list[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="its data.train is read")
+    parser.add_argument("--config", type=Path, help="its data.train is read; nothing of it is held out")
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help=".tsv, .csv or .txt files")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=20_000, help="of each source")
-    parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
+    parser.add_argument("--samples", type=int, default=20_000, help="of each of the config's sources")
+    parser.add_argument("--holdout", type=float, default=HOLDOUT, help="share of the text files' rows (default: 0.1)")
+    parser.add_argument("--exponent", type=float, default=0.5, help="0: all languages alike, 1: as they come")
+    parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write, or a folder")
     arguments = parser.parse_args(argv)
     if arguments.vocab_size < 256 + len(SPECIAL):
         parser.error(f"--vocab-size: found {arguments.vocab_size}, expected at least {256 + len(SPECIAL)}")
-    if not arguments.config.is_file():
+    if not arguments.config and not arguments.text:
+        parser.error("give --config, --text, or both")
+    if arguments.config and not arguments.config.is_file():
         parser.error(f"--config: no file {arguments.config}")
-    tokenizer = train(captions_of(arguments.config, arguments.samples), arguments.vocab_size)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(arguments.out))
+    for name, value in (("--holdout", arguments.holdout), ("--exponent", arguments.exponent)):
+        if not 0 <= value <= 1:
+            parser.error(f"{name}: found {value}, expected 0 to 1")
+    try:
+        texts = training_texts(arguments.text, arguments.holdout)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(f"--text: {error}")
+    if arguments.text and not texts:
+        parser.error(f"--text: no text to train on in {', '.join(arguments.text)} (--holdout {arguments.holdout})")
+    captions = captions_of(arguments.config, arguments.samples) if arguments.config else ()
+    tokenizer = train(chain(captions, balanced(texts, arguments.exponent)), arguments.vocab_size)
+    save(tokenizer, arguments.out)
     print(f"{arguments.out}: {tokenizer.get_vocab_size()} tokens")
 
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import signal
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
 
-from indiclip.names import nearest
+from indiclip.commands.words import Parser, count, run_command
 
 _HELP = """\
 usage: indiclip shards <command> ... [options]
@@ -27,22 +23,8 @@ _SHARDS = "files, globs, brace expansions, or URLs such as s3://bucket/train-*.t
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, with the nearest flag; argparse's own begins with the usage."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"{unknown[0]}: no such option{nearest(unknown[0], flags)}")
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} ({self.prog} --help)")
-
-
-def _parser(command: str, example: str, about: str) -> _Parser:
-    parser = _Parser(
+def _parser(command: str, example: str, about: str) -> Parser:
+    parser = Parser(
         prog=f"indiclip shards {command}",
         description=about,
         epilog=f"example: {example}",
@@ -80,7 +62,7 @@ def _check(argv: list[str]) -> int:
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help=_SHARDS)
     parser.add_argument("--out", metavar="FILE", help="write every problem and warning, a line of JSON each")
     parser.add_argument(
-        "--max_characters", type=_count, default=1000, metavar="N", help="longer captions are a warning (default: 1000)"
+        "--max_characters", type=count, default=1000, metavar="N", help="longer captions are a warning (default: 1000)"
     )
     options = parser.parse_args(argv)
     from indiclip.commands.check import run
@@ -103,7 +85,7 @@ def _pack(argv: list[str]) -> int:
     parser.add_argument("source", metavar="SOURCE", help="a folder, a table, or a COCO file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go; made if need be")
     parser.add_argument("--name", required=True, help="begins the shards' names: NAME-000000.tar")
-    parser.add_argument("--samples", type=_count, default=10_000, metavar="N", help="most per shard (default: 10000)")
+    parser.add_argument("--samples", type=count, default=10_000, metavar="N", help="most per shard (default: 10000)")
     parser.add_argument("--size", type=_bytes, default=5 * 10**8, help="most bytes per shard (default: 500MB)")
     parser.add_argument("--seed", type=int, default=0, help="decides the order (default: 0)")
     parser.add_argument("--images", metavar="FOLDER", help="where the images lie (default: the table's folder)")
@@ -124,8 +106,8 @@ def _stats(argv: list[str]) -> int:
         "declares it (`language` in its JSON) or where its script is that of one language; it is never guessed.",
     )
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help=_SHARDS)
-    parser.add_argument("--patch_size", type=_count, default=16, metavar="N", help="pixels (default: 16)")
-    parser.add_argument("--max_tokens", type=_count, default=256, metavar="N", help="per image (default: 256)")
+    parser.add_argument("--patch_size", type=count, default=16, metavar="N", help="pixels (default: 16)")
+    parser.add_argument("--max_tokens", type=count, default=256, metavar="N", help="per image (default: 256)")
     options = parser.parse_args(argv)
     from indiclip.commands.stats import run
 
@@ -139,48 +121,11 @@ def main(argv: list[str]) -> int:
     """Runs a command. Returns the exit status: 0, 1 where something is wrong with the data, 2 for a mistake in the
     command, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_HELP)
-        return 0
-    if argv[0] not in _COMMANDS:
-        print(
-            f"indiclip shards: no command {argv[0]!r}{nearest(argv[0], _COMMANDS)} (indiclip shards --help)",
-            file=sys.stderr,
-        )
-        return 2
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        return _COMMANDS[argv[0]](argv[1:])
-    except KeyboardInterrupt:
-        print(f"indiclip shards {argv[0]}: stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed at the end
-        return 0
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a worker process was killed
-        if os.environ.get("INDICLIP_TRACEBACK"):
-            raise
-        print(f"indiclip shards {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminated(number: int, frame: Any) -> NoReturn:
-    # A scheduler stops the workers too, at which the DataLoader would raise an error in the midst of the cleaning up.
-    # Not SIG_DFL: Python would say of a signal that has just come that it was "ignored due to race condition".
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    raise SystemExit(128 + number)  # so that open files are removed and processes ended
-
-
-def _count(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from {least}")
-    return int(text)
+    return run_command("shards", _HELP, _COMMANDS, argv)
 
 
 def _workers(text: str) -> int:
-    return _count(text, 0)
+    return count(text, 0)
 
 
 def _bytes(text: str) -> int:

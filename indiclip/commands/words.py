@@ -1,0 +1,71 @@
+"""What groups of commands such as `indiclip shards` share: the words of a command, and a line per mistake."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from indiclip.names import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, with the nearest flag; argparse's own begins with the usage."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"{unknown[0]}: no such option{nearest(unknown[0], flags)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help)")
+
+
+def count(text: str, least: int = 1) -> int:
+    """The type of an option that is a whole number."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from {least}")
+    return int(text)
+
+
+def run_command(group: str, about: str, commands: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:
+    """Runs `indiclip GROUP COMMAND ...`. Returns the exit status: that of the command, 2 for a mistake in the words,
+    1 for what breaks on the way, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(about)
+        return 0
+    if argv[0] not in commands:
+        print(
+            f"indiclip {group}: no command {argv[0]!r}{nearest(argv[0], commands)} (indiclip {group} --help)",
+            file=sys.stderr,
+        )
+        return 2
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return commands[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        print(f"indiclip {group} {argv[0]}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed at the end
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a worker process was killed
+        if os.environ.get("INDICLIP_TRACEBACK"):
+            raise
+        print(f"indiclip {group} {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    # A scheduler stops the workers too, at which the DataLoader would raise an error in the midst of the cleaning up.
+    # Not SIG_DFL: Python would say of a signal that has just come that it was "ignored due to race condition".
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    raise SystemExit(128 + number)  # so that open files are removed and processes ended
