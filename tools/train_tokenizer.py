@@ -1,7 +1,7 @@
 """Train a tokenizer on the captions of a config's sources, on text files, or on both; in any languages and scripts.
 
     python tools/train_tokenizer.py --config conf/quickstart.yaml --vocab-size 1024 --out tokenizer.json
-    python tools/train_tokenizer.py --text ../shared/data/text/* --vocab-size 64000 --out tokenizers/india
+    python tools/train_tokenizer.py --text data/text/* --vocab-size 64000 --out tokenizers/india
 
 A byte-level BPE, so that no text is unknown to it. Words keep their leading space and are split nowhere else: vowel
 signs, viramas and joiners (ZWJ, ZWNJ) belong to them. A config reads it with
