@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import yaml
@@ -223,6 +224,20 @@ def test_a_killed_worker_ends_the_run_with_one_line(tmp_path, capsys):
         r".*experiment, after step \d+; last checkpoint: (none|.*/checkpoints/last.ckpt)\)",
         lines[0],
     )
+
+
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_named(monkeypatch):
+    """Then the connection breaks first."""
+
+    def reset(iterator, *_, **__):
+        Timer(0.3, iterator._workers[0].kill).start()
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", reset)
+    steps = StepLoader([0, 1], batch_size=None, num_workers=1, worker_init_fn=Workers("x", 1))
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(steps))
+    assert re.match(r"x worker 0 \(pid \d+\) was killed by SIGKILL", explain(caught.value))
 
 
 def test_a_datasets_error_ends_the_run_with_one_line(tmp_path, capsys, monkeypatch):

@@ -36,6 +36,7 @@ from indiclip.types import Batch
 _TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ASK_FOR_STACKS = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_GONE_SECONDS = 2.0  # until a killed process is gone
 _NOTE = struct.Struct("=d248s")  # since when (`time.monotonic`, 0: nothing is read), and what, cut to 248 bytes
 _LIKELY = {
     signal.SIGKILL: "most likely the machine ran out of memory (fewer data.num_workers need less)",
@@ -199,6 +200,12 @@ class _Iterator(_MultiProcessingDataLoaderIter):
             if self.waiting:
                 _error_if_any_worker_fails()
             return super()._try_get_data(*args, **options)  # type: ignore[no-untyped-call]
+        except (ConnectionError, EOFError):  # a worker that is killed has its sockets closed before it is gone
+            until = time.monotonic() + _GONE_SECONDS
+            while time.monotonic() < until:
+                _error_if_any_worker_fails()
+                time.sleep(0.01)
+            raise
         finally:
             _Iterator.waiting = False
 
