@@ -1,0 +1,239 @@
+"""What a benchmark run found: scores, predictions, what was skipped, and the files that keep them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from indiclip import json_lines
+
+PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
+IMAGES = "images"  # stands for a language where no text is involved
+_MAIN_PROTOCOLS = ("zero_shot", "matching", "retrieval", "places")
+
+
+class Score(NamedTuple):
+    """One number, with its 95% interval."""
+
+    suite: str  # india, world, own
+    card: str
+    part: str  # photographs or procedural
+    protocol: str  # zero_shot, hard_pairs, retrieval, matching, places, knn, linear_probe
+    language: str  # of the texts; `images` where there are none
+    metric: str  # acc1, acc5, mean_per_class_recall, image_to_text_r5, parity_acc1, median_km, ...
+    length: int  # of the embeddings
+    view: str  # at which size and aspect the images were encoded
+    value: float
+    low: float | None = None
+    high: float | None = None
+    chance: float | None = None
+    num_items: int = 0  # images, or texts, that the number is over
+    num_classes: int = 0  # candidates
+    subset: str = ""  # a group of the images, such as a script; `clean`: without those seen in training
+
+
+class Prediction(NamedTuple):
+    """What a protocol answered for one image, at the full length and the first view."""
+
+    card: str
+    part: str
+    protocol: str
+    language: str
+    key: str  # of the image
+    truth: str  # class id, or the right text
+    predicted: str
+    rank: int  # how many wrong ones are at least as near as the right one
+    top: list[str]  # the nearest, best first
+    cosines: list[float]  # of these
+    hard_hit: bool | None  # right among the confusable classes only; None where the class has none
+    flagged: bool  # found among the training images
+
+
+@dataclass
+class CardResult:
+    """What became of a card."""
+
+    suite: str
+    card: str
+    title: str
+    part: str
+    metric: str  # the main one
+    status: str  # `scored` or `skipped`
+    num_images: int = 0
+    num_classes: int = 0  # with images
+    of_classes: int = 0  # on the card
+    source: str = ""
+    licence: str = ""
+    notes: list[str] = field(default_factory=list)  # why it was skipped; what is not as the card says
+
+
+@dataclass
+class Result:
+    """A benchmark run."""
+
+    model: str
+    lengths: list[int]
+    views: list[str]
+    cards: list[CardResult] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)  # options, versions, seconds, contamination
+
+    def main(self, language: str = "en") -> dict[tuple[str, str], Score]:
+        """(card, part) -> its main metric at the full length and the first view."""
+        metrics = {(card.card, card.part): card.metric for card in self.cards}
+        return {
+            (score.card, score.part): score
+            for score in self.scores
+            if score.language == language
+            and score.metric == metrics.get((score.card, score.part))
+            and score.length == self.lengths[-1]
+            and score.view == self.views[0]
+            and not score.subset
+            and score.protocol in _MAIN_PROTOCOLS
+        }
+
+    def logged(self) -> dict[str, float]:
+        """`eval/<suite>/<card>/<language>/<metric>` -> value.
+
+        The generated part of a card is `<card>_procedural`, a metric of a probe or of hard pairs begins with its name;
+        `_64` at its end is a length other than the full one, `@256-square` a view other than the first.
+        """
+        values = {}
+        for score in self.scores:
+            card = score.card if score.part == PHOTOGRAPHS else f"{score.card}_{score.part}"
+            metric = score.metric if score.protocol in _MAIN_PROTOCOLS else f"{score.protocol}_{score.metric}"
+            metric += f"_{score.length}" * (score.length != self.lengths[-1])
+            metric += f"@{score.view}" * (score.view != self.views[0]) + f"/{score.subset}" * bool(score.subset)
+            values[f"eval/{score.suite}/{card}/{score.language}/{metric}"] = score.value
+        for language, mean in self.headline()["mean"].items():
+            values[f"eval/india/mean/{language}/corrected"] = mean["value"]
+        return values
+
+    def languages(self) -> list[str]:
+        """Languages with any score, `en` first."""
+        found = {score.language for score in self.scores} - {IMAGES}
+        return sorted(found, key=lambda language: (language != "en", language))
+
+    def headline(self, suite: str = "india") -> dict[str, Any]:
+        """The mean of the photographs' main metrics, corrected for chance, per language, and how much it covers.
+
+        A card counts in the mean of each language in which it has a score; generated parts count in none.
+        """
+        photographs = [card for card in self.cards if card.suite == suite and card.part == PHOTOGRAPHS]
+        scored = {card.card for card in photographs if card.status == "scored"}
+        means: dict[str, dict[str, Any]] = {}
+        for language in self.languages():
+            values = [
+                corrected(score.value, score.chance)
+                for (card, part), score in self.main(language).items()
+                if card in scored and part == PHOTOGRAPHS
+            ]
+            if values:
+                means[language] = {"value": sum(values) / len(values), "cards": len(values)}
+        return {"suite": suite, "covered": len(scored), "of": len(photographs), "mean": means}
+
+    def save(self, folder: Path) -> None:
+        """Write `metrics.json` and `predictions.parquet`, each as a whole.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+            OSError: The disk is full, or the folder cannot be written to.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_predictions(folder / "predictions.parquet", self.predictions)
+        content = {
+            "model": self.model,
+            "headline": self.headline(),
+            "lengths": self.lengths,
+            "views": self.views,
+            "cards": [asdict(card) for card in self.cards],
+            "scores": [_finite(score) for score in self.scores],
+            "about": self.about,
+        }
+        json_lines.write_whole(
+            folder / "metrics.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+
+
+def corrected(value: float, chance: float | None) -> float:
+    """0 at chance, 1 where all is right."""
+    return value if chance is None else (value - chance) / (1 - chance)
+
+
+def load_result(folder: Path, predictions: bool = True) -> Result:
+    """A saved run.
+
+    Raises:
+        FileNotFoundError: No `metrics.json` there.
+        ValueError: It is none of ours.
+    """
+    file = folder / "metrics.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected the folder of a finished `indiclip bench`")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        result = Result(content["model"], content["lengths"], content["views"], about=content["about"])
+        result.cards = [CardResult(**card) for card in content["cards"]]
+        result.scores = [Score(**row | {"value": _number(row["value"])}) for row in content["scores"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not the metrics of `indiclip bench` ({type(error).__name__}: {error})") from error
+    if predictions and (folder / "predictions.parquet").is_file():
+        result.predictions = _read_predictions(folder / "predictions.parquet")
+    return result
+
+
+def by_card(predictions: list[Prediction]) -> dict[tuple[str, str, str, str], list[Prediction]]:
+    """(card, part, protocol, language) -> its predictions, in their order."""
+    groups: dict[tuple[str, str, str, str], list[Prediction]] = defaultdict(list)
+    for row in predictions:
+        groups[row.card, row.part, row.protocol, row.language].append(row)
+    return dict(groups)
+
+
+def check_parquet() -> None:
+    """Raise ImportError, saying what to do, unless predictions can be written."""
+    _pyarrow()
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "predictions.parquet needs pyarrow, which is not installed: pip install 'indiclip[parquet]'"
+        ) from error
+    return pyarrow
+
+
+def _write_predictions(file: Path, rows: list[Prediction]) -> None:
+    pyarrow = _pyarrow()
+    text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
+    kinds = [text] * 7 + [pyarrow.int32(), texts, pyarrow.list_(pyarrow.float32()), pyarrow.bool_(), pyarrow.bool_()]
+    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in kinds]
+    table = pyarrow.table(
+        [pyarrow.array(column, kind) for column, kind in zip(columns, kinds, strict=True)], names=Prediction._fields
+    )
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    json_lines.write_whole(file, sink.getvalue().to_pybytes())
+
+
+def _read_predictions(file: Path) -> list[Prediction]:
+    table = _pyarrow().parquet.read_table(file)
+    return [Prediction(*row) for row in zip(*(table[name].to_pylist() for name in Prediction._fields), strict=True)]
+
+
+def _finite(score: Score) -> dict[str, Any]:
+    """A row of JSON, which has no number for NaN."""
+    row = score._asdict()
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
