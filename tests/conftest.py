@@ -35,3 +35,16 @@ def picture() -> Callable[..., np.ndarray]:
         return np.asarray(Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def requires_fonts() -> None:
+    """For tests that draw words: they are skipped, with what to install, where fonts or shaping are missing."""
+    from indiclip.data.fonts import MissingFonts
+    from indiclip.data.lettering import SCRIPTS, Lettering
+
+    try:
+        for part in ("train", "test"):
+            Lettering(1, part, list(SCRIPTS))
+    except MissingFonts as missing:
+        pytest.skip(str(missing))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from indiclip.data.mela_shapes import DRAWINGS
+from indiclip.data.mela_shapes import DRAWINGS, Shapes
 
 RGB = tuple[int, int, int]
 
@@ -71,8 +71,6 @@ def rgb_of(colour: str) -> RGB:
 
 
 THINGS = list(DRAWINGS)  # class id = place in this list
-# One array per thing, so that a single matrix product moves all of its polygons.
-_POINTS = {kind: np.concatenate([points for _, points in shapes]) for kind, shapes in DRAWINGS.items()}
 
 
 def shades(rgb: RGB) -> dict[str, RGB]:
@@ -94,9 +92,17 @@ def draw_thing(kind: str, rgb: RGB, size: float, tilt: float, stretch: float = 1
         stretch: Width times this before it is tilted.
         mirror: Left and right are swapped.
     """
+    return draw_shapes(DRAWINGS[kind], rgb, size, tilt, stretch, mirror)
+
+
+def draw_shapes(
+    shapes: Shapes, rgb: RGB, size: float, tilt: float, stretch: float = 1.0, mirror: bool = False
+) -> Sprite:
+    """Draw a stack of polygons with the paints of a colour; arguments as in `draw_thing`."""
     cos, sin = np.cos(tilt), np.sin(tilt)
     across = -stretch if mirror else stretch
-    points = _POINTS[kind] @ np.array([[across * cos, across * sin], [-sin, cos]])
+    # In one array, so that a single matrix product moves all polygons.
+    points = np.concatenate([polygon for _, polygon in shapes]) @ np.array([[across * cos, across * sin], [-sin, cos]])
     low, high = points.min(axis=0), points.max(axis=0)
     scale = 2 * size / (high - low).max()  # twice: it is drawn at double resolution
     flat: list[float] = ((points - low) * scale).ravel().tolist()
@@ -105,7 +111,7 @@ def draw_thing(kind: str, rgb: RGB, size: float, tilt: float, stretch: float = 1
     draw = ImageDraw.Draw(canvas)
     paints = shades(rgb)
     start = 0
-    for paint, polygon in DRAWINGS[kind]:
+    for paint, polygon in shapes:
         stop = start + 2 * len(polygon)
         draw.polygon(flat[start:stop], fill=_CLEAR if paint == "hole" else paints[paint])
         start = stop
