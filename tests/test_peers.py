@@ -302,6 +302,18 @@ def test_open_clip_random_weights_are_said(architecture):
         embedder.views(["64"])
 
 
+def test_weights_that_open_clip_cannot_fetch_are_not_made_up(monkeypatch):
+    """It logs a warning and goes on with random ones."""
+
+    def fetch(name, *args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(open_clip.factory, "_get_hf_config", lambda *args, **options: {"model_cfg": dict(OPEN_CLIP)})
+    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", fetch)
+    with pytest.raises(ValueError, match="OpenCLIP cannot load it .*Required pretrained weights"):
+        load_embedder("open_clip:hf-hub:org/name")
+
+
 def test_wrong_open_clip_names_are_said(architecture, tmp_path, folders):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
@@ -331,7 +343,7 @@ def test_wrong_open_clip_names_are_said(architecture, tmp_path, folders):
 @pytest.mark.filterwarnings("ignore:open_clip.*random")
 def test_a_tokenizer_that_would_be_downloaded_is_said(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *args, **options: (None, None, None))
-    with pytest.raises(ValueError, match="OpenCLIP cannot load it .*nothing is downloaded unless the name says"):
+    with pytest.raises(ValueError, match="it needs timm/ViT-B-16-SigLIP of the hub, not in the local cache"):
         load_embedder("open_clip:ViT-B-16-SigLIP")
 
 

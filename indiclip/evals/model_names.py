@@ -43,7 +43,8 @@ def library_of(model: str) -> tuple[str, str]:
     if colon:
         raise ValueError(f"{model}: {prefix!r} is none of {', '.join(LIBRARIES)}{nearest(prefix, LIBRARIES)}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
-        raise FileNotFoundError(f"{model}: no such folder; transformers:hf-hub:{model} downloads it")
+        hub = f"if it is on the hub, transformers:hf-hub:{model} downloads it"
+        raise FileNotFoundError(f"{model}: no such run, checkpoint or folder; {hub}")
     raise FileNotFoundError(f"{model}: no such run, checkpoint or folder{nearest(model, _names_like(path))}")
 
 

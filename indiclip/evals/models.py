@@ -230,10 +230,19 @@ def load_embedder(
         ValueError: Anything else that is no model.
     """
     check_precision(precision)
+    place = _device(device)
     library, name = library_of(model)
     if library == "indiclip":
-        return EncoderEmbedder(checkpoint.load(name, device, trust_code), model, precision, lengths)
+        return EncoderEmbedder(checkpoint.load(name, place, trust_code), model, precision, lengths)
     from indiclip.evals.peer_loading import LOADERS
     from indiclip.evals.peers import Options
 
-    return LOADERS[library](name, model, Options(torch.device(device), precision, lengths))
+    return LOADERS[library](name, model, Options(place, precision, lengths))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: {str(device)!r} is not to be had here ({reason})") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from indiclip.names import nearest
 
 HUB = "hf-hub:"  # what comes behind is downloaded
 MODEL_TYPES = ("clip", "siglip", "siglip2", "metaclip_2")  # of transformers
-_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
+_TOKENIZER_FILES = (
+    *(("tokenizer.json",), ("vocab.json", "merges.txt")),
+    *(("spiece.model",), ("tokenizer.model",), ("sentencepiece.bpe.model",)),
+)
 
 
 def load_open_clip(what: str, name: str, options: Options) -> Peer:
@@ -33,7 +36,7 @@ def load_open_clip(what: str, name: str, options: Options) -> Peer:
         import open_clip
     except ImportError as error:
         raise ValueError(f"{name}: needs OpenCLIP: pip install open_clip_torch") from error
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"require_pretrained": True}  # by itself it goes on with random weights
     if what.startswith(HUB):
         source = what
     elif _is_folder(what, name, what in open_clip.list_models()):
@@ -44,11 +47,20 @@ def load_open_clip(what: str, name: str, options: Options) -> Peer:
         if source not in open_clip.list_models():
             raise ValueError(f"{name}: OpenCLIP has no {source!r}{nearest(source, open_clip.list_models())}")
         arguments = _open_clip_weights(source, weights, name)
-    download = HUB in what
-    with _loading(name, "OpenCLIP", download):
+    download = source.startswith(HUB) or arguments.pop("download", False)
+    with _loading(name, "OpenCLIP", download, [] if download else _hub_parts(source)):
         model, _, transform = open_clip.create_model_and_transforms(source, pretrained_text=False, **arguments)
         tokenizer = open_clip.get_tokenizer(source)
     return OpenClip(name, model, transform, tokenizer, options)
+
+
+def _hub_parts(source: str) -> list[str]:
+    """Names of what OpenCLIP has transformers fetch: the text tower's configuration, and the tokenizer unless local."""
+    import open_clip
+
+    text = open_clip.get_model_config(source)["text_cfg"]
+    fields = ("hf_model_name",) if source.startswith("local-dir:") else ("hf_tokenizer_name", "hf_model_name")
+    return sorted({text[field] for field in fields if text.get(field)})
 
 
 def _check_open_clip_folder(folder: Path) -> None:
@@ -71,7 +83,7 @@ def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, 
         tag = weights.removeprefix(HUB)
         if tag not in tags:
             raise ValueError(f"{name}: OpenCLIP has no weights {tag!r} of {architecture}{nearest(tag, tags)}")
-        return {"pretrained": tag}
+        return {"pretrained": tag, "download": True, "require_pretrained": True}
     if not weights:
         warnings.warn(f"{name}: no weights were named; they are random", stacklevel=4)
     elif weights in tags and not Path(weights).is_file():
@@ -82,7 +94,9 @@ def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, 
     configs = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
     fields = ("mean", "std", "interpolation", "resize_mode")
     distinct = {tuple(config.get(field) for field in fields) for config in configs}
-    arguments = {"pretrained": str(Path(weights).resolve())} if weights else {}
+    arguments: dict[str, Any] = {}
+    if weights:
+        arguments = {"pretrained": str(Path(weights).resolve()), "require_pretrained": True}
     if len(distinct) == 1:
         return arguments | dict(zip((f"image_{field}" for field in fields), distinct.pop(), strict=True))
     if distinct and weights:
@@ -171,7 +185,11 @@ def _timm_with_weights(architecture: str, file: str) -> Any:
     first = classifier if isinstance(classifier, str) else (classifier or [""])[0]
     num_classes = len(tensors.get(f"{first}.weight", ()))
     overlay = {"state_dict": tensors, "num_classes": num_classes, "label_offset": 0}
-    return timm.create_model(architecture, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
+    model: Any = timm.create_model(
+        architecture, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay
+    )
+    model.pretrained_cfg.pop("state_dict", None)  # a second copy
+    return model
 
 
 def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
@@ -189,7 +207,7 @@ def _check_file(file: Path, name: str) -> None:
 
 
 @contextmanager
-def _loading(name: str, library: str, download: bool = False) -> Iterator[None]:
+def _loading(name: str, library: str, download: bool = False, hub_parts: Sequence[str] = ()) -> Iterator[None]:
     """Say in one line what a library cannot load, and keep it from the network."""
     from huggingface_hub import constants
 
@@ -198,9 +216,10 @@ def _loading(name: str, library: str, download: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # they raise anything: RuntimeError, OSError, UnpicklingError, KeyError
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        hint = "" if download else "; nothing is downloaded unless the name says hf-hub:"
-        raise ValueError(f"{name}: {library} cannot load it ({reason}){hint * isinstance(error, OSError)}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if hub_parts and isinstance(error, OSError):
+            reason = f"it needs {' and '.join(hub_parts)} of the hub, not in the local cache; only hf-hub: downloads"
+        raise ValueError(f"{name}: {library} cannot load it ({reason})") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
 
