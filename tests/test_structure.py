@@ -74,6 +74,16 @@ def test_data_knows_no_model():
         assert of(file, "indiclip") <= outside | of(file, "indiclip.data"), file.name
 
 
+def test_evals_know_the_encoder_and_data():
+    ours = ("encoder", "types", "patches", "names", "checkpoint", "text", "backbone", "__version__")
+    allowed = {f"indiclip.{name}" for name in ours}
+    files = {file.name: file for file in (ROOT / "indiclip" / "evals").rglob("*.py")}
+    files.pop("callback.py", None)  # the one that a run has
+    for name, file in files.items():
+        found = of(file, "indiclip") | of(file, "lightning") | of(file, "heads")
+        assert found <= allowed | of(file, "indiclip.data") | of(file, "indiclip.evals"), name
+
+
 def test_survival_knows_of_data_the_workers_only():
     allowed = {f"indiclip.{name}" for name in ("module", "json_lines", "types", "names", "data.workers")}
     for file in (ROOT / "indiclip" / "survival").glob("*.py"):

@@ -133,6 +133,26 @@ class Transform:
         return prepared
 
 
+def read_upright(image: EncodedImage | np.ndarray, size: Size | None = None) -> Tensor:
+    """A whole picture, turned as its EXIF orientation asks: uint8 (3, height, width).
+
+    Args:
+        image: An encoded one, or uint8 (height, width, 3).
+        size: (height, width) to resize it to, a JPEG decoded no larger than that needs. None leaves it as large as
+            it is.
+
+    Raises:
+        UnreadableSample: The image cannot be decoded.
+    """
+    full = upright_hw(image)
+    return _read_region(image, full, (0, 0, *full), size or full)
+
+
+def upright_hw(image: EncodedImage | np.ndarray) -> Size:
+    """(height, width) of a picture after the turn that EXIF asks for."""
+    return image.upright_hw if isinstance(image, EncodedImage) else (image.shape[0], image.shape[1])
+
+
 def collate(samples: list[Prepared]) -> Batch:
     """Prepared samples -> `Batch`: patches padded to the longest, every annotation a list over the images."""
     samples = [dict(sample) for sample in samples]
@@ -195,7 +215,7 @@ def _read_region(image: Any, full: Size, region: Region, size: Size) -> Tensor:
         pixels = image.decode(smaller if image.orientation < 5 else smaller[::-1])
         image_CHW = _turn(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), image.orientation)
     else:
-        image_CHW = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        image_CHW = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)  # PIL's are read-only
     found = image_CHW.shape[-2:]
     if region[2:] != full:
         top, left, height, width = (
@@ -233,7 +253,7 @@ def _wrap(sample: Sample) -> tuple[dict[str, Any], Size]:
     """The annotations as tv_tensors in the frame of the upright image, and that image's (height, width)."""
     image = sample["image"]
     encoded = isinstance(image, EncodedImage)
-    full = image.upright_hw if encoded else image.shape[:2]
+    full = upright_hw(image)
     turned = not encoded or sample.get("annotated_upright", False)  # no turn to make
     canvas = full if turned else image.size_hw
     fields: dict[str, Any] = {}

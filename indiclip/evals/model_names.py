@@ -1,0 +1,90 @@
+"""Which library a `--model` is of; see `indiclip.evals.models.load_embedder`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from indiclip.names import nearest
+
+LIBRARIES = ("open_clip", "transformers", "timm")
+
+
+def library_of(model: str) -> tuple[str, str]:
+    """(library, what it is to load), by the form of the name and by what files there are.
+
+    Raises:
+        FileNotFoundError: No such file or folder.
+        ValueError: Not to be told, naming what would be.
+    """
+    prefix, colon, rest = model.partition(":")
+    if colon and prefix in LIBRARIES:
+        if not rest:
+            raise ValueError(f"{model}: which model of {prefix}?")
+        return prefix, rest
+    path = Path(model)
+    if path.is_dir():
+        return _library_of_folder(path), str(path.absolute())  # which is no architecture's name
+    if path.suffix == ".ckpt" and (path.is_file() or not colon):
+        return "indiclip", model
+    if path.is_file():
+        raise ValueError(
+            f"{model}: weights alone name no architecture; expected a checkpoint of ours (.ckpt), or "
+            f"open_clip:ARCHITECTURE:{model} or timm:ARCHITECTURE:{model}"
+        )
+    if prefix == "hf-hub":
+        expected = ", ".join(f"{library}:{model}" for library in LIBRARIES)
+        raise ValueError(f"{model}: which library is to download it? Expected one of {expected}")
+    if colon:
+        raise ValueError(f"{model}: {prefix!r} is none of {', '.join(LIBRARIES)}{nearest(prefix, LIBRARIES)}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
+        hub = f"if it is on the hub, transformers:hf-hub:{model} downloads it"
+        raise FileNotFoundError(f"{model}: no such run, checkpoint or folder; {hub}")
+    raise FileNotFoundError(f"{model}: no such run, checkpoint or folder{nearest(model, _names_like(path))}")
+
+
+def _names_like(path: Path) -> list[str]:
+    """What somebody may have meant who wrote it: what lies beside it, and models by their name alone."""
+    beside = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+    models = [f"timm:{name}" for name in timm.list_models()]
+    if importlib.util.find_spec("open_clip"):
+        import open_clip
+
+        models += [f"open_clip:{name}" for name in open_clip.list_models()]
+    return beside + models
+
+
+def _library_of_folder(folder: Path) -> str:
+    found = []
+    if (folder / "open_clip_config.json").is_file():
+        found.append("open_clip")
+    if (file := folder / "config.json").is_file():
+        config = read_config(file)
+        if "model_type" in config:
+            found.append("transformers")
+        elif "architecture" in config:
+            found.append("timm")
+        elif not found:
+            raise ValueError(f"{file}: found neither transformers' `model_type` nor timm's `architecture`")
+    if len(found) > 1:
+        which = " or ".join(f"{library}:{folder}" for library in found)
+        raise ValueError(f"{folder}: holds the files of {' and '.join(found)}; expected {which}")
+    return found[0] if found else "indiclip"
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError, and ValueError for anything else."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: found a {type(config).__name__}, expected an object")
+    return config

@@ -1,0 +1,248 @@
+"""What the benchmark asks of a model, our own encoder as such a model, and which model a `--model` names.
+
+Shape letters: see `indiclip.types`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from math import isqrt
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indiclip import checkpoint
+from indiclip.data.images import EncodedImage
+from indiclip.data.transforms import read_upright, upright_hw
+from indiclip.encoder import Encoder
+from indiclip.evals.model_names import library_of
+from indiclip.patches import fit_canvas_hw, fit_hw, patchify, stack
+from indiclip.types import Images
+
+NATIVE_TOKENS = 256  # `Encoder.embed_image`'s own budget
+TEXT_CHUNK = 256  # texts in one forward pass; fixed, so that a number does not depend on the machine
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Picture = EncodedImage | np.ndarray  # the latter uint8 (height, width, 3)
+
+
+class View(NamedTuple):
+    """At which size and aspect images are encoded.
+
+    Attributes:
+        name: As the user wrote it.
+        tokens: Most patches; None is the model's own preprocessing.
+        aspect: `square` stretches, or crops, every image to a square.
+    """
+
+    name: str
+    tokens: int | None
+    aspect: Literal["kept", "square"]
+
+
+class Embedder(Protocol):
+    """A model that gives embeddings of images, and mostly of texts.
+
+    `prepare` and `collate` run in loader processes: a copy that is pickled for one holds no weights.
+
+    Attributes:
+        name: For tables.
+        lengths: Embedding lengths to score, ascending; the last is the full one.
+        embeds_text: Whether `embed_texts` works.
+    """
+
+    name: str
+    lengths: list[int]
+    embeds_text: bool
+
+    def views(self, names: Sequence[str]) -> list[View]:
+        """The views of these names. Raises ValueError for one that this model does not have."""
+
+    def prepare(self, image: Picture, view: View) -> Any:
+        """One image as tensors. Raises UnreadableSample."""
+
+    def collate(self, prepared: list[Any]) -> Any:
+        """A batch of prepared images."""
+
+    def embed_images(self, batch: Any) -> Tensor:
+        """Unit-length embeddings (B, E) of full length, float32 on the CPU."""
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Unit-length embeddings (len(texts), E), float32 on the CPU. Raises ValueError where there are none."""
+
+
+class EncoderEmbedder:
+    """Our encoder, loaded or in the middle of its training; it stays on its device.
+
+    Views: `native` is the largest budget (256 patches or the backbone's, if less), a number such as `64` another.
+    Both keep the aspect and enlarge no image. `native-square` and `64-square` stretch every image, small ones too, to
+    the largest square of whole patches in that budget, as SigLIP does, and CLIP but for its crop. A backbone of one
+    size has `native` (the image fills the canvas as far as its aspect allows) and `native-square`.
+
+    Args:
+        encoder: Put into evaluation mode for each call only.
+        name: For tables.
+        precision: `bf16` or `fp16` compute under autocast.
+        lengths: Lengths to score instead of the trained ones.
+
+    Raises:
+        ValueError: Lengths that the embedding cannot be cut to, or an unknown precision.
+    """
+
+    embeds_text = True
+
+    def __init__(
+        self, encoder: Encoder, name: str, precision: Precision = "fp32", lengths: Sequence[int] | None = None
+    ) -> None:
+        self.encoder, self.name, self.precision = encoder, name, check_precision(precision)
+        self.lengths = encoder.lengths if lengths is None else with_full_length(lengths, encoder.embed_dim)
+        backbone = encoder.backbone
+        self._patch_size, self._max_tokens = backbone.patch_size, backbone.max_tokens
+        self._canvas_hw = backbone.canvas_hw
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "encoder"}
+
+    def views(self, names: Sequence[str]) -> list[View]:
+        return [self._view(name) for name in names]
+
+    def prepare(self, image: Picture, view: View) -> dict[str, Any]:
+        full = upright_hw(image)
+        size = self._size(full, view)
+        patches = patchify(read_upright(image, size), self._patch_size)
+        return {"patches": patches, "size_hw": size, "scale": (size[0] / full[0], size[1] / full[1])}
+
+    def collate(self, prepared: list[dict[str, Any]]) -> Images:
+        return stack(*([one[field] for one in prepared] for field in ("patches", "size_hw", "scale")))
+
+    def embed_images(self, batch: Images) -> Tensor:
+        with self._evaluating():
+            return self.encoder.embed_image(batch).float().cpu()
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        with self._evaluating():
+            return embed_distinct(texts, self.encoder.embed_text, self.encoder.embed_dim)
+
+    def _view(self, name: str) -> View:
+        found = re.fullmatch(r"(native|[1-9][0-9]*)(-square)?", name)
+        if found is None or (self._canvas_hw is not None and found[1] != "native"):
+            expected = "native, native-square" + (", or a number of patches such as 64 or 64-square" * self._any_size)
+            raise ValueError(f"{self.name}: has no view {name!r}; expected {expected}")
+        most = min(NATIVE_TOKENS, self._max_tokens) if self._any_size else self._max_tokens
+        tokens = most if found[1] == "native" else int(found[1])
+        if tokens > self._max_tokens:
+            raise ValueError(f"{self.name}: view {name!r} is more than the {self._max_tokens} patches of its backbone")
+        return View(name, tokens, "square" if found[2] else "kept")
+
+    @property
+    def _any_size(self) -> bool:
+        return self._canvas_hw is None
+
+    def _size(self, full: tuple[int, int], view: View) -> tuple[int, int]:
+        assert view.tokens is not None
+        if self._canvas_hw is not None:
+            stretched = view.aspect == "square"
+            return self._canvas_hw if stretched else fit_canvas_hw(*full, self._patch_size, self._canvas_hw)
+        if view.aspect == "square":
+            side = isqrt(view.tokens) * self._patch_size
+            return side, side
+        return fit_hw(*full, self._patch_size, view.tokens)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode; afterwards each part is as it was, frozen ones too."""
+        modes = [(module, module.training) for module in self.encoder.modules()]
+        self.encoder.eval()
+        try:
+            # Not inference mode: what a module keeps from there could not be trained with.
+            with torch.no_grad(), autocast(self.encoder.device, self.precision):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def embed_distinct(texts: list[str], embed: Callable[[list[str]], Tensor], length: int) -> Tensor:
+    """Rows (len(texts), length) of `embed`, which sees each distinct text once, `TEXT_CHUNK` at a time."""
+    position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    distinct = list(position)
+    chunks = [distinct[start : start + TEXT_CHUNK] for start in range(0, len(distinct), TEXT_CHUNK)]
+    rows = [torch.zeros(0, length), *(embed(chunk).float().cpu() for chunk in chunks)]
+    return torch.cat(rows)[torch.tensor([position[text] for text in texts], dtype=torch.long)]
+
+
+def check_precision(precision: str) -> Precision:
+    """Raise ValueError unless it is one."""
+    if precision not in _AUTOCAST:
+        raise ValueError(f"precision: found {precision!r}, expected {', '.join(_AUTOCAST)}")
+    return cast(Precision, precision)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Reduced precision, or float32 whatever is around it."""
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32")
+
+
+def with_full_length(lengths: Sequence[int] | None, full: int) -> list[int]:
+    """Lengths to score, ascending, the full one among them."""
+    for length in lengths or []:
+        if not 1 <= length <= full:
+            raise ValueError(f"lengths: found {length}; the embedding has {full} numbers")
+    return sorted({*(lengths or []), full})
+
+
+def load_embedder(
+    model: str,
+    device: str | torch.device = "cpu",
+    *,
+    precision: Precision = "fp32",
+    lengths: Sequence[int] | None = None,
+    trust_code: bool = False,
+) -> Embedder:
+    """The model that `--model` names, from local files.
+
+    - `runs/quickstart`, `x.ckpt`: ours.
+    - A folder with `open_clip_config.json` and weights: OpenCLIP. One with transformers' `config.json` of a CLIP,
+      SigLIP, SigLIP 2 or MetaCLIP 2, weights in safetensors, tokenizer and image processor. One with timm's
+      `config.json` and weights.
+    - `open_clip:ViT-B-32`, `timm:vit_tiny_patch16_224`: that architecture with random weights;
+      `open_clip:ViT-B-32:weights.safetensors`, `timm:NAME:weights.pt`: with those.
+    - `open_clip:FOLDER`, `transformers:FOLDER`, `timm:FOLDER`: for a folder that holds the files of several.
+    - `open_clip:hf-hub:NAME`, `transformers:hf-hub:NAME`, `timm:hf-hub:NAME`, `open_clip:ViT-B-32:hf-hub:TAG`:
+      downloaded by that library. Nothing else is.
+
+    No file is unpickled, but for tensors.
+
+    Args:
+        model: See above.
+        device: Where to put it.
+        precision: `bf16` or `fp16` compute under autocast.
+        lengths: Embedding lengths to score beside the full one, instead of those that our models were trained for.
+        trust_code: See `indiclip.checkpoint.load`.
+
+    Raises:
+        FileNotFoundError: No such file or folder, or one that a model lacks.
+        ValueError: Anything else that is no model.
+    """
+    check_precision(precision)
+    place = _device(device)
+    library, name = library_of(model)
+    if library == "indiclip":
+        return EncoderEmbedder(checkpoint.load(name, place, trust_code), model, precision, lengths)
+    from indiclip.evals.peer_loading import LOADERS
+    from indiclip.evals.peers import Options
+
+    return LOADERS[library](name, model, Options(place, precision, lengths))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: {str(device)!r} is not to be had here ({reason})") from error
