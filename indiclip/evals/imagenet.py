@@ -34,6 +34,11 @@ def imagenet_classes() -> tuple[CardClass, ...]:
     return tuple(classes)
 
 
+def is_imagenet(card: Card) -> bool:
+    """Whether a card's classes are these."""
+    return len(card.classes) == NUM_CLASSES and card.classes[0].id == "n01440764"
+
+
 def with_class_list(card: Card, names: list[str], file: str) -> tuple[Card, str]:
     """ImageNet's card with the English names of a list such as CLIP's, in the usual order of the classes.
 
