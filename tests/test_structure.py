@@ -62,7 +62,10 @@ def test_arrows_point_one_way(file, allowed):
 
 def test_commands_know_data_and_no_model():
     ours = {"indiclip.names", "indiclip.patches"}
-    also = {"tokenizer_report.py": {"indiclip.text"}}  # tokenizers lie beside the text towers
+    also = {
+        "tokenizer_report.py": {"indiclip.text"},  # tokenizers lie beside the text towers
+        "bench.py": of(ROOT / "indiclip" / "commands" / "bench.py", "indiclip.evals"),
+    }
     for file in (ROOT / "indiclip" / "commands").glob("*.py"):
         allowed = ours | also.get(file.name, set()) | of(file, "indiclip.data") | of(file, "indiclip.commands")
         assert of(file, "indiclip") <= allowed, file.name
@@ -72,6 +75,15 @@ def test_data_knows_no_model():
     outside = {"indiclip.types", "indiclip.names", "indiclip.patches"}
     for file in (ROOT / "indiclip" / "data").glob("*.py"):
         assert of(file, "indiclip") <= outside | of(file, "indiclip.data"), file.name
+
+
+def test_evals_know_no_training():
+    allowed = {f"indiclip.{name}" for name in ("encoder", "types", "patches", "names", "checkpoint", "text")}
+    for file in (ROOT / "indiclip" / "evals").glob("*.py"):
+        if file.name in ("report.py", "callback.py"):  # what a run writes at its end
+            continue
+        ours = of(file, "indiclip.data") | of(file, "indiclip.evals")
+        assert of(file, "indiclip") <= allowed | ours, file.name
 
 
 def test_survival_knows_of_data_the_workers_only():
