@@ -27,6 +27,7 @@ usage: indiclip <command> [--config FILE]... [options]
   predict    write what the heads find in `data.val` to RUN/predictions/
   shards     index, check, pack and count data      indiclip shards --help
   tokenizer  tokens per word in every language      indiclip tokenizer --help
+  bench      the India benchmark's cards and images  indiclip bench --help
 
   --config FILE            an experiment; several are stacked, later ones win
   --name NAME              the run's folder, runs/NAME (default: the first config's name)
@@ -86,13 +87,18 @@ def main(argv: list[str] | None = None) -> int:
             from indiclip.commands.tokenizer import main as tokenizer
 
         return tokenizer(argv[1:])
+    if argv[0] == "bench":
+        with _leaving_at_once():
+            from indiclip.commands.bench import main as bench
+
+        return bench(argv[1:])
     if argv[0] in _TRAINER_COMMANDS and any(flag in argv for flag in ("-h", "--help")):
         print(_COMMAND_HELP.format(command=argv[0]))
         return 0
     if argv[0] not in _TRAINER_COMMANDS:
         from indiclip.names import nearest
 
-        hint = nearest(argv[0], (*_TRAINER_COMMANDS, "shards", "tokenizer"))
+        hint = nearest(argv[0], (*_TRAINER_COMMANDS, "shards", "tokenizer", "bench"))
         print(f"indiclip: no command {argv[0]!r}{hint} (indiclip --help)", file=sys.stderr)
         return 2
     with _leaving_at_once():

@@ -75,6 +75,8 @@ def fit(folder, tree, *flags):
         *((f"shards {command} --help", f"example: indiclip shards {command}") for command in ("pack", "stats")),
         ("tokenizer --help", "indiclip tokenizer report tokenizers/india clip"),
         ("tokenizer report --help", "example: indiclip tokenizer report"),
+        ("bench --help", "indiclip bench import photos/edibles"),
+        *((f"bench {command} --help", f"example: indiclip bench {command}") for command in ("cards", "import")),
     ],
 )
 def test_help_and_version_import_nothing_heavy(words, expected):

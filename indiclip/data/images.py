@@ -77,6 +77,11 @@ class EncodedImage:
             raise self._unreadable(error) from error
 
     @property
+    def data(self) -> bytes:
+        """The file's bytes."""
+        return self._data
+
+    @property
     def upright_hw(self) -> tuple[int, int]:
         """(height, width) after the rotation that EXIF asks for."""
         return self.size_hw if self.orientation < 5 else self.size_hw[::-1]

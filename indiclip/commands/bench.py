@@ -1,0 +1,91 @@
+"""`indiclip bench import|cards`: what its words mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from indiclip.commands.words import Parser, run_command
+
+_HELP = """\
+usage: indiclip bench <command> ... [options]
+
+  cards    the benchmark's cards, or one card with its classes     indiclip bench cards edibles
+  import   a card's images into another layout, bytes unchanged
+           indiclip bench import photos/edibles --card edibles --out edibles_wds --layout clip-benchmark
+
+A card says which classes are told apart, what they are called in each language, and how it is asked. Your own is a
+.yaml file like those that come with IndiCLIP.
+`indiclip bench import --help` and the like: all options of a command.
+"""
+_SHOWN = 10  # images that were left out
+
+
+def _parser(command: str, example: str, about: str) -> Parser:
+    return Parser(
+        prog=f"indiclip bench {command}",
+        description=about,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _cards(argv: list[str]) -> int:
+    parser = _parser(
+        "cards",
+        "indiclip bench cards edibles",
+        "List the cards that come with IndiCLIP, or show one: where its images are from, its prompts, and its classes\n"
+        "with their names. A name with a * was romanised by rule.",
+    )
+    parser.add_argument("card", nargs="?", metavar="CARD", help="the id of one of them, or a .yaml file")
+    options = parser.parse_args(argv)
+    from indiclip.evals.card_table import list_cards, show_card
+    from indiclip.evals.cards import load_card
+
+    print("\n".join(show_card(load_card(options.card)) if options.card else list_cards()))
+    return 0
+
+
+def _import(argv: list[str]) -> int:
+    parser = _parser(
+        "import",
+        "indiclip bench import photos/edibles --card edibles --out edibles_wds",
+        "Write a card's images in another layout. SOURCE is\n"
+        "  a folder     CLASS/*.jpg, also train/CLASS/ and test/CLASS/; or with a table (columns file, class)\n"
+        "  shards       *.tar with .cls, and classes.txt or classnames.txt; clip-benchmark's folder\n"
+        "  captions     COCO's or Karpathy's JSON, Crossmodal-3600's captions.jsonl, a table\n"
+        "Labels go by the classes' names. Bytes of images are kept; what cannot be read is left out and named. The\n"
+        "folder is written whole or not at all, and the same source gives the same bytes.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a folder, a table, or a file of captions")
+    parser.add_argument("--card", required=True, metavar="CARD", help="what the images are of (indiclip bench cards)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the new folder; not there, or empty")
+    parser.add_argument(
+        "--layout", default="clip-benchmark", metavar="NAME", help="folder, or clip-benchmark (default)"
+    )
+    parser.add_argument("--split", default="test", metavar="NAME", help="of the images to score (default: test)")
+    parser.add_argument(
+        "--language", default="en", metavar="CODE", help="of names, prompts, captions for clip-benchmark (default: en)"
+    )
+    options = parser.parse_args(argv)
+    from indiclip.evals.convert import convert
+
+    done = convert(options.source, options.card, options.out, options.layout, options.split, options.language)
+    counts = ", ".join(f"{split} {count:,}" for split, count in done.images.items())
+    print(f"{done.folder}: {done.images.total():,} images of {options.card} ({counts}), layout {options.layout}")
+    for note in done.notes:
+        print(f"  {note}")
+    if done.left_out:
+        print(f"  left out: {len(done.left_out):,} that cannot be read")
+        more = len(done.left_out) - _SHOWN
+        print("\n".join(f"    {line}" for line in [*done.left_out[:_SHOWN], *([f"... {more} more"] * (more > 0))]))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"cards": _cards, "import": _import}
+
+
+def main(argv: list[str]) -> int:
+    """Runs a command. Returns the exit status: 0, 2 for a mistake in the command or in the data."""
+    return run_command("bench", _HELP, _COMMANDS, argv)

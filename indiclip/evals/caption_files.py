@@ -1,0 +1,131 @@
+"""Images with captions in the files that retrieval benchmarks come in. Names only; no image is opened.
+
+- COCO's captions: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
+- Karpathy's splits (`dataset_coco.json`, `dataset_flickr30k.json`): `{"images": [{"filename", "split", "sentences":
+  [{"raw"}]}]}`, and `filepath` before the name where there is one. The split `test`.
+- Crossmodal-3600's `captions.jsonl`: a line per image, `{"image/key": ..., "hi": {"caption": [...]}, ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from indiclip.data.tables import check_files, column, load_json
+from indiclip.evals.card_file import LANGUAGE
+
+# Where the images lie, below the folder of the file.
+_FOLDERS = ("images", "val2017", "val2014", "train2017", "flickr30k-images", "flickr30k_images", "")
+_SPLIT = "test"
+
+
+class Captioned(NamedTuple):
+    """Images in the file's order."""
+
+    folder: Path
+    names: list[str]
+    captions: dict[str, list[list[str]]]  # language -> of each image
+    notes: list[str]
+
+
+def find_caption_file(folder: Path) -> Path | None:
+    """The file of captions in a folder; None where there is none.
+
+    Raises:
+        ValueError: Several that could be meant.
+    """
+    for pattern in ("captions.jsonl", "dataset*.json", "captions*.json"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"{folder}: which file has the captions? Found {names}; expected one")
+        if found:
+            return found[0]
+    return None
+
+
+def read_caption_file(file: Path) -> Captioned:
+    """The images and captions of a file; see the module.
+
+    Raises:
+        FileNotFoundError: Images are missing; says how many and names the first.
+        ValueError: Another content, or a name that leads out of the folder.
+    """
+    if file.suffix == ".jsonl":
+        names, captions = _crossmodal(file)
+    else:
+        content = load_json(file, ("images",))
+        if "annotations" in content:
+            names, captions = _coco(content, file)
+        else:
+            names, captions = _karpathy(content["images"], file)
+    filled = [place for place in range(len(names)) if any(texts[place] for texts in captions.values())]
+    notes = [] if len(filled) == len(names) else [f"{file}: {len(names) - len(filled)} images without a caption"]
+    names = [names[place] for place in filled]
+    captions = {language: [texts[place] for place in filled] for language, texts in captions.items()}
+    if not names:
+        raise ValueError(f"{file}: no images with captions")
+    folder = next((found for name in _FOLDERS if _holds(found := file.parent / name, names[0])), file.parent)
+    check_files(folder, names, str(file))
+    return Captioned(folder, names, captions, notes)
+
+
+def _holds(folder: Path, name: Any) -> bool:
+    return folder.is_dir() and isinstance(name, str) and (folder / name).is_file()
+
+
+def _coco(content: dict[str, Any], file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
+    images, annotations = content["images"], content["annotations"]
+    names, ids = (column(images, name, f"{file}: image") for name in ("file_name", "id"))
+    place_of = {str(image_id): place for place, image_id in enumerate(ids)}
+    texts: list[list[str]] = [[] for _ in names]
+    owners, captions = (column(annotations, name, f"{file}: annotation") for name in ("image_id", "caption"))
+    for owner, caption in zip(owners, captions, strict=True):
+        if str(owner) not in place_of:
+            raise ValueError(f"{file}: a caption of image {owner!r}, which is not among the {len(ids)} images")
+        texts[place_of[str(owner)]].append(_caption(caption, f"{file}: image {owner}"))
+    return names, {"en": texts}
+
+
+def _karpathy(images: list[Any], file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
+    column(images, "split", f"{file}: image")
+    chosen = [image for image in images if image["split"] == _SPLIT]
+    if not chosen:
+        found = sorted({str(image["split"]) for image in images})
+        raise ValueError(f"{file}: no images of the split {_SPLIT!r}; found {found}")
+    names, sentences = (column(chosen, name, f"{file}: image") for name in ("filename", "sentences"))
+    names = [
+        f"{image['filepath']}/{name}" if image.get("filepath") else name
+        for image, name in zip(chosen, names, strict=True)
+    ]
+    texts = [
+        [_caption(text, f"{file}: {name}") for text in column(of_image, "raw", f"{file}: {name}: sentence")]
+        for name, of_image in zip(names, sentences, strict=True)
+    ]
+    return names, {"en": texts}
+
+
+def _crossmodal(file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
+    entries = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}: line {number}: broken JSON: {error}") from error
+    keys = column(entries, "image/key", f"{file}: line")
+    languages = sorted({key for entry in entries for key in entry if LANGUAGE.fullmatch(key)})
+    captions: dict[str, list[list[str]]] = {language: [] for language in languages}
+    for key, entry in zip(keys, entries, strict=True):
+        for language in languages:
+            found = entry.get(language, {"caption": []})
+            if not isinstance(found, dict) or not isinstance(found.get("caption"), list):
+                raise ValueError(f'{file}: {key}: {language}: expected {{"caption": [...]}}')
+            captions[language].append([_caption(text, f"{file}: {key}: {language}") for text in found["caption"]])
+    return [f"{key}.jpg" for key in keys], captions
+
+
+def _caption(text: Any, where: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the caption is {str(text)[:40]!r}; expected text")
+    return " ".join(text.split())

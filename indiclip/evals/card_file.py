@@ -1,0 +1,214 @@
+"""The YAML of a card -> `Card`, everything checked: a slip in a page would be a wrong score that nobody notices.
+
+Keys of a card: `title`, `task`, `classes`, `prompts`, and `metric`, `chance`, `num_candidates`, `source`, `licence`,
+`notes`, `folder` where they differ from what is usual. A class has `id`, `names` (with `en`), and `aliases`,
+`confusable_with`, `facts` where there are any.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from indiclip.data.captions import LANGUAGES
+from indiclip.data.romanise import LANGUAGES as ROMANISED
+from indiclip.data.romanise import is_romanisable, romanise
+from indiclip.evals.cards import TASKS, Card, CardClass
+from indiclip.names import nearest
+
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?")
+_KEYS = (
+    *("title", "task", "classes", "prompts", "metric", "chance", "num_candidates"),
+    *("source", "licence", "notes", "folder"),
+)
+_CLASS_KEYS = ("id", "names", "aliases", "confusable_with", "facts")
+_METRIC = {"classification": "acc1", "matching": "acc1", "retrieval": "recall5"}
+_METRICS = ("acc1", "acc5", "mean_per_class_recall", "recall1", "recall5", "recall10")
+_ID = re.compile(r"[\w-]+")
+_CANDIDATES = 10
+_COMPUTED = ("imagenet1k", "babel_imagenet")  # values of `classes` that stand for a list
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `no` (Norwegian) is text, and a key that is there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, count in Counter(map(str, keys)).items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_NOT_TEXT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_TEXT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
+    """The card that a YAML text is; see the module and `load_card`."""
+    try:
+        tree = yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: no YAML: {' '.join(str(error).split())}") from error
+    tree = _mapping(tree, file, _KEYS)
+    task = _text(tree.get("task"), f"{file}: task")
+    if task not in TASKS:
+        raise ValueError(f"{file}: task: found {task!r}{nearest(task, TASKS)}; expected one of {', '.join(TASKS)}")
+    classes = _classes(tree.get("classes", []), file, task)
+    num_candidates = tree.get("num_candidates", _CANDIDATES) if task == "matching" else 0
+    if not isinstance(num_candidates, int) or (task == "matching" and num_candidates < 2):
+        raise ValueError(f"{file}: num_candidates: found {num_candidates!r}; expected a whole number from 2")
+    chance = 1 / num_candidates if num_candidates else 1 / len(classes) if classes else 0.0
+    _check_chance(tree.get("chance", chance), chance, file)
+    metric = _text(tree.get("metric", _METRIC[task]), f"{file}: metric")
+    if metric not in _METRICS:
+        expected = f"expected one of {', '.join(_METRICS)}"
+        raise ValueError(f"{file}: metric: found {metric!r}{nearest(metric, _METRICS)}; {expected}")
+    about = {key: _text(tree.get(key, ""), f"{file}: {key}") for key in ("source", "licence", "notes")}
+    folder = _text(tree.get("folder", card_id), f"{file}: folder")
+    if not _ID.fullmatch(folder):
+        raise ValueError(f"{file}: folder: found {folder!r}; expected the name of a folder")
+    title = _text(tree.get("title", card_id), f"{file}: title")
+    prompts = _prompts(tree.get("prompts", {}), file)
+    return Card(
+        card_id, title, suite, task, classes, prompts, metric, **about,
+        file=file, chance=chance, folder=folder, num_candidates=num_candidates,
+    )  # fmt: skip
+
+
+def _classes(entries: Any, file: str, task: str) -> tuple[CardClass, ...]:
+    if isinstance(entries, str):
+        if entries not in _COMPUTED:
+            raise ValueError(f"{file}: classes: found {entries!r}; expected a list, or one of {', '.join(_COMPUTED)}")
+        from indiclip.evals.imagenet import imagenet_classes
+
+        return imagenet_classes()
+    if task == "retrieval":
+        if entries:
+            raise ValueError(f"{file}: classes: found {len(entries)}; a retrieval card has captions and no classes")
+        return ()
+    if not isinstance(entries, list) or len(entries) < 2:
+        raise ValueError(f"{file}: classes: found {_found(entries)}; expected a list of at least two classes")
+    classes = [_class(entry, file, number) for number, entry in enumerate(entries)]
+    _check_unique((one.id for one in classes), f"{file}: the id")
+    ids = [one.id for one in classes]
+    for one in classes:
+        for other in one.confusable_with:
+            if other == one.id or other not in ids:
+                hint = nearest(other, [name for name in ids if name != one.id])
+                raise ValueError(f"{file}: {one.id}: confusable_with: {other!r} is no other class of the card{hint}")
+    for language in {language for one in classes for language in one.names}:
+        _check_unique((one.names[language] for one in classes if language in one.names), f"{file}: the {language} name")
+    return tuple(_with_romanised(classes))
+
+
+def _class(entry: Any, file: str, number: int) -> CardClass:
+    entry = _mapping(entry, f"{file}: class number {number + 1}", _CLASS_KEYS, entry_id=True)
+    class_id = _text(entry.get("id"), f"{file}: class number {number + 1}: id")
+    where = f"{file}: {class_id}"
+    if not _ID.fullmatch(class_id):
+        raise ValueError(f"{where}: id: found {class_id!r}; expected letters, digits, '_' and '-': a folder's name")
+    names = _mapping(entry.get("names"), f"{where}: names")
+    for language, name in names.items():
+        _check_language(language, f"{where}: names")
+        _text(name, f"{where}: names: {language}")
+    if "en" not in names:
+        raise ValueError(f"{where}: names: no name in `en`; found {sorted(names)}")
+    facts = _mapping(entry.get("facts", {}), f"{where}: facts")
+    aliases, others = (_texts(entry.get(key, []), f"{where}: {key}") for key in ("aliases", "confusable_with"))
+    normal = {language: unicodedata.normalize("NFC", name.strip()) for language, name in names.items()}
+    return CardClass(class_id, normal, aliases, others, facts)
+
+
+def _with_romanised(classes: list[CardClass]) -> Iterable[CardClass]:
+    """The classes with romanised names of those that have a name in an Indic script and no romanised one.
+
+    Two classes that would be written alike both stay without.
+    """
+    derived: list[dict[str, str]] = []
+    for one in classes:
+        found = {
+            f"{language}-Latn": romanise(name, language)
+            for language, name in one.names.items()
+            if language in ROMANISED and is_romanisable(name)
+        }
+        derived.append({language: name for language, name in found.items() if language not in one.names})
+    owners = Counter(
+        (language, name.casefold())
+        for one, more in zip(classes, derived, strict=True)
+        for language, name in (one.names | more).items()
+    )
+    for one, more in zip(classes, derived, strict=True):
+        kept = {language: name for language, name in more.items() if owners[language, name.casefold()] == 1}
+        yield replace(one, names=one.names | kept, derived=tuple(kept))
+
+
+def _prompts(entries: Any, file: str) -> dict[str, tuple[str, ...]]:
+    prompts = {}
+    for language, templates in _mapping(entries, f"{file}: prompts").items():
+        _check_language(language, f"{file}: prompts")
+        prompts[language] = _texts(templates, f"{file}: prompts: {language}")
+        for template in prompts[language]:
+            if template.count("{c}") != 1:
+                raise ValueError(f"{file}: prompts: {language}: {template!r}; expected one {{c}}, where the name goes")
+        if not prompts[language]:
+            raise ValueError(f"{file}: prompts: {language}: found none; expected templates with {{c}}")
+    return prompts
+
+
+def _check_language(language: Any, where: str) -> None:
+    if not isinstance(language, str) or not LANGUAGE.fullmatch(language):
+        known = [*LANGUAGES, *(f"{one}-Latn" for one in LANGUAGES)]
+        hint = nearest(str(language), known)
+        raise ValueError(f"{where}: {language!r} is no language{hint}; expected a BCP 47 code such as en, hi, hi-Latn")
+
+
+def _check_chance(stated: Any, chance: float, file: str) -> None:
+    if isinstance(stated, bool) or not isinstance(stated, int | float) or abs(stated - chance) > 5e-4:
+        raise ValueError(f"{file}: chance: found {stated!r}; of this card it is {chance:.4f}")
+
+
+def _check_unique(names: Iterable[str], what: str) -> None:
+    """Two classes of one name could not be told right."""
+    for name, count in Counter(map(str.casefold, names)).items():
+        if count > 1:
+            raise ValueError(f"{what} {name!r} is that of {count} classes; expected each once")
+
+
+def _mapping(value: Any, where: str, keys: tuple[str, ...] = (), entry_id: bool = False) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: found {_found(value)}; expected keys and values")
+    if entry_id and isinstance(value.get("id"), str):
+        where = f"{where} ({value['id']})"
+    for key in value:
+        if keys and key not in keys:
+            raise ValueError(f"{where}: no such key {key!r}{nearest(str(key), keys)}; expected {', '.join(keys)}")
+    return value
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: found {_found(value)}; expected a list")
+    return tuple(_text(one, where) for one in value)
+
+
+def _text(value: Any, where: str) -> str:
+    optional = where.rpartition(": ")[2] in ("source", "licence", "notes")
+    if not isinstance(value, str) or not (value.strip() or optional):
+        raise ValueError(f"{where}: found {_found(value)}; expected text (quote what YAML takes for a number)")
+    return value.strip()
+
+
+def _found(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"

@@ -1,0 +1,63 @@
+"""Cards as text for a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+from indiclip.evals.cards import SUITES, Card, load_card, packaged
+
+_SHOWN = 5  # languages in the list of cards
+
+
+def list_cards() -> list[str]:
+    """A table of the packaged cards."""
+    rows = [["card", "task", "classes", "chance", "languages"]]
+    for suite in SUITES:
+        for card in map(load_card, packaged(suite)):
+            chance = f"{card.chance:.1%}" if card.chance else "-"
+            rows.append([f"{suite}/{card.id}", card.task, str(len(card.classes) or "-"), chance, _languages(card)])
+    return _aligned(rows)
+
+
+def show_card(card: Card) -> list[str]:
+    """What a card says of itself, and its classes as a table. `*` marks names that were romanised by rule."""
+    about = {
+        "task": f"{card.task}, by {card.metric}",
+        "chance": f"{card.chance:.2%}" if card.chance else "depends on the number of images",
+        "images": f"{card.source} (folder {card.folder})",
+        "licence": card.licence,
+        "notes": " ".join(card.notes.split()),
+    }
+    lines = [f"{card.id}: {card.title} ({card.file})", *(f"  {key}: {text}" for key, text in about.items() if text)]
+    lines += [f"  prompts in {language}: {templates[0]}" for language, templates in card.prompts.items()]
+    if not card.classes:
+        return lines
+    # A language that few classes have a name in is left to the last column.
+    wide = [language for language, count in card.languages.items() if 2 * count > len(card.classes)][:_SHOWN]
+    rows = [["class", *wide, "looks like", "other names"]]
+    for one in card.classes:
+        names = {language: f"{name}{'*' * (language in one.derived)}" for language, name in one.names.items()}
+        others = [f"{language}: {name}" for language, name in names.items() if language not in wide]
+        columns = [names.get(language, "-") for language in wide]
+        rows.append([one.id, *columns, ", ".join(one.confusable_with) or "-", ", ".join([*others, *one.aliases])])
+    return [*lines, "", *_aligned(rows)]
+
+
+def _languages(card: Card) -> str:
+    stated = {language: count for language, count in card.languages.items() if not language.endswith("-Latn")}
+    counts = [code if count == len(card.classes) else f"{code} ({count})" for code, count in stated.items()]
+    return ", ".join(counts[:_SHOWN]) + (f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else "")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _width(text: str) -> int:
+    """Cells of a terminal, nearly: signs that stand on a letter take none."""
+    return sum(unicodedata.category(one) not in ("Mn", "Me", "Cf") for one in text)

@@ -1,0 +1,190 @@
+"""Benchmark cards: what is told apart, by which names in which language, and how it is asked. Facts only, no images.
+
+A card is a page of YAML: one of ours (`india/`, `world/`) or a file of the user's. Where images of it lie is told by
+`indiclip.evals.layouts`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from indiclip.data.tables import existing
+from indiclip.names import nearest
+
+SUITES = ("india", "world")
+TASKS = ("classification", "retrieval", "matching")
+
+
+@dataclass(frozen=True)
+class CardClass:
+    """A class of a card.
+
+    Attributes:
+        id: Its folder's name, such as `masala_dosa`.
+        names: Language (BCP 47, `hi-Latn` for romanised text) -> the name in prompts; `en` is always there.
+        aliases: Other names, in any language; never in prompts.
+        confusable_with: Ids of classes that look like it.
+        facts: Anything else, such as `lat`, `lon`, `hex`, `group`.
+        derived: The languages of `names` that were romanised by rule and that nobody has checked.
+    """
+
+    id: str
+    names: dict[str, str]
+    aliases: tuple[str, ...] = ()
+    confusable_with: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    derived: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Card:
+    """A benchmark's page.
+
+    Attributes:
+        id: The file's name without its ending.
+        title: For people.
+        suite: `india`, `world`, or `own`: the user's file.
+        task: `classification`; `retrieval`: captions and images find each other; `matching`: one of several texts is
+            right for the image.
+        classes: Empty for retrieval.
+        prompts: Language -> templates with `{c}`.
+        metric: The main one, such as `acc1`, `mean_per_class_recall`, `recall5`.
+        source: Where images come from.
+        licence: Theirs.
+        notes: What to know before believing a number.
+        file: Where it was read from, for messages.
+        chance: Of guessing right: 1 / classes, of matching 1 / candidates. 0 for retrieval, where it depends on the
+            number of images.
+        folder: The folder that its images lie in, below that of the benchmark.
+        num_candidates: Texts that an image is matched with; 0 for other tasks.
+    """
+
+    id: str
+    title: str
+    suite: str
+    task: str
+    classes: tuple[CardClass, ...]
+    prompts: dict[str, tuple[str, ...]]
+    metric: str
+    source: str
+    licence: str
+    notes: str
+    file: str
+    chance: float
+    folder: str = ""
+    num_candidates: int = 0
+
+    @property
+    def ids(self) -> list[str]:
+        """The classes' ids, in order."""
+        return [one.id for one in self.classes]
+
+    @property
+    def languages(self) -> dict[str, int]:
+        """Language -> how many classes have a name in it; English first, then the most frequent."""
+        counts = Counter(language for one in self.classes for language in one.names)
+        return dict(sorted(counts.items(), key=lambda item: (item[0] != "en", -item[1], item[0])))
+
+    def names(self, language: str) -> dict[int, str]:
+        """Index of a class -> its name, of the classes that have one in this language."""
+        return {place: one.names[language] for place, one in enumerate(self.classes) if language in one.names}
+
+    def templates(self, language: str) -> tuple[str, ...]:
+        """The prompts of a language; `{c}` alone where it has none."""
+        return self.prompts.get(language, ("{c}",))
+
+    def place(self, name: str) -> int | None:
+        """Index of the class with this id or English name, or with a name or alias that no other class has; None where
+        there is none. Case, and a space for an underscore, are forgiven.
+        """
+        return self._places.get(_bare(name))
+
+    def check_place(self, name: str, where: str) -> int:
+        """As `place`.
+
+        Raises:
+            ValueError: The name is of no class; begins with `where` and names the nearest.
+        """
+        place = self.place(name)
+        if place is None:
+            known = [*self.ids, *(one.names["en"] for one in self.classes)]
+            raise ValueError(f"{where}: {name!r} is no class of the card {self.id}{nearest(name, known)}")
+        return place
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        others = [(place, name) for place, one in enumerate(self.classes) for name in _other_names(one)]
+        owners = Counter({name: len({place for place, other in others if other == name}) for _, name in others})
+        for place, name in others:
+            if owners[name] == 1:
+                found[name] = place
+        # An id counts before an English name, and that before any other.
+        found |= {_bare(one.names["en"]): place for place, one in enumerate(self.classes)}
+        return found | {_bare(one.id): place for place, one in enumerate(self.classes)}
+
+
+def packaged(suite: str) -> list[str]:
+    """The ids of the cards of a suite, in alphabetical order.
+
+    Raises:
+        ValueError: No such suite.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"no suite {suite!r}{nearest(suite, SUITES)}; expected one of {', '.join(SUITES)}")
+    folder = resources.files("indiclip.evals") / suite
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_card(card: str) -> Card:
+    """A card.
+
+    Args:
+        card: The id of a packaged one, or a file of the user's (`.yaml`, `.yml`).
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No packaged card is called so, or the file is no card. Names the file, the class, what was expected
+            and the nearest valid name.
+    """
+    if Path(card).suffix in (".yaml", ".yml"):
+        file = existing(card)
+        from indiclip.evals.card_file import parse_card
+
+        return parse_card(file.read_text("utf-8"), str(file), file.stem, "own")
+    return _load_packaged(card)
+
+
+@lru_cache(maxsize=64)
+def _load_packaged(card: str) -> Card:
+    from indiclip.evals.card_file import parse_card
+
+    for suite in SUITES:
+        file = resources.files("indiclip.evals") / suite / f"{card}.yaml"
+        if card in packaged(suite):
+            return parse_card(file.read_text("utf-8"), f"{suite}/{card}.yaml", card, suite)
+    known = [name for suite in SUITES for name in packaged(suite)]
+    raise ValueError(f"no card {card!r}{nearest(card, known)}; expected one of {', '.join(known)}, or a .yaml file")
+
+
+def with_names(card: Card, language: str, names: Sequence[str | None]) -> Card:
+    """The card with other names in a language; None leaves a class without one."""
+    renamed = []
+    for one, name in zip(card.classes, names, strict=True):
+        kept = {key: value for key, value in one.names.items() if key != language}
+        renamed.append(replace(one, names=kept if name is None else {**kept, language: name}))
+    return replace(card, classes=tuple(renamed))
+
+
+def _other_names(one: CardClass) -> Iterable[str]:
+    return dict.fromkeys(_bare(name) for name in (*one.names.values(), *one.aliases))
+
+
+def _bare(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").split())

@@ -1,0 +1,110 @@
+"""ImageNet-1k's classes, and their names in other languages (Babel-ImageNet).
+
+Sources: timm's WordNet table; G. Geigle, R. Timofte, G. Glavaš, "Babel-ImageNet", 2023, whose file the user has.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from indiclip.data.tables import load_json
+from indiclip.evals.cards import Card, CardClass, with_names
+from indiclip.names import nearest
+
+NUM_CLASSES = 1000
+# WordNet's first name is that of another class too.
+_RENAMED = {"n02012849": "crane bird", "n03126707": "construction crane", "n03710721": "tank suit"}
+
+
+@lru_cache(maxsize=1)
+def imagenet_classes() -> tuple[CardClass, ...]:
+    """The classes by their WordNet synsets, in the usual order. Names are WordNet's first, the others are aliases."""
+    from timm.data.imagenet_info import ImageNetInfo  # two seconds
+
+    info: Any = ImageNetInfo("imagenet-1k")
+    classes = []
+    for place, synset in enumerate(info.label_names()):
+        first, *others = str(info.index_to_description(place)).split(", ")
+        name = _RENAMED.get(synset, first)
+        classes.append(CardClass(synset, {"en": name}, tuple(one for one in (first, *others) if one != name)))
+    return tuple(classes)
+
+
+def is_imagenet(card: Card) -> bool:
+    """Whether a card's classes are these."""
+    return len(card.classes) == NUM_CLASSES and card.classes[0].id == "n01440764"
+
+
+def with_class_list(card: Card, names: list[str], file: str) -> tuple[Card, str]:
+    """ImageNet's card with the English names of a list such as CLIP's, in the usual order of the classes.
+
+    Those names are written in many ways, so that not every line is a name that WordNet knows. The order is proven by
+    the lines that are: each has to stand at its own place.
+
+    Returns:
+        The card, and a line that says whose names it has.
+
+    Raises:
+        ValueError: Another number of lines, or another order.
+    """
+    if len(names) != NUM_CLASSES:
+        raise ValueError(f"{file}: {len(names)} lines; expected ImageNet's {NUM_CLASSES} classes, one per line")
+    places = [card.place(name) for name in names]
+    known = [(place, found) for place, found in enumerate(places) if found is not None]
+    # A few names are those of two classes ("crane"); they are at one place of the two.
+    moved = [(place, found) for place, found in known if place != found]
+    if len(known) < NUM_CLASSES // 2 or len(moved) > NUM_CLASSES // 50:
+        place, found = moved[0] if moved else (0, 0)
+        raise ValueError(
+            f"{file}: line {place + 1}: {names[place]!r} is class {found} ({card.classes[found].id}) of ImageNet; "
+            f"expected the usual order, {len(moved)} of {len(known)} known names are elsewhere"
+        )
+    if [one.names["en"] for one in card.classes] == names or card.ids == names:
+        return card, ""
+    return with_names(card, "en", names), f"English class names are those of {file}"
+
+
+def with_babel(card: Card, file: Path) -> tuple[Card, list[str]]:
+    """Babel-ImageNet's card with the names of the authors' file, `{"HI": [[class numbers], [names]], ...}`.
+
+    Returns:
+        The card, and lines on languages in which several classes have one name.
+
+    Raises:
+        ValueError: Another content. Names the file and the language.
+    """
+    content = load_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: found a {type(content).__name__}; expected {{language: [[numbers], [names]]}}")
+    names: list[dict[str, str]] = [{} for _ in card.classes]
+    notes = []
+    for code, entry in sorted(content.items()):
+        language = code.lower()
+        for place, name in _babel_pairs(entry, f"{file}: {code}"):
+            names[place][language] = name
+        twice = [name for name, count in Counter(entry[1]).items() if count > 1]
+        if twice:
+            notes.append(f"{language}: {len(twice)} names are each those of several classes, first {twice[0]!r}")
+    classes = tuple(
+        replace(one, names={"en": one.names["en"]} | more) for one, more in zip(card.classes, names, strict=True)
+    )
+    return replace(card, classes=classes), notes
+
+
+def _babel_pairs(entry: object, where: str) -> list[tuple[int, str]]:
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, list) for part in entry)):
+        raise ValueError(f"{where}: expected [[class numbers], [names]]")
+    places, names = entry
+    if len(places) != len(names):
+        raise ValueError(f"{where}: {len(places)} class numbers and {len(names)} names")
+    for place, name in zip(places, names, strict=True):
+        if not isinstance(place, int) or not 0 <= place < NUM_CLASSES:
+            hint = nearest(str(place), map(str, range(NUM_CLASSES)))
+            raise ValueError(f"{where}: the class number {place!r}; expected 0 to {NUM_CLASSES - 1}{hint}")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{where}: the name of class {place} is {name!r}; expected text")
+    return list(zip(places, names, strict=True))

@@ -1,0 +1,155 @@
+"""The images of a card, read lazily, and what is right about each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from indiclip.data import cache
+from indiclip.data.images import EncodedImage, UnreadableSample, is_trouble, read_image
+from indiclip.data.shards import Shards
+from indiclip.data.tables import Strings
+from indiclip.evals.cards import Card
+
+
+class Images(Protocol):
+    """What can be pickled to a loader process and gives the image at a place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any:
+        """An `EncodedImage`, or uint8 RGB pixels (height, width, 3). Raises `UnreadableSample`."""
+
+
+@dataclass
+class Items:
+    """Images of a card, and what is right about each.
+
+    Attributes:
+        card: The card, with the names that lie beside the images (ImageNet's lists).
+        images: `EncodedImage`, or uint8 RGB pixels (height, width, 3), read at each access, in any process.
+        keys: Stable and unique.
+        labels: int64 (N,), index into `card.classes`; -1 where there is none.
+        captions: Retrieval: language -> the captions of each image; a list may be empty.
+        candidates: Matching: texts of each image, the right one first.
+        is_train: bool (N,): gallery of kNN and linear probe, never scored. None: no split.
+        groups: What per-group tables are by, such as the script of each image.
+        procedural: Whether the images are drawn, not photographed.
+        notes: Lines to print: classes without images, unreadable images, labels mapped by name.
+    """
+
+    card: Card
+    images: Images
+    keys: list[str]
+    labels: np.ndarray
+    captions: dict[str, list[list[str]]] | None = None
+    candidates: list[list[str]] | None = None
+    is_train: np.ndarray | None = None
+    groups: list[str] | None = None
+    procedural: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def only(self, places: Iterable[int]) -> Items:
+        """The items at these places, in this order."""
+        kept = list(places)
+        return replace(
+            self,
+            images=Selected(self.images, np.array(kept, dtype=np.int64)),
+            keys=_at(self.keys, kept),
+            labels=self.labels[kept],
+            captions=self.captions and {language: _at(texts, kept) for language, texts in self.captions.items()},
+            candidates=self.candidates and _at(self.candidates, kept),
+            is_train=None if self.is_train is None else self.is_train[kept],
+            groups=self.groups and _at(self.groups, kept),
+            notes=list(self.notes),
+        )
+
+    def without(self, places: Iterable[int]) -> Items:
+        """The items but for these places, such as those of images that turned out to be unreadable."""
+        dropped = set(places)
+        return self.only(place for place in range(len(self)) if place not in dropped)
+
+
+class FileImages:
+    """Image files of a folder.
+
+    Args:
+        folder: What the names are relative to.
+        names: Of the files.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.folder, self._names = folder, Strings(names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> EncodedImage:
+        name = self._names[index]
+        return read_image(self.folder / name, name)
+
+
+class ShardImages:
+    """The images of shards; their texts and labels are left alone."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> EncodedImage:
+        key, shard = self.shards.key(index), self.shards.shard(index)
+        try:
+            return EncodedImage(self.shards.parts(index)["image"], key, shard)
+        except (UnreadableSample, cache.NoCopy):
+            raise
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and is_trouble(error):
+                raise
+            raise UnreadableSample(key, str(error), shard) from error
+
+
+class Joined:
+    """One sequence of images after the other."""
+
+    def __init__(self, parts: Sequence[Images]) -> None:
+        self.parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
+        part = int(self._ends.searchsorted(index, side="right"))
+        return self.parts[part][index - int(self._ends[part - 1] if part else 0)]
+
+
+class Selected:
+    """Some of a sequence's images, in an order of their own.
+
+    Args:
+        images: All of them.
+        places: int64 (N,).
+    """
+
+    def __init__(self, images: Images, places: np.ndarray) -> None:
+        self.images, self.places = images, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[int(self.places[index])]
+
+
+def _at(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    return [values[place] for place in places]

@@ -1,0 +1,225 @@
+"""Where the images of a card lie: finds the layout of a folder and reads it into `Items`.
+
+- Class folders: `<class>/*.jpg`, also `train/<class>/`, `test/<class>/`.
+- A table (.csv, .tsv): columns `file` and `class`, and `split`, `text` (what is written on the image), and captions in
+  columns that are called by their language or `caption`. An image may have several rows of captions.
+- Shards of the WebDataset format (.tar, .tar.gz) with `cls`, a number that counts the lines of classes.txt or
+  classnames.txt beside them, or a class's name; `txt` with a caption per line. Shards called `train*` are for training.
+- clip-benchmark's folder: classnames.txt, `<split>/nshards.txt`, `<split>/0.tar`, ...
+- Files of captions: see `indiclip.evals.caption_files`.
+
+A class is called by its id or its English name. Images of the split `train` are the gallery of probes; `test` is
+scored, or `val` where there is no `test`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from indiclip.data.captions import read_table
+from indiclip.data.tables import check_files
+from indiclip.data.tar_members import IMAGES
+from indiclip.evals.caption_files import find_caption_file, read_caption_file
+from indiclip.evals.card_file import LANGUAGE
+from indiclip.evals.cards import Card
+from indiclip.evals.imagenet import is_imagenet, with_babel
+from indiclip.evals.items import FileImages, Items
+from indiclip.evals.labels import class_groups, draw_candidates, missing_classes, read_class_list
+from indiclip.evals.shard_layout import find_shards, read_shards
+from indiclip.evals.splits import choose, is_split
+from indiclip.names import nearest
+
+_BABEL = "babel_imagenet.json"
+
+
+def find_items(card: Card, root: Path) -> Items | None:
+    """The images of a card below the benchmark's folder; None where there is no folder of the card.
+
+    Raises:
+        FileNotFoundError: The folder is there and has no images.
+        ValueError: What is in it does not fit the card; names the file and the class, and the nearest class.
+    """
+    folder = root / card.folder
+    if not folder.is_dir() or (card.id == "babel_imagenet" and not (folder / _BABEL).is_file()):
+        return None
+    return read_items(card, folder)
+
+
+def read_items(card: Card, source: Path) -> Items:
+    """The images of a card in a folder, a table or a file of captions; see the module and `find_items`."""
+    notes: list[str] = []
+    if card.id == "babel_imagenet":
+        card, notes = with_babel(card, source / _BABEL)
+    items = _read(card, source)
+    if not len(items):
+        raise FileNotFoundError(f"{source}: no images ({', '.join(IMAGES)}) of the card {card.id}")
+    if items.is_train is not None and items.is_train.all():
+        raise FileNotFoundError(f"{source}: images of the split `train` only; there is nothing to score")
+    scored = items.labels if items.is_train is None else items.labels[~items.is_train]
+    items.groups = class_groups(items.card, items.labels)
+    items.notes = [*notes, *items.notes, *missing_classes(items.card, scored)]
+    return items
+
+
+def _read(card: Card, source: Path) -> Items:
+    if source.suffix in (".json", ".jsonl") and source.is_file():
+        return _of_captions(card, source)
+    if source.is_file():
+        return _of_table(card, source)
+    if shards := find_shards(source):
+        return read_shards(card, source, shards)
+    if card.task == "retrieval" and (file := find_caption_file(source)):
+        return _of_captions(card, file)
+    tables = sorted(entry for entry in source.iterdir() if entry.suffix in (".csv", ".tsv"))
+    if len(tables) > 1:
+        names = ", ".join(table.name for table in tables)
+        raise ValueError(f"{source}: several tables, {names}; expected one that lists the images")
+    if tables:
+        return _of_table(card, tables[0])
+    if card.task == "retrieval":
+        raise FileNotFoundError(f"{source}: no captions: no shards, no table, no file of captions (see {card.file})")
+    return _of_folders(card, source)
+
+
+def _of_captions(card: Card, file: Path) -> Items:
+    if card.task != "retrieval":
+        raise ValueError(f"{file}: captions, and the card {card.id} is a {card.task} card; expected classes")
+    found = read_caption_file(file)
+    labels = np.full(len(found.names), -1, dtype=np.int64)
+    images = FileImages(found.folder, found.names)
+    return Items(card, images, list(found.names), labels, captions=found.captions, notes=found.notes)
+
+
+def _of_folders(card: Card, source: Path) -> Items:
+    """`<class>/*.jpg`, or `<split>/<class>/*.jpg` where all folders are called by a split."""
+    notes: list[str] = []
+    if is_imagenet(card) and (listed := read_class_list(card, source)):
+        card, notes = listed.card, list(listed.notes)
+    folders = _subfolders(source)
+    if folders and all(map(is_split, folders)):
+        splits, split_notes = choose(folders, str(source))
+        notes += split_notes
+    else:
+        splits = {"": False}
+    names, labels, is_train = [], list[int](), list[bool]()
+    others: list[str] = []
+    for split, train in splits.items():
+        for folder in _subfolders(source / split):
+            place = _folder_class(card, source / split, folder)
+            found, left = _files(source / split / folder)
+            names += [f"{split}/{folder}/{name}".removeprefix("/") for name in found]
+            labels += [place] * len(found)
+            is_train += [train] * len(found)
+            others += [f"{split}/{folder}/{name}".removeprefix("/") for name in left]
+    if others:
+        notes.append(f"{source}: {len(others)} files are no {', '.join(IMAGES)}, first {others[0]}")
+    items = Items(
+        card, FileImages(source, names), names, np.array(labels, dtype=np.int64), notes=notes,
+        is_train=np.array(is_train) if any(is_train) else None,
+    )  # fmt: skip
+    return _with_texts(items, [_beside(source / name) for name in names]) if card.task == "matching" else items
+
+
+def _folder_class(card: Card, parent: Path, folder: str) -> int:
+    place = card.place(folder)
+    if place is None:
+        hint = nearest(folder, card.ids)
+        raise ValueError(f"{parent / folder}: the folder is no class of the card {card.id}{hint}")
+    return place
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _files(folder: Path) -> tuple[list[str], list[str]]:
+    """Images, and what is none (texts aside), in order."""
+    with os.scandir(folder) as entries:
+        found = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    images = [name for name in found if name.rpartition(".")[2].lower() in IMAGES]
+    return images, [name for name in found if name.rpartition(".")[2].lower() not in (*IMAGES, "txt", "json")]
+
+
+def _beside(image: Path) -> str:
+    """The text beside an image."""
+    file = image.with_suffix(".txt")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected what is written on {image.name}")
+    return file.read_text("utf-8").strip()
+
+
+def _of_table(card: Card, file: Path) -> Items:
+    header, rows, lines = read_table(file)
+    needed = {"classification": ("file", "class"), "matching": ("file", "class", "text"), "retrieval": ("file",)}
+    for name in needed[card.task]:
+        if name not in header:
+            raise ValueError(f"{file}: no column {name!r}{nearest(name, header)}; found {header}")
+    columns = {name: [row[place].strip() for row in rows] for place, name in enumerate(header)}
+    wheres = [f"{file}: line {line}" for line in lines]
+    kept, is_train, notes = _table_splits(columns.get("split"), wheres, file)
+    columns = {name: [values[row] for row in kept] for name, values in columns.items()}
+    wheres = [wheres[row] for row in kept]
+    folder = _image_folder(file.parent, columns["file"])
+    check_files(folder, columns["file"], str(file))
+    images = FileImages(folder, dict.fromkeys(columns["file"]))
+    names = list(dict.fromkeys(columns["file"]))
+    if card.task == "retrieval":
+        captions = _table_captions(columns, header, file)
+        row_of = {name: row for row, name in enumerate(columns["file"])}
+        split = None if is_train is None else is_train[[row_of[name] for name in names]]
+        labels = np.full(len(names), -1, dtype=np.int64)
+        return Items(card, images, names, labels, captions=captions, is_train=split, notes=notes)
+    if len(names) < len(kept):
+        row = next(row for row, name in enumerate(columns["file"]) if name in columns["file"][:row])
+        raise ValueError(f"{wheres[row]}: {columns['file'][row]!r} is there twice; expected one class for each image")
+    labels = np.array([card.check_place(*pair) for pair in zip(columns["class"], wheres, strict=True)], dtype=np.int64)
+    items = Items(card, images, names, labels, is_train=is_train, notes=notes)
+    return _with_texts(items, columns["text"]) if card.task == "matching" else items
+
+
+def _table_splits(
+    column: list[str] | None, wheres: list[str], file: Path
+) -> tuple[list[int], np.ndarray | None, list[str]]:
+    """The rows to take, whether each is for training, and notes."""
+    if column is None:
+        return list(range(len(wheres))), None, []
+    for value, where in zip(column, wheres, strict=True):
+        if not is_split(value):
+            raise ValueError(f"{where}: the split {value!r}; expected train, val or test")
+    splits, notes = choose(sorted(set(column)), str(file))
+    kept = [row for row, value in enumerate(column) if value in splits]
+    return kept, np.array([splits[column[row]] for row in kept]), notes
+
+
+def _image_folder(folder: Path, names: list[str]) -> Path:
+    """The table's folder, or `images` in it."""
+    below = folder / "images"
+    return below if names and below.is_dir() and not (folder / names[0]).is_file() else folder
+
+
+def _table_captions(columns: dict[str, list[str]], header: Iterable[str], file: Path) -> dict[str, list[list[str]]]:
+    of_column = {name: "en" if name == "caption" else name for name in header}
+    of_column = {name: code for name, code in of_column.items() if LANGUAGE.fullmatch(code)}
+    if not of_column:
+        raise ValueError(f"{file}: no column of captions; expected `caption`, or a language's code such as en, hi")
+    captions: dict[str, list[list[str]]] = {}
+    for name, language in of_column.items():
+        texts: dict[str, list[str]] = {key: [] for key in columns["file"]}
+        for key, text in zip(columns["file"], columns[name], strict=True):
+            texts[key] += [text] if text else []
+        captions[language] = [*captions.get(language, []), *texts.values()]
+    return captions
+
+
+def _with_texts(items: Items, texts: list[str]) -> Items:
+    for key, text in zip(items.keys, texts, strict=True):
+        if not text:
+            raise ValueError(f"{items.card.id}: {key}: no text; expected what is written on the image")
+    candidates, notes = draw_candidates(items.card, texts, items.keys, items.labels)
+    return replace(items, candidates=candidates, notes=[*items.notes, *notes])

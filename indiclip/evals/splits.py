@@ -1,0 +1,36 @@
+"""Which part of a data set is scored: `test`, or `val` where there is none; `train` is the gallery of probes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_KINDS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder or value is called by a split."""
+    return name.lower() in _KINDS
+
+
+def split_of(name: str) -> str:
+    """The split that a file's name begins with, such as `train-0000`; nothing where it begins with none."""
+    match = re.match(r"([a-z]+)(?![a-z])", name.lower())
+    return match[1] if match and match[1] in _KINDS else ""
+
+
+def choose(names: Iterable[str], where: str) -> tuple[dict[str, bool], list[str]]:
+    """The splits to read.
+
+    Args:
+        names: All that there are.
+        where: The folder or table, for the note.
+
+    Returns:
+        Name -> whether it is for training; and a line if `val` is left aside for `test`.
+    """
+    kinds = {name: _KINDS[name.lower()] for name in names}
+    scored = "test" if "test" in kinds.values() else "val"
+    chosen = {name: kind == "train" for name, kind in kinds.items() if kind in ("train", scored)}
+    left = [name for name in kinds if name not in chosen]
+    return chosen, [f"{where}: `test` is scored; `{left[0]}` is left aside"] if left else []
