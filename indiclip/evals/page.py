@@ -32,9 +32,14 @@ class Html(str):
     """A piece of a page, as against words that are still to be escaped."""
 
 
+def text(words: str) -> Html:
+    """Words as a piece of a page."""
+    return words if isinstance(words, Html) else Html(html.escape(words))
+
+
 def many(parts: Iterable[str]) -> Html:
     """The parts one after the other."""
-    return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
+    return Html("".join(map(text, parts)))
 
 
 def tag(name: str, *inside: str, **attributes: str | None) -> Html:
