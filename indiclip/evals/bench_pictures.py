@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from indiclip.evals.bench_marks import language_name
-from indiclip.evals.confusion import confusion, mistakes, pairs, words
+from indiclip.evals.confusion import Mistake, confusion, mistakes, pairs, words
 from indiclip.evals.page import Html, image, many, tag, thumbnail
 from indiclip.evals.results import Prediction
 
@@ -35,9 +35,9 @@ def grids(by_language: dict[str, list[Prediction]], picture: PictureOf, most: in
             figures = [_figure(row, picture, others) for row in chosen]
             parts += [tag("h3", heading), tag("div", *figures, class_="pictures small")]
     if are_classes and misses:
-        drawn = [
-            _pair(rows, one, other, picture, others) for one, other in pairs(confusion(rows))[: max(share // 2, 1)]
-        ]
+        found = confusion(rows)
+        counted = {(one.truth, one.predicted): one for one in mistakes(found)}
+        drawn = [_pair(rows, pair, counted, picture, others) for pair in pairs(found)[: max(share // 2, 1)]]
         parts += [tag("h3", "Hardest pairs"), tag("div", *drawn, class_="pictures pairs")]
     return many(parts)
 
@@ -69,19 +69,21 @@ def _varied(rows: list[Prediction]) -> list[Prediction]:
     return [rows[i] for _, i in sorted(turns)]
 
 
-def _pair(rows: list[Prediction], one: str, other: str, picture: PictureOf, others: dict[str, dict[str, bool]]) -> Html:
+def _pair(
+    rows: list[Prediction],
+    pair: tuple[str, str],
+    counted: dict[tuple[str, str], Mistake],
+    picture: PictureOf,
+    others: dict[str, dict[str, bool]],
+) -> Html:
     """An image of each class, one that was taken for the other where there is any."""
-    chosen = []
-    for truth, answer in ((one, other), (other, one)):
+    chosen, said = [], []
+    for truth, answer in (pair, pair[::-1]):
         # False before None and True: one that is wrong among the confusable classes too says more.
         of_class = sorted((row for row in rows if row.truth == truth), key=lambda row: row.hard_hit is not False)
         chosen += [row for row in of_class if row.predicted == answer][:1] or of_class[:1]
-    counted = {(row.truth, row.predicted): row for row in mistakes(confusion(rows))}
-    said = [
-        f"{words(row.truth)} taken for {words(row.predicted)}: {row.images} of {row.of}"
-        for row in (counted.get((one, other)), counted.get((other, one)))
-        if row is not None
-    ]
+        if mistake := counted.get((truth, answer)):
+            said.append(f"{words(truth)} taken for {words(answer)}: {mistake.images} of {mistake.of}")
     figures = [_figure(row, picture, others) for row in chosen]
     return tag("div", tag("p", "; ".join(said)), tag("div", *figures), class_="pair")
 

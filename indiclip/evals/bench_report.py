@@ -23,7 +23,7 @@ from indiclip.evals.bench_marks import (
     title,
 )
 from indiclip.evals.bench_pictures import PictureOf
-from indiclip.evals.page import Html, details, many, page, table, tag, text
+from indiclip.evals.page import Html, details, many, page, tag, text
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score
 
 _MOST_PICTURES = 240  # about 12 kB each
@@ -237,19 +237,22 @@ def _gap(result: Result, score: Score, english: Score | None) -> Html:
 
 
 def _every_number(result: Result, scored: list[CardResult]) -> list[Html]:
-    """A folded table per card."""
+    """A folded table per card, with no more marks than HTML asks for: there may be tens of thousands of rows."""
     columns = ["protocol", "language", "metric", "view", "group", "length"]
     columns += ["value", "low", "high", "chance", "images", "classes"]
+    head = Html(f"<tr><th>{'<th>'.join(columns)}")
     parts = []
     for card in scored:
         rows = [
             [protocol_name(s.protocol), s.language, s.metric, s.view, s.subset, f"{s.length}"]
             + [number(value, s.metric, 4) for value in (s.value, s.low, s.high, s.chance)]
-            + [f"{s.num_items:,}", f"{s.num_classes:,}"]
+            + [f"{s.num_items}", f"{s.num_classes}"]
             for s in result.scores
             if (s.card, s.part) == (card.card, card.part)
         ]
-        parts.append(details(f"{title(card)}: {len(rows)} numbers", table(columns, rows, words=5, class_="all")))
+        lines = (Html(f"<tr><td>{'<td>'.join(map(text, row))}") for row in rows)
+        content = tag("div", tag("table", head, *lines, class_="all"), class_="scroll", tabindex="0")
+        parts.append(details(f"{title(card)}: {len(rows)} numbers", content))
     return parts
 
 
