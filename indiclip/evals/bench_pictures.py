@@ -125,11 +125,13 @@ def _languages(hits: dict[str, bool]) -> Html:
     """In which languages it was right, where there are several."""
     if len(hits) < 2:
         return Html("")
-    wrong = [language_name(language) for language, hit in hits.items() if not hit]
-    if len(wrong) in (0, len(hits)):
-        said = f"{'wrong' if wrong else 'right'} in all {len(hits)} languages"
-    elif len(wrong) <= 3:
-        said = f"wrong in {', '.join(wrong)}"
+    right, wrong = (
+        [language_name(language) for language, hit in hits.items() if hit is kind] for kind in (True, False)
+    )
+    if not right or not wrong:
+        said = f"{'right' if right else 'wrong'} in all {len(hits)} languages"
+    elif min(len(right), len(wrong)) <= 3:
+        said = f"wrong in {', '.join(wrong)}" if len(wrong) <= len(right) else f"right in {', '.join(right)}"
     else:
-        said = f"right in {', '.join(language_name(language) for language, hit in hits.items() if hit)}"
+        said = f"right in {len(right)} of {len(hits)} languages"
     return many([Html("<br>"), tag("small", said)])

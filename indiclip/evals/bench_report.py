@@ -26,7 +26,7 @@ from indiclip.evals.bench_pictures import PictureOf
 from indiclip.evals.page import Html, details, many, page, tag, text
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score
 
-_MOST_PICTURES = 240  # about 12 kB each
+_MOST_PICTURES = 150  # about 20 kB each
 _PICTURES_OF_CARD = 18
 _SUITES = {"india": "India", "world": "World", "own": "Your own"}
 
