@@ -111,9 +111,9 @@ def test_images_seen_in_training_are_counted_and_scores_without_them_set_beside(
     result.predictions[0] = result.predictions[0]._replace(flagged=True)
     result.scores.append(score("food", 0.55, subset="clean", num_items=3))
     page = page_of(tmp_path, result)
-    assert "1 images were found among the training images" in words_of(page).split("Every card")[0]
+    assert "1 image was found among the training images" in words_of(page).split("Every card")[0]
     part = words_of(section(page, "food-photographs"))
-    assert "1 of 4 images were found among the training images." in part
+    assert "1 of 4 images found among the training images." in part
     assert "0.600 0.550 −0.050 3" in part
     assert "clean" not in part
 

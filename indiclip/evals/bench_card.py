@@ -53,7 +53,7 @@ def badges(card: CardResult) -> Html:
 
 def _heading(card: CardResult, scores: list[Score]) -> Html:
     chance = next((score.chance for score in scores if score.metric == card.metric), None)
-    facts = [f"{card.num_images:,} images"]
+    facts = [f"{card.num_images:,} image{'s' * (card.num_images != 1)}"]
     if card.of_classes:
         facts.append(f"{card.num_classes} of the card's {card.of_classes} classes have images")
     facts.append(f"main metric: {metric_name(card.metric)}" + (f", chance {number(chance)}" if chance else ""))
@@ -162,7 +162,7 @@ def _contamination(scores: list[Score], result: Result, card: CardResult) -> Htm
         name = f"{protocol_name(score.protocol)}, {language_name(score.language)}: {metric_name(score.metric)}"
         change = signed(score.value - every.value, score.metric)
         lines.append((name, _plain(every), _plain(score), change, f"{score.num_items:,}"))
-    said = f"{len(flagged):,} of {len(images):,} images were found among the training images."
+    said = f"{len(flagged):,} of {len(images):,} images found among the training images."
     columns = ["score", "all images", "without them", "difference", "images left"]
     return many(
         [

@@ -182,6 +182,10 @@ def above_chance(score: Score) -> float:
     return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
 
 
+def images_were(count: int) -> str:
+    return f"{count:,} image{'s were' if count != 1 else ' was'}"
+
+
 class Bar(NamedTuple):
     """A row of a chart."""
 

@@ -14,6 +14,7 @@ from indiclip.evals.bench_marks import (
     Bar,
     chart,
     heated,
+    images_were,
     interval,
     language_name,
     metric_name,
@@ -108,7 +109,7 @@ def _headline(result: Result) -> Html:
         names = ", ".join(title(card) for card in skipped)
         parts.append(tag("p", tag("b", f"{len(skipped)} skipped"), f", so in no mean: {names}."))
         reasons = (tag("li", tag("b", title(card)), f": skipped, {_reason(card)}") for card in skipped)
-        parts.append(details("why", tag("ul", *reasons, class_="plain quiet")))
+        parts.append(details("why they were skipped", tag("ul", *reasons, class_="plain quiet")))
     if any(card.part == PROCEDURAL and card.status == "scored" for card in result.cards):
         parts.append(tag("p", "Scores on generated pictures stand apart below and are in no mean."))
     flagged = _flagged(result)
