@@ -86,8 +86,11 @@ def test_main_metrics_stand_with_interval_and_chance(tmp_path):
 def test_the_gap_to_english_has_the_interval_of_its_own_score(tmp_path):
     result = small_run()
     assert "0.400 −0.200" in words_of(page_of(tmp_path, result))
-    result.scores.append(score("food", -0.2, "hi", "parity_acc1", low=-0.3, high=-0.1))
-    assert "0.400 −0.200 (−0.300 to −0.100)" in words_of(page_of(tmp_path, result))
+    result.scores.append(score("food", 0.2, "hi", "parity_acc1", low=0.1, high=0.35))  # by which English is better
+    words = words_of(page_of(tmp_path, result))
+    assert "0.400 −0.200 (−0.350 to −0.100)" in words
+    assert "against English, top-1" in words
+    assert "−0.200 −0.350 to −0.100" in words
 
 
 def test_every_length_and_view_has_its_number(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from indiclip.evals.bench_marks import (
     heated,
     language_name,
+    less_english,
     metric_name,
     number,
     protocol_name,
@@ -24,7 +25,7 @@ _TEXTS = ("retrieval", "matching")  # protocols whose answers are texts, not cla
 
 def card_section(result: Result, card: CardResult, picture: PictureOf, pictures: int) -> Html:
     """Everything about a card that was scored."""
-    scores = [score for score in result.scores if (score.card, score.part) == (card.card, card.part)]
+    scores = [less_english(score) for score in result.scores if (score.card, score.part) == (card.card, card.part)]
     scores.sort(key=lambda score: (score.metric != card.metric, score.metric.startswith("parity_")))
     scores.sort(key=lambda score: _PROTOCOLS.index(score.protocol) if score.protocol in _PROTOCOLS else len(_PROTOCOLS))
     parts: list[str] = [_heading(card, scores), _notes(card)]

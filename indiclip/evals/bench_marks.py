@@ -115,9 +115,9 @@ def language_name(code: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """`image to text r5` of `image_to_text_r5`; `gap to English, top-1` of `parity_acc1`."""
+    """`image to text r5` of `image_to_text_r5`; `against English, top-1` of `parity_acc1`."""
     if metric.startswith("parity_"):
-        return f"gap to English, {metric_name(metric.removeprefix('parity_'))}"
+        return f"against English, {metric_name(metric.removeprefix('parity_'))}"
     return _METRICS.get(metric, metric.replace("_", " "))
 
 
@@ -174,6 +174,14 @@ def heat_cell(words: str, heat: float) -> Html:
     """
     share = 55 * min(max(heat, 0.0), 1.0)  # of a colour on which black and white can still be read
     return tag("td", words, class_="number heat", style=f"--v:{share:.0f}%")
+
+
+def less_english(score: Score) -> Score:
+    """A gap, by which English is better, as how far the language is from English; other scores as they are."""
+    if not score.metric.startswith("parity_"):
+        return score
+    low, high = (None if end is None else -end for end in (score.high, score.low))
+    return score._replace(value=-score.value, low=low, high=high)
 
 
 def above_chance(score: Score) -> float:

@@ -17,6 +17,7 @@ from indiclip.evals.bench_marks import (
     images_were,
     interval,
     language_name,
+    less_english,
     metric_name,
     number,
     protocol_name,
@@ -115,9 +116,7 @@ def _headline(result: Result) -> Html:
     flagged = _flagged(result)
     if "contamination" in result.about or flagged:
         count = sum(map(len, flagged.values()))
-        said = (
-            f"{count:,} images were found among the training images; each card says what its scores are without them."
-        )
+        said = f"{images_were(count)} found among the training images; each card says what its scores are without."
         parts.append(tag("p", said if count else "No image was found among the training images.", class_="note"))
     return many(parts)
 
@@ -233,6 +232,7 @@ def _gap(result: Result, score: Score, english: Score | None) -> Html:
     parity = next((row for row in result.scores if row[:8] == wanted and not row.subset), None)
     if parity is None:
         return text(signed(score.value - english.value, score.metric))
+    parity = less_english(parity)
     ends = interval(parity.low, parity.high)
     return many([signed(parity.value, score.metric), tag("span", f" ({ends})" if ends else "", class_="ends")])
 
