@@ -30,11 +30,8 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, pictures:
     scores.sort(key=lambda score: _PROTOCOLS.index(score.protocol) if score.protocol in _PROTOCOLS else len(_PROTOCOLS))
     parts: list[str] = [_heading(card, scores), _notes(card)]
     protocols = dict.fromkeys(score.protocol for score in scores)
-    parts.append(
-        tag(
-            "div", *(_numbers([s for s in scores if s.protocol == name], result) for name in protocols), class_="beside"
-        )
-    )
+    numbers = [_numbers([score for score in scores if score.protocol == name], result) for name in protocols]
+    parts.append(tag("div", *numbers, class_="beside"))
     parts.append(_contamination(scores, result, card))
     parts.append(_answers(result, card, picture, pictures))
     parts.append(tag("p", tag("small", f"Source: {card.source or 'not said'}. Licence: {card.licence or 'not said'}.")))

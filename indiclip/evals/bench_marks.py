@@ -75,7 +75,8 @@ pre { background: var(--soft); padding: .8rem; border-radius: 6px; }
 .board td { white-space: nowrap; }
 .all td, .all th { font-size: 12px; padding-right: .8rem; }
 .all :is(td, th):nth-child(n+6) { text-align: right; font-variant-numeric: tabular-nums; }
-.scroll td:first-child { min-width: 5rem; position: sticky; left: 0; background: var(--page); z-index: 1; }
+.overview td:first-child { min-width: 6.5rem; }
+.scroll td:first-child { position: sticky; left: 0; background: var(--page); z-index: 1; }
 @media (max-width: 40rem) { body { margin: 1rem auto; } .bar { grid-template-columns: 6.2rem 1fr 2.6rem 3.2rem; }
        .bar .ends { display: none; } .badge { margin-left: 0; } .pictures.small { grid-template-columns: 1fr 1fr; } }
 """

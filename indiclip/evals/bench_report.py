@@ -164,7 +164,7 @@ def _overview(result: Result) -> Html:
             lines.append(_mean_row(result.headline(suite)["mean"], languages))
     head = ["card", "main metric", "chance", *map(language_name, languages)]
     names = many(tag("th", name, class_="number" if i > 1 else None) for i, name in enumerate(head))
-    content = tag("table", tag("thead", tag("tr", names)), tag("tbody", *lines))
+    content = tag("table", tag("thead", tag("tr", names)), tag("tbody", *lines), class_="overview")
     legend = "Below a value: its 95% interval. Stronger colour: farther above chance."
     return many([tag("div", content, class_="scroll", tabindex="0"), tag("p", tag("small", legend))])
 
