@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from indiclip import json_lines
-from indiclip.evals.report import held_out_pictures, readable, write_report
+from indiclip.evals.page import readable
+from indiclip.evals.report import held_out_pictures, write_report
 from indiclip.module import Batches, MultiTask
 
 

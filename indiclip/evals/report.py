@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections import Counter
 from pathlib import Path
@@ -11,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from indiclip import __version__
+from indiclip.evals.page import Html, details, image, many, page, png, readable, table, tag
 from indiclip.patches import unpatchify
 from indiclip.types import Batch
 
@@ -23,22 +21,6 @@ if TYPE_CHECKING:
     from indiclip.module import MultiTask
 
 Picture = tuple[np.ndarray, str]  # uint8 (height, width, 3) and the words below it
-
-_STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); }
-body { font: 15px/1.5 system-ui, "Noto Sans", "Noto Sans Devanagari", sans-serif; max-width: 76rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
-.lead { opacity: .7; margin-top: .2rem; }
-table { border-collapse: collapse; } th { text-align: left; }
-td, th { padding: .15rem .9rem .15rem 0; border-bottom: 1px solid var(--line); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.curves { display: flex; flex-wrap: wrap; gap: 1rem; } .curves img { max-width: 100%; background: #fff; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
-figure { margin: 0; } figure img { width: 100%; image-rendering: auto; border-radius: 4px; }
-figcaption { white-space: pre-line; font-size: 13px; overflow-wrap: anywhere; }
-pre { overflow-x: auto; font-size: 12px; }
-"""
 
 
 def write_report(folder: Path, title: str, record: dict[str, Any], sections: dict[str, list[Picture]]) -> Path:
@@ -54,28 +36,24 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     Returns:
         The file.
     """
+    held_out = {k: v for k, v in record["metrics"].items() if k.startswith(("val/", "eval/"))}
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="lead">IndiCLIP {__version__} · {record["step"]:,} steps · {record["seconds"]:,.0f} s</p>',
-        "<h2>Metrics on held-out data</h2>",
-        _metrics_table({k: v for k, v in record["metrics"].items() if k.startswith(("val/", "eval/"))}),
-        "<h2>While it trained</h2>",
-        '<div class="curves">' + "".join(map(_image_tag, _curves(record["history"]))) + "</div>",
+        tag("h1", title),
+        tag("p", f"IndiCLIP {__version__} · {record['step']:,} steps · {record['seconds']:,.0f} s", class_="lead"),
+        tag("h2", "Metrics on held-out data"),
+        _metrics_table(held_out),
+        tag("h2", "While it trained"),
+        tag("div", *map(image, _curves(record["history"])), class_="curves"),
     ]
     for name, pictures in sections.items():
-        body += [f"<h2>{html.escape(name.capitalize())}</h2>", _figures(pictures)]
-    body += ["<h2>Every number</h2>", _metrics_table(record["metrics"])]
-    body += ["<h2>Quarantined samples</h2>", _quarantine_table(record["quarantined"])]
+        body += [tag("h2", name.capitalize()), _figures(pictures)]
+    body += [tag("h2", "Every number"), _metrics_table(record["metrics"])]
+    body += [tag("h2", "Quarantined samples"), _quarantine_table(record["quarantined"])]
     config = folder / "config.yaml"
     if config.is_file():
-        body += ["<h2>Configuration</h2>", f"<details><pre>{html.escape(config.read_text())}</pre></details>"]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>"
-    )
+        body += [tag("h2", "Configuration"), details("config.yaml", tag("pre", config.read_text()))]
     file = folder / "report.html"
-    file.write_text(page, encoding="utf-8")
+    file.write_text(page(title, body), encoding="utf-8")
     return file
 
 
@@ -115,53 +93,23 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _metrics_table(metrics: dict[str, float | None]) -> str:
-    rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{readable(value)}</td></tr>'
-        for name, value in sorted(metrics.items())
-    )
-    return f"<table><tr><th>metric</th><th>value</th></tr>{rows}</table>" if rows else "<p>none</p>"
+def _metrics_table(metrics: dict[str, float | None]) -> Html:
+    rows = [(name, readable(value)) for name, value in sorted(metrics.items())]
+    return table(["metric", "value"], rows) if rows else tag("p", "none")
 
 
-def readable(value: float | None) -> str:
-    """A metric's value for people; None stands for one that is not finite."""
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def _quarantine_table(quarantined: list[dict[str, str]]) -> str:
+def _quarantine_table(quarantined: list[dict[str, str]]) -> Html:
     if not quarantined:
-        return "<p>No sample was unreadable.</p>"
-    rows = "".join(
-        f"<tr><td>{html.escape(row['task'])}</td><td>{html.escape(row['shard'])}</td>"
-        f"<td>{html.escape(row['key'])}</td><td>{html.escape(row['reason'])}</td></tr>"
-        for row in quarantined[:200]
-    )
-    return (
-        f"<p>{len(quarantined):,} unreadable samples are in quarantine; in training others stood in for them.</p>"
-        f"<table><tr><th>task</th><th>shard</th><th>key</th><th>reason</th></tr>{rows}</table>"
-    )
+        return tag("p", "No sample was unreadable.")
+    columns = ["task", "shard", "key", "reason"]
+    rows = [[row[name] for name in columns] for row in quarantined[:200]]
+    count = f"{len(quarantined):,} unreadable samples are in quarantine; in training others stood in for them."
+    return many([tag("p", count), table(columns, rows, words=4)])
 
 
-def _figures(pictures: list[Picture]) -> str:
-    figures = "".join(
-        f"<figure>{_image_tag(_png(image))}<figcaption>{html.escape(words)}</figcaption></figure>"
-        for image, words in pictures
-    )
-    return f'<div class="pictures">{figures}</div>'
-
-
-def _png(image_HW3: np.ndarray) -> bytes:
-    """At least 240 pixels wide, enlarged without blur, so that small pictures can be looked at."""
-    picture = Image.fromarray(image_HW3)
-    factor = max(1, -(-240 // picture.width))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _image_tag(png: bytes) -> str:
-    return f'<img loading="lazy" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _figures(pictures: list[Picture]) -> Html:
+    figures = [tag("figure", image(png(pixels)), tag("figcaption", words)) for pixels, words in pictures]
+    return tag("div", *figures, class_="pictures")
 
 
 def _curves(history: list[dict[str, Any]]) -> list[bytes]:

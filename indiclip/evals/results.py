@@ -122,7 +122,8 @@ class Result:
     def headline(self, suite: str = "india") -> dict[str, Any]:
         """The mean of the photographs' main metrics, corrected for chance, per language, and how much it covers.
 
-        A card counts in the mean of each language in which it has a score; generated parts count in none.
+        A card counts in the mean of each language in which it has a score that is a number; generated parts count in
+        none.
         """
         photographs = [card for card in self.cards if card.suite == suite and card.part == PHOTOGRAPHS]
         scored = {card.card for card in photographs if card.status == "scored"}
@@ -131,7 +132,7 @@ class Result:
             values = [
                 corrected(score.value, score.chance)
                 for (card, part), score in self.main(language).items()
-                if card in scored and part == PHOTOGRAPHS
+                if card in scored and part == PHOTOGRAPHS and math.isfinite(score.value)
             ]
             if values:
                 means[language] = {"value": sum(values) / len(values), "cards": len(values)}

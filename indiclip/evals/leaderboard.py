@@ -1,0 +1,215 @@
+"""A file that collects runs of the benchmark, and the table made of it: `leaderboard.jsonl`, `.html` and `.md`."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from indiclip import json_lines
+from indiclip.evals.bench_marks import STYLE, heat_cell, language_name, number
+from indiclip.evals.page import Html, many, page, table, tag, text
+from indiclip.evals.results import PHOTOGRAPHS, Result, corrected
+
+Row = dict[str, Any]
+
+
+class Group(NamedTuple):
+    """Runs that were scored on the same images, best first."""
+
+    data: str  # digest of these; "" where a run does not say which they were
+    covered: int
+    of: int
+    rows: list[Row]
+
+
+def row_of(result: Result) -> Row:
+    """What the leaderboard keeps of a run.
+
+    `run` tells runs apart: the same model at another time is another run. `data` tells which images they are over, the
+    India suite's photographs that were scored.
+    """
+    headline = result.headline()
+    scored = [c for c in result.cards if (c.suite, c.part, c.status) == ("india", PHOTOGRAPHS, "scored")]
+    digests = result.about.get("data", {})
+    known = bool(scored) and all(card.card in digests for card in scored)
+    data = _digest({card.card: digests[card.card] for card in scored}) if known else ""
+    date = str(result.about.get("date", ""))
+    identity = [result.model, date, result.lengths, result.views, sorted(card.card for card in scored), data]
+    cards: dict[str, dict[str, float | None]] = {card.card: {} for card in scored}
+    for language in result.languages():
+        for (card, part), score in result.main(language).items():
+            if part == PHOTOGRAPHS and card in cards:
+                cards[card][language] = _finite(score.value)
+    return {
+        "run": _digest(identity),
+        "model": result.model,
+        "date": date,
+        "covered": headline["covered"],
+        "of": headline["of"],
+        "mean": {language: _finite(mean["value"]) for language, mean in headline["mean"].items()},
+        "cards": cards,
+        "titles": {card.card: card.title for card in scored},
+        "chance": {name: score.chance for (name, part), score in result.main().items() if name in cards},
+        "lengths": result.lengths,
+        "views": result.views,
+        "data": data,
+    }
+
+
+def add(file: Path, results: Sequence[Result]) -> list[Group]:
+    """Add runs to the file, each instead of its earlier row, and write the tables beside it.
+
+    Processes that add at once wait for each other: no row is lost, and the tables are of all of them.
+
+    Returns:
+        What the table shows now.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file):
+        json_lines.append(file, map(row_of, results))
+        groups = groups_of(read(file))
+        json_lines.write_whole(file.with_suffix(".html"), html_page(groups).encode(errors="replace"))
+        json_lines.write_whole(file.with_suffix(".md"), markdown(groups).encode(errors="replace"))
+    return groups
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Hold the file's lock, which ends with the process at the latest."""
+    try:
+        opened = file.open("ab")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    with opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+def read(file: Path) -> list[Row]:
+    """The newest row of every run."""
+    newest: dict[str, Row] = {}
+    for row in json_lines.read(file):
+        if "run" in row and "model" in row:
+            newest.pop(row["run"], None)  # so that it stands where it was added last
+            newest[row["run"]] = row
+    return list(newest.values())
+
+
+def groups_of(rows: list[Row]) -> list[Group]:
+    """The group that covers most first; in a group by the mean in English, then that over all languages."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["data"] or f"unknown {row['run']}", []).append(row)
+    groups = [
+        Group(of[0]["data"], of[0]["covered"], of[0]["of"], sorted(of, key=_merit, reverse=True))
+        for of in found.values()
+    ]
+    return sorted(groups, key=lambda group: (group.data == "", -group.covered, -len(group.rows)))
+
+
+def _merit(row: Row) -> tuple[float, float]:
+    means = [value for value in row["mean"].values() if value is not None]
+    english = row["mean"].get("en")
+    overall = sum(means) / len(means) if means else -math.inf
+    return (english if english is not None else -math.inf, overall)
+
+
+def markdown(groups: list[Group]) -> str:
+    """The tables, for a README."""
+    parts = ["# India benchmark: leaderboard", _RULES]
+    for group in groups:
+        head, rows = [" ".join(names).strip() for names in _head(group)], _rows(group)
+        lines = [
+            [_plain_cell(name) for name in head],
+            ["---"] + ["---:" if i > 3 else "---" for i in range(1, len(head))],
+        ]
+        lines += [[_plain_cell(cell) for cell in row] for row in rows]
+        parts.append(f"## {_name(group)}")
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def html_page(groups: list[Group]) -> str:
+    """The tables as a page that loads nothing."""
+    body: list[Html] = [tag("h1", "India benchmark: leaderboard"), tag("p", _RULES, class_="lead")]
+    for group in groups:
+        chance = {card: value for row in group.rows for card, value in row.get("chance", {}).items()}
+        keys = [*(("mean", language) for language in _languages(group)), *(("cards", card) for card in _cards(group))]
+        rows = []
+        for row, words in zip(group.rows, _rows(group), strict=True):
+            heats = [_value(row, kind, key) for kind, key in keys]
+            cells = [
+                heat_cell(cell, corrected(value, chance.get(key) if kind == "cards" else None) if value else 0.0)
+                for cell, value, (kind, key) in zip(words[4:], heats, keys, strict=True)
+            ]
+            rows.append([*map(text, words[:4]), *cells])
+        head = [many([name, tag("small", below)]) for name, below in _head(group)]
+        body += [tag("h2", _name(group)), table(head, rows, words=4, class_="board")]
+    return page("India benchmark: leaderboard", body, STYLE)
+
+
+_RULES = (
+    "Mean of the photographs’ main metrics, corrected for chance (0 is guessing, 1 is all right). Only runs on the "
+    "same images stand in one table; categories without images are in no mean. Of the cards: the main "
+    "metric in English."
+)
+
+
+def _name(group: Group) -> str:
+    covers = f"Covers {group.covered} of {group.of} categories"
+    return f"{covers} · images {group.data}" if group.data else f"{covers} · images not known, so compared with none"
+
+
+def _head(group: Group) -> list[tuple[str, str]]:
+    """Names of the columns, and what of these."""
+    titles = {card: name for row in group.rows for card, name in row.get("titles", {}).items()}
+    means = [(language_name(language), "mean") for language in _languages(group)]
+    cards = [(titles.get(card, card), "in English") for card in _cards(group)]
+    return [("", ""), ("model", ""), ("date", ""), ("length, view", ""), *means, *cards]
+
+
+def _rows(group: Group) -> list[list[str]]:
+    rows = []
+    for place, row in enumerate(group.rows, 1):
+        size = f"{row['lengths'][-1]}, {row['views'][0]}"
+        values = [_value(row, "mean", language) for language in _languages(group)]
+        values += [_value(row, "cards", card) for card in _cards(group)]
+        rows.append([f"{place}", row["model"], row["date"], size, *(number(value) for value in values)])
+    return rows
+
+
+def _value(row: Row, kind: str, key: str) -> float | None:
+    """A mean of a language, or a card's main metric in English."""
+    value = row["mean"].get(key) if kind == "mean" else row["cards"].get(key, {}).get("en")
+    return None if value is None else float(value)
+
+
+def _languages(group: Group) -> list[str]:
+    found = {language for row in group.rows for language in row["mean"]}
+    return sorted(found, key=lambda language: (language != "en", language))
+
+
+def _cards(group: Group) -> list[str]:
+    return list(dict.fromkeys(card for row in group.rows for card in row["cards"]))
+
+
+def _plain_cell(words: str) -> str:
+    """Words that leave the table whole."""
+    return " ".join(words.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode(errors="replace")).hexdigest()[:12]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,248 @@
+"""The benchmark's page: what a reader must and must not find on it."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from bench_fakes import answer, card, score, small_run
+
+from indiclip.evals.bench_marks import Bar, chart, interval, language_name, number, signed
+from indiclip.evals.bench_report import write_bench_report
+from indiclip.evals.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
+from indiclip.evals.page import Html, table, tag
+
+
+def no_picture(card, part, key):
+    return None
+
+
+def red_picture(card, part, key):
+    return np.full((600, 300, 3), (255, 0, 0), np.uint8)
+
+
+def page_of(tmp_path, result, picture=no_picture):
+    return write_bench_report(tmp_path, result, picture).read_text(encoding="utf-8")
+
+
+def words_of(page):
+    """What a reader sees."""
+    page = re.sub(r"<style>.*?</style>|data:image/[^\"]*", "", page, flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
+def section(page, card_id):
+    return page.split(f'<section id="{card_id}">')[1].split("</section>")[0]
+
+
+def test_says_how_much_of_india_it_covers(tmp_path):
+    words = words_of(page_of(tmp_path, small_run()))
+    assert "Covers 2 of 3 categories of India." in words
+    assert "English 0.65 en · 2 cards" in words
+    assert "Hindi 0.25 hi · 1 card" in words
+
+
+def test_a_skipped_category_is_skipped_with_its_reason_and_has_no_number(tmp_path):
+    page = page_of(tmp_path, small_run())
+    assert "1 skipped , so in no mean: Gods." in words_of(page)
+    row = re.search(r"<tr><td>Gods</td>.*?</tr>", page)[0]
+    assert "skipped: no folder gods/" in row
+    assert not re.search(r"\d\.\d", row)
+    assert 'id="gods-photographs"' not in page
+
+
+def test_generated_pictures_are_marked_wherever_they_stand(tmp_path):
+    page = page_of(tmp_path, small_run())
+    assert "India, generated pictures: in no mean" in page
+    assert "generated pictures, in no mean" in section(page, "script-procedural")
+    assert "generated" not in section(page, "script-photographs")
+
+
+def test_a_class_called_b_does_not_make_the_page_bold(tmp_path):
+    result = small_run(model="<i>m</i>", note="</pre><script>alert(1)</script>")
+    name = "<b>x"
+    result.predictions = [answer("<u>.jpg", name, "dosa"), answer("2.jpg", "dosa", name)]
+    result.cards[0].notes = ["<b>note"]
+    result.cards[0].title = "<b>title"
+    result.scores.append(score("food", 0.5, "<b>", subset="<b>group"))
+    page = page_of(tmp_path, result, red_picture)
+    assert "&lt;b&gt;x" in page
+    for mark in ("<b>x", "<b>note", "<b>title", "<b>group", "<u>", "<i>m", "<script"):
+        assert mark not in page
+
+
+def test_loads_nothing(tmp_path):
+    page = page_of(tmp_path, small_run(), red_picture)
+    assert re.findall(r'(?:src|href)="(?!data:image/jpeg;base64,|#)', page) == []
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_main_metrics_stand_with_interval_and_chance(tmp_path):
+    words = words_of(page_of(tmp_path, small_run()))
+    assert "Food top-1 0.200 0.600 0.500 to 0.700 0.400" in words
+
+
+def test_the_gap_to_english_has_the_interval_of_its_own_score(tmp_path):
+    result = small_run()
+    assert "0.400 −0.200" in words_of(page_of(tmp_path, result))
+    result.scores.append(score("food", 0.2, "hi", "parity_acc1", low=0.1, high=0.35))  # by which English is better
+    words = words_of(page_of(tmp_path, result))
+    assert "0.400 −0.200 (−0.350 to −0.100)" in words
+    assert "against English, top-1" in words
+    assert "−0.200 −0.350 to −0.100" in words
+
+
+def test_every_length_and_view_has_its_number(tmp_path):
+    result = small_run()
+    result.views.append("64-square")
+    result.scores += [score("food", 0.123, view="64-square"), score("food", 0.077, view="64-square", length=4)]
+    part = words_of(section(page_of(tmp_path, result), "food-photographs"))
+    assert "4 0.300 0.077 8 0.600 0.123" in part
+
+
+def test_groups_of_images_have_a_row_each(tmp_path):
+    result = small_run()
+    result.scores += [score("script", 0.9, subset="tamil", num_items=3), score("script", 0.7, subset="old_bengali")]
+    part = words_of(section(page_of(tmp_path, result), "script-photographs"))
+    assert "tamil 3 0.900" in part
+    assert "old bengali 0 0.700" in part
+
+
+def test_images_seen_in_training_are_counted_and_scores_without_them_set_beside(tmp_path):
+    result = small_run()
+    result.predictions[0] = result.predictions[0]._replace(flagged=True)
+    result.scores.append(score("food", 0.55, subset="clean", num_items=3))
+    page = page_of(tmp_path, result)
+    assert "1 image was found among the training images" in words_of(page).split("Every card")[0]
+    part = words_of(section(page, "food-photographs"))
+    assert "1 of 4 images found among the training images." in part
+    assert "0.600 0.550 −0.050 3" in part
+    assert "clean" not in part
+
+
+def test_without_a_search_nothing_is_said_about_training(tmp_path):
+    assert "training images" not in page_of(tmp_path, small_run())
+    assert "No image was found among the training images." in page_of(tmp_path, small_run(contamination={}))
+
+
+def test_a_value_that_is_no_number_is_a_dash_and_no_bar(tmp_path):
+    result = small_run()
+    result.scores[0] = score("food", math.nan, chance=0.2, low=math.nan, high=math.nan)
+    page = page_of(tmp_path, result).split("</style>")[1]
+    assert "nan" not in page
+    assert "Food top-1 0.200 – 0.400" in words_of(page)
+
+
+def test_confusions_are_named_with_their_counts(tmp_path):
+    part = section(page_of(tmp_path, small_run()), "food-photographs")
+    assert "dosa taken for roti: 1 of 2" in words_of(part)
+    assert part.count("<rect") == 3  # dosa right, dosa as roti, roti right
+
+
+def test_pictures_are_small_jpegs_and_their_number_is_bounded(tmp_path):
+    result = small_run()
+    result.predictions = [answer(f"{i}.jpg", f"c{i % 7}", f"c{i % 11 % 7}") for i in range(700)]
+    page = page_of(tmp_path, result, red_picture)
+    assert 6 < page.count("<img") <= 18
+    assert len(page) < 200_000
+
+
+def test_a_picture_that_is_gone_leaves_its_words(tmp_path):
+    page = page_of(tmp_path, small_run())
+    assert "<img" not in page
+    assert "no picture" in page
+    assert "roti 0.50 · dosa 0.25" in words_of(page)
+
+
+def test_texts_are_no_classes_so_there_is_no_map_of_them(tmp_path):
+    result = small_run()
+    result.cards[0].metric = "image_to_text_r5"
+    result.scores[0] = score("food", 0.6, metric="image_to_text_r5", protocol="retrieval")
+    result.predictions = [answer("1.jpg", "a plate", "a bowl", protocol="retrieval")]
+    part = section(page_of(tmp_path, result), "food-photographs")
+    assert "<rect" not in part
+    assert "Surest mistakes" in part
+    assert "Hardest pairs" not in part
+
+
+def test_without_india_the_headline_says_so(tmp_path):
+    result = small_run()
+    result.cards, result.scores, result.predictions = [card("mine", suite="own")], [], []
+    assert "No card of the India suite was in this run." in page_of(tmp_path, result)
+
+
+def test_counts_of_confusions():
+    rows = [answer(f"{i}", truth, predicted) for i, (truth, predicted) in enumerate(["ab", "ab", "ba", "aa", "cc"])]
+    found = confusion(rows)
+    index = {name: i for i, name in enumerate(found.classes)}
+    assert found.count_CC[index["a"], index["b"]] == 2
+    assert found.count_CC.sum() == 5
+    assert mistakes(found) == [Mistake("a", "b", 2, 3), Mistake("b", "a", 1, 1)]
+    assert pairs(found) == [("a", "b")]
+
+
+def test_confused_classes_lie_side_by_side():
+    """Two groups that are confused only within themselves, named so that the alphabet would interleave them."""
+    rows = [answer(f"{i}{j}{k}", f"{i}", f"{j}") for i in range(8) for j in range(i % 2, 8, 2) for k in range(3)]
+    order = [int(name) % 2 for name in confusion(rows).classes]
+    assert order in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
+
+
+def test_of_many_classes_the_most_confused_are_drawn(tmp_path):
+    rows = [answer(f"{i}", f"class{i}", f"class{i}") for i in range(MOST_CLASSES + 40)]
+    rows += [answer(f"x{i}", "class7", "class33") for i in range(5)]
+    few = most_confused(confusion(rows), 30)
+    assert sorted(few.classes) == ["class33", "class7"]
+    result = small_run()
+    result.predictions = rows
+    assert "The 2 most confused of 100 classes." in section(page_of(tmp_path, result), "food-photographs")
+
+
+def test_no_mistake_at_all(tmp_path):
+    result = small_run()
+    result.predictions = [answer(f"{i}", f"class{i}", f"class{i}") for i in range(MOST_CLASSES + 1)]
+    assert "No mistake." in section(page_of(tmp_path, result), "food-photographs")
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "words"),
+    [
+        (0.12345, "acc1", "0.123"),
+        (-0.5, "acc1", "−0.500"),
+        (-0.0001, "acc1", "0.000"),
+        (1234.4, "median_km", "1,234 km"),
+        (math.inf, "acc1", "–"),
+        (None, "acc1", "–"),
+    ],
+)
+def test_numbers_for_people(value, metric, words):
+    assert number(value, metric) == words
+
+
+def test_differences_for_people():
+    assert [signed(value) for value in (0.1, -0.1, 0.0001, 0.0, math.nan)] == [
+        "+0.100",
+        "−0.100",
+        "0.000",
+        "0.000",
+        "–",
+    ]
+    assert interval(0.1, None) == ""
+
+
+def test_names_of_languages():
+    assert language_name("hi-Latn") == "Hindi, romanised"
+    assert language_name("xx") == "xx"
+
+
+def test_bars_of_distances_reach_to_the_longest():
+    widths = re.findall(r"--v:([\d.]+)%", chart([Bar("a", 50.0), Bar("b", 200.0)], "median_km"))
+    assert widths == ["25.0", "100.0"]
+    assert re.findall(r"--v:([\d.]+)%", chart([Bar("a", 0.25)], "acc1")) == ["25.0"]
+
+
+def test_words_are_escaped_and_html_is_not():
+    assert tag("p", "a < b", tag("b", "&"), title='"x"') == '<p title="&quot;x&quot;">a &lt; b<b>&amp;</b></p>'
+    assert "<td>&lt;td&gt;</td>" in table(["x"], [["<td>"]])
+    assert table(["x"], [[Html("<td>1</td>")]]).count("<td") == 1

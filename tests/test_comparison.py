@@ -1,0 +1,143 @@
+"""Two runs side by side."""
+
+import sys
+
+import pytest
+from bench_fakes import answer, score, small_run
+
+from indiclip.commands import bench_compare
+from indiclip.evals.comparison import compare
+from indiclip.evals.comparison_page import write_comparison
+
+TRUTHS = ["dosa"] * 6 + ["roti"] * 2
+
+
+def run(ranks, metric="acc1", model="m", **about):
+    """A run of one card in English with these ranks of the truth, one for each of TRUTHS."""
+    result = small_run(model, **about)
+    result.cards, result.scores = result.cards[:1], [score("food", 0.5, metric=metric, num_classes=2)]
+    result.cards[0].metric = metric
+    result.predictions = [
+        answer(f"{i}.jpg", truth, truth if rank == 0 else "idli", rank)
+        for i, (truth, rank) in enumerate(zip(TRUTHS, ranks, strict=True))
+    ]
+    return result
+
+
+def test_difference_is_over_the_shared_images_and_says_which_changed():
+    (row,) = compare(run([1, 1, 1, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 1, 0]))
+    assert row.difference == pytest.approx((3 - 1) / 8)
+    assert row.shared == 8
+    assert row.gained == (("0.jpg", "dosa"), ("1.jpg", "dosa"), ("2.jpg", "dosa"))
+    assert row.lost == (("6.jpg", "roti"),)
+    assert row.low < row.difference < row.high
+
+
+def test_mean_per_class_weighs_classes_not_images():
+    a, b = ([1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0])
+    (row,) = compare(run(a, "mean_per_class_recall"), run(b, "mean_per_class_recall"))
+    assert row.difference == pytest.approx((3 / 6 - 1 / 2) / 2)
+
+
+def test_a_hit_at_five_is_among_the_nearest_five():
+    (row,) = compare(run([4, 5, 0, 0, 0, 0, 0, 0], "acc5"), run([5, 4, 4, 0, 0, 0, 0, 0], "acc5"))
+    assert row.difference == 0
+    assert [key for key, _ in row.gained] == ["1.jpg"]
+    assert [key for key, _ in row.lost] == ["0.jpg"]
+
+
+def test_a_run_differs_from_itself_by_nothing():
+    (row,) = compare(run([0, 1, 0, 0, 3, 0, 0, 2]), run([0, 1, 0, 0, 3, 0, 0, 2]))
+    assert (row.difference, row.low, row.high) == (0, 0, 0)
+    assert row.gained == row.lost == ()
+
+
+def test_the_order_of_images_makes_no_difference():
+    a, b = run([1, 1, 1, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 1, 0])
+    b.predictions.reverse()
+    assert compare(a, b)[0].difference == pytest.approx(0.25)
+
+
+def other_images(b):
+    b.predictions = b.predictions[1:]
+
+
+def other_truth(b):
+    b.predictions[0] = b.predictions[0]._replace(truth="roti")
+
+
+def other_classes(b):
+    b.scores[0] = b.scores[0]._replace(num_classes=3)
+
+
+def other_data(b):
+    b.about["data"] = {"food": "other"}
+
+
+def other_metric(b):
+    b.cards[0].metric = "acc5"
+    b.scores[0] = b.scores[0]._replace(metric="acc5")
+
+
+def no_predictions(b):
+    b.predictions = []
+
+
+@pytest.mark.parametrize(
+    ("change", "why_not"),
+    [
+        (other_images, "different images: 7 of 8 and 7 are shared"),
+        (other_truth, "different classes: 1 of 8 images have another truth"),
+        (other_classes, "different classes: 2 and 3"),
+        (other_data, "different images, or labels, under the same names"),
+        (other_metric, "different metrics: top-1 and top-5"),
+        (no_predictions, "no predictions"),
+    ],
+)
+def test_what_is_not_the_same_is_not_compared(tmp_path, change, why_not):
+    a, b = run([0] * 8, data={"food": "1f"}), run([1] * 8, data={"food": "1f"})
+    change(b)
+    (row,) = compare(a, b)
+    assert row.why_not == why_not
+    assert row.difference is None
+    write_comparison(tmp_path / "c.html", a, b)
+    assert f"not compared: {why_not}" in (tmp_path / "c.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("metric", ["median_km", "text_to_image_r5"])
+def test_a_metric_without_hits_of_images_is_not_compared(metric):
+    (row,) = compare(run([0] * 8, metric), run([1] * 8, metric))
+    assert row.why_not.endswith("has no hits to compare")
+
+
+def test_a_language_of_one_run_only_is_named():
+    a, b = run([0] * 8), run([0] * 8)
+    b.scores.append(score("food", 0.5, "hi"))
+    assert [(row.language, row.why_not) for row in compare(a, b)] == [("en", ""), ("hi", "only in B")]
+
+
+def test_page_escapes_and_lists_what_changed(tmp_path):
+    a, b = run([1] + [0] * 7, model="<b>one"), run([0] * 8, model="two")
+    for one in (a, b):
+        one.predictions[0] = one.predictions[0]._replace(key="<u>.jpg")
+    write_comparison(tmp_path / "sub" / "c.html", a, b)
+    page = (tmp_path / "sub" / "c.html").read_text(encoding="utf-8")
+    assert "&lt;u&gt;.jpg" in page
+    assert "<b>one" not in page
+    assert "+0.125" in page
+
+
+def test_command_writes_the_page(tmp_path, capsys):
+    run([1] + [0] * 7).save(tmp_path / "a")
+    run([0] * 8).save(tmp_path / "b")
+    out = tmp_path / "c.html"
+    assert bench_compare.compare([f"{tmp_path / 'a'}", f"{tmp_path / 'b'}", "--out", f"{out}"]) == 0
+    assert out.is_file()
+    assert "Food, English, top-1: 0.500 | 0.500 | +0.125" in capsys.readouterr().out
+
+
+def test_command_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    run([0] * 8).save(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="pip install"):
+        bench_compare.compare([f"{tmp_path / 'a'}", f"{tmp_path / 'a'}", "--out", f"{tmp_path / 'c.html'}"])

@@ -1,0 +1,129 @@
+"""Runs collected in one file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bench_fakes import score, small_run
+
+from indiclip.commands import bench_compare
+from indiclip.evals.leaderboard import add, groups_of, read, row_of
+
+DATA = {"food": "1f", "script": "2f", "gods": "3f"}
+
+
+def run(model, value=0.6, date="2026-01-02", **about):
+    result = small_run(model, **{"data": DATA, "date": date} | about)
+    result.scores[0] = score("food", value, chance=0.2)
+    return result
+
+
+def models(group):
+    return [row["model"] for row in group.rows]
+
+
+def test_best_first(tmp_path):
+    (group,) = add(tmp_path / "l.jsonl", [run("b", 0.5), run("a", 0.9), run("c", 0.7)])
+    assert models(group) == ["a", "c", "b"]
+    assert group.rows[0]["mean"]["en"] == pytest.approx((0.875 + 0.8) / 2)
+    assert (group.covered, group.of) == (2, 3)
+
+
+def test_a_run_that_is_added_again_replaces_its_row(tmp_path):
+    file = tmp_path / "l.jsonl"
+    add(file, [run("a", 0.5), run("b", 0.55)])
+    (group,) = add(file, [run("a", 0.9)])
+    assert models(group) == ["a", "b"]
+    assert group.rows[0]["cards"]["food"] == {"en": 0.9, "hi": 0.4}
+
+
+def test_a_later_run_of_a_model_is_another_run(tmp_path):
+    (group,) = add(tmp_path / "l.jsonl", [run("a", 0.5), run("a", 0.9, date="2026-01-03")])
+    assert len(group.rows) == 2
+
+
+def test_only_runs_on_the_same_images_stand_together(tmp_path):
+    groups = add(tmp_path / "l.jsonl", [run("a"), run("b", 0.9, data=DATA | {"food": "other"}), run("c")])
+    assert sorted(map(models, groups)) == [["a", "c"], ["b"]]
+
+
+def test_images_of_a_skipped_card_make_no_difference():
+    assert row_of(run("a"))["data"] == row_of(run("b", data=DATA | {"gods": "other"}))["data"]
+
+
+def test_runs_that_do_not_say_which_images_are_compared_with_none(tmp_path):
+    groups = add(tmp_path / "l.jsonl", [run("a", data={}), run("b", data={"food": "1f"}), run("c")])
+    assert [models(group) for group in groups] == [["c"], ["a"], ["b"]]
+    assert "images not known, so compared with none" in (tmp_path / "l.md").read_text(encoding="utf-8")
+
+
+def test_a_generated_part_is_in_no_column():
+    assert row_of(run("a"))["cards"]["script"] == {"en": 0.82}
+
+
+def test_tables_escape_what_they_show(tmp_path):
+    add(tmp_path / "l.jsonl", [run("<b>a|b")])
+    assert "<b>a" not in (tmp_path / "l.html").read_text(encoding="utf-8")
+    assert "&lt;b>a\\|b" in (tmp_path / "l.md").read_text(encoding="utf-8")
+
+
+def test_tables_have_as_many_cells_as_names(tmp_path):
+    add(tmp_path / "l.jsonl", [run("a"), run("b")])
+    lines = [line for line in (tmp_path / "l.md").read_text(encoding="utf-8").split("\n") if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 4
+
+
+def test_a_torn_line_costs_only_itself(tmp_path):
+    file = tmp_path / "l.jsonl"
+    add(file, [run("a")])
+    with file.open("a") as opened:
+        opened.write('{"run": "x", "mod')
+    add(file, [run("b")])
+    assert [row["model"] for row in read(file)] == ["a", "b"]
+
+
+def test_two_processes_that_add_at_once_lose_no_row(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from test_leaderboard import add, run\n"
+        "for i in range(30): add(Path(sys.argv[1]), [run(f'{sys.argv[2]}-{i}', i / 30)])"
+    )
+    file = tmp_path / "l.jsonl"
+    paths = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}", "PATH": ""}
+    both = [subprocess.Popen([sys.executable, "-c", code, file, name], env=paths) for name in "xy"]
+    assert [one.wait() for one in both] == [0, 0]
+    assert sorted(row["model"] for row in read(file)) == sorted(f"{name}-{i}" for name in "xy" for i in range(30))
+    page = (tmp_path / "l.html").read_text(encoding="utf-8")
+    assert all(f"{name}-{i}<" in page for name in "xy" for i in range(30))
+
+
+def test_groups_that_cover_more_come_first():
+    small, large = row_of(run("a")), row_of(run("b"))
+    small |= {"data": "1", "covered": 1}
+    large |= {"data": "2", "covered": 2}
+    assert [group.covered for group in groups_of([small, large])] == [2, 1]
+
+
+def test_command_adds_folders_and_prints_the_table(tmp_path, capsys):
+    run("a").save(tmp_path / "a")
+    run("b", 0.9).save(tmp_path / "b")
+    file = tmp_path / "l.jsonl"
+    assert bench_compare.leaderboard([f"{tmp_path / 'a'}", f"{tmp_path / 'b'}", "--file", f"{file}"]) == 0
+    assert "| 1 | b | 2026-01-02 |" in capsys.readouterr().out
+    before = (tmp_path / "l.html").read_bytes()
+    (tmp_path / "l.html").unlink()
+    assert bench_compare.leaderboard(["--file", f"{file}"]) == 0
+    assert (tmp_path / "l.html").read_bytes() == before
+
+
+def test_command_refuses_a_name_whose_tables_would_replace_it(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.jsonl"):
+        bench_compare.leaderboard(["--file", f"{tmp_path / 'l.html'}"])
+
+
+def test_command_names_a_folder_without_a_run(tmp_path):
+    file = tmp_path / "l.jsonl"
+    with pytest.raises(FileNotFoundError, match="nothing/metrics"):
+        bench_compare.leaderboard([f"{tmp_path / 'nothing'}", "--file", f"{file}"])
+    assert not file.exists()
