@@ -18,6 +18,7 @@ from rich.table import Table
 from indiclip import json_lines
 from indiclip.evals.page import readable
 from indiclip.evals.report import held_out_pictures, write_report
+from indiclip.evals.results import is_summary
 from indiclip.module import Batches, MultiTask
 
 
@@ -99,7 +100,7 @@ class RunRecord(L.Callback):
         record: dict[str, Any] = {
             "step": trainer.global_step,
             "seconds": round(time.monotonic() - self._began, 1),
-            "metrics": _numbers(trainer.callback_metrics),
+            "metrics": finite(trainer.callback_metrics),
             "quarantined": len(quarantined),
             "nonfinite_steps": len(json_lines.read(self._folder / "nonfinite.jsonl")),
         }
@@ -114,7 +115,7 @@ class RunRecord(L.Callback):
     def _write_row(self, trainer: L.Trainer, prefix: str) -> None:
         if trainer.is_global_zero:
             assert self._began is not None
-            values = {k: v for k, v in _numbers(trainer.callback_metrics).items() if k.startswith(prefix)}
+            values = {k: v for k, v in finite(trainer.callback_metrics).items() if k.startswith(prefix)}
             seconds = round(time.monotonic() - self._began, 1)
             append_history(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
 
@@ -174,7 +175,7 @@ def _step_of(metrics: Path) -> int:
         return 0
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
+def finite(metrics: dict[str, Any]) -> dict[str, float | None]:
     """Rounded; None for what is not finite, which JSON has no number for."""
     values = {name: float(value) for name, value in metrics.items()}
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
@@ -183,7 +184,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
 def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     table = Table("metric", "held out", title="Result", title_justify="left")
     for name, value in sorted(record["metrics"].items()):
-        if name.startswith(("val/", "eval/")):
+        if name.startswith(("val/", "eval/")) and is_summary(name):
             table.add_row(name, readable(value))
     console = Console()
     console.print(table)

@@ -164,7 +164,7 @@ def test_pages_without_classes(page):
         page(text="task: classification\nclasses: []\n")
     with pytest.raises(ValueError, match="expected keys and values"):
         page(text="[]")
-    assert page(text="task: retrieval\n").metric == "recall5"
+    assert page(text="task: retrieval\n").metric == "image_to_text_r5"
     with pytest.raises(ValueError, match="a retrieval card has captions and no classes"):
         page(("task: classification", "task: retrieval"))
 

@@ -1,18 +1,25 @@
-"""`indiclip bench import|cards`: what its words mean."""
+"""`indiclip bench --model` and the commands beside it: what their words mean."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 
+from indiclip.commands.bench_compare import compare, leaderboard
+from indiclip.commands.bench_run import run
 from indiclip.commands.words import Parser, run_command
 
 _HELP = """\
-usage: indiclip bench <command> ... [options]
+usage: indiclip bench --model MODEL [options]
+       indiclip bench <command> ... [options]
 
+  --model  score an encoder, ours or anyone's     indiclip bench --model runs/mela --images photos
+           (`indiclip bench --model --help`: all options)
   cards    the benchmark's cards, or one card with its classes     indiclip bench cards edibles
   import   a card's images into another layout, bytes unchanged
            indiclip bench import photos/edibles --card edibles --out edibles_wds --layout clip-benchmark
+  compare  two runs side by side                                   indiclip bench compare runs/bench/a runs/bench/b
+  leaderboard   many runs in one table                             indiclip bench leaderboard runs/bench/*
 
 A card says which classes are told apart, what they are called in each language, and how it is asked. Your own is a
 .yaml file like those that come with IndiCLIP.
@@ -83,7 +90,13 @@ def _import(argv: list[str]) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"cards": _cards, "import": _import}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "": run,
+    "cards": _cards,
+    "import": _import,
+    "compare": compare,
+    "leaderboard": leaderboard,
+}
 
 
 def main(argv: list[str]) -> int:

@@ -36,30 +36,37 @@ def count(text: str, least: int = 1) -> int:
 def run_command(group: str, about: str, commands: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:
     """Runs `indiclip GROUP COMMAND ...`. Returns the exit status: that of the command, 2 for a mistake in the words,
     1 for what breaks on the way, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Args:
+        group: The first word.
+        about: Its help.
+        commands: The second word -> what runs with those after it; where one is called "", it is what flags alone mean.
+        argv: The words after the first.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(about)
         return 0
+    if "" in commands and argv[0].startswith("-"):
+        argv = ["", *argv]
     if argv[0] not in commands:
-        print(
-            f"indiclip {group}: no command {argv[0]!r}{nearest(argv[0], commands)} (indiclip {group} --help)",
-            file=sys.stderr,
-        )
+        near = nearest(argv[0], filter(None, commands))
+        print(f"indiclip {group}: no command {argv[0]!r}{near} (indiclip {group} --help)", file=sys.stderr)
         return 2
+    name = f"indiclip {group} {argv[0]}".rstrip()
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return commands[argv[0]](argv[1:])
     except KeyboardInterrupt:
-        print(f"indiclip {group} {argv[0]}: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed at the end
         return 0
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a worker process was killed
+    except (ValueError, OSError, RuntimeError, ImportError) as error:  # RuntimeError: a worker process was killed
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise
-        print(f"indiclip {group} {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else 1
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError | ImportError) else 1
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -31,8 +31,6 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from indiclip.types import Batch
-
 _TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ASK_FOR_STACKS = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -215,7 +213,7 @@ def _on_end_of_a_child(number: int, frame: FrameType | None) -> None:
         _error_if_any_worker_fails()
 
 
-class StepLoader(WatchedLoader[dict[str, Batch]]):
+class StepLoader(WatchedLoader[T_co]):
     """A loader whose `worker_init_fn`, where it has one, is a `Workers`."""
 
     def __iter__(self) -> Any:

@@ -28,8 +28,11 @@ _KEYS = (
     *("source", "licence", "notes", "folder"),
 )
 _CLASS_KEYS = ("id", "names", "aliases", "confusable_with", "facts")
-_METRIC = {"classification": "acc1", "matching": "acc1", "retrieval": "recall5"}
-_METRICS = ("acc1", "acc5", "mean_per_class_recall", "recall1", "recall5", "recall10")
+_METRICS = {  # the first is the one where none is named
+    "classification": ("acc1", "acc5", "mean_per_class_recall"),
+    "matching": ("acc1",),
+    "retrieval": tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (5, 1, 10)),
+}
 _ID = re.compile(r"[\w-]+")
 _CANDIDATES = 10
 _COMPUTED = ("imagenet1k", "babel_imagenet")  # values of `classes` that stand for a list
@@ -69,10 +72,10 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
         raise ValueError(f"{file}: num_candidates: found {num_candidates!r}; expected a whole number from 2")
     chance = 1 / num_candidates if num_candidates else 1 / len(classes) if classes else 0.0
     _check_chance(tree.get("chance", chance), chance, file)
-    metric = _text(tree.get("metric", _METRIC[task]), f"{file}: metric")
-    if metric not in _METRICS:
-        expected = f"expected one of {', '.join(_METRICS)}"
-        raise ValueError(f"{file}: metric: found {metric!r}{nearest(metric, _METRICS)}; {expected}")
+    metric = _text(tree.get("metric", _METRICS[task][0]), f"{file}: metric")
+    if metric not in _METRICS[task]:
+        expected = f"expected one of {', '.join(_METRICS[task])}"
+        raise ValueError(f"{file}: metric: found {metric!r}{nearest(metric, _METRICS[task])}; {expected}")
     about = {key: _text(tree.get(key, ""), f"{file}: {key}") for key in ("source", "licence", "notes")}
     folder = _text(tree.get("folder", card_id), f"{file}: folder")
     if not _ID.fullmatch(folder):

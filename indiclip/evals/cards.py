@@ -54,7 +54,7 @@ class Card:
             right for the image.
         classes: Empty for retrieval.
         prompts: Language -> templates with `{c}`.
-        metric: The main one, such as `acc1`, `mean_per_class_recall`, `recall5`.
+        metric: The main one, such as `acc1`, `mean_per_class_recall`, `image_to_text_r5`.
         source: Where images come from.
         licence: Theirs.
         notes: What to know before believing a number.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from indiclip import __version__
 from indiclip.evals.page import Html, details, image, many, page, png, readable, table, tag
+from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
 from indiclip.types import Batch
 
@@ -36,7 +37,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     Returns:
         The file.
     """
-    held_out = {k: v for k, v in record["metrics"].items() if k.startswith(("val/", "eval/"))}
+    held_out = {k: v for k, v in record["metrics"].items() if k.startswith(("val/", "eval/")) and is_summary(k)}
     body = [
         tag("h1", title),
         tag("p", f"IndiCLIP {__version__} · {record['step']:,} steps · {record['seconds']:,.0f} s", class_="lead"),

@@ -13,6 +13,7 @@ from indiclip import json_lines
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
+_SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
 _MAIN_PROTOCOLS = ("zero_shot", "matching", "retrieval", "places")
 
 
@@ -98,18 +99,21 @@ class Result:
         }
 
     def logged(self) -> dict[str, float]:
-        """`eval/<suite>/<card>/<language>/<metric>` -> value.
+        """`eval/<suite>/<card>/<language>/<metric>` -> value: all metrics in the main setting, the main ones in others.
 
         The generated part of a card is `<card>_procedural`, a metric of a probe or of hard pairs begins with its name;
         `_64` at its end is a length other than the full one, `@256-square` a view other than the first.
         """
+        mains = {(card.card, card.part): card.metric for card in self.cards}
         values = {}
         for score in self.scores:
+            elsewhere = f"_{score.length}" * (score.length != self.lengths[-1])
+            elsewhere += f"@{score.view}" * (score.view != self.views[0])
+            if score.subset or (elsewhere and score.metric not in ("acc1", mains.get((score.card, score.part)))):
+                continue
             card = score.card if score.part == PHOTOGRAPHS else f"{score.card}_{score.part}"
             metric = score.metric if score.protocol in _MAIN_PROTOCOLS else f"{score.protocol}_{score.metric}"
-            metric += f"_{score.length}" * (score.length != self.lengths[-1])
-            metric += f"@{score.view}" * (score.view != self.views[0]) + f"/{score.subset}" * bool(score.subset)
-            values[f"eval/{score.suite}/{card}/{score.language}/{metric}"] = score.value
+            values[f"eval/{score.suite}/{card}/{score.language}/{metric}{elsewhere}"] = score.value
         for language, mean in self.headline()["mean"].items():
             values[f"eval/india/mean/{language}/corrected"] = mean["value"]
         return values
@@ -159,6 +163,11 @@ class Result:
         json_lines.write_whole(
             folder / "metrics.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
         )
+
+
+def is_summary(name: str) -> bool:
+    """Whether a logged name is one that a summary has room for: all but the finer ones of a benchmark."""
+    return not name.startswith("eval/") or name.rpartition("/")[2] in _SUMMARY
 
 
 def corrected(value: float, chance: float | None) -> float:

@@ -30,8 +30,9 @@ class Watchdog(L.Callback):
 
     A report is a few lines on stderr, and all stacks in the run's folder, `watchdog-<rank>.txt`. It comes once per
     stall, again after twice the time, four times the time and so on; a line says so when the run goes on. Training
-    and held-out steps count, and saved checkpoints. Where C code keeps even the watching thread from running
-    (it holds the GIL), faulthandler's own thread writes this process's stacks to stderr after the same time.
+    and held-out steps count, saved checkpoints, and what calls `alive`. Where C code keeps even the watching thread
+    from running (it holds the GIL), faulthandler's own thread writes this process's stacks to stderr after the same
+    time.
 
     Args:
         timeout_seconds: Longest time without the end of a step that is not reported.
@@ -126,6 +127,11 @@ class Watchdog(L.Callback):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_predict_end = on_train_end
+
+    def alive(self, then: str) -> None:
+        """For other callbacks that work between steps: it goes on, and this is what comes next."""
+        if self._thread is not None:
+            self._ended(then)
 
     def _does(self, what: str) -> None:
         self._state = what, time.monotonic()

@@ -1,0 +1,44 @@
+"""Pictures of scored images, for reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from indiclip.data.images import UnreadableSample
+from indiclip.data.transforms import read_upright, upright_hw
+from indiclip.evals.items import Items
+from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL
+
+
+class Pictures:
+    """(card, part, key) -> uint8 (height, width, 3), decoded when it is asked for; None where there is no such image.
+
+    Args:
+        every: What was scored.
+        max_side: Larger ones are scaled down to this many pixels.
+    """
+
+    def __init__(self, every: Sequence[Items], max_side: int = 240) -> None:
+        self.max_side = max_side
+        self._items = {(items.card.id, PROCEDURAL if items.procedural else PHOTOGRAPHS): items for items in every}
+        self._places: dict[tuple[str, str], dict[str, int]] = {}
+
+    def __call__(self, card: str, part: str, key: str) -> np.ndarray | None:
+        items = self._items.get((card, part))
+        if items is None:
+            return None
+        if (card, part) not in self._places:
+            self._places[card, part] = {name: place for place, name in enumerate(items.keys)}
+        place = self._places[card, part].get(key)
+        if place is None:
+            return None
+        try:
+            image = items.images[place]
+            height, width = upright_hw(image)
+            scale = min(1.0, self.max_side / max(height, width))
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            return read_upright(image, size).permute(1, 2, 0).numpy()
+        except UnreadableSample:
+            return None
