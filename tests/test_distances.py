@@ -5,14 +5,13 @@ import pytest
 
 from indiclip.evals.distances import haversine_km, within_km
 
-DELHI, MUMBAI, CHENNAI, KOLKATA = (28.6139, 77.2090), (19.0760, 72.8777), (13.0827, 80.2707), (22.5726, 88.3639)
+DELHI, MUMBAI = (28.6139, 77.2090), (19.0760, 72.8777)
 
 
 @pytest.mark.parametrize(
     ("one", "other", "km"),
     [
-        (DELHI, MUMBAI, 1148),  # published great-circle distances, rounded to kilometres
-        (CHENNAI, KOLKATA, 1357),
+        (DELHI, MUMBAI, 1148),
         ((0, 0), (1, 0), 111.195),  # a degree of the mean sphere
         ((90, 0), (-90, 50), 20015.11),  # pole to pole: half of its circumference
         ((10, 179.5), (10, -179.5), 109.505),  # across the date line

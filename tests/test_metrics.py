@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_interval():
         lambda seed: bootstrap_mean(label_N + 0.1 * hit_N, seed=seed),
     ):
         assert function(0) == function(0)
-        assert function(0) != function(1)
+        assert len({function(seed) for seed in range(5)}) > 1  # which of a statistic that moves in steps may agree
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from indiclip.evals.cosines import Floats, Integers, as_near, chunks, cut, labels_of
-from indiclip.evals.zero_shot import candidates_of
+from indiclip.evals.zero_shot import at_one_length, candidates_of
 
 
 class CaptionRanks(NamedTuple):
@@ -98,13 +98,15 @@ def class_ranks(
         length: Cut the images to this length; None is that of the classes.
     """
     image_M, column_M, class_D = candidates_of(label_N, classes, len(class_DE))
-    texts = cut(class_DE, length)
-    images = cut(torch.as_tensor(image_NE)[image_M], texts.shape[1])
-    right_M = (images * texts[column_M]).sum(1)
-    best_D = torch.full((len(texts),), -torch.inf).scatter_reduce_(0, column_M, right_M, "amax")
+    images, texts = at_one_length(image_NE, class_DE, length, image_M)
+    parts = [(part, column_M[None, part]) for part in chunks(len(images), len(texts))]
+    best_D = torch.full((len(texts),), -torch.inf)
+    for part, column_1B in parts:
+        right_B = (texts @ images[part].T).gather(0, column_1B)[0]
+        best_D.scatter_reduce_(0, column_1B[0], right_B, "amax")
     rank_D = torch.zeros(len(texts), dtype=torch.int64)
-    for part in chunks(len(images), len(texts)):
-        near_BD = as_near(images[part] @ texts.T, best_D).scatter_(1, column_M[part, None], False)
-        rank_D += near_BD.sum(0)
+    for part, column_1B in parts:
+        near_DB = as_near(texts @ images[part].T, best_D[:, None]).scatter_(0, column_1B, False)
+        rank_D += near_DB.sum(1)
     present = torch.unique(column_M)
     return ClassRanks(class_D[present].numpy(), rank_D[present].numpy())

@@ -96,7 +96,7 @@ def rank_classes(
         nearest: K, at most; how many classes to report.
     """
     image_M, column_M, class_D = candidates_of(label_N, classes, len(class_DE))
-    images, candidates = _pair(image_NE, class_DE, length, image_M)
+    images, candidates = at_one_length(image_NE, class_DE, length, image_M)
     k = min(nearest, len(candidates))
     rank_M = torch.zeros(len(images), dtype=torch.int64)
     column_MK = torch.zeros(len(images), k, dtype=torch.int64)
@@ -141,7 +141,7 @@ def hard_pairs(
         pairs_DD[column, rivals] = True
     asked_M = pairs_DD.any(1)[column_M]
     image_M, column_M = image_M[asked_M], column_M[asked_M]
-    images, candidates = _pair(image_NE, class_DE, length, image_M)
+    images, candidates = at_one_length(image_NE, class_DE, length, image_M)
     hit_M = torch.zeros(len(images), dtype=torch.bool)
     for part in chunks(len(images), len(candidates)):
         cosine_BD = images[part] @ candidates.T
@@ -163,8 +163,8 @@ def candidates_of(label_N: Integers, classes: Integers | None, num_candidates: i
     return image_M, column_N[image_M], class_D
 
 
-def _pair(image_NE: Floats, class_DE: Floats, length: int | None, image_M: Tensor) -> tuple[Tensor, Tensor]:
-    """The scored images and the candidates, at the same length."""
+def at_one_length(image_NE: Floats, class_DE: Floats, length: int | None, image_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The scored images and the candidates, cut to the same length."""
     candidates = cut(class_DE, length)
     images = torch.as_tensor(image_NE)
     images = images if len(image_M) == len(images) else images[image_M]
