@@ -1,0 +1,39 @@
+"""Distances on the Earth: how far the place that a model names is from where a picture was taken.
+
+Shape letters: N pairs of places.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+EARTH_RADIUS_KM = 6371.0088  # mean radius (2a + b) / 3 of WGS 84 (Moritz, Geodetic Reference System 1980)
+# Street, city, region, country and continent: IM2GPS (Hays and Efros, CVPR 2008) as Vo et al. (ICCV 2017,
+# arXiv 1705.04838) report it.
+THRESHOLDS_KM = (1, 25, 200, 750, 2500)
+
+
+def haversine_km(one_N2: np.ndarray, other_N2: np.ndarray) -> np.ndarray:
+    """Great-circle distance of places by the haversine formula, which keeps its digits at small distances.
+
+    Args:
+        one_N2: (latitude, longitude) in degrees, north and east positive.
+        other_N2: Likewise, or any shape that broadcasts.
+
+    Returns:
+        float64 (N,), kilometres on a sphere: within 0.6% of the ellipsoid.
+    """
+    one, other = np.radians(np.asarray(one_N2, np.float64)), np.radians(np.asarray(other_N2, np.float64))
+    half_lat, half_lon = (one[..., 0] - other[..., 0]) / 2, (one[..., 1] - other[..., 1]) / 2
+    chord = np.sin(half_lat) ** 2 + np.cos(one[..., 0]) * np.cos(other[..., 0]) * np.sin(half_lon) ** 2
+    return np.asarray(2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
+
+
+def within_km(distance_N: np.ndarray, thresholds: tuple[float, ...] = THRESHOLDS_KM) -> dict[float, np.ndarray]:
+    """Which pictures were placed within each distance: hits for `metrics.hit_rate`.
+
+    Args:
+        distance_N: Kilometres; NaN is within none.
+        thresholds: Kilometres.
+    """
+    return {threshold: np.asarray(distance_N) <= threshold for threshold in thresholds}

@@ -1,0 +1,214 @@
+"""What a benchmark reports: accuracies with intervals, the gap between languages, tables, confusions.
+
+Intervals are 95% percentile intervals of the plain bootstrap over images (Efron and Tibshirani, An Introduction to the
+Bootstrap, chapter 13): N images drawn with replacement, 1,000 times, from a fixed seed. What is computed of an image
+here is nearly always one of few cells (its class, hit or miss), and how often the cells occur in a resample is
+multinomial. So the counts are drawn and not the images: the same distribution, at a cost that does not grow with N.
+
+They tell how sure the number is for this model and other images of this kind. Two models or languages on the same
+images differ by far less than their intervals suggest: compare those with `parity_gap`.
+
+Shape letters: N images, C classes, S cells that occur, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+RESAMPLES, SEED = 1000, 0
+_PERCENTILES = (2.5, 97.5)
+_DRAWS = 2_000_000  # images drawn at a time, where they have to be
+
+Average = Literal["images", "classes"]
+
+
+class Interval(NamedTuple):
+    """A number and its 95% interval; all NaN where there is nothing to compute it from."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Group(NamedTuple):
+    """The images of one group."""
+
+    images: int
+    accuracy: Interval
+
+
+def accuracy(rank_N: np.ndarray, k: int = 1) -> Interval:
+    """Share of the images whose right answer is among the k nearest.
+
+    Args:
+        rank_N: How many wrong ones are at least as near.
+        k: With k classes or more this is 1 whatever the model.
+    """
+    return hit_rate(np.asarray(rank_N) < k)
+
+
+def hit_rate(hit_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """Share of hits."""
+    if (count := len(hit_N)) == 0:
+        return _NOTHING
+    value = float(np.mean(hit_N))
+    return _interval(value, np.random.default_rng(seed).binomial(count, value, resamples) / count)
+
+
+def mean_per_class_recall(
+    hit_N: np.ndarray, label_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
+) -> Interval:
+    """Mean over the classes of the share of hits among their images, also called balanced accuracy.
+
+    Classes without images are left out, in a resample too.
+
+    Args:
+        hit_N: bool.
+        label_N: Class of each, >= 0.
+    """
+    hits, misses = np.asarray(hit_N, dtype=np.int64), 1 - np.asarray(hit_N, dtype=np.int64)
+    return _of_cells(np.stack([hits, misses]), label_N, _recall, resamples, seed)
+
+
+def parity_gap(
+    reference_hit_N: np.ndarray,
+    hit_N: np.ndarray,
+    label_N: np.ndarray,
+    average: Average = "images",
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Interval:
+    """By how much a reference (English) is better than another language on the same images.
+
+    Each resample draws images, and with an image what both make of it. That is the paired bootstrap: its interval is
+    that of the difference, where both being right on easy images and wrong on hard ones cancels out.
+
+    Args:
+        reference_hit_N: bool, what English gets right.
+        hit_N: bool, what the other language gets right, image by image, with the same candidate classes.
+        label_N: Class of each, >= 0.
+        average: Difference of the accuracies over all images, or of the mean per-class recalls.
+
+    Raises:
+        ValueError: The images are not the same.
+    """
+    reference, other = np.asarray(reference_hit_N, dtype=bool), np.asarray(hit_N, dtype=bool)
+    if not len(reference) == len(other) == len(label_N):
+        raise ValueError(f"{len(reference)} hits, {len(other)} hits, {len(label_N)} labels: expected the same images")
+    outcomes = np.stack([reference & ~other, ~reference & other, reference == other])
+    labels = np.zeros(len(other), dtype=np.int64) if average == "images" else label_N
+    return _of_cells(outcomes, labels, _difference, resamples, seed)
+
+
+def chance_corrected(interval: Interval, chance: float) -> Interval:
+    """0 for guessing and 1 for perfection: (accuracy - chance) / (1 - chance), Cohen's kappa for uniform guesses."""
+    return Interval(*((number - chance) / (1 - chance) if chance < 1 else math.nan for number in interval))
+
+
+def bootstrap_mean(values_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """Mean of any numbers."""
+    values, generator = np.asarray(values_N, dtype=np.float64), np.random.default_rng(seed)
+    if len(values) == 0:
+        return _NOTHING
+    at_once = max(1, _DRAWS // len(values))
+    parts = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
+    means = [values[generator.integers(len(values), size=(rows, len(values)))].mean(1) for rows in parts]
+    return _interval(float(values.mean()), np.concatenate(means))
+
+
+def bootstrap_median(values_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """Median of any numbers.
+
+    The order statistics of N uniform numbers are beta-distributed, and a resample draws from the sorted values the
+    places floor(N u). So the middle place, or the middle two, are drawn directly, which is the plain bootstrap.
+    """
+    values, generator = np.sort(np.asarray(values_N, dtype=np.float64)), np.random.default_rng(seed)
+    if (count := len(values)) == 0:
+        return _NOTHING
+    middle = (count + 1) // 2  # from 1
+    lower = generator.beta(middle, count - middle + 1, resamples)
+    upper = lower
+    if count % 2 == 0:  # of the count - middle numbers above, the lowest
+        upper = lower + (1 - lower) * generator.beta(1, count - middle, resamples)
+    low_R, high_R = (values[np.minimum((count * u).astype(np.int64), count - 1)] for u in (lower, upper))
+    return _interval(float(np.median(values)), (low_R + high_R) / 2)
+
+
+def by_group(hit_N: np.ndarray, groups: Sequence[str]) -> dict[str, Group]:
+    """Accuracy of each group, such as the script that an image is written in; sorted by name."""
+    hits, names = np.asarray(hit_N, dtype=bool), np.asarray(groups, dtype=object)
+    parts = {name: hits[names == name] for name in sorted(set(groups))}
+    return {name: Group(len(part), hit_rate(part)) for name, part in parts.items()}
+
+
+def confusion_matrix(label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int) -> np.ndarray:
+    """How often each class was taken for each.
+
+    Args:
+        label_N: The right class; images with -1 are left out.
+        predicted_N: The class predicted; likewise.
+        num_classes: C.
+
+    Returns:
+        int64 (C, C), right classes in rows, predicted ones in columns.
+    """
+    labels, predicted = np.asarray(label_N, dtype=np.int64), np.asarray(predicted_N, dtype=np.int64)
+    known = (labels >= 0) & (predicted >= 0)
+    cells = np.bincount(labels[known] * num_classes + predicted[known], minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+_NOTHING = Interval(math.nan, math.nan, math.nan)
+
+
+def _interval(value: float, resampled_R: np.ndarray) -> Interval:
+    low, high = np.percentile(resampled_R, _PERCENTILES)
+    return Interval(value, float(low), float(high))
+
+
+def _of_cells(
+    outcomes: np.ndarray,
+    label_N: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """A statistic of the counts of (outcome, class), and its interval.
+
+    Args:
+        outcomes: (outcomes, N), 1 for the one that each image has.
+        label_N: Class of each.
+        statistic: (..., outcomes, C) counts -> (...).
+        resamples: R.
+        seed: Of the draws.
+    """
+    num_images = len(label_N)
+    if num_images == 0:
+        return _NOTHING
+    classes, class_N = np.unique(np.asarray(label_N, dtype=np.int64), return_inverse=True)
+    shape = (len(outcomes), len(classes))
+    cell_N = outcomes.argmax(0) * len(classes) + class_N
+    count_S = np.bincount(cell_N, minlength=shape[0] * shape[1])
+    occurs = count_S > 0
+    drawn = np.zeros((resamples, len(count_S)), dtype=np.int64)
+    drawn[:, occurs] = np.random.default_rng(seed).multinomial(num_images, count_S[occurs] / num_images, resamples)
+    value = float(statistic(count_S.reshape(shape)))
+    return _interval(value, statistic(drawn.reshape(resamples, *shape)))
+
+
+def _recall(count: np.ndarray) -> np.ndarray:
+    """Mean over the classes that occur of the first outcome's share."""
+    return _mean_over_classes(count[..., 0, :], count.sum(-2))
+
+
+def _difference(count: np.ndarray) -> np.ndarray:
+    """Mean over the classes that occur of the first outcome's share less the second's."""
+    return _mean_over_classes(count[..., 0, :] - count[..., 1, :], count.sum(-2))
+
+
+def _mean_over_classes(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.asarray((part / np.maximum(whole, 1)).sum(-1) / (whole > 0).sum(-1))

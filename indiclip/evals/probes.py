@@ -1,0 +1,200 @@
+"""Probes: what a classifier on top of frozen image embeddings finds, without text.
+
+Both probes predict the class of the same images. With a split (`is_train_N`) those are the labelled images outside it,
+and the gallery is the training images. Without one every labelled image is predicted from others: from all others
+(kNN), or by the classifier of the fold that it is held out of (linear probe). Then a class with a single image has
+nothing to be learned from and takes no part. An image whose embedding is not finite is predicted as -1, never right.
+
+Shape letters: N images, M of them predicted, G gallery, B rows at a time, E embedding length, L lengths, C classes of
+the gallery, K neighbours, F folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indiclip.data.tables import stable_hash
+from indiclip.evals import logistic
+from indiclip.evals.cosines import Floats, Integers, chunks, cut, labels_of
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's evaluation, arXiv 2104.14294
+INVERSE_PENALTY = 31.6  # CLIP's example has C = 0.316 for embeddings of length about 10: the same for length 1
+FOLDS = 5
+
+
+class Predictions(NamedTuple):
+    """What a probe says.
+
+    Attributes:
+        image_M: int64, which images were predicted, ascending.
+        class_LM: int64, the predicted class at each length; -1 for none.
+    """
+
+    image_M: np.ndarray
+    class_LM: np.ndarray
+
+
+def knn(
+    image_NE: Floats,
+    label_N: Integers,
+    is_train_N: np.ndarray | None = None,
+    lengths: Sequence[int] | None = None,
+    k: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> Predictions:
+    """The class with most votes among the nearest neighbours, each weighing exp(cosine / temperature).
+
+    Args:
+        image_NE: Images, of any norm.
+        label_N: Class of each, -1 for none.
+        is_train_N: bool, the gallery; None has each image ask all others.
+        lengths: Embedding lengths, ascending; None is the full one.
+        k: Neighbours, or as many as the gallery has.
+        temperature: > 0.
+    """
+    images, labels = cut(image_NE), labels_of(label_N)
+    task = _Task.of(images, labels, is_train_N)
+    ends = list(lengths or [images.shape[1]])
+    class_LM = torch.full((len(ends), len(task.image_M)), -1)
+    k = min(k, len(task.gallery_G) - task.leave_one_out)
+    if k > 0:
+        class_C, index_G = torch.unique(labels[task.gallery_G], return_inverse=True)
+        gallery = _Gallery(images[task.gallery_G], ends)
+        asked_A, asked_AE = task.asked_A, images[task.image_M[task.asked_A]]
+        for part in chunks(len(asked_A), len(index_G)):
+            own = part.start if task.leave_one_out else None
+            for place, (cosine_BK, near_BK) in enumerate(gallery.nearest(asked_AE[part], k, own)):
+                weight_BK = ((cosine_BK - cosine_BK[:, :1]) / temperature).exp()  # of the nearest 1: no overflow
+                votes_BC = torch.zeros(len(weight_BK), len(class_C)).scatter_add_(1, index_G[near_BK], weight_BK)
+                class_LM[place, asked_A[part]] = class_C[votes_BC.argmax(1)]
+    return Predictions(task.image_M.numpy(), class_LM.numpy())
+
+
+def linear_probe(
+    image_NE: Floats,
+    label_N: Integers,
+    is_train_N: np.ndarray | None = None,
+    keys: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
+    inverse_penalty: float = INVERSE_PENALTY,
+) -> Predictions:
+    """The class that a logistic regression on the unit-length embeddings gives (see `logistic.fit`).
+
+    Args:
+        image_NE: Images, of any norm.
+        label_N: Class of each, -1 for none.
+        is_train_N: bool, the images to train on; None trains on all but a fold, for each of five stratified folds.
+        keys: Name of each image. Its hash says which fold it is in; None takes the image's place.
+        lengths: Embedding lengths, ascending; None is the full one.
+        inverse_penalty: scikit-learn's C.
+    """
+    images, labels = cut(image_NE), labels_of(label_N)
+    task = _Task.of(images, labels, is_train_N)
+    ends = list(lengths or [images.shape[1]])
+    class_LM = torch.full((len(ends), len(task.image_M)), -1)
+    if len(task.gallery_G) == 0:
+        return Predictions(task.image_M.numpy(), class_LM.numpy())
+    class_C, index_G = torch.unique(labels[task.gallery_G], return_inverse=True)
+    if task.leave_one_out:
+        names = [str(i) if keys is None else keys[i] for i in task.gallery_G.tolist()]
+        fold_G = folds(index_G.numpy(), names)
+        fold_A, train_FG = fold_G, torch.arange(FOLDS)[:, None] != fold_G
+    else:
+        fold_A, train_FG = (
+            torch.zeros(len(task.asked_A), dtype=torch.int64),
+            torch.ones(1, len(index_G), dtype=torch.bool),
+        )
+    for place, end in enumerate(ends):
+        gallery_GE, asked_AE = cut(images[task.gallery_G], end), cut(images[task.image_M[task.asked_A]], end)
+        weight_FCE, bias_FC = logistic.fit(gallery_GE, index_G, train_FG, inverse_penalty)
+        for fold in range(len(train_FG)):
+            held_out = (fold_A == fold).nonzero()[:, 0]
+            logits_HC = asked_AE[held_out] @ weight_FCE[fold].T + bias_FC[fold]
+            class_LM[place, task.asked_A[held_out]] = class_C[logits_HC.argmax(1)]
+    return Predictions(task.image_M.numpy(), class_LM.numpy())
+
+
+def folds(label_N: np.ndarray, keys: Sequence[str], num_folds: int = FOLDS) -> Tensor:
+    """Stratified folds that depend on labels and keys alone, not on the order of the images.
+
+    The images of a class are dealt out in the order of their keys' hashes, each class beginning where the one before
+    it ended: two images of a class are in two folds, and the folds differ by one image at most.
+
+    Returns:
+        int64 (N,), 0 to num_folds - 1.
+    """
+    hashes = np.array([stable_hash(key) for key in keys], dtype=np.uint64)
+    fold_N = np.empty(len(label_N), dtype=np.int64)
+    fold_N[np.lexsort((hashes, label_N))] = np.arange(len(label_N)) % num_folds
+    return torch.from_numpy(fold_N)
+
+
+class _Task(NamedTuple):
+    """Who asks whom: `asked_A` are places in `image_M`, whose other images have no finite embedding."""
+
+    image_M: Tensor
+    asked_A: Tensor
+    gallery_G: Tensor
+    leave_one_out: bool
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, is_train_N: np.ndarray | None) -> _Task:
+        finite_N = images.isfinite().all(1)
+        if is_train_N is None:
+            image_N, gallery_N = _two_of_a_class(labels, labels >= 0), _two_of_a_class(labels, (labels >= 0) & finite_N)
+            asked_N = gallery_N
+        else:
+            train_N = torch.as_tensor(is_train_N, dtype=torch.bool)
+            image_N, gallery_N = (labels >= 0) & ~train_N, (labels >= 0) & train_N & finite_N
+            asked_N = image_N & finite_N
+        image_M = image_N.nonzero()[:, 0]
+        return cls(image_M, asked_N[image_M].nonzero()[:, 0], gallery_N.nonzero()[:, 0], is_train_N is None)
+
+
+def _two_of_a_class(labels: Tensor, among_N: Tensor) -> Tensor:
+    """Those of `among_N` whose class has at least two of them."""
+    count_C = labels[among_N].bincount(minlength=int(labels.max()) + 1 if len(labels) else 0)
+    return among_N & (count_C[labels.clamp(min=0)] > 1) if among_N.any() else among_N
+
+
+class _Gallery:
+    """Finds the nearest of a gallery at several lengths for little more than the price of the last.
+
+    The dot product of a prefix continues that of a shorter one; only the norms are each length's own.
+
+    Args:
+        gallery_GE: Finite embeddings.
+        ends: Embedding lengths, ascending.
+    """
+
+    def __init__(self, gallery_GE: Tensor, ends: list[int]) -> None:
+        self.gallery_GE, self.ends = gallery_GE, ends
+        self.scale_LG = [_inverse_norm(gallery_GE[:, :end]) for end in ends]
+
+    def nearest(self, asked_BE: Tensor, k: int, own: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cosines and places (B, K) of the nearest at each length, nearest first.
+
+        Args:
+            asked_BE: Finite embeddings.
+            k: K.
+            own: Place in the gallery of row 0, the next row's being the next; these do not find themselves.
+        """
+        dot_BG = torch.zeros(len(asked_BE), len(self.gallery_GE))
+        if own is not None:
+            dot_BG.diagonal(own).fill_(-torch.inf)
+        start = 0
+        for end, scale_G in zip(self.ends, self.scale_LG, strict=True):
+            dot_BG.addmm_(asked_BE[:, start:end], self.gallery_GE[:, start:end].T)
+            cosine_BK, near_BK = (dot_BG * scale_G).topk(k, dim=1)
+            yield cosine_BK * _inverse_norm(asked_BE[:, :end])[:, None], near_BK
+            start = end
+
+
+def _inverse_norm(vectors: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return norm.clamp(min=1e-12).reciprocal()  # the bound of torch.nn.functional.normalize
