@@ -5,8 +5,10 @@ The command `indiclip bench` and the callback `IndiaBench` both run this; they d
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -152,12 +154,13 @@ def run_bench(
         return None
     result = Result(embedder.name, embedder.lengths, [view.name for view in views], cards=list(bench.skipped))
     first = 0
-    for place, items in enumerate(bench.items):
-        part = {view: image_NE[first : first + len(items)] for view, image_NE in images.items()}
-        failed = {index - first: why for index, why in unreadable.items() if 0 <= index - first < len(items)}
-        flagged_N = bench.flagged[place] if bench.flagged else None
-        _score_into(result, items, part, failed, texts, options, flagged_N)
-        first += len(items)
+    with _without_gc():
+        for place, items in enumerate(bench.items):
+            part = {view: image_NE[first : first + len(items)] for view, image_NE in images.items()}
+            failed = {index - first: why for index, why in unreadable.items() if 0 <= index - first < len(items)}
+            flagged_N = bench.flagged[place] if bench.flagged else None
+            _score_into(result, items, part, failed, texts, options, flagged_N)
+            first += len(items)
     result.about |= {
         "seconds": {
             "images": round(encoded - begin, 3),
@@ -169,6 +172,18 @@ def run_bench(
         "data": bench.data,
     }
     return result
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """A million predictions are lists without cycles; Python would look through them again and again, for a second."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _score_into(

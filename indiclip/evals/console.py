@@ -12,12 +12,15 @@ from rich.table import Column, Table
 
 from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
 
-_LANGUAGES = 3  # beside each other in a terminal of 80 columns
+_LANGUAGES = 3  # beside each other
+_PLAIN_WIDTH = 110  # columns, where the output is no terminal
 
 
 def print_result(result: Result, folder: Path) -> None:
     """The main number of each card in the languages of most cards, what was skipped, and where the rest is."""
     console = Console()
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH  # rich would take 80 columns
     counts = Counter(language for language in result.languages() for _ in result.main(language))
     languages = [language for language, _ in counts.most_common(_LANGUAGES)]
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("images", "chance", *languages, "kNN", "probe")]
@@ -39,12 +42,10 @@ def print_result(result: Result, folder: Path) -> None:
     print_notes(console, result.cards)
     headline = result.headline()
     means = ", ".join(f"{language} {mean['value']:.3f}" for language, mean in headline["mean"].items())
-    console.print(
-        f"India: {headline['covered']} of {headline['of']} categories have photographs"
-        + (f"; mean corrected for chance: {means}" if means else ""),
-        style="bold",
-        soft_wrap=True,
-    )
+    if headline["of"]:
+        line = f"India: {headline['covered']} of {headline['of']} categories have photographs"
+        line += f"; mean corrected for chance: {means}" if means else ""
+        console.print(line, style="bold", soft_wrap=True)
     console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)
 
 

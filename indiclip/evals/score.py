@@ -107,17 +107,25 @@ def _distances(sheet: Sheet, km_M: np.ndarray) -> dict[str, Interval]:
 def _keep_classes(
     sheet: Sheet, protocol: str, language: Language, ranking: Ranking, hard_hits: dict[int, bool]
 ) -> None:
-    ids = sheet.card.ids
-    rows = zip(ranking.image_M.tolist(), ranking.rank_M.tolist(), ranking.nearest_MK, ranking.cosine_MK, strict=True)
-    for image, rank, nearest_K, cosine_K in rows:
-        top = [ids[i] for i in nearest_K]
-        truth = ids[sheet.label_N[image]]
-        # A tie counts against the right class, wherever it came among equals.
-        predicted = top[0] if rank == 0 or top[0] != truth else top[1]
-        row = (sheet.items.keys[image], truth, predicted, rank, top, cosine_K.tolist(), hard_hits.get(image))
-        sheet.predictions.append(
-            Prediction(sheet.card.id, sheet.part, protocol, language.code, *row, flagged=bool(sheet.flagged_N[image]))
-        )
+    ids, image_M, nearest_MK = np.array(sheet.card.ids, dtype=object), ranking.image_M, ranking.nearest_MK
+    label_M = sheet.label_N[image_M]
+    # A tie counts against the right class, wherever it came among equals.
+    tied_M = (ranking.rank_M > 0) & (nearest_MK[:, 0] == label_M)
+    predicted_M = np.where(tied_M, nearest_MK[:, min(1, nearest_MK.shape[1] - 1)], nearest_MK[:, 0])
+    images = image_M.tolist()
+    rows = zip(
+        [sheet.items.keys[image] for image in images],
+        ids[label_M].tolist(),
+        ids[predicted_M].tolist(),
+        ranking.rank_M.tolist(),
+        ids[nearest_MK].tolist(),
+        ranking.cosine_MK.tolist(),
+        [hard_hits.get(image) for image in images],
+        sheet.flagged_N[image_M].tolist(),
+        strict=True,
+    )
+    where = (sheet.card.id, sheet.part, protocol, language.code)
+    sheet.predictions += [Prediction(*where, *row) for row in rows]
 
 
 def _match(sheet: Sheet, setting: Setting) -> None:
