@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from indiclip import json_lines
-from indiclip.evals.report import held_out_pictures, readable, write_report
+from indiclip.evals.report import Metrics, held_out, held_out_pictures, readable, write_report
 from indiclip.module import Batches, MultiTask
 
 
@@ -179,13 +179,23 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
+def _languages_table(by_language: dict[str, Metrics]) -> Table:
+    names = sorted({name for values in by_language.values() for name in values})
+    table = Table("language", *names, title="By language", title_justify="left")
+    for language, values in by_language.items():
+        table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
+    return table
+
+
 def _print_summary(folder: Path, record: dict[str, Any]) -> None:
+    plain, by_language = held_out(record["metrics"])
     table = Table("metric", "held out", title="Result", title_justify="left")
-    for name, value in sorted(record["metrics"].items()):
-        if name.startswith(("val/", "eval/")):
-            table.add_row(name, readable(value))
+    for name, value in plain.items():
+        table.add_row(name, readable(value))
     console = Console()
     console.print(table)
+    if by_language:
+        console.print(_languages_table(by_language))
     if record["quarantined"]:
         many = f"unreadable samples: {len(record['quarantined']):,}"
         console.print(f"{many}, listed in [bold]{folder / 'quarantine.jsonl'}[/]", soft_wrap=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from indiclip.module import MultiTask
 
 Picture = tuple[np.ndarray, str]  # uint8 (height, width, 3) and the words below it
+Metrics = dict[str, float | None]  # None is not finite
 
 _STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); }
@@ -58,7 +59,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="lead">IndiCLIP {__version__} · {record["step"]:,} steps · {record["seconds"]:,.0f} s</p>',
         "<h2>Metrics on held-out data</h2>",
-        _metrics_table({k: v for k, v in record["metrics"].items() if k.startswith(("val/", "eval/"))}),
+        _held_out_tables(record["metrics"]),
         "<h2>While it trained</h2>",
         '<div class="curves">' + "".join(map(_image_tag, _curves(record["history"]))) + "</div>",
     ]
@@ -115,12 +116,42 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _metrics_table(metrics: dict[str, float | None]) -> str:
+def _metrics_table(metrics: Metrics) -> str:
     rows = "".join(
         f'<tr><td>{html.escape(name)}</td><td class="number">{readable(value)}</td></tr>'
         for name, value in sorted(metrics.items())
     )
     return f"<table><tr><th>metric</th><th>value</th></tr>{rows}</table>" if rows else "<p>none</p>"
+
+
+def _held_out_tables(metrics: Metrics) -> str:
+    plain, by_language = held_out(metrics)
+    if not by_language:
+        return _metrics_table(plain)
+    names = sorted({name for values in by_language.values() for name in values})
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in ("language", *names))
+    rows = "".join(
+        f"<tr><td>{html.escape(language)}</td>"
+        + "".join(f'<td class="number">{readable(values[n]) if n in values else ""}</td>' for n in names)
+        + "</tr>"
+        for language, values in by_language.items()
+    )
+    return f"{_metrics_table(plain)}<h2>By language</h2><table><tr>{header}</tr>{rows}</table>"
+
+
+def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, Metrics]]:
+    """The metrics on held-out data: those of everything, and those of one language (`val/<head>/<metric>/<language>`)
+    as language -> `<head>/<metric>` -> value.
+    """
+    plain: Metrics = {}
+    by_language: dict[str, Metrics] = {}
+    for name, value in sorted(metrics.items()):
+        parts = name.split("/")
+        if parts[0] == "val" and len(parts) == 4:
+            by_language.setdefault(parts[3], {})["/".join(parts[1:3])] = value
+        elif parts[0] in ("val", "eval"):
+            plain[name] = value
+    return plain, by_language
 
 
 def readable(value: float | None) -> str:
@@ -165,13 +196,15 @@ def _image_tag(png: bytes) -> str:
 
 
 def _curves(history: list[dict[str, Any]]) -> list[bytes]:
-    """A plot per group of names, `train/<head>/...` or `val/<head>/...`, of what was measured more than once."""
+    """A plot per group of names, `train/<head>/...`, `val/<head>/...`, or of a number by language, of what was measured
+    more than once.
+    """
     times = Counter(name for row in history for name in row)
     groups: dict[str, set[str]] = {}
     for name, count in times.items():
         parts = name.split("/")
         if len(parts) >= 3 and count > 1 and not name.endswith("backbone_grad_norm"):
-            groups.setdefault("/".join(parts[:2]), set()).add(name)
+            groups.setdefault("/".join(parts[:-1]), set()).add(name)
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
@@ -181,6 +214,8 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
     axes = figure.subplots()
+    if len(names) > 10:
+        axes.set_prop_cycle(color=[f"C{i}" for i in range(10)] * 3, linestyle=["-"] * 10 + ["--"] * 10 + [":"] * 10)
     for name in names:
         points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
         marker = "o" if len(points) < 20 else None
@@ -198,6 +233,8 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
     axes.grid(alpha=0.25)
     if len(names) <= 12:
         axes.legend(fontsize=7)
+    elif len(names) <= 24:
+        axes.legend(fontsize=5, ncols=2)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
