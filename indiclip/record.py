@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from indiclip import json_lines
-from indiclip.evals.report import Metrics, held_out, held_out_pictures, readable, write_report
+from indiclip.evals.report import Metrics, held_out, held_out_pictures, metric_names, readable, write_report
 from indiclip.module import Batches, MultiTask
 
 
@@ -179,10 +179,11 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _languages_table(by_language: dict[str, Metrics]) -> Table:
-    names = sorted({name for values in by_language.values() for name in values})
-    table = Table("language", *names, title="By language", title_justify="left")
-    for language, values in by_language.items():
+def _languages_table(head: str, languages: dict[str, Metrics]) -> Table:
+    names = metric_names(languages)
+    headers = [name.replace("_", " ") for name in names]  # long names break between words
+    table = Table("language", *headers, title=f"{head.capitalize()} by language", title_justify="left")
+    for language, values in languages.items():
         table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
     return table
 
@@ -194,8 +195,8 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
         table.add_row(name, readable(value))
     console = Console()
     console.print(table)
-    if by_language:
-        console.print(_languages_table(by_language))
+    for head, languages in by_language.items():
+        console.print(_languages_table(head, languages))
     if record["quarantined"]:
         many = f"unreadable samples: {len(record['quarantined']):,}"
         console.print(f"{many}, listed in [bold]{folder / 'quarantine.jsonl'}[/]", soft_wrap=True)

@@ -126,32 +126,38 @@ def _metrics_table(metrics: Metrics) -> str:
 
 def _held_out_tables(metrics: Metrics) -> str:
     plain, by_language = held_out(metrics)
-    if not by_language:
-        return _metrics_table(plain)
-    names = sorted({name for values in by_language.values() for name in values})
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in ("language", *names))
-    rows = "".join(
-        f"<tr><td>{html.escape(language)}</td>"
-        + "".join(f'<td class="number">{readable(values[n]) if n in values else ""}</td>' for n in names)
-        + "</tr>"
-        for language, values in by_language.items()
-    )
-    return f"{_metrics_table(plain)}<h2>By language</h2><table><tr>{header}</tr>{rows}</table>"
+    tables = [_metrics_table(plain)]
+    for head, languages in by_language.items():
+        names = metric_names(languages)
+        header = "".join(f"<th>{html.escape(name)}</th>" for name in ("language", *names))
+        rows = "".join(
+            f"<tr><td>{html.escape(language)}</td>"
+            + "".join(f'<td class="number">{readable(values[n]) if n in values else ""}</td>' for n in names)
+            + "</tr>"
+            for language, values in languages.items()
+        )
+        tables += [f"<h2>{html.escape(head.capitalize())} by language</h2>", f"<table><tr>{header}</tr>{rows}</table>"]
+    return "".join(tables)
 
 
-def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, Metrics]]:
+def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, dict[str, Metrics]]]:
     """The metrics on held-out data: those of everything, and those of one language (`val/<head>/<metric>/<language>`)
-    as language -> `<head>/<metric>` -> value.
+    as head -> language -> metric -> value.
     """
     plain: Metrics = {}
-    by_language: dict[str, Metrics] = {}
+    by_language: dict[str, dict[str, Metrics]] = {}
     for name, value in sorted(metrics.items()):
         parts = name.split("/")
         if parts[0] == "val" and len(parts) == 4:
-            by_language.setdefault(parts[3], {})["/".join(parts[1:3])] = value
+            by_language.setdefault(parts[1], {}).setdefault(parts[3], {})[parts[2]] = value
         elif parts[0] in ("val", "eval"):
             plain[name] = value
     return plain, by_language
+
+
+def metric_names(languages: dict[str, Metrics]) -> list[str]:
+    """Of a table with a row per language."""
+    return sorted({name for values in languages.values() for name in values})
 
 
 def readable(value: float | None) -> str:
@@ -214,9 +220,7 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
     axes = figure.subplots()
-    if len(names) > 10:
-        axes.set_prop_cycle(color=[f"C{i}" for i in range(10)] * 3, linestyle=["-"] * 10 + ["--"] * 10 + [":"] * 10)
-    for name in names:
+    for i, name in enumerate(names):
         points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
         marker = "o" if len(points) < 20 else None
         axes.plot(
@@ -224,6 +228,7 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
             [y for _, y in points],
             label=name.rsplit("/", 1)[-1],
             linewidth=1.2,
+            linestyle=("-", "--", ":")[i // 10 % 3],  # there are ten colours
             marker=marker,
             markersize=3,
         )
@@ -231,7 +236,7 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    if len(names) <= 12:
+    if len(names) <= 8:
         axes.legend(fontsize=7)
     elif len(names) <= 24:
         axes.legend(fontsize=5, ncols=2)
