@@ -48,8 +48,9 @@ def drawn(steps, first, last):
     return rows
 
 
-def test_in_as_many_epochs_as_it_has_languages_an_image_is_seen_once_in_each():
-    steps, data = Steps([Source("t", Captioned(), 10)], 3, 8, None, train=True), Captioned()
+@pytest.mark.parametrize("batch", [{"batch_size": 10}, {"batch_tokens": 10, "batch_multiple": 2, "max_tokens": 1}])
+def test_in_as_many_epochs_as_it_has_languages_an_image_is_seen_once_in_each(batch):
+    steps, data = Steps([Source("t", Captioned(), **batch)], 3, 8, None, train=True), Captioned()
     seen = {}
     for key, language, caption in drawn(steps, 0, 3 * 12):  # three steps are an epoch
         assert caption == (f"{language} {key[1:]}" if language else "own")
