@@ -1,10 +1,11 @@
-"""Image-text matching: the contrastive loss, retrieval and zero-shot accuracy.
+"""Image-text matching: the contrastive loss, retrieval and zero-shot accuracy; the first two by language too.
 
-Shape letters: see `indiclip.types`; C classes, L trained embedding lengths.
+Shape letters: see `indiclip.types`; C classes, L trained embedding lengths, S texts: every caption of every image.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,10 +22,16 @@ if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
 _ROUNDING = 1e-6  # of a cosine in float32
+_CODE_LENGTH = 35  # characters hold any language code in use (BCP-47: RFC 5646, section 4.4.1)
+_CODE = re.compile(rf"[A-Za-z0-9-]{{1,{_CODE_LENGTH}}}")
 
 
 class Contrastive(Head):
     """Pulls an image to its caption, and to the captions of images with the same label.
+
+    Once captions of two languages were seen, `loss/<language>` is logged: the mean of its pairs' parts of the loss; it
+    stays as it was where a step has no pair of it. Samples without a `language` count in none. Held-out images with
+    `captions` are scored in each of their languages, see `EmbeddingMetric`.
 
     Args:
         task: Which batch it reads.
@@ -54,6 +61,7 @@ class Contrastive(Head):
         self.retrieval_at = retrieval_at or [1, 5]
         self.class_names: list[str] = []
         self._class_text: list[Tensor] | None = None
+        self._languages: set[str] = set()  # of all captions that were trained on
         self.register_load_state_dict_post_hook(_forget_class_text)  # type: ignore[no-untyped-call]
 
     def build(self, encoder: Encoder) -> None:
@@ -76,11 +84,27 @@ class Contrastive(Head):
         text_BE = encoder.embed_text(captions)
         labels_B = _labels(batch, image_BE.device)
         ids_B = caption_ids(captions).to(image_BE.device)
-        return {"loss": self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)}
+        loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)
+        self.logged = self._loss_by_language(batch["targets"].get("language", []))
+        return {"loss": loss}
+
+    def _loss_by_language(self, languages: list[str | None]) -> dict[str, Tensor]:
+        """`loss/<language>` of the batch's languages, where the run has more than one."""
+        names = sorted({language for language in languages if language and _CODE.fullmatch(language)})
+        self._languages.update(names)
+        if len(self._languages) < 2 or not names:
+            return {}
+        pair_losses_B = self.criterion.pair_losses_B
+        assert pair_losses_B is not None
+        of_KB = torch.from_numpy(np.array(names)[:, None] == np.array([language or "" for language in languages]))
+        share_KB = of_KB / of_KB.sum(1, keepdim=True)
+        share_KB = share_KB.to(pair_losses_B.device, non_blocking=True)  # else the CPU would wait for the GPU
+        return dict(zip((f"loss/{name}" for name in names), (share_KB * pair_losses_B).sum(1), strict=True))
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
-        """`image_E`, `text_E`, `hits_L` (zero-shot right at each length, where a class is known) and `nearest`
-        (the captions of this batch closest to the image, best first).
+        """`image_E`, `text_E`, `hits_L` (zero-shot right at each length, where a class is known), `nearest` (the
+        captions of this batch closest to the image, best first) and `texts_E` (language -> embedding, of the sample's
+        `captions`).
         """
         captions = _captions(batch)
         image_BE, text_BE = encoder.embed_features(features), encoder.embed_text(captions)
@@ -89,9 +113,10 @@ class Contrastive(Head):
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
             hits = self._zero_shot(image_BE, _labels(batch, image_BE.device), encoder)
             order = (image_BE @ text_BE[first].T).topk(min(5, len(distinct)), dim=1).indices.tolist()
+        by_language = _embed_by_language(_by_language(batch), encoder)
         return [
-            {"image_E": image, "text_E": text, "hits_L": hit, "nearest": [distinct[i] for i in nearest]}
-            for image, text, hit, nearest in zip(image_BE, text_BE, hits, order, strict=True)
+            {"image_E": image, "text_E": text, "hits_L": hit, "nearest": [distinct[i] for i in best], "texts_E": texts}
+            for image, text, hit, best, texts in zip(image_BE, text_BE, hits, order, by_language, strict=True)
         ]
 
     def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
@@ -99,7 +124,9 @@ class Contrastive(Head):
         text_BE = torch.stack([prediction["text_E"] for prediction in predictions])
         hits = [prediction["hits_L"] for prediction in predictions if prediction["hits_L"] is not None]
         assert isinstance(self.metric, EmbeddingMetric)
-        self.metric.update(image_BE, text_BE, caption_ids(_captions(batch)).to(image_BE.device), hits)
+        texts_E = [prediction["texts_E"] for prediction in predictions]
+        ids_B = caption_ids(_captions(batch)).to(image_BE.device)
+        self.metric.update(image_BE, text_BE, ids_B, hits, _by_language(batch), texts_E)
 
     def draw(self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]) -> tuple[np.ndarray, str]:
         nearest = "\n".join(
@@ -134,6 +161,11 @@ class EmbeddingMetric(torchmetrics.Metric):
 
     An image's right texts are all with its caption's id; equal captions count as one candidate.
 
+    Retrieval in one language, `image_to_text_r<k>/<language>`, is among the images with a caption in it and those
+    captions: languages that all images have are scored on the same images. `image_to_text_r<k>_gap/<language>`, for the
+    largest k, is English's recall less the language's, both among the images that have the two. With captions in
+    fewer than two languages there is neither.
+
     Args:
         lengths: Embedding lengths, ascending; the last is the full one.
         retrieval_at: The k of recall@k.
@@ -143,13 +175,19 @@ class EmbeddingMetric(torchmetrics.Metric):
     image_BE: list[Tensor]
     text_BE: list[Tensor]
     ids_B: list[Tensor]
+    counts_B: list[Tensor]
+    text_SE: list[Tensor]
+    ids_S: list[Tensor]
+    codes_SC: list[Tensor]
     hits_L: Tensor
     labelled: Tensor
 
     def __init__(self, lengths: list[int], retrieval_at: list[int]) -> None:
         super().__init__()
         self.lengths, self.retrieval_at = lengths, retrieval_at
-        for name in ("image_BE", "text_BE", "ids_B"):
+        # The captions by language lie in one row, image after image, each with its language as characters: like this
+        # they can be put together from ranks that have seen different languages.
+        for name in ("image_BE", "text_BE", "ids_B", "counts_B", "text_SE", "ids_S", "codes_SC"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self.add_state("hits_L", default=torch.zeros(len(lengths)), dist_reduce_fx="sum")
         self.add_state("labelled", default=torch.zeros(()), dist_reduce_fx="sum")
@@ -160,31 +198,93 @@ class EmbeddingMetric(torchmetrics.Metric):
         """Empty, but with the shapes and types that a rank without samples needs in the exchange."""
         super().reset()
         empty_0E = torch.zeros(0, self.lengths[-1], device=self.device)
-        self.image_BE, self.text_BE = [empty_0E], [empty_0E]
-        self.ids_B = [torch.zeros(0, dtype=torch.int64, device=self.device)]
+        empty_0 = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.image_BE, self.text_BE, self.text_SE = [empty_0E], [empty_0E], [empty_0E]
+        self.ids_B, self.counts_B, self.ids_S = [empty_0], [empty_0], [empty_0]
+        self.codes_SC = [torch.zeros(0, _CODE_LENGTH, dtype=torch.uint8, device=self.device)]
 
-    def update(self, image_BE: Tensor, text_BE: Tensor, ids_B: Tensor, hits: list[Tensor]) -> None:
-        """Add a batch; `hits` has a bool (L,) for each labelled image."""
+    def update(
+        self,
+        image_BE: Tensor,
+        text_BE: Tensor,
+        ids_B: Tensor,
+        hits: list[Tensor],
+        captions: list[dict[str, str]] | None = None,
+        texts_E: list[dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            image_BE: Images.
+            text_BE: Their captions.
+            ids_B: The captions' ids.
+            hits: A bool (L,) for each labelled image.
+            captions: Language -> caption, of each image.
+            texts_E: Language -> embedding, of each image.
+        """
         self.image_BE.append(image_BE.float())
         self.text_BE.append(text_BE.float())
         self.ids_B.append(ids_B)
         if hits:
             self.hits_L += torch.stack(hits).sum(0)
         self.labelled += len(hits)
+        captions = captions or [{} for _ in image_BE]
+        self.counts_B.append(torch.tensor([len(of_image) for of_image in captions], device=image_BE.device))
+        if texts_E and any(texts_E):
+            pairs = [pair for of_image in captions for pair in of_image.items()]
+            self.text_SE.append(torch.stack([text for of_image in texts_E for text in of_image.values()]).float())
+            self.ids_S.append(caption_ids([text for _, text in pairs]).to(image_BE.device))
+            codes = [list(language.encode().ljust(_CODE_LENGTH)) for language, _ in pairs]
+            self.codes_SC.append(torch.tensor(codes, dtype=torch.uint8, device=image_BE.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """`zero_shot` (at the full length) and `zero_shot_<length>`, `image_to_text_r<k>`, `text_to_image_r<k>`."""
+        """`zero_shot` (at the full length) and `zero_shot_<length>`, `image_to_text_r<k>`, `text_to_image_r<k>`; the
+        last two by language as well.
+        """
         result: dict[str, Tensor] = {}
         if self.labelled > 0:
             accuracy_L = self.hits_L / self.labelled
             result["zero_shot"] = accuracy_L[-1]
             for length, accuracy in zip(self.lengths[:-1], accuracy_L[:-1], strict=True):
                 result[f"zero_shot_{length}"] = accuracy
-        image_BE, text_BE = dim_zero_cat(self.image_BE), dim_zero_cat(self.text_BE)
-        ids, group_B = torch.unique(dim_zero_cat(self.ids_B), return_inverse=True)
+        image_BE = dim_zero_cat(self.image_BE)
+        result |= self._recalls(image_BE, dim_zero_cat(self.text_BE), dim_zero_cat(self.ids_B))
+        return result | self._by_language(image_BE)
+
+    def _by_language(self, image_BE: Tensor) -> dict[str, Tensor]:
+        image_S = torch.arange(len(image_BE), device=image_BE.device).repeat_interleave(dim_zero_cat(self.counts_B))
+        text_SE, ids_S = dim_zero_cat(self.text_SE), dim_zero_cat(self.ids_S)
+        codes_KC, language_S = torch.unique(dim_zero_cat(self.codes_SC), dim=0, return_inverse=True)
+        names = [bytes(code).decode().rstrip() for code in codes_KC.tolist()]
+        if len(names) < 2:
+            return {}
+        chosen = {name: language_S == number for number, name in enumerate(names)}
+        known: dict[bytes, dict[str, Tensor]] = {}
+
+        def recalls(chosen_S: Tensor) -> dict[str, Tensor]:
+            key = chosen_S.cpu().numpy().tobytes()  # mostly, all images have all languages
+            if key not in known:
+                known[key] = self._recalls(image_BE[image_S[chosen_S]], text_SE[chosen_S], ids_S[chosen_S])
+            return known[key]
+
+        result: dict[str, Tensor] = {}
+        best = f"image_to_text_r{max(self.retrieval_at)}"
+        for name, chosen_S in chosen.items():
+            result |= {f"{metric}/{name}": value for metric, value in recalls(chosen_S).items()}
+            if name != "en" and "en" in chosen:
+                both_S = torch.isin(image_S, image_S[chosen_S]) & torch.isin(image_S, image_S[chosen["en"]])
+                if both_S.any():
+                    gap = recalls(chosen["en"] & both_S)[best] - recalls(chosen_S & both_S)[best]
+                    result[f"{best}_gap/{name}"] = gap
+        return result
+
+    def _recalls(self, image_BE: Tensor, text_BE: Tensor, ids_B: Tensor) -> dict[str, Tensor]:
+        """`image_to_text_r<k>` and `text_to_image_r<k>` of images and their texts."""
+        ids, group_B = torch.unique(ids_B, return_inverse=True)
         first_C = torch.full((len(ids),), len(group_B), device=group_B.device)
         first_C = first_C.scatter_reduce(0, group_B, torch.arange(len(group_B), device=group_B.device), "amin")
         rank_B, rank_C = retrieval_ranks(image_BE, text_BE[first_C], group_B)
+        result: dict[str, Tensor] = {}
         for k in self.retrieval_at:
             result[f"image_to_text_r{k}"] = (rank_B < k).float().mean()
             result[f"text_to_image_r{k}"] = (rank_C < k).float().mean()
@@ -229,6 +329,22 @@ def _captions(batch: Batch) -> list[str]:
         if caption is None:
             raise ValueError(f"heads.contrastive: the sample {key!r} has no caption")
     return captions
+
+
+def _by_language(batch: Batch) -> list[dict[str, str]]:
+    """The captions of each image by language."""
+    captions = batch["targets"].get("captions", [None] * len(batch["keys"]))
+    return [{name: text for name, text in (by or {}).items() if _CODE.fullmatch(name)} for by in captions]
+
+
+def _embed_by_language(captions: list[dict[str, str]], encoder: Encoder) -> list[dict[str, Tensor]]:
+    """Language -> embedding, of each image's captions; one language after the other, so that batches stay small."""
+    found: list[dict[str, Tensor]] = [{} for _ in captions]
+    for language in sorted({language for by in captions for language in by}):
+        images = [i for i, by in enumerate(captions) if language in by]
+        for i, text_E in zip(images, encoder.embed_text([captions[i][language] for i in images]), strict=True):
+            found[i][language] = text_E
+    return [{language: by[language] for language in of_image} for by, of_image in zip(found, captions, strict=True)]
 
 
 def _labels(batch: Batch, device: torch.device) -> Tensor:

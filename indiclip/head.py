@@ -29,6 +29,8 @@ class Head(nn.Module, ABC):
 
     Attributes:
         name: Log prefix, `train/<name>/<loss>`: the file's name in `heads/`.
+        logged: Numbers of the newest `loss` that are logged beside its own and are no part of the total. Their names
+            may differ from step to step and between ranks; `<number>/<language>` is a curve in a plot of the number.
         metric: Its `compute()` gives a dict of numbers.
         needs: Fields that every sample of its task has; checked before training.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
@@ -46,6 +48,7 @@ class Head(nn.Module, ABC):
         self.task = task
         self.weight = weight
         self.name = type(self).__module__.rsplit(".", 1)[-1]
+        self.logged: dict[str, Tensor] = {}
 
     @abstractmethod
     def build(self, encoder: Encoder) -> None:

@@ -58,7 +58,10 @@ class ContrastiveLoss(nn.Module):
     Attributes:
         logit_scale: (1,), logarithm of the factor on the cosines, <= log(100). Not a 0-dimensional tensor
             because FSDP2 refuses to shard those.
+        pair_losses_B: what each of this rank's pairs has in the newest loss, which is their mean; no gradient.
     """
+
+    pair_losses_B: Tensor | None = None
 
     def __init__(self, init_logit_scale: float, lengths: list[int] | None, length_weights: list[float] | None) -> None:
         super().__init__()
@@ -97,9 +100,11 @@ class ContrastiveLoss(nn.Module):
             keys_KB = _stack_keys(image_BE, labels_B=labels_B, caption_ids_B=caption_ids_B)
             # Here, so that after the gather only the shorter prefixes are left to normalise for all ranks' rows.
             image_BE, text_BE = (F.normalize(x.to(dtype), dim=-1) for x in (image_BE, text_BE))
-            return self._loss(image_BE, text_BE, keys_KB)
+            total = self._total(image_BE, text_BE, keys_KB)
+            self.pair_losses_B = total.loss_B
+            return total.result()
 
-    def _loss(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> Tensor:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> "_Total":
         """Computes `forward` from unit vectors and the keys of `_stack_keys`."""
         raise NotImplementedError
 
@@ -125,13 +130,13 @@ class SoftmaxLoss(ContrastiveLoss):
 
     The target of a row is uniform over its positives; the loss is the mean of both directions' cross
     entropies (CLIP, arXiv 2103.00020, figure 3; UniCL, arXiv 2204.03610, whose sum is halved here).
-    `logit_scale` starts at log(1 / 0.07).
+    `logit_scale` starts at log(1 / 0.07). A pair's part is the mean of its image's row and its text's.
     """
 
     def __init__(self, lengths: list[int] | None = None, length_weights: list[float] | None = None) -> None:
         super().__init__(math.log(1 / 0.07), lengths, length_weights)
 
-    def _loss(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> Tensor:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> "_Total":
         rank, world = _rank_and_world()
         first = rank * len(image_BE)  # the column of this rank's first pair
         positive_BG = None if keys_KB is None else _positives(keys_KB, _all_gather(keys_KB.T).T, first)
@@ -142,15 +147,16 @@ class SoftmaxLoss(ContrastiveLoss):
                 logits_BG = leaves[2] * _prefix(leaves[0], length) @ _prefix(leaves[1], length).T
                 # Where all pairs are here, the logits of the other direction are these, transposed.
                 dims = (1,) if world > 1 else (1, 0)
-                loss, gradient_BG = _cross_entropy(logits_BG.detach(), positive_BG, first, dims)
-                total.add(weight / (2 * len(image_BE)), loss, gradient_BG, logits_BG, leaves, slots)
-        return total.result()
+                loss_B, gradient_BG = _cross_entropy(logits_BG.detach(), positive_BG, first, dims)
+                total.add(weight / 2, loss_B, gradient_BG, logits_BG, leaves, slots)
+        return total
 
 
 class SigmoidLoss(ContrastiveLoss):
     """Each image and text are classified as belonging together or not: SigLIP (arXiv 2303.15343, alg. 1).
 
-    The loss is summed over an image's pairs and averaged over the images. `logit_scale` starts at log(10).
+    The loss is summed over an image's pairs and averaged over the images. `logit_scale` starts at log(10). A pair's
+    part is the sum of its image.
 
     Attributes:
         logit_bias: (1,), added to the logits; starts at -10 so that the many negatives begin as such.
@@ -160,7 +166,7 @@ class SigmoidLoss(ContrastiveLoss):
         super().__init__(math.log(10), lengths, length_weights)
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
-    def _loss(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> Tensor:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> "_Total":
         world = _rank_and_world()[1]
         total = _Total(image_BE, text_BE, self._scale(image_BE.dtype), self.logit_bias.to(image_BE.dtype))
         chunk_BE, chunk_keys_KB = text_BE.detach(), keys_KB
@@ -175,23 +181,26 @@ class SigmoidLoss(ContrastiveLoss):
                 leaves = total.leaves(image_BE, chunk_BE, *total.inputs[2:])
                 scaled_BE = leaves[2] * _prefix(leaves[0], length)
                 logits_BB = torch.addmm(leaves[3], scaled_BE, _prefix(leaves[1], length).T)
-                loss, gradient_BB = _binary_entropy(logits_BB.detach(), positive_BB, own=step == 0)
-                total.add(weight / len(image_BE), loss, gradient_BB, logits_BB, leaves, (0, 1, 2, 3))
+                loss_B, gradient_BB = _binary_entropy(logits_BB.detach(), positive_BB, own=step == 0)
+                total.add(weight, loss_B, gradient_BB, logits_BB, leaves, (0, 1, 2, 3))
             if world > 1 and (text_gradient_BE := total.gradients[1]) is not None:
                 total.gradients[1] = _Shift(text_gradient_BE).wait()[0]
             if arriving is not None:
                 chunk_BE, *chunk_keys = arriving.wait()
                 chunk_keys_KB = chunk_keys[0] if chunk_keys else None
-        return total.result()
+        return total
 
 
 class _Total:
-    """A sum of losses and its gradients with respect to `inputs`, computed block by block of logits."""
+    """A sum of losses per pair, and the gradients of its mean with respect to `inputs`, block by block of logits.
+
+    The first of the inputs has a row per pair.
+    """
 
     def __init__(self, *inputs: Tensor) -> None:
         self.inputs = inputs
         self.wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        self.loss = torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
+        self.loss_B = torch.zeros(len(inputs[0]), dtype=inputs[0].dtype, device=inputs[0].device)
         self.gradients: list[Tensor | None] = [None] * len(inputs)
 
     def leaves(self, *values: Tensor) -> list[Tensor]:
@@ -199,52 +208,59 @@ class _Total:
         return [x.detach().requires_grad_(self.wanted) for x in values]
 
     def add(
-        self, weight: float, loss: Tensor, gradient: Tensor, logits: Tensor, leaves: list[Tensor], slots: Sequence[int]
+        self,
+        weight: float,
+        loss_B: Tensor,
+        gradient: Tensor,
+        logits: Tensor,
+        leaves: list[Tensor],
+        slots: Sequence[int],
     ) -> None:
-        """Adds `weight * loss`, of which `gradient` (overwritten) is the gradient with respect to `logits`.
+        """Adds `weight * loss_B`; `gradient` (overwritten) is that of the sum of `loss_B` with respect to `logits`.
 
         The logits were computed from `leaves`, which stand for the inputs numbered `slots`.
         """
-        self.loss += weight * loss
+        self.loss_B += weight * loss_B
         if not self.wanted:
             return
-        parts = torch.autograd.grad(logits, leaves, gradient.mul_(weight))
+        parts = torch.autograd.grad(logits, leaves, gradient.mul_(weight / len(self.loss_B)))
         for slot, part in zip(slots, parts, strict=True):
             so_far = self.gradients[slot]
             self.gradients[slot] = part if so_far is None else so_far + part
 
     def result(self) -> Tensor:
+        loss = self.loss_B.mean()
         if not self.wanted:
-            return self.loss
-        return cast(Tensor, _WithGradients.apply(self.loss, self.gradients, *self.inputs))
+            return loss
+        return cast(Tensor, _WithGradients.apply(loss, self.gradients, *self.inputs))
 
 
 def _cross_entropy(
     logits_BG: Tensor, positive_BG: Tensor | None, first: int, dims: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropies along each of `dims`, summed, and their gradient.
+    """Cross entropies along each of `dims`, added up per pair (B,), and the gradient of their sum.
 
     Without `positive_BG`, the only positive of row i is column `first` + i.
     """
-    loss, gradient_BG = torch.zeros((), dtype=logits_BG.dtype, device=logits_BG.device), None
+    loss_B, gradient_BG = torch.zeros(len(logits_BG), dtype=logits_BG.dtype, device=logits_BG.device), None
     for dim in dims:
         log_probs_BG = logits_BG.log_softmax(dim)
         if positive_BG is None:
-            loss -= log_probs_BG.diagonal(first).sum()
+            loss_B -= log_probs_BG.diagonal(first)
             part_BG = log_probs_BG.exp_()
             part_BG.diagonal(first).sub_(1)
         else:
             target_BG = positive_BG.to(logits_BG.dtype)
             target_BG /= target_BG.sum(dim, keepdim=True)
-            loss -= target_BG.flatten().dot(log_probs_BG.flatten())
+            loss_B -= (target_BG * log_probs_BG).sum(dim)
             part_BG = log_probs_BG.exp_().sub_(target_BG)
         gradient_BG = part_BG if gradient_BG is None else gradient_BG.add_(part_BG)
     assert gradient_BG is not None
-    return loss, gradient_BG
+    return loss_B, gradient_BG
 
 
 def _binary_entropy(logits_BB: Tensor, positive_BB: Tensor | None, own: bool) -> tuple[Tensor, Tensor]:
-    """Sum of -log sigmoid(+-logit) and its gradient, which overwrites the logits.
+    """-log sigmoid(+-logit), summed per row (B,), and the gradient of its sum, which overwrites the logits.
 
     Without `positive_BB`, the positives are the diagonal where the chunk holds the images' `own` texts.
     """
@@ -252,10 +268,10 @@ def _binary_entropy(logits_BB: Tensor, positive_BB: Tensor | None, own: bool) ->
     # -log sigmoid(-x) = softplus(x), so positives change their sign before, and their gradient after.
     _flip(logits_BB, sign_BB, own)
     # torch's default threshold of 20 would be off by 2e-9: too coarse for float64.
-    loss = F.softplus(logits_BB, threshold=50).sum()
+    loss_B = F.softplus(logits_BB, threshold=50).sum(1)
     gradient_BB = logits_BB.sigmoid_()
     _flip(gradient_BB, sign_BB, own)
-    return loss, gradient_BB
+    return loss_B, gradient_BB
 
 
 def _flip(values_BB: Tensor, sign_BB: Tensor | None, own: bool) -> None:

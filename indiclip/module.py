@@ -89,7 +89,8 @@ class MultiTask(L.LightningModule):
             self.head_losses[head.name] = self._weighted(
                 head, sum(losses.values(), torch.zeros((), device=self.device))
             )
-            self.log_dict({f"train/{head.name}/{name}": loss.detach() for name, loss in losses.items()}, batch_size=1)
+            logged = {name: loss.detach() for name, loss in losses.items()} | head.logged
+            self.log_dict({f"train/{head.name}/{name}": value for name, value in logged.items()}, batch_size=1)
         total = sum(self.head_losses.values(), torch.zeros((), device=self.device))
         self.log("train/loss", total.detach(), batch_size=1)
         return total

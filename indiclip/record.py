@@ -17,8 +17,7 @@ from rich.table import Table
 
 from indiclip import json_lines
 from indiclip.evals.page import readable
-from indiclip.evals.report import held_out_pictures, write_report
-from indiclip.evals.results import is_summary
+from indiclip.evals.report import Metrics, held_out, held_out_pictures, metric_names, write_report
 from indiclip.module import Batches, MultiTask
 
 
@@ -181,13 +180,24 @@ def finite(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
+def _languages_table(head: str, languages: dict[str, Metrics]) -> Table:
+    names = metric_names(languages)
+    headers = [name.replace("_", " ") for name in names]  # long names break between words
+    table = Table("language", *headers, title=f"{head.capitalize()} by language", title_justify="left")
+    for language, values in languages.items():
+        table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
+    return table
+
+
 def _print_summary(folder: Path, record: dict[str, Any]) -> None:
+    plain, by_language = held_out(record["metrics"])
     table = Table("metric", "held out", title="Result", title_justify="left")
-    for name, value in sorted(record["metrics"].items()):
-        if name.startswith(("val/", "eval/")) and is_summary(name):
-            table.add_row(name, readable(value))
+    for name, value in plain.items():
+        table.add_row(name, readable(value))
     console = Console()
     console.print(table)
+    for head, languages in by_language.items():
+        console.print(_languages_table(head, languages))
     if record["quarantined"]:
         many = f"unreadable samples: {len(record['quarantined']):,}"
         console.print(f"{many}, listed in [bold]{folder / 'quarantine.jsonl'}[/]", soft_wrap=True)

@@ -117,6 +117,20 @@ BAD = {
 }
 
 
+def test_captions_by_language_beside_boxes(tmp_path, capsys):
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(picture, "PNG")
+    entry = {"height": 20, "width": 40, "annotations": [], "captions": {"en": "a kite", "hi": "पतंग"}}
+    path = write_tar(tmp_path / "a.tar", {"0.png": picture.getvalue(), "0.json": json.dumps(entry)})
+    assert BoxShards(path, ["a"])[0]["captions"] == entry["captions"]
+    assert main(["shards", "check", path, "--workers", "0"]) == 0
+    entry["captions"]["hi"] = None
+    path = write_tar(tmp_path / "b.tar", {"0.png": picture.getvalue(), "0.json": json.dumps(entry)})
+    with pytest.raises(UnreadableSample, match=r"captions of the \.json: hi is 'None'; expected text"):
+        BoxShards(path, ["a"])[0]
+    assert main(["shards", "check", path, "--workers", "0"]) == 1
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_malformed_annotations_make_the_sample_unreadable(what, tmp_path, capsys):
     changes, message = BAD[what]

@@ -1,6 +1,4 @@
-"""Captions in several languages: who gets which, and what is wrong with a table."""
-
-from collections import Counter
+"""Captions in several languages: which an image has, and what is wrong with a table."""
 
 import pytest
 from PIL import Image
@@ -28,28 +26,21 @@ def test_language_columns_are_told_by_their_codes(build):
     assert dataset.captions(0) == {"en": "bird", "hi": "चिड़िया"}
 
 
-def test_empty_cells_are_not_drawn_and_quotes_in_a_tsv_are_quotes(build):
+def test_empty_cells_are_no_captions_and_quotes_in_a_tsv_are_quotes(build):
     assert build().captions(1) == {"en": 'a "quoted" ant'}
-    assert {build(seed=seed)[1]["caption"] for seed in range(20)} == {'a "quoted" ant'}
-
-
-def test_the_draw_is_of_seed_and_name_alone(build):
-    lines = TABLE.splitlines()
-    drawn = [build(seed=seed)[0]["caption"] for seed in range(30)]
-    assert set(drawn) == {"bird", "चिड़िया"}
-    swapped = "\n".join([lines[0], lines[2], lines[1]])
-    assert [build(swapped, seed=seed)[1]["caption"] for seed in range(30)] == drawn
+    assert build()[1]["captions"] == {"en": 'a "quoted" ant'}
+    assert build()[0].keys() == {"image", "key", "captions"}
 
 
 def test_named_columns_are_taken_whatever_they_are_called(build):
     dataset = build(languages=["symbol"])
-    assert [dataset[i]["caption"] for i in range(2)] == ["B", "A"]
-    assert build(languages=["hi", "en"])[0]["caption"] in ("bird", "चिड़िया")
+    assert [dataset[i]["captions"] for i in range(2)] == [{"symbol": "B"}, {"symbol": "A"}]
+    assert list(build(languages=["hi", "en"])[0]["captions"]) == ["hi", "en"]
 
 
 def test_csv_with_quotes_a_byte_order_mark_and_another_image_column(build):
     dataset = build('\ufeffpicture,en\r\nb.png,"one, two"\r\n', "names.csv", image_column="picture")
-    assert dataset[0]["caption"] == "one, two"
+    assert dataset[0]["captions"] == {"en": "one, two"}
 
 
 BAD = [
@@ -80,17 +71,12 @@ def test_bad_files(build, tmp_path):
         CaptionTable(str(tmp_path), str(tmp_path / "names.tsv"))
 
 
-def test_real_names_are_drawn_from_all_languages(data_root):
+def test_real_names_are_there_in_all_languages(data_root):
     folder = data_root / "emoji_multilingual"
     dataset = CaptionTable(str(folder / "images"), str(folder / "names.tsv"))
     assert dataset.languages == ["en", "hi", "bn", "ta", "te", "mr", "gu", "kn", "ml", "pa", "or", "as", "ur"]
     assert len(dataset) == 696
-    drawn = Counter()
-    for i in range(0, len(dataset), 3):
+    for i in range(0, len(dataset), 30):
         sample = dataset[i]
         assert sample["image"].size_hw == (96, 96)
-        drawn.update(language for language, text in dataset.captions(i).items() if text == sample["caption"])
-    assert set(drawn) == set(dataset.languages)
-    # 232 draws of 13: 17.8 each, with a standard deviation of 4.1; some names are the same in two languages
-    assert min(drawn.values()) > 5
-    assert max(drawn.values()) < 40
+        assert list(sample["captions"]) == dataset.languages

@@ -286,6 +286,8 @@ def test_two_processes_train_all_four_tasks(launcher, tmp_path):
     tree["model"]["heads"] += [
         {"class_path": name, "init_args": {"task": "scenes"} | arguments} for name, arguments in small.items()
     ]
+    for part in ("train", "val"):  # a rank's few samples of a step are not in all of them, nor in those of the other's
+        tree["data"][part][0]["dataset"]["init_args"]["languages"] = ["en", "hi", "ta", "te"]
     for part, scenes in (("train", 12), ("val", 7)):
         source = json.loads(json.dumps(tree["data"][part][0]))
         source["dataset"]["init_args"] |= {"layout": "mixed", "people": 1.0, "num_scenes": scenes}
@@ -299,6 +301,8 @@ def test_two_processes_train_all_four_tasks(launcher, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "runs" / "experiment"
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    by_language = {name for name in metrics if name.startswith("val/contrastive/image_to_text_r1/")}
+    assert by_language == {f"val/contrastive/image_to_text_r1/{name}" for name in ("en", "hi", "ta", "te")}
     for name in ("contrastive/zero_shot", "detection/ap", "densepose/part_accuracy", "counting/mae"):
         assert f"val/{name}" in metrics
     assert [row["step"] for row in read_history(folder) if "train/loss" in row] == [1, 2, 3]

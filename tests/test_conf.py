@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "conf").glob("*.yaml"))
 NEEDS_DATA = {
     "cifar10": ["cifar10"],
+    "pictograms": ["emoji_multilingual"],
     "real_small": ["coco", "counting", "emoji_multilingual"],
     "shards": ["coco", "emoji_multilingual"],
 }

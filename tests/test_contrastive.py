@@ -109,6 +109,184 @@ def test_labels_on_one_rank_alone(tmp_path, loss):
     assert sum(answers) / 2 == pytest.approx(value(range(4)), rel=1e-5)
 
 
+def language_batch(captions, languages, by_language=None):
+    batch = caption_batch(captions)
+    batch["targets"] |= {"language": languages} | ({"captions": by_language} if by_language else {})
+    return batch
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_the_loss_by_language_by_hand(loss):
+    """Of different captions without labels: the mean of the rows that a plain double-precision loss gives."""
+    captions = ["a kite", "पतंग", "a drum", "ढोल", "a bell"]
+    encoder, head = tiny_encoder(), Contrastive(loss=loss)
+    head.build(encoder)
+    batch = language_batch(captions, ["en", "hi", "en", "hi", "en"])
+    with torch.no_grad():
+        features = encoder.features(batch["images"])
+        total = head.loss(features, batch, encoder)["loss"]
+        image_BE, text_BE = encoder.embed_features(features).double(), encoder.embed_text(captions).double()
+        pair_B = torch.zeros(5, dtype=torch.float64)
+        for length in encoder.lengths:
+            image, text = (torch.nn.functional.normalize(x[:, :length], dim=1) for x in (image_BE, text_BE))
+            logits_BB = head.criterion.logit_scale.double().exp() * image @ text.T
+            if loss == "sigmoid":
+                sign_BB = 2 * torch.eye(5, dtype=torch.float64) - 1
+                rows_B = -torch.nn.functional.logsigmoid(sign_BB * (logits_BB + head.criterion.logit_bias)).sum(1)
+            else:
+                rows_B = -(logits_BB.log_softmax(1).diagonal() + logits_BB.log_softmax(0).diagonal()) / 2
+            pair_B += rows_B / len(encoder.lengths)
+    assert head.logged.keys() == {"loss/en", "loss/hi"}
+    assert head.logged["loss/en"].item() == pytest.approx(pair_B[[0, 2, 4]].mean().item(), rel=1e-5)
+    assert head.logged["loss/hi"].item() == pytest.approx(pair_B[[1, 3]].mean().item(), rel=1e-5)
+    weighted = (3 * head.logged["loss/en"] + 2 * head.logged["loss/hi"]) / 5
+    assert weighted.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_languages_and_labels_together_average_to_the_loss(precision):
+    """With repeated captions, labels and reduced precision too."""
+    encoder, head = tiny_encoder(), Contrastive(loss="softmax")
+    head.build(encoder)
+    batch = language_batch(["a kite", "पतंग", "a kite", "পতাকা"], ["en", "hi", "en", "bn"])
+    batch["targets"]["label"] = [0, 0, None, 1]
+    with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        total = head.loss(encoder.features(batch["images"]), batch, encoder)["loss"]
+    shares = {"loss/en": 2, "loss/hi": 1, "loss/bn": 1}
+    assert sum(n * head.logged[name].item() for name, n in shares.items()) / 4 == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_what_has_no_language_or_no_other_counts_in_none():
+    encoder, head = tiny_encoder(), Contrastive()
+    head.build(encoder)
+
+    def logged(languages):
+        batch = language_batch(["a", "b", "c"], languages)
+        head.loss(encoder.features(batch["images"]), batch, encoder)
+        return {name: value.item() for name, value in head.logged.items()}
+
+    assert logged(["hi", None, "hi"]) == {}  # one language
+    assert logged([None] * 3) == {}
+    assert logged(["hi", None, "ta"]).keys() == {"loss/hi", "loss/ta"}
+    assert logged(["hi", None, "hi"]).keys() == {"loss/hi"}  # the run has two, this step one
+    assert logged(["hi", "no code", "x/y"]).keys() == {"loss/hi"}
+    batch = caption_batch(["a", "b"])
+    head.loss(encoder.features(batch["images"]), batch, encoder)
+    assert head.logged == {}  # nothing of the step before is left
+
+
+def brute_force(image, text, caption, k):
+    """Recall@k both ways, by sorting: images' vectors, their captions' vectors and texts."""
+    distinct = list(dict.fromkeys(caption))
+    of = {words: text[caption.index(words)] for words in distinct}
+
+    def near(a, b):
+        return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
+    hits = 0
+    for i, words in enumerate(caption):
+        ranking = sorted(distinct, key=lambda other: -near(image[i], of[other]))
+        hits += words in ranking[:k]
+    found = 0
+    for words in distinct:
+        ranking = sorted(range(len(image)), key=lambda i: -near(image[i], of[words]))
+        found += any(caption[i] == words for i in ranking[:k])
+    return hits / len(caption), found / len(distinct)
+
+
+def languages_case(count=30):
+    """Images with captions in three languages: English has all, Hindi lacks every third, Tamil has the first ten."""
+    torch.manual_seed(4)
+    image_BE = torch.nn.functional.normalize(torch.randn(count, 8), dim=1)
+    captions, texts_E = [], []
+    for i in range(count):
+        captions.append({"en": f"en {i % 25}"})  # some are equal
+        if i % 3:
+            captions[-1] = {"hi": f"hi {i}"} | captions[-1]
+        if i < 10:
+            captions[-1]["ta"] = f"ta {i}"
+        noise = {"en": 0.4, "hi": 0.8, "ta": 0.6}
+        texts_E.append({})
+        for name in captions[-1]:
+            generator = torch.Generator().manual_seed(sum(captions[-1][name].encode()))  # equal texts, equal vectors
+            text_E = image_BE[i % 25] + noise[name] * torch.randn(8, generator=generator)
+            texts_E[-1][name] = torch.nn.functional.normalize(text_E, dim=0)
+    return image_BE, captions, texts_E
+
+
+def test_retrieval_by_language_equals_brute_force():
+    image_BE, captions, texts_E = languages_case()
+    metric = EmbeddingMetric([8], [1, 5])
+    ids_B = torch.arange(len(captions))
+    text_BE = torch.stack([of_image["en"] for of_image in texts_E])
+    for part in (slice(0, 11), slice(11, 30)):
+        metric.update(image_BE[part], text_BE[part], ids_B[part], [], captions[part], texts_E[part])
+    result = {name: value.item() for name, value in metric.compute().items()}
+
+    def expected(name, k, images):
+        text = [texts_E[i][name] for i in images]
+        return brute_force([image_BE[i] for i in images], text, [captions[i][name] for i in images], k)
+
+    of = {name: [i for i in range(30) if name in captions[i]] for name in ("en", "hi", "ta")}
+    for name, images in of.items():
+        for k in (1, 5):
+            image_to_text, text_to_image = expected(name, k, images)
+            assert result[f"image_to_text_r{k}/{name}"] == pytest.approx(image_to_text), (name, k)
+            assert result[f"text_to_image_r{k}/{name}"] == pytest.approx(text_to_image), (name, k)
+    for name in ("hi", "ta"):  # on the images that have both
+        gap = expected("en", 5, of[name])[0] - expected(name, 5, of[name])[0]
+        assert result[f"image_to_text_r5_gap/{name}"] == pytest.approx(gap)
+    assert "image_to_text_r5_gap/en" not in result
+    assert 0 < result["image_to_text_r1/hi"] < result["image_to_text_r1/en"] < 1  # the case is none of the easy ones
+
+
+def test_one_language_alone_is_not_scored_twice():
+    image_BE, captions, texts_E = languages_case()
+    metric = EmbeddingMetric([8], [1])
+    english = [{"en": of_image["en"]} for of_image in captions]
+    metric.update(image_BE, image_BE, torch.arange(30), [], english, [{"en": t["en"]} for t in texts_E])
+    assert metric.compute().keys() == {"image_to_text_r1", "text_to_image_r1"}
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_ranks_that_saw_different_languages_agree(tmp_path):
+    """The first rank has no Tamil, the second no English, the third no sample."""
+    image_BE, captions, texts_E = languages_case()
+    captions = [{n: c for n, c in by.items() if n != ("ta" if i < 15 else "en")} for i, by in enumerate(captions)]
+    captions[20]["ta"], texts_E[20]["ta"] = "ta 20", image_BE[19]
+    texts_E = [{n: t[n] for n in by} for t, by in zip(texts_E, captions, strict=True)]
+
+    def numbers(parts):
+        metric = EmbeddingMetric([8], [1, 5])
+        for part in parts:
+            metric.update(image_BE[part], image_BE[part], torch.arange(30)[part], [], captions[part], texts_E[part])
+        return {name: value.item() for name, value in metric.compute().items()}
+
+    answers = on_ranks(3, lambda rank: numbers([[slice(0, 15)], [slice(15, 30)], []][rank]), tmp_path)
+    expected = numbers([slice(0, 30)])
+    assert answers[0] == answers[1] == answers[2] == pytest.approx(expected)
+    assert "image_to_text_r1/ta" in expected
+
+
+def test_held_out_captions_are_scored_in_all_languages_by_the_head():
+    """What `predict` gives for a language is what the encoder gives for its captions alone."""
+    encoder, head = tiny_encoder().eval(), Contrastive()
+    head.build(encoder)
+    by_language = [{"en": "a kite", "hi": "पतंग"}, None, {"hi": "ढोल", "no code": "x"}]
+    batch = language_batch(["a kite", "a bell", "ढोल"], ["en", None, "hi"], by_language)
+    with torch.no_grad():
+        predictions = head.predict(encoder.features(batch["images"]), batch, encoder)
+        assert [list(prediction["texts_E"]) for prediction in predictions] == [["en", "hi"], [], ["hi"]]
+        torch.testing.assert_close(predictions[2]["texts_E"]["hi"], encoder.embed_text("ढोल")[0], atol=1e-6, rtol=0)
+    head.update_metric(predictions, batch)
+    assert {name for name in head.metric.compute() if "/" in name} == {
+        *("image_to_text_r1/en", "image_to_text_r5/en", "text_to_image_r1/en", "text_to_image_r5/en"),
+        *("image_to_text_r1/hi", "image_to_text_r5/hi", "text_to_image_r1/hi", "text_to_image_r5/hi"),
+        "image_to_text_r5_gap/hi",
+    }
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_every_parameter_gets_a_gradient(loss):
     encoder, head = tiny_encoder(), Contrastive(loss=loss)

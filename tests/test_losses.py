@@ -55,6 +55,43 @@ def test_softmax_of_two_pairs_by_hand():
     torch.testing.assert_close(loss(3 * IMAGE[:2], 0.1 * TEXT[:2]).item(), -(rows + columns) / 4, **EXACT)
 
 
+def _naive_pair_losses(loss, image_BE, text_BE, positive_BB):
+    """Each pair's part, one logit after the other."""
+    parts = []
+    for length, weight in zip(loss.lengths or [image_BE.shape[1]], loss.length_weights, strict=True):
+        image, text = (F.normalize(x[:, :length], dim=1) for x in (image_BE, text_BE))
+        logits = (loss.logit_scale.exp() * image @ text.T).tolist()
+        size = range(len(logits))
+        if isinstance(loss, SigmoidLoss):
+            bias = loss.logit_bias.item()
+            signs = [[1 if positive_BB[i][j] else -1 for j in size] for i in size]
+            pairs = [sum(math.log1p(math.exp(-signs[i][j] * (logits[i][j] + bias))) for j in size) for i in size]
+        else:
+            pairs = []
+            for i in size:
+                mine = [j for j in size if positive_BB[i][j]]
+                row, column = logits[i], [logits[j][i] for j in size]
+                pairs.append(-sum(_log_share(row, j) + _log_share(column, j) for j in mine) / (2 * len(mine)))
+        parts.append(weight * torch.tensor(pairs, dtype=torch.float64))
+    return sum(parts)
+
+
+@BOTH
+@pytest.mark.parametrize("lengths", [None, [3, 8]])
+@pytest.mark.parametrize("keys", [False, True])
+def test_each_pairs_part_by_hand_and_their_mean_is_the_loss(loss_class, lengths, keys):
+    image_BE, text_BE = _pairs()
+    loss = loss_class(lengths, lengths and [1.0, 3.0]).double()
+    labels = [4, -1, 4, -1, 2, 4] if keys else [-1] * 6
+    positive_BB = [[i == j or labels[i] == labels[j] >= 0 for j in range(6)] for i in range(6)]
+    found = loss(image_BE, text_BE, torch.tensor(labels) if keys else None)
+    with torch.no_grad():
+        expected = _naive_pair_losses(loss, image_BE, text_BE, positive_BB)
+    torch.testing.assert_close(loss.pair_losses_B, expected, **EXACT)
+    torch.testing.assert_close(found, expected.mean(), **EXACT)
+    assert not loss.pair_losses_B.requires_grad
+
+
 @pytest.mark.parametrize(
     "keys",
     [{"labels_B": torch.tensor([7, -1, 7])}, {"caption_ids_B": caption_ids(["a kite", "a drum", "a kite"])}],
@@ -318,6 +355,16 @@ def _bf16_results(rows, world):
     return results
 
 
+def _pair_losses(rows):
+    """The parts of this rank's pairs in every case."""
+    results = []
+    for loss_class, lengths, keys in CASES:
+        towers = Towers(loss_class, lengths)
+        towers(*_batch(keys, rows))
+        results.append(towers.loss.pair_losses_B)
+    return torch.stack(results)
+
+
 def _average(loss):
     dist.all_reduce(loss)
     return loss / dist.get_world_size()
@@ -339,6 +386,7 @@ def _worker(rank, world, folder):
         "ddp": _results(DistributedDataParallel, rows, _average),
         "fsdp": _results(_shard, rows, _average),
         "bf16": _bf16_results(rows, world),
+        "pairs": _pair_losses(rows),
     }
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -352,6 +400,8 @@ def test_processes_equal_the_big_batch(world, tmp_path):
     for rank in ranks:
         torch.testing.assert_close(rank["ddp"], expected, **EXACT)
         torch.testing.assert_close(rank["fsdp"], expected, **EXACT)
+    pairs = torch.cat([rank["pairs"] for rank in ranks], dim=1)
+    torch.testing.assert_close(pairs, _pair_losses(slice(4 * world)), **EXACT)
     expected = _bf16_results(slice(4 * world), 1)
     for case, (loss, gradients) in enumerate(expected):
         losses, own_gradients = zip(*(rank["bf16"][case] for rank in ranks), strict=True)

@@ -32,7 +32,7 @@ def four_tasks(seed=0, **options):
 
 def mela_data(num_workers=0, steps_per_epoch=4):
     train = [
-        Source("contrastive", Mela(50, 32, "single", seed=1), 4, max_tokens=16),
+        Source("contrastive", Mela(50, 32, "single", languages=["en", "hi", "ta"], seed=1), 4, max_tokens=16),
         Source("scenes", Mela(30, [32, 48], people=1.0, seed=2), 2, max_tokens=24),
     ]
     val = [Source("scenes", Mela(5, 32, people=1.0, seed=3), 2, max_tokens=16)]
@@ -71,6 +71,21 @@ def test_heads_of_one_task_share_its_features():
     torch.testing.assert_close(total, sum(module.head_losses.values()))
 
 
+def test_what_a_head_logs_beside_its_losses_is_not_trained_on():
+    module = MultiTask(tiny_encoder(), [Contrastive()])
+    batch = caption_batch(["a kite", "पतंग", "a drum"])
+    batch["targets"]["language"] = ["en", "hi", "en"]
+    written = {}
+    module.log = lambda name, value, **_: written.update({name: value})
+    module.log_dict = lambda values, **_: written.update(values)
+    total = module.training_step({"contrastive": batch}, 0)
+    assert written.keys() == {
+        "train/loss", "train/contrastive/loss", "train/contrastive/loss/en", "train/contrastive/loss/hi",
+    }  # fmt: skip
+    torch.testing.assert_close(total, written["train/contrastive/loss"].squeeze(), atol=0, rtol=0)
+    assert not written["train/contrastive/loss/hi"].requires_grad
+
+
 def test_uncertainty_weighting_by_hand():
     module = MultiTask(tiny_encoder(), [Contrastive(weight=2.0)], uncertainty_weighting=True)
     module.log = lambda *a, **k: None
@@ -105,7 +120,7 @@ def test_resume_in_mid_epoch_is_exact(tmp_path, workers):
             self.rows = seen.setdefault(name, [])
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            self.rows.append([key for part in batch.values() for key in part["keys"]])
+            self.rows.append([(part["keys"], part["targets"].get("caption")) for part in batch.values()])
 
     def fit(name, steps, ckpt=None, num_workers=0):
         module = four_tasks()

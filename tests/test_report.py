@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from indiclip.evals.report import write_report
+from indiclip.evals.report import held_out, write_report
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
@@ -26,3 +26,19 @@ def test_curves_are_of_what_was_measured_more_than_once(tmp_path):
     history = [{"step": 1, "train/a/loss": 2.0}, {"step": 2, "train/a/loss": 1.0}, {"step": 2, "val/a/b": 0.25}]
     record = {"step": 2, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": history, "quarantined": []}
     assert write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8").count("<img") == 1
+
+
+def test_languages_are_rows_of_a_table_and_curves_of_a_plot_of_their_own(tmp_path):
+    metrics = {"val/a/r5/hi": 0.125, "val/a/r5/en": 0.25, "val/a/gap/hi": None, "val/a/r5": 0.5, "train/a/loss/hi": 3.0}
+    assert held_out(metrics) == (
+        {"val/a/r5": 0.5},
+        {"a": {"hi": {"gap": None, "r5": 0.125}, "en": {"r5": 0.25}}},
+    )
+    many = {f"val/a/r5/{i}": i / 40 for i in range(30)}  # more than there are colours
+    history = [{"step": i, "val/a/r5": 0.5, **many} for i in range(2)]
+    record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": []}
+    page = write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8")
+    row = '<tr><td>hi</td><td class="number">not finite</td><td class="number">0.125</td></tr>'
+    assert "<tr><th>language</th><th>gap</th><th>r5</th></tr>" in page
+    assert row in page
+    assert page.count("<img") == 2

@@ -87,6 +87,38 @@ def test_the_template_captions_what_has_no_text(tmp_path):
     assert [sample["caption"] for sample in shards] == ["a photo of a मटका", "own words", "a photo of a kite"]
 
 
+def test_captions_by_language(tmp_path):
+    both = {"en": " a lamp", "hi-Latn": "diya"}
+    entries = [
+        {"captions": both},
+        {"captions": both, "caption": "ein Licht", "language": "de"},
+        {"captions": both, "caption": "a light", "language": "en"},
+        {"captions": both, "caption": "who knows"},
+        {"caption": "दीया", "lang": "hi"},
+        {"caption": "x", "language": "Hindi or so"},
+        {"captions": ["one", "two"], "caption": "one"},
+    ]
+    members = {
+        f"{i}.{kind}": png() if kind == "png" else json.dumps(e)
+        for i, e in enumerate(entries)
+        for kind in ("png", "json")
+    }
+    samples = [
+        {k: v for k, v in s.items() if k not in ("image", "key")}
+        for s in Shards(write_tar(tmp_path / "a.tar", members))
+    ]
+    clean = {"en": "a lamp", "hi-Latn": "diya"}
+    assert samples == [
+        {"captions": clean},
+        {"captions": {"de": "ein Licht"} | clean, "caption": "ein Licht", "language": "de"},
+        {"captions": clean, "caption": "a light", "language": "en"},
+        {"captions": clean, "caption": "who knows"},
+        {"caption": "दीया", "language": "hi"},
+        {"caption": "x"},
+        {"caption": "one"},
+    ]
+
+
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_indian_names_in_every_tar_dialect(tmp_path, layout):
     name = "folder-" * 11 + "/दीया-" + "x" * 60  # longer than the 100 bytes of a plain header
@@ -201,6 +233,23 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
 
 UNREADABLE = {
     "empty caption": ({"0.png": png(), "0.txt": " \n"}, r"a/0: the caption is ' \\n'; expected text"),
+    "captions of another type": (
+        {"0.png": png(), "0.txt": "x", "0.json": '{"captions": "x"}'},
+        r"a/0: captions of the \.json is 'x'; expected an object, language -> text",
+    ),
+    "a caption in a language of another type": (
+        {"0.png": png(), "0.json": '{"captions": {"en": "x", "hi": 3}}'},
+        r"a/0: captions of the \.json: hi is '3'; expected text",
+    ),
+    "an empty caption in a language": (
+        {"0.png": png(), "0.json": '{"captions": {"hi": " "}}'},
+        r"a/0: captions of the \.json: hi is ' '; expected text",
+    ),
+    "a language that is none": (
+        {"0.png": png(), "0.json": '{"captions": {"Hindi language": "x"}}'},
+        r"a/0: captions of the \.json: found the language 'Hindi language'; expected a language's code such as 'hi'",
+    ),
+    "no captions at all": ({"0.jpg": png(), "0.json": '{"captions": {}}'}, r"a/0: neither text"),
     "empty caption in json": ({"0.png": png(), "0.json": '{"caption": ""}'}, r"a/0: the caption is ''"),
     "caption of another type": ({"0.png": png(), "0.json": '{"text": 3}'}, r"a/0: the caption is '3'; expected text"),
     "half a character": ({"0.png": png(), "0.json": '{"text": "\\ud800"}'}, r"a/0: .* surrogates not allowed"),

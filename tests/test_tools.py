@@ -281,13 +281,14 @@ def test_a_tokenizer_of_a_configs_captions(tmp_path):
     """It reads back what it wrote, in every script, and spends less than a third of the bytes."""
     out = tmp_path / "deep" / "mela.json"
     train_tokenizer.main(
-        ["--config", "conf/quickstart.yaml", "--samples", "300", "--vocab-size", "600", "--out", str(out)]
+        ["--config", "conf/quickstart.yaml", "--samples", "300", "--vocab-size", "800", "--out", str(out)]
     )
     tokenizer = FastTokenizer(str(out))
     for text in ("a marigold, 3 kites", "एक पतंग", "never seen: ஔ \U0001f6fa"):
         ids_BT, valid_BT = tokenizer([text])
         assert tokenizer._tokenizer.decode(ids_BT[0][valid_BT[0]].tolist(), skip_special_tokens=True) == text
-    captions = [Mela(size=64, layout="single", languages=["en", "hi"], seed=9)[i]["caption"] for i in range(20)]
+    captions = [Mela(size=64, layout="single", languages=["en", "hi"], seed=9)[i]["captions"] for i in range(20)]
+    captions = [of_image[language] for of_image, language in zip(captions, ["en", "hi"] * 10, strict=True)]
     _, ours = tokenizer(captions)
     _, of_bytes = ByteTokenizer()(captions)
     assert ours.sum() < of_bytes.sum() / 3

@@ -3,8 +3,8 @@
     python tools/bench_clip_benchmark.py --data $INDICLIP_DATA --peer OTHER_VENV/bin/python
 
 OTHER_VENV has clip-benchmark 1.6.2 and its dependencies (numpy < 2.4). The folders are `indiclip bench import`'s of the
-CIFAR-10 test images and of the captioned COCO photos. The model is random, from a seed, and given to both as a file: that
-its numbers are low makes no difference to whether they are equal.
+CIFAR-10 test images and of the captioned COCO photos. The model is random, from a seed, and given to both as a file:
+that its numbers are low makes no difference to whether they are equal.
 """
 
 from __future__ import annotations

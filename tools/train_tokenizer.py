@@ -77,10 +77,12 @@ def _captions(dataset: Any, index: int) -> list[str]:
         found = dataset.captions(index)
         return list(found.values() if isinstance(found, dict) else found)
     try:
-        caption = dataset[index].get("caption")
+        sample = dataset[index]
     except UnreadableSample:
         return []
-    return [caption] if caption else []
+    if captions := sample.get("captions"):
+        return list(captions.values())
+    return [sample["caption"]] if "caption" in sample else []
 
 
 def balanced(texts: dict[str, list[str]], exponent: float) -> Iterator[str]:

@@ -20,7 +20,7 @@ from indiclip.commands.reading import Range, all_captions, opened, ranges
 from indiclip.data import cache
 from indiclip.data.box_shards import check_boxes
 from indiclip.data.images import EncodedImage, UnreadableSample
-from indiclip.data.shards import Shards, find, read_caption, read_entry
+from indiclip.data.shards import Shards, find, read_caption, read_captions, read_entry
 from indiclip.data.tar_index import BAD_LABEL
 from indiclip.data.tar_members import IMAGES, TEXTS, key_and_extension, members
 
@@ -141,6 +141,7 @@ class _Sample:
         if entry is None:
             return
         caption = self._try("unreadable caption", read_caption, parts, entry)
+        captions = self._try("unreadable caption", read_captions, entry, caption)
         for _, text in all_captions(parts, entry, caption):
             self._check_caption(text, max_characters)
         label = int(shards.labels[index])
@@ -149,7 +150,7 @@ class _Sample:
         if "annotations" in entry and image is not None:
             self._try("unreadable boxes", check_boxes, entry, image, _NUM_CLASSES)
         sound = all(finding.kind in _WARNINGS for finding in self.found)
-        if caption is None and label == -1 and "annotations" not in entry and sound:
+        if caption is None and not captions and label == -1 and "annotations" not in entry and sound:
             self._say("nothing to learn", "neither text (.txt, .json) nor label (.cls) nor boxes beside the image")
         self.hashes = _hash(parts["image"]), _hash(parts["image"], f"{label}:{caption}".encode())
 

@@ -16,7 +16,7 @@ from indiclip.commands.sources import Items, open_source
 from indiclip.data.box_shards import check_boxes
 from indiclip.data.images import EncodedImage, UnreadableSample
 from indiclip.data.shard_writer import ShardWriter
-from indiclip.data.shards import read_caption, read_classes, read_entry
+from indiclip.data.shards import read_caption, read_captions, read_classes, read_entry
 from indiclip.data.tables import stable_hash
 from indiclip.data.tar_members import MAX_BYTES
 
@@ -97,9 +97,10 @@ def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> 
             raise ValueError(f"{len(text):,} bytes of {extension}; expected at most {MAX_BYTES[extension]:,}")
     entry = read_entry(texts["json"]) if "json" in texts else {}
     caption = read_caption(texts, entry)
+    captions = read_captions(entry, caption)
     if "annotations" in entry:
         check_boxes(entry, image, len(classes))
-    elif caption is None and "cls" not in texts and entry.get("label", entry.get("cls")) is None:
+    elif caption is None and not captions and "cls" not in texts and entry.get("label", entry.get("cls")) is None:
         raise ValueError("neither a text (.txt, .json) nor a class's folder")
 
 

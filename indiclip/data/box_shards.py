@@ -14,7 +14,7 @@ from indiclip.data import densepose as dp
 from indiclip.data.coco import is_thick, read_bboxes, stack_masks, wrong_size
 from indiclip.data.images import EncodedImage
 from indiclip.data.masks import check_mask
-from indiclip.data.shards import Shards, read_caption
+from indiclip.data.shards import Shards, read_caption, read_captions
 from indiclip.data.tables import column, xywh_to_xyxy
 from indiclip.types import Sample
 
@@ -48,6 +48,8 @@ class BoxShards(Shards):
         caption = read_caption(parts, entry) or first_caption(entry)
         if caption is not None:
             fields["caption"] = caption
+        if captions := read_captions(entry, caption):
+            fields["captions"] = captions
         return fields
 
 
@@ -100,12 +102,14 @@ def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) ->
 
 
 def first_caption(entry: dict[str, Any]) -> str | None:
-    """The first of the list `captions`.
+    """The first of the list `captions`; None where they are by language.
 
     Raises:
         ValueError: No list of texts.
     """
     captions = entry.get("captions") or []
+    if isinstance(captions, dict):
+        return None
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
         raise ValueError(f"captions is {str(captions)[:40]}; expected a list of texts")
     return captions[0].strip() if captions else None

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from indiclip.data.images import read_image
-from indiclip.data.tables import Strings, check_files, existing, stable_hash
+from indiclip.data.tables import Strings, check_files, existing
 from indiclip.names import nearest
 from indiclip.types import Sample
 
@@ -22,20 +22,16 @@ LANGUAGES = (
 
 
 class CaptionTable(Dataset[Sample]):
-    """Images with a `caption`, in a language drawn for each image.
-
-    The draw is a function of the seed and the image's name alone: it is the same in every epoch, and stays when the
-    table grows. To train on all languages of every image, make one source per language with `languages`.
+    """Images with `captions` in the languages that a table has them in; cells may be empty.
 
     Args:
         images: Folder of the image files.
         table: A .tsv (no quoting) or .csv file with a header row.
         image_column: The column with the file names.
-        languages: The columns to draw from; None takes every column called by the code of an Indian language or `en`.
-        seed: Decides which language an image gets.
+        languages: The columns with captions; None takes every column called by the code of an Indian language or `en`.
 
     Attributes:
-        languages: The columns drawn from.
+        languages: The columns with captions.
 
     Raises:
         FileNotFoundError: The table, the folder, or images in it are missing.
@@ -49,7 +45,6 @@ class CaptionTable(Dataset[Sample]):
         table: str,
         image_column: str = "file",
         languages: list[str] | None = None,
-        seed: int = 0,
     ) -> None:
         self.folder, file = existing(images), existing(table)
         header, rows, lines = read_table(file)
@@ -66,7 +61,6 @@ class CaptionTable(Dataset[Sample]):
                 raise ValueError(f"{file}: line {line}: {name!r} has no caption in {', '.join(self.languages)}")
             first_line[name] = line
         check_files(self.folder, names, str(file))
-        self.seed = seed
         self._names = Strings(names)
         self._captions = [Strings(row[place].strip() for row in rows) for place in places]
         self._filled = np.array([[bool(row[place].strip()) for place in places] for row in rows])
@@ -83,9 +77,8 @@ class CaptionTable(Dataset[Sample]):
         return {self.languages[i]: self._captions[i][index] for i in np.flatnonzero(self._filled[index])}
 
     def __getitem__(self, index: int) -> Sample:
-        key, captions = self.key(index), list(self.captions(index).values())
-        drawn = captions[stable_hash(f"{self.seed}:{key}") % len(captions)]
-        return Sample(image=read_image(self.folder / key, key), key=key, caption=drawn)
+        key = self.key(index)
+        return Sample(image=read_image(self.folder / key, key), key=key, captions=self.captions(index))
 
 
 def read_table(file: Path) -> tuple[list[str], list[list[str]], list[int]]:

@@ -4,7 +4,7 @@ The default data of the quickstart and the tests. A scene is a pure function of 
 for (a few milliseconds), so the data set has no size on disk, workers share nothing and resume is exact.
 
     mela = Mela(num_scenes=1000, size=[96, 160], layout="mixed", languages=["en", "hi"])
-    mela[7]["image"], mela[7]["caption"], mela[7]["boxes_xyxy"]
+    mela[7]["image"], mela[7]["captions"]["hi"], mela[7]["boxes_xyxy"]
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Mela(Dataset[Sample]):
         layout: "single": one kind of thing in an image, for captions and classification. "mixed": several kinds and
             people, for detection, DensePose and counting.
         people: Probability that a mixed scene has people (use 1 for DensePose); 0 keeps them out of single ones too.
-        languages: Captions and count questions are in one of these per scene, drawn from (seed, index).
+        languages: A scene has a caption in each of these, and its count question in one, drawn from (seed, index).
         seed: Which fair; take another one for validation.
         densepose_points: Surface points per person, drawn evenly over the visible pixels, with replacement.
 
@@ -100,7 +100,7 @@ class Mela(Dataset[Sample]):
         sample: Sample = {
             "image": scene.image_HW3,
             "key": self.key(index),
-            "caption": scene.captions[language],
+            "captions": {name: scene.captions[name] for name in self.languages},
             "label": int(scene.classes[0]) if self.layout == "single" else -1,
             "boxes_xyxy": scene.boxes_xyxy,
             "classes": scene.classes,

@@ -20,16 +20,19 @@ from torch.utils.data import Dataset
 
 from indiclip.data import cache, tar_index
 from indiclip.data.images import EncodedImage, UnreadableSample, is_trouble
+from indiclip.data.languages import CODE
 from indiclip.data.shard_files import ShardFiles
 from indiclip.data.tables import existing
 from indiclip.types import Quarantined, Sample
 
 
 class Shards(Dataset[Sample]):
-    """Samples with `image`, and `caption`, `label` where the shards have them.
+    """Samples with `image`, and `caption`, `captions`, `language`, `label` where the shards have them.
 
-    A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class. A label is the `.cls`,
-    else `label` or `cls` of the `.json`.
+    A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class; `language` or `lang` of
+    the `.json` says its language. `captions` of the `.json` are an object, language -> text: one of them, or of them
+    and the caption where that declares another language, is drawn in place of the caption. A label is the `.cls`, else
+    `label` or `cls` of the `.json`.
 
     Args:
         urls: Files, globs or brace expansions (`train-{0000..0009}.tar.gz`), or what fsspec opens (`s3://`, `gs://`,
@@ -143,13 +146,18 @@ class Shards(Dataset[Sample]):
         fields, label = Sample(), int(self.labels[index])
         if label == tar_index.BAD_LABEL:
             raise ValueError("the label is no whole number from 0")
-        caption = read_caption(parts, entry)
-        if caption is None and label < 0:
+        caption, language = read_caption(parts, entry), declared_language(entry)
+        captions = read_captions(entry, caption)
+        if caption is None and not captions and label < 0:
             raise ValueError("neither text (.txt, .json) nor label (.cls) beside the image")
-        if caption is None and self.template:
+        if caption is None and not captions and self.template:
             caption = self.template.replace("{}", self.classes[label])
+        elif caption is not None and language:
+            fields["language"] = language
         if caption is not None:
             fields["caption"] = caption
+        if captions:
+            fields["captions"] = captions
         if self._has_labels:
             fields["label"] = label
         return fields
@@ -253,9 +261,39 @@ def read_caption(parts: dict[str, bytes], entry: dict[str, Any]) -> str | None:
     found: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
     if "txt" in parts:
         found = parts["txt"].decode()
-    if found is None:
-        return None
+    return None if found is None else _checked_text("the caption", found)
+
+
+def read_captions(entry: dict[str, Any], caption: str | None) -> dict[str, str]:
+    """The `captions` of a sample's `.json`, by language; with its own caption where that declares one they lack.
+
+    A list (COCO's) is of captions without languages, and none of these.
+
+    Raises:
+        ValueError: No object, a name that is no language's code, something that is no text.
+    """
+    found = entry.get("captions")
+    if found is None or isinstance(found, list):
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"captions of the .json is {str(found)[:40]!r}; expected an object, language -> text")
+    for language in found:
+        if not CODE.fullmatch(language):
+            expected = "a language's code such as 'hi' or 'hi-Latn'"
+            raise ValueError(f"captions of the .json: found the language {language[:40]!r}; expected {expected}")
+    captions = {name: _checked_text(f"captions of the .json: {name}", text) for name, text in found.items()}
+    own = declared_language(entry)
+    return {own: caption, **captions} if captions and caption is not None and own else captions
+
+
+def declared_language(entry: dict[str, Any]) -> str:
+    """`language` or `lang` of a sample's `.json`; empty where it is no language's code."""
+    found = entry.get("language") or entry.get("lang")
+    return found if isinstance(found, str) and CODE.fullmatch(found) else ""
+
+
+def _checked_text(name: str, found: Any) -> str:
     if not isinstance(found, str) or not found.strip():
-        raise ValueError(f"the caption is {str(found)[:40]!r}; expected text")
+        raise ValueError(f"{name} is {str(found)[:40]!r}; expected text")
     found.encode()  # half of a surrogate pair, which JSON can hold, is no text
     return found.strip()

@@ -9,12 +9,13 @@ import zlib
 from torch.utils.data import Dataset, get_worker_info
 
 from indiclip.data.images import UnreadableSample
+from indiclip.data.languages import draw_caption
 from indiclip.data.plan import Place, Plan
 from indiclip.data.prefetch import Prefetch
 from indiclip.data.source import Source
 from indiclip.data.transforms import Prepared, collate
 from indiclip.data.workers import reading
-from indiclip.types import Batch, Quarantined
+from indiclip.types import Batch, Quarantined, Sample
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
 
@@ -111,7 +112,7 @@ class Steps(Dataset[dict[str, Batch]]):
                 index = (place.index + attempt) % size
                 random_seed = zlib.crc32(repr((self.seed, task, place)).encode()) if self.train else None
                 with reading(task, source.dataset, index):
-                    sample = source.dataset[index]
+                    sample = self._draw_caption(task, place, source.dataset[index])
                     return source.transform(sample, self.patch_size, self.canvas_hw, random_seed, max_tokens)
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(task, error.key, error.file, error.reason))
@@ -122,3 +123,13 @@ class Steps(Dataset[dict[str, Batch]]):
                 f"{last.reason}"
             )
         return None
+
+    def _draw_caption(self, task: str, place: Place, sample: Sample) -> Sample:
+        """The sample with the caption of one language; a held-out one keeps the others, to be scored in all."""
+        if not self.train:
+            return draw_caption(sample, sample["key"])
+        stream = f"{self.seed}:{task}:{place.source}:{place.index}"
+        epoch = place.position // self.plans[task].sizes[place.source]
+        drawn: Sample = {**draw_caption(sample, stream, epoch)}
+        drawn.pop("captions", None)
+        return drawn

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from indiclip.module import MultiTask
 
 Picture = tuple[np.ndarray, str]  # uint8 (height, width, 3) and the words below it
+Metrics = dict[str, float | None]  # None is not finite
 
 
 def write_report(folder: Path, title: str, record: dict[str, Any], sections: dict[str, list[Picture]]) -> Path:
@@ -37,12 +38,11 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     Returns:
         The file.
     """
-    held_out = {k: v for k, v in record["metrics"].items() if k.startswith(("val/", "eval/")) and is_summary(k)}
     body = [
         tag("h1", title),
         tag("p", f"IndiCLIP {__version__} · {record['step']:,} steps · {record['seconds']:,.0f} s", class_="lead"),
         tag("h2", "Metrics on held-out data"),
-        _metrics_table(held_out),
+        _held_out_tables(record["metrics"]),
         tag("h2", "While it trained"),
         tag("div", *map(image, _curves(record["history"])), class_="curves"),
     ]
@@ -94,9 +94,42 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _metrics_table(metrics: dict[str, float | None]) -> Html:
+def _metrics_table(metrics: Metrics) -> Html:
     rows = [(name, readable(value)) for name, value in sorted(metrics.items())]
     return table(["metric", "value"], rows) if rows else tag("p", "none")
+
+
+def _held_out_tables(metrics: Metrics) -> Html:
+    plain, by_language = held_out(metrics)
+    tables = [_metrics_table(plain)]
+    for head, languages in by_language.items():
+        names = metric_names(languages)
+        rows = [
+            (language, *(readable(values[name]) if name in values else "" for name in names))
+            for language, values in languages.items()
+        ]
+        tables += [tag("h2", f"{head.capitalize()} by language"), table(["language", *names], rows)]
+    return many(tables)
+
+
+def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, dict[str, Metrics]]]:
+    """The metrics on held-out data: those of everything (of a benchmark, the main ones), and those of one language
+    (`val/<head>/<metric>/<language>`) as head -> language -> metric -> value.
+    """
+    plain: Metrics = {}
+    by_language: dict[str, dict[str, Metrics]] = {}
+    for name, value in sorted(metrics.items()):
+        parts = name.split("/")
+        if parts[0] == "val" and len(parts) == 4:
+            by_language.setdefault(parts[1], {}).setdefault(parts[3], {})[parts[2]] = value
+        elif parts[0] == "val" or (parts[0] == "eval" and is_summary(name)):
+            plain[name] = value
+    return plain, by_language
+
+
+def metric_names(languages: dict[str, Metrics]) -> list[str]:
+    """Of a table with a row per language."""
+    return sorted({name for values in languages.values() for name in values})
 
 
 def _quarantine_table(quarantined: list[dict[str, str]]) -> Html:
@@ -114,13 +147,15 @@ def _figures(pictures: list[Picture]) -> Html:
 
 
 def _curves(history: list[dict[str, Any]]) -> list[bytes]:
-    """A plot per group of names, `train/<head>/...` or `val/<head>/...`, of what was measured more than once."""
+    """A plot per group of names, `train/<head>/...`, `val/<head>/...`, or of a number by language, of what was measured
+    more than once.
+    """
     times = Counter(name for row in history for name in row)
     groups: dict[str, set[str]] = {}
     for name, count in times.items():
         parts = name.split("/")
         if len(parts) >= 3 and count > 1 and not name.endswith("backbone_grad_norm"):
-            groups.setdefault("/".join(parts[:2]), set()).add(name)
+            groups.setdefault("/".join(parts[:-1]), set()).add(name)
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
@@ -130,7 +165,7 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for name in names:
+    for i, name in enumerate(names):
         points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
         marker = "o" if len(points) < 20 else None
         axes.plot(
@@ -138,6 +173,7 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
             [y for _, y in points],
             label=name.rsplit("/", 1)[-1],
             linewidth=1.2,
+            linestyle=("-", "--", ":")[i // 10 % 3],  # there are ten colours
             marker=marker,
             markersize=3,
         )
@@ -145,8 +181,10 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    if len(names) <= 12:
+    if len(names) <= 8:
         axes.legend(fontsize=7)
+    elif len(names) <= 24:
+        axes.legend(fontsize=5, ncols=2)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()

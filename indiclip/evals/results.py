@@ -166,8 +166,8 @@ class Result:
 
 
 def is_summary(name: str) -> bool:
-    """Whether a logged name is one that a summary has room for: all but the finer ones of a benchmark."""
-    return not name.startswith("eval/") or name.rpartition("/")[2] in _SUMMARY
+    """Whether a benchmark's logged name is one that a summary has room for."""
+    return name.rpartition("/")[2] in _SUMMARY
 
 
 def corrected(value: float, chance: float | None) -> float:
