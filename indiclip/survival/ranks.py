@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -36,3 +39,58 @@ def gathered(trainer: L.Trainer, value: Any) -> list[Any]:
     values: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+class Interrupted(Exception):
+    """A signal came amid of something long.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def together(trainer: L.Trainer, what: str) -> Iterator[Callable[[Any], list[Any]]]:
+    """Work that all ranks share and that ends on all of them where it ends early on one: none waits for ever.
+
+    Gives the `exchange` by which they meet: a value -> the values of all ranks. All must call it equally often; a rank
+    that fails in between tells the others in its last.
+
+    Args:
+        trainer: The run.
+        what: The work, for messages.
+
+    Raises:
+        Interrupted: On all ranks, where any raised it.
+        AgreedStop: On all ranks, where any raised another error. A single process raises its own.
+    """
+    told = False  # all ranks know of the end, or cannot be told
+
+    def exchange(value: Any, failure: Interrupted | str | None = None) -> list[Any]:
+        nonlocal told
+        told = True
+        found = gathered(trainer, (failure, value))
+        failures = [failure for failure, _ in found if failure is not None]
+        if failures:
+            first = failures[0]
+            raise first if isinstance(first, Interrupted) else AgreedStop(trainer, f"{what}: {first}")
+        told = False
+        return [value for _, value in found]
+
+    try:
+        yield exchange
+        exchange(None)
+    except Exception as error:
+        if told or trainer.world_size == 1:
+            raise
+        if isinstance(error, Interrupted):
+            exchange(None, error)
+        words = str(error)
+        if not isinstance(error, ValueError | OSError):  # none that a user could act on
+            traceback.print_exc()
+            words = f"{type(error).__name__}: {words}"
+        exchange(None, f"rank {trainer.global_rank}: {words}")

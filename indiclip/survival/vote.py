@@ -51,6 +51,7 @@ class StepVote(L.Callback):
         self._keys: dict[str, list[str]] = {}
         self._on_the_way: list[_Count] = []
         self._voted = False
+        self._agreed = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
@@ -61,6 +62,10 @@ class StepVote(L.Callback):
         handlers = self.preemption.install if stage == "fit" else lambda: None
         trainer._signal_connector.register_signal_handlers = handlers  # type: ignore[method-assign]
 
+    def leave(self, number: int) -> None:
+        """For other callbacks in which the ranks agreed on a signal: the run saves and ends as soon as it may."""
+        self._agreed = number
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         steps = gathered(trainer, trainer.global_step)  # before anything else that the ranks do together
         if len(set(steps)) > 1:
@@ -68,12 +73,13 @@ class StepVote(L.Callback):
         # Not in `setup`, where it is not known yet whether the run goes on from a checkpoint.
         self.quarantine.begin(trainer, self._folder)
         self.nonfinite.open(trainer, self._folder)
-        self._losses, self._keys, self._on_the_way, self._voted = {}, {}, [], False
+        self._losses, self._keys, self._on_the_way, self._voted, self._agreed = {}, {}, [], False, 0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, MultiTask)
+        self._leave(trainer)
         self.quarantine.collect(batch)
         if not self._losses:  # the first micro-batch of a step
             self.nonfinite.begin(pl_module)
@@ -108,6 +114,7 @@ class StepVote(L.Callback):
             self._count(trainer, self._on_the_way.pop(0))
         if self.nonfinite.count:
             pl_module.log("train/nonfinite_steps", float(self.nonfinite.count), batch_size=1)
+        self._leave(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.preemption.restore()
@@ -130,6 +137,9 @@ class StepVote(L.Callback):
             nothing = torch.zeros((), device=pl_module.device)
             self._count(trainer, _Count(self._reduced(trainer, pl_module, nothing), None, trainer.global_step, {}, {}))
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave(trainer)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.quarantine.act(trainer, self._folder)
 
@@ -144,6 +154,10 @@ class StepVote(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.preemption.restore()
+
+    def _leave(self, trainer: L.Trainer) -> None:
+        if self._agreed:
+            self.preemption.act(trainer, self._folder, self._agreed)
 
     def _reduced(self, trainer: L.Trainer, module: L.LightningModule, found: Tensor) -> Tensor:
         others = [float(self.quarantine.pending), *(float(self.preemption.received == number) for number in SIGNALS)]
