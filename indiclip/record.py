@@ -72,6 +72,15 @@ class RunRecord(L.Callback):
         if self._began is not None and not trainer.sanity_checking and self._scored < trainer.global_step:
             self._write_row(trainer, "val/")
 
+    def add(self, trainer: L.Trainer, values: dict[str, float]) -> None:
+        """A row for what another callback measured at this step, which nobody need measure again."""
+        if self._began is None or not trainer.is_global_zero:
+            return
+        step = trainer.global_step
+        # A run that was killed before its next checkpoint may come by here again.
+        if not any(row["step"] == step and values.keys() <= row.keys() for row in read_history(self._folder)):
+            self._append(trainer, finite(values))
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._began is not None:
             saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
@@ -113,10 +122,13 @@ class RunRecord(L.Callback):
 
     def _write_row(self, trainer: L.Trainer, prefix: str) -> None:
         if trainer.is_global_zero:
-            assert self._began is not None
             values = {k: v for k, v in finite(trainer.callback_metrics).items() if k.startswith(prefix)}
-            seconds = round(time.monotonic() - self._began, 1)
-            append_history(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
+            self._append(trainer, values)
+
+    def _append(self, trainer: L.Trainer, values: dict[str, float | None]) -> None:
+        assert self._began is not None
+        seconds = round(time.monotonic() - self._began, 1)
+        append_history(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
 
 
 class PredictionWriter(BasePredictionWriter):

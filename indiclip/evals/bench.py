@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from indiclip.data.fonts import MissingFonts
@@ -153,6 +155,44 @@ def run_bench(
     if ranks.rank:
         return None
     result = Result(embedder.name, embedder.lengths, [view.name for view in views], cards=list(bench.skipped))
+    _score_all(result, bench, options, images, texts, unreadable)
+    result.about |= {
+        "seconds": {
+            "images": round(encoded - begin, 3),
+            "texts": round(prompted - encoded, 3),
+            "scores": round(time.monotonic() - prompted, 3),
+        },
+        "images": len(every),
+        "texts": len(texts),
+        "data": bench.data,
+    }
+    return result
+
+
+def logged_names(lengths: Sequence[int], bench: Bench, options: Options) -> list[str]:
+    """What `Result.logged` will call the numbers of an embedder of images and texts.
+
+    Noise is scored, whose numbers have the same names. It takes as long as to score a run, without the encoding.
+    """
+    generator, width = torch.Generator().manual_seed(0), lengths[-1]
+    num_images = sum(map(len, bench.items))
+    texts = sorted({text for items in bench.items for text in texts_of(items, options)})
+    noise = F.normalize(torch.randn(num_images + len(texts), width, generator=generator), dim=1)
+    result = Result("noise", list(lengths), list(options.views), cards=list(bench.skipped))
+    images = dict.fromkeys(options.views, noise[:num_images])
+    few = replace(options, resamples=2)
+    _score_all(result, bench, few, images, dict(zip(texts, noise[num_images:], strict=True)), {})
+    return list(result.logged())
+
+
+def _score_all(
+    result: Result,
+    bench: Bench,
+    options: Options,
+    images: dict[str, Tensor],
+    texts: dict[str, Tensor],
+    unreadable: dict[int, str],
+) -> None:
     first = 0
     with _without_gc():
         for place, items in enumerate(bench.items):
@@ -161,17 +201,6 @@ def run_bench(
             flagged_N = bench.flagged[place] if bench.flagged else None
             _score_into(result, items, part, failed, texts, options, flagged_N)
             first += len(items)
-    result.about |= {
-        "seconds": {
-            "images": round(encoded - begin, 3),
-            "texts": round(prompted - encoded, 3),
-            "scores": round(time.monotonic() - prompted, 3),
-        },
-        "images": first,
-        "texts": len(texts),
-        "data": bench.data,
-    }
-    return result
 
 
 @contextmanager
