@@ -42,3 +42,18 @@ def test_languages_are_rows_of_a_table_and_curves_of_a_plot_of_their_own(tmp_pat
     assert "<tr><th>language</th><th>gap</th><th>r5</th></tr>" in page
     assert row in page
     assert page.count("<img") == 2
+
+
+def test_of_a_benchmark_a_page_shows_english_and_means():
+    metrics = {
+        f"eval/india/{name}": 0.5
+        for name in ("food/en/acc1", "food/hi/acc1", "food/en/acc1_64", "food/en/parity_acc1", "mean/hi/corrected")
+    }
+    assert list(held_out(metrics)[0]) == ["eval/india/food/en/acc1", "eval/india/mean/hi/corrected"]
+
+
+def test_a_benchmarks_cards_are_curves_of_one_plot(tmp_path):
+    metrics = {f"eval/india/{card}/{code}/acc1": 0.5 for card in ("food", "gods") for code in ("en", "hi", "ta")}
+    history = [{"step": step, **metrics} for step in (1, 2)]
+    record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": []}
+    assert write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8").count("<img") == 1

@@ -148,14 +148,18 @@ def _figures(pictures: list[Picture]) -> Html:
 
 def _curves(history: list[dict[str, Any]]) -> list[bytes]:
     """A plot per group of names, `train/<head>/...`, `val/<head>/...`, or of a number by language, of what was measured
-    more than once.
+    more than once. Of a benchmark only what a summary has room for, a plot per suite.
     """
     times = Counter(name for row in history for name in row)
     groups: dict[str, set[str]] = {}
     for name, count in times.items():
         parts = name.split("/")
-        if len(parts) >= 3 and count > 1 and not name.endswith("backbone_grad_norm"):
+        if len(parts) < 3 or count < 2 or name.endswith("backbone_grad_norm"):
+            continue
+        if parts[0] != "eval":
             groups.setdefault("/".join(parts[:-1]), set()).add(name)
+        elif is_summary(name):
+            groups.setdefault("/".join(parts[:2]), set()).add(name)
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
@@ -171,7 +175,7 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            label=name.rsplit("/", 1)[-1],
+            label=name.removeprefix(f"{title}/"),
             linewidth=1.2,
             linestyle=("-", "--", ":")[i // 10 % 3],  # there are ten colours
             marker=marker,

@@ -166,8 +166,9 @@ class Result:
 
 
 def is_summary(name: str) -> bool:
-    """Whether a benchmark's logged name is one that a summary has room for."""
-    return name.rpartition("/")[2] in _SUMMARY
+    """Whether a benchmark's logged name is one that a summary has room for: in English, or a mean over the cards."""
+    _, _, card, language, metric = name.split("/")
+    return metric in _SUMMARY and (language == "en" or card == "mean")
 
 
 def corrected(value: float, chance: float | None) -> float:
