@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_cli import config
 
 from indiclip.cli import main
+from indiclip.evals import bench
 from indiclip.training import run
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +90,18 @@ def test_a_head_is_added_by_a_second_config(part, capsys):
     (added,) = yaml.safe_load(part.read_text())["model"]["heads+"]
     assert [head["class_path"] for head in heads] == ["heads.contrastive.Contrastive", added["class_path"]]
     assert added["init_args"].items() <= heads[1]["init_args"].items()
+
+
+@pytest.mark.parametrize("part", sorted((ROOT / "conf" / "evals").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_benchmark_is_added_by_a_second_config(part, tmp_path, monkeypatch):
+    """On what is generated, here a few images; the numbers are in the run's metrics."""
+    assert f"--config conf/evals/{part.name}" in part.read_text()
+    monkeypatch.delenv("INDICLIP_BENCH", raising=False)
+    for name in ("_WORDS", "_GALLERY_WORDS", "_SWATCHES", "_GALLERY_SWATCHES"):
+        monkeypatch.setattr(bench, name, 2)
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(config()))
+    assert run(["fit", "--config", str(base), "--config", str(part), "--runs", str(tmp_path), *SHORT]) == 0
+    metrics = json.loads((tmp_path / "base" / "metrics.json").read_text())["metrics"]
+    assert "eval/india/indian_colours_procedural/hi/acc1" in metrics
+    assert json.loads((tmp_path / "base" / "bench" / "metrics.json").read_text())["about"]["step"] == 2

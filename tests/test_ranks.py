@@ -56,6 +56,10 @@ def test_a_signal_to_one_interrupts_both(tmp_path):
 
 
 def test_a_single_process_raises_its_own_error():
-    with pytest.raises(KeyError, match="torn"), together(SimpleNamespace(world_size=1), "work") as exchange:
-        assert exchange(1) == [1]
-        raise KeyError("torn")
+    def work():
+        with together(SimpleNamespace(world_size=1), "work") as exchange:
+            assert exchange(1) == [1]
+            raise KeyError("torn")
+
+    with pytest.raises(KeyError, match="torn"):
+        work()
