@@ -255,7 +255,8 @@ def test_after_validations_where_there_are_none_is_said(tmp_path, cards, capsys)
 
 
 @pytest.mark.parametrize(
-    ("options", "ends", "steps"), [({"every_n_steps": 2}, (4, 6), [2, 4, 6]), ({"every_n_epochs": 2}, (3, 6), [6])]
+    ("options", "ends", "steps"),
+    [({"every_n_steps": 2}, (4, 6), [2, 4, 6]), ({"every_n_epochs": 2}, (3, 7), [3, 6, 7])],
 )
 def test_a_resumed_run_scores_no_step_twice_and_skips_none(tmp_path, cards, options, ends, steps):
     bench = india_bench(cards, probes=False, **options)
