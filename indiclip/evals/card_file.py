@@ -19,7 +19,7 @@ import yaml
 from indiclip.data.captions import LANGUAGES
 from indiclip.data.romanise import LANGUAGES as ROMANISED
 from indiclip.data.romanise import is_romanisable, romanise
-from indiclip.evals.cards import TASKS, Card, CardClass
+from indiclip.evals.cards import TASKS, Card, CardClass, bare
 from indiclip.names import nearest
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?")
@@ -111,6 +111,10 @@ def _classes(entries: Any, file: str, task: str) -> tuple[CardClass, ...]:
                 raise ValueError(f"{file}: {one.id}: confusable_with: {other!r} is no other class of the card{hint}")
     for language in {language for one in classes for language in one.names}:
         _check_unique((one.names[language] for one in classes if language in one.names), f"{file}: the {language} name")
+    id_of = {bare(one.id): one.id for one in classes}
+    for one in classes:
+        if id_of.get(bare(one.names["en"]), one.id) != one.id:
+            raise ValueError(f"{file}: {one.id}: names: en: {one.names['en']!r} is the id of another class")
     return tuple(_with_romanised(classes))
 
 
@@ -182,7 +186,7 @@ def _check_chance(stated: Any, chance: float, file: str) -> None:
 
 def _check_unique(names: Iterable[str], what: str) -> None:
     """Two classes of one name could not be told right."""
-    for name, count in Counter(map(str.casefold, names)).items():
+    for name, count in Counter(map(bare, names)).items():
         if count > 1:
             raise ValueError(f"{what} {name!r} is that of {count} classes; expected each once")
 
