@@ -72,6 +72,8 @@ def test_packaged_cards_say_what_they_are(name):
         name = one.names["en"]
         assert "(" not in name, name
         assert all(template.count("{c}") == 1 for template in card.templates("en"))
+    alike = {(one.id, other) for one in card.classes for other in one.confusable_with}
+    assert alike == {(other, one) for one, other in alike}
 
 
 @pytest.mark.skipif(not TAXONOMY.is_file(), reason="no taxonomy beside the repository")

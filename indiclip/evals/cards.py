@@ -30,7 +30,7 @@ class CardClass:
         id: Its folder's name, such as `masala_dosa`.
         names: Language (BCP 47, `hi-Latn` for romanised text) -> the name in prompts; `en` is always there.
         aliases: Other names, in any language; never in prompts.
-        confusable_with: Ids of classes that look like it.
+        confusable_with: Ids of classes that look like it, on our cards both ways.
         facts: Anything else, such as `lat`, `lon`, `hex`, `group`.
         derived: The languages of `names` that were romanised by rule and that nobody has checked.
     """
