@@ -19,6 +19,7 @@ import yaml
 from indiclip.data.captions import LANGUAGES
 from indiclip.data.romanise import LANGUAGES as ROMANISED
 from indiclip.data.romanise import is_romanisable, romanise
+from indiclip.data.tables import is_number
 from indiclip.evals.cards import TASKS, Card, CardClass, bare
 from indiclip.names import nearest
 
@@ -130,10 +131,21 @@ def _class(entry: Any, file: str, number: int) -> CardClass:
         _text(name, f"{where}: names: {language}")
     if "en" not in names:
         raise ValueError(f"{where}: names: no name in `en`; found {sorted(names)}")
-    facts = _mapping(entry.get("facts", {}), f"{where}: facts")
+    facts = _facts(entry.get("facts", {}), f"{where}: facts")
     aliases, others = (_texts(entry.get(key, []), f"{where}: {key}") for key in ("aliases", "confusable_with"))
     normal = {language: unicodedata.normalize("NFC", name.strip()) for language, name in names.items()}
     return CardClass(class_id, normal, aliases, others, facts)
+
+
+def _facts(entry: Any, where: str) -> dict[str, Any]:
+    """Anything, but for the facts that scores come from."""
+    facts = _mapping(entry, where)
+    for name, most in (("lat", 90), ("lon", 180)):
+        if name in facts and not (is_number(facts[name]) and abs(facts[name]) <= most):
+            raise ValueError(f"{where}: {name}: found {_found(facts[name])}; expected degrees, -{most} to {most}")
+    for language, words in _mapping(facts.get("sample_words", {}), f"{where}: sample_words").items():
+        _texts(words, f"{where}: sample_words: {language}")
+    return facts
 
 
 def _with_romanised(classes: list[CardClass]) -> Iterable[CardClass]:
