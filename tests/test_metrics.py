@@ -8,6 +8,7 @@ import pytest
 from indiclip.evals.metrics import (
     Interval,
     bootstrap_median,
+    caption_hit_rate,
     chance_corrected,
     hit_rate,
     mean_per_class_recall,
@@ -45,6 +46,17 @@ def test_hit_rate_has_the_interval_of_the_plain_bootstrap():
     hit_N, _, _ = _outcomes()
     interval = hit_rate(hit_N, resamples=RESAMPLES)
     _check(interval, hit_N.mean(), lambda drawn: hit_N[drawn].mean(), len(hit_N), 1 / len(hit_N))
+
+
+def test_captions_have_the_interval_of_the_bootstrap_over_their_images():
+    generator = np.random.default_rng(5)
+    image_T = generator.permutation(np.repeat(np.arange(150), generator.integers(1, 6, 150)))
+    hit_T = generator.random(len(image_T)) < generator.random(150)[image_T]  # some images are easier than others
+    hits, captions = np.bincount(image_T, hit_T), np.bincount(image_T)
+    interval = caption_hit_rate(hit_T, image_T * 3, resamples=RESAMPLES)  # numbers need not be without gaps
+    _check(interval, hit_T.mean(), lambda drawn: hits[drawn].sum() / captions[drawn].sum(), 150, 0)
+    alone = hit_rate(hit_T)
+    assert interval.high - interval.low > 1.2 * (alone.high - alone.low)
 
 
 def test_mean_per_class_recall_has_the_interval_of_the_plain_bootstrap():
@@ -139,6 +151,7 @@ def test_nothing_has_no_number():
     labels = np.zeros(0, dtype=int)
     for interval in (
         hit_rate(none),
+        caption_hit_rate(none, labels),
         mean_per_class_recall(none, labels),
         parity_gap(none, none, labels),
         bootstrap_median(none),

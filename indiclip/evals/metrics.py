@@ -11,7 +11,7 @@ images differ by far less than their intervals suggest: compare those with `pari
 Where all images are hit, or none, they are in a resample too, and the interval is a point. It does not say that one can
 be sure: with N images and no miss, up to 3 / N of others may be missed (Hanley and Lippman-Hand, JAMA 249, 1983).
 
-Shape letters: N images, C classes, S cells that occur, R resamples.
+Shape letters: N images, T captions, C classes, S cells that occur, R resamples.
 """
 
 from __future__ import annotations
@@ -42,6 +42,25 @@ def hit_rate(hit_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) ->
         return _NOTHING
     value = float(np.mean(hit_N))
     return _interval(value, np.random.default_rng(seed).binomial(count, value, resamples) / count)
+
+
+def caption_hit_rate(hit_T: np.ndarray, image_T: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """Share of hits among captions, of which an image may have several.
+
+    Images are drawn, each with all its captions: these are right or wrong together more often than those of different
+    images, and drawn one by one they would promise an interval that is too narrow.
+
+    Args:
+        hit_T: bool.
+        image_T: The image of each caption, >= 0.
+    """
+    if len(hit_T) == 0:
+        return _NOTHING
+    hits, captions = np.bincount(image_T, weights=hit_T), np.bincount(image_T)
+    cells_2S, count_S = np.unique(np.stack([hits, captions])[:, captions > 0], axis=1, return_counts=True)
+    drawn_RS = np.random.default_rng(seed).multinomial(count_S.sum(), count_S / count_S.sum(), resamples)
+    hits_R, captions_R = cells_2S @ drawn_RS.T
+    return _interval(float(np.mean(hit_T)), hits_R / captions_R)
 
 
 def mean_per_class_recall(
