@@ -169,7 +169,9 @@ def _retrieve(sheet: Sheet, setting: Setting) -> None:
         rank_M, rank_T = _caption_ranks(sheet, setting, texts_N, image_M)
         values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
         sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T))
-        values = {f"text_to_image_r{k}": sheet.rate(rank_T < k) for k in RECALL_AT}
+        image_T = np.repeat(image_M, [len(texts_N[i]) for i in image_M.tolist()])
+        drawn = sheet.options.resamples, sheet.options.seed
+        values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *drawn) for k in RECALL_AT}
         sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M))
         for subset, of_M in sheet.subsets(image_M).items():
             values = {f"image_to_text_r{k}": sheet.rate(rank_M[of_M] < k) for k in RECALL_AT}
