@@ -89,12 +89,12 @@ def test_copies_are_flagged_and_clean_numbers_are_those_without_them(make_bench,
 
 
 def test_a_gallery_is_not_looked_for(make_bench, training):
-    """Only the copies among the files that are scored count."""
-    files = {name.replace("test/", "train/") if "red" in name else name: data for name, data in PNGS.items()}
+    """Only the copies among the files that are scored count; the gallery comes before them."""
+    files = {name.replace("test/", "train/" if "red" in name else "val/"): data for name, data in PNGS.items()}
     bench = make_bench(files)
     found = flag(bench, training)
     flagged = np.array(bench.items[0].keys)[bench.flagged[0]]
-    assert set(flagged) == {"test/green/3.png", "test/blue/2.png"}
+    assert set(flagged) == {"val/green/3.png", "val/blue/2.png"}
     assert found["cards"]["tints"]["images"] == 14
     assert found["cards"]["tints"]["flagged"] == 2
 

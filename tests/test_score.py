@@ -546,6 +546,20 @@ def test_captions_that_are_all_the_same_to_a_model_are_found_for_no_image(captio
     assert not any(row.predicted == row.truth for row in predictions)
 
 
+@pytest.mark.parametrize("chunk", [1, 2_500_000])
+def test_of_equal_captions_the_one_that_is_wrong_is_the_answer(make_card, monkeypatch, chunk):
+    """By hand: images 0 and 1 and their captions are one vector, so are 2 and 3, and 4 and 5."""
+    monkeypatch.setattr("indiclip.evals.cosines._CHUNK", chunk)
+    vector_NE = torch.eye(16)[[0, 0, 1, 1, 2, 2]]
+    names = [f"caption {i}" for i in range(6)]
+    captions = {"en": [[name] for name in names]}
+    items = Items(make_card(task="retrieval"), [None] * 6, names, np.full(6, -1), captions=captions)
+    texts = dict(zip(names, vector_NE, strict=True))
+    _, predictions = Planted(items, {"native": vector_NE}, texts, np.zeros(6, bool)).score()
+    assert [row.rank for row in predictions] == [1] * 6
+    assert [row.predicted for row in predictions] == [names[i] for i in (1, 0, 3, 2, 5, 4)]
+
+
 def test_languages_that_were_asked_for_and_have_no_captions_are_told(captioned):
     found = languages_left_out(captioned.items, Options(languages=["hi", "bn"]))
     assert found == ["not scored in bn: no captions"]
