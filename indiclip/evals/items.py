@@ -57,6 +57,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def tested_N(self) -> np.ndarray:
+        """bool, which images are scored: all but the gallery."""
+        return np.ones(len(self), bool) if self.is_train is None else ~self.is_train
+
     def only(self, places: Iterable[int]) -> Items:
         """The items at these places, in this order."""
         kept = list(places)
