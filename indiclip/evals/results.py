@@ -13,6 +13,7 @@ from indiclip import json_lines
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
+CLEAN = "clean"  # the subset of the images that are not among the training data
 _SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
 _MAIN_PROTOCOLS = ("zero_shot", "matching", "retrieval", "places")
 

@@ -16,7 +16,7 @@ from indiclip.evals.cosines import as_near, chunks, cut
 from indiclip.evals.distances import haversine_km, within_km
 from indiclip.evals.items import Items
 from indiclip.evals.metrics import Interval
-from indiclip.evals.results import IMAGES, Prediction, Score
+from indiclip.evals.results import CLEAN, IMAGES, Prediction, Score
 from indiclip.evals.retrieval import caption_ranks, class_ranks
 from indiclip.evals.sheet import TOP, Language, Options, Setting, Sheet, language_of, languages_of
 from indiclip.evals.zero_shot import Ranking, hard_pairs, rank_classes
@@ -82,7 +82,8 @@ def _classify(sheet: Sheet, setting: Setting) -> None:
         sizes, code = (len(rank_M), len(class_D)), language.code
         sheet.add(setting, protocol, code, sheet.accuracies(rank_M, label_M, len(class_D)), *sizes, chance)
         for subset, of_M in sheet.subsets(ranking.image_M).items():
-            values = {"acc1": sheet.rate(rank_M[of_M] == 0)}
+            values = sheet.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
+            values = values if subset == CLEAN else {"acc1": values["acc1"]}
             sheet.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
         found = class_ranks(image_NE, class_DE, label_N, class_D).rank_M
         values = {f"text_to_image_r{k}": sheet.rate(found < k) for k in (1, TOP)}
@@ -172,21 +173,32 @@ def _retrieve(sheet: Sheet, setting: Setting) -> None:
         image_M = np.array([i for i in np.flatnonzero(sheet.items.tested_N).tolist() if texts_N[i]], dtype=np.int64)
         if not len(image_M):
             continue
-        rank_M, rank_T = _caption_ranks(sheet, setting, texts_N, image_M)
-        values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
-        sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T))
-        image_T = np.repeat(image_M, [len(texts_N[i]) for i in image_M.tolist()])
-        drawn = sheet.options.resamples, sheet.options.seed
-        values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *drawn) for k in RECALL_AT}
-        sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M))
+        rank_M = _recalls(sheet, setting, code, image_M)
         for subset, of_M in sheet.subsets(image_M).items():
-            values = {f"image_to_text_r{k}": sheet.rate(rank_M[of_M] < k) for k in RECALL_AT}
-            sheet.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_T), subset=subset)
+            # What was seen in training is no candidate either; of a group the images look among all captions.
+            if subset == CLEAN:
+                _recalls(sheet, setting, code, image_M[of_M], subset)
+            else:
+                values = {f"image_to_text_r{k}": sheet.rate(rank_M[of_M] < k) for k in RECALL_AT}
+                sheet.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_M), subset=subset)
         if code != "en" and "en" in captions:
             both_M = np.array([i for i in image_M.tolist() if captions["en"][i]], dtype=np.int64)
             _caption_parity(sheet, setting, code, both_M)
         if setting.main:
             _keep_captions(sheet, code, texts_N, image_M, rank_M)
+
+
+def _recalls(sheet: Sheet, setting: Setting, code: str, image_M: np.ndarray, subset: str = "") -> np.ndarray:
+    """Adds the recalls of some images and their captions. Returns the images' ranks."""
+    assert sheet.items.captions is not None
+    texts_N, drawn = sheet.items.captions[code], (sheet.options.resamples, sheet.options.seed)
+    rank_M, rank_T = _caption_ranks(sheet, setting, texts_N, image_M)
+    values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
+    sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), subset=subset)
+    image_T = _captions_of(texts_N, image_M)[1]
+    values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *drawn) for k in RECALL_AT}
+    sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), subset=subset)
+    return rank_M
 
 
 def _caption_ranks(

@@ -19,12 +19,12 @@ from indiclip.evals import metrics
 from indiclip.evals.cards import Card
 from indiclip.evals.items import Items
 from indiclip.evals.metrics import Interval
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, Prediction, Score
+from indiclip.evals.results import CLEAN, PHOTOGRAPHS, PROCEDURAL, Prediction, Score
 from indiclip.evals.zero_shot import class_embeddings
 
 TOP = 5  # nearest answers that are kept of each image
 _FEWEST_CLASSES = 5  # named in a language: fewer say nothing, unless the card has no more
-_BOUNDED = ("acc1", "mean_per_class_recall")  # what guessing scores in is the card's chance
+_GUESSES = {"acc1": 1, "mean_per_class_recall": 1, "acc5": TOP}  # of which one is right by chance
 
 
 @dataclass
@@ -44,6 +44,10 @@ class Options:
     probes: bool = True
     resamples: int = metrics.RESAMPLES
     seed: int = metrics.SEED
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            raise ValueError("views: found none; expected at least one, such as native")
 
     def wants(self, language: str) -> bool:
         """Whether a language is scored."""
@@ -162,7 +166,7 @@ class Sheet:
             found = {str(name): groups == name for name in sorted(set(groups))}
             found = found if len(found) > 1 else {}
         if self._looked_for:
-            found["clean"] = ~self.flagged_N[image_M]
+            found[CLEAN] = ~self.flagged_N[image_M]
         return {name: members for name, members in found.items() if members.any()}
 
     def add(
@@ -185,7 +189,7 @@ class Sheet:
                 setting.length,
                 setting.view,
                 *interval,
-                chance if metric in _BOUNDED else None,
+                None if chance is None or metric not in _GUESSES else _GUESSES[metric] * chance,
                 num_items,
                 num_classes,
                 subset,
