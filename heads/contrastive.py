@@ -82,8 +82,9 @@ class Contrastive(Head):
         self._class_text = None  # the weights are about to change
         image_BE = encoder.embed_features(features)
         text_BE = encoder.embed_text(captions)
-        labels_B = _labels(batch, image_BE.device)
-        ids_B = caption_ids(captions).to(image_BE.device)
+        # Not blocking: else the CPU would wait here until the GPU has embedded everything.
+        labels_B = _labels(batch).to(image_BE.device, non_blocking=True)
+        ids_B = caption_ids(captions).to(image_BE.device, non_blocking=True)
         loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)
         self.logged = self._loss_by_language(batch["targets"].get("language", []))
         return {"loss": loss}
@@ -97,9 +98,10 @@ class Contrastive(Head):
         pair_losses_B = self.criterion.pair_losses_B
         assert pair_losses_B is not None
         of_KB = torch.from_numpy(np.array(names)[:, None] == np.array([language or "" for language in languages]))
-        share_KB = of_KB / of_KB.sum(1, keepdim=True)
-        share_KB = share_KB.to(pair_losses_B.device, non_blocking=True)  # else the CPU would wait for the GPU
-        return dict(zip((f"loss/{name}" for name in names), (share_KB * pair_losses_B).sum(1), strict=True))
+        of_KB = of_KB.to(pair_losses_B.device, non_blocking=True)
+        # No product with 0 and 1: a pair that is not finite would make all languages so.
+        loss_K = torch.where(of_KB, pair_losses_B, 0).sum(1) / of_KB.sum(1)
+        return dict(zip((f"loss/{name}" for name in names), loss_K, strict=True))
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`image_E`, `text_E`, `hits_L` (zero-shot right at each length, where a class is known), `nearest` (the
@@ -111,7 +113,7 @@ class Contrastive(Head):
         distinct = list(dict.fromkeys(captions))
         first = [captions.index(caption) for caption in distinct]
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
-            hits = self._zero_shot(image_BE, _labels(batch, image_BE.device), encoder)
+            hits = self._zero_shot(image_BE, _labels(batch), encoder)
             order = (image_BE @ text_BE[first].T).topk(min(5, len(distinct)), dim=1).indices.tolist()
         by_language = _embed_by_language(_by_language(batch), encoder)
         return [
@@ -140,13 +142,14 @@ class Contrastive(Head):
             return [None] * len(image_BE)
         if self._class_text is None or self._class_text[0].device != image_BE.device:
             self._class_text = self._class_embeddings(encoder)
+        right_B = labels_B.to(image_BE.device)
         hits_LB = torch.stack(
             [
-                (image_BE[:, :length] @ class_CE.T).argmax(1) == labels_B
+                (image_BE[:, :length] @ class_CE.T).argmax(1) == right_B
                 for length, class_CE in zip(encoder.lengths, self._class_text, strict=True)
             ]
         )
-        return [hits_LB[:, i] if labels_B[i] >= 0 else None for i in range(len(image_BE))]
+        return [hits_LB[:, i] if label >= 0 else None for i, label in enumerate(labels_B.tolist())]
 
     def _class_embeddings(self, encoder: Encoder) -> list[Tensor]:
         """Mean of the templates' embeddings of each class, at each length (unit length)."""
@@ -163,8 +166,9 @@ class EmbeddingMetric(torchmetrics.Metric):
 
     Retrieval in one language, `image_to_text_r<k>/<language>`, is among the images with a caption in it and those
     captions: languages that all images have are scored on the same images. `image_to_text_r<k>_gap/<language>`, for the
-    largest k, is English's recall less the language's, both among the images that have the two. With captions in
-    fewer than two languages there is neither.
+    largest k, is English's recall less the language's, both among the images that have the two. Where not all images
+    have all languages, `images/<language>` says how many have it: it is easier to find one image among fewer. With
+    captions in fewer than two languages there is none of these.
 
     Args:
         lengths: Embedding lengths, ascending; the last is the full one.
@@ -252,13 +256,15 @@ class EmbeddingMetric(torchmetrics.Metric):
         return result | self._by_language(image_BE)
 
     def _by_language(self, image_BE: Tensor) -> dict[str, Tensor]:
-        image_S = torch.arange(len(image_BE), device=image_BE.device).repeat_interleave(dim_zero_cat(self.counts_B))
+        counts_B = dim_zero_cat(self.counts_B)
+        image_S = torch.arange(len(image_BE), device=image_BE.device).repeat_interleave(counts_B)
         text_SE, ids_S = dim_zero_cat(self.text_SE), dim_zero_cat(self.ids_S)
         codes_KC, language_S = torch.unique(dim_zero_cat(self.codes_SC), dim=0, return_inverse=True)
         names = [bytes(code).decode().rstrip() for code in codes_KC.tolist()]
         if len(names) < 2:
             return {}
         chosen = {name: language_S == number for number, name in enumerate(names)}
+        images = {f"images/{name}": chosen_S.sum().float() for name, chosen_S in chosen.items()}
         known: dict[bytes, dict[str, Tensor]] = {}
 
         def recalls(chosen_S: Tensor) -> dict[str, Tensor]:
@@ -267,7 +273,7 @@ class EmbeddingMetric(torchmetrics.Metric):
                 known[key] = self._recalls(image_BE[image_S[chosen_S]], text_SE[chosen_S], ids_S[chosen_S])
             return known[key]
 
-        result: dict[str, Tensor] = {}
+        result = images if min(images.values()) < (counts_B > 0).sum() else {}
         best = f"image_to_text_r{max(self.retrieval_at)}"
         for name, chosen_S in chosen.items():
             result |= {f"{metric}/{name}": value for metric, value in recalls(chosen_S).items()}
@@ -347,7 +353,7 @@ def _embed_by_language(captions: list[dict[str, str]], encoder: Encoder) -> list
     return [{language: by[language] for language in of_image} for by, of_image in zip(found, captions, strict=True)]
 
 
-def _labels(batch: Batch, device: torch.device) -> Tensor:
-    """Class of each image, -1 for none."""
+def _labels(batch: Batch) -> Tensor:
+    """Class of each image, -1 for none; on the CPU."""
     labels = batch["targets"].get("label", [None] * len(batch["keys"]))
-    return torch.tensor([-1 if label is None else int(label) for label in labels], device=device)
+    return torch.tensor([-1 if label is None else int(label) for label in labels])

@@ -99,7 +99,8 @@ class Encoder(nn.Module):
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and their mask (B, T), on the encoder's device."""
         ids_BT, valid_BT = self.text.tokenizer(texts)
-        return ids_BT.to(self.device), valid_BT.to(self.device)
+        # Not blocking: else the CPU would wait for what the GPU has still to do.
+        return ids_BT.to(self.device, non_blocking=True), valid_BT.to(self.device, non_blocking=True)
 
     def embed_text(self, texts: str | list[str], length: int | None = None, batch_statistics: bool = True) -> Tensor:
         """Unit-length embeddings (B, length) of strings in any language; equal strings are encoded once.
@@ -124,7 +125,8 @@ class Encoder(nn.Module):
         if len(distinct) == len(many):
             return text_BE
         position = {text: i for i, text in enumerate(distinct)}
-        return text_BE[torch.tensor([position[text] for text in many], device=text_BE.device)]
+        order = torch.tensor([position[text] for text in many])
+        return text_BE[order.to(text_BE.device, non_blocking=True)]
 
     def spec(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this encoder without a network, weights aside (plain types only)."""

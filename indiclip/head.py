@@ -29,8 +29,9 @@ class Head(nn.Module, ABC):
 
     Attributes:
         name: Log prefix, `train/<name>/<loss>`: the file's name in `heads/`.
-        logged: Numbers of the newest `loss` that are logged beside its own and are no part of the total. Their names
-            may differ from step to step and between ranks; `<number>/<language>` is a curve in a plot of the number.
+        logged: Detached numbers of the newest `loss` that are logged beside its own and are no part of the total; empty
+            when `loss` is called. Their names may differ from step to step and between ranks; `<number>/<language>` is
+            a curve in a plot of the number.
         metric: Its `compute()` gives a dict of numbers.
         needs: Fields that every sample of its task has; checked before training.
         embeds_images: Whether `loss` calls `encoder.embed_features`.

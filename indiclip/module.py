@@ -85,6 +85,7 @@ class MultiTask(L.LightningModule):
             batch = batches[head.task]
             if head.task not in features:  # heads of one task share its features
                 features[head.task] = self.encoder.features(batch["images"])
+            head.logged = {}
             losses = head.loss(features[head.task], batch, self.encoder)
             self.head_losses[head.name] = self._weighted(
                 head, sum(losses.values(), torch.zeros((), device=self.device))

@@ -1,5 +1,14 @@
-"""Small results of the benchmark, whose numbers a test can know."""
+"""Small results of the benchmark, and an embedder for whole runs, whose numbers a test can know."""
 
+import io
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from indiclip.data.tables import stable_hash
+from indiclip.evals.models import View
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Prediction, Result, Score
 
 
@@ -47,3 +56,57 @@ def small_run(model: str = "m", **about) -> Result:
         answer("4.jpg", "roti", "roti"),
     ]
     return result
+
+
+PURE = {
+    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255),
+    "yellow": (255, 255, 0), "cyan": (0, 255, 255), "magenta": (255, 0, 255),
+}  # fmt: skip
+
+
+class Shades:
+    """An embedder whose answers a test can count: an image's mean colour less grey, and a text's colour by name.
+
+    What a text says besides a name of `PURE` does not matter; without one it is a vector of its own.
+
+    Args:
+        embeds_text: Whether it has texts.
+    """
+
+    name, lengths = "shades", [2, 3]
+
+    def __init__(self, embeds_text=True):
+        self.embeds_text, self.seen = embeds_text, 0
+
+    def views(self, names):
+        return [View(name, None, "kept") for name in names]
+
+    def prepare(self, image, view):
+        pixels = np.asarray(image, dtype=np.float64).reshape(-1, 3)
+        return torch.tensor(pixels.mean(0) - 127.5, dtype=torch.float32)
+
+    def collate(self, prepared):
+        return torch.stack(prepared)
+
+    def embed_images(self, batch):
+        self.seen += len(batch)
+        return F.normalize(batch, dim=1)
+
+    def embed_texts(self, texts):
+        return F.normalize(torch.tensor([self._colour(text) for text in texts]) - 127.5, dim=1)
+
+    @staticmethod
+    def _colour(text):
+        found = [rgb for name, rgb in PURE.items() if name in text]
+        own = np.random.default_rng(stable_hash(text)).uniform(0, 255, 3)
+        return [float(value) for value in (found[0] if found else own)]
+
+
+def shades_of(name, count, spread=120, side=4):
+    """Flat PNGs of colours around one of `PURE`, the same at each call: some are nearer to another."""
+    generator = np.random.default_rng(stable_hash(name))
+    for _ in range(count):
+        rgb = np.clip(np.array(PURE[name]) + generator.normal(0, spread, 3), 0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(np.tile(rgb, (side, side, 1))).save(file, "PNG")
+        yield file.getvalue()

@@ -64,7 +64,7 @@ LAYOUTS = {
     "shards": {"a.tar": tar(SHARD), "b.tar": tar({"0.jpg": jpeg(4), "0.cls": "2"}), "classes.txt": LIST},
     "packed shards": {
         "test-0.tar.gz": gzip.compress(tar({**SHARD, "3.jpg": jpeg(4), "3.cls": "2"})),
-        "classnames.txt": "masala dosa\nidli\nladdu\n",
+        "classnames.txt": "\ufeffmasala dosa\nidli\nladdu\n",  # as Windows writes it
     },
     "shards with names": {"a.tar": tar({**NAMED, "2.cls": "idli", "3.jpg": jpeg(4), "3.cls": "Laddu"})},
     "clip-benchmark": {

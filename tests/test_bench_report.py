@@ -246,3 +246,9 @@ def test_words_are_escaped_and_html_is_not():
     assert tag("p", "a < b", tag("b", "&"), title='"x"') == '<p title="&quot;x&quot;">a &lt; b<b>&amp;</b></p>'
     assert "<td>&lt;td&gt;</td>" in table(["x"], [["<td>"]])
     assert table(["x"], [[Html("<td>1</td>")]]).count("<td") == 1
+
+
+def test_the_seconds_of_a_run_are_told(tmp_path):
+    result = small_run(seconds={"images": 61.2, "texts": 3.1, "scores": 2.4})
+    file = write_bench_report(tmp_path, result, lambda *_: None)
+    assert " 67 s " in file.read_text("utf-8")

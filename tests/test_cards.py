@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,9 @@ def test_packaged_cards_say_what_they_are(name):
         return
     assert "en" in card.prompts
     assert card.chance == pytest.approx(1 / (card.num_candidates or len(card.classes)))
-    for one in card.classes:
-        name = one.names["en"]
-        assert "(" not in name, name
-        assert all(template.count("{c}") == 1 for template in card.templates("en"))
+    assert not [name for name in card.names("en").values() if "(" in name]
+    alike = {(one.id, other) for one in card.classes for other in one.confusable_with}
+    assert alike == {(other, one) for one, other in alike}
 
 
 @pytest.mark.skipif(not TAXONOMY.is_file(), reason="no taxonomy beside the repository")
@@ -110,10 +110,19 @@ def test_names_that_would_be_romanised_alike_are_not(page):
     assert card.names("hi-Latn") == {2: "idlee"}
 
 
+def test_a_name_is_found_in_any_of_unicodes_ways_of_writing_it(page):
+    card = page(("hi: उत्तपम", "hi: पकौड़ा"))
+    for form in ("NFC", "NFD"):
+        assert card.place(unicodedata.normalize(form, "पकौड़ा")) == 1
+    assert card.place("पकौ\u095cा") == 1  # one character, as many keyboards give it
+
+
 def test_an_id_counts_before_a_name_and_shared_names_for_none(page):
     card = page(("aliases: [dosai]", "aliases: [snack, idli]"), ("facts: {group: dish}", "aliases: [snack]"))
     assert card.place("idli") == 2
     assert card.place("snack") is None
+    with pytest.raises(ValueError, match="uttapam: names: en: 'Rice Cake' is the id of another class"):
+        page(("id: idli", "id: rice_cake"), ("en: uttapam", "en: Rice Cake"))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +156,14 @@ def test_an_id_counts_before_a_name_and_shared_names_for_none(page):
         ("[uttapam]", "[dosa]", "dosa: confusable_with: 'dosa' is no other class"),
         ("aliases:", "alias:", r"class number 1 \(dosa\): no such key 'alias'; nearest is 'aliases'"),
         ("kn: ದೋಸೆ", "en: dosai", "no YAML: the key 'en' is there twice"),
+        ("{group: dish}", "{lat: 91.0}", "uttapam: facts: lat: found 91.0; expected degrees, -90 to 90"),
+        ("{group: dish}", "{lon: 77E}", "uttapam: facts: lon: found '77E'; expected degrees, -180 to 180"),
+        (
+            "{group: dish}",
+            "{sample_words: [x]}",
+            "facts: sample_words: found a list; expected keys and values",
+        ),
+        ("{group: dish}", "{sample_words: {hi: x}}", "sample_words: hi: found 'x'; expected a list"),
         ("classes:\n", "classes: [\n", "dishes.yaml: no YAML"),
     ],
 )
@@ -182,9 +199,14 @@ def test_imagenet_takes_the_names_of_a_list_in_the_usual_order_only():
     )
     # CLIP's names differ from WordNet's in a fifth of the lines.
     names = [name if stable_hash(name) % 5 else f"{name} (thing)" for name in card.names("en").values()]
-    renamed, note = with_class_list(card, names, "classnames.txt")
+    renamed, notes = with_class_list(card, names, "classnames.txt")
     assert list(renamed.names("en").values()) == names
-    assert "names are those of classnames.txt" in note
+    assert notes == ["English class names are those of classnames.txt"]
+    names[744] = names[657]  # "missile", as CLIP has it
+    assert with_class_list(card, names, "classnames.txt")[1][1] == (
+        f"classnames.txt: 1 names are those of several classes, whose images count as missed, first {names[657]!r}"
+    )
+    names[744] = "projectile"
     with pytest.raises(ValueError, match="999 lines; expected ImageNet's 1000"):
         with_class_list(card, names[1:], "classnames.txt")
     with pytest.raises(ValueError, match="expected the usual order"):
@@ -197,7 +219,7 @@ def test_babel_names_some_classes(tmp_path):
     named, notes = with_babel(card, file)
     assert named.names("hi") == {1: "सुनहरी मछली", 4: "शुतुरमुर्ग", 9: "शुतुरमुर्ग"}
     assert named.names("no") == {0: "suter"}
-    assert notes == ["hi: 1 names are each those of several classes, first 'शुतुरमुर्ग'"]
+    assert notes == ["hi: 1 names are those of several classes, whose images count as missed, first 'शुतुरमुर्ग'"]
     for content, message in (
         ([], "found a list"),
         ({"HI": [[1], []]}, "HI: 1 class numbers and 0 names"),

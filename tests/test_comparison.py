@@ -8,6 +8,7 @@ from bench_fakes import answer, score, small_run
 from indiclip.commands import bench_compare
 from indiclip.evals.comparison import compare
 from indiclip.evals.comparison_page import write_comparison
+from indiclip.evals.results import PROCEDURAL
 
 TRUTHS = ["dosa"] * 6 + ["roti"] * 2
 
@@ -141,3 +142,15 @@ def test_command_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="pip install"):
         bench_compare.compare([f"{tmp_path / 'a'}", f"{tmp_path / 'a'}", "--out", f"{tmp_path / 'c.html'}"])
+
+
+def test_other_photographs_do_not_stand_against_comparing_what_is_generated():
+    a, b = run([0] * 8), run([1] * 8)
+    for one, digest in ((a, "1f"), (b, "2e")):
+        one.cards[0].part = PROCEDURAL
+        one.scores = [row._replace(part=PROCEDURAL) for row in one.scores]
+        one.predictions = [row._replace(part=PROCEDURAL) for row in one.predictions]
+        one.about["data"] = {"food": digest, "food_procedural": "same"}
+    assert {row.why_not for row in compare(a, b)} == {""}
+    b.about["data"]["food_procedural"] = "other"
+    assert {row.why_not for row in compare(a, b)} == {"different images, or labels, under the same names"}

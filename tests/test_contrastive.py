@@ -237,7 +237,25 @@ def test_retrieval_by_language_equals_brute_force():
         gap = expected("en", 5, of[name])[0] - expected(name, 5, of[name])[0]
         assert result[f"image_to_text_r5_gap/{name}"] == pytest.approx(gap)
     assert "image_to_text_r5_gap/en" not in result
+    assert {name: result[f"images/{name}"] for name in of} == {"en": 30, "hi": 20, "ta": 10}
     assert 0 < result["image_to_text_r1/hi"] < result["image_to_text_r1/en"] < 1  # the case is none of the easy ones
+
+
+def test_the_images_are_not_counted_where_all_have_all_languages():
+    image_BE, captions, texts_E = languages_case(10)
+    metric = EmbeddingMetric([8], [1])
+    captions, texts_E = ([{name: by[name] for name in ("en", "ta")} for by in part] for part in (captions, texts_E))
+    # Those without captions by language are in no language's gallery.
+    metric.update(image_BE, image_BE, torch.arange(10), [], [*captions[:9], {}], [*texts_E[:9], {}])
+    assert {name for name in metric.compute() if name.startswith("images/")} == set()
+
+
+def test_a_pair_that_is_not_finite_is_found_by_its_language():
+    encoder, head = tiny_encoder(), Contrastive()
+    head.build(encoder)
+    head.criterion.pair_losses_B, head._languages = torch.tensor([1.0, float("inf"), 2.0]), {"en", "hi"}
+    logged = head._loss_by_language(["en", "hi", "en"])
+    assert {name: value.item() for name, value in logged.items()} == {"loss/en": 1.5, "loss/hi": float("inf")}
 
 
 def test_one_language_alone_is_not_scored_twice():
@@ -283,7 +301,7 @@ def test_held_out_captions_are_scored_in_all_languages_by_the_head():
     assert {name for name in head.metric.compute() if "/" in name} == {
         *("image_to_text_r1/en", "image_to_text_r5/en", "text_to_image_r1/en", "text_to_image_r5/en"),
         *("image_to_text_r1/hi", "image_to_text_r5/hi", "text_to_image_r1/hi", "text_to_image_r5/hi"),
-        "image_to_text_r5_gap/hi",
+        *("image_to_text_r5_gap/hi", "images/en", "images/hi"),
     }
 
 

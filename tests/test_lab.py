@@ -58,6 +58,6 @@ def test_cie76_is_the_plain_distance():
 
 def test_hex():
     assert rgb_of_hex("#FF9933") == (255, 153, 51)
-    for wrong in ("#FF993", "saffron", "#GG0000", ""):
+    for wrong in ("#FF993", "saffron", "#GG0000", "", "FF9933", "#0xFF99"):
         with pytest.raises(ValueError, match=f"expected #RRGGBB; found '{wrong}'"):
             rgb_of_hex(wrong)

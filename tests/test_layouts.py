@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 import tarfile
 
@@ -176,6 +177,10 @@ def test_broken_images_are_found_when_they_are_read(card, folder):
         ),
         ({"a.tar": tar(SHARD), "classes.txt": "masala_dosa\n"}, "a.tar: the label 1; .*classes.txt has 1 lines"),
         (
+            {"a.tar": tar(SHARD), "classes.txt": "masala_dosa\n\nidli\n"},
+            "classes.txt: line 2 is empty; expected a class, since labels count the lines",
+        ),
+        (
             {"a.tar": tar({**NAMED, "2.cls": "idly"})},
             "a.tar: a/2: 'idly' is no class of the card food; nearest is 'idli'",
         ),
@@ -191,6 +196,17 @@ def test_mistakes_are_named(files, message, card, folder):
     write(folder, files)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         find_items(card(), folder.parent)
+
+
+def test_a_file_whose_name_is_no_utf8_has_a_key_that_can_be_stored(card, folder):
+    write(folder, {"idli/a.jpg": jpeg(1)})
+    try:
+        (folder / "idli" / "a.jpg").rename(folder / "idli" / os.fsdecode(b"caf\xe9.jpg"))
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    items = find_items(card(), folder.parent)
+    assert items.keys == [r"idli/caf\xe9.jpg"]
+    assert items.images[0].data == jpeg(1)
 
 
 def test_links_and_outside_members_of_shards_are_not_read(card, folder):
@@ -278,6 +294,17 @@ def test_captions(layout, card, folder):
     assert items.without([0]).captions["en"] == [items.captions["en"][1]]
 
 
+def test_columns_and_lines_of_captions(card, folder, tmp_path):
+    table = 'file,caption,en,id\na.jpg,"one\n dosa\t",a crisp dosa,17\nb.jpg,,an idli,18\n'
+    write(folder, {"c.csv": table, **IMAGES})
+    items = find_items(card({"task": "retrieval"}), folder.parent)
+    assert items.captions == {"en": CAPTIONS, "id": [["17"], ["18"]]}
+    assert items.notes == [f"{folder}/c.csv: the columns id are taken for captions in those languages"]
+    # JSON may hold the line ends of Unicode as they are.
+    write(tmp_path / "x", {"captions.jsonl": '{"image/key": "a", "en": {"caption": ["one\u2028dosa"]}}\n\n', **IMAGES})
+    assert read_items(card({"task": "retrieval"}), tmp_path / "x").captions == {"en": [["one dosa"]]}
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -294,6 +321,10 @@ def test_captions(layout, card, folder):
         (
             {"captions_a.json": json.dumps({**COCO, "images": COCO["images"][1:]})},
             "a caption of image 7, which is not among the 2",
+        ),
+        (
+            {"captions_a.json": json.dumps(COCO).replace("b.jpg", "a.jpg"), "a.jpg": b""},
+            "captions_a.json: the image 'a.jpg' is there twice",
         ),
         (
             {"captions_a.json": json.dumps(COCO).replace("a.jpg", "../a.jpg"), "b.jpg": b""},

@@ -86,6 +86,16 @@ def test_what_a_head_logs_beside_its_losses_is_not_trained_on():
     assert not written["train/contrastive/loss/hi"].requires_grad
 
 
+def test_what_a_head_logged_in_one_step_is_gone_in_the_next():
+    module = MultiTask(tiny_encoder(), [Contrastive()])
+    head, written = module.heads["contrastive"], []
+    head.logged, head.loss = {"rare": torch.ones(())}, lambda *_: {"loss": torch.zeros(())}
+    module.log = lambda *a, **k: None
+    module.log_dict = lambda values, **_: written.extend(values)
+    module.training_step({"contrastive": caption_batch(["a"])}, 0)
+    assert written == ["train/contrastive/loss"]
+
+
 def test_uncertainty_weighting_by_hand():
     module = MultiTask(tiny_encoder(), [Contrastive(weight=2.0)], uncertainty_weighting=True)
     module.log = lambda *a, **k: None

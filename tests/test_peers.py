@@ -73,11 +73,15 @@ def make_siglip(folder, spiece):
     return save(folder, config, transformers.SiglipProcessor(images, tokenizer))
 
 
-def make_siglip2(folder):
+def letter_tokenizer(kind):
     letters = [chr(code) for code in range(32, 127)]
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters, *(f"<0x{i:02X}>" for i in range(256))]
-    tokenizer = transformers.Siglip2Tokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[])
-    text = TOWER | {"vocab_size": len(vocabulary), "max_position_embeddings": 16, "projection_size": 16}
+    return kind(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[])
+
+
+def make_siglip2(folder):
+    tokenizer = letter_tokenizer(transformers.Siglip2Tokenizer)
+    text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 16}
     config = transformers.Siglip2Config(text_config=text, vision_config=TOWER | {"num_patches": 16, "patch_size": 16})
     images = transformers.Siglip2ImageProcessor(patch_size=16)
     return save(folder, config, transformers.Siglip2Processor(images, tokenizer))
@@ -195,6 +199,22 @@ def test_siglip2_has_views_of_any_number_of_patches(folders):
         embedder.views(["30-square"])
     with pytest.raises(ValueError, match="has no view '30'; expected native, its own preprocessing"):
         load_embedder(folders["siglip"]).views(["native", "30"])
+
+
+@torch.no_grad()
+def test_siglip2_of_one_size_reads_lower_case_as_it_was_trained(tmp_path):
+    # As google/siglip2-base-patch16-224: SigLIP's model type and Gemma's tokenizer.
+    tokenizer = letter_tokenizer(transformers.GemmaTokenizer)
+    text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 16}
+    config = transformers.SiglipConfig(text_config=text, vision_config=TOWER | {"image_size": 32, "patch_size": 8})
+    images = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    folder = save(tmp_path, config, transformers.SiglipProcessor(images, tokenizer))
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    # https://huggingface.co/docs/transformers/model_doc/siglip2, "Notes"
+    tokens = processor(text="taj mahal", padding="max_length", max_length=16, return_tensors="pt")
+    expected = transformers.AutoModel.from_pretrained(folder).eval().get_text_features(**tokens).pooler_output
+    found = load_embedder(folder).embed_texts(["Taj Mahal"])
+    torch.testing.assert_close(found, F.normalize(expected, dim=-1), **EXACT)
 
 
 def test_weights_in_half_precision_are_computed_with_in_single(folders, tmp_path):

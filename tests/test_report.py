@@ -39,7 +39,7 @@ def test_languages_are_rows_of_a_table_and_curves_of_a_plot_of_their_own(tmp_pat
     record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": []}
     page = write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8")
     row = '<tr><td>hi</td><td class="number">not finite</td><td class="number">0.125</td></tr>'
-    assert "<tr><th>language</th><th>gap</th><th>r5</th></tr>" in page
+    assert '<tr><th>language</th><th class="number">gap</th><th class="number">r5</th></tr>' in page
     assert row in page
     assert page.count("<img") == 2
 

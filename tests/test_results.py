@@ -121,3 +121,12 @@ def test_predictions_keep_their_order_within_a_card():
     groups = by_card(rows)
     assert [row.key for row in groups["food", "photographs", "zero_shot", "en"]] == ["b", "a"]
     assert len(groups) == 2
+
+
+def test_a_card_on_which_guessing_is_always_right_is_in_no_mean():
+    result = small_run()
+    before = result.headline()["mean"]["en"]
+    result.cards.append(card("words"))
+    result.scores.append(score("words", 1.0, chance=1.0))
+    assert result.headline()["mean"]["en"] == before
+    assert result.headline()["covered"] == 3

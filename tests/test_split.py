@@ -72,6 +72,14 @@ def test_what_the_dataset_knows_is_handed_on():
         assert split.captions(i) == [f"number {number}"]
 
 
+def test_a_part_has_captions_only_where_the_dataset_has():
+    class Silent(Numbers):
+        captions = property()  # as if there were none
+
+    assert hasattr(Split(Numbers(), "val"), "captions")
+    assert not hasattr(Split(Silent(), "val"), "captions")
+
+
 def test_it_is_wired_from_yaml():
     parser = ArgumentParser()
     parser.add_argument("--data", type=Dataset)

@@ -1,5 +1,6 @@
 """tools/train_tokenizer.py on text files."""
 
+import json
 import random
 import sys
 import unicodedata
@@ -9,6 +10,8 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from indiclip.data.mela import Mela
+from indiclip.data.split import Split
 from indiclip.data.texts import Text
 from indiclip.text import FastTokenizer
 
@@ -107,6 +110,21 @@ def test_held_out_rows_change_nothing(tmp_path):
     made = [trained(file.with_suffix(".json"), file, vocab_size=320).read_bytes() for file in files]
     assert made[0] == made[1] == made[2]
     assert trained(tmp_path / "all.json", files[1], vocab_size=320, holdout=0).read_bytes() != made[1]
+
+
+def test_captions_of_a_part_of_a_dataset_that_tells_them_by_its_samples_only(tmp_path):
+    """Through a config: all languages of the scenes that are not held out, and no others."""
+    mela = {
+        "class_path": "indiclip.data.mela.Mela",
+        "init_args": {"num_scenes": 8, "size": 48, "languages": ["en", "hi"]},
+    }
+    part = {"class_path": "indiclip.data.split.Split", "init_args": {"part": "train", "dataset": mela}}
+    config = tmp_path / "x.yaml"
+    config.write_text(json.dumps({"data": {"train": [{"task": "a", "dataset": part, "batch_size": 1}]}}))
+    scenes = Split(Mela(8, 48, languages=["en", "hi"]), "train")
+    expected = [text for i in range(len(scenes)) for text in scenes[i]["captions"].values()]
+    assert list(train_tokenizer.captions_of(config, 100)) == expected
+    assert 2 <= len(expected) < 16
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ class CaptionTable(Dataset[Sample]):
         table: A .tsv (no quoting) or .csv file with a header row.
         image_column: The column with the file names.
         languages: The columns with captions; None takes every column called by the code of an Indian language or `en`.
+            One with characters that no code has (`caption_hi`) is trained on, but counted in no language.
 
     Attributes:
         languages: The columns with captions.

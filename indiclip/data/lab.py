@@ -6,6 +6,8 @@ Color-Difference Formula", Color Research & Application 30 (2005). Arrays end in
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -25,13 +27,9 @@ def rgb_of_hex(colour: str) -> tuple[int, int, int]:
     Raises:
         ValueError: It is not written so.
     """
-    digits = colour.removeprefix("#")
-    try:
-        value = int(digits, 16) if len(digits) == 6 else -1
-    except ValueError:
-        value = -1
-    if value < 0:
+    if not re.fullmatch("#[0-9A-Fa-f]{6}", colour):
         raise ValueError(f"colour: expected #RRGGBB; found {colour!r}")
+    value = int(colour[1:], 16)
     return value >> 16, value >> 8 & 255, value & 255
 
 

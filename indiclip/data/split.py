@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -60,9 +61,11 @@ class Split(Dataset[Sample]):
         """The key in the whole dataset. Reads and decodes nothing."""
         return str(self.dataset.key(int(self._indices[index])))
 
-    def captions(self, index: int) -> Any:
-        """The dataset's own `captions`."""
-        return self.dataset.captions(int(self._indices[index]))
+    @property
+    def captions(self) -> Callable[[int], Any]:
+        """The dataset's own `captions(index)`, of this part; as the dataset, a part may have none."""
+        of_whole = self.dataset.captions
+        return lambda index: of_whole(int(self._indices[index]))
 
     @property
     def classes(self) -> list[str]:

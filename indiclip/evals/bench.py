@@ -25,12 +25,13 @@ from indiclip.evals.items import Items, Joined
 from indiclip.evals.layouts import find_items
 from indiclip.evals.models import Embedder
 from indiclip.evals.procedural import colours, ocr_words
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result
+from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of
 from indiclip.evals.score import score, texts_of
-from indiclip.evals.sheet import Options, languages_of
+from indiclip.evals.sheet import Options, languages_left_out
 
 _WORDS, _GALLERY_WORDS = 40, 20  # generated images of each script, scored and for probes to train on
 _SWATCHES, _GALLERY_SWATCHES = 24, 12  # of each colour
+_NAMED = 10  # unreadable images of a card; the others are counted
 
 
 @dataclass
@@ -54,8 +55,8 @@ class Bench:
 
     @property
     def data(self) -> dict[str, str]:
-        """Card and part -> a digest of the images' keys and what is right about them: the same for the same data."""
-        return {f"{items.card.id}/{part_of(items)}": _digest(items) for items in self.items}
+        """`name_of` a card's part -> a digest of the images' keys and what is right about them, in any order."""
+        return {name_of(items.card.id, part_of(items)): _digest(items) for items in self.items}
 
 
 def find_bench(
@@ -80,8 +81,7 @@ def find_bench(
     root = Path(images).expanduser() if images else None
     if root is not None and not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected a folder with the images of each card in it")
-    for name in cards or packaged("india"):
-        card = load_card(name)
+    for card in _different(cards or packaged("india")):
         photographs = find_items(card, root) if root is not None else None
         if photographs is None:
             where = f"{root} has no folder of it" if root is not None else "no folder of images was given"
@@ -99,12 +99,27 @@ def find_bench(
     return bench
 
 
+def _different(names: Sequence[str]) -> list[Card]:
+    cards: dict[str, Card] = {}
+    for name in names:
+        card = load_card(name)
+        if card.id in cards:
+            files = f"{cards[card.id].file} and {card.file}"
+            raise ValueError(
+                f"cards: {files} have one id, {card.id!r}; expected each once: it tells their numbers apart"
+            )
+        cards[card.id] = card
+    return list(cards.values())
+
+
 def _generated(card: Card, seed: int) -> list[Items]:
-    """The part of a card that needs no photographs, where it has one.
+    """The part of one of our cards that needs no photographs, where it has one.
 
     Raises:
         MissingFonts: Fonts are missing; names the packages.
     """
+    if card.suite != "india":  # a user's card may be called alike and have other classes
+        return []
     if card.id == "ocr_indic":
         drawn = ocr_words(card.ids, per_script=_WORDS, seed=seed, train_per_script=_GALLERY_WORDS)
     elif card.id == "indian_colours":
@@ -139,10 +154,10 @@ def run_bench(
         The result on rank 0, None on the others.
 
     Raises:
-        ValueError: A view that the model cannot give; none of the images of a card is readable.
+        ValueError: A view that the model cannot give.
     """
     ranks = ranks or Ranks()
-    views = embedder.views(options.views)
+    views = embedder.views(list(dict.fromkeys(options.views)))
     begin = time.monotonic()
     every = Joined([items.images for items in bench.items])
     images, unreadable = encode_images(embedder, every, views, batch_size, num_workers, ranks, progress)
@@ -224,21 +239,33 @@ def _score_into(
     options: Options,
     flagged_N: np.ndarray | None,
 ) -> None:
-    notes = [*items.notes, *languages_of(items.card, options)[1]]
+    notes = [*items.notes, *languages_left_out(items, options), *_unreadable(list(unreadable.values()))]
     if unreadable:
-        notes += [f"not counted, unreadable: {why}" for why in unreadable.values()]
         readable = np.setdiff1d(np.arange(len(items)), list(unreadable))
         images = {view: image_NE[readable] for view, image_NE in images.items()}
         flagged_N = None if flagged_N is None else flagged_N[readable]
         items = items.without(unreadable)
-    status = "scored" if len(items) else "skipped"
-    if len(items):
-        scores, predictions = score(items, images, texts, result.lengths, options, flagged_N)
-        result.scores += scores
-        result.predictions += predictions
-    tested = items.labels if items.is_train is None else items.labels[~items.is_train]
-    found = _card_result(items.card, part_of(items), status, notes)
+    scores, predictions = score(items, images, texts, result.lengths, options, flagged_N)
+    result.scores += scores
+    result.predictions += predictions
+    if not scores:
+        notes.insert(0, _why_no_score(items, texts))
+    tested = items.labels[items.tested_N]
+    found = _card_result(items.card, part_of(items), "scored" if scores else "skipped", notes)
     result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
+
+
+def _unreadable(reasons: list[str]) -> list[str]:
+    lines = [f"not counted, unreadable: {why}" for why in reasons[:_NAMED]]
+    return lines + [f"not counted, unreadable: {len(reasons) - _NAMED:,} more"] * (len(reasons) > _NAMED)
+
+
+def _why_no_score(items: Items, texts: dict[str, Tensor]) -> str:
+    if not items.tested_N.any():
+        return "none of the images to score can be read"
+    if not texts:
+        return "the model embeds no texts, and no probe was asked for or has enough to learn from"
+    return "no image has a caption in the languages that were asked for"
 
 
 def part_of(items: Items) -> str:
@@ -262,9 +289,13 @@ def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardRe
 
 
 def _digest(items: Items) -> str:
-    captions = items.captions or {}
-    rows = [
-        f"{key}\t{label}\t{[captions[language][i] for language in sorted(captions)]}"
-        for i, (key, label) in enumerate(zip(items.keys, items.labels.tolist(), strict=True))
-    ]
-    return f"{stable_hash(chr(10).join(sorted(rows))):016x}"
+    ids, captions, nothing = [*items.card.ids, ""], items.captions or {}, [None] * len(items)
+    columns = (
+        items.keys,
+        [ids[label] for label in items.labels.tolist()],  # "" where it is -1
+        items.tested_N.tolist(),
+        items.candidates or nothing,
+        *(captions[language] for language in sorted(captions)),
+    )
+    rows = [repr(row) for row in zip(*columns, strict=True)]
+    return f"{stable_hash(chr(10).join([*sorted(captions), *sorted(rows)])):016x}"

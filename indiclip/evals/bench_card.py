@@ -16,9 +16,8 @@ from indiclip.evals.bench_marks import (
 from indiclip.evals.bench_pictures import PictureOf, grids
 from indiclip.evals.confusion import MOST_CLASSES, confusion, heat_map, mistakes, most_confused, words
 from indiclip.evals.page import Html, details, many, table, tag
-from indiclip.evals.results import IMAGES, PHOTOGRAPHS, CardResult, Prediction, Result, Score, by_card
+from indiclip.evals.results import CLEAN, IMAGES, PHOTOGRAPHS, CardResult, Prediction, Result, Score, by_card
 
-CLEAN = "clean"  # the subset without the images that were seen in training
 _PROTOCOLS = ("zero_shot", "hard_pairs", "retrieval", "matching", "places", "knn", "linear_probe")  # in this order
 _TEXTS = ("retrieval", "matching")  # protocols whose answers are texts, not classes
 

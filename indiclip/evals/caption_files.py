@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def read_caption_file(file: Path) -> Captioned:
 
     Raises:
         FileNotFoundError: Images are missing; says how many and names the first.
-        ValueError: Another content, or a name that leads out of the folder.
+        ValueError: Another content, an image that is there twice, or a name that leads out of the folder.
     """
     if file.suffix == ".jsonl":
         names, captions = _crossmodal(file)
@@ -63,6 +64,9 @@ def read_caption_file(file: Path) -> Captioned:
     filled = [place for place in range(len(names)) if any(texts[place] for texts in captions.values())]
     notes = [] if len(filled) == len(names) else [f"{file}: {len(names) - len(filled)} images without a caption"]
     names = [names[place] for place in filled]
+    twice = next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{file}: the image {twice!r} is there twice; expected all its captions with one of them")
     captions = {language: [texts[place] for place in filled] for language, texts in captions.items()}
     if not names:
         raise ValueError(f"{file}: no images with captions")
@@ -108,7 +112,10 @@ def _karpathy(images: list[Any], file: Path) -> tuple[list[str], dict[str, list[
 
 def _crossmodal(file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
     entries = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    # Not splitlines: a caption may hold the line ends of Unicode as they are.
+    for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             entries.append(json.loads(line))
         except ValueError as error:

@@ -19,7 +19,8 @@ import yaml
 from indiclip.data.captions import LANGUAGES
 from indiclip.data.romanise import LANGUAGES as ROMANISED
 from indiclip.data.romanise import is_romanisable, romanise
-from indiclip.evals.cards import TASKS, Card, CardClass
+from indiclip.data.tables import is_number
+from indiclip.evals.cards import TASKS, Card, CardClass, bare
 from indiclip.names import nearest
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?")
@@ -111,6 +112,10 @@ def _classes(entries: Any, file: str, task: str) -> tuple[CardClass, ...]:
                 raise ValueError(f"{file}: {one.id}: confusable_with: {other!r} is no other class of the card{hint}")
     for language in {language for one in classes for language in one.names}:
         _check_unique((one.names[language] for one in classes if language in one.names), f"{file}: the {language} name")
+    id_of = {bare(one.id): one.id for one in classes}
+    for one in classes:
+        if id_of.get(bare(one.names["en"]), one.id) != one.id:
+            raise ValueError(f"{file}: {one.id}: names: en: {one.names['en']!r} is the id of another class")
     return tuple(_with_romanised(classes))
 
 
@@ -126,10 +131,21 @@ def _class(entry: Any, file: str, number: int) -> CardClass:
         _text(name, f"{where}: names: {language}")
     if "en" not in names:
         raise ValueError(f"{where}: names: no name in `en`; found {sorted(names)}")
-    facts = _mapping(entry.get("facts", {}), f"{where}: facts")
+    facts = _facts(entry.get("facts", {}), f"{where}: facts")
     aliases, others = (_texts(entry.get(key, []), f"{where}: {key}") for key in ("aliases", "confusable_with"))
     normal = {language: unicodedata.normalize("NFC", name.strip()) for language, name in names.items()}
     return CardClass(class_id, normal, aliases, others, facts)
+
+
+def _facts(entry: Any, where: str) -> dict[str, Any]:
+    """Anything, but for the facts that scores come from."""
+    facts = _mapping(entry, where)
+    for name, most in (("lat", 90), ("lon", 180)):
+        if name in facts and not (is_number(facts[name]) and abs(facts[name]) <= most):
+            raise ValueError(f"{where}: {name}: found {_found(facts[name])}; expected degrees, -{most} to {most}")
+    for language, words in _mapping(facts.get("sample_words", {}), f"{where}: sample_words").items():
+        _texts(words, f"{where}: sample_words: {language}")
+    return facts
 
 
 def _with_romanised(classes: list[CardClass]) -> Iterable[CardClass]:
@@ -182,7 +198,7 @@ def _check_chance(stated: Any, chance: float, file: str) -> None:
 
 def _check_unique(names: Iterable[str], what: str) -> None:
     """Two classes of one name could not be told right."""
-    for name, count in Counter(map(str.casefold, names)).items():
+    for name, count in Counter(map(bare, names)).items():
         if count > 1:
             raise ValueError(f"{what} {name!r} is that of {count} classes; expected each once")
 

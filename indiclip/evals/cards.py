@@ -6,6 +6,7 @@ A card is a page of YAML: one of ours (`india/`, `world/`) or a file of the user
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ class CardClass:
         id: Its folder's name, such as `masala_dosa`.
         names: Language (BCP 47, `hi-Latn` for romanised text) -> the name in prompts; `en` is always there.
         aliases: Other names, in any language; never in prompts.
-        confusable_with: Ids of classes that look like it.
+        confusable_with: Ids of classes that look like it, on our cards both ways.
         facts: Anything else, such as `lat`, `lon`, `hex`, `group`.
         derived: The languages of `names` that were romanised by rule and that nobody has checked.
     """
@@ -103,7 +104,7 @@ class Card:
         """Index of the class with this id or English name, or with a name or alias that no other class has; None where
         there is none. Case, and a space for an underscore, are forgiven.
         """
-        return self._places.get(_bare(name))
+        return self._places.get(bare(name))
 
     def check_place(self, name: str, where: str) -> int:
         """As `place`.
@@ -126,8 +127,8 @@ class Card:
             if owners[name] == 1:
                 found[name] = place
         # An id counts before an English name, and that before any other.
-        found |= {_bare(one.names["en"]): place for place, one in enumerate(self.classes)}
-        return found | {_bare(one.id): place for place, one in enumerate(self.classes)}
+        found |= {bare(one.names["en"]): place for place, one in enumerate(self.classes)}
+        return found | {bare(one.id): place for place, one in enumerate(self.classes)}
 
 
 def packaged(suite: str) -> list[str]:
@@ -183,8 +184,9 @@ def with_names(card: Card, language: str, names: Sequence[str | None]) -> Card:
 
 
 def _other_names(one: CardClass) -> Iterable[str]:
-    return dict.fromkeys(_bare(name) for name in (*one.names.values(), *one.aliases))
+    return dict.fromkeys(bare(name) for name in (*one.names.values(), *one.aliases))
 
 
-def _bare(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").split())
+def bare(name: str) -> str:
+    """A name as it is looked up: without what case, underscores and Unicode's ways of writing it make of it."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").split())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
@@ -24,7 +25,9 @@ def print_result(result: Result, folder: Path) -> None:
     counts = Counter(language for language in result.languages() for _ in result.main(language))
     languages = [language for language, _ in counts.most_common(_LANGUAGES)]
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("images", "chance", *languages, "kNN", "probe")]
-    table = Table(Column("card", no_wrap=True), *numbers, title=result.model, title_justify="left", box=box.SIMPLE)
+    table = Table(
+        Column("card", no_wrap=True), *numbers, title=escape(result.model), title_justify="left", box=box.SIMPLE
+    )
     mains = [result.main(language) for language in languages]
     probes = [_probes(result, protocol) for protocol in ("knn", "linear_probe")]
     for card in result.cards:
@@ -46,7 +49,7 @@ def print_result(result: Result, folder: Path) -> None:
         line = f"India: {headline['covered']} of {headline['of']} categories have photographs"
         line += f"; mean corrected for chance: {means}" if means else ""
         console.print(line, style="bold", soft_wrap=True)
-    console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)
+    console.print(f"report [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
 
 
 def print_notes(console: Console, cards: Sequence[CardResult]) -> None:

@@ -39,14 +39,14 @@ def is_imagenet(card: Card) -> bool:
     return len(card.classes) == NUM_CLASSES and card.classes[0].id == "n01440764"
 
 
-def with_class_list(card: Card, names: list[str], file: str) -> tuple[Card, str]:
+def with_class_list(card: Card, names: list[str], file: str) -> tuple[Card, list[str]]:
     """ImageNet's card with the English names of a list such as CLIP's, in the usual order of the classes.
 
     Those names are written in many ways, so that not every line is a name that WordNet knows. The order is proven by
     the lines that are: each has to stand at its own place.
 
     Returns:
-        The card, and a line that says whose names it has.
+        The card, and lines that say whose names it has and which of them are those of several classes.
 
     Raises:
         ValueError: Another number of lines, or another order.
@@ -64,8 +64,8 @@ def with_class_list(card: Card, names: list[str], file: str) -> tuple[Card, str]
             f"expected the usual order, {len(moved)} of {len(known)} known names are elsewhere"
         )
     if [one.names["en"] for one in card.classes] == names or card.ids == names:
-        return card, ""
-    return with_names(card, "en", names), f"English class names are those of {file}"
+        return card, []
+    return with_names(card, "en", names), [f"English class names are those of {file}", *_shared(names, file)]
 
 
 def with_babel(card: Card, file: Path) -> tuple[Card, list[str]]:
@@ -81,18 +81,23 @@ def with_babel(card: Card, file: Path) -> tuple[Card, list[str]]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: found a {type(content).__name__}; expected {{language: [[numbers], [names]]}}")
     names: list[dict[str, str]] = [{} for _ in card.classes]
-    notes = []
+    notes: list[str] = []
     for code, entry in sorted(content.items()):
         language = code.lower()
         for place, name in _babel_pairs(entry, f"{file}: {code}"):
             names[place][language] = name
-        twice = [name for name, count in Counter(entry[1]).items() if count > 1]
-        if twice:
-            notes.append(f"{language}: {len(twice)} names are each those of several classes, first {twice[0]!r}")
+        notes += _shared(entry[1], language)
     classes = tuple(
         replace(one, names={"en": one.names["en"]} | more) for one, more in zip(card.classes, names, strict=True)
     )
     return replace(card, classes=classes), notes
+
+
+def _shared(names: list[str], where: str) -> list[str]:
+    """A line about classes of one name: their prompts tie, which counts against both."""
+    shared = [name for name, count in Counter(names).items() if count > 1]
+    line = f"{where}: {len(shared)} names are those of several classes, whose images count as missed, first"
+    return [f"{line} {shared[0]!r}"] if shared else []
 
 
 def _babel_pairs(entry: object, where: str) -> list[tuple[int, str]]:

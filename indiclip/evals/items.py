@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +57,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def tested_N(self) -> np.ndarray:
+        """bool, which images are scored: all but the gallery."""
+        return np.ones(len(self), bool) if self.is_train is None else ~self.is_train
+
     def only(self, places: Iterable[int]) -> Items:
         """The items at these places, in this order."""
         kept = list(places)
@@ -77,6 +83,11 @@ class Items:
         return self.only(place for place in range(len(self)) if place not in dropped)
 
 
+def key_of(name: str) -> str:
+    """A file's name as text that can be stored; bytes of it that are no UTF-8 are written out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 class FileImages:
     """Image files of a folder.
 
@@ -93,7 +104,7 @@ class FileImages:
 
     def __getitem__(self, index: int) -> EncodedImage:
         name = self._names[index]
-        return read_image(self.folder / name, name)
+        return read_image(self.folder / name, key_of(name))
 
 
 class ShardImages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from bisect import bisect_left
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -30,15 +31,18 @@ def read_class_list(card: Card, folder: Path) -> ClassList | None:
     """The class list of a folder, `classnames.txt` or `classes.txt`; None where there is none.
 
     Raises:
-        ValueError: A line that is no class of the card, or one that is there twice. Names the file and the line.
+        ValueError: A line that is empty or no class of the card, or one that is there twice. Names the file and the
+            line.
     """
     file = next((folder / name for name in CLASS_LISTS if (folder / name).is_file()), None)
     if file is None:
         return None
-    names = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in file.read_text("utf-8-sig").rstrip().splitlines()]
+    if "" in names:
+        raise ValueError(f"{file}: line {names.index('') + 1} is empty; expected a class, since labels count the lines")
     if is_imagenet(card):
-        card, note = with_class_list(card, names, str(file))
-        return ClassList(card, file, np.arange(len(names)), [note] if note else [])
+        card, notes = with_class_list(card, names, str(file))
+        return ClassList(card, file, np.arange(len(names)), notes)
     places = [card.check_place(name, f"{file}: line {number}") for number, name in enumerate(names, 1)]
     for number, place in enumerate(places):
         if place in places[:number]:
@@ -115,9 +119,10 @@ def draw_candidates(
     ordered = {label: sorted(pool) for label, pool in pools.items()}
     candidates = []
     for key, label, text in zip(keys, labels.tolist(), texts, strict=True):
-        others = [other for other in ordered[label] if other != text]
+        pool, own = ordered[label], bisect_left(ordered[label], text)
+        others = range(len(pool) - 1)  # places in the pool without the image's own text
         drawn = random.Random(stable_hash(key)).sample(others, min(len(others), card.num_candidates - 1))
-        candidates.append([text, *drawn])
+        candidates.append([text, *(pool[place + (place >= own)] for place in drawn)])
     notes = [
         f"{card.classes[label].id}: {len(pool)} different texts; its images have fewer than {card.num_candidates} "
         "candidates, so chance is higher"

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from indiclip.data.captions import read_table
+from indiclip.data.captions import LANGUAGES, read_table
 from indiclip.data.tables import check_files
 from indiclip.data.tar_members import IMAGES
 from indiclip.evals.caption_files import find_caption_file, read_caption_file
 from indiclip.evals.card_file import LANGUAGE
 from indiclip.evals.cards import Card
 from indiclip.evals.imagenet import is_imagenet, with_babel
-from indiclip.evals.items import FileImages, Items
+from indiclip.evals.items import FileImages, Items, key_of
 from indiclip.evals.labels import class_groups, draw_candidates, missing_classes, read_class_list
 from indiclip.evals.shard_layout import find_shards, read_shards
 from indiclip.evals.splits import choose, is_split
@@ -117,9 +117,10 @@ def _of_folders(card: Card, source: Path) -> Items:
             is_train += [train] * len(found)
             others += [f"{split}/{folder}/{name}".removeprefix("/") for name in left]
     if others:
-        notes.append(f"{source}: {len(others)} files are no {', '.join(IMAGES)}, first {others[0]}")
+        notes.append(f"{source}: {len(others)} files are no {', '.join(IMAGES)}, first {key_of(others[0])}")
+    keys = [key_of(name) for name in names]
     items = Items(
-        card, FileImages(source, names), names, np.array(labels, dtype=np.int64), notes=notes,
+        card, FileImages(source, names), keys, np.array(labels, dtype=np.int64), notes=notes,
         is_train=np.array(is_train) if any(is_train) else None,
     )  # fmt: skip
     return _with_texts(items, [_beside(source / name) for name in names]) if card.task == "matching" else items
@@ -171,6 +172,9 @@ def _of_table(card: Card, file: Path) -> Items:
     names = list(dict.fromkeys(columns["file"]))
     if card.task == "retrieval":
         captions = _table_captions(columns, header, file)
+        unusual = [code for code in captions if code.partition("-")[0] not in LANGUAGES]
+        if unusual:  # `id` may be Indonesian
+            notes.append(f"{file}: the columns {', '.join(unusual)} are taken for captions in those languages")
         row_of = {name: row for row, name in enumerate(columns["file"])}
         split = None if is_train is None else is_train[[row_of[name] for name in names]]
         labels = np.full(len(names), -1, dtype=np.int64)
@@ -208,13 +212,12 @@ def _table_captions(columns: dict[str, list[str]], header: Iterable[str], file: 
     of_column = {name: code for name, code in of_column.items() if LANGUAGE.fullmatch(code)}
     if not of_column:
         raise ValueError(f"{file}: no column of captions; expected `caption`, or a language's code such as en, hi")
-    captions: dict[str, list[list[str]]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for name, language in of_column.items():
-        texts: dict[str, list[str]] = {key: [] for key in columns["file"]}
+        texts = found.setdefault(language, {key: [] for key in columns["file"]})
         for key, text in zip(columns["file"], columns[name], strict=True):
-            texts[key] += [text] if text else []
-        captions[language] = [*captions.get(language, []), *texts.values()]
-    return captions
+            texts[key] += [" ".join(text.split())] if text else []  # one line, as other layouts have it
+    return {language: list(texts.values()) for language, texts in found.items()}
 
 
 def _with_texts(items: Items, texts: list[str]) -> Items:

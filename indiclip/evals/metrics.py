@@ -1,27 +1,29 @@
-"""What a benchmark reports: accuracies with intervals, the gap between languages, tables, confusions.
+"""What a benchmark reports: accuracies and medians with intervals, and the gap between languages.
 
 Intervals are 95% percentile intervals of the plain bootstrap over images (Efron and Tibshirani, An Introduction to the
 Bootstrap, chapter 13): N images drawn with replacement, 1,000 times, from a fixed seed. What is computed of an image
-here is nearly always one of few cells (its class, hit or miss), and how often the cells occur in a resample is
-multinomial. So the counts are drawn and not the images: the same distribution, at a cost that does not grow with N.
+here is one of few cells (its class, hit or miss), and how often the cells occur in a resample is multinomial. So the
+counts are drawn and not the images: the same distribution, at a cost that does not grow with N.
 
 They tell how sure the number is for this model and other images of this kind. Two models or languages on the same
 images differ by far less than their intervals suggest: compare those with `parity_gap`.
 
-Shape letters: N images, C classes, S cells that occur, R resamples.
+Where all images are hit, or none, they are in a resample too, and the interval is a point. It does not say that one can
+be sure: with N images and no miss, up to 3 / N of others may be missed (Hanley and Lippman-Hand, JAMA 249, 1983).
+
+Shape letters: N images, T captions, C classes, S cells that occur, R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 RESAMPLES, SEED = 1000, 0
 _PERCENTILES = (2.5, 97.5)
-_DRAWS = 2_000_000  # images drawn at a time, where they have to be
 
 Average = Literal["images", "classes"]
 
@@ -34,29 +36,31 @@ class Interval(NamedTuple):
     high: float
 
 
-class Group(NamedTuple):
-    """The images of one group."""
-
-    images: int
-    accuracy: Interval
-
-
-def accuracy(rank_N: np.ndarray, k: int = 1) -> Interval:
-    """Share of the images whose right answer is among the k nearest.
-
-    Args:
-        rank_N: How many wrong ones are at least as near.
-        k: With k classes or more this is 1 whatever the model.
-    """
-    return hit_rate(np.asarray(rank_N) < k)
-
-
 def hit_rate(hit_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
     """Share of hits."""
     if (count := len(hit_N)) == 0:
         return _NOTHING
     value = float(np.mean(hit_N))
     return _interval(value, np.random.default_rng(seed).binomial(count, value, resamples) / count)
+
+
+def caption_hit_rate(hit_T: np.ndarray, image_T: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """Share of hits among captions, of which an image may have several.
+
+    Images are drawn, each with all its captions: these are right or wrong together more often than those of different
+    images, and drawn one by one they would promise an interval that is too narrow.
+
+    Args:
+        hit_T: bool.
+        image_T: The image of each caption, >= 0.
+    """
+    if len(hit_T) == 0:
+        return _NOTHING
+    hits, captions = np.bincount(image_T, weights=hit_T), np.bincount(image_T)
+    cells_2S, count_S = np.unique(np.stack([hits, captions])[:, captions > 0], axis=1, return_counts=True)
+    drawn_RS = np.random.default_rng(seed).multinomial(count_S.sum(), count_S / count_S.sum(), resamples)
+    hits_R, captions_R = cells_2S @ drawn_RS.T
+    return _interval(float(np.mean(hit_T)), hits_R / captions_R)
 
 
 def mean_per_class_recall(
@@ -109,17 +113,6 @@ def chance_corrected(interval: Interval, chance: float) -> Interval:
     return Interval(*((number - chance) / (1 - chance) if chance < 1 else math.nan for number in interval))
 
 
-def bootstrap_mean(values_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
-    """Mean of any numbers."""
-    values, generator = np.asarray(values_N, dtype=np.float64), np.random.default_rng(seed)
-    if len(values) == 0:
-        return _NOTHING
-    at_once = max(1, _DRAWS // len(values))
-    parts = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
-    means = [values[generator.integers(len(values), size=(rows, len(values)))].mean(1) for rows in parts]
-    return _interval(float(values.mean()), np.concatenate(means))
-
-
 def bootstrap_median(values_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
     """Median of any numbers.
 
@@ -136,30 +129,6 @@ def bootstrap_median(values_N: np.ndarray, resamples: int = RESAMPLES, seed: int
         upper = lower + (1 - lower) * generator.beta(1, count - middle, resamples)
     low_R, high_R = (values[np.minimum((count * u).astype(np.int64), count - 1)] for u in (lower, upper))
     return _interval(float(np.median(values)), (low_R + high_R) / 2)
-
-
-def by_group(hit_N: np.ndarray, groups: Sequence[str]) -> dict[str, Group]:
-    """Accuracy of each group, such as the script that an image is written in; sorted by name."""
-    hits, names = np.asarray(hit_N, dtype=bool), np.asarray(groups, dtype=object)
-    parts = {name: hits[names == name] for name in sorted(set(groups))}
-    return {name: Group(len(part), hit_rate(part)) for name, part in parts.items()}
-
-
-def confusion_matrix(label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int) -> np.ndarray:
-    """How often each class was taken for each.
-
-    Args:
-        label_N: The right class; images with -1 are left out.
-        predicted_N: The class predicted; likewise.
-        num_classes: C.
-
-    Returns:
-        int64 (C, C), right classes in rows, predicted ones in columns.
-    """
-    labels, predicted = np.asarray(label_N, dtype=np.int64), np.asarray(predicted_N, dtype=np.int64)
-    known = (labels >= 0) & (predicted >= 0)
-    cells = np.bincount(labels[known] * num_classes + predicted[known], minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
 
 
 _NOTHING = Interval(math.nan, math.nan, math.nan)

@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 from indiclip.data.images import UnreadableSample
 from indiclip.data.shards import Shards
-from indiclip.data.transforms import read_upright, upright_hw
 from indiclip.data.workers import StepLoader, Workers
 from indiclip.evals.bench import Bench, part_of
 from indiclip.evals.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
 from indiclip.evals.items import Items
+from indiclip.evals.pictures import thumbnail
+from indiclip.evals.results import name_of
 
 _SIDE = 64  # pixels of the longer side from which a picture is hashed
 _HASHED = 256  # pictures that a loader process gives back at a time
@@ -23,29 +24,31 @@ _HASHED = 256  # pictures that a loader process gives back at a time
 
 class _Hashes(NamedTuple):
     images: np.ndarray  # uint64 (N,); `UNHASHABLE` for what cannot be read, too
-    captions: np.ndarray  # uint64 (N,)
+    captions: np.ndarray  # uint64, of all captions
     unreadable: int
 
 
 class _Hasher(Dataset[tuple[list[int], list[int], int]]):
-    """Number of a part -> hashes of its images and captions."""
+    """Number of a part -> hashes of its images and captions, and how many images cannot be read."""
 
-    def __init__(self, size: int, read: Callable[[int], tuple[Any, str | None]]) -> None:
+    def __init__(self, size: int, read: Callable[[int], tuple[Any, list[str]]]) -> None:
         self.size, self.read = size, read
 
     def __len__(self) -> int:
         return -(-self.size // _HASHED)
 
     def __getitem__(self, number: int) -> tuple[list[int], list[int], int]:
-        images, captions, unreadable = [], [], 0
+        images: list[int] = []
+        captions: list[int] = []
+        unreadable = 0
         for index in range(number * _HASHED, min((number + 1) * _HASHED, self.size)):
             try:
-                image, caption = self.read(index)
-                images.append(_hash(image))
-            except UnreadableSample:
+                image, texts = self.read(index)
+                images.append(image_hash(thumbnail(image, _SIDE)))
+                captions += map(caption_hash, texts)
+            except UnreadableSample:  # nothing is learned from its captions either
                 images.append(UNHASHABLE)
-                caption, unreadable = None, unreadable + 1
-            captions.append(caption_hash(caption) if caption else UNHASHABLE)
+                unreadable += 1
         return images, captions, unreadable
 
 
@@ -53,7 +56,7 @@ def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[
     """Marks in `bench.flagged` what is among the images or captions of training shards.
 
     Args:
-        bench: Its photographs are looked for; generated images are new to any training data.
+        bench: Of its photographs those that are scored are looked for; generated images are new to any training data.
         training: Shards, as `indiclip.data.shards.Shards` takes them.
         num_workers: Processes that read.
 
@@ -65,15 +68,17 @@ def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[
     found: dict[str, Any] = {"training_images": len(shards), "training_unreadable": known.unreadable, "cards": {}}
     bench.flagged = []
     for items in bench.items:
+        flagged_N = np.zeros(len(items), bool)
+        bench.flagged.append(flagged_N)
         if items.procedural:
-            bench.flagged.append(np.zeros(len(items), bool))
             continue
-        own = _hashes(len(items), partial(_of_items, items), num_workers)
-        by_image, by_caption = near_duplicates(own.images, known.images), _by_caption(items, known.captions)
-        bench.flagged.append(by_image.near_N | by_caption)
-        found["cards"][f"{items.card.id}/{part_of(items)}"] = {
-            "images": len(items),
-            "flagged": int(bench.flagged[-1].sum()),
+        scored = items.only(np.flatnonzero(items.tested_N).tolist())
+        own = _hashes(len(scored), partial(_of_items, scored), num_workers)
+        by_image, by_caption = near_duplicates(own.images, known.images), _by_caption(scored, known.captions)
+        flagged_N[items.tested_N] = by_image.near_N | by_caption
+        found["cards"][name_of(items.card.id, part_of(items))] = {
+            "images": len(scored),
+            "flagged": int(flagged_N.sum()),
             "by_image": int(by_image.near_N.sum()),
             "by_caption": int(by_caption.sum()),
             "not_comparable": by_image.unhashable,
@@ -91,32 +96,30 @@ def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
     return flagged_N
 
 
-def _hashes(size: int, read: Callable[[int], tuple[Any, str | None]], num_workers: int) -> _Hashes:
+def _hashes(size: int, read: Callable[[int], tuple[Any, list[str]]], num_workers: int) -> _Hashes:
     loader: StepLoader[tuple[list[int], list[int], int]] = StepLoader(
         _Hasher(size, read),
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=Workers("hashing", num_workers) if num_workers else None,
     )
-    images, captions, unreadable = [], [], 0
+    images, captions = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+    unreadable = 0
     for of_images, of_captions, bad in loader:
-        images += of_images
-        captions += of_captions
+        images.append(np.array(of_images, np.uint64))
+        captions.append(np.array(of_captions, np.uint64))
         unreadable += bad
-    return _Hashes(np.array(images, np.uint64), np.array(captions, np.uint64), unreadable)
+    return _Hashes(np.concatenate(images), np.concatenate(captions), unreadable)
 
 
-def _of_shards(shards: Shards, index: int) -> tuple[Any, str | None]:
+def _of_shards(shards: Shards, index: int) -> tuple[Any, list[str]]:
+    """A picture, and every caption that a step may draw for it."""
     sample = shards[index]
-    return sample["image"], sample.get("caption")
+    return sample["image"], [
+        *sample.get("captions", {}).values(),
+        *([sample["caption"]] if "caption" in sample else []),
+    ]
 
 
-def _of_items(items: Items, index: int) -> tuple[Any, None]:
-    return items.images[index], None
-
-
-def _hash(image: Any) -> int:
-    height, width = upright_hw(image)
-    scale = min(1.0, _SIDE / max(height, width))
-    small = read_upright(image, (max(1, round(height * scale)), max(1, round(width * scale))))
-    return image_hash(small.permute(1, 2, 0).numpy())
+def _of_items(items: Items, index: int) -> tuple[Any, list[str]]:
+    return items.images[index], []

@@ -129,6 +129,9 @@ class Transformers(Peer):
         self._image_processor, self._tokenizer = processor.image_processor, processor.tokenizer
         self._context_length = int(model.config.text_config.max_position_embeddings)
         self._any_size = model.config.model_type == "siglip2"
+        # SigLIP 2 was trained on lower-case text. Its folders of one size call themselves SigLIP and name Gemma's
+        # tokenizer, which keeps capitals; transformers leaves this to the user.
+        self._lowers = type(self._tokenizer).__name__.startswith("Gemma")
         super().__init__(name, model, options)
 
     def views(self, names: Sequence[str]) -> list[View]:
@@ -152,6 +155,7 @@ class Transformers(Peer):
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         # SigLIP was trained on texts of one length. CLIP does not mind, and numbers no longer depend on the chunk.
+        texts = [text.lower() for text in texts] if self._lowers else texts
         tokens = self._tokenizer(
             texts, padding="max_length", truncation=True, max_length=self._context_length, return_tensors="pt"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,17 @@ from indiclip.data.images import UnreadableSample
 from indiclip.data.transforms import read_upright, upright_hw
 from indiclip.evals.items import Items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL
+
+
+def thumbnail(image: Any, max_side: int) -> np.ndarray:
+    """An image as `Items.images` gives it, upright: uint8 (height, width, 3), scaled down to `max_side` if larger.
+
+    Raises:
+        UnreadableSample: It cannot be decoded.
+    """
+    height, width = upright_hw(image)
+    scale = min(1.0, max_side / max(height, width))
+    return read_upright(image, (max(1, round(height * scale)), max(1, round(width * scale)))).permute(1, 2, 0).numpy()
 
 
 class Pictures:
@@ -35,10 +47,6 @@ class Pictures:
         if place is None:
             return None
         try:
-            image = items.images[place]
-            height, width = upright_hw(image)
-            scale = min(1.0, self.max_side / max(height, width))
-            size = max(1, round(height * scale)), max(1, round(width * scale))
-            return read_upright(image, size).permute(1, 2, 0).numpy()
+            return thumbnail(items.images[place], self.max_side)
         except UnreadableSample:
             return None

@@ -13,6 +13,7 @@ from indiclip import json_lines
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
+CLEAN = "clean"  # the subset of the images that are not among the training data
 _SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
 _MAIN_PROTOCOLS = ("zero_shot", "matching", "retrieval", "places")
 
@@ -111,7 +112,7 @@ class Result:
             elsewhere += f"@{score.view}" * (score.view != self.views[0])
             if score.subset or (elsewhere and score.metric not in ("acc1", mains.get((score.card, score.part)))):
                 continue
-            card = score.card if score.part == PHOTOGRAPHS else f"{score.card}_{score.part}"
+            card = name_of(score.card, score.part)
             metric = score.metric if score.protocol in _MAIN_PROTOCOLS else f"{score.protocol}_{score.metric}"
             values[f"eval/{score.suite}/{card}/{score.language}/{metric}{elsewhere}"] = score.value
         for language, mean in self.headline()["mean"].items():
@@ -133,11 +134,12 @@ class Result:
         scored = {card.card for card in photographs if card.status == "scored"}
         means: dict[str, dict[str, Any]] = {}
         for language in self.languages():
-            values = [
+            every = [
                 corrected(score.value, score.chance)
                 for (card, part), score in self.main(language).items()
-                if card in scored and part == PHOTOGRAPHS and math.isfinite(score.value)
+                if card in scored and part == PHOTOGRAPHS
             ]
+            values = [value for value in every if math.isfinite(value)]
             if values:
                 means[language] = {"value": sum(values) / len(values), "cards": len(values)}
         return {"suite": suite, "covered": len(scored), "of": len(photographs), "mean": means}
@@ -165,6 +167,11 @@ class Result:
         )
 
 
+def name_of(card: str, part: str) -> str:
+    """What a part of a card is called: the photographs by the card's id, what is generated `<id>_procedural`."""
+    return card if part == PHOTOGRAPHS else f"{card}_{part}"
+
+
 def is_summary(name: str) -> bool:
     """Whether a benchmark's logged name is one that a summary has room for: in English, or a mean over the cards."""
     _, _, card, language, metric = name.split("/")
@@ -172,8 +179,10 @@ def is_summary(name: str) -> bool:
 
 
 def corrected(value: float, chance: float | None) -> float:
-    """0 at chance, 1 where all is right."""
-    return value if chance is None else (value - chance) / (1 - chance)
+    """0 at chance, 1 where all is right; NaN where guessing is always right."""
+    if chance is None:
+        return value
+    return (value - chance) / (1 - chance) if chance < 1 else math.nan
 
 
 def load_result(folder: Path, predictions: bool = True) -> Result:

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from indiclip.evals import metrics, probes
-from indiclip.evals.cosines import as_near, cut
+from indiclip.evals.cosines import as_near, chunks, cut
 from indiclip.evals.distances import haversine_km, within_km
 from indiclip.evals.items import Items
 from indiclip.evals.metrics import Interval
-from indiclip.evals.results import IMAGES, Prediction, Score
+from indiclip.evals.results import CLEAN, IMAGES, Prediction, Score
 from indiclip.evals.retrieval import caption_ranks, class_ranks
 from indiclip.evals.sheet import TOP, Language, Options, Setting, Sheet, language_of, languages_of
 from indiclip.evals.zero_shot import Ranking, hard_pairs, rank_classes
@@ -32,6 +33,8 @@ def score(
     flagged_N: np.ndarray | None = None,
 ) -> tuple[list[Score], list[Prediction]]:
     """All numbers of a card (without texts: those of images alone) and the main setting's predictions; see `Sheet`."""
+    if not items.tested_N.any():
+        return [], []
     sheet = Sheet(items, images, texts, lengths, options, flagged_N)
     for setting in sheet.settings if texts else []:
         if items.card.task == "matching":
@@ -48,14 +51,15 @@ def score(
 
 def texts_of(items: Items, options: Options) -> Iterator[str]:
     """Every text that `score` asks for."""
-    for language in languages_of(items.card, options)[0]:
+    for language in languages_of(items.card, options):
         yield from language.prompts
         yield from language_of(items.card, "en", language.class_D.tolist()).prompts
-    for texts in items.candidates or []:
-        yield from _asked(items, texts)
-    for code, captions in (items.captions or {}).items():
-        if options.wants(code):
-            yield from (text for texts in captions for text in texts)
+    for image in np.flatnonzero(items.tested_N).tolist():
+        if items.candidates:
+            yield from _asked(items, items.candidates[image])
+        for code, texts_N in (items.captions or {}).items():
+            if options.wants(code):
+                yield from texts_N[image]
 
 
 def _asked(items: Items, texts: Sequence[str]) -> list[str]:
@@ -78,11 +82,12 @@ def _classify(sheet: Sheet, setting: Setting) -> None:
         sizes, code = (len(rank_M), len(class_D)), language.code
         sheet.add(setting, protocol, code, sheet.accuracies(rank_M, label_M, len(class_D)), *sizes, chance)
         for subset, of_M in sheet.subsets(ranking.image_M).items():
-            values = {"acc1": sheet.rate(rank_M[of_M] == 0)}
+            values = sheet.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
+            values = values if subset == CLEAN else {"acc1": values["acc1"]}
             sheet.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
         found = class_ranks(image_NE, class_DE, label_N, class_D).rank_M
         values = {f"text_to_image_r{k}": sheet.rate(found < k) for k in (1, TOP)}
-        sheet.add(setting, protocol, code, values, len(found), len(class_D))
+        sheet.add(setting, protocol, code, values, len(found), len(rank_M))
         hard = hard_pairs(image_NE, class_DE, label_N, sheet.confusable, class_D)
         if len(hard.image_M):
             values = {"acc1": sheet.rate(hard.hit_M)}
@@ -92,11 +97,17 @@ def _classify(sheet: Sheet, setting: Setting) -> None:
             english_M = rank_classes(image_NE, english_DE, label_N, class_D).rank_M == 0
             sheet.add(setting, protocol, code, sheet.parity(english_M, rank_M == 0, label_M), *sizes)
         if sheet.places_C2 is not None:
-            km_M = haversine_km(sheet.places_C2[label_M], sheet.places_C2[ranking.nearest_MK[:, 0]])
+            km_M = haversine_km(sheet.places_C2[label_M], sheet.places_C2[_predicted(ranking, label_M)])
             sheet.add(setting, "places", code, _distances(sheet, km_M), *sizes)
         if setting.main:
             hard_hits = dict(zip(hard.image_M.tolist(), hard.hit_M.tolist(), strict=True))
             _keep_classes(sheet, protocol, language, ranking, hard_hits)
+
+
+def _predicted(ranking: Ranking, label_M: np.ndarray) -> np.ndarray:
+    """The class of each image's answer. A tie counts against the right class, wherever it came among equals."""
+    first_M, second_M = ranking.nearest_MK[:, 0], ranking.nearest_MK[:, min(1, ranking.nearest_MK.shape[1] - 1)]
+    return np.where((ranking.rank_M > 0) & (first_M == label_M), second_M, first_M)
 
 
 def _distances(sheet: Sheet, km_M: np.ndarray) -> dict[str, Interval]:
@@ -108,15 +119,11 @@ def _keep_classes(
     sheet: Sheet, protocol: str, language: Language, ranking: Ranking, hard_hits: dict[int, bool]
 ) -> None:
     ids, image_M, nearest_MK = np.array(sheet.card.ids, dtype=object), ranking.image_M, ranking.nearest_MK
-    label_M = sheet.label_N[image_M]
-    # A tie counts against the right class, wherever it came among equals.
-    tied_M = (ranking.rank_M > 0) & (nearest_MK[:, 0] == label_M)
-    predicted_M = np.where(tied_M, nearest_MK[:, min(1, nearest_MK.shape[1] - 1)], nearest_MK[:, 0])
-    images = image_M.tolist()
+    label_M, images = sheet.label_N[image_M], image_M.tolist()
     rows = zip(
         [sheet.items.keys[image] for image in images],
         ids[label_M].tolist(),
-        ids[predicted_M].tolist(),
+        ids[_predicted(ranking, label_M)].tolist(),
         ranking.rank_M.tolist(),
         ids[nearest_MK].tolist(),
         ranking.cosine_MK.tolist(),
@@ -131,7 +138,7 @@ def _keep_classes(
 def _match(sheet: Sheet, setting: Setting) -> None:
     """Which of a few texts stands in the image."""
     assert sheet.items.candidates is not None
-    image_M = np.flatnonzero(sheet.tested_N)
+    image_M = np.flatnonzero(sheet.items.tested_N)
     images, rank_M, tops, cosines, chance = cut(sheet.images[setting.view], setting.length), [], [], [], []
     for image in image_M.tolist():
         texts = sheet.items.candidates[image]
@@ -163,17 +170,17 @@ def _retrieve(sheet: Sheet, setting: Setting) -> None:
     for code, texts_N in captions.items():
         if not sheet.options.wants(code):
             continue
-        image_M = np.array([i for i in np.flatnonzero(sheet.tested_N).tolist() if texts_N[i]], dtype=np.int64)
+        image_M = np.array([i for i in np.flatnonzero(sheet.items.tested_N).tolist() if texts_N[i]], dtype=np.int64)
         if not len(image_M):
             continue
-        rank_M, rank_T = _caption_ranks(sheet, setting, texts_N, image_M)
-        values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
-        sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T))
-        values = {f"text_to_image_r{k}": sheet.rate(rank_T < k) for k in RECALL_AT}
-        sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M))
+        rank_M = _recalls(sheet, setting, code, image_M)
         for subset, of_M in sheet.subsets(image_M).items():
-            values = {f"image_to_text_r{k}": sheet.rate(rank_M[of_M] < k) for k in RECALL_AT}
-            sheet.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_T), subset=subset)
+            # What was seen in training is no candidate either; of a group the images look among all captions.
+            if subset == CLEAN:
+                _recalls(sheet, setting, code, image_M[of_M], subset)
+            else:
+                values = {f"image_to_text_r{k}": sheet.rate(rank_M[of_M] < k) for k in RECALL_AT}
+                sheet.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_M), subset=subset)
         if code != "en" and "en" in captions:
             both_M = np.array([i for i in image_M.tolist() if captions["en"][i]], dtype=np.int64)
             _caption_parity(sheet, setting, code, both_M)
@@ -181,17 +188,37 @@ def _retrieve(sheet: Sheet, setting: Setting) -> None:
             _keep_captions(sheet, code, texts_N, image_M, rank_M)
 
 
+def _recalls(sheet: Sheet, setting: Setting, code: str, image_M: np.ndarray, subset: str = "") -> np.ndarray:
+    """Adds the recalls of some images and their captions. Returns the images' ranks."""
+    assert sheet.items.captions is not None
+    texts_N, drawn = sheet.items.captions[code], (sheet.options.resamples, sheet.options.seed)
+    rank_M, rank_T = _caption_ranks(sheet, setting, texts_N, image_M)
+    values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
+    sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), subset=subset)
+    image_T = _captions_of(texts_N, image_M)[1]
+    values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *drawn) for k in RECALL_AT}
+    sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), subset=subset)
+    return rank_M
+
+
 def _caption_ranks(
     sheet: Sheet, setting: Setting, texts_N: list[list[str]], image_M: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    texts = [text for i in image_M.tolist() for text in texts_N[i]]
-    image_T = np.repeat(np.arange(len(image_M)), [len(texts_N[i]) for i in image_M.tolist()])
+    texts, image_T = _captions_of(texts_N, image_M)
     found = caption_ranks(sheet.images[setting.view][image_M], sheet.embed(texts), image_T, setting.length)
     return found.rank_N, found.rank_T
 
 
+def _captions_of(texts_N: list[list[str]], image_M: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The captions of some images, and whose each is, int64 (T,): a place in `image_M`."""
+    texts = [text for i in image_M.tolist() for text in texts_N[i]]
+    return texts, np.repeat(np.arange(len(image_M)), [len(texts_N[i]) for i in image_M.tolist()])
+
+
 def _caption_parity(sheet: Sheet, setting: Setting, code: str, image_M: np.ndarray) -> None:
     """English less a language, over the images that have captions in both, as candidates too."""
+    if not len(image_M):
+        return
     captions = sheet.items.captions or {}
     english, other = (_caption_ranks(sheet, setting, captions[language], image_M)[0] for language in ("en", code))
     label_M, options = np.zeros(len(image_M), np.int64), (sheet.options.resamples, sheet.options.seed)
@@ -203,18 +230,22 @@ def _caption_parity(sheet: Sheet, setting: Setting, code: str, image_M: np.ndarr
 
 
 def _keep_captions(sheet: Sheet, code: str, texts_N: list[list[str]], image_M: np.ndarray, rank_M: np.ndarray) -> None:
-    texts = [text for i in image_M.tolist() for text in texts_N[i]]
-    cosine_MT = cut(next(iter(sheet.images.values())))[image_M] @ cut(sheet.embed(texts)).T
-    best = cosine_MT.nan_to_num(nan=-2).topk(min(TOP, len(texts)), dim=1)
-    for row, image in enumerate(image_M.tolist()):
-        top = [texts[i] for i in best.indices[row].tolist()]
-        truth, rank = texts_N[image][0], int(rank_M[row])
-        of_image = (sheet.items.keys[image], truth, truth if rank == 0 else top[0], rank, top)
-        cosines = cosine_MT[row, best.indices[row]].tolist()
-        flagged = bool(sheet.flagged_N[image])
-        sheet.predictions.append(
-            Prediction(sheet.card.id, sheet.part, "retrieval", code, *of_image, cosines, None, flagged)
-        )
+    texts, owners = _captions_of(texts_N, image_M)
+    image_ME, text_TE = cut(next(iter(sheet.images.values()))[image_M]), cut(sheet.embed(texts))
+    owner_T = torch.from_numpy(owners)
+    for part in chunks(len(image_M), len(texts)):
+        cosine_BT = image_ME[part] @ text_TE.T
+        near_BT = cosine_BT.nan_to_num(nan=-2)
+        top_BK = near_BT.topk(min(TOP, len(texts)), dim=1).indices
+        is_own_BT = owner_T == torch.arange(part.start, part.stop)[:, None]
+        wrong_B = near_BT.masked_fill_(is_own_BT, -3).argmax(1).tolist()
+        top_cosine_BK = cosine_BT.gather(1, top_BK)
+        columns = (image_M[part].tolist(), rank_M[part].tolist(), wrong_B, top_BK.tolist(), top_cosine_BK.tolist())
+        for image, rank, wrong, top, cosines in zip(*columns, strict=True):
+            truth = texts_N[image][0]
+            answer = (sheet.items.keys[image], truth, truth if rank == 0 else texts[wrong], rank)
+            about = ([texts[i] for i in top], cosines, None, bool(sheet.flagged_N[image]))
+            sheet.predictions.append(Prediction(sheet.card.id, sheet.part, "retrieval", code, *answer, *about))
 
 
 def _probe(sheet: Sheet, view: str) -> None:
@@ -224,9 +255,11 @@ def _probe(sheet: Sheet, view: str) -> None:
         "knn": probes.knn(image_NE, label_N, is_train_N, sheet.lengths),
         "linear_probe": probes.linear_probe(image_NE, label_N, is_train_N, sheet.items.keys, sheet.lengths),
     }
-    num_classes = len(np.unique(label_N[label_N >= 0]))
     for protocol, found in asked.items():
         label_M = label_N[found.image_M]
+        # Those that it can answer: without a gallery, the ones that have another image to be learned from.
+        answers = label_M if is_train_N is None else label_N[is_train_N & (label_N >= 0)]
+        num_classes = len(np.unique(answers))
         if not len(label_M) or num_classes < 2:
             continue
         for place, length in enumerate(sheet.lengths):

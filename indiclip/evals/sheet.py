@@ -19,12 +19,12 @@ from indiclip.evals import metrics
 from indiclip.evals.cards import Card
 from indiclip.evals.items import Items
 from indiclip.evals.metrics import Interval
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, Prediction, Score
+from indiclip.evals.results import CLEAN, PHOTOGRAPHS, PROCEDURAL, Prediction, Score
 from indiclip.evals.zero_shot import class_embeddings
 
 TOP = 5  # nearest answers that are kept of each image
 _FEWEST_CLASSES = 5  # named in a language: fewer say nothing, unless the card has no more
-_BOUNDED = ("acc1", "mean_per_class_recall")  # what guessing scores in is the card's chance
+_GUESSES = {"acc1": 1, "mean_per_class_recall": 1, "acc5": TOP}  # of which one is right by chance
 
 
 @dataclass
@@ -44,6 +44,10 @@ class Options:
     probes: bool = True
     resamples: int = metrics.RESAMPLES
     seed: int = metrics.SEED
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            raise ValueError("views: found none; expected at least one, such as native")
 
     def wants(self, language: str) -> bool:
         """Whether a language is scored."""
@@ -93,8 +97,7 @@ class Sheet:
         self.part = PROCEDURAL if items.procedural else PHOTOGRAPHS
         self.scores: list[Score] = []
         self.predictions: list[Prediction] = []
-        self.tested_N = np.ones(len(items), bool) if items.is_train is None else ~items.is_train
-        self.label_N = np.where(self.tested_N, items.labels, -1)
+        self.label_N = np.where(items.tested_N, items.labels, -1)
         self.flagged_N = np.zeros(len(items), bool) if flagged_N is None else flagged_N
         self._looked_for = flagged_N is not None
 
@@ -111,7 +114,7 @@ class Sheet:
     @cached_property
     def languages(self) -> list[Language]:
         """What the classes are told apart in, see `languages_of`."""
-        return languages_of(self.card, self.options)[0]
+        return languages_of(self.card, self.options)
 
     @cached_property
     def confusable(self) -> list[list[int]]:
@@ -163,7 +166,7 @@ class Sheet:
             found = {str(name): groups == name for name in sorted(set(groups))}
             found = found if len(found) > 1 else {}
         if self._looked_for:
-            found["clean"] = ~self.flagged_N[image_M]
+            found[CLEAN] = ~self.flagged_N[image_M]
         return {name: members for name, members in found.items() if members.any()}
 
     def add(
@@ -186,7 +189,7 @@ class Sheet:
                 setting.length,
                 setting.view,
                 *interval,
-                chance if metric in _BOUNDED else None,
+                None if chance is None or metric not in _GUESSES else _GUESSES[metric] * chance,
                 num_items,
                 num_classes,
                 subset,
@@ -195,14 +198,28 @@ class Sheet:
         ]
 
 
-def languages_of(card: Card, options: Options) -> tuple[list[Language], list[str]]:
-    """The languages in which a card's classes are told apart, English first, and a line about those they are not."""
-    fewest = min(_FEWEST_CLASSES, len(card.classes))
-    wanted = [code for code in dict.fromkeys([*card.languages, *(options.languages or [])]) if options.wants(code)]
-    scored = [code for code in wanted if len(card.names(code)) >= fewest] if card.classes else []
-    left_out = [code for code in wanted if code not in scored] if card.classes else []
-    note = f"not scored in {', '.join(left_out)}: fewer than {fewest} classes have a name there"
-    return [language_of(card, code, sorted(card.names(code))) for code in scored], [note] * bool(left_out)
+def languages_of(card: Card, options: Options) -> list[Language]:
+    """The languages in which a card's classes are told apart, English first."""
+    codes = [code for code, named in card.languages.items() if named >= _fewest(card) and options.wants(code)]
+    return [language_of(card, code, sorted(card.names(code))) for code in codes]
+
+
+def languages_left_out(items: Items, options: Options) -> list[str]:
+    """A line about the languages of the card, or asked for, in which it is not scored."""
+    if items.card.classes:
+        wanted = dict.fromkeys([*items.card.languages, *(options.languages or [])])
+        named = items.card.languages
+        left_out = [code for code in wanted if options.wants(code) and named.get(code, 0) < _fewest(items.card)]
+        why = f"fewer than {_fewest(items.card)} classes have a name there"
+    else:
+        captions = items.captions or {}
+        left_out = [code for code in options.languages or [] if not any(captions.get(code, []))]
+        why = "no captions"
+    return [f"not scored in {', '.join(left_out)}: {why}"] if left_out else []
+
+
+def _fewest(card: Card) -> int:
+    return min(_FEWEST_CLASSES, len(card.classes))
 
 
 def language_of(card: Card, code: str, classes: Sequence[int]) -> Language:
