@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from indiclip import json_lines
-from indiclip.evals.page import readable
-from indiclip.evals.report import Metrics, held_out, held_out_pictures, metric_names, write_report
+from indiclip.evals.pages.page import readable
+from indiclip.evals.pages.report import Metrics, held_out, held_out_pictures, metric_names, write_report
 from indiclip.module import Batches, MultiTask
 
 

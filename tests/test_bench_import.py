@@ -9,9 +9,9 @@ from layout_files import CARD, FOLDERS, KARPATHY, MATCHING, TABLE, TABLE_IMAGES,
 
 from indiclip.cli import main
 from indiclip.evals import convert as module
-from indiclip.evals.cards import load_card
-from indiclip.evals.convert import convert
-from indiclip.evals.layouts import read_items
+from indiclip.evals.cards.card import load_card
+from indiclip.evals.images.convert import convert
+from indiclip.evals.images.layouts import read_items
 
 
 @pytest.fixture

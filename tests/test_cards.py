@@ -10,8 +10,8 @@ import yaml
 
 from indiclip.cli import main
 from indiclip.data.tables import stable_hash
-from indiclip.evals.cards import SUITES, load_card, packaged
-from indiclip.evals.imagenet import with_babel, with_class_list
+from indiclip.evals.cards.card import SUITES, load_card, packaged
+from indiclip.evals.cards.imagenet import with_babel, with_class_list
 
 TAXONOMY = Path(__file__).parents[2] / "shared" / "india" / "taxonomy.json"
 INDIA = [

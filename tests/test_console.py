@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bench_fakes import card, score, small_run
 
-from indiclip.evals.console import print_result
+from indiclip.evals.pages.console import print_result
 from indiclip.evals.results import IMAGES
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from indiclip.data.images import EncodedImage
-from indiclip.evals import contamination
-from indiclip.evals.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
+from indiclip.evals.protocols import contamination
+from indiclip.evals.protocols.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
 
 
 def _scene(seed, height=240, width=320):

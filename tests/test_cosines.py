@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from indiclip.evals.cosines import as_near, chunks, cut
+from indiclip.evals.protocols.cosines import as_near, chunks, cut
 
 
 def test_a_prefix_is_cut_and_made_a_unit_vector_again():

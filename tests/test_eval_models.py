@@ -14,7 +14,7 @@ from PIL import Image
 from indiclip.backbone import FixedSize
 from indiclip.data.images import EncodedImage
 from indiclip.encoder import Encoder
-from indiclip.evals.models import TEXT_CHUNK, EncoderEmbedder, View, load_embedder
+from indiclip.evals.models.embedder import TEXT_CHUNK, EncoderEmbedder, View, load_embedder
 from indiclip.text import ByteTokenizer, TextTower
 
 

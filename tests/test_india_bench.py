@@ -16,7 +16,7 @@ from test_cli import ENCODER, config, fit
 from test_vote import two_ranks
 
 from indiclip.evals import callback
-from indiclip.evals.models import EncoderEmbedder
+from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import CardResult, Result, Score, load_result
 from indiclip.record import read_history
 from indiclip.training import run

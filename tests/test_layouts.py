@@ -34,9 +34,9 @@ from layout_files import (
 )
 
 from indiclip.data.images import UnreadableSample
-from indiclip.evals.cards import load_card
-from indiclip.evals.items import FileImages, Joined
-from indiclip.evals.layouts import find_items, read_items
+from indiclip.evals.cards.card import load_card
+from indiclip.evals.images.items import FileImages, Joined
+from indiclip.evals.images.layouts import find_items, read_items
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from indiclip.evals import logistic
+from indiclip.evals.protocols import logistic
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 

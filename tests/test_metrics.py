@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from indiclip.evals.metrics import (
+from indiclip.evals.protocols.metrics import (
     Interval,
     bootstrap_median,
     caption_hit_rate,

@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from indiclip.data.images import EncodedImage, to_rgb
-from indiclip.evals.model_names import library_of
-from indiclip.evals.models import TEXT_CHUNK, load_embedder
+from indiclip.evals.models.embedder import TEXT_CHUNK, load_embedder
+from indiclip.evals.models.model_names import library_of
 
 open_clip = pytest.importorskip("open_clip")
 TEXTS = ["a photo of a kite", "मसाला डोसा", "a photo of a kite", "", "x" * 400]

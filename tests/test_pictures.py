@@ -3,9 +3,9 @@
 import numpy as np
 from layout_files import jpeg, write
 
-from indiclip.evals.cards import load_card
-from indiclip.evals.items import FileImages, Items
-from indiclip.evals.pictures import Pictures, thumbnail
+from indiclip.evals.cards.card import load_card
+from indiclip.evals.images.items import FileImages, Items
+from indiclip.evals.pages.pictures import Pictures, thumbnail
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL
 
 

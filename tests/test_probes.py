@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from indiclip.data.tables import stable_hash
-from indiclip.evals import cosines
-from indiclip.evals.probes import folds, knn, linear_probe
+from indiclip.evals.protocols import cosines
+from indiclip.evals.protocols.probes import folds, knn, linear_probe
 
 
 def _images(num=240, classes=6, length=16, seed=0):

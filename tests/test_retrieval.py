@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from indiclip.evals import cosines
-from indiclip.evals.retrieval import caption_ranks, class_ranks
+from indiclip.evals.protocols import cosines
+from indiclip.evals.protocols.retrieval import caption_ranks, class_ranks
 
 IMAGE = np.array([[1.0, 0.0], [0.0, 1.0]])
 TEXT = np.array([[0.6, 0.8], [1.0, 0.0], [0.8, 0.6]])

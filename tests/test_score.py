@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from indiclip.evals.cards import load_card
-from indiclip.evals.items import Items
-from indiclip.evals.probes import folds
+from indiclip.evals.cards.card import load_card
+from indiclip.evals.images.items import Items
+from indiclip.evals.protocols.probes import folds
 from indiclip.evals.results import IMAGES
 from indiclip.evals.score import score, texts_of
 from indiclip.evals.sheet import Options, languages_left_out
@@ -522,7 +522,7 @@ def test_parity_of_captions_is_over_images_with_captions_in_both(captioned, view
 
 @pytest.mark.parametrize("chunk", [7, 2_500_000])
 def test_answers_in_captions_say_what_the_scores_say(captioned, monkeypatch, chunk):
-    monkeypatch.setattr("indiclip.evals.cosines._CHUNK", chunk)
+    monkeypatch.setattr("indiclip.evals.protocols.cosines._CHUNK", chunk)
     scores, predictions = captioned.score(options=Options(resamples=20))
     for code in ("en", "hi"):
         rows = [row for row in predictions if row.language == code]
@@ -553,7 +553,7 @@ def test_captions_that_are_all_the_same_to_a_model_are_found_for_no_image(captio
 @pytest.mark.parametrize("chunk", [1, 2_500_000])
 def test_of_equal_captions_the_one_that_is_wrong_is_the_answer(make_card, monkeypatch, chunk):
     """By hand: images 0 and 1 and their captions are one vector, so are 2 and 3, and 4 and 5."""
-    monkeypatch.setattr("indiclip.evals.cosines._CHUNK", chunk)
+    monkeypatch.setattr("indiclip.evals.protocols.cosines._CHUNK", chunk)
     vector_NE = torch.eye(16)[[0, 0, 1, 1, 2, 2]]
     names = [f"caption {i}" for i in range(6)]
     captions = {"en": [[name] for name in names]}

@@ -52,14 +52,6 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
         ("encoder.py", {"types", "backbone", "text", "patches"}),
         ("checkpoint.py", {"backbone", "encoder", "names", "text"}),
         ("module.py", {"encoder", "head", "types", "optim"}),
-        ("evals/cosines.py", set()),
-        ("evals/zero_shot.py", {"evals.cosines"}),
-        ("evals/retrieval.py", {"evals.cosines", "evals.zero_shot"}),
-        ("evals/logistic.py", {"evals.cosines"}),
-        ("evals/probes.py", {"data.tables", "evals", "evals.cosines"}),
-        ("evals/metrics.py", set()),
-        ("evals/distances.py", set()),
-        ("evals/contamination.py", {"data.tables"}),
         ("run_folder.py", {"names", "survival", "survival.manifest"}),
         ("survival/manifest.py", set()),
     ],
@@ -87,12 +79,32 @@ def test_data_knows_no_model():
 def test_evals_know_the_encoder_and_data():
     ours = ("encoder", "types", "patches", "names", "checkpoint", "text", "backbone", "__version__", "json_lines")
     allowed = {f"indiclip.{name}" for name in ours}
-    files = {file.name: file for file in (ROOT / "indiclip" / "evals").rglob("*.py")}
-    for name in ("callback.py", "monitors.py"):  # which a run has
-        files.pop(name)
-    for name, file in files.items():
-        found = of(file, "indiclip") | of(file, "lightning") | of(file, "heads")
-        assert found <= allowed | of(file, "indiclip.data") | of(file, "indiclip.evals"), name
+    for file in (ROOT / "indiclip" / "evals").rglob("*.py"):
+        if file.name not in ("callback.py", "monitors.py"):  # which a run has
+            found = of(file, "indiclip") | of(file, "lightning") | of(file, "heads")
+            assert found <= allowed | of(file, "indiclip.data") | of(file, "indiclip.evals"), file
+
+
+@pytest.mark.parametrize(
+    ("package", "others"),
+    [
+        ("cards", set()),
+        ("images", {"cards"}),
+        ("models", set()),
+        ("protocols", set()),
+        ("pages", {"results", "comparison", "images", "protocols"}),
+    ],
+)
+def test_parts_of_the_benchmark_are_joined_above_them(package, others):
+    """`bench`, `sheet` and `score` know them all; none of them knows these."""
+    for file in (ROOT / "indiclip" / "evals" / package).glob("*.py"):
+        parts = {name.removeprefix("indiclip.evals.").split(".")[0] for name in of(file, "indiclip.evals")}
+        assert parts <= {package, *others}, file.name
+
+
+def test_protocols_are_functions_of_numbers():
+    for file in (ROOT / "indiclip" / "evals" / "protocols").glob("*.py"):
+        assert of(file, "indiclip") <= {"indiclip.data.tables"} | of(file, "indiclip.evals.protocols"), file.name
 
 
 def test_survival_knows_of_data_the_workers_only():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from indiclip.evals import metrics
-from indiclip.evals.zero_shot import class_embeddings, hard_pairs, rank_classes
+from indiclip.evals.protocols import metrics
+from indiclip.evals.protocols.zero_shot import class_embeddings, hard_pairs, rank_classes
 
 IMAGE = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], dtype=np.float32)
 CLASS = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=np.float32)

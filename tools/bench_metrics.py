@@ -15,9 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from indiclip.evals import metrics, probes
-from indiclip.evals.retrieval import caption_ranks, class_ranks
-from indiclip.evals.zero_shot import class_embeddings, hard_pairs, rank_classes
+from indiclip.evals.protocols import metrics, probes
+from indiclip.evals.protocols.retrieval import caption_ranks, class_ranks
+from indiclip.evals.protocols.zero_shot import class_embeddings, hard_pairs, rank_classes
 
 LENGTHS = (64, 128, 256)
 Draw = tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]

@@ -16,7 +16,7 @@ from pathlib import Path
 from indiclip.data.captions import CaptionTable
 from indiclip.data.split import Split
 from indiclip.evals.bench import find_bench, run_bench
-from indiclip.evals.models import load_embedder
+from indiclip.evals.models.embedder import load_embedder
 from indiclip.evals.results import Score
 from indiclip.evals.sheet import Options
 

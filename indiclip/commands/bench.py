@@ -47,8 +47,8 @@ def _cards(argv: list[str]) -> int:
     )
     parser.add_argument("card", nargs="?", metavar="CARD", help="the id of one of them, or a .yaml file")
     options = parser.parse_args(argv)
-    from indiclip.evals.card_table import list_cards, show_card
-    from indiclip.evals.cards import load_card
+    from indiclip.evals.cards.card import load_card
+    from indiclip.evals.cards.table import list_cards, show_card
 
     print("\n".join(show_card(load_card(options.card)) if options.card else list_cards()))
     return 0
@@ -76,7 +76,7 @@ def _import(argv: list[str]) -> int:
         "--language", default="en", metavar="CODE", help="of names, prompts, captions for clip-benchmark (default: en)"
     )
     options = parser.parse_args(argv)
-    from indiclip.evals.convert import convert
+    from indiclip.evals.images.convert import convert
 
     done = convert(options.source, options.card, options.out, options.layout, options.split, options.language)
     counts = ", ".join(f"{split} {count:,}" for split, count in done.images.items())

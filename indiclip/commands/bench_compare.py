@@ -26,7 +26,7 @@ def compare(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     from indiclip.evals.comparison import in_words
-    from indiclip.evals.comparison_page import write_comparison
+    from indiclip.evals.pages.comparison_page import write_comparison
     from indiclip.evals.results import load_result
 
     try:

@@ -82,11 +82,11 @@ def run(argv: list[str]) -> int:
     import torch
 
     from indiclip.evals.bench import find_bench, run_bench
-    from indiclip.evals.bench_report import write_bench_report
-    from indiclip.evals.console import print_result
-    from indiclip.evals.models import load_embedder
+    from indiclip.evals.models.embedder import load_embedder
     from indiclip.evals.overlap import flag
-    from indiclip.evals.pictures import Pictures
+    from indiclip.evals.pages.bench_report import write_bench_report
+    from indiclip.evals.pages.console import print_result
+    from indiclip.evals.pages.pictures import Pictures
     from indiclip.evals.results import check_parquet
     from indiclip.evals.sheet import Options
 

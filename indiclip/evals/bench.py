@@ -19,11 +19,11 @@ from torch import Tensor
 
 from indiclip.data.fonts import MissingFonts
 from indiclip.data.tables import stable_hash
-from indiclip.evals.cards import Card, load_card, packaged
+from indiclip.evals.cards.card import Card, load_card, packaged
 from indiclip.evals.encode import Ranks, encode_images, encode_texts
-from indiclip.evals.items import Items, Joined
-from indiclip.evals.layouts import find_items
-from indiclip.evals.models import Embedder
+from indiclip.evals.images.items import Items, Joined
+from indiclip.evals.images.layouts import find_items
+from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.procedural import colours, ocr_words
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of
 from indiclip.evals.score import score, texts_of

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from indiclip.evals.bench import find_bench, run_bench
 from indiclip.evals.encode import Ranks
-from indiclip.evals.models import EncoderEmbedder
+from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.monitors import check_monitors
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.evals.sheet import Options

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from indiclip.data.images import UnreadableSample
 from indiclip.data.workers import StepLoader, Workers
-from indiclip.evals.items import Images
-from indiclip.evals.models import Embedder, View
+from indiclip.evals.images.items import Images
+from indiclip.evals.models.embedder import Embedder, View
 
 _TEXTS = 256  # in a batch
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indiclip import json_lines
-from indiclip.evals.bench_marks import STYLE, heat_cell, language_name, number
-from indiclip.evals.page import Html, many, page, table, tag, text
+from indiclip.evals.pages.bench_marks import STYLE, heat_cell, language_name, number
+from indiclip.evals.pages.page import Html, many, page, table, tag, text
 from indiclip.evals.results import PHOTOGRAPHS, Result, corrected
 
 Row = dict[str, Any]

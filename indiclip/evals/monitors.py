@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from indiclip.evals.bench import Bench, logged_names
-from indiclip.evals.models import EncoderEmbedder
+from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.sheet import Options
 from indiclip.names import nearest
 

@@ -13,9 +13,9 @@ from indiclip.data.images import UnreadableSample
 from indiclip.data.shards import Shards
 from indiclip.data.workers import StepLoader, Workers
 from indiclip.evals.bench import Bench, part_of
-from indiclip.evals.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
-from indiclip.evals.items import Items
-from indiclip.evals.pictures import thumbnail
+from indiclip.evals.images.items import Items
+from indiclip.evals.pages.pictures import thumbnail
+from indiclip.evals.protocols.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
 from indiclip.evals.results import name_of
 
 _SIDE = 64  # pixels of the longer side from which a picture is hashed

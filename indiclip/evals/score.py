@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indiclip.evals import metrics, probes
-from indiclip.evals.cosines import as_near, chunks, cut
-from indiclip.evals.distances import haversine_km, within_km
-from indiclip.evals.items import Items
-from indiclip.evals.metrics import Interval
+from indiclip.evals.images.items import Items
+from indiclip.evals.protocols import metrics, probes
+from indiclip.evals.protocols.cosines import as_near, chunks, cut
+from indiclip.evals.protocols.distances import haversine_km, within_km
+from indiclip.evals.protocols.metrics import Interval
+from indiclip.evals.protocols.retrieval import caption_ranks, class_ranks
+from indiclip.evals.protocols.zero_shot import Ranking, hard_pairs, rank_classes
 from indiclip.evals.results import CLEAN, IMAGES, Prediction, Score
-from indiclip.evals.retrieval import caption_ranks, class_ranks
 from indiclip.evals.sheet import TOP, Language, Options, Setting, Sheet, language_of, languages_of
-from indiclip.evals.zero_shot import Ranking, hard_pairs, rank_classes
 
 RECALL_AT = (1, 5, 10)
 

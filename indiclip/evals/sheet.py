@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indiclip.evals import metrics
-from indiclip.evals.cards import Card
-from indiclip.evals.items import Items
-from indiclip.evals.metrics import Interval
+from indiclip.evals.cards.card import Card
+from indiclip.evals.images.items import Items
+from indiclip.evals.protocols import metrics
+from indiclip.evals.protocols.metrics import Interval
+from indiclip.evals.protocols.zero_shot import class_embeddings
 from indiclip.evals.results import CLEAN, PHOTOGRAPHS, PROCEDURAL, Prediction, Score
-from indiclip.evals.zero_shot import class_embeddings
 
 TOP = 5  # nearest answers that are kept of each image
 _FEWEST_CLASSES = 5  # named in a language: fewer say nothing, unless the card has no more

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from indiclip.data.tables import load_json
-from indiclip.evals.cards import Card, CardClass, with_names
+from indiclip.evals.cards.card import Card, CardClass, with_names
 from indiclip.names import nearest
 
 NUM_CLASSES = 1000

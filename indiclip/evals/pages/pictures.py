@@ -9,7 +9,7 @@ import numpy as np
 
 from indiclip.data.images import UnreadableSample
 from indiclip.data.transforms import read_upright, upright_hw
-from indiclip.evals.items import Items
+from indiclip.evals.images.items import Items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL
 
 

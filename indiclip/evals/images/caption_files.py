@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indiclip.data.tables import check_files, column, load_json
-from indiclip.evals.card_file import LANGUAGE
+from indiclip.evals.cards.file import LANGUAGE
 
 # Where the images lie, below the folder of the file.
 _FOLDERS = ("images", "val2017", "val2014", "train2017", "flickr30k-images", "flickr30k_images", "")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indiclip.evals.cosines import Floats, Integers, as_near, chunks, cut, labels_of
-from indiclip.evals.zero_shot import at_one_length, candidates_of
+from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, cut, labels_of
+from indiclip.evals.protocols.zero_shot import at_one_length, candidates_of
 
 
 class CaptionRanks(NamedTuple):

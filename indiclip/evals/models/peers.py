@@ -1,4 +1,4 @@
-"""Other people's models as `indiclip.evals.models.Embedder`: OpenCLIP, transformers, timm.
+"""Other people's models as `indiclip.evals.models.embedder.Embedder`: OpenCLIP, transformers, timm.
 
 Each sees images and texts through its own library's preprocessing and tokenizer, so that its embeddings are those that
 the library's documented use gives. Only the picture that goes in is ours for all models: upright, and transparency on
@@ -20,7 +20,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from indiclip.data.transforms import read_upright
-from indiclip.evals.models import (
+from indiclip.evals.models.embedder import (
     Picture,
     Precision,
     View,
@@ -34,7 +34,7 @@ _MAX_ASPECT = 100
 
 
 class Options(NamedTuple):
-    """See `indiclip.evals.models.load_embedder`."""
+    """See `indiclip.evals.models.embedder.load_embedder`."""
 
     device: torch.device = torch.device("cpu")
     precision: Precision = "fp32"

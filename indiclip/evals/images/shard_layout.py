@@ -10,10 +10,10 @@ import numpy as np
 from indiclip.data import cache
 from indiclip.data.shards import Shards
 from indiclip.data.tar_members import key_and_extension, members
-from indiclip.evals.cards import Card
-from indiclip.evals.items import Items, Joined, ShardImages
-from indiclip.evals.labels import ClassList, draw_candidates, map_labels, read_class_list
-from indiclip.evals.splits import choose, is_split, split_of
+from indiclip.evals.cards.card import Card
+from indiclip.evals.images.items import Items, Joined, ShardImages
+from indiclip.evals.images.labels import ClassList, draw_candidates, map_labels, read_class_list
+from indiclip.evals.images.splits import choose, is_split, split_of
 
 Splits = dict[str, list[str]]  # name of a split, or nothing -> its shards
 

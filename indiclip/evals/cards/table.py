@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from indiclip.evals.cards import SUITES, Card, load_card, packaged
+from indiclip.evals.cards.card import SUITES, Card, load_card, packaged
 
 _SHOWN = 5  # languages in the list of cards
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from indiclip.data.tables import stable_hash
-from indiclip.evals.cards import Card
-from indiclip.evals.imagenet import is_imagenet, with_class_list
+from indiclip.evals.cards.card import Card
+from indiclip.evals.cards.imagenet import is_imagenet, with_class_list
 
 CLASS_LISTS = ("classnames.txt", "classes.txt")
 

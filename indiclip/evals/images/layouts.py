@@ -6,7 +6,7 @@
 - Shards of the WebDataset format (.tar, .tar.gz) with `cls`, a number that counts the lines of classes.txt or
   classnames.txt beside them, or a class's name; `txt` with a caption per line. Shards called `train*` are for training.
 - clip-benchmark's folder: classnames.txt, `<split>/nshards.txt`, `<split>/0.tar`, ...
-- Files of captions: see `indiclip.evals.caption_files`.
+- Files of captions: see `indiclip.evals.images.caption_files`.
 
 A class is called by its id or its English name. Images of the split `train` are the gallery of probes; `test` is
 scored, or `val` where there is no `test`.
@@ -24,14 +24,14 @@ import numpy as np
 from indiclip.data.captions import LANGUAGES, read_table
 from indiclip.data.tables import check_files
 from indiclip.data.tar_members import IMAGES
-from indiclip.evals.caption_files import find_caption_file, read_caption_file
-from indiclip.evals.card_file import LANGUAGE
-from indiclip.evals.cards import Card
-from indiclip.evals.imagenet import is_imagenet, with_babel
-from indiclip.evals.items import FileImages, Items, key_of
-from indiclip.evals.labels import class_groups, draw_candidates, missing_classes, read_class_list
-from indiclip.evals.shard_layout import find_shards, read_shards
-from indiclip.evals.splits import choose, is_split
+from indiclip.evals.cards.card import Card
+from indiclip.evals.cards.file import LANGUAGE
+from indiclip.evals.cards.imagenet import is_imagenet, with_babel
+from indiclip.evals.images.caption_files import find_caption_file, read_caption_file
+from indiclip.evals.images.items import FileImages, Items, key_of
+from indiclip.evals.images.labels import class_groups, draw_candidates, missing_classes, read_class_list
+from indiclip.evals.images.shard_layout import find_shards, read_shards
+from indiclip.evals.images.splits import choose, is_split
 from indiclip.names import nearest
 
 _BABEL = "babel_imagenet.json"

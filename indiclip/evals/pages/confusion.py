@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from indiclip.evals.page import Html, many, tag
+from indiclip.evals.pages.page import Html, many, tag
 from indiclip.evals.results import Prediction
 
 MOST_CLASSES = 60  # of a heat map in which names can be read

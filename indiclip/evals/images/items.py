@@ -14,7 +14,7 @@ from indiclip.data import cache
 from indiclip.data.images import EncodedImage, UnreadableSample, is_trouble, read_image
 from indiclip.data.shards import Shards
 from indiclip.data.tables import Strings
-from indiclip.evals.cards import Card
+from indiclip.evals.cards.card import Card
 
 
 class Images(Protocol):

@@ -12,8 +12,8 @@ import timm
 import timm.models
 import torch
 
-from indiclip.evals.model_names import read_config
-from indiclip.evals.peers import OpenClip, Options, Peer, Timm, Transformers
+from indiclip.evals.models.model_names import read_config
+from indiclip.evals.models.peers import OpenClip, Options, Peer, Timm, Transformers
 from indiclip.names import nearest
 
 HUB = "hf-hub:"  # what comes behind is downloaded

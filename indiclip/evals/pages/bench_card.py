@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from indiclip.evals.bench_marks import (
+from indiclip.evals.pages.bench_marks import (
     heated,
     language_name,
     less_english,
@@ -13,9 +13,9 @@ from indiclip.evals.bench_marks import (
     protocol_name,
     signed,
 )
-from indiclip.evals.bench_pictures import PictureOf, grids
-from indiclip.evals.confusion import MOST_CLASSES, confusion, heat_map, mistakes, most_confused, words
-from indiclip.evals.page import Html, details, many, table, tag
+from indiclip.evals.pages.bench_pictures import PictureOf, grids
+from indiclip.evals.pages.confusion import MOST_CLASSES, confusion, heat_map, mistakes, most_confused, words
+from indiclip.evals.pages.page import Html, details, many, table, tag
 from indiclip.evals.results import CLEAN, IMAGES, PHOTOGRAPHS, CardResult, Prediction, Result, Score, by_card
 
 _PROTOCOLS = ("zero_shot", "hard_pairs", "retrieval", "matching", "places", "knn", "linear_probe")  # in this order

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from indiclip.evals.cosines import chunks
+from indiclip.evals.protocols.cosines import chunks
 
 _HISTORY = 10  # steps that L-BFGS remembers, as in scikit-learn
 _MAX_STEPS = 500  # several times what the hardest of our tries took

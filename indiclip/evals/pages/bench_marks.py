@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from indiclip.evals.page import Html, many, tag
+from indiclip.evals.pages.page import Html, many, tag
 from indiclip.evals.results import IMAGES, PHOTOGRAPHS, CardResult, Score, corrected
 
 STYLE = """

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from indiclip import __version__, json_lines
-from indiclip.evals.bench_card import anchor, card_section
-from indiclip.evals.bench_marks import (
+from indiclip.evals.pages.bench_card import anchor, card_section
+from indiclip.evals.pages.bench_marks import (
     STYLE,
     Bar,
     chart,
@@ -24,8 +24,8 @@ from indiclip.evals.bench_marks import (
     signed,
     title,
 )
-from indiclip.evals.bench_pictures import PictureOf
-from indiclip.evals.page import Html, details, many, page, tag, text
+from indiclip.evals.pages.bench_pictures import PictureOf
+from indiclip.evals.pages.page import Html, details, many, page, tag, text
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score
 
 _MOST_PICTURES = 150  # about 20 kB each

@@ -21,9 +21,9 @@ from typing import NamedTuple, Protocol
 
 from indiclip.data.images import EncodedImage, UnreadableSample
 from indiclip.data.tables import existing
-from indiclip.evals.cards import Card, load_card
-from indiclip.evals.items import Items
-from indiclip.evals.layouts import read_items
+from indiclip.evals.cards.card import Card, load_card
+from indiclip.evals.images.items import Items
+from indiclip.evals.images.layouts import read_items
 from indiclip.names import nearest
 
 EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -51,7 +51,7 @@ def convert(
     """Write a card's images in another layout, whole or not at all.
 
     Args:
-        source: A folder, a table or a file of captions in any layout that `indiclip.evals.layouts` reads.
+        source: A folder, a table or a file of captions in any layout that `indiclip.evals.images.layouts` reads.
         card: The id of a packaged card, or a file.
         out: The new folder.
         layout: `folder` or `clip-benchmark`.

@@ -20,7 +20,7 @@ from indiclip.data.captions import LANGUAGES
 from indiclip.data.romanise import LANGUAGES as ROMANISED
 from indiclip.data.romanise import is_romanisable, romanise
 from indiclip.data.tables import is_number
-from indiclip.evals.cards import TASKS, Card, CardClass, bare
+from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
 from indiclip.names import nearest
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?")
@@ -93,7 +93,7 @@ def _classes(entries: Any, file: str, task: str) -> tuple[CardClass, ...]:
     if isinstance(entries, str):
         if entries not in _COMPUTED:
             raise ValueError(f"{file}: classes: found {entries!r}; expected a list, or one of {', '.join(_COMPUTED)}")
-        from indiclip.evals.imagenet import imagenet_classes
+        from indiclip.evals.cards.imagenet import imagenet_classes
 
         return imagenet_classes()
     if task == "retrieval":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from indiclip import __version__
-from indiclip.evals.page import Html, details, image, many, page, png, readable, table, tag
+from indiclip.evals.pages.page import Html, details, image, many, page, png, readable, table, tag
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
 from indiclip.types import Batch

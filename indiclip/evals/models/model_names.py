@@ -1,4 +1,4 @@
-"""Which library a `--model` is of; see `indiclip.evals.models.load_embedder`."""
+"""Which library a `--model` is of; see `indiclip.evals.models.embedder.load_embedder`."""
 
 from __future__ import annotations
 

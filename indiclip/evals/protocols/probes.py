@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from indiclip.data.tables import stable_hash
-from indiclip.evals import logistic
-from indiclip.evals.cosines import Floats, Integers, chunks, cut, labels_of
+from indiclip.evals.protocols import logistic
+from indiclip.evals.protocols.cosines import Floats, Integers, chunks, cut, labels_of
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's evaluation, arXiv 2104.14294
 INVERSE_PENALTY = 31.6  # CLIP's example has C = 0.316 for embeddings of length about 10: the same for length 1

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from indiclip.evals.bench_marks import language_name
-from indiclip.evals.confusion import Mistake, confusion, mistakes, pairs, words
-from indiclip.evals.page import Html, image, many, tag, thumbnail
+from indiclip.evals.pages.bench_marks import language_name
+from indiclip.evals.pages.confusion import Mistake, confusion, mistakes, pairs, words
+from indiclip.evals.pages.page import Html, image, many, tag, thumbnail
 from indiclip.evals.results import Prediction
 
 PictureOf = Callable[[str, str, str], np.ndarray | None]  # (card, part, key) -> uint8 (height, width, 3)

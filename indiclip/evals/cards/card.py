@@ -1,7 +1,7 @@
 """Benchmark cards: what is told apart, by which names in which language, and how it is asked. Facts only, no images.
 
 A card is a page of YAML: one of ours (`india/`, `world/`) or a file of the user's. Where images of it lie is told by
-`indiclip.evals.layouts`.
+`indiclip.evals.images.layouts`.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def load_card(card: str) -> Card:
     """
     if Path(card).suffix in (".yaml", ".yml"):
         file = existing(card)
-        from indiclip.evals.card_file import parse_card
+        from indiclip.evals.cards.file import parse_card
 
         return parse_card(file.read_text("utf-8"), str(file), file.stem, "own")
     return _load_packaged(card)
@@ -164,7 +164,7 @@ def load_card(card: str) -> Card:
 
 @lru_cache(maxsize=64)
 def _load_packaged(card: str) -> Card:
-    from indiclip.evals.card_file import parse_card
+    from indiclip.evals.cards.file import parse_card
 
     for suite in SUITES:
         file = resources.files("indiclip.evals") / suite / f"{card}.yaml"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indiclip.evals.cosines import Floats, Integers, as_near, chunks, cut, labels_of
+from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, cut, labels_of
 
 
 class Ranking(NamedTuple):

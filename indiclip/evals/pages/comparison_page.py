@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from indiclip import json_lines
-from indiclip.evals.bench_marks import (
+from indiclip.evals.comparison import Compared, compare
+from indiclip.evals.pages.bench_marks import (
     STYLE,
     Bar,
     chart,
@@ -16,9 +17,8 @@ from indiclip.evals.bench_marks import (
     signed,
     title,
 )
-from indiclip.evals.comparison import Compared, compare
-from indiclip.evals.confusion import words
-from indiclip.evals.page import Html, details, many, page, table, tag
+from indiclip.evals.pages.confusion import words
+from indiclip.evals.pages.page import Html, details, many, page, table, tag
 from indiclip.evals.results import PHOTOGRAPHS, CardResult, Result
 
 _MOST_LISTED = 200  # images of a list, so that the page stays small
