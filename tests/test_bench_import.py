@@ -8,8 +8,8 @@ import yaml
 from layout_files import CARD, FOLDERS, KARPATHY, MATCHING, TABLE, TABLE_IMAGES, WORDS, jpeg, write
 
 from indiclip.cli import main
-from indiclip.evals import convert as module
 from indiclip.evals.cards.card import load_card
+from indiclip.evals.images import convert as module
 from indiclip.evals.images.convert import convert
 from indiclip.evals.images.layouts import read_items
 
