@@ -71,7 +71,7 @@ def other_classes(b):
 
 
 def other_data(b):
-    b.about["data"] = {"food": "other"}
+    b.about["data"] = {"food/photographs": "other"}
 
 
 def other_metric(b):
@@ -95,7 +95,7 @@ def no_predictions(b):
     ],
 )
 def test_what_is_not_the_same_is_not_compared(tmp_path, change, why_not):
-    a, b = run([0] * 8, data={"food": "1f"}), run([1] * 8, data={"food": "1f"})
+    a, b = run([0] * 8, data={"food/photographs": "1f"}), run([1] * 8, data={"food/photographs": "1f"})
     change(b)
     (row,) = compare(a, b)
     assert row.why_not == why_not

@@ -10,7 +10,7 @@ from bench_fakes import score, small_run
 from indiclip.commands import bench_compare
 from indiclip.evals.leaderboard import add, groups_of, read, row_of
 
-DATA = {"food": "1f", "script": "2f", "gods": "3f"}
+DATA = {"food/photographs": "1f", "script/photographs": "2f", "gods/photographs": "3f"}
 
 
 def run(model, value=0.6, date="2026-01-02", **about):
@@ -27,7 +27,7 @@ def test_best_first(tmp_path):
     (group,) = add(tmp_path / "l.jsonl", [run("b", 0.5), run("a", 0.9), run("c", 0.7)])
     assert models(group) == ["a", "c", "b"]
     assert group.rows[0]["mean"]["en"] == pytest.approx((0.875 + 0.8) / 2)
-    assert (group.covered, group.of) == (2, 3)
+    assert (group.covered, group.of) == (2, 11)
 
 
 def test_a_run_that_is_added_again_replaces_its_row(tmp_path):
@@ -44,16 +44,16 @@ def test_a_later_run_of_a_model_is_another_run(tmp_path):
 
 
 def test_only_runs_on_the_same_images_stand_together(tmp_path):
-    groups = add(tmp_path / "l.jsonl", [run("a"), run("b", 0.9, data=DATA | {"food": "other"}), run("c")])
+    groups = add(tmp_path / "l.jsonl", [run("a"), run("b", 0.9, data=DATA | {"food/photographs": "other"}), run("c")])
     assert sorted(map(models, groups)) == [["a", "c"], ["b"]]
 
 
 def test_images_of_a_skipped_card_make_no_difference():
-    assert row_of(run("a"))["data"] == row_of(run("b", data=DATA | {"gods": "other"}))["data"]
+    assert row_of(run("a"))["data"] == row_of(run("b", data=DATA | {"gods/photographs": "other"}))["data"]
 
 
 def test_runs_that_do_not_say_which_images_are_compared_with_none(tmp_path):
-    groups = add(tmp_path / "l.jsonl", [run("a", data={}), run("b", data={"food": "1f"}), run("c")])
+    groups = add(tmp_path / "l.jsonl", [run("a", data={}), run("b", data={"food/photographs": "1f"}), run("c")])
     assert [models(group) for group in groups] == [["c"], ["a"], ["b"]]
     assert "images not known, so compared with none" in (tmp_path / "l.md").read_text(encoding="utf-8")
 

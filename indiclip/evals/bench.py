@@ -23,7 +23,7 @@ from indiclip.evals.items import Items, Joined
 from indiclip.evals.layouts import find_items
 from indiclip.evals.models import Embedder
 from indiclip.evals.procedural import colours, ocr_words
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result
+from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, data_name
 from indiclip.evals.score import score, texts_of
 from indiclip.evals.sheet import Options, languages_of
 
@@ -53,7 +53,7 @@ class Bench:
     @property
     def data(self) -> dict[str, str]:
         """Card and part -> a digest of the images' keys and what is right about them: the same for the same data."""
-        return {f"{items.card.id}/{part_of(items)}": _digest(items) for items in self.items}
+        return {data_name(items.card.id, part_of(items)): _digest(items) for items in self.items}
 
 
 def find_bench(

@@ -77,7 +77,7 @@ def _why_not(a: Score, b: Score, of_a: dict[str, Prediction], of_b: dict[str, Pr
 
 def _other_data(a: Result, b: Result, card: CardResult) -> str:
     """Runs that know a digest of their images know more than the keys."""
-    of_a, of_b = (run.about.get("data", {}).get(card.card) for run in (a, b))
+    of_a, of_b = (run.about.get("data", {}).get(card.data) for run in (a, b))
     return "different images, or labels, under the same names" if of_a and of_b and of_a != of_b else ""
 
 

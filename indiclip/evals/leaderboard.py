@@ -37,8 +37,8 @@ def row_of(result: Result) -> Row:
     headline = result.headline()
     scored = [c for c in result.cards if (c.suite, c.part, c.status) == ("india", PHOTOGRAPHS, "scored")]
     digests = result.about.get("data", {})
-    known = bool(scored) and all(card.card in digests for card in scored)
-    data = _digest({card.card: digests[card.card] for card in scored}) if known else ""
+    known = bool(scored) and all(card.data in digests for card in scored)
+    data = _digest({card.card: digests[card.data] for card in scored}) if known else ""
     date = str(result.about.get("date", ""))
     identity = [result.model, date, result.lengths, result.views, sorted(card.card for card in scored), data]
     cards: dict[str, dict[str, float | None]] = {card.card: {} for card in scored}

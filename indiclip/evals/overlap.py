@@ -16,6 +16,7 @@ from indiclip.data.workers import StepLoader, Workers
 from indiclip.evals.bench import Bench, part_of
 from indiclip.evals.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
 from indiclip.evals.items import Items
+from indiclip.evals.results import data_name
 
 _SIDE = 64  # pixels of the longer side from which a picture is hashed
 _HASHED = 256  # pictures that a loader process gives back at a time
@@ -71,7 +72,7 @@ def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[
         own = _hashes(len(items), partial(_of_items, items), num_workers)
         by_image, by_caption = near_duplicates(own.images, known.images), _by_caption(items, known.captions)
         bench.flagged.append(by_image.near_N | by_caption)
-        found["cards"][f"{items.card.id}/{part_of(items)}"] = {
+        found["cards"][data_name(items.card.id, part_of(items))] = {
             "images": len(items),
             "flagged": int(bench.flagged[-1].sum()),
             "by_image": int(by_image.near_N.sum()),

@@ -1,0 +1,71 @@
+"""A benchmark run from a folder of images to its results."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.leaderboard import groups_of, row_of
+from indiclip.evals.models import View
+from indiclip.evals.sheet import Options
+
+
+class MeanColour:
+    """Images are their mean colour, texts a number of their letters."""
+
+    name, lengths, embeds_text = "colour", [2, 3], True
+
+    def views(self, names):
+        return [View(name, None, "square") for name in names]
+
+    def prepare(self, image, view):
+        from indiclip.data.transforms import read_upright
+
+        return read_upright(image).float().mean((1, 2))
+
+    def collate(self, prepared):
+        return torch.stack(prepared)
+
+    def embed_images(self, batch):
+        return normalize(batch, dim=1)
+
+    def embed_texts(self, texts):
+        return normalize(torch.tensor([[len(text), text.count("a"), 1.0] for text in texts]), dim=1)
+
+
+def photographs(root, classes=("idli", "jalebi", "samosa"), card="edibles"):
+    for number, name in enumerate(classes):
+        (root / card / name).mkdir(parents=True)
+        for shade in (90, 160, 230):
+            pixels = np.roll(np.array([shade, 20, 40], np.uint8), number)
+            Image.fromarray(np.tile(pixels, (8, 8, 1))).save(root / card / name / f"{shade}.png")
+    return root
+
+
+def run(root, cards=("edibles",), **options):
+    bench = find_bench(root, cards, procedural=False)
+    return run_bench(MeanColour(), bench, Options(resamples=20, **options))
+
+
+def test_two_models_on_the_same_photographs_stand_in_one_table_of_the_leaderboard(tmp_path):
+    results = [run(photographs(tmp_path)), run(tmp_path)]
+    results[1].model = "another"
+    (group,) = groups_of([row_of(result) for result in results])
+    assert [row["model"] for row in group.rows] == ["colour", "another"]
+    assert group.data
+    assert (group.covered, group.of) == (1, 11)
+
+
+def test_top_1_is_what_the_predictions_say(tmp_path):
+    result = run(photographs(tmp_path))
+    for language in ("en", "hi"):
+        rows = [row for row in result.predictions if (row.protocol, row.language) == ("zero_shot", language)]
+        (said,) = (
+            score.value
+            for score in result.scores
+            if (score.protocol, score.language, score.metric) == ("zero_shot", language, "acc1")
+            and (score.length, score.subset) == (3, "")
+        )
+        assert said == pytest.approx(np.mean([row.truth == row.predicted for row in rows]))
