@@ -37,7 +37,7 @@ def section(page, card_id):
 
 def test_says_how_much_of_india_it_covers(tmp_path):
     words = words_of(page_of(tmp_path, small_run()))
-    assert "Covers 2 of 3 categories of India." in words
+    assert "Covers 2 of 11 categories of India." in words
     assert "English 0.65 en · 2 cards" in words
     assert "Hindi 0.25 hi · 1 card" in words
 
@@ -246,3 +246,17 @@ def test_words_are_escaped_and_html_is_not():
     assert tag("p", "a < b", tag("b", "&"), title='"x"') == '<p title="&quot;x&quot;">a &lt; b<b>&amp;</b></p>'
     assert "<td>&lt;td&gt;</td>" in table(["x"], [["<td>"]])
     assert table(["x"], [[Html("<td>1</td>")]]).count("<td") == 1
+
+
+def test_chance_of_a_card_is_that_of_its_main_protocol_and_comes_before_its_hard_pairs(tmp_path):
+    result = small_run()
+    result.scores.insert(0, score("food", 0.5, protocol="hard_pairs", chance=0.31))
+    told = section(page_of(tmp_path, result), "food-photographs")
+    assert "main metric: top-1, chance 0.200" in told
+    assert told.index("Zero shot") < told.index("Hard pairs")
+
+
+def test_chance_under_a_table_is_that_of_english(tmp_path):
+    result = small_run()
+    result.scores[1] = score("food", 0.4, "hi", chance=0.25)  # fewer classes have a name
+    assert "chance 0.200" in words_of(section(page_of(tmp_path, result), "food-photographs")).split("Hindi")[1]
