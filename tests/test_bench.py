@@ -7,6 +7,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench_report import write_bench_report
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.models import View
 from indiclip.evals.sheet import Options
@@ -69,3 +70,17 @@ def test_top_1_is_what_the_predictions_say(tmp_path):
             and (score.length, score.subset) == (3, "")
         )
         assert said == pytest.approx(np.mean([row.truth == row.predicted for row in rows]))
+
+
+def test_every_recall_stands_beside_what_guessing_gives(tmp_path):
+    result = run(photographs(tmp_path))  # 9 images of 3 classes, 40 candidates
+    chances = {score.metric: score.chance for score in result.scores if score.language == "en" and not score.subset}
+    assert chances["acc5"] == pytest.approx(5 / 40)
+    assert chances["text_to_image_r1"] == pytest.approx(1 / 3)
+    assert chances["text_to_image_r5"] == pytest.approx(1 - (6 * 5 * 4 * 3 * 2) / (9 * 8 * 7 * 6 * 5))
+
+
+def test_a_page_is_written_of_so_few_images_that_guessing_is_always_right(tmp_path):
+    result = run(photographs(tmp_path, ("idli",)))  # 3 images: any is among the first 5
+    assert 1.0 in {score.chance for score in result.scores if score.metric == "text_to_image_r5"}
+    write_bench_report(tmp_path, result, lambda *_: None)

@@ -184,8 +184,10 @@ def is_summary(name: str) -> bool:
 
 
 def corrected(value: float, chance: float | None) -> float:
-    """0 at chance, 1 where all is right."""
-    return value if chance is None else (value - chance) / (1 - chance)
+    """0 at chance, 1 where all is right; 0 where guessing is always right, as one of five is among the first five."""
+    if chance is None:
+        return value
+    return (value - chance) / (1 - chance) if chance < 1 else 0.0
 
 
 def load_result(folder: Path, predictions: bool = True) -> Result:

@@ -16,7 +16,7 @@ from indiclip.evals.distances import haversine_km, within_km
 from indiclip.evals.items import Items
 from indiclip.evals.metrics import Interval
 from indiclip.evals.results import IMAGES, Prediction, Score
-from indiclip.evals.retrieval import caption_ranks, class_ranks
+from indiclip.evals.retrieval import caption_ranks, chance_recall, class_ranks
 from indiclip.evals.sheet import TOP, Language, Options, Setting, Sheet, language_of, languages_of
 from indiclip.evals.zero_shot import Ranking, hard_pairs, rank_classes
 
@@ -80,9 +80,10 @@ def _classify(sheet: Sheet, setting: Setting) -> None:
         for subset, of_M in sheet.subsets(ranking.image_M).items():
             values = {"acc1": sheet.rate(rank_M[of_M] == 0)}
             sheet.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
-        found = class_ranks(image_NE, class_DE, label_N, class_D).rank_M
-        values = {f"text_to_image_r{k}": sheet.rate(found < k) for k in (1, TOP)}
-        sheet.add(setting, protocol, code, values, len(found), len(class_D))
+        found = class_ranks(image_NE, class_DE, label_N, class_D)
+        right_M = np.bincount(label_M)[found.class_M]
+        recalls, chances = _recalls(sheet, "text_to_image", found.rank_M, right_M, len(label_M), (1, TOP))
+        sheet.add(setting, protocol, code, recalls, len(right_M), len(class_D), chances)
         hard = hard_pairs(image_NE, class_DE, label_N, sheet.confusable, class_D)
         if len(hard.image_M):
             values = {"acc1": sheet.rate(hard.hit_M)}
@@ -167,18 +168,33 @@ def _retrieve(sheet: Sheet, setting: Setting) -> None:
         if not len(image_M):
             continue
         rank_M, rank_T = _caption_ranks(sheet, setting, texts_N, image_M)
-        values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
-        sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T))
-        values = {f"text_to_image_r{k}": sheet.rate(rank_T < k) for k in RECALL_AT}
-        sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M))
+        right_M, right_T = np.array([len(texts_N[i]) for i in image_M.tolist()]), np.ones_like(rank_T)
+        values, chances = _recalls(sheet, "image_to_text", rank_M, right_M, len(rank_T))
+        sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), chances)
+        values, chances = _recalls(sheet, "text_to_image", rank_T, right_T, len(rank_M))
+        sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), chances)
         for subset, of_M in sheet.subsets(image_M).items():
-            values = {f"image_to_text_r{k}": sheet.rate(rank_M[of_M] < k) for k in RECALL_AT}
-            sheet.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_T), subset=subset)
+            values, chances = _recalls(sheet, "image_to_text", rank_M[of_M], right_M[of_M], len(rank_T))
+            sheet.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_T), chances, subset)
         if code != "en" and "en" in captions:
             both_M = np.array([i for i in image_M.tolist() if captions["en"][i]], dtype=np.int64)
             _caption_parity(sheet, setting, code, both_M)
         if setting.main:
             _keep_captions(sheet, code, texts_N, image_M, rank_M)
+
+
+def _recalls(
+    sheet: Sheet,
+    way: str,
+    rank_Q: np.ndarray,
+    right_Q: np.ndarray,
+    num_candidates: int,
+    at: Sequence[int] = RECALL_AT,
+) -> tuple[dict[str, Interval], dict[str, float]]:
+    """Recall of queries at each k, and what chance gives."""
+    names = {k: f"{way}_r{k}" for k in at}
+    chances = {name: chance_recall(right_Q, num_candidates, k) for k, name in names.items()}
+    return {name: sheet.rate(rank_Q < k) for k, name in names.items()}, chances
 
 
 def _caption_ranks(

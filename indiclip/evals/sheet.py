@@ -24,7 +24,11 @@ from indiclip.evals.zero_shot import class_embeddings
 
 TOP = 5  # nearest answers that are kept of each image
 _FEWEST_CLASSES = 5  # named in a language: fewer say nothing, unless the card has no more
-_BOUNDED = ("acc1", "mean_per_class_recall")  # what guessing scores in is the card's chance
+_CHANCES = {
+    "acc1": 1,
+    "acc5": TOP,
+    "mean_per_class_recall": 1,
+}  # what guessing scores in, times that of the first guess
 
 
 @dataclass
@@ -174,10 +178,13 @@ class Sheet:
         values: dict[str, Interval],
         num_items: int,
         num_classes: int = 0,
-        chance: float | None = None,
+        chance: float | dict[str, float] | None = None,
         subset: str = "",
     ) -> None:
-        """Numbers of a protocol."""
+        """Numbers of a protocol; `chance` is that of the first guess, or one for each metric."""
+        if isinstance(chance, float):
+            chance = {metric: min(times * chance, 1.0) for metric, times in _CHANCES.items()}
+        chances = chance or {}
         where = (self.card.suite, self.card.id, self.part, protocol, language)
         self.scores += [
             Score(
@@ -186,7 +193,7 @@ class Sheet:
                 setting.length,
                 setting.view,
                 *interval,
-                chance if metric in _BOUNDED else None,
+                chances.get(metric),
                 num_items,
                 num_classes,
                 subset,
