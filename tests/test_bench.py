@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import check_languages, find_bench, run_bench
 from indiclip.evals.bench_report import write_bench_report
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.models import View
@@ -84,3 +84,35 @@ def test_a_page_is_written_of_so_few_images_that_guessing_is_always_right(tmp_pa
     result = run(photographs(tmp_path, ("idli",)))  # 3 images: any is among the first 5
     assert 1.0 in {score.chance for score in result.scores if score.metric == "text_to_image_r5"}
     write_bench_report(tmp_path, result, lambda *_: None)
+
+
+def test_a_language_that_no_card_has_is_said(tmp_path):
+    bench = find_bench(photographs(tmp_path), ["edibles"], procedural=False)
+    check_languages(bench, ["hi", "hi-Latn"])
+    with pytest.raises(ValueError, match="languages: no card has 'hin'; nearest is 'hi'; expected bn, .*en, "):
+        check_languages(bench, ["hin"])
+
+
+def test_a_card_that_is_named_twice_is_scored_once_and_two_of_one_name_are_refused(tmp_path):
+    bench = find_bench(photographs(tmp_path), ["edibles", "edibles"], procedural=False)
+    assert len(bench.items) == 1
+    own = tmp_path / "edibles.yaml"
+    own.write_text("{title: Mine, task: retrieval}")
+    with pytest.raises(ValueError, match=r"india/edibles.yaml and .*edibles.yaml are both called 'edibles'; rename"):
+        find_bench(tmp_path, ["edibles", str(own)])
+
+
+def test_a_folder_with_another_name_is_pointed_out(tmp_path):
+    photographs(tmp_path, card="edibles_food")
+    with pytest.raises(FileNotFoundError, match="nearest is 'edibles_food'; found the folders edibles_food; expected"):
+        find_bench(tmp_path, ["edibles"], procedural=False)
+    with pytest.raises(FileNotFoundError, match="^nothing to score: no folder of images was given$"):
+        find_bench(None, ["edibles", "festivals"])
+
+
+def test_a_card_whose_images_are_all_unreadable_is_skipped_for_that(tmp_path):
+    (tmp_path / "edibles" / "idli").mkdir(parents=True)
+    (tmp_path / "edibles" / "idli" / "1.jpg").write_text("no picture")
+    (card,) = run(tmp_path).cards
+    assert (card.status, len(card.notes)) == ("skipped", 1)
+    assert card.notes[0].startswith("not counted, unreadable: idli/1.jpg: expected the bytes of a JPEG")

@@ -77,12 +77,9 @@ def _ordered(cards: Iterable[CardResult]) -> list[CardResult]:
 def _head(result: Result) -> list[Html]:
     facts = [str(result.about[name]) for name in ("date",) if name in result.about]
     facts.append(f"embedding length {result.lengths[-1]}, images at “{result.views[0]}”")
-    if isinstance(seconds := result.about.get("seconds"), int | float):
-        facts.append(f"{seconds:,.0f} s")
+    if isinstance(seconds := result.about.get("seconds"), dict):
+        facts.append(f"{sum(seconds.values()):,.0f} s on {result.about.get('device', 'the training machine')}")
     facts.append(f"IndiCLIP {result.about.get('indiclip', __version__)}")
-    options = result.about.get("options")
-    if isinstance(options, dict):
-        facts += [f"{name} {value}" for name, value in options.items() if isinstance(value, str | int | float)][:6]
     return [
         tag("p", "India benchmark", class_="eyebrow"),
         tag("h1", result.model),

@@ -18,7 +18,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import check_languages, find_bench, run_bench
 from indiclip.evals.console import print_notes
 from indiclip.evals.encode import Ranks
 from indiclip.evals.models import EncoderEmbedder
@@ -87,6 +87,7 @@ class IndiaBench(L.Callback):
         check_parquet()
         self._check_monitors(trainer)
         self.bench = find_bench(self.images, self.cards, self.procedural)
+        check_languages(self.bench, self.options.languages)
         self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
         self._embedder(pl_module).views(self.options.views)  # what the encoder cannot do shows before it trains
         if trainer.is_global_zero:

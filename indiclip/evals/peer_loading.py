@@ -116,7 +116,7 @@ def load_transformers(what: str, name: str, options: Options) -> Peer:
     download, source = what.startswith(HUB), what.removeprefix(HUB)
     if not download:
         _check_transformers_folder(Path(source), name)
-    transformers.utils.logging.disable_progress_bar()  # of the seconds in which files are read
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _loading(name, "transformers", download):
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True

@@ -208,6 +208,7 @@ def languages_of(card: Card, options: Options) -> tuple[list[Language], list[str
     wanted = [code for code in dict.fromkeys([*card.languages, *(options.languages or [])]) if options.wants(code)]
     scored = [code for code in wanted if len(card.names(code)) >= fewest] if card.classes else []
     left_out = [code for code in wanted if code not in scored] if card.classes else []
+    left_out = [code for code in left_out if code.removesuffix("-Latn") not in left_out or not code.endswith("-Latn")]
     note = f"not scored in {', '.join(left_out)}: fewer than {fewest} classes have a name there"
     return [language_of(card, code, sorted(card.names(code))) for code in scored], [note] * bool(left_out)
 
