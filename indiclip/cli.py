@@ -27,7 +27,7 @@ usage: indiclip <command> [--config FILE]... [options]
   predict    write what the heads find in `data.val` to RUN/predictions/
   shards     index, check, pack and count data      indiclip shards --help
   tokenizer  tokens per word in every language      indiclip tokenizer --help
-  bench      the India benchmark's cards and images  indiclip bench --help
+  bench      score an encoder on the India benchmark   indiclip bench --help
 
   --config FILE            an experiment; several are stacked, later ones win
   --name NAME              the run's folder, runs/NAME (default: the first config's name)

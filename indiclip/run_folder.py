@@ -56,7 +56,7 @@ def lock(folder: Path) -> None:
     """Keep a folder for this process until `unlock`, or until it ends, however it ends.
 
     Raises:
-        ValueError: Another process trains there.
+        ValueError: Another process writes there.
     """
     if not _is_first_process():
         return
@@ -65,7 +65,7 @@ def lock(folder: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader workers would inherit it
     except BlockingIOError as error:
         file.seek(0)
-        raise ValueError(f"{folder}: another process ({file.read().strip()}) trains there") from error
+        raise ValueError(f"{folder}: another process ({file.read().strip()}) writes there") from error
     except OSError as error:  # a network file system without locks
         warnings.warn(
             f"{folder}: cannot be locked ({error.strerror}); see to it that one run writes there", stacklevel=2

@@ -37,7 +37,7 @@ def section(page, card_id):
 
 def test_says_how_much_of_india_it_covers(tmp_path):
     words = words_of(page_of(tmp_path, small_run()))
-    assert "Covers 2 of 3 categories of India." in words
+    assert "Covers 2 of 11 categories of India." in words
     assert "English 0.65 en · 2 cards" in words
     assert "Hindi 0.25 hi · 1 card" in words
 
@@ -251,4 +251,18 @@ def test_words_are_escaped_and_html_is_not():
 def test_the_seconds_of_a_run_are_told(tmp_path):
     result = small_run(seconds={"images": 61.2, "texts": 3.1, "scores": 2.4})
     file = write_bench_report(tmp_path, result, lambda *_: None)
-    assert " 67 s " in file.read_text("utf-8")
+    assert " 67 s on " in file.read_text("utf-8")
+
+
+def test_chance_of_a_card_is_that_of_its_main_protocol_and_comes_before_its_hard_pairs(tmp_path):
+    result = small_run()
+    result.scores.insert(0, score("food", 0.5, protocol="hard_pairs", chance=0.31))
+    told = section(page_of(tmp_path, result), "food-photographs")
+    assert "main metric: top-1, chance 0.200" in told
+    assert told.index("Zero shot") < told.index("Hard pairs")
+
+
+def test_chance_under_a_table_is_that_of_english(tmp_path):
+    result = small_run()
+    result.scores[1] = score("food", 0.4, "hi", chance=0.25)  # fewer classes have a name
+    assert "chance 0.200" in words_of(section(page_of(tmp_path, result), "food-photographs")).split("Hindi")[1]

@@ -21,9 +21,9 @@ def test_the_table_has_the_main_numbers_and_says_what_is_skipped(capsys):
     lines = capsys.readouterr().out.splitlines()
     row = {line.split()[0]: line.split()[1:] for line in lines if line.split()}
     assert "my[bold]model" in row
-    assert row["food"] == ["4", "0.200", "0.600", "±0.10", "0.400", "0.770", "0.880"]
-    assert row["script"] == ["*", "4", "0.100", "0.990"]  # the last of two rows: what is generated
+    assert row["food"] == ["top-1", "4", "0.200", "0.600", "±0.10", "0.400", "0.770", "of", "0", "0.880", "of", "0"]
+    assert row["script"] == ["*", "top-1", "4", "0.100", "0.990"]  # the last of two rows: what is generated
     assert "skipped: gods, gods2: no folder gods/" in lines
     assert "food: no images of 1 of 2 classes, which stay candidates: roti" in lines
-    assert "India: 2 of 4 categories have photographs; mean corrected for chance: en 0.650, hi 0.250" in lines
+    assert "India: 2 of 11 categories have photographs; mean corrected for chance: en 0.650, hi 0.250" in lines
     assert "report runs/[x]/report.html" in lines

@@ -27,7 +27,7 @@ def test_best_first(tmp_path):
     (group,) = add(tmp_path / "l.jsonl", [run("b", 0.5), run("a", 0.9), run("c", 0.7)])
     assert models(group) == ["a", "c", "b"]
     assert group.rows[0]["mean"]["en"] == pytest.approx((0.875 + 0.8) / 2)
-    assert (group.covered, group.of) == (2, 3)
+    assert (group.covered, group.of) == (2, 11)
 
 
 def test_a_run_that_is_added_again_replaces_its_row(tmp_path):

@@ -1,11 +1,13 @@
 """Retrieval against hand-made matrices, naive loops, torchmetrics and clip-benchmark's own function."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from indiclip.evals.protocols import cosines
-from indiclip.evals.protocols.retrieval import caption_ranks, class_ranks
+from indiclip.evals.protocols.retrieval import caption_ranks, chance_recall, class_ranks
 
 IMAGE = np.array([[1.0, 0.0], [0.0, 1.0]])
 TEXT = np.array([[0.6, 0.8], [1.0, 0.0], [0.8, 0.6]])
@@ -114,3 +116,10 @@ def test_recall_is_that_of_clip_benchmark():
     for k in (1, 5, 10):
         assert (ranks.rank_N < k).mean() == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-6)
         assert (ranks.rank_T < k).mean() == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("right", "of", "k"), [([1], 7, 1), ([1, 3], 6, 2), ([2], 4, 5), ([5], 5, 1)])
+def test_chance_is_that_of_every_order_of_the_candidates(right, of, k):
+    orders = list(itertools.permutations(range(of)))
+    hits = [np.mean([min(order[:n]) < k for n in right]) for order in orders]  # the first n candidates are right
+    assert chance_recall(np.array(right), of, k) == pytest.approx(np.mean(hits))

@@ -13,16 +13,20 @@ _HELP = """\
 usage: indiclip bench --model MODEL [options]
        indiclip bench <command> ... [options]
 
-  --model  score an encoder, ours or anyone's     indiclip bench --model runs/mela --images photos
-           (`indiclip bench --model --help`: all options)
-  cards    the benchmark's cards, or one card with its classes     indiclip bench cards edibles
-  import   a card's images into another layout, bytes unchanged
-           indiclip bench import photos/edibles --card edibles --out edibles_wds --layout clip-benchmark
-  compare  two runs side by side                                   indiclip bench compare runs/bench/a runs/bench/b
-  leaderboard   many runs in one table                             indiclip bench leaderboard runs/bench/*
+  --model       score an encoder, ours or anyone's
+                  indiclip bench --model runs/mela --images photos
+                  indiclip bench --model --help        all options
+  cards         the benchmark's cards, or one card with its classes
+                  indiclip bench cards edibles
+  import        a card's images into another layout, bytes unchanged
+                  indiclip bench import photos/edibles --card edibles --out wds
+  compare       two runs side by side
+                  indiclip bench compare runs/bench/a runs/bench/b
+  leaderboard   many runs in one table
+                  indiclip bench leaderboard runs/bench/*
 
-A card says which classes are told apart, what they are called in each language, and how it is asked. Your own is a
-.yaml file like those that come with IndiCLIP.
+A card says which classes are told apart, what they are called in each language,
+and how it is asked. Your own is a .yaml file like those that come with IndiCLIP.
 `indiclip bench import --help` and the like: all options of a command.
 """
 _SHOWN = 10  # images that were left out
@@ -42,8 +46,9 @@ def _cards(argv: list[str]) -> int:
     parser = _parser(
         "cards",
         "indiclip bench cards edibles",
-        "List the cards that come with IndiCLIP, or show one: where its images are from, its prompts, and its classes\n"
-        "with their names. A name with a * was romanised by rule.",
+        "List the cards that come with IndiCLIP, or show one: where its images are from,\n"
+        "its prompts, and its classes with their names. A name with a * was romanised by\n"
+        "rule.",
     )
     parser.add_argument("card", nargs="?", metavar="CARD", help="the id of one of them, or a .yaml file")
     options = parser.parse_args(argv)
@@ -59,11 +64,14 @@ def _import(argv: list[str]) -> int:
         "import",
         "indiclip bench import photos/edibles --card edibles --out edibles_wds",
         "Write a card's images in another layout. SOURCE is\n"
-        "  a folder     CLASS/*.jpg, also train/CLASS/ and test/CLASS/; or with a table (columns file, class)\n"
-        "  shards       *.tar with .cls, and classes.txt or classnames.txt; clip-benchmark's folder\n"
+        "  a folder     CLASS/*.jpg, also train/CLASS/ and test/CLASS/; or with a table\n"
+        "               (columns file, class)\n"
+        "  shards       *.tar with .cls, and classes.txt or classnames.txt;\n"
+        "               clip-benchmark's folder\n"
         "  captions     COCO's or Karpathy's JSON, Crossmodal-3600's captions.jsonl, a table\n"
-        "Labels go by the classes' names. Bytes of images are kept; what cannot be read is left out and named. The\n"
-        "folder is written whole or not at all, and the same source gives the same bytes.",
+        "Labels go by the classes' names. Bytes of images are kept; what cannot be read is\n"
+        "left out and named. The folder is written whole or not at all, and the same source\n"
+        "gives the same bytes.",
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder, a table, or a file of captions")
     parser.add_argument("--card", required=True, metavar="CARD", help="what the images are of (indiclip bench cards)")

@@ -12,9 +12,10 @@ def compare(argv: list[str]) -> int:
     """Sets two runs side by side. Returns the exit status."""
     parser = Parser(
         prog="indiclip bench compare",
-        description="Set two finished runs of the benchmark side by side: per card and language both scores, their\n"
-        "difference with a 95% interval (a paired bootstrap over the images), and which images changed.\n"
-        "Cards whose classes or images differ are named and not compared.",
+        description="Set two finished runs of the benchmark side by side: per card and language both\n"
+        "scores, their difference with a 95% interval (a paired bootstrap over the images),\n"
+        "and which images changed. Cards whose classes or images differ are named and not\n"
+        "compared.",
         epilog="example: indiclip bench compare runs/bench/a runs/bench/b --out compare.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -42,8 +43,9 @@ def leaderboard(argv: list[str]) -> int:
     """Adds runs to a leaderboard. Returns the exit status."""
     parser = Parser(
         prog="indiclip bench leaderboard",
-        description="Add finished runs of the benchmark to a leaderboard, each instead of its earlier row, and write\n"
-        "its tables beside it (.html, .md). Runs on other images stand in other tables.\n"
+        description="Add finished runs of the benchmark to a leaderboard, each instead of its earlier\n"
+        "row, and write its tables beside it (.html, .md). Runs on other images stand in\n"
+        "other tables.\n"
         "Without RUN the tables are only written anew. Several processes may add at once.",
         epilog="example: indiclip bench leaderboard runs/bench/* --file leaderboard.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,9 @@ from indiclip.commands.words import Parser, count
 
 _EXAMPLES = """\
 examples:
-  indiclip bench --model runs/mela                          what is generated; needs no photographs
-  indiclip bench --model runs/india --images photos/india --views native 64 256-square
-  indiclip bench --model open_clip:ViT-B-32:weights.safetensors --images photos/india --device cuda
+  indiclip bench --model runs/mela        what is generated; needs no photographs
+  indiclip bench --model runs/india --images photos --views native 64 256-square
+  indiclip bench --model open_clip:ViT-B-32:weights.safetensors --images photos
   indiclip bench --model siglip2-folder --cards my_card.yaml --images photos
 """
 _OUT = Path("runs/bench")
@@ -78,10 +79,24 @@ def _whole(text: str) -> int:
 
 def run(argv: list[str]) -> int:
     """Returns the exit status."""
+    if {"-h", "--help"} & {*argv}:  # also behind `--model`, which argparse would give it as a value
+        _parser().print_help()
+        return 0
     options = _parser().parse_args(argv)
+    from indiclip.run_folder import unlock
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"indiclip bench: {message}", file=sys.stderr)
+        try:
+            return _run(options)
+        finally:
+            unlock()
+
+
+def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from indiclip.evals.bench import find_bench, run_bench
+    from indiclip.evals.bench import check_languages, find_bench, run_bench
     from indiclip.evals.models.embedder import load_embedder
     from indiclip.evals.overlap import flag
     from indiclip.evals.pages.bench_report import write_bench_report
@@ -89,22 +104,27 @@ def run(argv: list[str]) -> int:
     from indiclip.evals.pages.pictures import Pictures
     from indiclip.evals.results import check_parquet
     from indiclip.evals.sheet import Options
+    from indiclip.run_folder import lock
 
     check_parquet()
     torch.set_flush_denormal(True)
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = Options(options.languages, options.views, not options.no_probes, options.resamples, options.seed)
+    views = list(dict.fromkeys(options.views))
+    wanted = Options(options.languages, views, not options.no_probes, options.resamples, options.seed)
     bench = find_bench(options.images, options.cards, not options.no_procedural, options.seed)
+    check_languages(bench, options.languages)
     embedder = load_embedder(
         options.model, device, precision=options.precision, lengths=options.lengths, trust_code=options.trust_code
     )
-    embedder.views(options.views)  # what it cannot do shows before the shards are read
-    folder = Path(options.out) if options.out else _OUT / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
-    folder.mkdir(parents=True, exist_ok=True)
+    embedder.views(views)  # what it cannot do shows before the shards are read
+    folder = _folder(options)
+    lock(folder)
     overlap = flag(bench, options.training, options.num_workers) if options.training else None
     with _progress(sum(map(len, bench.items))) as progress:
         result = run_bench(embedder, bench, wanted, None, options.batch_size, options.num_workers, progress)
     assert result is not None
+    if not result.scores:
+        raise ValueError(f"nothing could be scored: {'; '.join(note for card in result.cards for note in card.notes)}")
     result.about |= _about(options, device)
     if overlap is not None:
         result.about["contamination"] = overlap
@@ -115,6 +135,16 @@ def run(argv: list[str]) -> int:
     else:
         print_result(result, folder)
     return 0
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    """Where the results go, made before anything is scored."""
+    folder = Path(options.out) if options.out else _OUT / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--out {folder}: a file is in the way; expected a folder") from error
+    return folder
 
 
 def _about(options: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from indiclip.evals.procedural import colours, ocr_words
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of
 from indiclip.evals.score import score, texts_of
 from indiclip.evals.sheet import Options, languages_left_out
+from indiclip.names import nearest
 
 _WORDS, _GALLERY_WORDS = 40, 20  # generated images of each script, scored and for probes to train on
 _SWATCHES, _GALLERY_SWATCHES = 24, 12  # of each colour
@@ -78,13 +79,20 @@ def find_bench(
         ValueError: A card or its images are not as expected; names the file.
     """
     bench = Bench()
+    asked = [load_card(name) for name in dict.fromkeys(cards or packaged("india"))]
+    for number, card in enumerate(asked):
+        if other := next((other for other in asked[:number] if other.id == card.id), None):
+            raise ValueError(f"cards: {other.file} and {card.file} are both called {card.id!r}; rename a file")
     root = Path(images).expanduser() if images else None
     if root is not None and not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected a folder with the images of each card in it")
-    for card in _different(cards or packaged("india")):
+    others = _folders_beside(root, asked)
+    for card in asked:
         photographs = find_items(card, root) if root is not None else None
         if photographs is None:
-            where = f"{root} has no folder of it" if root is not None else "no folder of images was given"
+            where = "no folder of images was given"
+            if root is not None:
+                where = f"{root} has no folder of it{nearest(card.folder, others)}"
             bench.skipped.append(_card_result(card, PHOTOGRAPHS, "skipped", [where]))
         else:
             bench.items.append(photographs)
@@ -94,22 +102,29 @@ def find_bench(
             except MissingFonts as error:
                 bench.skipped.append(_card_result(card, PROCEDURAL, "skipped", [str(error)]))
     if not bench.items:
-        reasons = "; ".join(f"{card.card}: {card.notes[0]}" for card in bench.skipped[:3])
-        raise FileNotFoundError(f"nothing to score: {reasons}")
+        reasons = list(dict.fromkeys(note for card in bench.skipped for note in card.notes))[:3]
+        found = f"; found the folders {', '.join(others[:5])}" if others else ""
+        expected = f"; expected {', '.join(card.folder for card in asked)}" if root is not None else ""
+        raise FileNotFoundError(f"nothing to score: {'; '.join(reasons)}{found}{expected}")
     return bench
 
 
-def _different(names: Sequence[str]) -> list[Card]:
-    cards: dict[str, Card] = {}
-    for name in names:
-        card = load_card(name)
-        if card.id in cards:
-            files = f"{cards[card.id].file} and {card.file}"
-            raise ValueError(
-                f"cards: {files} have one id, {card.id!r}; expected each once: it tells their numbers apart"
-            )
-        cards[card.id] = card
-    return list(cards.values())
+def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
+    """Raise ValueError for one in which no card has a name, prompt or caption."""
+    known = {"en"}
+    for items in bench.items:
+        known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
+    for language in languages or []:
+        if language not in known:
+            said = f"languages: no card has {language!r}{nearest(language, known)}; expected {', '.join(sorted(known))}"
+            raise ValueError(said)
+
+
+def _folders_beside(root: Path | None, cards: Sequence[Card]) -> list[str]:
+    """Folders that are of none of the cards: what somebody may have meant for one."""
+    if root is None:
+        return []
+    return sorted({entry.name for entry in root.iterdir() if entry.is_dir()} - {card.folder for card in cards})
 
 
 def _generated(card: Card, seed: int) -> list[Items]:
@@ -239,7 +254,10 @@ def _score_into(
     options: Options,
     flagged_N: np.ndarray | None,
 ) -> None:
-    notes = [*items.notes, *languages_left_out(items, options), *_unreadable(list(unreadable.values()))]
+    notes = [*items.notes, *(languages_left_out(items, options) if texts else [])]
+    if len(unreadable) == len(items):
+        notes = []  # the reason for which it is skipped is the files
+    notes += _unreadable(list(unreadable.values()))
     if unreadable:
         readable = np.setdiff1d(np.arange(len(items)), list(unreadable))
         images = {view: image_NE[readable] for view, image_NE in images.items()}

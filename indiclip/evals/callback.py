@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import check_languages, find_bench, run_bench
 from indiclip.evals.encode import Ranks
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.monitors import check_monitors
@@ -104,6 +104,7 @@ class IndiaBench(L.Callback):
         self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
         with together(trainer, "IndiaBench") as exchange:
             self.bench = find_bench(self.images, self.cards, self.procedural)
+            check_languages(self.bench, self.options.languages)
             if any(data != self.bench.data for data in exchange(self.bench.data)):
                 raise ValueError(f"IndiaBench.images: {self.images} does not hold the same on all ranks")
             embedder = self._embedder(pl_module)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indiclip import json_lines
+from indiclip.evals.cards.card import SUITES, packaged
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
 CLEAN = "clean"  # the subset of the images that are not among the training data
 _SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
-_MAIN_PROTOCOLS = ("zero_shot", "matching", "retrieval", "places")
+MAIN_PROTOCOLS = ("zero_shot", "matching", "retrieval", "places")
 
 
 class Score(NamedTuple):
@@ -96,7 +97,7 @@ class Result:
             and score.length == self.lengths[-1]
             and score.view == self.views[0]
             and not score.subset
-            and score.protocol in _MAIN_PROTOCOLS
+            and score.protocol in MAIN_PROTOCOLS
         }
 
     def logged(self) -> dict[str, float]:
@@ -113,7 +114,7 @@ class Result:
             if score.subset or (elsewhere and score.metric not in ("acc1", mains.get((score.card, score.part)))):
                 continue
             card = name_of(score.card, score.part)
-            metric = score.metric if score.protocol in _MAIN_PROTOCOLS else f"{score.protocol}_{score.metric}"
+            metric = score.metric if score.protocol in MAIN_PROTOCOLS else f"{score.protocol}_{score.metric}"
             values[f"eval/{score.suite}/{card}/{score.language}/{metric}{elsewhere}"] = score.value
         for language, mean in self.headline()["mean"].items():
             values[f"eval/india/mean/{language}/corrected"] = mean["value"]
@@ -125,7 +126,8 @@ class Result:
         return sorted(found, key=lambda language: (language != "en", language))
 
     def headline(self, suite: str = "india") -> dict[str, Any]:
-        """The mean of the photographs' main metrics, corrected for chance, per language, and how much it covers.
+        """The mean of the photographs' main metrics, corrected for chance, per language, and how many of the suite's
+        categories it covers, whether the run asked for all of them or not.
 
         A card counts in the mean of each language in which it has a score that is a number; generated parts count in
         none.
@@ -142,7 +144,8 @@ class Result:
             values = [value for value in every if math.isfinite(value)]
             if values:
                 means[language] = {"value": sum(values) / len(values), "cards": len(values)}
-        return {"suite": suite, "covered": len(scored), "of": len(photographs), "mean": means}
+        of = len(packaged(suite)) if photographs and suite in SUITES else len(photographs)
+        return {"suite": suite, "covered": len(scored), "of": of, "mean": means}
 
     def save(self, folder: Path) -> None:
         """Write `metrics.json` and `predictions.parquet`, each as a whole.

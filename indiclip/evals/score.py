@@ -16,7 +16,7 @@ from indiclip.evals.protocols import metrics, probes
 from indiclip.evals.protocols.cosines import as_near, chunks, cut
 from indiclip.evals.protocols.distances import haversine_km, within_km
 from indiclip.evals.protocols.metrics import Interval
-from indiclip.evals.protocols.retrieval import caption_ranks, class_ranks
+from indiclip.evals.protocols.retrieval import caption_ranks, chance_recall, class_ranks
 from indiclip.evals.protocols.zero_shot import Ranking, hard_pairs, rank_classes
 from indiclip.evals.results import CLEAN, IMAGES, Prediction, Score
 from indiclip.evals.sheet import TOP, Language, Options, Setting, Sheet, language_of, languages_of
@@ -85,9 +85,11 @@ def _classify(sheet: Sheet, setting: Setting) -> None:
             values = sheet.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
             values = values if subset == CLEAN else {"acc1": values["acc1"]}
             sheet.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
-        found = class_ranks(image_NE, class_DE, label_N, class_D).rank_M
-        values = {f"text_to_image_r{k}": sheet.rate(found < k) for k in (1, TOP)}
-        sheet.add(setting, protocol, code, values, len(found), len(rank_M))
+        found = class_ranks(image_NE, class_DE, label_N, class_D)
+        right_M, at = np.bincount(label_M)[found.class_M], (1, TOP)
+        values = {f"text_to_image_r{k}": sheet.rate(found.rank_M < k) for k in at}
+        chances = _chances("text_to_image", right_M, len(rank_M), at)
+        sheet.add(setting, protocol, code, values, len(right_M), len(rank_M), chances)
         hard = hard_pairs(image_NE, class_DE, label_N, sheet.confusable, class_D)
         if len(hard.image_M):
             values = {"acc1": sheet.rate(hard.hit_M)}
@@ -193,12 +195,19 @@ def _recalls(sheet: Sheet, setting: Setting, code: str, image_M: np.ndarray, sub
     assert sheet.items.captions is not None
     texts_N, drawn = sheet.items.captions[code], (sheet.options.resamples, sheet.options.seed)
     rank_M, rank_T = _caption_ranks(sheet, setting, texts_N, image_M)
-    values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
-    sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), subset=subset)
     image_T = _captions_of(texts_N, image_M)[1]
+    values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
+    chances = _chances("image_to_text", np.bincount(image_T), len(rank_T))
+    sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), chances, subset)
     values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *drawn) for k in RECALL_AT}
-    sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), subset=subset)
+    chances = _chances("text_to_image", np.ones(len(rank_T), np.int64), len(rank_M))
+    sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), chances, subset)
     return rank_M
+
+
+def _chances(way: str, right_Q: np.ndarray, num_candidates: int, at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Recalls of candidates in random order, see `chance_recall`."""
+    return {f"{way}_r{k}": chance_recall(right_Q, num_candidates, k) for k in at}
 
 
 def _caption_ranks(

@@ -24,7 +24,7 @@ from indiclip.evals.results import CLEAN, PHOTOGRAPHS, PROCEDURAL, Prediction, S
 
 TOP = 5  # nearest answers that are kept of each image
 _FEWEST_CLASSES = 5  # named in a language: fewer say nothing, unless the card has no more
-_GUESSES = {"acc1": 1, "mean_per_class_recall": 1, "acc5": TOP}  # of which one is right by chance
+_CHANCES = {"acc1": 1, "acc5": TOP, "mean_per_class_recall": 1}  # guesses of which one has to be right
 
 
 @dataclass
@@ -177,10 +177,13 @@ class Sheet:
         values: dict[str, Interval],
         num_items: int,
         num_classes: int = 0,
-        chance: float | None = None,
+        chance: float | dict[str, float] | None = None,
         subset: str = "",
     ) -> None:
-        """Numbers of a protocol."""
+        """Numbers of a protocol; `chance` is that of the first guess, or one for each metric."""
+        if isinstance(chance, float):
+            chance = {metric: min(times * chance, 1.0) for metric, times in _CHANCES.items()}
+        chances = chance or {}
         where = (self.card.suite, self.card.id, self.part, protocol, language)
         self.scores += [
             Score(
@@ -189,7 +192,7 @@ class Sheet:
                 setting.length,
                 setting.view,
                 *interval,
-                None if chance is None or metric not in _GUESSES else _GUESSES[metric] * chance,
+                chances.get(metric),
                 num_items,
                 num_classes,
                 subset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ def load_open_clip(what: str, name: str, options: Options) -> Peer:
     except ImportError as error:
         raise ValueError(f"{name}: needs OpenCLIP: pip install open_clip_torch") from error
     arguments: dict[str, Any] = {"require_pretrained": True}  # by itself it goes on with random weights
+    title = name
     if what.startswith(HUB):
         source = what
     elif _is_folder(what, name, what in open_clip.list_models()):
@@ -47,11 +49,12 @@ def load_open_clip(what: str, name: str, options: Options) -> Peer:
         if source not in open_clip.list_models():
             raise ValueError(f"{name}: OpenCLIP has no {source!r}{nearest(source, open_clip.list_models())}")
         arguments = _open_clip_weights(source, weights, name)
+        title = name if weights else _random(name)
     download = source.startswith(HUB) or arguments.pop("download", False)
     with _loading(name, "OpenCLIP", download, [] if download else _hub_parts(source)):
         model, _, transform = open_clip.create_model_and_transforms(source, pretrained_text=False, **arguments)
         tokenizer = open_clip.get_tokenizer(source)
-    return OpenClip(name, model, transform, tokenizer, options)
+    return OpenClip(title, model, transform, tokenizer, options)
 
 
 def _hub_parts(source: str) -> list[str]:
@@ -84,11 +87,9 @@ def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, 
         if tag not in tags:
             raise ValueError(f"{name}: OpenCLIP has no weights {tag!r} of {architecture}{nearest(tag, tags)}")
         return {"pretrained": tag, "download": True, "require_pretrained": True}
-    if not weights:
-        warnings.warn(f"{name}: no weights were named; they are random", stacklevel=4)
-    elif weights in tags and not Path(weights).is_file():
+    if weights in tags and not Path(weights).is_file():
         raise ValueError(f"{name}: {weights} is on the hub; {name.replace(weights, HUB + weights)} downloads it")
-    else:
+    if weights:
         _check_file(Path(weights), name)
     # OpenCLIP keeps the preprocessing of its published weights with their tags, and for a file falls back to CLIP's.
     configs = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
@@ -115,6 +116,7 @@ def load_transformers(what: str, name: str, options: Options) -> Peer:
     download, source = what.startswith(HUB), what.removeprefix(HUB)
     if not download:
         _check_transformers_folder(Path(source), name)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _loading(name, "transformers", download):
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -171,7 +173,7 @@ def load_timm(what: str, name: str, options: Options) -> Peer:
         with _loading(name, "timm"):
             model = _timm_with_weights(architecture, weights)
     else:
-        warnings.warn(f"{name}: no weights were named; they are random", stacklevel=3)
+        name = _random(name)
         model = timm.create_model(architecture)
     model.reset_classifier(0)
     return Timm(name, model, options)
@@ -192,6 +194,12 @@ def _timm_with_weights(architecture: str, file: str) -> Any:
     return model
 
 
+def _random(name: str) -> str:
+    """Warn of weights that nobody named. Returns what to call the model, so that no table hides it."""
+    warnings.warn(f"{name}: no weights were named; they are random", stacklevel=4)
+    return f"{name} (random weights)"
+
+
 def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
     found = Path(what).is_dir()
     if found and is_architecture:
@@ -208,10 +216,11 @@ def _check_file(file: Path, name: str) -> None:
 
 @contextmanager
 def _loading(name: str, library: str, download: bool = False, hub_parts: Sequence[str] = ()) -> Iterator[None]:
-    """Say in one line what a library cannot load, and keep it from the network."""
+    """Say in one line what a library cannot load, keep it from the network, and from logging what we check."""
     from huggingface_hub import constants
 
-    offline = constants.HF_HUB_OFFLINE
+    offline, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    logging.disable(logging.WARNING)
     constants.HF_HUB_OFFLINE = offline or not download
     try:
         yield
@@ -222,6 +231,7 @@ def _loading(name: str, library: str, download: bool = False, hub_parts: Sequenc
         raise ValueError(f"{name}: {library} cannot load it ({reason})") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
+        logging.disable(disabled)
 
 
 LOADERS = {"open_clip": load_open_clip, "transformers": load_transformers, "timm": load_timm}

@@ -16,9 +16,20 @@ from indiclip.evals.pages.bench_marks import (
 from indiclip.evals.pages.bench_pictures import PictureOf, grids
 from indiclip.evals.pages.confusion import MOST_CLASSES, confusion, heat_map, mistakes, most_confused, words
 from indiclip.evals.pages.page import Html, details, many, table, tag
-from indiclip.evals.results import CLEAN, IMAGES, PHOTOGRAPHS, CardResult, Prediction, Result, Score, by_card
+from indiclip.evals.results import (
+    CLEAN,
+    IMAGES,
+    MAIN_PROTOCOLS,
+    PHOTOGRAPHS,
+    CardResult,
+    Prediction,
+    Result,
+    Score,
+    by_card,
+)
 
-_PROTOCOLS = ("zero_shot", "hard_pairs", "retrieval", "matching", "places", "knn", "linear_probe")  # in this order
+# In this order.
+_PROTOCOLS = ("zero_shot", "retrieval", "matching", "classes", "hard_pairs", "places", "knn", "linear_probe")
 _TEXTS = ("retrieval", "matching")  # protocols whose answers are texts, not classes
 
 
@@ -49,7 +60,8 @@ def badges(card: CardResult) -> Html:
 
 
 def _heading(card: CardResult, scores: list[Score]) -> Html:
-    chance = next((score.chance for score in scores if score.metric == card.metric), None)
+    mains = (score for score in scores if score.protocol in MAIN_PROTOCOLS and not score.subset)
+    chance = next((score.chance for score in mains if score.metric == card.metric), None)
     facts = [f"{card.num_images:,} image{'s' * (card.num_images != 1)}"]
     if card.of_classes:
         facts.append(f"{card.num_classes} of the card's {card.of_classes} classes have images")
@@ -80,13 +92,14 @@ def _by_language(scores: list[Score], languages: list[str]) -> Html:
         return Html("")
     metrics = list(dict.fromkeys(score.metric for score in scores))
     found = {(score.language, score.metric): score for score in scores}
-    chance = {score.metric: score.chance for score in scores}
+    # Of the first language: English names every class.
+    chance = [next(score.chance for score in scores if score.metric == metric) for metric in metrics]
     rows: list[list[str]] = [
         [language_name(language), *(heated(found.get((language, metric))) for metric in metrics)]
         for language in _of(scores, languages)
     ]
-    if any(value is not None for value in chance.values()):
-        rows.append([tag("span", "chance", class_="quiet"), *(number(c) if c else "" for c in chance.values())])
+    if any(value is not None for value in chance):
+        rows.append([tag("span", "chance", class_="quiet"), *(number(c) if c else "" for c in chance)])
     return table(["", *map(metric_name, metrics)], rows)
 
 

@@ -151,8 +151,8 @@ def signed(value: float | None, metric: str = "") -> str:
 
 
 def interval(low: float | None, high: float | None, metric: str = "") -> str:
-    """Both ends, or nothing where there are none."""
-    if low is None or high is None or not math.isfinite(low + high):
+    """Both ends, or nothing where there are none, or where they are one: resamples of nothing but misses say little."""
+    if low is None or high is None or not math.isfinite(low + high) or low == high:
         return ""
     return f"{number(low, metric)} to {number(high, metric)}"
 

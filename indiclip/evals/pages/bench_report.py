@@ -78,11 +78,8 @@ def _head(result: Result) -> list[Html]:
     facts = [str(result.about[name]) for name in ("date",) if name in result.about]
     facts.append(f"embedding length {result.lengths[-1]}, images at “{result.views[0]}”")
     if isinstance(seconds := result.about.get("seconds"), dict):
-        facts.append(f"{sum(seconds.values()):,.0f} s")
+        facts.append(f"{sum(seconds.values()):,.0f} s on {result.about.get('device', 'the training machine')}")
     facts.append(f"IndiCLIP {result.about.get('indiclip', __version__)}")
-    options = result.about.get("options")
-    if isinstance(options, dict):
-        facts += [f"{name} {value}" for name, value in options.items() if isinstance(value, str | int | float)][:6]
     return [
         tag("p", "India benchmark", class_="eyebrow"),
         tag("h1", result.model),
@@ -156,7 +153,7 @@ def _overview(result: Result) -> Html:
     lines: list[Html] = []
     for suite, part in dict.fromkeys((card.suite, card.part) for card in _ordered(result.cards)):
         block = [card for card in _ordered(result.cards) if (card.suite, card.part) == (suite, part)]
-        lines.append(tag("tr", tag("th", _block_name(suite, part, result), colspan=f"{len(languages) + 3}")))
+        lines.append(tag("tr", tag("th", _block_name(suite, part, block), colspan=f"{len(languages) + 3}")))
         for card in block:
             cells = [mains[language].get((card.card, card.part)) for language in languages]
             lines.append(_overview_row(card, cells, len(flagged.get((card.card, card.part), ()))))
@@ -169,12 +166,11 @@ def _overview(result: Result) -> Html:
     return many([tag("div", content, class_="scroll", tabindex="0"), tag("p", tag("small", legend))])
 
 
-def _block_name(suite: str, part: str, result: Result) -> str:
+def _block_name(suite: str, part: str, block: list[CardResult]) -> str:
     name = _SUITES.get(suite, suite)
     if part == PROCEDURAL:
         return f"{name}, generated pictures: in no mean"
-    headline = result.headline(suite)
-    return f"{name}, photographs: {headline['covered']} of {headline['of']} scored"
+    return f"{name}, photographs: {sum(card.status == 'scored' for card in block)} of {len(block)} scored"
 
 
 def _overview_row(card: CardResult, cells: list[Score | None], flagged: int) -> Html:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -13,8 +14,15 @@ from rich.table import Column, Table
 
 from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
 
+_SHORT = {
+    "acc1": "top-1",
+    "acc5": "top-5",
+    "mean_per_class_recall": "recall",
+    **{f"image_to_text_r{k}": f"text R@{k}" for k in (1, 5, 10)},
+    **{f"text_to_image_r{k}": f"image R@{k}" for k in (1, 5, 10)},
+}
 _LANGUAGES = 3  # beside each other
-_PLAIN_WIDTH = 110  # columns, where the output is no terminal
+_PLAIN_WIDTH = 120  # columns, where the output is no terminal
 
 
 def print_result(result: Result, folder: Path) -> None:
@@ -26,7 +34,12 @@ def print_result(result: Result, folder: Path) -> None:
     languages = [language for language, _ in counts.most_common(_LANGUAGES)]
     numbers = [Column(name, justify="right", no_wrap=True) for name in ("images", "chance", *languages, "kNN", "probe")]
     table = Table(
-        Column("card", no_wrap=True), *numbers, title=escape(result.model), title_justify="left", box=box.SIMPLE
+        Column("card", no_wrap=True),
+        "metric",
+        *numbers,
+        title=escape(result.model),
+        title_justify="left",
+        box=box.SIMPLE,
     )
     mains = [result.main(language) for language in languages]
     probes = [_probes(result, protocol) for protocol in ("knn", "linear_probe")]
@@ -34,15 +47,24 @@ def print_result(result: Result, folder: Path) -> None:
         if card.status == "scored":
             key = card.card, card.part
             chance = next((main[key].chance for main in mains if key in main), None)
-            cells = [*(_cell(main.get(key), True) for main in mains), *(_cell(found.get(key)) for found in probes)]
+            cells = [*(_cell(main.get(key)) for main in mains), *(_probe_cell(found.get(key)) for found in probes)]
             name = f"{card.card} [dim]*[/]" if card.part == PROCEDURAL else card.card
-            table.add_row(name, f"{card.num_images:,}", "" if chance is None else f"{chance:.3f}", *cells)
+            table.add_row(
+                name,
+                _SHORT.get(card.metric, card.metric),
+                f"{card.num_images:,}",
+                "" if chance is None else f"{chance:.3f}",
+                *cells,
+            )
     console.print(table)
     if any(card.part == PROCEDURAL for card in result.cards):
         console.print("* generated images: in no mean", style="dim")
-    if len(counts) > _LANGUAGES:
-        console.print(f"{len(counts) - _LANGUAGES} more languages are in the report", style="dim")
+    if any(probes):
+        console.print("kNN, probe: top-1 among so many classes with images", style="dim")
+    if (more := len(counts) - _LANGUAGES) > 0:
+        console.print(f"in the report: {more} more language{'s' * (more > 1)}", style="dim")
     print_notes(console, result.cards)
+    _print_contamination(console, result.about.get("contamination"))
     headline = result.headline()
     means = ", ".join(f"{language} {mean['value']:.3f}" for language, mean in headline["mean"].items())
     if headline["of"]:
@@ -57,12 +79,21 @@ def print_notes(console: Console, cards: Sequence[CardResult]) -> None:
     skipped: dict[str, list[str]] = {}
     for card in cards:
         if card.status == "skipped":
-            skipped.setdefault("; ".join(card.notes), []).append(card.card)
+            name = f"{card.card} *" if card.part == PROCEDURAL else card.card
+            skipped.setdefault("; ".join(card.notes), []).append(name)
     for reason, names in skipped.items():
         console.print(f"skipped: {', '.join(names)}: {reason}", style="yellow", markup=False, soft_wrap=True)
     for card in cards:
         for note in card.notes if card.status != "skipped" else []:
             console.print(f"{card.card}: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_contamination(console: Console, found: dict[str, Any] | None) -> None:
+    """How many images are among the training images, where that was looked for."""
+    for name, card in (found or {}).get("cards", {}).items():
+        said = f"{name}: {card['flagged']:,} of {card['images']:,} images are among the training images"
+        said += "; the report has the scores without them" if card["flagged"] else ""
+        console.print(said, style="red" if card["flagged"] else "dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _probes(result: Result, protocol: str) -> dict[tuple[str, str], Score]:
@@ -75,9 +106,14 @@ def _probes(result: Result, protocol: str) -> dict[tuple[str, str], Score]:
     }
 
 
-def _cell(score: Score | None, with_interval: bool = False) -> str:
+def _cell(score: Score | None) -> str:
     if score is None:
         return ""
-    if not with_interval or score.low is None or score.high is None:
+    # All resamples of no hit are without a hit: that is no interval of width 0.
+    if score.low is None or score.high is None or score.low == score.high:
         return f"{score.value:.3f}"
     return f"{score.value:.3f} [dim]±{(score.high - score.low) / 2:.2f}[/]"
+
+
+def _probe_cell(score: Score | None) -> str:
+    return "" if score is None else f"{score.value:.3f} [dim]of {score.num_classes}[/]"

@@ -63,6 +63,20 @@ def caption_ranks(image_NE: Floats, text_TE: Floats, image_T: Integers, length: 
     return CaptionRanks(*(rank.numpy() for rank in _ranks(images, texts, owner_T)))
 
 
+def chance_recall(right_Q: np.ndarray, num_candidates: int, k: int) -> float:
+    """Recall@k of candidates in random order: the share of queries of which any right one is among the first k.
+
+    Args:
+        right_Q: int, how many candidates are right for each query.
+        num_candidates: Of every query.
+        k: At least 1.
+    """
+    missed_Q = np.ones(len(right_Q))
+    for drawn in range(min(k, num_candidates)):
+        missed_Q *= np.maximum(num_candidates - right_Q - drawn, 0) / (num_candidates - drawn)
+    return float(1 - missed_Q.mean())
+
+
 def _ranks(images: Tensor, texts: Tensor, owner_T: Tensor) -> tuple[Tensor, Tensor]:
     right_T = (images[owner_T] * texts).sum(1)
     best_N = torch.full((len(images),), -torch.inf).scatter_reduce_(0, owner_T, right_T, "amax")

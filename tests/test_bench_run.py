@@ -1,0 +1,100 @@
+"""`indiclip bench --model`: its words and what is left behind."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_bench_photographs import MeanColour, photographs
+
+from indiclip import run_folder
+from indiclip.commands.bench import main
+from indiclip.commands.shards import main as shards
+from indiclip.evals.models import embedder
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    def load(*args, **options):
+        warnings.warn("weights are random", stacklevel=2)
+        return MeanColour()
+
+    monkeypatch.setattr(embedder, "load_embedder", load)
+    monkeypatch.chdir(tmp_path)
+    return photographs(tmp_path / "photos")
+
+
+def bench(*more):
+    return main(["--model", "m", "--images", "photos", "--cards", "edibles", "--resamples", "9", *more])
+
+
+def test_help_behind_model(capsys):
+    assert main(["--model", "--help"]) == 0
+    assert "--no_procedural" in capsys.readouterr().out
+
+
+def test_help_fits_80_columns(capsys):
+    for words in (["--help"], ["--model", "--help"]):
+        main(words)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 84
+
+
+def test_a_run_says_its_metric_and_warnings_in_a_line_each(images, capsys):
+    assert bench("--languages", "hi") == 0
+    out, err = capsys.readouterr()
+    row = next(line for line in out.splitlines() if line.startswith("  edibles")).split()
+    assert row[:4] == ["edibles", "recall", "9", "0.025"]
+    assert "1 of 11 categories" in out
+    assert err == "indiclip bench: weights are random\n"
+    assert {file.name for file in (images.parent / "runs/bench/m").iterdir()} == {
+        *("metrics.json", "predictions.parquet", "report.html", ".lock")
+    }
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_file_in_the_way(images, capsys, out):
+    (images.parent / "file").write_text("mine")
+    assert bench("--out", out) == 2
+    assert f"--out {out}: a file is in the way; expected a folder" in capsys.readouterr().err
+    assert (images.parent / "file").read_text() == "mine"
+
+
+def test_two_runs_do_not_write_to_one_folder(images, capsys):
+    (images.parent / "out").mkdir()
+    code = (
+        "from pathlib import Path; from indiclip.run_folder import lock; lock(Path('out')); print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert bench("--out", "out") == 2
+        other.communicate(b"\n")
+    assert "out: another process (pid" in capsys.readouterr().err
+    assert bench("--out", "out") == 0
+    assert run_folder._locks == []
+
+
+def test_nothing_readable_is_a_mistake(images, capsys):
+    for file in images.rglob("*.png"):
+        file.write_text("no picture")
+    assert bench("--out", "out") == 2
+    assert (
+        "nothing could be scored: none of the images to score can be read; not counted, unreadable: idli/160.png"
+        in capsys.readouterr().err
+    )
+    assert not (images.parent / "out" / "metrics.json").exists()
+
+
+def test_images_seen_in_training_are_said(images, capsys):
+    assert shards(["pack", "photos/edibles", "--out", "shards", "--name", "train"]) == 0
+    capsys.readouterr()
+    assert bench("--training", "shards/*.tar") == 0
+    assert "edibles: 0 of 9 images are among the training images" in capsys.readouterr().out  # one colour
+    for file in images.rglob("*.png"):
+        pixels = np.random.default_rng(len(file.parent.name)).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).resize((200, 200)).save(file)
+    assert shards(["pack", "photos/edibles", "--out", "shards2", "--name", "train"]) == 0
+    assert bench("--training", "shards2/*.tar") == 0
+    said = "9 of 9 images are among the training images; the report has the scores without them"
+    assert said in capsys.readouterr().out
