@@ -147,8 +147,8 @@ def _syllable(rng: np.random.Generator, script: Script, first: bool) -> str:
 def distractors(rng: np.random.Generator, script: Script, word: str, count: int) -> list[str]:
     """Words of the same script and part at edit distance 1 or 2, all different, none equal to the word.
 
-    The first is an edit of the word, the others are edits of the first. Were all of them edits of the word, it would lie
-    in their midst: a text alone could tell it, and a model that does not look at the image scores far below chance.
+    The first is an edit of the word, the others are edits of the first. Were all edits of the word, it would lie in
+    their midst: the texts alone would tell it, and a model that sees nothing would score far below chance.
 
     Raises:
         ValueError: The word has fewer neighbours than that.
