@@ -98,3 +98,11 @@ def test_images_seen_in_training_are_said(images, capsys):
     assert bench("--training", "shards2/*.tar") == 0
     said = "9 of 9 images are among the training images; the report has the scores without them"
     assert said in capsys.readouterr().out
+
+
+def test_a_second_run_of_a_model_does_not_replace_the_first(images):
+    assert bench() == bench("--languages", "hi") == 0
+    runs = images.parent / "runs/bench"
+    assert sorted(folder.name for folder in runs.iterdir()) == ["m", "m-2"]
+    assert bench("--out", str(runs / "m"), "--languages", "hi") == 0  # unless it is asked to
+    assert len(list(runs.iterdir())) == 2

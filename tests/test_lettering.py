@@ -226,3 +226,18 @@ class TestDrawn:
             lightness = srgb_to_lab(words[i]["image"])[..., 0]
             low, high = np.percentile(lightness, (0.5, 99.5))
             assert high - low > 30, words.key(i)  # from 45 less blur, as seen by thin strokes
+
+
+def test_who_sees_nothing_is_right_about_as_often_as_chance_and_the_word_is_not_amid_its_distractors():
+    rng, hits, amid, total = np.random.default_rng(0), 0, 0, 0
+    for script in ("devanagari", "tamil", "latin", "bengali"):
+        for word in SCRIPTS[script].words[:40]:
+            texts = [word, *distractors(rng, SCRIPTS[script], word, 9)]
+            units = {unit: rng.normal(size=16) for text in texts for unit in clusters(text)}
+            vectors = np.array([np.sum([units[unit] for unit in clusters(text)], axis=0) for text in texts])
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            hits += int((vectors @ rng.normal(size=16)).argmax() == 0)  # an image that says nothing
+            amid += int((vectors @ vectors.sum(0)).argmax() == 0)  # the text that is like the others
+            total += 1
+    assert 0.05 < hits / total < 0.2
+    assert amid / total < 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import re
 import sys
 import warnings
@@ -61,7 +62,11 @@ def _parser() -> Parser:
     add("--no_procedural", "--no-procedural", action="store_true", help="leave out what is generated")
     add("--no_probes", "--no-probes", action="store_true", help="leave out kNN and the linear probe")
     add("--training", nargs="+", metavar="SHARDS", help="mark what is among these, and score without it too")
-    add("--out", metavar="FOLDER", help=f"for metrics.json, predictions.parquet, report.html (default: {_OUT}/MODEL)")
+    add(
+        "--out",
+        metavar="FOLDER",
+        help=f"for metrics.json, predictions.parquet, report.html (default: {_OUT}/MODEL, then MODEL-2, ...)",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the encoder (default: fp32)")
     add("--batch_size", "--batch-size", type=count, default=64, metavar="N", help="images in a batch (default: 64)")
@@ -138,8 +143,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    """Where the results go, made before anything is scored."""
-    folder = Path(options.out) if options.out else _OUT / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
+    """Where the results go, made before anything is scored: --out, or one that holds no finished run."""
+    name = re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    free = (_OUT / name for name in names if not (_OUT / name / "metrics.json").exists())
+    folder = Path(options.out) if options.out else next(free)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

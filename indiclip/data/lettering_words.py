@@ -147,25 +147,33 @@ def _syllable(rng: np.random.Generator, script: Script, first: bool) -> str:
 def distractors(rng: np.random.Generator, script: Script, word: str, count: int) -> list[str]:
     """Words of the same script and part at edit distance 1 or 2, all different, none equal to the word.
 
+    The first is an edit of the word, the others are edits of the first. Were all edits of the word, it would lie in
+    their midst: the texts alone would tell it, and a model that sees nothing would score far below chance.
+
     Raises:
         ValueError: The word has fewer neighbours than that.
     """
     units, found = clusters(word), dict.fromkeys([word])
+    middle = units
     for _ in range(_TRIES):
-        edited = _edit(rng, script, units)
-        if rng.random() < 0.4:
-            edited = _edit(rng, script, edited)
+        edited = _edit(rng, script, middle)
         other = unicodedata.normalize("NFC", "".join(edited))
-        if part_of(other) == part_of(word) and _is_near(word, other) and _is_well_formed(script, edited, units):
+        distance = MAX_DISTANCE if middle is not units else 1  # so that edits of the first are near, too
+        if (
+            part_of(other) == part_of(word)
+            and _is_near(word, other, distance)
+            and _is_well_formed(script, edited, units)
+        ):
             found[other] = None
+            middle = edited if middle is units else middle
         if len(found) > count:
             return list(found)[1:]
     raise ValueError(f"{script.id}: found {len(found) - 1} words near {word!r}; expected {count}")
 
 
-def _is_near(word: str, other: str) -> bool:
+def _is_near(word: str, other: str, most: int) -> bool:
     distances = [edit_distance(clusters(word, joined), clusters(other, joined)) for joined in (True, False)]
-    return all(1 <= distance <= MAX_DISTANCE for distance in distances)
+    return all(1 <= distance <= most for distance in distances)
 
 
 def _is_well_formed(script: Script, units: list[str], model: list[str]) -> bool:
