@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -105,7 +106,7 @@ _METRICS = {
     "mean_per_class_recall": "mean recall per class",
     "median_km": "median distance",
 }
-_PROTOCOLS = {"knn": "k nearest neighbours"}
+_PROTOCOLS = {"knn": "k nearest neighbours", "classes": "the classes told apart"}
 
 
 def language_name(code: str) -> str:
@@ -116,10 +117,10 @@ def language_name(code: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """`image to text r5` of `image_to_text_r5`; `against English, top-1` of `parity_acc1`."""
+    """`image to text R@5` of `image_to_text_r5`; `against English, top-1` of `parity_acc1`."""
     if metric.startswith("parity_"):
         return f"against English, {metric_name(metric.removeprefix('parity_'))}"
-    return _METRICS.get(metric, metric.replace("_", " "))
+    return _METRICS.get(metric, re.sub(r" r(\d+)$", r" R@\1", metric.replace("_", " ")))
 
 
 def protocol_name(protocol: str) -> str:

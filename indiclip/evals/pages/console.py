@@ -32,36 +32,17 @@ def print_result(result: Result, folder: Path) -> None:
         console.width = _PLAIN_WIDTH  # rich would take 80 columns
     counts = Counter(language for language in result.languages() for _ in result.main(language))
     languages = [language for language, _ in counts.most_common(_LANGUAGES)]
-    numbers = [Column(name, justify="right", no_wrap=True) for name in ("images", "chance", *languages, "kNN", "probe")]
-    table = Table(
-        Column("card", no_wrap=True),
-        "metric",
-        *numbers,
-        title=escape(result.model),
-        title_justify="left",
-        box=box.SIMPLE,
-    )
-    mains = [result.main(language) for language in languages]
-    probes = [_probes(result, protocol) for protocol in ("knn", "linear_probe")]
-    for card in result.cards:
-        if card.status == "scored":
-            key = card.card, card.part
-            chance = next((main[key].chance for main in mains if key in main), None)
-            cells = [*(_cell(main.get(key)) for main in mains), *(_probe_cell(found.get(key)) for found in probes)]
-            name = f"{card.card} [dim]*[/]" if card.part == PROCEDURAL else card.card
-            table.add_row(
-                name,
-                _SHORT.get(card.metric, card.metric),
-                f"{card.num_images:,}",
-                "" if chance is None else f"{chance:.3f}",
-                *cells,
-            )
+    table = _table(result, languages)
+    # A number that is cut at the edge of a terminal says nothing; a language more or less does.
+    while len(languages) > 1 and _width(console, table) > console.width:
+        languages.pop()
+        table = _table(result, languages)
     console.print(table)
     if any(card.part == PROCEDURAL for card in result.cards):
         console.print("* generated images: in no mean", style="dim")
-    if any(probes):
+    if any(score.language == IMAGES for score in result.scores):
         console.print("kNN, probe: top-1 among so many classes with images", style="dim")
-    if (more := len(counts) - _LANGUAGES) > 0:
+    if more := len(counts) - len(languages):
         console.print(f"in the report: {more} more language{'s' * (more > 1)}", style="dim")
     print_notes(console, result.cards)
     _print_contamination(console, result.about.get("contamination"))
@@ -72,6 +53,35 @@ def print_result(result: Result, folder: Path) -> None:
         line += f"; mean corrected for chance: {means}" if means else ""
         console.print(line, style="bold", soft_wrap=True)
     console.print(f"report [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
+
+
+def _table(result: Result, languages: Sequence[str]) -> Table:
+    """The main number of each card in these languages."""
+    numbers = [Column(name, justify="right", no_wrap=True) for name in ("images", "chance", *languages, "kNN", "probe")]
+    table = Table(
+        Column("card", overflow="fold"),
+        Column("metric", no_wrap=True),
+        *numbers,
+        title=escape(result.model),
+        title_justify="left",
+        box=box.SIMPLE,
+        collapse_padding=True,
+    )
+    mains = [result.main(language) for language in languages]
+    probes = [_probes(result, protocol) for protocol in ("knn", "linear_probe")]
+    for card in result.cards:
+        if card.status == "scored":
+            key = card.card, card.part
+            chance = next((main[key].chance for main in mains if key in main), None)
+            cells = [*(_cell(main.get(key)) for main in mains), *(_probe_cell(found.get(key)) for found in probes)]
+            name = f"{card.card} [dim]*[/]" if card.part == PROCEDURAL else card.card
+            metric, said = _SHORT.get(card.metric, card.metric), "" if chance is None else f"{chance:.3f}"
+            table.add_row(name, metric, f"{card.num_images:,}", said, *cells)
+    return table
+
+
+def _width(console: Console, table: Table) -> int:
+    return console.measure(table, options=console.options.update(max_width=1000)).maximum
 
 
 def print_notes(console: Console, cards: Sequence[CardResult]) -> None:
