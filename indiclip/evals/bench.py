@@ -33,6 +33,7 @@ from indiclip.names import nearest
 _WORDS, _GALLERY_WORDS = 40, 20  # generated images of each script, scored and for probes to train on
 _SWATCHES, _GALLERY_SWATCHES = 24, 12  # of each colour
 _NAMED = 10  # unreadable images of a card; the others are counted
+_FEW = 5_000  # images that are scored by one thread
 
 
 @dataclass
@@ -224,13 +225,26 @@ def _score_all(
     unreadable: dict[int, str],
 ) -> None:
     first = 0
-    with _without_gc():
+    with _without_gc(), _threads(1 if sum(map(len, bench.items)) < _FEW else torch.get_num_threads()):
         for place, items in enumerate(bench.items):
             part = {view: image_NE[first : first + len(items)] for view, image_NE in images.items()}
             failed = {index - first: why for index, why in unreadable.items() if 0 <= index - first < len(items)}
             flagged_N = bench.flagged[place] if bench.flagged else None
             _score_into(result, items, part, failed, texts, options, flagged_N)
             first += len(items)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """So many threads for torch. Beside other work the thousands of small operations on a few images wait for each
+    other's threads: seconds become minutes.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
