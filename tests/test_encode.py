@@ -49,6 +49,15 @@ class Counting(EncoderEmbedder):
         return found
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As the ranks of `on_ranks`: with another number of threads a matrix product rounds otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def in_threads(size, work):
     """What `work(ranks)` gives on each of some ranks, which are threads and meet wherever they gather."""
     meet, given, answers = threading.Barrier(size, timeout=60), [None] * size, [None] * size

@@ -1,7 +1,7 @@
 """Images and texts -> embeddings: each is encoded once, and whole batches are shared out over the ranks.
 
-A batch holds the same images on one rank as on many: how a matrix product rounds depends on its shape, and so the
-numbers are the same to the last digit.
+A batch holds the same images on one rank as on many: how a matrix product rounds depends on its shape (and on
+the number of torch's threads), and so the numbers are the same to the last digit.
 
 Shape letters: N images, T texts, E embedding length.
 """
