@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 from indiclip.commands.bench_compare import compare, leaderboard
@@ -37,8 +36,6 @@ def _parser(command: str, example: str, about: str) -> Parser:
         prog=f"indiclip bench {command}",
         description=about,
         epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 

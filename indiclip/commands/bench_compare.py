@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from indiclip.commands.words import Parser
@@ -17,8 +16,6 @@ def compare(argv: list[str]) -> int:
         "and which images changed. Cards whose classes or images differ are named and not\n"
         "compared.",
         epilog="example: indiclip bench compare runs/bench/a runs/bench/b --out compare.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run_a", type=Path, metavar="RUN_A", help="the folder of a run, with its metrics.json")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help="another")
@@ -48,8 +45,6 @@ def leaderboard(argv: list[str]) -> int:
         "other tables.\n"
         "Without RUN the tables are only written anew. Several processes may add at once.",
         epilog="example: indiclip bench leaderboard runs/bench/* --file leaderboard.jsonl",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs, with their metrics.json")
     parser.add_argument(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from indiclip.commands.words import Parser, count
+from indiclip.commands.words import Parser, count, whole
 
 _EXAMPLES = """\
 examples:
@@ -30,8 +30,6 @@ def _parser() -> Parser:
         prog="indiclip bench",
         description="Score an image-text encoder on the benchmark of India, or on any card.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = words.add_argument
     add(
@@ -70,16 +68,12 @@ def _parser() -> Parser:
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the encoder (default: fp32)")
     add("--batch_size", "--batch-size", type=count, default=64, metavar="N", help="images in a batch (default: 64)")
-    add("--num_workers", "--num-workers", type=_whole, default=0, metavar="N", help="loader processes (default: 0)")
-    add("--seed", type=_whole, default=0, metavar="N", help="of what is generated and of the intervals (default: 0)")
+    add("--num_workers", "--num-workers", type=whole, default=0, metavar="N", help="loader processes (default: 0)")
+    add("--seed", type=whole, default=0, metavar="N", help="of what is generated and of the intervals (default: 0)")
     add("--resamples", type=count, default=1000, metavar="N", help="of the 95%% intervals (default: 1000)")
     add("--trust_code", "--trust-code", action="store_true", help="import the classes that a checkpoint of ours names")
     add("--json", action="store_true", help="print metrics.json")
     return words
-
-
-def _whole(text: str) -> int:
-    return count(text, 0)
 
 
 def run(argv: list[str]) -> int:

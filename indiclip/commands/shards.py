@@ -28,8 +28,6 @@ def _parser(command: str, example: str, about: str) -> Parser:
         prog=f"indiclip shards {command}",
         description=about,
         epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--workers", type=_workers, metavar="N", help="processes (default: one per processor)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

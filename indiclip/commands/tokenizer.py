@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from indiclip.commands.words import Parser, count, run_command
+from indiclip.commands.words import Parser, count, run_command, whole
 
 _HELP = """\
 usage: indiclip tokenizer <command> ... [options]
@@ -26,8 +26,6 @@ def _report(argv: list[str]) -> int:
         "end counted), and unknown tokens.\n"
         "The bounds hold for the first tokenizer; the others stand beside it. Ends with 1 where one is broken.",
         epilog="example: indiclip tokenizer report conf/mela.yaml clip --text names.tsv --max_truncated 0.01",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "tokenizers",
@@ -69,7 +67,7 @@ def _report(argv: list[str]) -> int:
         "--max_ratio", type=float, metavar="X", help="of the worst language's tokens per word to the best's"
     )
     parser.add_argument("--max_truncated", type=_share, metavar="X", help="share of a language's texts, such as 0.01")
-    parser.add_argument("--max_unknown", type=_whole, metavar="N", help="of a language")
+    parser.add_argument("--max_unknown", type=whole, metavar="N", help="of a language")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(argv)
     from indiclip.commands.tokenizer_report import run
@@ -89,10 +87,6 @@ def _share(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"found {text!r}; expected a share from 0 to 1")
-
-
-def _whole(text: str) -> int:
-    return count(text, 0)
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {"report": _report}

@@ -15,6 +15,10 @@ from indiclip.names import nearest
 class Parser(argparse.ArgumentParser):
     """One line for a mistake, with the nearest flag; argparse's own begins with the usage."""
 
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -31,6 +35,11 @@ def count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from {least}")
     return int(text)
+
+
+def whole(text: str) -> int:
+    """The type of an option that is a whole number and may be 0."""
+    return count(text, 0)
 
 
 def run_command(group: str, about: str, commands: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:

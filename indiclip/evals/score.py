@@ -82,8 +82,9 @@ def _classify(sheet: Sheet, setting: Setting) -> None:
         sizes, code = (len(rank_M), len(class_D)), language.code
         sheet.add(setting, protocol, code, sheet.accuracies(rank_M, label_M, len(class_D)), *sizes, chance)
         for subset, of_M in sheet.subsets(ranking.image_M).items():
-            values = sheet.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
-            values = values if subset == CLEAN else {"acc1": values["acc1"]}
+            values = {"acc1": sheet.rate(rank_M[of_M] == 0)}
+            if subset == CLEAN:
+                values = sheet.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
             sheet.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
         found = class_ranks(image_NE, class_DE, label_N, class_D)
         right_M, at = np.bincount(label_M)[found.class_M], (1, TOP)
