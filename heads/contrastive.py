@@ -42,7 +42,7 @@ class Contrastive(Head):
         retrieval_at: The k of retrieval recall@k.
     """
 
-    needs = ("caption",)
+    required_fields = ("caption",)
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Contrastive(Head):
         self._languages: set[str] = set()  # of all captions that were trained on
         self.register_load_state_dict_post_hook(_forget_class_text)  # type: ignore[no-untyped-call]
 
-    def build(self, encoder: Encoder) -> None:
+    def bind(self, encoder: Encoder) -> None:
         make = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}[self.loss_name]
         self.criterion: ContrastiveLoss = make(lengths=encoder.lengths, length_weights=self.length_weights)
         self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
@@ -130,7 +130,9 @@ class Contrastive(Head):
         ids_B = caption_ids(_captions(batch)).to(image_BE.device)
         self.metric.update(image_BE, text_BE, ids_B, hits, _by_language(batch), texts_E)
 
-    def draw(self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]) -> tuple[np.ndarray, str]:
+    def visualize(
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+    ) -> tuple[np.ndarray, str]:
         nearest = "\n".join(
             f"{'✓' if caption == target['caption'] else '·'} {caption}" for caption in prediction["nearest"]
         )

@@ -4,7 +4,7 @@ The prompt's text embedding modulates every token (FiLM, Perez et al., arXiv:170
 that a thing of several tokens is one, and a small network makes of it the expected number of things per cell. The
 count is the sum.
 
-Shape letters: see `indiclip.types`; C channels, Q questions, S cells of a token, K points of an image, M boxes, I
+Shape letters: see `indiclip.types`; C channels, Q queries, S cells of a token, K points of an image, M boxes, I
 images of an evaluation. H and W are rows and columns of tokens, or of cells where the name says so.
 """
 
@@ -33,7 +33,7 @@ _SMALLEST = 1e-8  # keeps the logarithm of a density finite
 
 
 @dataclass(frozen=True)
-class Question:
+class CountQuery:
     """How many `name` there are in image number `image` of the batch; the answer's places (K, 2), None if unknown."""
 
     image: int
@@ -59,7 +59,7 @@ class Counting(Head):
     """
 
     metric: CountMetric
-    needs = ("count_class", "points_xy")
+    required_fields = ("count_class", "points_xy")
     embeds_images = False
 
     def __init__(
@@ -81,10 +81,10 @@ class Counting(Head):
         self.ask_boxes = ask_boxes
         self.class_names: list[str] = []
 
-    def build(self, encoder: Encoder) -> None:
+    def bind(self, encoder: Encoder) -> None:
         self.tokens = nn.Linear(encoder.backbone.width, self.channels)
         self.norm = nn.LayerNorm(self.channels, elementwise_affine=False)  # the text gives the scale and the shift
-        self.modulate = nn.Linear(encoder.embed_dim, 2 * self.channels)
+        self.film = nn.Linear(encoder.embed_dim, 2 * self.channels)
         self.compare = nn.Conv2d(self.channels, self.channels, 3, padding=1)
         layers: list[nn.Module] = []
         for _ in range(self.num_layers):
@@ -107,10 +107,10 @@ class Counting(Head):
         Args:
             features: Of the images.
             text_QE: What is asked.
-            image_Q: Which image each question is about; None asks one of every image.
+            image_Q: Which image each query is about; None asks one of every image.
         """
         # A unit vector's numbers are small; at variance 1 the text steers the density from the first steps on.
-        scale_QC11, shift_QC11 = self.modulate(text_QE * text_QE.shape[-1] ** 0.5)[..., None, None].chunk(2, 1)
+        scale_QC11, shift_QC11 = self.film(text_QE * text_QE.shape[-1] ** 0.5)[..., None, None].chunk(2, 1)
         tokens_BNC = self.norm(self.tokens(features.tokens_BND))
         x_QCHW, mask_QHW = replace(features, tokens_BND=tokens_BNC).map()
         if image_Q is not None:
@@ -122,13 +122,13 @@ class Counting(Head):
         return F.pixel_shuffle(density_QSHW, self.upsample)[:, 0]
 
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
-        questions = self._questions(batch)
-        image_Q = torch.tensor([question.image for question in questions], device=features.tokens_BND.device)
-        prompts = [self.prompt.replace("{}", question.name) for question in questions]
+        queries = self._queries(batch)
+        image_Q = torch.tensor([query.image for query in queries], device=features.tokens_BND.device)
+        prompts = [self.prompt.replace("{}", query.name) for query in queries]
         text_QE = encoder.embed_text(prompts, batch_statistics=False)
         density_QHW = self(features, text_QE, image_Q)
-        counts_QHW = self._counts(features, batch, questions)
-        known_Q = torch.tensor([question.points_K2 is not None for question in questions], device=image_Q.device)
+        counts_QHW = self._counts(features, batch, queries)
+        known_Q = torch.tensor([query.points_K2 is not None for query in queries], device=image_Q.device)
         return count_losses(density_QHW, counts_QHW, known_Q)
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
@@ -152,20 +152,22 @@ class Counting(Head):
             if points_K2 is not None:
                 self.metric.update(prediction["count"], len(points_K2))
 
-    def draw(self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]) -> tuple[np.ndarray, str]:
+    def visualize(
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+    ) -> tuple[np.ndarray, str]:
         points_K2 = target["points_xy"]
         truth = "" if points_K2 is None else f" (truth {len(points_K2)})"
         picture = heat_map(image_HW3, prediction["density"].float().numpy())
         return picture, f"how many {prediction['prompt']}: {prediction['count']:.1f}{truth}"
 
-    def _questions(self, batch: Batch) -> list[Question]:
+    def _queries(self, batch: Batch) -> list[CountQuery]:
         """The source's own, one of each image, and those that the boxes answer."""
         names, points = _targets(batch, "count_class"), _targets(batch, "points_xy")
-        questions = [
-            Question(i, name, points_K2) for i, (name, points_K2) in enumerate(zip(names, points, strict=True))
+        queries = [
+            CountQuery(i, name, points_K2) for i, (name, points_K2) in enumerate(zip(names, points, strict=True))
         ]
         if not self.ask_boxes:
-            return questions
+            return queries
         boxes, classes = _targets(batch, "boxes_xyxy"), _targets(batch, "classes")
         crowds = batch["targets"].get("crowd", [None] * len(boxes))
         present = [set() if of_image is None else set(of_image.tolist()) for of_image in classes]
@@ -175,16 +177,16 @@ class Counting(Head):
             centres_M2 = (boxes_M4[:, :2] + boxes_M4[:, 2:]) / 2
             uncounted = set() if crowds[i] is None else set(classes_M[crowds[i]].tolist())
             for label in sorted((present[i] | present[i - 1]) - uncounted):
-                questions.append(Question(i, self.class_names[label], centres_M2[classes_M == label]))
-        return questions
+                queries.append(CountQuery(i, self.class_names[label], centres_M2[classes_M == label]))
+        return queries
 
-    def _counts(self, features: Features, batch: Batch, questions: list[Question]) -> Tensor:
+    def _counts(self, features: Features, batch: Batch, queries: list[CountQuery]) -> Tensor:
         """How many points (Q, H, W) lie in each cell."""
         s, (H, W), device = self.upsample, features.grid_hw, features.tokens_BND.device
-        counts_QHW = torch.zeros(len(questions), H * s, W * s, device=device)
-        for counts_HW, question in zip(counts_QHW, questions, strict=True):
-            if (points_K2 := question.points_K2) is not None:
-                height, width = batch["images"]["sizes_hw"][question.image]
+        counts_QHW = torch.zeros(len(queries), H * s, W * s, device=device)
+        for counts_HW, query in zip(counts_QHW, queries, strict=True):
+            if (points_K2 := query.points_K2) is not None:
+                height, width = batch["images"]["sizes_hw"][query.image]
                 # A point on the lower or right edge belongs to the last cell.
                 x_K = (points_K2[:, 0].clamp(0, width - 1e-3) * s / features.stride).long().to(device)
                 y_K = (points_K2[:, 1].clamp(0, height - 1e-3) * s / features.stride).long().to(device)
@@ -199,12 +201,12 @@ def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> di
     the sum of the intensity less the sum of its logarithm at the points (Daley and Vere-Jones, An Introduction to the
     Theory of Point Processes, 2003, eq. 2.1.9), here without what the prediction does not change, so that 0 is
     perfect: sum of d - c - c log(d / c) over the cells. `count`: the absolute difference of the counts. Both
-    are sums over the batch, divided by its questions and points.
+    are sums over the batch, divided by its queries and points.
 
     Args:
         density_QHW: Predicted, positive; 0 on padding.
         counts_QHW: True number of points in each cell.
-        known_Q: False for questions without an answer, which do not count.
+        known_Q: False for queries without an answer, which do not count.
     """
     log_ratio_QHW = density_QHW.clamp(min=_SMALLEST).log() - counts_QHW.clamp(min=1).log()
     deviance_Q = (density_QHW - counts_QHW - counts_QHW * log_ratio_QHW).sum((1, 2))

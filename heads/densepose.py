@@ -71,7 +71,7 @@ class DensePose(Head):
 
     step: Tensor
 
-    needs = ("dp_boxes_xyxy",)
+    required_fields = ("dp_boxes_xyxy",)
     embeds_images = embeds_text = False
 
     def __init__(
@@ -101,7 +101,7 @@ class DensePose(Head):
         # Saved with the weights: the jitter of step n is the same after a resume. On the device, so never waited for.
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def build(self, encoder: Encoder) -> None:
+    def bind(self, encoder: Encoder) -> None:
         self.fine = nn.ConvTranspose2d(encoder.backbone.width, self.channels, self.upscale, stride=self.upscale)
         self.norm = LayerNorm2d(self.channels)  # over channels alone: no cell sees another one's statistics
         self.position_CHW = nn.Parameter(torch.zeros(self.channels, self.roi_size, self.roi_size))
@@ -173,7 +173,9 @@ class DensePose(Head):
         for i, prediction in enumerate(predictions):
             self.metric.update(prediction, {name: values[i] for name, values in targets.items()})
 
-    def draw(self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]) -> tuple[np.ndarray, str]:
+    def visualize(
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+    ) -> tuple[np.ndarray, str]:
         """Predicted surfaces on the left, annotated points on the right; a part's colour is darker where U is small
         and paler where V is large.
         """

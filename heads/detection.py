@@ -62,7 +62,7 @@ class Detection(Head):
     """
 
     metric: DetectionMetric
-    needs = ("boxes_xyxy", "classes")
+    required_fields = ("boxes_xyxy", "classes")
     embeds_images = embeds_text = False
 
     def __init__(
@@ -96,9 +96,9 @@ class Detection(Head):
         self.detections_per_image, self.topk = detections_per_image, topk
         self.class_names: list[str] = [str(label) for label in range(num_classes)]
 
-    def build(self, encoder: Encoder) -> None:
+    def bind(self, encoder: Encoder) -> None:
         self.pyramid = Pyramid(encoder.backbone.width, self.out_channels, self.scales)
-        self.towers = Towers(self.out_channels, self.num_convs, self.num_classes)
+        self.towers = FCOSHead(self.out_channels, self.num_convs, self.num_classes)
         self.metric = DetectionMetric()
 
     def check(self, dataset: Any) -> None:
@@ -110,43 +110,45 @@ class Detection(Head):
             )
         self.class_names = names
 
-    def forward(self, features: Features) -> tuple[Answers, Grid]:
-        """The answers of the cells of all scales, and where these lie."""
+    def forward(self, features: Features) -> tuple[FCOSOutputs, Locations]:
+        """The outputs of the cells of all scales, and where these lie."""
         map_BDHW, mask_BHW = features.map()
         levels = self.pyramid(map_BDHW, None if features.valid_BN is None else mask_BHW)
-        answers = Answers.cat([self.towers(map_BDHW, mask_BHW) for map_BDHW, mask_BHW in levels])
+        outputs = FCOSOutputs.cat([self.towers(map_BDHW, mask_BHW) for map_BDHW, mask_BHW in levels])
         sizes_hw = [(level.shape[2], level.shape[3]) for level, _ in levels]
         strides = [features.stride / scale for scale in self.scales]
-        return answers, make_grid(sizes_hw, strides, self.reach, map_BDHW.device)
+        return outputs, make_locations(sizes_hw, strides, self.reach, map_BDHW.device)
 
     def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
-        answers, grid = self(features)
+        outputs, locations = self(features)
         assigned = [
-            assign(grid, boxes_M4, classes_M, crowd_M, self.center_sampling_radius)
-            for boxes_M4, classes_M, crowd_M in _targets(batch, grid.centres_A2.device)
+            assign(locations, boxes_M4, classes_M, crowd_M, self.center_sampling_radius)
+            for boxes_M4, classes_M, crowd_M in _targets(batch, locations.centres_A2.device)
         ]
-        classes_BA, sides_BA4, ignored_BA = (torch.stack(parts) for parts in zip(*assigned, strict=True))
-        return fcos_losses(answers, classes_BA, sides_BA4, ignored_BA)
+        classes_BA, ltrb_BA4, ignored_BA = (torch.stack(parts) for parts in zip(*assigned, strict=True))
+        return fcos_losses(outputs, classes_BA, ltrb_BA4, ignored_BA)
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`boxes_xyxy` (K, 4) in resized pixels, `scores` (K,) in 0..1, best first, and `labels` (K,)."""
-        answers, grid = self(features)
-        centerness_BA1 = answers.centerness_BA.sigmoid()[..., None]
-        scores_BAC = (answers.logits_BAC.sigmoid() * centerness_BA1).sqrt() * answers.valid_BA[..., None]
+        outputs, locations = self(features)
+        centerness_BA1 = outputs.centerness_BA.sigmoid()[..., None]
+        scores_BAC = (outputs.logits_BAC.sigmoid() * centerness_BA1).sqrt() * outputs.valid_BA[..., None]
         return [
-            self._decode(scores_AC, sides_A4, grid, size_hw)
-            for scores_AC, sides_A4, size_hw in zip(
-                scores_BAC, answers.sides_BA4, batch["images"]["sizes_hw"], strict=True
+            self._decode(scores_AC, ltrb_A4, locations, size_hw)
+            for scores_AC, ltrb_A4, size_hw in zip(
+                scores_BAC, outputs.ltrb_BA4, batch["images"]["sizes_hw"], strict=True
             )
         ]
 
-    def _decode(self, scores_AC: Tensor, sides_A4: Tensor, grid: Grid, size_hw: tuple[int, int]) -> dict[str, Any]:
+    def _decode(
+        self, scores_AC: Tensor, ltrb_A4: Tensor, locations: Locations, size_hw: tuple[int, int]
+    ) -> dict[str, Any]:
         """The best boxes of one image."""
         scores_K, order_K = scores_AC.flatten().topk(min(self.topk, scores_AC.numel()))
         kept_K = scores_K > self.score_thresh
         scores_K, order_K = scores_K[kept_K], order_K[kept_K]
         cells_K, labels_K = order_K // scores_AC.shape[1], order_K % scores_AC.shape[1]
-        boxes_K4 = ops.clip_boxes_to_image(grid.boxes(sides_A4)[cells_K], size_hw)
+        boxes_K4 = ops.clip_boxes_to_image(locations.boxes(ltrb_A4)[cells_K], size_hw)
         best_K = ops.batched_nms(boxes_K4, scores_K, labels_K, self.nms_thresh)[: self.detections_per_image]
         return {"boxes_xyxy": boxes_K4[best_K], "scores": scores_K[best_K], "labels": labels_K[best_K]}
 
@@ -157,7 +159,9 @@ class Detection(Head):
         ):
             self.metric.update_image(prediction, target, scale_hw)
 
-    def draw(self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]) -> tuple[np.ndarray, str]:
+    def visualize(
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+    ) -> tuple[np.ndarray, str]:
         crowd_M = target.get("crowd")
         single_M = torch.ones(len(target["classes"]), dtype=torch.bool) if crowd_M is None else ~crowd_M
         gt_M4, gt_classes_M = target["boxes_xyxy"][single_M], target["classes"][single_M]
@@ -209,7 +213,7 @@ class Pyramid(nn.Module):
         return levels
 
 
-class Towers(nn.Module):
+class FCOSHead(nn.Module):
     """FCOS' two towers of convolutions, shared by all scales: one for classes, one for boxes and centerness."""
 
     def __init__(self, channels: int, num_convs: int, num_classes: int) -> None:
@@ -217,22 +221,22 @@ class Towers(nn.Module):
         self.class_tower = nn.ModuleList(ConvNorm(channels, channels, 3, act=True) for _ in range(num_convs))
         self.box_tower = nn.ModuleList(ConvNorm(channels, channels, 3, act=True) for _ in range(num_convs))
         self.class_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
-        self.sides = nn.Conv2d(channels, 4, 3, padding=1)
+        self.ltrb = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
-        for layer in (self.class_logits, self.sides, self.centerness):
+        for layer in (self.class_logits, self.ltrb, self.centerness):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(cast(Tensor, layer.bias))
         nn.init.constant_(cast(Tensor, self.class_logits.bias), -math.log((1 - _PRIOR) / _PRIOR))
 
-    def forward(self, map_BDHW: Tensor, mask_BHW: Tensor | None) -> Answers:
+    def forward(self, map_BDHW: Tensor, mask_BHW: Tensor | None) -> FCOSOutputs:
         classes_BDHW = boxes_BDHW = map_BDHW
         for class_layer, box_layer in zip(self.class_tower, self.box_tower, strict=True):
             classes_BDHW = class_layer(classes_BDHW, mask_BHW)
             boxes_BDHW = box_layer(boxes_BDHW, mask_BHW)
-        sides_BA4 = _cells(self.sides(boxes_BDHW)).clamp(max=6).exp()
+        ltrb_BA4 = _cells(self.ltrb(boxes_BDHW)).clamp(max=6).exp()
         centerness_BA = _cells(self.centerness(boxes_BDHW))[..., 0]
         valid_BA = torch.ones_like(centerness_BA, dtype=torch.bool) if mask_BHW is None else mask_BHW.flatten(1)
-        return Answers(_cells(self.class_logits(classes_BDHW)), sides_BA4, centerness_BA, valid_BA)
+        return FCOSOutputs(_cells(self.class_logits(classes_BDHW)), ltrb_BA4, centerness_BA, valid_BA)
 
 
 class ConvNorm(nn.Module):
@@ -252,29 +256,29 @@ class ConvNorm(nn.Module):
 
 
 @dataclass
-class Answers:
+class FCOSOutputs:
     """What the towers say, in float32.
 
     Attributes:
         logits_BAC: Of the classes.
-        sides_BA4: Distances from the cell's centre to the box's left, top, right, bottom, in strides; positive.
+        ltrb_BA4: Distances from the cell's centre to the box's left, top, right, bottom, in strides; positive.
         centerness_BA: Its logit.
         valid_BA: False for cells outside the image.
     """
 
     logits_BAC: Tensor
-    sides_BA4: Tensor
+    ltrb_BA4: Tensor
     centerness_BA: Tensor
     valid_BA: Tensor
 
     @classmethod
-    def cat(cls, levels: list[Answers]) -> Answers:
-        names = ("logits_BAC", "sides_BA4", "centerness_BA", "valid_BA")
+    def cat(cls, levels: list[FCOSOutputs]) -> FCOSOutputs:
+        names = ("logits_BAC", "ltrb_BA4", "centerness_BA", "valid_BA")
         return cls(*(torch.cat([getattr(level, name) for level in levels], 1) for name in names))
 
 
 @dataclass
-class Grid:
+class Locations:
     """The cells of all scales.
 
     Attributes:
@@ -287,20 +291,22 @@ class Grid:
     strides_A: Tensor
     reach_A2: Tensor
 
-    def sides(self, boxes_M4: Tensor) -> Tensor:
+    def ltrb(self, boxes_M4: Tensor) -> Tensor:
         """Distances (A, M, 4) from every cell's centre to every box's sides, in strides; positive inside."""
         low_AM2 = self.centres_A2[:, None] - boxes_M4[None, :, :2]
         high_AM2 = boxes_M4[None, :, 2:] - self.centres_A2[:, None]
         return torch.cat([low_AM2, high_AM2], -1) / self.strides_A[:, None, None]
 
-    def boxes(self, sides_A4: Tensor) -> Tensor:
+    def boxes(self, ltrb_A4: Tensor) -> Tensor:
         """The inverse: one box (x1, y1, x2, y2) per cell."""
-        reach_A4 = sides_A4 * self.strides_A[:, None]
+        reach_A4 = ltrb_A4 * self.strides_A[:, None]
         return torch.cat([self.centres_A2 - reach_A4[:, :2], self.centres_A2 + reach_A4[:, 2:]], -1)
 
 
-def make_grid(sizes_hw: list[tuple[int, int]], strides: list[float], reach: float, device: torch.device) -> Grid:
-    """The grid of maps of these sizes and strides, finest first."""
+def make_locations(
+    sizes_hw: list[tuple[int, int]], strides: list[float], reach: float, device: torch.device
+) -> Locations:
+    """The locations of maps of these sizes and strides, finest first."""
     centres, all_strides, limits = [], [], []
     for level, ((rows, columns), stride) in enumerate(zip(sizes_hw, strides, strict=True)):
         y_H = (torch.arange(rows, device=device) + 0.5) * stride
@@ -310,23 +316,23 @@ def make_grid(sizes_hw: list[tuple[int, int]], strides: list[float], reach: floa
         least = reach * strides[level - 1] / stride if level else 0.0
         most = reach if level < len(strides) - 1 else math.inf
         limits.append(torch.tensor([least, most], device=device).expand(rows * columns, 2))
-    return Grid(torch.cat(centres), torch.cat(all_strides), torch.cat(limits))
+    return Locations(torch.cat(centres), torch.cat(all_strides), torch.cat(limits))
 
 
 def assign(
-    grid: Grid, boxes_M4: Tensor, classes_M: Tensor, crowd_M: Tensor, radius: float
+    locations: Locations, boxes_M4: Tensor, classes_M: Tensor, crowd_M: Tensor, radius: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which box every cell of an image answers for: the smallest whose centre is near and whose size suits.
 
     Returns:
-        `(classes_A, sides_A4, ignored_A)`: class, -1 for background; distances to the box's sides (1 for background);
+        `(classes_A, ltrb_A4, ignored_A)`: class, -1 for background; distances to the box's sides (1 for background);
         whether the cell lies in a crowd and so is neither.
     """
-    sides_AM4 = grid.sides(boxes_M4)
-    inside_AM = sides_AM4.amin(-1) > 0
-    off_centre_AM = (sides_AM4[..., :2] - sides_AM4[..., 2:]).abs().amax(-1) / 2
-    furthest_AM = sides_AM4.amax(-1)
-    suits_AM = (furthest_AM > grid.reach_A2[:, :1]) & (furthest_AM <= grid.reach_A2[:, 1:])
+    ltrb_AM4 = locations.ltrb(boxes_M4)
+    inside_AM = ltrb_AM4.amin(-1) > 0
+    off_centre_AM = (ltrb_AM4[..., :2] - ltrb_AM4[..., 2:]).abs().amax(-1) / 2
+    furthest_AM = ltrb_AM4.amax(-1)
+    suits_AM = (furthest_AM > locations.reach_A2[:, :1]) & (furthest_AM <= locations.reach_A2[:, 1:])
     match_AM = inside_AM & suits_AM & (off_centre_AM < radius) & ~crowd_M
     area_M = (boxes_M4[:, 2:] - boxes_M4[:, :2]).prod(-1)
     # One column more, so that there is a smallest one without any box too.
@@ -334,28 +340,28 @@ def assign(
     least_A, box_A = area_AM.min(1)
     positive_A = least_A < torch.inf
     classes_A = torch.where(positive_A, F.pad(classes_M, (0, 1))[box_A], -1)
-    sides_A4 = F.pad(sides_AM4, (0, 0, 0, 1), value=1.0)[torch.arange(len(box_A), device=box_A.device), box_A]
+    ltrb_A4 = F.pad(ltrb_AM4, (0, 0, 0, 1), value=1.0)[torch.arange(len(box_A), device=box_A.device), box_A]
     ignored_A = (inside_AM & crowd_M).any(1) & ~positive_A
-    return classes_A, torch.where(positive_A[:, None], sides_A4, 1.0), ignored_A
+    return classes_A, torch.where(positive_A[:, None], ltrb_A4, 1.0), ignored_A
 
 
-def fcos_losses(answers: Answers, classes_BA: Tensor, sides_BA4: Tensor, ignored_BA: Tensor) -> dict[str, Tensor]:
+def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, ignored_BA: Tensor) -> dict[str, Tensor]:
     """Focal loss of the classes, generalised IoU of the boxes and cross-entropy of the centerness (FCOS, section 3).
 
     All are sums over the batch, divided by its number of positive cells. Every cell takes part with a weight of 0 or
     1, so that no index has to be known on the host and every parameter gets a gradient, if only zero.
     """
-    positive_BA = (classes_BA >= 0) & answers.valid_BA
-    counted_BA = answers.valid_BA & ~ignored_BA
+    positive_BA = (classes_BA >= 0) & outputs.valid_BA
+    counted_BA = outputs.valid_BA & ~ignored_BA
     num_positive = positive_BA.sum().clamp(min=1)
-    one_hot_BAC = F.one_hot(classes_BA + 1, answers.logits_BAC.shape[-1] + 1)[..., 1:].to(answers.logits_BAC.dtype)
-    focal_BAC = ops.sigmoid_focal_loss(answers.logits_BAC, one_hot_BAC)
+    one_hot_BAC = F.one_hot(classes_BA + 1, outputs.logits_BAC.shape[-1] + 1)[..., 1:].to(outputs.logits_BAC.dtype)
+    focal_BAC = ops.sigmoid_focal_loss(outputs.logits_BAC, one_hot_BAC)
     # Boxes around the origin, in strides: overlap is the same at any place and size.
-    sign = answers.sides_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0])
-    box_BA = ops.generalized_box_iou_loss(answers.sides_BA4 * sign, sides_BA4 * sign)
-    across_BA22 = sides_BA4.reshape(*sides_BA4.shape[:2], 2, 2)  # (left, top), (right, bottom)
+    sign = outputs.ltrb_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0])
+    box_BA = ops.generalized_box_iou_loss(outputs.ltrb_BA4 * sign, ltrb_BA4 * sign)
+    across_BA22 = ltrb_BA4.reshape(*ltrb_BA4.shape[:2], 2, 2)  # (left, top), (right, bottom)
     centerness_BA = (across_BA22.amin(-2) / across_BA22.amax(-2)).prod(-1).sqrt()
-    cross_entropy_BA = F.binary_cross_entropy_with_logits(answers.centerness_BA, centerness_BA, reduction="none")
+    cross_entropy_BA = F.binary_cross_entropy_with_logits(outputs.centerness_BA, centerness_BA, reduction="none")
     return {
         "classification": (focal_BAC.sum(-1) * counted_BA).sum() / num_positive,
         "box": (box_BA * positive_BA).sum() / num_positive,

@@ -1,6 +1,6 @@
 """Backbones: `Images` in, `Features` out.
 
-`NaFlexViT` takes any width and height (padding and a mask). `FixedSize` wraps every other timm family at one canvas
+`NaFlexViT` takes any width and height (padding and a mask). `TimmBackbone` wraps every other timm family at one canvas
 size; the smaller image lies in the canvas's upper left corner.
 
 Shape letters: see `indiclip.types`; C channels of a feature map.
@@ -16,7 +16,7 @@ import torch
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from indiclip.names import nearest
+from indiclip.names import did_you_mean
 from indiclip.types import Features, Images
 
 # (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
@@ -63,7 +63,7 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Images) -> Features: ...
 
     @abstractmethod
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this backbone without a network, weights aside."""
 
 
@@ -146,11 +146,11 @@ class NaFlexViT(Backbone):
         grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
         return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride)
 
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         return self._args | {"pretrained": False}
 
 
-class FixedSize(Backbone):
+class TimmBackbone(Backbone):
     """Any timm image model (ConvNeXt, Swin, FocalNet, hybrids with a convolutional stem) at one canvas size.
 
     Args:
@@ -217,19 +217,19 @@ class FixedSize(Backbone):
             valid_BN = (coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
         return Features(map_BCHW.flatten(2).transpose(1, 2), coords_BN2, valid_BN, (H, W), self.stride)
 
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         return self._args | {"pretrained": False}
 
 
 def check_timm_name(name: str) -> None:
     """Raise ValueError with the nearest name unless timm knows the model."""
     if not timm.is_model(name):
-        raise ValueError(f"backbone.name: timm has no model {name!r}{nearest(name, timm.list_models())}")
+        raise ValueError(f"backbone.name: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
 
 def _vit_shape(size: str | None, width: int | None, depth: int | None, num_heads: int | None) -> tuple[int, int, int]:
     if size is not None and size not in SIZES:
-        raise ValueError(f"backbone.size: {size!r} is none of {', '.join(SIZES)}{nearest(size, SIZES)}")
+        raise ValueError(f"backbone.size: {size!r} is none of {', '.join(SIZES)}{did_you_mean(size, SIZES)}")
     base = SIZES[size] if size else (None, None, None)
     shape = (width or base[0], depth or base[1], num_heads or base[2])
     if shape[0] is None or shape[1] is None or shape[2] is None:
@@ -247,7 +247,7 @@ def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFle
             name, pretrained=pretrained, use_naflex=True, num_classes=0, global_pool="", fc_norm=False, **options
         )
     except TypeError as error:
-        raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.backbone.FixedSize") from error
+        raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.backbone.TimmBackbone") from error
     if not isinstance(model, NaFlexVit):
-        raise ValueError(f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.backbone.FixedSize")
+        raise ValueError(f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.backbone.TimmBackbone")
     return model

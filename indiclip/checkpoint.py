@@ -10,7 +10,7 @@ import torch
 
 from indiclip.backbone import Backbone
 from indiclip.encoder import Encoder
-from indiclip.names import nearest
+from indiclip.names import did_you_mean
 from indiclip.text import TextTower, Tokenizer
 
 
@@ -49,7 +49,7 @@ def _checkpoint_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path}: no such run or checkpoint{nearest(str(path), siblings)}")
+        raise FileNotFoundError(f"{path}: no such run or checkpoint{did_you_mean(str(path), siblings)}")
     last = path / "checkpoints" / "last.ckpt"
     found = [last] if last.is_file() else sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:

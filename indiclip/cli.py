@@ -96,13 +96,13 @@ def main(argv: list[str] | None = None) -> int:
         print(_COMMAND_HELP.format(command=argv[0]))
         return 0
     if argv[0] not in _TRAINER_COMMANDS:
-        from indiclip.names import nearest
+        from indiclip.names import did_you_mean
 
-        hint = nearest(argv[0], (*_TRAINER_COMMANDS, "shards", "tokenizer", "bench"))
+        hint = did_you_mean(argv[0], (*_TRAINER_COMMANDS, "shards", "tokenizer", "bench"))
         print(f"indiclip: no command {argv[0]!r}{hint} (indiclip --help)", file=sys.stderr)
         return 2
     with _leaving_at_once():
-        from indiclip.training import run
+        from indiclip.training.cli import run
 
     return run(["--help" if flag == "--help=all" else flag for flag in argv])
 

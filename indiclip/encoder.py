@@ -128,7 +128,7 @@ class Encoder(nn.Module):
         order = torch.tensor([position[text] for text in many])
         return text_BE[order.to(text_BE.device, non_blocking=True)]
 
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this encoder without a network, weights aside (plain types only)."""
         return {
             "backbone": describe(self.backbone),

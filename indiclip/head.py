@@ -33,14 +33,14 @@ class Head(nn.Module, ABC):
             when `loss` is called. Their names may differ from step to step and between ranks; `<number>/<language>` is
             a curve in a plot of the number.
         metric: Its `compute()` gives a dict of numbers.
-        needs: Fields that every sample of its task has; checked before training.
+        required_fields: Fields that every sample of its task has; checked before training.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
     """
 
     metric: torchmetrics.Metric
-    needs: tuple[str, ...] = ()
+    required_fields: tuple[str, ...] = ()
     embeds_images = True
     embeds_text = True
 
@@ -52,7 +52,7 @@ class Head(nn.Module, ABC):
         self.logged: dict[str, Tensor] = {}
 
     @abstractmethod
-    def build(self, encoder: Encoder) -> None:
+    def bind(self, encoder: Encoder) -> None:
         """Create the layers for this encoder's widths. Called once, before the optimizer sees the parameters."""
 
     def check(self, dataset: Any) -> None:
@@ -74,7 +74,9 @@ class Head(nn.Module, ABC):
     def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
         """Add a batch to `metric`."""
 
-    def draw(self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]) -> tuple[np.ndarray, str]:
+    def visualize(
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+    ) -> tuple[np.ndarray, str]:
         """A held-out image with the prediction on it, and a line of text below it, for the report.
 
         Args:

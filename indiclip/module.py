@@ -56,7 +56,7 @@ class MultiTask(L.LightningModule):
         if not any(head.embeds_text for head in heads):
             nn.ModuleList([encoder.text, encoder.text_pool, encoder.text_projection]).requires_grad_(False)
         for head in heads:
-            head.build(encoder)
+            head.bind(encoder)
         self.heads = nn.ModuleDict({head.name: head for head in heads})
         self.lr, self.weight_decay, self.betas, self.warmup_steps = lr, weight_decay, betas, warmup_steps
         self.lr_scale = lr_scale
@@ -150,7 +150,7 @@ class MultiTask(L.LightningModule):
         return steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["encoder"] = self.encoder.spec()  # plain types: enough for `indiclip.load`
+        checkpoint["encoder"] = self.encoder.to_config()  # plain types: enough for `indiclip.load`
 
 
 def _check_heads(heads: list[Head]) -> None:

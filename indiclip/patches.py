@@ -15,7 +15,7 @@ from timm.data.naflex_transforms import get_image_size_for_seq
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from indiclip.data.images import to_rgb
+from indiclip.images import to_rgb
 from indiclip.types import Images
 
 AnyImage = Image.Image | np.ndarray | Tensor

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from indiclip.names import nearest
+from indiclip.names import did_you_mean
 
 
 class Tokenizer(ABC):
@@ -36,7 +36,7 @@ class Tokenizer(ABC):
         """Ids of each text, at most `context_length` of them."""
 
     @abstractmethod
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this tokenizer without a network or its original file."""
 
     def count_unknown(self, texts: list[str]) -> int:
@@ -73,7 +73,7 @@ class ByteTokenizer(Tokenizer):
         rows = [unicodedata.normalize("NFC", text).encode()[:keep] for text in texts]
         return [[self.start_id, *(byte + self.num_special for byte in row), self.end_id] for row in rows]
 
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         return {"context_length": self.context_length}
 
 
@@ -109,7 +109,7 @@ class FastTokenizer(Tokenizer):
         self.context_length = context_length
         self.vocab_size = tokenizer.get_vocab_size()
         if pad_token is not None and tokenizer.token_to_id(pad_token) is None:
-            near = nearest(pad_token, tokenizer.get_vocab())
+            near = did_you_mean(pad_token, tokenizer.get_vocab())
             raise ValueError(f"tokenizer.pad_token: the vocabulary has no {pad_token!r}{near}")
         self.pad_token = pad_token
         names = [pad_token] if pad_token else ["<pad>", "[PAD]", "<|endoftext|>", "</s>"]
@@ -140,7 +140,7 @@ class FastTokenizer(Tokenizer):
             broken = next(text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text))
             raise ValueError(f"tokenizer: {broken!r} has half of a surrogate pair; expected Unicode text") from error
 
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         return {
             "context_length": self.context_length,
             "serialized": self._tokenizer.to_str(),
@@ -182,7 +182,7 @@ class SentencePieceTokenizer(Tokenizer):
         rows = self.encode(texts)
         return sum(row.count(self._processor.unk_id()) for row in rows)
 
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         proto = base64.b64encode(self._processor.serialized_model_proto()).decode()
         return {"context_length": self.context_length, "serialized": proto}
 
@@ -240,7 +240,7 @@ class TextTower(nn.Module):
         out = self.model(input_ids=ids_BT, attention_mask=valid_BT.long())
         return cast(Tensor, out.last_hidden_state)
 
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this tower without a network, weights aside."""
         plain = self.model.config.to_diff_dict() | {"model_type": self.model.config.model_type}
         return {"architecture": plain, "tokenizer": describe(self.tokenizer)}
@@ -263,7 +263,7 @@ class TextTower(nn.Module):
 
 def describe(part: Any) -> dict[str, Any]:
     """`{class_path, init_args}` of an object that has a `spec()`, in the words a YAML uses."""
-    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": part.spec()}
+    return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": part.to_config()}
 
 
 def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
@@ -271,7 +271,7 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
 
     model_type = architecture.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        near = nearest(str(model_type), CONFIG_MAPPING.keys())
+        near = did_you_mean(str(model_type), CONFIG_MAPPING.keys())
         raise ValueError(f"text.architecture.model_type: transformers has no {model_type!r}{near}")
     architecture.setdefault("vocab_size", tokenizer.vocab_size)
     architecture.setdefault("pad_token_id", tokenizer.pad_id)

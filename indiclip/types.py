@@ -25,7 +25,7 @@ class Sample(TypedDict, total=False):
     key: str  # unique in its dataset, stable between runs
     caption: str
     language: str  # of `caption`: a BCP-47 code such as hi or hi-Latn
-    captions: dict[str, str]  # language -> text; `indiclip.data.languages` draws one of them for `caption`
+    captions: dict[str, str]  # language -> text; `indiclip.datasets.languages` draws one of them for `caption`
     label: int  # class of the whole image, -1 where there is none
     boxes_xyxy: Any  # float32 (M, 4)
     classes: Any  # int64 (M,)

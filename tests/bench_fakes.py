@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from indiclip.data.tables import stable_hash
+from indiclip.datasets.tables import stable_hash
 from indiclip.evals.models.embedder import View
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Prediction, Result, Score
 

@@ -40,8 +40,8 @@ def picture() -> Callable[..., np.ndarray]:
 @pytest.fixture(scope="session")
 def requires_fonts() -> None:
     """For tests that draw words: they are skipped, with what to install, where fonts or shaping are missing."""
-    from indiclip.data.fonts import MissingFonts
-    from indiclip.data.lettering import SCRIPTS, Lettering
+    from indiclip.generated.fonts import MissingFonts
+    from indiclip.generated.lettering import SCRIPTS, Lettering
 
     try:
         for part in ("train", "test"):

@@ -5,7 +5,7 @@ import timm
 import torch
 from helpers import noise
 
-from indiclip.backbone import FixedSize, NaFlexViT
+from indiclip.backbone import NaFlexViT, TimmBackbone
 from indiclip.patches import batch_images
 
 
@@ -63,7 +63,7 @@ def test_naflex_equals_timms_vit_of_the_same_weights():
     ],
 )
 def test_other_families_give_features_at_their_stride(name, options):
-    backbone = FixedSize(name, canvas_hw=(64, 64), patch_size=8, options=options).eval()
+    backbone = TimmBackbone(name, canvas_hw=(64, 64), patch_size=8, options=options).eval()
     images = batch_images([noise(64, 64, 0), noise(40, 64, 1)], 8, 64, (64, 64))
     with torch.no_grad():
         features = backbone(images)
@@ -77,7 +77,7 @@ def test_other_families_give_features_at_their_stride(name, options):
 
 
 def test_canvas_holds_the_normalised_pixels():
-    backbone = FixedSize("convnext_atto", canvas_hw=(32, 32), patch_size=8)
+    backbone = TimmBackbone("convnext_atto", canvas_hw=(32, 32), patch_size=8)
     picture = noise(32, 32)
     canvas = backbone._canvas(batch_images([picture], 8, 16, (32, 32)))
     mean, std = backbone.net.pretrained_cfg["mean"], backbone.net.pretrained_cfg["std"]
@@ -93,9 +93,9 @@ def test_canvas_holds_the_normalised_pixels():
         (lambda: NaFlexViT(width=64), "give `size`, `name`, or all of"),
         (lambda: NaFlexViT(width=64, depth=1, num_heads=3), "backbone.num_heads: 3 does not divide the width 64"),
         (lambda: NaFlexViT(name="vit_tiny_patch16_225"), "no model 'vit_tiny_patch16_225'; nearest is"),
-        (lambda: NaFlexViT(name="convnext_atto"), "no plain ViT; use indiclip.backbone.FixedSize"),
+        (lambda: NaFlexViT(name="convnext_atto"), "no plain ViT; use indiclip.backbone.TimmBackbone"),
         (lambda: NaFlexViT(size="tiny", pretrained=True), "backbone.pretrained: needs `name`"),
-        (lambda: FixedSize("convnext_atto", (33, 32), 8), "must be multiples of backbone.patch_size 8"),
+        (lambda: TimmBackbone("convnext_atto", (33, 32), 8), "must be multiples of backbone.patch_size 8"),
     ],
 )
 def test_mistakes_name_the_key(make, message):

@@ -11,13 +11,13 @@ from layout_files import tar, write
 from PIL import Image
 from test_encode import in_threads
 
-from indiclip.data.fonts import MissingFonts
 from indiclip.evals import bench as bench_module
 from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.card_scorer import Options
 from indiclip.evals.comparison import compare
 from indiclip.evals.leaderboard import row_of
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL
-from indiclip.evals.sheet import Options
+from indiclip.generated.fonts import MissingFonts
 
 OPTIONS = Options(resamples=20)
 COLOURS = {
@@ -56,7 +56,7 @@ def run(bench, embedder=None, options=OPTIONS, **other):
     return run_bench(embedder or Shades(), bench, options, **other)
 
 
-def nearest(png):
+def did_you_mean(png):
     """Which colour a flat picture is nearest to, counted from its first pixel."""
     rgb = np.asarray(Image.open(io.BytesIO(png)))[0, 0] - 127.5
     return max(PURE, key=lambda name: rgb @ (np.array(PURE[name]) - 127.5))  # all of one length
@@ -74,11 +74,13 @@ def test_a_run_from_folders_to_numbers(tmp_path, card_file):
     result = run(
         find_bench(tmp_path, [card_file()]), options=Options(views=["native", "large", "native"], resamples=20)
     )
-    hits = [nearest(png) == key.split("/")[1] for key, png in sorted(tested.items())]
+    hits = [did_you_mean(png) == key.split("/")[1] for key, png in sorted(tested.items())]
     assert 0.3 < np.mean(hits) < 0.9
     assert result.main()["shades", PHOTOGRAPHS].value == pytest.approx(np.mean(hits))
     assert [row.predicted == row.truth for row in sorted(result.predictions, key=lambda row: row.key)] == hits
-    assert [row.predicted for row in result.predictions] == [nearest(tested[row.key]) for row in result.predictions]
+    assert [row.predicted for row in result.predictions] == [
+        did_you_mean(tested[row.key]) for row in result.predictions
+    ]
     card = result.cards[0]
     assert (card.status, card.num_images, card.num_classes, card.of_classes) == ("scored", 48, 6, 6)
     assert result.views == ["native", "large"]  # as asked for, each once
@@ -148,7 +150,9 @@ def test_a_class_without_images_is_noted_and_stays_a_candidate(tmp_path, card_fi
     assert (result.cards[0].num_classes, result.cards[0].of_classes) == (5, 6)
     score = result.main()["shades", PHOTOGRAPHS]
     assert (score.num_classes, score.chance) == (6, pytest.approx(1 / 6))
-    assert score.value == pytest.approx(np.mean([nearest(png) == key.split("/")[1] for key, png in tested.items()]))
+    assert score.value == pytest.approx(
+        np.mean([did_you_mean(png) == key.split("/")[1] for key, png in tested.items()])
+    )
     assert "cyan" in {row.predicted for row in result.predictions}
 
 

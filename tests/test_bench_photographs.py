@@ -7,10 +7,10 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from indiclip.evals.bench import check_languages, find_bench, run_bench
+from indiclip.evals.card_scorer import Options
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.models.embedder import View
 from indiclip.evals.pages.bench_report import write_bench_report
-from indiclip.evals.sheet import Options
 
 
 class MeanColour:
@@ -22,7 +22,7 @@ class MeanColour:
         return [View(name, None, "square") for name in names]
 
     def prepare(self, image, view):
-        from indiclip.data.transforms import read_upright
+        from indiclip.loading.transforms import read_upright
 
         return read_upright(image).float().mean((1, 2))
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from bench_fakes import answer, card, score, small_run
 
-from indiclip.evals.pages.bench_marks import Bar, chart, interval, language_name, number, signed
 from indiclip.evals.pages.bench_report import write_bench_report
 from indiclip.evals.pages.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
+from indiclip.evals.pages.formatting import Bar, chart, interval, language_name, number, signed
 from indiclip.evals.pages.page import Html, table, tag
 
 

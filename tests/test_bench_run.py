@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from test_bench_photographs import MeanColour, photographs
 
-from indiclip import run_folder
 from indiclip.commands.bench import main
 from indiclip.commands.shards import main as shards
 from indiclip.evals.models import embedder
+from indiclip.training.cli import run_folder
 
 
 @pytest.fixture
@@ -63,9 +63,8 @@ def test_a_file_in_the_way(images, capsys, out):
 
 def test_two_runs_do_not_write_to_one_folder(images, capsys):
     (images.parent / "out").mkdir()
-    code = (
-        "from pathlib import Path; from indiclip.run_folder import lock; lock(Path('out')); print(flush=True); input()"
-    )
+    code = "from pathlib import Path; from indiclip.training.run_folder import lock; "
+    code += "lock(Path('out')); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert bench("--out", "out") == 2

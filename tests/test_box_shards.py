@@ -11,9 +11,9 @@ from test_coco import CONTENT, DENSEPOSE
 from test_shards import write_tar
 
 from indiclip.cli import main
-from indiclip.data.box_shards import BoxShards
-from indiclip.data.coco import CocoDetection
-from indiclip.data.images import UnreadableSample
+from indiclip.datasets.coco import CocoDetection
+from indiclip.images import UnreadableSample
+from indiclip.webdataset.box_shards import BoxShards
 
 
 def pack(annotations, images, folder):

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indiclip.data import cache, prefetch, tar_index
-from indiclip.data.images import UnreadableSample
-from indiclip.data.shards import Shards
-from indiclip.data.source import Source
-from indiclip.data.steps import Steps
+from indiclip.images import UnreadableSample
+from indiclip.loading import prefetch
+from indiclip.loading.source import Source
+from indiclip.loading.steps import Steps
+from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.shards import Shards
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import torch
 from helpers import tiny_encoder
 
 from heads.contrastive import Contrastive
-from indiclip.callbacks import gradient_numbers
 from indiclip.module import MultiTask
+from indiclip.training.callbacks import gradient_numbers
 
 
 def test_task_gradients_by_hand():

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from indiclip.data.captions import CaptionTable
+from indiclip.datasets.captions import CaptionTable
 
 TABLE = 'file\tsymbol\ten\thi\nb.png\tB\tbird\tचिड़िया\na.png\tA\ta "quoted" ant\t \n'
 

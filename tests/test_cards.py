@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from indiclip.cli import main
-from indiclip.data.tables import stable_hash
+from indiclip.datasets.tables import stable_hash
 from indiclip.evals.cards.card import SUITES, load_card, packaged
 from indiclip.evals.cards.imagenet import with_babel, with_class_list
 

@@ -20,9 +20,9 @@ from PIL import Image
 from test_shards import UNREADABLE, png, write_tar
 
 from indiclip.cli import main
-from indiclip.data import cache, tar_index
-from indiclip.data.images import UnreadableSample
-from indiclip.data.shards import Shards
+from indiclip.images import UnreadableSample
+from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.shards import Shards
 
 
 def check(*words):

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from indiclip.survival import manifest
-from indiclip.survival.checkpoints import DurableCheckpointIO, NotSaved, foreign
-from indiclip.survival.manifest import newest_good, unlisted, what_is_wrong
+from indiclip.training.fault_tolerance import manifest
+from indiclip.training.fault_tolerance.checkpoints import DurableCheckpointIO, NotSaved, foreign
+from indiclip.training.fault_tolerance.manifest import newest_good, unlisted, what_is_wrong
 
 
 def content(step, size=1000):
@@ -177,7 +177,7 @@ def test_a_file_size_limit_keeps_the_last_good_one(tmp_path):
     code = (
         "import resource, signal, sys, torch\n"
         "from pathlib import Path\n"
-        "from indiclip.survival.checkpoints import DurableCheckpointIO\n"
+        "from indiclip.training.fault_tolerance.checkpoints import DurableCheckpointIO\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "content = {'global_step': 2, 'state_dict': {'w': torch.zeros(100_000)}}\n"

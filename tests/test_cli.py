@@ -17,9 +17,9 @@ from PIL import Image
 import indiclip
 from indiclip import json_lines
 from indiclip.cli import lightning, main
-from indiclip.data.mela import Mela
-from indiclip.record import read_history
-from indiclip.training import run
+from indiclip.generated.mela import Mela
+from indiclip.training.cli import run
+from indiclip.training.record import read_history
 
 ROOT = Path(__file__).parent.parent
 ENCODER = {
@@ -37,12 +37,15 @@ ENCODER = {
     "embed_dim": 32,
     "lengths": [16],
 }  # fmt: skip
-ELSEWHERE = {"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": {"dirpath": "x"}}
+ELSEWHERE = {"class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints", "init_args": {"dirpath": "x"}}
 
 
 def config(**changes):
     """A two-step experiment; `changes` are dotted keys with `__` for the dot, and their values."""
-    mela = {"class_path": "indiclip.data.mela.Mela", "init_args": {"num_scenes": 12, "size": 32, "layout": "single"}}
+    mela = {
+        "class_path": "indiclip.generated.mela.Mela",
+        "init_args": {"num_scenes": 12, "size": 32, "layout": "single"},
+    }
     source = {"task": "contrastive", "dataset": mela, "batch_size": 4, "max_tokens": 16}
     tree = {
         "model": {"encoder": ENCODER, "heads": [{"class_path": "heads.contrastive.Contrastive"}]},
@@ -203,7 +206,7 @@ def test_validate_and_test_score_a_run_and_leave_it_as_it_is(tmp_path, capsys):
 def test_training_takes_subnormal_numbers_for_zero(tmp_path):
     """Four tasks trained to the end of the quickstart were 1.6 times slower with them."""
     code = (
-        "import sys, torch; from indiclip.training import run; status = run(sys.argv[1:]); "
+        "import sys, torch; from indiclip.training.cli import run; status = run(sys.argv[1:]); "
         "print(status, (torch.full((1000, 1000), 1e-40) * 0.5).max().item())"
     )
     file = tmp_path / "experiment.yaml"
@@ -245,7 +248,7 @@ def test_a_source_without_what_a_head_needs_is_refused(tmp_path, capsys):
     (tmp_path / "names.tsv").write_text("file\ten\na.png\tkite\n")
     table = {"images": str(images), "table": str(tmp_path / "names.tsv")}
     for part in ("train", "val"):
-        tree["data"][part][0]["dataset"] = {"class_path": "indiclip.data.captions.CaptionTable", "init_args": table}
+        tree["data"][part][0]["dataset"] = {"class_path": "indiclip.datasets.captions.CaptionTable", "init_args": table}
     assert fit(tmp_path, tree) == 2
     assert re.search(
         r"data.train\[0\]: densepose needs dp_boxes_xyxy, which the samples of CaptionTable do not have; they have "
@@ -266,7 +269,7 @@ def test_the_users_own_logger_and_bar_count(tmp_path):
 def test_checkpoints_are_in_the_runs_folder_whatever_the_logger(tmp_path, capsys):
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
     tree = config(trainer__logger=logger)
-    tree["trainer"]["callbacks"] = [{"class_path": "indiclip.survival.checkpoints.Checkpoints"}]
+    tree["trainer"]["callbacks"] = [{"class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints"}]
     for _ in range(2):
         assert fit(tmp_path, tree, "--ckpt_path", "last") == 0
     assert (tmp_path / "runs" / "experiment" / "checkpoints" / "2.ckpt").is_file()
@@ -350,12 +353,16 @@ def test_load_says_what_is_wrong_and_imports_no_foreign_code(tmp_path):
 @pytest.mark.parametrize(
     ("class_path", "arguments", "message"),
     [
-        ("indiclip.config_errors._import", {"class_path": "canary.Thing"}, "names indiclip.config_errors._import"),
+        (
+            "indiclip.training.config_errors._import",
+            {"class_path": "canary.Thing"},
+            "names indiclip.training.config_errors._import",
+        ),
         ("indiclip.checkpoint.load", {"path": "inner.ckpt", "trust_code": True}, "names indiclip.checkpoint.load"),
         ("indiclip.text.describe", {"part": 1}, "names indiclip.text.describe"),
         ("indiclip.text.importlib", {}, "names indiclip.text.importlib"),
         ("indiclip.text.FastTokenizer", {"source": "someone/theirs"}, "asks for source 'someone/theirs'"),
-        ("indiclip.backbone.FixedSize", {"name": "x", "pretrained": True}, "asks for pretrained True"),
+        ("indiclip.backbone.TimmBackbone", {"name": "x", "pretrained": True}, "asks for pretrained True"),
     ],
 )
 def test_a_checkpoint_calls_nothing_but_parts_of_an_encoder(class_path, arguments, message, tmp_path, monkeypatch):
@@ -391,7 +398,7 @@ def test_one_process_trains_in_a_folder(tmp_path, capsys):
     assert fit(tmp_path, config()) == 0
     tree = config(trainer__max_steps=4)
     holder = (
-        "import sys; from pathlib import Path; from indiclip.run_folder import lock; "
+        "import sys; from pathlib import Path; from indiclip.training.run_folder import lock; "
         "lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", holder, str(tmp_path / "runs" / "experiment")]
@@ -411,7 +418,7 @@ def test_last_without_a_checkpoint_starts_and_a_torn_one_is_refused(tmp_path, ca
     tree = config(trainer__max_steps=4)
     tree["trainer"]["callbacks"] = [
         {
-            "class_path": "indiclip.survival.checkpoints.Checkpoints",
+            "class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints",
             "init_args": {"every_n_train_steps": 1, "save_top_k": -1},
         }
     ]

@@ -11,9 +11,9 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from heads.contrastive import Contrastive
-from indiclip.data.coco import CocoDetection
-from indiclip.data.images import UnreadableSample
-from indiclip.data.split import Split
+from indiclip.datasets.coco import CocoDetection
+from indiclip.datasets.split import Split
+from indiclip.images import UnreadableSample
 
 PERSON_GRID = np.zeros((256, 256), np.uint8)
 PERSON_GRID[64:192, :] = 1  # the middle half of the box's height
@@ -183,7 +183,7 @@ def test_an_image_of_another_size_than_said_is_unreadable(build, tmp_path):
 
 def test_an_image_whose_masks_unpack_to_too_much_is_unreadable(build, monkeypatch):
     dataset = build(masks=True)
-    monkeypatch.setattr("indiclip.data.masks._MOST_BYTES", 24 * 30 - 1)
+    monkeypatch.setattr("indiclip.datasets.masks._MOST_BYTES", 24 * 30 - 1)
     with pytest.raises(UnreadableSample, match=r"7: \d masks of 30x24 pixels; expected 719 pixels at most") as caught:
         dataset[1]
     assert caught.value.file.endswith("instances.json")

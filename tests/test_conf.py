@@ -10,7 +10,7 @@ from test_cli import config
 
 from indiclip.cli import main
 from indiclip.evals import bench
-from indiclip.training import run
+from indiclip.training.cli import run
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "conf").glob("*.yaml"))

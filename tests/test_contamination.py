@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indiclip.data.images import EncodedImage
 from indiclip.evals.protocols import contamination
 from indiclip.evals.protocols.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
+from indiclip.images import EncodedImage
 
 
 def _scene(seed, height=240, width=320):

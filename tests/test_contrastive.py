@@ -94,7 +94,7 @@ def test_labels_on_one_rank_alone(tmp_path, loss):
     """The mean of two ranks' losses is the whole batch's, where only the first rank's pairs have labels."""
     captions, labels = ["a kite", "a drum", "a kite", "पतंग"], [3, 4, None, None]
     encoder, head = tiny_encoder(), Contrastive(loss=loss)
-    head.build(encoder)
+    head.bind(encoder)
 
     def value(rows):
         images = batch_images([noise(24, 24, i) for i in rows], 8, 64)
@@ -120,7 +120,7 @@ def test_the_loss_by_language_by_hand(loss):
     """Of different captions without labels: the mean of the rows that a plain double-precision loss gives."""
     captions = ["a kite", "पतंग", "a drum", "ढोल", "a bell"]
     encoder, head = tiny_encoder(), Contrastive(loss=loss)
-    head.build(encoder)
+    head.bind(encoder)
     batch = language_batch(captions, ["en", "hi", "en", "hi", "en"])
     with torch.no_grad():
         features = encoder.features(batch["images"])
@@ -147,7 +147,7 @@ def test_the_loss_by_language_by_hand(loss):
 def test_languages_and_labels_together_average_to_the_loss(precision):
     """With repeated captions, labels and reduced precision too."""
     encoder, head = tiny_encoder(), Contrastive(loss="softmax")
-    head.build(encoder)
+    head.bind(encoder)
     batch = language_batch(["a kite", "पतंग", "a kite", "পতাকা"], ["en", "hi", "en", "bn"])
     batch["targets"]["label"] = [0, 0, None, 1]
     with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
@@ -158,7 +158,7 @@ def test_languages_and_labels_together_average_to_the_loss(precision):
 
 def test_what_has_no_language_or_no_other_counts_in_none():
     encoder, head = tiny_encoder(), Contrastive()
-    head.build(encoder)
+    head.bind(encoder)
 
     def logged(languages):
         batch = language_batch(["a", "b", "c"], languages)
@@ -252,7 +252,7 @@ def test_the_images_are_not_counted_where_all_have_all_languages():
 
 def test_a_pair_that_is_not_finite_is_found_by_its_language():
     encoder, head = tiny_encoder(), Contrastive()
-    head.build(encoder)
+    head.bind(encoder)
     head.criterion.pair_losses_B, head._languages = torch.tensor([1.0, float("inf"), 2.0]), {"en", "hi"}
     logged = head._loss_by_language(["en", "hi", "en"])
     assert {name: value.item() for name, value in logged.items()} == {"loss/en": 1.5, "loss/hi": float("inf")}
@@ -290,7 +290,7 @@ def test_ranks_that_saw_different_languages_agree(tmp_path):
 def test_held_out_captions_are_scored_in_all_languages_by_the_head():
     """What `predict` gives for a language is what the encoder gives for its captions alone."""
     encoder, head = tiny_encoder().eval(), Contrastive()
-    head.build(encoder)
+    head.bind(encoder)
     by_language = [{"en": "a kite", "hi": "पतंग"}, None, {"hi": "ढोल", "no code": "x"}]
     batch = language_batch(["a kite", "a bell", "ढोल"], ["en", None, "hi"], by_language)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_held_out_captions_are_scored_in_all_languages_by_the_head():
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_every_parameter_gets_a_gradient(loss):
     encoder, head = tiny_encoder(), Contrastive(loss=loss)
-    head.build(encoder)
+    head.bind(encoder)
     batch = caption_batch(["a kite", "a drum", "पतंग", "a kite"])
     sum(head.loss(encoder.features(batch["images"]), batch, encoder).values()).backward()
     for name, parameter in [*encoder.named_parameters(), *head.named_parameters()]:
@@ -317,7 +317,7 @@ def test_every_parameter_gets_a_gradient(loss):
 
 def test_learns_four_pictures_and_says_so_at_every_length():
     encoder, head = tiny_encoder(), Contrastive(loss="softmax")
-    head.build(encoder)
+    head.bind(encoder)
     head.class_names = ["kite", "drum", "lotus", "bell"]
     batch = caption_batch(["kite", "drum", "lotus", "bell"], labels=[0, 1, 2, 3])
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
@@ -342,7 +342,7 @@ def test_learns_four_pictures_and_says_so_at_every_length():
 def test_other_weights_are_scored_by_their_own_class_texts():
     head, batch = Contrastive(), caption_batch(["kite", "drum"], labels=[0, 1])
     encoder, other = tiny_encoder().eval(), tiny_encoder(seed=1).eval()
-    head.build(encoder)
+    head.bind(encoder)
     head.class_names = ["kite", "drum"]
     module = torch.nn.ModuleDict({"encoder": encoder, "head": head})
     with torch.no_grad():
@@ -360,7 +360,7 @@ def test_mistakes_name_the_key():
     with pytest.raises(ValueError, match="heads.contrastive.templates"):
         Contrastive(templates=["a photo"])
     encoder, head = tiny_encoder(), Contrastive()
-    head.build(encoder)
+    head.bind(encoder)
     batch = caption_batch(["a", "b"])
     batch["targets"] = {}
     with pytest.raises(ValueError, match="the sample '0' has no caption"):

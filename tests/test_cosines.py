@@ -4,19 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from indiclip.evals.protocols.cosines import as_near, chunks, cut
+from indiclip.evals.protocols.cosines import as_near, chunks, truncate_normalize
 
 
 def test_a_prefix_is_cut_and_made_a_unit_vector_again():
     # By hand: (3, 4, 12) has the prefix (3, 4) of length 5.
-    np.testing.assert_allclose(cut(np.array([[3.0, 4.0, 12.0]]), 2), [[0.6, 0.8]], rtol=1e-6)
-    np.testing.assert_allclose(cut(torch.tensor([[3.0, 4.0, 12.0]])), [[3 / 13, 4 / 13, 12 / 13]], rtol=1e-6)
+    np.testing.assert_allclose(truncate_normalize(np.array([[3.0, 4.0, 12.0]]), 2), [[0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(
+        truncate_normalize(torch.tensor([[3.0, 4.0, 12.0]])), [[3 / 13, 4 / 13, 12 / 13]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("length", [0, 4])
 def test_a_length_that_the_embedding_does_not_have_is_named(length):
     with pytest.raises(ValueError, match=f"length={length}: the embeddings allow 1 to 3"):
-        cut(np.ones((2, 3)), length)
+        truncate_normalize(np.ones((2, 3)), length)
 
 
 def test_ties_to_rounding_and_nan_are_as_near():

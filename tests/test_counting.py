@@ -30,7 +30,7 @@ def encoder() -> Encoder:
 def head_for(encoder: Encoder, **options: Any) -> Counting:
     torch.manual_seed(0)
     head = Counting(**({"channels": 32} | options))
-    head.build(encoder)
+    head.bind(encoder)
     return head
 
 
@@ -81,7 +81,7 @@ def test_every_point_is_in_its_cell(encoder: Encoder, upsample: int, stride: int
     points = [rng.random((20, 2)) * [width, height] for height, width in sizes]
     points[0][:2] = [[sizes[0][1], sizes[0][0]], [0, 0]]  # on the corners
     batch = batch_of(sizes, points, ["kite", "diya"])
-    counts_BHW = head._counts(features, batch, head._questions(batch))
+    counts_BHW = head._counts(features, batch, head._queries(batch))
     head.forward = lambda features, text_BE: counts_BHW  # type: ignore[method-assign]
     for found, points_K2, (height, width) in zip(head.predict(features, batch, encoder), points, sizes, strict=True):
         cells = (height // stride * upsample, width // stride * upsample)
@@ -161,10 +161,10 @@ def boxed_batch(encoder: Encoder) -> tuple[Counting, Batch]:
     return head, batch
 
 
-def test_boxes_answer_more_questions(encoder: Encoder) -> None:
+def test_boxes_answer_more_queries(encoder: Encoder) -> None:
     """Every class of the image and of the one before it, but none whose things are a crowd, of unknown number."""
     head, batch = boxed_batch(encoder)
-    asked = [(q.image, q.name, None if q.points_K2 is None else q.points_K2.tolist()) for q in head._questions(batch)]
+    asked = [(q.image, q.name, None if q.points_K2 is None else q.points_K2.tolist()) for q in head._queries(batch)]
     assert asked == [
         (0, "toran", [[1, 1]]),
         (1, "kite", []),
@@ -179,14 +179,14 @@ def test_boxes_answer_more_questions(encoder: Encoder) -> None:
 
 
 def test_questions_about_one_image_are_answered_apart(encoder: Encoder) -> None:
-    """The loss over all questions is that of a batch which repeats the image for each of them."""
+    """The loss over all queries is that of a batch which repeats the image for each of them."""
     head, batch = boxed_batch(encoder.eval())
     maps = [torch.randn(4, 4, WIDTH) for _ in range(4)]
-    questions = head._questions(batch)
+    queries = head._queries(batch)
     together = head.loss(features_of(maps), batch, encoder)
-    points = [None if q.points_K2 is None else q.points_K2.numpy() for q in questions]
-    repeated = batch_of([(32, 32)] * len(questions), points, [q.name for q in questions])
-    apart = head_for(encoder).loss(features_of([maps[q.image] for q in questions]), repeated, encoder)
+    points = [None if q.points_K2 is None else q.points_K2.numpy() for q in queries]
+    repeated = batch_of([(32, 32)] * len(queries), points, [q.name for q in queries])
+    apart = head_for(encoder).loss(features_of([maps[q.image] for q in queries]), repeated, encoder)
     for name, value in together.items():
         torch.testing.assert_close(value, apart[name], rtol=1e-5, atol=1e-7)
 
@@ -293,7 +293,7 @@ def test_the_picture_is_hot_where_the_things_are(encoder: Encoder) -> None:
     density_HW[1, 4] = 2.0
     grey = np.full((32, 48, 3), 100, np.uint8)
     prediction = {"density": density_HW, "count": 2.04, "prompt": "marigold"}
-    picture, words = head.draw(grey, prediction, {"points_xy": torch.zeros(2, 2)})
+    picture, words = head.visualize(grey, prediction, {"points_xy": torch.zeros(2, 2)})
     assert words == "how many marigold: 2.0 (truth 2)"
     assert picture.shape == grey.shape
     heat_HW = picture[..., 0].astype(int) - picture[..., 2]

@@ -5,9 +5,9 @@ import json
 import pytest
 from test_shards import png, write_tar
 
-from indiclip.data.module import MultiTaskData
-from indiclip.data.shards import Shards
-from indiclip.data.source import Source
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import Source
+from indiclip.webdataset.shards import Shards
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

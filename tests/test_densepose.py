@@ -22,8 +22,8 @@ from heads.densepose import (
     paste,
     read_at,
 )
-from indiclip.data.mela import Mela
-from indiclip.data.transforms import Transform, collate
+from indiclip.generated.mela import Mela
+from indiclip.loading.transforms import Transform, collate
 from indiclip.types import Batch, Features
 
 STRIDE, SMALL = 8, {"roi_size": 14, "channels": 32, "num_convs": 1}
@@ -32,7 +32,7 @@ STRIDE, SMALL = 8, {"roi_size": 14, "channels": 32, "num_convs": 1}
 def make_head(width: int, **options: Any) -> DensePose:
     torch.manual_seed(0)
     head = DensePose(**options)
-    head.build(SimpleNamespace(backbone=SimpleNamespace(width=width)))
+    head.bind(SimpleNamespace(backbone=SimpleNamespace(width=width)))
     return head
 
 
@@ -335,7 +335,7 @@ class TestAnyBatch:
             count = len(prediction["boxes_xyxy"])
             assert prediction["part"].shape == prediction["mask_probs"].shape == (count, 56, 56)
             target = {name: values[i] for name, values in batch["targets"].items()}
-            picture, text = head.draw(np.zeros((32, 32, 3), np.uint8), prediction, target)
+            picture, text = head.visualize(np.zeros((32, 32, 3), np.uint8), prediction, target)
             assert picture.shape == (320, 640, 3)
             assert text.startswith("1 person" if count == 1 else f"{count} people")
 

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 
-from heads.detection import Answers, Detection, DetectionMetric, assign, fcos_losses, hits_at_half, make_grid
+from heads.detection import Detection, DetectionMetric, FCOSOutputs, assign, fcos_losses, hits_at_half, make_locations
 from indiclip.encoder import Encoder
 from indiclip.types import Batch, Features
 
@@ -27,7 +27,7 @@ WIDTH = 16
 def head_for(stride: int = 8, num_classes: int = 3, **options: Any) -> Detection:
     torch.manual_seed(0)
     head = Detection(num_classes, **({"out_channels": 16, "num_convs": 1} | options))
-    head.build(encoder_with(stride))
+    head.bind(encoder_with(stride))
     return head
 
 
@@ -74,10 +74,10 @@ def random_boxes(rng: np.random.Generator, count: int, height: int, width: int) 
     return torch.from_numpy(boxes_M4).float()
 
 
-def random_answers(cells: int, classes: int) -> Answers:
-    return Answers(
+def random_outputs(cells: int, classes: int) -> FCOSOutputs:
+    return FCOSOutputs(
         logits_BAC=torch.randn(2, cells, classes),
-        sides_BA4=torch.rand(2, cells, 4) * 4 + 0.1,
+        ltrb_BA4=torch.rand(2, cells, 4) * 4 + 0.1,
         centerness_BA=torch.randn(2, cells),
         valid_BA=torch.ones(2, cells, dtype=torch.bool),
     )
@@ -102,17 +102,17 @@ class Torchvision(FCOS):
 SIZES, STRIDES = [(24, 32), (12, 16), (6, 8)], [4.0, 8.0, 16.0]
 
 
-def as_anchors(grid) -> Tensor:
-    half_A1 = grid.strides_A[:, None] / 2
-    return torch.cat([grid.centres_A2 - half_A1, grid.centres_A2 + half_A1], 1)
+def as_anchors(locations) -> Tensor:
+    half_A1 = locations.strides_A[:, None] / 2
+    return torch.cat([locations.centres_A2 - half_A1, locations.centres_A2 + half_A1], 1)
 
 
 def test_assignment_and_losses_are_torchvisions() -> None:
     """Same cells for the same boxes, and the same three losses, without padding and crowds."""
     torch.manual_seed(3)
     rng = np.random.default_rng(3)
-    grid = make_grid(SIZES, STRIDES, 8.0, torch.device("cpu"))
-    answers = random_answers(len(grid.strides_A), 5)
+    locations = make_locations(SIZES, STRIDES, 8.0, torch.device("cpu"))
+    outputs = random_outputs(len(locations.strides_A), 5)
     targets = [
         {"boxes": random_boxes(rng, m, 96, 128), "labels": torch.from_numpy(rng.integers(0, 5, m))} for m in (9, 4)
     ]
@@ -120,24 +120,24 @@ def test_assignment_and_losses_are_torchvisions() -> None:
     expected = oracle.compute_loss(
         targets,
         {
-            "cls_logits": answers.logits_BAC,
-            "bbox_regression": answers.sides_BA4,
-            "bbox_ctrness": answers.centerness_BA[..., None],
+            "cls_logits": outputs.logits_BAC,
+            "bbox_regression": outputs.ltrb_BA4,
+            "bbox_ctrness": outputs.centerness_BA[..., None],
         },
-        [as_anchors(grid)] * 2,
+        [as_anchors(locations)] * 2,
         [rows * columns for rows, columns in SIZES],
     )
     none = [torch.zeros(len(target["labels"]), dtype=torch.bool) for target in targets]
-    assigned = [assign(grid, t["boxes"], t["labels"], crowd, 1.5) for t, crowd in zip(targets, none, strict=True)]
-    for (classes_A, sides_A4, ignored_A), target, matched_A in zip(assigned, targets, oracle.matched, strict=True):
+    assigned = [assign(locations, t["boxes"], t["labels"], crowd, 1.5) for t, crowd in zip(targets, none, strict=True)]
+    for (classes_A, ltrb_A4, ignored_A), target, matched_A in zip(assigned, targets, oracle.matched, strict=True):
         assert (matched_A >= 0).sum() > 20
         torch.testing.assert_close(classes_A, torch.where(matched_A < 0, -1, target["labels"][matched_A]))
         positive_A = classes_A >= 0
         torch.testing.assert_close(
-            grid.boxes(sides_A4)[positive_A], target["boxes"][matched_A][positive_A], rtol=0, atol=1e-4
+            locations.boxes(ltrb_A4)[positive_A], target["boxes"][matched_A][positive_A], rtol=0, atol=1e-4
         )
         assert not ignored_A.any()
-    losses = fcos_losses(answers, *(torch.stack(parts) for parts in zip(*assigned, strict=True)))
+    losses = fcos_losses(outputs, *(torch.stack(parts) for parts in zip(*assigned, strict=True)))
     names = {"classification": "classification", "box": "bbox_regression", "centerness": "bbox_ctrness"}
     for ours, theirs in names.items():
         torch.testing.assert_close(losses[ours], expected[theirs], rtol=1e-5, atol=1e-6)
@@ -146,20 +146,20 @@ def test_assignment_and_losses_are_torchvisions() -> None:
 def test_detections_are_torchvisions() -> None:
     torch.manual_seed(4)
     head = head_for(num_classes=5, topk=10_000, nms_thresh=0.5)
-    grid = make_grid(SIZES, STRIDES, 8.0, torch.device("cpu"))
-    answers = random_answers(len(grid.strides_A), 5)
-    head.forward = lambda features: (answers, grid)  # type: ignore[method-assign]
+    locations = make_locations(SIZES, STRIDES, 8.0, torch.device("cpu"))
+    outputs = random_outputs(len(locations.strides_A), 5)
+    head.forward = lambda features: (outputs, locations)  # type: ignore[method-assign]
     batch = batch_of([(96, 128), (90, 70)], [[], []], [[], []])
     found = head.predict(cast(Features, None), batch, encoder_with())
 
     oracle = Torchvision(5, score_thresh=head.score_thresh, nms_thresh=0.5, topk_candidates=10_000)
     counts = [rows * columns for rows, columns in SIZES]
     outputs = {
-        "cls_logits": list(answers.logits_BAC.split(counts, 1)),
-        "bbox_regression": list(answers.sides_BA4.split(counts, 1)),
-        "bbox_ctrness": list(answers.centerness_BA[..., None].split(counts, 1)),
+        "cls_logits": list(outputs.logits_BAC.split(counts, 1)),
+        "bbox_regression": list(outputs.ltrb_BA4.split(counts, 1)),
+        "bbox_ctrness": list(outputs.centerness_BA[..., None].split(counts, 1)),
     }
-    anchors = [list(as_anchors(grid).split(counts))] * 2
+    anchors = [list(as_anchors(locations).split(counts))] * 2
     for ours, theirs in zip(found, oracle.postprocess_detections(outputs, anchors, [(96, 128), (90, 70)]), strict=True):
         assert len(ours["scores"]) == 100
         torch.testing.assert_close(ours["scores"], theirs["scores"])
@@ -172,48 +172,48 @@ def test_decoding_inverts_the_targets(stride: int) -> None:
     """The regression that a head is asked for, decoded, is the ground truth; strides need not be whole."""
     rng = np.random.default_rng(stride)
     head = head_for(stride)
-    _, grid = head(features_of([torch.randn(9, 13, WIDTH)], stride))
+    _, locations = head(features_of([torch.randn(9, 13, WIDTH)], stride))
     height, width = 9 * stride, 13 * stride
-    assert torch.equal(grid.strides_A.unique(), torch.tensor([stride / 2, stride, stride * 2]))
-    torch.testing.assert_close(grid.centres_A2[0], torch.tensor([stride / 4, stride / 4]))
+    assert torch.equal(locations.strides_A.unique(), torch.tensor([stride / 2, stride, stride * 2]))
+    torch.testing.assert_close(locations.centres_A2[0], torch.tensor([stride / 4, stride / 4]))
     boxes_M4 = random_boxes(rng, 12, height, width)
     classes_M = torch.arange(12)
-    classes_A, sides_A4, _ = assign(grid, boxes_M4, classes_M, torch.zeros(12, dtype=torch.bool), 1.5)
+    classes_A, ltrb_A4, _ = assign(locations, boxes_M4, classes_M, torch.zeros(12, dtype=torch.bool), 1.5)
     positive_A = classes_A >= 0
     assert len(classes_A[positive_A].unique()) >= 6
     torch.testing.assert_close(
-        grid.boxes(sides_A4)[positive_A], boxes_M4[classes_A[positive_A]], rtol=0, atol=1e-4 * stride
+        locations.boxes(ltrb_A4)[positive_A], boxes_M4[classes_A[positive_A]], rtol=0, atol=1e-4 * stride
     )
 
 
 def test_cells_of_every_scale_cover_an_odd_map() -> None:
     """13 x 9 patches at half the scale are 7 x 5 cells, of which the last reach over the edge."""
     head = head_for(scales=[1.0, 0.5, 0.25])
-    answers, grid = head(features_of([torch.randn(13, 9, WIDTH)]))
-    assert answers.logits_BAC.shape == (1, 13 * 9 + 7 * 5 + 4 * 3, 3)
-    torch.testing.assert_close(grid.centres_A2[13 * 9 : 13 * 9 + 5, 0], torch.tensor([8.0, 24, 40, 56, 72]))
-    torch.testing.assert_close(grid.centres_A2[13 * 9 : 13 * 9 + 35 : 5, 1], torch.arange(7) * 16.0 + 8)
+    outputs, locations = head(features_of([torch.randn(13, 9, WIDTH)]))
+    assert outputs.logits_BAC.shape == (1, 13 * 9 + 7 * 5 + 4 * 3, 3)
+    torch.testing.assert_close(locations.centres_A2[13 * 9 : 13 * 9 + 5, 0], torch.tensor([8.0, 24, 40, 56, 72]))
+    torch.testing.assert_close(locations.centres_A2[13 * 9 : 13 * 9 + 35 : 5, 1], torch.arange(7) * 16.0 + 8)
 
 
 def test_no_size_of_box_falls_between_two_scales() -> None:
     """Every square around a cell's centre is answered for by exactly one scale (torchvision drops the borders)."""
-    grid = make_grid([(32, 32), (16, 16), (8, 8)], [4.0, 8.0, 16.0], 4.0, torch.device("cpu"))
+    locations = make_locations([(32, 32), (16, 16), (8, 8)], [4.0, 8.0, 16.0], 4.0, torch.device("cpu"))
     for half in (3.0, 13.9, 14.0, 14.1, 15.9, 16.0, 16.1, 31.9, 32.0, 33.0, 60.0):
         box_14 = torch.tensor([[64 - half, 64 - half, 64 + half, 64 + half]])
-        centre_A = (grid.centres_A2 - 64).abs().amax(1) / grid.strides_A  # the cells that touch the centre
-        furthest_A = half + (grid.centres_A2 - 64).abs().amax(1)
-        classes_A, _, _ = assign(grid, box_14, torch.tensor([0]), torch.tensor([False]), 0.6)
-        inside_A = (centre_A < 0.6) & (grid.sides(box_14)[:, 0].amin(1) > 0)
-        least_A, most_A = (grid.reach_A2 * grid.strides_A[:, None]).unbind(1)
+        centre_A = (locations.centres_A2 - 64).abs().amax(1) / locations.strides_A  # the cells that touch the centre
+        furthest_A = half + (locations.centres_A2 - 64).abs().amax(1)
+        classes_A, _, _ = assign(locations, box_14, torch.tensor([0]), torch.tensor([False]), 0.6)
+        inside_A = (centre_A < 0.6) & (locations.ltrb(box_14)[:, 0].amin(1) > 0)
+        least_A, most_A = (locations.reach_A2 * locations.strides_A[:, None]).unbind(1)
         torch.testing.assert_close(classes_A >= 0, inside_A & (furthest_A > least_A) & (furthest_A <= most_A))
         assert (classes_A >= 0).any()
 
 
 def test_the_smaller_of_two_boxes_wins_even_by_little() -> None:
     """torchvision compares 1e8 - area in float32, which cannot tell 100 from 103 square pixels apart."""
-    grid = make_grid([(8, 8)], [8.0], 8.0, torch.device("cpu"))
+    locations = make_locations([(8, 8)], [8.0], 8.0, torch.device("cpu"))
     boxes_M4 = torch.tensor([[15.0, 15.0, 25.3, 25.0], [15.0, 15.0, 25.0, 25.0]])
-    classes_A, _, _ = assign(grid, boxes_M4, torch.tensor([0, 1]), torch.tensor([False, False]), 1.5)
+    classes_A, _, _ = assign(locations, boxes_M4, torch.tensor([0, 1]), torch.tensor([False, False]), 1.5)
     assert classes_A[2 * 8 + 2] == 1
 
 
@@ -237,7 +237,7 @@ def test_every_parameter_gets_a_gradient(case: str, scales: list[float]) -> None
     assert not [name for name, p in head.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     has_box = case in ("objects", "one image without")
     assert (losses["box"] > 0) == has_box
-    assert bool(head.towers.sides.weight.grad.any()) == has_box
+    assert bool(head.towers.ltrb.weight.grad.any()) == has_box
 
 
 def test_a_crowd_is_neither_object_nor_background() -> None:
@@ -277,9 +277,9 @@ def test_what_lies_beside_an_image_does_not_matter() -> None:
     ]
     positives = []
     for features, one in alone:
-        _, grid = head(features)
+        _, locations = head(features)
         classes_A, _, _ = assign(
-            grid, one["targets"]["boxes_xyxy"][0], one["targets"]["classes"][0], one["targets"]["crowd"][0], 1.5
+            locations, one["targets"]["boxes_xyxy"][0], one["targets"]["classes"][0], one["targets"]["crowd"][0], 1.5
         )
         positives.append(int((classes_A >= 0).sum()))
     assert min(positives) > 0
@@ -297,7 +297,7 @@ def test_what_lies_beside_an_image_does_not_matter() -> None:
 
 def test_detections_lie_inside_their_image() -> None:
     head = head_for(score_thresh=0.0, topk=100_000, detections_per_image=100_000, nms_thresh=1.0)
-    nn.init.constant_(head.towers.sides.bias, 3.0)  # boxes of 40 strides
+    nn.init.constant_(head.towers.ltrb.bias, 3.0)  # boxes of 40 strides
     features = features_of([torch.randn(5, 3, WIDTH), torch.randn(9, 12, WIDTH)])
     for found, (height, width) in zip(
         head.predict(features, batch_of([(40, 24), (72, 96)], [[], []], [[], []]), encoder_with()),
@@ -315,8 +315,8 @@ def test_low_precision_features_give_exact_boxes() -> None:
     head = head_for().bfloat16()
     features = features_of([torch.randn(8, 8, WIDTH)])
     features.tokens_BND = features.tokens_BND.bfloat16()
-    answers, _ = head(features)
-    assert {answers.logits_BAC.dtype, answers.sides_BA4.dtype, answers.centerness_BA.dtype} == {torch.float32}
+    outputs, _ = head(features)
+    assert {outputs.logits_BAC.dtype, outputs.ltrb_BA4.dtype, outputs.centerness_BA.dtype} == {torch.float32}
 
 
 def test_learns_two_rectangles() -> None:
@@ -432,11 +432,11 @@ def test_ranks_with_unequal_shares_agree_on_the_metric(tmp_path) -> None:
             metric.update_image(predictions[i], target, batch["images"]["scale"][i])
         return {name: float(value) for name, value in metric.compute().items()}
 
-    answers = on_ranks(3, numbers, tmp_path)
+    outputs = on_ranks(3, numbers, tmp_path)
     head = head_for()
     head.update_metric(predictions, batch)
     expected = {name: float(value) for name, value in head.metric.compute().items()}
-    assert answers[0] == answers[1] == answers[2] == pytest.approx(expected, abs=1e-6)
+    assert outputs[0] == outputs[1] == outputs[2] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_detection_finds_an_object_once() -> None:
@@ -460,7 +460,7 @@ def test_the_picture_shows_both_and_counts() -> None:
         "boxes_xyxy": torch.tensor([[4.0, 4.0, 24.0, 23.0], [30.0, 4.0, 44.0, 20.0]]),
         "classes": torch.tensor([1, 2]),
     }
-    picture, words = head.draw(np.full((48, 64, 3), 90, np.uint8), prediction, target)
+    picture, words = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target)
     assert words.splitlines()[0].startswith("1 of 2 found, 1 false")
     assert "kite, matka" in words
     assert min(picture.shape[:2]) >= 320

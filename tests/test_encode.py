@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import noise, on_ranks, tiny_encoder
 
-from indiclip.data.images import UnreadableSample
 from indiclip.evals.encode import Ranks, encode_images, encode_texts
 from indiclip.evals.models.embedder import EncoderEmbedder
+from indiclip.images import UnreadableSample
 
 SIZES = [(24, 16), (16, 40), (32, 32), (8, 24)]
 BROKEN = (0, 6, 7, 8, 20)  # with batches of 3: one of a batch, a whole batch, one of the last

@@ -11,10 +11,10 @@ import torch
 from helpers import ARCHITECTURE, noise, tiny_encoder
 from PIL import Image
 
-from indiclip.backbone import FixedSize
-from indiclip.data.images import EncodedImage
+from indiclip.backbone import TimmBackbone
 from indiclip.encoder import Encoder
 from indiclip.evals.models.embedder import TEXT_CHUNK, EncoderEmbedder, View, load_embedder
+from indiclip.images import EncodedImage
 from indiclip.text import ByteTokenizer, TextTower
 
 
@@ -33,7 +33,7 @@ def turned(image, orientation):
 
 def fixed_size_encoder():
     torch.manual_seed(0)
-    backbone = FixedSize("convnext_atto", (32, 64), options={"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]})
+    backbone = TimmBackbone("convnext_atto", (32, 64), options={"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]})
     return Encoder(backbone, TextTower(ByteTokenizer(), ARCHITECTURE), 16, (8,))
 
 
@@ -45,7 +45,7 @@ def embed(embedder, images, view="native"):
 def save(encoder, file):
     state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"encoder": encoder.spec(), "state_dict": state}, file)
+    torch.save({"encoder": encoder.to_config(), "state_dict": state}, file)
 
 
 @pytest.mark.parametrize("make", [tiny_encoder, fixed_size_encoder])

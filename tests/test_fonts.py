@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
-from indiclip.data.fonts import Face, MissingFonts, check_shaping, find_face
-from indiclip.data.lettering import SCRIPTS
-from indiclip.data.lettering_draw import draw_word
+from indiclip.generated.fonts import Face, MissingFonts, check_shaping, find_face
+from indiclip.generated.lettering import SCRIPTS
+from indiclip.generated.lettering_draw import draw_word
 
 # Comes with matplotlib, so it is on every machine; Latin, Arabic, no script of India.
 DEJAVU = Face("DejaVu Sans", str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"))

@@ -17,7 +17,7 @@ from PIL import Image
 from test_cli import config, fit
 from test_shards import png, write_tar
 
-from indiclip.data.shards import Shards
+from indiclip.webdataset.shards import Shards
 
 
 def bomb(width, height):
@@ -98,7 +98,7 @@ def test_a_run_over_hostile_shards(tmp_path, monkeypatch):
     })).read_bytes()[: 512 * 33])  # fmt: skip
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress(whole))
     (tmp_path / "x.tar").unlink()
-    shards = {"class_path": "indiclip.data.shards.Shards", "init_args": {"urls": f"{tmp_path}/[a-c].tar*"}}
+    shards = {"class_path": "indiclip.webdataset.shards.Shards", "init_args": {"urls": f"{tmp_path}/[a-c].tar*"}}
     tree = config(trainer__max_steps=14)
     tree["data"] |= {"num_workers": 2, "quarantine": 1.0, "steps_per_epoch": 14}
     tree["data"]["train"][0] |= {"dataset": shards, "batch_size": 8}
@@ -122,7 +122,7 @@ def test_a_run_over_hostile_shards(tmp_path, monkeypatch):
 
 MEASURE = """
 import sys
-from indiclip.data.images import EncodedImage, UnreadableSample
+from indiclip.images import EncodedImage, UnreadableSample
 data = open(sys.argv[1], "rb").read()
 # Not ru_maxrss, which begins with what the parent had when it forked.
 def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from indiclip.data.images import MAX_PIXELS, EncodedImage, UnreadableSample, read_header, read_image
+from indiclip.images import MAX_PIXELS, EncodedImage, UnreadableSample, read_header, read_image
 
 
 def decode(data, key, max_pixels=MAX_PIXELS):
@@ -226,5 +226,5 @@ def test_unreadable_survives_the_way_back_from_a_worker_process():
 
 
 def test_no_lightning_is_imported_for_images():
-    code = "import sys, indiclip.data.images; assert not {'torch', 'lightning'} & set(sys.modules)"
+    code = "import sys, indiclip.images; assert not {'torch', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,13 +13,13 @@ import torch
 import yaml
 from PIL import Image
 from test_cli import ENCODER, config, fit
-from test_vote import two_ranks
+from test_step_sync import two_ranks
 
 from indiclip.evals import callback
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import CardResult, Result, Score, load_result
-from indiclip.record import read_history
-from indiclip.training import run
+from indiclip.training.cli import run
+from indiclip.training.record import read_history
 
 CLASSES = {"kite": "पतंग", "drum": "ढोल", "lamp": "दीया"}
 TREE = {"title": "Things", "task": "classification", "prompts": {"en": ["a {c}"], "hi": ["एक {c}"]}}
@@ -55,14 +55,14 @@ def india_bench(folder, **options):
         "cards": [str(folder / f"{name}.yaml") for name in ("things", "stories")],
     } | options
     return {
-        "class_path": "indiclip.evals.callback.IndiaBench",
+        "class_path": "indiclip.training.india_bench.IndiaBench",
         "init_args": {"batch_size": 8, "procedural": False} | options,
     }
 
 
 def best(monitor, **options):
     options = {"monitor": monitor, "mode": "max"} | options
-    return {"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": options}
+    return {"class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints", "init_args": options}
 
 
 def experiment(*callbacks, **changes):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from indiclip.data.languages import CODE, draw_caption
-from indiclip.data.module import MultiTaskData
-from indiclip.data.source import Source
-from indiclip.data.split import Split
-from indiclip.data.steps import Steps
+from indiclip.datasets.languages import CODE, draw_caption
+from indiclip.datasets.split import Split
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import Source
+from indiclip.loading.steps import Steps
 from indiclip.types import Sample
 
 LANGUAGES = ("en", "hi", "ta", "sat-Olck")

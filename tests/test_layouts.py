@@ -33,10 +33,10 @@ from layout_files import (
     write,
 )
 
-from indiclip.data.images import UnreadableSample
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.items import FileImages, Joined
 from indiclip.evals.images.layouts import find_items, read_items
+from indiclip.images import UnreadableSample
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_only_and_without(card, folder):
     assert fewer.keys == [items.keys[i] for i in (0, 2, 3)]
     assert fewer.groups == [items.groups[i] for i in (0, 2, 3)]
     assert (fewer.is_train.tolist(), len(items)) == (items.is_train[[0, 2, 3]].tolist(), 5)
-    again = fewer.only([2, 0])
+    again = fewer.select([2, 0])
     assert content(again) == [content(items)[i] for i in (3, 0)]
 
 

@@ -9,10 +9,11 @@ import pytest
 import regex
 from PIL import Image, ImageDraw
 
-from indiclip.data.lab import srgb_to_lab
-from indiclip.data.lettering import INDIAN, SCRIPTS, Lettering
-from indiclip.data.lettering_draw import _ink, _written
-from indiclip.data.lettering_words import (
+from indiclip.datasets.scripts import scripts as scripts_of
+from indiclip.generated.cielab import srgb_to_lab
+from indiclip.generated.lettering import INDIAN, SCRIPTS, Lettering
+from indiclip.generated.lettering_draw import _ink, _written
+from indiclip.generated.lettering_words import (
     PARTS,
     clusters,
     distractors,
@@ -20,7 +21,6 @@ from indiclip.data.lettering_words import (
     made_up_word,
     part_of,
 )
-from indiclip.data.scripts import scripts as scripts_of
 
 ALL = list(SCRIPTS)
 UNICODE_NAMES = {"urdu_nastaliq": "Arabic", "ol_chiki": "Ol Chiki", "meetei_mayek": "Meetei Mayek"}

@@ -11,7 +11,7 @@ import yaml
 from test_cli import config
 from test_workers import ENVIRONMENT, alive, wait_until
 
-from indiclip.survival.local_ranks import explain
+from indiclip.training.fault_tolerance.local_ranks import explain
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -21,7 +21,7 @@ def test_a_rank_that_waits_for_one_that_was_killed_ends_too(killed, tmp_path):
     tree = config(trainer__max_steps=9, trainer__devices=2)
     tree["trainer"]["callbacks"] = [
         {"class_path": "trouble.Stuck", "init_args": {"step": 2}},
-        {"class_path": "indiclip.survival.local_ranks.LocalRanks", "init_args": {"grace_seconds": 1.0}},
+        {"class_path": "indiclip.training.fault_tolerance.local_ranks.LocalRanks", "init_args": {"grace_seconds": 1.0}},
     ]
     file.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]

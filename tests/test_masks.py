@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from indiclip.data.coco import stack_masks
-from indiclip.data.densepose import fields
-from indiclip.data.masks import check_mask, check_room, check_run_lengths, decode_mask
+from indiclip.datasets.coco import stack_masks
+from indiclip.datasets.densepose import fields
+from indiclip.datasets.masks import check_mask, check_room, check_run_lengths, decode_mask
 
 
 def compressed(mask: np.ndarray) -> dict:

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from indiclip.data.mela import CLASSES, COLOURS, LANGUAGES, THINGS, Mela, Scene, class_names, draw_scene
-from indiclip.data.mela_layout import Item, draw_background
-from indiclip.data.mela_people import GARMENTS, NUM_PARTS, draw_person
-from indiclip.data.mela_scene import _visible_only, place_of
-from indiclip.data.mela_things import Sprite, draw_thing, rgb_of
-from indiclip.data.mela_words import PERSON, Group, captions, words
+from indiclip.generated.mela import CLASSES, COLOURS, LANGUAGES, THINGS, Mela, Scene, class_names, draw_scene
+from indiclip.generated.mela_layout import Item, draw_background
+from indiclip.generated.mela_people import GARMENTS, NUM_PARTS, draw_person
+from indiclip.generated.mela_scene import _visible_only, place_of
+from indiclip.generated.mela_things import Sprite, draw_thing, rgb_of
+from indiclip.generated.mela_words import PERSON, Group, captions, words
 
 SIZES_HW = [(64, 64), (96, 160), (200, 64), (33, 47)]
 

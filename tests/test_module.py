@@ -10,9 +10,9 @@ from heads.contrastive import Contrastive
 from heads.counting import Counting
 from heads.densepose import DensePose
 from heads.detection import Detection
-from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData
-from indiclip.data.source import Source
+from indiclip.generated.mela import Mela
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import Source
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
 
@@ -158,7 +158,7 @@ def test_resume_in_mid_epoch_is_exact(tmp_path, workers):
 
 
 def test_an_unreadable_sample_is_replaced_and_told():
-    from indiclip.data.images import UnreadableSample
+    from indiclip.images import UnreadableSample
 
     class Broken(Dataset):
         def __len__(self):

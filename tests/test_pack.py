@@ -20,9 +20,9 @@ from PIL import Image
 
 from indiclip.cli import main
 from indiclip.commands.sources import unique_keys
-from indiclip.data import cache, tar_index
-from indiclip.data.shard_writer import ShardWriter
-from indiclip.data.shards import Shards
+from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.shard_writer import ShardWriter
+from indiclip.webdataset.shards import Shards
 
 ROOT = Path(__file__).parent.parent
 

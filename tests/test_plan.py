@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from indiclip.data.images import UnreadableSample
-from indiclip.data.plan import Budget, Place, Plan, Samples, apportion
-from indiclip.data.source import Source, TokenCounts
-from indiclip.data.steps import Steps
+from indiclip.images import UnreadableSample
+from indiclip.loading.plan import BatchSpec, Plan, SampleRef, SourceInfo, apportion
+from indiclip.loading.source import Source, TokenCounts
+from indiclip.loading.steps import Steps
 from indiclip.patches import fit_hw
 from indiclip.types import Sample
 
 
 def plan(sizes, weights, batch_size, seed=0, task="t", shuffle=True):
-    return Plan(task, [Samples(size) for size in sizes], weights, Budget(batch_size), seed, shuffle)
+    return Plan(task, [SourceInfo(size) for size in sizes], weights, BatchSpec(batch_size), seed, shuffle)
 
 
 class Lengths:
@@ -32,10 +32,10 @@ class Lengths:
 def test_a_step_is_the_same_in_any_order_of_asking_and_in_another_process():
     def make():
         lengths = Lengths(np.random.default_rng(0).integers(1, 9, 50))
-        sources = [Samples(50, [0, 10, 31, 50], lengths), Samples(7)]
+        sources = [SourceInfo(50, [0, 10, 31, 50], lengths), SourceInfo(7)]
         return [
-            Plan("detection", sources, [3, 1], Budget(8), seed=5, window=2),
-            Plan("detection", sources, [3, 1], Budget(2, 24, 8), seed=5, window=2),
+            Plan("detection", sources, [3, 1], BatchSpec(8), seed=5, window=2),
+            Plan("detection", sources, [3, 1], BatchSpec(2, 24, 8), seed=5, window=2),
         ]
 
     for forward, other in zip(make(), pickle.loads(pickle.dumps(make())), strict=True):
@@ -75,8 +75,8 @@ def random_case(rng):
     max_tokens, multiple = int(rng.integers(1, 30)), int(rng.choice([1, 2, 4, 8]))
     lengths = Lengths(rng.integers(1, max_tokens + 1, size))
     tokens = int(multiple * max_tokens * rng.choice([1, 1.5, 3, 10]))
-    samples = Samples(size, starts if rng.random() < 0.8 else None, lengths if rng.random() < 0.8 else None)
-    return samples, Budget(multiple, tokens, max_tokens), int(rng.integers(1, 6))
+    samples = SourceInfo(size, starts if rng.random() < 0.8 else None, lengths if rng.random() < 0.8 else None)
+    return samples, BatchSpec(multiple, tokens, max_tokens), int(rng.integers(1, 6))
 
 
 @pytest.mark.parametrize("case", range(60))
@@ -123,10 +123,10 @@ def test_mixed_aspects_are_hardly_padded_and_the_budget_is_used(num_sources):
         count = TokenCounts(sizes, 16, 256)
         tokens = count(np.arange(len(sizes)))
         assert tokens.tolist()[:50] == [np.prod(fit_hw(h, w, 16, 256)) // 256 for h, w in sizes[:50].tolist()]
-        sources.append(Samples(len(sizes), np.arange(0, 10_001, 250), count))
+        sources.append(SourceInfo(len(sizes), np.arange(0, 10_001, 250), count))
         lengths.append(Lengths(tokens))
-    budget = Budget(8, 64 * 256, 256)
-    for chosen in (budget, Budget(64)) if num_sources == 1 else (budget,):
+    budget = BatchSpec(8, 64 * 256, 256)
+    for chosen in (budget, BatchSpec(64)) if num_sources == 1 else (budget,):
         plan = Plan("t", sources, [1.0] * num_sources, chosen, 0)
         share, batches = padding(plan, lengths)
         assert share < 0.04  # the aim is 0.10
@@ -138,14 +138,14 @@ def test_mixed_aspects_are_hardly_padded_and_the_budget_is_used(num_sources):
 def test_sources_of_different_lengths_need_a_token_budget():
     """With a fixed size each step has images of both."""
     lengths = [Lengths(np.full(640, 256)), Lengths(np.full(640, 16))]
-    sources = [Samples(640, None, each) for each in lengths]
-    assert padding(Plan("t", sources, [1, 1], Budget(64), 0), lengths)[0] > 0.4
-    assert padding(Plan("t", sources, [1, 1], Budget(8, 64 * 256, 256), 0), lengths)[0] == 0
+    sources = [SourceInfo(640, None, each) for each in lengths]
+    assert padding(Plan("t", sources, [1, 1], BatchSpec(64), 0), lengths)[0] > 0.4
+    assert padding(Plan("t", sources, [1, 1], BatchSpec(8, 64 * 256, 256), 0), lengths)[0] == 0
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_a_source_smaller_than_batch_multiple_is_trained_on(size):
-    many = Plan("t", [Samples(size)], [1.0], Budget(8, 64, 4), 0)
+    many = Plan("t", [SourceInfo(size)], [1.0], BatchSpec(8, 64, 4), 0)
     assert many.steps_per_epoch == 1
     assert {place.index for place in many.batch(0)} == set(range(size))
     assert len(many.batch(0)) == 8
@@ -164,8 +164,8 @@ def test_a_fixed_size_backbone_has_the_tokens_of_its_canvas():
 
 
 def test_a_window_bounds_the_shards_that_are_read_at_a_time():
-    samples = Samples(1000, list(range(0, 1001, 10)))
-    many = Plan("t", [samples], [1.0], Budget(20), 0, window=4)
+    samples = SourceInfo(1000, list(range(0, 1001, 10)))
+    many = Plan("t", [samples], [1.0], BatchSpec(20), 0, window=4)
     shards = [{place.index // 10 for place in many.batch(step)} for step in range(50)]
     for first in range(0, 48, 2):  # two batches are a window of 40 samples
         assert len(shards[first] | shards[first + 1]) <= 4
@@ -175,8 +175,8 @@ def test_a_window_bounds_the_shards_that_are_read_at_a_time():
 
 
 def test_sources_with_a_token_budget_take_turns_by_their_weights():
-    sources = [Samples(90), Samples(60), Samples(30)]
-    many = Plan("t", sources, [5, 3, 2], Budget(2, 8, 2), 0)
+    sources = [SourceInfo(90), SourceInfo(60), SourceInfo(30)]
+    many = Plan("t", sources, [5, 3, 2], BatchSpec(2, 8, 2), 0)
     of_step = [{place.source for place in many.batch(step)} for step in range(400)]
     assert all(len(found) == 1 for found in of_step)
     assert Counter(source for found in of_step for source in found) == {0: 200, 1: 120, 2: 80}
@@ -192,9 +192,9 @@ def test_a_budget_that_holds_no_batch_is_said():
     with pytest.raises(
         ValueError, match=r"batch_tokens 100 of task 't' does not hold 8 images \(batch_multiple\) of 16"
     ):
-        Plan("t", [Samples(10)], [1.0], Budget(8, 100, 16), 0)
+        Plan("t", [SourceInfo(10)], [1.0], BatchSpec(8, 100, 16), 0)
     with pytest.raises(ValueError, match="source 1 of task 't' gets no sample in 100 steps; raise its weight"):
-        Plan("t", [Samples(10), Samples(10)], [1000, 1], Budget(8, 1000, 16), 0)
+        Plan("t", [SourceInfo(10), SourceInfo(10)], [1000, 1], BatchSpec(8, 1000, 16), 0)
     with pytest.raises(ValueError, match="task 't' needs one of batch_size and batch_tokens"):
         Source("t", Numbers("a", 3))
     with pytest.raises(ValueError, match="batch_tokens of task 't' is 0; expected 1 or more"):
@@ -202,7 +202,7 @@ def test_a_budget_that_holds_no_batch_is_said():
 
 
 def test_held_out_samples_come_once_in_order_with_a_token_budget_too():
-    many = Plan("t", [Samples(21, None, Lengths(np.full(21, 3)))], [1.0], Budget(2, 30, 5), 0, shuffle=False)
+    many = Plan("t", [SourceInfo(21, None, Lengths(np.full(21, 3)))], [1.0], BatchSpec(2, 30, 5), 0, shuffle=False)
     steps = [many.pass_through(step) for step in range(many.steps_per_epoch)]
     assert [len(step) for step in steps] == [6, 6, 6, 3]
     assert [place.index for step in steps for place in step] == list(range(21))
@@ -292,7 +292,7 @@ def test_validation_goes_through_everything_once_in_order():
     steps = [held_out.pass_through(step) for step in range(held_out.steps_per_epoch + 2)]
     assert [place.index for step in steps for place in step if place.source == 0] == list(range(5))
     assert [place.index for step in steps for place in step if place.source == 1] == list(range(9))
-    assert steps[3] == [Place(1, 6, 6), Place(1, 7, 7)]
+    assert steps[3] == [SampleRef(1, 6, 6), SampleRef(1, 7, 7)]
     assert steps[5:] == [[], []]
 
 

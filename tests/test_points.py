@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indiclip.data.points import CountingPoints
+from indiclip.datasets.points import CountingPoints
 
 CONTENT = [
     {"file_name": "b.png", "class_name": "kite", "count": 2, "points": [[1, 2], [30.5, 10]],

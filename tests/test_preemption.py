@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from test_cli import config, fit
-from test_vote import TESTS, two_ranks
+from test_step_sync import TESTS, two_ranks
 
-from indiclip.record import read_history
-from indiclip.survival.preemption import requeue
+from indiclip.training.fault_tolerance.preemption import requeue
+from indiclip.training.record import read_history
 
 
 def experiment(folder, number=None, step=0, steps=6, **signal_options):
@@ -91,7 +91,7 @@ def test_a_validation_done_again_is_recorded_once(tmp_path):
     """The checkpoint of the third step was taken before the validation that followed it."""
     for steps in (3, 6):
         tree = experiment(tmp_path, steps=steps)
-        checkpoints = "indiclip.survival.checkpoints.Checkpoints"
+        checkpoints = "indiclip.training.fault_tolerance.checkpoints.Checkpoints"
         tree["trainer"]["callbacks"].append({"class_path": checkpoints, "init_args": {"every_n_train_steps": 3}})
         assert fit(tmp_path, tree, "--ckpt_path", "last") == 0
     assert list(scores(tmp_path / "runs" / "experiment")) == [3, 6]
@@ -110,8 +110,8 @@ def test_a_run_that_went_further_keeps_its_record(tmp_path):
     """Its third step's checkpoint has nothing left to train up to the third step; nor is a row there twice."""
     tree = experiment(tmp_path)
     tree["trainer"]["callbacks"] += [
-        {"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": {"save_top_k": -1}},
-        {"class_path": "indiclip.callbacks.TaskGradients", "init_args": {"every_n_steps": 1}},
+        {"class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints", "init_args": {"save_top_k": -1}},
+        {"class_path": "indiclip.training.callbacks.TaskGradients", "init_args": {"every_n_steps": 1}},
     ]
     assert fit(tmp_path, tree) == 0
     folder = tmp_path / "runs" / "experiment"
@@ -130,7 +130,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_report_writes_it_at_the_next_s
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("indiclip.record.write_report", full)
+        patch.setattr("indiclip.training.record.write_report", full)
         assert fit(tmp_path, experiment(tmp_path)) == 1
     assert fit(tmp_path, experiment(tmp_path), "--ckpt_path", "last") == 0
     folder = tmp_path / "runs" / "experiment"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from indiclip.data.tables import stable_hash
+from indiclip.datasets.tables import stable_hash
 from indiclip.evals.protocols import cosines
 from indiclip.evals.protocols.probes import folds, knn, linear_probe
 

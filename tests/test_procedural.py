@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
-from indiclip.data.lettering import SCRIPTS
-from indiclip.data.lettering_words import part_of
 from indiclip.evals.procedural import colours, ocr_words
+from indiclip.generated.lettering import SCRIPTS
+from indiclip.generated.lettering_words import part_of
 
 PAIRS = [("kesariya", "#FF9933"), ("firozi", "#40E0D0"), ("maroon", "#800000")]
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import on_ranks
 
-from indiclip.survival.ranks import AgreedStop, Interrupted, together
+from indiclip.training.fault_tolerance.ranks import AgreedStop, Interrupted, together
 
 
 def ends(failures, exchanges=3):

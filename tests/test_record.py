@@ -10,14 +10,14 @@ from torch.utils.data import Dataset
 
 from heads.contrastive import Contrastive
 from indiclip import json_lines
-from indiclip.callbacks import TaskGradients
-from indiclip.data.images import UnreadableSample
-from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData
-from indiclip.data.source import Source
+from indiclip.generated.mela import Mela
+from indiclip.images import UnreadableSample
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import Source
 from indiclip.module import MultiTask
-from indiclip.record import RunRecord, read_history
-from indiclip.survival.vote import StepVote
+from indiclip.training.callbacks import TaskGradients
+from indiclip.training.fault_tolerance.step_sync import StepSync
+from indiclip.training.record import RunRecord, read_history
 
 
 class SomeBroken(Dataset):
@@ -38,7 +38,7 @@ def test_a_run_with_corrupt_images_goes_on_counts_and_lists_them(tmp_path):
     logger = L.pytorch.loggers.TensorBoardLogger(str(tmp_path), name="run", version="")
     trainer = L.Trainer(
         accelerator="cpu", max_steps=8, logger=logger, log_every_n_steps=2,
-        callbacks=[StepVote(), RunRecord(pictures=2)], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[StepSync(), RunRecord(pictures=2)], enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip

@@ -11,22 +11,21 @@ import pytest
 import torch
 from helpers import ARCHITECTURE
 from test_cli import ROOT, config, fit
-from test_vote import two_ranks
+from test_step_sync import two_ranks
 
 from heads.contrastive import Contrastive
-from indiclip import run_folder
 from indiclip.backbone import NaFlexViT
-from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData, Source
 from indiclip.encoder import Encoder
+from indiclip.generated.mela import Mela
+from indiclip.loading.data_module import MultiTaskData, Source
 from indiclip.module import MultiTask
-from indiclip.survival.checkpoints import Checkpoints, DurableCheckpointIO
-from indiclip.survival.manifest import newest_good
-from indiclip.survival.owed_validation import OwedValidation
-from indiclip.survival.ranks import AgreedStop
-from indiclip.survival.vote import StepVote
 from indiclip.text import ByteTokenizer, TextTower
-from indiclip.training import run
+from indiclip.training.cli import run, run_folder
+from indiclip.training.fault_tolerance.checkpoints import Checkpoints, DurableCheckpointIO
+from indiclip.training.fault_tolerance.manifest import newest_good
+from indiclip.training.fault_tolerance.ranks import AgreedStop
+from indiclip.training.fault_tolerance.resume_validation import ResumeValidation
+from indiclip.training.fault_tolerance.step_sync import StepSync
 
 
 class Killed(BaseException):
@@ -79,7 +78,7 @@ def train(
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        callbacks=[callback, *more, OwedValidation(), Checkpoints(folder / "checkpoints", **checkpoints or {})],
+        callbacks=[callback, *more, ResumeValidation(), Checkpoints(folder / "checkpoints", **checkpoints or {})],
         plugins=[DurableCheckpointIO()],
         **options,
     )  # fmt: skip
@@ -188,10 +187,10 @@ def test_a_run_that_is_ended_amid_a_step_saves_nothing_there(tmp_path):
 
 
 def test_ranks_that_go_on_from_different_steps_end_together(monkeypatch):
-    monkeypatch.setattr("indiclip.survival.vote.gathered", lambda trainer, step: [step, step + 3])
+    monkeypatch.setattr("indiclip.training.fault_tolerance.step_sync.gathered", lambda trainer, step: [step, step + 3])
     trainer = SimpleNamespace(global_step=2, local_rank=0, is_global_zero=True, strategy=SimpleNamespace(launcher=None))
     with pytest.raises(AgreedStop, match=r"--ckpt_path: the ranks go on from different steps: \[2, 5\]"):
-        StepVote().on_train_start(trainer, None)
+        StepSync().on_train_start(trainer, None)
 
 
 @pytest.mark.parametrize("checkpoints", [{}, {"every_n_train_steps": 4}, {"monitor": "train/loss"}])
@@ -291,7 +290,10 @@ def test_a_rank_that_cannot_save_ends_all_of_them(tmp_path):
     """The other one is not left in a barrier; the good checkpoint stays."""
     tree = config(trainer__max_steps=50)
     tree["data"]["steps_per_epoch"] = 50
-    saves = {"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": {"every_n_train_steps": 2}}
+    saves = {
+        "class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints",
+        "init_args": {"every_n_train_steps": 2},
+    }
     tree["trainer"]["callbacks"] = [saves, {"class_path": "trouble.FullDisk", "init_args": {"step": 3}}]
     done, folder = two_ranks(tmp_path, tree)
     lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]

@@ -5,8 +5,8 @@ from difflib import SequenceMatcher
 
 import pytest
 
-from indiclip.data.romanise import LANGUAGES, is_romanisable, iso15919, romanise
 from indiclip.evals.cards.card import load_card, packaged
+from indiclip.generated.romanise import LANGUAGES, is_romanisable, iso15919, romanise
 
 SCRIPTS = ("DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL", "TELUGU", "KANNADA", "MALAYALAM")
 # The syllables of Unicode's names, which its editors wrote without diacritics, and ISO 15919's letters.

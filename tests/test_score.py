@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
+from indiclip.evals.card_scorer import Options, languages_left_out
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.probes import folds
 from indiclip.evals.results import IMAGES
 from indiclip.evals.score import score, texts_of
-from indiclip.evals.sheet import Options, languages_left_out
 
 LENGTHS = [6, 16]
 VIEWS = ["native", "64-square"]
@@ -223,7 +223,7 @@ def test_groups_and_what_was_not_seen_in_training(planted, scored, view, length)
             kept_N = ~planted.flagged_N if subset == "clean" else np.array(planted.items.groups) == subset
             kept = np.flatnonzero(kept_N | ~tested_N)
             images = {name: image_NE[kept] for name, image_NE in planted.images.items()}
-            alone = planted.score(False, items=planted.items.only(kept), images=images)[0]
+            alone = planted.score(False, items=planted.items.select(kept), images=images)[0]
             one = values(scored[0], "zero_shot", language, length, view, subset)
             whole = values(alone, "zero_shot", language, length, view)
             names = [name for name in whole if name in scored_names] if subset == "clean" else ["acc1"]
@@ -233,7 +233,7 @@ def test_groups_and_what_was_not_seen_in_training(planted, scored, view, length)
 
 def test_no_clean_numbers_where_nobody_looked(planted):
     assert not any(row.subset == "clean" for row in planted.score(flagged=False)[0])
-    one_group = planted.items.only(range(NUM))
+    one_group = planted.items.select(range(NUM))
     one_group.groups = ["dish"] * NUM
     assert not any(row.subset for row in planted.score(False, items=one_group)[0])
 
@@ -261,7 +261,7 @@ def test_probes_are_scikit_learns(planted, scored, view, length):
 
 def test_probes_without_a_gallery_leave_out_and_do_not_count_classes_of_one_image(planted):
     linear_model = pytest.importorskip("sklearn.linear_model")
-    items = planted.items.only(range(NUM))
+    items = planted.items.select(range(NUM))
     items.is_train = None
     items.labels = np.where(items.labels == 7, 6, items.labels)
     items.labels[0] = 7  # alone in its class
@@ -293,7 +293,7 @@ def test_probes_without_a_gallery_leave_out_and_do_not_count_classes_of_one_imag
 def test_a_gallery_that_is_gone_is_no_score_of_zero(planted):
     kept = np.flatnonzero(~planted.items.is_train)
     images = {view: image_NE[kept] for view, image_NE in planted.images.items()}
-    scores, _ = planted.score(False, items=planted.items.only(kept), images=images)
+    scores, _ = planted.score(False, items=planted.items.select(kept), images=images)
     assert not any(row.protocol in ("knn", "linear_probe") for row in scores)
     assert any(row.protocol == "zero_shot" for row in scores)
 
@@ -301,7 +301,7 @@ def test_a_gallery_that_is_gone_is_no_score_of_zero(planted):
 def test_the_gallery_is_in_no_number_but_those_of_probes(planted, scored):
     """Other embeddings and labels of the gallery change neither zero-shot numbers nor predictions."""
     train = planted.items.is_train
-    items = planted.items.only(range(NUM))
+    items = planted.items.select(range(NUM))
     items.labels = np.where(train, (items.labels + 1) % 8, items.labels)
     images = {view: torch.where(torch.tensor(train)[:, None], -x, x) for view, x in planted.images.items()}
     scores, predictions = planted.score(items=items, images=images)
@@ -358,7 +358,7 @@ def test_a_language_with_too_few_names_is_told_and_has_no_number(planted, scored
 def test_a_language_whose_classes_have_no_images(planted):
     kept = np.flatnonzero(~np.isin(planted.items.labels, list(HINDI)))
     images = {view: image_NE[kept] for view, image_NE in planted.images.items()}
-    scores, _ = planted.score(False, items=planted.items.only(kept), images=images)
+    scores, _ = planted.score(False, items=planted.items.select(kept), images=images)
     assert {row.language for row in scores} == {"en", IMAGES}
 
 
@@ -434,7 +434,7 @@ def test_a_reader_that_sees_nothing_matches_nothing(matched):
 
 
 def test_a_single_candidate_is_right_and_chance_says_so(matched):
-    items = matched.items.only(range(40))
+    items = matched.items.select(range(40))
     items.candidates = [words[:1] for words in items.candidates]
     found = values(matched.score(False, items=items)[0], "matching", "en", 16, "native")
     assert (found["acc1"].value, found["acc1"].chance) == (1, 1)
@@ -448,7 +448,7 @@ def test_texts_of_the_gallery_are_not_asked_for(matched):
 
 
 def test_nothing_to_score_is_no_number(matched):
-    items = matched.items.only(range(35, 40))
+    items = matched.items.select(range(35, 40))
     assert matched.score(False, items=items, images={view: x[35:] for view, x in matched.images.items()}) == ([], [])
 
 

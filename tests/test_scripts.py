@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from indiclip.data.scripts import RANGES, count_scripts, language, scripts
+from indiclip.datasets.scripts import RANGES, count_scripts, language, scripts
 
 regex = pytest.importorskip("regex")
 OF_INDIA = list(RANGES)[: list(RANGES).index("Arabic") + 1]

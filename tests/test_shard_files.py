@@ -11,9 +11,9 @@ import pytest
 from test_cache import captions, copies, tar_bytes
 from test_shards import open_files
 
-from indiclip.data import cache, shard_files, tar_index
-from indiclip.data.images import UnreadableSample
-from indiclip.data.shards import Shards
+from indiclip.images import UnreadableSample
+from indiclip.webdataset import cache, shard_files, tar_index
+from indiclip.webdataset.shards import Shards
 
 
 @pytest.fixture(autouse=True)

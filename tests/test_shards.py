@@ -15,8 +15,8 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from indiclip.data.images import UnreadableSample
-from indiclip.data.shards import Shards, expand
+from indiclip.images import UnreadableSample
+from indiclip.webdataset.shards import Shards, expand
 
 
 def png(value=0, size=(4, 4)):
@@ -219,7 +219,7 @@ def open_files():
 
 
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("indiclip.data.shard_files._OPEN_FILES", 3)
+    monkeypatch.setattr("indiclip.webdataset.shard_files._OPEN_FILES", 3)
     for i in range(8):
         write_tar(tmp_path / f"{i}.tar", {"0.png": png(i), "0.cls": str(i)})
     shards = Shards(str(tmp_path / "*.tar"))

@@ -5,9 +5,9 @@ import pytest
 from jsonargparse import ArgumentParser
 from torch.utils.data import Dataset
 
-from indiclip.data.split import Split
-from indiclip.data.tables import Strings, stable_hash
-from indiclip.names import nearest
+from indiclip.datasets.split import Split
+from indiclip.datasets.tables import Strings, stable_hash
+from indiclip.names import did_you_mean
 
 
 class Numbers(Dataset):
@@ -84,7 +84,10 @@ def test_it_is_wired_from_yaml():
     parser = ArgumentParser()
     parser.add_argument("--data", type=Dataset)
     inner = {"class_path": f"{__name__}.Numbers", "init_args": {"size": 50}}
-    outer = {"class_path": "indiclip.data.split.Split", "init_args": {"dataset": inner, "part": "val", "fraction": 0.5}}
+    outer = {
+        "class_path": "indiclip.datasets.split.Split",
+        "init_args": {"dataset": inner, "part": "val", "fraction": 0.5},
+    }
     built = parser.instantiate(parser.parse_object({"data": outer})).data
     assert isinstance(built.dataset, Numbers)
     assert keys(Numbers(50), "val", fraction=0.5) == {built.key(i) for i in range(len(built))}
@@ -111,5 +114,5 @@ def test_strings_and_the_nearest_name():
     with pytest.raises(IndexError):
         column[4]
     assert len(Strings([])) == 0
-    assert nearest("captoin", ["url", "caption"]) == "; nearest is 'caption'"
-    assert nearest("x", []) == ""
+    assert did_you_mean("captoin", ["url", "caption"]) == "; nearest is 'caption'"
+    assert did_you_mean("x", []) == ""

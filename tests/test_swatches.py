@@ -5,11 +5,11 @@ import pickle
 import numpy as np
 import pytest
 
-from indiclip.data.lab import delta_e76, delta_e2000, rgb_of_hex, srgb_to_lab
-from indiclip.data.mela_things import draw_shapes
-from indiclip.data.swatch_draw import SHAPES, WEAVES, draw_cloth
-from indiclip.data.swatches import KINDS, THINGS, Swatches
-from indiclip.data.swatches import WEAVES as WEAVES_OF
+from indiclip.generated.cielab import delta_e76, delta_e2000, rgb_of_hex, srgb_to_lab
+from indiclip.generated.mela_things import draw_shapes
+from indiclip.generated.swatch_draw import SHAPES, WEAVES, draw_cloth
+from indiclip.generated.swatches import KINDS, THINGS, Swatches
+from indiclip.generated.swatches import WEAVES as WEAVES_OF
 
 # The India benchmark's colours, and their Lab values as they were computed when they were chosen.
 COLOURS = {

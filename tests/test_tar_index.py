@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from test_shards import png, write_tar
 
-from indiclip.data import cache, tar_index
-from indiclip.data.shards import Shards
+from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.shards import Shards
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_shards import png, write_tar
 
-from indiclip.data.shards import Shards
-from indiclip.data.tar_members import members
+from indiclip.webdataset.shards import Shards
+from indiclip.webdataset.tar_members import members
 
 
 def block(name="x", size=0, kind=tarfile.REGTYPE, attributes=None):

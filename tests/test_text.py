@@ -46,7 +46,7 @@ def tokenizer_file(tmp_path):
 def test_fast_tokenizer_from_file_folder_and_checkpoint(tokenizer_file):
     from_folder = FastTokenizer(str(tokenizer_file), context_length=3)
     from_file = FastTokenizer(str(tokenizer_file / "tokenizer.json"), context_length=3)
-    rebuilt = FastTokenizer(**from_folder.spec())
+    rebuilt = FastTokenizer(**from_folder.to_config())
     for tokenizer in (from_folder, from_file, rebuilt):
         assert tokenizer.encode(["a red kite flies", "kite"]) == [[2, 3, 4], [4]]
         assert (tokenizer.vocab_size, tokenizer.pad_id) == (5, 0)
@@ -64,7 +64,7 @@ def test_sentencepiece_round_trip(tmp_path):
         minloglevel=2,
     )
     tokenizer = SentencePieceTokenizer(str(tmp_path / "sp.model"), context_length=16)
-    rebuilt = SentencePieceTokenizer(**tokenizer.spec())
+    rebuilt = SentencePieceTokenizer(**tokenizer.to_config())
     rows = tokenizer.encode(["लाल पतंग", "a red kite"])
     assert rebuilt.encode(["लाल पतंग", "a red kite"]) == rows
     assert rows[0][-1] == tokenizer._processor.eos_id()
@@ -80,7 +80,7 @@ def test_any_transformers_architecture_and_a_local_pretrained_folder(tmp_path):
     again = TextTower(ByteTokenizer(64), pretrained=str(tmp_path))
     for name, weight in tower.model.state_dict().items():
         torch.testing.assert_close(again.model.state_dict()[name], weight)
-    rebuilt = TextTower(ByteTokenizer(64), **{k: v for k, v in again.spec().items() if k != "tokenizer"})
+    rebuilt = TextTower(ByteTokenizer(64), **{k: v for k, v in again.to_config().items() if k != "tokenizer"})
     assert rebuilt.model.state_dict().keys() == tower.model.state_dict().keys()
     assert describe(tower)["class_path"] == "indiclip.text.TextTower"
 
@@ -98,7 +98,7 @@ def test_a_pad_token_is_checked_and_carried():
     with pytest.raises(ValueError, match=r"tokenizer\.pad_token: the vocabulary has no '<pda>'; nearest is '<pad>'"):
         FastTokenizer(str(file), pad_token="<pda>")
     tokenizer = FastTokenizer(str(file), pad_token="</s>")
-    assert FastTokenizer(**tokenizer.spec()).pad_id == tokenizer.pad_id != FastTokenizer(str(file)).pad_id
+    assert FastTokenizer(**tokenizer.to_config()).pad_id == tokenizer.pad_id != FastTokenizer(str(file)).pad_id
 
 
 @pytest.mark.parametrize(

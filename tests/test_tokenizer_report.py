@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from indiclip.cli import main
 from indiclip.commands.tokenizer_report import ClipTokenizer, load, measure
-from indiclip.data.texts import Text
+from indiclip.datasets.corpora import Text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

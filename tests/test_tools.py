@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indiclip.data.captions import CaptionTable
-from indiclip.data.coco import CocoDetection
-from indiclip.data.mela import Mela
-from indiclip.data.points import CountingPoints
-from indiclip.data.shards import Shards
+from indiclip.datasets.captions import CaptionTable
+from indiclip.datasets.coco import CocoDetection
+from indiclip.datasets.points import CountingPoints
+from indiclip.generated.mela import Mela
 from indiclip.text import ByteTokenizer, FastTokenizer
+from indiclip.webdataset.shards import Shards
 
 TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from indiclip.data.mela import Mela
-from indiclip.data.split import Split
-from indiclip.data.texts import Text
+from indiclip.datasets.corpora import Text
+from indiclip.datasets.split import Split
+from indiclip.generated.mela import Mela
 from indiclip.text import FastTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -115,10 +115,10 @@ def test_held_out_rows_change_nothing(tmp_path):
 def test_captions_of_a_part_of_a_dataset_that_tells_them_by_its_samples_only(tmp_path):
     """Through a config: all languages of the scenes that are not held out, and no others."""
     mela = {
-        "class_path": "indiclip.data.mela.Mela",
+        "class_path": "indiclip.generated.mela.Mela",
         "init_args": {"num_scenes": 8, "size": 48, "languages": ["en", "hi"]},
     }
-    part = {"class_path": "indiclip.data.split.Split", "init_args": {"part": "train", "dataset": mela}}
+    part = {"class_path": "indiclip.datasets.split.Split", "init_args": {"part": "train", "dataset": mela}}
     config = tmp_path / "x.yaml"
     config.write_text(json.dumps({"data": {"train": [{"task": "a", "dataset": part, "batch_size": 1}]}}))
     scenes = Split(Mela(8, 48, languages=["en", "hi"]), "train")

@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from indiclip import patches
-from indiclip.data.images import EncodedImage
-from indiclip.data.transforms import Transform, collate
+from indiclip.images import EncodedImage
+from indiclip.loading.transforms import Transform, collate
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
 BOXES = np.array([[10, 20, 50, 60], [100, 5, 130, 95], [60, 70, 90, 90]], dtype=np.float32)

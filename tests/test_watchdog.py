@@ -12,12 +12,12 @@ from test_workers import wait_until
 from trouble_reading import Troubles
 
 from heads.contrastive import Contrastive
-from indiclip.data.mela import Mela
-from indiclip.data.module import MultiTaskData
-from indiclip.data.source import Source
-from indiclip.data.workers import living_workers
+from indiclip.generated.mela import Mela
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import Source
+from indiclip.loading.workers import living_workers
 from indiclip.module import MultiTask
-from indiclip.survival.watchdog import Watchdog
+from indiclip.training.fault_tolerance.watchdog import Watchdog
 
 PATIENCE = 0.4  # seconds; a step of these models takes 0.01
 
@@ -112,7 +112,7 @@ def test_a_long_validation_that_goes_on_and_a_long_save_are_not_stalls(tmp_path,
     """Each step, held-out step, save and load takes six tenths of the patience, by a clock that is put on."""
     hours = itertools.count()
     clock = types.SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime)
-    monkeypatch.setattr("indiclip.survival.watchdog.time", clock)
+    monkeypatch.setattr("indiclip.training.fault_tolerance.watchdog.time", clock)
     now = [0.0]
 
     def take(*_):

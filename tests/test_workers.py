@@ -14,14 +14,14 @@ from test_cli import config, fit
 from torch.utils.data import Dataset
 from trouble_reading import Troubles, loader
 
-from indiclip.data.workers import StepLoader, Workers, explain, kill_workers, living_workers, own_reading, reading
+from indiclip.loading.workers import StepLoader, Workers, explain, kill_workers, living_workers, own_reading, reading
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 _IMPORTS = """
 import multiprocessing, os, signal, subprocess, sys
-from indiclip.data.workers import living_workers, explain
+from indiclip.loading.workers import living_workers, explain
 from trouble_reading import Troubles, loader
 """
 

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from heads.contrastive import Contrastive
-from indiclip.data.images import UnreadableSample
-from indiclip.data.mela import Mela
-from indiclip.survival import checkpoints
+from indiclip.generated.mela import Mela
+from indiclip.images import UnreadableSample
+from indiclip.training.fault_tolerance import checkpoints
 
 
 class BadLoss(Contrastive):

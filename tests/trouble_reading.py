@@ -9,8 +9,8 @@ import time
 
 from torch.utils.data import Dataset
 
-from indiclip.data.mela import Mela
-from indiclip.data.workers import StepLoader, Workers, reading
+from indiclip.generated.mela import Mela
+from indiclip.loading.workers import StepLoader, Workers, reading
 
 
 class Troubles(Mela):

@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 from rich.progress import Progress
 
-from indiclip.data.tables import stable_hash
+from indiclip.datasets.tables import stable_hash
 
 _TIMEOUT = 60  # seconds without a byte
 

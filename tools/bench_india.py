@@ -17,8 +17,8 @@ import torch
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.card_scorer import Options
 from indiclip.evals.models.embedder import EncoderEmbedder
-from indiclip.evals.sheet import Options
 from indiclip.text import ByteTokenizer, TextTower
 
 # Width, depth, heads, patch size.

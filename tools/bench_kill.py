@@ -30,8 +30,8 @@ import lightning as L
 import torch
 import yaml
 
-from indiclip.record import read_history
-from indiclip.survival.manifest import what_is_wrong
+from indiclip.training.fault_tolerance.manifest import what_is_wrong
+from indiclip.training.record import read_history
 
 STEPS, EVERY = 60, 5
 
@@ -58,7 +58,10 @@ def experiment(folder: Path, micro_batches: int) -> dict[str, Any]:
     text = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"intermediate_size": 64, "hidden_dropout_prob": 0.2}
     backbone = {"width": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "max_tokens": 64}
-    mela = {"class_path": "indiclip.data.mela.Mela", "init_args": {"num_scenes": 100, "size": 32, "layout": "single"}}
+    mela = {
+        "class_path": "indiclip.generated.mela.Mela",
+        "init_args": {"num_scenes": 100, "size": 32, "layout": "single"},
+    }
     jitter = {"class_path": "torchvision.transforms.v2.ColorJitter", "init_args": {"brightness": 0.5}}
     source = {"task": "contrastive", "dataset": mela, "batch_size": 8, "max_tokens": 16, "augment": [jitter]}
     held_out = source | {"dataset": mela | {"init_args": mela["init_args"] | {"num_scenes": 16, "seed": 1}}}
@@ -66,7 +69,9 @@ def experiment(folder: Path, micro_batches: int) -> dict[str, Any]:
     callbacks: list[dict[str, Any]] = [{"class_path": "bench_kill.Diary", "init_args": {"folder": str(folder)}}]
     if micro_batches == 1:
         every = {"every_n_train_steps": EVERY}
-        callbacks.append({"class_path": "indiclip.survival.checkpoints.Checkpoints", "init_args": every})
+        callbacks.append(
+            {"class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints", "init_args": every}
+        )
     encoder = {
         "backbone": {"class_path": "indiclip.backbone.NaFlexViT", "init_args": backbone},
         "text": {"tokenizer": {"class_path": "indiclip.text.ByteTokenizer"}, "architecture": text},

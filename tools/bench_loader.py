@@ -27,12 +27,12 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from indiclip.data.images import EncodedImage
-from indiclip.data.module import MultiTaskData, StepSampler
-from indiclip.data.shards import Shards
-from indiclip.data.source import Source
-from indiclip.data.steps import Steps
-from indiclip.data.transforms import Transform
+from indiclip.images import EncodedImage
+from indiclip.loading.data_module import MultiTaskData, StepSampler
+from indiclip.loading.source import Source
+from indiclip.loading.steps import Steps
+from indiclip.loading.transforms import Transform
+from indiclip.webdataset.shards import Shards
 
 SIDE, PATCH, TOKENS = 224, 16, 196
 
@@ -126,7 +126,7 @@ def bench_index(folder: Path) -> None:
     print(f"index of {number * 3:,} members in 100 shards: built in {time.perf_counter() - start:.1f} s")
     code = (
         "import sys, time, resource\n"
-        "from indiclip.data.shards import Shards\n"
+        "from indiclip.webdataset.shards import Shards\n"
         "def rss(): return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
         "before, start = rss(), time.perf_counter()\n"
         "shards = Shards(sys.argv[1])\n"

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
-from indiclip.data.mela import Mela
+from indiclip.generated.mela import Mela
 
 SIZES = (64, 96, 128, 256)
 SETTINGS: dict[str, dict[str, object]] = {

@@ -13,12 +13,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from indiclip.data.captions import CaptionTable
-from indiclip.data.split import Split
+from indiclip.datasets.captions import CaptionTable
+from indiclip.datasets.split import Split
 from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.card_scorer import Options
 from indiclip.evals.models.embedder import load_embedder
 from indiclip.evals.results import Score
-from indiclip.evals.sheet import Options
 
 METRIC = "image_to_text_r5"
 

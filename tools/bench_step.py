@@ -26,10 +26,10 @@ from torch import nn
 
 from heads.contrastive import Contrastive
 from indiclip.backbone import NaFlexViT
-from indiclip.data.mela import Mela
-from indiclip.data.source import Source
-from indiclip.data.steps import Steps
 from indiclip.encoder import Encoder
+from indiclip.generated.mela import Mela
+from indiclip.loading.source import Source
+from indiclip.loading.steps import Steps
 from indiclip.text import ByteTokenizer, FastTokenizer, TextTower, Tokenizer
 
 WIDTH, DEPTH, HEADS, PATCH, PIXELS = 192, 6, 3, 8, 96
@@ -62,7 +62,7 @@ def our_contrastive_step(batch: dict[str, Any], tokenizer: Tokenizer, device: st
     text = TextTower(tokenizer, architecture)
     encoder = Encoder(NaFlexViT(width=WIDTH, depth=DEPTH, num_heads=HEADS, patch_size=PATCH), text, EMBED, [])
     head = Contrastive(loss="softmax")
-    head.build(encoder)
+    head.bind(encoder)
     module = nn.ModuleList([encoder, head]).to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     images = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch["images"].items()}
@@ -124,9 +124,9 @@ def four_tasks(rounds: int, device: str) -> None:
     """Print the quickstart's step beside its tasks alone."""
     from jsonargparse import ArgumentParser
 
-    from indiclip.data.module import MultiTaskData
+    from indiclip.loading.data_module import MultiTaskData
     from indiclip.module import MultiTask
-    from indiclip.training import check
+    from indiclip.training.cli import check
 
     parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_class_arguments(MultiTask, "model")

@@ -28,9 +28,9 @@ from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
 
-from indiclip.data.images import UnreadableSample
-from indiclip.data.module import MultiTaskData
-from indiclip.data.texts import HOLDOUT, training_texts
+from indiclip.datasets.corpora import HOLDOUT, training_texts
+from indiclip.images import UnreadableSample
+from indiclip.loading.data_module import MultiTaskData
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 # Words, punctuation, white space. An apostrophe inside a word is a part of it: English contractions, Assamese vowels.

@@ -82,7 +82,7 @@ def run(argv: list[str]) -> int:
         _parser().print_help()
         return 0
     options = _parser().parse_args(argv)
-    from indiclip.run_folder import unlock
+    from indiclip.training.run_folder import unlock
 
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"indiclip bench: {message}", file=sys.stderr)
@@ -96,14 +96,14 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from indiclip.evals.bench import check_languages, find_bench, run_bench
+    from indiclip.evals.card_scorer import Options
     from indiclip.evals.models.embedder import load_embedder
     from indiclip.evals.overlap import flag
     from indiclip.evals.pages.bench_report import write_bench_report
     from indiclip.evals.pages.console import print_result
     from indiclip.evals.pages.pictures import Pictures
     from indiclip.evals.results import check_parquet
-    from indiclip.evals.sheet import Options
-    from indiclip.run_folder import lock
+    from indiclip.training.run_folder import lock
 
     check_parquet()
     torch.set_flush_denormal(True)

@@ -17,12 +17,12 @@ import numpy as np
 from indiclip.commands.findings import Finding, Findings, json_line
 from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, all_captions, opened, ranges
-from indiclip.data import cache
-from indiclip.data.box_shards import check_boxes
-from indiclip.data.images import EncodedImage, UnreadableSample
-from indiclip.data.shards import Shards, find, read_caption, read_captions, read_entry
-from indiclip.data.tar_index import BAD_LABEL
-from indiclip.data.tar_members import IMAGES, TEXTS, key_and_extension, members
+from indiclip.images import EncodedImage, UnreadableSample
+from indiclip.webdataset import cache
+from indiclip.webdataset.box_shards import check_boxes
+from indiclip.webdataset.shards import Shards, find, read_caption, read_captions, read_entry
+from indiclip.webdataset.tar_index import BAD_LABEL
+from indiclip.webdataset.tar_members import IMAGES, TEXTS, key_and_extension, members
 
 _WARNINGS = (
     "left-out member",

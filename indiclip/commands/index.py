@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from indiclip.commands.parallel import results
-from indiclip.data import cache, tar_index
-from indiclip.data.shards import expand
-from indiclip.data.tar_index import TarIndex
+from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.shards import expand
+from indiclip.webdataset.tar_index import TarIndex
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 from indiclip.commands.findings import json_line
 from indiclip.commands.parallel import results
 from indiclip.commands.sources import Items, open_source
-from indiclip.data.box_shards import check_boxes
-from indiclip.data.images import EncodedImage, UnreadableSample
-from indiclip.data.shard_writer import ShardWriter
-from indiclip.data.shards import read_caption, read_captions, read_classes, read_entry
-from indiclip.data.tables import stable_hash
-from indiclip.data.tar_members import MAX_BYTES
+from indiclip.datasets.tables import stable_hash
+from indiclip.images import EncodedImage, UnreadableSample
+from indiclip.webdataset.box_shards import check_boxes
+from indiclip.webdataset.shard_writer import ShardWriter
+from indiclip.webdataset.shards import read_caption, read_captions, read_classes, read_entry
+from indiclip.webdataset.tar_members import MAX_BYTES
 
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _NAME = re.compile(r"[\w-]+")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import Dataset
 
-from indiclip.data.workers import WatchedLoader
+from indiclip.loading.workers import WatchedLoader
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

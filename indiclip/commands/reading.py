@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from indiclip.data.shards import Shards
+from indiclip.webdataset.shards import Shards
 
 _SAMPLES = 256  # of a range: a second's work
 

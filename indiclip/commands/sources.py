@@ -9,10 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from indiclip.data.captions import LANGUAGES, column_place, read_table
-from indiclip.data.coco import look_up, read_categories, unique_ids
-from indiclip.data.tables import Strings, column, existing, load_json
-from indiclip.data.tar_members import IMAGES
+from indiclip.datasets.captions import LANGUAGES, column_place, read_table
+from indiclip.datasets.coco import look_up, read_categories, unique_ids
+from indiclip.datasets.tables import Strings, column, existing, load_json
+from indiclip.webdataset.tar_members import IMAGES
 
 _UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file name on some system, or in a key
 

@@ -12,11 +12,11 @@ import numpy as np
 from indiclip.commands.findings import json_line
 from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, all_captions, opened, ranges
-from indiclip.data import cache
-from indiclip.data.images import EncodedImage, UnreadableSample
-from indiclip.data.scripts import language, scripts
-from indiclip.data.shards import expand, read_caption, read_classes, read_entry
+from indiclip.datasets.scripts import language, scripts
+from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.patches import fit_hw
+from indiclip.webdataset import cache
+from indiclip.webdataset.shards import expand, read_caption, read_classes, read_entry
 
 _ASPECTS = {  # width / height: what is below the number
     "below 1:4": 1 / 4, "1:4 to 1:2": 1 / 2, "1:2 to 2:3": 2 / 3, "2:3 to 9:10": 0.9, "about 1:1": 1.1,

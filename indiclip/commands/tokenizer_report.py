@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from indiclip.data.tables import existing
-from indiclip.data.texts import read_texts
-from indiclip.names import nearest
+from indiclip.datasets.corpora import read_texts
+from indiclip.datasets.tables import existing
+from indiclip.names import did_you_mean
 from indiclip.text import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, Tokenizer
 
 _UNCUT = 10**9  # a context length that no text reaches
@@ -54,7 +54,7 @@ class ClipTokenizer(Tokenizer):
         rows = (self._tokenizer.encode(text)[: self.context_length - 2] for text in texts)
         return [[start, *row, end] for row in rows]
 
-    def spec(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         return {"context_length": self.context_length}
 
 
@@ -73,7 +73,7 @@ def load(name: str, context_length: int) -> Tokenizer:
         path = existing(name)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}; expected a file, a folder, or one of {_NAMES}{nearest(name, _NAMES)}"
+            f"{error}; expected a file, a folder, or one of {_NAMES}{did_you_mean(name, _NAMES)}"
         ) from error
     if path.suffix in (".yaml", ".yml"):
         return _of_config(path)
@@ -90,7 +90,7 @@ def load(name: str, context_length: int) -> Tokenizer:
 
 def measure(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str, Counts]:
     """Language -> counts; of texts that each have a word."""
-    uncut = type(tokenizer)(**tokenizer.spec() | {"context_length": _UNCUT})
+    uncut = type(tokenizer)(**tokenizer.to_config() | {"context_length": _UNCUT})
     frame = len(uncut.encode([""])[0])  # the start and end tokens
     found = {}
     for language, of_language in texts.items():
@@ -142,7 +142,7 @@ def _limits(words: list[str], languages: list[str]) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"--max_tokens_per_word: found {word!r}; expected a number, or such as hi=1.5") from None
         if is_single and language not in languages:
-            near = nearest(language, languages)
+            near = did_you_mean(language, languages)
             raise ValueError(f"--max_tokens_per_word: the texts have no language {language!r}{near}; found {languages}")
         limits |= {language: bound} if is_single else dict.fromkeys(languages, bound)
     return limits

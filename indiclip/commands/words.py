@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from indiclip.names import nearest
+from indiclip.names import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"{unknown[0]}: no such option{nearest(unknown[0], flags)}")
+            self.error(f"{unknown[0]}: no such option{did_you_mean(unknown[0], flags)}")
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -58,7 +58,7 @@ def run_command(group: str, about: str, commands: dict[str, Callable[[list[str]]
     if "" in commands and argv[0].startswith("-"):
         argv = ["", *argv]
     if argv[0] not in commands:
-        near = nearest(argv[0], filter(None, commands))
+        near = did_you_mean(argv[0], filter(None, commands))
         print(f"indiclip {group}: no command {argv[0]!r}{near} (indiclip {group} --help)", file=sys.stderr)
         return 2
     name = f"indiclip {group} {argv[0]}".rstrip()

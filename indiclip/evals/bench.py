@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indiclip.data.fonts import MissingFonts
-from indiclip.data.tables import stable_hash
+from indiclip.datasets.tables import stable_hash
+from indiclip.evals.card_scorer import Options, languages_left_out
 from indiclip.evals.cards.card import Card, load_card, packaged
 from indiclip.evals.encode import Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items, Joined
@@ -27,8 +27,8 @@ from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.procedural import colours, ocr_words
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of
 from indiclip.evals.score import score, texts_of
-from indiclip.evals.sheet import Options, languages_left_out
-from indiclip.names import nearest
+from indiclip.generated.fonts import MissingFonts
+from indiclip.names import did_you_mean
 
 _WORDS, _GALLERY_WORDS = 40, 20  # generated images of each script, scored and for probes to train on
 _SWATCHES, _GALLERY_SWATCHES = 24, 12  # of each colour
@@ -93,7 +93,7 @@ def find_bench(
         if photographs is None:
             where = "no folder of images was given"
             if root is not None:
-                where = f"{root} has no folder of it{nearest(card.folder, others)}"
+                where = f"{root} has no folder of it{did_you_mean(card.folder, others)}"
             bench.skipped.append(_card_result(card, PHOTOGRAPHS, "skipped", [where]))
         else:
             bench.items.append(photographs)
@@ -117,8 +117,8 @@ def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
         known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
     for language in languages or []:
         if language not in known:
-            said = f"languages: no card has {language!r}{nearest(language, known)}; expected {', '.join(sorted(known))}"
-            raise ValueError(said)
+            expected = f"expected {', '.join(sorted(known))}"
+            raise ValueError(f"languages: no card has {language!r}{did_you_mean(language, known)}; {expected}")
 
 
 def _folders_beside(root: Path | None, cards: Sequence[Card]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from indiclip.evals.pages.bench_marks import interval, language_name, metric_name, number, signed, title
+from indiclip.evals.pages.formatting import interval, language_name, metric_name, number, signed, title
 from indiclip.evals.protocols.metrics import parity_gap
 from indiclip.evals.results import CardResult, Prediction, Result, Score, by_card, name_of
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from indiclip.data.images import UnreadableSample
-from indiclip.data.workers import StepLoader, Workers
 from indiclip.evals.images.items import Images
 from indiclip.evals.models.embedder import Embedder, View
+from indiclip.images import UnreadableSample
+from indiclip.loading.workers import StepLoader, Workers
 
 _TEXTS = 256  # in a batch
 

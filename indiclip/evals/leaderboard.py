@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indiclip import json_lines
-from indiclip.evals.pages.bench_marks import STYLE, heat_cell, language_name, number
+from indiclip.evals.pages.formatting import STYLE, heat_cell, language_name, number
 from indiclip.evals.pages.page import Html, many, page, table, tag, text
 from indiclip.evals.results import PHOTOGRAPHS, Result, corrected
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from indiclip.data.images import UnreadableSample
-from indiclip.data.shards import Shards
-from indiclip.data.workers import StepLoader, Workers
 from indiclip.evals.bench import Bench, part_of
 from indiclip.evals.images.items import Items
 from indiclip.evals.pages.pictures import thumbnail
 from indiclip.evals.protocols.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
 from indiclip.evals.results import name_of
+from indiclip.images import UnreadableSample
+from indiclip.loading.workers import StepLoader, Workers
+from indiclip.webdataset.shards import Shards
 
 _SIDE = 64  # pixels of the longer side from which a picture is hashed
 _HASHED = 256  # pictures that a loader process gives back at a time
@@ -57,7 +57,7 @@ def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[
 
     Args:
         bench: Of its photographs those that are scored are looked for; generated images are new to any training data.
-        training: Shards, as `indiclip.data.shards.Shards` takes them.
+        training: Shards, as `indiclip.webdataset.shards.Shards` takes them.
         num_workers: Processes that read.
 
     Returns:
@@ -72,7 +72,7 @@ def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[
         bench.flagged.append(flagged_N)
         if items.procedural:
             continue
-        scored = items.only(np.flatnonzero(items.tested_N).tolist())
+        scored = items.select(np.flatnonzero(items.tested_N).tolist())
         own = _hashes(len(scored), partial(_of_items, scored), num_workers)
         by_image, by_caption = near_duplicates(own.images, known.images), _by_caption(scored, known.captions)
         flagged_N[items.tested_N] = by_image.near_N | by_caption

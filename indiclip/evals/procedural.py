@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from indiclip.data.lettering import SCRIPTS, Lettering
-from indiclip.data.swatches import Swatches
+from indiclip.generated.lettering import SCRIPTS, Lettering
+from indiclip.generated.swatches import Swatches
 from indiclip.types import Sample
 
 NUM_DISTRACTORS = 9

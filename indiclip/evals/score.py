@@ -1,6 +1,6 @@
 """Embeddings of a card's images and texts -> its numbers: every protocol, language, length and view.
 
-Shape letters: see `indiclip.evals.sheet`; T texts, L lengths.
+Shape letters: see `indiclip.evals.card_scorer`; T texts, L lengths.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from indiclip.evals.card_scorer import TOP, CardScorer, Language, Options, Setting, language_of, languages_of
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols import metrics, probes
-from indiclip.evals.protocols.cosines import as_near, chunks, cut
+from indiclip.evals.protocols.cosines import as_near, chunks, truncate_normalize
 from indiclip.evals.protocols.distances import haversine_km, within_km
 from indiclip.evals.protocols.metrics import Interval
 from indiclip.evals.protocols.retrieval import caption_ranks, chance_recall, class_ranks
 from indiclip.evals.protocols.zero_shot import Ranking, hard_pairs, rank_classes
 from indiclip.evals.results import CLEAN, IMAGES, Prediction, Score
-from indiclip.evals.sheet import TOP, Language, Options, Setting, Sheet, language_of, languages_of
 
 RECALL_AT = (1, 5, 10)
 
@@ -32,21 +32,21 @@ def score(
     options: Options,
     flagged_N: np.ndarray | None = None,
 ) -> tuple[list[Score], list[Prediction]]:
-    """All numbers of a card (without texts: those of images alone) and the main setting's predictions; see `Sheet`."""
+    """All numbers of a card (without texts: those of images alone), and the predictions of its main setting."""
     if not items.tested_N.any():
         return [], []
-    sheet = Sheet(items, images, texts, lengths, options, flagged_N)
-    for setting in sheet.settings if texts else []:
+    scorer = CardScorer(items, images, texts, lengths, options, flagged_N)
+    for setting in scorer.settings if texts else []:
         if items.card.task == "matching":
-            _match(sheet, setting)
+            _match(scorer, setting)
         if items.card.task == "retrieval":
-            _retrieve(sheet, setting)
+            _retrieve(scorer, setting)
         else:
-            _classify(sheet, setting)
+            _classify(scorer, setting)
     if options.probes and items.card.task != "retrieval":
         for view in images:
-            _probe(sheet, view)
-    return sheet.scores, sheet.predictions
+            _probe(scorer, view)
+    return scorer.scores, scorer.predictions
 
 
 def texts_of(items: Items, options: Options) -> Iterator[str]:
@@ -68,43 +68,43 @@ def _asked(items: Items, texts: Sequence[str]) -> list[str]:
     return [template.replace("{c}", text) for text in texts]
 
 
-def _classify(sheet: Sheet, setting: Setting) -> None:
+def _classify(scorer: CardScorer, setting: Setting) -> None:
     """Zero-shot in every language, hard pairs, images found by a class's name, places, and what English does better."""
     # Where images are matched with texts, telling the classes (scripts) apart comes second.
-    protocol = "zero_shot" if sheet.card.task == "classification" else "classes"
-    image_NE, label_N = sheet.images[setting.view], sheet.label_N
-    for language in sheet.languages:
-        class_DE, class_D = sheet.class_embeddings(language, setting.length), language.class_D
+    protocol = "zero_shot" if scorer.card.task == "classification" else "classes"
+    image_NE, label_N = scorer.images[setting.view], scorer.label_N
+    for language in scorer.languages:
+        class_DE, class_D = scorer.class_embeddings(language, setting.length), language.class_D
         ranking = rank_classes(image_NE, class_DE, label_N, class_D, nearest=TOP)
         label_M, rank_M, chance = label_N[ranking.image_M], ranking.rank_M, 1 / len(class_D)
         if not len(rank_M):
             continue
         sizes, code = (len(rank_M), len(class_D)), language.code
-        sheet.add(setting, protocol, code, sheet.accuracies(rank_M, label_M, len(class_D)), *sizes, chance)
-        for subset, of_M in sheet.subsets(ranking.image_M).items():
-            values = {"acc1": sheet.rate(rank_M[of_M] == 0)}
+        scorer.add(setting, protocol, code, scorer.accuracies(rank_M, label_M, len(class_D)), *sizes, chance)
+        for subset, of_M in scorer.subsets(ranking.image_M).items():
+            values = {"acc1": scorer.rate(rank_M[of_M] == 0)}
             if subset == CLEAN:
-                values = sheet.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
-            sheet.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
+                values = scorer.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
+            scorer.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
         found = class_ranks(image_NE, class_DE, label_N, class_D)
         right_M, at = np.bincount(label_M)[found.class_M], (1, TOP)
-        values = {f"text_to_image_r{k}": sheet.rate(found.rank_M < k) for k in at}
+        values = {f"text_to_image_r{k}": scorer.rate(found.rank_M < k) for k in at}
         chances = _chances("text_to_image", right_M, len(rank_M), at)
-        sheet.add(setting, protocol, code, values, len(right_M), len(rank_M), chances)
-        hard = hard_pairs(image_NE, class_DE, label_N, sheet.confusable, class_D)
+        scorer.add(setting, protocol, code, values, len(right_M), len(rank_M), chances)
+        hard = hard_pairs(image_NE, class_DE, label_N, scorer.confusable, class_D)
         if len(hard.image_M):
-            values = {"acc1": sheet.rate(hard.hit_M)}
-            sheet.add(setting, "hard_pairs", code, values, len(hard.image_M), len(class_D), hard.chance)
+            values = {"acc1": scorer.rate(hard.hit_M)}
+            scorer.add(setting, "hard_pairs", code, values, len(hard.image_M), len(class_D), hard.chance)
         if code != "en":
-            english_DE = sheet.class_embeddings(language_of(sheet.card, "en", class_D.tolist()), setting.length)
+            english_DE = scorer.class_embeddings(language_of(scorer.card, "en", class_D.tolist()), setting.length)
             english_M = rank_classes(image_NE, english_DE, label_N, class_D).rank_M == 0
-            sheet.add(setting, protocol, code, sheet.parity(english_M, rank_M == 0, label_M), *sizes)
-        if sheet.places_C2 is not None:
-            km_M = haversine_km(sheet.places_C2[label_M], sheet.places_C2[_predicted(ranking, label_M)])
-            sheet.add(setting, "places", code, _distances(sheet, km_M), *sizes)
+            scorer.add(setting, protocol, code, scorer.gap_to_english(english_M, rank_M == 0, label_M), *sizes)
+        if scorer.places_C2 is not None:
+            km_M = haversine_km(scorer.places_C2[label_M], scorer.places_C2[_predicted(ranking, label_M)])
+            scorer.add(setting, "places", code, _distances(scorer, km_M), *sizes)
         if setting.main:
             hard_hits = dict(zip(hard.image_M.tolist(), hard.hit_M.tolist(), strict=True))
-            _keep_classes(sheet, protocol, language, ranking, hard_hits)
+            _keep_classes(scorer, protocol, language, ranking, hard_hits)
 
 
 def _predicted(ranking: Ranking, label_M: np.ndarray) -> np.ndarray:
@@ -113,39 +113,40 @@ def _predicted(ranking: Ranking, label_M: np.ndarray) -> np.ndarray:
     return np.where((ranking.rank_M > 0) & (first_M == label_M), second_M, first_M)
 
 
-def _distances(sheet: Sheet, km_M: np.ndarray) -> dict[str, Interval]:
-    values = {"median_km": metrics.bootstrap_median(km_M, sheet.options.resamples, sheet.options.seed)}
-    return values | {f"within_{limit:g}_km": sheet.rate(hit_M) for limit, hit_M in within_km(km_M).items()}
+def _distances(scorer: CardScorer, km_M: np.ndarray) -> dict[str, Interval]:
+    values = {"median_km": metrics.bootstrap_median(km_M, scorer.options.resamples, scorer.options.seed)}
+    return values | {f"within_{limit:g}_km": scorer.rate(hit_M) for limit, hit_M in within_km(km_M).items()}
 
 
 def _keep_classes(
-    sheet: Sheet, protocol: str, language: Language, ranking: Ranking, hard_hits: dict[int, bool]
+    scorer: CardScorer, protocol: str, language: Language, ranking: Ranking, hard_hits: dict[int, bool]
 ) -> None:
-    ids, image_M, nearest_MK = np.array(sheet.card.ids, dtype=object), ranking.image_M, ranking.nearest_MK
-    label_M, images = sheet.label_N[image_M], image_M.tolist()
+    ids, image_M, nearest_MK = np.array(scorer.card.ids, dtype=object), ranking.image_M, ranking.nearest_MK
+    label_M, images = scorer.label_N[image_M], image_M.tolist()
     rows = zip(
-        [sheet.items.keys[image] for image in images],
+        [scorer.items.keys[image] for image in images],
         ids[label_M].tolist(),
         ids[_predicted(ranking, label_M)].tolist(),
         ranking.rank_M.tolist(),
         ids[nearest_MK].tolist(),
         ranking.cosine_MK.tolist(),
         [hard_hits.get(image) for image in images],
-        sheet.flagged_N[image_M].tolist(),
+        scorer.flagged_N[image_M].tolist(),
         strict=True,
     )
-    where = (sheet.card.id, sheet.part, protocol, language.code)
-    sheet.predictions += [Prediction(*where, *row) for row in rows]
+    where = (scorer.card.id, scorer.part, protocol, language.code)
+    scorer.predictions += [Prediction(*where, *row) for row in rows]
 
 
-def _match(sheet: Sheet, setting: Setting) -> None:
+def _match(scorer: CardScorer, setting: Setting) -> None:
     """Which of a few texts stands in the image."""
-    assert sheet.items.candidates is not None
-    image_M = np.flatnonzero(sheet.items.tested_N)
-    images, rank_M, tops, cosines, chance = cut(sheet.images[setting.view], setting.length), [], [], [], []
+    assert scorer.items.candidates is not None
+    image_M = np.flatnonzero(scorer.items.tested_N)
+    images = truncate_normalize(scorer.images[setting.view], setting.length)
+    rank_M, tops, cosines, chance = [], [], [], []
     for image in image_M.tolist():
-        texts = sheet.items.candidates[image]
-        cosine_T = cut(sheet.embed(_asked(sheet.items, texts)), setting.length) @ images[image]
+        texts = scorer.items.candidates[image]
+        cosine_T = truncate_normalize(scorer.embed(_asked(scorer.items, texts)), setting.length) @ images[image]
         rank_M.append(int(as_near(cosine_T[1:], cosine_T[0]).sum()))
         chance.append(1 / len(texts))
         if setting.main:
@@ -153,56 +154,56 @@ def _match(sheet: Sheet, setting: Setting) -> None:
             tops.append([texts[i] for i in order])
             cosines.append(cosine_T[order].tolist())
     ranks, of_all = np.array(rank_M), float(np.mean(chance))
-    values = {"acc1": sheet.rate(ranks == 0)}
+    values = {"acc1": scorer.rate(ranks == 0)}
     values["acc1_corrected"] = metrics.chance_corrected(values["acc1"], of_all)
-    sheet.add(setting, "matching", "en", values, len(ranks), round(1 / of_all), of_all)
-    for subset, of_M in sheet.subsets(image_M).items():
+    scorer.add(setting, "matching", "en", values, len(ranks), round(1 / of_all), of_all)
+    for subset, of_M in scorer.subsets(image_M).items():
         of_subset = float(np.mean(np.array(chance)[of_M]))
-        values = {"acc1": sheet.rate(ranks[of_M] == 0)}
-        sheet.add(setting, "matching", "en", values, int(of_M.sum()), round(1 / of_subset), of_subset, subset)
+        values = {"acc1": scorer.rate(ranks[of_M] == 0)}
+        scorer.add(setting, "matching", "en", values, int(of_M.sum()), round(1 / of_subset), of_subset, subset)
     for image, rank, top, cosine in zip(image_M.tolist(), rank_M, tops, cosines, strict=False):
-        truth = sheet.items.candidates[image][0]
+        truth = scorer.items.candidates[image][0]
         predicted = top[0] if rank == 0 or top[0] != truth else top[1]
-        row = (sheet.items.keys[image], truth, predicted, rank, top, cosine, None, bool(sheet.flagged_N[image]))
-        sheet.predictions.append(Prediction(sheet.card.id, sheet.part, "matching", "en", *row))
+        row = (scorer.items.keys[image], truth, predicted, rank, top, cosine, None, bool(scorer.flagged_N[image]))
+        scorer.predictions.append(Prediction(scorer.card.id, scorer.part, "matching", "en", *row))
 
 
-def _retrieve(sheet: Sheet, setting: Setting) -> None:
+def _retrieve(scorer: CardScorer, setting: Setting) -> None:
     """Captions and images find each other, in every language; and what English does better on the same images."""
-    captions = sheet.items.captions or {}
+    captions = scorer.items.captions or {}
     for code, texts_N in captions.items():
-        if not sheet.options.wants(code):
+        if not scorer.options.wants(code):
             continue
-        image_M = np.array([i for i in np.flatnonzero(sheet.items.tested_N).tolist() if texts_N[i]], dtype=np.int64)
+        image_M = np.array([i for i in np.flatnonzero(scorer.items.tested_N).tolist() if texts_N[i]], dtype=np.int64)
         if not len(image_M):
             continue
-        rank_M = _recalls(sheet, setting, code, image_M)
-        for subset, of_M in sheet.subsets(image_M).items():
+        rank_M = _recalls(scorer, setting, code, image_M)
+        for subset, of_M in scorer.subsets(image_M).items():
             # What was seen in training is no candidate either; of a group the images look among all captions.
             if subset == CLEAN:
-                _recalls(sheet, setting, code, image_M[of_M], subset)
+                _recalls(scorer, setting, code, image_M[of_M], subset)
             else:
-                values = {f"image_to_text_r{k}": sheet.rate(rank_M[of_M] < k) for k in RECALL_AT}
-                sheet.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_M), subset=subset)
+                values = {f"image_to_text_r{k}": scorer.rate(rank_M[of_M] < k) for k in RECALL_AT}
+                scorer.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_M), subset=subset)
         if code != "en" and "en" in captions:
             both_M = np.array([i for i in image_M.tolist() if captions["en"][i]], dtype=np.int64)
-            _caption_parity(sheet, setting, code, both_M)
+            _caption_gap_to_english(scorer, setting, code, both_M)
         if setting.main:
-            _keep_captions(sheet, code, texts_N, image_M, rank_M)
+            _keep_captions(scorer, code, texts_N, image_M, rank_M)
 
 
-def _recalls(sheet: Sheet, setting: Setting, code: str, image_M: np.ndarray, subset: str = "") -> np.ndarray:
+def _recalls(scorer: CardScorer, setting: Setting, code: str, image_M: np.ndarray, subset: str = "") -> np.ndarray:
     """Adds the recalls of some images and their captions. Returns the images' ranks."""
-    assert sheet.items.captions is not None
-    texts_N, drawn = sheet.items.captions[code], (sheet.options.resamples, sheet.options.seed)
-    rank_M, rank_T = _caption_ranks(sheet, setting, texts_N, image_M)
+    assert scorer.items.captions is not None
+    texts_N, drawn = scorer.items.captions[code], (scorer.options.resamples, scorer.options.seed)
+    rank_M, rank_T = _caption_ranks(scorer, setting, texts_N, image_M)
     image_T = _captions_of(texts_N, image_M)[1]
-    values = {f"image_to_text_r{k}": sheet.rate(rank_M < k) for k in RECALL_AT}
+    values = {f"image_to_text_r{k}": scorer.rate(rank_M < k) for k in RECALL_AT}
     chances = _chances("image_to_text", np.bincount(image_T), len(rank_T))
-    sheet.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), chances, subset)
+    scorer.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), chances, subset)
     values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *drawn) for k in RECALL_AT}
     chances = _chances("text_to_image", np.ones(len(rank_T), np.int64), len(rank_M))
-    sheet.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), chances, subset)
+    scorer.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), chances, subset)
     return rank_M
 
 
@@ -212,10 +213,10 @@ def _chances(way: str, right_Q: np.ndarray, num_candidates: int, at: Sequence[in
 
 
 def _caption_ranks(
-    sheet: Sheet, setting: Setting, texts_N: list[list[str]], image_M: np.ndarray
+    scorer: CardScorer, setting: Setting, texts_N: list[list[str]], image_M: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     texts, image_T = _captions_of(texts_N, image_M)
-    found = caption_ranks(sheet.images[setting.view][image_M], sheet.embed(texts), image_T, setting.length)
+    found = caption_ranks(scorer.images[setting.view][image_M], scorer.embed(texts), image_T, setting.length)
     return found.rank_N, found.rank_T
 
 
@@ -225,23 +226,28 @@ def _captions_of(texts_N: list[list[str]], image_M: np.ndarray) -> tuple[list[st
     return texts, np.repeat(np.arange(len(image_M)), [len(texts_N[i]) for i in image_M.tolist()])
 
 
-def _caption_parity(sheet: Sheet, setting: Setting, code: str, image_M: np.ndarray) -> None:
+def _caption_gap_to_english(scorer: CardScorer, setting: Setting, code: str, image_M: np.ndarray) -> None:
     """English less a language, over the images that have captions in both, as candidates too."""
     if not len(image_M):
         return
-    captions = sheet.items.captions or {}
-    english, other = (_caption_ranks(sheet, setting, captions[language], image_M)[0] for language in ("en", code))
-    label_M, options = np.zeros(len(image_M), np.int64), (sheet.options.resamples, sheet.options.seed)
+    captions = scorer.items.captions or {}
+    english, other = (_caption_ranks(scorer, setting, captions[language], image_M)[0] for language in ("en", code))
+    label_M, options = np.zeros(len(image_M), np.int64), (scorer.options.resamples, scorer.options.seed)
     values = {
         f"parity_image_to_text_r{k}": metrics.parity_gap(english < k, other < k, label_M, "images", *options)
         for k in RECALL_AT
     }
-    sheet.add(setting, "retrieval", code, values, len(image_M), len(image_M))
+    scorer.add(setting, "retrieval", code, values, len(image_M), len(image_M))
 
 
-def _keep_captions(sheet: Sheet, code: str, texts_N: list[list[str]], image_M: np.ndarray, rank_M: np.ndarray) -> None:
+def _keep_captions(
+    scorer: CardScorer, code: str, texts_N: list[list[str]], image_M: np.ndarray, rank_M: np.ndarray
+) -> None:
     texts, owners = _captions_of(texts_N, image_M)
-    image_ME, text_TE = cut(next(iter(sheet.images.values()))[image_M]), cut(sheet.embed(texts))
+    image_ME, text_TE = (
+        truncate_normalize(next(iter(scorer.images.values()))[image_M]),
+        truncate_normalize(scorer.embed(texts)),
+    )
     owner_T = torch.from_numpy(owners)
     for part in chunks(len(image_M), len(texts)):
         cosine_BT = image_ME[part] @ text_TE.T
@@ -253,17 +259,17 @@ def _keep_captions(sheet: Sheet, code: str, texts_N: list[list[str]], image_M: n
         columns = (image_M[part].tolist(), rank_M[part].tolist(), wrong_B, top_BK.tolist(), top_cosine_BK.tolist())
         for image, rank, wrong, top, cosines in zip(*columns, strict=True):
             truth = texts_N[image][0]
-            answer = (sheet.items.keys[image], truth, truth if rank == 0 else texts[wrong], rank)
-            about = ([texts[i] for i in top], cosines, None, bool(sheet.flagged_N[image]))
-            sheet.predictions.append(Prediction(sheet.card.id, sheet.part, "retrieval", code, *answer, *about))
+            answer = (scorer.items.keys[image], truth, truth if rank == 0 else texts[wrong], rank)
+            about = ([texts[i] for i in top], cosines, None, bool(scorer.flagged_N[image]))
+            scorer.predictions.append(Prediction(scorer.card.id, scorer.part, "retrieval", code, *answer, *about))
 
 
-def _probe(sheet: Sheet, view: str) -> None:
+def _probe(scorer: CardScorer, view: str) -> None:
     """kNN and a linear classifier on the images alone, at every length."""
-    image_NE, label_N, is_train_N = sheet.images[view], sheet.items.labels, sheet.items.is_train
+    image_NE, label_N, is_train_N = scorer.images[view], scorer.items.labels, scorer.items.is_train
     asked = {
-        "knn": probes.knn(image_NE, label_N, is_train_N, sheet.lengths),
-        "linear_probe": probes.linear_probe(image_NE, label_N, is_train_N, sheet.items.keys, sheet.lengths),
+        "knn": probes.knn(image_NE, label_N, is_train_N, scorer.lengths),
+        "linear_probe": probes.linear_probe(image_NE, label_N, is_train_N, scorer.items.keys, scorer.lengths),
     }
     for protocol, found in asked.items():
         label_M = label_N[found.image_M]
@@ -272,9 +278,9 @@ def _probe(sheet: Sheet, view: str) -> None:
         num_classes = len(np.unique(answers))
         if not len(label_M) or num_classes < 2:
             continue
-        for place, length in enumerate(sheet.lengths):
+        for place, length in enumerate(scorer.lengths):
             setting = Setting(view, length, main=False)
             rank_M = (found.class_LM[place] != label_M).astype(np.int64)
-            values = sheet.accuracies(rank_M, label_M, num_classes)
+            values = scorer.accuracies(rank_M, label_M, num_classes)
             values.pop("acc5", None)
-            sheet.add(setting, protocol, IMAGES, values, len(label_M), num_classes, 1 / num_classes)
+            scorer.add(setting, protocol, IMAGES, values, len(label_M), num_classes, 1 / num_classes)

@@ -15,8 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from indiclip.data.tables import existing
-from indiclip.names import nearest
+from indiclip.datasets.tables import existing
+from indiclip.names import did_you_mean
 
 SUITES = ("india", "world")
 TASKS = ("classification", "retrieval", "matching")
@@ -115,7 +115,7 @@ class Card:
         place = self.place(name)
         if place is None:
             known = [*self.ids, *(one.names["en"] for one in self.classes)]
-            raise ValueError(f"{where}: {name!r} is no class of the card {self.id}{nearest(name, known)}")
+            raise ValueError(f"{where}: {name!r} is no class of the card {self.id}{did_you_mean(name, known)}")
         return place
 
     @cached_property
@@ -138,7 +138,7 @@ def packaged(suite: str) -> list[str]:
         ValueError: No such suite.
     """
     if suite not in SUITES:
-        raise ValueError(f"no suite {suite!r}{nearest(suite, SUITES)}; expected one of {', '.join(SUITES)}")
+        raise ValueError(f"no suite {suite!r}{did_you_mean(suite, SUITES)}; expected one of {', '.join(SUITES)}")
     folder = resources.files("indiclip.evals") / suite
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -171,7 +171,9 @@ def _load_packaged(card: str) -> Card:
         if card in packaged(suite):
             return parse_card(file.read_text("utf-8"), f"{suite}/{card}.yaml", card, suite)
     known = [name for suite in SUITES for name in packaged(suite)]
-    raise ValueError(f"no card {card!r}{nearest(card, known)}; expected one of {', '.join(known)}, or a .yaml file")
+    raise ValueError(
+        f"no card {card!r}{did_you_mean(card, known)}; expected one of {', '.join(known)}, or a .yaml file"
+    )
 
 
 def with_names(card: Card, language: str, names: Sequence[str | None]) -> Card:

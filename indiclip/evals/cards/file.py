@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from indiclip.data.captions import LANGUAGES
-from indiclip.data.romanise import LANGUAGES as ROMANISED
-from indiclip.data.romanise import is_romanisable, romanise
-from indiclip.data.tables import is_number
+from indiclip.datasets.captions import LANGUAGES
+from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
-from indiclip.names import nearest
+from indiclip.generated.romanise import LANGUAGES as ROMANISED
+from indiclip.generated.romanise import is_romanisable, romanise
+from indiclip.names import did_you_mean
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?")
 _KEYS = (
@@ -66,7 +66,7 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     tree = _mapping(tree, file, _KEYS)
     task = _text(tree.get("task"), f"{file}: task")
     if task not in TASKS:
-        raise ValueError(f"{file}: task: found {task!r}{nearest(task, TASKS)}; expected one of {', '.join(TASKS)}")
+        raise ValueError(f"{file}: task: found {task!r}{did_you_mean(task, TASKS)}; expected one of {', '.join(TASKS)}")
     classes = _classes(tree.get("classes", []), file, task)
     num_candidates = tree.get("num_candidates", _CANDIDATES) if task == "matching" else 0
     if not isinstance(num_candidates, int) or (task == "matching" and num_candidates < 2):
@@ -76,7 +76,7 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     metric = _text(tree.get("metric", _METRICS[task][0]), f"{file}: metric")
     if metric not in _METRICS[task]:
         expected = f"expected one of {', '.join(_METRICS[task])}"
-        raise ValueError(f"{file}: metric: found {metric!r}{nearest(metric, _METRICS[task])}; {expected}")
+        raise ValueError(f"{file}: metric: found {metric!r}{did_you_mean(metric, _METRICS[task])}; {expected}")
     about = {key: _text(tree.get(key, ""), f"{file}: {key}") for key in ("source", "licence", "notes")}
     folder = _text(tree.get("folder", card_id), f"{file}: folder")
     if not _ID.fullmatch(folder):
@@ -108,7 +108,7 @@ def _classes(entries: Any, file: str, task: str) -> tuple[CardClass, ...]:
     for one in classes:
         for other in one.confusable_with:
             if other == one.id or other not in ids:
-                hint = nearest(other, [name for name in ids if name != one.id])
+                hint = did_you_mean(other, [name for name in ids if name != one.id])
                 raise ValueError(f"{file}: {one.id}: confusable_with: {other!r} is no other class of the card{hint}")
     for language in {language for one in classes for language in one.names}:
         _check_unique((one.names[language] for one in classes if language in one.names), f"{file}: the {language} name")
@@ -187,7 +187,7 @@ def _prompts(entries: Any, file: str) -> dict[str, tuple[str, ...]]:
 def _check_language(language: Any, where: str) -> None:
     if not isinstance(language, str) or not LANGUAGE.fullmatch(language):
         known = [*LANGUAGES, *(f"{one}-Latn" for one in LANGUAGES)]
-        hint = nearest(str(language), known)
+        hint = did_you_mean(str(language), known)
         raise ValueError(f"{where}: {language!r} is no language{hint}; expected a BCP 47 code such as en, hi, hi-Latn")
 
 
@@ -210,7 +210,7 @@ def _mapping(value: Any, where: str, keys: tuple[str, ...] = (), entry_id: bool 
         where = f"{where} ({value['id']})"
     for key in value:
         if keys and key not in keys:
-            raise ValueError(f"{where}: no such key {key!r}{nearest(str(key), keys)}; expected {', '.join(keys)}")
+            raise ValueError(f"{where}: no such key {key!r}{did_you_mean(str(key), keys)}; expected {', '.join(keys)}")
     return value
 
 

@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from indiclip.data.tables import load_json
+from indiclip.datasets.tables import load_json
 from indiclip.evals.cards.card import Card, CardClass, with_names
-from indiclip.names import nearest
+from indiclip.names import did_you_mean
 
 NUM_CLASSES = 1000
 # WordNet's first name is that of another class too.
@@ -108,7 +108,7 @@ def _babel_pairs(entry: object, where: str) -> list[tuple[int, str]]:
         raise ValueError(f"{where}: {len(places)} class numbers and {len(names)} names")
     for place, name in zip(places, names, strict=True):
         if not isinstance(place, int) or not 0 <= place < NUM_CLASSES:
-            hint = nearest(str(place), map(str, range(NUM_CLASSES)))
+            hint = did_you_mean(str(place), map(str, range(NUM_CLASSES)))
             raise ValueError(f"{where}: the class number {place!r}; expected 0 to {NUM_CLASSES - 1}{hint}")
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{where}: the name of class {place} is {name!r}; expected text")

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indiclip.data.tables import check_files, column, load_json
+from indiclip.datasets.tables import check_files, column, load_json
 from indiclip.evals.cards.file import LANGUAGE
 
 # Where the images lie, below the folder of the file.

@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from indiclip.data.images import EncodedImage, UnreadableSample
-from indiclip.data.tables import existing
+from indiclip.datasets.tables import existing
 from indiclip.evals.cards.card import Card, load_card
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import read_items
-from indiclip.names import nearest
+from indiclip.images import EncodedImage, UnreadableSample
+from indiclip.names import did_you_mean
 
 EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _SHARD_SAMPLES, _SHARD_BYTES = 10_000, 10**9  # clip-benchmark's own
@@ -66,7 +66,7 @@ def convert(
     """
     folder, writers = Path(out).expanduser(), {"folder": _folder_writer, "clip-benchmark": _ClipBenchmark}
     if layout not in writers:
-        raise ValueError(f"--layout: found {layout!r}{nearest(layout, writers)}; expected {' or '.join(writers)}")
+        raise ValueError(f"--layout: found {layout!r}{did_you_mean(layout, writers)}; expected {' or '.join(writers)}")
     if not re.fullmatch(r"[\w-]+", split) or split == "train":
         raise ValueError(f"--split: found {split!r}; expected what the scored images are called, such as test")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -236,7 +236,7 @@ def _class_names(card: Card, language: str) -> list[str]:
 def _captions(items: Items, language: str) -> list[list[str]]:
     captions = items.captions or {}
     if language not in captions:
-        hint = nearest(language, captions)
+        hint = did_you_mean(language, captions)
         raise ValueError(f"--language: no captions in {language!r}{hint}; found {', '.join(captions)}")
     for key, texts in zip(items.keys, captions[language], strict=True):
         if not texts:

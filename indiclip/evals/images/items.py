@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from indiclip.data import cache
-from indiclip.data.images import EncodedImage, UnreadableSample, is_trouble, read_image
-from indiclip.data.shards import Shards
-from indiclip.data.tables import Strings
+from indiclip.datasets.tables import Strings
 from indiclip.evals.cards.card import Card
+from indiclip.images import EncodedImage, UnreadableSample, is_trouble, read_image
+from indiclip.webdataset import cache
+from indiclip.webdataset.shards import Shards
 
 
 class Images(Protocol):
@@ -62,7 +62,7 @@ class Items:
         """bool, which images are scored: all but the gallery."""
         return np.ones(len(self), bool) if self.is_train is None else ~self.is_train
 
-    def only(self, places: Iterable[int]) -> Items:
+    def select(self, places: Iterable[int]) -> Items:
         """The items at these places, in this order."""
         kept = list(places)
         return replace(
@@ -80,7 +80,7 @@ class Items:
     def without(self, places: Iterable[int]) -> Items:
         """The items but for these places, such as those of images that turned out to be unreadable."""
         dropped = set(places)
-        return self.only(place for place in range(len(self)) if place not in dropped)
+        return self.select(place for place in range(len(self)) if place not in dropped)
 
 
 def key_of(name: str) -> str:

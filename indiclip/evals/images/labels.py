@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from indiclip.data.tables import stable_hash
+from indiclip.datasets.tables import stable_hash
 from indiclip.evals.cards.card import Card
 from indiclip.evals.cards.imagenet import is_imagenet, with_class_list
 

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from indiclip.data.captions import LANGUAGES, read_table
-from indiclip.data.tables import check_files
-from indiclip.data.tar_members import IMAGES
+from indiclip.datasets.captions import LANGUAGES, read_table
+from indiclip.datasets.tables import check_files
 from indiclip.evals.cards.card import Card
 from indiclip.evals.cards.file import LANGUAGE
 from indiclip.evals.cards.imagenet import is_imagenet, with_babel
@@ -32,7 +31,8 @@ from indiclip.evals.images.items import FileImages, Items, key_of
 from indiclip.evals.images.labels import class_groups, draw_candidates, missing_classes, read_class_list
 from indiclip.evals.images.shard_layout import find_shards, read_shards
 from indiclip.evals.images.splits import choose, is_split
-from indiclip.names import nearest
+from indiclip.names import did_you_mean
+from indiclip.webdataset.tar_members import IMAGES
 
 _BABEL = "babel_imagenet.json"
 
@@ -129,7 +129,7 @@ def _of_folders(card: Card, source: Path) -> Items:
 def _folder_class(card: Card, parent: Path, folder: str) -> int:
     place = card.place(folder)
     if place is None:
-        hint = nearest(folder, card.ids)
+        hint = did_you_mean(folder, card.ids)
         raise ValueError(f"{parent / folder}: the folder is no class of the card {card.id}{hint}")
     return place
 
@@ -160,7 +160,7 @@ def _of_table(card: Card, file: Path) -> Items:
     needed = {"classification": ("file", "class"), "matching": ("file", "class", "text"), "retrieval": ("file",)}
     for name in needed[card.task]:
         if name not in header:
-            raise ValueError(f"{file}: no column {name!r}{nearest(name, header)}; found {header}")
+            raise ValueError(f"{file}: no column {name!r}{did_you_mean(name, header)}; found {header}")
     columns = {name: [row[place].strip() for row in rows] for place, name in enumerate(header)}
     wheres = [f"{file}: line {line}" for line in lines]
     kept, is_train, notes = _table_splits(columns.get("split"), wheres, file)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from indiclip.data import cache
-from indiclip.data.shards import Shards
-from indiclip.data.tar_members import key_and_extension, members
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items, Joined, ShardImages
 from indiclip.evals.images.labels import ClassList, draw_candidates, map_labels, read_class_list
 from indiclip.evals.images.splits import choose, is_split, split_of
+from indiclip.webdataset import cache
+from indiclip.webdataset.shards import Shards
+from indiclip.webdataset.tar_members import key_and_extension, members
 
 Splits = dict[str, list[str]]  # name of a split, or nothing -> its shards
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from indiclip import checkpoint
-from indiclip.data.images import EncodedImage
-from indiclip.data.transforms import read_upright, upright_hw
 from indiclip.encoder import Encoder
 from indiclip.evals.models.model_names import library_of
+from indiclip.images import EncodedImage
+from indiclip.loading.transforms import read_upright, upright_hw
 from indiclip.patches import fit_canvas_hw, fit_hw, patchify, stack
 from indiclip.types import Images
 
@@ -234,8 +234,8 @@ def load_embedder(
     library, name = library_of(model)
     if library == "indiclip":
         return EncoderEmbedder(checkpoint.load(name, place, trust_code), model, precision, lengths)
-    from indiclip.evals.models.peer_loading import LOADERS
-    from indiclip.evals.models.peers import Options
+    from indiclip.evals.models.external_loading import LOADERS
+    from indiclip.evals.models.external_models import Options
 
     return LOADERS[library](name, model, Options(place, precision, lengths))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 
-from indiclip.names import nearest
+from indiclip.names import did_you_mean
 
 LIBRARIES = ("open_clip", "transformers", "timm")
 
@@ -41,11 +41,11 @@ def library_of(model: str) -> tuple[str, str]:
         expected = ", ".join(f"{library}:{model}" for library in LIBRARIES)
         raise ValueError(f"{model}: which library is to download it? Expected one of {expected}")
     if colon:
-        raise ValueError(f"{model}: {prefix!r} is none of {', '.join(LIBRARIES)}{nearest(prefix, LIBRARIES)}")
+        raise ValueError(f"{model}: {prefix!r} is none of {', '.join(LIBRARIES)}{did_you_mean(prefix, LIBRARIES)}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
         hub = f"if it is on the hub, transformers:hf-hub:{model} downloads it"
         raise FileNotFoundError(f"{model}: no such run, checkpoint or folder; {hub}")
-    raise FileNotFoundError(f"{model}: no such run, checkpoint or folder{nearest(model, _names_like(path))}")
+    raise FileNotFoundError(f"{model}: no such run, checkpoint or folder{did_you_mean(model, _names_like(path))}")
 
 
 def _names_like(path: Path) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from indiclip.evals.pages.bench_marks import (
+from indiclip.evals.pages.bench_pictures import PictureOf, grids
+from indiclip.evals.pages.confusion import MOST_CLASSES, confusion, heat_map, mistakes, most_confused, words
+from indiclip.evals.pages.formatting import (
     heated,
     language_name,
     less_english,
@@ -13,8 +15,6 @@ from indiclip.evals.pages.bench_marks import (
     protocol_name,
     signed,
 )
-from indiclip.evals.pages.bench_pictures import PictureOf, grids
-from indiclip.evals.pages.confusion import MOST_CLASSES, confusion, heat_map, mistakes, most_confused, words
 from indiclip.evals.pages.page import Html, details, many, table, tag
 from indiclip.evals.results import (
     CLEAN,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from indiclip.evals.pages.bench_marks import language_name
 from indiclip.evals.pages.confusion import Mistake, confusion, mistakes, pairs, words
+from indiclip.evals.pages.formatting import language_name
 from indiclip.evals.pages.page import Html, image, many, tag, thumbnail
 from indiclip.evals.results import Prediction
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from indiclip import __version__, json_lines
 from indiclip.evals.pages.bench_card import anchor, card_section
-from indiclip.evals.pages.bench_marks import (
+from indiclip.evals.pages.bench_pictures import PictureOf
+from indiclip.evals.pages.formatting import (
     STYLE,
     Bar,
     chart,
@@ -24,7 +25,6 @@ from indiclip.evals.pages.bench_marks import (
     signed,
     title,
 )
-from indiclip.evals.pages.bench_pictures import PictureOf
 from indiclip.evals.pages.page import Html, details, many, page, tag, text
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score
 
@@ -225,12 +225,12 @@ def _gap(result: Result, score: Score, english: Score | None) -> Html:
     if english is None or score.language == "en":
         return Html("")
     wanted = score._replace(metric=f"parity_{score.metric}")[:8]
-    parity = next((row for row in result.scores if row[:8] == wanted and not row.subset), None)
-    if parity is None:
+    gap_to_english = next((row for row in result.scores if row[:8] == wanted and not row.subset), None)
+    if gap_to_english is None:
         return text(signed(score.value - english.value, score.metric))
-    parity = less_english(parity)
-    ends = interval(parity.low, parity.high)
-    return many([signed(parity.value, score.metric), tag("span", f" ({ends})" if ends else "", class_="ends")])
+    gap_to_english = less_english(gap_to_english)
+    ends = interval(gap_to_english.low, gap_to_english.high)
+    return many([signed(gap_to_english.value, score.metric), tag("span", f" ({ends})" if ends else "", class_="ends")])
 
 
 def _every_number(result: Result, scored: list[CardResult]) -> list[Html]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from indiclip import json_lines
 from indiclip.evals.comparison import Compared, compare
-from indiclip.evals.pages.bench_marks import (
+from indiclip.evals.pages.confusion import words
+from indiclip.evals.pages.formatting import (
     STYLE,
     Bar,
     chart,
@@ -17,7 +18,6 @@ from indiclip.evals.pages.bench_marks import (
     signed,
     title,
 )
-from indiclip.evals.pages.confusion import words
 from indiclip.evals.pages.page import Html, details, many, page, table, tag
 from indiclip.evals.results import PHOTOGRAPHS, CardResult, Result
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from indiclip.data.images import UnreadableSample
-from indiclip.data.transforms import read_upright, upright_hw
 from indiclip.evals.images.items import Items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL
+from indiclip.images import UnreadableSample
+from indiclip.loading.transforms import read_upright, upright_hw
 
 
 def thumbnail(image: Any, max_side: int) -> np.ndarray:

@@ -86,7 +86,7 @@ def _draw(head: Head, batch: Batch, predictions: list[dict[str, Any]]) -> list[P
     for i, prediction in enumerate(predictions):
         target = {name: _to_cpu(values[i]) for name, values in batch["targets"].items()}
         prediction = {name: _to_cpu(value) for name, value in prediction.items()}
-        pictures.append(head.draw(unpatchify(batch["images"], i), prediction, target))
+        pictures.append(head.visualize(unpatchify(batch["images"], i), prediction, target))
     return pictures
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from indiclip.data.tables import stable_hash
+from indiclip.datasets.tables import stable_hash
 
 UNHASHABLE = 0
 _MIN_STEPS = 16  # of the 64 differences must be

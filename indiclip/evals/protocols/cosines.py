@@ -19,7 +19,7 @@ ROUNDING = 1e-6  # of a cosine in float32: about eight units in the last place
 _CHUNK = 2_500_000  # cosines at a time: 10 MB, which stays in the cache between the passes over it
 
 
-def cut(vector_NE: Floats, length: int | None = None) -> Tensor:
+def truncate_normalize(vector_NE: Floats, length: int | None = None) -> Tensor:
     """The first `length` numbers of each vector, of unit length again: what a Matryoshka embedding is cut to.
 
     A vector of zeros stays one, so that its cosine with everything is 0.

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indiclip.data.tables import stable_hash
+from indiclip.datasets.tables import stable_hash
 from indiclip.evals.protocols import logistic
-from indiclip.evals.protocols.cosines import Floats, Integers, chunks, cut, labels_of
+from indiclip.evals.protocols.cosines import Floats, Integers, chunks, labels_of, truncate_normalize
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's evaluation, arXiv 2104.14294
 INVERSE_PENALTY = 31.6  # CLIP's example has C = 0.316 for embeddings of length about 10: the same for length 1
@@ -57,7 +57,7 @@ def knn(
         k: Neighbours, or as many as the gallery has.
         temperature: > 0.
     """
-    images, labels = cut(image_NE), labels_of(label_N)
+    images, labels = truncate_normalize(image_NE), labels_of(label_N)
     task = _Task.of(images, labels, is_train_N)
     ends = list(lengths or [images.shape[1]])
     class_LM = torch.full((len(ends), len(task.image_M)), -1)
@@ -68,7 +68,7 @@ def knn(
         asked_A, asked_AE = task.asked_A, images[task.image_M[task.asked_A]]
         for part in chunks(len(asked_A), len(index_G)):
             own = part.start if task.leave_one_out else None
-            for place, (cosine_BK, near_BK) in enumerate(gallery.nearest(asked_AE[part], k, own)):
+            for place, (cosine_BK, near_BK) in enumerate(gallery.did_you_mean(asked_AE[part], k, own)):
                 weight_BK = ((cosine_BK - cosine_BK[:, :1]) / temperature).exp()  # of the nearest 1: no overflow
                 votes_BC = torch.zeros(len(weight_BK), len(class_C)).scatter_add_(1, index_G[near_BK], weight_BK)
                 class_LM[place, asked_A[part]] = class_C[votes_BC.argmax(1)]
@@ -93,7 +93,7 @@ def linear_probe(
         lengths: Embedding lengths, ascending; None is the full one.
         inverse_penalty: scikit-learn's C.
     """
-    images, labels = cut(image_NE), labels_of(label_N)
+    images, labels = truncate_normalize(image_NE), labels_of(label_N)
     task = _Task.of(images, labels, is_train_N)
     ends = list(lengths or [images.shape[1]])
     class_LM = torch.full((len(ends), len(task.image_M)), -1)
@@ -110,7 +110,10 @@ def linear_probe(
             torch.ones(1, len(index_G), dtype=torch.bool),
         )
     for place, end in enumerate(ends):
-        gallery_GE, asked_AE = cut(images[task.gallery_G], end), cut(images[task.image_M[task.asked_A]], end)
+        gallery_GE, asked_AE = (
+            truncate_normalize(images[task.gallery_G], end),
+            truncate_normalize(images[task.image_M[task.asked_A]], end),
+        )
         weight_FCE, bias_FC = logistic.fit(gallery_GE, index_G, train_FG, inverse_penalty)
         for fold in range(len(train_FG)):
             held_out = (fold_A == fold).nonzero()[:, 0]
@@ -176,7 +179,7 @@ class _Gallery:
         self.gallery_GE, self.ends = gallery_GE, ends
         self.scale_LG = [_inverse_norm(gallery_GE[:, :end]) for end in ends]
 
-    def nearest(self, asked_BE: Tensor, k: int, own: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def did_you_mean(self, asked_BE: Tensor, k: int, own: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Cosines and places (B, K) of the nearest at each length, nearest first.
 
         Args:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, cut, labels_of
+from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, labels_of, truncate_normalize
 from indiclip.evals.protocols.zero_shot import at_one_length, candidates_of
 
 
@@ -56,7 +56,11 @@ def caption_ranks(image_NE: Floats, text_TE: Floats, image_T: Integers, length: 
     Raises:
         ValueError: An image without a caption.
     """
-    images, texts, owner_T = cut(image_NE, length), cut(text_TE, length), labels_of(image_T)
+    images, texts, owner_T = (
+        truncate_normalize(image_NE, length),
+        truncate_normalize(text_TE, length),
+        labels_of(image_T),
+    )
     missing = np.setdiff1d(np.arange(len(images)), owner_T.numpy())
     if len(missing):
         raise ValueError(f"{len(missing)} of {len(images)} images have no caption, first number {missing[0]}")

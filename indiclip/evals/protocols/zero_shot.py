@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, cut, labels_of
+from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, labels_of, truncate_normalize
 
 
 class Ranking(NamedTuple):
@@ -68,7 +68,7 @@ def class_embeddings(prompt_PE: Floats, class_P: Integers, num_classes: int, len
     missing = np.setdiff1d(np.arange(num_classes), classes.numpy())
     if len(missing):
         raise ValueError(f"{len(missing)} of {num_classes} classes have no prompt, first number {missing[0]}")
-    prompts = cut(prompt_PE, length)
+    prompts = truncate_normalize(prompt_PE, length)
     sum_CE = torch.zeros(num_classes, prompts.shape[1]).index_add_(0, classes, prompts)
     return F.normalize(sum_CE, dim=-1)  # the sum has the direction of the mean
 
@@ -165,7 +165,7 @@ def candidates_of(label_N: Integers, classes: Integers | None, num_candidates: i
 
 def at_one_length(image_NE: Floats, class_DE: Floats, length: int | None, image_M: Tensor) -> tuple[Tensor, Tensor]:
     """The scored images and the candidates, cut to the same length."""
-    candidates = cut(class_DE, length)
+    candidates = truncate_normalize(class_DE, length)
     images = torch.as_tensor(image_NE)
     images = images if len(image_M) == len(images) else images[image_M]
-    return cut(images, candidates.shape[1]), candidates
+    return truncate_normalize(images, candidates.shape[1]), candidates

@@ -1,0 +1,32 @@
+"""Which of a sample's captions is its caption, where it has one in each of several languages.
+
+In training the languages of an image take turns, in an order that is drawn anew for every round: after as many epochs
+as it has languages, an image was seen with each of them once, and every batch mixes them. The draw is a function of the
+plan's place alone, so it is the same after a resume and with other numbers of workers and ranks; and it is no function
+of the augmentation's seed, so that no language sees other crops.
+"""
+
+from __future__ import annotations
+
+import re
+
+from indiclip.datasets.tables import stable_hash
+from indiclip.types import Sample
+
+CODE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")  # the form of a BCP-47 code: hi, hi-Latn, sat-Olck
+
+
+def draw_caption(sample: Sample, stream: str, epoch: int = 0) -> Sample:
+    """The sample with one of its `captions` as `caption`, and its `language`; as it is where it has no `captions`.
+
+    Args:
+        stream: Names the image. Two streams have their languages in independent orders.
+        epoch: How many times the image was seen before.
+    """
+    captions = sample.get("captions")
+    if not captions:
+        return sample
+    rounds, turn = divmod(epoch, len(captions))
+    # By a hash for each language: another language moves only the images that get it.
+    order = sorted(captions, key=lambda language: stable_hash(f"{stream}:{rounds}:{language}"))
+    return sample | Sample(caption=captions[order[turn]], language=order[turn])

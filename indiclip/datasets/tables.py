@@ -1,0 +1,162 @@
+"""What the datasets share: compact string columns, checks of file lists and boxes, stable hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from indiclip.names import did_you_mean
+
+
+class Strings:
+    """A read-only column of strings in one buffer.
+
+    Millions of Python strings cost 60 bytes each, and every worker process that touches one copies its page; a buffer
+    stays shared.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode(errors="surrogatepass") for text in texts]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._ends: np.ndarray = ends.astype(np.uint32) if ends[-1] < 2**32 else ends
+
+    @classmethod
+    def of_buffers(cls, data: np.ndarray, ends: np.ndarray) -> Strings:
+        """From what `buffers` gave."""
+        column = cls([])
+        column._bytes, column._ends = data, ends
+        return column
+
+    def buffers(self) -> tuple[np.ndarray, np.ndarray]:
+        """All texts as UTF-8, and where each ends, beginning with 0."""
+        return self._bytes, self._ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        data = self._bytes[self._ends[index] : self._ends[index + 1]].tobytes()
+        return data.decode(errors="surrogatepass")
+
+
+def stable_hash(text: str) -> int:
+    """64 bits that are the same on every machine and in every run (Python's own `hash` is not)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def existing(path: str) -> Path:
+    """A path given by the user.
+
+    Raises:
+        FileNotFoundError: It is not there; names the nearest entry of its folder.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        beside = [entry.name for entry in found.parent.iterdir()] if found.parent.is_dir() else []
+        raise FileNotFoundError(f"{found}: no such file or folder{did_you_mean(found.name, beside)}")
+    return found
+
+
+def check_files(folder: Path, names: Sequence[str], where: str) -> None:
+    """Check that every image that an annotation file names is in its folder.
+
+    Raises:
+        ValueError: A name that leads out of the folder.
+        FileNotFoundError: Images are missing; says how many and names the first.
+    """
+    # One listing, not one question per file: the folder may be on a network.
+    there = {entry.name for entry in folder.iterdir()}
+    missing = []
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: file_name is {name!r}; expected text")
+        if name in there:
+            continue
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ValueError(f"{where}: the image {name!r} lies outside the folder {folder}")
+        if not (folder / name).is_file():
+            missing.append(name)
+    if missing:
+        near = did_you_mean(missing[0], there)
+        raise FileNotFoundError(
+            f"{where}: {len(missing)} of {len(names)} images are not in {folder}, first {missing[0]!r}{near}"
+        )
+
+
+def xywh_to_xyxy(
+    boxes_xywh: np.ndarray, sizes_hw: np.ndarray, where: Sequence[str], tolerance: float = 1.0
+) -> np.ndarray:
+    """Boxes of an annotation file -> boxes inside their images.
+
+    Args:
+        boxes_xywh: (M, 4) left, top, width, height in pixels.
+        sizes_hw: (M, 2) height and width of each box's image.
+        where: What to call each box in errors.
+        tolerance: Pixels by which a box may lie outside; so much is clipped.
+
+    Returns:
+        float32 (M, 4): (x1, y1, x2, y2).
+
+    Raises:
+        ValueError: A number that is not finite, a negative size, a box outside its image.
+    """
+    boxes = np.asarray(boxes_xywh, dtype=np.float64).reshape(-1, 4)
+    edges = sizes_hw[:, ::-1].astype(np.float64)
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    for wrong, what in (
+        (~np.isfinite(boxes).all(1), "is not finite"),
+        ((boxes[:, 2:] < 0).any(1), "has a negative size"),
+        ((corners[:, :2] < -tolerance).any(1) | (corners[:, 2:] > edges + tolerance).any(1), "lies outside its image"),
+    ):
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise ValueError(
+                f"{where[i]}: the box [x, y, width, height] = {boxes[i].tolist()} {what} "
+                f"({int(edges[i, 0])}x{int(edges[i, 1])} pixels)"
+            )
+    clipped = np.clip(corners, 0, np.concatenate([edges, edges], axis=1))
+    return np.asarray(clipped, dtype=np.float32)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that NumPy can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
+    """A JSON file, with the keys that it must have.
+
+    Raises:
+        ValueError: Malformed, or a key is missing.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON: {error}") from error
+    for key in keys:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path}: no list {key!r}; found {found}, expected {list(keys)}")
+    return content
+
+
+def column(entries: Sequence[Any], name: str, where: str) -> list[Any]:
+    """One value of every entry of a JSON list.
+
+    Raises:
+        ValueError: An entry lacks it; names the entry by its id, else by its place in the list.
+    """
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, dict) or name not in entry:
+            found = list(entry) if isinstance(entry, dict) else []
+            label = entry.get("id", f"number {place}") if isinstance(entry, dict) else f"number {place}"
+            raise ValueError(f"{where} {label} has no {name!r}{did_you_mean(name, found)}")
+    return [entry[name] for entry in entries]

@@ -1,0 +1,239 @@
+"""From a folder, a file or a name to a peer: everything local, nothing unpickled but tensors, nothing left random."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.models
+import torch
+
+from indiclip.evals.models.external_models import OpenClip, Options, Peer, Timm, Transformers
+from indiclip.evals.models.model_names import read_config
+from indiclip.names import did_you_mean
+
+HUB = "hf-hub:"  # what comes behind is downloaded
+MODEL_TYPES = ("clip", "siglip", "siglip2", "metaclip_2")  # of transformers
+_TOKENIZER_FILES = (
+    *(("tokenizer.json",), ("vocab.json", "merges.txt")),
+    *(("spiece.model",), ("tokenizer.model",), ("sentencepiece.bpe.model",)),
+)
+
+
+def load_open_clip(what: str, name: str, options: Options) -> Peer:
+    """An architecture with random weights or those of a file; a folder; or what is on the hub.
+
+    Args:
+        what: `ViT-B-32`, `ViT-B-32:FILE`, `ViT-B-32:hf-hub:TAG`, a folder, or `hf-hub:NAME`.
+        name: As the user wrote it, for messages and tables.
+        options: Where and how it computes.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ValueError(f"{name}: needs OpenCLIP: pip install open_clip_torch") from error
+    arguments: dict[str, Any] = {"require_pretrained": True}  # by itself it goes on with random weights
+    title = name
+    if what.startswith(HUB):
+        source = what
+    elif _is_folder(what, name, what in open_clip.list_models()):
+        source = f"local-dir:{what}"
+        _check_open_clip_folder(Path(what))
+    else:
+        source, _, weights = what.partition(":")
+        if source not in open_clip.list_models():
+            raise ValueError(f"{name}: OpenCLIP has no {source!r}{did_you_mean(source, open_clip.list_models())}")
+        arguments = _open_clip_weights(source, weights, name)
+        title = name if weights else _random(name)
+    download = source.startswith(HUB) or arguments.pop("download", False)
+    with _loading(name, "OpenCLIP", download, [] if download else _hub_parts(source)):
+        model, _, transform = open_clip.create_model_and_transforms(source, pretrained_text=False, **arguments)
+        tokenizer = open_clip.get_tokenizer(source)
+    return OpenClip(title, model, transform, tokenizer, options)
+
+
+def _hub_parts(source: str) -> list[str]:
+    """Names of what OpenCLIP has transformers fetch: the text tower's configuration, and the tokenizer unless local."""
+    import open_clip
+
+    text = open_clip.get_model_config(source)["text_cfg"]
+    fields = ("hf_model_name",) if source.startswith("local-dir:") else ("hf_tokenizer_name", "hf_model_name")
+    return sorted({text[field] for field in fields if text.get(field)})
+
+
+def _check_open_clip_folder(folder: Path) -> None:
+    file = folder / "open_clip_config.json"
+    config = read_config(file)
+    if "text_cfg" not in config.get("model_cfg", {}):
+        raise ValueError(f"{file}: expected `model_cfg` with `vision_cfg` and `text_cfg`")
+    if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
+        raise FileNotFoundError(f"{folder}: found no weights; expected open_clip_model.safetensors")
+    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        _check_tokenizer(folder)
+
+
+def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, Any]:
+    """Arguments of `create_model_and_transforms` for one of OpenCLIP's architectures."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if weights.startswith(HUB):
+        tag = weights.removeprefix(HUB)
+        if tag not in tags:
+            raise ValueError(f"{name}: OpenCLIP has no weights {tag!r} of {architecture}{did_you_mean(tag, tags)}")
+        return {"pretrained": tag, "download": True, "require_pretrained": True}
+    if weights in tags and not Path(weights).is_file():
+        raise ValueError(f"{name}: {weights} is on the hub; {name.replace(weights, HUB + weights)} downloads it")
+    if weights:
+        _check_file(Path(weights), name)
+    # OpenCLIP keeps the preprocessing of its published weights with their tags, and for a file falls back to CLIP's.
+    configs = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    fields = ("mean", "std", "interpolation", "resize_mode")
+    distinct = {tuple(config.get(field) for field in fields) for config in configs}
+    arguments: dict[str, Any] = {}
+    if weights:
+        arguments = {"pretrained": str(Path(weights).resolve()), "require_pretrained": True}
+    if len(distinct) == 1:
+        return arguments | dict(zip((f"image_{field}" for field in fields), distinct.pop(), strict=True))
+    if distinct and weights:
+        warnings.warn(
+            f"{name}: published weights of {architecture} differ in their preprocessing, and this takes CLIP's; "
+            "a folder with open_clip_config.json says which is right",
+            stacklevel=4,
+        )
+    return arguments
+
+
+def load_transformers(what: str, name: str, options: Options) -> Peer:
+    """A folder as transformers saves one, or `hf-hub:NAME`; for the arguments see `load_open_clip`."""
+    import transformers
+
+    download, source = what.startswith(HUB), what.removeprefix(HUB)
+    if not download:
+        _check_transformers_folder(Path(source), name)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with _loading(name, "transformers", download):
+        model, report = transformers.AutoModel.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        reader: Any = transformers.AutoProcessor
+        processor = reader.from_pretrained(source, trust_remote_code=False)
+    _check_model_type(name, model.config.model_type)
+    absent = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if absent:
+        raise ValueError(f"{name}: the weights lack {len(absent)} of the model's tensors, such as {absent[0]}")
+    return Transformers(name, model, processor, options)
+
+
+def _check_transformers_folder(folder: Path, name: str) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: no such folder; transformers:{HUB}{folder} downloads it")
+    config = read_config(folder / "config.json")
+    _check_model_type(str(folder / "config.json"), config.get("model_type"))
+    names = {file.name for file in folder.iterdir()}
+    if not names & {"model.safetensors", "model.safetensors.index.json"}:
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".h5", ".msgpack"))]
+        raise FileNotFoundError(f"{folder}: found {pickled or 'no weights'}; expected model.safetensors")
+    if not names & {"preprocessor_config.json", "processor_config.json"}:
+        raise FileNotFoundError(f"{folder}: found no image processor; expected preprocessor_config.json")
+    _check_tokenizer(folder)
+
+
+def _check_model_type(where: str, model_type: Any) -> None:
+    if model_type not in MODEL_TYPES:
+        expected = f"expected one of {', '.join(MODEL_TYPES)}"
+        raise ValueError(
+            f"{where}: found model_type {model_type!r}, {expected}{did_you_mean(str(model_type), MODEL_TYPES)}"
+        )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise FileNotFoundError where there is none: transformers would make up one of three words."""
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        expected = ", or ".join(" with ".join(names) for names in _TOKENIZER_FILES)
+        raise FileNotFoundError(f"{folder}: found no tokenizer; expected {expected}")
+
+
+def load_timm(what: str, name: str, options: Options) -> Peer:
+    """`NAME`, `NAME:FILE`, a folder, or `hf-hub:NAME`; for the arguments see `load_open_clip`."""
+    architecture, _, weights = what.partition(":")
+    if what.startswith(HUB):
+        with _loading(name, "timm", download=True):
+            model: Any = timm.create_model(what, pretrained=True)
+    elif _is_folder(what, name, timm.is_model(what)):
+        with _loading(name, "timm"):
+            model = timm.create_model(f"local-dir:{what}", pretrained=True)
+    elif not timm.is_model(architecture):
+        raise ValueError(f"{name}: timm has no {architecture!r}{did_you_mean(architecture, timm.list_models())}")
+    elif weights:
+        _check_file(Path(weights), name)
+        with _loading(name, "timm"):
+            model = _timm_with_weights(architecture, weights)
+    else:
+        name = _random(name)
+        model = timm.create_model(architecture)
+    model.reset_classifier(0)
+    return Timm(name, model, options)
+
+
+def _timm_with_weights(architecture: str, file: str) -> Any:
+    """The model with the file's own classifier, if any: only then does timm insist on every tensor."""
+    tensors = timm.models.load_state_dict(file, weights_only=True)
+    config = timm.get_pretrained_cfg(architecture)
+    classifier = config.classifier if config else None
+    first = classifier if isinstance(classifier, str) else (classifier or [""])[0]
+    num_classes = len(tensors.get(f"{first}.weight", ()))
+    overlay = {"state_dict": tensors, "num_classes": num_classes, "label_offset": 0}
+    model: Any = timm.create_model(
+        architecture, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay
+    )
+    model.pretrained_cfg.pop("state_dict", None)  # a second copy
+    return model
+
+
+def _random(name: str) -> str:
+    """Warn of weights that nobody named. Returns what to call the model, so that no table hides it."""
+    warnings.warn(f"{name}: no weights were named; they are random", stacklevel=4)
+    return f"{name} (random weights)"
+
+
+def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
+    found = Path(what).is_dir()
+    if found and is_architecture:
+        prefix = name.removesuffix(what)
+        raise ValueError(f"{name}: is a folder here and an architecture; expected {prefix}./{what} or {name}:")
+    return found
+
+
+def _check_file(file: Path, name: str) -> None:
+    if not file.is_file():
+        siblings = [str(sibling) for sibling in file.parent.glob("*")] if file.parent.is_dir() else []
+        raise FileNotFoundError(f"{name}: no such file of weights{did_you_mean(str(file), siblings)}")
+
+
+@contextmanager
+def _loading(name: str, library: str, download: bool = False, hub_parts: Sequence[str] = ()) -> Iterator[None]:
+    """Say in one line what a library cannot load, keep it from the network, and from logging what we check."""
+    from huggingface_hub import constants
+
+    offline, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    constants.HF_HUB_OFFLINE = offline or not download
+    try:
+        yield
+    except Exception as error:  # they raise anything: RuntimeError, OSError, UnpicklingError, KeyError
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if hub_parts and isinstance(error, OSError):
+            reason = f"it needs {' and '.join(hub_parts)} of the hub, not in the local cache; only hf-hub: downloads"
+        raise ValueError(f"{name}: {library} cannot load it ({reason})") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        logging.disable(disabled)
+
+
+LOADERS = {"open_clip": load_open_clip, "transformers": load_transformers, "timm": load_timm}

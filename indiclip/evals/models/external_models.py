@@ -1,0 +1,196 @@
+"""Other people's models as `indiclip.evals.models.embedder.Embedder`: OpenCLIP, transformers, timm.
+
+Each sees images and texts through its own library's preprocessing and tokenizer, so that its embeddings are those that
+the library's documented use gives. Only the picture that goes in is ours for all models: upright, and transparency on
+white.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from indiclip.evals.models.embedder import (
+    Picture,
+    Precision,
+    View,
+    autocast,
+    embed_distinct,
+    with_full_length,
+)
+from indiclip.loading.transforms import read_upright
+
+# Shortest-side resizing makes a line of pixels enormous; past this the long side is squeezed.
+_MAX_ASPECT = 100
+
+
+class Options(NamedTuple):
+    """See `indiclip.evals.models.embedder.load_embedder`."""
+
+    device: torch.device = torch.device("cpu")
+    precision: Precision = "fp32"
+    lengths: Sequence[int] | None = None
+
+
+class Peer(ABC):
+    """What all of them share. Its one view is `native`, the model's own preprocessing.
+
+    Args:
+        name: For tables.
+        model: The library's.
+        options: Where and how it computes.
+    """
+
+    embeds_text = True
+
+    def __init__(self, name: str, model: Any, options: Options) -> None:
+        self.name = name
+        self.model = model.to(options.device).eval().requires_grad_(False)
+        self._device, self._precision = options.device, options.precision
+        blank = self.prepare(np.zeros((32, 32, 3), np.uint8), self.views(["native"])[0])
+        self._length = self.embed_images(self.collate([blank])).shape[1]
+        self.lengths = with_full_length(options.lengths, self._length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "model"}
+
+    def views(self, names: Sequence[str]) -> list[View]:
+        for name in names:
+            if name != "native":
+                raise ValueError(f"{self.name}: has no view {name!r}; expected native, its own preprocessing")
+        return [View(name, None, "square") for name in names]
+
+    def prepare(self, image: Picture, view: View) -> Any:
+        pixels = Image.fromarray(read_upright(image).permute(1, 2, 0).numpy())
+        width, height = pixels.size
+        size = (min(width, height * _MAX_ASPECT), min(height, width * _MAX_ASPECT))
+        return self._prepare(pixels if size == pixels.size else pixels.resize(size), view)
+
+    def collate(self, prepared: list[Any]) -> Any:
+        return torch.stack(prepared)
+
+    def embed_images(self, batch: Any) -> Tensor:
+        with torch.inference_mode(), autocast(self._device, self._precision):
+            return F.normalize(self._encode_images(batch).float(), dim=-1).cpu()
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        with torch.inference_mode(), autocast(self._device, self._precision):
+            return embed_distinct(
+                texts, lambda some: F.normalize(self._encode_texts(some).float(), dim=-1), self._length
+            )
+
+    @abstractmethod
+    def _prepare(self, image: Image.Image, view: View) -> Any: ...
+
+    @abstractmethod
+    def _encode_images(self, batch: Any) -> Tensor: ...
+
+    @abstractmethod
+    def _encode_texts(self, texts: list[str]) -> Tensor: ...
+
+
+class OpenClip(Peer):
+    """An OpenCLIP model with its transform and tokenizer."""
+
+    def __init__(self, name: str, model: Any, transform: Any, tokenizer: Any, options: Options) -> None:
+        self._transform, self._tokenizer = transform, tokenizer
+        super().__init__(name, model, options)
+
+    def _prepare(self, image: Image.Image, view: View) -> Any:
+        return self._transform(image)
+
+    def _encode_images(self, batch: Any) -> Tensor:
+        image_BE: Tensor = self.model.encode_image(batch.to(self._device))
+        return image_BE
+
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        text_BE: Tensor = self.model.encode_text(self._tokenizer(texts).to(self._device))
+        return text_BE
+
+
+class Transformers(Peer):
+    """A dual encoder of transformers with its processor.
+
+    SigLIP 2 of any size ("NaFlex") also has views of a number of patches, such as `64`; its `native` is what the
+    folder says, mostly 256.
+    """
+
+    def __init__(self, name: str, model: Any, processor: Any, options: Options) -> None:
+        # Not the processor itself: SigLIP 2's has a patch size of its own, whatever the folder says.
+        self._image_processor, self._tokenizer = processor.image_processor, processor.tokenizer
+        self._context_length = int(model.config.text_config.max_position_embeddings)
+        self._any_size = model.config.model_type == "siglip2"
+        # SigLIP 2 was trained on lower-case text. Its folders of one size call themselves SigLIP and name Gemma's
+        # tokenizer, which keeps capitals; transformers leaves this to the user.
+        self._lowers = type(self._tokenizer).__name__.startswith("Gemma")
+        super().__init__(name, model, options)
+
+    def views(self, names: Sequence[str]) -> list[View]:
+        if not self._any_size:
+            return super().views(names)
+        for name in names:
+            if name != "native" and not (name.isdecimal() and int(name)):
+                expected = "native, or a number of patches such as 64"
+                raise ValueError(f"{self.name}: has no view {name!r}; expected {expected}")
+        return [View(name, None if name == "native" else int(name), "kept") for name in names]
+
+    def collate(self, prepared: list[Any]) -> Any:
+        return {field: torch.cat([one[field] for one in prepared]) for field in prepared[0]}
+
+    def _prepare(self, image: Image.Image, view: View) -> Any:
+        budget = {} if view.tokens is None else {"max_num_patches": view.tokens}
+        return dict(self._image_processor(images=[image], return_tensors="pt", **budget))
+
+    def _encode_images(self, batch: Any) -> Tensor:
+        return self._pooled(self.model.get_image_features(**self._on_device(batch)))
+
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        # SigLIP was trained on texts of one length. CLIP does not mind, and numbers no longer depend on the chunk.
+        texts = [text.lower() for text in texts] if self._lowers else texts
+        tokens = self._tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self._context_length, return_tensors="pt"
+        )
+        return self._pooled(self.model.get_text_features(**self._on_device(tokens)))
+
+    def _on_device(self, tensors: Any) -> dict[str, Tensor]:
+        return {field: tensor.to(self._device) for field, tensor in tensors.items()}
+
+    @staticmethod
+    def _pooled(output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class Timm(Peer):
+    """An image model of timm without its classifier."""
+
+    embeds_text = False
+
+    def __init__(self, name: str, model: Any, options: Options) -> None:
+        config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        self._transform: Any = create_transform(**config, is_training=False)
+        super().__init__(name, model, options)
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        raise ValueError(
+            f"{self.name}: an image model of timm embeds no text; it can be scored by kNN and linear probe"
+        )
+
+    def _prepare(self, image: Image.Image, view: View) -> Any:
+        return self._transform(image)
+
+    def _encode_images(self, batch: Any) -> Tensor:
+        output = self.model(batch.to(self._device))
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            raise ValueError(f"{self.name}: gives {getattr(output, 'shape', type(output))}, not one vector per image")
+        return output
+
+    _encode_texts = embed_texts

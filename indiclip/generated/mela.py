@@ -1,0 +1,147 @@
+"""Mela, an Indian fair: generated scenes with exact labels for every task, at any size, without any file.
+
+The default data of the quickstart and the tests. A scene is a pure function of (seed, index), drawn when it is asked
+for (a few milliseconds), so the data set has no size on disk, workers share nothing and resume is exact.
+
+    mela = Mela(num_scenes=1000, size=[96, 160], layout="mixed", languages=["en", "hi"])
+    mela[7]["image"], mela[7]["captions"]["hi"], mela[7]["boxes_xyxy"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from indiclip.generated.mela_scene import MIN_SIDE, Scene, check_arguments, draw_scene
+from indiclip.generated.mela_things import COLOURS, THINGS
+from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names, must_be_one_of
+from indiclip.types import Sample
+
+__all__ = [
+    "CLASSES",
+    "COLOURS",
+    "LANGUAGES",
+    "THINGS",
+    "Mela",
+    "Scene",
+    "class_names",
+    "draw_scene",
+]
+
+ABSENT = 0.15  # share of samples that ask for the points of a class which is not there
+
+
+class Mela(Dataset[Sample]):
+    """Generated scenes of a fair as a map-style data set.
+
+    Args:
+        num_scenes: Length of the data set; scenes 0 to num_scenes - 1 of the fair `seed`.
+        size: Of the images in pixels: one number for square ones, or [height, width].
+        layout: "single": one kind of thing in an image, for captions and classification. "mixed": several kinds and
+            people, for detection, DensePose and counting.
+        people: Probability that a mixed scene has people (use 1 for DensePose); 0 keeps them out of single ones too.
+        languages: A scene has a caption in each of these, and its count question in one, drawn from (seed, index).
+        seed: Which fair; take another one for validation.
+        densepose_points: Surface points per person, drawn evenly over the visible pixels, with replacement.
+
+    Raises:
+        ValueError: An argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        num_scenes: int = 100_000,
+        size: int | list[int] = 128,
+        layout: str = "mixed",
+        people: float = 0.5,
+        languages: Sequence[str] = ("en",),
+        seed: int = 0,
+        densepose_points: int = 100,
+    ) -> None:
+        self.height, self.width = _height_width(size)
+        check_arguments(seed, 0, self.height, self.width, layout, people)
+        if isinstance(languages, str) or not languages:
+            raise ValueError(f"languages: expected a list such as ['en', 'hi']; found {languages!r}.")
+        for language in languages:
+            must_be_one_of("languages", language, LANGUAGES)
+        if num_scenes < 1:
+            raise ValueError(f"num_scenes: expected a whole number from 1 up; found {num_scenes!r}.")
+        if densepose_points < 0:
+            raise ValueError(f"densepose_points: expected a whole number from 0 up; found {densepose_points!r}.")
+        self.num_scenes, self.layout, self.people, self.seed = num_scenes, layout, people, seed
+        self.languages, self.densepose_points = list(languages), densepose_points
+        self.classes = self.class_names("en")
+
+    @staticmethod
+    def class_names(language: str = "en") -> list[str]:
+        """Names of all classes in class-id order (16 things and the person), in native script."""
+        return class_names(language)
+
+    def scene(self, index: int) -> Scene:
+        """The scene behind sample `index`: image, instance, part and UV maps, captions in all languages."""
+        return draw_scene(self.seed, index, self.height, self.width, self.layout, self.people)
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def key(self, index: int) -> str:
+        """The scene's name. Draws nothing."""
+        return f"mela-{self.seed}-{index}"
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.num_scenes:
+            raise IndexError(f"index: expected 0 to {self.num_scenes - 1}; found {index}.")
+        scene = self.scene(index)
+        # A stream of its own, so that what is asked about a scene never changes the scene.
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, index, 1]))
+        language = self.languages[rng.integers(len(self.languages))]
+        sample: Sample = {
+            "image": scene.image_HW3,
+            "key": self.key(index),
+            "captions": {name: scene.captions[name] for name in self.languages},
+            "label": int(scene.classes[0]) if self.layout == "single" else -1,
+            "boxes_xyxy": scene.boxes_xyxy,
+            "classes": scene.classes,
+            "crowd": np.zeros(len(scene.classes), bool),
+        }
+        return sample | _question(rng, scene, language) | _surface(rng, scene, self.densepose_points)
+
+
+def _height_width(size: int | list[int]) -> tuple[int, int]:
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= MIN_SIDE for side in sides):
+        expected = f"one number or [height, width], each at least {MIN_SIDE} pixels"
+        raise ValueError(f"size: expected {expected}; found {size!r}.")
+    return sides[0], sides[1]
+
+
+def _question(rng: np.random.Generator, scene: Scene, language: str) -> Sample:
+    """Which class is to be counted, and where its instances are; sometimes one that is not there."""
+    present = np.unique(scene.classes)
+    absent = np.setdiff1d(np.arange(len(CLASSES)), present)
+    asked = absent if not len(present) or rng.random() < ABSENT else present
+    label = int(asked[rng.integers(len(asked))])
+    points_xy = scene.points_xy[scene.classes == label]
+    return {"points_xy": points_xy, "count_class": class_names(language)[label], "count_label": label}
+
+
+def _surface(rng: np.random.Generator, scene: Scene, num_points: int) -> Sample:
+    """DensePose targets: points drawn evenly over the visible pixels of each person."""
+    people = np.flatnonzero(scene.classes == PERSON)
+    masks = scene.instances_HW[None] == people[:, None, None]
+    ys, xs = np.zeros((2, len(people), num_points), np.int64)
+    for row, mask in enumerate(masks):
+        pixels = np.flatnonzero(mask)
+        drawn = pixels[rng.integers(len(pixels), size=num_points)]
+        ys[row], xs[row] = np.divmod(drawn, mask.shape[1])
+    y, x = ys.ravel(), xs.ravel()
+    return {
+        "dp_boxes_xyxy": scene.boxes_xyxy[people],
+        "dp_masks": masks.astype(np.uint8),
+        "dp_points_xy": np.stack([x + 0.5, y + 0.5], axis=1).astype(np.float32),
+        "dp_person": np.repeat(np.arange(len(people)), num_points),
+        "dp_part": scene.parts_HW[y, x].astype(np.int64),
+        "dp_uv": scene.uv_HW2[y, x],
+    }

@@ -1,0 +1,167 @@
+"""What stands where at the fair: backgrounds, and the sprites of a layout at their places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indiclip.generated.mela_people import GARMENTS, draw_person
+from indiclip.generated.mela_things import COLOURS, RGB, THINGS, Sprite, draw_thing, rgb_of
+from indiclip.generated.mela_words import CLASSES
+
+_COLOUR_NAMES = list(COLOURS)
+# Pale and muted, so that none is a colour of the fair.
+_BACKGROUNDS: list[RGB] = [
+    *((244, 238, 226), (226, 232, 238), (214, 208, 220), (222, 226, 212), (236, 222, 218), (198, 202, 206)),
+    *((206, 196, 184), (182, 190, 198), (186, 184, 172), (172, 166, 176), (158, 166, 164), (212, 220, 222)),
+]
+# Centres of instances are drawn in one of these boxes (x1, y1, x2, y2 of 0..1).
+_REGIONS = [
+    *((0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.46, 1.0), (0.54, 0.0, 1.0, 1.0)),
+    *((0.0, 0.0, 1.0, 0.46), (0.0, 0.54, 1.0, 1.0), (0.34, 0.34, 0.66, 0.66)),
+]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sprite at its place: `y`, `x` of its first pixel, which may lie outside of the image."""
+
+    sprite: Sprite
+    y: int
+    x: int
+    kind: str
+    colour: str
+    garment: str = ""
+
+    def windows(self, height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """The same pixels in the image and in the sprite."""
+        h, w = self.sprite.mask.shape
+        top, left = max(self.y, 0), max(self.x, 0)
+        bottom, right = max(min(self.y + h, height), top), max(min(self.x + w, width), left)
+        in_image = (slice(top, bottom), slice(left, right))
+        return in_image, (slice(top - self.y, bottom - self.y), slice(left - self.x, right - self.x))
+
+
+def draw_background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """A fairground with nothing on it: plain, gradient, stripes, or ground and sky, with light noise."""
+    first, second = (np.array(_BACKGROUNDS[i], np.int16) for i in rng.integers(len(_BACKGROUNDS), size=2))
+    style, place, angle = rng.integers(4), rng.random(), rng.uniform(-1, 1)
+    down = np.linspace(0, 1, height, dtype=np.float32)[:, None]
+    across = np.linspace(0, 1, width, dtype=np.float32)[None, :]
+    ramp = (down + angle * across).clip(0, 1)
+    if style == 0:
+        ramp = np.zeros_like(ramp)
+    elif style == 2:
+        # Broad and faint: no thing has such stripes.
+        ramp = 0.35 * (((down + angle * across) * (3 + 4 * place)) % 1 < 0.5).astype(np.float32)
+    elif style == 3:
+        horizon = down > 0.35 + 0.4 * place
+        ramp = np.broadcast_to(np.where(horizon, 0.7 + 0.3 * down, 0.15 * down), ramp.shape)
+    image = first + (ramp[..., None] * (second - first).astype(np.float32)).astype(np.int16)
+    strength = int(rng.integers(1, 6))
+    image += rng.integers(-strength, strength + 1, size=(height, width, 1), dtype=np.int16)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def _jittered(rng: np.random.Generator, colour: str) -> RGB:
+    red, green, blue = (rng.integers(-10, 11, size=3) + rgb_of(colour)).clip(0, 255).tolist()
+    return red, green, blue
+
+
+def _centres(
+    rng: np.random.Generator, sizes_wh: list[tuple[float, float]], region: int, height: int, width: int
+) -> list[tuple[float, float]]:
+    """Centres (x, y) of boxes of these sizes in a region: of six random places, the furthest from the others."""
+    x1, y1, x2, y2 = _REGIONS[region]
+    draws = rng.random((len(sizes_wh), 6, 2))
+    low, span = np.array([x1 * width, y1 * height]), np.array([(x2 - x1) * width, (y2 - y1) * height])
+    centres: list[tuple[float, float]] = []
+    for size_wh, draw in zip(sizes_wh, draws, strict=True):
+        margin = np.minimum(np.array(size_wh) * 0.45, [width / 2, height / 2])
+        candidates = (low + draw * span).clip(margin, np.array([width, height]) - margin)
+        if centres:
+            gaps = np.abs(candidates[:, None] - np.array(centres)[None]) / size_wh
+            best = candidates[gaps.max(axis=2).min(axis=1).argmax()]
+        else:
+            best = candidates[0]
+        centres.append((float(best[0]), float(best[1])))
+    return centres
+
+
+def _things(
+    rng: np.random.Generator, wanted: list[tuple[str, str, float]], region: int, height: int, width: int
+) -> list[Item]:
+    """Things from (kind, colour, size in pixels), placed in a region of the image."""
+    sprites = []
+    for kind, colour, size in wanted:
+        tilt, stretch, mirror = rng.uniform(-0.35, 0.35), rng.uniform(0.88, 1.12), rng.random() < 0.5
+        sprites.append(draw_thing(kind, _jittered(rng, colour), size, tilt, stretch, mirror))
+    sizes = [(float(sprite.mask.shape[1]), float(sprite.mask.shape[0])) for sprite in sprites]
+    centres = _centres(rng, sizes, region, height, width)
+    return [
+        Item(sprite, round(y - h / 2), round(x - w / 2), kind, colour)
+        for sprite, (kind, colour, _), (w, h), (x, y) in zip(sprites, wanted, sizes, centres, strict=True)
+    ]
+
+
+def _people(rng: np.random.Generator, height: int, width: int, same: bool) -> list[Item]:
+    """One to three people, 45 to 90 % of the image's height (less where the image is too narrow for that).
+
+    `same`: they all wear the same garment in the same colour.
+    """
+    count = (1, 1, 1, 2, 2, 3)[rng.integers(6)]
+    looks = [
+        (GARMENTS[rng.integers(len(GARMENTS))], _COLOUR_NAMES[rng.integers(len(_COLOUR_NAMES))]) for _ in range(count)
+    ]
+    items = []
+    for i, (garment, colour) in enumerate(looks):
+        garment, colour = looks[0] if same else (garment, colour)
+        tall = min(rng.uniform(0.45, 0.9) * height, 1.6 * width)
+        sprite = draw_person(rng, garment, _jittered(rng, colour), tall)
+        h, w = sprite.mask.shape
+        # Each has a share of the width to stand in, so that they hide each other only in part.
+        x = (i + rng.uniform(0.2, 0.8)) / count * width
+        x = float(np.clip(x, min(0.4 * w, width / 2), max(width - 0.4 * w, width / 2)))
+        items.append(
+            Item(sprite, round(rng.uniform(0.3, 1) * (height - h)), round(x - w / 2), "person", colour, garment)
+        )
+    return items
+
+
+def single(rng: np.random.Generator, height: int, width: int, people: float) -> list[Item]:
+    """One to six of one kind, mostly in one colour. People are one of 17 kinds unless `people` is 0."""
+    kind = CLASSES[rng.integers(len(CLASSES) if people > 0 else len(THINGS))]
+    if kind == "person":
+        return _people(rng, height, width, same=True)
+    count = (1, 1, 1, 2, 2, 3, 3, 4, 5, 6)[rng.integers(10)]
+    low, high = ((0.45, 0.85), (0.35, 0.55), (0.3, 0.45), (0.25, 0.38))[min(count, 4) - 1]
+    colours = [_COLOUR_NAMES[i] for i in rng.integers(len(_COLOUR_NAMES), size=count)]
+    if rng.random() < 0.85:
+        colours = colours[:1] * count
+    region = int(rng.integers(len(_REGIONS) - (count > 2))) if rng.random() < 0.6 else 0
+    short = min(height, width)
+    sizes = [max(12.0, rng.uniform(low, high) * short) for _ in range(count)]
+    return _things(rng, [(kind, c, s) for c, s in zip(colours, sizes, strict=True)], region, height, width)
+
+
+def mixed(rng: np.random.Generator, height: int, width: int, people: float) -> list[Item]:
+    """One to eight things of up to four kinds in front of, or behind, up to three people."""
+    count = int(rng.integers(1, 9))
+    kinds = [
+        (THINGS[rng.integers(len(THINGS))], _COLOUR_NAMES[rng.integers(len(_COLOUR_NAMES))])
+        for _ in range(rng.integers(1, 5))
+    ]
+    wanted = []
+    for _ in range(count):
+        kind, colour = kinds[rng.integers(len(kinds))]
+        # Half of the things share the colour of their kind, so that a caption has groups to name.
+        colour = colour if rng.random() < 0.5 else _COLOUR_NAMES[rng.integers(len(_COLOUR_NAMES))]
+        size = rng.uniform(0.2, 0.47 - 0.02 * count) * min(height, width)
+        wanted.append((kind, colour, max(12.0, size)))
+    items = _things(rng, wanted, 0, height, width)
+    crowd = _people(rng, height, width, same=False) if rng.random() < people else []
+    # Mostly people stand behind: they are large and would hide the things.
+    split = 0 if rng.random() < 0.7 else int(rng.integers(len(items) + 1))
+    return items[:split] + crowd + items[split:]

@@ -1,0 +1,254 @@
+"""Articulated people: 24 body parts with (part, U, V) at every pixel, in a saree, a kurta or a dhoti.
+
+A figure faces the viewer and is 28 pieces around the bones of a skeleton; each piece is a polygon in the
+coordinates (t, s) of its bone: t from 0 to 1 along it, s from -1 to 1 across it. U is t; V is |s| (0 on the bone, 1
+at the side) where a limb has two half parts, and (s + 1) / 2 for hands and feet, which are one part. Clothes are
+painted on these pixels, so every pixel of a person has its exact part, U and V.
+
+Part numbers are DensePose's: 1, 2 torso; 3, 4 right and left hand; 5, 6 left and right foot; 7, 9 right and 8, 10
+left upper leg; 11, 13 and 12, 14 lower leg; 15, 17 left and 16, 18 right upper arm; 19, 21 and 20, 22 lower arm; 23,
+24 head. Here the first of two is the outer half of a limb (the right half of torso and head). Right is the person's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from indiclip.generated.mela_things import RGB, Sprite, shades
+
+Floats = NDArray[np.float64]
+Float32s = NDArray[np.float32]
+
+GARMENTS = ["saree", "kurta", "dhoti"]
+NUM_PARTS = 24
+
+_SKINS: list[RGB] = [(96, 56, 38), (128, 78, 50), (160, 104, 68), (190, 130, 90), (214, 160, 120)]
+_HAIR: RGB = (34, 26, 30)
+_CLOTH: RGB = (246, 240, 226)  # pyjama and shawl
+_SHOE: RGB = (92, 60, 40)
+_INNER_LEGS = {"saree": [9, 10, 13, 14], "kurta": [9, 10], "dhoti": []}
+
+# Half outlines in (t, s): a limb with round ends, and an oval for the head.
+_T = np.array([0, 0.02, 0.08, 0.18, 0.82, 0.92, 0.98, 1])
+_LIMB = np.stack([_T, np.array([0, 0.5, 0.85, 1, 1, 0.85, 0.5, 0])], axis=1)
+_ARC = np.linspace(0, np.pi, len(_T))
+_OVAL = np.stack([(1 - np.cos(_ARC)) / 2, np.sin(_ARC)], axis=1)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A bone from `start` to `end` and the half of it, or all of it, that one polygon pair covers.
+
+    Units are the body's height. `outer` is the unit normal towards the side where s is 1; `parts` are the part
+    numbers at s > 0 and at s < 0; `widths` are half widths at both ends.
+    """
+
+    start: Floats
+    end: Floats
+    outer: Floats
+    parts: tuple[int, int]
+    widths: tuple[float, float]
+
+
+def _bone(start: Floats, end: Floats, side: int, parts: tuple[int, int], widths: tuple[float, float]) -> _Piece:
+    """A piece that reaches a little over both joints; its outer side is the person's right for `side` -1."""
+    along = (end - start) / np.hypot(*(end - start))
+    outer = np.array([along[1], -along[0]]) * side
+    return _Piece(start - along * widths[0] * 0.6, end + along * widths[1] * 0.6, outer, parts, widths)
+
+
+def _towards(angle: float, side: int) -> Floats:
+    """The direction `angle` radians away from straight down, outwards on `side` (-1: the image's left)."""
+    return np.array([side * np.sin(angle), np.cos(angle)])
+
+
+def _leg(rng: np.random.Generator, side: int, garment: str) -> list[_Piece]:
+    """Foot, lower leg and upper leg; a skirt is wide legs that stand close together."""
+    right = side < 0
+    skirt = garment == "saree"
+    thigh = rng.uniform(0.0, {"saree": 0.08, "kurta": 0.25, "dhoti": 0.4}[garment])
+    shin = thigh + (rng.uniform(-0.02, 0.04) if skirt else rng.uniform(-0.3, 0.15))
+    hip = np.array([side * 0.055, 0.0])
+    knee = hip + 0.235 * _towards(thigh, side)
+    ankle = knee + 0.225 * _towards(shin, side)
+    toe = ankle + 0.085 * _towards(1.2 if rng.random() < 0.5 else 0.7, side)
+    upper, lower = {
+        "saree": ((0.075, 0.085), (0.085, 0.1)),
+        "kurta": ((0.08, 0.085), (0.05, 0.042)),
+        "dhoti": ((0.075, 0.08), (0.068, 0.04)),
+    }[garment]
+    foot = 6 if right else 5
+    return [
+        _bone(ankle, toe, side, (foot, foot), (0.036, 0.034)),
+        _bone(knee, ankle, side, (11, 13) if right else (12, 14), lower),
+        _bone(hip, knee, side, (7, 9) if right else (8, 10), upper),
+    ]
+
+
+def _arm(rng: np.random.Generator, shoulder: Floats, side: int) -> list[_Piece]:
+    """Upper arm, lower arm and hand, anywhere from hanging to raised."""
+    right = side < 0
+    lift = rng.uniform(0.15, 2.5) if rng.random() < 0.6 else rng.uniform(0.15, 0.7)
+    bend = lift + rng.uniform(-0.3, 1.5 if lift < 1.6 else 0.6)
+    elbow = shoulder + 0.165 * _towards(lift, side)
+    wrist = elbow + 0.15 * _towards(bend, side)
+    tip = wrist + 0.06 * _towards(bend + rng.uniform(-0.3, 0.3), side)
+    hand = 3 if right else 4
+    return [
+        _bone(wrist, tip, side, (hand, hand), (0.036, 0.036)),
+        _bone(elbow, wrist, side, (20, 22) if right else (19, 21), (0.04, 0.034)),
+        _bone(shoulder, elbow, side, (16, 18) if right else (15, 17), (0.046, 0.04)),
+    ]
+
+
+def _body(rng: np.random.Generator, garment: str) -> list[_Piece]:
+    """All pieces in painting order; the origin is between the hips, the standing body is about 1 high."""
+    lean, tilt = rng.uniform(-0.12, 0.12), rng.uniform(-0.2, 0.2)
+    up = np.array([np.sin(lean), -np.cos(lean)])
+    neck, chin = 0.29 * up, 0.3 * up
+    crown = chin + 0.18 * np.array([np.sin(lean + tilt), -np.cos(lean + tilt)])
+    # Both outer normals point to the image's left: the person's right half has s > 0.
+    torso = _bone(np.array([0.0, 0.01]), neck, 1, (1, 2), (0.1, 0.13))
+    head = _bone(chin, crown, 1, (23, 24), (0.085, 0.085))
+    legs = _leg(rng, -1, garment) + _leg(rng, 1, garment)
+    across = np.array([-up[1], up[0]])
+    behind: list[_Piece] = []
+    in_front: list[_Piece] = []
+    for side in (-1, 1):
+        arm = _arm(rng, neck * 0.92 + side * 0.115 * across, side)
+        (behind if rng.random() < 0.3 else in_front).extend(arm)
+    return [*behind, *legs, torso, head, *in_front]
+
+
+def _is_head(piece: _Piece) -> bool:
+    return piece.parts == (23, 24)
+
+
+def _outlines(pieces: list[_Piece]) -> Floats:
+    """The half outlines of all pieces, (pieces, 2 sides, points, xy), in the units of the pieces."""
+    start = np.stack([piece.start for piece in pieces])[:, None, None]
+    along = np.stack([piece.end - piece.start for piece in pieces])[:, None, None]
+    outer = np.stack([piece.outer for piece in pieces])[:, None, None]
+    widths = np.array([piece.widths for piece in pieces])[:, None, :, None]
+    profile = np.stack([_OVAL if _is_head(piece) else _LIMB for piece in pieces])[:, None]
+    t, s = profile[..., :1], profile[..., 1:]
+    side = np.array([1.0, -1.0])[None, :, None, None]
+    half_width = widths[:, :, :1] * (1 - t) + widths[:, :, 1:] * t
+    outlines: Floats = start + along * t + outer * side * s * half_width
+    return outlines
+
+
+def _coordinates(pieces: list[_Piece], scale: float, origin: Floats) -> Floats:
+    """Per part number the row that turns a pixel into its (t, s).
+
+    t = row[0:2] @ xy + row[2]; s = (row[3:5] @ xy + row[5]) / (row[6] + row[7] * t). xy are pixel centres.
+    """
+    table = np.zeros((NUM_PARTS + 1, 8))
+    for piece in pieces:
+        start = (piece.start - origin) * scale
+        along = (piece.end - piece.start) * scale
+        gain = along / (along @ along)
+        w0, w1 = (width * scale for width in piece.widths)
+        row = [*gain, -(gain @ start), *piece.outer, -(piece.outer @ start), w0, w1 - w0]
+        table[list(piece.parts)] = row
+    return table
+
+
+def _part_and_ts(pieces: list[_Piece], height: float) -> tuple[NDArray[np.uint8], Floats, Floats]:
+    """Rasterise at `height` pixels: the part map, and t and s of its body pixels in row order."""
+    outlines = _outlines(pieces)
+    low, high = outlines.min(axis=(0, 1, 2)), outlines.max(axis=(0, 1, 2))
+    scale = (height - 1) / (high[1] - low[1])
+    size_wh = np.ceil((high - low) * scale).astype(int) + 1
+    canvas = Image.new("L", (int(size_wh[0]), int(size_wh[1])))
+    draw = ImageDraw.Draw(canvas)
+    polygons = ((outlines - low) * scale).reshape(len(pieces), 2, -1).tolist()
+    for piece, sides in zip(pieces, polygons, strict=True):
+        for part, polygon in zip(piece.parts, sides, strict=True):
+            draw.polygon(polygon, fill=part)
+    parts = np.array(canvas)
+    ys, xs = np.nonzero(parts)
+    # PIL's polygons put whole numbers on pixel centres.
+    row = _coordinates(pieces, scale, low)[parts[ys, xs]]
+    t = (row[:, 0] * xs + row[:, 1] * ys + row[:, 2]).clip(0, 1)
+    s = (row[:, 3] * xs + row[:, 4] * ys + row[:, 5]) / (row[:, 6] + row[:, 7] * t)
+    return parts, t, s.clip(-1, 1)
+
+
+def _wardrobe(garment: str, rgb: RGB, skin: RGB) -> dict[int, tuple[RGB, float, RGB]]:
+    """Per part: the paint below U = cut, the cut, and the paint above it."""
+    paints = shades(rgb)
+    main, dark, gold = rgb, paints["dark"], paints["gold"]
+    upper_leg, lower_leg = (7, 8, 9, 10), (11, 12, 13, 14)
+    upper_arm, lower_arm = (15, 16, 17, 18), (19, 20, 21, 22)
+    bare = (skin, 1.0, skin)
+    sleeve = (main, 1.0, main)
+    torso, arm, forearm, leg, shin = {
+        "saree": ((main, 0.5, dark), (dark, 0.5, skin), bare, sleeve, (main, 0.82, gold)),
+        "kurta": (sleeve, sleeve, (main, 0.75, skin), (main, 0.85, dark), (_CLOTH, 1.0, _CLOTH)),
+        "dhoti": ((main, 0.2, skin), bare, bare, sleeve, (main, 0.55, skin)),
+    }[garment]
+    shoe = skin if garment == "dhoti" else _SHOE
+    table = {1: torso, 2: torso, 3: bare, 4: bare, 5: (shoe, 1.0, shoe), 6: (shoe, 1.0, shoe)}
+    for numbers, paint in ((upper_leg, leg), (lower_leg, shin), (upper_arm, arm), (lower_arm, forearm)):
+        table.update(dict.fromkeys(numbers, paint))
+    return table | {23: (skin, 0.62, _HAIR), 24: (skin, 0.62, _HAIR)}
+
+
+def _paint(parts_S: NDArray[np.uint8], t_S: Floats, s_S: Floats, garment: str, rgb: RGB, looks: _Looks) -> Float32s:
+    """The colours (S, 3) of body pixels: clothes, face, and sides darker than middles."""
+    wardrobe = _wardrobe(garment, rgb, looks.skin)
+    if looks.turban and garment != "saree":
+        wardrobe |= {23: (looks.skin, 0.55, rgb), 24: (looks.skin, 0.55, rgb)}
+    table, cut = np.zeros((2, NUM_PARTS + 1, 3), np.float32), np.zeros(NUM_PARTS + 1)
+    for part, (first, limit, second) in wardrobe.items():
+        table[0, part], cut[part], table[1, part] = first, limit, second
+    colour = table[(t_S >= cut[parts_S]).astype(np.intp), parts_S]
+    torso = parts_S <= 2
+    sash = torso & (np.abs(1.1 * (2 * t_S - 0.95) + s_S) < 0.42)  # from the right hip to the left shoulder
+    if garment == "saree":
+        colour[sash] = shades(rgb)["light"]
+    elif garment == "dhoti":
+        colour[sash] = _CLOTH
+    else:
+        colour[torso & (np.abs(s_S) < 0.09) & (t_S > 0.5)] = shades(rgb)["gold"]
+    head = parts_S >= 23
+    colour[head & (np.abs(t_S - 0.46) < 0.06) & (np.abs(np.abs(s_S) - 0.38) < 0.13)] = _HAIR
+    colour[head & (np.abs(t_S - 0.22) < 0.04) & (np.abs(s_S) < 0.25)] = (150, 40, 44)
+    if garment == "saree":
+        colour[head & (np.abs(t_S - 0.56) < 0.05) & (np.abs(s_S) < 0.1)] = (214, 0, 40)
+    shade = 1 - 0.28 * s_S**2
+    # One cloth around both legs has no dark line between them.
+    shade[np.isin(parts_S, _INNER_LEGS[garment])] = 1
+    colour *= shade[:, None].astype(np.float32)
+    return colour
+
+
+@dataclass(frozen=True)
+class _Looks:
+    skin: RGB
+    turban: bool
+
+
+def draw_person(rng: np.random.Generator, garment: str, rgb: RGB, height: float) -> Sprite:
+    """Draw one person in a random pose.
+
+    Args:
+        rng: Where pose, skin and headgear come from.
+        garment: One of `GARMENTS`.
+        rgb: The garment's colour, 0..255 each.
+        height: From the highest to the lowest pixel, in pixels.
+    """
+    looks = _Looks(_SKINS[rng.integers(len(_SKINS))], bool(rng.random() < 0.4))
+    parts, t, s = _part_and_ts(_body(rng, garment), height)
+    mask = parts > 0
+    parts_S = parts[mask]
+    pixels = np.zeros((*parts.shape, 3), np.uint8)
+    pixels[mask] = _paint(parts_S, t, s, garment, rgb, looks)
+    uv = np.zeros((*parts.shape, 2), np.float32)
+    uv[mask] = np.stack([t, np.where((parts_S >= 3) & (parts_S <= 6), (s + 1) / 2, np.abs(s))], axis=1)
+    return Sprite(rgb=pixels, mask=mask, parts=parts, uv=uv)

@@ -1,0 +1,195 @@
+"""One scene of the fair and its exact truth, a pure function of (seed, index).
+
+Every pixel of a scene is either pure background or copied from exactly one sprite, so the instance map is not an
+annotation of the image but what the image was made from. What ends up mostly hidden is taken out before painting:
+everything that can be seen is labelled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indiclip.generated.mela_layout import Item, draw_background, mixed, single
+from indiclip.generated.mela_words import CLASSES, Group, captions, must_be_one_of
+
+LAYOUTS = ["single", "mixed"]
+MIN_SIDE = 32  # pixels; below, things have no room for 12 pixels of their own
+MIN_VISIBLE = 0.25  # of an instance's pixels, and
+MIN_PIXELS = 12  # this many, or the instance is taken out
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and the truth about it. M instances in painting order; coordinates are absolute pixels.
+
+    Attributes:
+        image_HW3: uint8 RGB.
+        instances_HW: int16, the instance each pixel belongs to, -1 on the background.
+        parts_HW: uint8, 1..24 on people, else 0 (numbers: see `mela_people`).
+        uv_HW2: float32 in [0, 1], surface coordinates on people, else 0.
+        boxes_xyxy: float32 (M, 4), tight around the visible pixels; x2, y2 exclusive.
+        classes: int64 (M,), index into `CLASSES`.
+        colours: M keys of `COLOURS`; of a person, the garment's.
+        garments: M garments, "" for things.
+        points_xy: float32 (M, 2), the centre of a visible pixel of the instance, close to its middle.
+        captions: language -> caption.
+    """
+
+    image_HW3: NDArray[np.uint8]
+    instances_HW: NDArray[np.int16]
+    parts_HW: NDArray[np.uint8]
+    uv_HW2: NDArray[np.float32]
+    boxes_xyxy: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    colours: list[str]
+    garments: list[str]
+    points_xy: NDArray[np.float32]
+    captions: dict[str, str]
+
+
+def _instance_map(items: list[Item], height: int, width: int) -> NDArray[np.int16]:
+    instances = np.full((height, width), -1, np.int16)
+    for i, item in enumerate(items):
+        image, sprite = item.windows(height, width)
+        np.copyto(instances[image], np.int16(i), where=item.sprite.mask[sprite])
+    return instances
+
+
+def _visible_only(items: list[Item], height: int, width: int) -> tuple[list[Item], NDArray[np.int16]]:
+    """Take out what is mostly hidden or outside; what stays can only become more visible by that."""
+    instances = _instance_map(items, height, width)
+    pixels = np.bincount(instances.ravel() + 1, minlength=len(items) + 1)[1:]
+    needed = [max(MIN_PIXELS, MIN_VISIBLE * int(item.sprite.mask.sum())) for item in items]
+    kept = [item for item, has, needs in zip(items, pixels, needed, strict=True) if has >= needs]
+    return kept, instances if len(kept) == len(items) else _instance_map(kept, height, width)
+
+
+def _box_and_point(own: NDArray[np.bool_], top: int, left: int) -> tuple[list[int], list[float]]:
+    """The tight box of a mask whose first pixel is at (top, left), and the centre of its pixel nearest the middle."""
+    rows, columns = own.sum(axis=1), own.sum(axis=0)
+    ys, xs = rows.nonzero()[0], columns.nonzero()[0]
+    y, x = (int(weights @ np.arange(len(weights)) / weights.sum() + 0.5) for weights in (rows, columns))
+    if not own[y, x]:
+        all_y, all_x = own.nonzero()
+        nearest = ((all_y - y) ** 2 + (all_x - x) ** 2).argmin()
+        y, x = int(all_y[nearest]), int(all_x[nearest])
+    box = [left + int(xs[0]), top + int(ys[0]), left + int(xs[-1]) + 1, top + int(ys[-1]) + 1]
+    return box, [left + x + 0.5, top + y + 0.5]
+
+
+def place_of(points_xy: NDArray[np.float32], height: int, width: int) -> str:
+    """Where the points are: the half, or the middle, that holds them all, else "everywhere"; "" for none."""
+    if not len(points_xy):
+        return ""
+    relative = points_xy / (width, height) - 0.5
+    if (np.abs(relative) < 0.16).all():
+        return "centre"
+    x, y = relative.mean(axis=0)
+    sides = [("left" if x < 0 else "right", 0, x), ("top" if y < 0 else "bottom", 1, y)]
+    for side, axis, mean in sorted(sides, key=lambda entry: -abs(entry[2])):
+        if (relative[:, axis] * np.sign(mean) > 0).all():
+            return side
+    return "everywhere"
+
+
+def _groups(items: list[Item]) -> list[Group]:
+    """The kinds in a scene, most frequent first."""
+    by_kind: dict[str, list[Item]] = {}
+    for item in items:
+        by_kind.setdefault(item.kind, []).append(item)
+    groups = []
+    for kind, members in sorted(by_kind.items(), key=lambda entry: (-len(entry[1]), CLASSES.index(entry[0]))):
+        first = members[0]
+        alike = all((a.colour, a.garment) == (b.colour, b.garment) for a, b in pairwise(members))
+        groups.append(Group(kind, len(members), first.colour if alike else "", first.garment if alike else ""))
+    return groups
+
+
+def check_arguments(
+    seed: int, index: int, height: int, width: int, layout: str, people: float, empty: float = 0.0
+) -> None:
+    """Raise ValueError, with the argument's name, for what `draw_scene` cannot draw."""
+    must_be_one_of("layout", layout, LAYOUTS)
+    for name, value in (("seed", seed), ("index", index)):
+        if value < 0:
+            raise ValueError(f"{name}: expected a whole number from 0 up; found {value!r}.")
+    for name, value in (("height", height), ("width", width)):
+        if value < MIN_SIDE:
+            raise ValueError(f"{name}: expected at least {MIN_SIDE} pixels; found {value!r}.")
+    for name, share in (("people", people), ("empty", empty)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: expected a probability in [0, 1]; found {share!r}.")
+
+
+def draw_scene(
+    seed: int,
+    index: int,
+    height: int,
+    width: int,
+    layout: str = "mixed",
+    people: float = 0.5,
+    empty: float = 0.03,
+) -> Scene:
+    """Draw scene number `index` of the fair that `seed` names: the same bytes in any process and any order.
+
+    Args:
+        seed: Which fair, from 0 up.
+        index: Which of its scenes, from 0 up.
+        height: Of the image, in pixels, at least 32.
+        width: Of the image, in pixels, at least 32.
+        layout: "single" (one to six of one kind, large) or "mixed" (up to eight things of several kinds).
+        people: Mixed: probability of a scene with one to three people. Single: people are one of the 17 kinds, or
+            none of them where this is 0.
+        empty: Mixed: probability of a background without any object.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+    check_arguments(seed, index, height, width, layout, people, empty)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    image = draw_background(rng, height, width)
+    if layout == "single":
+        items = single(rng, height, width, people)
+    else:
+        items = [] if rng.random() < empty else mixed(rng, height, width, people)
+    items, instances = _visible_only(items, height, width)
+    return _assemble(rng, image, items, instances)
+
+
+def _assemble(
+    rng: np.random.Generator, image: NDArray[np.uint8], items: list[Item], instances: NDArray[np.int16]
+) -> Scene:
+    """Paint the items where the instance map says they show, and read the labels off the same masks."""
+    height, width = instances.shape
+    parts = np.zeros((height, width), np.uint8)
+    uv = np.zeros((height, width, 2), np.float32)
+    boxes: list[list[int]] = []
+    points: list[list[float]] = []
+    for i, item in enumerate(items):
+        shown, source = item.windows(height, width)
+        own = instances[shown] == i
+        sprite = item.sprite
+        np.copyto(image[shown], sprite.rgb[source], where=own[..., None])
+        if sprite.parts is not None and sprite.uv is not None:
+            np.copyto(parts[shown], sprite.parts[source], where=own)
+            np.copyto(uv[shown], sprite.uv[source], where=own[..., None])
+        box, point = _box_and_point(own, shown[0].start, shown[1].start)
+        boxes.append(box)
+        points.append(point)
+    points_xy = np.array(points, np.float32).reshape(-1, 2)
+    return Scene(
+        image_HW3=image,
+        instances_HW=instances,
+        parts_HW=parts,
+        uv_HW2=uv,
+        boxes_xyxy=np.array(boxes, np.float32).reshape(-1, 4),
+        classes=np.array([CLASSES.index(item.kind) for item in items], np.int64),
+        colours=[item.colour for item in items],
+        garments=[item.garment for item in items],
+        points_xy=points_xy,
+        captions=captions(rng, _groups(items), place_of(points_xy, height, width)),
+    )

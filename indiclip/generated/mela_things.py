@@ -1,0 +1,119 @@
+"""The sixteen things of the fair, painted at any size, tilt and colour.
+
+A thing is drawn at twice the resolution and reduced, so its inner marks are smooth at 20 pixels; a pixel belongs to
+the thing where at least half of it is covered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from indiclip.generated.mela_shapes import DRAWINGS, Shapes
+
+RGB = tuple[int, int, int]
+
+# Twelve of the named colours of the India benchmark (taxonomy, category indian_colours; hex values from there), the
+# subset whose closest pair is furthest apart: CIEDE2000 16.8 (basanti stands for the yellows, haldi is too close to
+# kesariya, and neel to peacock blue).
+COLOURS = {
+    "kesariya": "#FF9933",
+    "basanti": "#FFD91A",
+    "gulabi": "#DF5FB7",
+    "rani_pink": "#D5006D",
+    "sindoori": "#E34234",
+    "maroon": "#800000",
+    "baingani": "#7D3FA9",
+    "peacock_blue": "#00677F",
+    "firozi": "#40E0D0",
+    "aasmani": "#87CEEB",
+    "totai": "#56C23A",
+    "mehendi": "#6B7A2A",
+}
+# Paints that stay the same whatever colour a thing has.
+_PAINTS: dict[str, RGB] = {
+    "ink": (40, 30, 38),
+    "white": (252, 250, 244),
+    "gold": (232, 172, 36),
+    "flame": (255, 112, 16),
+    "glow": (255, 236, 140),
+    "leaf": (52, 122, 50),
+    "wood": (120, 76, 44),
+    "glass": (176, 214, 232),
+}
+_CLEAR = (0, 0, 0, 0)  # paint "hole": what lies behind the thing shows through
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """Something drawn, ready to be laid on an image.
+
+    Attributes:
+        rgb: uint8 (h, w, 3); read only where `mask` is true.
+        mask: bool (h, w), the pixels it owns.
+        parts: uint8 (h, w), 0 off the body and 1..24 on it; None for things.
+        uv: float32 (h, w, 2) in [0, 1]; None for things.
+    """
+
+    rgb: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+    parts: NDArray[np.uint8] | None = None
+    uv: NDArray[np.float32] | None = None
+
+
+def rgb_of(colour: str) -> RGB:
+    """The red, green and blue (0..255) of a colour name of `COLOURS`."""
+    value = int(COLOURS[colour][1:], 16)
+    return value >> 16, value >> 8 & 255, value & 255
+
+
+THINGS = list(DRAWINGS)  # class id = place in this list
+
+
+def shades(rgb: RGB) -> dict[str, RGB]:
+    """The paints of one colour: `main`, a `dark` and a `light` of it, and those that never change."""
+    red, green, blue = rgb
+    dark = (red * 3 // 5, green * 3 // 5, blue * 3 // 5)
+    light = (red // 2 + 126, green // 2 + 126, blue // 2 + 126)
+    return {**_PAINTS, "main": rgb, "dark": dark, "light": light}
+
+
+def draw_thing(kind: str, rgb: RGB, size: float, tilt: float, stretch: float = 1.0, mirror: bool = False) -> Sprite:
+    """Draw one thing of the fair.
+
+    Args:
+        kind: One of `THINGS`.
+        rgb: Its colour, 0..255 each.
+        size: The longer side of its box, in pixels.
+        tilt: Clockwise, in radians.
+        stretch: Width times this before it is tilted.
+        mirror: Left and right are swapped.
+    """
+    return draw_shapes(DRAWINGS[kind], rgb, size, tilt, stretch, mirror)
+
+
+def draw_shapes(
+    shapes: Shapes, rgb: RGB, size: float, tilt: float, stretch: float = 1.0, mirror: bool = False
+) -> Sprite:
+    """Draw a stack of polygons with the paints of a colour; arguments as in `draw_thing`."""
+    cos, sin = np.cos(tilt), np.sin(tilt)
+    across = -stretch if mirror else stretch
+    # In one array, so that a single matrix product moves all polygons.
+    points = np.concatenate([polygon for _, polygon in shapes]) @ np.array([[across * cos, across * sin], [-sin, cos]])
+    low, high = points.min(axis=0), points.max(axis=0)
+    scale = 2 * size / (high - low).max()  # twice: it is drawn at double resolution
+    flat: list[float] = ((points - low) * scale).ravel().tolist()
+    width, height = (int(extent) // 2 + 1 for extent in (high - low) * scale)
+    canvas = Image.new("RGBA", (2 * width, 2 * height))
+    draw = ImageDraw.Draw(canvas)
+    paints = shades(rgb)
+    start = 0
+    for paint, polygon in shapes:
+        stop = start + 2 * len(polygon)
+        draw.polygon(flat[start:stop], fill=_CLEAR if paint == "hole" else paints[paint])
+        start = stop
+    pixels = np.asarray(canvas.reduce(2))
+    return Sprite(rgb=pixels[..., :3], mask=pixels[..., 3] >= 128)

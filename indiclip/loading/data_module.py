@@ -1,0 +1,126 @@
+"""Sources -> the loaders of a run. One element of the loader is one step: `{task: batch}`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader, Sampler
+
+from indiclip.loading.source import Source
+from indiclip.loading.steps import Steps
+from indiclip.loading.workers import StepLoader, Workers
+from indiclip.types import Batch
+
+_ALWAYS_ALLOWED = 10  # unreadable samples of a task, however small its sources
+
+
+class MultiTaskData(L.LightningDataModule):
+    """The sources of a run.
+
+    Args:
+        train: Sources to train on.
+        val: Held-out sources; each is gone through once.
+        seed: Decides the order of the samples and their augmentation.
+        num_workers: Loader processes.
+        quarantine: Share of a task's training samples that may be unreadable before the run stops; ten always may.
+        steps_per_epoch: Steps between validations; None goes once through the source that takes longest.
+        patch_size: Linked to the backbone's by the command.
+        canvas_hw: Linked to the backbone's by the command.
+    """
+
+    def __init__(
+        self,
+        train: list[Source],
+        val: list[Source] | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        steps_per_epoch: int | None = None,
+        quarantine: float = 0.01,
+        patch_size: int = 16,
+        canvas_hw: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= quarantine <= 1:
+            raise ValueError(f"data.quarantine: found {quarantine}; expected a share, 0 to 1")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers: found {num_workers}; expected 0 or more")
+        if seed < 0:
+            raise ValueError(f"seed_everything (data.seed): found {seed}; expected 0 or more")
+        self.quarantine = quarantine
+        self.train, self.val = train, list(val or [])
+        self.seed, self.num_workers = seed, num_workers
+        self.steps_per_epoch = steps_per_epoch
+        self.patch_size, self.canvas_hw = patch_size, canvas_hw
+
+    @property
+    def quarantine_limits(self) -> dict[str, int]:
+        """Task -> distinct unreadable samples after which the run stops."""
+        sizes: Counter[str] = Counter()
+        for source in self.train:
+            sizes[source.task] += len(source.dataset)  # type: ignore[arg-type]
+        return {task: max(_ALWAYS_ALLOWED, math.ceil(self.quarantine * size)) for task, size in sizes.items()}
+
+    def steps(self, sources: list[Source], train: bool) -> Steps:
+        """The steps of this rank."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return Steps(sources, self.seed, self.patch_size, self.canvas_hw, train, rank, world)
+
+    def setup(self, stage: str) -> None:
+        """Tell Lightning that nothing is held out; it would wait for the end of a validation that never begins."""
+        if not self.val and self.trainer is not None:
+            self.trainer.limit_val_batches = 0
+
+    def train_dataloader(self) -> DataLoader[dict[str, Batch]]:
+        """Steps from where the run stands to the end of the epoch."""
+        steps = self.steps(self.train, train=True)
+        length = self.steps_per_epoch or max(plan.steps_per_epoch for plan in steps.plans.values())
+        return self._loader(steps, StepSampler(length, self.trainer))
+
+    def val_dataloader(self) -> DataLoader[dict[str, Batch]] | list[Any]:
+        """Every held-out sample once."""
+        if not self.val:
+            return []
+        steps = self.steps(self.val, train=False)
+        return self._loader(steps, range(max(plan.steps_per_epoch for plan in steps.plans.values())))
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def first_val_batches(self, num_samples: int) -> list[dict[str, Batch]]:
+        """Held-out steps with the first `num_samples` of every source, read in this process (for pictures)."""
+        steps = Steps(self.val, self.seed, self.patch_size, self.canvas_hw, train=False)
+        smallest = min((sum(plan.counts) for plan in steps.plans.values()), default=1)
+        return [steps[i] for i in range(-(-num_samples // smallest) if self.val else 0)]
+
+    def _loader(self, steps: Steps, sampler: Any) -> DataLoader[dict[str, Batch]]:
+        return StepLoader(
+            steps,
+            batch_size=None,  # a step is already a batch
+            sampler=sampler,
+            num_workers=self.num_workers,
+            worker_init_fn=Workers("train" if steps.train else "val", self.num_workers) if self.num_workers else None,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            persistent_workers=False,  # the sampler reads the position anew each epoch
+        )
+
+
+class StepSampler(Sampler[int]):
+    """The numbers of the steps still to do in this epoch.
+
+    The position is Lightning's own count of finished batches, asked for when the iteration starts: exact in
+    mid-epoch, and independent of workers and ranks.
+    """
+
+    def __init__(self, length: int, trainer: L.Trainer | None) -> None:
+        self.length, self.trainer = length, trainer
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0  # type: ignore[attr-defined]
+        return iter(range(done, done + self.length))  # Lightning leaves a resumed epoch at its end

@@ -1,0 +1,140 @@
+"""Step number -> this rank's samples of every task, read and prepared."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+
+from torch.utils.data import Dataset, get_worker_info
+
+from indiclip.datasets.languages import draw_caption
+from indiclip.images import UnreadableSample
+from indiclip.loading.plan import Plan, SampleRef
+from indiclip.loading.prefetch import Prefetch
+from indiclip.loading.source import Source
+from indiclip.loading.transforms import Prepared, collate
+from indiclip.loading.workers import reading
+from indiclip.types import Batch, Quarantined, Sample
+
+_REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
+
+
+class Steps(Dataset[dict[str, Batch]]):
+    """Map-style: step number -> this rank's part of `{task: batch}`."""
+
+    def __init__(
+        self,
+        sources: list[Source],
+        seed: int,
+        patch_size: int,
+        canvas_hw: tuple[int, int] | None,
+        train: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.seed, self.patch_size, self.canvas_hw = seed, patch_size, canvas_hw
+        self.train, self.rank, self.world_size = train, rank, world_size
+        self.sources: dict[str, list[Source]] = {}
+        for source in sources:
+            self.sources.setdefault(source.task, []).append(source)
+        self.plans = {task: self._plan(task, group) for task, group in self.sources.items()}
+        self._prefetch = Prefetch()
+        # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
+        self._quarantined = [
+            lost._replace(task=source.task)
+            for source in sources
+            for lost in getattr(source.dataset, "damaged", [])
+            if rank == 0
+        ]
+
+    def _plan(self, task: str, group: list[Source]) -> Plan:
+        budget = group[0].budget
+        if any(source.budget != budget for source in group):
+            raise ValueError(
+                f"data: the sources of task {task!r} differ in batch_size, batch_tokens, batch_multiple or max_tokens; "
+                "they share their batches"
+            )
+        if self.train and budget.samples % self.world_size:
+            name = "batch_size" if budget.tokens is None else "batch_multiple"
+            raise ValueError(
+                f"data: {name} {budget.samples} of task {task!r} is over all ranks and must be a multiple of the "
+                f"{self.world_size} ranks"
+            )
+        if self.canvas_hw is not None:  # the backbone's one size, whatever max_tokens says
+            canvas = math.prod(self.canvas_hw) // self.patch_size**2
+            budget = budget._replace(max_tokens=canvas, option="canvas_hw")
+        samples = [source.samples(self.patch_size, self.canvas_hw) for source in group]
+        weights, window = [source.weight for source in group], max(source.window for source in group)
+        return Plan(task, samples, weights, budget, self.seed, self.train, window)
+
+    def __getitem__(self, step: int) -> dict[str, Batch]:
+        batches = {task: self._batch(task, step) for task in self.plans}
+        found = {task: batch for task, batch in batches.items() if batch is not None}
+        if self._quarantined and not found:
+            warnings.warn(f"data: nothing in held-out step {step} is readable: {self._quarantined}", stacklevel=2)
+        for batch in found.values():
+            # All with the first batch, so that each is counted once; where there is none, with the next step's.
+            batch["quarantined"], self._quarantined = self._quarantined, []
+        return found
+
+    def _batch(self, task: str, step: int) -> Batch | None:
+        plan = self.plans[task]
+        info = get_worker_info()
+        worker = self.rank + (info.id if info else 0)
+        places = plan.batch(step) if self.train else plan.pass_through(step)
+        for number, shards in plan.next_shards(step) if self.train else []:
+            self._prefetch(task, number, self.sources[task][number].dataset, shards, worker)
+        budget = self.sources[task][0].budget
+        # Whatever an augmentation makes of the images, the batch stays within the tokens.
+        max_tokens = budget.tokens // max(len(places), 1) if budget.tokens else None
+        samples: list[Prepared] = []
+        for ref in places[self.rank :: self.world_size]:
+            sample = self.read(task, ref, max_tokens)
+            if sample is not None:
+                samples.append(sample)
+        return collate(samples) if samples else None
+
+    def read(self, task: str, ref: SampleRef, max_tokens: int | None = None) -> Prepared | None:
+        """One prepared sample; in training the next readable one stands in for an unreadable one.
+
+        Args:
+            max_tokens: A smaller budget than the source's own.
+
+        Raises:
+            ValueError: Many in a row are unreadable.
+        """
+        source = self.sources[task][ref.source]
+        size = self.plans[task].sizes[ref.source]
+        attempts = min(_REPLACEMENTS, size) if self.train else 1
+        for attempt in range(attempts):
+            try:
+                index = (ref.index + attempt) % size
+                random_seed = self._random_seed(task, ref) if self.train else None
+                with reading(task, source.dataset, index):
+                    sample = self._draw_caption(task, ref, source.dataset[index])
+                    return source.transform(sample, self.patch_size, self.canvas_hw, random_seed, max_tokens)
+            except UnreadableSample as error:
+                self._quarantined.append(Quarantined(task, error.key, error.file, error.reason))
+        if self.train:
+            last = self._quarantined[-1]
+            raise ValueError(
+                f"data: {attempts} samples in a row of task {task!r} are unreadable, the last one {last.key}: "
+                f"{last.reason}"
+            )
+        return None
+
+    def _random_seed(self, task: str, ref: SampleRef) -> int:
+        """Of the augmentation of a sample. The text is the one that runs of every version have hashed."""
+        place = f"Place(source={ref.source}, index={ref.index}, position={ref.position})"
+        return zlib.crc32(f"({self.seed}, {task!r}, {place})".encode())
+
+    def _draw_caption(self, task: str, ref: SampleRef, sample: Sample) -> Sample:
+        """The sample with the caption of one language; a held-out one keeps the others, to be scored in all."""
+        if not self.train:
+            return draw_caption(sample, sample["key"])
+        stream = f"{self.seed}:{task}:{ref.source}:{ref.index}"
+        epoch = ref.position // self.plans[task].sizes[ref.source]
+        drawn: Sample = {**draw_caption(sample, stream, epoch)}
+        drawn.pop("captions", None)
+        return drawn

@@ -1,0 +1,217 @@
+"""What a run shows while it trains: the start-up table, the progress line, task gradients."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from torch import Tensor
+
+from indiclip.module import Batches, MultiTask
+from indiclip.training.record import append_history
+
+_DAMAGES_SHOWN = 3  # damaged places in the data that are printed
+
+
+class StartupTable(L.Callback):
+    """Prints heads, sources, parameter counts and tokens per image before the first step."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = trainer.log_dir  # all ranks ask: rank 0 tells the others
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, MultiTask)
+        console = Console()
+        console.print(_sources_table(trainer), _parts_table(pl_module))
+        device = trainer.strategy.root_device
+        threads = f"   threads {torch.get_num_threads()}" if device.type == "cpu" else ""
+        console.print(
+            f"run folder [bold]{folder}[/]   {trainer.world_size} x {device.type}{threads}   precision "
+            f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
+        )
+        _print_damage(console, trainer)
+
+
+def _print_damage(console: Console, trainer: L.Trainer) -> None:
+    """What is lost of the data before the first step: how many samples, nobody knows."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    of_sources = (getattr(source.dataset, "damaged", []) for source in (*data.train, *data.val))
+    lost = list({(found.shard, found.key): found for damaged in of_sources for found in damaged}.values())
+    for found in lost[:_DAMAGES_SHOWN]:
+        console.print(f"lost: {found.shard}: {found.key}: {found.reason}", style="yellow", markup=False, soft_wrap=True)
+    if len(lost) > _DAMAGES_SHOWN:
+        console.print(f"lost: {len(lost) - _DAMAGES_SHOWN:,} more, see quarantine.jsonl", style="yellow")
+
+
+def _sources_table(trainer: L.Trainer) -> Table:
+    columns = ("task", "source", "samples", "batch", "tokens/image", "left out")
+    table = Table(*columns, title="Sources", title_justify="left")
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    for part, sources in (("train", data.train), ("val", data.val)):
+        for source in sources:
+            table.add_row(
+                source.task,
+                f"{type(source.dataset).__name__} ({part})",
+                f"{len(source.dataset):,}",
+                f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
+                f"<= {source.max_tokens}",
+                ", ".join(f"{n:,} {what}" for what, n in getattr(source.dataset, "left_out", {}).items() if n),
+            )
+    return table
+
+
+def _parts_table(module: MultiTask) -> Table:
+    table = Table("part", "class", "parameters", "task", "weight", title="Model", title_justify="left")
+    encoder = module.encoder
+    rest = sum(p.numel() for p in encoder.parameters())
+    for name, part in (("backbone", encoder.backbone), ("text", encoder.text)):
+        count = sum(p.numel() for p in part.parameters())
+        rest -= count
+        table.add_row(name, type(part).__name__, f"{count:,}", "", "")
+    table.add_row("pooling and projections", type(encoder).__name__, f"{rest:,}", "", "")
+    for head in module.each_head():
+        count = sum(p.numel() for p in head.parameters())
+        table.add_row(f"head: {head.name}", type(head).__name__, f"{count:,}", head.task, f"{head.weight:g}")
+    return table
+
+
+class TaskProgress(ProgressBar):
+    """One line for the whole run: step, samples/s, each task's loss, time left.
+
+    Args:
+        refresh_seconds: Time between updates, so that reading losses does not make a GPU wait at every step.
+        plain_seconds: Time between lines where the output is no terminal.
+    """
+
+    def __init__(self, refresh_seconds: float = 0.5, plain_seconds: float = 20.0) -> None:
+        super().__init__()
+        self.refresh_seconds, self.plain_seconds = refresh_seconds, plain_seconds
+        self._enabled = True
+        self._progress: Progress | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._enabled
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._samples, self._since, self._shown = 0, time.monotonic(), time.monotonic()
+        if not self.is_enabled or not trainer.is_global_zero:
+            return
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24 if self._console.width >= 120 else 4),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[losses]}", table_column=Column()),  # one below the other where it is narrow
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        total = int(trainer.estimated_stepping_batches) if trainer.max_steps != -1 or trainer.max_epochs != -1 else None
+        self._bar = self._progress.add_task("train", total=total, completed=trainer.global_step, rate="", losses="")
+        self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+    ) -> None:
+        self._samples += sum(len(part["keys"]) for part in batch.values()) * trainer.world_size
+        now = time.monotonic()
+        terminal = self._progress is not None and self._console.is_terminal
+        if self._progress is None or now - self._shown < (self.refresh_seconds if terminal else self.plain_seconds):
+            return
+        self._shown = now
+        assert isinstance(pl_module, MultiTask)
+        losses = "  ".join(f"{name}\N{NO-BREAK SPACE}{loss.item():.3f}" for name, loss in pl_module.head_losses.items())
+        rate = f"{self._samples / (now - self._since):.0f} samples/s"
+        self._progress.update(self._bar, completed=trainer.global_step, rate=rate, losses=losses)
+        if not terminal:
+            task = self._progress.tasks[0]
+            left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
+            self._console.print(
+                f"step {trainer.global_step}/{task.total or '?'}  {rate}  {losses}  {left}", soft_wrap=True
+            )
+        if now - self._since > 10:  # a moving rate: what happened long ago does not count
+            self._samples, self._since = 0, now
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._progress is not None:
+            self._progress.update(self._bar, description="validate")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._samples, self._since = 0, time.monotonic()
+        if self._progress is not None:
+            self._progress.update(self._bar, description="train", completed=trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close(trainer)
+
+    def _close(self, trainer: L.Trainer) -> None:
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=trainer.global_step)
+            self._progress.stop()
+            self._progress = None
+
+
+class TaskGradients(L.Callback):
+    """Logs what each task asks of the backbone: its gradient's norm, and the cosine between every two tasks.
+
+    A cosine below zero says that two tasks pull against each other. Costs one more backward pass per task in the
+    steps where it runs; what it reads is this rank's gradient, before any averaging.
+
+    Args:
+        every_n_steps: Steps between two readings.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        self.every_n_steps = every_n_steps
+        self._last = -1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._folder = trainer.log_dir
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._last:  # once, also where gradients are accumulated
+            return
+        self._last = step
+        assert isinstance(pl_module, MultiTask)
+        values = gradient_numbers(pl_module)
+        # Not by `pl_module.log`, which would repeat them as if they were measured at every logging step.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+        if trainer.is_global_zero and self._folder:
+            append_history(Path(self._folder), {"step": step, **values})
+
+
+def gradient_numbers(module: MultiTask) -> dict[str, float]:
+    """Norm of each head's gradient on the backbone, and cosines between them, from `module.head_losses`."""
+    parameters = [p for p in module.encoder.backbone.parameters() if p.requires_grad]
+    gradients: dict[str, Tensor] = {}
+    for name, part in module.head_losses.items():
+        parts = torch.autograd.grad(part, parameters, retain_graph=True, materialize_grads=True)
+        gradients[name] = torch.cat([gradient.float().flatten() for gradient in parts])
+    numbers = {f"train/{name}/backbone_grad_norm": gradient.norm() for name, gradient in gradients.items()}
+    for first, second in itertools.combinations(gradients, 2):
+        cosine = torch.nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)
+        numbers[f"train/grad_cosine/{first}_{second}"] = cosine
+    return {name: float(value) for name, value in numbers.items()}

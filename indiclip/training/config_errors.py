@@ -1,0 +1,113 @@
+"""A mistake in a config becomes one line: the key, what was found, what was expected, the nearest valid name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.module import MultiTask
+from indiclip.names import did_you_mean
+
+_GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
+_TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "config")
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config or a flag. The parser's own words; `explain` makes one line of them."""
+
+
+class OneLineParser(LightningArgumentParser):
+    """Raises `ConfigError` where the base class prints its usage, hundreds of lines, and then the error."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a nested parser, whose caller adds the key and the class to the message
+            super().error(message, ex)
+        raise ConfigError(message) from ex
+
+
+def explain(message: str) -> str:
+    """jsonargparse's nested message as one line with a suggestion."""
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    reason = " ".join(line.strip() for line in message.splitlines() if not _is_wrapper(line)) or message
+    if option := re.search(r"Option '([^']+)' is not accepted", reason):
+        known = _parameters(_import(classes[-1])) if classes else list(_TOP_LEVEL)
+        key = ".".join(filter(None, (key, option[1])))
+        return f"{key}: {_short(classes)} has no such option{did_you_mean(option[1], known)}"
+    if option := re.search(r"(?:accept option '|unrecognized arguments: -*)([\w.]+)", reason):
+        group = option[1].partition(".")[0]
+        unknown = option[1] if group in _GROUPS else group
+        return f"{unknown}: no such option{_nearest_option(unknown)}"
+    if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
+        return f"{key}: {reason}{did_you_mean(missing[2], _names_in(missing[1]))}"
+    if missing := re.search(r"No module named '([^']+)'", reason):
+        return f"{key}: {reason}{did_you_mean(missing[1], _modules(missing[1]))}"
+    if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
+        return f"{reason}; does a --config FILE give them?"
+    return f"{key}: {reason}" if key and key not in reason else reason
+
+
+def check_yaml(files: Iterable[str]) -> None:
+    """Raise ConfigError or FileNotFoundError unless each file is there and parses."""
+    for name in files:
+        file = Path(name)
+        if not file.is_file():
+            near = [str(other) for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+            raise FileNotFoundError(f"--config: no file {name}{did_you_mean(name, near)}")
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: not a YAML file: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{name}: expected the keys {', '.join(_GROUPS)}, found {type(content).__name__}")
+
+
+def _is_wrapper(line: str) -> bool:
+    return bool(re.match(r"\s*(Parser key \"[^\"]+\":|Problem with given class_path '[^']+':)\s*$", line))
+
+
+def _short(classes: list[str]) -> str:
+    return classes[-1] if classes else "the configuration"
+
+
+def _import(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _parameters(cls: Any) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name != "self"]
+
+
+def _nearest_option(option: str) -> str:
+    """The nearest key of the same group: `trainer.max_stpes` -> `trainer.max_steps`."""
+    group, _, name = option.partition(".")
+    if group in _GROUPS and name:
+        return did_you_mean(option, [f"{group}.{parameter}" for parameter in _parameters(_GROUPS[group])])
+    return did_you_mean(option, _TOP_LEVEL)
+
+
+def _names_in(module: str) -> list[str]:
+    public = [name for name in dir(importlib.import_module(module)) if not name.startswith("_")]
+    return public + [name.rpartition(".")[2] for name in _modules(f"{module}.x")]
+
+
+def _modules(name: str) -> list[str]:
+    """Names of the modules beside a missing one."""
+    parent = name.rpartition(".")[0] or ""
+    try:
+        paths = getattr(importlib.import_module(parent), "__path__", []) if parent else None
+    except ImportError:
+        return []
+    prefix = f"{parent}." if parent else ""
+    return [prefix + module.name for module in pkgutil.iter_modules(paths)]

@@ -1,0 +1,183 @@
+"""Once in each optimizer step all ranks tell each other what only one of them may know, in one small reduction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from indiclip.module import Batches, MultiTask
+from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses, keys_of
+from indiclip.training.fault_tolerance.preemption import SIGNALS, Preemption
+from indiclip.training.fault_tolerance.quarantine import Quarantine
+from indiclip.training.fault_tolerance.ranks import AgreedStop, gathered
+
+_BALLOT = 2 + len(SIGNALS)  # non-finite, newly quarantined, and each signal
+
+
+class _Count(NamedTuple):
+    """The ballots of a step, summed over the ranks, on their way to the host."""
+
+    ballots: Tensor
+    arrived: Any  # a CUDA event, or None
+    step: int
+    losses: dict[str, Tensor]
+    keys: dict[str, list[str]]
+
+
+class StepSync(L.Callback):
+    """Ranks agree on non-finite steps, signals and quarantined samples.
+
+    A step with a loss or gradient that is not finite on any rank is skipped by all: weights, optimizer and batch norm
+    stay as they were. A signal to any rank makes all save and leave. Unreadable samples of all ranks go to one list.
+    On a GPU the host reads a step's result while the next one runs.
+
+    Args:
+        max_nonfinite: Non-finite steps in a row that are skipped; one more stops the run.
+        max_requeues: How often a SLURM job may put itself into the queue again, on SIGUSR1.
+    """
+
+    def __init__(self, max_nonfinite: int = 10, max_requeues: int = 20) -> None:
+        self.nonfinite, self.preemption, self.quarantine = (
+            NonFinite(max_nonfinite),
+            Preemption(max_requeues),
+            Quarantine(),
+        )
+        self._losses: dict[str, Tensor] = {}
+        self._keys: dict[str, list[str]] = {}
+        self._on_the_way: list[_Count] = []
+        self._voted = False
+        self._agreed = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
+        if stage != "fit":
+            self.quarantine.begin(trainer, self._folder)
+        # Lightning's handler broadcasts wherever it interrupts a rank; a run that it ends has status 0, and one that
+        # only scores does not end. With none the system ends that one.
+        handlers = self.preemption.install if stage == "fit" else lambda: None
+        trainer._signal_connector.register_signal_handlers = handlers  # type: ignore[method-assign]
+
+    def leave(self, number: int) -> None:
+        """For other callbacks in which the ranks agreed on a signal: the run saves and ends as soon as it may."""
+        self._agreed = number
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        steps = gathered(trainer, trainer.global_step)  # before anything else that the ranks do together
+        if len(set(steps)) > 1:
+            raise AgreedStop(trainer, f"--ckpt_path: the ranks go on from different steps: {steps}", 2)
+        # Not in `setup`, where it is not known yet whether the run goes on from a checkpoint.
+        self.quarantine.begin(trainer, self._folder)
+        self.nonfinite.open(trainer, self._folder)
+        self._losses, self._keys, self._on_the_way, self._voted, self._agreed = {}, {}, [], False, 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, MultiTask)
+        self._leave(trainer)
+        self.quarantine.collect(batch)
+        if not self._losses:  # the first micro-batch of a step
+            self.nonfinite.begin(pl_module)
+        for task, keys in keys_of(batch).items():
+            self._keys[task] = self._keys.get(task, []) + keys
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, MultiTask)
+        for name, bad in bad_losses(pl_module).items():
+            self._losses[name] = bad | self._losses.get(name, bad)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, MultiTask)
+        found = self.nonfinite.found(pl_module, self._losses, scaled=trainer.precision == "16-mixed")
+        ballots = self._reduced(trainer, pl_module, found)
+        self.nonfinite.undo(optimizer, ballots[0])
+        arrived = None
+        if ballots.is_cuda:
+            ballots = ballots.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._on_the_way.append(_Count(ballots, arrived, trainer.global_step + 1, self._losses, self._keys))
+        self._losses, self._keys, self._voted = {}, {}, True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+    ) -> None:
+        if not self._voted:  # in the middle of a step of several micro-batches, where nothing may be saved
+            return
+        self._voted = False
+        while len(self._on_the_way) > (1 if pl_module.device.type == "cuda" else 0):
+            self._count(trainer, self._on_the_way.pop(0))
+        if self.nonfinite.count:
+            pl_module.log("train/nonfinite_steps", float(self.nonfinite.count), batch_size=1)
+        self._leave(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.preemption.restore()
+        while self._on_the_way:
+            self._count(trainer, self._on_the_way.pop(0))
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batches,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.quarantine.collect(batch)
+        # Not while gradients wait for more of them, which a checkpoint would lose.
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+            # At once: a scheduler waits a minute, a validation may take ten. The weights are those of the last step.
+            nothing = torch.zeros((), device=pl_module.device)
+            self._count(trainer, _Count(self._reduced(trainer, pl_module, nothing), None, trainer.global_step, {}, {}))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.quarantine.act(trainer, self._folder)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.preemption.restore()  # also where no step was left
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        vars(trainer._signal_connector).pop("register_signal_handlers", None)  # Lightning's again
+
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.preemption.restore()
+
+    def _leave(self, trainer: L.Trainer) -> None:
+        if self._agreed:
+            self.preemption.act(trainer, self._folder, self._agreed)
+
+    def _reduced(self, trainer: L.Trainer, module: L.LightningModule, found: Tensor) -> Tensor:
+        others = [float(self.quarantine.pending), *(float(self.preemption.received == number) for number in SIGNALS)]
+        ballots = torch.cat([found.reshape(1), torch.tensor(others).to(found.device, non_blocking=True)])
+        if trainer.world_size == 1:
+            return ballots
+        reduced: Tensor = trainer.strategy.reduce(ballots, reduce_op="sum")
+        return reduced
+
+    def _count(self, trainer: L.Trainer, count: _Count) -> None:
+        """Do what the ranks agreed on; the same on all of them."""
+        if count.arrived is not None:
+            count.arrived.synchronize()
+        found, quarantined, *signals = count.ballots.tolist()
+        if quarantined:
+            self.quarantine.act(trainer, self._folder)
+        if found:
+            self.nonfinite.act(trainer, self._folder, count.step, count.losses, count.keys)
+        elif count.losses:
+            self.nonfinite.in_a_row = 0
+        for number, ballots in zip(SIGNALS, signals, strict=True):
+            if ballots:
+                self.preemption.act(trainer, self._folder, number)

@@ -1,0 +1,225 @@
+"""Says where a run stands still: what each rank does, what its loader's workers read, and the stacks of all of them."""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from indiclip.loading.workers import Workers, kill_workers, living_workers, own_reading
+from indiclip.module import Batches
+
+_FRAMES = 5  # innermost ones that a line on stderr shows; the file has all
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (\S+)$', re.MULTILINE)  # as faulthandler writes it
+_STDERR = 2
+_STUCK_SECONDS = 1.0  # what a worker may still read, once the run has failed
+_STANDARD_LIBRARY = Path(os.__file__).parent
+
+
+class Watchdog(L.Callback):
+    """Reports a rank in which no step has ended for a long time; it never ends the run.
+
+    A report is a few lines on stderr, and all stacks in the run's folder, `watchdog-<rank>.txt`. It comes once per
+    stall, again after twice the time, four times the time and so on; a line says so when the run goes on. Training
+    and held-out steps count, saved checkpoints, and what calls `alive`. Where C code keeps even the watching thread
+    from running (it holds the GIL), faulthandler's own thread writes this process's stacks to stderr after the same
+    time.
+
+    Args:
+        timeout_seconds: Longest time without the end of a step that is not reported.
+
+    Raises:
+        ValueError: `timeout_seconds` is not above 0.
+    """
+
+    def __init__(self, timeout_seconds: float = 600.0) -> None:
+        if not timeout_seconds > 0:
+            raise ValueError(f"Watchdog.timeout_seconds: {timeout_seconds}; expected more than 0")
+        self.timeout_seconds = timeout_seconds
+        self._thread: threading.Thread | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._rank = trainer.global_rank
+        self._file = Path(trainer.log_dir or ".") / f"watchdog-{self._rank}.txt"  # all ranks ask: rank 0 tells them
+        self._watched = threading.get_ident()
+        self._lock = threading.Lock()  # of the next two
+        self._since, self._reports = time.monotonic(), 0
+        self._does("starting up")
+        self._tell_of_saves(trainer)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join(2.0)  # it may be writing to a file system that does not answer
+            self._thread = None
+            del trainer.save_checkpoint  # ours, see _tell_of_saves
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        kill_workers(_STUCK_SECONDS)
+        self.teardown(trainer, pl_module, "")
+
+    def _tell_of_saves(self, trainer: L.Trainer) -> None:
+        save = trainer.save_checkpoint
+
+        def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+            doing, _ = self._state
+            self._does("saving a checkpoint")
+            save(*args, **kwargs)
+            self._ended(doing)
+
+        trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]  # no hook of Lightning's follows a save
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._does(f"loading step {trainer.global_step + 1}")
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int
+    ) -> None:
+        self._does(f"running step {trainer.global_step + 1}")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+    ) -> None:
+        self._ended(f"loading step {trainer.global_step + 1}")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._does("loading held-out step 1")
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._does(f"running held-out step {batch_idx + 1}")
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batches,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._ended(f"loading held-out step {batch_idx + 2}")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._does("scoring the held-out steps")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended(f"loading step {trainer.global_step + 1}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended("finishing")
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_predict_end = on_train_end
+
+    def alive(self, then: str) -> None:
+        """For other callbacks that work between steps: it goes on, and this is what comes next."""
+        if self._thread is not None:
+            self._ended(then)
+
+    def _does(self, what: str) -> None:
+        self._state = what, time.monotonic()
+
+    def _ended(self, then: str) -> None:
+        """A step has ended, which is what the thread waits for."""
+        now = time.monotonic()
+        with self._lock:
+            seconds, reports = now - self._since, self._reports
+            self._since, self._reports = now, 0
+        self._does(then)
+        if reports:
+            print(f"indiclip: rank {self._rank} goes on after {seconds:.0f} s: {then}", file=sys.stderr, flush=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(self.timeout_seconds / 10, 5.0)):
+            faulthandler.dump_traceback_later(self.timeout_seconds, file=_STDERR)
+            since = self._since
+            if time.monotonic() - since < self.timeout_seconds * 2**self._reports:
+                continue
+            brief, whole = self._report()
+            with self._lock:
+                if since != self._since:  # a step ended while the workers were asked
+                    continue
+                self._reports += 1
+            print(brief, file=sys.stderr, flush=True)  # first: the run's folder may be what does not answer
+            try:
+                with self._file.open("a") as file:
+                    file.write(whole)
+            except OSError as error:
+                print(f"  the stacks were not written: {error}", file=sys.stderr, flush=True)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _report(self) -> tuple[str, str]:
+        """A few lines for stderr, and all stacks for the file."""
+        what, since = self._state
+        now = time.monotonic()
+        head = (
+            f"indiclip: rank {self._rank}: no step has ended for {now - self._since:.0f} s; it has been {what} for "
+            f"{now - since:.0f} s"
+        )
+        own = own_reading()
+        if own.name:
+            head += f", reading {own.name} for {own.seconds:.0f} s"
+        brief = [head, f"  rank {self._rank} itself: {_innermost(self._own_frames())}"]
+        whole = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {head}", "", *_own_stacks()]
+        for workers in living_workers():
+            lines, stacks = _ask(workers)
+            brief += lines
+            whole += stacks
+        return "\n".join([*brief, f"  all stacks: {self._file}"]), "\n".join(whole) + "\n\n"
+
+    def _own_frames(self) -> list[tuple[str, int | None, str]]:
+        frame = sys._current_frames()[self._watched]
+        return [(f.filename, f.lineno, f.name) for f in reversed(traceback.extract_stack(frame))]
+
+
+def _own_stacks() -> list[str]:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames()
+    del frames[threading.get_ident()]
+    return [
+        f"{names.get(ident, ident)} (most recent call last):\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in frames.items()
+    ]
+
+
+def _ask(workers: Workers) -> tuple[list[str], list[str]]:
+    """A line for each worker that reads and one for the rest, and every worker's stacks."""
+    reading = [workers.reading(i) for i in range(len(workers.processes))]  # before the question disturbs them
+    lines, whole, idle = [], [], 0
+    for i, stacks in enumerate(workers.stacks()):
+        stacks = re.sub(r"(?<=in _worker_loop\n)(  File .*\n?)*", "", stacks)  # the rest is how it was started
+        state = f"reads {reading[i].name} for {reading[i].seconds:.0f} s" if reading[i].name else "waits for work"
+        state = state if workers.processes[i].is_alive() else "is gone"
+        whole += [f"{workers.label(i)} {state}", stacks or "no answer: it is stuck in the kernel, or still starts\n"]
+        if state == "waits for work":
+            idle += 1
+            continue
+        innermost = stacks.rpartition("most recent call first")[2]  # faulthandler's last is the main thread
+        frames = _FRAME.findall(innermost)
+        lines.append(f"  {workers.label(i)} {state}: {_innermost(frames) if frames else 'no answer'}")
+    if idle:
+        lines.append(f"  {idle} of {len(reading)} {workers.name} workers wait for work")
+    return lines, whole
+
+
+def _innermost(frames: list[Any]) -> str:
+    """`function (file:line)` of the innermost calls, the innermost first, without the standard library's own."""
+    frames = list(itertools.dropwhile(lambda frame: Path(frame[0]).is_relative_to(_STANDARD_LIBRARY), frames)) or frames
+    return " < ".join(f"{name} ({Path(file).name}:{line})" for file, line, name in frames[:_FRAMES])

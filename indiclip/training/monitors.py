@@ -1,0 +1,67 @@
+"""Whether what checkpoints are kept by is a number of the benchmark, and of the weights that are saved."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from indiclip.evals.bench import Bench, logged_names
+from indiclip.evals.card_scorer import Options
+from indiclip.evals.models.embedder import EncoderEmbedder
+from indiclip.names import did_you_mean
+
+_SMALLER_IS_BETTER = ("median_km", "parity_")
+
+
+def check_monitors(
+    trainer: L.Trainer,
+    every_n_steps: int | None,
+    every_n_epochs: int,
+    embedder: EncoderEmbedder,
+    bench: Bench,
+    options: Options,
+) -> None:
+    """Compare the `monitor` of each checkpoint callback with what will be logged, and when.
+
+    Args:
+        trainer: Of the run.
+        every_n_steps: When the benchmark scores; None is after validations.
+        every_n_epochs: After how many of them.
+        embedder: What it scores.
+        bench: On which images.
+        options: And how.
+
+    Raises:
+        ValueError: No such number, the best of it is not what `mode` says, or it is of other weights.
+    """
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    callbacks = [callback for callback in callbacks if str(callback.monitor).startswith("eval/")]
+    names = logged_names(embedder.lengths, bench, options) if callbacks else []
+    for callback in callbacks:
+        _check_schedule(callback, every_n_steps, every_n_epochs)
+        where, monitor = f"trainer.callbacks: {type(callback).__name__}", str(callback.monitor)
+        if monitor not in names:
+            raise ValueError(
+                f"{where}.monitor: the benchmark logs no {monitor}{did_you_mean(monitor, names)}; expected one of "
+                f"{len(names)} names such as {names[0]}"
+            )
+        mode = "min" if any(word in monitor for word in _SMALLER_IS_BETTER) else "max"
+        if callback.mode != mode:
+            raise ValueError(f"{where}.mode: {callback.mode} would keep the worst by {monitor}; expected {mode}")
+
+
+def _check_schedule(callback: ModelCheckpoint, every_n_steps: int | None, every_n_epochs: int) -> None:
+    """A best checkpoint is of the weights that were scored: both come at the same steps."""
+    steps, timed = callback._every_n_train_steps, callback._train_time_interval is not None
+    if every_n_steps and steps > 0 and steps % every_n_steps == 0:
+        return
+    if not every_n_steps and every_n_epochs == 1 and not steps and not timed:
+        return
+    advice = f"set its every_n_train_steps to {every_n_steps or 'null'}"
+    if not every_n_steps and every_n_epochs != 1:
+        advice += ", and every_n_epochs of IndiaBench to 1"
+    raise ValueError(
+        f"trainer.callbacks: {type(callback).__name__} keeps the best by {callback.monitor} and saves with "
+        f"every_n_train_steps {steps or 'null'}, but IndiaBench scores with every_n_steps {every_n_steps or 'null'}, "
+        f"every_n_epochs {every_n_epochs}: a checkpoint would get the score of other weights; {advice}"
+    )

@@ -1,0 +1,157 @@
+"""Which folder a run writes to, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import platform
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import IO, Any
+
+from indiclip.names import did_you_mean
+from indiclip.training.fault_tolerance.manifest import NAME, newest_good, saved_at, unlisted, what_is_wrong
+
+_locks: list[IO[str]] = []  # open while a run goes on
+_CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself
+
+
+def config_files(argv: list[str]) -> list[str]:
+    """The files that `--config` names."""
+    following = [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-c")]
+    return following + [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+
+
+def run_folder(config: Any, subcommand: str) -> Path:
+    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>` where a name is given."""
+    checkpoint = config.get("ckpt_path")
+    if checkpoint == "last":
+        return _go_on(config, subcommand)
+    if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
+        near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
+        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{did_you_mean(checkpoint, near)}")
+    if checkpoint and Path(checkpoint).is_file() and (reason := what_is_wrong(Path(checkpoint))):
+        good = newest_good(Path(checkpoint).resolve().parent)[0]
+        instead = f"the newest good one there is {good}" if good else "there is no good one beside it"
+        raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; {instead}")
+    if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
+        return Path(checkpoint).parent.parent
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    if not _is_first_process():
+        return root / name  # only the first process writes there
+    for number in range(1, 10_000):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)  # atomic: two runs started together get two folders
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError(f"--name: {root} holds 10,000 runs named {name}")
+
+
+def lock(folder: Path) -> None:
+    """Keep a folder for this process until `unlock`, or until it ends, however it ends.
+
+    Raises:
+        ValueError: Another process writes there.
+    """
+    if not _is_first_process():
+        return
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader workers would inherit it
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(f"{folder}: another process ({file.read().strip()}) writes there") from error
+    except OSError as error:  # a network file system without locks
+        warnings.warn(
+            f"{folder}: cannot be locked ({error.strerror}); see to it that one run writes there", stacklevel=2
+        )
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _locks.append(file)
+
+
+def unlock() -> None:
+    """Give back what `lock` took."""
+    while _locks:
+        _locks.pop().close()
+
+
+def _run_name(config: Any, subcommand: str) -> str:
+    files = config_files(sys.argv)
+    name = config.get("name") or (Path(files[0]).stem if files else subcommand)
+    if "/" in name or name in ("", ".", ".."):
+        raise ValueError(f"--name: {name!r} must be a plain folder name")
+    return str(name)
+
+
+def _is_first_process() -> bool:
+    # torchrun numbers the nodes by itself, whatever SLURM calls them. Lightning's own start gives no RANK.
+    ranks = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+
+
+def _go_on(config: Any, subcommand: str) -> Path:
+    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint; else the newest one, if
+    it was killed before its first, or a new one.
+
+    Raises:
+        ValueError: There are checkpoints, but none is provably whole.
+    """
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    folders, torn = _runs(root, name), list[str]()
+    for folder in folders:
+        file, step, passed_over = newest_good(folder / "checkpoints")
+        torn += [f"{folder / 'checkpoints'}/{line}" for line in passed_over]
+        if file is None and (names := unlisted(folder / "checkpoints")):
+            raise ValueError(
+                f"--ckpt_path last: {folder / 'checkpoints'} has {', '.join(names)}, which no {NAME} lists as whole; "
+                "name one by --ckpt_path"
+            )
+        if file is not None:
+            config["ckpt_path"] = str(file)
+            if _is_first_process():
+                for line in torn:
+                    print(f"indiclip: passed over {line}", file=sys.stderr)
+                print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
+            return folder
+    if torn:  # not to begin anew in silence what has taken days
+        raise ValueError(
+            f"--ckpt_path last: no checkpoint is whole: {'; '.join(torn)}; to begin anew take another --name"
+        )
+    if subcommand != "fit":
+        raise FileNotFoundError(f"--ckpt_path last: no checkpoint of {name} in {root}")
+    config["ckpt_path"] = None
+    return _begin(config, subcommand, folders)
+
+
+def _runs(root: Path, name: str) -> list[Path]:
+    """The folders of the runs of a name, the newest first."""
+    of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
+    matches = [
+        match for folder in (root.iterdir() if root.is_dir() else []) if (match := of_name.fullmatch(folder.name))
+    ]
+    return [root / match[0] for match in sorted(matches, key=lambda match: int(match[2] or 1), reverse=True)]
+
+
+def _begin(config: Any, subcommand: str, folders: list[Path]) -> Path:
+    """The folder of a run that begins where others of its name have no checkpoints.
+
+    Two that are started together meet in it, and `lock` lets one train; killed runs do not leave one each.
+    """
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    if folders and (folders[0] / "metrics.json").exists():  # it ended, without checkpoints
+        folder = run_folder(config, subcommand)
+    else:
+        folder = folders[0] if folders else root / name
+        folder.mkdir(parents=True, exist_ok=True)
+    if _is_first_process():
+        print(f"no checkpoint of {name} in {root}: starting from the beginning in {folder}")
+    return folder

@@ -1,0 +1,119 @@
+"""Shards of images with boxes: what `indiclip shards pack` makes of a COCO file, read for training.
+
+A sample's `.json` is the image's entry in the COCO file with its `captions` and `annotations`; each annotation has its
+`class` as a number from 0 in the order of the category ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from indiclip.datasets import densepose as dp
+from indiclip.datasets.coco import is_thick, read_bboxes, stack_masks, wrong_size
+from indiclip.datasets.masks import check_mask
+from indiclip.datasets.tables import column, xywh_to_xyxy
+from indiclip.images import EncodedImage
+from indiclip.types import Sample
+from indiclip.webdataset.shards import Shards, read_caption, read_captions
+
+
+class BoxShards(Shards):
+    """Images with boxes, and optionally masks and DensePose, in the form that `CocoDetection` gives them.
+
+    Malformed annotations make a sample unreadable. Boxes thinner than a pixel are dropped.
+
+    Args:
+        urls: As of `Shards`.
+        classes: The `classes.txt` beside the shards, or the names.
+        masks: Also give `masks`; all zeros where an annotation's `segmentation` is an empty list.
+        densepose: Also give the `dp_*` fields, of the annotations that have them.
+
+    Attributes:
+        densepose: Whether body surfaces are given.
+        captioned: False: images without a caption may be among them.
+    """
+
+    captioned = False
+
+    def __init__(
+        self, urls: str | list[str], classes: str | list[str], masks: bool = False, densepose: bool = False
+    ) -> None:
+        super().__init__(urls, classes)
+        self._with_masks, self.densepose = masks, densepose
+
+    def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
+        fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose)
+        caption = read_caption(parts, entry) or first_caption(entry)
+        if caption is not None:
+            fields["caption"] = caption
+        if captions := read_captions(entry, caption):
+            fields["captions"] = captions
+        return fields
+
+
+def box_fields(entry: dict[str, Any], image: EncodedImage, num_classes: int, masks: bool, densepose: bool) -> Sample:
+    """The boxes, classes, masks and body surfaces of one image.
+
+    Raises:
+        ValueError: A key is missing, a class out of range, another size than the image's, a malformed annotation.
+    """
+    height, width = (entry.get(side) for side in ("height", "width"))
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise ValueError(f"(height, width) is {str((height, width))[:40]}; expected whole pixels")
+    if (height, width) not in (image.size_hw, image.upright_hw):
+        raise ValueError(wrong_size(image, height, width))
+    entries = entry.get("annotations")
+    if not isinstance(entries, list):
+        raise ValueError(f"annotations is {str(entries)[:40]}; expected a list")
+    wheres = [f"annotation {identity}" for identity in _ids(entries)]
+    boxes_xywh = read_bboxes(column(entries, "bbox", "annotation"), wheres)
+    boxes_xyxy = xywh_to_xyxy(boxes_xywh, np.tile([height, width], (len(entries), 1)), wheres)
+    classes = column(entries, "class", "annotation")
+    for where, number in zip(wheres, classes, strict=True):
+        if not isinstance(number, int) or not 0 <= number < num_classes:
+            raise ValueError(f"{where}: class is {number!r}; expected 0 to {num_classes - 1}")
+    kept = np.flatnonzero(is_thick(boxes_xyxy))
+    sample = Sample(boxes_xyxy=boxes_xyxy[kept], classes=np.array(classes, np.int64)[kept])
+    sample["crowd"] = np.array([bool(entries[i].get("iscrowd", 0)) for i in kept], bool)
+    sample["annotated_upright"] = (height, width) != image.size_hw
+    if masks:
+        codes = [check_mask(entries[i].get("segmentation"), [height, width], wheres[i]) for i in kept]
+        sample["masks"] = stack_masks(codes, height, width)
+    if densepose:
+        people = (dp.person(entries[i], wheres[i]) for i in kept)
+        sample.update(dp.fields([person for person in people if person is not None], height, width))
+    return sample
+
+
+def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) -> None:
+    """Check all that `box_fields` could be asked for; masks and DensePose where the annotations have them.
+
+    Raises:
+        ValueError: As `box_fields`, and where `captions` is no list of texts.
+    """
+    fields = box_fields(entry, image, num_classes, masks=False, densepose=True)
+    size_hw = list(image.upright_hw if fields["annotated_upright"] else image.size_hw)
+    for annotation, identity in zip(entry["annotations"], _ids(entry["annotations"]), strict=True):
+        if "segmentation" in annotation:
+            check_mask(annotation["segmentation"], size_hw, f"annotation {identity}")
+    first_caption(entry)
+
+
+def first_caption(entry: dict[str, Any]) -> str | None:
+    """The first of the list `captions`; None where they are by language.
+
+    Raises:
+        ValueError: No list of texts.
+    """
+    captions = entry.get("captions") or []
+    if isinstance(captions, dict):
+        return None
+    if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
+        raise ValueError(f"captions is {str(captions)[:40]}; expected a list of texts")
+    return captions[0].strip() if captions else None
+
+
+def _ids(entries: list[Any]) -> list[Any]:
+    return [entry.get("id", place) if isinstance(entry, dict) else place for place, entry in enumerate(entries)]

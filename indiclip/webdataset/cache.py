@@ -1,0 +1,268 @@
+"""Local copies of packed and remote shards, in a bounded folder that all processes of a machine share.
+
+A plain `.tar` on disk is read where it is. Anything else is brought whole into the folder `INDICLIP_CACHE` (else
+~/.cache/indiclip), and what has not been read for longest leaves when the copies exceed `INDICLIP_CACHE_GB` (100).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gzip
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from indiclip.datasets.tables import stable_hash
+
+SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$")
+_LOCKS = 64  # lock files in the folder; two copies that share one wait for each other
+_WAITS = (1, 2, 4, 8, 16, 32)  # seconds between tries; a server that is started anew takes a minute
+_BLOCK = 1 << 20
+_ABANDONED = 3600.0  # seconds after which the rest of a killed process's copy is removed
+
+
+class NoCopy(OSError):
+    """No local copy of a shard can be made: its server does not answer, or the disk is full. No sample is to blame."""
+
+
+class Stat(NamedTuple):
+    """What tells one version of a shard from another."""
+
+    size: int  # bytes; -1 where a server does not say
+    stamp: str  # time of change, or a server's tag
+
+
+def is_remote(url: str) -> bool:
+    """Whether fsspec opens it: `s3://`, `gs://`, `https://`, `file://` and the like."""
+    return "://" in url
+
+
+def is_packed(url: str) -> bool:
+    """Whether it is a `.tar.gz`; a signature may follow the name."""
+    return not shown(url).endswith(".tar")
+
+
+def is_copied(url: str) -> bool:
+    """Whether it is read from a local copy."""
+    return is_remote(url) or is_packed(url)
+
+
+def shown(url: str) -> str:
+    """A URL for messages, without a password or a signature."""
+    if not is_remote(url):
+        return url
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def stem(url: str) -> str:
+    """The shard's name without folder and `.tar`."""
+    return SUFFIX.sub("", shown(url).rpartition("/")[2])
+
+
+def stat(url: str) -> Stat:
+    """Size and version of a shard.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    if not is_remote(url):
+        status = Path(url).stat()
+        return Stat(status.st_size, str(status.st_mtime_ns))
+    try:
+        info = _filesystem(url)[0].info(url)
+    except FileNotFoundError as error:  # which fsspec says whatever a web server answers, or if none does
+        raise FileNotFoundError(f"{shown(url)}: {_reason(error)}") from error
+    stamp = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified", "updated") if name in info), "")
+    size = info.get("size")
+    return Stat(-1 if size is None else int(size), stamp)
+
+
+def _reason(error: FileNotFoundError) -> str:
+    cause = error.__cause__
+    if status := getattr(cause, "status", None):  # the answer's own text has the whole URL, a signature too
+        return f"the server answers {status} {getattr(cause, 'message', '')}"
+    return str(cause or error.strerror or "no such file")
+
+
+def folder() -> Path:
+    """The cache folder, made if need be."""
+    found = Path(os.environ.get("INDICLIP_CACHE") or Path.home() / ".cache" / "indiclip")
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def cached_name(url: str, version: Stat, suffix: str) -> Path:
+    """Where something made of this version of a shard lies in the cache folder."""
+    where = url if is_remote(url) else str(Path(url).resolve())
+    identity = stable_hash(f"{where}:{version.size}:{version.stamp}")
+    name = re.sub(r"[^\w.-]", "_", stem(url))[:80]
+    return folder() / f"{name}-{identity:016x}{suffix}"
+
+
+def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _: None) -> Path:
+    """A plain tar on disk: the shard itself, or its copy, which is made if it is not there.
+
+    Args:
+        check: Called with the copy, before others see a new one; raises if it is not what was expected.
+
+    Raises:
+        ValueError: Broken gzip, or what `check` raises.
+        NoCopy: It cannot be read whole after several tries, or the folder is full or not to be written to.
+    """
+    if not is_copied(url):
+        return Path(url)
+    target = cached_name(url, version, ".tar")
+
+    size = -1 if is_packed(url) else version.size
+    if _is_at_hand(target, size, check):
+        return target
+    try:
+        with _locked(target):
+            if not _is_at_hand(target, size, check):  # else another process has made it meanwhile
+                _make(target, url, version, check)
+    except (NoCopy, ValueError, FileNotFoundError):
+        raise
+    except OSError as error:  # of the folder, as when it is another user's
+        raise NoCopy(f"{shown(url)}: no copy could be made in {target.parent} (INDICLIP_CACHE): {error}") from error
+    return target
+
+
+def _is_at_hand(copy: Path, size: int, check: Callable[[Path], None]) -> bool:
+    try:
+        with suppress(PermissionError):  # another user's
+            os.utime(copy)  # read just now: the last to be removed
+        if size not in (-1, copy.stat().st_size):  # a machine that went down may have left half of it
+            return False
+        check(copy)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _make(target: Path, url: str, version: Stat, check: Callable[[Path], None]) -> None:
+    _make_room(target.parent, max(version.size, 0))
+    part = target.with_suffix(".part")
+    try:
+        _copy(url, version, part)
+        check(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    _make_room(target.parent, 0, keep=target)
+
+
+def _copy(url: str, version: Stat, part: Path) -> None:
+    packed = is_packed(url)
+    for wait in (*_WAITS, None):
+        try:
+            with _open(url) as source, part.open("wb") as target:
+                plain = gzip.GzipFile(fileobj=source) if packed else source
+                left = limit()
+                while block := plain.read(_BLOCK):
+                    left -= len(block)
+                    if left < 0:  # a small file may unpack to any size
+                        raise ValueError(f"{shown(url)}: unpacks to more than {limit():,} bytes (INDICLIP_CACHE_GB)")
+                    target.write(block)
+                if not packed and version.size not in (-1, target.tell()):
+                    raise OSError(f"received {target.tell():,} bytes; expected {version.size:,}")
+                target.flush()
+                os.fsync(target.fileno())
+            break
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{shown(url)}: broken gzip: {error}") from error
+        except (FileNotFoundError, ValueError):
+            raise
+        except Exception as error:  # each of fsspec's servers has errors of its own
+            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if wait is None or is_full or not is_remote(url):
+                raise NoCopy(
+                    f"{shown(url)}: no copy could be made in {part.parent} (INDICLIP_CACHE): {error}"
+                ) from error
+            time.sleep(wait)
+
+
+def _open(url: str) -> IO[bytes]:
+    return _filesystem(url)[0].open(url, "rb") if is_remote(url) else Path(url).open("rb")  # type: ignore[no-any-return]
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec  # takes a while, and most shards are files
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the package of a protocol is not installed; an unknown protocol
+        raise ValueError(f"{shown(url)}: {error}") from error
+    return filesystem, path
+
+
+def remote_glob(pattern: str) -> list[str]:
+    """The URLs that a pattern with `*` stands for, sorted."""
+    filesystem, path = _filesystem(pattern)
+    return sorted(filesystem.unstrip_protocol(found) for found in filesystem.glob(path))
+
+
+def remote_file(url: str) -> Path | None:
+    """A small remote file's newest copy in the cache folder; None where there is no such file."""
+    try:
+        version = stat(url)
+    except (TimeoutError, ConnectionError):
+        raise
+    except OSError:  # S3 and GCS say "forbidden" of what is not there to those who may not list
+        return None
+    copy = cached_name(url, version, ".copy")
+    with _locked(copy):
+        if not copy.exists():
+            filesystem, path = _filesystem(url)
+            filesystem.get_file(path, str(copy.with_suffix(".part")))
+            copy.with_suffix(".part").replace(copy)
+    return copy
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """One process at a time makes this file; the system lets go of the lock of a killed one."""
+    with (target.parent / f".lock-{stable_hash(target.name) % _LOCKS:02}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # closing is not enough: a process that was forked meanwhile holds it too
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def limit() -> int:
+    """Most bytes of all copies together."""
+    return int(float(os.environ.get("INDICLIP_CACHE_GB") or 100) * 1e9)
+
+
+def _make_room(place: Path, needed: int, keep: Path | None = None) -> None:
+    """Remove copies, those read longest ago first, until `needed` more bytes are within the bound.
+
+    Raises:
+        NoCopy: The shard alone exceeds the bound.
+    """
+    most = limit()
+    if needed > most:
+        raise NoCopy(f"{place}: a shard of {needed:,} bytes exceeds the bound of {most:,} (INDICLIP_CACHE_GB)")
+    copies = []
+    for file in place.glob("*"):
+        with suppress(FileNotFoundError):  # another process removed it
+            status = file.stat()
+            if file.suffix == ".tar":
+                copies.append((status.st_mtime, status.st_size, file))
+            elif file.suffix == ".part" and time.time() - status.st_mtime > _ABANDONED:
+                file.unlink()
+    total = needed + sum(size for _, size, _ in copies)
+    for _, size, file in sorted(copies):
+        if total <= most:
+            break
+        if file != keep:
+            file.unlink(missing_ok=True)  # who reads it now holds it open
+            total -= size

@@ -1,0 +1,299 @@
+"""Image-text pairs in the WebDataset format: tars whose members `key.jpg`, `.txt`, `.json`, `.cls` make a sample.
+
+An index says where each sample's parts are, so that any sample is one read away and the order is free; webdataset reads
+a shard from its start, which cannot be resumed exactly. Only the extensions below are ever read: nothing is unpickled,
+no link is followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import Counter
+from glob import glob
+from typing import Any
+
+import numpy as np
+from braceexpand import braceexpand
+from torch.utils.data import Dataset
+
+from indiclip.datasets.languages import CODE
+from indiclip.datasets.tables import existing
+from indiclip.images import EncodedImage, UnreadableSample, is_trouble
+from indiclip.types import Quarantined, Sample
+from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.shard_files import ShardFiles
+
+
+class Shards(Dataset[Sample]):
+    """Samples with `image`, and `caption`, `captions`, `language`, `label` where the shards have them.
+
+    A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class; `language` or `lang` of
+    the `.json` says its language. `captions` of the `.json` are an object, language -> text: one of them, or of them
+    and the caption where that declares another language, is drawn in place of the caption. A label is the `.cls`, else
+    `label` or `cls` of the `.json`.
+
+    Args:
+        urls: Files, globs or brace expansions (`train-{0000..0009}.tar.gz`), or what fsspec opens (`s3://`, `gs://`,
+            `https://`), one or a list. What is packed or remote is read from a local copy: `webdataset.cache`.
+        classes: The classes' names, or a text file with one per line.
+        caption: A template such as `a photo of a {}` that makes a caption of the class where there is no text.
+
+    Attributes:
+        classes: Names of the classes; empty where not given.
+        names: The shards' names, which begin their samples' keys.
+        labels: int32 (number of samples,): -1 where a sample has none.
+        sizes_hw: int32 (number of samples, 2): height and width as stored; 0 where the image's header is unreadable.
+        starts: int64 (number of shards + 1,): the samples of shard i are `starts[i]` to `starts[i + 1] - 1`.
+        left_out: How many members were left out, by extension; `(link)`, `(outside)`: a name with `..`, `(unnamed)`:
+            no key or no extension, `(no image)`: text without an image, `(duplicate)`.
+        damaged: What of the shards is lost to all samples: the rest of a truncated tar, a member that is there twice.
+
+    Raises:
+        FileNotFoundError: A shard or the class file is missing.
+        ValueError: No tar; a label that is no class. Names the shard and the member.
+    """
+
+    def __init__(
+        self, urls: str | list[str], classes: str | list[str] | None = None, caption: str | None = None
+    ) -> None:
+        self.classes = read_classes(classes)
+        if caption is not None and ("{}" not in caption or not self.classes):
+            raise ValueError(f"caption: the template {caption!r} needs a {{}} for the class's name, and `classes`")
+        self.template = caption
+        self.urls = expand(urls)
+        self.names = [cache.stem(url) for url in self.urls]
+        self._shown = [cache.shown(url) for url in self.urls]
+        self._indexes = tar_index.indexes(self.urls)
+        self._files = ShardFiles(self.urls, self._indexes)
+        counts = [len(index.rows) for index in self._indexes]
+        self.starts = np.cumsum([0, *counts])
+        self.left_out = sum((index.left_out for index in self._indexes), Counter[str]())
+        self.damaged = [
+            Quarantined("", f"{name}/{key}", shown, reason)
+            for shown, name, index in zip(self._shown, self.names, self._indexes, strict=True)
+            for key, reason in index.damaged
+        ]
+        if not self.starts[-1]:
+            raise ValueError(f"{self._shown[0]}: no images in {len(self.urls)} shards; left out: {dict(self.left_out)}")
+        self.labels: np.ndarray = np.concatenate([index.rows["label"] for index in self._indexes])
+        self._check_labels()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def sizes_hw(self) -> np.ndarray:
+        """See the class."""
+        return np.concatenate([np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes])
+
+    def key(self, index: int) -> str:
+        """`shard/member` without the folder: it stays when the data moves or grows. Reads and decodes nothing."""
+        return self._key(*self._place(index))
+
+    def shard(self, index: int) -> str:
+        """The shard that a sample lies in."""
+        return self._shown[self._place(index)[0]]
+
+    def prefetch(self, shards: list[int]) -> None:
+        """Make the local copies of packed or remote shards; nothing is to be done for others."""
+        self._files.prefetch(shards)
+
+    def parts(self, index: int) -> dict[str, bytes]:
+        """The bytes of a sample's members: `image`, and `txt`, `json` where it has them.
+
+        Raises:
+            OSError: The shard cannot be read there.
+            ValueError: It is not the shard, or the image's bytes are not those, that were indexed.
+        """
+        return self._parts(*self._place(index))
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, place = self._place(index)
+        key, file = self._key(shard, place), self._shown[shard]
+        try:
+            parts = self._parts(shard, place)
+            entry = read_entry(parts["json"]) if "json" in parts else {}
+            image = EncodedImage(parts["image"], key, file)
+            sample = Sample(image=image, key=key)
+            sample.update(self._fields(index, image, parts, entry))
+        except (cache.NoCopy, UnreadableSample):
+            raise
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and is_trouble(error):
+                raise
+            raise UnreadableSample(key, str(error), file) from error
+        return sample
+
+    def _key(self, shard: int, place: int) -> str:
+        return f"{self.names[shard]}/{self._indexes[shard].keys[place]}"
+
+    def _parts(self, shard: int, place: int) -> dict[str, bytes]:
+        row = self._indexes[shard].rows[place].tolist()  # plain numbers: each field of a row costs a microsecond
+        image, image_bytes, txt, txt_bytes, json_, json_bytes, _, _, _, crc = row
+        found = {"image": self._files.read(shard, image, image_bytes)}
+        if self._indexes[shard].has_crc and zlib.crc32(found["image"]) != crc:
+            raise ValueError("the image's bytes are not those that were indexed (CRC-32)")
+        if txt_bytes >= 0:
+            found["txt"] = self._files.read(shard, txt, txt_bytes)
+        if json_bytes >= 0:
+            found["json"] = self._files.read(shard, json_, json_bytes)
+        return found
+
+    def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
+        """What a sample has besides its image; raises `ValueError` with a reason where it cannot be used."""
+        fields, label = Sample(), int(self.labels[index])
+        if label == tar_index.BAD_LABEL:
+            raise ValueError("the label is no whole number from 0")
+        caption, language = read_caption(parts, entry), declared_language(entry)
+        captions = read_captions(entry, caption)
+        if caption is None and not captions and label < 0:
+            raise ValueError("neither text (.txt, .json) nor label (.cls) beside the image")
+        if caption is None and not captions and self.template:
+            caption = self.template.replace("{}", self.classes[label])
+        elif caption is not None and language:
+            fields["language"] = language
+        if caption is not None:
+            fields["caption"] = caption
+        if captions:
+            fields["captions"] = captions
+        if self._has_labels:
+            fields["label"] = label
+        return fields
+
+    def _check_labels(self) -> None:
+        self._has_labels = bool((self.labels >= 0).any())
+        if self.classes and self.labels.max() >= len(self.classes):
+            index = int(self.labels.argmax())
+            raise ValueError(
+                f"{self.shard(index)}: {self.key(index)}: the label is {self.labels[index]}; expected 0 to "
+                f"{len(self.classes) - 1} ({self.classes[-1]})"
+            )
+
+    def _place(self, index: int) -> tuple[int, int]:
+        index = range(len(self))[index]
+        shard = int(self.starts.searchsorted(index, side="right")) - 1
+        return shard, index - int(self.starts[shard])
+
+
+def read_classes(classes: str | list[str] | None) -> list[str]:
+    """Class names from a list or a text file with one per line.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: An empty name or one that is there twice.
+    """
+    where = classes if isinstance(classes, str) else "classes"
+    lines = existing(classes).read_text("utf-8").splitlines() if isinstance(classes, str) else classes or []
+    names = [name.strip() for name in lines]
+    for number, name in enumerate(names):
+        if not name or name in names[:number]:
+            raise ValueError(f"{where}: class {number} is {name!r}; expected one name per class, each once")
+    return names
+
+
+def expand(urls: str | list[str]) -> list[str]:
+    """Brace expansions and globs -> shards in order.
+
+    Raises:
+        FileNotFoundError: A file is missing, or a glob finds none.
+        ValueError: No shards, no tar, or two shards of one name (their keys would not be unique).
+    """
+    found = find(urls)
+    seen: dict[str, str] = {}
+    for url in found:
+        if cache.stem(url) in seen:
+            raise ValueError(
+                f"urls: {seen[cache.stem(url)]} and {cache.shown(url)} have one name, so keys would be duplicate; make "
+                "them two sources"
+            )
+        seen[cache.stem(url)] = cache.shown(url)
+    return found
+
+
+def find(urls: str | list[str]) -> list[str]:
+    """As `expand`, but several shards may have one name."""
+    found: list[str] = []
+    for url in [urls] if isinstance(urls, str) else urls:
+        for name in map(os.path.expanduser, braceexpand(url)):
+            found.extend(_matches(name))
+    if not found:
+        raise ValueError("urls: no shards given")
+    for url in found:
+        if not cache.SUFFIX.search(cache.shown(url)):
+            raise ValueError(f"urls: {cache.shown(url)} is no shard; expected .tar, .tar.gz or .tgz")
+    return found
+
+
+def _matches(name: str) -> list[str]:
+    if not cache.is_remote(name):
+        return sorted(glob(name)) or [str(existing(name))]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    if "*" not in name:
+        return [name]  # whether it is there is asked with its size, many at once
+    found = cache.remote_glob(name)
+    if not found:
+        raise FileNotFoundError(f"{cache.shown(name)}: no such file")
+    return found
+
+
+def read_entry(text: bytes) -> dict[str, Any]:
+    """The object in a `.json` member.
+
+    Raises:
+        ValueError: Broken JSON, or no object.
+    """
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"found a JSON {type(entry).__name__}; expected an object")
+    return entry
+
+
+def read_caption(parts: dict[str, bytes], entry: dict[str, Any]) -> str | None:
+    """The caption in a sample's members `txt` or `json`; None where there is none.
+
+    Raises:
+        ValueError: Something that is no text, empty, or no UTF-8.
+    """
+    found: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
+    if "txt" in parts:
+        found = parts["txt"].decode()
+    return None if found is None else _checked_text("the caption", found)
+
+
+def read_captions(entry: dict[str, Any], caption: str | None) -> dict[str, str]:
+    """The `captions` of a sample's `.json`, by language; with its own caption where that declares one they lack.
+
+    A list (COCO's) is of captions without languages, and none of these.
+
+    Raises:
+        ValueError: No object, a name that is no language's code, something that is no text.
+    """
+    found = entry.get("captions")
+    if found is None or isinstance(found, list):
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"captions of the .json is {str(found)[:40]!r}; expected an object, language -> text")
+    for language in found:
+        if not CODE.fullmatch(language):
+            expected = "a language's code such as 'hi' or 'hi-Latn'"
+            raise ValueError(f"captions of the .json: found the language {language[:40]!r}; expected {expected}")
+    captions = {name: _checked_text(f"captions of the .json: {name}", text) for name, text in found.items()}
+    own = declared_language(entry)
+    return {own: caption, **captions} if captions and caption is not None and own else captions
+
+
+def declared_language(entry: dict[str, Any]) -> str:
+    """`language` or `lang` of a sample's `.json`; empty where it is no language's code."""
+    found = entry.get("language") or entry.get("lang")
+    return found if isinstance(found, str) and CODE.fullmatch(found) else ""
+
+
+def _checked_text(name: str, found: Any) -> str:
+    if not isinstance(found, str) or not found.strip():
+        raise ValueError(f"{name} is {str(found)[:40]!r}; expected text")
+    found.encode()  # half of a surrogate pair, which JSON can hold, is no text
+    return found.strip()

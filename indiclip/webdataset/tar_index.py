@@ -1,0 +1,272 @@
+"""The index of a shard: where its samples' parts are, how large the images are, and what is wrong with it.
+
+Built once by a pass over the tar's headers, the images' headers and the labels; kept as an `.npz` beside the shard or
+in the cache folder. Nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from indiclip.datasets.tables import Strings
+from indiclip.images import HEAD_BYTES, UnreadableSample, header
+from indiclip.webdataset import cache
+from indiclip.webdataset.cache import Stat
+from indiclip.webdataset.tar_members import IMAGES, TEXTS, key_and_extension, members
+
+ROW = np.dtype(
+    [(f"{part}{what}", kind) for part in ("image", "txt", "json") for what, kind in (("", "i8"), ("_bytes", "i4"))]
+    + [("label", "i4"), ("height", "i4"), ("width", "i4"), ("crc", "u4")]
+)
+BAD_LABEL = -2  # there is one, but it is no whole number from 0
+_VERSION = 1
+_FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
+
+_SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
+_ASK_AT_ONCE = 16  # servers' answers waited for together
+
+Parts = dict[str, tuple[int, int]]  # extension -> (offset, length)
+
+
+@dataclass
+class TarIndex:
+    """What is known of a shard.
+
+    Attributes:
+        rows: One per sample, `ROW`: offset and length of each part (length -1: none), label (-1: none, `BAD_LABEL`),
+            height and width of the image as stored (0: its header cannot be read), CRC-32 of the image's bytes.
+        keys: The samples' keys, in the order of their first members.
+        left_out: How many members are left out, by extension or reason.
+        damaged: (key, reason) of what is lost: the rest of a truncated tar, a member that is there twice.
+        version: Of the shard that it was made from.
+        fingerprint: Of the plain tar; see `fingerprint`.
+        has_crc: Whether `crc` was computed.
+    """
+
+    rows: np.ndarray
+    keys: Strings
+    left_out: Counter[str]
+    damaged: list[tuple[str, str]]
+    version: Stat
+    fingerprint: str
+    has_crc: bool
+
+    @property
+    def tar_bytes(self) -> int:
+        """Size of the plain tar."""
+        return int(self.fingerprint.partition(":")[0])
+
+    def save(self, file: Path) -> None:
+        """Write the file whole or not at all.
+
+        Raises:
+            OSError: The folder cannot be written to.
+        """
+        about = {
+            "version": _VERSION,
+            "size": self.version.size,
+            "stamp": self.version.stamp,
+            "fingerprint": self.fingerprint,
+            "has_crc": self.has_crc,
+            "left_out": self.left_out,
+            "damaged": self.damaged,
+        }
+        buffers = self.keys.buffers()
+        descriptor, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as target:
+                encoded = np.frombuffer(json.dumps(about).encode(), np.uint8)
+                np.savez(target, about=encoded, rows=self.rows, key_bytes=buffers[0], key_ends=buffers[1])
+            Path(part).chmod(0o644)
+            Path(part).replace(file)
+        finally:
+            Path(part).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, file: Path) -> TarIndex | None:
+        """Read an index; None where there is none that can be used."""
+        if not file.exists():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in arrays.zip.infolist()):
+                    return None  # it could unpack to any size
+                about = json.loads(arrays["about"].tobytes())
+                rows, buffers = arrays["rows"], (arrays["key_bytes"], arrays["key_ends"])
+            known = about["version"] == _VERSION and _FINGERPRINT.fullmatch(about["fingerprint"])
+            if not known or not _is_sound(rows, *buffers):
+                return None
+            damaged = [(str(key), str(reason)) for key, reason in about["damaged"]]
+            left_out = Counter({str(reason): int(count) for reason, count in about["left_out"].items()})
+            version = Stat(int(about["size"]), str(about["stamp"]))
+            keys = Strings.of_buffers(*buffers)
+            return cls(rows, keys, left_out, damaged, version, about["fingerprint"], bool(about["has_crc"]))
+        except Exception:  # torn or odd content raises anything; the shard is indexed anew
+            return None
+
+
+def _is_sound(rows: np.ndarray, key_bytes: np.ndarray, key_ends: np.ndarray) -> bool:
+    """Whether arrays of a file are what `TarIndex.save` writes."""
+    kinds = rows.dtype == ROW and key_bytes.dtype == np.uint8 and key_ends.dtype in (np.uint32, np.int64)
+    if not kinds or key_bytes.ndim != 1 or rows.ndim != 1 or key_ends.shape != (len(rows) + 1,):
+        return False
+    in_order = (key_ends[1:] >= key_ends[:-1]).all()
+    return bool(in_order and key_ends[0] == 0 and key_ends[-1] == len(key_bytes))
+
+
+def build(tar: Path, version: Stat, crc: bool = False) -> TarIndex:
+    """Index a plain tar.
+
+    Args:
+        tar: The file.
+        version: Of the shard that it is, or is a copy of.
+        crc: Also compute the CRC-32 of every image, which reads the whole file.
+
+    Raises:
+        ValueError: No tar.
+    """
+    left_out: Counter[str] = Counter()
+    damaged: list[tuple[str, str]] = []
+    samples = _samples(tar, left_out, damaged)
+    rows = np.zeros(len(samples), ROW)
+    if samples:
+        with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for row, parts in zip(rows, samples.values(), strict=True):
+                _fill(row, parts, data, crc)
+    return TarIndex(rows, Strings(samples), left_out, damaged, version, fingerprint(tar), crc)
+
+
+def fingerprint(tar: Path) -> str:
+    """CRC-32 of 64 KiB at the file's start, middle and end: tells whether an index may belong to it."""
+    size, found = tar.stat().st_size, 0
+    with tar.open("rb") as file:
+        for place in (0, size // 2, max(0, size - 2**16)):
+            found = zlib.crc32(os.pread(file.fileno(), 2**16, place), found)
+    return f"{size}:{found:08x}"
+
+
+def indexes(urls: list[str], crc: bool = False) -> list[TarIndex]:
+    """Each shard's index: the one beside it, or in the cache folder, or one that is built now and kept there."""
+    with ThreadPoolExecutor(_ASK_AT_ONCE) as pool:
+        versions = list(pool.map(cache.stat, urls)) if any(map(cache.is_remote, urls)) else list(map(cache.stat, urls))
+        found = dict(enumerate(map(find_index, urls, versions)))
+    missing = [i for i, index in found.items() if index is None]
+    quiet = len(missing) < _SHOW_PROGRESS
+    for i in track(missing, description="indexing shards", disable=quiet, transient=True):
+        url, version = urls[i], versions[i]
+        index = build(cache.local_tar(url, version), version, crc)
+        with suppress(OSError):  # a full or read-only cache costs the time to index again
+            index.save(cache.cached_name(url, version, ".index.npz"))
+        found[i] = index
+    return [index for index in found.values() if index is not None]
+
+
+def find_index(url: str, version: cache.Stat) -> TarIndex | None:
+    """The index of this version of a shard, where there is one beside it or in the cache folder."""
+    for file in _candidates(url, version):
+        index = TarIndex.load(file)
+        if index is not None and _belongs(index, file, url, version):
+            index.version = version
+            return index
+    return None
+
+
+def _candidates(url: str, version: cache.Stat) -> Iterator[Path]:
+    """Where its index may lie. The cache comes last, so that none is needed where an index lies beside the shard."""
+    if not cache.is_remote(url):
+        yield index_path(url)
+    elif "?" not in url and (copy := cache.remote_file(f"{url}.index.npz")):  # a signature is of the shard's URL only
+        yield copy
+    with suppress(OSError):  # a cache that cannot be made holds none
+        yield cache.cached_name(url, version, ".index.npz")
+
+
+def index_path(url: str) -> Path:
+    """Where a shard's index lies beside it."""
+    return Path(f"{url}.index.npz")
+
+
+def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool:
+    if index.version == version:
+        return True
+    if index.version.size != version.size:
+        return False
+    if cache.is_copied(url):  # moved: its copy is looked at when it is made
+        return True
+    # Moved: the fingerprint is of three places only, so what was changed later is indexed anew.
+    plain = Path(url)
+    return plain.stat().st_mtime_ns <= file.stat().st_mtime_ns and fingerprint(plain) == index.fingerprint
+
+
+def _samples(tar: Path, left_out: Counter[str], damaged: list[tuple[str, str]]) -> dict[str, Parts]:
+    """key -> its parts, for every sample of a tar that has an image."""
+    samples: dict[str, Parts] = {}
+    for name, member in members(tar, damaged):
+        key, extension = key_and_extension(name, member)
+        parts = samples.get(key, {})
+        if extension not in (*IMAGES, *TEXTS):
+            left_out[extension] += 1
+        elif extension in parts or (extension in IMAGES and any(other in parts for other in IMAGES)):
+            left_out["(duplicate)"] += 1
+            damaged.append((key, f"{name} is there twice, or beside another image; the first counts"))
+        else:
+            samples.setdefault(key, parts)[extension] = (member.offset_data, member.size)
+    for key in [key for key, parts in samples.items() if not any(name in parts for name in IMAGES)]:
+        del samples[key]
+        left_out["(no image)"] += 1
+    return samples
+
+
+def _fill(row: Any, parts: Parts, data: mmap.mmap, crc: bool) -> None:
+    places = {name: parts.get(name, (0, -1)) for name in ("txt", "json")}
+    places["image"] = offset, length = next(parts[name] for name in IMAGES if name in parts)
+    for name, place in places.items():
+        row[name], row[f"{name}_bytes"] = place
+    row["height"], row["width"] = _size_hw(data, offset, offset + length)
+    row["label"] = _label(parts, data)
+    if crc:
+        row["crc"] = zlib.crc32(data[offset : offset + length])
+
+
+def _size_hw(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
+    """(height, width) as stored; (0, 0) where the bytes are no readable image."""
+    try:
+        return header(data[begin : min(begin + HEAD_BYTES, end)], lambda: data[begin:end]).size_hw
+    except UnreadableSample:
+        return 0, 0
+
+
+def _label(parts: Parts, data: mmap.mmap) -> int:
+    name = "cls" if "cls" in parts else "json"
+    if name not in parts:
+        return -1
+    offset, length = parts[name]
+    text = data[offset : offset + length]
+    if name == "cls":
+        return int(text) if text.strip().isdigit() and len(text) < 10 else BAD_LABEL
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        return -1  # the sample is unreadable, which its reader says
+    found = entry.get("label", entry.get("cls")) if isinstance(entry, dict) else None
+    if isinstance(found, str) and found.strip().isdecimal() and len(found) < 20:
+        found = int(found)
+    if found is None:
+        return -1
+    return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 2**31 else BAD_LABEL
