@@ -17,7 +17,7 @@ from test_step_sync import two_ranks
 
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import CardResult, Result, Score, load_result
-from indiclip.training import india_bench
+from indiclip.training import india_bench as callback
 from indiclip.training.cli import run
 from indiclip.training.record import read_history
 
@@ -185,7 +185,7 @@ def fake_scores(monkeypatch, values):
         result.about = {"seconds": {"images": 0.0}}
         return result
 
-    monkeypatch.setattr(india_bench, "run_bench", fake)
+    monkeypatch.setattr(callback, "run_bench", fake)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_the_best_checkpoint_has_the_best_score_and_its_weights(
         weights[trainer.global_step] = {name: value.clone() for name, value in module.state_dict().items()}
 
     monkeypatch.setattr(
-        india_bench.IndiaBench,
+        callback.IndiaBench,
         "_score",
-        lambda self, *given, score=india_bench.IndiaBench._score: (keep(self, *given), score(self, *given)),
+        lambda self, *given, score=callback.IndiaBench._score: (keep(self, *given), score(self, *given)),
     )
     assert fit(tmp_path, experiment(india_bench(cards, **schedule), best(ACC1, **saves), trainer__max_steps=7)) == 0
     folder = tmp_path / "runs" / "experiment" / "checkpoints"
