@@ -349,7 +349,7 @@ def test_other_weights_are_scored_by_their_own_class_texts():
         head.predict(encoder.features(batch["images"]), batch, encoder)
         before = head._class_text[-1]
         other_head = Contrastive()
-        other_head.build(other)
+        other_head.bind(other)
         module.load_state_dict(torch.nn.ModuleDict({"encoder": other, "head": other_head}).state_dict())
         head.predict(encoder.features(batch["images"]), batch, encoder)
         torch.testing.assert_close(head._class_text[-1], other.embed_text(head.class_names))
