@@ -298,9 +298,9 @@ def test_depth_is_the_paint_order_at_every_pixel(hard_scenes: dict[str, list[Sce
         assert depth.shape == scene.instances_HW.shape
         assert (depth[scene.instances_HW < 0] == 1).all()
         per_instance = [np.unique(depth[scene.instances_HW == i]).tolist() for i in range(count)]
-        expected = [[pytest.approx(1 - (i + 1) / count)] for i in range(count)]
+        expected = [[pytest.approx(1 - (i + 1) / (count + 1))] for i in range(count)]
         assert per_instance == expected, number  # one value each, and nearer the later it was painted
-        assert depth.min() == (0 if count else 1)
+        assert depth.min() == pytest.approx(1 / (count + 1))
         overlaps += count > 1
     assert overlaps > 100
 
@@ -309,9 +309,10 @@ def test_what_hides_another_thing_is_nearer() -> None:
     under, over = block(10, 10, 0, 0, 1), block(10, 10, 0, 3, 2)
     items, instances = _visible_only([under, over], 20, 20)
     scene = _assemble(np.random.default_rng(0), np.zeros((20, 20, 3), np.uint8), items, instances)
-    assert scene.depth_HW[0, [0, 2, 3, 12, 13]].tolist() == [0.5, 0.5, 0, 0, 1]
-    assert (scene.image_HW3[scene.depth_HW == 0] == 2).all()
-    assert (scene.image_HW3[scene.depth_HW == 0.5] == 1).all()
+    far, near = pytest.approx(2 / 3), pytest.approx(1 / 3)
+    assert scene.depth_HW[0, [0, 2, 3, 12, 13]].tolist() == [far, far, near, near, 1]
+    assert (scene.image_HW3[scene.depth_HW < 0.5] == 2).all()
+    assert (scene.image_HW3[(scene.depth_HW > 0.5) & (scene.depth_HW < 1)] == 1).all()
 
 
 def test_a_sample_has_depth_on_request_only() -> None:

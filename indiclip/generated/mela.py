@@ -10,6 +10,7 @@ for (a few milliseconds), so the data set has no size on disk, workers share not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -45,8 +46,8 @@ class Mela(SampleDataset):
         languages: A scene has a caption in each of these, and its count question in one, drawn from (seed, index).
         seed: Which fair; take another one for validation.
         densepose_points: Surface points per person, drawn evenly over the visible pixels, with replacement.
-        depth: Samples have a `depth` too, float32 (height, width) in [0, 1]: 1 on the background, and less the later a
-            thing was painted, so what hides another is nearer; 0 on the last one.
+        depth: Samples have a `depth` too, float32 (height, width) in (0, 1]: 1 on the background, and less the later a
+            thing was painted, so what hides another is nearer.
         kinds: Which of the 17 classes occur, as ['diya', 'kite', 'person']; all by default. Those that are held out are
             neither drawn nor asked for; class ids and `classes` stay.
         difficulty: "normal", or "hard": clutter behind, sizes 1:8, look-alikes of one colour, much of it hidden.
@@ -124,9 +125,10 @@ class Mela(SampleDataset):
             "classes": scene.classes,
             "crowd": np.zeros(len(scene.classes), bool),
         }
+        sample |= self._question(rng, scene, language) | _surface(rng, scene, self.densepose_points)
         if self.depth:
-            sample["depth"] = scene.depth_HW
-        return sample | self._question(rng, scene, language) | _surface(rng, scene, self.densepose_points)
+            cast(dict[str, Any], sample)["depth"] = scene.depth_HW  # a field of a task that need not be there
+        return sample
 
     def _question(self, rng: np.random.Generator, scene: Scene, language: str) -> Sample:
         """Which class is to be counted, and where its instances are; sometimes one that is not there."""

@@ -55,9 +55,11 @@ class Scene:
 
     @property
     def depth_HW(self) -> NDArray[np.float32]:
-        """float32 in [0, 1], by painting order: 1 on the background, then in equal steps to 0 on the last instance."""
-        steps = max(len(self.classes), 1)
-        return (1 - (self.instances_HW + 1) / steps).astype(np.float32)
+        """float32 in (0, 1], by painting order: 1 on the background, then in equal steps to 1 / (M + 1) in front.
+
+        Nothing is 0, which fills what lies outside of an image in a batch.
+        """
+        return (1 - (self.instances_HW + 1) / (len(self.classes) + 1)).astype(np.float32)
 
 
 def _instance_map(items: list[Item], height: int, width: int) -> NDArray[np.int16]:

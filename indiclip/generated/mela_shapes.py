@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.resources import files
+from itertools import pairwise
 
 import numpy as np
 import yaml
@@ -56,7 +58,7 @@ def _petal(x: float, y: float, length: float, width: float, degrees: float) -> P
 def _stroke(width: float, *xy: float) -> list[Points]:
     points = _poly(*xy)
     quadrilaterals = []
-    for a, b in zip(points, points[1:], strict=False):
+    for a, b in pairwise(points):
         along = (b - a) / np.linalg.norm(b - a)
         side = np.array([-along[1], along[0]]) * width / 2
         quadrilaterals.append(np.stack([a + side, b + side, b - side, a - side]))
@@ -67,7 +69,7 @@ def _arc(width: float, x: float, y: float, radius: float, start: float, stop: fl
     return _stroke(width, *_oval(x, y, radius, radius, start, stop, 9).ravel())
 
 
-_OUTLINES = {
+_OUTLINES: dict[str, Callable[..., Points]] = {
     "poly": _poly,
     "mirrored": _mirrored,
     "oval": _oval,
@@ -76,7 +78,7 @@ _OUTLINES = {
     "flower": _flower,
     "petal": _petal,
 }
-_LINES = {"stroke": _stroke, "arc": _arc}
+_LINES: dict[str, Callable[..., list[Points]]] = {"stroke": _stroke, "arc": _arc}
 
 
 def _polygons(drawing: str) -> list[Points]:
