@@ -34,6 +34,12 @@ class Item:
     colour: str
     garment: str = ""
 
+    @classmethod
+    def centred(cls, sprite: Sprite, x: float, y: float, kind: str, colour: str, garment: str = "") -> Item:
+        """With its middle at (x, y)."""
+        h, w = sprite.mask.shape
+        return cls(sprite, round(y - h / 2), round(x - w / 2), kind, colour, garment)
+
     def windows(self, height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """The same pixels in the image and in the sprite."""
         h, w = self.sprite.mask.shape
@@ -101,8 +107,8 @@ def _things(
     sizes = [(float(sprite.mask.shape[1]), float(sprite.mask.shape[0])) for sprite in sprites]
     centres = _centres(rng, sizes, region, height, width)
     return [
-        Item(sprite, round(y - h / 2), round(x - w / 2), kind, colour)
-        for sprite, (kind, colour, _), (w, h), (x, y) in zip(sprites, wanted, sizes, centres, strict=True)
+        Item.centred(sprite, x, y, kind, colour)
+        for sprite, (kind, colour, _), (x, y) in zip(sprites, wanted, centres, strict=True)
     ]
 
 
