@@ -191,6 +191,14 @@ def corrected(value: float, chance: float | None) -> float:
     return (value - chance) / (1 - chance) if chance < 1 else math.nan
 
 
+def less_english(score: Score) -> Score:
+    """A gap, by which English is better, as how far the language is from English; other scores as they are."""
+    if not score.metric.startswith("parity_"):
+        return score
+    low, high = (None if end is None else -end for end in (score.high, score.low))
+    return score._replace(value=-score.value, low=low, high=high)
+
+
 def load_result(folder: Path, predictions: bool = True) -> Result:
     """A saved run.
 

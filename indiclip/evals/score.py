@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from indiclip.evals.card_scorer import TOP, CardScorer, Language, Options, Setting, language_of, languages_of
 from indiclip.evals.images.items import Items
@@ -19,34 +18,27 @@ from indiclip.evals.protocols.distances import haversine_km, within_km
 from indiclip.evals.protocols.metrics import Interval
 from indiclip.evals.protocols.retrieval import caption_ranks, chance_recall, class_ranks
 from indiclip.evals.protocols.zero_shot import Ranking, hard_pairs, rank_classes
-from indiclip.evals.results import CLEAN, IMAGES, Prediction, Score
+from indiclip.evals.results import CLEAN, IMAGES
 
 RECALL_AT = (1, 5, 10)
 
 
-def score(
-    items: Items,
-    images: dict[str, Tensor],
-    texts: dict[str, Tensor],
-    lengths: Sequence[int],
-    options: Options,
-    flagged_N: np.ndarray | None = None,
-) -> tuple[list[Score], list[Prediction]]:
-    """All numbers of a card (without texts: those of images alone), and the predictions of its main setting."""
-    if not items.tested_N.any():
-        return [], []
-    scorer = CardScorer(items, images, texts, lengths, options, flagged_N)
-    for setting in scorer.settings if texts else []:
-        if items.card.task == "matching":
+def score(scorer: CardScorer) -> CardScorer:
+    """Adds all numbers of a card (without texts: those of images alone), and the predictions of its main setting."""
+    if not scorer.items.tested_N.any():
+        return scorer
+    task = scorer.card.task
+    for setting in scorer.settings if scorer.texts else []:
+        if task == "matching":
             _match(scorer, setting)
-        if items.card.task == "retrieval":
+        if task == "retrieval":
             _retrieve(scorer, setting)
         else:
             _classify(scorer, setting)
-    if options.probes and items.card.task != "retrieval":
-        for view in images:
+    if scorer.options.probes and task != "retrieval":
+        for view in scorer.images:
             _probe(scorer, view)
-    return scorer.scores, scorer.predictions
+    return scorer
 
 
 def texts_of(items: Items, options: Options) -> Iterator[str]:

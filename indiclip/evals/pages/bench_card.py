@@ -6,15 +6,7 @@ from collections.abc import Sequence
 
 from indiclip.evals.pages.bench_pictures import PictureOf, grids
 from indiclip.evals.pages.confusion import MOST_CLASSES, confusion, heat_map, mistakes, most_confused, words
-from indiclip.evals.pages.formatting import (
-    heated,
-    language_name,
-    less_english,
-    metric_name,
-    number,
-    protocol_name,
-    signed,
-)
+from indiclip.evals.pages.formatting import heated, language_name, metric_name, number, protocol_name, signed
 from indiclip.evals.pages.page import Html, details, many, small_print, table, tag
 from indiclip.evals.results import (
     CLEAN,
@@ -26,6 +18,7 @@ from indiclip.evals.results import (
     Result,
     Score,
     by_card,
+    less_english,
 )
 
 # In this order.

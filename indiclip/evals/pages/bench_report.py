@@ -18,7 +18,6 @@ from indiclip.evals.pages.formatting import (
     images_were,
     interval,
     language_name,
-    less_english,
     metric_name,
     number,
     protocol_name,
@@ -26,7 +25,7 @@ from indiclip.evals.pages.formatting import (
     title,
 )
 from indiclip.evals.pages.page import Html, details, many, page, small_print, tag, text
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score
+from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english
 
 _MOST_PICTURES = 150  # about 20 kB each
 _PICTURES_OF_CARD = 18
