@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from indiclip.generated.mela_things import RGB, Sprite, shades
+from indiclip.generated.cielab import RGB, rgb_of_hex
+from indiclip.generated.mela_things import Sprite, shades
 
 Floats = NDArray[np.float64]
 Float32s = NDArray[np.float32]
@@ -27,10 +28,10 @@ GARMENTS = ["saree", "kurta", "dhoti"]
 NUM_PARTS = 24
 _HEAD = (23, 24)
 
-_SKINS: list[RGB] = [(96, 56, 38), (128, 78, 50), (160, 104, 68), (190, 130, 90), (214, 160, 120)]
-_HAIR: RGB = (34, 26, 30)
-_CLOTH: RGB = (246, 240, 226)  # pyjama and shawl
-_SHOE: RGB = (92, 60, 40)
+_SKINS = [rgb_of_hex(colour) for colour in ["#603826", "#804E32", "#A06844", "#BE825A", "#D6A078"]]
+_HAIR = rgb_of_hex("#221A1E")
+_CLOTH = rgb_of_hex("#F6F0E2")  # pyjama and shawl
+_SHOE = rgb_of_hex("#5C3C28")
 _INNER_LEGS = {"saree": [9, 10, 13, 14], "kurta": [9, 10], "dhoti": []}
 
 # Half outlines in (t, s): a limb with round ends, and an oval for the head.

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from indiclip.datasets.base import SampleDataset
 from indiclip.generated.arguments import height_width, must_be_at_least, must_be_one_of
-from indiclip.generated.cielab import delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
-from indiclip.generated.mela_things import RGB
+from indiclip.generated.cielab import RGB, delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
 from indiclip.generated.swatch_draw import draw_cloth, draw_object, draw_patch
 from indiclip.types import Sample
 
