@@ -137,7 +137,7 @@ def test_what_killed_processes_left_is_overwritten_or_removed(tmp_path, place):
     path = tmp_path / "a.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes(1)))
     target = cache.cached_name(str(path), cache.stat(str(path)), ".tar")
-    target.with_suffix(".part").write_bytes(b"half of it")
+    (place / f"{target.name}-x.part").write_bytes(b"half of it")
     old = place / "other.part"
     old.write_bytes(b"of a shard that is no more")
     os.utime(old, (0, 0))

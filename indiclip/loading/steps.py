@@ -138,3 +138,8 @@ class Steps(Dataset[dict[str, Batch]]):
         drawn: Sample = {**draw_caption(sample, stream, epoch)}
         drawn.pop("captions", None)
         return drawn
+
+    def unreadable(self) -> list[Quarantined]:
+        """The unreadable samples since the last call, of which no batch tells then."""
+        found, self._quarantined = self._quarantined, []
+        return found

@@ -70,15 +70,15 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._locks:
-            try:
-                if kind is None:
-                    self.finish()
-                    self._publish()
-            finally:
-                with _undisturbed():
-                    self._discard()
-        self._forget_folder()
+        try:
+            if kind is None:
+                self.finish()
+                self._publish()
+        finally:
+            with _undisturbed():
+                self._discard()
+                self._locks.close()
+                self._forget_folder()
 
     def lock(self, what: str) -> None:
         """Keep other writers from something in the folder until the end of the `with`.
