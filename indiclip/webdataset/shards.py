@@ -232,6 +232,7 @@ def expand(urls: str | list[str]) -> list[str]:
 
 def find(urls: str | list[str]) -> list[str]:
     """As `expand`, but several shards may have one name."""
+    cache.limit()  # a mistake there would make every sample of a copy unreadable
     found: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
         for name in map(os.path.expanduser, braceexpand(url)):
