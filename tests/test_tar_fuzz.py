@@ -128,7 +128,7 @@ def test_every_member_is_accounted_for_or_a_line_says_why_not(tmp_path, data):
     for number in range(len(shards)):
         _, unreadable = tried(UnreadableSample, lambda number=number: shards[number]["image"].decode())
         assert unreadable is None or unreadable.key == shards.key(number)
-    boxed, read, unreadable = BoxShards(str(path), ["kite"]), 0, None
+    boxed, read, unreadable = BoxShards(str(path), ["kite", "diya"]), 0, None
     boxed.inventory.verify()
     for number in range(len(boxed)):
         sample, failed = tried(UnreadableSample, boxed.__getitem__, number)

@@ -27,7 +27,6 @@ def _command(argv: list[str]) -> int:
     )
     amount.add_argument("--all", action="store_true", help="read every sample")
     parser.add_argument("--workers", type=whole, metavar="N", help="processes (default: one per processor)")
-    parser.add_argument("--out", metavar="FILE", help="write every problem, a line of JSON each")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options, others = parser.parse_known_args(argv)
     from indiclip.commands.config_samples import run
