@@ -145,6 +145,11 @@ class Steps(Dataset[dict[str, Batch]]):
         drawn.pop("captions", None)
         return drawn
 
+    def unreadable(self) -> list[Quarantined]:
+        """The unreadable samples since the last call, of which no batch tells then."""
+        found, self._quarantined = self._quarantined, []
+        return found
+
 
 def _keys(sources: list[Source], train: bool) -> list[str]:
     """What the batches of each source are called in a step: their task, or `task/source` of several held-out ones.

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections import Counter
 from glob import glob
 from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import CODE
 from indiclip.datasets.tables import existing
 from indiclip.images import EncodedImage, UnreadableSample, is_trouble
@@ -26,7 +26,7 @@ from indiclip.webdataset import cache, tar_index
 from indiclip.webdataset.shard_files import ShardFiles
 
 
-class Shards(Dataset[Sample]):
+class Shards(SampleDataset):
     """Samples with `image`, and `caption`, `captions`, `language`, `label` where the shards have them.
 
     A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class; `language` or `lang` of
@@ -46,14 +46,17 @@ class Shards(Dataset[Sample]):
         labels: int32 (number of samples,): -1 where a sample has none.
         sizes_hw: int32 (number of samples, 2): height and width as stored; 0 where the image's header is unreadable.
         starts: int64 (number of shards + 1,): the samples of shard i are `starts[i]` to `starts[i + 1] - 1`.
-        left_out: How many members were left out, by extension; `(link)`, `(outside)`: a name with `..`, `(unnamed)`:
-            no key or no extension, `(no image)`: text without an image, `(duplicate)`.
-        damaged: What of the shards is lost to all samples: the rest of a truncated tar, a member that is there twice.
+        damaged: What of the shards is lost to all samples: the rest of a truncated tar, a duplicated member.
 
     Raises:
         FileNotFoundError: A shard or the class file is missing.
         ValueError: No tar; a label that is no class. Names the shard and the member.
     """
+
+    labels: np.ndarray
+    sizes_hw: np.ndarray
+    starts: np.ndarray
+    _units: tuple[str, ...] = ("members", "samples")  # of the index that its samples are made of
 
     def __init__(
         self, urls: str | list[str], classes: str | list[str] | None = None, caption: str | None = None
@@ -69,24 +72,39 @@ class Shards(Dataset[Sample]):
         self._files = ShardFiles(self.urls, self._indexes)
         counts = [len(index.rows) for index in self._indexes]
         self.starts = np.cumsum([0, *counts])
-        self.left_out = sum((index.left_out for index in self._indexes), Counter[str]())
         self.damaged = [
             Quarantined("", f"{name}/{key}", shown, reason)
             for shown, name, index in zip(self._shown, self.names, self._indexes, strict=True)
             for key, reason in index.damaged
         ]
         if not self.starts[-1]:
-            raise ValueError(f"{self._shown[0]}: no images in {len(self.urls)} shards; left out: {dict(self.left_out)}")
-        self.labels: np.ndarray = np.concatenate([index.rows["label"] for index in self._indexes])
+            found = "; ".join(self.inventory.lines())
+            raise ValueError(f"{self._shown[0]}: no images in {len(self.urls)} shards; found {found}")
+        self.labels = np.concatenate([index.rows["label"] for index in self._indexes])
+        self.sizes_hw = np.concatenate(
+            [np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes]
+        )
         self._check_labels()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     @property
-    def sizes_hw(self) -> np.ndarray:
-        """See the class."""
-        return np.concatenate([np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes])
+    def inventory(self) -> Inventory:
+        """Members and samples; boxes where these are read."""
+        return self.contents(self._units)
+
+    def contents(self, units: tuple[str, ...] = ("members", "samples", "boxes")) -> Inventory:
+        """What the shards hold, whatever of it is read."""
+        total = Inventory()
+        for shown, index in zip(self._shown, self._indexes, strict=True):
+            found = index.inventory
+            total.present.update({unit: found.present[unit] for unit in units if unit in found.present})
+            total.used.update({unit: found.used[unit] for unit in units if unit in found.present})
+            for unit, reason, number, example in found.left_out():
+                if unit in units:
+                    total.leave_out(unit, reason, f"{shown}: {example}", number)
+        return total
 
     def key(self, index: int) -> str:
         """`shard/member` without the folder: it stays when the data moves or grows. Reads and decodes nothing."""
@@ -214,6 +232,7 @@ def expand(urls: str | list[str]) -> list[str]:
 
 def find(urls: str | list[str]) -> list[str]:
     """As `expand`, but several shards may have one name."""
+    cache.limit()  # a mistake there would make every sample of a copy unreadable
     found: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
         for name in map(os.path.expanduser, braceexpand(url)):
