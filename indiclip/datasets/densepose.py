@@ -68,7 +68,7 @@ def fields(people: list[dict[str, Any]], height: int, width: int) -> Sample:
     inside = np.nextafter(np.array([width, height], dtype=np.float32), np.float32(0))  # the edges are exclusive
     uv = [np.array([entry["dp_U"], entry["dp_V"]], dtype=np.float32).T.reshape(-1, 2) for entry in people]
     return Sample(
-        dp_boxes_xyxy=xywh_to_xyxy(boxes_xywh, sizes_hw, ["dp"] * len(people)),
+        dp_boxes_xyxy=xywh_to_xyxy(boxes_xywh, sizes_hw, ["dp"] * len(people), tolerance=np.inf),
         dp_masks=np.array([_body(entry, height, width) for entry in people], np.uint8).reshape(-1, height, width),
         dp_points_xy=np.concatenate([np.zeros((0, 2)), *placed]).astype(np.float32).clip(0, inside),
         dp_person=np.repeat(np.arange(len(people)), counts),
