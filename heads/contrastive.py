@@ -70,8 +70,8 @@ class Contrastive(Head):
         self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
 
     def check(self, dataset: Any) -> None:
-        self.class_names = list(getattr(dataset, "classes", None) or [])
-        if getattr(dataset, "captioned", True) is False:
+        self.class_names = list(dataset.classes)
+        if not dataset.captioned:
             raise ValueError(
                 f"heads.contrastive.task: {type(dataset).__name__} for task {self.task!r} has images without a "
                 "caption; `captioned: true` leaves them out"

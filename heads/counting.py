@@ -95,7 +95,7 @@ class Counting(Head):
         self.metric = CountMetric()
 
     def check(self, dataset: Any) -> None:
-        self.class_names = list(getattr(dataset, "classes", None) or [])
+        self.class_names = list(dataset.classes)
         if self.ask_boxes and not self.class_names:
             raise ValueError(
                 "heads.counting.ask_boxes: the source's dataset has no list of class names, `classes`, to ask for"

@@ -102,7 +102,7 @@ class Detection(Head):
         self.metric = DetectionMetric()
 
     def check(self, dataset: Any) -> None:
-        names = list(getattr(dataset, "classes", None) or [])
+        names = list(dataset.classes)
         if len(names) != self.num_classes:
             raise ValueError(
                 f"heads.detection.num_classes: found {self.num_classes}, expected {len(names)}, the number of classes "

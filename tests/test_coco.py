@@ -87,9 +87,9 @@ def test_images_without_boxes_are_kept_or_left_out(build):
 def test_the_first_caption_is_given_and_all_can_be_asked_for(build):
     dataset = build()
     assert dataset[0]["caption"] == "a kite"
-    assert dataset.captions(0) == ["a kite", "two kites"]
+    assert dataset.captions(0) == {"": ["a kite", "two kites"]}
     assert "caption" not in dataset[1]
-    assert dataset.captions(1) == []
+    assert dataset.captions(1) == {}
 
 
 def test_only_captioned_images_make_pairs(build):
@@ -109,7 +109,7 @@ def test_a_captions_file_of_coco_goes_instead(build, tmp_path):
     ]
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": found}))
     dataset = build(captions=str(tmp_path / "captions.json"))
-    assert [dataset.captions(i) for i in range(3)] == [[], ["x", "z"], []]
+    assert [dataset.captions(i) for i in range(3)] == [{}, {"": ["x", "z"]}, {}]
 
 
 def test_thin_boxes_are_dropped_and_counted_with_their_masks(build):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from indiclip.datasets import densepose as dp
+from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.masks import check_mask, check_room, decode_mask
 from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
 from indiclip.images import EncodedImage, UnreadableSample, read_image
@@ -26,7 +26,7 @@ _MIN_SIDE = 1.0  # pixels; COCO's few thinner boxes are slips of an annotator, t
 Entry = dict[str, Any]
 
 
-class CocoDetection(Dataset[Sample]):
+class CocoDetection(SampleDataset):
     """Images with boxes, and optionally masks, captions and DensePose.
 
     The category ids (in COCO 1 to 90 with gaps) become classes 0 to K - 1 in the order of the ids. What a box reaches
@@ -76,6 +76,7 @@ class CocoDetection(Dataset[Sample]):
         if captioned:
             kept &= with_caption
         self._rows = np.flatnonzero(kept)
+        self.sizes_hw = self._sizes_hw[self._rows]
         self.captioned = bool(with_caption[self._rows].all())
         if len(self._rows) == 0:
             asked = "annotated " * (not keep_empty) + "captioned " * captioned
@@ -88,10 +89,11 @@ class CocoDetection(Dataset[Sample]):
         """The image id as text. Reads and decodes nothing."""
         return str(self._ids[self._rows[index]])
 
-    def captions(self, index: int) -> list[str]:
+    def captions(self, index: int) -> dict[str, list[str]]:
         """All captions of an image; `__getitem__` gives the first."""
         row = self._rows[index]
-        return [self._captions[i] for i in range(*self._caption_starts[row : row + 2].tolist())]
+        texts = [self._captions[i] for i in range(*self._caption_starts[row : row + 2].tolist())]
+        return {"": texts} if texts else {}
 
     def __getitem__(self, index: int) -> Sample:
         row, key = int(self._rows[index]), self.key(index)
@@ -105,7 +107,7 @@ class CocoDetection(Dataset[Sample]):
         sample["crowd"] = self._crowd[at].copy()
         sample["annotated_upright"] = (height, width) != image.size_hw  # drawn in a viewer that turned the photo
         if captions := self.captions(index):
-            sample["caption"] = captions[0]
+            sample["caption"] = captions[""][0]
         try:
             sample.update(self._dense_fields(range(at.start, at.stop), height, width))
         except ValueError as error:
@@ -121,11 +123,6 @@ class CocoDetection(Dataset[Sample]):
             people = [json.loads(self._people[i]) for i in numbers if self._is_person[i]]
             sample.update(dp.fields(people, height, width))
         return sample
-
-    @property
-    def sizes_hw(self) -> np.ndarray:
-        """Height and width of each image, (number of samples, 2)."""
-        return np.asarray(self._sizes_hw[self._rows])
 
     def _annotated(self) -> np.ndarray:
         """bool: which images have a box (with `densepose`: a body)."""

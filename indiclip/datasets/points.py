@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
 from indiclip.images import read_header, read_image
 from indiclip.types import Sample
@@ -14,7 +14,7 @@ from indiclip.types import Sample
 _TOLERANCE = 1.0  # pixels by which a point may lie outside; so much is moved inside
 
 
-class CountingPoints(Dataset[Sample]):
+class CountingPoints(SampleDataset):
     """Images with `points_xy`, `count_class`, `count_label`, and `boxes_xyxy`, `classes` where boxes are known.
 
     The annotation file is a JSON list of `{file_name, class_name, count, points: [[x, y], ...]}`, with `boxes` as
@@ -34,6 +34,9 @@ class CountingPoints(Dataset[Sample]):
             outside its image, an empty class name, an image that is there twice. Names the file and the image.
     """
 
+    classes: list[str]
+    sizes_hw: np.ndarray
+
     def __init__(self, images: str, annotations: str) -> None:
         self.folder, file = existing(images), existing(annotations)
         entries = load_json(file)
@@ -51,8 +54,8 @@ class CountingPoints(Dataset[Sample]):
             if not isinstance(name, str) or not name.strip():
                 raise ValueError(f"{where}: the class_name is {name!r}; expected text")
         self._names = Strings(names)
-        self._sizes_hw = np.array([self._size_hw(entry, where) for entry, where in zip(entries, wheres, strict=True)])
-        self.classes: list[str] = sorted(set(class_names))
+        self.sizes_hw = np.array([self._size_hw(entry, where) for entry, where in zip(entries, wheres, strict=True)])
+        self.classes = sorted(set(class_names))
         self._labels = np.array([self.classes.index(name) for name in class_names])
         self.counts = np.array([_count(*found) for found in zip(points, counts, wheres, strict=True)])
         self._starts = np.cumsum([0, *self.counts])
@@ -72,17 +75,12 @@ class CountingPoints(Dataset[Sample]):
         at = slice(*self._starts[index : index + 2].tolist())
         image = read_image(self.folder / key, key)
         sample = Sample(image=image, key=key, points_xy=self._points_xy[at].copy())
-        sample["annotated_upright"] = tuple(self._sizes_hw[index].tolist()) != image.size_hw
+        sample["annotated_upright"] = tuple(self.sizes_hw[index].tolist()) != image.size_hw
         sample["count_class"], sample["count_label"] = self.classes[label], label
         if self._boxed[index]:
             sample["boxes_xyxy"] = self._boxes_xyxy[at].copy()
             sample["classes"] = np.full(len(sample["boxes_xyxy"]), label)
         return sample
-
-    @property
-    def sizes_hw(self) -> np.ndarray:
-        """Height and width of each image, (number of samples, 2)."""
-        return self._sizes_hw
 
     def _size_hw(self, entry: dict[str, Any], where: str) -> tuple[int, int]:
         header = read_header(self.folder / entry["file_name"])
@@ -94,7 +92,7 @@ class CountingPoints(Dataset[Sample]):
     def _place(self, points: list[Any], wheres: list[str]) -> np.ndarray:
         """All points, one image after the other, inside their images."""
         of_images = []
-        for found, (height, width), where in zip(points, self._sizes_hw, wheres, strict=True):
+        for found, (height, width), where in zip(points, self.sizes_hw, wheres, strict=True):
             points_xy = np.array(found, dtype=np.float32).reshape(-1, 2)
             edges = np.array([width, height], dtype=np.float32)
             outside = ~((points_xy >= -_TOLERANCE) & (points_xy <= edges + _TOLERANCE)).all(1)  # NaN too
@@ -116,7 +114,7 @@ class CountingPoints(Dataset[Sample]):
                 )
             boxes_xywh[self._starts[i] : self._starts[i + 1]] = found
         each = np.repeat(np.arange(len(entries)), self.counts)
-        self._boxes_xyxy = xywh_to_xyxy(boxes_xywh, self._sizes_hw[each], [wheres[i] for i in each])
+        self._boxes_xyxy = xywh_to_xyxy(boxes_xywh, self.sizes_hw[each], [wheres[i] for i in each])
 
 
 def _count(points: Any, count: Any, where: str) -> int:

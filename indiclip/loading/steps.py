@@ -42,10 +42,7 @@ class Steps(Dataset[dict[str, Batch]]):
         self._prefetch = Prefetch()
         # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
         self._quarantined = [
-            lost._replace(task=source.task)
-            for source in sources
-            for lost in getattr(source.dataset, "damaged", [])
-            if rank == 0
+            lost._replace(task=source.task) for source in sources for lost in source.dataset.damaged if rank == 0
         ]
 
     def _plan(self, task: str, group: list[Source]) -> Plan:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import SampleRef
@@ -61,9 +62,9 @@ def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -
         )
 
 
-def _check_classes(task: str, datasets: dict[str, Any]) -> None:
+def _check_classes(task: str, datasets: dict[str, SampleDataset]) -> None:
     """A class number means the same thing in all sources of a task, held-out ones too."""
-    lists = {key: list(names) for key, dataset in datasets.items() if (names := getattr(dataset, "classes", None))}
+    lists = {key: list(names) for key, dataset in datasets.items() if (names := dataset.classes)}
     for (key, names), (other, others) in itertools.pairwise(lists.items()):
         if names != others:
             place = next((i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), None)
