@@ -78,6 +78,16 @@ class Inventory:
                 units[unit][kind][reason] = {"count": count, "example": example}
         return units
 
+    @classmethod
+    def of_summary(cls, summary: dict[str, Any]) -> Inventory:
+        """From what `summary` gave."""
+        inventory = cls()
+        for unit, found in summary.items():
+            inventory.present[unit], inventory.used[unit] = int(found["present"]), int(found["used"])
+            for reason, entry in found["left_out"].items():
+                inventory.leave_out(unit, reason, str(entry["example"]), int(entry["count"]))
+        return inventory
+
     def lines(self) -> list[str]:
         """One line per unit: "1,434 of 1,436 boxes, 3 of them clipped to the image (annotation 7); left out: 2 thinner
         than a pixel (annotation 17)".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,9 @@ class Source:
         batch_multiple: With `batch_tokens`, the samples of a step are a multiple of this, and the number of ranks must
             divide it.
         window: Shards among which samples are shuffled; it bounds how many shards are read at a time.
+        name: Of a held-out source. Where a task has several of them, each is scored by itself, as
+            `val/<head>/<name>/<metric>`; without a name, it is the source's place among them, from 0. The only one of
+            its task is `val/<head>/<metric>`, whatever its name.
     """
 
     task: str
@@ -45,6 +49,7 @@ class Source:
     batch_tokens: int | None = None
     batch_multiple: int = 8
     window: int = 16
+    name: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.dataset, SampleDataset):
@@ -59,6 +64,8 @@ class Source:
         if (self.batch_size is None) == (self.batch_tokens is None):
             both = "; found both" if self.batch_size is not None else ""
             raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens{both}")
+        if not re.fullmatch(r"[\w.-]*", self.name):
+            raise ValueError(f"data: name of task {self.task!r} is {self.name!r}; expected letters, digits, _, . and -")
         self.transform = Transform(self.max_tokens, self.augment)
 
     @property

@@ -36,6 +36,7 @@ class BoxShards(Shards):
     """
 
     captioned = False
+    _units = ("members", "samples", "boxes")
 
     def __init__(
         self, urls: str | list[str], classes: str | list[str], masks: bool = False, densepose: bool = False
