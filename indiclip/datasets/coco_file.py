@@ -93,7 +93,7 @@ def read_categories(entries: list[Entry], file: Path) -> tuple[list[str], dict[I
     where = f"{file}: category"
     ids, names = unique_ids(column(entries, "id", where), where), column(entries, "name", where)
     wheres = Wheres(where, ids)
-    check_all(names, _is_text, wheres, "name", "text")
+    check_all(names, is_text, wheres, "name", "text")
     unique_ids(names, where)
     if ids:
         like_first = f"{type(ids[0]).__name__}, as the first is {shorten(ids[0])}"
@@ -122,7 +122,7 @@ def look_up(ids: list[Any], known: Mapping[Id, int], wheres: Sequence[str], what
     Raises:
         ValueError: One that is not known; begins with its entry of `wheres`.
     """
-    expected = f"one of the {len(known)} ids of {what} entries"
+    expected = f"the id of one of the {what} entries"
     check_all(ids, _is_id, wheres, f"{what}_id", expected)
     numbers = list(map(known.get, ids))
     if None in numbers:
@@ -159,6 +159,25 @@ def read_boxes(
     return CocoBoxes(kept, boxes_xyxy[kept], np.array(crowd, dtype=bool)[kept])
 
 
+def read_boxes_of_image(entry: Entry, where: str, inventory: Inventory) -> tuple[CocoBoxes, Wheres]:
+    """The boxes of an image's own entry, as shards hold it: `height`, `width` and the list `annotations`.
+
+    Returns:
+        The boxes, and what to call each of the annotations in messages.
+
+    Raises:
+        ValueError: As `read_boxes`, and where size or list are missing.
+    """
+    size_hw, entries = (entry.get("height"), entry.get("width")), entry.get("annotations")
+    if not is_size(size_hw):
+        raise ValueError(f"(height, width) is {shorten(size_hw)}; expected whole pixels")
+    if not isinstance(entries, list):
+        raise ValueError(f"annotations is {shorten(entries)}; expected a list")
+    ids = [one.get("id", place) if isinstance(one, dict) else place for place, one in enumerate(entries)]
+    wheres, sizes_hw = Wheres(where, ids), np.tile(np.array(size_hw, np.int64), (len(entries), 1))
+    return read_boxes(entries, sizes_hw, wheres, TOLERANCE, inventory), wheres
+
+
 def read_captions(images: CocoImages, file: Path | None, inventory: Inventory) -> list[list[str]]:
     """The captions of each image: those of COCO's captions JSON, or else those that the images' entries carry.
 
@@ -176,7 +195,7 @@ def read_captions(images: CocoImages, file: Path | None, inventory: Inventory) -
     check_all(lists, lambda texts: isinstance(texts, list), images.wheres, "captions", "a list of texts")
     for row, texts in enumerate(lists):
         if texts:
-            check_all(texts, _is_text, [images.wheres[row]] * len(texts), "a caption", "text")
+            check_all(texts, is_text, [images.wheres[row]] * len(texts), "a caption", "text")
             inventory.present["captions"] += len(texts)
     return [[text.strip() for text in texts] for texts in lists]
 
@@ -185,16 +204,16 @@ def join_captions(entries: list[Entry], images: CocoImages, file: Path, inventor
     """As `read_captions`, from the list `annotations`."""
     where = f"{file}: annotation"
     texts, ids = (column(entries, name, where) for name in ("caption", "image_id"))
-    wheres = Wheres(where, [entry.get("id", f"number {place}") for place, entry in enumerate(entries)])
-    check_all(texts, _is_text, wheres, "caption", "text")
+    wheres = Wheres(where, [entry.get("id", place) for place, entry in enumerate(entries)])
+    check_all(texts, is_text, wheres, "caption", "text")
     check_all(ids, _is_id, wheres, "image_id", "a whole number or text")
+    rows = [images.row_of.get(image_id, -1) for image_id in ids]
     of_row: list[list[str]] = [[] for _ in images.ids]
-    for image_id, text, place in zip(ids, texts, range(len(ids)), strict=True):
-        if (row := images.row_of.get(image_id)) is None:
-            inventory.leave_out("captions", "of images that are not at hand", f"{wheres[place]} of image {shorten(image_id)}")
-        else:
+    for row, text in zip(rows, texts, strict=True):
+        if row >= 0:
             of_row[row].append(text.strip())
     inventory.present["captions"] += len(entries)
+    inventory.leave_out_each("captions", "of images that are not at hand", wheres, np.array(rows, np.int64) < 0)
     return of_row
 
 
@@ -239,7 +258,8 @@ def _is_id(found: Any) -> bool:
     return type(found) in (int, str)  # True is an int, and True == 1 == 1.0
 
 
-def _is_text(found: Any) -> bool:
+def is_text(found: Any) -> bool:
+    """Whether a value of a JSON file is a text that can be read."""
     return isinstance(found, str) and bool(found.strip()) and not _SURROGATE.search(found)
 
 

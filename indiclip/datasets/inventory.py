@@ -42,10 +42,14 @@ class Inventory:
         if which.any():
             self.leave_out(unit, reason, wheres[int(which.argmax())], int(which.sum()))
 
+    def alter(self, unit: str, how: str, example: str, count: int = 1) -> None:
+        """Count what is used, but not as it stands in the file; see `leave_out`."""
+        _add(self._altered, unit, how, example, count)
+
     def alter_each(self, unit: str, how: str, wheres: Sequence[str], which: np.ndarray) -> None:
-        """Count what is used, but not as it stands in the file; see `leave_out_each`."""
+        """See `alter` and `leave_out_each`."""
         if which.any():
-            _add(self._altered, unit, how, wheres[int(which.argmax())], int(which.sum()))
+            self.alter(unit, how, wheres[int(which.argmax())], int(which.sum()))
 
     def left_out(self) -> Iterator[tuple[str, str, int, str]]:
         """(unit, reason, count, example)."""
@@ -86,6 +90,8 @@ class Inventory:
             inventory.present[unit], inventory.used[unit] = int(found["present"]), int(found["used"])
             for reason, entry in found["left_out"].items():
                 inventory.leave_out(unit, reason, str(entry["example"]), int(entry["count"]))
+            for how, entry in found["altered"].items():
+                inventory.alter(unit, how, str(entry["example"]), int(entry["count"]))
         return inventory
 
     def lines(self) -> list[str]:

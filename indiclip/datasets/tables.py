@@ -140,9 +140,8 @@ def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
     try:
         content = json.loads(path.read_bytes())
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte {error.start} is {error.object[error.start]:#x}, no {error.encoding}; expected a JSON file in UTF-8"
-        ) from error
+        found = f"byte {error.start} is {error.object[error.start]:#x}, which is no {error.encoding}"
+        raise ValueError(f"{path}: {found}; expected a JSON file in UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON: {error}") from error
     for key in keys:

@@ -163,5 +163,5 @@ def _keys(sources: list[Source], train: bool) -> list[str]:
 
 def _origin(key: str, group: list[Source]) -> Origin:
     task = group[0].task
-    classes = next((names for source in group if (names := getattr(source.dataset, "classes", None))), ())
+    classes = next((names for source in group if (names := source.dataset.classes)), ())
     return Origin(task, key.removeprefix(task).removeprefix("/"), classes)
