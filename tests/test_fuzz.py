@@ -15,5 +15,4 @@ _FILES = 500  # over all readers; `tools/fuzz_readers.py` runs as many as one ha
 @pytest.mark.parametrize("name", fuzz_readers.READERS)
 def test_used_and_left_out_is_all_or_one_line_says_why_not(name):
     counts = fuzz_readers.run(name, -(-_FILES // len(fuzz_readers.READERS)))
-    assert counts["used"]
-    assert counts["refused"]
+    assert counts["used"]  # where a value that is not used has changed

@@ -2,8 +2,8 @@
 
     python tools/fuzz_readers.py --files 10000
 
-Property: a reader refuses the files in one line that names one of them; or what it uses and what it leaves out by reason
-is what the files hold, and every sample can be read or is said to be unreadable. The tests run 500 files of it.
+Property: a reader refuses the files in one line that names one of them; or what it uses and what it leaves out by
+reason is what the files hold, and every sample can be read or is said to be unreadable. The tests run 500 files of it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ ODD: list[Any] = [
     *("../a.png", "./a.png", "sub\\a.png", "/etc/passwd", "a.png", "b.png", "y" * 300 + ".png"),
     *([], {}, [[]], [1], [1, 2], [0, 0, 1, 1], [-1.5, 0, 9, 9], [3, 3, 0.2, 5], ["a"], {"a": 1}, {"en": "x"}, [None]),
 ]
+_PIECES = (b'"', b"\n", b"\r\n", b"\t", b",", b"\0", b"\xe9", b"\xff\xfe", b"{", b"]", b"NaN", b"1")
 _ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "cp1252", "utf-32")
 
 
@@ -112,9 +113,7 @@ def _changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
         return text.encode(draw(st.sampled_from(_ENCODINGS)), errors="replace")
     if how == "empty":
         return b""
-    piece = draw(
-        st.sampled_from([b'"', b"\n", b"\r\n", b"\t", b",", b"\0", b"\xe9", b"\xff\xfe", b"{", b"]", b"NaN", b"1"])
-    )
+    piece = draw(st.sampled_from(_PIECES))
     end = place if how == "insert" else place + draw(st.integers(1, 8))
     return content[:place] + (b"" if how == "remove" else piece) + content[end:]
 
@@ -126,11 +125,14 @@ def check(reader: Reader, folder: Path) -> str:
         AssertionError: Neither.
     """
     names = [path.name for path in folder.rglob("*")] + [str(folder)]
+    message = ""
     try:
         dataset = reader.read(folder)
     except (ValueError, FileNotFoundError) as error:
-        _check_message(str(error))
-        assert any(name in str(error) for name in names), f"names no file: {error}"
+        dataset, message = None, str(error)
+    if message:
+        _check_message(message)
+        assert any(name in message for name in names), f"names no file: {message}"
         return "refused"
     if dataset is None:
         return "used"
@@ -173,9 +175,8 @@ def run(name: str, files: int, derandomize: bool = True, random_seed: int = 0) -
         valid, folder = Path(place, "valid"), Path(place, "data")
         valid.mkdir()
         reader.write(valid)
-        contents = {
-            str(path.relative_to(valid)): path.read_bytes() for path in sorted(valid.rglob("*")) if path.is_file()
-        }
+        files_in = [path for path in sorted(valid.rglob("*")) if path.is_file()]
+        contents = {str(path.relative_to(valid)): path.read_bytes() for path in files_in}
         # Annotations rather than images, of which there are more.
         texts = [name for name in contents if not name.endswith((".png", ".jpg"))]
 
@@ -275,6 +276,10 @@ def _read_box_shard(folder: Path) -> SampleDataset:
     return BoxShards(str(shard), ["kite"], masks=True, densepose=True)
 
 
+def _read_points(folder: Path) -> SampleDataset:
+    return CountingPoints(str(folder), str(folder / "counting.json"))
+
+
 def _read_captions(folder: Path) -> None:
     read_caption_file(folder / "captions.json")
 
@@ -290,10 +295,7 @@ READERS: dict[str, Reader] = {
     "coco, packed": Reader(lambda folder: _write(folder, instances=_COCO), _read_as_pack),
     "coco, benchmark": Reader(lambda folder: _write(folder, captions=_RETRIEVAL), _read_captions),
     "box shard": Reader(_write_box_shard, _read_box_shard),
-    "points": Reader(
-        lambda folder: _write(folder, counting=_POINTS),
-        lambda folder: CountingPoints(str(folder), str(folder / "counting.json")),
-    ),
+    "points": Reader(lambda folder: _write(folder, counting=_POINTS), _read_points),
 }
 
 
@@ -308,9 +310,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.readers:
         counts = run(name, each, derandomize=False, random_seed=options.seed)
         total += counts.total()
-        print(
-            f"{name:24} {counts.total():7,} files  {counts['used']:7,} used  {counts['refused']:7,} refused", flush=True
-        )
+        said = "  ".join(f"{count:7,} {what}" for what, count in sorted(counts.items()))
+        print(f"{name:24} {counts.total():7,} files: {said}", flush=True)
     print(f"{total:,} files in {time.monotonic() - began:.0f} s: none crashed a reader or lost something silently")
 
 

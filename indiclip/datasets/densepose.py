@@ -13,6 +13,7 @@ import numpy as np
 
 from indiclip.datasets.masks import check_room, check_run_lengths, decode_mask
 from indiclip.datasets.tables import is_number, xywh_to_xyxy
+from indiclip.names import shorten
 from indiclip.types import Sample
 
 _GRID = 256
@@ -31,13 +32,15 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
         return None
     for name in names:
         if not isinstance(entry.get(name), list):
-            raise ValueError(f"{where}: {name} is {entry.get(name)!r}; expected a list, as of the other dp_ fields")
+            raise ValueError(
+                f"{where}: {name} is {shorten(entry.get(name))}; expected a list, as of the other dp_ fields"
+            )
     lengths = {name: len(entry[name]) for name in _RANGES}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{where}: the dp_ fields have different lengths {lengths}")
     for name, (low, high) in _RANGES.items():
         if not all(map(is_number, entry[name])):
-            raise ValueError(f"{where}: {name} is {str(entry[name])[:40]}; expected numbers")
+            raise ValueError(f"{where}: {name} is {shorten(entry[name])}; expected numbers")
         values = np.array(entry[name], dtype=np.float64)
         wrong = ~((values >= low) & (values <= high))  # NaN too
         if name == "dp_I":
