@@ -5,8 +5,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.images import UnreadableSample
 from indiclip.loading.plan import BatchSpec, Plan, SampleRef, SourceInfo, apportion
 from indiclip.loading.source import Source, TokenCounts
@@ -208,7 +208,7 @@ def test_held_out_samples_come_once_in_order_with_a_token_budget_too():
     assert [place.index for step in steps for place in step] == list(range(21))
 
 
-class Numbers(Dataset):
+class Numbers(SampleDataset):
     """Sample i is a grey image with the key `<name><i>`; those of `torn` cannot be read."""
 
     def __init__(self, name: str, length: int, torn: tuple[int, ...] = ()) -> None:
@@ -216,6 +216,9 @@ class Numbers(Dataset):
 
     def __len__(self) -> int:
         return self.length
+
+    def key(self, index):
+        return f"{self.name}{index}"
 
     def __getitem__(self, index: int) -> Sample:
         if index in self.torn:

@@ -32,7 +32,7 @@ class SourceInfo(NamedTuple):
     """What a plan has to know of a source."""
 
     size: int  # number of samples
-    starts: Sequence[int] | None = None  # shard i has the samples starts[i] to starts[i + 1] - 1; None: one shard
+    starts: np.ndarray | None = None  # shard i has the samples starts[i] to starts[i + 1] - 1; None: one shard
     lengths: Callable[[np.ndarray], np.ndarray] | None = None  # indices -> tokens of these images; None: all the same
 
 

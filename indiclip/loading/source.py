@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.loading.plan import BatchSpec, SourceInfo
 from indiclip.loading.transforms import Transform
 from indiclip.patches import count_tokens
@@ -24,7 +24,7 @@ class Source:
 
     Args:
         task: The task that reads them; heads name it too.
-        dataset: A map-style dataset of `Sample`.
+        dataset: Where the samples are.
         batch_size: Samples per step, over all ranks and all sources of the task.
         weight: Share among the sources of the same task.
         max_tokens: Most patches per image; larger images are scaled down, aspect kept.
@@ -41,8 +41,7 @@ class Source:
     """
 
     task: str
-    # A bare class: jsonargparse silently builds a bare Dataset where it is subscripted.
-    dataset: Dataset  # type: ignore[type-arg]
+    dataset: SampleDataset
     batch_size: int | None = None
     weight: float = 1.0
     max_tokens: int = 256
@@ -53,6 +52,11 @@ class Source:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dataset, SampleDataset):
+            raise ValueError(
+                f"data: dataset of task {self.task!r}: found {type(self.dataset).__name__}; expected a SampleDataset "
+                "(indiclip.datasets.base)"
+            )
         for name in ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -73,11 +77,11 @@ class Source:
 
     def samples(self, patch_size: int, canvas_hw: tuple[int, int] | None) -> SourceInfo:
         """What a plan has to know of the source."""
-        sizes = getattr(self.dataset, "sizes_hw", None)
+        sizes = self.dataset.sizes_hw
         lengths = None
         if sizes is not None and canvas_hw is None and self.transform.keeps_size:
             lengths = TokenCounts(sizes, patch_size, self.max_tokens)
-        return SourceInfo(len(self.dataset), getattr(self.dataset, "starts", None), lengths)  # type: ignore[arg-type]
+        return SourceInfo(len(self.dataset), self.dataset.starts, lengths)
 
 
 @dataclass

@@ -44,10 +44,7 @@ class Steps(Dataset[dict[str, Batch]]):
         self._prefetch = Prefetch()
         # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
         self._quarantined = [
-            lost._replace(task=source.task)
-            for source in sources
-            for lost in getattr(source.dataset, "damaged", [])
-            if rank == 0
+            lost._replace(task=source.task) for source in sources for lost in source.dataset.damaged if rank == 0
         ]
 
     def _plan(self, group: list[Source]) -> Plan:
@@ -171,5 +168,5 @@ def _keys(sources: list[Source], train: bool) -> list[str]:
 
 def _origin(key: str, group: list[Source]) -> Origin:
     task = group[0].task
-    classes = next((names for source in group if (names := getattr(source.dataset, "classes", None))), ())
+    classes = next((names for source in group if (names := source.dataset.classes)), ())
     return Origin(task, key.removeprefix(task).removeprefix("/"), classes)

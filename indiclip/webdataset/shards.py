@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
+from functools import cached_property
 from glob import glob
 from typing import Any
 
@@ -24,6 +26,8 @@ from indiclip.images import EncodedImage, UnreadableSample, is_trouble
 from indiclip.types import Quarantined, Sample
 from indiclip.webdataset import cache, tar_index
 from indiclip.webdataset.shard_files import ShardFiles
+
+_NUMBERED = re.compile(r"_[1-9]\d*$")
 
 
 class Shards(SampleDataset):
@@ -109,6 +113,23 @@ class Shards(SampleDataset):
     def key(self, index: int) -> str:
         """`shard/member` without the folder: it stays when the data moves or grows. Reads and decodes nothing."""
         return self._key(*self._place(index))
+
+    def group(self, index: int) -> str:
+        """The key of the first sample of its picture: `shards pack` calls more rows of a picture 21 `21_1`, `21_2`."""
+        key = self.key(index)
+        base = _NUMBERED.sub("", key.partition("/")[2])
+        return self._first_of_many.get(base, key) if _NUMBERED.search(key) else key
+
+    @cached_property
+    def _first_of_many(self) -> dict[str, str]:
+        """Member `21` -> key of it, where a shard has a `21_1`."""
+        keys = {key: key.partition("/")[2] for key in map(self.key, range(len(self)))}
+        bases = {_NUMBERED.sub("", member) for member in keys.values() if _NUMBERED.search(member)}
+        first: dict[str, str] = {}
+        for key, member in keys.items():
+            if member in bases:
+                first.setdefault(member, key)
+        return first
 
     def shard(self, index: int) -> str:
         """The shard that a sample lies in."""

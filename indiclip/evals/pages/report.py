@@ -31,7 +31,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
         folder: The run's folder; `config.yaml` in it is shown, if there.
         title: Heading.
         record: `step`, `seconds`, `metrics` (name -> number, None if not finite), `history` (rows with `step`),
-            `quarantined` (rows of task, key, shard, reason).
+            `quarantined` (rows of task, key, shard, reason), `data` (YAML key of each source -> `Inventory`).
         sections: Head name -> pictures.
 
     Returns:
@@ -48,6 +48,8 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     for name, pictures in sections.items():
         body += [tag("h2", name.capitalize()), _figures(pictures)]
     body += [tag("h2", "Every number"), _metrics_table(record["metrics"])]
+    lines = [(key, line) for key, inventory in record["data"].items() for line in inventory.lines()]
+    body += [tag("h2", "Data"), table(["source", "what its files hold"], lines)]
     body += [tag("h2", "Quarantined samples"), _quarantine_table(record["quarantined"])]
     config = folder / "config.yaml"
     if config.is_file():
