@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from indiclip.generated.mela_shapes import DRAWINGS, Shapes
+from indiclip.generated.mela_shapes import THINGS as _DRAWINGS
+from indiclip.generated.mela_shapes import Shapes
 
 RGB = tuple[int, int, int]
 
@@ -70,7 +71,7 @@ def rgb_of(colour: str) -> RGB:
     return value >> 16, value >> 8 & 255, value & 255
 
 
-THINGS = list(DRAWINGS)  # class id = place in this list
+THINGS = list(_DRAWINGS)  # class id = place in this list
 
 
 def shades(rgb: RGB) -> dict[str, RGB]:
@@ -92,7 +93,7 @@ def draw_thing(kind: str, rgb: RGB, size: float, tilt: float, stretch: float = 1
         stretch: Width times this before it is tilted.
         mirror: Left and right are swapped.
     """
-    return draw_shapes(DRAWINGS[kind], rgb, size, tilt, stretch, mirror)
+    return draw_shapes(_DRAWINGS[kind], rgb, size, tilt, stretch, mirror)
 
 
 def draw_shapes(
