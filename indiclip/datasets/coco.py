@@ -107,7 +107,7 @@ class CocoDetection(SampleDataset):
         return self._first_key.get(self._names[row], self._keys[row])
 
     def captions(self, index: int) -> dict[str, list[str]]:
-        """All captions of an image; `__getitem__` gives the first."""
+        """All captions of an image; COCO does not say their language."""
         row = self._rows[index]
         texts = [self._captions[i] for i in range(*self._caption_starts[row : row + 2].tolist())]
         return {"": texts} if texts else {}
@@ -124,7 +124,7 @@ class CocoDetection(SampleDataset):
         sample["crowd"] = self._crowd[at].copy()
         sample["annotated_upright"] = (height, width) != image.size_hw  # drawn in a viewer that turned the photo
         if captions := self.captions(index):
-            sample["caption"] = captions[""][0]
+            sample["captions"] = captions
         try:
             sample.update(self._dense_fields(range(at.start, at.stop), height, width))
         except ValueError as error:

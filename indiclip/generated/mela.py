@@ -118,7 +118,7 @@ class Mela(SampleDataset):
         sample: Sample = {
             "image": scene.image_HW3,
             "key": self.key(index),
-            "captions": {name: scene.captions[name] for name in self.languages},
+            "captions": {name: [scene.captions[name]] for name in self.languages},
             "label": int(scene.classes[0]) if self.layout == "single" else -1,
             "boxes_xyxy": scene.boxes_xyxy,
             "classes": scene.classes,
