@@ -22,6 +22,7 @@ class Split(Dataset[Sample]):
         dataset: A map-style dataset with `key(index)`, as all of `indiclip.data`.
         part: Which side: `train` or `val`.
         fraction: Share of the samples held out (about: every key is decided by itself).
+        fold: Which of the 1 / `fraction` disjoint parts is held out, for cross-validation.
         seed: Another seed holds out other samples. The same for both parts, or they overlap.
 
     Raises:
@@ -34,20 +35,26 @@ class Split(Dataset[Sample]):
         part: Literal["train", "val"],
         fraction: float = 0.2,
         seed: int = 0,
+        fold: int = 0,
     ) -> None:
         if part not in ("train", "val"):
             raise ValueError(f"part: found {part!r}; expected 'train' or 'val'")
         if not 0 < fraction < 1:
             raise ValueError(f"fraction: found {fraction}; expected more than 0 and less than 1")
+        low, high = fold * fraction, (fold + 1) * fraction
+        if fold < 0 or high > 1 + 1e-9:
+            raise ValueError(f"fold: found {fold}; expected 0 to {int(1 / fraction + 1e-9) - 1} with fraction {fraction}")
         if not callable(getattr(dataset, "key", None)):
             raise ValueError(f"dataset: {type(dataset).__name__} has no key(index) that tells where a sample belongs")
         self.dataset = cast(Any, dataset)
         hashes = [stable_hash(f"{seed}:{self.dataset.key(index)}") for index in range(len(self.dataset))]
-        held_out = np.array(hashes, dtype=np.uint64) / 2.0**64 < fraction
+        places = np.array(hashes, dtype=np.uint64) / 2.0**64
+        held_out = (low <= places) & (places < high)
         self._indices = np.flatnonzero(held_out == (part == "val"))
         if len(self._indices) == 0:
             raise ValueError(
-                f"{part}: no sample of {len(self.dataset)} falls here with fraction {fraction}, seed {seed}"
+                f"{part}: no sample of {len(self.dataset)} falls here with fraction {fraction}, seed {seed}, "
+                f"fold {fold}"
             )
 
     def __len__(self) -> int:

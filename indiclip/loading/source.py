@@ -46,6 +46,7 @@ class Source:
     batch_tokens: int | None = None
     batch_multiple: int = 8
     window: int = 16
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens"):
@@ -68,7 +69,7 @@ class Source:
         """What a plan has to know of the source."""
         sizes = getattr(self.dataset, "sizes_hw", None)
         lengths = None
-        if sizes is not None and canvas_hw is None and self.transform.keeps_size:
+        if self.group_by_length and sizes is not None and canvas_hw is None and self.transform.keeps_size:
             lengths = TokenCounts(sizes, patch_size, self.max_tokens)
         return SourceInfo(len(self.dataset), getattr(self.dataset, "starts", None), lengths)  # type: ignore[arg-type]
 
