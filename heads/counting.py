@@ -248,7 +248,7 @@ class CountMetric(torchmetrics.Metric):
         counts_I, truths_I, classes_I = dim_zero_cat(self.rows).reshape(-1, 3).unbind(1)
         error_I, mean = counts_I - truths_I, truths_I.mean()
         class_medians_I = torch.empty_like(truths_I)
-        for class_id in classes_I.unique():
+        for class_id in set(classes_I.tolist()):
             class_medians_I[classes_I == class_id] = truths_I[classes_I == class_id].median()
         numbers = {
             "mae": error_I.abs().mean(),

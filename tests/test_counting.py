@@ -231,11 +231,17 @@ def test_the_prompt_decides_what_is_counted(encoder: Encoder) -> None:
 
 def test_the_metric_by_hand() -> None:
     metric = CountMetric()
-    for count, truth, name in ((1.0, 2, "car"), (4.0, 4, "car"), (5.0, 9, "car"), (30.0, 33, "cell"), (40.0, 37, "cell")):
+    for count, truth, name in (
+        (1.0, 2, "car"),
+        (4.0, 4, "car"),
+        (5.0, 9, "car"),
+        (30.0, 33, "cell"),
+        (40.0, 37, "cell"),
+    ):
         metric.update(count, truth, name)
     numbers = {name: float(value) for name, value in metric.compute().items()}
     # Errors -1, 0, -4, -3, 3. The mean of 2, 4, 9, 33, 37 is 17, its errors 15, 13, 8, 16, 20; the median is 9, its
-    # errors 7, 5, 0, 24, 28; the classes' medians are 4 and anything from 33 to 37, their errors 2, 0, 5 and together 4.
+    # errors 7, 5, 0, 24, 28; the classes' medians are 4 and any from 33 to 37, their errors 2, 0, 5 and together 4.
     assert numbers == pytest.approx(
         {
             "mae": 11 / 5,

@@ -43,7 +43,7 @@ class Split(Dataset[Sample]):
             raise ValueError(f"fraction: found {fraction}; expected more than 0 and less than 1")
         low, high = fold * fraction, (fold + 1) * fraction
         if fold < 0 or high > 1 + 1e-9:
-            raise ValueError(f"fold: found {fold}; expected 0 to {int(1 / fraction + 1e-9) - 1} with fraction {fraction}")
+            raise ValueError(f"fold: found {fold}; expected 0 to {int(1 / fraction) - 1} with fraction {fraction}")
         if not callable(getattr(dataset, "key", None)):
             raise ValueError(f"dataset: {type(dataset).__name__} has no key(index) that tells where a sample belongs")
         self.dataset = cast(Any, dataset)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
-from indiclip.loading.plan import BatchSpec, SourceInfo
+from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.transforms import Transform
 from indiclip.patches import count_tokens
 
@@ -17,9 +18,8 @@ from indiclip.patches import count_tokens
 class Source:
     """Where the examples of a task come from.
 
-    A step has `batch_size` samples, or as many as `batch_tokens` hold: one of the two. Images of similar length come
-    together, so that little is padded. With `batch_size` and several sources of a task, each of them gives its part of
-    every step, and only within the parts are the lengths similar: sources of different lengths need `batch_tokens`.
+    A step has `batch_size` samples, or as many as `batch_tokens` hold: one of the two. With `batch_size` and several
+    sources of a task, each of them gives its part of every step.
 
     Args:
         task: The task that reads them; heads name it too.
@@ -34,6 +34,12 @@ class Source:
         batch_multiple: With `batch_tokens`, the samples of a step are a multiple of this, and the number of ranks must
             divide it.
         window: Shards among which samples are shuffled; it bounds how many shards are read at a time.
+        group_by_length: Make batches of images of similar length in tokens, so that less is padded. What a batch holds
+            then goes with the images' sizes, and where classes do too (scans small and square, photos wide) a batch has
+            one class and little is learned: counting on real photos was 2.5 times as wrong, for 1.6% fewer patches.
+            Worth it where lengths differ much and sizes say nothing of the content. Without effect where lengths are
+            not known beforehand: an augmentation that crops, a dataset without `sizes_hw`, a backbone of one size.
+            With `batch_tokens`, all sizes are looked at when the run starts, about a minute for 300 million.
     """
 
     task: str
@@ -59,30 +65,38 @@ class Source:
         self.transform = Transform(self.max_tokens, self.augment)
 
     @property
-    def budget(self) -> BatchSpec:
+    def spec(self) -> BatchSpec:
         """How many samples make a batch of the task."""
         if self.batch_size is not None:
             return BatchSpec(self.batch_size)
         return BatchSpec(self.batch_multiple, self.batch_tokens, self.max_tokens)
 
-    def samples(self, patch_size: int, canvas_hw: tuple[int, int] | None) -> SourceInfo:
+    def info(self, patch_size: int, canvas_hw: tuple[int, int] | None) -> SourceInfo:
         """What a plan has to know of the source."""
-        sizes = getattr(self.dataset, "sizes_hw", None)
-        lengths = None
-        if self.group_by_length and sizes is not None and canvas_hw is None and self.transform.keeps_size:
-            lengths = TokenCounts(sizes, patch_size, self.max_tokens)
-        return SourceInfo(len(self.dataset), getattr(self.dataset, "starts", None), lengths)  # type: ignore[arg-type]
+        size, starts = len(self.dataset), getattr(self.dataset, "starts", None)  # type: ignore[arg-type]
+        if canvas_hw is not None:
+            lengths = TokenCounts(None, patch_size, math.prod(canvas_hw) // patch_size**2)
+        else:
+            sizes_hw = getattr(self.dataset, "sizes_hw", None) if self.transform.keeps_size else None
+            lengths = TokenCounts(sizes_hw, patch_size, self.max_tokens)
+        if self.group_by_length:
+            return SourceInfo(size, starts, lengths)
+        few = self.batch_tokens is not None and 0 < size <= LARGEST_WINDOW  # so that a run of billions starts at once
+        longest = int(lengths(np.arange(size)).max()) if few else lengths.max_tokens
+        return SourceInfo(size, starts, longest=longest)
 
 
 @dataclass
 class TokenCounts:
-    """Indices of samples -> how many tokens their images have."""
+    """Indices of samples -> how many tokens their images have, `max_tokens` where their sizes are unknown."""
 
-    sizes_hw: np.ndarray
+    sizes_hw: np.ndarray | None
     patch_size: int
     max_tokens: int
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
+        if self.sizes_hw is None:
+            return np.full(len(indices), self.max_tokens)
         codes = self.sizes_hw[indices].astype(np.int64) @ np.array([2**32, 1])
         distinct, of_sample = np.unique(codes, return_inverse=True)
         sizes = np.stack([distinct >> 32, distinct % 2**32], axis=1)
