@@ -410,7 +410,8 @@ def test_parts_of_a_scattered_range_are_as_random_draws():
 
 @pytest.mark.parametrize("case", range(20))
 def test_divided_windows_lose_and_repeat_nothing(case, monkeypatch):
-    monkeypatch.setattr(sampler, "LARGEST_WINDOW", 28)
+    monkeypatch.setattr(sampler, "LARGEST_WINDOW", 20)
+    monkeypatch.setattr(sampler, "PART", 7)
     test_token_budgets_hold_and_no_sample_is_lost_or_repeated(case)
     test_every_sample_comes_exactly_once_in_an_epoch_of_its_source([64, 10, 5], 7)
 

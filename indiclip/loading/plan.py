@@ -107,32 +107,24 @@ class Plan:
 
     def next_shards(self, step: int) -> list[tuple[int, list[int]]]:
         """(source, its shards) that are read after those of this step, to be fetched in time."""
-        if not self.shuffle:
-            return []
-        if self._turns is None:
-            return [(i, sampler.next_shards(step)) for i, sampler in enumerate(self._samplers)]
-        source, number = self._turn(step)
-        return [(source, self._samplers[source].next_shards(number))]
+        return [(source, self._samplers[source].next_shards(number)) for source, number in self._batches(step)]
 
     def _parts(self, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(source, indices, positions) of the samples of a step, over all ranks."""
+        for source, number in self._batches(step):
+            yield source, *self._samplers[source].batch(number)
         if not self.shuffle:
             for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
                 indices = np.arange(min(step * count, size), min((step + 1) * count, size))
                 yield source, indices, indices
-        elif self._turns is None:
-            for source, sampler in enumerate(self._samplers):
-                yield source, *sampler.batch(step)
-        else:
-            source, number = self._turn(step)
-            yield source, *self._samplers[source].batch(number)
 
-    def _turn(self, step: int) -> tuple[int, int]:
-        """With a token budget: whose turn it is, and the number of that source's batch."""
-        assert self._turns is not None
+    def _batches(self, step: int) -> list[tuple[int, int]]:
+        """(source, number of its batch) of which a shuffled step is made."""
+        if self._turns is None:
+            return [(source, step) for source in range(len(self._samplers))]
         cycle, turn = divmod(step, len(self._turns))
         source = self._turns[turn]
-        return source, cycle * self.counts[source] + self._turns[:turn].count(source)
+        return [(source, cycle * self.counts[source] + self._turns[:turn].count(source))]
 
     def _spec_of(self, number: int, source: SourceInfo, spec: BatchSpec) -> BatchSpec:
         """The batches of a source.

@@ -7,14 +7,14 @@ into batches. Batches that end in the same window come in an order of their own.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-LARGEST_WINDOW = 2**22  # samples; a larger window is divided into parts of a quarter of it
+LARGEST_WINDOW = 2**22  # samples; a larger source without shards is shuffled by parts of PART random samples
+PART = 2**20
 
 
 class SourceInfo(NamedTuple):
@@ -41,14 +41,6 @@ class BatchSpec(NamedTuple):
         return BatchSpec(self.tokens // longest // self.samples * self.samples)
 
 
-class Window(NamedTuple):
-    """Samples that are shuffled together: those of some shards, or a part of them."""
-
-    shards: np.ndarray
-    first: int  # of the shards' samples, in their order or, where this is a part, in a random one
-    last: int  # exclusive
-
-
 class SourceSampler:
     """The batches of one source.
 
@@ -60,10 +52,18 @@ class SourceSampler:
     def __init__(self, info: SourceInfo, spec: BatchSpec, entropy: tuple[int, ...], window: int) -> None:
         assert spec.tokens is None or info.lengths is not None
         self.info, self.spec, self._entropy = info, spec, entropy
-        self._starts = np.asarray([0, info.size] if info.starts is None else info.starts, dtype=np.int64)
-        self._shard_sizes = np.diff(self._starts)
-        self._windows = self._make_windows(window)
-        self._sizes = np.array([window.last - window.first for window in self._windows])
+        starts = [0, info.size] if info.starts is None else info.starts
+        self._scattered = info.starts is None and info.size > LARGEST_WINDOW
+        if self._scattered:
+            starts, window = range(0, info.size + PART, PART), 1
+        self._starts = np.minimum(starts, info.size)
+        order = self._rng(0).permutation(len(self._starts) - 1)
+        groups = (order[first : first + window] for first in range(0, len(order), window))
+        self._windows: list[list[int]] = [shards.tolist() for shards in groups]
+            order[first : first + window].tolist() for first in range(0, len(order), window)
+        ]
+        sizes = np.diff(self._starts)
+        self._sizes = np.array([sizes[shards].sum() for shards in self._windows])
         self._epoch_at: tuple[int, np.ndarray, np.ndarray] = (-1, self._sizes, self._sizes)
         self._shuffled: dict[tuple[int, int], np.ndarray] = {}
         self._made: tuple[tuple[int, int], tuple[np.ndarray, ...]] | None = None
@@ -94,28 +94,13 @@ class SourceSampler:
         """The shards of the window after the one that a batch belongs to."""
         epoch, ordinal = self._place_of(number)[:2]
         epoch, ordinal = (epoch, ordinal + 1) if ordinal + 1 < len(self._windows) else (epoch + 1, 0)
-        shards: list[int] = self._windows[self._order(epoch)[0][ordinal]].shards.tolist()
-        return shards
-
-    def _make_windows(self, window: int) -> list[Window]:
-        order = self._rng(0).permutation(len(self._shard_sizes))
-        windows = []
-        for begin in range(0, len(order), window):
-            shards = order[begin : begin + window]
-            size = int(self._shard_sizes[shards].sum())
-            parts = max(1, size * 4 // LARGEST_WINDOW) if size > LARGEST_WINDOW else 1
-            edges = [size * part // parts for part in range(parts + 1)]
-            windows += [Window(shards, *pair) for pair in itertools.pairwise(edges)]
-        return windows
+        return self._windows[int(self._order(epoch)[0][ordinal])]
 
     def _of_window(self, number: int) -> np.ndarray:
-        """The samples of a window, shard by shard; of a part of one, in a random order."""
-        shards, first, last = self._windows[number]
-        ends, offsets = np.cumsum(self._shard_sizes[shards]), np.arange(first, last)
-        if len(offsets) < ends[-1]:
-            offsets = scatter(offsets, int(ends[-1]), self._rng(4))
-        shard = np.searchsorted(ends, offsets, side="right")
-        return np.asarray(offsets + (self._starts[shards + 1] - ends)[shard])
+        """The samples of a window, shard by shard."""
+        starts = self._starts
+        samples = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in self._windows[number]])
+        return scatter(samples, self.info.size, self._rng(4)) if self._scattered else samples
 
     def _place_of(self, number: int) -> tuple[int, int, int]:
         """The epoch and window that a batch belongs to, and the number of that window's first batch."""
