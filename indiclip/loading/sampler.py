@@ -92,7 +92,7 @@ class SourceSampler:
         """The shards of the window after the one that a batch belongs to."""
         epoch, ordinal = self._place_of(number)[:2]
         epoch, ordinal = (epoch, ordinal + 1) if ordinal + 1 < len(self._windows) else (epoch + 1, 0)
-        return self._windows[int(self._order(epoch)[0][ordinal])]
+        return [0] if self._scattered else self._windows[int(self._order(epoch)[0][ordinal])]
 
     def _of_window(self, number: int) -> np.ndarray:
         """The samples of a window, shard by shard."""
