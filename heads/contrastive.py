@@ -6,6 +6,7 @@ Shape letters: see `indiclip.types`; C classes, L trained embedding lengths, S t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,9 +15,9 @@ import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from indiclip.head import Head
+from indiclip.head import Datasets, Head, Losses, same_classes
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
-from indiclip.types import Batch, Features
+from indiclip.types import Batch, Features, class_names
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
@@ -40,6 +41,7 @@ class Contrastive(Head):
         length_weights: Weight of each of the encoder's lengths, ascending; None is equal.
         templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
         retrieval_at: The k of retrieval recall@k.
+        name: See `Head`.
     """
 
     required_fields = ("caption",)
@@ -52,15 +54,15 @@ class Contrastive(Head):
         length_weights: list[float] | None = None,
         templates: list[str] | None = None,
         retrieval_at: list[int] | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(task, weight)
+        super().__init__(task, weight, name)
         self.loss_name, self.length_weights = loss, length_weights
         self.templates = templates or ["{}"]
         if any("{}" not in template for template in self.templates):
             raise ValueError(f"heads.contrastive.templates: {self.templates} must each contain {{}} for the class name")
         self.retrieval_at = retrieval_at or [1, 5]
-        self.class_names: list[str] = []
-        self._class_text: list[Tensor] | None = None
+        self._class_text: dict[tuple[str, ...], list[Tensor]] = {}  # class names -> their embeddings, at each length
         self._languages: set[str] = set()  # of all captions that were trained on
         self.register_load_state_dict_post_hook(_forget_class_text)  # type: ignore[no-untyped-call]
 
@@ -69,25 +71,24 @@ class Contrastive(Head):
         self.criterion: ContrastiveLoss = make(lengths=encoder.lengths, length_weights=self.length_weights)
         self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
 
-    def check(self, dataset: Any) -> None:
-        self.class_names = list(getattr(dataset, "classes", None) or [])
-        if getattr(dataset, "captioned", True) is False:
-            raise ValueError(
-                f"heads.contrastive.task: {type(dataset).__name__} for task {self.task!r} has images without a "
-                "caption; `captioned: true` leaves them out"
-            )
+    def check(self, train: Datasets, held_out: Datasets) -> None:
+        same_classes(self.task, train)
+        for key, dataset in {**train, **held_out}.items():
+            if not dataset.captioned:
+                raise ValueError(
+                    f"heads.contrastive.task: {key}: {type(dataset).__name__} for task {self.task!r} has images "
+                    "without a caption; `captioned: true` leaves them out"
+                )
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
-        captions = _captions(batch)
-        self._class_text = None  # the weights are about to change
+    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
+        captions = self.target(batch, "caption")
+        self._class_text.clear()  # the weights are about to change
         image_BE = encoder.embed_features(features)
         text_BE = encoder.embed_text(captions)
         # Not blocking: else the CPU would wait here until the GPU has embedded everything.
-        labels_B = _labels(batch).to(image_BE.device, non_blocking=True)
         ids_B = caption_ids(captions).to(image_BE.device, non_blocking=True)
-        loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)
-        self.logged = self._loss_by_language(batch["targets"].get("language", []))
-        return {"loss": loss}
+        loss = self.criterion(image_BE, text_BE, labels_B=_labels(batch, image_BE), caption_ids_B=ids_B)
+        return Losses({"loss": loss}, self._loss_by_language(batch["targets"].get("language", [])))
 
     def _loss_by_language(self, languages: list[str | None]) -> dict[str, Tensor]:
         """`loss/<language>` of the batch's languages, where the run has more than one."""
@@ -104,59 +105,69 @@ class Contrastive(Head):
         return dict(zip((f"loss/{name}" for name in names), loss_K, strict=True))
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
-        """`image_E`, `text_E`, `hits_L` (zero-shot right at each length, where a class is known), `nearest` (the
-        captions of this batch closest to the image, best first) and `texts_E` (language -> embedding, of the sample's
-        `captions`).
+        """`image_E`, `text_E` (None without a caption), `hits_L` (zero-shot right at each length, where a class is
+        known), `nearest` (the captions of this batch closest to the image, best first) and `texts_E` (language ->
+        embedding, of the sample's `captions`).
         """
-        captions = _captions(batch)
-        image_BE, text_BE = encoder.embed_features(features), encoder.embed_text(captions)
-        distinct = list(dict.fromkeys(captions))
-        first = [captions.index(caption) for caption in distinct]
+        captions = batch["targets"].get("caption", [None] * len(batch["keys"]))
+        distinct = list(dict.fromkeys(caption for caption in captions if caption is not None))
+        image_BE, text_CE = encoder.embed_features(features), encoder.embed_text(distinct)
+        text_of = dict(zip(distinct, text_CE, strict=True))
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
-            hits = self._zero_shot(image_BE, _labels(batch), encoder)
-            order = (image_BE @ text_BE[first].T).topk(min(5, len(distinct)), dim=1).indices.tolist()
+            hits = self._zero_shot(image_BE, batch, encoder)
+            order = (image_BE @ text_CE.T).topk(min(5, len(distinct)), dim=1).indices.tolist()
         by_language = _embed_by_language(_by_language(batch), encoder)
         return [
-            {"image_E": image, "text_E": text, "hits_L": hit, "nearest": [distinct[i] for i in best], "texts_E": texts}
-            for image, text, hit, best, texts in zip(image_BE, text_BE, hits, order, by_language, strict=True)
+            {
+                "image_E": image_E,
+                "text_E": text_of.get(caption),
+                "hits_L": hits_L,
+                "nearest": [distinct[i] for i in best],
+                "texts_E": texts_E,
+            }
+            for image_E, caption, hits_L, best, texts_E in zip(
+                image_BE, captions, hits, order, by_language, strict=True
+            )
         ]
 
-    def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
+    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+        captions = self.target(batch, "caption")
         image_BE = torch.stack([prediction["image_E"] for prediction in predictions])
         text_BE = torch.stack([prediction["text_E"] for prediction in predictions])
         hits = [prediction["hits_L"] for prediction in predictions if prediction["hits_L"] is not None]
         assert isinstance(self.metric, EmbeddingMetric)
         texts_E = [prediction["texts_E"] for prediction in predictions]
-        ids_B = caption_ids(_captions(batch)).to(image_BE.device)
+        ids_B = caption_ids(captions).to(image_BE.device)
         self.metric.update(image_BE, text_BE, ids_B, hits, _by_language(batch), texts_E)
 
     def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
     ) -> tuple[np.ndarray, str]:
         nearest = "\n".join(
             f"{'✓' if caption == target['caption'] else '·'} {caption}" for caption in prediction["nearest"]
         )
         return image_HW3, f"{target['caption']}\n— nearest:\n{nearest}"
 
-    def _zero_shot(self, image_BE: Tensor, labels_B: Tensor, encoder: Encoder) -> list[Tensor | None]:
+    def _zero_shot(self, image_BE: Tensor, batch: Batch, encoder: Encoder) -> list[Tensor | None]:
         """For each image whether the nearest class is the right one, at each trained length."""
-        if not self.class_names or not (labels_B >= 0).any():
+        names, right_B = tuple(class_names(batch)), _labels(batch, image_BE)
+        labels = right_B.tolist()
+        if not names or max(labels) < 0:
             return [None] * len(image_BE)
-        if self._class_text is None or self._class_text[0].device != image_BE.device:
-            self._class_text = self._class_embeddings(encoder)
-        right_B = labels_B.to(image_BE.device)
+        if names not in self._class_text or self._class_text[names][0].device != image_BE.device:
+            self._class_text[names] = self._class_embeddings(names, encoder)
         hits_LB = torch.stack(
             [
                 (image_BE[:, :length] @ class_CE.T).argmax(1) == right_B
-                for length, class_CE in zip(encoder.lengths, self._class_text, strict=True)
+                for length, class_CE in zip(encoder.lengths, self._class_text[names], strict=True)
             ]
         )
-        return [hits_LB[:, i] if label >= 0 else None for i, label in enumerate(labels_B.tolist())]
+        return [hits_LB[:, i] if label >= 0 else None for i, label in enumerate(labels)]
 
-    def _class_embeddings(self, encoder: Encoder) -> list[Tensor]:
+    def _class_embeddings(self, names: Sequence[str], encoder: Encoder) -> list[Tensor]:
         """Mean of the templates' embeddings of each class, at each length (unit length)."""
-        prompts = [template.replace("{}", name) for name in self.class_names for template in self.templates]
-        full_CTE = encoder.embed_text(prompts).reshape(len(self.class_names), len(self.templates), -1)
+        prompts = [template.replace("{}", name) for name in names for template in self.templates]
+        full_CTE = encoder.embed_text(prompts).reshape(len(names), len(self.templates), -1)
         cut = [torch.nn.functional.normalize(full_CTE[..., :length], dim=-1) for length in encoder.lengths]
         return [torch.nn.functional.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
 
@@ -328,15 +339,7 @@ def retrieval_ranks(image_BE: Tensor, text_CE: Tensor, group_B: Tensor, rows: in
 
 def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:
     """Other weights were loaded."""
-    head._class_text = None
-
-
-def _captions(batch: Batch) -> list[str]:
-    captions = batch["targets"].get("caption", [None] * len(batch["keys"]))
-    for caption, key in zip(captions, batch["keys"], strict=True):
-        if caption is None:
-            raise ValueError(f"heads.contrastive: the sample {key!r} has no caption")
-    return captions
+    head._class_text.clear()
 
 
 def _by_language(batch: Batch) -> list[dict[str, str]]:
@@ -355,7 +358,8 @@ def _embed_by_language(captions: list[dict[str, str]], encoder: Encoder) -> list
     return [{language: by[language] for language in of_image} for by, of_image in zip(found, captions, strict=True)]
 
 
-def _labels(batch: Batch) -> Tensor:
-    """Class of each image, -1 for none; on the CPU."""
-    labels = batch["targets"].get("label", [None] * len(batch["keys"]))
-    return torch.tensor([-1 if label is None else int(label) for label in labels])
+def _labels(batch: Batch, like_BE: Tensor) -> Tensor:
+    """Class of each image, -1 for none; always given, because either all ranks have labels or none."""
+    none_B = torch.full((len(like_BE),), -1, device=like_BE.device)
+    labels_B: Tensor = batch["targets"].get("label", none_B)
+    return labels_B

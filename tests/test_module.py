@@ -4,12 +4,12 @@ import lightning as L
 import pytest
 import torch
 from helpers import caption_batch, tiny_encoder
-from torch.utils.data import Dataset
 
 from heads.contrastive import Contrastive
 from heads.counting import Counting
 from heads.densepose import DensePose
 from heads.detection import Detection
+from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
@@ -160,9 +160,12 @@ def test_resume_in_mid_epoch_is_exact(tmp_path, workers):
 def test_an_unreadable_sample_is_replaced_and_told():
     from indiclip.images import UnreadableSample
 
-    class Broken(Dataset):
+    class Broken(SampleDataset):
         def __len__(self):
             return 6
+
+        def key(self, index):
+            return f"key{index}"
 
         def __getitem__(self, index):
             if index % 3 == 1:

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from indiclip.commands.findings import Finding, Findings, json_line
+from indiclip.commands.findings import Finding, Findings, json_line, show_lines
 from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, all_captions, opened, ranges
+from indiclip.datasets.inventory import Inventory
 from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.webdataset import cache
 from indiclip.webdataset.box_shards import check_boxes
 from indiclip.webdataset.shards import Shards, find, read_caption, read_captions, read_entry
-from indiclip.webdataset.tar_index import BAD_LABEL
-from indiclip.webdataset.tar_members import IMAGES, TEXTS, key_and_extension, members
+from indiclip.webdataset.tar_index import BAD_LABEL, DUPLICATED
+from indiclip.webdataset.tar_members import IMAGES, LINK, OUTSIDE, TEXTS, TOO_LARGE, key_and_extension, members
 
 _WARNINGS = (
     "left-out member",
@@ -40,7 +41,11 @@ _PROGRAMS = {
     *("pkl", "pickle", "pt", "pth", "ckpt", "joblib", "dill", "marshal"),
     *("py", "pyc", "pyd", "so", "dll", "dylib", "exe", "bat", "cmd", "sh", "ps1", "js", "jar"),
 }
-_UNSAFE = {"(link)": "a link or a special file", "(outside)": "its name leads out of the folder"}
+_UNSAFE = {
+    LINK: "a link or a special file",
+    OUTSIDE: "its name leads out of the folder",
+    TOO_LARGE: "too large for a part of a sample",
+}
 _NUM_CLASSES = 2**31  # the shards alone do not say how many there are
 
 Result = TypeVar("Result")
@@ -51,9 +56,10 @@ def run(shards: list[str], max_characters: int, out: str | None, workers: int | 
     urls = find(shards)
     opened.cache_clear()  # they may have changed since the last call
     with Findings(_WARNINGS, out) as findings:
-        counts = []
-        for count, found in results(_shard, urls, workers, "shards"):
+        counts, inventory = [], Inventory()
+        for count, of_shard, found in results(_shard, urls, workers, "shards"):
             counts.append(count)
+            inventory += of_shard
             findings.add(found)
         findings.add(_same_names(urls, counts))
         tasks = [piece for url, count in zip(urls, counts, strict=True) for piece in ranges(url, count)]
@@ -62,16 +68,18 @@ def run(shards: list[str], max_characters: int, out: str | None, workers: int | 
             findings.add(found)
             hashes.append(of_range)
         findings.add(_repeats(tasks, hashes))
+    inventory.verify()
     if as_json:
         summary = {"shards": len(urls), "samples": sum(counts), "clean": findings.clean, **findings.summary()}
-        print(json_line(summary), end="")
+        print(json_line({**summary, "inventory": inventory.summary()}), end="")
     else:
         print(f"{sum(counts):,} samples in {len(urls):,} shards: {'no problems' if findings.clean else 'problems'}")
+        show_lines(inventory)
         findings.show()
     return 0 if findings.clean else 1
 
 
-def _shard(url: str) -> tuple[int, list[Finding]]:
+def _shard(url: str) -> tuple[int, Inventory, list[Finding]]:
     """The number of samples, and what is wrong with the tar and with members that are no part of a sample."""
     shown = cache.shown(url)
     damaged: list[tuple[str, str]] = []
@@ -84,13 +92,14 @@ def _shard(url: str) -> tuple[int, list[Finding]]:
         shards = opened(url)
     except (ValueError, OSError) as error:
         found += [Finding("broken shard", shown, key, reason) for key, reason in damaged]
-        return 0, [*found, Finding("broken shard", shown, "", str(error).removeprefix(f"{shown}: "))]
+        return 0, Inventory(), [*found, Finding("broken shard", shown, "", str(error).removeprefix(f"{shown}: "))]
     for lost in shards.damaged:
-        kind = "duplicate member" if "there twice" in lost.reason else "broken shard"
+        kind = "duplicate member" if DUPLICATED in lost.reason else "broken shard"
         found.append(Finding(kind, shown, lost.key, lost.reason))
-    if count := shards.left_out["(no image)"]:
+    inventory = shards.contents()
+    if count := inventory.present["samples"] - inventory.used["samples"]:
         found.append(Finding("text without an image", shown, "", f"keys without {', '.join(IMAGES)}: {count:,}"))
-    return len(shards), found
+    return len(shards), inventory, found
 
 
 def _member(shard: str, name: str, extension: str) -> Finding | None:
@@ -98,8 +107,6 @@ def _member(shard: str, name: str, extension: str) -> Finding | None:
         return Finding("unsafe member", shard, name, f"{_UNSAFE[extension]}; it is not read")
     if extension.rpartition(".")[2] in _PROGRAMS:
         return Finding("unsafe member", shard, name, "loading such a file can run code; it is not read")
-    if extension == "(too large)":
-        return Finding("unsafe member", shard, name, "too large for a part of a sample; it is not read")
     if extension not in (*IMAGES, *TEXTS):
         return Finding("left-out member", shard, name, f"is not read; expected {', '.join((*IMAGES, *TEXTS))}")
     return None

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from indiclip.datasets.inventory import Inventory
+
 _EXAMPLES = 3  # of each kind that are printed
 _LONGEST = 160  # characters of a reason that are printed
 
@@ -78,6 +80,12 @@ class Findings:
                     shown = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
                     line = f"             {example['shard']}: {example['key']}: {shown}"
                     print(line.replace(": : ", ": ").encode(errors="backslashreplace").decode())
+
+
+def show_lines(inventory: Inventory) -> None:
+    """Print what is used of everything, and what is left out."""
+    for line in inventory.lines():
+        print(f"  {line}".encode(errors="backslashreplace").decode())
 
 
 def json_line(entry: dict[str, Any]) -> str:

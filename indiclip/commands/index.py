@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from indiclip.commands.findings import show_lines
 from indiclip.commands.parallel import results
+from indiclip.datasets.inventory import Inventory
 from indiclip.webdataset import cache, tar_index
 from indiclip.webdataset.shards import expand
 from indiclip.webdataset.tar_index import TarIndex
@@ -20,20 +21,22 @@ _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 def run(shards: list[str], crc: bool, workers: int | None, as_json: bool) -> int:
     """Index shards and print what was found. Returns 1 where one is damaged."""
     done = list(results(partial(_index, crc=crc), expand(shards), workers, "indexing"))
-    left_out = sum((Counter(found["left_out"]) for found in done), Counter[str]())
+    inventory = Inventory()
+    for found in done:
+        inventory += found.pop("inventory")
     damaged = [found for found in done if found["damaged"]]
     summary = {
         "shards": len(done),
         "samples": sum(found["samples"] for found in done),
         "built": sum(found["built"] for found in done),
-        "left_out": dict(left_out.most_common()),
+        "inventory": inventory.summary(),
         "damaged": {found["shard"]: found["damaged"] for found in damaged},
         "elsewhere": {found["shard"]: found["index"] for found in done if found["elsewhere"]},
     }
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
-        _show(summary)
+        _show(summary, inventory)
     return 1 if damaged else 0
 
 
@@ -41,7 +44,7 @@ def _index(url: str, crc: bool) -> dict[str, Any]:
     """What is known of a shard after its index has been built, unless an up-to-date one is there."""
     shown = cache.shown(url)
     file = tar_index.index_path(url)
-    found: dict[str, Any] = {"shard": shown, "samples": 0, "built": False, "left_out": {}, "elsewhere": False}
+    found: dict[str, Any] = {"shard": shown, "samples": 0, "built": False, "inventory": Inventory(), "elsewhere": False}
     try:
         version = cache.stat(url)
         index = tar_index.find_index(url, version)
@@ -56,7 +59,7 @@ def _index(url: str, crc: bool) -> dict[str, Any]:
     return {
         **found,
         "samples": len(index.rows),
-        "left_out": dict(index.left_out),
+        "inventory": index.inventory,
         "damaged": index.damaged,
         "index": str(file),
     }
@@ -78,13 +81,12 @@ def _save(index: TarIndex, url: str, version: cache.Stat) -> Path:
     return file
 
 
-def _show(summary: dict[str, Any]) -> None:
+def _show(summary: dict[str, Any], inventory: Inventory) -> None:
     built = summary["built"]
     print(
         f"{summary['samples']:,} samples in {summary['shards']:,} shards; {built:,} indexes built, the rest up to date"
     )
-    for reason, count in summary["left_out"].items():
-        print(f"  left out: {count:,} members {reason}")
+    show_lines(inventory)
     if summary["elsewhere"]:
         print(f"  {len(summary['elsewhere']):,} indexes are in {cache.folder()}: they cannot lie beside their shards")
     for shard, reasons in summary["damaged"].items():

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from indiclip.commands.findings import json_line
+from indiclip.commands.findings import json_line, show_lines
 from indiclip.commands.parallel import results
 from indiclip.commands.sources import Items, open_source
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import stable_hash
 from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import check_boxes
@@ -29,6 +28,7 @@ class Packed(NamedTuple):
 
     place: int  # in the source
     members: dict[str, bytes]
+    kind: str = ""  # of what is wrong, to be counted by
     reason: str = ""
 
 
@@ -36,58 +36,68 @@ def run(options: argparse.Namespace) -> int:
     """Pack a source. Returns 1 where nothing could be packed."""
     if not _NAME.fullmatch(options.name):
         raise ValueError(f"--name: found {options.name!r}; expected letters, digits, '_' and '-'")
-    folder = Path(options.out)
-    class_file, left_out_file = folder / "classes.txt", folder / f"{options.name}-left-out.jsonl"
-    classes = read_classes(str(class_file)) if class_file.exists() else None
-    source = open_source(
-        options.source, options.images, options.captions, options.image_column, options.caption_column, classes
-    )
-    if source.classes and classes not in (None, source.classes):
-        raise ValueError(f"{class_file} names other classes than {options.source}: their numbers would not fit")
-    for name in read_classes(source.classes):
-        if name not in source.classes or len(name.splitlines()) > 1:
-            raise ValueError(f"{options.source}: the class {name!r} is no line of text without spaces around it")
-    keys = [source.keys[i] for i in range(len(source.keys))]
-    order = sorted(range(len(keys)), key=lambda i: stable_hash(f"{options.seed}:{keys[i]}"))
-    writer = ShardWriter(folder, options.name, options.samples, options.size)
-    if source.classes and classes is None:
-        class_file.write_text("\n".join(source.classes) + "\n", "utf-8")
-    left_out: Counter[str] = Counter()
-    try:
-        with writer, left_out_file.open("w", encoding="utf-8") as lost:
+    inventory, folder = Inventory(), Path(options.out)
+    with ShardWriter(folder, options.name, options.samples, options.size) as writer:
+        class_file = folder / "classes.txt"
+        classes = read_classes(str(class_file)) if class_file.exists() else None
+        source = open_source(
+            options.source, options.images, options.captions, options.image_column, options.caption_column, classes
+        )
+        _check_classes(source, classes, class_file, options.source)
+        if source.classes and classes is None:
+            writer.lock(class_file.name)
+            if class_file.exists():
+                raise ValueError(f"{class_file}: another process has just written it; start this one again")
+        keys = [source.keys[i] for i in range(len(source.keys))]
+        order = sorted(range(len(keys)), key=lambda i: stable_hash(f"{options.seed}:{keys[i]}"))
+        left_out_file = writer.part / f"{options.name}-left-out.jsonl"
+        with left_out_file.open("w", encoding="utf-8") as left_out:
             for packed in results(partial(_read, source), order, options.workers, "samples"):
-                if packed.reason:
-                    left_out[packed.reason] += 1
-                    line = {"name": source.names[packed.place], "key": keys[packed.place], "reason": packed.reason}
-                    lost.write(json_line(line))
+                if packed.kind:
+                    name, key = source.names[packed.place], keys[packed.place]
+                    inventory.present["samples"] += 1
+                    inventory.leave_out("samples", packed.kind, f"{name}: {packed.reason}")
+                    left_out.write(json_line({"name": name, "key": key, "reason": packed.reason}))
                 else:
                     writer.add(keys[packed.place], packed.members)
-    except BaseException:
-        _show(writer, left_out, len(keys), options.json, whole=False)
-        raise
-    finally:
-        if not left_out:
-            left_out_file.unlink(missing_ok=True)
-    _show(writer, left_out, len(keys), options.json, whole=True)
+        if not inventory.present["samples"]:
+            left_out_file.unlink()
+        writer.finish()
+        if writer.shards and source.classes and classes is None:
+            (writer.part / class_file.name).write_text("\n".join(source.classes) + "\n", "utf-8")
+        inventory += writer.inventory
+        assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
+    _show(writer, inventory, options.json)
     return 0 if writer.shards else 1
+
+
+def _check_classes(source: Items, classes: list[str] | None, class_file: Path, name: str) -> None:
+    if source.classes and classes not in (None, source.classes):
+        raise ValueError(f"{class_file} names other classes than {name}: their numbers would not fit")
+    for found in read_classes(source.classes):
+        if found not in source.classes or len(found.splitlines()) > 1:
+            raise ValueError(f"{name}: the class {found!r} is no line of text without spaces around it")
 
 
 def _read(source: Items, index: int) -> Packed:
     """The members of a sample, after everything has been read that training will read."""
+    kind = "without an image file"
     try:
         item = source[index]
         if not item.image.is_file():
             raise ValueError(f"{item.image}: no such file")
+        kind = "with an unreadable image"
         if item.image.stat().st_size > MAX_BYTES["jpg"]:
             raise ValueError(f"{item.image}: more than {MAX_BYTES['jpg']:,} bytes")
         data = item.image.read_bytes()
         image = EncodedImage(data, "")
         image.decode()
+        kind = "with unusable texts, classes or boxes"
         _check(item.texts, image, source.classes)
     except UnreadableSample as error:
-        return Packed(index, {}, error.reason)
+        return Packed(index, {}, kind, error.reason)
     except (OSError, ValueError) as error:
-        return Packed(index, {}, str(error))
+        return Packed(index, {}, kind, str(error))
     return Packed(index, {_EXTENSION[image.kind]: data, **item.texts})
 
 
@@ -104,21 +114,15 @@ def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> 
         raise ValueError("neither a text (.txt, .json) nor a class's folder")
 
 
-def _show(writer: ShardWriter, left_out: Counter[str], num_items: int, as_json: bool, whole: bool) -> None:
+def _show(writer: ShardWriter, inventory: Inventory, as_json: bool) -> None:
     size = sum(shard.stat().st_size for shard in writer.shards)
-    summary = {
-        "whole": whole,
-        "samples": writer.num_samples,
-        "left_out": left_out.total(),
-        "bytes": size,
-        "shards": list(map(str, writer.shards)),
-    }
+    place, samples = writer.folder / writer.name, inventory.used["samples"]
+    left_out = inventory.present["samples"] - samples
     if as_json:
-        print(json.dumps(summary, ensure_ascii=False))
+        summary = {"bytes": size, "shards": list(map(str, writer.shards)), "inventory": inventory.summary()}
+        print(json_line({"samples": samples, "left_out": left_out, **summary}), end="")
         return
-    place = f"{writer.folder / writer.name}-*.tar"
-    count = f"{writer.num_samples:,} of {num_items:,} samples in {len(writer.shards):,} shards, {size / 1e6:,.1f} MB"
-    print(f"{place}: {count}" if whole else f"not finished; whole are, in {place}: {count}")
+    print(f"{place}-*.tar: {len(writer.shards):,} shards, {size / 1e6:,.1f} MB")
+    show_lines(inventory)
     if left_out:
-        print(f"  left out: {left_out.total():,}, listed in {writer.folder / writer.name}-left-out.jsonl; the first:")
-        print(f"  {next(iter(left_out))}")
+        print(f"  all {left_out:,} samples that are left out: {place}-left-out.jsonl")

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from indiclip.commands.findings import json_line
+from indiclip.commands.findings import json_line, show_lines
 from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, all_captions, opened, ranges
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.scripts import language, scripts
 from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.patches import fit_hw
@@ -56,21 +57,24 @@ def run(shards: list[str], patch_size: int, max_tokens: int, workers: int | None
     """Count what is in shards, and print it."""
     urls = expand(shards)
     opened.cache_clear()  # they may have changed since the last call
-    sizes = list(results(_size, urls, workers, "shards"))
+    sizes, inventory = [], Inventory()
+    for count, of_shard in results(_contents, urls, workers, "shards"):
+        sizes.append(count)
+        inventory += of_shard
     tasks = [piece for url, count in zip(urls, sizes, strict=True) for piece in ranges(url, count)]
     total = Counts()
     for counts in results(_count, tasks, workers, "samples"):
         total.add(counts)
     summary = {"shards": len(urls), **summarise(total, patch_size, max_tokens, _class_names(urls[0]))}
     if as_json:
-        print(json_line(summary), end="")
+        print(json_line({**summary, "inventory": inventory.summary()}), end="")
     else:
-        _show(summary)
+        _show(summary, inventory)
     return 0
 
 
-def _size(url: str) -> int:
-    return len(opened(url))
+def _contents(url: str) -> tuple[int, Inventory]:
+    return len(opened(url)), opened(url).contents()
 
 
 def _count(piece: Range) -> Counts:
@@ -169,9 +173,10 @@ def _named(counts: Counter[int], classes: list[str]) -> dict[str, int]:
     return {classes[label] if label < len(classes) else str(label): count for label, count in counts.most_common()}
 
 
-def _show(summary: dict[str, Any]) -> None:
+def _show(summary: dict[str, Any], inventory: Inventory) -> None:
     megabytes = summary["image_bytes"] / 1e6
     print(f"{summary['samples']:,} samples in {summary['shards']:,} shards, {megabytes:,.1f} MB of images")
+    show_lines(inventory)
     if summary["unreadable"]:
         print(f"  {summary['unreadable']:,} cannot be read; `indiclip shards check` says why")
     for name in ("width", "height", "tokens", "characters", "words"):

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.generated.fonts import Face, check_shaping, find_face
 from indiclip.generated.lettering_draw import MIN_SIDE, draw_word
 from indiclip.generated.lettering_words import PARTS, Script, distractors, load_scripts, made_up_word
@@ -29,7 +29,7 @@ INDIAN = [script for script in SCRIPTS if script != "latin"]
 _WORD, _PICTURE, _CANDIDATES, _ORDER = range(4)  # streams of random numbers that never touch each other
 
 
-class Lettering(Dataset[Sample]):
+class Lettering(SampleDataset):
     """Images of words as a map-style data set; the scripts take turns.
 
     `caption` is the word, `label` the place of its script in `scripts`.

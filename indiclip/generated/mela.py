@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela_scene import MIN_SIDE, Scene, check_arguments, draw_scene
 from indiclip.generated.mela_things import COLOURS, THINGS
 from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names, must_be_one_of
@@ -33,7 +33,7 @@ __all__ = [
 ABSENT = 0.15  # share of samples that ask for the points of a class which is not there
 
 
-class Mela(Dataset[Sample]):
+class Mela(SampleDataset):
     """Generated scenes of a fair as a map-style data set.
 
     Args:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.generated.cielab import delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
 from indiclip.generated.mela_things import RGB
 from indiclip.generated.swatch_draw import draw_cloth, draw_object, draw_patch
@@ -33,7 +33,7 @@ _CAPTIONS = {"patch": "a swatch of {}", "cloth": "a piece of cloth in {}", "thin
 _TRIES = 1000
 
 
-class Swatches(Dataset[Sample]):
+class Swatches(SampleDataset):
     """Images of named colours as a map-style data set; the colours take turns, then the kinds.
 
     `label` is the place of the colour in `colours`.

@@ -21,7 +21,7 @@ class SourceInfo(NamedTuple):
     """What a plan has to know of a source."""
 
     size: int  # number of samples
-    starts: Sequence[int] | None = None  # shard i has the samples starts[i] to starts[i + 1] - 1; None: one shard
+    starts: np.ndarray | None = None  # shard i has the samples starts[i] to starts[i + 1] - 1; None: one shard
     # Indices -> tokens of these images, where those of similar length are to come together; None: they are not.
     lengths: Callable[[np.ndarray], np.ndarray] | None = None
     longest: int | None = None  # most tokens of any image; None: `BatchSpec.max_tokens`
@@ -52,11 +52,11 @@ class SourceSampler:
     def __init__(self, info: SourceInfo, spec: BatchSpec, entropy: tuple[int, ...], window: int) -> None:
         assert spec.tokens is None or info.lengths is not None
         self.info, self.spec, self._entropy = info, spec, entropy
-        starts = [0, info.size] if info.starts is None else info.starts
         self._scattered = info.starts is None and info.size > LARGEST_WINDOW
         if self._scattered:
-            starts, window = range(0, info.size + PART, PART), 1
-        self._starts = np.minimum(starts, info.size)
+            window = 1
+        whole = np.arange(0, info.size + PART, PART) if self._scattered else np.array([0, info.size])
+        self._starts = np.minimum(whole if info.starts is None else info.starts, info.size)
         order = self._rng(0).permutation(len(self._starts) - 1)
         groups = (order[first : first + window] for first in range(0, len(order), window))
         self._windows: list[list[int]] = [shards.tolist() for shards in groups]

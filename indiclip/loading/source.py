@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.transforms import Transform
 from indiclip.patches import count_tokens
@@ -23,7 +24,7 @@ class Source:
 
     Args:
         task: The task that reads them; heads name it too.
-        dataset: A map-style dataset of `Sample`.
+        dataset: Where the samples are.
         batch_size: Samples per step, over all ranks and all sources of the task.
         weight: Share among the sources of the same task.
         max_tokens: Most patches per image; larger images are scaled down, aspect kept.
@@ -40,11 +41,13 @@ class Source:
             Worth it where lengths differ much and sizes say nothing of the content. Without effect where lengths are
             not known beforehand: an augmentation that crops, a dataset without `sizes_hw`, a backbone of one size.
             With `batch_tokens`, all sizes are looked at when the run starts, a second for a million.
+        name: Of a held-out source. Where a task has several of them, each is scored by itself, as
+            `val/<head>/<name>/<metric>`; without a name, it is the source's place among them, from 0. The only one of
+            its task is `val/<head>/<metric>`, whatever its name.
     """
 
     task: str
-    # A bare class: jsonargparse silently builds a bare Dataset where it is subscripted.
-    dataset: Dataset  # type: ignore[type-arg]
+    dataset: SampleDataset
     batch_size: int | None = None
     weight: float = 1.0
     max_tokens: int = 256
@@ -53,8 +56,14 @@ class Source:
     batch_multiple: int = 8
     window: int = 16
     group_by_length: bool = False
+    name: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dataset, SampleDataset):
+            raise ValueError(
+                f"data: dataset of task {self.task!r}: found {type(self.dataset).__name__}; expected a SampleDataset "
+                "(indiclip.datasets.base)"
+            )
         for name in ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -62,6 +71,8 @@ class Source:
         if (self.batch_size is None) == (self.batch_tokens is None):
             both = "; found both" if self.batch_size is not None else ""
             raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens{both}")
+        if not re.fullmatch(r"[\w.-]*", self.name):
+            raise ValueError(f"data: name of task {self.task!r} is {self.name!r}; expected letters, digits, _, . and -")
         self.transform = Transform(self.max_tokens, self.augment)
 
     @property
@@ -73,12 +84,12 @@ class Source:
 
     def info(self, patch_size: int, canvas_hw: tuple[int, int] | None) -> SourceInfo:
         """What a plan has to know of the source."""
-        size, starts = len(self.dataset), getattr(self.dataset, "starts", None)  # type: ignore[arg-type]
+        size, starts = len(self.dataset), self.dataset.starts
         max_tokens, sizes_hw = self.max_tokens, None
         if canvas_hw is not None:
             max_tokens = math.prod(canvas_hw) // patch_size**2
         elif self.transform.keeps_size:
-            sizes_hw = getattr(self.dataset, "sizes_hw", None)
+            sizes_hw = self.dataset.sizes_hw
         if self.group_by_length:
             return SourceInfo(size, starts, TokenCounts(sizes_hw, patch_size, max_tokens))
         if sizes_hw is not None and 0 < size <= LARGEST_WINDOW and np.all(sizes_hw):  # 0: an unreadable header

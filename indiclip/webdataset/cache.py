@@ -9,8 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import gzip
+import math
 import os
 import re
+import stat as status_bits
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,11 +23,13 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from indiclip.datasets.tables import stable_hash
+from indiclip.names import shorten
 
 SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$")
 _LOCKS = 64  # lock files in the folder; two copies that share one wait for each other
 _WAITS = (1, 2, 4, 8, 16, 32)  # seconds between tries; a server that is started anew takes a minute
 _BLOCK = 1 << 20
+_SAMPLED = 1 << 14
 _ABANDONED = 3600.0  # seconds after which the rest of a killed process's copy is removed
 
 
@@ -36,7 +41,8 @@ class Stat(NamedTuple):
     """What tells one version of a shard from another."""
 
     size: int  # bytes; -1 where a server does not say
-    stamp: str  # time of change, or a server's tag
+    stamp: str  # time of change, or a server's tags
+    crc: str = ""  # of some of its bytes: a file of the same size and time may have taken its place
 
 
 def is_remote(url: str) -> bool:
@@ -74,15 +80,25 @@ def stat(url: str) -> Stat:
         FileNotFoundError: It is not there.
     """
     if not is_remote(url):
-        status = Path(url).stat()
-        return Stat(status.st_size, str(status.st_mtime_ns))
+        changed = Path(url).stat().st_mtime_ns
+        size, _, crc = fingerprint(Path(url)).partition(":")
+        return Stat(int(size), str(changed), crc)
     try:
         info = _filesystem(url)[0].info(url)
     except FileNotFoundError as error:  # which fsspec says whatever a web server answers, or if none does
         raise FileNotFoundError(f"{shown(url)}: {_reason(error)}") from error
-    stamp = next((str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified", "updated") if name in info), "")
+    tags = ("ETag", "etag", "mtime", "LastModified", "updated", "ino", "created")
     size = info.get("size")
-    return Stat(-1 if size is None else int(size), stamp)
+    return Stat(-1 if size is None else int(size), " ".join(str(info[name]) for name in tags if name in info))
+
+
+def fingerprint(file: Path) -> str:
+    """The size, and the CRC-32 of 16 KiB at the start, middle and end: tells whether an index may belong to a tar."""
+    with file.open("rb") as opened:
+        size, crc = os.fstat(opened.fileno()).st_size, 0
+        for place in (0, size // 2, max(0, size - _SAMPLED)):
+            crc = zlib.crc32(os.pread(opened.fileno(), _SAMPLED, place), crc)
+    return f"{size}:{crc:08x}"
 
 
 def _reason(error: FileNotFoundError) -> str:
@@ -102,7 +118,7 @@ def folder() -> Path:
 def cached_name(url: str, version: Stat, suffix: str) -> Path:
     """Where something made of this version of a shard lies in the cache folder."""
     where = url if is_remote(url) else str(Path(url).resolve())
-    identity = stable_hash(f"{where}:{version.size}:{version.stamp}")
+    identity = stable_hash(":".join(map(str, (where, *version))))
     name = re.sub(r"[^\w.-]", "_", stem(url))[:80]
     return folder() / f"{name}-{identity:016x}{suffix}"
 
@@ -137,11 +153,13 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
 
 def _is_at_hand(copy: Path, size: int, check: Callable[[Path], None]) -> bool:
     try:
-        with suppress(PermissionError):  # another user's
-            os.utime(copy)  # read just now: the last to be removed
-        if size not in (-1, copy.stat().st_size):  # a machine that went down may have left half of it
+        status = copy.lstat()
+        # Somebody may have put a link in its place; a machine that went down may have left half of it.
+        if not status_bits.S_ISREG(status.st_mode) or size not in (-1, status.st_size):
             return False
         check(copy)
+        with suppress(PermissionError):  # another user's
+            os.utime(copy, follow_symlinks=False)  # read just now: the last to be removed
     except (FileNotFoundError, ValueError):
         return False
     return True
@@ -149,14 +167,27 @@ def _is_at_hand(copy: Path, size: int, check: Callable[[Path], None]) -> bool:
 
 def _make(target: Path, url: str, version: Stat, check: Callable[[Path], None]) -> None:
     _make_room(target.parent, max(version.size, 0))
-    part = target.with_suffix(".part")
-    try:
+    for left in target.parent.glob(f"{target.name}-*.part"):  # by a killed process: this one has the lock
+        with suppress(PermissionError):  # another user's
+            left.unlink(missing_ok=True)
+    with new_file(target) as part:
         _copy(url, version, part)
         check(part)
+    _make_room(target.parent, 0, keep=target)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """An empty file beside the target, which becomes it where nothing is raised; every user may read it."""
+    descriptor, name = tempfile.mkstemp(".part", f"{target.name}-", target.parent)  # nobody can plant a link there
+    part = Path(name)
+    try:
+        os.fchmod(descriptor, 0o644)
+        os.close(descriptor)
+        yield part
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-    _make_room(target.parent, 0, keep=target)
 
 
 def _copy(url: str, version: Stat, part: Path) -> None:
@@ -219,27 +250,49 @@ def remote_file(url: str) -> Path | None:
         return None
     copy = cached_name(url, version, ".copy")
     with _locked(copy):
-        if not copy.exists():
+        if copy.is_symlink() or not copy.exists():
             filesystem, path = _filesystem(url)
-            filesystem.get_file(path, str(copy.with_suffix(".part")))
-            copy.with_suffix(".part").replace(copy)
+            with new_file(copy) as part:
+                filesystem.get_file(path, str(part))
     return copy
 
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """One process at a time makes this file; the system lets go of the lock of a killed one."""
-    with (target.parent / f".lock-{stable_hash(target.name) % _LOCKS:02}").open("w") as lock:
+    """One process at a time makes this file; the system lets go of the lock of a killed one.
+
+    The lock may be another user's file, so that it is only read; it is never written to, and a link is not followed.
+    """
+    file = target.parent / f".lock-{stable_hash(target.name) % _LOCKS:02}"
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        lock = os.open(file, flags | os.O_RDWR | os.O_CREAT, 0o644)  # to write: NFS locks nothing else
+    except PermissionError:
+        lock = os.open(file, flags | os.O_RDONLY)
+    try:
+        with suppress(PermissionError):
+            os.fchmod(lock, 0o644)  # whatever the umask
         fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing is not enough: a process that was forked meanwhile holds it too
-            fcntl.flock(lock, fcntl.LOCK_UN)
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough: a process that was forked meanwhile holds it too
+        os.close(lock)
 
 
 def limit() -> int:
-    """Most bytes of all copies together."""
-    return int(float(os.environ.get("INDICLIP_CACHE_GB") or 100) * 1e9)
+    """Most bytes of all copies together.
+
+    Raises:
+        ValueError: INDICLIP_CACHE_GB is no such number.
+    """
+    text = os.environ.get("INDICLIP_CACHE_GB") or "100"
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = math.nan
+    if not 0 <= gigabytes < math.inf:
+        raise ValueError(f"INDICLIP_CACHE_GB: found {shorten(text)}; expected a number of gigabytes, 0 or more")
+    return int(gigabytes * 1e9)
 
 
 def _make_room(place: Path, needed: int, keep: Path | None = None) -> None:
@@ -253,8 +306,8 @@ def _make_room(place: Path, needed: int, keep: Path | None = None) -> None:
         raise NoCopy(f"{place}: a shard of {needed:,} bytes exceeds the bound of {most:,} (INDICLIP_CACHE_GB)")
     copies = []
     for file in place.glob("*"):
-        with suppress(FileNotFoundError):  # another process removed it
-            status = file.stat()
+        with suppress(FileNotFoundError, PermissionError):  # another process removed it; it is another user's
+            status = file.lstat()
             if file.suffix == ".tar":
                 copies.append((status.st_mtime, status.st_size, file))
             elif file.suffix == ".part" and time.time() - status.st_mtime > _ABANDONED:
@@ -264,5 +317,6 @@ def _make_room(place: Path, needed: int, keep: Path | None = None) -> None:
         if total <= most:
             break
         if file != keep:
-            file.unlink(missing_ok=True)  # who reads it now holds it open
-            total -= size
+            with suppress(PermissionError):  # another user's
+                file.unlink(missing_ok=True)  # who reads it now holds it open
+                total -= size

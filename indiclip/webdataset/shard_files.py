@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset import cache
 from indiclip.webdataset.tar_index import TarIndex
 
 _OPEN_FILES = 64  # per process; thousands of shards would exceed the usual limit of 1,024
@@ -61,7 +61,7 @@ class ShardFiles:
         url, index = self.urls[shard], self.indexes[shard]
 
         def check(copy: Path) -> None:
-            if tar_index.fingerprint(copy) != index.fingerprint:
+            if cache.fingerprint(copy) != index.fingerprint:
                 raise ValueError(f"{cache.shown(url)}: its index (.index.npz) was made of another shard")
 
         if shard in self._broken:
@@ -104,7 +104,7 @@ class ShardFiles:
         for _ in range(_TRIES):
             copy = self.path(shard)
             with suppress(FileNotFoundError):
-                return os.open(copy, _READ)
+                return os.open(copy, _READ | os.O_NOFOLLOW)
         raise cache.NoCopy(f"{copy}: other processes keep removing it (INDICLIP_CACHE_GB is too small)")
 
     def _close_removed(self) -> None:

@@ -1,24 +1,30 @@
-"""Writes shards of the WebDataset format: whole or not at all, the same bytes for the same samples."""
+"""Writes shards of the WebDataset format: all of them or none, the same bytes for the same samples."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
+import shutil
+import signal
 import tarfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from filelock import FileLock, Timeout
+
+from indiclip.datasets.inventory import Inventory
 from indiclip.webdataset import cache, tar_index
 
 
 class ShardWriter:
     """Writes `NAME-000000.tar`, `NAME-000001.tar`, ... with an index beside each.
 
-    A shard has another name until it is whole and on the disk. What is open when an error ends the `with` is removed;
-    finished shards stay.
+    They are written to the folder `.NAME.part` and leave it together when the `with` ends; an error, Ctrl-C or SIGTERM
+    removes all of them. The next writer of the name removes what a killed one left.
 
     Args:
         folder: Where the shards go; made if need be.
@@ -27,36 +33,65 @@ class ShardWriter:
         max_bytes: Most bytes of a shard; a sample that is larger has a shard of its own.
 
     Attributes:
-        shards: The finished ones.
-        num_samples: In the finished ones.
+        part: The folder `.NAME.part`: other files that are put there leave it with the shards.
+        shards: The finished ones, where they will be.
+        inventory: What is in them.
 
     Raises:
         FileExistsError: There are shards of this name.
+        ValueError: Another process writes shards of this name.
         OSError: What does not fit on the disk, naming the file; by `add` and at the end.
     """
 
     def __init__(self, folder: Path, name: str, max_samples: int, max_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = [entry for entry in folder.iterdir() if re.fullmatch(re.escape(name) + r"-\d+\.tar", entry.name)]
-        if there:
-            raise FileExistsError(
-                f"{min(there)} is there already and is not overwritten; remove it, or take another name"
-            )
         self.folder, self.name, self.max_samples, self.max_bytes = folder, name, max_samples, max_bytes
+        self.part = folder / f".{name}.part"
         self.shards: list[Path] = []
-        self.num_samples = 0
+        self.inventory = Inventory()
+        self._locks = ExitStack()
         self._tar: tarfile.TarFile | None = None
         self._samples = self._bytes = 0
 
     def __enter__(self) -> ShardWriter:
+        self._is_new = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock(self.name)
+            self._recover()
+            if there := self._published(r"-\d+\.tar"):
+                raise FileExistsError(
+                    f"{min(there)} is there already and is not overwritten; remove it, or take another name"
+                )
+            self.part.mkdir()
+        except BaseException:
+            self._locks.close()
+            self._forget_folder()
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._locks:
+            try:
+                if kind is None:
+                    self.finish()
+                    self._publish()
+            finally:
+                with _undisturbed():
+                    self._discard()
+        self._forget_folder()
+
+    def lock(self, what: str) -> None:
+        """Keep other writers from something in the folder until the end of the `with`.
+
+        Raises:
+            ValueError: Another process has it.
+        """
+        file = self.folder / f".{what}.lock"
         try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._discard()
+            self._locks.enter_context(FileLock(file, timeout=0))
+        except Timeout as error:
+            raise ValueError(f"{self.folder}: another process is writing {what} there; wait for its end") from error
+        self._locks.callback(file.unlink, missing_ok=True)  # before it is let go, so that nobody else's is removed
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         """Write a sample.
@@ -67,36 +102,34 @@ class ShardWriter:
         """
         size = sum(1024 + len(content) for content in members.values())
         if self._samples and (self._samples == self.max_samples or self._bytes + size > self.max_bytes):
-            self._finish()
+            self.finish()
         with self._named_errors():
-            self._write(key, members)
+            if self._tar is None:
+                self._tar = tarfile.open(self.part / self._file, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")  # its owner and times are zero: nothing of this machine
+                info.size, info.mode = len(content), 0o644
+                self._tar.addfile(info, io.BytesIO(content))
         self._samples, self._bytes = self._samples + 1, self._bytes + size
 
-    def _write(self, key: str, members: dict[str, bytes]) -> None:
-        if self._tar is None:
-            self._tar = tarfile.open(self._part, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        for extension, content in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")  # its owner and times are zero: nothing of this machine
-            info.size, info.mode = len(content), 0o644
-            self._tar.addfile(info, io.BytesIO(content))
-
-    @property
-    def _part(self) -> Path:
-        return self.folder / f".{self.name}-{len(self.shards):06}.tar.part"
-
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """End the open shard."""
         if self._tar is None:
             return
+        file = self.part / self._file
         with self._named_errors():
             self._tar.close()
-            with self._part.open("rb") as file:
-                os.fsync(file.fileno())
-        final = self.folder / self._part.name.removeprefix(".").removesuffix(".part")
-        self._part.replace(final)
-        self.num_samples += self._samples
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+            index = tar_index.build(file, cache.stat(str(file)))
+            index.save(tar_index.index_path(str(file)))
+        self.inventory += index.inventory
+        self.shards.append(self.folder / self._file)
         self._tar, self._samples, self._bytes = None, 0, 0
-        self.shards.append(final)
-        tar_index.build(final, cache.stat(str(final))).save(tar_index.index_path(str(final)))
+
+    @property
+    def _file(self) -> str:
+        return f"{self.name}-{len(self.shards):06}.tar"
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -104,10 +137,52 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._part)) from error
+            raise OSError(error.errno, error.strerror, str(self.part / self._file)) from error
+
+    def _published(self, pattern: str = r"-(\d+\.tar(\.index\.npz)?|left-out\.jsonl)") -> list[Path]:
+        own = re.compile(re.escape(self.name) + pattern)
+        return [entry for entry in self.folder.iterdir() if own.fullmatch(entry.name)]
+
+    def _recover(self) -> None:
+        """Remove what a killed writer left. Of one killed while it published there are files on both sides."""
+        if self.part.is_dir() and not self.part.is_symlink():
+            for file in self._published() if any(self.part.iterdir()) else []:
+                file.unlink()
+            shutil.rmtree(self.part)
+
+    def _publish(self) -> None:
+        # What other names share comes last: where it is not there, nothing refers to it.
+        files = sorted(self.part.iterdir(), key=lambda file: (not file.name.startswith(f"{self.name}-"), file.name))
+        moved: list[Path] = []
+        try:
+            for file in files:
+                moved.append(self.folder / file.name)
+                file.replace(moved[-1])
+        except BaseException:
+            with _undisturbed():
+                for target in moved:
+                    target.unlink(missing_ok=True)
+            raise
 
     def _discard(self) -> None:
         if self._tar is not None and self._tar.fileobj is not None:
             with suppress(OSError):  # what is still to be written does not fit on a full disk
                 self._tar.fileobj.close()  # not the tar: that would write its end
-        self._part.unlink(missing_ok=True)
+        shutil.rmtree(self.part, ignore_errors=True)
+
+    def _forget_folder(self) -> None:
+        with suppress(OSError):  # there is something in it
+            if self._is_new:
+                self.folder.rmdir()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C does not end what the first one began."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

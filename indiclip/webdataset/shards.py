@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
-from collections import Counter
+from functools import cached_property
 from glob import glob
 from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import CODE
 from indiclip.datasets.tables import existing
 from indiclip.images import EncodedImage, UnreadableSample, is_trouble
@@ -25,8 +27,10 @@ from indiclip.types import Quarantined, Sample
 from indiclip.webdataset import cache, tar_index
 from indiclip.webdataset.shard_files import ShardFiles
 
+_NUMBERED = re.compile(r"_[1-9]\d*$")
 
-class Shards(Dataset[Sample]):
+
+class Shards(SampleDataset):
     """Samples with `image`, and `caption`, `captions`, `language`, `label` where the shards have them.
 
     A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class; `language` or `lang` of
@@ -46,14 +50,17 @@ class Shards(Dataset[Sample]):
         labels: int32 (number of samples,): -1 where a sample has none.
         sizes_hw: int32 (number of samples, 2): height and width as stored; 0 where the image's header is unreadable.
         starts: int64 (number of shards + 1,): the samples of shard i are `starts[i]` to `starts[i + 1] - 1`.
-        left_out: How many members were left out, by extension; `(link)`, `(outside)`: a name with `..`, `(unnamed)`:
-            no key or no extension, `(no image)`: text without an image, `(duplicate)`.
-        damaged: What of the shards is lost to all samples: the rest of a truncated tar, a member that is there twice.
+        damaged: What of the shards is lost to all samples: the rest of a truncated tar, a duplicated member.
 
     Raises:
         FileNotFoundError: A shard or the class file is missing.
         ValueError: No tar; a label that is no class. Names the shard and the member.
     """
+
+    labels: np.ndarray
+    sizes_hw: np.ndarray
+    starts: np.ndarray
+    _units: tuple[str, ...] = ("members", "samples")  # of the index that its samples are made of
 
     def __init__(
         self, urls: str | list[str], classes: str | list[str] | None = None, caption: str | None = None
@@ -69,28 +76,60 @@ class Shards(Dataset[Sample]):
         self._files = ShardFiles(self.urls, self._indexes)
         counts = [len(index.rows) for index in self._indexes]
         self.starts = np.cumsum([0, *counts])
-        self.left_out = sum((index.left_out for index in self._indexes), Counter[str]())
         self.damaged = [
             Quarantined("", f"{name}/{key}", shown, reason)
             for shown, name, index in zip(self._shown, self.names, self._indexes, strict=True)
             for key, reason in index.damaged
         ]
         if not self.starts[-1]:
-            raise ValueError(f"{self._shown[0]}: no images in {len(self.urls)} shards; left out: {dict(self.left_out)}")
-        self.labels: np.ndarray = np.concatenate([index.rows["label"] for index in self._indexes])
+            found = "; ".join(self.inventory.lines())
+            raise ValueError(f"{self._shown[0]}: no images in {len(self.urls)} shards; found {found}")
+        self.labels = np.concatenate([index.rows["label"] for index in self._indexes])
+        self.sizes_hw = np.concatenate(
+            [np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes]
+        )
         self._check_labels()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     @property
-    def sizes_hw(self) -> np.ndarray:
-        """See the class."""
-        return np.concatenate([np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes])
+    def inventory(self) -> Inventory:
+        """Members and samples; boxes where these are read."""
+        return self.contents(self._units)
+
+    def contents(self, units: tuple[str, ...] = ("members", "samples", "boxes")) -> Inventory:
+        """What the shards hold, whatever of it is read."""
+        total = Inventory()
+        for shown, index in zip(self._shown, self._indexes, strict=True):
+            found = index.inventory.summary()
+            for unit in (unit for unit in units if unit in found):
+                total.present[unit] += found[unit]["present"]
+                total.used[unit] += found[unit]["used"]
+                for reason, entry in found[unit]["left_out"].items():
+                    total.leave_out(unit, reason, f"{shown}: {entry['example']}", entry["count"])
+        return total
 
     def key(self, index: int) -> str:
         """`shard/member` without the folder: it stays when the data moves or grows. Reads and decodes nothing."""
         return self._key(*self._place(index))
+
+    def group(self, index: int) -> str:
+        """The key of the first sample of its picture: `shards pack` calls more rows of a picture 21 `21_1`, `21_2`."""
+        key = self.key(index)
+        base = _NUMBERED.sub("", key.partition("/")[2])
+        return self._first_of_many.get(base, key) if _NUMBERED.search(key) else key
+
+    @cached_property
+    def _first_of_many(self) -> dict[str, str]:
+        """Member `21` -> key of it, where a shard has a `21_1`."""
+        keys = {key: key.partition("/")[2] for key in map(self.key, range(len(self)))}
+        bases = {_NUMBERED.sub("", member) for member in keys.values() if _NUMBERED.search(member)}
+        first: dict[str, str] = {}
+        for key, member in keys.items():
+            if member in bases:
+                first.setdefault(member, key)
+        return first
 
     def shard(self, index: int) -> str:
         """The shard that a sample lies in."""

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import re
-import tempfile
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,18 +21,21 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from indiclip.datasets.coco_file import read_boxes_of_image
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import Strings
 from indiclip.images import HEAD_BYTES, UnreadableSample, header
 from indiclip.webdataset import cache
 from indiclip.webdataset.cache import Stat
-from indiclip.webdataset.tar_members import IMAGES, TEXTS, key_and_extension, members
+from indiclip.webdataset.tar_members import IMAGES, TEXTS, TRUNCATED, key_and_extension, members
 
 ROW = np.dtype(
     [(f"{part}{what}", kind) for part in ("image", "txt", "json") for what, kind in (("", "i8"), ("_bytes", "i4"))]
     + [("label", "i4"), ("height", "i4"), ("width", "i4"), ("crc", "u4")]
 )
+DUPLICATED, NO_IMAGE = "duplicated", "without an image"
 BAD_LABEL = -2  # there is one, but it is no whole number from 0
-_VERSION = 1
+_VERSION = 2
 _FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
@@ -52,16 +52,16 @@ class TarIndex:
         rows: One per sample, `ROW`: offset and length of each part (length -1: none), label (-1: none, `BAD_LABEL`),
             height and width of the image as stored (0: its header cannot be read), CRC-32 of the image's bytes.
         keys: The samples' keys, in the order of their first members.
-        left_out: How many members are left out, by extension or reason.
-        damaged: (key, reason) of what is lost: the rest of a truncated tar, a member that is there twice.
+        inventory: Its members, samples, and boxes where it has annotations; an example is a member's name.
+        damaged: (key, reason) of what is lost: the rest of a truncated tar, a duplicated member.
         version: Of the shard that it was made from.
-        fingerprint: Of the plain tar; see `fingerprint`.
+        fingerprint: Of the plain tar; see `cache.fingerprint`.
         has_crc: Whether `crc` was computed.
     """
 
     rows: np.ndarray
     keys: Strings
-    left_out: Counter[str]
+    inventory: Inventory
     damaged: list[tuple[str, str]]
     version: Stat
     fingerprint: str
@@ -80,23 +80,16 @@ class TarIndex:
         """
         about = {
             "version": _VERSION,
-            "size": self.version.size,
-            "stamp": self.version.stamp,
+            "shard": self.version,
             "fingerprint": self.fingerprint,
             "has_crc": self.has_crc,
-            "left_out": self.left_out,
+            "inventory": self.inventory.summary(),
             "damaged": self.damaged,
         }
         buffers = self.keys.buffers()
-        descriptor, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as target:
-                encoded = np.frombuffer(json.dumps(about).encode(), np.uint8)
-                np.savez(target, about=encoded, rows=self.rows, key_bytes=buffers[0], key_ends=buffers[1])
-            Path(part).chmod(0o644)
-            Path(part).replace(file)
-        finally:
-            Path(part).unlink(missing_ok=True)
+        encoded = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        with cache.new_file(file) as part, part.open("wb") as target:
+            np.savez(target, about=encoded, rows=self.rows, key_bytes=buffers[0], key_ends=buffers[1])
 
     @classmethod
     def load(cls, file: Path) -> TarIndex | None:
@@ -113,10 +106,12 @@ class TarIndex:
             if not known or not _is_sound(rows, *buffers):
                 return None
             damaged = [(str(key), str(reason)) for key, reason in about["damaged"]]
-            left_out = Counter({str(reason): int(count) for reason, count in about["left_out"].items()})
-            version = Stat(int(about["size"]), str(about["stamp"]))
+            inventory = Inventory.of_summary(about["inventory"])
+            inventory.verify()
+            size, stamp, crc = about["shard"]
+            version = Stat(int(size), str(stamp), str(crc))
             keys = Strings.of_buffers(*buffers)
-            return cls(rows, keys, left_out, damaged, version, about["fingerprint"], bool(about["has_crc"]))
+            return cls(rows, keys, inventory, damaged, version, about["fingerprint"], bool(about["has_crc"]))
         except Exception:  # torn or odd content raises anything; the shard is indexed anew
             return None
 
@@ -141,30 +136,23 @@ def build(tar: Path, version: Stat, crc: bool = False) -> TarIndex:
     Raises:
         ValueError: No tar.
     """
-    left_out: Counter[str] = Counter()
-    damaged: list[tuple[str, str]] = []
-    samples = _samples(tar, left_out, damaged)
+    inventory, damaged = Inventory(), list[tuple[str, str]]()
+    samples = _samples(tar, inventory, damaged)
     rows = np.zeros(len(samples), ROW)
     if samples:
         with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for row, parts in zip(rows, samples.values(), strict=True):
-                _fill(row, parts, data, crc)
-    return TarIndex(rows, Strings(samples), left_out, damaged, version, fingerprint(tar), crc)
-
-
-def fingerprint(tar: Path) -> str:
-    """CRC-32 of 64 KiB at the file's start, middle and end: tells whether an index may belong to it."""
-    size, found = tar.stat().st_size, 0
-    with tar.open("rb") as file:
-        for place in (0, size // 2, max(0, size - 2**16)):
-            found = zlib.crc32(os.pread(file.fileno(), 2**16, place), found)
-    return f"{size}:{found:08x}"
+            for row, (key, parts) in zip(rows, samples.items(), strict=True):
+                entry = _entry(parts, data)
+                _fill(row, parts, data, entry, crc)
+                if "annotations" in entry:
+                    _count_boxes(entry, key, inventory)
+    return TarIndex(rows, Strings(samples), inventory, damaged, version, cache.fingerprint(tar), crc)
 
 
 def indexes(urls: list[str], crc: bool = False) -> list[TarIndex]:
     """Each shard's index: the one beside it, or in the cache folder, or one that is built now and kept there."""
     with ThreadPoolExecutor(_ASK_AT_ONCE) as pool:
-        versions = list(pool.map(cache.stat, urls)) if any(map(cache.is_remote, urls)) else list(map(cache.stat, urls))
+        versions = list(pool.map(cache.stat, urls))
         found = dict(enumerate(map(find_index, urls, versions)))
     missing = [i for i, index in found.items() if index is None]
     quiet = len(missing) < _SHOW_PROGRESS
@@ -194,7 +182,8 @@ def _candidates(url: str, version: cache.Stat) -> Iterator[Path]:
     elif "?" not in url and (copy := cache.remote_file(f"{url}.index.npz")):  # a signature is of the shard's URL only
         yield copy
     with suppress(OSError):  # a cache that cannot be made holds none
-        yield cache.cached_name(url, version, ".index.npz")
+        if not (cached := cache.cached_name(url, version, ".index.npz")).is_symlink():
+            yield cached
 
 
 def index_path(url: str) -> Path:
@@ -207,39 +196,80 @@ def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool
         return True
     if index.version.size != version.size:
         return False
-    if cache.is_copied(url):  # moved: its copy is looked at when it is made
+    if cache.is_remote(url):  # moved: its copy is looked at when it is made
         return True
-    # Moved: the fingerprint is of three places only, so what was changed later is indexed anew.
-    plain = Path(url)
-    return plain.stat().st_mtime_ns <= file.stat().st_mtime_ns and fingerprint(plain) == index.fingerprint
+    # Moved: the checksum is of three places only, so what was changed later is indexed anew.
+    return index.version.crc == version.crc and Path(url).stat().st_mtime_ns <= file.stat().st_mtime_ns
 
 
-def _samples(tar: Path, left_out: Counter[str], damaged: list[tuple[str, str]]) -> dict[str, Parts]:
+def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) -> dict[str, Parts]:
     """key -> its parts, for every sample of a tar that has an image."""
     samples: dict[str, Parts] = {}
     for name, member in members(tar, damaged):
+        inventory.present["members"] += 1
         key, extension = key_and_extension(name, member)
         parts = samples.get(key, {})
         if extension not in (*IMAGES, *TEXTS):
-            left_out[extension] += 1
+            inventory.leave_out("members", _reason(extension), name)
         elif extension in parts or (extension in IMAGES and any(other in parts for other in IMAGES)):
-            left_out["(duplicate)"] += 1
-            damaged.append((key, f"{name} is there twice, or beside another image; the first counts"))
+            inventory.leave_out("members", DUPLICATED, name)
+            damaged.append((key, f"{name} is {DUPLICATED}, or beside another image; the first counts"))
         else:
             samples.setdefault(key, parts)[extension] = (member.offset_data, member.size)
+            inventory.used["members"] += 1
+    for name in [name for name, reason in damaged if reason.startswith(TRUNCATED)]:
+        inventory.present["members"] += 1
+        inventory.leave_out("members", "cut off by the end of the file", name)
+    inventory.present["samples"] = len(samples)
     for key in [key for key, parts in samples.items() if not any(name in parts for name in IMAGES)]:
-        del samples[key]
-        left_out["(no image)"] += 1
+        parts = samples.pop(key)
+        inventory.used["members"] -= len(parts)
+        inventory.leave_out("members", NO_IMAGE, f"{key}.{next(iter(parts))}", len(parts))
+        inventory.leave_out("samples", NO_IMAGE, key)
+    inventory.used["samples"] = len(samples)
     return samples
 
 
-def _fill(row: Any, parts: Parts, data: mmap.mmap, crc: bool) -> None:
+def _reason(extension: str) -> str:
+    """Why a member is left out: what `key_and_extension` says, or its kind; of `frame.0001.png` that is `.*.png`."""
+    before, dot, last = extension.rpartition(".")
+    return extension if " " in extension else f".{'*' * bool(before)}{dot}{last[:12]}"
+
+
+def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
+    """Count the boxes of an image, and those that `BoxShards` drops."""
+    found = Inventory()
+    try:
+        boxes, _ = read_boxes_of_image(entry, f"{key}: annotation", found)
+        found.used["boxes"] = len(boxes.kept)
+    except ValueError:
+        found, annotations = Inventory(), entry["annotations"]
+        if isinstance(annotations, list):
+            found.present["boxes"] = len(annotations)
+            found.leave_out("boxes", "of an unreadable image", key, len(annotations))
+    inventory += found
+
+
+def _entry(parts: Parts, data: mmap.mmap) -> dict[str, Any]:
+    """The object in a sample's `.json`; empty where nothing of it is needed, or it is broken, which its reader says."""
+    offset, length = parts.get("json", (0, 0))
+    text = data[offset : offset + length]
+    if not text or ("cls" in parts and b'"annotations"' not in text):
+        return {}
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _fill(row: Any, parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> None:
     places = {name: parts.get(name, (0, -1)) for name in ("txt", "json")}
     places["image"] = offset, length = next(parts[name] for name in IMAGES if name in parts)
     for name, place in places.items():
         row[name], row[f"{name}_bytes"] = place
     row["height"], row["width"] = _size_hw(data, offset, offset + length)
-    row["label"] = _label(parts, data)
+    row["label"] = _label(parts, data, entry)
     if crc:
         row["crc"] = zlib.crc32(data[offset : offset + length])
 
@@ -252,19 +282,12 @@ def _size_hw(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
         return 0, 0
 
 
-def _label(parts: Parts, data: mmap.mmap) -> int:
-    name = "cls" if "cls" in parts else "json"
-    if name not in parts:
-        return -1
-    offset, length = parts[name]
-    text = data[offset : offset + length]
-    if name == "cls":
+def _label(parts: Parts, data: mmap.mmap, entry: dict[str, Any]) -> int:
+    if "cls" in parts:
+        offset, length = parts["cls"]
+        text = data[offset : offset + length]
         return int(text) if text.strip().isdigit() and len(text) < 10 else BAD_LABEL
-    try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
-        return -1  # the sample is unreadable, which its reader says
-    found = entry.get("label", entry.get("cls")) if isinstance(entry, dict) else None
+    found = entry.get("label", entry.get("cls"))
     if isinstance(found, str) and found.strip().isdecimal() and len(found) < 20:
         found = int(found)
     if found is None:

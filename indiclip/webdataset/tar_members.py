@@ -15,6 +15,12 @@ from pathlib import Path, PurePosixPath
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json", "cls")
+TRUNCATED = "truncated tar"
+# Why a member is never read.
+LINK = "links or special files"
+OUTSIDE = "with a name that leads out of the folder"
+TOO_LARGE = "too large"
+UNNAMED = "without a key or an extension"
 MAX_BYTES = {**dict.fromkeys(IMAGES, 2**30), **dict.fromkeys(TEXTS, 2**24)}  # of a member; more is no sample
 
 _MEMBER = re.compile(r"^((?:.*/)?[^./]+)\.([^/]+)$")  # webdataset's rule: the key ends at the file name's first dot
@@ -27,15 +33,15 @@ _RECORD = re.compile(rb"(\d{1,7}) ([^=]{1,999})=")  # the record's length, and w
 
 
 def key_and_extension(name: str, member: tarfile.TarInfo) -> tuple[str, str]:
-    """A member's key and lower-case extension; a reason such as `(link)` in its place where it is not to be read."""
-    key, extension = match.groups() if (match := _MEMBER.match(name)) else ("", "(unnamed)")
+    """A member's key and lower-case extension; a reason such as `LINK` in its place where it is not to be read."""
+    key, extension = match.groups() if (match := _MEMBER.match(name)) else ("", UNNAMED)
     extension = extension.lower()
     if not member.isreg() or member.type == tarfile.GNUTYPE_SPARSE:
-        extension = "(link)"
+        extension = LINK
     elif name.startswith("/") or ".." in PurePosixPath(name).parts:
-        extension = "(outside)"
+        extension = OUTSIDE
     elif member.size > MAX_BYTES.get(extension, member.size):
-        extension = "(too large)"
+        extension = TOO_LARGE
     return key, extension
 
 
@@ -51,7 +57,7 @@ def members(tar: Path, damaged: list[tuple[str, str]]) -> Iterator[tuple[str, ta
         try:
             for member in _headers(file.fileno()):
                 if member.offset_data + _stored(member) > size:
-                    damaged.append((member.name, f"truncated tar: {size:,} bytes end inside of this member"))
+                    damaged.append((member.name, f"{TRUNCATED}: {size:,} bytes end inside of this member"))
                     return
                 count, after = count + 1, member.name
                 if not member.isdir():
