@@ -244,35 +244,50 @@ def test_the_prompt_decides_what_is_counted(encoder: Encoder) -> None:
 
 def test_the_metric_by_hand() -> None:
     metric = CountMetric()
-    for count, truth in ((1.0, 2), (4.0, 4), (5.0, 9)):
-        metric.update(count, truth)
+    for count, truth, name in (
+        (1.0, 2, "car"),
+        (4.0, 4, "car"),
+        (5.0, 9, "car"),
+        (30.0, 33, "cell"),
+        (40.0, 37, "cell"),
+    ):
+        metric.update(count, truth, name)
     numbers = {name: float(value) for name, value in metric.compute().items()}
-    # Errors 1, 0, 4; the mean of 2, 4, 9 is 5, its errors 3, 1, 4.
+    # Errors -1, 0, -4, -3, 3. The mean of 2, 4, 9, 33, 37 is 17, its errors 15, 13, 8, 16, 20; the median is 9, its
+    # errors 7, 5, 0, 24, 28; the classes' medians are 4 and any from 33 to 37, their errors 2, 0, 5 and together 4.
     assert numbers == pytest.approx(
         {
-            "mae": 5 / 3,
-            "rmse": (17 / 3) ** 0.5,
-            "mae_of_mean": 8 / 3,
-            "rmse_of_mean": (26 / 3) ** 0.5,
-            "mae_ratio": 5 / 8,
+            "mae": 11 / 5,
+            "rmse": (35 / 5) ** 0.5,
+            "mae_of_mean": 72 / 5,
+            "rmse_of_mean": (1114 / 5) ** 0.5,
+            "mae_ratio": 11 / 72,
+            "mae_ratio_median": 11 / 64,
+            "mae_ratio_class_median": 11 / 11,
         }
     )
 
 
 def test_the_metric_of_equal_counts_has_no_ratio() -> None:
     metric = CountMetric()
-    metric.update(1.0, 3)
-    numbers = metric.compute()
-    assert float(numbers["mae"]) == 2
-    assert "mae_ratio" not in numbers
+    metric.update(1.0, 3, "car")
+    assert {name: float(value) for name, value in metric.compute().items()} == {
+        "mae": 2,
+        "rmse": 2,
+        "mae_of_mean": 0,
+        "rmse_of_mean": 0,
+    }
+    metric.update(5.0, 5, "cell")
+    # Each class has one count: the mean and the median are wrong, the classes' medians never.
+    assert [name for name in metric.compute() if "ratio" in name] == ["mae_ratio", "mae_ratio_median"]
 
 
 def test_ranks_sum_up_to_one_metric() -> None:
     """torchmetrics' own gathering, with the other rank's state handed in; one more rank has seen nothing."""
     ours, theirs = CountMetric(), CountMetric()
-    ours.update(1.0, 2)
+    ours.update(1.0, 2, "car")
     for count, truth in ((4.0, 4), (5.0, 9)):
-        theirs.update(count, truth)
+        theirs.update(count, truth, "car")
 
     def gather(state: Tensor, group: Any = None) -> list[Tensor]:
         nothing = torch.tensor([], dtype=theirs.dtype)  # what torchmetrics makes of a state that was never added to
