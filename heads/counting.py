@@ -4,13 +4,15 @@ The prompt's text embedding modulates every token (FiLM, Perez et al., arXiv:170
 that a thing of several tokens is one, and a small network makes of it the expected number of things per cell. The
 count is the sum.
 
-Shape letters: see `indiclip.types`; C channels, Q queries, S cells of a token, K points of an image, M boxes, I
-images of an evaluation. H and W are rows and columns of tokens, or of cells where the name says so.
+Shape letters: see `indiclip.types`; C channels, Q queries, S cells of a token, P points of a batch, I images of an
+evaluation. H and W are rows and columns of tokens, or of cells where the name says so.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,23 +24,34 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.utilities import dim_zero_cat
 
-from indiclip.head import Head
-from indiclip.types import Batch, Features
+from indiclip.head import Datasets, Head, Losses, classes_of, same_classes
+from indiclip.types import Batch, Features, class_names, on_device
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
 _FIRST_DENSITY = 0.02  # things per cell before training: about the share of cells that hold one
 _SMALLEST = 1e-8  # keeps the logarithm of a density finite
+_ASK_BOXES = "heads.counting.ask_boxes: needs the names of the classes of the source's boxes"
 
 
-@dataclass(frozen=True)
-class CountQuery:
-    """How many `name` there are in image number `image` of the batch; the answer's places (K, 2), None if unknown."""
+@dataclass
+class CountQueries:
+    """How many of what there are in which image: Q questions, which P points answer.
 
-    image: int
-    name: str
-    points_K2: Tensor | None
+    Attributes:
+        images: Number in the batch; on the host, as the next two.
+        names: Of the classes.
+        known: False where there is no answer.
+        xy_P2: Places of the things in the image.
+        query_P: The question that each belongs to.
+    """
+
+    images: list[int]
+    names: list[str]
+    known: list[bool]
+    xy_P2: Tensor
+    query_P: Tensor
 
 
 class Counting(Head):
@@ -53,6 +66,7 @@ class Counting(Head):
         prompt: What is asked; `{}` stands for the class name.
         ask_boxes: In training, where an image has boxes with classes, ask for each of them too (their centres are the
             points), and for those of the image before it in the batch: several questions for one pass of the backbone.
+        name: See `Head`.
 
     Raises:
         ValueError: `prompt` without `{}`, or `upsample` below 1.
@@ -60,6 +74,7 @@ class Counting(Head):
 
     metric: CountMetric
     required_fields = ("count_class", "points_xy")
+    predict_fields = ("count_class",)
     embeds_images = False
 
     def __init__(
@@ -71,15 +86,15 @@ class Counting(Head):
         upsample: int = 1,
         prompt: str = "{}",
         ask_boxes: bool = False,
+        name: str | None = None,
     ) -> None:
-        super().__init__(task, weight)
+        super().__init__(task, weight, name)
         if "{}" not in prompt:
             raise ValueError(f"heads.counting.prompt: {prompt!r} must contain {{}} for the class name")
         if upsample < 1:
             raise ValueError(f"heads.counting.upsample: found {upsample}, expected 1 or more")
         self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
         self.ask_boxes = ask_boxes
-        self.class_names: list[str] = []
 
     def bind(self, encoder: Encoder) -> None:
         self.tokens = nn.Linear(encoder.backbone.width, self.channels)
@@ -94,12 +109,11 @@ class Counting(Head):
         nn.init.constant_(cast(Tensor, self.density.bias), math.log(math.expm1(_FIRST_DENSITY)))
         self.metric = CountMetric()
 
-    def check(self, dataset: Any) -> None:
-        self.class_names = list(getattr(dataset, "classes", None) or [])
-        if self.ask_boxes and not self.class_names:
-            raise ValueError(
-                "heads.counting.ask_boxes: the source's dataset has no list of class names, `classes`, to ask for"
-            )
+    def check(self, train: Datasets, held_out: Datasets) -> None:
+        if self.ask_boxes:
+            same_classes(self.task, train)
+            if not any(map(classes_of, train.values())):
+                raise ValueError(f"{_ASK_BOXES}, but {', '.join(train)} has none")
 
     def forward(self, features: Features, text_QE: Tensor, image_Q: Tensor | None = None) -> Tensor:
         """Expected things (Q, H, W) in every cell, float32; 0 where an image has no patch.
@@ -121,19 +135,19 @@ class Counting(Head):
         density_QSHW = F.softplus(self.density(self.layers(x_QCHW)).float()) * mask_Q1HW
         return F.pixel_shuffle(density_QSHW, self.upsample)[:, 0]
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
+    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
         queries = self._queries(batch)
-        image_Q = torch.tensor([query.image for query in queries], device=features.tokens_BND.device)
-        prompts = [self.prompt.replace("{}", query.name) for query in queries]
+        device = features.tokens_BND.device
+        image_Q = on_device(queries.images, device)
+        prompts = [self.prompt.replace("{}", name) for name in queries.names]
         text_QE = encoder.embed_text(prompts, batch_statistics=False)
         density_QHW = self(features, text_QE, image_Q)
-        counts_QHW = self._counts(features, batch, queries)
-        known_Q = torch.tensor([query.points_K2 is not None for query in queries], device=image_Q.device)
-        return count_losses(density_QHW, counts_QHW, known_Q)
+        counts_QHW = self._counts(features, batch, queries, image_Q)
+        return Losses(count_losses(density_QHW, counts_QHW, on_device(queries.known, device)))
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
-        prompts = [self.prompt.replace("{}", name) for name in _targets(batch, "count_class")]
+        prompts = [self.prompt.replace("{}", name) for name in self.target(batch, "count_class")]
         density_BHW = self(features, encoder.embed_text(prompts))
         s, stride = self.upsample, features.stride
         return [
@@ -147,51 +161,64 @@ class Counting(Head):
             )
         ]
 
-    def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
-        for prediction, points_K2 in zip(predictions, _targets(batch, "points_xy"), strict=True):
-            if points_K2 is not None:
-                self.metric.update(prediction["count"], len(points_K2))
+    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+        points, names = self.target(batch, "points_xy", every=False), self.target(batch, "count_class")
+        for prediction, known, truth, name in zip(predictions, points.known, points.counts, names, strict=True):
+            if known:
+                self.metric.update(prediction["count"], truth, name)
 
     def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
     ) -> tuple[np.ndarray, str]:
-        points_K2 = target["points_xy"]
-        truth = "" if points_K2 is None else f" (truth {len(points_K2)})"
+        truth = f" (truth {len(target['points_xy'])})" if "points_xy" in target else ""
         picture = heat_map(image_HW3, prediction["density"].float().numpy())
         return picture, f"how many {prediction['prompt']}: {prediction['count']:.1f}{truth}"
 
-    def _queries(self, batch: Batch) -> list[CountQuery]:
+    def _queries(self, batch: Batch) -> CountQueries:
         """The source's own, one of each image, and those that the boxes answer."""
-        names, points = _targets(batch, "count_class"), _targets(batch, "points_xy")
-        queries = [
-            CountQuery(i, name, points_K2) for i, (name, points_K2) in enumerate(zip(names, points, strict=True))
-        ]
-        if not self.ask_boxes:
-            return queries
-        boxes, classes = _targets(batch, "boxes_xyxy"), _targets(batch, "classes")
-        crowds = batch["targets"].get("crowd", [None] * len(boxes))
-        present = [set() if of_image is None else set(of_image.tolist()) for of_image in classes]
-        for i, (boxes_M4, classes_M) in enumerate(zip(boxes, classes, strict=True)):
-            if boxes_M4 is None:
-                continue  # nobody looked for boxes here
-            centres_M2 = (boxes_M4[:, :2] + boxes_M4[:, 2:]) / 2
-            uncounted = set() if crowds[i] is None else set(classes_M[crowds[i]].tolist())
-            for label in sorted((present[i] | present[i - 1]) - uncounted):
-                queries.append(CountQuery(i, self.class_names[label], centres_M2[classes_M == label]))
+        names, points = self.target(batch, "count_class"), self.target(batch, "points_xy", every=False)
+        queries = CountQueries([*range(len(names))], [*names], [*points.known], points.values, points.image_R)
+        if self.ask_boxes:
+            self._ask_boxes(batch, queries)
         return queries
 
-    def _counts(self, features: Features, batch: Batch, queries: list[CountQuery]) -> Tensor:
+    def _ask_boxes(self, batch: Batch, queries: CountQueries) -> None:
+        boxes, classes = (self.target(batch, name, every=False) for name in ("boxes_xyxy", "classes"))
+        labels = classes.on_host.tolist()
+        crowd = batch["targets"]["crowd"].on_host.tolist() if "crowd" in batch["targets"] else [False] * len(labels)
+        class_of = class_names(batch)
+        if labels and max(labels) >= len(class_of):
+            raise ValueError(f"{_ASK_BOXES}; found {len(class_of)} of them and a box of class {max(labels)}")
+        spans = [range(len(labels))[classes.rows_of(i)] for i in range(len(batch["keys"]))]
+        present = [{labels[row] for row in span} for span in spans]
+        rows: list[int] = []
+        query_of: list[int] = []
+        for i, span in enumerate(spans):
+            if not boxes.known[i]:
+                continue  # nobody looked for boxes here
+            for label in sorted((present[i] | present[i - 1]) - {labels[row] for row in span if crowd[row]}):
+                answer = [row for row in span if labels[row] == label]
+                rows += answer
+                query_of += [len(queries.images)] * len(answer)
+                queries.images.append(i)
+                queries.names.append(class_of[label])
+                queries.known.append(True)
+        device = boxes.values.device
+        boxes_P4 = boxes.values[on_device(rows, device).long()]
+        queries.xy_P2 = torch.cat([queries.xy_P2, (boxes_P4[:, :2] + boxes_P4[:, 2:]) / 2])
+        queries.query_P = torch.cat([queries.query_P, on_device(query_of, device).long()])
+
+    def _counts(self, features: Features, batch: Batch, queries: CountQueries, image_Q: Tensor) -> Tensor:
         """How many points (Q, H, W) lie in each cell."""
-        s, (H, W), device = self.upsample, features.grid_hw, features.tokens_BND.device
-        counts_QHW = torch.zeros(len(queries), H * s, W * s, device=device)
-        for counts_HW, query in zip(counts_QHW, queries, strict=True):
-            if (points_K2 := query.points_K2) is not None:
-                height, width = batch["images"]["sizes_hw"][query.image]
-                # A point on the lower or right edge belongs to the last cell.
-                x_K = (points_K2[:, 0].clamp(0, width - 1e-3) * s / features.stride).long().to(device)
-                y_K = (points_K2[:, 1].clamp(0, height - 1e-3) * s / features.stride).long().to(device)
-                counts_HW.index_put_((y_K, x_K), counts_HW.new_ones(len(x_K)), accumulate=True)
-        return counts_QHW
+        s, device = self.upsample, features.tokens_BND.device
+        H, W = (side * s for side in features.grid_hw)
+        # A point on the lower or right edge belongs to the last cell.
+        last_B2 = on_device([[width - 1e-3, height - 1e-3] for height, width in batch["images"]["sizes_hw"]], device)
+        last_P2 = last_B2[image_Q[queries.query_P]]
+        x_P, y_P = (torch.minimum(queries.xy_P2.clamp(min=0), last_P2) * s / features.stride).long().unbind(1)
+        counts_L = torch.zeros(len(queries.images) * H * W, device=device)
+        counts_L.index_add_(0, (queries.query_P * H + y_P) * W + x_P, torch.ones_like(last_P2[:, 0]))
+        return counts_L.reshape(-1, H, W)
 
 
 def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> dict[str, Tensor]:
@@ -217,10 +244,11 @@ def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> di
 
 
 class CountMetric(torchmetrics.Metric):
-    """Errors of the counts, and of the constant answer that is the hardest to beat.
+    """Errors of the counts, and beside them those of constant answers, taken from the held-out counts themselves.
 
-    That is the mean of the held-out counts themselves: the mean of the training set, which one would answer in
-    earnest, has a larger squared error.
+    What the training set would suggest, which one would answer in earnest, has larger errors. The mean knows nothing
+    of the images. Each class's median knows the class, which may say most: where cells are many and cars few, a head
+    that tells the two apart is far below the mean without having counted anything.
     """
 
     full_state_update = False
@@ -228,27 +256,36 @@ class CountMetric(torchmetrics.Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("rows", default=[], dist_reduce_fx="cat")  # flat: answer, truth, answer, truth, ...
+        self.add_state("rows", default=[], dist_reduce_fx="cat")  # flat: answer, truth, class, answer, ...
 
-    def update(self, count: float, truth: int) -> None:
+    def update(self, count: float, truth: int, class_name: str) -> None:
         """Add an image."""
         assert isinstance(self.rows, list)
-        self.rows.append(torch.tensor([count, truth], dtype=torch.float32, device=self.device))
+        class_id = zlib.crc32(class_name.encode()) % 2**24  # exact in float32, and the same on every rank
+        self.rows.append(torch.tensor([count, truth, class_id], dtype=torch.float32, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """`mae`, `rmse`, `mae_of_mean`, `rmse_of_mean` (always answering the mean), `mae_ratio` (ours to that)."""
-        counts_I, truths_I = dim_zero_cat(self.rows).reshape(-1, 2).unbind(1)
-        error_I, constant_I = counts_I - truths_I, truths_I - truths_I.mean()
-        mae, mae_of_mean = error_I.abs().mean(), constant_I.abs().mean()
+        """`mae`, `rmse`, and `mae_of_mean`, `rmse_of_mean` of always answering the mean.
+
+        `mae_ratio` is ours to that of the mean, `mae_ratio_median` to that of the median, `mae_ratio_class_median` to
+        that of each class's median. A ratio is left out where the constant answer has no error.
+        """
+        counts_I, truths_I, classes_I = dim_zero_cat(self.rows).reshape(-1, 3).unbind(1)
+        error_I, mean = counts_I - truths_I, truths_I.mean()
+        class_medians_I = torch.empty_like(truths_I)
+        for class_id in set(classes_I.tolist()):
+            class_medians_I[classes_I == class_id] = truths_I[classes_I == class_id].median()
         numbers = {
-            "mae": mae,
+            "mae": error_I.abs().mean(),
             "rmse": error_I.square().mean().sqrt(),
-            "mae_of_mean": mae_of_mean,
-            "rmse_of_mean": constant_I.square().mean().sqrt(),
+            "mae_of_mean": (truths_I - mean).abs().mean(),
+            "rmse_of_mean": (truths_I - mean).square().mean().sqrt(),
         }
-        if mae_of_mean > 0:
-            numbers["mae_ratio"] = mae / mae_of_mean
-        return {name: value.float() for name, value in numbers.items()}
+        constants = {"": mean, "_median": truths_I.median(), "_class_median": class_medians_I}
+        for name, constant in constants.items():
+            if (mae_of_constant := (truths_I - constant).abs().mean()) > 0:
+                numbers[f"mae_ratio{name}"] = numbers["mae"] / mae_of_constant
+        return numbers
 
 
 def heat_map(image_HW3: np.ndarray, density_HW: np.ndarray) -> np.ndarray:
@@ -262,10 +299,3 @@ def heat_map(image_HW3: np.ndarray, density_HW: np.ndarray) -> np.ndarray:
     opacity_HW1 = np.sqrt(heat_HW1) * 0.85
     blend_HW3: np.ndarray = grey_HW1 * (1 - opacity_HW1) + colour_HW3 * opacity_HW1
     return blend_HW3.astype(np.uint8)
-
-
-def _targets(batch: Batch, name: str) -> list[Any]:
-    """A list over the images."""
-    if name not in batch["targets"]:
-        raise ValueError(f"heads.counting: a source of its task gives samples without {name}")
-    return batch["targets"][name]

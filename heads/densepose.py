@@ -14,13 +14,14 @@ Frames: image pixels, with (0, 0) the corner of the first pixel; and a window's 
 (1, 1) its lower right. Cell i of n is centred at (i + 0.5) / n of its window. (detectron2 puts point i / n there, which
 is half a cell off.)
 
-Shape letters: see `indiclip.types`; R windows of a batch, Q people of an image, S points, C channels, K = 25 parts
-(0 is the background), h w cells of a window, k x k cells of a token on the fine map.
+Shape letters: see `indiclip.types`; R windows of a batch, Q people of an image, S points of either, C channels,
+K = 25 parts (0 is the background), h w cells of a window, k x k cells of a token on the fine map.
 """
 
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,8 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from indiclip.head import Head
-from indiclip.types import Batch, Features
+from indiclip.head import Head, Losses
+from indiclip.types import Batch, Features, Rows, on_device, targets_of
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
@@ -64,6 +65,7 @@ class DensePose(Head):
         coarse_weight: Factor of the mask loss (detectron2: 5).
         part_weight: Factor of the part loss (detectron2: 1).
         uv_weight: Factor of the U and the V loss, means over the points.
+        name: See `Head`.
 
     Raises:
         ValueError: A setting out of its range.
@@ -71,7 +73,8 @@ class DensePose(Head):
 
     step: Tensor
 
-    required_fields = ("dp_boxes_xyxy",)
+    required_fields = predict_fields = ("dp_boxes_xyxy",)
+    no_flip = "a mirrored body needs the symmetry table, which is not part of IndiCLIP"
     embeds_images = embeds_text = False
 
     def __init__(
@@ -87,8 +90,9 @@ class DensePose(Head):
         coarse_weight: float = 5.0,
         part_weight: float = 1.0,
         uv_weight: float = 5.0,
+        name: str | None = None,
     ) -> None:
-        super().__init__(task, weight)
+        super().__init__(task, weight, name)
         if coarse_classes not in (2, 15):
             raise ValueError(f"heads.densepose.coarse_classes: {coarse_classes}; expected 2 (person or not) or 15")
         if not 0 <= box_jitter <= MAX_JITTER:
@@ -115,37 +119,43 @@ class DensePose(Head):
         self.charts.bias = nn.Parameter(0.5 * is_uv)  # U and V in the middle of their range
         self.metric = SurfaceMetric()
 
-    def forward(self, features: Features, boxes: list[Tensor]) -> Charts:
-        """Maps of the windows at `boxes`, one tensor (Q, 4) per image in pixels."""
+    def forward(self, features: Features, windows_R4: Tensor, image_R: Tensor) -> Charts:
+        """Maps of windows, in pixels of the images that `image_R` numbers."""
         map_BDHW, mask_BHW = features.map()
         fine_BCHW = F.relu(self.norm(self.fine(map_BDHW)))
         if features.valid_BN is not None:
             fine_BCHW = _extend(fine_BCHW, mask_BHW, self.upscale)
         scale = self.upscale / features.stride
         # In float32: pixel coordinates in bfloat16 would be off by whole patches.
-        x_RChw = roi_align(fine_BCHW.float(), boxes, self.roi_size, scale, sampling_ratio=2, aligned=True)
+        rois_R5 = torch.cat([image_R[:, None], windows_R4], 1)
+        x_RChw = roi_align(fine_BCHW.float(), rois_R5, self.roi_size, scale, sampling_ratio=2, aligned=True)
         x_RChw = x_RChw.to(fine_BCHW.dtype) + self.position_CHW
         x_RChw = x_RChw.contiguous(memory_format=torch.channels_last)
         for conv in self.convs:
             x_RChw = F.relu(conv(x_RChw))
         return Charts.split(self.charts(x_RChw).float(), self.coarse_classes)
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
+    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
         """`coarse`, `part`, `u`, `v`; zero, with zero gradients, where nothing is annotated.
 
         A batch without people needs no special case: convolutions of no windows have gradients, zeros.
         """
-        windows = _boxes(batch, features.tokens_BND.device)
+        boxes = self.target(batch, "dp_boxes_xyxy")
+        size_R2 = on_device(batch["images"]["sizes_hw"], boxes.values.device)[boxes.image_R]
+        windows_R4 = _inside(boxes.values.float(), size_R2)
         if self.training and self.box_jitter:
-            windows = jitter(windows, batch["images"]["sizes_hw"], self.box_jitter, self.step)
+            windows_R4 = jitter(windows_R4, size_R2, self.box_jitter, self.step)
             self.step += 1
-        people = People.of(batch["targets"], windows, self.roi_size * 2)
-        losses = chart_losses(self(features, people.windows), people)
-        return {name: self.loss_weights[name] * loss for name, loss in losses.items()}
+        people = People.of(batch["targets"], windows_R4, size_R2, self.roi_size * 2)
+        losses = chart_losses(self(features, windows_R4, boxes.image_R), people)
+        return Losses({name: self.loss_weights[name] * loss for name, loss in losses.items()})
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`surfaces` of the ground-truth boxes."""
-        return self.surfaces(features, _boxes(batch, features.tokens_BND.device))
+        boxes = self.target(batch, "dp_boxes_xyxy")
+        size_R2 = on_device(batch["images"]["sizes_hw"], boxes.values.device)[boxes.image_R]
+        windows_R4 = _inside(boxes.values.float(), size_R2)
+        return self.surfaces(features, list(torch.split(windows_R4, boxes.counts)))
 
     def surfaces(self, features: Features, boxes: list[Tensor]) -> list[dict[str, Any]]:
         """The surface of each person.
@@ -159,7 +169,8 @@ class DensePose(Head):
             with 0 off the person, `uv` (Q, 2, h, w) in [0, 1] of that part. `paste` lays them into the image.
         """
         counts = [len(boxes_Q4) for boxes_Q4 in boxes]
-        charts = self(features, boxes).doubled()
+        image_R = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(boxes[0].device)
+        charts = self(features, torch.cat(boxes), image_R).doubled()
         decoded = [torch.split(value, counts) for value in charts.decode()]
         names = ("scores", "mask_probs", "part", "uv")
         return [
@@ -167,14 +178,13 @@ class DensePose(Head):
             for boxes_Q4, *values in zip(boxes, *decoded, strict=True)
         ]
 
-    def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
+    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
         assert isinstance(self.metric, SurfaceMetric)
-        targets = batch["targets"]
         for i, prediction in enumerate(predictions):
-            self.metric.update(prediction, {name: values[i] for name, values in targets.items()})
+            self.metric.update(prediction, targets_of(batch, i))
 
     def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
     ) -> tuple[np.ndarray, str]:
         """Predicted surfaces on the left, annotated points on the right; a part's colour is darker where U is small
         and paler where V is large.
@@ -234,7 +244,6 @@ class People:
     """The annotations of a batch, relative to R windows.
 
     Attributes:
-        windows: Per image (Q, 4) in pixels.
         coarse_Rhw: Mask class of each cell, -1 where unknown.
         person_S: Window of each point.
         xy_S2: Its place in the window; outside of [0, 1] where a jittered window does not hold it.
@@ -242,7 +251,6 @@ class People:
         uv_S2: In [0, 1].
     """
 
-    windows: list[Tensor]
     coarse_Rhw: Tensor
     person_S: Tensor
     xy_S2: Tensor
@@ -250,17 +258,22 @@ class People:
     uv_S2: Tensor
 
     @classmethod
-    def of(cls, targets: dict[str, list[Any]], windows: list[Tensor], size: int) -> People:
-        """Collect a batch, given one window per person; `size` is the number of cells along its side."""
-        images = [{name: values[i] for name, values in targets.items()} for i in range(len(windows))]
-        device = windows[0].device
-        coarse, points, first = [], [], 0
-        for target, windows_Q4 in zip(images, windows, strict=True):
-            coarse.append(coarse_targets(target.get("dp_masks"), windows_Q4, size))
-            xy_S2, person_S, part_S, uv_S2 = _points(target, device)
-            points.append((person_S + first, to_window(xy_S2, windows_Q4[person_S]), part_S, uv_S2))
-            first += len(windows_Q4)
-        return cls(windows, torch.cat(coarse), *(torch.cat(values) for values in zip(*points, strict=True)))
+    def of(cls, targets: dict[str, Any], windows_R4: Tensor, size_R2: Tensor, size: int) -> People:
+        """Collect a batch, given one window per person.
+
+        Args:
+            targets: The batch's.
+            windows_R4: In pixels.
+            size_R2: Height and width of each one's image.
+            size: Number of cells along the side of a window.
+        """
+        masks = targets.get("dp_masks")
+        coarse_Rhw = coarse_targets(None if masks is None else masks.values, windows_R4, size, size_R2)
+        if masks is not None and not all(masks.known):
+            coarse_Rhw = torch.where(masks.known_B[masks.image_R][:, None, None], coarse_Rhw, -1)
+        values = {name: rows.values for name, rows in targets.items() if isinstance(rows, Rows)}
+        xy_S2, person_S, part_S, uv_S2 = _points(values, windows_R4.device)
+        return cls(coarse_Rhw, person_S, to_window(xy_S2, windows_R4[person_S]), part_S, uv_S2)
 
 
 def chart_losses(charts: Charts, people: People) -> dict[str, Tensor]:
@@ -315,36 +328,38 @@ def read_at(maps_RChw: Tensor, person_S: Tensor, xy_S2: Tensor) -> Tensor:
     return upper_SC * (1 - dy_S1) + lower_SC * dy_S1
 
 
-def coarse_targets(masks_QHW: Tensor | None, boxes_Q4: Tensor, size: int) -> Tensor:
-    """int64 (Q, size, size): the mask's class at the pixel under each cell's centre; -1 all over without masks."""
-    if masks_QHW is None:
-        return torch.full((len(boxes_Q4), size, size), -1, device=boxes_Q4.device)
-    H, W = masks_QHW.shape[-2:]
-    centres_w = (torch.arange(size, device=boxes_Q4.device) + 0.5) / size
-    low_Q2, sides_Q2 = boxes_Q4[:, :2, None], (boxes_Q4[:, 2:] - boxes_Q4[:, :2])[..., None]
-    x_Qw, y_Qw = (low_Q2 + sides_Q2 * centres_w).long().unbind(1)
-    person_Q11 = torch.arange(len(boxes_Q4), device=boxes_Q4.device)[:, None, None]
-    masks_QHW = masks_QHW.to(boxes_Q4.device)
-    return masks_QHW[person_Q11, y_Qw.clamp(0, H - 1)[:, :, None], x_Qw.clamp(0, W - 1)[:, None]].long()
+def coarse_targets(masks_RHW: Tensor | None, boxes_R4: Tensor, size: int, size_R2: Tensor) -> Tensor:
+    """int64 (R, size, size): the mask's class at the pixel under each cell's centre; -1 all over without masks.
+
+    Args:
+        masks_RHW: One for each box; may be padded.
+        boxes_R4: In pixels.
+        size: Number of cells along a side.
+        size_R2: Height and width of each one's image.
+    """
+    if masks_RHW is None:
+        return torch.full((len(boxes_R4), size, size), -1, device=boxes_R4.device)
+    centres_w = (torch.arange(size, device=boxes_R4.device) + 0.5) / size
+    low_R2, sides_R2 = boxes_R4[:, :2, None], (boxes_R4[:, 2:] - boxes_R4[:, :2])[..., None]
+    pixels_R2w = (low_R2 + sides_R2 * centres_w).long().clamp(min=0)
+    x_Rw, y_Rw = torch.minimum(pixels_R2w, size_R2.flip(-1)[..., None] - 1).unbind(1)
+    person_R11 = torch.arange(len(boxes_R4), device=boxes_R4.device)[:, None, None]
+    return masks_RHW[person_R11, y_Rw[:, :, None], x_Rw[:, None]].long()
 
 
-def jitter(boxes: list[Tensor], sizes_hw: list[tuple[int, int]], amount: float, step: Tensor) -> list[Tensor]:
-    """Move each side of each box by up to `amount` of the box's size, within the image.
+def jitter(boxes_R4: Tensor, size_R2: Tensor, amount: float, step: Tensor) -> Tensor:
+    """Move each side of each box by up to `amount` of the box's size, within its image of height and width `size_R2`.
 
     The moves are a low-discrepancy sequence (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences";
     additive recurrence with powers of the root of x^5 = x + 1), a function of the step and the box's number: a resumed
     run moves as the uninterrupted one would, which global random numbers do not give.
     """
     # Fractions as whole numbers of 2 ** -24: exact at any step, on devices without float64 too.
-    powers_4 = torch.tensor([round(1.1673039782614187**-n * 2**24) for n in range(1, 5)], device=step.device)
-    moved, first = [], 0
-    for boxes_Q4, (height, width) in zip(boxes, sizes_hw, strict=True):
-        number_Q = torch.arange(first, first + len(boxes_Q4), device=step.device) + step * 1009
-        move_Q4 = ((number_Q[:, None] * powers_4 % 2**24).to(boxes_Q4) / 2**23 - 1) * amount
-        sides_Q2 = boxes_Q4[:, 2:] - boxes_Q4[:, :2]
-        moved.append(_inside(boxes_Q4 + move_Q4 * sides_Q2.repeat(1, 2), height, width))
-        first += len(boxes_Q4)
-    return moved
+    powers_4 = on_device([round(1.1673039782614187**-n * 2**24) for n in range(1, 5)], step.device)
+    number_R = torch.arange(len(boxes_R4), device=step.device) + step * 1009
+    move_R4 = ((number_R[:, None] * powers_4 % 2**24).to(boxes_R4) / 2**23 - 1) * amount
+    sides_R2 = boxes_R4[:, 2:] - boxes_R4[:, :2]
+    return _inside(boxes_R4 + move_R4 * sides_R2.repeat(1, 2), size_R2)
 
 
 def paste(prediction: dict[str, Any], size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -457,7 +472,8 @@ def _mask_iou(part_Qhw: Tensor, masks_QHW: Tensor | None, boxes_Q4: Tensor) -> T
     """Overlap of each person's predicted and annotated mask, (Q,), or (0,) without masks."""
     if masks_QHW is None or not len(boxes_Q4):
         return boxes_Q4.new_zeros(0)
-    truth_Qhw = coarse_targets(masks_QHW, boxes_Q4, part_Qhw.shape[-1]) > 0
+    size_Q2 = torch.tensor([masks_QHW.shape[1:]] * len(boxes_Q4), device=boxes_Q4.device)
+    truth_Qhw = coarse_targets(masks_QHW, boxes_Q4, part_Qhw.shape[-1], size_Q2) > 0
     both, either = truth_Qhw & (part_Qhw > 0), truth_Qhw | (part_Qhw > 0)
     return both.sum((1, 2)) / either.sum((1, 2)).clamp(min=1)
 
@@ -472,30 +488,19 @@ def _read(prediction: dict[str, Any], xy_S2: Tensor, person_S: Tensor) -> tuple[
 
 
 def _points(target: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Place (S, 2), person (S,), part (S,) and (U, V) (S, 2) of an image's points; S is 0 where it has none."""
+    """Place (S, 2), person (S,), part (S,) and (U, V) (S, 2) of the points; S is 0 where there are none."""
     values = [target.get(name) for name in ("dp_points_xy", "dp_person", "dp_part", "dp_uv")]
     if any(value is None for value in values):
-        values = [torch.zeros(0, 2), torch.zeros(0), torch.zeros(0), torch.zeros(0, 2)]
-    xy_S2, person_S, part_S, uv_S2 = (value.to(device) for value in values if value is not None)
+        values = [torch.zeros(0, *shape) for shape in ((2,), (), (), (2,))]
+    xy_S2, person_S, part_S, uv_S2 = (value.to(device, non_blocking=True) for value in values if value is not None)
     return xy_S2.float(), person_S.long(), part_S.long(), uv_S2.float()
 
 
-def _boxes(batch: Batch, device: torch.device) -> list[Tensor]:
-    """The people's boxes of each image, inside it and at least a pixel wide and high."""
-    sizes_hw = batch["images"]["sizes_hw"]
-    boxes = batch["targets"].get("dp_boxes_xyxy") or [None] * len(sizes_hw)
-    none = torch.zeros(0, 4, device=device)
-    return [
-        none if own is None else _inside(own.to(device).float(), height, width)
-        for own, (height, width) in zip(boxes, sizes_hw, strict=True)
-    ]
-
-
-def _inside(boxes_Q4: Tensor, height: int, width: int) -> Tensor:
-    """Boxes cut to the image; what an augmentation pushed out of it keeps one pixel."""
-    size_2 = boxes_Q4.new_tensor([width, height])
-    low_Q2 = torch.minimum(boxes_Q4[:, :2].clamp(min=0), size_2 - 1)
-    return torch.cat([low_Q2, torch.maximum(torch.minimum(boxes_Q4[:, 2:], size_2), low_Q2 + 1)], 1)
+def _inside(boxes_R4: Tensor, size_R2: Tensor) -> Tensor:
+    """Boxes cut to their images (height, width); what an augmentation pushed out of one keeps one pixel."""
+    size_R2 = size_R2.flip(-1).to(boxes_R4.dtype)
+    low_R2 = torch.minimum(boxes_R4[:, :2].clamp(min=0), size_R2 - 1)
+    return torch.cat([low_R2, torch.maximum(torch.minimum(boxes_R4[:, 2:], size_R2), low_R2 + 1)], 1)
 
 
 def _extend(fine_BCHW: Tensor, mask_BHW: Tensor, upscale: int) -> Tensor:

@@ -6,12 +6,13 @@ a box, and how central the cell is in it. What differs from torchvision's FCOS: 
 whatever lies beside it in the batch (norms are over channels alone, cells outside an image are zero before every
 convolution and count nowhere), and nothing waits for the GPU in training.
 
-Shape letters: see `indiclip.types`; A cells of all scales, C classes, M boxes of an image.
+Shape letters: see `indiclip.types`; A cells of all scales, C classes, R boxes of a batch, M boxes of an image.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,8 +27,8 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 from torchvision import ops
 
-from indiclip.head import Head
-from indiclip.types import Batch, Features
+from indiclip.head import Datasets, Head, Losses, classes_of, same_classes
+from indiclip.types import Batch, Features, Rows, class_names, on_device
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
@@ -36,6 +37,7 @@ _SCALES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 _PRIOR = 0.01  # first score of every class, so that the many empty cells do not swamp the first steps (focal loss)
 _DRAWN_SCORE = 0.3  # detections below are left out of pictures,
 _DRAWN_OVERLAP = 0.5  # and those that overlap a better one of any class more than this (IoU)
+_TINY = 1e-7  # no division by zero
 _ABSENT = -1.0  # what COCO's evaluation says where there is no such object
 
 
@@ -43,7 +45,7 @@ class Detection(Head):
     """Boxes with classes.
 
     Args:
-        num_classes: Number of classes, background not counted.
+        num_classes: Number of classes, background not counted: all that the dataset has.
         task: Which batch it reads.
         weight: Factor of its losses.
         out_channels: Width of the pyramid and of the towers.
@@ -56,9 +58,12 @@ class Detection(Head):
         nms_thresh: Of two boxes of a class that overlap more than this (IoU), the better one is kept.
         detections_per_image: Most boxes per image; COCO counts 100.
         topk: Most candidates per image before overlapping ones are removed.
+        classes: Instead of `num_classes`, the names of some of the dataset's classes, in any order: objects of the
+            others are background.
+        name: See `Head`.
 
     Raises:
-        ValueError: `scales` is no such list.
+        ValueError: `scales` is no such list, or not one of `num_classes` and `classes` is given.
     """
 
     metric: DetectionMetric
@@ -67,7 +72,7 @@ class Detection(Head):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         task: str = "detection",
         weight: float = 1.0,
         out_channels: int = 256,
@@ -79,8 +84,12 @@ class Detection(Head):
         nms_thresh: float = 0.6,
         detections_per_image: int = 100,
         topk: int = 1000,
+        classes: list[str] | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(task, weight)
+        super().__init__(task, weight, name)
+        if (num_classes is None) == (not classes):
+            raise ValueError(f"heads.{self.name}: give one of num_classes and classes")
         self.scales = [2.0, 1.0, 0.5] if scales is None else [float(scale) for scale in scales]
         if (
             not self.scales
@@ -90,25 +99,47 @@ class Detection(Head):
             raise ValueError(
                 f"heads.detection.scales: {scales}; expected some of {list(_SCALES)}, each half of the one before"
             )
-        self.num_classes, self.out_channels, self.num_convs = num_classes, out_channels, num_convs
+        self.num_classes, self.out_channels, self.num_convs = num_classes or len(classes or ()), out_channels, num_convs
         self.reach, self.center_sampling_radius = reach, center_sampling_radius
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_image, self.topk = detections_per_image, topk
-        self.class_names: list[str] = [str(label) for label in range(num_classes)]
+        self.classes = classes
 
     def bind(self, encoder: Encoder) -> None:
         self.pyramid = Pyramid(encoder.backbone.width, self.out_channels, self.scales)
         self.towers = FCOSHead(self.out_channels, self.num_convs, self.num_classes)
         self.metric = DetectionMetric()
 
-    def check(self, dataset: Any) -> None:
-        names = list(getattr(dataset, "classes", None) or [])
-        if len(names) != self.num_classes:
-            raise ValueError(
-                f"heads.detection.num_classes: found {self.num_classes}, expected {len(names)}, the number of classes "
-                f"of {type(dataset).__name__}"
-            )
-        self.class_names = names
+    def check(self, train: Datasets, held_out: Datasets) -> None:
+        datasets = {**train, **held_out}
+        same_classes(self.task, datasets)
+        for dataset in datasets.values():
+            self._numbers(classes_of(dataset), type(dataset).__name__)
+
+    def _numbers(self, names: Sequence[str], source: str) -> list[int]:
+        """The head's number of each of a source's classes, -1 for those that it does not detect."""
+        if self.classes is None:
+            if len(names) != self.num_classes:
+                raise ValueError(
+                    f"heads.{self.name}.num_classes: found {self.num_classes}, expected {len(names)}, the number of "
+                    f"classes of {source}"
+                )
+            return list(range(self.num_classes))
+        for name in self.classes:
+            if name not in names:
+                raise ValueError(f"heads.{self.name}.classes: {name!r} is none of the {len(names)} classes of {source}")
+        return [self.classes.index(name) if name in self.classes else -1 for name in names]
+
+    def _truth(self, batch: Batch) -> tuple[Rows, Tensor, Tensor]:
+        """Boxes, their classes in the head's numbers and whether each is a crowd, (R,)."""
+        boxes, classes_R = self.target(batch, "boxes_xyxy"), self.target(batch, "classes").values
+        crowd = batch["targets"].get("crowd")
+        crowd_R = torch.zeros_like(classes_R, dtype=torch.bool) if crowd is None else crowd.values
+        if self.classes is not None or "origin" in batch:
+            number_C = self._numbers(class_names(batch), f"the source of task {self.task!r}")
+            if self.classes is not None:
+                classes_R = on_device(number_C, classes_R.device)[classes_R]
+        return boxes, classes_R, crowd_R
 
     def forward(self, features: Features) -> tuple[FCOSOutputs, Locations]:
         """The outputs of the cells of all scales, and where these lie."""
@@ -119,14 +150,12 @@ class Detection(Head):
         strides = [features.stride / scale for scale in self.scales]
         return outputs, make_locations(sizes_hw, strides, self.reach, map_BDHW.device)
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
+    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
         outputs, locations = self(features)
-        assigned = [
-            assign(locations, boxes_M4, classes_M, crowd_M, self.center_sampling_radius)
-            for boxes_M4, classes_M, crowd_M in _targets(batch, locations.centres_A2.device)
-        ]
-        classes_BA, ltrb_BA4, ignored_BA = (torch.stack(parts) for parts in zip(*assigned, strict=True))
-        return fcos_losses(outputs, classes_BA, ltrb_BA4, ignored_BA)
+        boxes, classes_R, crowd_R = self._truth(batch)
+        radius = self.center_sampling_radius
+        assigned = assign(locations, boxes.values.float(), classes_R, crowd_R, boxes.index_BM, radius)
+        return Losses(fcos_losses(outputs, *assigned))
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`boxes_xyxy` (K, 4) in resized pixels, `scores` (K,) in 0..1, best first, and `labels` (K,)."""
@@ -152,27 +181,31 @@ class Detection(Head):
         best_K = ops.batched_nms(boxes_K4, scores_K, labels_K, self.nms_thresh)[: self.detections_per_image]
         return {"boxes_xyxy": boxes_K4[best_K], "scores": scores_K[best_K], "labels": labels_K[best_K]}
 
-    def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
-        device = predictions[0]["scores"].device
-        for prediction, target, scale_hw in zip(
-            predictions, _targets(batch, device), batch["images"]["scale"], strict=True
-        ):
-            self.metric.update_image(prediction, target, scale_hw)
+    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+        boxes, classes_R, crowd_R = self._truth(batch)
+        for i, (prediction, scale_hw) in enumerate(zip(predictions, batch["images"]["scale"], strict=True)):
+            rows = boxes.rows_of(i)
+            own_M = classes_R[rows] >= 0
+            boxes_M4, classes_M, crowd_M = (value_R[rows][own_M] for value_R in (boxes.values, classes_R, crowd_R))
+            self.metric.update_image(prediction, (boxes_M4, classes_M, crowd_M), scale_hw)
 
     def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
     ) -> tuple[np.ndarray, str]:
-        crowd_M = target.get("crowd")
-        single_M = torch.ones(len(target["classes"]), dtype=torch.bool) if crowd_M is None else ~crowd_M
-        gt_M4, gt_classes_M = target["boxes_xyxy"][single_M], target["classes"][single_M]
+        theirs = class_names or [str(label) for label in range(self.num_classes)]
+        number_C = torch.tensor(self._numbers(theirs, "the source"))
+        own = theirs if self.classes is None else self.classes
+        gt_classes_M = number_C[target["classes"]]
+        shown_M = (gt_classes_M >= 0) & ~target.get("crowd", torch.zeros_like(gt_classes_M).bool())
+        gt_M4, gt_classes_M = target["boxes_xyxy"][shown_M], gt_classes_M[shown_M]
         certain_K = prediction["scores"] >= _DRAWN_SCORE
         boxes_K4, scores_K, labels_K = (prediction[name][certain_K] for name in ("boxes_xyxy", "scores", "labels"))
         best_K = ops.nms(boxes_K4, scores_K, _DRAWN_OVERLAP)
         boxes_K4, scores_K, labels_K = boxes_K4[best_K], scores_K[best_K], labels_K[best_K]
         hits = sum(hits_at_half(boxes_K4, labels_K, gt_M4, gt_classes_M))
-        words = [f"{self.class_names[k]} {s:.2f}" for k, s in zip(labels_K.tolist(), scores_K.tolist(), strict=True)]
+        words = [f"{own[k]} {s:.2f}" for k, s in zip(labels_K.tolist(), scores_K.tolist(), strict=True)]
         picture = draw_boxes(image_HW3, [(gt_M4, None, "#ffffff"), (boxes_K4, words, "#ff3d7f")])
-        present = [self.class_names[k] for k in gt_classes_M.tolist()]
+        present = [own[k] for k in gt_classes_M.tolist()]
         return picture, (
             f"{hits} of {len(present)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
             f"white is the truth: {', '.join(sorted(present)) or 'nothing'}"
@@ -291,11 +324,14 @@ class Locations:
     strides_A: Tensor
     reach_A2: Tensor
 
-    def ltrb(self, boxes_M4: Tensor) -> Tensor:
-        """Distances (A, M, 4) from every cell's centre to every box's sides, in strides; positive inside."""
-        low_AM2 = self.centres_A2[:, None] - boxes_M4[None, :, :2]
-        high_AM2 = boxes_M4[None, :, 2:] - self.centres_A2[:, None]
-        return torch.cat([low_AM2, high_AM2], -1) / self.strides_A[:, None, None]
+    def ltrb(self, boxes_XA4: Tensor) -> Tensor:
+        """Distances (X, A, 4) from every cell's centre to a box's sides, in strides; positive inside.
+
+        Args:
+            boxes_XA4: A box for each cell, or (X, 1, 4), one for all of them.
+        """
+        low_XA2, high_XA2 = self.centres_A2 - boxes_XA4[..., :2], boxes_XA4[..., 2:] - self.centres_A2
+        return torch.cat([low_XA2, high_XA2], -1) / self.strides_A[:, None]
 
     def boxes(self, ltrb_A4: Tensor) -> Tensor:
         """The inverse: one box (x1, y1, x2, y2) per cell."""
@@ -315,34 +351,44 @@ def make_locations(
         all_strides.append(torch.full((rows * columns,), stride, device=device))
         least = reach * strides[level - 1] / stride if level else 0.0
         most = reach if level < len(strides) - 1 else math.inf
-        limits.append(torch.tensor([least, most], device=device).expand(rows * columns, 2))
+        limits.append(torch.stack([torch.full_like(all_strides[-1], limit) for limit in (least, most)], 1))
     return Locations(torch.cat(centres), torch.cat(all_strides), torch.cat(limits))
 
 
 def assign(
-    locations: Locations, boxes_M4: Tensor, classes_M: Tensor, crowd_M: Tensor, radius: float
+    locations: Locations, boxes_R4: Tensor, classes_R: Tensor, crowd_R: Tensor, index_BM: Tensor, radius: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which box every cell of an image answers for: the smallest whose centre is near and whose size suits.
+    """Which box every cell of each image answers for: the smallest whose centre is near and whose size suits.
+
+    Args:
+        locations: The cells, the same for all images.
+        boxes_R4: The boxes of all images.
+        classes_R: -1 for those that are background.
+        crowd_R: Whether each is a crowd.
+        index_BM: The boxes of each image, R where there is none, see `Rows`.
+        radius: How near, in strides.
 
     Returns:
-        `(classes_A, ltrb_A4, ignored_A)`: class, -1 for background; distances to the box's sides (1 for background);
+        `(classes_BA, ltrb_BA4, ignored_BA)`: class, -1 for background; distances to the box's sides (1 for background);
         whether the cell lies in a crowd and so is neither.
     """
-    ltrb_AM4 = locations.ltrb(boxes_M4)
-    inside_AM = ltrb_AM4.amin(-1) > 0
-    off_centre_AM = (ltrb_AM4[..., :2] - ltrb_AM4[..., 2:]).abs().amax(-1) / 2
-    furthest_AM = ltrb_AM4.amax(-1)
-    suits_AM = (furthest_AM > locations.reach_A2[:, :1]) & (furthest_AM <= locations.reach_A2[:, 1:])
-    match_AM = inside_AM & suits_AM & (off_centre_AM < radius) & ~crowd_M
-    area_M = (boxes_M4[:, 2:] - boxes_M4[:, :2]).prod(-1)
-    # One column more, so that there is a smallest one without any box too.
-    area_AM = F.pad(torch.where(match_AM, area_M, torch.inf), (0, 1), value=torch.inf)
-    least_A, box_A = area_AM.min(1)
-    positive_A = least_A < torch.inf
-    classes_A = torch.where(positive_A, F.pad(classes_M, (0, 1))[box_A], -1)
-    ltrb_A4 = F.pad(ltrb_AM4, (0, 0, 0, 1), value=1.0)[torch.arange(len(box_A), device=box_A.device), box_A]
-    ignored_A = (inside_AM & crowd_M).any(1) & ~positive_A
-    return classes_A, torch.where(positive_A[:, None], ltrb_A4, 1.0), ignored_A
+    ltrb_RA4 = locations.ltrb(boxes_R4[:, None])
+    inside_RA = (ltrb_RA4.amin(-1) > 0) & (classes_R >= 0)[:, None]
+    off_centre_RA = (ltrb_RA4[..., :2] - ltrb_RA4[..., 2:]).abs().amax(-1) / 2
+    furthest_RA = ltrb_RA4.amax(-1)
+    suits_RA = (furthest_RA > locations.reach_A2[:, 0]) & (furthest_RA <= locations.reach_A2[:, 1])
+    match_RA = inside_RA & suits_RA & (off_centre_RA < radius) & ~crowd_R[:, None]
+    area_R1 = (boxes_R4[:, 2:] - boxes_R4[:, :2]).prod(-1, keepdim=True)
+    # One row more, for images with fewer boxes than the most; and one box, so that there is a smallest one without any.
+    area_RA = F.pad(torch.where(match_RA, area_R1, torch.inf), (0, 0, 0, 1), value=torch.inf)
+    index_BM = F.pad(index_BM, (0, 1), value=len(boxes_R4))
+    least_BA, place_BA = area_RA[index_BM].min(1)
+    positive_BA, box_BA = least_BA < torch.inf, index_BM.gather(1, place_BA)
+    classes_BA = torch.where(positive_BA, F.pad(classes_R, (0, 1))[box_BA], -1)
+    ltrb_BA4 = locations.ltrb(F.pad(boxes_R4, (0, 0, 0, 1))[box_BA])
+    in_crowd_RA = F.pad(inside_RA & crowd_R[:, None], (0, 0, 0, 1))
+    ignored_BA = in_crowd_RA[index_BM].any(1) & ~positive_BA
+    return classes_BA, torch.where(positive_BA[..., None], ltrb_BA4, 1.0), ignored_BA
 
 
 def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, ignored_BA: Tensor) -> dict[str, Tensor]:
@@ -356,9 +402,7 @@ def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, igno
     num_positive = positive_BA.sum().clamp(min=1)
     one_hot_BAC = F.one_hot(classes_BA + 1, outputs.logits_BAC.shape[-1] + 1)[..., 1:].to(outputs.logits_BAC.dtype)
     focal_BAC = ops.sigmoid_focal_loss(outputs.logits_BAC, one_hot_BAC)
-    # Boxes around the origin, in strides: overlap is the same at any place and size.
-    sign = outputs.ltrb_BA4.new_tensor([-1.0, -1.0, 1.0, 1.0])
-    box_BA = ops.generalized_box_iou_loss(outputs.ltrb_BA4 * sign, ltrb_BA4 * sign)
+    box_BA = giou_loss(outputs.ltrb_BA4, ltrb_BA4)
     across_BA22 = ltrb_BA4.reshape(*ltrb_BA4.shape[:2], 2, 2)  # (left, top), (right, bottom)
     centerness_BA = (across_BA22.amin(-2) / across_BA22.amax(-2)).prod(-1).sqrt()
     cross_entropy_BA = F.binary_cross_entropy_with_logits(outputs.centerness_BA, centerness_BA, reduction="none")
@@ -367,6 +411,21 @@ def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, igno
         "box": (box_BA * positive_BA).sum() / num_positive,
         "centerness": (cross_entropy_BA * positive_BA).sum() / num_positive,
     }
+
+
+def giou_loss(ltrb_BA4: Tensor, gt_ltrb_BA4: Tensor) -> Tensor:
+    """1 less the generalised IoU (Rezatofighi et al., arXiv:1902.09630) of boxes around the same point, (B, A).
+
+    In strides: overlap is the same at any place and size. torchvision's indexes by a mask, which waits for the GPU.
+    """
+
+    def area_BA(sides_BA4: Tensor) -> Tensor:
+        return (sides_BA4[..., :2] + sides_BA4[..., 2:]).prod(-1)
+
+    both_BA = area_BA(torch.minimum(ltrb_BA4, gt_ltrb_BA4))
+    either_BA = area_BA(ltrb_BA4) + area_BA(gt_ltrb_BA4) - both_BA
+    around_BA = area_BA(torch.maximum(ltrb_BA4, gt_ltrb_BA4))
+    return 1 - (both_BA / (either_BA + _TINY) - (around_BA - either_BA) / (around_BA + _TINY))
 
 
 class DetectionMetric(torchmetrics.Metric):
@@ -457,19 +516,6 @@ def draw_boxes(image_HW3: np.ndarray, layers: list[tuple[Tensor, list[str] | Non
                 canvas.rectangle(canvas.textbbox(place, words[i], font=font), fill=colour)
                 canvas.text(place, words[i], fill="#ffffff", font=font)
     return np.asarray(picture)
-
-
-def _targets(batch: Batch, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`(boxes_M4, classes_M, crowd_M)` of each image."""
-    targets, found = batch["targets"], []
-    boxes = targets.get("boxes_xyxy", [None] * len(batch["keys"]))
-    crowds = targets.get("crowd", [None] * len(batch["keys"]))
-    for i, (boxes_M4, crowd_M) in enumerate(zip(boxes, crowds, strict=True)):
-        if boxes_M4 is None:
-            raise ValueError(f"heads.detection: sample {batch['keys'][i]!r} of its task has no boxes_xyxy")
-        crowd_M = torch.zeros(len(boxes_M4), dtype=torch.bool) if crowd_M is None else crowd_M
-        found.append((boxes_M4.to(device).float(), targets["classes"][i].to(device), crowd_M.to(device)))
-    return found
 
 
 def _cells(map_BCHW: Tensor) -> Tensor:

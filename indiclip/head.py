@@ -6,17 +6,36 @@ YAML names its class.
 
 from __future__ import annotations
 
+import itertools
+import re
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torchmetrics
 from torch import Tensor, nn
 
-from indiclip.types import Batch, Features
+from indiclip.types import Batch, Features, Rows
 
 if TYPE_CHECKING:
+    from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
+
+Datasets = Mapping[str, "SampleDataset"]  # YAML key of the source, such as `data.train[0]` -> its dataset
+
+
+class Losses(NamedTuple):
+    """What a head makes of a batch in training.
+
+    Attributes:
+        terms: Scalars to be summed.
+        logged: Detached numbers that are logged beside them. Their names may differ from step to step and between
+            ranks; `<number>/<language>` is a curve in a plot of the number.
+    """
+
+    terms: dict[str, Tensor]
+    logged: Mapping[str, Tensor] = {}
 
 
 class Head(nn.Module, ABC):
@@ -26,62 +45,107 @@ class Head(nn.Module, ABC):
         task: Which of the step's batches this head reads. Heads that name the same task share one batch and its
             features.
         weight: Factor of this head's losses in the step's total.
+        name: Log prefix, `train/<name>/<loss>`; None is the file's name in `heads/`. Two heads of one class need it.
 
     Attributes:
-        name: Log prefix, `train/<name>/<loss>`: the file's name in `heads/`.
-        logged: Detached numbers of the newest `loss` that are logged beside its own and are no part of the total; empty
-            when `loss` is called. Their names may differ from step to step and between ranks; `<number>/<language>` is
-            a curve in a plot of the number.
-        metric: Its `compute()` gives a dict of numbers.
-        required_fields: Fields that every sample of its task has; checked before training.
+        metric: Its `compute()` gives a dict of numbers. Where a task has several held-out sources, each has a copy of
+            it, which stands here while `update_metric` gets a batch of that source.
+        required_fields: Fields of `Sample` that training and scoring need in every sample.
+        predict_fields: Those that `predict` needs.
+        no_flip: Why the head cannot learn from mirrored images; empty where it can.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
+
+    Raises:
+        ValueError: A name that cannot be part of a log's.
     """
 
     metric: torchmetrics.Metric
     required_fields: tuple[str, ...] = ()
+    predict_fields: tuple[str, ...] = ()
+    no_flip = ""
     embeds_images = True
     embeds_text = True
 
-    def __init__(self, task: str, weight: float) -> None:
+    def __init__(self, task: str, weight: float, name: str | None = None) -> None:
         super().__init__()
-        self.task = task
-        self.weight = weight
-        self.name = type(self).__module__.rsplit(".", 1)[-1]
-        self.logged: dict[str, Tensor] = {}
+        self.task, self.weight = task, weight
+        self.name = type(self).__module__.rsplit(".", 1)[-1] if name is None else name
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected letters, digits, _ and -")
 
     @abstractmethod
     def bind(self, encoder: Encoder) -> None:
         """Create the layers for this encoder's widths. Called once, before the optimizer sees the parameters."""
 
-    def check(self, dataset: Any) -> None:
-        """Compare the head with a dataset it will be given, before training.
+    def check(self, train: Datasets, held_out: Datasets) -> None:
+        """Compare the head with the datasets it will be trained on and scored on; changes nothing.
 
         Raises:
             ValueError: What does not fit, naming the YAML key.
         """
 
     @abstractmethod
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> dict[str, Tensor]:
-        """Scalars to be summed. Every parameter of the head gets a gradient, also for images without objects."""
+    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
+        """Every parameter of the head gets a gradient, also for images without objects. Never waits for the device."""
 
     @abstractmethod
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """One dict per image, in the resized image's pixels."""
 
     @abstractmethod
-    def update_metric(self, predictions: list[dict[str, Any]], batch: Batch) -> None:
+    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
         """Add a batch to `metric`."""
 
     def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any]
+        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
     ) -> tuple[np.ndarray, str]:
         """A held-out image with the prediction on it, and a line of text below it, for the report.
 
         Args:
             image_HW3: uint8 RGB, the resized image.
             prediction: One item of `predict`, on the CPU.
-            target: The batch's targets of this image.
+            target: The targets of this image, see `targets_of`.
+            class_names: Of the image's source.
         """
         return image_HW3, ""
+
+    def target(self, batch: Batch, name: str, every: bool = True) -> Any:
+        """A field of the batch.
+
+        Args:
+            name: In `Sample`.
+            every: Each image must have it.
+
+        Raises:
+            ValueError: The samples lack it.
+        """
+        value = batch["targets"].get(name)
+        known = value.known if isinstance(value, Rows) else [own is not None for own in value or ()]
+        if value is None or (every and not all(known)):
+            key = batch["keys"][known.index(False) if known else 0]
+            raise ValueError(f"heads.{self.name}: sample {key!r} of its task {self.task!r} has no {name}")
+        return value
+
+
+def same_classes(task: str, datasets: Datasets) -> None:
+    """Check that a class number means the same thing in all sources that have classes.
+
+    Raises:
+        ValueError: Two differ.
+    """
+    lists = {key: names for key, dataset in datasets.items() if (names := classes_of(dataset))}
+    for (key, names), (other, others) in itertools.pairwise(lists.items()):
+        if names != others:
+            place = next((i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), None)
+            apart = f"class {place} is {names[place]!r} and {others[place]!r}" if place is not None else "one is longer"
+            raise ValueError(
+                f"{other}: the sources of task {task!r} must have the same classes in the same order; {key} has "
+                f"{len(names)}, {other} has {len(others)}, {apart}"
+            )
+
+
+def classes_of(dataset: SampleDataset) -> list[str]:
+    """The names of a dataset's classes."""
+    return list(dataset.classes)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 from indiclip.encoder import Encoder
 from indiclip.head import Head
 from indiclip.optim import parameter_groups
-from indiclip.types import Batch, Features
+from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
 
@@ -82,16 +84,15 @@ class MultiTask(L.LightningModule):
         features: dict[str, Features] = {}
         self.head_losses = {}
         for head in self.each_head():
+            if head.task not in batches:
+                raise ValueError(f"model.heads: {head.name} reads the task {head.task!r}; the step has no batch of it")
             batch = batches[head.task]
             if head.task not in features:  # heads of one task share its features
                 features[head.task] = self.encoder.features(batch["images"])
-            head.logged = {}
-            losses = head.loss(features[head.task], batch, self.encoder)
-            self.head_losses[head.name] = self._weighted(
-                head, sum(losses.values(), torch.zeros((), device=self.device))
-            )
-            logged = {name: loss.detach() for name, loss in losses.items()} | head.logged
-            self.log_dict({f"train/{head.name}/{name}": value for name, value in logged.items()}, batch_size=1)
+            terms, logged = head.loss(features[head.task], batch, self.encoder)
+            self.head_losses[head.name] = self._weighted(head, sum(terms.values(), torch.zeros((), device=self.device)))
+            values = {name: loss.detach() for name, loss in terms.items()} | dict(logged)
+            self.log_dict({f"train/{head.name}/{name}": value for name, value in values.items()}, batch_size=1)
         total = sum(self.head_losses.values(), torch.zeros((), device=self.device))
         self.log("train/loss", total.detach(), batch_size=1)
         return total
@@ -104,28 +105,50 @@ class MultiTask(L.LightningModule):
         return cast(Tensor, head.weight * (torch.exp(-s) * loss + s))
 
     def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
-        """Each head's predictions, `{head: one dict per image}`."""
-        features = {task: self.encoder.features(batch["images"]) for task, batch in batches.items()}
-        return {
-            head.name: head.predict(features[head.task], batches[head.task], self.encoder)
-            for head in self.each_head()
-            if head.task in batches  # held-out sources end at different steps
-        }
+        """Each head's predictions, `{head: one dict per image}`; `head/source` where its task has several sources."""
+        return {name: predictions for name, _, predictions, _, _ in self.predictions(batches)}
+
+    def predictions(self, batches: Batches) -> Iterator[tuple[str, Head, list[dict[str, Any]], Features, Batch]]:
+        """`(name, head, predictions, features, batch)` of every head and source."""
+        for key, batch in batches.items():  # held-out sources end at different steps
+            origin = batch.get("origin", Origin(key))
+            heads = [head for head in self.each_head() if head.task == origin.task]
+            features = self.encoder.features(batch["images"]) if heads else None
+            for head in heads:
+                assert features is not None
+                name = f"{head.name}/{origin.source}" if origin.source else head.name
+                yield name, head, head.predict(features, batch, self.encoder), features, batch
+
+    def on_validation_epoch_start(self) -> None:
+        self._scored: dict[str, Metric] = {}
 
     def validation_step(self, batches: Batches, batch_idx: int) -> None:
-        predictions = self.predict_step(batches, batch_idx)
-        for head in self.each_head():
-            if head.name in predictions:
-                head.update_metric(predictions[head.name], batches[head.task])
+        for name, head, predictions, features, batch in self.predictions(batches):
+            if name not in self._scored:
+                self._scored[name] = head.metric.clone()
+            head.metric, empty = self._scored[name], head.metric
+            head.update_metric(predictions, features, batch)
+            head.metric = empty
 
     def on_validation_epoch_end(self) -> None:
-        for head in self.each_head():
+        heads = {head.name: head for head in self.each_head()}
+        for name in self._names_of_all_ranks():
             # Ranks may have got different numbers of samples, but all must take part in a metric's exchange.
-            if self.trainer.strategy.reduce_boolean_decision(bool(head.metric.update_called), all=False):
-                self.log_dict({f"val/{head.name}/{name}": value for name, value in head.metric.compute().items()})
-            head.metric.reset()
+            metric = self._scored.get(name) or heads[name.partition("/")[0]].metric.clone()
+            self.log_dict({f"val/{name}/{number}": value for number, value in metric.compute().items()})
+        self._scored.clear()
+
+    def _names_of_all_ranks(self) -> list[str]:
+        """What any rank has scored, in the same order on all of them."""
+        names = [name for name, metric in self._scored.items() if metric.update_called]
+        if self.trainer.world_size == 1:
+            return sorted(names)
+        of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(of_ranks, names)
+        return sorted(set().union(*of_ranks))
 
     test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
@@ -159,4 +182,7 @@ def _check_heads(heads: list[Head]) -> None:
     names = [head.name for head in heads]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?)")
+        raise ValueError(
+            f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?); two heads of one "
+            "class need a `name`"
+        )

@@ -7,40 +7,79 @@ Shape letters used in the whole project:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
 
 
+class Field(NamedTuple):
+    """How a field of a sample moves with its image, and how it is packed into a batch.
+
+    Kinds, what they hold, and what resizing, cropping, mirroring and turning upright do to them:
+        image: The picture, or what is said of its frame; `Transform` reads it.
+        boxes: float (M, 4), pixels. Move along; clipped by a crop, and removed by one that shows nothing of them.
+        points: float (M, 2), pixels. Move along; removed by a crop that does not show them.
+        masks: (M, height, width). Move along; nearest neighbour.
+        map: (height, width), a number per pixel. Moves along; nearest neighbour or `bilinear`.
+        rows: (M, ...), numbers that stay as they are, such as the class of each box.
+        scalar: A whole number of the whole image.
+        text: Words, or anything else that stays on the host.
+
+    In a batch, `text` is a list over the images (None where an image has none), `scalar` an int64 tensor (B,) with -1
+    for none, and all others are `Rows`.
+
+    Args:
+        kind: See above.
+        of: The field of boxes or points that it belongs to, row by row: what a crop removes goes from all of them.
+        into: The field whose rows its numbers point to (rows of `of` go with those); they are numbered anew where rows
+            are removed, and through the whole batch.
+        bilinear: How a map is resized.
+    """
+
+    kind: Literal["image", "boxes", "points", "masks", "map", "rows", "scalar", "text"]
+    of: str = ""
+    into: str = ""
+    bilinear: bool = False
+
+
 class Sample(TypedDict, total=False):
     """One example as a dataset gives it: NumPy arrays and plain values; only `image` and `key` must be there.
 
-    Coordinates are absolute pixels of `image` as stored; boxes are (x1, y1, x2, y2) with x2, y2 exclusive.
+    Coordinates are absolute pixels of `image` as stored; boxes are (x1, y1, x2, y2) with x2, y2 exclusive. This is the
+    table of all fields: a task with another kind of truth adds its line here.
     """
 
-    image: Any  # uint8 (height, width, 3), RGB; or an `EncodedImage`, which is decoded as large as it is needed
-    annotated_upright: bool  # coordinates are those of the image turned as its EXIF orientation says
-    key: str  # unique in its dataset, stable between runs
-    caption: str
-    language: str  # of `caption`: a BCP-47 code such as hi or hi-Latn
-    captions: dict[str, str]  # language -> text; `indiclip.datasets.languages` draws one of them for `caption`
-    label: int  # class of the whole image, -1 where there is none
-    boxes_xyxy: Any  # float32 (M, 4)
-    classes: Any  # int64 (M,)
-    crowd: Any  # bool (M,): the box covers a crowd, not one object
-    masks: Any  # uint8 (M, height, width)
-    points_xy: Any  # float32 (K, 2): one per object of the class that `count_class` names
-    count_class: str
-    count_label: int
+    # uint8 (height, width, 3), RGB; or an `EncodedImage`, which is decoded as large as it is needed
+    image: Annotated[Any, Field("image")]
+    annotated_upright: Annotated[bool, Field("image")]  # coordinates are of the image turned as its EXIF says
+    key: Annotated[str, Field("text")]  # unique in its dataset, stable between runs
+    caption: Annotated[str, Field("text")]
+    language: Annotated[str, Field("text")]  # of `caption`: a BCP-47 code such as hi or hi-Latn
+    # language ("" where it is unknown) -> texts; `indiclip.datasets.languages` draws one of them for `caption`
+    captions: Annotated[dict[str, list[str]], Field("text")]
+    label: Annotated[int, Field("scalar")]  # class of the whole image, -1 where there is none
+    boxes_xyxy: Annotated[Any, Field("boxes")]  # float32 (M, 4)
+    classes: Annotated[Any, Field("rows", of="boxes_xyxy")]  # int64 (M,)
+    crowd: Annotated[Any, Field("rows", of="boxes_xyxy")]  # bool (M,): the box covers a crowd, not one object
+    masks: Annotated[Any, Field("masks", of="boxes_xyxy")]  # uint8 (M, height, width)
+    points_xy: Annotated[Any, Field("points")]  # float32 (K, 2): one per object of the class that `count_class` names
+    count_class: Annotated[str, Field("text")]
+    count_label: Annotated[int, Field("scalar")]
     # DensePose: Q annotated people and S annotated points of all of them.
-    dp_boxes_xyxy: Any  # float32 (Q, 4)
-    dp_masks: Any  # uint8 (Q, height, width): 1 on the body
-    dp_points_xy: Any  # float32 (S, 2)
-    dp_person: Any  # int64 (S,): index of the person
-    dp_part: Any  # int64 (S,): 1..24
-    dp_uv: Any  # float32 (S, 2) in [0, 1]
+    dp_boxes_xyxy: Annotated[Any, Field("boxes")]  # float32 (Q, 4)
+    dp_masks: Annotated[Any, Field("masks", of="dp_boxes_xyxy")]  # uint8 (Q, height, width): 1 on the body
+    dp_points_xy: Annotated[Any, Field("points")]  # float32 (S, 2)
+    dp_person: Annotated[Any, Field("rows", of="dp_points_xy", into="dp_boxes_xyxy")]  # int64 (S,): which person
+    dp_part: Annotated[Any, Field("rows", of="dp_points_xy")]  # int64 (S,): 1..24
+    dp_uv: Annotated[Any, Field("rows", of="dp_points_xy")]  # float32 (S, 2) in [0, 1]
+
+
+FIELDS: dict[str, Field] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Sample, include_extras=True).items()
+}
 
 
 class Images(TypedDict):
@@ -63,13 +102,103 @@ class Quarantined(NamedTuple):
     reason: str
 
 
+class Rows:
+    """A field of a batch: its rows, image after image, packed on the host and moved to the device at once.
+
+    A map has one row per image that has it. Masks and maps are padded with zeros to the largest of the batch.
+
+    Attributes:
+        values: (R, ...).
+        image_R: int64, the image that each row is of.
+        counts: Rows of each image; on the host, as all that follows.
+        known: Whether each image has the field. Where it has not, but other fields of the same list, its rows are
+            zeros.
+        on_host: `values` before they were moved.
+    """
+
+    def __init__(self, values: Tensor, image_R: Tensor, counts: list[int], known: list[bool]) -> None:
+        self.values, self.image_R, self.counts, self.known = values, image_R, counts, known
+        self.on_host = values
+
+    def to(self, device: torch.device | str) -> Rows:
+        """On the device, without waiting for it."""
+        values, image_R = (part.to(device, non_blocking=True) for part in (self.values, self.image_R))
+        moved = Rows(values, image_R, self.counts, self.known)
+        moved.on_host = self.on_host
+        return moved
+
+    def pin_memory(self) -> Rows:
+        return Rows(self.values.pin_memory(), self.image_R.pin_memory(), self.counts, self.known)
+
+    @property
+    def known_B(self) -> Tensor:
+        """`known` on the device."""
+        return on_device(self.known, self.values.device)
+
+    @property
+    def index_BM(self) -> Tensor:
+        """The row numbers of each image on the device; R where an image has fewer than the most."""
+        counts_B1 = torch.tensor(self.counts)[:, None]
+        place_M = torch.arange(max(self.counts))
+        index_BM = torch.where(place_M < counts_B1, counts_B1.cumsum(0) - counts_B1 + place_M, sum(self.counts))
+        return index_BM.to(self.values.device, non_blocking=True)
+
+    def rows_of(self, image: int) -> slice:
+        """Where an image's rows lie."""
+        first = sum(self.counts[:image])
+        return slice(first, first + self.counts[image])
+
+
+class Origin:
+    """Where the samples of a batch come from.
+
+    Not a tuple or dataclass, because those are gone through item by item on the way to the device.
+
+    Attributes:
+        task: Whose batch it is.
+        source: The name of the one source it is from, where the task has several held-out ones; else empty.
+        classes: The names of the classes that `label` and `classes` number; empty where there are none.
+    """
+
+    def __init__(self, task: str, source: str = "", classes: Sequence[str] = ()) -> None:
+        self.task, self.source, self.classes = task, source, classes
+
+
 class Batch(TypedDict):
     """The examples of one task in one step. A TypedDict, because `pin_memory` leaves dataclasses untouched."""
 
     images: Images
-    targets: dict[str, list[Any]]  # the fields of Sample, a list over the images each, in resized pixels
+    targets: dict[str, Any]  # the fields of Sample in resized pixels, see `Field`
     keys: list[str]
+    origin: NotRequired[Origin]
     quarantined: NotRequired[list[Quarantined]]  # found unreadable while the step was put together
+
+
+def class_names(batch: Batch) -> Sequence[str]:
+    """Of the batch's source; empty where they are unknown."""
+    return batch["origin"].classes if "origin" in batch else ()
+
+
+def on_device(numbers: Any, device: torch.device) -> Tensor:
+    """Plain numbers as a tensor, without waiting for the device, as `torch.tensor(numbers, device=device)` does."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
+def targets_of(batch: Batch, image: int) -> dict[str, Any]:
+    """The targets of one image, as its sample had them; without those that it has not."""
+    found: dict[str, Any] = {}
+    height, width = batch["images"]["sizes_hw"][image]
+    for name, value in batch["targets"].items():
+        if not isinstance(value, Rows):
+            found[name] = value[image]
+        elif value.known[image]:
+            field, rows = FIELDS[name], value.values[value.rows_of(image)]
+            if field.kind in ("masks", "map"):
+                rows = rows[:, :height, :width]
+            if field.into:
+                rows = rows - batch["targets"][field.into].rows_of(image).start
+            found[name] = rows[0] if field.kind == "map" else rows
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass

@@ -23,11 +23,11 @@ def test_language_columns_are_told_by_their_codes(build):
     dataset = build()
     assert dataset.languages == ["en", "hi"]
     assert [dataset.key(i) for i in range(2)] == ["b.png", "a.png"]
-    assert dataset.captions(0) == {"en": "bird", "hi": "चिड़िया"}
+    assert dataset.captions(0) == {"en": ["bird"], "hi": ["चिड़िया"]}
 
 
 def test_empty_cells_are_no_captions_and_quotes_in_a_tsv_are_quotes(build):
-    assert build().captions(1) == {"en": 'a "quoted" ant'}
+    assert build().captions(1) == {"en": ['a "quoted" ant']}
     assert build()[1]["captions"] == {"en": 'a "quoted" ant'}
     assert build()[0].keys() == {"image", "key", "captions"}
 

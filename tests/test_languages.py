@@ -5,8 +5,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.languages import CODE, draw_caption
 from indiclip.datasets.split import Split
 from indiclip.loading.data_module import MultiTaskData
@@ -18,7 +18,7 @@ LANGUAGES = ("en", "hi", "ta", "sat-Olck")
 WITHOUT = {"sat-Olck": 3, "ta": 5}  # every so-manieth image lacks a caption in it
 
 
-class Captioned(Dataset):
+class Captioned(SampleDataset):
     """Images with captions in four languages; some of them lack one, image 7 has none but a caption of its own."""
 
     def __init__(self, size=30):

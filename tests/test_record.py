@@ -6,10 +6,10 @@ import sys
 
 import lightning as L
 from helpers import tiny_encoder
-from torch.utils.data import Dataset
 
 from heads.contrastive import Contrastive
 from indiclip import json_lines
+from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela import Mela
 from indiclip.images import UnreadableSample
 from indiclip.loading.data_module import MultiTaskData
@@ -20,11 +20,14 @@ from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.record import RunRecord, read_history
 
 
-class SomeBroken(Dataset):
+class SomeBroken(SampleDataset):
     """Every fourth sample is unreadable."""
 
     def __len__(self):
         return 16
+
+    def key(self, index):
+        return f"shard/{index:04}<b>"
 
     def __getitem__(self, index):
         if index % 4 == 0:

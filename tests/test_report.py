@@ -6,13 +6,13 @@ from indiclip.evals.pages.report import held_out, write_report
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
-    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": None}, "quarantined": []}
+    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": None}, "quarantined": [], "data": {}}
     record["history"] = [{"step": 1, "train/a/loss": 2.0}, {"step": 2, "train/a/loss": None}]
     assert "not finite" in write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8")
 
 
 def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
-    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": [], "quarantined": []}
+    record = {"step": 3, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": [], "quarantined": [], "data": {}}
     picture = (np.zeros((8, 8, 3), np.uint8), "<script>alert(1)</script> पतंग")
     page = write_report(tmp_path, "a & b", record, {"contrastive": [picture]}).read_text(encoding="utf-8")
     assert "a &amp; b" in page
@@ -24,7 +24,14 @@ def test_report_is_one_page_that_escapes_what_it_shows(tmp_path):
 
 def test_curves_are_of_what_was_measured_more_than_once(tmp_path):
     history = [{"step": 1, "train/a/loss": 2.0}, {"step": 2, "train/a/loss": 1.0}, {"step": 2, "val/a/b": 0.25}]
-    record = {"step": 2, "seconds": 1.5, "metrics": {"val/a/b": 0.25}, "history": history, "quarantined": []}
+    record = {
+        "step": 2,
+        "seconds": 1.5,
+        "metrics": {"val/a/b": 0.25},
+        "history": history,
+        "quarantined": [],
+        "data": {},
+    }
     assert write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8").count("<img") == 1
 
 
@@ -36,7 +43,7 @@ def test_languages_are_rows_of_a_table_and_curves_of_a_plot_of_their_own(tmp_pat
     )
     many = {f"val/a/r5/{i}": i / 40 for i in range(30)}  # more than there are colours
     history = [{"step": i, "val/a/r5": 0.5, **many} for i in range(2)]
-    record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": []}
+    record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": [], "data": {}}
     page = write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8")
     row = '<tr><td>hi</td><td class="number">not finite</td><td class="number">0.125</td></tr>'
     assert '<tr><th>language</th><th class="number">gap</th><th class="number">r5</th></tr>' in page
@@ -55,5 +62,5 @@ def test_of_a_benchmark_a_page_shows_english_and_means():
 def test_a_benchmarks_cards_are_curves_of_one_plot(tmp_path):
     metrics = {f"eval/india/{card}/{code}/acc1": 0.5 for card in ("food", "gods") for code in ("en", "hi", "ta")}
     history = [{"step": step, **metrics} for step in (1, 2)]
-    record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": []}
+    record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": [], "data": {}}
     assert write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8").count("<img") == 1

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.split import Split
 from indiclip.datasets.tables import Strings, stable_hash
 from indiclip.names import did_you_mean
 
 
-class Numbers(Dataset):
+class Numbers(SampleDataset):
     """Samples whose image must not be looked at."""
 
     classes = ("odd", "even")
@@ -29,7 +29,7 @@ class Numbers(Dataset):
         return f"n{index + self.first}"
 
     def captions(self, index):
-        return [f"number {index + self.first}"]
+        return {"en": [f"number {index + self.first}"]}
 
 
 def keys(dataset, part, **options):
@@ -57,6 +57,16 @@ def test_another_seed_holds_out_others():
     assert keys(Numbers(), "val", seed=1) != keys(Numbers(), "val", seed=0)
 
 
+@pytest.mark.parametrize("folds", [2, 3, 5, 10])
+def test_folds_hold_out_every_sample_once(folds):
+    parts = [keys(Numbers(), "val", fraction=1 / folds, fold=fold) for fold in range(folds)]
+    assert sum(len(part) for part in parts) == 1000
+    assert set().union(*parts) == {f"n{i}" for i in range(1000)}
+    assert parts[0] == keys(Numbers(), "val", fraction=1 / folds)
+    for fold, part in enumerate(parts):
+        assert keys(Numbers(), "train", fraction=1 / folds, fold=fold) == {f"n{i}" for i in range(1000)} - part
+
+
 def test_the_hash_is_the_same_on_every_machine_and_in_every_release():
     # A changed value would move samples of running experiments between their training and held-out parts.
     assert stable_hash("0:train-0000/000000") == 0xFBE252616F6CC8AC
@@ -64,25 +74,17 @@ def test_the_hash_is_the_same_on_every_machine_and_in_every_release():
 
 def test_what_the_dataset_knows_is_handed_on():
     split = Split(Numbers(), "val")
-    assert split.classes == ["odd", "even"]
+    assert list(split.classes) == ["odd", "even"]
     for i in range(len(split)):
         number = int(split.key(i)[1:])
         assert split[i]["key"] == split.key(i)
         assert split.labels[i] == number
-        assert split.captions(i) == [f"number {number}"]
-
-
-def test_a_part_has_captions_only_where_the_dataset_has():
-    class Silent(Numbers):
-        captions = property()  # as if there were none
-
-    assert hasattr(Split(Numbers(), "val"), "captions")
-    assert not hasattr(Split(Silent(), "val"), "captions")
+        assert split.captions(i) == {"en": [f"number {number}"]}
 
 
 def test_it_is_wired_from_yaml():
     parser = ArgumentParser()
-    parser.add_argument("--data", type=Dataset)
+    parser.add_argument("--data", type=SampleDataset)
     inner = {"class_path": f"{__name__}.Numbers", "init_args": {"size": 50}}
     outer = {
         "class_path": "indiclip.datasets.split.Split",
@@ -99,7 +101,10 @@ def test_bad_arguments():
     for fraction in (0, 1, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"fraction: found .*; expected more than 0 and less than 1"):
             Split(Numbers(), "val", fraction)
-    with pytest.raises(ValueError, match=r"dataset: list has no key\(index\)"):
+    for fold in (-1, 5):
+        with pytest.raises(ValueError, match=rf"fold: found {fold}; expected 0 to 4 with fraction 0.2"):
+            Split(Numbers(), "val", fold=fold)
+    with pytest.raises(ValueError, match="dataset: found list; expected a SampleDataset"):
         Split([], "val")
     with pytest.raises(ValueError, match=r"val: no sample of 3 falls here with fraction 1e-09"):
         Split(Numbers(3), "val", 1e-9)

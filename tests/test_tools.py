@@ -143,7 +143,7 @@ def test_coco_becomes_images_and_one_file(tmp_path, layout):
     assert sorted(path.name for path in (folder / "images").iterdir()) == ["000000000004.jpg", "000000000006.jpg"]
     dataset = CocoDetection(str(folder / "images"), str(folder / "instances.json"), masks=True)
     assert [dataset.key(i) for i in range(2)] == ["4", "6"]
-    assert dataset.captions(0) == ["one", "two"]
+    assert dataset.captions(0) == {"": ["one", "two"]}
     assert dataset[0]["boxes_xyxy"].tolist() == [[1, 2, 4, 6]]
     assert json.loads((folder / "instances.json").read_text())["annotations"][0]["num_keypoints"] == 1
 
@@ -211,7 +211,7 @@ def test_emoji_become_a_caption_table(emoji, tmp_path):
     dataset = CaptionTable(str(folder / "images"), str(folder / "names.tsv"))
     assert dataset.languages == list(prepare_emoji.LANGUAGES)
     assert [dataset.key(i) for i in range(len(dataset))] == ["1fa94.jpg", "002a_20e3.jpg"]
-    assert dataset.captions(0)["ta"] == "diya ta"
+    assert dataset.captions(0)["ta"] == ["diya ta"]
     assert np.asarray(dataset[0]["image"]).shape == (96, 96, 3)
     assert np.asarray(dataset[0]["image"]).min() >= 250  # clear, so white
     corner, middle = (np.asarray(dataset[1]["image"])[i, i] for i in (0, 48))

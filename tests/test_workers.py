@@ -59,8 +59,6 @@ def test_what_is_read_is_noted_for_as_long_as_it_is_read():
         cut = own_reading().name  # by bytes, of which a Devanagari letter has three
         assert cut.startswith("contrastive sample शार्ड/xxx")
         assert len(cut.encode()) == 248
-    with reading("c", [], 7):
-        assert own_reading().name == "c sample list[7]"
     assert own_reading() == ("", 0.0)
 
 
@@ -189,6 +187,9 @@ def test_errors_of_any_shape_survive_the_way_from_the_worker():
         def __init__(self, error):
             self.error = error
 
+        def key(self, index):
+            return f"s{index}"
+
         def __getitem__(self, index):
             with reading("c", self, index):
                 raise self.error
@@ -201,7 +202,7 @@ def test_errors_of_any_shape_survive_the_way_from_the_worker():
         steps = StepLoader(Shapes(error), batch_size=None, sampler=[3], num_workers=1, worker_init_fn=Workers("x", 1))
         with pytest.raises(Exception) as caught:  # noqa: PT011
             next(iter(steps))
-        assert re.fullmatch(rf"worker 0: {line} \(while reading c sample Shapes\[3\]\) .*", explain(caught.value))
+        assert re.fullmatch(rf"worker 0: {line} \(while reading c sample s3\) .*", explain(caught.value))
 
 
 def trouble(kind, **changes):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from torch.utils.data import Dataset
 
 from heads.contrastive import Contrastive
+from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela import Mela
 from indiclip.images import UnreadableSample
 from indiclip.training.fault_tolerance import checkpoints
@@ -153,7 +153,7 @@ class Diary(L.Callback):
         torch.save(module.state_dict(), self.folder / f"weights-{trainer.global_rank}.pt")
 
 
-class Unreadable(Dataset):
+class Unreadable(SampleDataset):
     """Scenes of which some cannot be read.
 
     Args:

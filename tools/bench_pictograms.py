@@ -55,7 +55,8 @@ def write_held_out(data: Path, folder: Path) -> Path:
     for key in captions:
         (images / key).symlink_to((data / "images" / key).resolve())
     rows = [["file", *languages]]
-    rows += [[key, *(of_image.get(language, "") for language in languages)] for key, of_image in captions.items()]
+    for key, of_image in captions.items():
+        rows.append([key, *("".join(of_image.get(language, [])) for language in languages)])
     (images / "captions.tsv").write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
     card = folder / "pictograms.yaml"
     card.write_text("title: Held-out pictograms\ntask: retrieval\n", encoding="utf-8")

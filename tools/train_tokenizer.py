@@ -20,14 +20,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from omegaconf import OmegaConf
 from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.corpora import HOLDOUT, training_texts
 from indiclip.images import UnreadableSample
 from indiclip.loading.data_module import MultiTaskData
@@ -66,16 +65,14 @@ def captions_of(config: Path, samples: int) -> Iterator[str]:
     data = OmegaConf.to_container(OmegaConf.load(config), resolve=True)["data"]  # type: ignore[index,call-overload]
     built = parser.instantiate(parser.parse_object(Namespace(data=data)))
     for source in built.data.train:
-        dataset: Dataset = source.dataset  # type: ignore[type-arg]
-        for i in track(range(min(samples, len(dataset))), source.task, transient=True):  # type: ignore[arg-type]
-            yield from _captions(dataset, i)
+        for i in track(range(min(samples, len(source.dataset))), source.task, transient=True):
+            yield from _captions(source.dataset, i)
 
 
-def _captions(dataset: Any, index: int) -> list[str]:
+def _captions(dataset: SampleDataset, index: int) -> list[str]:
     """All captions of a sample; the image is read only where the dataset cannot tell them without."""
-    if hasattr(dataset, "captions"):
-        found = dataset.captions(index)
-        return list(found.values() if isinstance(found, dict) else found)
+    if found := dataset.captions(index):
+        return [text for texts in found.values() for text in texts]
     try:
         sample = dataset[index]
     except UnreadableSample:

@@ -34,13 +34,13 @@ def run(options: Any, words: list[str]) -> int:
     readers = {key: _Reader(source, data, None if options.all else options.samples) for key, source in sources.items()}
     begins = all(reader.read(0, 1).used[_READ] for reader in readers.values())
     if begins:  # a mistake is said before all is read
-        check(model, data, training=True)
+        check(model, data, "fit")
     pieces = [piece for key, reader in readers.items() for piece in ranges(key, len(reader.chosen))]
     for piece, found in zip(pieces, results(partial(_read, readers), pieces, options.workers, "samples"), strict=True):
         totals[piece.url] += found
     stops = _stops(sources, totals, data.quarantine_limits)
     if not begins and not stops:
-        check(model, data, training=True)
+        check(model, data, "fit")
     _show(sources, totals, stops, options.json)
     return 1 if stops else 0
 

@@ -23,6 +23,7 @@ class SampleDataset(Dataset[Sample], ABC):
         starts: int (number of shards + 1,): the samples of shard i are `starts[i]` to `starts[i + 1] - 1`; None where
             there are no shards.
         inventory: What its files hold, used and left out by reason.
+        captioned: False where images without a caption may be among them that have no class to name either.
         damaged: What of its files is lost to all samples, such as the rest of a truncated shard.
     """
 
@@ -31,6 +32,8 @@ class SampleDataset(Dataset[Sample], ABC):
     sizes_hw: np.ndarray | None = None
     starts: np.ndarray | None = None
     damaged: Sequence[Quarantined] = ()
+    captioned = True
+    _inventory: Inventory | None = None  # of a reader of files
 
     @abstractmethod
     def __len__(self) -> int:
@@ -51,6 +54,8 @@ class SampleDataset(Dataset[Sample], ABC):
     @property
     def inventory(self) -> Inventory:
         """What its files hold; without files of its own, its samples."""
+        if self._inventory is not None:
+            return self._inventory
         inventory = Inventory()
         inventory.present["samples"] = inventory.used["samples"] = len(self)
         return inventory

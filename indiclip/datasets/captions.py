@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.tables import Strings, check_files, existing
 from indiclip.images import read_image
 from indiclip.names import did_you_mean
@@ -21,7 +21,7 @@ LANGUAGES = (
 )
 
 
-class CaptionTable(Dataset[Sample]):
+class CaptionTable(SampleDataset):
     """Images with `captions` in the languages that a table has them in; cells may be empty.
 
     Args:
@@ -73,9 +73,9 @@ class CaptionTable(Dataset[Sample]):
         """The file name. Reads and decodes nothing."""
         return self._names[index]
 
-    def captions(self, index: int) -> dict[str, str]:
-        """All captions of an image: language -> text, of the languages that it has."""
-        return {self.languages[i]: self._captions[i][index] for i in np.flatnonzero(self._filled[index])}
+    def captions(self, index: int) -> dict[str, list[str]]:
+        """All captions of an image: language -> its texts, of the languages that it has."""
+        return {self.languages[i]: [self._captions[i][index]] for i in np.flatnonzero(self._filled[index])}
 
     def __getitem__(self, index: int) -> Sample:
         key = self.key(index)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, shorten
 
 
 class Strings:
@@ -128,7 +128,7 @@ def xywh_to_xyxy(
 
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a number that NumPy can hold."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
@@ -139,11 +139,14 @@ def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
     """
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is {error.object[error.start]:#x}, which is no {error.encoding}"
+        raise ValueError(f"{path}: {found}; expected a JSON file in UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON: {error}") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            found = shorten(sorted(content)) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{path}: no list {key!r}; found {found}, expected {list(keys)}")
     return content
 
@@ -157,6 +160,6 @@ def column(entries: Sequence[Any], name: str, where: str) -> list[Any]:
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict) or name not in entry:
             found = list(entry) if isinstance(entry, dict) else []
-            label = entry.get("id", f"number {place}") if isinstance(entry, dict) else f"number {place}"
+            label = shorten(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {place}"
             raise ValueError(f"{where} {label} has no {name!r}{did_you_mean(name, found)}")
     return [entry[name] for entry in entries]

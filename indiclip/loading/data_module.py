@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
+from indiclip.datasets.inventory import Inventory
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader, Workers
@@ -61,8 +62,17 @@ class MultiTaskData(L.LightningDataModule):
         """Task -> distinct unreadable samples after which the run stops."""
         sizes: Counter[str] = Counter()
         for source in self.train:
-            sizes[source.task] += len(source.dataset)  # type: ignore[arg-type]
+            sizes[source.task] += len(source.dataset)
         return {task: max(_ALWAYS_ALLOWED, math.ceil(self.quarantine * size)) for task, size in sizes.items()}
+
+    def inventories(self) -> dict[str, Inventory]:
+        """YAML key of each source, such as `data.train[0]` -> what the files of its dataset hold."""
+        parts = {"train": self.train, "val": self.val}
+        return {
+            f"data.{part}[{i}]": source.dataset.inventory
+            for part, sources in parts.items()
+            for i, source in enumerate(sources)
+        }
 
     def steps(self, sources: list[Source], train: bool) -> Steps:
         """The steps of this rank."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any
+
+from indiclip.datasets.base import SampleDataset
 
 
 class Prefetch:
@@ -16,9 +17,9 @@ class Prefetch:
     def __init__(self) -> None:
         self._asked: dict[tuple[str, int], list[int]] = {}
 
-    def __call__(self, task: str, source: int, dataset: Any, shards: list[int], worker: int) -> None:
-        """Begin to fetch, unless it was asked for before or the dataset has nothing to fetch."""
-        if not hasattr(dataset, "prefetch") or self._asked.get((task, source)) == shards:
+    def __call__(self, task: str, source: int, dataset: SampleDataset, shards: list[int], worker: int) -> None:
+        """Begin to fetch, unless it was asked for before."""
+        if self._asked.get((task, source)) == shards:
             return
         self._asked[task, source] = shards
         first = worker % len(shards)
@@ -26,7 +27,7 @@ class Prefetch:
         threading.Thread(target=_fetch, args=arguments, name="prefetch", daemon=True).start()
 
 
-def _fetch(dataset: Any, shards: list[int]) -> None:
+def _fetch(dataset: SampleDataset, shards: list[int]) -> None:
     try:
         dataset.prefetch(shards)
     except (OSError, ValueError) as error:  # who reads the shard meets it again; until then there is time to mend it

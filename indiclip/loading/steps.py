@@ -10,12 +10,12 @@ from torch.utils.data import Dataset, get_worker_info
 
 from indiclip.datasets.languages import draw_caption
 from indiclip.images import UnreadableSample
+from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import Plan, SampleRef
 from indiclip.loading.prefetch import Prefetch
 from indiclip.loading.source import Source
-from indiclip.loading.transforms import Prepared, collate
 from indiclip.loading.workers import reading
-from indiclip.types import Batch, Quarantined, Sample
+from indiclip.types import Batch, Origin, Quarantined, Sample
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
 
@@ -35,38 +35,37 @@ class Steps(Dataset[dict[str, Batch]]):
     ) -> None:
         self.seed, self.patch_size, self.canvas_hw = seed, patch_size, canvas_hw
         self.train, self.rank, self.world_size = train, rank, world_size
+        # In training the sources of a task share their batches; held-out ones are scored each by itself.
         self.sources: dict[str, list[Source]] = {}
-        for source in sources:
-            self.sources.setdefault(source.task, []).append(source)
-        self.plans = {task: self._plan(task, group) for task, group in self.sources.items()}
+        for key, source in zip(_keys(sources, train), sources, strict=True):
+            self.sources.setdefault(key, []).append(source)
+        self.origins = {key: _origin(key, group) for key, group in self.sources.items()}
+        self.plans = {key: self._plan(group) for key, group in self.sources.items()}
         self._prefetch = Prefetch()
         # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
         self._quarantined = [
-            lost._replace(task=source.task)
-            for source in sources
-            for lost in getattr(source.dataset, "damaged", [])
-            if rank == 0
+            lost._replace(task=source.task) for source in sources for lost in source.dataset.damaged if rank == 0
         ]
 
-    def _plan(self, task: str, group: list[Source]) -> Plan:
-        budget = group[0].budget
-        if any(source.budget != budget for source in group):
+    def _plan(self, group: list[Source]) -> Plan:
+        task, spec = group[0].task, group[0].spec
+        if any(source.spec != spec for source in group):
             raise ValueError(
                 f"data: the sources of task {task!r} differ in batch_size, batch_tokens, batch_multiple or max_tokens; "
                 "they share their batches"
             )
-        if self.train and budget.samples % self.world_size:
-            name = "batch_size" if budget.tokens is None else "batch_multiple"
+        if self.train and spec.samples % self.world_size:
+            name = "batch_size" if spec.tokens is None else "batch_multiple"
             raise ValueError(
-                f"data: {name} {budget.samples} of task {task!r} is over all ranks and must be a multiple of the "
+                f"data: {name} {spec.samples} of task {task!r} is over all ranks and must be a multiple of the "
                 f"{self.world_size} ranks"
             )
         if self.canvas_hw is not None:  # the backbone's one size, whatever max_tokens says
             canvas = math.prod(self.canvas_hw) // self.patch_size**2
-            budget = budget._replace(max_tokens=canvas, option="canvas_hw")
-        samples = [source.samples(self.patch_size, self.canvas_hw) for source in group]
+            spec = spec._replace(max_tokens=canvas, option="canvas_hw")
+        infos = [source.info(self.patch_size, self.canvas_hw) for source in group]
         weights, window = [source.weight for source in group], max(source.window for source in group)
-        return Plan(task, samples, weights, budget, self.seed, self.train, window)
+        return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
         batches = {task: self._batch(task, step) for task in self.plans}
@@ -82,18 +81,17 @@ class Steps(Dataset[dict[str, Batch]]):
         plan = self.plans[task]
         info = get_worker_info()
         worker = self.rank + (info.id if info else 0)
-        places = plan.batch(step) if self.train else plan.pass_through(step)
         for number, shards in plan.next_shards(step) if self.train else []:
             self._prefetch(task, number, self.sources[task][number].dataset, shards, worker)
-        budget = self.sources[task][0].budget
+        refs, tokens = plan.batch(step, self.rank, self.world_size), self.sources[task][0].spec.tokens
         # Whatever an augmentation makes of the images, the batch stays within the tokens.
-        max_tokens = budget.tokens // max(len(places), 1) if budget.tokens else None
-        samples: list[Prepared] = []
-        for ref in places[self.rank :: self.world_size]:
-            sample = self.read(task, ref, max_tokens)
-            if sample is not None:
-                samples.append(sample)
-        return collate(samples) if samples else None
+        max_tokens = tokens // (len(refs) * self.world_size) if tokens and self.train else None
+        samples = [sample for ref in refs if (sample := self.read(task, ref, max_tokens)) is not None]
+        if not samples:
+            return None
+        batch = collate(samples)
+        batch["origin"] = self.origins[task]
+        return batch
 
     def read(self, task: str, ref: SampleRef, max_tokens: int | None = None) -> Prepared | None:
         """One prepared sample; in training the next readable one stands in for an unreadable one.
@@ -111,11 +109,11 @@ class Steps(Dataset[dict[str, Batch]]):
             try:
                 index = (ref.index + attempt) % size
                 random_seed = self._random_seed(task, ref) if self.train else None
-                with reading(task, source.dataset, index):
+                with reading(source.task, source.dataset, index):
                     sample = self._draw_caption(task, ref, source.dataset[index])
                     return source.transform(sample, self.patch_size, self.canvas_hw, random_seed, max_tokens)
             except UnreadableSample as error:
-                self._quarantined.append(Quarantined(task, error.key, error.file, error.reason))
+                self._quarantined.append(Quarantined(source.task, error.key, error.file, error.reason))
         if self.train:
             last = self._quarantined[-1]
             raise ValueError(
@@ -143,3 +141,27 @@ class Steps(Dataset[dict[str, Batch]]):
         """The unreadable samples since the last call, of which no batch tells then."""
         found, self._quarantined = self._quarantined, []
         return found
+
+
+def _keys(sources: list[Source], train: bool) -> list[str]:
+    """What the batches of each source are called in a step: their task, or `task/source` of several held-out ones.
+
+    Raises:
+        ValueError: Two held-out sources of a task have one name.
+    """
+    if train:
+        return [source.task for source in sources]
+    keys = []
+    for i, source in enumerate(sources):
+        place = sum(other.task == source.task for other in sources[:i])
+        alone = sum(other.task == source.task for other in sources) == 1
+        keys.append(source.task if alone else f"{source.task}/{source.name or place}")
+        if keys[-1] in keys[:-1]:
+            raise ValueError(f"data.val[{i}].name: {keys[-1]} is the name of an earlier source too")
+    return keys
+
+
+def _origin(key: str, group: list[Source]) -> Origin:
+    task = group[0].task
+    classes = next((names for source in group if (names := source.dataset.classes)), ())
+    return Origin(task, key.removeprefix(task).removeprefix("/"), classes)

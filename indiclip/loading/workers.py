@@ -31,6 +31,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from indiclip.datasets.base import SampleDataset
+
 _TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ASK_FOR_STACKS = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -49,10 +51,9 @@ _all: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def reading(task: str, dataset: Any, index: int) -> Iterator[None]:
+def reading(task: str, dataset: SampleDataset, index: int) -> Iterator[None]:
     """Note that this process reads a sample, for whoever asks why it does not end (3 microseconds)."""
-    key = getattr(dataset, "key", None)
-    name = f"{task} sample {key(index) if key else f'{type(dataset).__name__}[{index}]'}"
+    name = f"{task} sample {dataset.key(index)}"
     _NOTE.pack_into(_note, 0, time.monotonic(), name.encode(errors="replace"))
     try:
         yield

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from torch import Tensor
 
+from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import Batches, MultiTask
 from indiclip.training.record import append_history
 
@@ -30,7 +31,11 @@ class StartupTable(L.Callback):
             return
         assert isinstance(pl_module, MultiTask)
         console = Console()
-        console.print(_sources_table(trainer), _parts_table(pl_module))
+        console.print(_sources_table(trainer))
+        data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
+        for key, inventory in data.inventories().items():
+            console.print(f"{key}: {'; '.join(inventory.lines())}", markup=False, soft_wrap=True)
+        console.print(_parts_table(pl_module))
         device = trainer.strategy.root_device
         threads = f"   threads {torch.get_num_threads()}" if device.type == "cpu" else ""
         console.print(
@@ -43,7 +48,7 @@ class StartupTable(L.Callback):
 def _print_damage(console: Console, trainer: L.Trainer) -> None:
     """What is lost of the data before the first step: how many samples, nobody knows."""
     data = trainer.datamodule  # type: ignore[attr-defined]
-    of_sources = (getattr(source.dataset, "damaged", []) for source in (*data.train, *data.val))
+    of_sources = (source.dataset.damaged for source in (*data.train, *data.val))
     lost = list({(found.shard, found.key): found for damaged in of_sources for found in damaged}.values())
     for found in lost[:_DAMAGES_SHOWN]:
         console.print(f"lost: {found.shard}: {found.key}: {found.reason}", style="yellow", markup=False, soft_wrap=True)
@@ -52,7 +57,7 @@ def _print_damage(console: Console, trainer: L.Trainer) -> None:
 
 
 def _sources_table(trainer: L.Trainer) -> Table:
-    columns = ("task", "source", "samples", "batch", "tokens/image", "left out")
+    columns = ("task", "source", "samples", "batch", "tokens/image")
     table = Table(*columns, title="Sources", title_justify="left")
     data = trainer.datamodule  # type: ignore[attr-defined]
     for part, sources in (("train", data.train), ("val", data.val)):
@@ -63,7 +68,6 @@ def _sources_table(trainer: L.Trainer) -> Table:
                 f"{len(source.dataset):,}",
                 f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
                 f"<= {source.max_tokens}",
-                ", ".join(f"{n:,} {what}" for what, n in getattr(source.dataset, "left_out", {}).items() if n),
             )
     return table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,39 +14,42 @@ from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
 
 
-def check(model: MultiTask, data: MultiTaskData, training: bool) -> None:
+def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     """Compare heads and sources, and read a sample of each source.
+
+    Args:
+        stage: `fit`, `validate` (also for `test`) or `predict`, which needs less of the samples.
 
     Raises:
         ValueError: The first thing that does not fit, naming the YAML key.
     """
     heads = model.each_head()
     tasks = {head.task for head in heads}
-    parts = [("data.train", data.train)] * training + [("data.val", data.val)]
+    train = data.train if stage == "fit" else []
+    parts = [("data.train", train), ("data.val", data.val)]
     for key, sources in parts:
         for i, source in enumerate(sources):
             _check_source(f"{key}[{i}]", source, model, tasks)
-    if training:
-        given = {source.task for source in data.train}
+    if stage == "fit":
+        given = {source.task for source in train}
         for head in heads:
             if head.task not in given:
                 raise ValueError(
                     f"model.heads: {head.name} reads the task {head.task!r}, for which data.train has no source"
                     f"{did_you_mean(head.task, given)}"
                 )
-    for head in heads:
-        of_task = {
-            f"{key}[{i}]": source.dataset
-            for key, sources in parts
-            for i, source in enumerate(sources)
-            if source.task == head.task
-        }
-        _check_classes(head.task, of_task)
-        for dataset in of_task.values():
-            head.check(dataset)
+    if stage != "predict":
+        for head in heads:
+            of_task: list[dict[str, Any]] = [
+                {f"{key}[{i}]": source.dataset for i, source in enumerate(sources) if source.task == head.task}
+                for key, sources in parts
+            ]
+            head.check(*of_task)
     for key, sources in parts:
         for i, sample in _first_samples(data, sources):
-            _check_sample(f"{key}[{i}]", sources[i], sample, heads)
+            for head in heads:
+                if head.task == sources[i].task:
+                    _check_sample(f"{key}[{i}]", sources[i], sample, head, stage == "predict")
 
 
 def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -> None:
@@ -59,19 +61,6 @@ def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -
             f"{key}.max_tokens: {source.max_tokens} is over the backbone's budget, "
             f"model.encoder.backbone.max_tokens {budget}"
         )
-
-
-def _check_classes(task: str, datasets: dict[str, Any]) -> None:
-    """A class number means the same thing in all sources of a task, held-out ones too."""
-    lists = {key: list(names) for key, dataset in datasets.items() if (names := getattr(dataset, "classes", None))}
-    for (key, names), (other, others) in itertools.pairwise(lists.items()):
-        if names != others:
-            place = next((i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), None)
-            apart = f"class {place} is {names[place]!r} and {others[place]!r}" if place is not None else "one is longer"
-            raise ValueError(
-                f"{other}: the sources of task {task!r} must have the same classes in the same order; {key} has "
-                f"{len(names)}, {other} has {len(others)}, {apart}"
-            )
 
 
 def _first_samples(data: MultiTaskData, sources: list[Source]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -87,18 +76,14 @@ def _first_samples(data: MultiTaskData, sources: list[Source]) -> Iterator[tuple
                 yield i, sample
 
 
-def _check_sample(key: str, source: Source, sample: dict[str, Any], heads: list[Head]) -> None:
-    for head in heads:
-        if head.task != source.task:
-            continue
-        for name in head.required_fields:
-            if name not in sample:
-                raise ValueError(
-                    f"{key}: {head.name} needs {name}, which the samples of {type(source.dataset).__name__} do not "
-                    f"have; they have {', '.join(sorted(sample))}"
-                )
-    if "dp_boxes_xyxy" in sample and source.transform.flips:
+def _check_sample(key: str, source: Source, sample: dict[str, Any], head: Head, predicting: bool) -> None:
+    for name in head.predict_fields if predicting else head.required_fields:
+        if name not in sample:
+            raise ValueError(
+                f"{key}: {head.name} needs {name}, which the samples of {type(source.dataset).__name__} do not have; "
+                f"they have {', '.join(sorted(sample))}"
+            )
+    if source.transform.flips and head.no_flip:
         raise ValueError(
-            f"{key}.augment: the source has DensePose points and a flip among its augmentations; a mirrored body "
-            "needs the symmetry table, which is not part of IndiCLIP"
+            f"{key}.augment: a flip is among the augmentations, and {head.name} reads the source: {head.no_flip}"
         )

@@ -138,7 +138,7 @@ class IndiCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=given, **kwargs)
 
     def before_fit(self) -> None:
-        check(self.model, self.datamodule, training=True)
+        check(self.model, self.datamodule, "fit")
         assert self.folder is not None
         lock(self.folder)
 
@@ -148,9 +148,12 @@ class IndiCLI(LightningCLI):
                 callback.after_fit(self.trainer, self.model, self.datamodule)
 
     def before_validate(self) -> None:
-        check(self.model, self.datamodule, training=False)
+        check(self.model, self.datamodule, "validate")
 
-    before_test = before_predict = before_validate
+    before_test = before_validate
+
+    def before_predict(self) -> None:
+        check(self.model, self.datamodule, "predict")
 
 
 def run(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ from rich.table import Table
 from indiclip import json_lines
 from indiclip.evals.pages.page import readable
 from indiclip.evals.pages.report import Metrics, held_out, held_out_pictures, metric_names, write_report
+from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import Batches, MultiTask
 
 
@@ -105,16 +106,17 @@ class RunRecord(L.Callback):
         assert isinstance(pl_module, MultiTask)
         assert self._began is not None
         quarantined = json_lines.read(self._folder / "quarantine.jsonl")
+        data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
         record: dict[str, Any] = {
             "step": trainer.global_step,
             "seconds": round(time.monotonic() - self._began, 1),
+            "data": {key: inventory.summary() for key, inventory in data.inventories().items()},
             "metrics": finite(trainer.callback_metrics),
             "quarantined": len(quarantined),
             "nonfinite_steps": len(json_lines.read(self._folder / "nonfinite.jsonl")),
         }
         metrics = (json.dumps(record, indent=2) + "\n").encode()
-        record |= {"history": read_history(self._folder), "quarantined": quarantined}
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        record |= {"history": read_history(self._folder), "quarantined": quarantined, "data": data.inventories()}
         batches = data.first_val_batches(self.pictures)
         write_report(self._folder, self._folder.name, record, held_out_pictures(pl_module, batches, self.pictures))
         json_lines.write_whole(self._folder / "metrics.json", metrics)  # last: it says that all of this is done

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from indiclip.datasets.coco import is_thick
+from indiclip.datasets.coco_file import read_boxes_of_image
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, xywh_to_xyxy
+from indiclip.datasets.tables import Strings
 from indiclip.images import HEAD_BYTES, UnreadableSample, header
 from indiclip.webdataset import cache
 from indiclip.webdataset.cache import Stat
@@ -242,19 +242,16 @@ def _reason(extension: str) -> str:
 
 def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
     """Count the boxes of an image, and those that `BoxShards` drops."""
-    annotations, thick = entry["annotations"], 0
-    if not isinstance(annotations, list):
-        return  # the sample is unreadable, which its reader says
-    inventory.present["boxes"] += len(annotations)
+    found = Inventory()
     try:
-        boxes = [annotation["bbox"] for annotation in annotations]
-        sizes_hw = np.tile([entry["height"], entry["width"]], (len(boxes), 1))
-        thick = int(is_thick(xywh_to_xyxy(np.array(boxes, float), sizes_hw, [key] * len(boxes))).sum())
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
-        inventory.leave_out("boxes", "of an unreadable image", key, len(annotations))
-        return
-    inventory.used["boxes"] += thick
-    inventory.leave_out("boxes", "thinner than a pixel", key, len(boxes) - thick)
+        boxes, _ = read_boxes_of_image(entry, f"{key}: annotation", found)
+        found.used["boxes"] = len(boxes.kept)
+    except ValueError:
+        found, annotations = Inventory(), entry["annotations"]
+        if isinstance(annotations, list):
+            found.present["boxes"] = len(annotations)
+            found.leave_out("boxes", "of an unreadable image", key, len(annotations))
+    inventory += found
 
 
 def _entry(parts: Parts, data: mmap.mmap) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from indiclip import __version__
 from indiclip.evals.pages.page import Html, details, image, many, page, png, readable, table, tag
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
-from indiclip.types import Batch
+from indiclip.types import Batch, class_names, targets_of
 
 if TYPE_CHECKING:
-    from indiclip.head import Head
     from indiclip.module import MultiTask
 
 Picture = tuple[np.ndarray, str]  # uint8 (height, width, 3) and the words below it
@@ -32,7 +31,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
         folder: The run's folder; `config.yaml` in it is shown, if there.
         title: Heading.
         record: `step`, `seconds`, `metrics` (name -> number, None if not finite), `history` (rows with `step`),
-            `quarantined` (rows of task, key, shard, reason).
+            `quarantined` (rows of task, key, shard, reason), `data` (YAML key of each source -> `Inventory`).
         sections: Head name -> pictures.
 
     Returns:
@@ -49,6 +48,8 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     for name, pictures in sections.items():
         body += [tag("h2", name.capitalize()), _figures(pictures)]
     body += [tag("h2", "Every number"), _metrics_table(record["metrics"])]
+    lines = [(key, line) for key, inventory in record["data"].items() for line in inventory.lines()]
+    body += [tag("h2", "Data"), table(["source", "what its files hold"], lines)]
     body += [tag("h2", "Quarantined samples"), _quarantine_table(record["quarantined"])]
     config = folder / "config.yaml"
     if config.is_file():
@@ -69,29 +70,20 @@ def held_out_pictures(module: MultiTask, batches: list[dict[str, Batch]], per_he
     """
     was_training = module.training
     module.eval()
-    sections: dict[str, list[Picture]] = {head.name: [] for head in module.each_head()}
+    sections: dict[str, list[Picture]] = {}
     for step in batches:
         step = module.transfer_batch_to_device(step, module.device, 0)
-        predictions = module.predict_step(step, 0)
-        for head in module.each_head():
-            if head.name in predictions:
-                missing = per_head - len(sections[head.name])
-                sections[head.name] += _draw(head, step[head.task], predictions[head.name][:missing])
+        for name, head, predictions, _, batch in module.predictions(step):
+            pictures = sections.setdefault(name, [])
+            for i, prediction in enumerate(predictions[: per_head - len(pictures)]):
+                target, prediction = _on_cpu(targets_of(batch, i)), _on_cpu(prediction)
+                pictures.append(head.visualize(unpatchify(batch["images"], i), prediction, target, class_names(batch)))
     module.train(was_training)
-    return {name: pictures for name, pictures in sections.items() if pictures}
+    return sections
 
 
-def _draw(head: Head, batch: Batch, predictions: list[dict[str, Any]]) -> list[Picture]:
-    pictures = []
-    for i, prediction in enumerate(predictions):
-        target = {name: _to_cpu(values[i]) for name, values in batch["targets"].items()}
-        prediction = {name: _to_cpu(value) for name, value in prediction.items()}
-        pictures.append(head.visualize(unpatchify(batch["images"], i), prediction, target))
-    return pictures
-
-
-def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
+def _on_cpu(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _metrics_table(metrics: Metrics) -> Html:
@@ -113,16 +105,21 @@ def _held_out_tables(metrics: Metrics) -> Html:
 
 
 def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, dict[str, Metrics]]]:
-    """The metrics on held-out data: those of everything (of a benchmark, the main ones), and those of one language
-    (`val/<head>/<metric>/<language>`) as head -> language -> metric -> value.
+    """The metrics on held-out data: those of everything (of a benchmark, the main ones), and those of one language as
+    head -> language -> metric -> value.
+
+    A number is `val/<head>/<metric>`, or `val/<head>/<source>/<metric>` of a head with several held-out sources; and
+    with `/<language>` behind it, it is that of a language.
     """
+    single = {name.split("/")[1] for name in metrics if name.startswith("val/") and name.count("/") == 2}
     plain: Metrics = {}
     by_language: dict[str, dict[str, Metrics]] = {}
     for name, value in sorted(metrics.items()):
-        parts = name.split("/")
-        if parts[0] == "val" and len(parts) == 4:
-            by_language.setdefault(parts[1], {}).setdefault(parts[3], {})[parts[2]] = value
-        elif parts[0] == "val" or (parts[0] == "eval" and is_summary(name)):
+        suite, *parts = name.split("/")
+        head = parts[:1] if parts[0] in single else parts[:2]
+        if suite == "val" and len(parts) == len(head) + 2:
+            by_language.setdefault("/".join(head), {}).setdefault(parts[-1], {})[parts[-2]] = value
+        elif suite == "val" or (suite == "eval" and is_summary(name)):
             plain[name] = value
     return plain, by_language
 

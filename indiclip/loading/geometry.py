@@ -1,0 +1,166 @@
+"""How the fields of a sample move with its image, by their kind in `indiclip.types.Sample`: no field is known by name.
+
+The geometry is torchvision's (transforms v2 on tv_tensors): what moves is wrapped in the tv_tensor of its kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from indiclip.names import did_you_mean
+from indiclip.types import FIELDS, Field, Sample
+
+Size = tuple[int, int]
+Region = tuple[int, int, int, int]  # top, left, height, width
+Fields = dict[str, Any]
+
+# EXIF orientation -> transpose, then mirror left-right, then mirror top-bottom.
+_TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
+
+
+class ExactMask(tv_tensors.Mask):  # type: ignore[misc]
+    """(..., height, width), resized to the nearest pixel; torchvision's own takes one up to half a pixel off."""
+
+
+class SmoothMask(tv_tensors.Mask):  # type: ignore[misc]
+    """(..., height, width), resized bilinearly."""
+
+
+def _register(kind: type, interpolation: InterpolationMode) -> None:
+    """Tell torchvision how a kind of mask is resized; all else is as for its own."""
+
+    @TF.register_kernel(TF.resize, kind)  # type: ignore[untyped-decorator]
+    def resize(value: Tensor, size: list[int], **options: Any) -> Any:
+        resized = TF.resize(plain(value), size, interpolation=interpolation, antialias=True)
+        return tv_tensors.wrap(resized, like=value)
+
+    @TF.register_kernel(TF.resized_crop, kind)  # type: ignore[untyped-decorator]
+    def resized_crop(
+        value: Tensor, top: int, left: int, height: int, width: int, size: list[int], **options: Any
+    ) -> Any:
+        return resize(tv_tensors.wrap(TF.crop(plain(value), top, left, height, width), like=value), size)
+
+
+_register(ExactMask, InterpolationMode.NEAREST_EXACT)
+_register(SmoothMask, InterpolationMode.BILINEAR)
+
+
+def wrap(sample: Sample, canvas: Size) -> Fields:
+    """The fields of a sample, without its image, as tensors that move.
+
+    Args:
+        canvas: (height, width) of the frame that its annotations are in.
+
+    Raises:
+        ValueError: A field that is not declared, or an array of another shape than its kind has.
+    """
+    fields: Fields = {}
+    for name, value in sample.items():
+        field = FIELDS.get(name)
+        if field is None:
+            raise ValueError(
+                f"sample {sample['key']!r} has a field {name!r}, which indiclip.types.Sample does not declare"
+                f"{did_you_mean(name, FIELDS)}"
+            )
+        if value is None or field.kind == "image":
+            continue
+        if field.kind in ("text", "scalar"):
+            fields[name] = value
+        else:
+            fields[name] = _wrap(f"{name} of sample {sample['key']!r}", field, value, canvas)
+    for name, value in fields.items():
+        owner = FIELDS[name].of
+        if owner and (owner not in fields or len(fields[owner]) != len(value)):
+            found = f"{len(fields[owner])} rows" if owner in fields else "is missing"
+            raise ValueError(f"{name} of sample {sample['key']!r} has {len(value)} rows, but {owner} {found}")
+    return fields
+
+
+def _wrap(what: str, field: Field, value: Any, canvas: Size) -> Any:
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{what}: found a {type(value).__name__}, expected a NumPy array")
+    tensor = torch.from_numpy(value)
+    if field.kind == "boxes":
+        return tv_tensors.BoundingBoxes(tensor.reshape(-1, 4), format="XYXY", canvas_size=canvas)  # type: ignore[call-overload]
+    if field.kind == "points":
+        # As boxes without an extent: v2's KeyPoints count from the pixel's middle, boxes and our points from its edge.
+        # Without clamping, because a clamped point would lie on the border instead of outside.
+        corners = tensor.reshape(-1, 2).repeat(1, 2)
+        return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas, clamping_mode=None)  # type: ignore[call-overload]
+    if field.kind == "rows":
+        return tensor
+    expected = (*value.shape[:1], *canvas) if field.kind == "masks" else canvas
+    if value.shape != expected:
+        raise ValueError(f"{what}: found shape {value.shape}, expected {expected}, as its image")
+    return (SmoothMask if field.bilinear else ExactMask)(tensor if field.kind == "masks" else tensor[None])
+
+
+def turn(value: Any, orientation: int) -> Any:
+    """Turn an image or what moves with it upright, from EXIF's `orientation`."""
+    if orientation == 1 or not isinstance(value, tv_tensors.TVTensor):
+        return value
+    transpose, left_right, top_bottom = _TURNS[orientation]
+    if transpose and isinstance(value, tv_tensors.BoundingBoxes):
+        swapped = plain(value)[:, [1, 0, 3, 2]]
+        value = tv_tensors.wrap(swapped, like=value, canvas_size=value.canvas_size[::-1])
+    elif transpose:
+        value = tv_tensors.wrap(plain(value).transpose(-1, -2), like=value)
+    if left_right:
+        value = TF.horizontal_flip(value)
+    return TF.vertical_flip(value) if top_bottom else value
+
+
+def move(value: Any, region: Region, size: Size) -> Any:
+    """A field of a part of the image at another size."""
+    if not isinstance(value, tv_tensors.TVTensor):
+        return value
+    if region[2:] == tuple(TF.get_size(value)):
+        return value if region[2:] == size else TF.resize(value, list(size), antialias=True)
+    return TF.resized_crop(value, *region, list(size), antialias=True)
+
+
+def drop_outside(fields: Fields, size: Size) -> Fields:
+    """Remove what an augmentation moved out of the image, from all fields that have a row for it."""
+    edge = torch.tensor([size[1], size[0]])
+    kept: dict[str, Tensor] = {}
+    for name, value in fields.items():
+        if FIELDS[name].kind in ("boxes", "points"):
+            low, high = plain(value)[:, :2], plain(value)[:, 2:]
+            if FIELDS[name].kind == "boxes":
+                kept[name] = (low.clamp(min=0) < torch.minimum(high, edge)).all(1)
+            else:  # the far edge is inside, because mirroring moves the near edge there; `unwrap` has the last word
+                kept[name] = ((low >= 0) & (low <= edge)).all(1)
+    for name, value in fields.items():
+        field = FIELDS[name]
+        if field.into:
+            kept[field.of] = kept[field.of] & kept[field.into][value]
+            fields[name] = (kept[field.into].cumsum(0) - 1)[value]  # the rows that stay are numbered anew
+    for name, value in fields.items():
+        if (rows := kept.get(FIELDS[name].of or name)) is None:
+            continue
+        fields[name] = value[rows]
+        if isinstance(value, tv_tensors.TVTensor):  # indexing makes a plain tensor of it, which v2 leaves as it is
+            fields[name] = tv_tensors.wrap(fields[name], like=value)
+    return fields
+
+
+def unwrap(fields: Fields, size: Size) -> Fields:
+    """Plain tensors in the final image: points on its far edges are moved to the last number before them."""
+    found = {name: plain(value) for name, value in fields.items()}
+    for name, value in found.items():
+        if FIELDS[name].kind == "points":
+            edge = torch.tensor([size[1], size[0]], dtype=value.dtype)
+            found[name] = torch.minimum(value[:, :2].clamp(min=0), torch.nextafter(edge, torch.zeros_like(edge)))
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A tv_tensor as a plain tensor; anything else as it is."""
+    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
