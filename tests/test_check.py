@@ -258,8 +258,10 @@ def test_index_lies_beside_the_shard_and_is_built_once(tmp_path, capsys):
         assert found == {
             "shards": 2, "samples": 2, "built": built, "damaged": {}, "elsewhere": {},
             "inventory": {
-                "members": {"present": 6, "used": 4, "left_out": {".pkl": {"count": 2, "example": "0.pkl"}}},
-                "samples": {"present": 2, "used": 2, "left_out": {}},
+                "members": {
+                    "present": 6, "used": 4, "altered": {}, "left_out": {".pkl": {"count": 2, "example": "0.pkl"}},
+                },
+                "samples": {"present": 2, "used": 2, "altered": {}, "left_out": {}},
             },
         }  # fmt: skip
     assert tar_index.TarIndex.load(Path(f"{packed}.index.npz")) is not None

@@ -78,7 +78,8 @@ def _pack(argv: list[str]) -> int:
         "                 (a column `language`, or a caption column called `hi`, declares the language)\n"
         "  a COCO file    .json with boxes, masks, captions, DensePose; read it with BoxShards\n"
         "The files' bytes are kept. What cannot be read is left out and listed in NAME-left-out.jsonl. The order is\n"
-        "drawn from the seed; the same files and options give the same bytes.",
+        "drawn from the seed; the same files and options give the same bytes. All shards are written, or none: one\n"
+        "that is stopped leaves nothing behind.",
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder, a table, or a COCO file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go; made if need be")

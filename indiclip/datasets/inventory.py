@@ -83,15 +83,15 @@ class Inventory:
         return units
 
     @classmethod
-    def of_summary(cls, summary: dict[str, Any]) -> Inventory:
-        """From what `summary` gave."""
+    def of_summary(cls, summary: dict[str, Any], where: str = "") -> Inventory:
+        """From what `summary` gave; `where` begins every example."""
         inventory = cls()
         for unit, found in summary.items():
             inventory.present[unit], inventory.used[unit] = int(found["present"]), int(found["used"])
             for reason, entry in found["left_out"].items():
-                inventory.leave_out(unit, reason, str(entry["example"]), int(entry["count"]))
+                inventory.leave_out(unit, reason, f"{where}{entry['example']}", int(entry["count"]))
             for how, entry in found["altered"].items():
-                inventory.alter(unit, how, str(entry["example"]), int(entry["count"]))
+                inventory.alter(unit, how, f"{where}{entry['example']}", int(entry["count"]))
         return inventory
 
     def lines(self) -> list[str]:

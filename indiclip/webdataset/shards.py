@@ -103,12 +103,8 @@ class Shards(SampleDataset):
         """What the shards hold, whatever of it is read."""
         total = Inventory()
         for shown, index in zip(self._shown, self._indexes, strict=True):
-            found = index.inventory
-            total.present.update({unit: found.present[unit] for unit in units if unit in found.present})
-            total.used.update({unit: found.used[unit] for unit in units if unit in found.present})
-            for unit, reason, number, example in found.left_out():
-                if unit in units:
-                    total.leave_out(unit, reason, f"{shown}: {example}", number)
+            found = {unit: of_unit for unit, of_unit in index.inventory.summary().items() if unit in units}
+            total += Inventory.of_summary(found, f"{shown}: ")
         return total
 
     def key(self, index: int) -> str:
@@ -139,7 +135,8 @@ class Shards(SampleDataset):
             captions = read_captions(parts, read_entry(parts["json"]) if "json" in parts else {})
         except ValueError:
             return {}
-        return captions or {"": [text] for text in self._from_class(int(self.labels[index]))}
+        made = self._from_class(int(self.labels[index]))
+        return captions or ({"": made} if made else {})
 
     def shard(self, index: int) -> str:
         """The shard that a sample lies in."""
