@@ -175,7 +175,7 @@ class CocoItems:
         self._entries = Strings(_dumps({**entry, "annotations": of_row[row]}) for row, entry in enumerate(entries))
         self._files = Strings(images.names)
         self.names = Strings(f"image {image_id}" for image_id in images.ids)
-        self.keys = unique_keys(map(str, images.ids))
+        self.keys = unique_keys(images.groups())
 
     def __getitem__(self, index: int) -> Item:
         return Item(inside(self._folder, self._files[index]), {"json": self._entries[index].encode()})

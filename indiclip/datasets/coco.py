@@ -7,7 +7,6 @@ its EXIF orientation. `Transform` turns image and boxes together.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +82,7 @@ class CocoDetection(SampleDataset):
         found = read_images(content["images"], self._file)
         inventory.present["images"] = len(found.ids)
         self._keys, self._names = Strings(map(str, found.ids)), Strings(found.names)
+        self._groups = Strings(found.groups())
         self._sizes_hw = read_sizes(content["images"], found, self._file)
         check_files(self.folder, found.names, str(self._file))
         self.classes, class_of = read_categories(content["categories"], self._file)
@@ -92,7 +92,6 @@ class CocoDetection(SampleDataset):
         self._caption_starts = np.cumsum([0, *map(len, of_row)])
         self._select(keep_empty, captioned, found.wheres)
         self.sizes_hw = self._sizes_hw[self._rows]
-        self._first_key = _first_keys(found.names, found.ids)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,9 +101,8 @@ class CocoDetection(SampleDataset):
         return self._keys[self._rows[index]]
 
     def group(self, index: int) -> str:
-        """The key of the file's first entry of the same picture."""
-        row = int(self._rows[index])
-        return self._first_key.get(self._names[row], self._keys[row])
+        """The key of the first entry of the same picture."""
+        return self._groups[self._rows[index]]
 
     def captions(self, index: int) -> dict[str, list[str]]:
         """All captions of an image; `__getitem__` gives the first."""
@@ -187,17 +185,6 @@ class CocoDetection(SampleDataset):
             people = [dp.person(entries[i], wheres[i]) for i in kept]
             self._is_person = np.array([person is not None for person in people], dtype=bool)
             self._people = Strings(json.dumps(person) for person in people)
-
-
-def _first_keys(names: list[str], ids: list[Id]) -> dict[str, str]:
-    """File name -> key of the first image of this name, where it is not the only one."""
-    first: dict[str, str] = {}
-    if len(set(names)) < len(names):
-        repeated = {name for name, count in Counter(names).items() if count > 1}
-        for name, image_id in zip(names, ids, strict=True):
-            if name in repeated:
-                first.setdefault(name, str(image_id))
-    return first
 
 
 def stack_masks(codes: Sequence[Any], height: int, width: int) -> np.ndarray:

@@ -6,6 +6,7 @@ as no two ids of a list may read alike. Everything else is taken as it stands or
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,12 @@ class CocoImages(NamedTuple):
     row_of: dict[Id, int]  # id, as a number and as text -> place in the list
     captions: list[Any]  # that the entries carry themselves, None where they do not; unchecked
     wheres: Wheres
+
+    def groups(self) -> list[str]:
+        """Of each image, the id of the first one of the same file, as text."""
+        first: dict[str, str] = {}
+        pairs = zip(self.names, self.ids, strict=True)
+        return [first.setdefault(posixpath.normpath(name), str(image_id)) for name, image_id in pairs]
 
 
 class CocoBoxes(NamedTuple):

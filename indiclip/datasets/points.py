@@ -22,7 +22,7 @@ from indiclip.datasets.coco_file import (
 )
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
-from indiclip.images import read_header, read_image
+from indiclip.images import UnreadableSample, read_header, read_image
 from indiclip.names import shorten
 from indiclip.types import Sample
 
@@ -80,7 +80,7 @@ class CountingPoints(SampleDataset):
         self._starts = np.cumsum([0, *self.counts])
         image = np.repeat(np.arange(len(entries)), self.counts)  # of each point
         of_points = Wheres(f"{file}:", [names[i] for i in image])
-        sizes_hw = self.sizes_hw[image]
+        sizes_hw = np.where(self.sizes_hw == 0, 2**31, self.sizes_hw)[image]
         self._points_xy = place_points(
             list(chain.from_iterable(points)), sizes_hw, of_points, tolerance, self.inventory
         )
@@ -113,7 +113,11 @@ class CountingPoints(SampleDataset):
         return sample
 
     def _size_hw(self, entry: Entry, where: str) -> tuple[int, int]:
-        header = read_header(self.folder / entry["file_name"])
+        """Of the image as annotated; (0, 0) where its file is damaged, which its reader says."""
+        try:
+            header = read_header(self.folder / entry["file_name"])
+        except UnreadableSample:
+            return 0, 0
         said = (entry.get("height", header.size_hw[0]), entry.get("width", header.size_hw[1]))
         if said not in (header.size_hw, header.upright_hw) or {*map(type, said)} != {int}:
             raise ValueError(f"{where}: the file has (height, width) {header.size_hw}, the entry says {shorten(said)}")
