@@ -10,17 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from indiclip.datasets.captions import LANGUAGES, column_place, read_table
-from indiclip.datasets.coco_file import (
-    Entry,
-    Wheres,
-    look_up,
-    read_captions,
-    read_categories,
-    read_images,
-    unique_ids,
-)
+from indiclip.datasets.coco_file import Entry, read_captions, read_coco
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, column, existing, load_json
+from indiclip.datasets.tables import Strings, existing
 from indiclip.webdataset.tar_members import IMAGES
 
 _UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file name on some system, or in a key
@@ -156,26 +148,21 @@ class CocoItems:
     """
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
-        content = load_json(file, ("images", "annotations", "categories"))
-        entries, annotations, where = content["images"], content["annotations"], f"{file}: annotation"
-        self._folder, self.inventory = folder, Inventory()
-        self.classes, class_of = read_categories(content["categories"], file)
-        images = read_images(entries, file)
-        wheres = Wheres(where, unique_ids(column(annotations, "id", where), where))
-        rows = look_up(column(annotations, "image_id", where), images.row_of, wheres, "image")
-        classes = look_up(column(annotations, "category_id", where), class_of, wheres, "category")
+        coco = read_coco(file)
+        self._folder, self.inventory, self.classes = folder, Inventory(), coco.classes
+        entries = coco.images.entries
         of_row: list[list[Entry]] = [[] for _ in entries]
-        for row, number, entry in zip(rows.tolist(), classes.tolist(), annotations, strict=True):
-            of_row[row].append({**entry, "class": number})
+        for row, label, entry in zip(coco.rows.tolist(), coco.labels.tolist(), coco.annotations, strict=True):
+            of_row[row].append({**entry, "class": label})
         if captions:
-            texts = read_captions(images, captions, self.inventory)
+            texts = read_captions(coco.images, captions, self.inventory)
             self.inventory.used["captions"] = sum(map(len, texts))
             entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, texts, strict=True)]
         # As JSON in one buffer, which the processes share; each would copy Python objects.
         self._entries = Strings(_dumps({**entry, "annotations": of_row[row]}) for row, entry in enumerate(entries))
-        self._files = Strings(images.names)
-        self.names = Strings(f"image {image_id}" for image_id in images.ids)
-        self.keys = unique_keys(images.groups())
+        self._files = Strings(coco.images.names)
+        self.names = Strings(f"image {key}" for key in coco.images.id_texts())
+        self.keys = unique_keys(coco.images.groups())
 
     def __getitem__(self, index: int) -> Item:
         return Item(inside(self._folder, self._files[index]), {"json": self._entries[index].encode()})
