@@ -32,7 +32,7 @@ class Contrastive(Head):
 
     Once captions of two languages were seen, `loss/<language>` is logged: the mean of its pairs' parts of the loss; it
     stays as it was where a step has no pair of it. Samples without a `language` count in none. Held-out images with
-    `captions` are scored in each of their languages, see `EmbeddingMetric`.
+    captions are scored with all of them, in each of their languages, see `EmbeddingMetric`.
 
     Args:
         task: Which batch it reads.
@@ -106,39 +106,43 @@ class Contrastive(Head):
 
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
         """`image_E`, `text_E` (None without a caption), `hits_L` (zero-shot right at each length, where a class is
-        known), `nearest` (the captions of this batch closest to the image, best first) and `texts_E` (language ->
-        embedding, of the sample's `captions`).
+        known), `nearest` (the captions of this batch closest to the image, best first) and `texts_TE` (language ->
+        embeddings of all its captions in it).
         """
-        captions = batch["targets"].get("caption", [None] * len(batch["keys"]))
-        distinct = list(dict.fromkeys(caption for caption in captions if caption is not None))
-        image_BE, text_CE = encoder.embed_features(features), encoder.embed_text(distinct)
-        text_of = dict(zip(distinct, text_CE, strict=True))
+        drawn = batch["targets"].get("caption", [None] * len(batch["keys"]))
+        captions = _captions(batch)
+        image_BE, texts_TE = encoder.embed_features(features), _embed_by_language(captions, encoder)
+        text_of = {
+            text: text_E
+            for by, embedded in zip(captions, texts_TE, strict=True)
+            for language, texts in by.items()
+            for text, text_E in zip(texts, embedded[language], strict=True)
+        }
+        distinct = list(dict.fromkeys(caption for caption in drawn if caption is not None))
+        nearest: list[list[int]] = [[] for _ in drawn]
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
             hits = self._zero_shot(image_BE, batch, encoder)
-            order = (image_BE @ text_CE.T).topk(min(5, len(distinct)), dim=1).indices.tolist()
-        by_language = _embed_by_language(_by_language(batch), encoder)
+            if distinct:
+                text_CE = torch.stack([text_of[caption] for caption in distinct])
+                nearest = (image_BE @ text_CE.T).topk(min(5, len(distinct)), dim=1).indices.tolist()
         return [
             {
                 "image_E": image_E,
                 "text_E": text_of.get(caption),
                 "hits_L": hits_L,
                 "nearest": [distinct[i] for i in best],
-                "texts_E": texts_E,
+                "texts_TE": of_image,
             }
-            for image_E, caption, hits_L, best, texts_E in zip(
-                image_BE, captions, hits, order, by_language, strict=True
-            )
+            for image_E, caption, hits_L, best, of_image in zip(image_BE, drawn, hits, nearest, texts_TE, strict=True)
         ]
 
     def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
-        captions = self.target(batch, "caption")
+        self.target(batch, "caption")
         image_BE = torch.stack([prediction["image_E"] for prediction in predictions])
-        text_BE = torch.stack([prediction["text_E"] for prediction in predictions])
         hits = [prediction["hits_L"] for prediction in predictions if prediction["hits_L"] is not None]
         assert isinstance(self.metric, EmbeddingMetric)
-        texts_E = [prediction["texts_E"] for prediction in predictions]
-        ids_B = caption_ids(captions).to(image_BE.device)
-        self.metric.update(image_BE, text_BE, ids_B, hits, _by_language(batch), texts_E)
+        texts_TE = [prediction["texts_TE"] for prediction in predictions]
+        self.metric.update(image_BE, _captions(batch), texts_TE, _drawn_languages(batch), hits)
 
     def visualize(
         self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
@@ -175,13 +179,14 @@ class Contrastive(Head):
 class EmbeddingMetric(torchmetrics.Metric):
     """Retrieval both ways and zero-shot accuracy over everything seen since the last reset.
 
-    An image's right texts are all with its caption's id; equal captions count as one candidate.
+    An image has found its text when any of its captions is near enough; equal captions count as one candidate.
 
-    Retrieval in one language, `image_to_text_r<k>/<language>`, is among the images with a caption in it and those
-    captions: languages that all images have are scored on the same images. `image_to_text_r<k>_gap/<language>`, for the
-    largest k, is English's recall less the language's, both among the images that have the two. Where not all images
-    have all languages, `images/<language>` says how many have it: it is easier to find one image among fewer. With
-    captions in fewer than two languages there is none of these.
+    `image_to_text_r<k>` is among all images and their captions in the language that was drawn for each.
+    `image_to_text_r<k>/<language>` is among the images with captions in it and those captions: languages that all
+    images have are scored on the same images. `image_to_text_r<k>_gap/<language>`, for the largest k, is English's
+    recall less the language's, both among the images that have the two. Where not all images have all languages,
+    `images/<language>` says how many have it: it is easier to find one image among fewer. With captions in fewer than
+    two languages there is none of these.
 
     Args:
         lengths: Embedding lengths, ascending; the last is the full one.
@@ -190,11 +195,10 @@ class EmbeddingMetric(torchmetrics.Metric):
 
     full_state_update = False
     image_BE: list[Tensor]
-    text_BE: list[Tensor]
-    ids_B: list[Tensor]
     counts_B: list[Tensor]
     text_SE: list[Tensor]
     ids_S: list[Tensor]
+    drawn_S: list[Tensor]
     codes_SC: list[Tensor]
     hits_L: Tensor
     labelled: Tensor
@@ -202,9 +206,9 @@ class EmbeddingMetric(torchmetrics.Metric):
     def __init__(self, lengths: list[int], retrieval_at: list[int]) -> None:
         super().__init__()
         self.lengths, self.retrieval_at = lengths, retrieval_at
-        # The captions by language lie in one row, image after image, each with its language as characters: like this
-        # they can be put together from ranks that have seen different languages.
-        for name in ("image_BE", "text_BE", "ids_B", "counts_B", "text_SE", "ids_S", "codes_SC"):
+        # All captions lie in one row, image after image, each with its language as characters: like this they can be
+        # put together from ranks that have seen different languages.
+        for name in ("image_BE", "counts_B", "text_SE", "ids_S", "drawn_S", "codes_SC"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self.add_state("hits_L", default=torch.zeros(len(lengths)), dist_reduce_fx="sum")
         self.add_state("labelled", default=torch.zeros(()), dist_reduce_fx="sum")
@@ -216,43 +220,45 @@ class EmbeddingMetric(torchmetrics.Metric):
         super().reset()
         empty_0E = torch.zeros(0, self.lengths[-1], device=self.device)
         empty_0 = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self.image_BE, self.text_BE, self.text_SE = [empty_0E], [empty_0E], [empty_0E]
-        self.ids_B, self.counts_B, self.ids_S = [empty_0], [empty_0], [empty_0]
+        self.image_BE, self.text_SE = [empty_0E], [empty_0E]
+        self.counts_B, self.ids_S, self.drawn_S = [empty_0], [empty_0], [empty_0]
         self.codes_SC = [torch.zeros(0, _CODE_LENGTH, dtype=torch.uint8, device=self.device)]
 
     def update(
         self,
         image_BE: Tensor,
-        text_BE: Tensor,
-        ids_B: Tensor,
+        captions: list[dict[str, list[str]]],
+        texts_TE: list[dict[str, Tensor]],
+        drawn: list[str],
         hits: list[Tensor],
-        captions: list[dict[str, str]] | None = None,
-        texts_E: list[dict[str, Tensor]] | None = None,
     ) -> None:
         """Add a batch.
 
         Args:
             image_BE: Images.
-            text_BE: Their captions.
-            ids_B: The captions' ids.
+            captions: Language ("" where it is unknown) -> captions, of each image.
+            texts_TE: Language -> their embeddings, of each image.
+            drawn: The language in which each image counts where languages are not told apart.
             hits: A bool (L,) for each labelled image.
-            captions: Language -> caption, of each image.
-            texts_E: Language -> embedding, of each image.
         """
+        device = image_BE.device
         self.image_BE.append(image_BE.float())
-        self.text_BE.append(text_BE.float())
-        self.ids_B.append(ids_B)
         if hits:
             self.hits_L += torch.stack(hits).sum(0)
         self.labelled += len(hits)
-        captions = captions or [{} for _ in image_BE]
-        self.counts_B.append(torch.tensor([len(of_image) for of_image in captions], device=image_BE.device))
-        if texts_E and any(texts_E):
-            pairs = [pair for of_image in captions for pair in of_image.items()]
-            self.text_SE.append(torch.stack([text for of_image in texts_E for text in of_image.values()]).float())
-            self.ids_S.append(caption_ids([text for _, text in pairs]).to(image_BE.device))
-            codes = [list(language.encode().ljust(_CODE_LENGTH)) for language, _ in pairs]
-            self.codes_SC.append(torch.tensor(codes, dtype=torch.uint8, device=image_BE.device))
+        self.counts_B.append(torch.tensor([sum(map(len, by.values())) for by in captions], device=device))
+        rows = [
+            (language, text, language == of_image)
+            for by, of_image in zip(captions, drawn, strict=True)
+            for language, texts in by.items()
+            for text in texts
+        ]
+        if rows:
+            self.text_SE.append(torch.cat([by[name] for by in texts_TE for name in by]).float())
+            self.ids_S.append(caption_ids([text for _, text, _ in rows]).to(device))
+            self.drawn_S.append(torch.tensor([int(is_drawn) for _, _, is_drawn in rows], device=device))
+            codes = [list(language.encode().ljust(_CODE_LENGTH)) for language, _, _ in rows]
+            self.codes_SC.append(torch.tensor(codes, dtype=torch.uint8, device=device))
 
     def compute(self) -> dict[str, Tensor]:
         """`zero_shot` (at the full length) and `zero_shot_<length>`, `image_to_text_r<k>`, `text_to_image_r<k>`; the
@@ -264,29 +270,27 @@ class EmbeddingMetric(torchmetrics.Metric):
             result["zero_shot"] = accuracy_L[-1]
             for length, accuracy in zip(self.lengths[:-1], accuracy_L[:-1], strict=True):
                 result[f"zero_shot_{length}"] = accuracy
-        image_BE = dim_zero_cat(self.image_BE)
-        result |= self._recalls(image_BE, dim_zero_cat(self.text_BE), dim_zero_cat(self.ids_B))
-        return result | self._by_language(image_BE)
-
-    def _by_language(self, image_BE: Tensor) -> dict[str, Tensor]:
-        counts_B = dim_zero_cat(self.counts_B)
-        image_S = torch.arange(len(image_BE), device=image_BE.device).repeat_interleave(counts_B)
-        text_SE, ids_S = dim_zero_cat(self.text_SE), dim_zero_cat(self.ids_S)
+        image_BE, text_SE, ids_S = (dim_zero_cat(part) for part in (self.image_BE, self.text_SE, self.ids_S))
+        images = torch.arange(len(image_BE), device=image_BE.device)
+        image_S = images.repeat_interleave(dim_zero_cat(self.counts_B))
         codes_KC, language_S = torch.unique(dim_zero_cat(self.codes_SC), dim=0, return_inverse=True)
         names = [bytes(code).decode().rstrip() for code in codes_KC.tolist()]
-        if len(names) < 2:
-            return {}
-        chosen = {name: language_S == number for number, name in enumerate(names)}
-        images = {f"images/{name}": chosen_S.sum().float() for name, chosen_S in chosen.items()}
+        chosen = {name: language_S == number for number, name in enumerate(names) if name}
         known: dict[bytes, dict[str, Tensor]] = {}
 
         def recalls(chosen_S: Tensor) -> dict[str, Tensor]:
             key = chosen_S.cpu().numpy().tobytes()  # mostly, all images have all languages
             if key not in known:
-                known[key] = self._recalls(image_BE[image_S[chosen_S]], text_SE[chosen_S], ids_S[chosen_S])
+                of_texts = image_S[chosen_S], text_SE[chosen_S], ids_S[chosen_S]
+                known[key] = _recalls(image_BE, *of_texts, self.retrieval_at)
             return known[key]
 
-        result = images if min(images.values()) < (counts_B > 0).sum() else {}
+        result |= recalls(dim_zero_cat(self.drawn_S) > 0)
+        if len(chosen) < 2:
+            return result
+        counts = {name: float(len(image_S[chosen_S].unique())) for name, chosen_S in chosen.items()}
+        if min(counts.values()) < len(image_S[torch.stack(list(chosen.values())).any(0)].unique()):
+            result |= {f"images/{name}": torch.tensor(count) for name, count in counts.items()}
         best = f"image_to_text_r{max(self.retrieval_at)}"
         for name, chosen_S in chosen.items():
             result |= {f"{metric}/{name}": value for metric, value in recalls(chosen_S).items()}
@@ -297,21 +301,28 @@ class EmbeddingMetric(torchmetrics.Metric):
                     result[f"{best}_gap/{name}"] = gap
         return result
 
-    def _recalls(self, image_BE: Tensor, text_BE: Tensor, ids_B: Tensor) -> dict[str, Tensor]:
-        """`image_to_text_r<k>` and `text_to_image_r<k>` of images and their texts."""
-        ids, group_B = torch.unique(ids_B, return_inverse=True)
-        first_C = torch.full((len(ids),), len(group_B), device=group_B.device)
-        first_C = first_C.scatter_reduce(0, group_B, torch.arange(len(group_B), device=group_B.device), "amin")
-        rank_B, rank_C = retrieval_ranks(image_BE, text_BE[first_C], group_B)
-        result: dict[str, Tensor] = {}
-        for k in self.retrieval_at:
-            result[f"image_to_text_r{k}"] = (rank_B < k).float().mean()
-            result[f"text_to_image_r{k}"] = (rank_C < k).float().mean()
-        return result
+
+def _recalls(
+    image_BE: Tensor, image_S: Tensor, text_SE: Tensor, ids_S: Tensor, retrieval_at: list[int]
+) -> dict[str, Tensor]:
+    """`image_to_text_r<k>` and `text_to_image_r<k>` of the images that have one of these texts."""
+    images, image_S = torch.unique(image_S, return_inverse=True)
+    ids, text_S = torch.unique(ids_S, return_inverse=True)
+    first_C = torch.full((len(ids),), len(text_S), device=text_S.device)
+    first_C = first_C.scatter_reduce(0, text_S, torch.arange(len(text_S), device=text_S.device), "amin")
+    rank_B, rank_C = retrieval_ranks(image_BE[images], text_SE[first_C], image_S, text_S)
+    result: dict[str, Tensor] = {}
+    for k in retrieval_at:
+        result[f"image_to_text_r{k}"] = (rank_B < k).float().mean()
+        result[f"text_to_image_r{k}"] = (rank_C < k).float().mean()
+    return result
 
 
-def retrieval_ranks(image_BE: Tensor, text_CE: Tensor, group_B: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor]:
-    """How many wrong ones are at least as near as the right one: of the texts for an image, of the images for a text.
+def retrieval_ranks(
+    image_BE: Tensor, text_CE: Tensor, image_S: Tensor, text_S: Tensor, rows: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """How many wrong ones are at least as near as the nearest right one: of the texts for an image, of the images for a
+    text.
 
     Ties (to rounding) and NaN count against the right one, so that a model which gives the same vector for everything
     finds nothing.
@@ -319,20 +330,25 @@ def retrieval_ranks(image_BE: Tensor, text_CE: Tensor, group_B: Tensor, rows: in
     Args:
         image_BE: Images.
         text_CE: Distinct captions.
-        group_B: The caption of each image; a text's right image is the nearest of its own.
+        image_S: The image of each pair that belongs together; every image and every caption is in one at least.
+        text_S: Its caption.
         rows: Images whose similarities are in memory at a time.
 
     Returns:
         `(rank_B, rank_C)`, 0 where the right one is the nearest.
     """
-    right_B = (image_BE * text_CE[group_B]).sum(1)
-    best_C = torch.full((len(text_CE),), -torch.inf, device=right_B.device).scatter_reduce(0, group_B, right_B, "amax")
-    ranks, rank_C = [], torch.zeros(len(text_CE), dtype=torch.int64, device=right_B.device)
+    right_S = (image_BE[image_S] * text_CE[text_S]).sum(1)
+    best_B, best_C = (
+        torch.full((size,), -torch.inf, device=right_S.device).scatter_reduce(0, place_S, right_S, "amax")
+        for size, place_S in ((len(image_BE), image_S), (len(text_CE), text_S))
+    )
+    ranks, rank_C = [], torch.zeros(len(text_CE), dtype=torch.int64, device=right_S.device)
     for start in range(0, len(image_BE), rows):
-        part = slice(start, start + rows)
-        similarity_BC = image_BE[part] @ text_CE.T
-        wrong_BC = torch.ones_like(similarity_BC, dtype=torch.bool).scatter(1, group_B[part, None], False)
-        ranks.append((~(similarity_BC < right_B[part, None] - _ROUNDING) & wrong_BC).sum(1))
+        similarity_BC = image_BE[start : start + rows] @ text_CE.T
+        wrong_BC = torch.ones_like(similarity_BC, dtype=torch.bool)
+        here_S = (image_S >= start) & (image_S < start + rows)
+        wrong_BC[image_S[here_S] - start, text_S[here_S]] = False
+        ranks.append((~(similarity_BC < best_B[start : start + rows, None] - _ROUNDING) & wrong_BC).sum(1))
         rank_C += (~(similarity_BC < best_C - _ROUNDING) & wrong_BC).sum(0)
     return torch.cat(ranks), rank_C
 
@@ -342,20 +358,37 @@ def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:
     head._class_text.clear()
 
 
-def _by_language(batch: Batch) -> list[dict[str, str]]:
-    """The captions of each image by language."""
-    captions = batch["targets"].get("captions", [None] * len(batch["keys"]))
-    return [{name: text for name, text in (by or {}).items() if _CODE.fullmatch(name)} for by in captions]
+def _drawn_languages(batch: Batch) -> list[str]:
+    """The language of each image's `caption`; "" where it is unknown or is no code."""
+    languages = batch["targets"].get("language", [None] * len(batch["keys"]))
+    return [language if language and _CODE.fullmatch(language) else "" for language in languages]
 
 
-def _embed_by_language(captions: list[dict[str, str]], encoder: Encoder) -> list[dict[str, Tensor]]:
-    """Language -> embedding, of each image's captions; one language after the other, so that batches stay small."""
-    found: list[dict[str, Tensor]] = [{} for _ in captions]
+def _captions(batch: Batch) -> list[dict[str, list[str]]]:
+    """All captions of each image by language, "" where it is unknown or is no code; `caption` is one of them."""
+    nothing: list[Any] = [None] * len(batch["keys"])
+    all_captions, drawn = (batch["targets"].get(name, nothing) for name in ("captions", "caption"))
+    found: list[dict[str, list[str]]] = []
+    for by, caption, own in zip(all_captions, drawn, _drawn_languages(batch), strict=True):
+        of_image: dict[str, list[str]] = {}
+        for language, texts in (by or {}).items():
+            of_image.setdefault(language if _CODE.fullmatch(language) else "", []).extend(texts)
+        if caption is not None and caption not in of_image.get(own, []):
+            of_image.setdefault(own, []).append(caption)
+        found.append(of_image)
+    return found
+
+
+def _embed_by_language(captions: list[dict[str, list[str]]], encoder: Encoder) -> list[dict[str, Tensor]]:
+    """Language -> embeddings, of each image's captions; one language after the other, so that batches stay small."""
+    found: list[dict[str, Tensor]] = [dict.fromkeys(by, torch.empty(0)) for by in captions]
     for language in sorted({language for by in captions for language in by}):
-        images = [i for i, by in enumerate(captions) if language in by]
-        for i, text_E in zip(images, encoder.embed_text([captions[i][language] for i in images]), strict=True):
-            found[i][language] = text_E
-    return [{language: by[language] for language in of_image} for by, of_image in zip(found, captions, strict=True)]
+        counts = [len(by.get(language, [])) for by in captions]
+        text_TE = encoder.embed_text([text for by in captions for text in by.get(language, [])])
+        for of_image, count, own_TE in zip(found, counts, text_TE.split(counts), strict=True):
+            if count:
+                of_image[language] = own_TE
+    return found
 
 
 def _labels(batch: Batch, like_BE: Tensor) -> Tensor:

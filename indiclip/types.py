@@ -58,8 +58,8 @@ class Sample(TypedDict, total=False):
     key: Annotated[str, Field("text")]  # unique in its dataset, stable between runs
     caption: Annotated[str, Field("text")]
     language: Annotated[str, Field("text")]  # of `caption`: a BCP-47 code such as hi or hi-Latn
-    # language -> text; `indiclip.datasets.languages` draws one of them for `caption`
-    captions: Annotated[dict[str, str], Field("text")]
+    # language ("" where it is unknown) -> texts; `indiclip.datasets.languages` draws one of them for `caption`
+    captions: Annotated[dict[str, list[str]], Field("text")]
     label: Annotated[int, Field("scalar")]  # class of the whole image, -1 where there is none
     boxes_xyxy: Annotated[Any, Field("boxes")]  # float32 (M, 4)
     classes: Annotated[Any, Field("rows", of="boxes_xyxy")]  # int64 (M,)

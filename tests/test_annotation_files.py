@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import yaml
 from PIL import Image
 from test_cli import config, fit
 from test_coco import CONTENT, image
@@ -251,3 +252,27 @@ def test_splits_by_a_regular_expression(folder):
         Split(frames, "val", group_by="shot")
     with pytest.raises(ValueError, match=r"group_by: '\(' is no regular expression"):
         Split(frames, "val", group_by="(")
+
+
+def test_packing_says_how_many_captions_are_of_images_that_are_not_at_hand(folder, capsys):
+    write(folder)
+    entries = [{"image_id": 7, "caption": "x"}, {"image_id": "30", "caption": "y"}, {"image_id": 8, "caption": "z"}]
+    write(folder, {"annotations": entries}, name="captions.json")
+    words = ["--captions", str(folder / "captions.json"), "--out", str(folder / "s"), "--name", "a", "--workers", "0"]
+    assert main(["shards", "pack", str(folder / "instances.json"), *words]) == 0
+    assert "2 of 3 captions; left out: 1 of images that are not at hand (" in capsys.readouterr().out
+    shards = BoxShards(str(folder / "s" / "a-*.tar"), str(folder / "s" / "classes.txt"))
+    found = {shards.key(i).split("/")[1]: shards.captions(i) for i in range(len(shards))}
+    assert found == {"7": {"": ["x"]}, "30": {"": ["y"]}, "50": {}}
+
+
+def test_indiclip_check_says_what_a_config_would_use(folder, capsys):
+    write(folder, change=annotation(bbox=[2, 3, 0.5, 12]))
+    init = {"images": str(folder), "annotations": str(folder / "instances.json"), "captioned": True}
+    dataset = {"class_path": "indiclip.datasets.coco.CocoDetection", "init_args": init}
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(config(data__train__0__dataset=dataset, data__train__0__batch_size=1, data__val=[])))
+    assert main(["check", "--config", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 3 images; left out: 2 without a caption (" in shown
+    assert "1 thinner than a pixel (" in shown

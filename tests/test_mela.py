@@ -8,14 +8,16 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from indiclip.generated.mela import CLASSES, COLOURS, LANGUAGES, THINGS, Mela, Scene, class_names, draw_scene
+from indiclip.generated.mela_hard import _look_alikes
 from indiclip.generated.mela_layout import Item, draw_background
 from indiclip.generated.mela_people import GARMENTS, NUM_PARTS, draw_person
-from indiclip.generated.mela_scene import _visible_only, place_of
+from indiclip.generated.mela_scene import DIFFICULTIES, LAYOUTS, _assemble, _visible_only, place_of
 from indiclip.generated.mela_things import Sprite, draw_thing, rgb_of
 from indiclip.generated.mela_words import PERSON, Group, captions, words
 
@@ -28,8 +30,14 @@ def scenes() -> list[Scene]:
     return [
         draw_scene(11, index, *SIZES_HW[index % len(SIZES_HW)], layout=layout, people=0.7)
         for index in range(80)
-        for layout in ("single", "mixed")
+        for layout in LAYOUTS
     ]
+
+
+@pytest.fixture(scope="module")
+def hard_scenes() -> dict[str, list[Scene]]:
+    """Both layouts at the quickstart's sizes or above."""
+    return {layout: [draw_scene(12, i, 96, 128, layout, difficulty="hard") for i in range(150)] for layout in LAYOUTS}
 
 
 def digest(indices: list[int]) -> str:
@@ -51,6 +59,54 @@ def test_a_sample_is_the_same_bytes_in_another_process_and_after_others() -> Non
     root = Path(__file__).parents[1]
     there = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=root, check=True)
     assert there.stdout.strip() == here
+
+
+# (classes, sum of all boxes, mean pixel) of scenes 0 to 4 at commit 67a1ab8: no last bit of a sine moves these.
+SCENES_OF_TODAY: list[tuple[dict[str, Any], list[tuple[list[int], float, float]]]] = [
+    (
+        {"height": 48, "width": 80, "people": 1.0, "seed": 5},
+        [
+            ([], 0.0, 180.62),
+            ([5, 5, 16, 16, 16], 663.0, 186.09),
+            ([16, 16, 12, 1, 12, 1, 1], 947.0, 157.86),
+            ([16, 7, 7, 7, 7, 7, 7, 7], 965.0, 190.84),
+            ([4, 13, 16, 16], 641.0, 168.3),
+        ],
+    ),
+    (
+        {"height": 64, "width": 64, "layout": "single", "seed": 5},
+        [
+            ([15, 15, 15, 15, 15, 15], 797.0, 164.43),
+            ([16, 16, 16], 433.0, 176.86),
+            ([14, 14, 14, 14, 14], 633.0, 161.95),
+            ([3], 134.0, 160.7),
+            ([16], 158.0, 168.71),
+        ],
+    ),
+    (
+        {"height": 33, "width": 97, "people": 0.0, "seed": 1002},
+        [
+            ([15, 4, 15, 15], 616.0, 193.41),
+            ([13, 13, 13, 13, 13, 13, 13, 13], 958.0, 172.3),
+            ([15, 10, 10, 10, 15, 15, 15, 10], 1110.0, 190.98),
+            ([13, 1, 13, 13, 13, 13, 13], 768.0, 204.75),
+            ([7, 7, 7, 7], 368.0, 178.4),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), SCENES_OF_TODAY)
+def test_scenes_of_today_stay_as_they_are(
+    settings: dict[str, Any], expected: list[tuple[list[int], float, float]]
+) -> None:
+    """Another scene means that every number in BENCHMARKS.md has to be measured again."""
+    for index, (classes, boxes, pixel) in enumerate(expected):
+        for more in ({}, {"kinds": CLASSES[::-1]}):
+            scene = draw_scene(index=index, **settings, **more)
+            assert scene.classes.tolist() == classes
+            assert scene.boxes_xyxy.sum() == boxes
+            assert scene.image_HW3.mean() == pytest.approx(pixel, abs=0.02)
 
 
 def test_seed_and_index_change_the_scene() -> None:
@@ -234,6 +290,118 @@ def test_layouts_have_what_they_promise() -> None:
     assert len(draw_scene(9, 0, 64, 96, empty=1.0).classes) == 0
 
 
+def test_depth_is_the_paint_order_at_every_pixel(hard_scenes: dict[str, list[Scene]]) -> None:
+    overlaps = 0
+    for number, scene in enumerate(hard_scenes["mixed"]):
+        depth, count = scene.depth_HW, len(scene.classes)
+        assert depth.dtype == np.float32
+        assert depth.shape == scene.instances_HW.shape
+        assert (depth[scene.instances_HW < 0] == 1).all()
+        per_instance = [np.unique(depth[scene.instances_HW == i]).tolist() for i in range(count)]
+        expected = [[pytest.approx(1 - (i + 1) / (count + 1))] for i in range(count)]
+        assert per_instance == expected, number  # one value each, and nearer the later it was painted
+        assert depth.min() == pytest.approx(1 / (count + 1))
+        overlaps += count > 1
+    assert overlaps > 100
+
+
+def test_what_hides_another_thing_is_nearer() -> None:
+    under, over = block(10, 10, 0, 0, 1), block(10, 10, 0, 3, 2)
+    items, instances = _visible_only([under, over], 20, 20)
+    scene = _assemble(np.random.default_rng(0), np.zeros((20, 20, 3), np.uint8), items, instances)
+    far, near = pytest.approx(2 / 3), pytest.approx(1 / 3)
+    assert scene.depth_HW[0, [0, 2, 3, 12, 13]].tolist() == [far, far, near, near, 1]
+    assert (scene.image_HW3[scene.depth_HW < 0.5] == 2).all()
+    assert (scene.image_HW3[(scene.depth_HW > 0.5) & (scene.depth_HW < 1)] == 1).all()
+
+
+def test_a_sample_has_depth_on_request_only() -> None:
+    settings: dict[str, Any] = {"num_scenes": 6, "size": [40, 56], "people": 1.0, "seed": 3}
+    plain, deep = Mela(**settings), Mela(**settings, depth=True)
+    for index in range(6):
+        assert set(deep[index]) - set(plain[index]) == {"depth"}
+        assert (deep[index]["depth"] == deep.scene(index).depth_HW).all()
+        assert (deep[index]["image"] == plain[index]["image"]).all()
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kinds_that_are_held_out_are_neither_drawn_nor_asked_for(layout: str, difficulty: str) -> None:
+    kinds = ["person", "bell", "kite"]
+    mela = Mela(num_scenes=80, size=48, layout=layout, kinds=kinds, difficulty=difficulty, seed=8)
+    drawn, asked = set(), set()
+    for sample in (mela[index] for index in range(80)):
+        drawn |= {CLASSES[label] for label in sample["classes"]}
+        asked.add(CLASSES[sample["count_label"]])
+    assert drawn == asked == set(kinds)
+    assert mela.classes == class_names("en")
+
+
+def test_kinds_may_be_one_thing_or_people_only() -> None:
+    for kinds in (["lotus"], ["person"]):
+        for layout in LAYOUTS:
+            mela = Mela(num_scenes=30, size=48, layout=layout, kinds=kinds, people=1.0)
+            assert {CLASSES[label] for i in range(30) for label in mela[i]["classes"]} == set(kinds)
+            assert {CLASSES[mela[i]["count_label"]] for i in range(30)} == set(kinds)
+    assert not any((draw_scene(0, i, 48, 48, people=1.0, kinds=["bell"]).classes == PERSON).any() for i in range(30))
+
+
+def is_hidden_in_part(scene: Scene) -> list[bool]:
+    """Per instance, whether another one that was painted later touches it."""
+    found = []
+    for i in range(len(scene.classes)):
+        own = scene.instances_HW == i
+        around = np.zeros_like(own)
+        around[1:] |= own[:-1]
+        around[:-1] |= own[1:]
+        around[:, 1:] |= own[:, :-1]
+        around[:, :-1] |= own[:, 1:]
+        found.append(bool((scene.instances_HW[around] > i).any()))
+    return found
+
+
+def test_hard_scenes_are_hard_by_their_statistics(hard_scenes: dict[str, list[Scene]]) -> None:
+    """Against scenes of normal difficulty: occlusion, clutter, sizes and look-alikes."""
+    for layout, hard in hard_scenes.items():
+        normal = [draw_scene(12, i, 96, 128, layout) for i in range(150)]
+        hidden = {}
+        for name, scenes in (("normal", normal), ("hard", hard)):
+            hidden[name] = np.mean([value for scene in scenes for value in is_hidden_in_part(scene)])
+        assert hidden["hard"] > 2 * hidden["normal"]
+        assert hidden["hard"] > 0.4
+        things = [
+            max(x2 - x1, y2 - y1)
+            for scene in hard
+            for (x1, y1, x2, y2), label in zip(scene.boxes_xyxy, scene.classes, strict=True)
+            if label != PERSON
+        ]
+        assert max(things) > 7 * min(things)
+        # Clutter: the background has colours of the fair, which a plain one never has.
+        strong = [
+            np.mean([np.ptp(s.image_HW3[s.instances_HW < 0].astype(int), axis=1).max() > 100 for s in scenes])
+            for scenes in (normal, hard)
+        ]
+        assert strong[0] == 0
+        assert strong[1] > 0.95
+    kinds = [set(scene.classes.tolist()) - {PERSON} for scene in hard_scenes["mixed"]]
+    assert {len(found) for found in kinds} <= {0, 1, 2, 3}
+    for found in kinds:
+        assert any(found <= {THINGS.index(near) for near in _look_alikes(kind, THINGS)[:3]} for kind in THINGS)
+
+
+def test_hard_scenes_have_exact_labels_too(hard_scenes: dict[str, list[Scene]]) -> None:
+    both = hard_scenes["single"] + hard_scenes["mixed"]
+    test_boxes_are_tight_points_lie_on_their_instance_and_every_instance_shows(both)
+    test_every_person_pixel_has_a_part_and_no_other_pixel_has(both)
+    test_captions_of_scenes_are_true(both)
+    assert all(len(set(scene.classes.tolist())) == 1 for scene in hard_scenes["single"])
+
+
+def test_look_alikes_are_those_of_most_equal_pixels() -> None:
+    assert _look_alikes("balloon", THINGS)[:3] == ["balloon", "peacock_feather", "marigold"]
+    assert _look_alikes("balloon", ["rickshaw", "balloon", "umbrella"]) == ["balloon", "umbrella", "rickshaw"]
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_language_has_every_name(language: str) -> None:
     table = words(language)
@@ -370,6 +538,11 @@ def test_the_label_of_a_single_scene_is_its_kind_and_all_kinds_occur() -> None:
         ({"num_scenes": 0}, "num_scenes: .*found 0"),
         ({"seed": -1}, "seed: .*found -1"),
         ({"densepose_points": -5}, "densepose_points: .*found -5"),
+        ({"difficulty": "hrad"}, "difficulty: expected one of normal, hard; found 'hrad'; nearest is 'hard'"),
+        ({"kinds": ["diya", "kites"]}, "kinds: expected one of diya, kite.*found 'kites'; nearest is 'kite'"),
+        ({"kinds": "kite"}, r"kinds: expected a list such as \['diya', 'kite'\]; found 'kite'"),
+        ({"kinds": []}, r"kinds: expected a list.*found \[\]"),
+        ({"kinds": ["person"], "people": 0}, r"kinds: \['person'\] are never drawn where people is 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:

@@ -1,12 +1,16 @@
 """Romanising: every letter against its Unicode name, real Sanskrit there and back, and words as people type them."""
 
+import sys
 import unicodedata
 from difflib import SequenceMatcher
+from pathlib import Path
 
 import pytest
 
 from indiclip.evals.cards.card import load_card, packaged
-from indiclip.generated.romanise import LANGUAGES, is_romanisable, iso15919, romanise
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from romanise import LANGUAGES, is_romanisable, iso15919, main, romanise
 
 SCRIPTS = ("DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL", "TELUGU", "KANNADA", "MALAYALAM")
 # The syllables of Unicode's names, which its editors wrote without diacritics, and ISO 15919's letters.
@@ -168,3 +172,34 @@ def test_scripts_without_vowels_are_left_alone():
     assert is_romanisable("मिर्च 2 go")
     with pytest.raises(ValueError, match="romanise: 'ur' is not among the languages as, bn"):
         romanise("اردو", "ur")
+
+
+CARD = """\
+task: classification
+classes:
+  - {id: dosa, names: {en: dosa, hi: डोसा, kn: ದೋಸೆ}, aliases: [dosai]}
+  - {id: idli, names: {en: idli, hi: इडली, hi-Latn: idlee}}  # a comment
+  - {id: mul, names: {en: radish, hi: ARE_ALIKE}}
+  - {id: mula, names: {en: root, hi: मूल}}
+"""
+
+
+def test_the_command_writes_names_into_a_card(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "dishes.yaml"
+    monkeypatch.setattr(sys, "argv", ["romanise.py", str(file)])
+    file.write_text(CARD.replace("ARE_ALIKE", "मुल"), "utf-8")  # both are typed mul
+    for _ in range(2):  # the second run changes nothing
+        main()
+        assert capsys.readouterr().out == f"{file}: 2 names\n"
+        written = file.read_text("utf-8")
+        assert "kn: ದೋಸೆ}, romanised: {hi-Latn: dosa, kn-Latn: dose}, aliases: [dosai]}" in written
+        assert written.count("romanised") == 1
+        assert "{id: idli, names: {en: idli, hi: इडली, hi-Latn: idlee}}  # a comment" in written
+        names = [one.names for one in load_card(str(file)).classes]
+        assert [one.get("hi-Latn") for one in names] == ["dosa", "idlee", None, None]
+    file.write_text(CARD.replace("ARE_ALIKE", "मूली"), "utf-8")
+    main()
+    assert [one.names.get("hi-Latn") for one in load_card(str(file)).classes] == ["dosa", "idlee", "muli", "mul"]
+    file.write_text(CARD.replace("names: {en: root", "names:\n      {en: root").replace("ARE_ALIKE", "मूली"), "utf-8")
+    with pytest.raises(ValueError, match="3 lines with `names: {...}`; expected one for each of 4 classes"):
+        main()

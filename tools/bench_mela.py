@@ -23,6 +23,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "mixed": {"layout": "mixed"},
     "mixed, no people": {"layout": "mixed", "people": 0.0},
     "mixed, people=1": {"layout": "mixed", "people": 1.0},
+    "single, hard": {"layout": "single", "difficulty": "hard"},
+    "mixed, hard": {"layout": "mixed", "difficulty": "hard"},
 }
 
 

@@ -6,6 +6,7 @@ The same functions as in training decide what is unreadable; what is odd but can
 from __future__ import annotations
 
 import hashlib
+import itertools
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,12 +17,12 @@ import numpy as np
 
 from indiclip.commands.findings import Finding, Findings, json_line, show_lines
 from indiclip.commands.parallel import results
-from indiclip.commands.reading import Range, all_captions, opened, ranges
+from indiclip.commands.reading import Range, opened, ranges
 from indiclip.datasets.inventory import Inventory
 from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.webdataset import cache
 from indiclip.webdataset.box_shards import check_boxes
-from indiclip.webdataset.shards import Shards, find, read_caption, read_captions, read_entry
+from indiclip.webdataset.shards import Shards, find, read_captions, read_entry
 from indiclip.webdataset.tar_index import BAD_LABEL, DUPLICATED
 from indiclip.webdataset.tar_members import IMAGES, LINK, OUTSIDE, TEXTS, TOO_LARGE, key_and_extension, members
 
@@ -147,9 +148,8 @@ class _Sample:
         entry = self._try("unreadable JSON", read_entry, parts["json"]) if "json" in parts else {}
         if entry is None:
             return
-        caption = self._try("unreadable caption", read_caption, parts, entry)
-        captions = self._try("unreadable caption", read_captions, entry, caption)
-        for _, text in all_captions(parts, entry, caption):
+        captions = self._try("unreadable caption", read_captions, parts, entry) or {}
+        for text in itertools.chain(*captions.values()):
             self._check_caption(text, max_characters)
         label = int(shards.labels[index])
         if label == BAD_LABEL:
@@ -157,9 +157,9 @@ class _Sample:
         if "annotations" in entry and image is not None:
             self._try("unreadable boxes", check_boxes, entry, image, _NUM_CLASSES)
         sound = all(finding.kind in _WARNINGS for finding in self.found)
-        if caption is None and not captions and label == -1 and "annotations" not in entry and sound:
+        if not captions and label == -1 and "annotations" not in entry and sound:
             self._say("nothing to learn", "neither text (.txt, .json) nor label (.cls) nor boxes beside the image")
-        self.hashes = _hash(parts["image"]), _hash(parts["image"], f"{label}:{caption}".encode())
+        self.hashes = _hash(parts["image"]), _hash(parts["image"], f"{label}:{captions}".encode(errors="replace"))
 
     def _check_caption(self, text: str, max_characters: int) -> None:
         if text.casefold() in _PLACEHOLDERS:

@@ -16,7 +16,7 @@ from indiclip.datasets.tables import stable_hash
 from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import check_boxes
 from indiclip.webdataset.shard_writer import ShardWriter
-from indiclip.webdataset.shards import read_caption, read_captions, read_classes, read_entry
+from indiclip.webdataset.shards import read_captions, read_classes, read_entry
 from indiclip.webdataset.tar_members import MAX_BYTES
 
 _EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         if writer.shards and source.classes and classes is None:
             (writer.part / class_file.name).write_text("\n".join(source.classes) + "\n", "utf-8")
         inventory += writer.inventory
+        inventory += source.inventory
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
     _show(writer, inventory, options.json)
     return 0 if writer.shards else 1
@@ -106,11 +107,10 @@ def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> 
         if len(text) > MAX_BYTES[extension]:
             raise ValueError(f"{len(text):,} bytes of {extension}; expected at most {MAX_BYTES[extension]:,}")
     entry = read_entry(texts["json"]) if "json" in texts else {}
-    caption = read_caption(texts, entry)
-    captions = read_captions(entry, caption)
+    captions = read_captions(texts, entry)
     if "annotations" in entry:
         check_boxes(entry, image, len(classes))
-    elif caption is None and not captions and "cls" not in texts and entry.get("label", entry.get("cls")) is None:
+    elif not captions and "cls" not in texts and entry.get("label", entry.get("cls")) is None:
         raise ValueError("neither a text (.txt, .json) nor a class's folder")
 
 

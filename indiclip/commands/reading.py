@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from indiclip.webdataset.shards import Shards
 
@@ -27,22 +27,3 @@ def ranges(url: str, count: int) -> list[Range]:
 def opened(url: str) -> Shards:
     """One shard; those used last stay open."""
     return Shards(url)
-
-
-def all_captions(parts: dict[str, bytes], entry: dict[str, Any], caption: str | None) -> list[tuple[str, str]]:
-    """Every caption of a sample: (the language that the sample declares or nothing, text).
-
-    Args:
-        parts: The sample's members.
-        entry: Its JSON: `language` or `lang` of the caption; `captions` as a list, or by language.
-        caption: As `read_caption` gives it.
-    """
-    declared = entry.get("language") or entry.get("lang")
-    language = declared if isinstance(declared, str) else ""
-    found = [(language, caption)] if caption is not None else []
-    more = entry.get("captions")
-    if isinstance(more, dict):
-        found += [(str(name), text) for name, text in more.items()]
-    elif isinstance(more, list):
-        found += [(language, text) for text in more]
-    return [(name, text.strip()) for name, text in found if isinstance(text, str) and text.strip()]

@@ -32,11 +32,13 @@ class Items(Protocol):
         keys: One per sample, fit for shards.
         names: What to call each sample in messages.
         classes: Class names, where the source has classes.
+        inventory: What is known of its files beside the samples.
     """
 
     keys: Strings
     names: Strings
     classes: list[str]
+    inventory: Inventory
 
     def __getitem__(self, index: int) -> Item:
         """Raises `ValueError` or `OSError` where the sample cannot be used."""
@@ -83,7 +85,7 @@ class FolderItems:
     """`CLASS/*.jpg`, or `x.jpg` with `x.txt` or `x.json` beside it."""
 
     def __init__(self, folder: Path, classes: list[str] | None) -> None:
-        self._folder = folder
+        self._folder, self.inventory = folder, Inventory()
         found = sorted(_images_in(folder))
         subfolders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
         in_classes = {entry.name: sorted(_images_in(entry)) for entry in subfolders}
@@ -118,7 +120,7 @@ class TableItems:
     """
 
     def __init__(self, table: Path, folder: Path, image_column: str, caption_column: str) -> None:
-        self._folder = folder
+        self._folder, self.inventory = folder, Inventory()
         self.classes: list[str] = []
         header, rows, lines = read_parquet(table) if table.suffix == ".parquet" else read_table(table)
         image, caption = (column_place(name, header, table) for name in (image_column, caption_column))
@@ -143,8 +145,7 @@ class TableItems:
 class CocoItems:
     """Images of a COCO file: `.json` is the image's entry with its captions and annotations.
 
-    Attributes:
-        inventory: Captions of a file of their own, where there is one; boxes are counted as they are read.
+    The captions of a file of their own are counted; boxes are when they are in a shard.
     """
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 
 from indiclip.commands.findings import json_line, show_lines
 from indiclip.commands.parallel import results
-from indiclip.commands.reading import Range, all_captions, opened, ranges
+from indiclip.commands.reading import Range, opened, ranges
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.scripts import language, scripts
 from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.patches import fit_hw
 from indiclip.webdataset import cache
-from indiclip.webdataset.shards import expand, read_caption, read_classes, read_entry
+from indiclip.webdataset.shards import expand, read_captions, read_classes, read_entry
 
 _ASPECTS = {  # width / height: what is below the number
     "below 1:4": 1 / 4, "1:4 to 1:2": 1 / 2, "1:2 to 2:3": 2 / 3, "2:3 to 9:10": 0.9, "about 1:1": 1.1,
@@ -86,15 +86,16 @@ def _count(piece: Range) -> Counts:
             parts = shards.parts(index)
             image = EncodedImage(parts["image"], shards.key(index))
             entry = read_entry(parts["json"]) if "json" in parts else {}
-            captions = all_captions(parts, entry, read_caption(parts, entry))
+            captions = read_captions(parts, entry)
         except (cache.NoCopy, UnreadableSample, OSError, ValueError):  # `check` says why
             counts.unreadable += 1
             continue
         counts.image_bytes += len(parts["image"])
         counts.formats[image.kind] += 1
         counts.captioned += bool(captions)
-        for declared, text in captions:
-            _add_caption(counts, declared, text)
+        for declared, texts in captions.items():
+            for text in texts:
+                _add_caption(counts, declared, text)
         annotations = entry.get("annotations")
         for annotation in annotations if isinstance(annotations, list) else []:
             number = annotation.get("class") if isinstance(annotation, dict) else None

@@ -79,8 +79,7 @@ class CaptionTable(SampleDataset):
 
     def __getitem__(self, index: int) -> Sample:
         key = self.key(index)
-        first = {language: texts[0] for language, texts in self.captions(index).items()}
-        return Sample(image=read_image(self.folder / key, key), key=key, captions=first)
+        return Sample(image=read_image(self.folder / key, key), key=key, captions=self.captions(index))
 
 
 def read_table(file: Path) -> tuple[list[str], list[list[str]], list[int]]:

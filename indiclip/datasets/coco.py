@@ -68,6 +68,7 @@ class CocoDetection(SampleDataset):
         self._inventory = Inventory()
         file = read_coco(self._file)
         self.classes, found = file.classes, file.images
+        self._inventory.present["images"] = len(found.names)
         self._keys, self._groups, self._names = map(Strings, (found.id_texts(), found.groups(), found.names))
         self._sizes_hw = found.sizes_hw()
         check_files(self.folder, found.names, str(self._file))
@@ -90,7 +91,7 @@ class CocoDetection(SampleDataset):
         return self._groups[self._rows[index]]
 
     def captions(self, index: int) -> dict[str, list[str]]:
-        """All captions of an image; `__getitem__` gives the first."""
+        """All captions of an image; COCO does not say their language."""
         row = self._rows[index]
         texts = [self._captions[i] for i in range(*self._caption_starts[row : row + 2].tolist())]
         return {"": texts} if texts else {}
@@ -107,7 +108,7 @@ class CocoDetection(SampleDataset):
         sample["crowd"] = self._crowd[at].copy()
         sample["annotated_upright"] = (height, width) != image.size_hw  # drawn in a viewer that turned the photo
         if captions := self.captions(index):
-            sample["caption"] = captions[""][0]
+            sample["captions"] = captions
         try:
             sample.update(self._dense_fields(range(at.start, at.stop), height, width))
         except ValueError as error:
@@ -127,7 +128,6 @@ class CocoDetection(SampleDataset):
     def _select(self, keep_empty: bool, captioned: bool, wheres: Wheres) -> None:
         """Choose the images that are given, by their place in the file."""
         inventory, kept = self.inventory, np.ones(len(wheres), bool)
-        inventory.present["images"] = len(wheres)
         counted = self._is_person if self.densepose else np.ones(len(self._classes), bool)
         of_images = np.concatenate([[0], np.cumsum(counted)])[self._starts]
         with_caption = np.diff(self._caption_starts) > 0

@@ -65,9 +65,8 @@ class CocoImages(NamedTuple):
         Raises:
             ValueError: A height or width is missing or no whole number of pixels.
         """
-        sizes = list(
-            zip(*(column(self.entries, side, self.wheres.prefix) for side in ("height", "width")), strict=True)
-        )
+        sides = [column(self.entries, side, self.wheres.prefix) for side in ("height", "width")]
+        sizes = list(zip(*sides, strict=True))
         check_all(sizes, is_size, self.wheres, "(height, width)", "whole pixels")
         return np.array(sizes, dtype=np.int64).reshape(-1, 2)
 

@@ -10,13 +10,15 @@ for (a few milliseconds), so the data set has no size on disk, workers share not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.generated.mela_scene import MIN_SIDE, Scene, check_arguments, draw_scene
+from indiclip.generated.arguments import height_width, must_be_at_least, must_be_one_of
+from indiclip.generated.mela_scene import MIN_SIDE, Scene, draw_scene, kinds_in
 from indiclip.generated.mela_things import COLOURS, THINGS
-from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names, must_be_one_of
+from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names
 from indiclip.types import Sample
 
 __all__ = [
@@ -45,6 +47,11 @@ class Mela(SampleDataset):
         languages: A scene has a caption in each of these, and its count question in one, drawn from (seed, index).
         seed: Which fair; take another one for validation.
         densepose_points: Surface points per person, drawn evenly over the visible pixels, with replacement.
+        depth: Samples have a `depth` too, float32 (height, width) in (0, 1]: 1 on the background, and less the later a
+            thing was painted, so what hides another is nearer.
+        kinds: Which of the 17 classes occur, as ['diya', 'kite', 'person']; all by default. Those that are held out are
+            neither drawn nor asked for; class ids and `classes` stay.
+        difficulty: "normal", or "hard": clutter behind, sizes 1:8, look-alikes of one colour, much of it hidden.
 
     Raises:
         ValueError: An argument is out of its range; the message names it.
@@ -59,20 +66,22 @@ class Mela(SampleDataset):
         languages: Sequence[str] = ("en",),
         seed: int = 0,
         densepose_points: int = 100,
+        depth: bool = False,
+        kinds: Sequence[str] | None = None,
+        difficulty: str = "normal",
     ) -> None:
-        self.height, self.width = _height_width(size)
-        check_arguments(seed, 0, self.height, self.width, layout, people)
+        self.height, self.width = height_width(size, MIN_SIDE)
         if isinstance(languages, str) or not languages:
-            raise ValueError(f"languages: expected a list such as ['en', 'hi']; found {languages!r}.")
+            raise ValueError(f"languages: expected a list such as ['en', 'hi']; found {languages!r}")
         for language in languages:
             must_be_one_of("languages", language, LANGUAGES)
-        if num_scenes < 1:
-            raise ValueError(f"num_scenes: expected a whole number from 1 up; found {num_scenes!r}.")
-        if densepose_points < 0:
-            raise ValueError(f"densepose_points: expected a whole number from 0 up; found {densepose_points!r}.")
+        must_be_at_least(1, num_scenes=num_scenes)
+        must_be_at_least(0, densepose_points=densepose_points)
         self.num_scenes, self.layout, self.people, self.seed = num_scenes, layout, people, seed
         self.languages, self.densepose_points = list(languages), densepose_points
+        self.depth, self.kinds, self.difficulty = depth, kinds, difficulty
         self.classes = self.class_names("en")
+        self.scene(0)  # checks what the scene is drawn with
 
     @staticmethod
     def class_names(language: str = "en") -> list[str]:
@@ -81,7 +90,16 @@ class Mela(SampleDataset):
 
     def scene(self, index: int) -> Scene:
         """The scene behind sample `index`: image, instance, part and UV maps, captions in all languages."""
-        return draw_scene(self.seed, index, self.height, self.width, self.layout, self.people)
+        return draw_scene(
+            self.seed,
+            index,
+            self.height,
+            self.width,
+            self.layout,
+            self.people,
+            kinds=self.kinds,
+            difficulty=self.difficulty,
+        )
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -92,7 +110,7 @@ class Mela(SampleDataset):
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.num_scenes:
-            raise IndexError(f"index: expected 0 to {self.num_scenes - 1}; found {index}.")
+            raise IndexError(f"index: expected 0 to {self.num_scenes - 1}; found {index}")
         scene = self.scene(index)
         # A stream of its own, so that what is asked about a scene never changes the scene.
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, index, 1]))
@@ -100,31 +118,27 @@ class Mela(SampleDataset):
         sample: Sample = {
             "image": scene.image_HW3,
             "key": self.key(index),
-            "captions": {name: scene.captions[name] for name in self.languages},
+            "captions": {name: [scene.captions[name]] for name in self.languages},
             "label": int(scene.classes[0]) if self.layout == "single" else -1,
             "boxes_xyxy": scene.boxes_xyxy,
             "classes": scene.classes,
             "crowd": np.zeros(len(scene.classes), bool),
         }
-        return sample | _question(rng, scene, language) | _surface(rng, scene, self.densepose_points)
+        sample |= self._question(rng, scene, language) | _surface(rng, scene, self.densepose_points)
+        if self.depth:
+            cast(dict[str, Any], sample)["depth"] = scene.depth_HW  # a field of a task that need not be there
+        return sample
 
-
-def _height_width(size: int | list[int]) -> tuple[int, int]:
-    sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= MIN_SIDE for side in sides):
-        expected = f"one number or [height, width], each at least {MIN_SIDE} pixels"
-        raise ValueError(f"size: expected {expected}; found {size!r}.")
-    return sides[0], sides[1]
-
-
-def _question(rng: np.random.Generator, scene: Scene, language: str) -> Sample:
-    """Which class is to be counted, and where its instances are; sometimes one that is not there."""
-    present = np.unique(scene.classes)
-    absent = np.setdiff1d(np.arange(len(CLASSES)), present)
-    asked = absent if not len(present) or rng.random() < ABSENT else present
-    label = int(asked[rng.integers(len(asked))])
-    points_xy = scene.points_xy[scene.classes == label]
-    return {"points_xy": points_xy, "count_class": class_names(language)[label], "count_label": label}
+    def _question(self, rng: np.random.Generator, scene: Scene, language: str) -> Sample:
+        """Which class is to be counted, and where its instances are; sometimes one that is not there."""
+        kinds = CLASSES if self.kinds is None else kinds_in(self.kinds, self.people)
+        present = np.unique(scene.classes)
+        absent = np.setdiff1d([CLASSES.index(kind) for kind in kinds], present)
+        ask_absent = not len(present) or rng.random() < ABSENT
+        asked = absent if ask_absent and len(absent) else present
+        label = int(asked[rng.integers(len(asked))])
+        points_xy = scene.points_xy[scene.classes == label]
+        return {"points_xy": points_xy, "count_class": class_names(language)[label], "count_label": label}
 
 
 def _surface(rng: np.random.Generator, scene: Scene, num_points: int) -> Sample:

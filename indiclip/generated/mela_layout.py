@@ -1,4 +1,4 @@
-"""What stands where at the fair: backgrounds, and the sprites of a layout at their places."""
+"""Backgrounds, and where the sprites of a layout are placed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_people import GARMENTS, draw_person
-from indiclip.generated.mela_things import COLOURS, RGB, THINGS, Sprite, draw_thing, rgb_of
-from indiclip.generated.mela_words import CLASSES
+from indiclip.generated.mela_things import COLOURS, Sprite, draw_thing, rgb_of
 
-_COLOUR_NAMES = list(COLOURS)
+COLOUR_NAMES = list(COLOURS)
 # Pale and muted, so that none is a colour of the fair.
-_BACKGROUNDS: list[RGB] = [
-    *((244, 238, 226), (226, 232, 238), (214, 208, 220), (222, 226, 212), (236, 222, 218), (198, 202, 206)),
-    *((206, 196, 184), (182, 190, 198), (186, 184, 172), (172, 166, 176), (158, 166, 164), (212, 220, 222)),
+_BACKGROUNDS = [
+    "#F4EEE2",
+    "#E2E8EE",
+    "#D6D0DC",
+    "#DEE2D4",
+    "#ECDEDA",
+    "#C6CACE",
+    "#CEC4B8",
+    "#B6BEC6",
+    "#BAB8AC",
+    "#ACA6B0",
+    "#9EA6A4",
+    "#D4DCDE",
 ]
 # Centres of instances are drawn in one of these boxes (x1, y1, x2, y2 of 0..1).
 _REGIONS = [
@@ -35,6 +45,12 @@ class Item:
     colour: str
     garment: str = ""
 
+    @classmethod
+    def centred(cls, sprite: Sprite, x: float, y: float, kind: str, colour: str, garment: str = "") -> Item:
+        """With its middle at (x, y)."""
+        h, w = sprite.mask.shape
+        return cls(sprite, round(y - h / 2), round(x - w / 2), kind, colour, garment)
+
     def windows(self, height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """The same pixels in the image and in the sprite."""
         h, w = self.sprite.mask.shape
@@ -46,7 +62,7 @@ class Item:
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
     """A fairground with nothing on it: plain, gradient, stripes, or ground and sky, with light noise."""
-    first, second = (np.array(_BACKGROUNDS[i], np.int16) for i in rng.integers(len(_BACKGROUNDS), size=2))
+    first, second = (np.array(rgb_of_hex(_BACKGROUNDS[i]), np.int16) for i in rng.integers(len(_BACKGROUNDS), size=2))
     style, place, angle = rng.integers(4), rng.random(), rng.uniform(-1, 1)
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None]
     across = np.linspace(0, 1, width, dtype=np.float32)[None, :]
@@ -65,7 +81,8 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> NDArra
     return image.clip(0, 255).astype(np.uint8)
 
 
-def _jittered(rng: np.random.Generator, colour: str) -> RGB:
+def jittered(rng: np.random.Generator, colour: str) -> RGB:
+    """A named colour, each channel moved by at most 10."""
     red, green, blue = (rng.integers(-10, 11, size=3) + rgb_of(colour)).clip(0, 255).tolist()
     return red, green, blue
 
@@ -97,29 +114,29 @@ def _things(
     sprites = []
     for kind, colour, size in wanted:
         tilt, stretch, mirror = rng.uniform(-0.35, 0.35), rng.uniform(0.88, 1.12), rng.random() < 0.5
-        sprites.append(draw_thing(kind, _jittered(rng, colour), size, tilt, stretch, mirror))
+        sprites.append(draw_thing(kind, jittered(rng, colour), size, tilt, stretch, mirror))
     sizes = [(float(sprite.mask.shape[1]), float(sprite.mask.shape[0])) for sprite in sprites]
     centres = _centres(rng, sizes, region, height, width)
     return [
-        Item(sprite, round(y - h / 2), round(x - w / 2), kind, colour)
-        for sprite, (kind, colour, _), (w, h), (x, y) in zip(sprites, wanted, sizes, centres, strict=True)
+        Item.centred(sprite, x, y, kind, colour)
+        for sprite, (kind, colour, _), (x, y) in zip(sprites, wanted, centres, strict=True)
     ]
 
 
-def _people(rng: np.random.Generator, height: int, width: int, same: bool) -> list[Item]:
-    """One to three people, 45 to 90 % of the image's height (less where the image is too narrow for that).
+def place_people(rng: np.random.Generator, height: int, width: int, same: bool, shortest: float = 0.45) -> list[Item]:
+    """One to three people, `shortest` to 90 % of the image's height (less where the image is too narrow for that).
 
     `same`: they all wear the same garment in the same colour.
     """
     count = (1, 1, 1, 2, 2, 3)[rng.integers(6)]
     looks = [
-        (GARMENTS[rng.integers(len(GARMENTS))], _COLOUR_NAMES[rng.integers(len(_COLOUR_NAMES))]) for _ in range(count)
+        (GARMENTS[rng.integers(len(GARMENTS))], COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]) for _ in range(count)
     ]
     items = []
     for i, (garment, colour) in enumerate(looks):
         garment, colour = looks[0] if same else (garment, colour)
-        tall = min(rng.uniform(0.45, 0.9) * height, 1.6 * width)
-        sprite = draw_person(rng, garment, _jittered(rng, colour), tall)
+        tall = min(rng.uniform(shortest, 0.9) * height, 1.6 * width)
+        sprite = draw_person(rng, garment, jittered(rng, colour), tall)
         h, w = sprite.mask.shape
         # Each has a share of the width to stand in, so that they hide each other only in part.
         x = (i + rng.uniform(0.2, 0.8)) / count * width
@@ -130,14 +147,14 @@ def _people(rng: np.random.Generator, height: int, width: int, same: bool) -> li
     return items
 
 
-def single(rng: np.random.Generator, height: int, width: int, people: float) -> list[Item]:
-    """One to six of one kind, mostly in one colour. People are one of 17 kinds unless `people` is 0."""
-    kind = CLASSES[rng.integers(len(CLASSES) if people > 0 else len(THINGS))]
+def single(rng: np.random.Generator, height: int, width: int, kinds: list[str]) -> list[Item]:
+    """One to six of one of the kinds, mostly in one colour."""
+    kind = kinds[rng.integers(len(kinds))]
     if kind == "person":
-        return _people(rng, height, width, same=True)
+        return place_people(rng, height, width, same=True)
     count = (1, 1, 1, 2, 2, 3, 3, 4, 5, 6)[rng.integers(10)]
     low, high = ((0.45, 0.85), (0.35, 0.55), (0.3, 0.45), (0.25, 0.38))[min(count, 4) - 1]
-    colours = [_COLOUR_NAMES[i] for i in rng.integers(len(_COLOUR_NAMES), size=count)]
+    colours = [COLOUR_NAMES[i] for i in rng.integers(len(COLOUR_NAMES), size=count)]
     if rng.random() < 0.85:
         colours = colours[:1] * count
     region = int(rng.integers(len(_REGIONS) - (count > 2))) if rng.random() < 0.6 else 0
@@ -146,22 +163,25 @@ def single(rng: np.random.Generator, height: int, width: int, people: float) -> 
     return _things(rng, [(kind, c, s) for c, s in zip(colours, sizes, strict=True)], region, height, width)
 
 
-def mixed(rng: np.random.Generator, height: int, width: int, people: float) -> list[Item]:
-    """One to eight things of up to four kinds in front of, or behind, up to three people."""
-    count = int(rng.integers(1, 9))
-    kinds = [
-        (THINGS[rng.integers(len(THINGS))], _COLOUR_NAMES[rng.integers(len(_COLOUR_NAMES))])
-        for _ in range(rng.integers(1, 5))
+def mixed(rng: np.random.Generator, height: int, width: int, things: list[str], people: float) -> list[Item]:
+    """One to eight things of up to four kinds in front of, or behind, up to three people.
+
+    `things`: the kinds to draw from, without the person; may be empty.
+    """
+    count = int(rng.integers(1, 9)) if things else 0
+    looks = [
+        (things[rng.integers(len(things))], COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))])
+        for _ in range(rng.integers(1, 5) if things else 0)
     ]
     wanted = []
     for _ in range(count):
-        kind, colour = kinds[rng.integers(len(kinds))]
+        kind, colour = looks[rng.integers(len(looks))]
         # Half of the things share the colour of their kind, so that a caption has groups to name.
-        colour = colour if rng.random() < 0.5 else _COLOUR_NAMES[rng.integers(len(_COLOUR_NAMES))]
+        colour = colour if rng.random() < 0.5 else COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]
         size = rng.uniform(0.2, 0.47 - 0.02 * count) * min(height, width)
         wanted.append((kind, colour, max(12.0, size)))
     items = _things(rng, wanted, 0, height, width)
-    crowd = _people(rng, height, width, same=False) if rng.random() < people else []
+    crowd = place_people(rng, height, width, same=False) if rng.random() < people else []
     # Mostly people stand behind: they are large and would hide the things.
     split = 0 if rng.random() < 0.7 else int(rng.integers(len(items) + 1))
     return items[:split] + crowd + items[split:]

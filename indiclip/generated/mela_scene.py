@@ -7,16 +7,20 @@ everything that can be seen is labelled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from indiclip.generated.arguments import must_be_at_least, must_be_one_of
+from indiclip.generated.mela_hard import draw_clutter, hard_mixed, hard_single
 from indiclip.generated.mela_layout import Item, draw_background, mixed, single
-from indiclip.generated.mela_words import CLASSES, Group, captions, must_be_one_of
+from indiclip.generated.mela_words import CLASSES, Group, captions
 
 LAYOUTS = ["single", "mixed"]
+DIFFICULTIES = ["normal", "hard"]
 MIN_SIDE = 32  # pixels; below, things have no room for 12 pixels of their own
 MIN_VISIBLE = 0.25  # of an instance's pixels, and
 MIN_PIXELS = 12  # this many, or the instance is taken out
@@ -49,6 +53,14 @@ class Scene:
     garments: list[str]
     points_xy: NDArray[np.float32]
     captions: dict[str, str]
+
+    @property
+    def depth_HW(self) -> NDArray[np.float32]:
+        """float32 in (0, 1], by painting order: 1 on the background, then in equal steps to 1 / (M + 1) in front.
+
+        Nothing is 0, which fills what lies outside of an image in a batch.
+        """
+        return (1 - (self.instances_HW + 1) / (len(self.classes) + 1)).astype(np.float32)
 
 
 def _instance_map(items: list[Item], height: int, width: int) -> NDArray[np.int16]:
@@ -109,20 +121,35 @@ def _groups(items: list[Item]) -> list[Group]:
     return groups
 
 
-def check_arguments(
-    seed: int, index: int, height: int, width: int, layout: str, people: float, empty: float = 0.0
+def _check_arguments(
+    seed: int,
+    index: int,
+    height: int,
+    width: int,
+    layout: str,
+    people: float,
+    empty: float,
+    kinds: Sequence[str] | None,
+    difficulty: str,
 ) -> None:
-    """Raise ValueError, with the argument's name, for what `draw_scene` cannot draw."""
     must_be_one_of("layout", layout, LAYOUTS)
-    for name, value in (("seed", seed), ("index", index)):
-        if value < 0:
-            raise ValueError(f"{name}: expected a whole number from 0 up; found {value!r}.")
-    for name, value in (("height", height), ("width", width)):
-        if value < MIN_SIDE:
-            raise ValueError(f"{name}: expected at least {MIN_SIDE} pixels; found {value!r}.")
+    must_be_one_of("difficulty", difficulty, DIFFICULTIES)
+    must_be_at_least(0, seed=seed, index=index)
+    must_be_at_least(MIN_SIDE, height=height, width=width)
     for name, share in (("people", people), ("empty", empty)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name}: expected a probability in [0, 1]; found {share!r}.")
+            raise ValueError(f"{name}: expected a probability in [0, 1]; found {share!r}")
+    if isinstance(kinds, str) or (kinds is not None and not kinds):
+        raise ValueError(f"kinds: expected a list such as ['diya', 'kite']; found {kinds!r}")
+    for kind in kinds or ():
+        must_be_one_of("kinds", kind, CLASSES)
+    if not kinds_in(kinds, people):
+        raise ValueError(f"kinds: {list(kinds or ())} are never drawn where people is {people}")
+
+
+def kinds_in(kinds: Sequence[str] | None, people: float) -> list[str]:
+    """The kinds that occur in scenes of these arguments, in the order of `CLASSES`."""
+    return [kind for kind in CLASSES if (kinds is None or kind in kinds) and (kind != "person" or people > 0)]
 
 
 def draw_scene(
@@ -133,6 +160,8 @@ def draw_scene(
     layout: str = "mixed",
     people: float = 0.5,
     empty: float = 0.03,
+    kinds: Sequence[str] | None = None,
+    difficulty: str = "normal",
 ) -> Scene:
     """Draw scene number `index` of the fair that `seed` names: the same bytes in any process and any order.
 
@@ -145,17 +174,27 @@ def draw_scene(
         people: Mixed: probability of a scene with one to three people. Single: people are one of the 17 kinds, or
             none of them where this is 0.
         empty: Mixed: probability of a background without any object.
+        kinds: Those of `CLASSES` that may occur; None for all.
+        difficulty: "normal" or "hard" (see `indiclip.generated.mela_hard`).
 
     Raises:
         ValueError: An argument is out of its range.
     """
-    check_arguments(seed, index, height, width, layout, people, empty)
+    _check_arguments(seed, index, height, width, layout, people, empty, kinds, difficulty)
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     image = draw_background(rng, height, width)
+    is_hard = difficulty == "hard"
+    if is_hard:
+        image = draw_clutter(rng, image)
+    occurring = kinds_in(kinds, people)
+    things = [kind for kind in occurring if kind != "person"]
     if layout == "single":
-        items = single(rng, height, width, people)
+        items = (hard_single if is_hard else single)(rng, height, width, occurring)
+    elif rng.random() < empty:
+        items = []
     else:
-        items = [] if rng.random() < empty else mixed(rng, height, width, people)
+        with_people = people if "person" in occurring else 0.0
+        items = (hard_mixed if is_hard else mixed)(rng, height, width, things, with_people)
     items, instances = _visible_only(items, height, width)
     return _assemble(rng, image, items, instances)
 

@@ -9,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from indiclip.generated.cielab import Floats, delta_e76, lab_to_srgb, srgb_to_lab
-from indiclip.generated.mela_shapes import DRAWINGS
-from indiclip.generated.mela_things import RGB, draw_shapes
-from indiclip.generated.swatch_shapes import CLOTHES
+from indiclip.generated.cielab import RGB, Floats, delta_e76, lab_to_srgb, srgb_to_lab
+from indiclip.generated.mela_shapes import CLOTHES, THINGS
+from indiclip.generated.mela_things import draw_shapes
 
 UInt8 = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
-SHAPES = DRAWINGS | CLOTHES
+SHAPES = THINGS | CLOTHES
 # Which of two threads lies on top, by (column, row) of the crossing: the drafts of a weaver.
 _DRAFTS: dict[str, list[str]] = {
     "plain": ["10", "01"],

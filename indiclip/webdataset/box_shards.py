@@ -18,7 +18,7 @@ from indiclip.datasets.masks import check_mask
 from indiclip.datasets.tables import column
 from indiclip.images import EncodedImage
 from indiclip.types import Sample
-from indiclip.webdataset.shards import Shards, read_caption, read_captions
+from indiclip.webdataset.shards import Shards, caption_fields, read_captions
 
 
 class BoxShards(Shards):
@@ -48,11 +48,7 @@ class BoxShards(Shards):
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
         fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose)
-        caption = read_caption(parts, entry) or first_caption(entry)
-        if caption is not None:
-            fields["caption"] = caption
-        if captions := read_captions(entry, caption):
-            fields["captions"] = captions
+        fields.update(caption_fields(read_captions(parts, entry)))
         return fields
 
 
@@ -86,25 +82,10 @@ def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) ->
     """Check all that `box_fields` could be asked for; masks and DensePose where the annotations have them.
 
     Raises:
-        ValueError: As `box_fields`, and where `captions` is no list of texts.
+        ValueError: As `box_fields`.
     """
     fields = box_fields(entry, image, num_classes, masks=False, densepose=True)
     size_hw = list(image.upright_hw if fields["annotated_upright"] else image.size_hw)
     for place, annotation in enumerate(entry["annotations"]):
         if "segmentation" in annotation:
             check_mask(annotation["segmentation"], size_hw, f"annotation {annotation.get('id', place)}")
-    first_caption(entry)
-
-
-def first_caption(entry: dict[str, Any]) -> str | None:
-    """The first of the list `captions`; None where they are by language.
-
-    Raises:
-        ValueError: No list of texts.
-    """
-    captions = entry.get("captions") or []
-    if isinstance(captions, dict):
-        return None
-    if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
-        raise ValueError(f"captions is {str(captions)[:40]}; expected a list of texts")
-    return captions[0].strip() if captions else None

@@ -23,6 +23,7 @@ from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import CODE
 from indiclip.datasets.tables import existing
 from indiclip.images import EncodedImage, UnreadableSample, is_trouble
+from indiclip.names import shorten
 from indiclip.types import Quarantined, Sample
 from indiclip.webdataset import cache, tar_index
 from indiclip.webdataset.shard_files import ShardFiles
@@ -34,9 +35,9 @@ class Shards(SampleDataset):
     """Samples with `image`, and `caption`, `captions`, `language`, `label` where the shards have them.
 
     A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class; `language` or `lang` of
-    the `.json` says its language. `captions` of the `.json` are an object, language -> text: one of them, or of them
-    and the caption where that declares another language, is drawn in place of the caption. A label is the `.cls`, else
-    `label` or `cls` of the `.json`.
+    the `.json` says its language. `captions` of the `.json` are an object, language -> text or texts, or a list of
+    texts in that language: with the caption, they take turns. A label is the `.cls`, else `label` or `cls` of the
+    `.json`.
 
     Args:
         urls: Files, globs or brace expansions (`train-{0000..0009}.tar.gz`), or what fsspec opens (`s3://`, `gs://`,
@@ -102,12 +103,12 @@ class Shards(SampleDataset):
         """What the shards hold, whatever of it is read."""
         total = Inventory()
         for shown, index in zip(self._shown, self._indexes, strict=True):
-            found = index.inventory.summary()
-            for unit in (unit for unit in units if unit in found):
-                total.present[unit] += found[unit]["present"]
-                total.used[unit] += found[unit]["used"]
-                for reason, entry in found[unit]["left_out"].items():
-                    total.leave_out(unit, reason, f"{shown}: {entry['example']}", entry["count"])
+            found = index.inventory
+            total.present.update({unit: found.present[unit] for unit in units if unit in found.present})
+            total.used.update({unit: found.used[unit] for unit in units if unit in found.present})
+            for unit, reason, number, example in found.left_out():
+                if unit in units:
+                    total.leave_out(unit, reason, f"{shown}: {example}", number)
         return total
 
     def key(self, index: int) -> str:
@@ -130,6 +131,15 @@ class Shards(SampleDataset):
             if member in bases:
                 first.setdefault(member, key)
         return first
+
+    def captions(self, index: int) -> dict[str, list[str]]:
+        """All captions of a sample by language; none where they are unreadable. Decodes no image."""
+        try:
+            parts = self.parts(index)
+            captions = read_captions(parts, read_entry(parts["json"]) if "json" in parts else {})
+        except ValueError:
+            return {}
+        return captions or {"": [text] for text in self._from_class(int(self.labels[index]))}
 
     def shard(self, index: int) -> str:
         """The shard that a sample lies in."""
@@ -185,21 +195,19 @@ class Shards(SampleDataset):
         fields, label = Sample(), int(self.labels[index])
         if label == tar_index.BAD_LABEL:
             raise ValueError("the label is no whole number from 0")
-        caption, language = read_caption(parts, entry), declared_language(entry)
-        captions = read_captions(entry, caption)
-        if caption is None and not captions and label < 0:
+        captions = read_captions(parts, entry)
+        if not captions and label < 0:
             raise ValueError("neither text (.txt, .json) nor label (.cls) beside the image")
-        if caption is None and not captions and self.template:
-            caption = self.template.replace("{}", self.classes[label])
-        elif caption is not None and language:
-            fields["language"] = language
-        if caption is not None:
-            fields["caption"] = caption
-        if captions:
-            fields["captions"] = captions
+        if text := not captions and self._from_class(label):
+            fields["caption"] = text[0]
+        fields.update(caption_fields(captions))
         if self._has_labels:
             fields["label"] = label
         return fields
+
+    def _from_class(self, label: int) -> list[str]:
+        """The caption that the template makes of a class; none without both."""
+        return [self.template.replace("{}", self.classes[label])] if self.template and label >= 0 else []
 
     def _check_labels(self) -> None:
         self._has_labels = bool((self.labels >= 0).any())
@@ -253,6 +261,7 @@ def expand(urls: str | list[str]) -> list[str]:
 
 def find(urls: str | list[str]) -> list[str]:
     """As `expand`, but several shards may have one name."""
+    cache.limit()  # a mistake there would make every sample of a copy unreadable
     found: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
         for name in map(os.path.expanduser, braceexpand(url)):
@@ -291,38 +300,41 @@ def read_entry(text: bytes) -> dict[str, Any]:
     return entry
 
 
-def read_caption(parts: dict[str, bytes], entry: dict[str, Any]) -> str | None:
-    """The caption in a sample's members `txt` or `json`; None where there is none.
+def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, list[str]]:
+    """All captions of a sample by language, "" where it is unknown: `.txt`, and `caption`, `captions` of the `.json`.
 
     Raises:
-        ValueError: Something that is no text, empty, or no UTF-8.
+        ValueError: Something that is no text, empty or no UTF-8, or a name that is no language's code.
     """
-    found: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
-    if "txt" in parts:
-        found = parts["txt"].decode()
-    return None if found is None else _checked_text("the caption", found)
-
-
-def read_captions(entry: dict[str, Any], caption: str | None) -> dict[str, str]:
-    """The `captions` of a sample's `.json`, by language; with its own caption where that declares one they lack.
-
-    A list (COCO's) is of captions without languages, and none of these.
-
-    Raises:
-        ValueError: No object, a name that is no language's code, something that is no text.
-    """
-    found = entry.get("captions")
+    own, texts, found = declared_language(entry), dict[str, list[str]](), entry.get("captions")
     if found is None or isinstance(found, list):
-        return {}
+        found = {own: found or []}
     if not isinstance(found, dict):
-        raise ValueError(f"captions of the .json is {str(found)[:40]!r}; expected an object, language -> text")
-    for language in found:
-        if not CODE.fullmatch(language):
+        raise ValueError(f"captions of the .json is {shorten(found)}; expected texts by language, or a list of texts")
+    for language, more in found.items():
+        if language and not CODE.fullmatch(language):
             expected = "a language's code such as 'hi' or 'hi-Latn'"
-            raise ValueError(f"captions of the .json: found the language {language[:40]!r}; expected {expected}")
-    captions = {name: _checked_text(f"captions of the .json: {name}", text) for name, text in found.items()}
-    own = declared_language(entry)
-    return {own: caption, **captions} if captions and caption is not None and own else captions
+            raise ValueError(f"captions of the .json: found the language {shorten(language)}; expected {expected}")
+        where = f"captions of the .json: {language}" if language else "captions of the .json"
+        more = more if isinstance(more, list) else [more]
+        texts[language] = list(dict.fromkeys(_checked_text(where, text) for text in more))
+    caption: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
+    if "txt" in parts:
+        caption = parts["txt"].decode()
+    if caption is not None:
+        caption = _checked_text("the caption", caption)
+        # One that declares no language is mostly one of the others again.
+        if own or not any(caption in of_language for of_language in texts.values()):
+            texts[own] = list(dict.fromkeys([caption, *texts.get(own, [])]))
+    return {language: of_language for language, of_language in texts.items() if of_language}
+
+
+def caption_fields(captions: dict[str, list[str]]) -> Sample:
+    """What a sample says of its captions: `captions`, or `caption` and `language` of its only one."""
+    if sum(map(len, captions.values())) != 1:
+        return Sample(captions=captions) if captions else Sample()
+    ((language, (text,)),) = captions.items()
+    return Sample(caption=text, language=language) if language else Sample(caption=text)
 
 
 def declared_language(entry: dict[str, Any]) -> str:
@@ -333,6 +345,6 @@ def declared_language(entry: dict[str, Any]) -> str:
 
 def _checked_text(name: str, found: Any) -> str:
     if not isinstance(found, str) or not found.strip():
-        raise ValueError(f"{name} is {str(found)[:40]!r}; expected text")
+        raise ValueError(f"{name} is {shorten(found)}; expected text")
     found.encode()  # half of a surrogate pair, which JSON can hold, is no text
     return found.strip()

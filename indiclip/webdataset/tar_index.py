@@ -83,7 +83,7 @@ class TarIndex:
             "shard": self.version,
             "fingerprint": self.fingerprint,
             "has_crc": self.has_crc,
-            "inventory": self.inventory.summary(),
+            "inventory": [self.inventory.present, self.inventory.used, list(self.inventory.left_out())],
             "damaged": self.damaged,
         }
         buffers = self.keys.buffers()
@@ -106,7 +106,11 @@ class TarIndex:
             if not known or not _is_sound(rows, *buffers):
                 return None
             damaged = [(str(key), str(reason)) for key, reason in about["damaged"]]
-            inventory = Inventory.of_summary(about["inventory"])
+            inventory, (present, used, left_out) = Inventory(), about["inventory"]
+            inventory.present.update(present)
+            inventory.used.update(used)
+            for unit, reason, number, example in left_out:
+                inventory.leave_out(str(unit), str(reason), str(example), int(number))
             inventory.verify()
             size, stamp, crc = about["shard"]
             version = Stat(int(size), str(stamp), str(crc))

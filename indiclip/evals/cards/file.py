@@ -2,7 +2,7 @@
 
 Keys of a card: `title`, `task`, `classes`, `prompts`, and `metric`, `chance`, `num_candidates`, `source`, `licence`,
 `notes`, `folder` where they differ from what is usual. A class has `id`, `names` (with `en`), and `aliases`,
-`confusable_with`, `facts` where there are any.
+`confusable_with`, `facts` where there are any. `romanised` are names made by rule, see tools/romanise.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -19,8 +18,6 @@ import yaml
 from indiclip.datasets.captions import LANGUAGES
 from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
-from indiclip.generated.romanise import LANGUAGES as ROMANISED
-from indiclip.generated.romanise import is_romanisable, romanise
 from indiclip.names import did_you_mean
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?")
@@ -28,7 +25,7 @@ _KEYS = (
     *("title", "task", "classes", "prompts", "metric", "chance", "num_candidates"),
     *("source", "licence", "notes", "folder"),
 )
-_CLASS_KEYS = ("id", "names", "aliases", "confusable_with", "facts")
+_CLASS_KEYS = ("id", "names", "romanised", "aliases", "confusable_with", "facts")
 _METRICS = {  # the first is the one where none is named
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
     "matching": ("acc1",),
@@ -40,13 +37,13 @@ _COMPUTED = ("imagenet1k", "babel_imagenet")  # values of `classes` that stand f
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `no` (Norwegian) is text, and a key that is there twice is an error."""
+    """Safe YAML in which `no` (Norwegian) is text, and a duplicated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key, count in Counter(map(str, keys)).items():
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is duplicated", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -116,7 +113,7 @@ def _classes(entries: Any, file: str, task: str) -> tuple[CardClass, ...]:
     for one in classes:
         if id_of.get(bare(one.names["en"]), one.id) != one.id:
             raise ValueError(f"{file}: {one.id}: names: en: {one.names['en']!r} is the id of another class")
-    return tuple(_with_romanised(classes))
+    return tuple(classes)
 
 
 def _class(entry: Any, file: str, number: int) -> CardClass:
@@ -125,16 +122,23 @@ def _class(entry: Any, file: str, number: int) -> CardClass:
     where = f"{file}: {class_id}"
     if not _ID.fullmatch(class_id):
         raise ValueError(f"{where}: id: found {class_id!r}; expected letters, digits, '_' and '-': a folder's name")
-    names = _mapping(entry.get("names"), f"{where}: names")
-    for language, name in names.items():
-        _check_language(language, f"{where}: names")
-        _text(name, f"{where}: names: {language}")
+    names = _names(entry.get("names"), f"{where}: names")
+    by_rule = _names(entry.get("romanised", {}), f"{where}: romanised")
+    if twice := names.keys() & by_rule.keys():
+        raise ValueError(f"{where}: romanised: {min(twice)} is a language of `names` too; expected one name")
     if "en" not in names:
         raise ValueError(f"{where}: names: no name in `en`; found {sorted(names)}")
     facts = _facts(entry.get("facts", {}), f"{where}: facts")
     aliases, others = (_texts(entry.get(key, []), f"{where}: {key}") for key in ("aliases", "confusable_with"))
-    normal = {language: unicodedata.normalize("NFC", name.strip()) for language, name in names.items()}
-    return CardClass(class_id, normal, aliases, others, facts)
+    return CardClass(class_id, names | by_rule, aliases, others, facts, derived=tuple(by_rule))
+
+
+def _names(entry: Any, where: str) -> dict[str, str]:
+    names = {}
+    for language, name in _mapping(entry, where).items():
+        _check_language(language, where)
+        names[language] = unicodedata.normalize("NFC", _text(name, f"{where}: {language}"))
+    return names
 
 
 def _facts(entry: Any, where: str) -> dict[str, Any]:
@@ -146,29 +150,6 @@ def _facts(entry: Any, where: str) -> dict[str, Any]:
     for language, words in _mapping(facts.get("sample_words", {}), f"{where}: sample_words").items():
         _texts(words, f"{where}: sample_words: {language}")
     return facts
-
-
-def _with_romanised(classes: list[CardClass]) -> Iterable[CardClass]:
-    """The classes with romanised names of those that have a name in an Indic script and no romanised one.
-
-    Two classes that would be written alike both stay without.
-    """
-    derived: list[dict[str, str]] = []
-    for one in classes:
-        found = {
-            f"{language}-Latn": romanise(name, language)
-            for language, name in one.names.items()
-            if language in ROMANISED and is_romanisable(name)
-        }
-        derived.append({language: name for language, name in found.items() if language not in one.names})
-    owners = Counter(
-        (language, name.casefold())
-        for one, more in zip(classes, derived, strict=True)
-        for language, name in (one.names | more).items()
-    )
-    for one, more in zip(classes, derived, strict=True):
-        kept = {language: name for language, name in more.items() if owners[language, name.casefold()] == 1}
-        yield replace(one, names=one.names | kept, derived=tuple(kept))
 
 
 def _prompts(entries: Any, file: str) -> dict[str, tuple[str, ...]]:

@@ -1,5 +1,11 @@
 """Indic scripts in Latin letters, by rule: ISO 15919 with its diacritics, and plain letters as people type them.
 
+    python tools/romanise.py my_card.yaml
+
+gives the classes of benchmark cards `romanised` names, made by rule of their names in Indic scripts and checked by
+nobody. A class that has a romanised name of its own in a language keeps it, and two classes that would be written alike
+get none. Only the lines of classes change; `names: {...}` of each must be on one line.
+
 Unicode took its Brahmic blocks over from ISCII, so the same letter has the same place in each: one table serves nine
 scripts. Perso-Arabic script does not write most vowels, which no rule can add: Urdu is not romanised, and neither are
 Ol Chiki and Meetei Mayek, which have other blocks.
@@ -10,9 +16,15 @@ and `chh`, `sh`, and the vowel that nobody pronounces left out (`jalebi`, `chulb
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import unicodedata
+from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
+
+from indiclip.evals.cards.card import Card, load_card
 
 # The languages and the script that each is written in here; `romanise` knows them.
 LANGUAGES = ("as", "bn", "doi", "gu", "hi", "kn", "kok", "mai", "ml", "mr", "ne", "or", "pa", "sa", "ta", "te")
@@ -259,3 +271,52 @@ def _plain(iso: str, language: str) -> str:
         iso = re.sub(pattern, typed, iso)
     bare = "".join(one for one in unicodedata.normalize("NFD", iso) if not unicodedata.combining(one))
     return bare.replace("’", "")
+
+
+def romanised_names(card: Card) -> list[dict[str, str]]:
+    """For each class of a card, by language (`hi-Latn`): its names by rule where it has none of its own."""
+    by_hand = [{code: name for code, name in one.names.items() if code not in one.derived} for one in card.classes]
+    by_rule = [
+        {
+            f"{code}-Latn": romanise(name, code)
+            for code, name in names.items()
+            if code in LANGUAGES and is_romanisable(name) and f"{code}-Latn" not in names
+        }
+        for names in by_hand
+    ]
+    owners = Counter((code, name.casefold()) for names in (*by_hand, *by_rule) for code, name in names.items())
+    return [{code: name for code, name in names.items() if owners[code, name.casefold()] == 1} for names in by_rule]
+
+
+def write_names(file: Path) -> int:
+    """Write the names by rule of a card's classes into its page; how many."""
+    page = re.sub(r"(?m)^(.*names: \{.*?\}), romanised: \{.*?\}", r"\1", file.read_text("utf-8"))
+    found = romanised_names(load_card(str(file)))
+    classes = iter(found)
+
+    def with_names(match: re.Match[str]) -> str:
+        names = next(classes, {})
+        pairs = ", ".join(f"{code}: {_quoted(name)}" for code, name in names.items())
+        return f"{match[0]}, romanised: {{{pairs}}}" if names else match[0]
+
+    page, count = re.subn(r"(?m)^  - \{.*names: \{.*?\}", with_names, page)
+    if count != len(found):
+        raise ValueError(f"{file}: {count} lines with `names: {{...}}`; expected one for each of {len(found)} classes")
+    file.write_text(page, "utf-8")
+    return sum(map(len, found))
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[a-z][a-z' -]*[a-z]", name) else json.dumps(name, ensure_ascii=False)
+
+
+def main() -> None:
+    """Add names to the cards named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cards", nargs="+", type=Path, help="YAML files of cards")
+    for file in parser.parse_args().cards:
+        print(f"{file}: {write_names(file)} names")
+
+
+if __name__ == "__main__":
+    main()
