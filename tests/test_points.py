@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from indiclip.datasets.points import CountingPoints
+from indiclip.images import UnreadableSample
 
 CONTENT = [
     {"file_name": "b.png", "class_name": "kite", "count": 2, "points": [[1, 2], [30.5, 10]],
@@ -80,12 +81,15 @@ def test_bad_entries_are_named_in_one_line(build, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_image_is_named_at_construction(build, tmp_path):
+def test_a_damaged_image_is_an_unreadable_sample_as_of_other_datasets(build, tmp_path):
     def damage(content):
         (tmp_path / "a.png").write_bytes(b"<html>not found</html>")
 
-    with pytest.raises(ValueError, match=r"a\.png: expected the bytes of a JPEG, PNG or WebP, found"):
-        build(damage)
+    dataset = build(damage)
+    assert dataset.sizes_hw.tolist() == [[20, 40], [0, 0], [9, 9]]
+    with pytest.raises(UnreadableSample, match=r"a\.png: expected the bytes of a JPEG, PNG or WebP, found"):
+        dataset[1]
+    assert len(dataset[0]["points_xy"]) == 2
 
 
 def test_real_points_lie_in_the_middle_of_their_boxes(data_root):

@@ -252,9 +252,8 @@ def _read_as_pack(folder: Path) -> None:
     for i in range(len(source.keys)):
         try:
             item = source[i]
-            check_boxes(
-                read_entry(item.texts["json"]), EncodedImage(item.image.read_bytes(), ""), len(source.classes)
-            ).verify()
+            image = EncodedImage(item.image.read_bytes(), "")
+            check_boxes(read_entry(item.texts["json"]), image, len(source.classes))
         except (OSError, ValueError) as error:
             _check_message(str(error))
 

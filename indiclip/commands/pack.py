@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         if writer.shards and source.classes and classes is None:
             (writer.part / class_file.name).write_text("\n".join(source.classes) + "\n", "utf-8")
         inventory += writer.inventory
+        inventory += source.inventory
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
     _show(writer, inventory, options.json)
     return 0 if writer.shards else 1

@@ -10,17 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from indiclip.datasets.captions import LANGUAGES, column_place, read_table
-from indiclip.datasets.coco_file import (
-    Entry,
-    Wheres,
-    look_up,
-    read_captions,
-    read_categories,
-    read_images,
-    unique_ids,
-)
+from indiclip.datasets.coco_file import Entry, read_captions, read_coco
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, column, existing, load_json
+from indiclip.datasets.tables import Strings, existing
 from indiclip.webdataset.tar_members import IMAGES
 
 _UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file name on some system, or in a key
@@ -40,11 +32,13 @@ class Items(Protocol):
         keys: One per sample, fit for shards.
         names: What to call each sample in messages.
         classes: Class names, where the source has classes.
+        inventory: What is known of its files beside the samples.
     """
 
     keys: Strings
     names: Strings
     classes: list[str]
+    inventory: Inventory
 
     def __getitem__(self, index: int) -> Item:
         """Raises `ValueError` or `OSError` where the sample cannot be used."""
@@ -91,7 +85,7 @@ class FolderItems:
     """`CLASS/*.jpg`, or `x.jpg` with `x.txt` or `x.json` beside it."""
 
     def __init__(self, folder: Path, classes: list[str] | None) -> None:
-        self._folder = folder
+        self._folder, self.inventory = folder, Inventory()
         found = sorted(_images_in(folder))
         subfolders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
         in_classes = {entry.name: sorted(_images_in(entry)) for entry in subfolders}
@@ -126,7 +120,7 @@ class TableItems:
     """
 
     def __init__(self, table: Path, folder: Path, image_column: str, caption_column: str) -> None:
-        self._folder = folder
+        self._folder, self.inventory = folder, Inventory()
         self.classes: list[str] = []
         header, rows, lines = read_parquet(table) if table.suffix == ".parquet" else read_table(table)
         image, caption = (column_place(name, header, table) for name in (image_column, caption_column))
@@ -151,31 +145,25 @@ class TableItems:
 class CocoItems:
     """Images of a COCO file: `.json` is the image's entry with its captions and annotations.
 
-    Attributes:
-        inventory: Captions of a file of their own, where there is one; boxes are counted as they are read.
+    The captions of a file of their own are counted; boxes are when they are in a shard.
     """
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
-        content = load_json(file, ("images", "annotations", "categories"))
-        entries, annotations, where = content["images"], content["annotations"], f"{file}: annotation"
-        self._folder, self.inventory = folder, Inventory()
-        self.classes, class_of = read_categories(content["categories"], file)
-        images = read_images(entries, file)
-        wheres = Wheres(where, unique_ids(column(annotations, "id", where), where))
-        rows = look_up(column(annotations, "image_id", where), images.row_of, wheres, "image")
-        classes = look_up(column(annotations, "category_id", where), class_of, wheres, "category")
+        coco = read_coco(file)
+        self._folder, self.inventory, self.classes = folder, Inventory(), coco.classes
+        entries = coco.images.entries
         of_row: list[list[Entry]] = [[] for _ in entries]
-        for row, number, entry in zip(rows.tolist(), classes.tolist(), annotations, strict=True):
-            of_row[row].append({**entry, "class": number})
+        for row, label, entry in zip(coco.rows.tolist(), coco.labels.tolist(), coco.annotations, strict=True):
+            of_row[row].append({**entry, "class": label})
         if captions:
-            texts = read_captions(images, captions, self.inventory)
+            texts = read_captions(coco.images, captions, self.inventory)
             self.inventory.used["captions"] = sum(map(len, texts))
             entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, texts, strict=True)]
         # As JSON in one buffer, which the processes share; each would copy Python objects.
         self._entries = Strings(_dumps({**entry, "annotations": of_row[row]}) for row, entry in enumerate(entries))
-        self._files = Strings(images.names)
-        self.names = Strings(f"image {image_id}" for image_id in images.ids)
-        self.keys = unique_keys(map(str, images.ids))
+        self._files = Strings(coco.images.names)
+        self.names = Strings(f"image {key}" for key in coco.images.id_texts())
+        self.keys = unique_keys(coco.images.groups())
 
     def __getitem__(self, index: int) -> Item:
         return Item(inside(self._folder, self._files[index]), {"json": self._entries[index].encode()})

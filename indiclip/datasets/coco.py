@@ -7,30 +7,17 @@ its EXIF orientation. `Transform` turns image and boxes together.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from indiclip.datasets import densepose as dp
 from indiclip.datasets.base import SampleDataset
-from indiclip.datasets.coco_file import (
-    TOLERANCE,
-    Entry,
-    Id,
-    Wheres,
-    look_up,
-    read_boxes,
-    read_captions,
-    read_categories,
-    read_images,
-    read_sizes,
-    unique_ids,
-)
+from indiclip.datasets.coco_file import TOLERANCE, CocoFile, Wheres, read_boxes, read_captions, read_coco
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.masks import check_mask, check_room, decode_mask
-from indiclip.datasets.tables import Strings, check_files, column, existing, load_json
+from indiclip.datasets.tables import Strings, check_files, existing
 from indiclip.images import EncodedImage, UnreadableSample, read_image
 from indiclip.types import Sample
 
@@ -77,22 +64,20 @@ class CocoDetection(SampleDataset):
         tolerance: float = TOLERANCE,
     ) -> None:
         self.folder, self._file = existing(images), existing(annotations)
-        self._with_masks, self.densepose, self._tolerance = masks, densepose, tolerance
-        self._inventory = inventory = Inventory()
-        content = load_json(self._file, ("images", "annotations", "categories"))
-        found = read_images(content["images"], self._file)
-        inventory.present["images"] = len(found.ids)
-        self._keys, self._names = Strings(map(str, found.ids)), Strings(found.names)
-        self._sizes_hw = read_sizes(content["images"], found, self._file)
+        self._with_masks, self.densepose = masks, densepose
+        self._inventory = Inventory()
+        file = read_coco(self._file)
+        self.classes, found = file.classes, file.images
+        self._inventory.present["images"] = len(found.names)
+        self._keys, self._groups, self._names = map(Strings, (found.id_texts(), found.groups(), found.names))
+        self._sizes_hw = found.sizes_hw()
         check_files(self.folder, found.names, str(self._file))
-        self.classes, class_of = read_categories(content["categories"], self._file)
-        self._read_annotations(content["annotations"], found.row_of, class_of)
-        of_row = read_captions(found, existing(captions) if captions else None, inventory)
+        self._read_annotations(file, tolerance)
+        of_row = read_captions(found, existing(captions) if captions else None, self.inventory)
         self._captions = Strings(text for texts in of_row for text in texts)
         self._caption_starts = np.cumsum([0, *map(len, of_row)])
         self._select(keep_empty, captioned, found.wheres)
         self.sizes_hw = self._sizes_hw[self._rows]
-        self._first_key = _first_keys(found.names, found.ids)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,9 +87,8 @@ class CocoDetection(SampleDataset):
         return self._keys[self._rows[index]]
 
     def group(self, index: int) -> str:
-        """The key of the file's first entry of the same picture."""
-        row = int(self._rows[index])
-        return self._first_key.get(self._names[row], self._keys[row])
+        """The key of the first entry of the same picture."""
+        return self._groups[self._rows[index]]
 
     def captions(self, index: int) -> dict[str, list[str]]:
         """All captions of an image; COCO does not say their language."""
@@ -152,7 +136,7 @@ class CocoDetection(SampleDataset):
             (captioned, "without a caption", with_caption),
         ):
             if asked:
-                inventory.leave_out_each("images", reason, wheres, kept & ~has)
+                inventory.count_each("left_out", "images", reason, wheres, kept & ~has)
                 kept &= has
         for unit, starts in (("boxes", self._starts), ("captions", self._caption_starts)):
             counts = np.diff(starts)
@@ -166,18 +150,14 @@ class CocoDetection(SampleDataset):
             asked_for = "annotated " * (not keep_empty) + "captioned " * captioned
             raise ValueError(f"{self._file}: no {asked_for}images; expected at least one")
 
-    def _read_annotations(self, entries: list[Entry], row_of: Mapping[Id, int], class_of: Mapping[Id, int]) -> None:
+    def _read_annotations(self, file: CocoFile, tolerance: float) -> None:
         """Columns of the annotations, in the order of the images; those of image row r are at `_starts[r : r + 2]`."""
-        where = f"{self._file}: annotation"
-        wheres = Wheres(where, unique_ids(column(entries, "id", where), where))
-        rows = look_up(column(entries, "image_id", where), row_of, wheres, "image")
-        classes = look_up(column(entries, "category_id", where), class_of, wheres, "category")
-        boxes = read_boxes(entries, self._sizes_hw[rows], wheres, self._tolerance, self.inventory)
-
+        entries, rows, wheres = file.annotations, file.rows, file.wheres
+        boxes = read_boxes(entries, self._sizes_hw[rows], wheres, tolerance, self.inventory)
         order = np.argsort(rows[boxes.kept], kind="stable")
         kept = boxes.kept[order]
         self._starts = np.searchsorted(rows[kept], np.arange(len(self._keys) + 1))
-        self._boxes_xyxy, self._classes, self._crowd = boxes.xyxy[order], classes[kept], boxes.crowd[order]
+        self._boxes_xyxy, self._classes, self._crowd = boxes.xyxy[order], file.labels[kept], boxes.crowd[order]
         # As JSON in one buffer: as Python objects, COCO's polygons take gigabytes.
         if self._with_masks:
             sizes = self._sizes_hw[rows].tolist()
@@ -187,17 +167,6 @@ class CocoDetection(SampleDataset):
             people = [dp.person(entries[i], wheres[i]) for i in kept]
             self._is_person = np.array([person is not None for person in people], dtype=bool)
             self._people = Strings(json.dumps(person) for person in people)
-
-
-def _first_keys(names: list[str], ids: list[Id]) -> dict[str, str]:
-    """File name -> key of the first image of this name, where it is not the only one."""
-    first: dict[str, str] = {}
-    if len(set(names)) < len(names):
-        repeated = {name for name, count in Counter(names).items() if count > 1}
-        for name, image_id in zip(names, ids, strict=True):
-            if name in repeated:
-                first.setdefault(name, str(image_id))
-    return first
 
 
 def stack_masks(codes: Sequence[Any], height: int, width: int) -> np.ndarray:

@@ -6,6 +6,7 @@ as no two ids of a list may read alike. Everything else is taken as it stands or
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,26 +29,57 @@ Id = int | str
 
 
 class Wheres(Sequence[str]):
-    """What to call each entry of a list in messages; put together only for those that are asked for."""
+    """What to call each entry of a list in messages, by its id; put together only for those that are asked for."""
 
     def __init__(self, prefix: str, ids: Sequence[Any]) -> None:
-        self.prefix, self._ids = prefix, ids
+        self.prefix, self.ids = prefix, ids
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     def __getitem__(self, index: Any) -> Any:
-        return f"{self.prefix} {shorten(self._ids[index])}"
+        return f"{self.prefix} {shorten(self.ids[index])}"
 
 
 class CocoImages(NamedTuple):
     """The list `images`, N of them."""
 
-    ids: list[Id]
+    entries: list[Entry]
     names: list[str]  # of the files
     row_of: dict[Id, int]  # id, as a number and as text -> place in the list
-    captions: list[Any]  # that the entries carry themselves, None where they do not; unchecked
     wheres: Wheres
+
+    def id_texts(self) -> list[str]:
+        """The ids as text."""
+        return list(map(str, self.wheres.ids))
+
+    def groups(self) -> list[str]:
+        """Of each image, the key of the first one of the same file."""
+        first: dict[str, str] = {}
+        pairs = zip(map(posixpath.normpath, self.names), self.id_texts(), strict=True)
+        return [first.setdefault(name, key) for name, key in pairs]
+
+    def sizes_hw(self) -> np.ndarray:
+        """int64 (N, 2).
+
+        Raises:
+            ValueError: A height or width is missing or no whole number of pixels.
+        """
+        sides = [column(self.entries, side, self.wheres.prefix) for side in ("height", "width")]
+        sizes = list(zip(*sides, strict=True))
+        check_all(sizes, is_size, self.wheres, "(height, width)", "whole pixels")
+        return np.array(sizes, dtype=np.int64).reshape(-1, 2)
+
+
+class CocoFile(NamedTuple):
+    """An annotation file with M annotations."""
+
+    images: CocoImages
+    annotations: list[Entry]
+    wheres: Wheres  # of the annotations
+    rows: np.ndarray  # int64 (M,): place of each one's image
+    labels: np.ndarray  # int64 (M,): class of each one
+    classes: list[str]  # names, in the order of the category ids
 
 
 class CocoBoxes(NamedTuple):
@@ -58,43 +90,41 @@ class CocoBoxes(NamedTuple):
     crowd: np.ndarray  # bool (K,)
 
 
+def read_coco(file: Path) -> CocoFile:
+    """What the three lists say of each other; boxes and sizes are for `read_boxes` and `CocoImages.sizes_hw`.
+
+    Raises:
+        ValueError: Malformed JSON, a missing key, an id or name of another type or duplicated, an unknown image or
+            category. One line with the file and the id.
+    """
+    content = load_json(file, ("images", "annotations", "categories"))
+    images, entries = read_images(content["images"], file), content["annotations"]
+    classes, class_of = _read_categories(content["categories"], f"{file}: category")
+    wheres = _read_ids(entries, f"{file}: annotation")
+    rows = _look_up(column(entries, "image_id", wheres.prefix), images.row_of, wheres, "image")
+    labels = _look_up(column(entries, "category_id", wheres.prefix), class_of, wheres, "category")
+    return CocoFile(images, entries, wheres, rows, labels, classes)
+
+
 def read_images(entries: list[Entry], file: Path) -> CocoImages:
     """The list `images`.
 
     Raises:
         ValueError: An `id` or `file_name` is missing or of another type, or an id is duplicated.
     """
-    where = f"{file}: image"
-    ids, names = unique_ids(column(entries, "id", where), where), column(entries, "file_name", where)
-    wheres = Wheres(where, ids)
+    wheres = _read_ids(entries, f"{file}: image")
+    names = column(entries, "file_name", wheres.prefix)
     check_all(names, lambda name: isinstance(name, str) and name != "", wheres, "file_name", "text")
-    row_of = {alias: row for row, image_id in enumerate(ids) for alias in _aliases(image_id)}
-    return CocoImages(ids, names, row_of, [entry.get("captions") for entry in entries], wheres)
+    row_of = {alias: row for row, image_id in enumerate(wheres.ids) for alias in _aliases(image_id)}
+    return CocoImages(entries, names, row_of, wheres)
 
 
-def read_sizes(entries: list[Entry], images: CocoImages, file: Path) -> np.ndarray:
-    """int64 (N, 2): height and width of the images.
-
-    Raises:
-        ValueError: One is missing or no whole number of pixels.
-    """
-    columns = [column(entries, side, f"{file}: image") for side in ("height", "width")]
-    sizes = list(zip(*columns, strict=True))
-    check_all(sizes, is_size, images.wheres, "(height, width)", "whole pixels")
-    return np.array(sizes, dtype=np.int64).reshape(-1, 2)
-
-
-def read_categories(entries: list[Entry], file: Path) -> tuple[list[str], dict[Id, int]]:
-    """Names in the order of their ids, and category id -> class.
-
-    Raises:
-        ValueError: An id or a name is missing, of another type or duplicated, or only some of the ids are text.
-    """
-    where = f"{file}: category"
-    ids, names = unique_ids(column(entries, "id", where), where), column(entries, "name", where)
-    wheres = Wheres(where, ids)
+def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[Id, int]]:
+    """Names in the order of their ids, and category id -> class."""
+    wheres, names = _read_ids(entries, where), column(entries, "name", where)
     check_all(names, is_text, wheres, "name", "text")
-    unique_ids(names, where)
+    check_unique(names, where)
+    ids = list(wheres.ids)
     if ids:
         like_first = f"{type(ids[0]).__name__}, as the first is {shorten(ids[0])}"
         check_all(ids, lambda found: type(found) is type(ids[0]), wheres, "id", like_first)
@@ -102,26 +132,23 @@ def read_categories(entries: list[Entry], file: Path) -> tuple[list[str], dict[I
     return [names[i] for i in order], {ids[i]: number for number, i in enumerate(order)}
 
 
-def unique_ids(ids: list[Any], where: str) -> list[Id]:
-    """The same ids, or names.
-
-    Raises:
-        ValueError: One is neither a whole number nor text, or is duplicated; begins with `where`.
-    """
+def _read_ids(entries: list[Entry], where: str) -> Wheres:
+    ids = column(entries, "id", where)
     check_all(ids, _is_id, Wheres(f"{where} number", range(len(ids))), "id", "a whole number or text")
+    check_unique(ids, where)
+    return Wheres(where, ids)
+
+
+def check_unique(ids: list[Id], where: str) -> None:
+    """Raise a `ValueError`, which begins with `where`, where two ids or names read alike."""
     texts = list(map(str, ids))
     if len(set(texts)) < len(texts):
         (repeated, count), *_ = Counter(texts).most_common(1)
         raise ValueError(f"{where} {shorten(repeated)} is duplicated, {count} times; expected each id and name once")
-    return ids
 
 
-def look_up(ids: list[Any], known: Mapping[Id, int], wheres: Sequence[str], what: str) -> np.ndarray:
-    """The number that each id stands for, int64.
-
-    Raises:
-        ValueError: One that is not known; begins with its entry of `wheres`.
-    """
+def _look_up(ids: list[Any], known: Mapping[Id, int], wheres: Wheres, what: str) -> np.ndarray:
+    """The number that each id stands for, int64."""
     expected = f"the id of one of the {what} entries"
     check_all(ids, _is_id, wheres, f"{what}_id", expected)
     numbers = list(map(known.get, ids))
@@ -153,8 +180,8 @@ def read_boxes(
     boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
     thick = is_thick(boxes_xyxy)
-    inventory.leave_out_each("boxes", "thinner than a pixel", wheres, ~thick)
-    inventory.alter_each("boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
+    inventory.count_each("left_out", "boxes", "thinner than a pixel", wheres, ~thick)
+    inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
     kept = np.flatnonzero(thick)
     return CocoBoxes(kept, boxes_xyxy[kept], np.array(crowd, dtype=bool)[kept])
 
@@ -191,7 +218,7 @@ def read_captions(images: CocoImages, file: Path | None, inventory: Inventory) -
     """
     if file is not None:
         return join_captions(load_json(file, ("annotations",))["annotations"], images, file, inventory)
-    lists = [[] if texts is None else texts for texts in images.captions]
+    lists = [[] if (texts := entry.get("captions")) is None else texts for entry in images.entries]
     check_all(lists, lambda texts: isinstance(texts, list), images.wheres, "captions", "a list of texts")
     for row, texts in enumerate(lists):
         if texts:
@@ -208,12 +235,12 @@ def join_captions(entries: list[Entry], images: CocoImages, file: Path, inventor
     check_all(texts, is_text, wheres, "caption", "text")
     check_all(ids, _is_id, wheres, "image_id", "a whole number or text")
     rows = [images.row_of.get(image_id, -1) for image_id in ids]
-    of_row: list[list[str]] = [[] for _ in images.ids]
+    of_row: list[list[str]] = [[] for _ in images.names]
     for row, text in zip(rows, texts, strict=True):
         if row >= 0:
             of_row[row].append(text.strip())
     inventory.present["captions"] += len(entries)
-    inventory.leave_out_each("captions", "of images that are not at hand", wheres, np.array(rows, np.int64) < 0)
+    inventory.count_each("left_out", "captions", "of images that are not at hand", wheres, np.array(rows, np.int64) < 0)
     return of_row
 
 

@@ -31,10 +31,8 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
     if not any(name in entry for name in names):
         return None
     for name in names:
-        if not isinstance(entry.get(name), list):
-            raise ValueError(
-                f"{where}: {name} is {shorten(entry.get(name))}; expected a list, as of the other dp_ fields"
-            )
+        if not isinstance(found := entry.get(name), list):
+            raise ValueError(f"{where}: {name} is {shorten(found)}; expected a list, as of the other dp_ fields")
     lengths = {name: len(entry[name]) for name in _RANGES}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{where}: the dp_ fields have different lengths {lengths}")
@@ -48,7 +46,7 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
         if wrong.any():
             raise ValueError(f"{where}: {name} is {values[wrong][0]:g}; expected {low} to {high}")
     for code in entry["dp_masks"]:
-        if code:
+        if code != []:
             check_run_lengths(code, [_GRID, _GRID], f"{where}: a dp_masks entry")
     return {name: entry[name] for name in (*names, "bbox")}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
+
+Kind = Literal["left_out", "altered"]
 
 
 class Inventory:
@@ -23,8 +25,7 @@ class Inventory:
     def __init__(self) -> None:
         self.present: Counter[str] = Counter()
         self.used: Counter[str] = Counter()
-        self._left_out: dict[tuple[str, str], tuple[int, str]] = {}
-        self._altered: dict[tuple[str, str], tuple[int, str]] = {}
+        self._counts: dict[tuple[Kind, str, str], tuple[int, str]] = {}  # (kind, unit, reason) -> (count, example)
 
     def leave_out(self, unit: str, reason: str, example: str, count: int = 1) -> None:
         """Count what is not used.
@@ -35,33 +36,31 @@ class Inventory:
             example: Where one of them is: file and row, id or member. The first is kept.
             count: How many.
         """
-        _add(self._left_out, unit, reason, example, count)
+        self._count("left_out", unit, reason, example, count)
 
-    def leave_out_each(self, unit: str, reason: str, wheres: Sequence[str], which: np.ndarray) -> None:
-        """As `leave_out`, of those of `wheres` that the bool array `which` says."""
+    def count_each(self, kind: Kind, unit: str, reason: str, wheres: Sequence[str], which: np.ndarray) -> None:
+        """Count those of `wheres` that the bool array `which` says: what is left out, or is used otherwise than it
+        stands in the file.
+        """
         if which.any():
-            self.leave_out(unit, reason, wheres[int(which.argmax())], int(which.sum()))
+            self._count(kind, unit, reason, wheres[int(which.argmax())], int(which.sum()))
 
-    def alter(self, unit: str, how: str, example: str, count: int = 1) -> None:
-        """Count what is used, but not as it stands in the file; see `leave_out`."""
-        _add(self._altered, unit, how, example, count)
-
-    def alter_each(self, unit: str, how: str, wheres: Sequence[str], which: np.ndarray) -> None:
-        """See `alter` and `leave_out_each`."""
-        if which.any():
-            self.alter(unit, how, wheres[int(which.argmax())], int(which.sum()))
+    def _count(self, kind: Kind, unit: str, reason: str, example: str, count: int) -> None:
+        before, first = self._counts.get((kind, unit, reason), (0, example))
+        if count:
+            self._counts[kind, unit, reason] = before + count, first
 
     def left_out(self) -> Iterator[tuple[str, str, int, str]]:
         """(unit, reason, count, example)."""
-        for (unit, reason), (count, example) in self._left_out.items():
-            yield unit, reason, count, example
+        for (kind, unit, reason), (count, example) in self._counts.items():
+            if kind == "left_out":
+                yield unit, reason, count, example
 
     def __iadd__(self, other: Inventory) -> Inventory:
         self.present.update(other.present)
         self.used.update(other.used)
-        for mine, theirs in ((self._left_out, other._left_out), (self._altered, other._altered)):
-            for (unit, reason), (count, example) in theirs.items():
-                _add(mine, unit, reason, example, count)
+        for (kind, unit, reason), (count, example) in other._counts.items():
+            self._count(kind, unit, reason, example, count)
         return self
 
     def verify(self) -> None:
@@ -77,9 +76,8 @@ class Inventory:
             unit: {"present": count, "used": self.used[unit], "altered": {}, "left_out": {}}
             for unit, count in self.present.items()
         }
-        for kind, found in (("altered", self._altered), ("left_out", self._left_out)):
-            for (unit, reason), (count, example) in found.items():
-                units[unit][kind][reason] = {"count": count, "example": example}
+        for (kind, unit, reason), (count, example) in self._counts.items():
+            units[unit][kind][reason] = {"count": count, "example": example}
         return units
 
     @classmethod
@@ -88,10 +86,9 @@ class Inventory:
         inventory = cls()
         for unit, found in summary.items():
             inventory.present[unit], inventory.used[unit] = int(found["present"]), int(found["used"])
-            for reason, entry in found["left_out"].items():
-                inventory.leave_out(unit, reason, f"{where}{entry['example']}", int(entry["count"]))
-            for how, entry in found["altered"].items():
-                inventory.alter(unit, how, f"{where}{entry['example']}", int(entry["count"]))
+            for kind in get_args(Kind):
+                for reason, entry in found[kind].items():
+                    inventory._count(kind, unit, reason, f"{where}{entry['example']}", int(entry["count"]))
         return inventory
 
     def lines(self) -> list[str]:
@@ -108,9 +105,3 @@ class Inventory:
             said += f", {altered}" if altered else ""
             lines.append(f"{said}; left out: {left_out}" if left_out else said)
         return lines
-
-
-def _add(counts: dict[tuple[str, str], tuple[int, str]], unit: str, reason: str, example: str, count: int) -> None:
-    before, first = counts.get((unit, reason), (0, example))
-    if count:
-        counts[unit, reason] = before + count, first

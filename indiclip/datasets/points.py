@@ -15,14 +15,14 @@ from indiclip.datasets.coco_file import (
     Entry,
     Wheres,
     check_all,
+    check_unique,
     is_box,
     is_text,
     reaches_out,
-    unique_ids,
 )
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
-from indiclip.images import read_header, read_image
+from indiclip.images import UnreadableSample, read_header, read_image
 from indiclip.names import shorten
 from indiclip.types import Sample
 
@@ -63,7 +63,7 @@ class CountingPoints(SampleDataset):
         )
         numbers = Wheres(f"{where} number", range(len(names)))
         check_all(names, lambda name: isinstance(name, str), numbers, "file_name", "text")
-        unique_ids(names, f"{file}: image")
+        check_unique(names, f"{file}: image")
         wheres = Wheres(f"{file}:", names)
         check_files(self.folder, names, str(file))
         check_all(class_names, is_text, wheres, "class_name", "text")
@@ -80,7 +80,7 @@ class CountingPoints(SampleDataset):
         self._starts = np.cumsum([0, *self.counts])
         image = np.repeat(np.arange(len(entries)), self.counts)  # of each point
         of_points = Wheres(f"{file}:", [names[i] for i in image])
-        sizes_hw = self.sizes_hw[image]
+        sizes_hw = np.where(self.sizes_hw == 0, 2**31, self.sizes_hw)[image]
         self._points_xy = place_points(
             list(chain.from_iterable(points)), sizes_hw, of_points, tolerance, self.inventory
         )
@@ -88,7 +88,7 @@ class CountingPoints(SampleDataset):
         self._boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, of_points, tolerance)
         boxed = np.repeat(self._boxed, self.counts)
         clipped = boxed & reaches_out(boxes_xywh, sizes_hw)
-        self.inventory.alter_each("boxes", "clipped to the image", of_points, clipped)
+        self.inventory.count_each("altered", "boxes", "clipped to the image", of_points, clipped)
         for unit, count in (("images", len(entries)), ("points", len(image)), ("boxes", int(boxed.sum()))):
             self.inventory.present[unit] = self.inventory.used[unit] = count
 
@@ -113,7 +113,11 @@ class CountingPoints(SampleDataset):
         return sample
 
     def _size_hw(self, entry: Entry, where: str) -> tuple[int, int]:
-        header = read_header(self.folder / entry["file_name"])
+        """Of the image as annotated; (0, 0) where its file is damaged, which its reader says."""
+        try:
+            header = read_header(self.folder / entry["file_name"])
+        except UnreadableSample:
+            return 0, 0
         said = (entry.get("height", header.size_hw[0]), entry.get("width", header.size_hw[1]))
         if said not in (header.size_hw, header.upright_hw) or {*map(type, said)} != {int}:
             raise ValueError(f"{where}: the file has (height, width) {header.size_hw}, the entry says {shorten(said)}")
@@ -154,7 +158,7 @@ def place_points(
         (x, y), (height, width) = points_xy[i].tolist(), sizes_hw[i]
         raise ValueError(f"{wheres[i]}: the point {[x, y]} lies outside the image of {width}x{height} pixels")
     outside = np.asarray(((points_xy < 0) | (points_xy > edges)).any(1))
-    inventory.alter_each("points", "moved into the image", wheres, outside)
+    inventory.count_each("altered", "points", "moved into the image", wheres, outside)
     # The edges are exclusive.
     return points_xy.astype(np.float32).clip(0, np.nextafter(edges, np.float32(0)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -81,13 +82,13 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
             continue
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"{where}: the image {name!r} lies outside the folder {folder}")
-        if not (folder / name).is_file():
+            raise ValueError(f"{where}: the image {shorten(name)} lies outside the folder {folder}")
+        if not os.path.isfile(folder / name):  # noqa: PTH113 (Path.is_file raises where a name is too long)
             missing.append(name)
     if missing:
         near = did_you_mean(missing[0], there)
         raise FileNotFoundError(
-            f"{where}: {len(missing)} of {len(names)} images are not in {folder}, first {missing[0]!r}{near}"
+            f"{where}: {len(missing)} of {len(names)} images are not in {folder}, first {shorten(missing[0])}{near}"
         )
 
 

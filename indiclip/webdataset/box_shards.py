@@ -47,20 +47,18 @@ class BoxShards(Shards):
         self._with_masks, self.densepose = masks, densepose
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
-        fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose, Inventory())
+        fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose)
         fields.update(caption_fields(read_captions(parts, entry)))
         return fields
 
 
-def box_fields(
-    entry: dict[str, Any], image: EncodedImage, num_classes: int, masks: bool, densepose: bool, inventory: Inventory
-) -> Sample:
-    """The boxes, classes, masks and body surfaces of one image; the boxes are counted in `inventory`.
+def box_fields(entry: dict[str, Any], image: EncodedImage, num_classes: int, masks: bool, densepose: bool) -> Sample:
+    """The boxes, classes, masks and body surfaces of one image.
 
     Raises:
         ValueError: A key is missing, a class out of range, another size than the image's, a malformed annotation.
     """
-    boxes, wheres = read_boxes_of_image(entry, "annotation", inventory)
+    boxes, wheres = read_boxes_of_image(entry, "annotation", Inventory())  # its index has counted them
     height, width = entry["height"], entry["width"]
     if (height, width) not in (image.size_hw, image.upright_hw):
         raise ValueError(wrong_size(image, height, width))
@@ -69,7 +67,6 @@ def box_fields(
     expected = f"0 to {num_classes - 1}"
     check_all(classes, lambda found: type(found) is int and 0 <= found < num_classes, wheres, "class", expected)
     kept = boxes.kept
-    inventory.used["boxes"] += len(kept)
     sample = Sample(boxes_xyxy=boxes.xyxy, classes=np.array(classes, np.int64)[kept], crowd=boxes.crowd)
     sample["annotated_upright"] = (height, width) != image.size_hw
     if masks:
@@ -81,19 +78,14 @@ def box_fields(
     return sample
 
 
-def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) -> Inventory:
+def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) -> None:
     """Check all that `box_fields` could be asked for; masks and DensePose where the annotations have them.
-
-    Returns:
-        The boxes, used and left out.
 
     Raises:
         ValueError: As `box_fields`.
     """
-    inventory = Inventory()
-    fields = box_fields(entry, image, num_classes, masks=False, densepose=True, inventory=inventory)
+    fields = box_fields(entry, image, num_classes, masks=False, densepose=True)
     size_hw = list(image.upright_hw if fields["annotated_upright"] else image.size_hw)
     for place, annotation in enumerate(entry["annotations"]):
         if "segmentation" in annotation:
             check_mask(annotation["segmentation"], size_hw, f"annotation {annotation.get('id', place)}")
-    return inventory
