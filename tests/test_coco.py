@@ -84,11 +84,11 @@ def test_images_without_boxes_are_kept_or_left_out(build):
     assert len(build(keep_empty=False)) == 2
 
 
-def test_the_first_caption_is_given_and_all_can_be_asked_for(build):
+def test_all_captions_of_an_image_are_given(build):
     dataset = build()
-    assert dataset[0]["caption"] == "a kite"
+    assert dataset[0]["captions"] == dataset.captions(0)
     assert dataset.captions(0) == {"": ["a kite", "two kites"]}
-    assert "caption" not in dataset[1]
+    assert "captions" not in dataset[1]
     assert dataset.captions(1) == {}
 
 

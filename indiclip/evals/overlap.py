@@ -114,11 +114,7 @@ def _hashes(size: int, read: Callable[[int], tuple[Any, list[str]]], num_workers
 
 def _of_shards(shards: Shards, index: int) -> tuple[Any, list[str]]:
     """A picture, and every caption that a step may draw for it."""
-    sample = shards[index]
-    return sample["image"], [
-        *sample.get("captions", {}).values(),
-        *([sample["caption"]] if "caption" in sample else []),
-    ]
+    return shards[index]["image"], [text for texts in shards.captions(index).values() for text in texts]
 
 
 def _of_items(items: Items, index: int) -> tuple[Any, list[str]]:
