@@ -126,7 +126,7 @@ def test_captions_by_language_beside_boxes(tmp_path, capsys):
     assert main(["shards", "check", path, "--workers", "0"]) == 0
     entry["captions"]["hi"] = None
     path = write_tar(tmp_path / "b.tar", {"0.png": picture.getvalue(), "0.json": json.dumps(entry)})
-    with pytest.raises(UnreadableSample, match=r"captions of the \.json: hi is 'None'; expected text"):
+    with pytest.raises(UnreadableSample, match=r"captions of the \.json: hi is None; expected text"):
         BoxShards(path, ["a"])[0]
     assert main(["shards", "check", path, "--workers", "0"]) == 1
 
@@ -142,4 +142,4 @@ def test_malformed_annotations_make_the_sample_unreadable(what, tmp_path, capsys
         BoxShards(path, ["a", "b", "c"], masks=True, densepose=True)[0]
     if what != "class":  # the shards alone do not say how many classes there are
         assert main(["shards", "check", path, "--workers", "0"]) == 1
-        assert "1  unreadable boxes" in capsys.readouterr().out
+        assert f"1  unreadable {'caption' if what == 'captions' else 'boxes'}" in capsys.readouterr().out

@@ -68,7 +68,7 @@ def test_nothing_held_out_is_trained_on_under_another_key_or_in_another_language
             "a.tsv",
             b"en\thi\nx\t\xed\xa0\x80\n",
             r"a\.tsv: line 2: found the byte 0xed; expected UTF-8",
-        ),  # half of a surrogate pair
+        ),
         ("a.txt", b"x\n\xed\xa0\x80\n", r"a\.txt: line 2: found the byte 0xed"),
         ("a.md", b"x", r"a\.md: expected a \.csv, \.tsv or \.parquet file"),
     ],

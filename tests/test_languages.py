@@ -152,8 +152,8 @@ def test_training_batches_carry_one_caption_each():
 
 def test_an_added_language_moves_only_the_images_that_get_it():
     for i in range(200):
-        three = draw_caption(Sample(key="", captions=dict.fromkeys(LANGUAGES[:3], ["x"])), f"{i}")
-        four = draw_caption(Sample(key="", captions=dict.fromkeys(LANGUAGES, ["x"])), f"{i}")
+        three = draw_caption(Sample(key="", captions={name: ["x"] for name in LANGUAGES[:3]}), f"{i}")
+        four = draw_caption(Sample(key="", captions={name: ["x"] for name in LANGUAGES}), f"{i}")
         assert four["language"] in (three["language"], "sat-Olck")
 
 

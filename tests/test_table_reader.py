@@ -101,6 +101,7 @@ BROKEN = [
     ("file,en\na.png,caf\u00e9\n".encode("cp1252"), r"t\.csv: line 2: found the byte 0xe9; expected UTF-8, or UTF-16"),
     ("file,en\na.png,x\n".encode("utf-16-le"), r"t\.csv: line 1: found a NUL; expected UTF-8, or UTF-16"),
     (b"file,en\na.png,\0\n", r"t\.csv: line 2: found a NUL"),
+    (b"file,\0en\na.png,x\n", r"t\.csv: line 1: found a NUL"),
     (b"", r"t\.csv: no rows"),
     (b"\n\n", r"t\.csv: no rows"),
     (b"file;en\na.png;x\n", r"t\.csv: the header 'file;en' has no commas but ';'"),

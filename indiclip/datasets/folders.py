@@ -25,23 +25,26 @@ class Files(NamedTuple):
     inventory: Inventory
 
 
-def list_images(folder: Path) -> Files:
-    """The images in a folder and in all folders below it. Links to folders are followed; hidden files are counted."""
-    names, inventory = sorted(_walk(folder, "", set())), Inventory()
+def list_images(folder: Path, below: str = "") -> Files:
+    """The images in a folder (or in the one of this name in it, such as `train/kite`) and in all folders below it.
+
+    Links to folders are followed. Hidden files are counted, hidden folders are not looked into.
+    """
+    names, inventory = sorted(_walk(folder / below, f"{below}/" if below else "", set())), Inventory()
     images = [name for name in names if is_image_name(name) and not _is_hidden(name)]
     stems = {str(PurePosixPath(name).with_suffix("")) for name in images}
     inventory.present["files"] = len(names)
     for name in names:
         path = PurePosixPath(name)
-        extension = path.suffix[1:].lower()
+        extension, shown = path.suffix[1:].lower(), os.fsencode(name).decode(errors="backslashreplace")
         if _is_hidden(name):
-            inventory.leave_out("files", "hidden", name)
+            inventory.leave_out("files", "hidden", shown)
         elif is_image_name(name) or (extension in _TEXTS and str(path.with_suffix("")) in stems):
             inventory.used["files"] += 1
         elif extension in _TEXTS:
-            inventory.leave_out("files", "text without an image of its name", name)
+            inventory.leave_out("files", "text without an image of its name", shown)
         else:
-            inventory.leave_out("files", f".{extension}, which is not read" if extension else "no extension", name)
+            inventory.leave_out("files", f".{extension}, which is not read" if extension else "no extension", shown)
     return Files(images, inventory)
 
 

@@ -70,6 +70,8 @@ class Table:
         is_csv = self.file.suffix == ".csv"
         found = list(_rows(lines, is_csv, image_column))
         self.header = [name.strip() for name in found[0][1]] if found else []
+        if any("\0" in name for name in self.header):
+            raise ValueError(f"{self.file}: line {found[0][0]}: found a NUL; expected the columns' names")
         for other in ",;|\t":
             if len(self.header) == 1 and other in self.header[0]:
                 expected = "commas" if is_csv else "tabs"
@@ -83,6 +85,8 @@ class Table:
             elif len(row) != len(self.header):
                 found_here = f"found {len(row)} columns; the header has {len(self.header)}"
                 self.leave_out(place, "with more or fewer columns than the header", found_here)
+            elif any("\0" in cell for cell in row):
+                self.leave_out(place, "with a NUL", "found a NUL; expected text")
 
     @property
     def kept(self) -> list[int]:

@@ -65,9 +65,8 @@ def decode_text(data: bytes, where: str) -> str:
         line, found = data.count(b"\n", 0, error.start) + 1, f"the byte 0x{data[error.start]:02x}"
         expected = "UTF-16 as its first bytes say" if is_utf16 else "UTF-8, or UTF-16 with a byte order mark"
         raise ValueError(f"{where}: line {line}: found {found}; expected {expected}") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{where}: line {line}: found a NUL; expected UTF-8, or UTF-16 with a byte order mark")
+    if text and text.count("\0") * 2 >= len(text):
+        raise ValueError(f"{where}: line 1: found a NUL; expected UTF-8, or UTF-16 with a byte order mark")
     return text
 
 
