@@ -77,7 +77,7 @@ def test_layouts_give_the_same_images_and_labels(layout, card, folder):
 
 def test_a_folder_that_is_not_there_is_skipped_and_an_empty_one_is_not(card, folder):
     assert find_items(card(name="other"), folder.parent) is None
-    with pytest.raises(FileNotFoundError, match=r"food: no images \(jpg, jpeg, png, webp, jfif, jpe\) of the card food"):
+    with pytest.raises(FileNotFoundError, match=r"food: no images \(jpg, .*, jpe\) of the card food"):
         find_items(card(), folder.parent)
 
 
@@ -303,7 +303,7 @@ def test_columns_and_lines_of_captions(card, folder, tmp_path):
     write(folder, {"c.csv": table, **IMAGES})
     items = find_items(card({"task": "retrieval"}), folder.parent)
     assert items.captions == {"en": CAPTIONS}
-    assert items.notes == [f"{folder}/c.csv: the columns id are taken for captions in those languages"]
+    assert items.notes == [f"{folder}/c.csv: 3 of 4 columns; left out: 1 not used (id)"]
     # JSON may hold the line ends of Unicode as they are.
     write(tmp_path / "x", {"captions.jsonl": '{"image/key": "a", "en": {"caption": ["one\u2028dosa"]}}\n\n', **IMAGES})
     assert read_items(card({"task": "retrieval"}), tmp_path / "x").captions == {"en": [["one dosa"]]}
@@ -315,7 +315,7 @@ def test_columns_and_lines_of_captions(card, folder, tmp_path):
         ({}, "food: no captions: no shards, no table, no file of captions"),
         (
             {"a.csv": "file,text\na.jpg,x\n", **IMAGES},
-            "no column of captions; expected `caption`, or languages",
+            "no column of captions; found .*; expected `caption`, or codes",
         ),
         (
             {"captions_a.json": "{}", "captions_b.json": "{}"},
@@ -338,7 +338,7 @@ def test_columns_and_lines_of_captions(card, folder, tmp_path):
             {"dataset.json": json.dumps(KARPATHY).replace("test", "val")},
             r"no images of the split 'test'; found \['train', 'val'\]",
         ),
-        ({"captions.jsonl": '{"image/key": "a", "hi": ["x"]}'}, 'a: hi: found ['x']; expected {"caption": '),
+        ({"captions.jsonl": '{"image/key": "a", "hi": ["x"]}'}, r"a: hi: found \['x'\]; expected {\"caption\": "),
         ({"captions.jsonl": '{"image/key": '}, "captions.jsonl: line 1: broken JSON"),
         ({"a.tar": tar({"a.jpg": jpeg(1)})}, r"a.tar: a/a: no text \(.txt\) beside the image"),
     ],

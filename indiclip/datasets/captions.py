@@ -115,11 +115,5 @@ def _caption_columns(table: Table, languages: list[str] | dict[str, str] | None)
         for name, language in named.items():
             if language and not language_tag(language):
                 raise ValueError(f"languages: {name}: found {language!r}; expected a code such as hi or hi-Latn")
-        places = [place for name in named for place in (table.place(name),)] if len(named) else []
-        return dict(zip(places, map(language_tag, named.values()), strict=True))
-    columns = table.caption_columns()
-    columns |= {place: "" for place, name in enumerate(table.header) if name == "caption"}
-    if not columns:
-        expected = "expected `caption`, or codes or names of languages such as hi, hi-Latn, Tamil"
-        raise ValueError(f"{table.file}: no column of captions; found {table.header}; {expected}")
-    return dict(sorted(columns.items()))
+        return {table.place(name): language_tag(language) for name, language in named.items()}
+    return table.caption_columns("")

@@ -76,8 +76,8 @@ def _lines(file: Path) -> Iterator[dict[str, list[str]]]:
 def _table(file: Path) -> Iterator[dict[str, list[str]]]:
     """Language -> texts of each row."""
     table = Table(file)
-    columns = {place: table.texts(place) for place in table.caption_columns()}
     tags = table.caption_columns()
+    columns = {place: table.texts(place) for place in tags}
     of_language = next((name for name in _LANGUAGE_COLUMNS if name in table.header), None)
     if not columns and of_language is None:
         expected = "expected `lang` and `text`, or languages' codes such as en, hi-Latn"

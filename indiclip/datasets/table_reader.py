@@ -133,9 +133,22 @@ class Table:
             raise ValueError(f"{self.file}: no column {name!r}{did_you_mean(name, self.header)}; found {self.header}")
         return self.header.index(name)
 
-    def caption_columns(self) -> dict[int, str]:
-        """The columns that are called by a language: place -> its tag; see `caption_language`."""
-        return {place: tag for place, name in enumerate(self.header) if (tag := caption_language(name))}
+    def caption_columns(self, of_caption: str | None = None) -> dict[int, str]:
+        """The columns that are called by a language: place -> its tag; see `caption_language`.
+
+        Args:
+            of_caption: Take the column `caption` too, for this language.
+        """
+        columns = {}
+        for place, name in enumerate(self.header):
+            if name == "caption" and of_caption is not None:
+                columns[place] = of_caption
+            elif tag := caption_language(name):
+                columns[place] = tag
+        if not columns and of_caption is not None:
+            expected = "expected `caption`, or codes or names of languages such as hi, hi-Latn, Tamil"
+            raise ValueError(f"{self.file}: no column of captions; found {self.header}; {expected}")
+        return columns
 
     def texts(self, place: int) -> list[list[str]]:
         """The texts in a column: of each row one, none where the cell is empty, or several of a list."""

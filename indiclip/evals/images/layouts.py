@@ -166,9 +166,7 @@ def _of_table(card: Card, file: Path) -> Items:
     else:
         images = TableImages(embedded, first_of)
     if card.task == "retrieval":
-        of_column = table.caption_columns() | {
-            place: "en" for place, name in enumerate(table.header) if name == "caption"
-        }
+        of_column = table.caption_columns("en")
         captions = _table_captions(table, of_column, names, kept, first_of)
         used |= set(of_column)
         labels = np.full(len(first_of), -1, dtype=np.int64)
@@ -209,8 +207,6 @@ def _table_captions(
     table: Table, of_column: dict[int, str], names: list[str], kept: list[int], first_of: dict[str, int]
 ) -> dict[str, list[list[str]]]:
     """Language -> the captions of each image."""
-    if not of_column:
-        raise ValueError(f"{table.file}: no column of captions; expected `caption`, or languages such as en, hi-Latn")
     found: dict[str, dict[str, list[str]]] = {}
     for place, language in of_column.items():
         of_image, texts = found.setdefault(language, {name: [] for name in first_of}), table.texts(place)
