@@ -74,7 +74,7 @@ class Contrastive(Head):
     def check(self, train: Datasets, held_out: Datasets) -> None:
         same_classes(self.task, train)
         for key, dataset in {**train, **held_out}.items():
-            if not getattr(dataset, "captioned", True):
+            if not dataset.captioned:
                 raise ValueError(
                     f"heads.contrastive.task: {key}: {type(dataset).__name__} for task {self.task!r} has images "
                     "without a caption; `captioned: true` leaves them out"

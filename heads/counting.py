@@ -11,6 +11,7 @@ evaluation. H and W are rows and columns of tokens, or of cells where the name s
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -161,10 +162,10 @@ class Counting(Head):
         ]
 
     def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
-        points = self.target(batch, "points_xy", every=False)
-        for prediction, known, truth in zip(predictions, points.known, points.counts, strict=True):
+        points, names = self.target(batch, "points_xy", every=False), self.target(batch, "count_class")
+        for prediction, known, truth, name in zip(predictions, points.known, points.counts, names, strict=True):
             if known:
-                self.metric.update(prediction["count"], truth)
+                self.metric.update(prediction["count"], truth, name)
 
     def visualize(
         self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
@@ -243,10 +244,11 @@ def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> di
 
 
 class CountMetric(torchmetrics.Metric):
-    """Errors of the counts, and of the constant answer that is the hardest to beat.
+    """Errors of the counts, and beside them those of constant answers, taken from the held-out counts themselves.
 
-    That is the mean of the held-out counts themselves: the mean of the training set, which one would answer in
-    earnest, has a larger squared error.
+    What the training set would suggest, which one would answer in earnest, has larger errors. The mean knows nothing
+    of the images. Each class's median knows the class, which may say most: where cells are many and cars few, a head
+    that tells the two apart is far below the mean without having counted anything.
     """
 
     full_state_update = False
@@ -254,27 +256,36 @@ class CountMetric(torchmetrics.Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("rows", default=[], dist_reduce_fx="cat")  # flat: answer, truth, answer, truth, ...
+        self.add_state("rows", default=[], dist_reduce_fx="cat")  # flat: answer, truth, class, answer, ...
 
-    def update(self, count: float, truth: int) -> None:
+    def update(self, count: float, truth: int, class_name: str) -> None:
         """Add an image."""
         assert isinstance(self.rows, list)
-        self.rows.append(torch.tensor([count, truth], dtype=torch.float32, device=self.device))
+        class_id = zlib.crc32(class_name.encode()) % 2**24  # exact in float32, and the same on every rank
+        self.rows.append(torch.tensor([count, truth, class_id], dtype=torch.float32, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """`mae`, `rmse`, `mae_of_mean`, `rmse_of_mean` (always answering the mean), `mae_ratio` (ours to that)."""
-        counts_I, truths_I = dim_zero_cat(self.rows).reshape(-1, 2).unbind(1)
-        error_I, constant_I = counts_I - truths_I, truths_I - truths_I.mean()
-        mae, mae_of_mean = error_I.abs().mean(), constant_I.abs().mean()
+        """`mae`, `rmse`, and `mae_of_mean`, `rmse_of_mean` of always answering the mean.
+
+        `mae_ratio` is ours to that of the mean, `mae_ratio_median` to that of the median, `mae_ratio_class_median` to
+        that of each class's median. A ratio is left out where the constant answer has no error.
+        """
+        counts_I, truths_I, classes_I = dim_zero_cat(self.rows).reshape(-1, 3).unbind(1)
+        error_I, mean = counts_I - truths_I, truths_I.mean()
+        class_medians_I = torch.empty_like(truths_I)
+        for class_id in set(classes_I.tolist()):
+            class_medians_I[classes_I == class_id] = truths_I[classes_I == class_id].median()
         numbers = {
-            "mae": mae,
+            "mae": error_I.abs().mean(),
             "rmse": error_I.square().mean().sqrt(),
-            "mae_of_mean": mae_of_mean,
-            "rmse_of_mean": constant_I.square().mean().sqrt(),
+            "mae_of_mean": (truths_I - mean).abs().mean(),
+            "rmse_of_mean": (truths_I - mean).square().mean().sqrt(),
         }
-        if mae_of_mean > 0:
-            numbers["mae_ratio"] = mae / mae_of_mean
-        return {name: value.float() for name, value in numbers.items()}
+        constants = {"": mean, "_median": truths_I.median(), "_class_median": class_medians_I}
+        for name, constant in constants.items():
+            if (mae_of_constant := (truths_I - constant).abs().mean()) > 0:
+                numbers[f"mae_ratio{name}"] = numbers["mae"] / mae_of_constant
+        return numbers
 
 
 def heat_map(image_HW3: np.ndarray, density_HW: np.ndarray) -> np.ndarray:

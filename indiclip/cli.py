@@ -6,7 +6,9 @@ into one line. Nothing heavy is imported until a command needs it.
 
 from __future__ import annotations
 
+import importlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+_COMMANDS = {"check": "config_check", "shards": "shards", "tokenizer": "tokenizer", "bench": "bench"}  # -> the file
 
 _HELP = """\
 IndiCLIP {version}: trains vision encoders that understand India and the world.
@@ -25,6 +28,7 @@ usage: indiclip <command> [--config FILE]... [options]
   validate   score held-out    indiclip validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
   test       the same, once more on `data.val`
   predict    write what the heads find in `data.val` to RUN/predictions/
+  check      read all that a config would train on      indiclip check --config conf/real_small.yaml
   shards     index, check, pack and count data      indiclip shards --help
   tokenizer  tokens per word in every language      indiclip tokenizer --help
   bench      score an encoder on the India benchmark   indiclip bench --help
@@ -65,42 +69,44 @@ example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 10
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `indiclip`. Returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        from indiclip import __version__
+    """Entry point of `indiclip`. Returns the exit status; 0 where what reads its output has seen enough (`| head`)."""
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not any(event & select.POLLERR for _, event in output.poll(0)):
+            raise  # another pipe is broken
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        return 0
 
+
+def _run(argv: list[str]) -> int:
+    from indiclip import __version__
+
+    word = argv[0] if argv else "help"
+    if word in ("-h", "--help", "help"):
         print(_HELP.format(version=__version__))
         return 0
-    if argv[0] in ("-V", "--version", "version"):
-        from indiclip import __version__
-
+    if word in ("-V", "--version", "version"):
         print(f"indiclip {__version__}")
         return 0
-    if argv[0] == "shards":
+    if word in _COMMANDS:
         with _leaving_at_once():
-            from indiclip.commands.shards import main as shards
-
-        return shards(argv[1:])
-    if argv[0] == "tokenizer":
-        with _leaving_at_once():
-            from indiclip.commands.tokenizer import main as tokenizer
-
-        return tokenizer(argv[1:])
-    if argv[0] == "bench":
-        with _leaving_at_once():
-            from indiclip.commands.bench import main as bench
-
-        return bench(argv[1:])
-    if argv[0] in _TRAINER_COMMANDS and any(flag in argv for flag in ("-h", "--help")):
-        print(_COMMAND_HELP.format(command=argv[0]))
-        return 0
-    if argv[0] not in _TRAINER_COMMANDS:
+            command = importlib.import_module(f"indiclip.commands.{_COMMANDS[word]}")
+        return int(command.main(argv[1:]))
+    if word not in _TRAINER_COMMANDS:
         from indiclip.names import did_you_mean
 
-        hint = did_you_mean(argv[0], (*_TRAINER_COMMANDS, "shards", "tokenizer", "bench"))
-        print(f"indiclip: no command {argv[0]!r}{hint} (indiclip --help)", file=sys.stderr)
+        hint = did_you_mean(word, (*_TRAINER_COMMANDS, *_COMMANDS))
+        print(f"indiclip: no command {word!r}{hint} (indiclip --help)", file=sys.stderr)
         return 2
+    if any(flag in argv for flag in ("-h", "--help")):
+        print(_COMMAND_HELP.format(command=word))
+        return 0
     with _leaving_at_once():
         from indiclip.training.cli import run
 

@@ -148,4 +148,4 @@ def same_classes(task: str, datasets: Datasets) -> None:
 
 def classes_of(dataset: SampleDataset) -> list[str]:
     """The names of a dataset's classes."""
-    return list(getattr(dataset, "classes", None) or ())
+    return list(dataset.classes)

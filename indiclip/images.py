@@ -171,7 +171,7 @@ class EncodedImage:
         raise UnreadableSample(self._key, f"expected the bytes of a JPEG, PNG or WebP, {found}", self._file)
 
     def _unreadable(self, error: Exception) -> UnreadableSample:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).partition(" <_io.")[0]  # where PIL names an object
         if not isinstance(error, Image.DecompressionBombError):  # PIL has a limit of its own
             reason = f"damaged {self.kind}: {reason}"
         return UnreadableSample(self._key, reason, self._file)

@@ -12,7 +12,7 @@ from test_bench_photographs import MeanColour, photographs
 from indiclip.commands.bench import main
 from indiclip.commands.shards import main as shards
 from indiclip.evals.models import embedder
-from indiclip.training.cli import run_folder
+from indiclip.training import run_folder
 
 
 @pytest.fixture

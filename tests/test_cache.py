@@ -6,7 +6,9 @@ import gzip
 import io
 import multiprocessing
 import os
+import shutil
 import tarfile
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,9 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import config, fit
 
+from indiclip.cli import main
 from indiclip.images import UnreadableSample
 from indiclip.loading import prefetch
 from indiclip.loading.source import Source
@@ -137,7 +141,7 @@ def test_what_killed_processes_left_is_overwritten_or_removed(tmp_path, place):
     path = tmp_path / "a.tar.gz"
     path.write_bytes(gzip.compress(tar_bytes(1)))
     target = cache.cached_name(str(path), cache.stat(str(path)), ".tar")
-    target.with_suffix(".part").write_bytes(b"half of it")
+    (place / f"{target.name}-x.part").write_bytes(b"half of it")
     old = place / "other.part"
     old.write_bytes(b"of a shard that is no more")
     os.utime(old, (0, 0))
@@ -225,6 +229,118 @@ def test_a_process_forked_under_a_lock_does_not_keep_it(place):
     assert child.is_alive()
     child.kill()
     child.join(30)
+
+
+def test_links_planted_in_the_cache_are_not_followed(tmp_path, place):
+    """As the lock, as the copy, as the index: what they point to keeps its content, time and rights."""
+    path, victim = tmp_path / "a.tar.gz", tmp_path / "victim"
+    path.write_bytes(gzip.compress(tar_bytes(1)))
+    victim.write_text("precious")
+    victim.chmod(0o600)
+    os.utime(victim, (9, 9))
+    place.mkdir()
+    version = cache.stat(str(path))
+    for suffix in (".tar", ".index.npz"):
+        cache.cached_name(str(path), version, suffix).symlink_to(victim)
+    assert captions(Shards(str(path))) == ["value 1"]
+    assert not any(entry.is_symlink() for entry in place.iterdir())
+    copy = cache.cached_name(str(path), version, ".tar")
+    (lock,) = place.glob(".lock-*")
+    for file in (copy, lock):
+        file.unlink()
+    lock.symlink_to(victim)
+    with pytest.raises(
+        cache.NoCopy, match=r"a\.tar\.gz: no copy could be made in .* \(INDICLIP_CACHE\): .*symbolic links"
+    ):
+        cache.local_tar(str(path), version)
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/links/a.tar.index.npz", b"x")
+    url = "memory://links/a.tar.index.npz"
+    cache.cached_name(url, cache.stat(url), ".copy").symlink_to(victim)
+    assert cache.remote_file(url).read_bytes() == b"x"
+    assert (victim.read_text(), victim.stat().st_mtime, victim.stat().st_mode & 0o777) == ("precious", 9, 0o600)
+
+
+def _as_nobody(urls, queue):
+    os.umask(0o077)
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        queue.put([captions(Shards(url)) for url in urls])
+    except Exception as error:
+        queue.put(repr(error))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o755])
+def test_a_second_user_shares_the_cache(mode, monkeypatch):
+    """Reads what the first one left, copies what is missing where it may, and waits at the same locks."""
+    root = Path(tempfile.mkdtemp(prefix="indiclip-test-"))  # pytest's own folders are closed to others
+    try:
+        root.chmod(0o755)
+        place = root / "cache"
+        place.mkdir()
+        place.chmod(mode)
+        monkeypatch.setenv("INDICLIP_CACHE", str(place))
+        urls = [str(root / f"{name}.tar.gz") for name in "ab"]
+        for number, url in enumerate(urls):
+            Path(url).write_bytes(gzip.compress(tar_bytes(number)))
+            Path(url).chmod(0o644)
+        before = os.umask(0o077)
+        assert captions(Shards(urls[0])) == ["value 0"]
+        for number in range(cache._LOCKS):  # every lock is the first user's
+            (place / f".lock-{number:02}").touch()
+            (place / f".lock-{number:02}").chmod(0o644)
+        os.umask(before)
+        if mode == 0o755:
+            urls = urls[:1]
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        process = context.Process(target=_as_nobody, args=(urls, queue))
+        process.start()
+        assert queue.get(timeout=60) == [["value 0"], ["value 1"]][: len(urls)]
+        process.join(30)
+        assert [captions(Shards(url)) for url in urls] == [["value 0"], ["value 1"]][: len(urls)]
+        owners = {file.stat().st_uid for file in place.glob("*.tar")}
+        assert owners == ({0} if mode == 0o755 else {0, 65534})
+    finally:
+        shutil.rmtree(root)
+
+
+def test_what_another_user_must_not_lose_stays_when_room_is_made(place, monkeypatch):
+    place.mkdir()
+    for name in "ab":
+        (place / f"{name}.tar").write_bytes(bytes(100))
+        os.utime(place / f"{name}.tar", (ord(name), ord(name)))
+    unlink = Path.unlink
+
+    def refuses(self, missing_ok=False):
+        if self.name == "a.tar":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    monkeypatch.setenv("INDICLIP_CACHE_GB", "150e-9")
+    cache._make_room(place, 0)
+    assert [file.name for file in place.iterdir()] == ["a.tar"]
+
+
+@pytest.mark.parametrize("text", ["abc", "-1", "nan", "inf", "1,5"])
+def test_a_bound_that_is_no_number_is_one_line(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_bytes(1)))
+    monkeypatch.setenv("INDICLIP_CACHE_GB", text)
+    for command in ("check", "index", "stats"):
+        assert main(["shards", command, str(tmp_path / "a.tar.gz"), "--workers", "0"]) == 2
+        error = (
+            f"indiclip shards {command}: INDICLIP_CACHE_GB: found {text!r}; expected a number of gigabytes, 0 or more"
+        )
+        assert capsys.readouterr().err.strip() == error
+    shards = {"class_path": "indiclip.webdataset.shards.Shards", "init_args": {"urls": str(tmp_path / "a.tar.gz")}}
+    assert fit(tmp_path, config(data__train__0__dataset=shards)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indiclip: ")]
+    assert len(lines) == 1
+    assert f"INDICLIP_CACHE_GB: found {text!r}" in lines[0]
 
 
 def test_a_short_answer_is_no_shard(monkeypatch, place):

@@ -164,7 +164,7 @@ def test_an_id_counts_before_a_name_and_shared_names_for_none(page):
         ),
         ("[uttapam]", "[dosa]", "dosa: confusable_with: 'dosa' is no other class"),
         ("aliases:", "alias:", r"class number 1 \(dosa\): no such key 'alias'; nearest is 'aliases'"),
-        ("kn: ದೋಸೆ", "en: dosai", "no YAML: the key 'en' is there twice"),
+        ("kn: ದೋಸೆ", "en: dosai", "no YAML: the key 'en' is duplicated"),
         ("{group: dish}", "{lat: 91.0}", "uttapam: facts: lat: found 91.0; expected degrees, -90 to 90"),
         ("{group: dish}", "{lon: 77E}", "uttapam: facts: lon: found '77E'; expected degrees, -180 to 180"),
         (

@@ -256,7 +256,11 @@ def test_index_lies_beside_the_shard_and_is_built_once(tmp_path, capsys):
         assert main(["shards", "index", path, packed, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found == {
-            "shards": 2, "samples": 2, "built": built, "left_out": {"pkl": 2}, "damaged": {}, "elsewhere": {},
+            "shards": 2, "samples": 2, "built": built, "damaged": {}, "elsewhere": {},
+            "inventory": {
+                "members": {"present": 6, "used": 4, "left_out": {".pkl": {"count": 2, "example": "0.pkl"}}},
+                "samples": {"present": 2, "used": 2, "left_out": {}},
+            },
         }  # fmt: skip
     assert tar_index.TarIndex.load(Path(f"{packed}.index.npz")) is not None
     assert not tar_index.find_index(path, cache.stat(path)).has_crc

@@ -95,11 +95,11 @@ def test_all_captions_of_an_image_are_given(build):
 def test_only_captioned_images_make_pairs(build):
     """The contrastive head refuses images without a caption before training, not in the middle of it."""
     for dataset in (build(), Split(build(), "train", 0.01)):
-        with pytest.raises(ValueError, match=r"contrastive\.task: .* without a caption; `captioned: true`"):
-            Contrastive().check(dataset)
+        with pytest.raises(ValueError, match=r"contrastive\.task: data\.train\[0\]: .* without a caption; `captioned"):
+            Contrastive().check({"data.train[0]": dataset}, {})
     captioned = build(captioned=True)
     assert [captioned.key(i) for i in range(len(captioned))] == ["30"]
-    Contrastive().check(captioned)
+    Contrastive().check({"data.train[0]": captioned}, {})
 
 
 def test_a_captions_file_of_coco_goes_instead(build, tmp_path):
@@ -112,13 +112,16 @@ def test_a_captions_file_of_coco_goes_instead(build, tmp_path):
     assert [dataset.captions(i) for i in range(3)] == [{}, {"": ["x", "z"]}, {}]
 
 
-def test_thin_boxes_are_dropped_and_counted_with_their_masks(build):
+def test_thin_boxes_are_dropped_and_counted_with_their_masks(build, tmp_path):
     def thin(content):
         content["annotations"][0]["bbox"] = [2, 3, 0.5, 12]
         content["annotations"][1]["bbox"] = [39.5, 3, 1.5, 12]  # half a pixel is inside
 
     dataset = build(thin, masks=True)
-    assert dataset.left_out.total() == 2
+    dataset.inventory.verify()
+    assert dataset.inventory.summary()["boxes"]["left_out"] == {
+        "thinner than a pixel": {"count": 2, "example": f"{tmp_path / 'instances.json'}: annotation 1"}
+    }
     assert dataset[1]["classes"].tolist() == [0]
     assert (dataset[1]["masks"][0] == np.eye(24, 30)).all()
 
@@ -229,11 +232,11 @@ BAD = {
     r"annotation number 0 has no 'id'": without("annotations", "id"),
     r"image 30 has no 'width'": without("images", "width"),
     r"category 90 has no 'name'": without("categories", "name"),
-    r"annotation 1: category_id 2 is not among the 3 ids": annotation(category_id=2),
-    r"annotation 1: image_id 8 is not among the 3 ids": annotation(image_id=8),
-    r"annotation 3 is there twice": annotation(id=3),
-    r"image 7 is there twice": image(id=7),
-    r"category 'car' is there twice": lambda c: c["categories"][0].update(name="car"),
+    r"annotation 1: category_id is 2; expected the id of one of the category entries": annotation(category_id=2),
+    r"annotation 1: image_id is 8; expected the id of one of the image entries": annotation(image_id=8),
+    r"annotation '3' is duplicated, 2 times; expected each": annotation(id=3),
+    r"image '7' is duplicated": image(id=7),
+    r"category 'car' is duplicated": lambda c: c["categories"][0].update(name="car"),
     r"image 30: \(height, width\) is \(20, 40\.5\); expected whole pixels": image(width=40.5),
     r"1 of 3 images are not in .*, first 'c\.png'": image(file_name="c.png"),
     r"the image '\.\./b\.png' lies outside the folder": image(file_name="../b.png"),
@@ -242,8 +245,8 @@ BAD = {
     r"annotation 1: bbox is \[1, 2, 1000.*; expected": annotation(bbox=[1, 2, 10**400, 3]),
     r"image 30: \(height, width\) is \(20, 1000.*; expected whole pixels": image(width=10**400),
     r"annotation 1: the box .* = \[2\.0, 3\.0, -1\.0, 5\.0\] has a negative size": annotation(bbox=[2, 3, -1, 5]),
-    r"annotation 1: the box .* lies outside its image \(30x24 pixels\)": annotation(bbox=[25, 3, 6.5, 5]),
-    r"annotation 1: the box .* = \[-1\.5, .* lies outside its image": annotation(bbox=[-1.5, 3, 6, 5]),
+    r"annotation 1: the box .* lies outside its image \(30x24 pixels\)": annotation(bbox=[25, 3, 7.5, 5]),
+    r"annotation 1: the box .* = \[-2\.5, .* lies outside its image": annotation(bbox=[-2.5, 3, 6, 5]),
     r"annotation 1: the box .*nan.* is not finite": annotation(bbox=[2, 3, NAN, 5]),
     r"annotation 1: segmentation of size \[3, 3\]; expected polygons .* of size \[24, 30\]": run_lengths([3, 3], 9),
     r"annotation 1: segmentation: the runs cover 719 pixels; expected 720": run_lengths([24, 30], 719),
@@ -267,8 +270,8 @@ BAD = {
     r"annotation 1: a polygon is \[0, 0, inf": annotation(segmentation=[[0, 0, float("inf"), 0, 9, 9]]),
     r"image 30: captions is 'kite'; expected a list of texts": image(captions="kite"),
     r"file_name is 5; expected text": image(file_name=5),
-    r"annotation: found \[1\]; expected a number or text": annotation(id=[1]),
-    r"annotation 1: image_id \[7\] is not among": annotation(image_id=[7]),
+    r"annotation number 0: id is \[1\]; expected a whole number or text": annotation(id=[1]),
+    r"annotation 1: image_id is \[7\]; expected the id of one of the image": annotation(image_id=[7]),
 }  # fmt: skip
 
 
@@ -298,7 +301,8 @@ def test_bad_files(build, tmp_path):
 def test_real_boxes_and_masks_equal_pycocotools(data_root):
     file = data_root / "coco" / "instances.json"
     dataset, theirs = CocoDetection(str(data_root / "coco" / "images"), str(file), masks=True), COCO(str(file))
-    assert dataset.left_out.total() == 0
+    dataset.inventory.verify()
+    assert dataset.inventory.used == {"images": 192, "boxes": 1436, "captions": 735}
     boxes = masks = 0
     for i in range(len(dataset)):
         expected = theirs.loadAnns(theirs.getAnnIds(int(dataset.key(i))))

@@ -122,12 +122,6 @@ def test_nothing_to_compare_with():
     assert near_duplicates(none, np.array([3, 4])).near_N.tolist() == []
 
 
-def test_bits_are_counted_as_python_counts_them():
-    ends = np.array([0, 2**64 - 1], dtype=np.uint64)
-    x_N = np.concatenate([np.random.default_rng(0).integers(0, 2**64, 500, dtype=np.uint64), ends])
-    assert contamination._bit_count(x_N).tolist() == [int(x).bit_count() for x in x_N]
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [

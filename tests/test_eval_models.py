@@ -214,7 +214,7 @@ def test_what_is_no_model_is_said(tmp_path):
         tmp_path / "list": (ValueError, "list/config.json: found a list, expected an object"),
         "vit_tiny_patch16_224": (FileNotFoundError, "nearest is 'timm:vit_tiny_patch16_224'"),
         "google/siglip-base-x": (FileNotFoundError, "if it is on the hub, transformers:hf-hub:google/siglip-base-x"),
-        "openclip:ViT-B-32": (ValueError, "'openclip' is none of .*; nearest is 'open_clip'"),
+        "openclip:ViT-B-32": (ValueError, "no library 'openclip'; nearest is 'open_clip'; expected one of open_clip,"),
         "hf-hub:google/siglip": (ValueError, "which library is to download it.*transformers:hf-hub:google/siglip"),
     }
     for model, (kind, words) in wrong.items():
@@ -223,5 +223,5 @@ def test_what_is_no_model_is_said(tmp_path):
     with pytest.raises(ValueError, match="precision: found 'int8'"):
         load_embedder("timm:vit_tiny_patch16_224", precision="int8")
     for device in ("meta:x", "cude"):
-        with pytest.raises(ValueError, match=f"device: '{device}' is not to be had here"):
+        with pytest.raises(ValueError, match=f"device: '{device}' is not available here"):
             load_embedder("timm:vit_tiny_patch16_224", device)

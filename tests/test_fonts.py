@@ -37,35 +37,38 @@ def test_joiners_need_no_glyph():
     assert DEJAVU.missing("A\u200cB\u200d") == ""
 
 
-def test_a_missing_family_is_an_error_that_names_the_package(tmp_path, monkeypatch):
-    fake = tmp_path / "fc-list"
-    fake.write_text("#!/bin/sh\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+@pytest.fixture
+def fontconfig(tmp_path, monkeypatch):
+    """Takes what `fc-list` prints from now on."""
+
+    def prints(lines):
+        fake = tmp_path / "fc-list"
+        fake.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        fake.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
     find_face.cache_clear()
+    yield prints
+    find_face.cache_clear()
+
+
+def test_a_missing_family_is_an_error_that_names_the_package(fontconfig):
+    fontconfig("")
     with pytest.raises(MissingFonts, match="no font 'Noto Sans Tamil'.*install fonts-noto-core .*libfribidi0"):
         find_face("Noto Sans Tamil")
     with pytest.raises(MissingFonts, match="no font 'UniOl'.*install fonts-uniol "):
         find_face("UniOl")
-    find_face.cache_clear()
 
 
-def test_a_machine_without_fontconfig_is_told_so(tmp_path, monkeypatch):
+def test_a_machine_without_fontconfig_is_told_so(tmp_path, monkeypatch, fontconfig):
     monkeypatch.setenv("PATH", str(tmp_path))
-    find_face.cache_clear()
     with pytest.raises(MissingFonts, match="no fc-list.*install fontconfig"):
         find_face("Noto Sans")
-    find_face.cache_clear()
 
 
-def test_the_first_of_several_files_is_taken_whatever_their_order(tmp_path, monkeypatch):
-    fake = tmp_path / "fc-list"
-    fake.write_text("#!/bin/sh\nprintf '/b.ttf\\t0\\n/a.ttc\\t3\\n'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    find_face.cache_clear()
+def test_the_first_of_several_files_is_taken_whatever_their_order(fontconfig):
+    fontconfig(r"/b.ttf\t0\n/a.ttc\t3\n")
     assert find_face("Two") == Face("Two", "/a.ttc", 3)
-    find_face.cache_clear()
 
 
 @pytest.mark.parametrize(("lacking", "said"), [("raqm", "without raqm"), ("fribidi", "install libfribidi0")])

@@ -18,6 +18,7 @@ from test_cli import config, fit
 from test_shards import png, write_tar
 
 from indiclip.webdataset.shards import Shards
+from indiclip.webdataset.tar_members import LINK, OUTSIDE
 
 
 def bomb(width, height):
@@ -114,10 +115,11 @@ def test_a_run_over_hostile_shards(tmp_path, monkeypatch):
     assert "broken tar" in by_key[cut[0]]["reason"] or "truncated tar" in by_key[cut[0]]["reason"]
     for shard, file in (("a", "a.tar"), ("c", "c.tar.gz")):
         assert {by_key[f"{shard}/{key}"]["shard"] for key in bad} == {str(tmp_path / file)}
-    left_out = Shards(f"{tmp_path}/a.tar").left_out
-    assert left_out["(link)"] == 4
-    assert left_out["(outside)"] == 4
-    assert all(left_out[kind] == 1 for kind in ("pyd", "pth", "npy", "py"))
+    inventory = Shards(f"{tmp_path}/a.tar").inventory
+    inventory.verify()
+    left_out = {reason: count for unit, reason, count, _ in inventory.left_out() if unit == "members"}
+    assert (left_out[LINK], left_out[OUTSIDE]) == (4, 4)
+    assert all(left_out[f".{kind}"] == 1 for kind in ("pyd", "pth", "npy", "py"))
 
 
 MEASURE = """

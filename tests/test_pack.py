@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,6 +22,7 @@ from PIL import Image
 from indiclip.cli import main
 from indiclip.commands.sources import unique_keys
 from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.box_shards import BoxShards
 from indiclip.webdataset.shard_writer import ShardWriter
 from indiclip.webdataset.shards import Shards
 
@@ -142,9 +144,11 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path, capsys):
     table = folder / "t.tsv"
     table.write_text("\n".join([*lines, f"{tmp_path}/secret.png\tx", "text.jpg\tx", "\tx"]))
     assert pack(table, tmp_path / "out") == 0
-    said = capsys.readouterr().out
-    assert "1 of 9 samples; left out: " in said  # two rows are of one image
-    assert "  10 rows\n" in said
+    shown = capsys.readouterr().out
+    assert "1 of 9 samples; left out: " in shown  # two rows are of one image
+    assert "  10 rows\n" in shown
+    assert re.search(r"6 without an image file \(t.tsv: line \d+: ", shown)
+    assert re.search(r"2 with an unreadable image \(t.tsv: line \d+: ", shown)
     reasons = left_out(tmp_path / "out")
     expected = {
         3: "the caption is empty; expected text",
@@ -201,7 +205,8 @@ def test_size_bounds_a_shard_and_a_larger_sample_has_its_own(tmp_path):
         with tarfile.open(shard) as tar:
             found.append(tar.getnames())
     assert found == [["0.jpg", "1.jpg"], ["2.jpg"], ["3.jpg"], ["4.jpg"]]
-    assert writer.num_samples == 5
+    writer.inventory.verify()
+    assert writer.inventory.present["members"] == 5  # of no sample: the bytes are no images
 
 
 def noise_pairs(folder, count):
@@ -212,52 +217,146 @@ def noise_pairs(folder, count):
         (folder / f"{i}.txt").write_text(f"noise {i}")
 
 
-def test_a_full_disk_leaves_whole_shards_only(tmp_path, capsys):
+def test_a_full_disk_leaves_nothing(tmp_path, capsys):
     noise_pairs(tmp_path / "photos", 12)  # of 50 kB
+    (tmp_path / "used").mkdir()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))
         assert pack(tmp_path / "photos", tmp_path / "out", "--samples", 2) == 0  # each shard fits
         assert pack(tmp_path / "photos", tmp_path / "full", "--samples", 4) == 1
+        assert pack(tmp_path / "photos", tmp_path / "used", "--samples", 4) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    out, error = capsys.readouterr()
-    assert "not finished; whole are, in" in out
-    assert "0 of 12 samples in 0 shards" in out
+    error = capsys.readouterr().err
     assert "File too large: " in error
-    assert ".train-000000.tar.part" in error
-    assert list((tmp_path / "full").iterdir()) == []
+    assert ".train.part/train-000000.tar" in error
+    assert not (tmp_path / "full").exists()
+    assert list((tmp_path / "used").iterdir()) == []
+
+
+def classes_of_one_photo(folder, count):
+    noise_pairs(folder, 1)
+    (folder / "0.txt").unlink()
+    for i in range(count):
+        (folder / "diya").mkdir(exist_ok=True)
+        (folder / "diya" / f"{i}.png").hardlink_to(folder / "0.png")
+    (folder / "diya" / "torn.png").write_bytes(b"torn")
+    (folder / "0.png").unlink()
+    return folder
+
+
+def started(photos, out, *words):
+    """A pack in another process that has written some of its many shards."""
+    command = [sys.executable, "-m", "indiclip", "shards", "pack", str(photos), "--out", str(out), "--name", "train"]
+    process = subprocess.Popen(
+        [*command, "--samples", "1", "--workers", "2", *words],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    while not (out / ".train.part" / "train-000002.tar.index.npz").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_pack_leaves_whole_shards_and_no_process(number, tmp_path):
-    noise_pairs(tmp_path / "photos", 1)
-    for i in range(1, 2000):  # enough to be stopped in the middle
-        for kind in ("png", "txt"):
-            (tmp_path / "photos" / f"{i}.{kind}").hardlink_to(tmp_path / "photos" / f"0.{kind}")
+def test_a_stopped_pack_leaves_nothing(number, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "indiclip.cli", "shards", "pack", str(tmp_path / "photos"), "--out", str(out)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(
-        [*command, "--name", "train", "--samples", "1", "--workers", "2"],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **pipes,
-    )
-    while not (out / "train-000000.tar.index.npz").exists():
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    workers = children.read_text().split()
+    process = started(classes_of_one_photo(tmp_path / "photos", 3000), out)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.killpg(process.pid, number)
     shown, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "not finished; whole are, in" in shown
     assert "Traceback" not in error
+    assert shown == ""
     assert workers
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not out.exists()
+
+
+def test_what_a_killed_pack_left_is_no_obstacle(tmp_path):
+    photos, out = classes_of_one_photo(tmp_path / "photos", 500), tmp_path / "out"
+    process = started(photos, out)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    assert not list(out.glob("[!.]*"))  # nothing that a glob of shards finds
+    assert pack(photos, out, "--samples", 200) == 0
+    assert pack(photos, tmp_path / "other", "--samples", 200) == 0
+    assert digest(out) == digest(tmp_path / "other")
+    names = ["classes.txt", "train-left-out.jsonl"]
+    names += [f"train-00000{i}.tar{end}" for i in range(3) for end in ("", ".index.npz")]
+    assert sorted(entry.name for entry in out.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_pack_that_ends_while_its_shards_appear_leaves_nothing(after, pairs, tmp_path, monkeypatch):
+    """By an error: of a full disk, or Ctrl-C. By a kill: the next one of the name removes what there is."""
+    out, replace, moved, written = tmp_path / "out", Path.replace, [], {}
+
+    def ends(self, target):
+        if target.parent == out:
+            written.update({file.name: file.read_bytes() for file in self.parent.iterdir()})
+            if len(moved) == after:
+                raise KeyboardInterrupt
+            moved.append(self)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", ends)
+    assert pack(pairs, out, "--samples", 10) == 130
+    assert len(moved) == after
+    assert not out.exists()
+    monkeypatch.undo()
+    out.mkdir()  # as a kill would leave it
+    (out / ".train.part").mkdir()
+    (out / ".train.lock").touch()
+    for number, (name, data) in enumerate(sorted(written.items())):
+        (out / name if number < after else out / ".train.part" / name).write_bytes(data)
+    assert pack(pairs, out, "--samples", 10) == 0
+    assert len(Shards(str(out / "*.tar"))) == 25
     assert not list(out.glob(".*"))
-    shards = sorted(out.glob("*.tar"))
-    assert [len(Shards(str(shard))) for shard in shards] == [1] * len(shards)
-    assert 0 < len(shards) < 2000
+
+
+def test_of_two_packs_of_one_name_one_is_refused(pairs, tmp_path, capsys):
+    photos, out = classes_of_one_photo(tmp_path / "photos_of_classes", 3000), tmp_path / "out"
+    process = started(photos, out)
+    try:
+        assert pack(pairs, out) == 2
+        assert "another process is writing train there; wait for its end" in capsys.readouterr().err
+        assert pack(photos, out, name="val") == 2
+        assert "another process is writing classes.txt there; wait for its end" in capsys.readouterr().err
+        assert pack(pairs, out, name="pairs") == 0  # without classes, of another name
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    assert len(Shards(str(out / "pairs-*.tar"))) == 25
+    assert not list(out.glob("train*")), "the other one stopped"
+    assert not list(out.glob(".*"))
+    assert not (out / "classes.txt").exists()
+
+
+def test_thin_boxes_are_counted_when_packed_checked_and_read(tmp_path, capsys):
+    save(tmp_path / "0.jpg", size=(40, 30))
+    boxes = [[1, 1, 9, 9], [5, 5, 0.5, 9], [5, 5, 9, 0], [30, 20, 10.4, 10.4]]
+    coco = {
+        "images": [{"id": 1, "file_name": "0.jpg", "width": 40, "height": 30}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 7, "bbox": box, "iscrowd": 0} for i, box in enumerate(boxes)
+        ],
+        "categories": [{"id": 7, "name": "diya"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    out = tmp_path / "out"
+    assert pack(tmp_path / "coco.json", out) == 0
+    assert "2 of 4 boxes; left out: 2 thinner than a pixel (1)" in capsys.readouterr().out
+    urls = str(out / "*.tar")
+    dataset = BoxShards(urls, str(out / "classes.txt"))
+    dataset.inventory.verify()
+    assert dataset.inventory.used["boxes"] == len(dataset[0]["boxes_xyxy"]) == 2
+    for command in ("check", "stats", "index"):
+        assert main(["shards", command, urls]) == 0
+        assert "2 of 4 boxes; left out: 2 thinner than a pixel (" in capsys.readouterr().out
+    assert "boxes" not in Shards(urls).inventory.present  # which it does not give
 
 
 def test_keys_are_safe_file_names_without_dots_and_unique():

@@ -1,6 +1,8 @@
 """Which samples make step k: a pure function, every sample once an epoch, the same for any number of ranks."""
 
 import pickle
+import tracemalloc
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 
 from indiclip.datasets.base import SampleDataset
 from indiclip.images import UnreadableSample
-from indiclip.loading.plan import BatchSpec, Plan, SampleRef, SourceInfo, apportion
+from indiclip.loading import sampler
+from indiclip.loading.plan import Plan, SampleRef, apportion
+from indiclip.loading.sampler import BatchSpec, SourceInfo, scatter
 from indiclip.loading.source import Source, TokenCounts
 from indiclip.loading.steps import Steps
 from indiclip.patches import fit_hw
@@ -48,20 +52,38 @@ def test_a_step_is_the_same_in_any_order_of_asking_and_in_another_process():
 def test_the_first_steps_are_those_of_earlier_releases():
     # A change here would give every running experiment another order when it resumes.
     contrastive = plan([10], [1.0], 4, task="contrastive")
-    assert [place.index for place in contrastive.batch(0)] == [1, 4, 5, 8]
-    assert [place.index for place in contrastive.batch(9)] == [3, 8, 1, 9]
+    assert [ref.index for ref in contrastive.batch(0)] == [1, 4, 5, 8]
+    assert [ref.index for ref in contrastive.batch(9)] == [3, 8, 1, 9]
+
+
+def test_orders_by_length_are_those_of_earlier_releases():
+    """A checksum of many steps, made when grouping by length was the only order."""
+    rng, found = np.random.default_rng(7), []
+    for case in range(12):
+        shards = rng.integers(0, 40, rng.integers(1, 12))
+        size = max(1, int(shards.sum()))
+        starts = np.minimum(np.cumsum([0, *shards]), size).tolist()
+        sources = [
+            SourceInfo(size, starts, Lengths(rng.integers(1, 20, size))),
+            SourceInfo(50, None, Lengths(np.arange(50) % 7 + 1)),
+        ]
+        for spec in (BatchSpec(8), BatchSpec(2, 80, 20), BatchSpec(4, 200, 20)):
+            many = Plan("t", sources, [2, 1], spec, case, window=3)
+            steps = [(*map(tuple, many.batch(step)), many.next_shards(step)) for step in range(40)]
+            found.append((many.steps_per_epoch, steps))
+    assert zlib.crc32(repr(found).encode()) == 1672843667
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [([12], 4), ([10], 4), ([3], 8), ([64, 10, 5], 7)])
 def test_every_sample_comes_exactly_once_in_an_epoch_of_its_source(sizes, batch):
     many = plan(sizes, [1.0] * len(sizes), batch, seed=1)
-    places = [place for step in range(90) for place in many.batch(step)]
+    refs = [ref for step in range(90) for ref in many.batch(step)]
     for source, size in enumerate(sizes):
-        mine = sorted((place for place in places if place.source == source), key=lambda place: place.position)
+        mine = sorted((ref for ref in refs if ref.source == source), key=lambda ref: ref.position)
         whole = len(mine) // size - 1  # the newest batches of the last epoch may not have come yet
         epochs = [mine[epoch * size : (epoch + 1) * size] for epoch in range(whole)]
         assert len(epochs) >= 2
-        orders = [tuple(place.index for place in epoch) for epoch in epochs]
+        orders = [tuple(ref.index for ref in epoch) for epoch in epochs]
         assert all(sorted(order) == list(range(size)) for order in orders)
         assert size < 10 or len(set(orders)) == len(orders)  # shuffled anew; small sources repeat one by chance
 
@@ -88,33 +110,31 @@ def test_token_budgets_hold_and_no_sample_is_lost_or_repeated(case):
     for batch in batches:
         longest = budget.max_tokens
         if samples.lengths:
-            longest = samples.lengths(np.array([place.index for place in batch])).max()
+            longest = samples.lengths(np.array([ref.index for ref in batch])).max()
         assert len(batch) * longest <= budget.tokens
         assert len(batch) % budget.samples == 0
         assert len(batch) > 0
-    places = sorted((place for batch in batches for place in batch), key=lambda place: place.position)
-    whole = places[-1].position // samples.size - 1
+    refs = sorted((ref for batch in batches for ref in batch), key=lambda ref: ref.position)
+    whole = refs[-1].position // samples.size - 1
     for epoch in range(whole):
-        mine = places[epoch * samples.size : (epoch + 1) * samples.size]
-        assert [place.position for place in mine] == list(range(epoch * samples.size, (epoch + 1) * samples.size))
-        assert sorted(place.index for place in mine) == list(range(samples.size))
+        mine = refs[epoch * samples.size : (epoch + 1) * samples.size]
+        assert [ref.position for ref in mine] == list(range(epoch * samples.size, (epoch + 1) * samples.size))
+        assert sorted(ref.index for ref in mine) == list(range(samples.size))
     assert whole >= 1
 
 
-def padding(plan, lengths, grouped=True):
+def padding(plan, lengths):
     """Share of the tokens that are padding, and each batch's tokens, over an epoch."""
-    used, padded, rng = 0, [], np.random.default_rng(1)
+    used, padded = 0, []
     for step in range(plan.steps_per_epoch):
-        tokens = np.array([lengths[place.source].lengths[place.index] for place in plan.batch(step)])
-        if not grouped:  # as many images of the source that has its turn, whatever their lengths
-            tokens = rng.choice(lengths[plan.batch(step)[0].source].lengths, len(tokens))
+        tokens = np.array([lengths[ref.source].lengths[ref.index] for ref in plan.batch(step)])
         used += tokens.sum()
         padded.append(tokens.max() * len(tokens))
     return 1 - used / sum(padded), padded
 
 
 @pytest.mark.parametrize("num_sources", [1, 2])
-def test_mixed_aspects_are_hardly_padded_and_the_budget_is_used(num_sources):
+def test_grouped_batches_are_hardly_padded_and_use_the_budget(num_sources):
     """Of a source with all lengths, and of one with long images beside one with short ones."""
     rng = np.random.default_rng(0)
     sources, lengths = [], []
@@ -125,29 +145,34 @@ def test_mixed_aspects_are_hardly_padded_and_the_budget_is_used(num_sources):
         assert tokens.tolist()[:50] == [np.prod(fit_hw(h, w, 16, 256)) // 256 for h, w in sizes[:50].tolist()]
         sources.append(SourceInfo(len(sizes), np.arange(0, 10_001, 250), count))
         lengths.append(Lengths(tokens))
-    budget = BatchSpec(8, 64 * 256, 256)
-    for chosen in (budget, BatchSpec(64)) if num_sources == 1 else (budget,):
-        plan = Plan("t", sources, [1.0] * num_sources, chosen, 0)
-        share, batches = padding(plan, lengths)
+    spec = BatchSpec(8, 64 * 256, 256)
+    mixed = Plan("t", [source._replace(lengths=None) for source in sources], [1.0] * num_sources, spec, 0)
+    share, batches = padding(mixed, lengths)
+    assert share > 0.10
+    assert max(batches) <= spec.tokens
+    assert np.mean(batches) > 0.95 * spec.tokens  # some image of a batch is about as long as any
+    for chosen in (spec, BatchSpec(64)) if num_sources == 1 else (spec,):
+        share, batches = padding(Plan("t", sources, [1.0] * num_sources, chosen, 0), lengths)
         assert share < 0.04  # the aim is 0.10
-        assert padding(plan, lengths, grouped=False)[0] > 0.10
-        if chosen is budget:
-            assert np.mean(batches) > 0.95 * budget.tokens
+        if chosen is spec:
+            assert np.mean(batches) > 0.95 * spec.tokens
 
 
 def test_sources_of_different_lengths_need_a_token_budget():
     """With a fixed size each step has images of both."""
     lengths = [Lengths(np.full(640, 256)), Lengths(np.full(640, 16))]
-    sources = [SourceInfo(640, None, each) for each in lengths]
-    assert padding(Plan("t", sources, [1, 1], BatchSpec(64), 0), lengths)[0] > 0.4
-    assert padding(Plan("t", sources, [1, 1], BatchSpec(8, 64 * 256, 256), 0), lengths)[0] == 0
+    for grouped in (True, False):
+        sources = [SourceInfo(640, None, each if grouped else None, each.lengths[0]) for each in lengths]
+        assert padding(Plan("t", sources, [1, 1], BatchSpec(64), 0), lengths)[0] > 0.4
+        share = padding(Plan("t", sources, [1, 1], BatchSpec(8, 64 * 256, 256), 0), lengths)[0]
+        assert share == 0
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_a_source_smaller_than_batch_multiple_is_trained_on(size):
     many = Plan("t", [SourceInfo(size)], [1.0], BatchSpec(8, 64, 4), 0)
     assert many.steps_per_epoch == 1
-    assert {place.index for place in many.batch(0)} == set(range(size))
+    assert {ref.index for ref in many.batch(0)} == set(range(size))
     assert len(many.batch(0)) == 8
 
 
@@ -155,7 +180,7 @@ def test_a_fixed_size_backbone_has_the_tokens_of_its_canvas():
     """Its images fill the canvas whatever `max_tokens` says."""
     source = Source("t", Numbers("a", 64), batch_tokens=640, batch_multiple=2, max_tokens=4)
     canvas = Steps([source], 0, 8, (32, 64), train=True)
-    assert sorted(len(canvas[step]["t"]["keys"]) for step in range(4)) == [4, 20, 20, 20]  # of 4 x 8 tokens
+    assert [len(canvas[step]["t"]["keys"]) for step in range(4)] == [20] * 4  # of 4 x 8 tokens
     assert len(Steps([source], 0, 8, None, train=True)[0]["t"]["keys"]) == 64
     with pytest.raises(
         ValueError, match=r"batch_tokens 640 .* hold 2 images \(batch_multiple\) of 512 tokens \(canvas_hw"
@@ -166,10 +191,10 @@ def test_a_fixed_size_backbone_has_the_tokens_of_its_canvas():
 def test_a_window_bounds_the_shards_that_are_read_at_a_time():
     samples = SourceInfo(1000, list(range(0, 1001, 10)))
     many = Plan("t", [samples], [1.0], BatchSpec(20), 0, window=4)
-    shards = [{place.index // 10 for place in many.batch(step)} for step in range(50)]
+    shards = [{ref.index // 10 for ref in many.batch(step)} for step in range(50)]
     for first in range(0, 48, 2):  # two batches are a window of 40 samples
         assert len(shards[first] | shards[first + 1]) <= 4
-    orders = [tuple(place.index for place in many.batch(step)) for step in (0, 1)]
+    orders = [tuple(ref.index for ref in many.batch(step)) for step in (0, 1)]
     assert all(sorted(order) != list(order) for order in orders)
     assert len(set.union(*shards)) == 100
 
@@ -177,14 +202,15 @@ def test_a_window_bounds_the_shards_that_are_read_at_a_time():
 def test_sources_with_a_token_budget_take_turns_by_their_weights():
     sources = [SourceInfo(90), SourceInfo(60), SourceInfo(30)]
     many = Plan("t", sources, [5, 3, 2], BatchSpec(2, 8, 2), 0)
-    of_step = [{place.source for place in many.batch(step)} for step in range(400)]
+    of_step = [{ref.source for ref in many.batch(step)} for step in range(400)]
     assert all(len(found) == 1 for found in of_step)
     assert Counter(source for found in of_step for source in found) == {0: 200, 1: 120, 2: 80}
     for first in range(0, 400, 10):
         assert Counter(source for found in of_step[first : first + 10] for source in found) == {0: 5, 1: 3, 2: 2}
     for source, size in enumerate((90, 60, 30)):
-        seen = [place.index for step in range(400) for place in many.batch(step) if place.source == source]
-        assert sorted(seen[:size]) == list(range(size))
+        seen = [ref for step in range(400) for ref in many.batch(step) if ref.source == source]
+        seen.sort(key=lambda ref: ref.position)  # the last batch of an epoch may come after the next one's first
+        assert sorted(ref.index for ref in seen[:size]) == list(range(size))
     assert many.steps_per_epoch == 50  # the second source's 15 batches, 30 in a hundred
 
 
@@ -203,21 +229,21 @@ def test_a_budget_that_holds_no_batch_is_said():
 
 def test_held_out_samples_come_once_in_order_with_a_token_budget_too():
     many = Plan("t", [SourceInfo(21, None, Lengths(np.full(21, 3)))], [1.0], BatchSpec(2, 30, 5), 0, shuffle=False)
-    steps = [many.pass_through(step) for step in range(many.steps_per_epoch)]
+    steps = [many.batch(step) for step in range(many.steps_per_epoch)]
     assert [len(step) for step in steps] == [6, 6, 6, 3]
-    assert [place.index for step in steps for place in step] == list(range(21))
+    assert [ref.index for step in steps for ref in step] == list(range(21))
 
 
 class Numbers(SampleDataset):
     """Sample i is a grey image with the key `<name><i>`; those of `torn` cannot be read."""
 
-    def __init__(self, name: str, length: int, torn: tuple[int, ...] = ()) -> None:
-        self.name, self.length, self.torn = name, length, torn
+    def __init__(self, name: str, length: int, torn: tuple[int, ...] = (), sizes_hw: np.ndarray | None = None) -> None:
+        self.name, self.length, self.torn, self.sizes_hw = name, length, torn, sizes_hw
 
     def __len__(self) -> int:
         return self.length
 
-    def key(self, index):
+    def key(self, index: int) -> str:
         return f"{self.name}{index}"
 
     def __getitem__(self, index: int) -> Sample:
@@ -282,7 +308,7 @@ def test_every_batch_has_the_sources_in_their_proportion():
     many = plan([1000, 1000, 1000], [0.5, 0.3, 0.2], 20)
     assert many.counts == [10, 6, 4]
     for step in (0, 7, 1000):
-        assert Counter(place.source for place in many.batch(step)) == {0: 10, 1: 6, 2: 4}
+        assert Counter(ref.source for ref in many.batch(step)) == {0: 10, 1: 6, 2: 4}
 
 
 def test_an_epoch_ends_with_the_source_that_takes_longest():
@@ -292,11 +318,128 @@ def test_an_epoch_ends_with_the_source_that_takes_longest():
 
 def test_validation_goes_through_everything_once_in_order():
     held_out = plan([5, 9], [1, 1], 4, seed=3, shuffle=False)
-    steps = [held_out.pass_through(step) for step in range(held_out.steps_per_epoch + 2)]
-    assert [place.index for step in steps for place in step if place.source == 0] == list(range(5))
-    assert [place.index for step in steps for place in step if place.source == 1] == list(range(9))
+    steps = [held_out.batch(step) for step in range(held_out.steps_per_epoch + 2)]
+    assert [ref.index for step in steps for ref in step if ref.source == 0] == list(range(5))
+    assert [ref.index for step in steps for ref in step if ref.source == 1] == list(range(9))
     assert steps[3] == [SampleRef(1, 6, 6), SampleRef(1, 7, 7)]
     assert steps[5:] == [[], []]
+
+
+@pytest.mark.parametrize("spec", [BatchSpec(16), BatchSpec(8, 16 * 100, 100)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_a_batch_holds_does_not_go_with_the_size_of_the_images(spec, grouped):
+    """Data whose class is a function of the size: cells, small and square, and half as many cars, wide and large.
+
+    Pearson's statistic over the table of batches and classes; where they are independent it has a mean of its degrees
+    of freedom, batches - 1, and a variance of twice that.
+    """
+    cars = np.random.default_rng(0).permutation(6000) < 2000
+    sizes = np.where(cars[:, None], [160, 320], [128, 128])
+    lengths = TokenCounts(sizes, 16, 100)
+    source = (
+        SourceInfo(6000, np.arange(0, 6001, 100), lengths) if grouped else SourceInfo(6000, np.arange(0, 6001, 100))
+    )
+    many = Plan("t", [source], [1.0], spec, 3)
+    batches = [cars[[ref.index for ref in many.batch(step)]] for step in range(2 * many.steps_per_epoch)]
+    sizes_B, cars_B = (np.array([function(batch) for batch in batches]) for function in (len, sum))
+    expected_B = sizes_B / 3
+    statistic = ((cars_B - expected_B) ** 2 * (1 / expected_B + 1 / (sizes_B - expected_B))).sum()
+    freedom = len(batches) - 1
+    if grouped:
+        assert statistic > 10 * freedom  # each batch has one class
+    else:
+        assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
+        assert len(set(sizes_B)) == 1
+
+
+def test_sizes_do_not_decide_the_batches_unless_a_source_asks_for_it():
+    """The same through `Source`, with all that it can know of the images."""
+    sizes = np.random.default_rng(0).integers(8, 300, (500, 2))
+    for budget in ({"batch_size": 16}, {"batch_tokens": 1000}):
+        orders = {}
+        for grouped in (None, False, True):
+            data, options = Numbers("a", 500), {} if grouped is None else {"group_by_length": grouped}
+            sized = Numbers("a", 500, sizes_hw=sizes)
+            steps = [
+                Steps([Source("t", each, max_tokens=80, **budget, **options)], 0, 16, None, True)
+                for each in (data, sized)
+            ]
+            orders[grouped] = [[each.plans["t"].batch(step) for step in range(50)] for each in steps]
+        assert orders[None] == orders[False]
+        assert orders[False][0] == orders[False][1]  # knowing the sizes changes nothing
+        assert orders[True][0] != orders[True][1]
+
+
+def test_a_budget_is_of_the_longest_image_that_there_is():
+    """Where images are shorter than max_tokens, more of them fit."""
+    small = Source(
+        "t", Numbers("a", 500, sizes_hw=np.full((500, 2), 32)), batch_tokens=64 * 4, batch_multiple=1, max_tokens=64
+    )
+    plans = [Steps([small], 0, 16, canvas, True).plans["t"] for canvas in (None, (32, 64))]
+    assert [len(each.batch(0)) for each in plans] == [64, 32]
+
+
+@pytest.mark.parametrize("spec", [BatchSpec(6), BatchSpec(2, 40, 9)])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_the_parts_of_ranks_make_up_the_step(spec, shuffle, world):
+    sources = [SourceInfo(23), SourceInfo(31, [0, 9, 31], Lengths(np.arange(31) % 9 + 1)), SourceInfo(8)]
+    many = Plan("t", sources, [3, 2, 1], spec, 0, shuffle)
+    for step in range(60):
+        whole = many.batch(step)
+        assert [many.batch(step, rank, world) for rank in range(world)] == [whole[rank::world] for rank in range(world)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 1000, 4097])
+def test_scattered_numbers_are_a_permutation(size):
+    numbers = np.arange(size)
+    found = scatter(numbers, size, np.random.default_rng(0))
+    assert sorted(found.tolist()) == numbers.tolist()
+    part = scatter(numbers[size // 3 :], size, np.random.default_rng(0))
+    assert part.tolist() == found[size // 3 :].tolist()  # a function of each number alone
+
+
+def test_parts_of_a_scattered_range_are_as_random_draws():
+    """Each tenth of a range gets its share of every part; Pearson's statistic as above, over 99 x 9 degrees."""
+    found = scatter(np.arange(1_000_000), 1_000_000, np.random.default_rng(1))
+    counts = np.histogram2d(np.arange(1_000_000) // 10_000, found // 100_000, [100, 10])[0]
+    assert abs(((counts - 1000) ** 2 / 1000).sum() - 891) < 4 * (2 * 891) ** 0.5
+    assert abs(np.corrcoef(np.arange(1_000_000), found)[0, 1]) < 4e-3
+    assert np.mean(np.diff(found) == 1) < 1e-4
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_divided_windows_lose_and_repeat_nothing(case, monkeypatch):
+    monkeypatch.setattr(sampler, "LARGEST_WINDOW", 20)
+    monkeypatch.setattr(sampler, "PART", 7)
+    test_token_budgets_hold_and_no_sample_is_lost_or_repeated(case)
+    test_every_sample_comes_exactly_once_in_an_epoch_of_its_source([64, 10, 5], 7)
+
+
+@pytest.mark.parametrize("shards", [1, 100_000])
+@pytest.mark.parametrize("spec", [BatchSpec(4096), BatchSpec(8, 4096 * 256, 256), BatchSpec(262_144)])
+def test_a_source_of_a_billion_samples_starts_at_once(shards, spec):
+    """Counted, as time would depend on the machine: memory, and lengths asked for (of those that are grouped)."""
+    asked = 0
+
+    def lengths(indices):
+        nonlocal asked
+        asked += len(indices)
+        return indices % 256 + 1
+
+    size = 10**9
+    starts = None if shards == 1 else np.arange(shards + 1) * (size // shards)
+    info = SourceInfo(size, starts, None if spec.tokens else lengths)
+    tracemalloc.start()
+    many = Plan("t", [info], [1.0], spec, 0)
+    assert many.steps_per_epoch == -(-size // (spec.samples if spec.tokens is None else 4096))
+    for step in (0, 10_000_000):
+        refs = many.batch(step, rank=3, world_size=64)
+        assert len({ref.index for ref in refs}) == len(refs) == (spec.samples if spec.tokens is None else 4096) // 64
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert asked < 5_000_000
+    assert peak < 200 * 2**20
 
 
 def test_apportion_is_exact_and_fair():

@@ -56,18 +56,18 @@ def test_an_image_may_have_no_boxes_and_no_points(build):
 
 
 BAD = {
-    r"b\.png: count is 3, but there are 2 points": lambda c: c[0].update(count=3),
-    r"b\.png: 1 boxes; expected 2 of \[x, y, width, height\]": lambda c: c[0].update(boxes=[[0, 0, 2, 4]]),
-    r"b\.png: 2 boxes; expected 2 of \[x, y": lambda c: c[0].update(boxes=[[0, 0, 2, 4], [1, 1, 0, 4]]),
-    r"b\.png: the box .* lies outside its image \(40x20": lambda c: c[0].update(boxes=[[0, 0, 2, 4], [1, 1, 50, 4]]),
-    r"b\.png: the point \[41\.5, 2\.0\] lies outside .* 40x20": lambda c: c[0].update(points=[[9, 9], [41.5, 2]]),
-    r"b\.png: points is \[\[1\], \[2\]\]; expected \[\[x, y\]": lambda c: c[0].update(points=[[1], [2]]),
-    r"b\.png: points is \[\['a', 2\]\]; expected": lambda c: c[0].update(points=[["a", 2]], count=1),
-    r"b\.png: the class_name is ' '; expected text": lambda c: c[0].update(class_name=" "),
-    r"b\.png: the file has \(height, width\) \(20, 40\), the entry says \(20, 41\)": lambda c: c[0].update(width=41),
+    r"b\.png': count is 3, but there are 2 points": lambda c: c[0].update(count=3),
+    r"b\.png': 1 boxes; expected 2 of \[x, y, width, height\]": lambda c: c[0].update(boxes=[[0, 0, 2, 4]]),
+    r"b\.png': 2 boxes; expected 2 of \[x, y": lambda c: c[0].update(boxes=[[0, 0, 2, 4], [1, 1, 0, 4]]),
+    r"b\.png': the box .* lies outside its image \(40x20": lambda c: c[0].update(boxes=[[0, 0, 2, 4], [1, 1, 50, 4]]),
+    r"b\.png': the point \[42\.5, 2\.0\] lies outside .* 40x20": lambda c: c[0].update(points=[[9, 9], [42.5, 2]]),
+    r"b\.png': points is \[\[1\], \[2\]\]; expected \[\[x, y\]": lambda c: c[0].update(points=[[1], [2]]),
+    r"b\.png': points is \[\['a', 2\]\]; expected": lambda c: c[0].update(points=[["a", 2]], count=1),
+    r"b\.png': class_name is ' '; expected text": lambda c: c[0].update(class_name=" "),
+    r"b\.png': the file has \(height, width\) \(20, 40\), the entry says \(20, 41\)": lambda c: c[0].update(width=41),
     r"entry number 0 has no 'count'": lambda c: c[0].pop("count"),
     r"1 of 3 images are not in .*, first 'bb\.png'; nearest is 'b\.png'": lambda c: c[0].update(file_name="bb.png"),
-    r"counting\.json: a\.png is there twice": lambda c: c[0].update(file_name="a.png"),
+    r"counting\.json: image 'a\.png' is duplicated": lambda c: c[0].update(file_name="a.png"),
     r"found list \[\]; expected a list of images": lambda c: c.clear(),
 }  # fmt: skip
 

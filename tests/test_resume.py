@@ -20,7 +20,8 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData, Source
 from indiclip.module import MultiTask
 from indiclip.text import ByteTokenizer, TextTower
-from indiclip.training.cli import run, run_folder
+from indiclip.training import run_folder
+from indiclip.training.cli import run
 from indiclip.training.fault_tolerance.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.training.fault_tolerance.manifest import newest_good
 from indiclip.training.fault_tolerance.ranks import AgreedStop

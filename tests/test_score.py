@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from indiclip.evals.card_scorer import Options, languages_left_out
+from indiclip.evals.card_scorer import CardScorer, Options, languages_left_out
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.probes import folds
@@ -43,9 +43,9 @@ class Planted(NamedTuple):
 
     def score(self, flagged=True, options=OPTIONS, **other):
         planted = self._replace(**other)
-        return score(
-            planted.items, planted.images, planted.texts, LENGTHS, options, planted.flagged_N if flagged else None
-        )
+        flagged_N = planted.flagged_N if flagged else None
+        scorer = score(CardScorer(planted.items, planted.images, planted.texts, LENGTHS, options, flagged_N))
+        return scorer.scores, scorer.predictions
 
 
 def unit(x, length=None):

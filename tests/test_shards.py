@@ -160,7 +160,7 @@ def test_cifar_shards_equal_webdatasets_reading(data_root):
         assert sample["label"] == int(other["cls"])
         assert ours.classes[sample["label"]] in sample["caption"]
     assert np.bincount(ours.labels).size == 10
-    assert not ours.left_out
+    assert not list(ours.inventory.left_out())
 
 
 def test_gz_is_unpacked_once_and_again_when_it_changed(tmp_path, monkeypatch):
@@ -204,9 +204,16 @@ def test_only_listed_extensions_are_read_and_the_rest_is_counted(tmp_path):
     shards = Shards(write_tar(tmp_path / "a.tar", members))
     assert len(shards) == 1
     assert shards[0]["caption"] == "x"
-    assert shards.left_out == {
-        "pkl": 1, "pyd": 1, "seg.png": 1, "(unnamed)": 2, "(link)": 1, "(outside)": 2, "(no image)": 1,
+    shards.inventory.verify()
+    members = shards.inventory.summary()["members"]
+    assert (members["present"], members["used"]) == (11, 2)
+    found = {reason: (entry["count"], entry["example"]) for reason, entry in members["left_out"].items()}
+    assert {reason: (count, example.rpartition(" ")[2]) for reason, (count, example) in found.items()} == {
+        ".pkl": (1, "0.pkl"), ".pyd": (1, "0.pyd"), ".*.png": (1, "0.seg.png"),
+        "without a key or an extension": (2, "README"), "links or special files": (1, "7.txt"),
+        "with a name that leads out of the folder": (2, "../8.png"), "without an image": (1, "9.txt"),
     }  # fmt: skip
+    assert shards.inventory.lines()[1].startswith("1 of 2 samples; left out: 1 without an image (")
 
 
 def test_workers_read_a_forked_and_a_pickled_dataset(tmp_path):
@@ -287,7 +294,9 @@ def test_labels_that_are_no_class_and_shards_without_images_are_errors(tmp_path)
     with pytest.raises(ValueError, match=r"a\.tar: a/1: the label is 2; expected 0 to 1 \(diya\)"):
         Shards(path, classes=["kite", "diya"])
     path = write_tar(tmp_path / "b.tar", {"0.txt": "x"})
-    with pytest.raises(ValueError, match=r"b\.tar: no images in 1 shards; left out: {'\(no image\)': 1}"):
+    with pytest.raises(
+        ValueError, match=r"b\.tar: no images in 1 shards; found 0 of 1 members; left out: 1 without an"
+    ):
         Shards(path)
 
 
@@ -303,7 +312,7 @@ def test_a_member_that_is_there_twice_counts_once(tmp_path):
     members = [("0.png", png(1)), ("0.txt", "first"), ("0.png", png(2)), ("0.jpg", png(3)), ("0.txt", "second")]
     shards = Shards(write_tar(tmp_path / "a.tar", members))
     assert (len(shards), shards[0]["caption"], int(shards[0]["image"].decode().max())) == (1, "first", 1)
-    assert shards.left_out == {"(duplicate)": 3}
+    assert shards.inventory.lines()[0] == f"2 of 5 members; left out: 3 duplicated ({tmp_path}/a.tar: 0.png)"
     assert [(lost.key, lost.reason.split()[0]) for lost in shards.damaged] == [
         ("a/0", "0.png"), ("a/0", "0.jpg"), ("a/0", "0.txt"),
     ]  # fmt: skip
@@ -331,6 +340,7 @@ def test_a_broken_tar_keeps_what_is_whole_and_says_what_is_lost(tmp_path):
         assert [sample["key"] for sample in shards] == [f"{name}/0"], name
         (lost,) = shards.damaged
         assert re.search(reason, lost.reason), lost
+        shards.inventory.verify()
         assert (lost.key, lost.shard) == (f"{name}/1.{'png' if name == 'in-member' else 'txt'}", str(path))
     for data in (b"", b"no tar at all" * 100, gzip.compress(whole)):
         (tmp_path / "none.tar").write_bytes(data)

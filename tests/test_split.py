@@ -57,6 +57,16 @@ def test_another_seed_holds_out_others():
     assert keys(Numbers(), "val", seed=1) != keys(Numbers(), "val", seed=0)
 
 
+@pytest.mark.parametrize("folds", [2, 3, 5, 10])
+def test_folds_hold_out_every_sample_once(folds):
+    parts = [keys(Numbers(), "val", fraction=1 / folds, fold=fold) for fold in range(folds)]
+    assert sum(len(part) for part in parts) == 1000
+    assert set().union(*parts) == {f"n{i}" for i in range(1000)}
+    assert parts[0] == keys(Numbers(), "val", fraction=1 / folds)
+    for fold, part in enumerate(parts):
+        assert keys(Numbers(), "train", fraction=1 / folds, fold=fold) == {f"n{i}" for i in range(1000)} - part
+
+
 def test_the_hash_is_the_same_on_every_machine_and_in_every_release():
     # A changed value would move samples of running experiments between their training and held-out parts.
     assert stable_hash("0:train-0000/000000") == 0xFBE252616F6CC8AC
@@ -91,6 +101,9 @@ def test_bad_arguments():
     for fraction in (0, 1, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"fraction: found .*; expected more than 0 and less than 1"):
             Split(Numbers(), "val", fraction)
+    for fold in (-1, 5):
+        with pytest.raises(ValueError, match=rf"fold: found {fold}; expected 0 to 4 with fraction 0.2"):
+            Split(Numbers(), "val", fold=fold)
     with pytest.raises(ValueError, match="dataset: found list; expected a SampleDataset"):
         Split([], "val")
     with pytest.raises(ValueError, match=r"val: no sample of 3 falls here with fraction 1e-09"):

@@ -118,8 +118,8 @@ def test_weaves_differ(weave):
     ("colours", "arguments", "said"),
     [
         (HEX, {"part": "val"}, "part: expected one of train, test; found 'val'"),
-        (HEX, {"size": 20}, "size: expected .* from 32"),
-        (HEX, {"num_images": 0}, "num_images, seed: .*found 0, 0"),
+        (HEX, {"size": 20}, "size: expected .* at least 32 pixels; found 20"),
+        (HEX, {"num_images": 0}, "num_images: expected a whole number from 1 up; found 0"),
         ({"a": "#FF9933"}, {}, r"at least two; found \['a'\]"),
         ({"a": "#FF9933", "b": "orange"}, {}, "expected #RRGGBB; found 'orange'"),
         ({"a": "#FF9933", "c": "#000000", "b": "#FF9934"}, {}, "a and b are too alike"),

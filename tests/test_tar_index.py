@@ -1,5 +1,6 @@
 """Which index is taken for a shard, and what becomes of an index that somebody made up."""
 
+import gzip
 import io
 import json
 import os
@@ -37,13 +38,33 @@ def test_no_cache_is_needed_where_an_index_lies_beside_the_shard(shard, tmp_path
 
 
 def test_a_tar_changed_after_its_index_was_made_is_indexed_anew(shard):
-    """Also where the change is in none of the places that the fingerprint is of, and the length is the same."""
+    """Also where the change is in none of the places that the checksum is of, and the length is the same."""
     index = tar_index.index_path(shard)
     index_time = index.stat().st_mtime_ns
     os.utime(shard, ns=(index_time - 1, index_time - 1))
     assert found(shard) is not None  # moved
     os.utime(shard, ns=(index_time + 1, index_time + 1))
     assert found(shard) is None
+
+
+def test_a_shard_in_the_place_of_another_of_the_same_size_and_time_is_indexed_anew(tmp_path, monkeypatch):
+    """Packed, too: the copy in the cache is of the first one."""
+    monkeypatch.setenv("INDICLIP_CACHE", str(tmp_path / "cache"))
+    texts = {
+        "first": {"a": "one lamp", "b": "two kites, far away"},
+        "then": {"a": "two kites, far away", "b": "one lamp"},
+    }
+    for name, packed in (("a.tar", False), ("b.tar.gz", True)):
+        for found in texts.values():
+            members = {}
+            for key, text in found.items():
+                members |= {f"{key}.png": png(), f"{key}.txt": text}
+            data = Path(write_tar(tmp_path / "x", members)).read_bytes()
+            data = gzip.compress(data, 0, mtime=0) if packed else data
+            (tmp_path / name).write_bytes(data)
+            os.utime(tmp_path / name, (7, 7))
+            shards = Shards(str(tmp_path / name))
+            assert {s["key"].rpartition("/")[2]: s["caption"] for s in shards} == found
 
 
 def encoded(pixels, kind, **options):
@@ -69,8 +90,11 @@ ODD = {
     "about is no text": lambda a: a.update(about=np.full(9, 255, np.uint8)),
     "damaged is a number": about(damaged=3),
     "damaged is of singles": about(damaged=["a"]),
-    "left_out is a list": about(left_out=[]),
-    "size is a list": about(size=[]),
+    "inventory is a list": about(inventory=[]),
+    "sums that do not fit": about(inventory=[{"members": 4}, {"members": 3}, []]),
+    "sums of another kind": about(inventory=[{"members": "4"}, {"members": 3}, []]),
+    "size is a list": about(shard=[[], "", ""]),
+    "shard without a time": about(shard=[3]),
     "fingerprint is none": about(fingerprint=None),
     "fingerprint without a size": about(fingerprint="x:00000000"),
     "another version": about(version=99),

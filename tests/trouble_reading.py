@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from indiclip.generated.mela import Mela
 from indiclip.loading.workers import StepLoader, Workers, reading
+from indiclip.webdataset.shards import Shards
 
 
 class Troubles(Mela):
@@ -66,3 +67,12 @@ def loader(samples, num_workers=2):
     """A key at a time; of two workers the second reads number 5."""
     group = Workers("train", num_workers)
     return StepLoader(Keys(samples), batch_size=None, num_workers=num_workers, worker_init_fn=group)
+
+
+class Broken(Shards):
+    """The second of its samples raises what no dataset should."""
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise KeyError("captoin")
+        return super().__getitem__(index)

@@ -1,6 +1,7 @@
-"""The data path beside its peers: raw reads, JPEG to tensor, the index of a million members, resume, worker memory.
+"""The data path beside its peers: raw reads, JPEG to tensor, the index of a million members, resume, worker memory;
+and what it costs to know which samples make a step.
 
-    python tools/bench_loader.py [--images FOLDER] [--batches 20000] [--only raw jpeg index resume memory]
+    python tools/bench_loader.py [--images FOLDER] [--batches 20000] [--only raw jpeg index resume memory plan]
 
 Peers: webdataset's own pipeline for raw members, and PIL to a normalised float32 tensor for images. Each line is per
 CPU-second, ours and the peer's in turn, the median of the rounds.
@@ -29,6 +30,8 @@ from torch.utils.data import DataLoader
 
 from indiclip.images import EncodedImage
 from indiclip.loading.data_module import MultiTaskData, StepSampler
+from indiclip.loading.plan import Plan
+from indiclip.loading.sampler import BatchSpec, SourceInfo
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.transforms import Transform
@@ -161,6 +164,33 @@ def bench_memory(folder: Path, batches: int) -> None:
             break
 
 
+def bench_plan() -> None:
+    """CPU-seconds until the first step of a source is known, and for each step after it: a rank's part of 64."""
+    images, tokens, lengths = 10**9, BatchSpec(64, 4096 * 256, 256), _few_lengths
+    shards = np.arange(0, images + 1, 10_000)
+    small = SourceInfo(10**7, shards[:1001])
+    for name, info, spec in (
+        ("4,096 samples, no shards", SourceInfo(images), BatchSpec(4096)),
+        ("token budget, no shards", SourceInfo(images), tokens),
+        ("token budget, 100,000 shards", SourceInfo(images, shards), tokens),
+        ("262,144 samples, 100,000 shards", SourceInfo(images, shards), BatchSpec(262_144)),
+        ("262,144 samples, 10 million in 1,000 shards", small, BatchSpec(262_144)),
+        ("the same, by length", small._replace(lengths=lengths), BatchSpec(262_144)),
+        ("token budget by length, 10 million", small._replace(lengths=lengths), tokens),
+    ):
+        start = time.process_time()
+        plan = Plan("t", [info], [1.0], spec, 0)
+        plan.batch(plan.steps_per_epoch // 2, 3, 64)
+        first, start = time.process_time() - start, time.process_time()
+        for step in range(20):
+            plan.batch(step, 3, 64)
+        print(f"{name:45} first {first:6.2f} s, then {(time.process_time() - start) / 20 * 1e3:6.1f} ms a step")
+
+
+def _few_lengths(indices: np.ndarray) -> np.ndarray:
+    return indices % 256 + 1
+
+
 def _workers_reported(loader: DataLoader[object], every: int) -> Iterator[object]:
     for done, batch in enumerate(loader):
         if done % every == every // 2:
@@ -181,7 +211,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of photos for the JPEG line (default: drawn noise)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=20_000, help="for the memory of workers")
-    parser.add_argument("--only", nargs="+", default=["raw", "jpeg", "index", "resume", "memory"])
+    parser.add_argument("--only", nargs="+", default=["raw", "jpeg", "index", "resume", "memory", "plan"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
@@ -197,6 +227,8 @@ def main() -> None:
             bench_index(folders["index"])
         if "resume" in folders:
             bench_resume(folders["resume"])
+        if "plan" in folders:
+            bench_plan()
         if "memory" in folders:
             bench_memory(folders["memory"], arguments.batches)
 

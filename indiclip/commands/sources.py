@@ -10,7 +10,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from indiclip.datasets.coco import look_up, read_categories, unique_ids
+from indiclip.datasets.coco_file import (
+    Entry,
+    Wheres,
+    look_up,
+    read_captions,
+    read_categories,
+    read_images,
+    unique_ids,
+)
 from indiclip.datasets.folders import list_images
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
@@ -179,30 +187,33 @@ class TableItems:
 
 
 class CocoItems:
-    """Images of a COCO file: `.json` is the image's entry with its captions and annotations."""
+    """Images of a COCO file: `.json` is the image's entry with its captions and annotations.
+
+    Attributes:
+        inventory: Captions of a file of their own, where there is one; boxes are counted as they are read.
+    """
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
         content = load_json(file, ("images", "annotations", "categories"))
-        images, annotations, where = content["images"], content["annotations"], f"{file}: annotation"
-        self._folder = folder
-        self.classes, class_of = read_categories(content["categories"], f"{file}: category")
-        ids = unique_ids(column(images, "id", f"{file}: image"), f"{file}: image")
-        row_of = {image_id: row for row, image_id in enumerate(ids)}
-        wheres = [f"{where} {identity}" for identity in column(annotations, "id", where)]
-        rows = look_up(column(annotations, "image_id", where), row_of, wheres, "image")
+        entries, annotations, where = content["images"], content["annotations"], f"{file}: annotation"
+        self._folder, self.inventory = folder, Inventory()
+        self.classes, class_of = read_categories(content["categories"], file)
+        images = read_images(entries, file)
+        wheres = Wheres(where, unique_ids(column(annotations, "id", where), where))
+        rows = look_up(column(annotations, "image_id", where), images.row_of, wheres, "image")
         classes = look_up(column(annotations, "category_id", where), class_of, wheres, "category")
-        of_row: list[list[dict[str, Any]]] = [[] for _ in ids]
+        of_row: list[list[Entry]] = [[] for _ in entries]
         for row, number, entry in zip(rows.tolist(), classes.tolist(), annotations, strict=True):
             of_row[row].append({**entry, "class": number})
         if captions:
-            texts = _read_captions(captions)
-            images = [{**image, "captions": texts.get(image["id"], [])} for image in images]
+            texts = read_captions(images, captions, self.inventory)
+            self.inventory.used["captions"] = sum(map(len, texts))
+            entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, texts, strict=True)]
         # As JSON in one buffer, which the processes share; each would copy Python objects.
-        self._entries = Strings(_dumps({**image, "annotations": of_row[row]}) for row, image in enumerate(images))
-        self._files = Strings(map(str, column(images, "file_name", f"{file}: image")))
-        self.names = Strings(f"image {image_id}" for image_id in ids)
-        self.keys = unique_keys(map(str, ids))
-        self.inventory = Inventory()  # every image of the file is a sample
+        self._entries = Strings(_dumps({**entry, "annotations": of_row[row]}) for row, entry in enumerate(entries))
+        self._files = Strings(images.names)
+        self.names = Strings(f"image {image_id}" for image_id in images.ids)
+        self.keys = unique_keys(map(str, images.ids))
 
     def __getitem__(self, index: int) -> Item:
         return Item(inside(self._folder, self._files[index]), {"json": self._entries[index].encode()})
@@ -231,16 +242,6 @@ def unique_keys(names: Iterable[str]) -> Strings:
             key = f"{base}_{count}"
         keys[key] = None
     return Strings(keys)
-
-
-def _read_captions(file: Path) -> dict[Any, list[Any]]:
-    """Image id -> captions."""
-    entries = load_json(file, ("annotations",))["annotations"]
-    found: dict[Any, list[Any]] = {}
-    ids, texts = (column(entries, name, f"{file}: annotation") for name in ("image_id", "caption"))
-    for image_id, text in zip(ids, texts, strict=True):
-        found.setdefault(image_id, []).append(text)
-    return found
 
 
 def _stem(name: str) -> str:

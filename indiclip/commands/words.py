@@ -43,8 +43,7 @@ def whole(text: str) -> int:
 
 
 def run_command(group: str, about: str, commands: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:
-    """Runs `indiclip GROUP COMMAND ...`. Returns the exit status: that of the command, 2 for a mistake in the words,
-    1 for what breaks on the way, 130 after Ctrl-C, 143 after SIGTERM.
+    """Runs `indiclip GROUP COMMAND ...`. Returns the exit status, as `guarded` does.
 
     Args:
         group: The first word.
@@ -61,16 +60,21 @@ def run_command(group: str, about: str, commands: dict[str, Callable[[list[str]]
         near = did_you_mean(argv[0], filter(None, commands))
         print(f"indiclip {group}: no command {argv[0]!r}{near} (indiclip {group} --help)", file=sys.stderr)
         return 2
-    name = f"indiclip {group} {argv[0]}".rstrip()
+    return guarded(f"indiclip {group} {argv[0]}".rstrip(), commands[argv[0]], argv[1:])
+
+
+def guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Runs a command with a line per mistake. Returns the exit status: that of the command, 2 for a mistake in the
+    words, 1 for what breaks on the way, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        return commands[argv[0]](argv[1:])
+        return command(argv)
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed at the end
-        return 0
+    except BrokenPipeError:  # `| head` has seen enough, which `indiclip.cli` says
+        raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # RuntimeError: a worker process was killed
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise

@@ -33,6 +33,7 @@ class SampleDataset(Dataset[Sample], ABC):
     starts: np.ndarray | None = None
     damaged: Sequence[Quarantined] = ()
     captioned = True
+    _inventory: Inventory | None = None  # of a reader of files
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,6 +54,8 @@ class SampleDataset(Dataset[Sample], ABC):
     @property
     def inventory(self) -> Inventory:
         """What its files hold; without files of its own, its samples."""
+        if self._inventory is not None:
+            return self._inventory
         inventory = Inventory()
         inventory.present["samples"] = inventory.used["samples"] = len(self)
         return inventory

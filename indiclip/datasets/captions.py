@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
 from indiclip.datasets.table_reader import OnBadRow, Table
 from indiclip.datasets.tables import Strings, check_files, existing
@@ -72,20 +71,15 @@ class CaptionTable(SampleDataset):
         self._texts = Strings(text for of_image in found for _, text in of_image)
         self._columns = np.array([column for of_image in found for column, _ in of_image], dtype=np.int64)
         self._starts = np.cumsum([0, *map(len, found)])
-        self._inventory = rows.inventory
-        self._inventory += rows.count_columns({rows.place(image_column), *columns})
+        self._inventory = inventory = rows.inventory
+        inventory += rows.count_columns({rows.place(image_column), *columns})
         if not rows_of:
-            raise ValueError(f"{file}: no row can be used; found {'; '.join(self._inventory.lines())}")
+            raise ValueError(f"{file}: no row can be used; found {'; '.join(inventory.lines())}")
         for unit, count in (("images", len(rows_of)), ("captions", len(self._texts))):
-            self._inventory.present[unit] = self._inventory.used[unit] = count
+            inventory.present[unit] = inventory.used[unit] = count
 
     def __len__(self) -> int:
         return len(self._names)
-
-    @property
-    def inventory(self) -> Inventory:
-        """Rows, columns, images and captions."""
-        return self._inventory
 
     def key(self, index: int) -> str:
         """The file name. Reads and decodes nothing."""

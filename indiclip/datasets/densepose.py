@@ -13,6 +13,7 @@ import numpy as np
 
 from indiclip.datasets.masks import check_room, check_run_lengths, decode_mask
 from indiclip.datasets.tables import is_number, xywh_to_xyxy
+from indiclip.names import shorten
 from indiclip.types import Sample
 
 _GRID = 256
@@ -31,13 +32,15 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
         return None
     for name in names:
         if not isinstance(entry.get(name), list):
-            raise ValueError(f"{where}: {name} is {entry.get(name)!r}; expected a list, as of the other dp_ fields")
+            raise ValueError(
+                f"{where}: {name} is {shorten(entry.get(name))}; expected a list, as of the other dp_ fields"
+            )
     lengths = {name: len(entry[name]) for name in _RANGES}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{where}: the dp_ fields have different lengths {lengths}")
     for name, (low, high) in _RANGES.items():
         if not all(map(is_number, entry[name])):
-            raise ValueError(f"{where}: {name} is {str(entry[name])[:40]}; expected numbers")
+            raise ValueError(f"{where}: {name} is {shorten(entry[name])}; expected numbers")
         values = np.array(entry[name], dtype=np.float64)
         wrong = ~((values >= low) & (values <= high))  # NaN too
         if name == "dp_I":
@@ -68,7 +71,7 @@ def fields(people: list[dict[str, Any]], height: int, width: int) -> Sample:
     inside = np.nextafter(np.array([width, height], dtype=np.float32), np.float32(0))  # the edges are exclusive
     uv = [np.array([entry["dp_U"], entry["dp_V"]], dtype=np.float32).T.reshape(-1, 2) for entry in people]
     return Sample(
-        dp_boxes_xyxy=xywh_to_xyxy(boxes_xywh, sizes_hw, ["dp"] * len(people)),
+        dp_boxes_xyxy=xywh_to_xyxy(boxes_xywh, sizes_hw, ["dp"] * len(people), tolerance=np.inf),
         dp_masks=np.array([_body(entry, height, width) for entry in people], np.uint8).reshape(-1, height, width),
         dp_points_xy=np.concatenate([np.zeros((0, 2)), *placed]).astype(np.float32).clip(0, inside),
         dp_person=np.repeat(np.arange(len(people)), counts),

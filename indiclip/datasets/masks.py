@@ -13,6 +13,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from indiclip.datasets.tables import is_number
+from indiclip.names import shorten
 
 _MOST_BITS = 40  # of a number in a compressed code
 _MOST_BYTES = 2**30  # of all masks of an image; a few letters of code can say them all
@@ -33,7 +34,7 @@ def check_mask(code: Any, size_hw: list[int], where: str) -> Any:
     longest = max(size_hw)
     for polygon in code:
         if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(_is_finite, polygon)):
-            raise ValueError(f"{where}: a polygon is {str(polygon)[:40]}; expected [x1, y1, x2, y2, ...]")
+            raise ValueError(f"{where}: a polygon is {shorten(polygon)}; expected [x1, y1, x2, y2, ...]")
         if polygon and not -longest <= min(polygon) <= max(polygon) <= 2 * longest:
             raise ValueError(f"{where}: a polygon reaches from {min(polygon):g} to {max(polygon):g}, out of its image")
     return [polygon for polygon in code if len(polygon) >= 6]
@@ -46,14 +47,14 @@ def check_run_lengths(code: Any, size_hw: list[int], where: str, expected: str =
         ValueError: Another size, or runs that do not add up to it; begins with `where`.
     """
     if not isinstance(code, dict) or code.get("size") != size_hw or "counts" not in code:
-        found = f"of size {code.get('size')}" if isinstance(code, dict) and "counts" in code else str(code)[:40]
+        found = f"of size {shorten(code.get('size'))}" if isinstance(code, dict) and "counts" in code else shorten(code)
         raise ValueError(f"{where} {found}; expected {expected} of size {size_hw}")
     counts = code["counts"]
     runs = _runs(counts, where) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
-        raise ValueError(f"{where}: counts is {str(runs)[:40]}; expected whole numbers from 0")
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
+        raise ValueError(f"{where}: counts is {shorten(runs)}; expected whole numbers from 0")
     if sum(runs) != size_hw[0] * size_hw[1]:
-        raise ValueError(f"{where}: the runs cover {sum(runs)} pixels; expected {size_hw[0] * size_hw[1]}")
+        raise ValueError(f"{where}: the runs cover {shorten(sum(runs))} pixels; expected {size_hw[0] * size_hw[1]}")
 
 
 def check_room(num_masks: int, height: int, width: int) -> None:
@@ -88,7 +89,7 @@ def _runs(text: str, where: str) -> list[int]:
     for letter in text.encode():
         bits = letter - 48
         if not 0 <= bits < 64 or shift > _MOST_BITS:
-            raise ValueError(f"{where}: counts is {text[:40]!r}; expected COCO's compressed run lengths")
+            raise ValueError(f"{where}: counts is {shorten(text)}; expected COCO's compressed run lengths")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.coco_file import (
+    TOLERANCE,
+    Entry,
+    Wheres,
+    check_all,
+    is_box,
+    is_text,
+    reaches_out,
+    unique_ids,
+)
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
 from indiclip.images import read_header, read_image
+from indiclip.names import shorten
 from indiclip.types import Sample
-
-_TOLERANCE = 1.0  # pixels by which a point may lie outside; so much is moved inside
 
 
 class CountingPoints(SampleDataset):
@@ -23,44 +36,61 @@ class CountingPoints(SampleDataset):
     Args:
         images: Folder of the image files.
         annotations: The JSON file.
+        tolerance: Pixels by which a point or box may lie out of its image; so much is moved inside, and counted.
 
     Attributes:
         classes: The class names, sorted; `count_label` is the place among them.
         counts: int64 (number of images,).
+        inventory: Images, points and boxes of the file.
 
     Raises:
         FileNotFoundError: The JSON, the folder, or images in it are missing.
-        ValueError: Malformed JSON, a missing key, a count that is not the number of points or boxes, a point or box
-            outside its image, an empty class name, an image that is there twice. Names the file and the image.
+        ValueError: Malformed JSON, a missing key, a value of another type, a count that is not the number of points or
+            boxes, a point or box out of its image, an image that is duplicated. Names the file and the image.
     """
 
     classes: list[str]
     sizes_hw: np.ndarray
 
-    def __init__(self, images: str, annotations: str) -> None:
+    def __init__(self, images: str, annotations: str, tolerance: float = TOLERANCE) -> None:
         self.folder, file = existing(images), existing(annotations)
         entries = load_json(file)
         if not isinstance(entries, list) or not entries:
-            raise ValueError(f"{file}: found {type(entries).__name__} {str(entries)[:40]}; expected a list of images")
+            raise ValueError(f"{file}: found {type(entries).__name__} {shorten(entries)}; expected a list of images")
+        where = f"{file}: entry"
         names, class_names, points, counts = (
-            column(entries, name, f"{file}: entry") for name in ("file_name", "class_name", "points", "count")
+            column(entries, name, where) for name in ("file_name", "class_name", "points", "count")
         )
-        wheres = [f"{file}: {name}" for name in names]
-        if len(set(names)) < len(names):
-            twice = next(name for place, name in enumerate(names) if name in names[:place])
-            raise ValueError(f"{file}: {twice} is there twice; expected one entry per image")
+        numbers = Wheres(f"{where} number", range(len(names)))
+        check_all(names, lambda name: isinstance(name, str), numbers, "file_name", "text")
+        unique_ids(names, f"{file}: image")
+        wheres = Wheres(f"{file}:", names)
         check_files(self.folder, names, str(file))
-        for where, name in zip(wheres, class_names, strict=True):
-            if not isinstance(name, str) or not name.strip():
-                raise ValueError(f"{where}: the class_name is {name!r}; expected text")
+        check_all(class_names, is_text, wheres, "class_name", "text")
+        check_all(points, partial(_is_list, of=_is_point), wheres, "points", "[[x, y], ...]")
+        self._inventory = Inventory()
         self._names = Strings(names)
-        self.sizes_hw = np.array([self._size_hw(entry, where) for entry, where in zip(entries, wheres, strict=True)])
+        self.sizes_hw = np.array([self._size_hw(entry, wheres[i]) for i, entry in enumerate(entries)])
         self.classes = sorted(set(class_names))
-        self._labels = np.array([self.classes.index(name) for name in class_names])
-        self.counts = np.array([_count(*found) for found in zip(points, counts, wheres, strict=True)])
+        self._labels = np.searchsorted(self.classes, class_names)
+        self.counts = np.array(list(map(len, points)))
+        for i, count in enumerate(counts):
+            if type(count) is not int or count != self.counts[i]:
+                raise ValueError(f"{wheres[i]}: count is {shorten(count)}, but there are {self.counts[i]} points")
         self._starts = np.cumsum([0, *self.counts])
-        self._points_xy = self._place(points, wheres)
-        self._read_boxes(entries, wheres)
+        image = np.repeat(np.arange(len(entries)), self.counts)  # of each point
+        of_points = Wheres(f"{file}:", [names[i] for i in image])
+        sizes_hw = self.sizes_hw[image]
+        self._points_xy = place_points(
+            list(chain.from_iterable(points)), sizes_hw, of_points, tolerance, self.inventory
+        )
+        boxes_xywh = self._read_boxes(entries, wheres)
+        self._boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, of_points, tolerance)
+        boxed = np.repeat(self._boxed, self.counts)
+        clipped = boxed & reaches_out(boxes_xywh, sizes_hw)
+        self.inventory.alter_each("boxes", "clipped to the image", of_points, clipped)
+        for unit, count in (("images", len(entries)), ("points", len(image)), ("boxes", int(boxed.sum()))):
+            self.inventory.present[unit] = self.inventory.used[unit] = count
 
     def __len__(self) -> int:
         return len(self._names)
@@ -82,48 +112,56 @@ class CountingPoints(SampleDataset):
             sample["classes"] = np.full(len(sample["boxes_xyxy"]), label)
         return sample
 
-    def _size_hw(self, entry: dict[str, Any], where: str) -> tuple[int, int]:
+    def _size_hw(self, entry: Entry, where: str) -> tuple[int, int]:
         header = read_header(self.folder / entry["file_name"])
         said = (entry.get("height", header.size_hw[0]), entry.get("width", header.size_hw[1]))
-        if said not in (header.size_hw, header.upright_hw):
-            raise ValueError(f"{where}: the file has (height, width) {header.size_hw}, the entry says {said}")
+        if said not in (header.size_hw, header.upright_hw) or {*map(type, said)} != {int}:
+            raise ValueError(f"{where}: the file has (height, width) {header.size_hw}, the entry says {shorten(said)}")
         return said
 
-    def _place(self, points: list[Any], wheres: list[str]) -> np.ndarray:
-        """All points, one image after the other, inside their images."""
-        of_images = []
-        for found, (height, width), where in zip(points, self.sizes_hw, wheres, strict=True):
-            points_xy = np.array(found, dtype=np.float32).reshape(-1, 2)
-            edges = np.array([width, height], dtype=np.float32)
-            outside = ~((points_xy >= -_TOLERANCE) & (points_xy <= edges + _TOLERANCE)).all(1)  # NaN too
-            if outside.any():
-                point = points_xy[outside][0].tolist()
-                raise ValueError(f"{where}: the point {point} lies outside the image of {width}x{height} pixels")
-            of_images.append(points_xy.clip(0, np.nextafter(edges, np.float32(0))))  # the edges are exclusive
-        return np.concatenate(of_images)
-
-    def _read_boxes(self, entries: list[dict[str, Any]], wheres: list[str]) -> None:
-        """Boxes beside the points; zeros where an image has none."""
-        boxes_xywh = np.zeros((len(self._points_xy), 4))
-        self._boxed = np.array([bool(entry.get("boxes")) for entry in entries])
+    def _read_boxes(self, entries: list[Entry], wheres: Wheres) -> np.ndarray:
+        """(number of points, 4) boxes beside the points, as in the file; zeros where an image has none."""
+        lists = [[] if entry.get("boxes") is None else entry["boxes"] for entry in entries]
+        expected = "null or a list of [x, y, width, height], as many as points"
+        check_all(lists, partial(_is_list, of=is_box), wheres, "boxes", expected)
+        self._boxed = np.array(list(map(len, lists))) > 0
+        boxes_xywh = np.zeros((self._starts[-1], 4))
         for i in np.flatnonzero(self._boxed):
-            found, count = entries[i]["boxes"], self.counts[i]
-            if len(found) != count or any(len(box) != 4 or min(box[2:]) <= 0 for box in found):
+            if len(lists[i]) != self.counts[i] or any(min(box[2:]) <= 0 for box in lists[i]):
                 raise ValueError(
-                    f"{wheres[i]}: {len(found)} boxes; expected {count} of [x, y, width, height], as points"
+                    f"{wheres[i]}: {len(lists[i])} boxes; expected {self.counts[i]} of [x, y, width, height], as points"
                 )
-            boxes_xywh[self._starts[i] : self._starts[i + 1]] = found
-        each = np.repeat(np.arange(len(entries)), self.counts)
-        self._boxes_xyxy = xywh_to_xyxy(boxes_xywh, self.sizes_hw[each], [wheres[i] for i in each])
+            boxes_xywh[self._starts[i] : self._starts[i + 1]] = lists[i]
+        return boxes_xywh
 
 
-def _count(points: Any, count: Any, where: str) -> int:
-    if not isinstance(points, list) or not all(_is_point(point) for point in points):
-        raise ValueError(f"{where}: points is {str(points)[:40]}; expected [[x, y], ...]")
-    if count != len(points):
-        raise ValueError(f"{where}: count is {count!r}, but there are {len(points)} points")
-    return len(points)
+def place_points(
+    points: list[Any], sizes_hw: np.ndarray, wheres: Wheres, tolerance: float, inventory: Inventory
+) -> np.ndarray:
+    """float32 (K, 2): points [x, y] inside their images.
+
+    Args:
+        points: K of them.
+        sizes_hw: (K, 2) of the image of each.
+        wheres: What to call each in messages.
+        tolerance: Pixels by which a point may lie out of its image; it is moved inside, and counted in `inventory`.
+
+    Raises:
+        ValueError: A point further out.
+    """
+    points_xy, edges = np.array(points, dtype=np.float64).reshape(-1, 2), sizes_hw[:, ::-1].astype(np.float32)
+    for i in np.flatnonzero(~((points_xy >= -tolerance) & (points_xy <= edges + tolerance)).all(1)):  # NaN too
+        (x, y), (height, width) = points_xy[i].tolist(), sizes_hw[i]
+        raise ValueError(f"{wheres[i]}: the point {[x, y]} lies outside the image of {width}x{height} pixels")
+    outside = np.asarray(((points_xy < 0) | (points_xy > edges)).any(1))
+    inventory.alter_each("points", "moved into the image", wheres, outside)
+    # The edges are exclusive.
+    return points_xy.astype(np.float32).clip(0, np.nextafter(edges, np.float32(0)))
 
 
 def _is_point(point: Any) -> bool:
-    return isinstance(point, list) and len(point) == 2 and all(map(is_number, point))
+    return isinstance(point, list) and len(point) == 2 and is_number(point[0]) and is_number(point[1])
+
+
+def _is_list(found: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(found, list) and all(map(of, found))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, shorten
 
 
 class Strings:
@@ -147,7 +147,7 @@ def xywh_to_xyxy(
 
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a number that NumPy can hold."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
@@ -159,11 +159,11 @@ def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
     text = decode_text(path.read_bytes(), str(path))
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON: {error}") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            found = shorten(sorted(content)) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{path}: no list {key!r}; found {found}, expected {list(keys)}")
     return content
 
@@ -177,6 +177,6 @@ def column(entries: Sequence[Any], name: str, where: str) -> list[Any]:
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict) or name not in entry:
             found = list(entry) if isinstance(entry, dict) else []
-            label = entry.get("id", f"number {place}") if isinstance(entry, dict) else f"number {place}"
+            label = shorten(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {place}"
             raise ValueError(f"{where} {label} has no {name!r}{did_you_mean(name, found)}")
     return [entry[name] for entry in entries]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indiclip.datasets.tables import stable_hash
-from indiclip.evals.card_scorer import Options, languages_left_out
+from indiclip.evals.card_scorer import CardScorer, Options, languages_left_out
 from indiclip.evals.cards.card import Card, load_card, packaged
 from indiclip.evals.encode import Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items, Joined
@@ -277,13 +277,13 @@ def _score_into(
         images = {view: image_NE[readable] for view, image_NE in images.items()}
         flagged_N = None if flagged_N is None else flagged_N[readable]
         items = items.without(unreadable)
-    scores, predictions = score(items, images, texts, result.lengths, options, flagged_N)
-    result.scores += scores
-    result.predictions += predictions
-    if not scores:
+    scorer = score(CardScorer(items, images, texts, result.lengths, options, flagged_N))
+    result.scores += scorer.scores
+    result.predictions += scorer.predictions
+    if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
     tested = items.labels[items.tested_N]
-    found = _card_result(items.card, part_of(items), "scored" if scores else "skipped", notes)
+    found = _card_result(items.card, part_of(items), "scored" if scorer.scores else "skipped", notes)
     result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
 
 

@@ -100,6 +100,7 @@ class CardScorer:
         self.label_N = np.where(items.tested_N, items.labels, -1)
         self.flagged_N = np.zeros(len(items), bool) if flagged_N is None else flagged_N
         self._looked_for = flagged_N is not None
+        self.draws = options.resamples, options.seed  # of the bootstrap
 
     @property
     def settings(self) -> list[Setting]:
@@ -138,24 +139,22 @@ class CardScorer:
 
     def rate(self, hit_M: np.ndarray) -> Interval:
         """Share of hits."""
-        return metrics.hit_rate(hit_M, self.options.resamples, self.options.seed)
+        return metrics.hit_rate(hit_M, *self.draws)
 
     def accuracies(self, rank_M: np.ndarray, label_M: np.ndarray, num_classes: int) -> dict[str, Interval]:
         """Of ranks among classes: acc1, acc5 where there are more classes, mean per-class recall, acc1 less chance."""
-        seeds = self.options.resamples, self.options.seed
         values = {"acc1": self.rate(rank_M == 0)}
         if num_classes > TOP:
             values["acc5"] = self.rate(rank_M < TOP)
-        values["mean_per_class_recall"] = metrics.mean_per_class_recall(rank_M == 0, label_M, *seeds)
+        values["mean_per_class_recall"] = metrics.mean_per_class_recall(rank_M == 0, label_M, *self.draws)
         values["acc1_corrected"] = metrics.chance_corrected(values["acc1"], 1 / num_classes)
         return values
 
     def gap_to_english(self, english_M: np.ndarray, hit_M: np.ndarray, label_M: np.ndarray) -> dict[str, Interval]:
         """What English hits more of the same images, in images and in classes."""
-        options = {"resamples": self.options.resamples, "seed": self.options.seed}
         return {
-            "parity_acc1": metrics.parity_gap(english_M, hit_M, label_M, "images", **options),
-            "parity_mean_per_class_recall": metrics.parity_gap(english_M, hit_M, label_M, "classes", **options),
+            "parity_acc1": metrics.parity_gap(english_M, hit_M, label_M, "images", *self.draws),
+            "parity_mean_per_class_recall": metrics.parity_gap(english_M, hit_M, label_M, "classes", *self.draws),
         }
 
     def subsets(self, image_M: np.ndarray) -> dict[str, np.ndarray]:
@@ -185,20 +184,26 @@ class CardScorer:
             chance = {metric: min(times * chance, 1.0) for metric, times in _CHANCES.items()}
         chances = chance or {}
         where = (self.card.suite, self.card.id, self.part, protocol, language)
-        self.scores += [
-            Score(
-                *where,
-                metric,
-                setting.length,
-                setting.view,
-                *interval,
-                chances.get(metric),
-                num_items,
-                num_classes,
-                subset,
-            )
-            for metric, interval in values.items()
-        ]
+        for metric, interval in values.items():
+            found = Score(*where, metric, setting.length, setting.view, *interval, chances.get(metric))
+            self.scores.append(found._replace(num_items=num_items, num_classes=num_classes, subset=subset))
+
+    def keep(
+        self,
+        protocol: str,
+        language: str,
+        image: int,
+        truth: str,
+        predicted: str,
+        rank: int,
+        top: list[str],
+        cosines: list[float],
+        hard_hit: bool | None = None,
+    ) -> None:
+        """An image's answer."""
+        where, key = (self.card.id, self.part, protocol, language), self.items.keys[image]
+        flagged = bool(self.flagged_N[image])
+        self.predictions.append(Prediction(*where, key, truth, predicted, rank, top, cosines, hard_hit, flagged))
 
 
 def languages_of(card: Card, options: Options) -> list[Language]:

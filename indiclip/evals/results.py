@@ -86,6 +86,10 @@ class Result:
     predictions: list[Prediction] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)  # options, versions, seconds, contamination
 
+    def is_main_setting(self, score: Score) -> bool:
+        """Whether a score is of the full length and the first view."""
+        return (score.length, score.view) == (self.lengths[-1], self.views[0])
+
     def main(self, language: str = "en") -> dict[tuple[str, str], Score]:
         """(card, part) -> its main metric at the full length and the first view."""
         metrics = {(card.card, card.part): card.metric for card in self.cards}
@@ -94,8 +98,7 @@ class Result:
             for score in self.scores
             if score.language == language
             and score.metric == metrics.get((score.card, score.part))
-            and score.length == self.lengths[-1]
-            and score.view == self.views[0]
+            and self.is_main_setting(score)
             and not score.subset
             and score.protocol in MAIN_PROTOCOLS
         }
@@ -188,12 +191,20 @@ def corrected(value: float, chance: float | None) -> float:
     return (value - chance) / (1 - chance) if chance < 1 else math.nan
 
 
+def less_english(score: Score) -> Score:
+    """A gap, by which English is better, as how far the language is from English; other scores as they are."""
+    if not score.metric.startswith("parity_"):
+        return score
+    low, high = (None if end is None else -end for end in (score.high, score.low))
+    return score._replace(value=-score.value, low=low, high=high)
+
+
 def load_result(folder: Path, predictions: bool = True) -> Result:
     """A saved run.
 
     Raises:
         FileNotFoundError: No `metrics.json` there.
-        ValueError: It is none of ours.
+        ValueError: It is not one of our files.
     """
     file = folder / "metrics.json"
     if not file.is_file():

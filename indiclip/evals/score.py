@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from indiclip.evals.card_scorer import TOP, CardScorer, Language, Options, Setting, language_of, languages_of
 from indiclip.evals.images.items import Items
@@ -19,34 +18,27 @@ from indiclip.evals.protocols.distances import haversine_km, within_km
 from indiclip.evals.protocols.metrics import Interval
 from indiclip.evals.protocols.retrieval import caption_ranks, chance_recall, class_ranks
 from indiclip.evals.protocols.zero_shot import Ranking, hard_pairs, rank_classes
-from indiclip.evals.results import CLEAN, IMAGES, Prediction, Score
+from indiclip.evals.results import CLEAN, IMAGES
 
 RECALL_AT = (1, 5, 10)
 
 
-def score(
-    items: Items,
-    images: dict[str, Tensor],
-    texts: dict[str, Tensor],
-    lengths: Sequence[int],
-    options: Options,
-    flagged_N: np.ndarray | None = None,
-) -> tuple[list[Score], list[Prediction]]:
-    """All numbers of a card (without texts: those of images alone), and the predictions of its main setting."""
-    if not items.tested_N.any():
-        return [], []
-    scorer = CardScorer(items, images, texts, lengths, options, flagged_N)
-    for setting in scorer.settings if texts else []:
-        if items.card.task == "matching":
+def score(scorer: CardScorer) -> CardScorer:
+    """Adds all numbers of a card (without texts: those of images alone), and the predictions of its main setting."""
+    if not scorer.items.tested_N.any():
+        return scorer
+    task = scorer.card.task
+    for setting in scorer.settings if scorer.texts else []:
+        if task == "matching":
             _match(scorer, setting)
-        if items.card.task == "retrieval":
+        if task == "retrieval":
             _retrieve(scorer, setting)
         else:
             _classify(scorer, setting)
-    if options.probes and items.card.task != "retrieval":
-        for view in images:
+    if scorer.options.probes and task != "retrieval":
+        for view in scorer.images:
             _probe(scorer, view)
-    return scorer.scores, scorer.predictions
+    return scorer
 
 
 def texts_of(items: Items, options: Options) -> Iterator[str]:
@@ -114,7 +106,7 @@ def _predicted(ranking: Ranking, label_M: np.ndarray) -> np.ndarray:
 
 
 def _distances(scorer: CardScorer, km_M: np.ndarray) -> dict[str, Interval]:
-    values = {"median_km": metrics.bootstrap_median(km_M, scorer.options.resamples, scorer.options.seed)}
+    values = {"median_km": metrics.bootstrap_median(km_M, *scorer.draws)}
     return values | {f"within_{limit:g}_km": scorer.rate(hit_M) for limit, hit_M in within_km(km_M).items()}
 
 
@@ -122,20 +114,11 @@ def _keep_classes(
     scorer: CardScorer, protocol: str, language: Language, ranking: Ranking, hard_hits: dict[int, bool]
 ) -> None:
     ids, image_M, nearest_MK = np.array(scorer.card.ids, dtype=object), ranking.image_M, ranking.nearest_MK
-    label_M, images = scorer.label_N[image_M], image_M.tolist()
-    rows = zip(
-        [scorer.items.keys[image] for image in images],
-        ids[label_M].tolist(),
-        ids[_predicted(ranking, label_M)].tolist(),
-        ranking.rank_M.tolist(),
-        ids[nearest_MK].tolist(),
-        ranking.cosine_MK.tolist(),
-        [hard_hits.get(image) for image in images],
-        scorer.flagged_N[image_M].tolist(),
-        strict=True,
-    )
-    where = (scorer.card.id, scorer.part, protocol, language.code)
-    scorer.predictions += [Prediction(*where, *row) for row in rows]
+    label_M = scorer.label_N[image_M]
+    columns = (image_M, ids[label_M], ids[_predicted(ranking, label_M)], ranking.rank_M, ids[nearest_MK])
+    rows = zip(*(column.tolist() for column in (*columns, ranking.cosine_MK)), strict=True)
+    for image, truth, predicted, rank, top, cosines in rows:
+        scorer.keep(protocol, language.code, image, truth, predicted, rank, top, cosines, hard_hits.get(image))
 
 
 def _match(scorer: CardScorer, setting: Setting) -> None:
@@ -164,8 +147,7 @@ def _match(scorer: CardScorer, setting: Setting) -> None:
     for image, rank, top, cosine in zip(image_M.tolist(), rank_M, tops, cosines, strict=False):
         truth = scorer.items.candidates[image][0]
         predicted = top[0] if rank == 0 or top[0] != truth else top[1]
-        row = (scorer.items.keys[image], truth, predicted, rank, top, cosine, None, bool(scorer.flagged_N[image]))
-        scorer.predictions.append(Prediction(scorer.card.id, scorer.part, "matching", "en", *row))
+        scorer.keep("matching", "en", image, truth, predicted, rank, top, cosine)
 
 
 def _retrieve(scorer: CardScorer, setting: Setting) -> None:
@@ -195,13 +177,13 @@ def _retrieve(scorer: CardScorer, setting: Setting) -> None:
 def _recalls(scorer: CardScorer, setting: Setting, code: str, image_M: np.ndarray, subset: str = "") -> np.ndarray:
     """Adds the recalls of some images and their captions. Returns the images' ranks."""
     assert scorer.items.captions is not None
-    texts_N, drawn = scorer.items.captions[code], (scorer.options.resamples, scorer.options.seed)
+    texts_N = scorer.items.captions[code]
     rank_M, rank_T = _caption_ranks(scorer, setting, texts_N, image_M)
     image_T = _captions_of(texts_N, image_M)[1]
     values = {f"image_to_text_r{k}": scorer.rate(rank_M < k) for k in RECALL_AT}
     chances = _chances("image_to_text", np.bincount(image_T), len(rank_T))
     scorer.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), chances, subset)
-    values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *drawn) for k in RECALL_AT}
+    values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *scorer.draws) for k in RECALL_AT}
     chances = _chances("text_to_image", np.ones(len(rank_T), np.int64), len(rank_M))
     scorer.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), chances, subset)
     return rank_M
@@ -232,9 +214,9 @@ def _caption_gap_to_english(scorer: CardScorer, setting: Setting, code: str, ima
         return
     captions = scorer.items.captions or {}
     english, other = (_caption_ranks(scorer, setting, captions[language], image_M)[0] for language in ("en", code))
-    label_M, options = np.zeros(len(image_M), np.int64), (scorer.options.resamples, scorer.options.seed)
+    label_M = np.zeros(len(image_M), np.int64)
     values = {
-        f"parity_image_to_text_r{k}": metrics.parity_gap(english < k, other < k, label_M, "images", *options)
+        f"parity_image_to_text_r{k}": metrics.parity_gap(english < k, other < k, label_M, "images", *scorer.draws)
         for k in RECALL_AT
     }
     scorer.add(setting, "retrieval", code, values, len(image_M), len(image_M))
@@ -244,10 +226,8 @@ def _keep_captions(
     scorer: CardScorer, code: str, texts_N: list[list[str]], image_M: np.ndarray, rank_M: np.ndarray
 ) -> None:
     texts, owners = _captions_of(texts_N, image_M)
-    image_ME, text_TE = (
-        truncate_normalize(next(iter(scorer.images.values()))[image_M]),
-        truncate_normalize(scorer.embed(texts)),
-    )
+    image_ME = truncate_normalize(next(iter(scorer.images.values()))[image_M])
+    text_TE = truncate_normalize(scorer.embed(texts))
     owner_T = torch.from_numpy(owners)
     for part in chunks(len(image_M), len(texts)):
         cosine_BT = image_ME[part] @ text_TE.T
@@ -259,9 +239,8 @@ def _keep_captions(
         columns = (image_M[part].tolist(), rank_M[part].tolist(), wrong_B, top_BK.tolist(), top_cosine_BK.tolist())
         for image, rank, wrong, top, cosines in zip(*columns, strict=True):
             truth = texts_N[image][0]
-            answer = (scorer.items.keys[image], truth, truth if rank == 0 else texts[wrong], rank)
-            about = ([texts[i] for i in top], cosines, None, bool(scorer.flagged_N[image]))
-            scorer.predictions.append(Prediction(scorer.card.id, scorer.part, "retrieval", code, *answer, *about))
+            predicted = truth if rank == 0 else texts[wrong]
+            scorer.keep("retrieval", code, image, truth, predicted, rank, [texts[i] for i in top], cosines)
 
 
 def _probe(scorer: CardScorer, view: str) -> None:

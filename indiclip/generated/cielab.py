@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+RGB = tuple[int, int, int]  # 0..255 each
 
 _TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -21,7 +22,7 @@ _WHITE = _TO_XYZ.sum(axis=1)  # so that white has a = b = 0 exactly
 _KNEE = 6 / 29  # below its cube, the cube root is continued by a line
 
 
-def rgb_of_hex(colour: str) -> tuple[int, int, int]:
+def rgb_of_hex(colour: str) -> RGB:
     """The red, green and blue (0..255) of `#RRGGBB`.
 
     Raises:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.generated.arguments import height_width, must_be_at_least, must_be_one_of
 from indiclip.generated.fonts import Face, check_shaping, find_face
 from indiclip.generated.lettering_draw import MIN_SIDE, draw_word
 from indiclip.generated.lettering_words import PARTS, Script, distractors, load_scripts, made_up_word
-from indiclip.names import did_you_mean
 from indiclip.types import Sample
 
 __all__ = ["INDIAN", "SCRIPTS", "Lettering"]
@@ -56,21 +56,15 @@ class Lettering(SampleDataset):
         seed: int = 0,
         num_distractors: int = 9,
     ) -> None:
-        if part not in PARTS:
-            raise ValueError(f"part: expected one of {', '.join(PARTS)}; found {part!r}")
+        must_be_one_of("part", part, PARTS)
         self.scripts = list(INDIAN if scripts is None else scripts)
         for script in self.scripts:
-            if script not in SCRIPTS:
-                raise ValueError(f"scripts: no {script!r} among {', '.join(SCRIPTS)}{did_you_mean(script, SCRIPTS)}")
-        sides = [size, size] if isinstance(size, int) else list(size)
-        if len(sides) != 2 or min(sides) < MIN_SIDE:
-            raise ValueError(f"size: expected a number or [height, width] from {MIN_SIDE} pixels up; found {size!r}")
-        for name, value in (("num_words", num_words), ("number of scripts", len(self.scripts))):
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more; found {value!r}")
-        if seed < 0:
-            raise ValueError(f"seed: expected a whole number from 0 up; found {seed!r}")
-        self.height, self.width = sides
+            must_be_one_of("scripts", script, SCRIPTS)
+        if not self.scripts:
+            raise ValueError(f"scripts: expected a list such as ['tamil', 'telugu']; found {scripts!r}")
+        must_be_at_least(1, num_words=num_words)
+        must_be_at_least(0, seed=seed)
+        self.height, self.width = height_width(size, MIN_SIDE)
         self.num_words, self.part, self.seed, self.num_distractors = num_words, part, seed, num_distractors
         self.faces = {script: _face(SCRIPTS[script], part) for script in self.scripts}
 

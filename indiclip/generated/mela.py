@@ -15,9 +15,10 @@ from typing import Any, cast
 import numpy as np
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.generated.arguments import height_width, must_be_at_least, must_be_one_of
 from indiclip.generated.mela_scene import MIN_SIDE, Scene, draw_scene, kinds_in
 from indiclip.generated.mela_things import COLOURS, THINGS
-from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names, must_be_one_of
+from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names
 from indiclip.types import Sample
 
 __all__ = [
@@ -69,15 +70,13 @@ class Mela(SampleDataset):
         kinds: Sequence[str] | None = None,
         difficulty: str = "normal",
     ) -> None:
-        self.height, self.width = _height_width(size)
+        self.height, self.width = height_width(size, MIN_SIDE)
         if isinstance(languages, str) or not languages:
-            raise ValueError(f"languages: expected a list such as ['en', 'hi']; found {languages!r}.")
+            raise ValueError(f"languages: expected a list such as ['en', 'hi']; found {languages!r}")
         for language in languages:
             must_be_one_of("languages", language, LANGUAGES)
-        if num_scenes < 1:
-            raise ValueError(f"num_scenes: expected a whole number from 1 up; found {num_scenes!r}.")
-        if densepose_points < 0:
-            raise ValueError(f"densepose_points: expected a whole number from 0 up; found {densepose_points!r}.")
+        must_be_at_least(1, num_scenes=num_scenes)
+        must_be_at_least(0, densepose_points=densepose_points)
         self.num_scenes, self.layout, self.people, self.seed = num_scenes, layout, people, seed
         self.languages, self.densepose_points = list(languages), densepose_points
         self.depth, self.kinds, self.difficulty = depth, kinds, difficulty
@@ -111,7 +110,7 @@ class Mela(SampleDataset):
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.num_scenes:
-            raise IndexError(f"index: expected 0 to {self.num_scenes - 1}; found {index}.")
+            raise IndexError(f"index: expected 0 to {self.num_scenes - 1}; found {index}")
         scene = self.scene(index)
         # A stream of its own, so that what is asked about a scene never changes the scene.
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, index, 1]))
@@ -140,14 +139,6 @@ class Mela(SampleDataset):
         label = int(asked[rng.integers(len(asked))])
         points_xy = scene.points_xy[scene.classes == label]
         return {"points_xy": points_xy, "count_class": class_names(language)[label], "count_label": label}
-
-
-def _height_width(size: int | list[int]) -> tuple[int, int]:
-    sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= MIN_SIDE for side in sides):
-        expected = f"one number or [height, width], each at least {MIN_SIDE} pixels"
-        raise ValueError(f"size: expected {expected}; found {size!r}.")
-    return sides[0], sides[1]
 
 
 def _surface(rng: np.random.Generator, scene: Scene, num_points: int) -> Sample:

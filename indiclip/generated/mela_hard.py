@@ -79,8 +79,7 @@ def _crowd(rng: np.random.Generator, wanted: list[tuple[str, str]], height: int,
             centre = centres[beside] + apart * np.array([np.cos(angle), np.sin(angle)])
         centre = centre.clip(0.35 * sizes[i], np.array([width, height]) - 0.35 * sizes[i])
         centres.append(centre)
-        h, w = sprite.mask.shape
-        items.append(Item(sprite, round(centre[1] - h / 2), round(centre[0] - w / 2), kind, colour))
+        items.append(Item.centred(sprite, centre[0], centre[1], kind, colour))
     return items
 
 

@@ -7,14 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_people import GARMENTS, draw_person
-from indiclip.generated.mela_things import COLOURS, RGB, Sprite, draw_thing, rgb_of
+from indiclip.generated.mela_things import COLOURS, Sprite, draw_thing, rgb_of
 
 COLOUR_NAMES = list(COLOURS)
 # Pale and muted, so that none is a colour of the fair.
-_BACKGROUNDS: list[RGB] = [
-    *((244, 238, 226), (226, 232, 238), (214, 208, 220), (222, 226, 212), (236, 222, 218), (198, 202, 206)),
-    *((206, 196, 184), (182, 190, 198), (186, 184, 172), (172, 166, 176), (158, 166, 164), (212, 220, 222)),
+_BACKGROUNDS = [
+    "#F4EEE2",
+    "#E2E8EE",
+    "#D6D0DC",
+    "#DEE2D4",
+    "#ECDEDA",
+    "#C6CACE",
+    "#CEC4B8",
+    "#B6BEC6",
+    "#BAB8AC",
+    "#ACA6B0",
+    "#9EA6A4",
+    "#D4DCDE",
 ]
 # Centres of instances are drawn in one of these boxes (x1, y1, x2, y2 of 0..1).
 _REGIONS = [
@@ -34,6 +45,12 @@ class Item:
     colour: str
     garment: str = ""
 
+    @classmethod
+    def centred(cls, sprite: Sprite, x: float, y: float, kind: str, colour: str, garment: str = "") -> Item:
+        """With its middle at (x, y)."""
+        h, w = sprite.mask.shape
+        return cls(sprite, round(y - h / 2), round(x - w / 2), kind, colour, garment)
+
     def windows(self, height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """The same pixels in the image and in the sprite."""
         h, w = self.sprite.mask.shape
@@ -45,7 +62,7 @@ class Item:
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
     """A fairground with nothing on it: plain, gradient, stripes, or ground and sky, with light noise."""
-    first, second = (np.array(_BACKGROUNDS[i], np.int16) for i in rng.integers(len(_BACKGROUNDS), size=2))
+    first, second = (np.array(rgb_of_hex(_BACKGROUNDS[i]), np.int16) for i in rng.integers(len(_BACKGROUNDS), size=2))
     style, place, angle = rng.integers(4), rng.random(), rng.uniform(-1, 1)
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None]
     across = np.linspace(0, 1, width, dtype=np.float32)[None, :]
@@ -101,8 +118,8 @@ def _things(
     sizes = [(float(sprite.mask.shape[1]), float(sprite.mask.shape[0])) for sprite in sprites]
     centres = _centres(rng, sizes, region, height, width)
     return [
-        Item(sprite, round(y - h / 2), round(x - w / 2), kind, colour)
-        for sprite, (kind, colour, _), (w, h), (x, y) in zip(sprites, wanted, sizes, centres, strict=True)
+        Item.centred(sprite, x, y, kind, colour)
+        for sprite, (kind, colour, _), (x, y) in zip(sprites, wanted, centres, strict=True)
     ]
 
 

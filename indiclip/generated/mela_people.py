@@ -18,18 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from indiclip.generated.mela_things import RGB, Sprite, shades
+from indiclip.generated.cielab import RGB, rgb_of_hex
+from indiclip.generated.mela_things import Sprite, shades
 
 Floats = NDArray[np.float64]
 Float32s = NDArray[np.float32]
 
 GARMENTS = ["saree", "kurta", "dhoti"]
 NUM_PARTS = 24
+_HEAD = (23, 24)
 
-_SKINS: list[RGB] = [(96, 56, 38), (128, 78, 50), (160, 104, 68), (190, 130, 90), (214, 160, 120)]
-_HAIR: RGB = (34, 26, 30)
-_CLOTH: RGB = (246, 240, 226)  # pyjama and shawl
-_SHOE: RGB = (92, 60, 40)
+_SKINS = [rgb_of_hex(colour) for colour in ["#603826", "#804E32", "#A06844", "#BE825A", "#D6A078"]]
+_HAIR = rgb_of_hex("#221A1E")
+_CLOTH = rgb_of_hex("#F6F0E2")  # pyjama and shawl
+_SHOE = rgb_of_hex("#5C3C28")
 _INNER_LEGS = {"saree": [9, 10, 13, 14], "kurta": [9, 10], "dhoti": []}
 
 # Half outlines in (t, s): a limb with round ends, and an oval for the head.
@@ -113,7 +115,7 @@ def _body(rng: np.random.Generator, garment: str) -> list[_Piece]:
     crown = chin + 0.18 * np.array([np.sin(lean + tilt), -np.cos(lean + tilt)])
     # Both outer normals point to the image's left: the person's right half has s > 0.
     torso = _bone(np.array([0.0, 0.01]), neck, 1, (1, 2), (0.1, 0.13))
-    head = _bone(chin, crown, 1, (23, 24), (0.085, 0.085))
+    head = _bone(chin, crown, 1, _HEAD, (0.085, 0.085))
     legs = _leg(rng, -1, garment) + _leg(rng, 1, garment)
     across = np.array([-up[1], up[0]])
     behind: list[_Piece] = []
@@ -124,17 +126,13 @@ def _body(rng: np.random.Generator, garment: str) -> list[_Piece]:
     return [*behind, *legs, torso, head, *in_front]
 
 
-def _is_head(piece: _Piece) -> bool:
-    return piece.parts == (23, 24)
-
-
 def _outlines(pieces: list[_Piece]) -> Floats:
     """The half outlines of all pieces, (pieces, 2 sides, points, xy), in the units of the pieces."""
     start = np.stack([piece.start for piece in pieces])[:, None, None]
     along = np.stack([piece.end - piece.start for piece in pieces])[:, None, None]
     outer = np.stack([piece.outer for piece in pieces])[:, None, None]
     widths = np.array([piece.widths for piece in pieces])[:, None, :, None]
-    profile = np.stack([_OVAL if _is_head(piece) else _LIMB for piece in pieces])[:, None]
+    profile = np.stack([_OVAL if piece.parts == _HEAD else _LIMB for piece in pieces])[:, None]
     t, s = profile[..., :1], profile[..., 1:]
     side = np.array([1.0, -1.0])[None, :, None, None]
     half_width = widths[:, :, :1] * (1 - t) + widths[:, :, 1:] * t
@@ -199,11 +197,13 @@ def _wardrobe(garment: str, rgb: RGB, skin: RGB) -> dict[int, tuple[RGB, float, 
     return table | {23: (skin, 0.62, _HAIR), 24: (skin, 0.62, _HAIR)}
 
 
-def _paint(parts_S: NDArray[np.uint8], t_S: Floats, s_S: Floats, garment: str, rgb: RGB, looks: _Looks) -> Float32s:
+def _paint(
+    parts_S: NDArray[np.uint8], t_S: Floats, s_S: Floats, garment: str, rgb: RGB, skin: RGB, turban: bool
+) -> Float32s:
     """The colours (S, 3) of body pixels: clothes, face, and sides darker than middles."""
-    wardrobe = _wardrobe(garment, rgb, looks.skin)
-    if looks.turban and garment != "saree":
-        wardrobe |= {23: (looks.skin, 0.55, rgb), 24: (looks.skin, 0.55, rgb)}
+    wardrobe = _wardrobe(garment, rgb, skin)
+    if turban and garment != "saree":
+        wardrobe |= {23: (skin, 0.55, rgb), 24: (skin, 0.55, rgb)}
     table, cut = np.zeros((2, NUM_PARTS + 1, 3), np.float32), np.zeros(NUM_PARTS + 1)
     for part, (first, limit, second) in wardrobe.items():
         table[0, part], cut[part], table[1, part] = first, limit, second
@@ -228,12 +228,6 @@ def _paint(parts_S: NDArray[np.uint8], t_S: Floats, s_S: Floats, garment: str, r
     return colour
 
 
-@dataclass(frozen=True)
-class _Looks:
-    skin: RGB
-    turban: bool
-
-
 def draw_person(rng: np.random.Generator, garment: str, rgb: RGB, height: float) -> Sprite:
     """Draw one person in a random pose.
 
@@ -243,12 +237,12 @@ def draw_person(rng: np.random.Generator, garment: str, rgb: RGB, height: float)
         rgb: The garment's colour, 0..255 each.
         height: From the highest to the lowest pixel, in pixels.
     """
-    looks = _Looks(_SKINS[rng.integers(len(_SKINS))], bool(rng.random() < 0.4))
+    skin, turban = _SKINS[rng.integers(len(_SKINS))], bool(rng.random() < 0.4)
     parts, t, s = _part_and_ts(_body(rng, garment), height)
     mask = parts > 0
     parts_S = parts[mask]
     pixels = np.zeros((*parts.shape, 3), np.uint8)
-    pixels[mask] = _paint(parts_S, t, s, garment, rgb, looks)
+    pixels[mask] = _paint(parts_S, t, s, garment, rgb, skin, turban)
     uv = np.zeros((*parts.shape, 2), np.float32)
     uv[mask] = np.stack([t, np.where((parts_S >= 3) & (parts_S <= 6), (s + 1) / 2, np.abs(s))], axis=1)
     return Sprite(rgb=pixels, mask=mask, parts=parts, uv=uv)

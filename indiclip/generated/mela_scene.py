@@ -14,9 +14,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from indiclip.generated.arguments import must_be_at_least, must_be_one_of
 from indiclip.generated.mela_hard import draw_clutter, hard_mixed, hard_single
 from indiclip.generated.mela_layout import Item, draw_background, mixed, single
-from indiclip.generated.mela_words import CLASSES, Group, captions, must_be_one_of
+from indiclip.generated.mela_words import CLASSES, Group, captions
 
 LAYOUTS = ["single", "mixed"]
 DIFFICULTIES = ["normal", "hard"]
@@ -133,21 +134,17 @@ def _check_arguments(
 ) -> None:
     must_be_one_of("layout", layout, LAYOUTS)
     must_be_one_of("difficulty", difficulty, DIFFICULTIES)
-    for name, value in (("seed", seed), ("index", index)):
-        if value < 0:
-            raise ValueError(f"{name}: expected a whole number from 0 up; found {value!r}.")
-    for name, value in (("height", height), ("width", width)):
-        if value < MIN_SIDE:
-            raise ValueError(f"{name}: expected at least {MIN_SIDE} pixels; found {value!r}.")
+    must_be_at_least(0, seed=seed, index=index)
+    must_be_at_least(MIN_SIDE, height=height, width=width)
     for name, share in (("people", people), ("empty", empty)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name}: expected a probability in [0, 1]; found {share!r}.")
+            raise ValueError(f"{name}: expected a probability in [0, 1]; found {share!r}")
     if isinstance(kinds, str) or (kinds is not None and not kinds):
-        raise ValueError(f"kinds: expected a list such as ['diya', 'kite']; found {kinds!r}.")
+        raise ValueError(f"kinds: expected a list such as ['diya', 'kite']; found {kinds!r}")
     for kind in kinds or ():
         must_be_one_of("kinds", kind, CLASSES)
     if not kinds_in(kinds, people):
-        raise ValueError(f"kinds: {list(kinds or ())} are never drawn where people is {people}.")
+        raise ValueError(f"kinds: {list(kinds or ())} are never drawn where people is {people}")
 
 
 def kinds_in(kinds: Sequence[str] | None, people: float) -> list[str]:

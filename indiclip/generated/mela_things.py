@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_shapes import THINGS as _DRAWINGS
 from indiclip.generated.mela_shapes import Shapes
-
-RGB = tuple[int, int, int]
 
 # Twelve of the named colours of the India benchmark (taxonomy, category indian_colours; hex values from there), the
 # subset whose closest pair is furthest apart: CIEDE2000 16.8 (basanti stands for the yellows, haldi is too close to
@@ -35,16 +34,17 @@ COLOURS = {
     "mehendi": "#6B7A2A",
 }
 # Paints that stay the same whatever colour a thing has.
-_PAINTS: dict[str, RGB] = {
-    "ink": (40, 30, 38),
-    "white": (252, 250, 244),
-    "gold": (232, 172, 36),
-    "flame": (255, 112, 16),
-    "glow": (255, 236, 140),
-    "leaf": (52, 122, 50),
-    "wood": (120, 76, 44),
-    "glass": (176, 214, 232),
+_FIXED = {
+    "ink": "#281E26",
+    "white": "#FCFAF4",
+    "gold": "#E8AC24",
+    "flame": "#FF7010",
+    "glow": "#FFEC8C",
+    "leaf": "#347A32",
+    "wood": "#784C2C",
+    "glass": "#B0D6E8",
 }
+_PAINTS: dict[str, RGB] = {paint: rgb_of_hex(colour) for paint, colour in _FIXED.items()}
 _CLEAR = (0, 0, 0, 0)  # paint "hole": what lies behind the thing shows through
 
 
@@ -67,8 +67,7 @@ class Sprite:
 
 def rgb_of(colour: str) -> RGB:
     """The red, green and blue (0..255) of a colour name of `COLOURS`."""
-    value = int(COLOURS[colour][1:], 16)
-    return value >> 16, value >> 8 & 255, value & 255
+    return rgb_of_hex(COLOURS[colour])
 
 
 THINGS = list(_DRAWINGS)  # class id = place in this list

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from indiclip.generated.arguments import must_be_one_of
 from indiclip.generated.mela_things import THINGS
-from indiclip.names import did_you_mean
 
 CLASSES = [*THINGS, "person"]  # class id = place in this list
 PERSON = CLASSES.index("person")
@@ -31,15 +31,6 @@ class Group:
     count: int
     colour: str
     garment: str
-
-
-def must_be_one_of(argument: str, found: object, allowed: list[str]) -> None:
-    """Raise ValueError that names the argument, what was found, what is allowed and the nearest of it."""
-    if found in allowed:
-        return
-    raise ValueError(
-        f"{argument}: expected one of {', '.join(allowed)}; found {found!r}{did_you_mean(str(found), allowed)}"
-    )
 
 
 def words(language: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from indiclip.generated.cielab import Floats, delta_e76, lab_to_srgb, srgb_to_lab
+from indiclip.generated.cielab import RGB, Floats, delta_e76, lab_to_srgb, srgb_to_lab
 from indiclip.generated.mela_shapes import CLOTHES, THINGS
-from indiclip.generated.mela_things import RGB, draw_shapes
+from indiclip.generated.mela_things import draw_shapes
 
 UInt8 = NDArray[np.uint8]
 Mask = NDArray[np.bool_]

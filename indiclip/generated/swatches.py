@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.generated.cielab import delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
-from indiclip.generated.mela_things import RGB
+from indiclip.generated.arguments import height_width, must_be_at_least, must_be_one_of
+from indiclip.generated.cielab import RGB, delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
 from indiclip.generated.swatch_draw import draw_cloth, draw_object, draw_patch
 from indiclip.types import Sample
 
@@ -57,14 +57,10 @@ class Swatches(SampleDataset):
         size: int | list[int] = 224,
         seed: int = 0,
     ) -> None:
-        if part not in PARTS:
-            raise ValueError(f"part: expected one of {', '.join(PARTS)}; found {part!r}")
-        sides = [size, size] if isinstance(size, int) else list(size)
-        if len(sides) != 2 or min(sides) < MIN_SIDE:
-            raise ValueError(f"size: expected a number or [height, width] from {MIN_SIDE} pixels up; found {size!r}")
-        if num_images < 1 or seed < 0:
-            raise ValueError(f"num_images, seed: expected 1 or more and 0 or more; found {num_images!r}, {seed!r}")
-        self.height, self.width = sides
+        must_be_one_of("part", part, PARTS)
+        must_be_at_least(1, num_images=num_images)
+        must_be_at_least(0, seed=seed)
+        self.height, self.width = height_width(size, MIN_SIDE)
         self.num_images, self.part, self.seed = num_images, part, seed
         self.colours = list(colours)
         self.labs = np.array([srgb_to_lab(rgb_of_hex(colour)) for colour in colours.values()]).reshape(-1, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.loading.plan import BatchSpec, SourceInfo
+from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.transforms import Transform
 from indiclip.patches import count_tokens
 
@@ -18,9 +19,8 @@ from indiclip.patches import count_tokens
 class Source:
     """Where the examples of a task come from.
 
-    A step has `batch_size` samples, or as many as `batch_tokens` hold: one of the two. Images of similar length come
-    together, so that little is padded. With `batch_size` and several sources of a task, each of them gives its part of
-    every step, and only within the parts are the lengths similar: sources of different lengths need `batch_tokens`.
+    A step has `batch_size` samples, or as many as `batch_tokens` hold: one of the two. With `batch_size` and several
+    sources of a task, each of them gives its part of every step.
 
     Args:
         task: The task that reads them; heads name it too.
@@ -35,6 +35,12 @@ class Source:
         batch_multiple: With `batch_tokens`, the samples of a step are a multiple of this, and the number of ranks must
             divide it.
         window: Shards among which samples are shuffled; it bounds how many shards are read at a time.
+        group_by_length: Make batches of images of similar length in tokens, so that less is padded. What a batch holds
+            then goes with the images' sizes, and where classes do too (scans small and square, photos wide) a batch has
+            one class and little is learned: counting on real photos was 2.5 times as wrong, for 1.6% fewer patches.
+            Worth it where lengths differ much and sizes say nothing of the content. Without effect where lengths are
+            not known beforehand: an augmentation that crops, a dataset without `sizes_hw`, a backbone of one size.
+            With `batch_tokens`, all sizes are looked at when the run starts, a second for a million.
         name: Of a held-out source. Where a task has several of them, each is scored by itself, as
             `val/<head>/<name>/<metric>`; without a name, it is the source's place among them, from 0. The only one of
             its task is `val/<head>/<metric>`, whatever its name.
@@ -49,6 +55,7 @@ class Source:
     batch_tokens: int | None = None
     batch_multiple: int = 8
     window: int = 16
+    group_by_length: bool = False
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -69,30 +76,38 @@ class Source:
         self.transform = Transform(self.max_tokens, self.augment)
 
     @property
-    def budget(self) -> BatchSpec:
+    def spec(self) -> BatchSpec:
         """How many samples make a batch of the task."""
         if self.batch_size is not None:
             return BatchSpec(self.batch_size)
         return BatchSpec(self.batch_multiple, self.batch_tokens, self.max_tokens)
 
-    def samples(self, patch_size: int, canvas_hw: tuple[int, int] | None) -> SourceInfo:
+    def info(self, patch_size: int, canvas_hw: tuple[int, int] | None) -> SourceInfo:
         """What a plan has to know of the source."""
-        sizes = self.dataset.sizes_hw
-        lengths = None
-        if sizes is not None and canvas_hw is None and self.transform.keeps_size:
-            lengths = TokenCounts(sizes, patch_size, self.max_tokens)
-        return SourceInfo(len(self.dataset), self.dataset.starts, lengths)
+        size, starts = len(self.dataset), self.dataset.starts
+        max_tokens, sizes_hw = self.max_tokens, None
+        if canvas_hw is not None:
+            max_tokens = math.prod(canvas_hw) // patch_size**2
+        elif self.transform.keeps_size:
+            sizes_hw = self.dataset.sizes_hw
+        if self.group_by_length:
+            return SourceInfo(size, starts, TokenCounts(sizes_hw, patch_size, max_tokens))
+        if sizes_hw is not None and 0 < size <= LARGEST_WINDOW and np.all(sizes_hw):  # 0: an unreadable header
+            max_tokens = min(max_tokens, int((-(-sizes_hw // patch_size)).prod(1).max()))
+        return SourceInfo(size, starts, longest=max_tokens)
 
 
 @dataclass
 class TokenCounts:
-    """Indices of samples -> how many tokens their images have."""
+    """Indices of samples -> how many tokens their images have, `max_tokens` where their sizes are unknown."""
 
-    sizes_hw: np.ndarray
+    sizes_hw: np.ndarray | None
     patch_size: int
     max_tokens: int
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
+        if self.sizes_hw is None:
+            return np.full(len(indices), self.max_tokens)
         codes = self.sizes_hw[indices].astype(np.int64) @ np.array([2**32, 1])
         distinct, of_sample = np.unique(codes, return_inverse=True)
         sizes = np.stack([distinct >> 32, distinct % 2**32], axis=1)

@@ -48,24 +48,24 @@ class Steps(Dataset[dict[str, Batch]]):
         ]
 
     def _plan(self, group: list[Source]) -> Plan:
-        task, budget = group[0].task, group[0].budget
-        if any(source.budget != budget for source in group):
+        task, spec = group[0].task, group[0].spec
+        if any(source.spec != spec for source in group):
             raise ValueError(
                 f"data: the sources of task {task!r} differ in batch_size, batch_tokens, batch_multiple or max_tokens; "
                 "they share their batches"
             )
-        if self.train and budget.samples % self.world_size:
-            name = "batch_size" if budget.tokens is None else "batch_multiple"
+        if self.train and spec.samples % self.world_size:
+            name = "batch_size" if spec.tokens is None else "batch_multiple"
             raise ValueError(
-                f"data: {name} {budget.samples} of task {task!r} is over all ranks and must be a multiple of the "
+                f"data: {name} {spec.samples} of task {task!r} is over all ranks and must be a multiple of the "
                 f"{self.world_size} ranks"
             )
         if self.canvas_hw is not None:  # the backbone's one size, whatever max_tokens says
             canvas = math.prod(self.canvas_hw) // self.patch_size**2
-            budget = budget._replace(max_tokens=canvas, option="canvas_hw")
-        samples = [source.samples(self.patch_size, self.canvas_hw) for source in group]
+            spec = spec._replace(max_tokens=canvas, option="canvas_hw")
+        infos = [source.info(self.patch_size, self.canvas_hw) for source in group]
         weights, window = [source.weight for source in group], max(source.window for source in group)
-        return Plan(task, samples, weights, budget, self.seed, self.train, window)
+        return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
         batches = {task: self._batch(task, step) for task in self.plans}
@@ -81,17 +81,12 @@ class Steps(Dataset[dict[str, Batch]]):
         plan = self.plans[task]
         info = get_worker_info()
         worker = self.rank + (info.id if info else 0)
-        places = plan.batch(step) if self.train else plan.pass_through(step)
         for number, shards in plan.next_shards(step) if self.train else []:
             self._prefetch(task, number, self.sources[task][number].dataset, shards, worker)
-        budget = self.sources[task][0].budget
+        refs, tokens = plan.batch(step, self.rank, self.world_size), self.sources[task][0].spec.tokens
         # Whatever an augmentation makes of the images, the batch stays within the tokens.
-        max_tokens = budget.tokens // max(len(places), 1) if budget.tokens else None
-        samples: list[Prepared] = []
-        for ref in places[self.rank :: self.world_size]:
-            sample = self.read(task, ref, max_tokens)
-            if sample is not None:
-                samples.append(sample)
+        max_tokens = tokens // (len(refs) * self.world_size) if tokens and self.train else None
+        samples = [sample for ref in refs if (sample := self.read(task, ref, max_tokens)) is not None]
         if not samples:
             return None
         batch = collate(samples)
@@ -142,6 +137,11 @@ class Steps(Dataset[dict[str, Batch]]):
         drawn.pop("captions", None)
         return drawn
 
+    def unreadable(self) -> list[Quarantined]:
+        """The unreadable samples since the last call, of which no batch tells then."""
+        found, self._quarantined = self._quarantined, []
+        return found
+
 
 def _keys(sources: list[Source], train: bool) -> list[str]:
     """What the batches of each source are called in a step: their task, or `task/source` of several held-out ones.
@@ -163,5 +163,5 @@ def _keys(sources: list[Source], train: bool) -> list[str]:
 
 def _origin(key: str, group: list[Source]) -> Origin:
     task = group[0].task
-    classes = next((names for source in group if (names := getattr(source.dataset, "classes", None))), ())
+    classes = next((names for source in group if (names := source.dataset.classes)), ())
     return Origin(task, key.removeprefix(task).removeprefix("/"), classes)

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from indiclip.datasets import densepose as dp
-from indiclip.datasets.coco import is_thick, read_bboxes, stack_masks, wrong_size
+from indiclip.datasets.coco import stack_masks, wrong_size
+from indiclip.datasets.coco_file import Entry, check_all, read_boxes_of_image
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.masks import check_mask
-from indiclip.datasets.tables import column, xywh_to_xyxy
+from indiclip.datasets.tables import column
 from indiclip.images import EncodedImage
 from indiclip.types import Sample
 from indiclip.webdataset.shards import Shards, caption_fields, read_captions
@@ -45,35 +47,30 @@ class BoxShards(Shards):
         self._with_masks, self.densepose = masks, densepose
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
-        fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose)
+        fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose, Inventory())
         fields.update(caption_fields(read_captions(parts, entry)))
         return fields
 
 
-def box_fields(entry: dict[str, Any], image: EncodedImage, num_classes: int, masks: bool, densepose: bool) -> Sample:
-    """The boxes, classes, masks and body surfaces of one image.
+def box_fields(
+    entry: dict[str, Any], image: EncodedImage, num_classes: int, masks: bool, densepose: bool, inventory: Inventory
+) -> Sample:
+    """The boxes, classes, masks and body surfaces of one image; the boxes are counted in `inventory`.
 
     Raises:
         ValueError: A key is missing, a class out of range, another size than the image's, a malformed annotation.
     """
-    height, width = (entry.get(side) for side in ("height", "width"))
-    if not isinstance(height, int) or not isinstance(width, int):
-        raise ValueError(f"(height, width) is {str((height, width))[:40]}; expected whole pixels")
+    boxes, wheres = read_boxes_of_image(entry, "annotation", inventory)
+    height, width = entry["height"], entry["width"]
     if (height, width) not in (image.size_hw, image.upright_hw):
         raise ValueError(wrong_size(image, height, width))
-    entries = entry.get("annotations")
-    if not isinstance(entries, list):
-        raise ValueError(f"annotations is {str(entries)[:40]}; expected a list")
-    wheres = [f"annotation {identity}" for identity in _ids(entries)]
-    boxes_xywh = read_bboxes(column(entries, "bbox", "annotation"), wheres)
-    boxes_xyxy = xywh_to_xyxy(boxes_xywh, np.tile([height, width], (len(entries), 1)), wheres)
+    entries: list[Entry] = entry["annotations"]
     classes = column(entries, "class", "annotation")
-    for where, number in zip(wheres, classes, strict=True):
-        if not isinstance(number, int) or not 0 <= number < num_classes:
-            raise ValueError(f"{where}: class is {number!r}; expected 0 to {num_classes - 1}")
-    kept = np.flatnonzero(is_thick(boxes_xyxy))
-    sample = Sample(boxes_xyxy=boxes_xyxy[kept], classes=np.array(classes, np.int64)[kept])
-    sample["crowd"] = np.array([bool(entries[i].get("iscrowd", 0)) for i in kept], bool)
+    expected = f"0 to {num_classes - 1}"
+    check_all(classes, lambda found: type(found) is int and 0 <= found < num_classes, wheres, "class", expected)
+    kept = boxes.kept
+    inventory.used["boxes"] += len(kept)
+    sample = Sample(boxes_xyxy=boxes.xyxy, classes=np.array(classes, np.int64)[kept], crowd=boxes.crowd)
     sample["annotated_upright"] = (height, width) != image.size_hw
     if masks:
         codes = [check_mask(entries[i].get("segmentation"), [height, width], wheres[i]) for i in kept]
@@ -84,18 +81,19 @@ def box_fields(entry: dict[str, Any], image: EncodedImage, num_classes: int, mas
     return sample
 
 
-def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) -> None:
+def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) -> Inventory:
     """Check all that `box_fields` could be asked for; masks and DensePose where the annotations have them.
+
+    Returns:
+        The boxes, used and left out.
 
     Raises:
         ValueError: As `box_fields`.
     """
-    fields = box_fields(entry, image, num_classes, masks=False, densepose=True)
+    inventory = Inventory()
+    fields = box_fields(entry, image, num_classes, masks=False, densepose=True, inventory=inventory)
     size_hw = list(image.upright_hw if fields["annotated_upright"] else image.size_hw)
-    for annotation, identity in zip(entry["annotations"], _ids(entry["annotations"]), strict=True):
+    for place, annotation in enumerate(entry["annotations"]):
         if "segmentation" in annotation:
-            check_mask(annotation["segmentation"], size_hw, f"annotation {identity}")
-
-
-def _ids(entries: list[Any]) -> list[Any]:
-    return [entry.get("id", place) if isinstance(entry, dict) else place for place, entry in enumerate(entries)]
+            check_mask(annotation["segmentation"], size_hw, f"annotation {annotation.get('id', place)}")
+    return inventory

@@ -94,8 +94,8 @@ def stat(url: str) -> Stat:
 
 def fingerprint(file: Path) -> str:
     """The size, and the CRC-32 of 16 KiB at the start, middle and end: tells whether an index may belong to a tar."""
+    size, crc = file.stat().st_size, 0
     with file.open("rb") as opened:
-        size, crc = os.fstat(opened.fileno()).st_size, 0
         for place in (0, size // 2, max(0, size - _SAMPLED)):
             crc = zlib.crc32(os.pread(opened.fileno(), _SAMPLED, place), crc)
     return f"{size}:{crc:08x}"

@@ -48,7 +48,7 @@ class ShardWriter:
         self.part = folder / f".{name}.part"
         self.shards: list[Path] = []
         self.inventory = Inventory()
-        self._locks = ExitStack()
+        self._locks, self._has_name = ExitStack(), False
         self._tar: tarfile.TarFile | None = None
         self._samples = self._bytes = 0
 
@@ -57,28 +57,28 @@ class ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.lock(self.name)
-            self._recover()
+            self._remove()
             if there := self._published(r"-\d+\.tar"):
                 raise FileExistsError(
                     f"{min(there)} is there already and is not overwritten; remove it, or take another name"
                 )
             self.part.mkdir()
+            self._has_name = True
         except BaseException:
-            self._locks.close()
-            self._forget_folder()
+            self._end()
             raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._locks:
-            try:
-                if kind is None:
-                    self.finish()
-                    self._publish()
-            finally:
-                with _undisturbed():
-                    self._discard()
-        self._forget_folder()
+        try:
+            if kind is None:
+                self.finish()
+                # What other names share comes last: where it is, all is complete.
+                for file in sorted(self.part.iterdir(), key=lambda file: not file.name.startswith(f"{self.name}-")):
+                    file.replace(self.folder / file.name)
+        finally:
+            with _undisturbed():
+                self._end()
 
     def lock(self, what: str) -> None:
         """Keep other writers from something in the folder until the end of the `with`.
@@ -143,34 +143,20 @@ class ShardWriter:
         own = re.compile(re.escape(self.name) + pattern)
         return [entry for entry in self.folder.iterdir() if own.fullmatch(entry.name)]
 
-    def _recover(self) -> None:
-        """Remove what a killed writer left. Of one killed while it published there are files on both sides."""
-        if self.part.is_dir() and not self.part.is_symlink():
+    def _remove(self) -> None:
+        """Remove what is not complete: what a killed writer left, or this one after an error."""
+        if self.part.is_dir():
             for file in self._published() if any(self.part.iterdir()) else []:
                 file.unlink()
             shutil.rmtree(self.part)
 
-    def _publish(self) -> None:
-        # What other names share comes last: where it is not there, nothing refers to it.
-        files = sorted(self.part.iterdir(), key=lambda file: (not file.name.startswith(f"{self.name}-"), file.name))
-        moved: list[Path] = []
-        try:
-            for file in files:
-                moved.append(self.folder / file.name)
-                file.replace(moved[-1])
-        except BaseException:
-            with _undisturbed():
-                for target in moved:
-                    target.unlink(missing_ok=True)
-            raise
-
-    def _discard(self) -> None:
+    def _end(self) -> None:
         if self._tar is not None and self._tar.fileobj is not None:
             with suppress(OSError):  # what is still to be written does not fit on a full disk
                 self._tar.fileobj.close()  # not the tar: that would write its end
-        shutil.rmtree(self.part, ignore_errors=True)
-
-    def _forget_folder(self) -> None:
+        if self._has_name:
+            self._remove()
+        self._locks.close()
         with suppress(OSError):  # there is something in it
             if self._is_new:
                 self.folder.rmdir()

@@ -104,12 +104,12 @@ class Shards(SampleDataset):
         """What the shards hold, whatever of it is read."""
         total = Inventory()
         for shown, index in zip(self._shown, self._indexes, strict=True):
-            found = index.inventory.summary()
-            for unit in (unit for unit in units if unit in found):
-                total.present[unit] += found[unit]["present"]
-                total.used[unit] += found[unit]["used"]
-                for reason, entry in found[unit]["left_out"].items():
-                    total.leave_out(unit, reason, f"{shown}: {entry['example']}", entry["count"])
+            found = index.inventory
+            total.present.update({unit: found.present[unit] for unit in units if unit in found.present})
+            total.used.update({unit: found.used[unit] for unit in units if unit in found.present})
+            for unit, reason, number, example in found.left_out():
+                if unit in units:
+                    total.leave_out(unit, reason, f"{shown}: {example}", number)
         return total
 
     def key(self, index: int) -> str:
@@ -265,6 +265,7 @@ def expand(urls: str | list[str]) -> list[str]:
 
 def find(urls: str | list[str]) -> list[str]:
     """As `expand`, but several shards may have one name."""
+    cache.limit()  # a mistake there would make every sample of a copy unreadable
     found: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
         for name in map(os.path.expanduser, braceexpand(url)):

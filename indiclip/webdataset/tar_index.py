@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from indiclip.datasets.coco import is_thick
+from indiclip.datasets.coco_file import read_boxes_of_image
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, xywh_to_xyxy
+from indiclip.datasets.tables import Strings
 from indiclip.images import HEAD_BYTES, UnreadableSample, header
 from indiclip.webdataset import cache
 from indiclip.webdataset.cache import Stat
@@ -83,7 +83,7 @@ class TarIndex:
             "shard": self.version,
             "fingerprint": self.fingerprint,
             "has_crc": self.has_crc,
-            "inventory": self.inventory.summary(),
+            "inventory": [self.inventory.present, self.inventory.used, list(self.inventory.left_out())],
             "damaged": self.damaged,
         }
         buffers = self.keys.buffers()
@@ -106,7 +106,11 @@ class TarIndex:
             if not known or not _is_sound(rows, *buffers):
                 return None
             damaged = [(str(key), str(reason)) for key, reason in about["damaged"]]
-            inventory = Inventory.of_summary(about["inventory"])
+            inventory, (present, used, left_out) = Inventory(), about["inventory"]
+            inventory.present.update(present)
+            inventory.used.update(used)
+            for unit, reason, number, example in left_out:
+                inventory.leave_out(str(unit), str(reason), str(example), int(number))
             inventory.verify()
             size, stamp, crc = about["shard"]
             version = Stat(int(size), str(stamp), str(crc))
@@ -238,19 +242,16 @@ def _reason(extension: str) -> str:
 
 def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
     """Count the boxes of an image, and those that `BoxShards` drops."""
-    annotations, thick = entry["annotations"], 0
-    if not isinstance(annotations, list):
-        return  # the sample is unreadable, which its reader says
-    inventory.present["boxes"] += len(annotations)
+    found = Inventory()
     try:
-        boxes = [annotation["bbox"] for annotation in annotations]
-        sizes_hw = np.tile([entry["height"], entry["width"]], (len(boxes), 1))
-        thick = int(is_thick(xywh_to_xyxy(np.array(boxes, float), sizes_hw, [key] * len(boxes))).sum())
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
-        inventory.leave_out("boxes", "of an unreadable image", key, len(annotations))
-        return
-    inventory.used["boxes"] += thick
-    inventory.leave_out("boxes", "thinner than a pixel", key, len(boxes) - thick)
+        boxes, _ = read_boxes_of_image(entry, f"{key}: annotation", found)
+        found.used["boxes"] = len(boxes.kept)
+    except ValueError:
+        found, annotations = Inventory(), entry["annotations"]
+        if isinstance(annotations, list):
+            found.present["boxes"] = len(annotations)
+            found.leave_out("boxes", "of an unreadable image", key, len(annotations))
+    inventory += found
 
 
 def _entry(parts: Parts, data: mmap.mmap) -> dict[str, Any]:

@@ -37,13 +37,13 @@ _COMPUTED = ("imagenet1k", "babel_imagenet")  # values of `classes` that stand f
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `no` (Norwegian) is text, and a key that is there twice is an error."""
+    """Safe YAML in which `no` (Norwegian) is text, and a duplicated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key, count in Counter(map(str, keys)).items():
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is duplicated", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from indiclip.datasets.coco_file import join_captions, read_images
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
 from indiclip.datasets.tables import check_files, column, decode_text, load_json
 from indiclip.names import shorten
@@ -81,16 +83,13 @@ def _holds(folder: Path, name: Any) -> bool:
 
 
 def _coco(content: dict[str, Any], file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
-    images, annotations = content["images"], content["annotations"]
-    names, ids = (column(images, name, f"{file}: image") for name in ("file_name", "id"))
-    place_of = {str(image_id): place for place, image_id in enumerate(ids)}
-    texts: list[list[str]] = [[] for _ in names]
-    owners, captions = (column(annotations, name, f"{file}: annotation") for name in ("image_id", "caption"))
-    for owner, caption in zip(owners, captions, strict=True):
-        if str(owner) not in place_of:
-            raise ValueError(f"{file}: a caption of image {owner!r}, which is not among the {len(ids)} images")
-        texts[place_of[str(owner)]].append(_caption(caption, f"{file}: image {owner}"))
-    return names, {"en": texts}
+    if not isinstance(content["annotations"], list):
+        raise ValueError(f"{file}: annotations is {shorten(content['annotations'])}; expected a list")
+    images, inventory = read_images(content["images"], file), Inventory()
+    texts = join_captions(content["annotations"], images, file, inventory)
+    for _, reason, count, example in inventory.left_out():
+        raise ValueError(f"{count:,} captions {reason}, first {example}; expected their images in the file")
+    return images.names, {"en": [[_caption(text, str(file)) for text in of_image] for of_image in texts]}
 
 
 def _karpathy(images: list[Any], file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:

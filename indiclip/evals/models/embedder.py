@@ -245,4 +245,4 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: {str(device)!r} is not to be had here ({reason})") from error
+        raise ValueError(f"device: {str(device)!r} is not available here ({reason})") from error

@@ -1,4 +1,4 @@
-"""From a folder, a file or a name to a peer: everything local, nothing unpickled but tensors, nothing left random."""
+"""From a folder, file or name to an external model: all local, nothing unpickled but tensors, nothing left random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import timm
 import timm.models
 import torch
 
-from indiclip.evals.models.external_models import OpenClip, Options, Peer, Timm, Transformers
+from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
 from indiclip.evals.models.model_names import read_config
 from indiclip.names import did_you_mean
 
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def load_open_clip(what: str, name: str, options: Options) -> Peer:
+def load_open_clip(what: str, name: str, options: Options) -> ExternalModel:
     """An architecture with random weights or those of a file; a folder; or what is on the hub.
 
     Args:
@@ -109,7 +109,7 @@ def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, 
     return arguments
 
 
-def load_transformers(what: str, name: str, options: Options) -> Peer:
+def load_transformers(what: str, name: str, options: Options) -> ExternalModel:
     """A folder as transformers saves one, or `hf-hub:NAME`; for the arguments see `load_open_clip`."""
     import transformers
 
@@ -159,7 +159,7 @@ def _check_tokenizer(folder: Path) -> None:
         raise FileNotFoundError(f"{folder}: found no tokenizer; expected {expected}")
 
 
-def load_timm(what: str, name: str, options: Options) -> Peer:
+def load_timm(what: str, name: str, options: Options) -> ExternalModel:
     """`NAME`, `NAME:FILE`, a folder, or `hf-hub:NAME`; for the arguments see `load_open_clip`."""
     architecture, _, weights = what.partition(":")
     if what.startswith(HUB):

@@ -41,19 +41,20 @@ class Options(NamedTuple):
     lengths: Sequence[int] | None = None
 
 
-class Peer(ABC):
+class ExternalModel(ABC):
     """What all of them share. Its one view is `native`, the model's own preprocessing.
 
     Args:
         name: For tables.
         model: The library's.
+        transform: A PIL image as the model sees it.
         options: Where and how it computes.
     """
 
     embeds_text = True
 
-    def __init__(self, name: str, model: Any, options: Options) -> None:
-        self.name = name
+    def __init__(self, name: str, model: Any, transform: Any, options: Options) -> None:
+        self.name, self._transform = name, transform
         self.model = model.to(options.device).eval().requires_grad_(False)
         self._device, self._precision = options.device, options.precision
         blank = self.prepare(np.zeros((32, 32, 3), np.uint8), self.views(["native"])[0])
@@ -88,8 +89,8 @@ class Peer(ABC):
                 texts, lambda some: F.normalize(self._encode_texts(some).float(), dim=-1), self._length
             )
 
-    @abstractmethod
-    def _prepare(self, image: Image.Image, view: View) -> Any: ...
+    def _prepare(self, image: Image.Image, view: View) -> Any:
+        return self._transform(image)
 
     @abstractmethod
     def _encode_images(self, batch: Any) -> Tensor: ...
@@ -98,15 +99,12 @@ class Peer(ABC):
     def _encode_texts(self, texts: list[str]) -> Tensor: ...
 
 
-class OpenClip(Peer):
+class OpenClip(ExternalModel):
     """An OpenCLIP model with its transform and tokenizer."""
 
     def __init__(self, name: str, model: Any, transform: Any, tokenizer: Any, options: Options) -> None:
-        self._transform, self._tokenizer = transform, tokenizer
-        super().__init__(name, model, options)
-
-    def _prepare(self, image: Image.Image, view: View) -> Any:
-        return self._transform(image)
+        self._tokenizer = tokenizer
+        super().__init__(name, model, transform, options)
 
     def _encode_images(self, batch: Any) -> Tensor:
         image_BE: Tensor = self.model.encode_image(batch.to(self._device))
@@ -117,7 +115,7 @@ class OpenClip(Peer):
         return text_BE
 
 
-class Transformers(Peer):
+class Transformers(ExternalModel):
     """A dual encoder of transformers with its processor.
 
     SigLIP 2 of any size ("NaFlex") also has views of a number of patches, such as `64`; its `native` is what the
@@ -126,13 +124,13 @@ class Transformers(Peer):
 
     def __init__(self, name: str, model: Any, processor: Any, options: Options) -> None:
         # Not the processor itself: SigLIP 2's has a patch size of its own, whatever the folder says.
-        self._image_processor, self._tokenizer = processor.image_processor, processor.tokenizer
+        self._tokenizer = processor.tokenizer
         self._context_length = int(model.config.text_config.max_position_embeddings)
         self._any_size = model.config.model_type == "siglip2"
         # SigLIP 2 was trained on lower-case text. Its folders of one size call themselves SigLIP and name Gemma's
         # tokenizer, which keeps capitals; transformers leaves this to the user.
         self._lowers = type(self._tokenizer).__name__.startswith("Gemma")
-        super().__init__(name, model, options)
+        super().__init__(name, model, processor.image_processor, options)
 
     def views(self, names: Sequence[str]) -> list[View]:
         if not self._any_size:
@@ -148,7 +146,7 @@ class Transformers(Peer):
 
     def _prepare(self, image: Image.Image, view: View) -> Any:
         budget = {} if view.tokens is None else {"max_num_patches": view.tokens}
-        return dict(self._image_processor(images=[image], return_tensors="pt", **budget))
+        return dict(self._transform(images=[image], return_tensors="pt", **budget))
 
     def _encode_images(self, batch: Any) -> Tensor:
         return self._pooled(self.model.get_image_features(**self._on_device(batch)))
@@ -169,23 +167,19 @@ class Transformers(Peer):
         return output if isinstance(output, Tensor) else output.pooler_output
 
 
-class Timm(Peer):
+class Timm(ExternalModel):
     """An image model of timm without its classifier."""
 
     embeds_text = False
 
     def __init__(self, name: str, model: Any, options: Options) -> None:
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-        self._transform: Any = create_transform(**config, is_training=False)
-        super().__init__(name, model, options)
+        super().__init__(name, model, create_transform(**config, is_training=False), options)
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         raise ValueError(
             f"{self.name}: an image model of timm embeds no text; it can be scored by kNN and linear probe"
         )
-
-    def _prepare(self, image: Image.Image, view: View) -> Any:
-        return self._transform(image)
 
     def _encode_images(self, batch: Any) -> Tensor:
         output = self.model(batch.to(self._device))

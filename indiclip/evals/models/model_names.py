@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import timm
 
+from indiclip.datasets.tables import load_json
 from indiclip.names import did_you_mean
 
 LIBRARIES = ("open_clip", "transformers", "timm")
@@ -20,7 +20,7 @@ def library_of(model: str) -> tuple[str, str]:
 
     Raises:
         FileNotFoundError: No such file or folder.
-        ValueError: Not to be told, naming what would be.
+        ValueError: Unclear; names what would be clear.
     """
     prefix, colon, rest = model.partition(":")
     if colon and prefix in LIBRARIES:
@@ -41,7 +41,9 @@ def library_of(model: str) -> tuple[str, str]:
         expected = ", ".join(f"{library}:{model}" for library in LIBRARIES)
         raise ValueError(f"{model}: which library is to download it? Expected one of {expected}")
     if colon:
-        raise ValueError(f"{model}: {prefix!r} is none of {', '.join(LIBRARIES)}{did_you_mean(prefix, LIBRARIES)}")
+        raise ValueError(
+            f"{model}: no library {prefix!r}{did_you_mean(prefix, LIBRARIES)}; expected one of {', '.join(LIBRARIES)}"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
         hub = f"if it is on the hub, transformers:hf-hub:{model} downloads it"
         raise FileNotFoundError(f"{model}: no such run, checkpoint or folder; {hub}")
@@ -81,10 +83,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, and ValueError for anything else."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not readable as JSON ({error})") from error
+    config = load_json(file)
     if not isinstance(config, dict):
         raise ValueError(f"{file}: found a {type(config).__name__}, expected an object")
     return config

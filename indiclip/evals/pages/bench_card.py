@@ -6,16 +6,8 @@ from collections.abc import Sequence
 
 from indiclip.evals.pages.bench_pictures import PictureOf, grids
 from indiclip.evals.pages.confusion import MOST_CLASSES, confusion, heat_map, mistakes, most_confused, words
-from indiclip.evals.pages.formatting import (
-    heated,
-    language_name,
-    less_english,
-    metric_name,
-    number,
-    protocol_name,
-    signed,
-)
-from indiclip.evals.pages.page import Html, details, many, table, tag
+from indiclip.evals.pages.formatting import heated, language_name, metric_name, number, protocol_name, signed
+from indiclip.evals.pages.page import Html, details, many, small_print, table, tag
 from indiclip.evals.results import (
     CLEAN,
     IMAGES,
@@ -26,6 +18,7 @@ from indiclip.evals.results import (
     Result,
     Score,
     by_card,
+    less_english,
 )
 
 # In this order.
@@ -44,11 +37,12 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, pictures:
     parts.append(tag("div", *numbers, class_="beside"))
     parts.append(_contamination(scores, result, card))
     parts.append(_answers(result, card, picture, pictures))
-    parts.append(tag("p", tag("small", f"Source: {card.source or 'not said'}. Licence: {card.licence or 'not said'}.")))
+    parts.append(small_print(f"Source: {card.source or 'not said'}. Licence: {card.licence or 'not said'}."))
     return tag("section", *parts, id=anchor(card))
 
 
 def anchor(card: CardResult) -> str:
+    """The id of a card's section."""
     return f"{card.card}-{card.part}"
 
 
@@ -75,7 +69,7 @@ def _notes(card: CardResult) -> Html:
 
 def _numbers(scores: list[Score], result: Result) -> Html:
     """Of one protocol: all languages, then all lengths and views, then the groups of images."""
-    full = [score for score in scores if (score.length, score.view) == (result.lengths[-1], result.views[0])]
+    full = [score for score in scores if result.is_main_setting(score)]
     whole = [score for score in scores if not score.subset]
     languages = [IMAGES, *result.languages()]
     tables = [
@@ -167,20 +161,15 @@ def _contamination(scores: list[Score], result: Result, card: CardResult) -> Htm
     lines: list[Sequence[str]] = []
     for score in clean:
         every = whole.get(score[:8])
-        if every is None or (score.length, score.view) != (result.lengths[-1], result.views[0]):
+        if every is None or not result.is_main_setting(score):
             continue
         name = f"{protocol_name(score.protocol)}, {language_name(score.language)}: {metric_name(score.metric)}"
         change = signed(score.value - every.value, score.metric)
         lines.append((name, _plain(every), _plain(score), change, f"{score.num_items:,}"))
     said = f"{len(flagged):,} of {len(images):,} images found among the training images."
     columns = ["score", "all images", "without them", "difference", "images left"]
-    return many(
-        [
-            tag("h3", "Seen in training"),
-            tag("p", said, class_="note"),
-            table(columns, lines) if lines else Html(""),
-        ]
-    )
+    found = table(columns, lines) if lines else ""
+    return many([tag("h3", "Seen in training"), tag("p", said, class_="note"), found])
 
 
 def _answers(result: Result, card: CardResult, picture: PictureOf, pictures: int) -> Html:
@@ -211,5 +200,5 @@ def _confusions(rows: list[Prediction], language: str) -> Html:
     if shown is not found:
         hint = f"The {len(shown.classes)} most confused of {len(found.classes)} classes. {hint}"
     listed = tag("ul", *(tag("li", line) for line in worst[:12]), class_="plain") if worst else tag("p", "No mistake.")
-    drawn = tag("div", heat_map(shown, found), tag("p", tag("small", hint))) if shown.classes else Html("")
+    drawn = tag("div", heat_map(shown, found), small_print(hint)) if shown.classes else Html("")
     return many([heading, tag("div", drawn, listed, class_="beside")])

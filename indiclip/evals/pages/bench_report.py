@@ -18,15 +18,14 @@ from indiclip.evals.pages.formatting import (
     images_were,
     interval,
     language_name,
-    less_english,
     metric_name,
     number,
     protocol_name,
     signed,
     title,
 )
-from indiclip.evals.pages.page import Html, details, many, page, tag, text
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score
+from indiclip.evals.pages.page import Html, details, many, page, small_print, tag, text
+from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english
 
 _MOST_PICTURES = 150  # about 20 kB each
 _PICTURES_OF_CARD = 18
@@ -163,7 +162,7 @@ def _overview(result: Result) -> Html:
     names = many(tag("th", name, class_="number" if i > 1 else None) for i, name in enumerate(head))
     content = tag("table", tag("thead", tag("tr", names)), tag("tbody", *lines), class_="overview")
     legend = "Below a value: its 95% interval. Stronger colour: farther above chance."
-    return many([tag("div", content, class_="scroll", tabindex="0"), tag("p", tag("small", legend))])
+    return many([tag("div", content, class_="scroll", tabindex="0"), small_print(legend)])
 
 
 def _block_name(suite: str, part: str, block: list[CardResult]) -> str:
@@ -217,7 +216,7 @@ def _language_panels(result: Result, scored: list[CardResult]) -> Html:
         head = tag("h3", tag("a", title(card), href=f"#{anchor(card)}"), " ", tag("small", metric_name(card.metric)))
         panels.append(tag("div", head, chart(bars, card.metric, scores[0].chance)))
     legend = "Lines: 95% intervals. Dotted: chance. Right: the gap to English on the same images."
-    return many([tag("div", *panels, class_="panels"), tag("p", tag("small", legend))])
+    return many([tag("div", *panels, class_="panels"), small_print(legend)])
 
 
 def _gap(result: Result, score: Score, english: Score | None) -> Html:
@@ -234,7 +233,7 @@ def _gap(result: Result, score: Score, english: Score | None) -> Html:
 
 
 def _every_number(result: Result, scored: list[CardResult]) -> list[Html]:
-    """A folded table per card, with no more marks than HTML asks for: there may be tens of thousands of rows."""
+    """A folded table per card, with no more tags than HTML asks for: there may be tens of thousands of rows."""
     columns = ["protocol", "language", "metric", "view", "group", "length"]
     columns += ["value", "low", "high", "chance", "images", "classes"]
     head = Html(f"<tr><th>{'<th>'.join(columns)}")

@@ -18,7 +18,7 @@ from indiclip.evals.pages.formatting import (
     signed,
     title,
 )
-from indiclip.evals.pages.page import Html, details, many, page, table, tag
+from indiclip.evals.pages.page import Html, details, many, page, small_print, table, tag
 from indiclip.evals.results import PHOTOGRAPHS, CardResult, Result
 
 _MOST_LISTED = 200  # images of a list, so that the page stays small
@@ -66,7 +66,7 @@ def _runs(a: Result, b: Result) -> Html:
     said = "On the right: the mean of the photographs’ main metrics, corrected for chance."
     if _counted(a) != _counted(b):
         said += " These means are over different cards, so they say nothing about each other."
-    return many([table(head, rows, words=6), tag("p", tag("small", said))])
+    return many([table(head, rows, words=6), small_print(said)])
 
 
 def _counted(run: Result) -> set[tuple[str, str]]:
@@ -89,7 +89,7 @@ def _differences(rows: list[Compared]) -> Html:
         lines.append([title(card), metric_name(card.metric), *cells])
     said = "Below a difference: the 95% interval of a paired bootstrap over the images. Coloured: it leaves out 0."
     head = ["card", "metric", *map(language_name, languages)]
-    return many([table(head, lines, words=2), tag("p", tag("small", said))])
+    return many([table(head, lines, words=2), small_print(said)])
 
 
 def _cards(rows: list[Compared]) -> list[CardResult]:

@@ -112,7 +112,7 @@ def _probes(result: Result, protocol: str) -> dict[tuple[str, str], Score]:
         (score.card, score.part): score
         for score in result.scores
         if (score.protocol, score.language, score.metric, score.subset) == (protocol, IMAGES, "acc1", "")
-        and (score.length, score.view) == (result.lengths[-1], result.views[0])
+        and result.is_main_setting(score)
     }
 
 

@@ -178,14 +178,6 @@ def heat_cell(words: str, heat: float) -> Html:
     return tag("td", words, class_="number heat", style=f"--v:{share:.0f}%")
 
 
-def less_english(score: Score) -> Score:
-    """A gap, by which English is better, as how far the language is from English; other scores as they are."""
-    if not score.metric.startswith("parity_"):
-        return score
-    low, high = (None if end is None else -end for end in (score.high, score.low))
-    return score._replace(value=-score.value, low=low, high=high)
-
-
 def above_chance(score: Score) -> float:
     """0 at chance or below, 1 where all is right."""
     value = corrected(score.value, score.chance)

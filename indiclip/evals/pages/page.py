@@ -75,9 +75,14 @@ def _cell(cell: str, kind: str | None) -> Html:
     return cell if isinstance(cell, Html) and cell.startswith("<td") else tag("td", cell, class_=kind)
 
 
-def details(summary: str, *inside: str, open_: bool = False) -> Html:
+def details(summary: str, *inside: str) -> Html:
     """What is folded away until it is asked for."""
-    return tag("details", tag("summary", summary), *inside, open="" if open_ else None)
+    return tag("details", tag("summary", summary), *inside)
+
+
+def small_print(words: str) -> Html:
+    """A paragraph of words that are less important."""
+    return tag("p", tag("small", words))
 
 
 def page(title: str, body: Iterable[str], style: str = "") -> str:

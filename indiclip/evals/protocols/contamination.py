@@ -87,20 +87,16 @@ def near_duplicates(bench_N: np.ndarray, training_M: np.ndarray, max_distance: i
     bench, training = np.asarray(bench_N, dtype=np.uint64), np.unique(np.asarray(training_M, dtype=np.uint64))
     training = training[training != UNHASHABLE]
     near_N = np.zeros(len(bench), dtype=bool)
-    for low, high in _bands(max_distance + 1):
+    # The first bit of each band, and the one after its last: as even as can be.
+    edges = [64 * i // (max_distance + 1) for i in range(max_distance + 2)]
+    for low, high in itertools.pairwise(edges):
         mask = np.uint64((1 << high) - (1 << low))
         order = np.argsort(training & mask)
         asked = np.flatnonzero(~near_N & (bench != UNHASHABLE))
         for places, candidates in _agreeing(bench[asked] & mask, (training & mask)[order]):
             differing = bench[asked[places]] ^ training[order[candidates]]
-            near_N[asked[places[_bit_count(differing) <= max_distance]]] = True
+            near_N[asked[places[np.bitwise_count(differing) <= max_distance]]] = True
     return Found(near_N, int((bench == UNHASHABLE).sum()))
-
-
-def _bands(number: int) -> list[tuple[int, int]]:
-    """64 bits in parts as even as can be: the first bit of each, and the one after its last."""
-    edges = [64 * i // number for i in range(number + 1)]
-    return list(itertools.pairwise(edges))
 
 
 def _agreeing(asked_N: np.ndarray, sorted_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -118,22 +114,12 @@ def _agreeing(asked_N: np.ndarray, sorted_M: np.ndarray) -> Iterator[tuple[np.nd
         start = stop
 
 
-def _bit_count(x: np.ndarray) -> np.ndarray:
-    """Ones in each uint64 (Warren, Hacker's Delight, section 5-1); `np.bitwise_count` needs NumPy 2."""
-    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
-
-
 @functools.cache
 def _spaces() -> dict[int, str | None]:
     """What each punctuation mark (and each half of a broken surrogate pair) and format character becomes."""
-    kinds = {"P": " ", "Cs": " ", "Cf": None}
-    table: dict[int, str | None] = {}
-    for code in range(sys.maxunicode + 1):
-        category = unicodedata.category(chr(code))
-        for kind, instead in kinds.items():
-            if category.startswith(kind):
-                table[code] = instead
-    return table
+    categories = {code: unicodedata.category(chr(code)) for code in range(sys.maxunicode + 1)}
+    return {
+        code: None if category == "Cf" else " "
+        for code, category in categories.items()
+        if category in ("Cf", "Cs") or category.startswith("P")
+    }

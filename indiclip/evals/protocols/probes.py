@@ -68,7 +68,7 @@ def knn(
         asked_A, asked_AE = task.asked_A, images[task.image_M[task.asked_A]]
         for part in chunks(len(asked_A), len(index_G)):
             own = part.start if task.leave_one_out else None
-            for place, (cosine_BK, near_BK) in enumerate(gallery.did_you_mean(asked_AE[part], k, own)):
+            for place, (cosine_BK, near_BK) in enumerate(gallery.nearest(asked_AE[part], k, own)):
                 weight_BK = ((cosine_BK - cosine_BK[:, :1]) / temperature).exp()  # of the nearest 1: no overflow
                 votes_BC = torch.zeros(len(weight_BK), len(class_C)).scatter_add_(1, index_G[near_BK], weight_BK)
                 class_LM[place, asked_A[part]] = class_C[votes_BC.argmax(1)]
@@ -105,15 +105,11 @@ def linear_probe(
         fold_G = folds(index_G.numpy(), names)
         fold_A, train_FG = fold_G, torch.arange(FOLDS)[:, None] != fold_G
     else:
-        fold_A, train_FG = (
-            torch.zeros(len(task.asked_A), dtype=torch.int64),
-            torch.ones(1, len(index_G), dtype=torch.bool),
-        )
+        fold_A = torch.zeros(len(task.asked_A), dtype=torch.int64)
+        train_FG = torch.ones(1, len(index_G), dtype=torch.bool)
     for place, end in enumerate(ends):
-        gallery_GE, asked_AE = (
-            truncate_normalize(images[task.gallery_G], end),
-            truncate_normalize(images[task.image_M[task.asked_A]], end),
-        )
+        gallery_GE = truncate_normalize(images[task.gallery_G], end)
+        asked_AE = truncate_normalize(images[task.image_M[task.asked_A]], end)
         weight_FCE, bias_FC = logistic.fit(gallery_GE, index_G, train_FG, inverse_penalty)
         for fold in range(len(train_FG)):
             held_out = (fold_A == fold).nonzero()[:, 0]
@@ -179,7 +175,7 @@ class _Gallery:
         self.gallery_GE, self.ends = gallery_GE, ends
         self.scale_LG = [_inverse_norm(gallery_GE[:, :end]) for end in ends]
 
-    def did_you_mean(self, asked_BE: Tensor, k: int, own: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def nearest(self, asked_BE: Tensor, k: int, own: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Cosines and places (B, K) of the nearest at each length, nearest first.
 
         Args:

@@ -56,11 +56,8 @@ def caption_ranks(image_NE: Floats, text_TE: Floats, image_T: Integers, length: 
     Raises:
         ValueError: An image without a caption.
     """
-    images, texts, owner_T = (
-        truncate_normalize(image_NE, length),
-        truncate_normalize(text_TE, length),
-        labels_of(image_T),
-    )
+    images, texts = truncate_normalize(image_NE, length), truncate_normalize(text_TE, length)
+    owner_T = labels_of(image_T)
     missing = np.setdiff1d(np.arange(len(images)), owner_T.numpy())
     if len(missing):
         raise ValueError(f"{len(missing)} of {len(images)} images have no caption, first number {missing[0]}")

@@ -1,0 +1,272 @@
+"""The lists of COCO's JSON files: read in one way for training, packing and benchmarks.
+
+Ids are whole numbers or text. An image's may be text in one list and a number in the other: 42 and "42" are one image,
+as no two ids of a list may read alike. Everything else is taken as it stands or refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from indiclip.datasets.inventory import Inventory
+from indiclip.datasets.tables import column, is_number, load_json, xywh_to_xyxy
+from indiclip.names import shorten
+
+TOLERANCE = 2.0  # pixels by which a box may reach out of its image: tools round
+_MIN_SIDE = 1.0  # pixels; COCO's few thinner boxes are slips of an annotator, too thin to be learnt from
+_CLIPPED = 0.01  # pixels; less is the rounding of x + width
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold and no text
+
+Entry = dict[str, Any]
+Id = int | str
+
+
+class Wheres(Sequence[str]):
+    """What to call each entry of a list in messages; put together only for those that are asked for."""
+
+    def __init__(self, prefix: str, ids: Sequence[Any]) -> None:
+        self.prefix, self._ids = prefix, ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return f"{self.prefix} {shorten(self._ids[index])}"
+
+
+class CocoImages(NamedTuple):
+    """The list `images`, N of them."""
+
+    ids: list[Id]
+    names: list[str]  # of the files
+    row_of: dict[Id, int]  # id, as a number and as text -> place in the list
+    captions: list[Any]  # that the entries carry themselves, None where they do not; unchecked
+    wheres: Wheres
+
+
+class CocoBoxes(NamedTuple):
+    """The boxes that are used, K of M."""
+
+    kept: np.ndarray  # int64 (K,): their places among the annotations
+    xyxy: np.ndarray  # float32 (K, 4)
+    crowd: np.ndarray  # bool (K,)
+
+
+def read_images(entries: list[Entry], file: Path) -> CocoImages:
+    """The list `images`.
+
+    Raises:
+        ValueError: An `id` or `file_name` is missing or of another type, or an id is duplicated.
+    """
+    where = f"{file}: image"
+    ids, names = unique_ids(column(entries, "id", where), where), column(entries, "file_name", where)
+    wheres = Wheres(where, ids)
+    check_all(names, lambda name: isinstance(name, str) and name != "", wheres, "file_name", "text")
+    row_of = {alias: row for row, image_id in enumerate(ids) for alias in _aliases(image_id)}
+    return CocoImages(ids, names, row_of, [entry.get("captions") for entry in entries], wheres)
+
+
+def read_sizes(entries: list[Entry], images: CocoImages, file: Path) -> np.ndarray:
+    """int64 (N, 2): height and width of the images.
+
+    Raises:
+        ValueError: One is missing or no whole number of pixels.
+    """
+    columns = [column(entries, side, f"{file}: image") for side in ("height", "width")]
+    sizes = list(zip(*columns, strict=True))
+    check_all(sizes, is_size, images.wheres, "(height, width)", "whole pixels")
+    return np.array(sizes, dtype=np.int64).reshape(-1, 2)
+
+
+def read_categories(entries: list[Entry], file: Path) -> tuple[list[str], dict[Id, int]]:
+    """Names in the order of their ids, and category id -> class.
+
+    Raises:
+        ValueError: An id or a name is missing, of another type or duplicated, or only some of the ids are text.
+    """
+    where = f"{file}: category"
+    ids, names = unique_ids(column(entries, "id", where), where), column(entries, "name", where)
+    wheres = Wheres(where, ids)
+    check_all(names, is_text, wheres, "name", "text")
+    unique_ids(names, where)
+    if ids:
+        like_first = f"{type(ids[0]).__name__}, as the first is {shorten(ids[0])}"
+        check_all(ids, lambda found: type(found) is type(ids[0]), wheres, "id", like_first)
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    return [names[i] for i in order], {ids[i]: number for number, i in enumerate(order)}
+
+
+def unique_ids(ids: list[Any], where: str) -> list[Id]:
+    """The same ids, or names.
+
+    Raises:
+        ValueError: One is neither a whole number nor text, or is duplicated; begins with `where`.
+    """
+    check_all(ids, _is_id, Wheres(f"{where} number", range(len(ids))), "id", "a whole number or text")
+    texts = list(map(str, ids))
+    if len(set(texts)) < len(texts):
+        (repeated, count), *_ = Counter(texts).most_common(1)
+        raise ValueError(f"{where} {shorten(repeated)} is duplicated, {count} times; expected each id and name once")
+    return ids
+
+
+def look_up(ids: list[Any], known: Mapping[Id, int], wheres: Sequence[str], what: str) -> np.ndarray:
+    """The number that each id stands for, int64.
+
+    Raises:
+        ValueError: One that is not known; begins with its entry of `wheres`.
+    """
+    expected = f"the id of one of the {what} entries"
+    check_all(ids, _is_id, wheres, f"{what}_id", expected)
+    numbers = list(map(known.get, ids))
+    if None in numbers:
+        check_all(ids, known.__contains__, wheres, f"{what}_id", expected)
+    return np.array(numbers, dtype=np.int64)
+
+
+def read_boxes(
+    entries: list[Entry], sizes_hw: np.ndarray, wheres: Wheres, tolerance: float, inventory: Inventory
+) -> CocoBoxes:
+    """`bbox` and `iscrowd` of annotations.
+
+    Args:
+        entries: M annotations.
+        sizes_hw: (M, 2) of the image of each.
+        wheres: What to call each in messages.
+        tolerance: Pixels by which a box may reach out of its image; so much is clipped.
+        inventory: The boxes are counted in it, those that are used left to the caller.
+
+    Raises:
+        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
+    """
+    inventory.present["boxes"] += len(entries)
+    boxes = column(entries, "bbox", wheres.prefix)
+    check_all(boxes, is_box, wheres, "bbox", "[x, y, width, height]")
+    crowd = [entry.get("iscrowd", 0) for entry in entries]
+    check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
+    boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
+    thick = is_thick(boxes_xyxy)
+    inventory.leave_out_each("boxes", "thinner than a pixel", wheres, ~thick)
+    inventory.alter_each("boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
+    kept = np.flatnonzero(thick)
+    return CocoBoxes(kept, boxes_xyxy[kept], np.array(crowd, dtype=bool)[kept])
+
+
+def read_boxes_of_image(entry: Entry, where: str, inventory: Inventory) -> tuple[CocoBoxes, Wheres]:
+    """The boxes of an image's own entry, as shards hold it: `height`, `width` and the list `annotations`.
+
+    Returns:
+        The boxes, and what to call each of the annotations in messages.
+
+    Raises:
+        ValueError: As `read_boxes`, and where size or list are missing.
+    """
+    size_hw, entries = (entry.get("height"), entry.get("width")), entry.get("annotations")
+    if not is_size(size_hw):
+        raise ValueError(f"(height, width) is {shorten(size_hw)}; expected whole pixels")
+    if not isinstance(entries, list):
+        raise ValueError(f"annotations is {shorten(entries)}; expected a list")
+    ids = [one.get("id", place) if isinstance(one, dict) else place for place, one in enumerate(entries)]
+    wheres, sizes_hw = Wheres(where, ids), np.tile(np.array(size_hw, np.int64), (len(entries), 1))
+    return read_boxes(entries, sizes_hw, wheres, TOLERANCE, inventory), wheres
+
+
+def read_captions(images: CocoImages, file: Path | None, inventory: Inventory) -> list[list[str]]:
+    """The captions of each image: those of COCO's captions JSON, or else those that the images' entries carry.
+
+    Args:
+        images: The images.
+        file: The captions JSON; it may be of more images.
+        inventory: The captions are counted in it, those that are used left to the caller.
+
+    Raises:
+        ValueError: A caption that is no text. One line with the file and the id.
+    """
+    if file is not None:
+        return join_captions(load_json(file, ("annotations",))["annotations"], images, file, inventory)
+    lists = [[] if texts is None else texts for texts in images.captions]
+    check_all(lists, lambda texts: isinstance(texts, list), images.wheres, "captions", "a list of texts")
+    for row, texts in enumerate(lists):
+        if texts:
+            check_all(texts, is_text, [images.wheres[row]] * len(texts), "a caption", "text")
+            inventory.present["captions"] += len(texts)
+    return [[text.strip() for text in texts] for texts in lists]
+
+
+def join_captions(entries: list[Entry], images: CocoImages, file: Path, inventory: Inventory) -> list[list[str]]:
+    """As `read_captions`, from the list `annotations`."""
+    where = f"{file}: annotation"
+    texts, ids = (column(entries, name, where) for name in ("caption", "image_id"))
+    wheres = Wheres(where, [entry.get("id", place) for place, entry in enumerate(entries)])
+    check_all(texts, is_text, wheres, "caption", "text")
+    check_all(ids, _is_id, wheres, "image_id", "a whole number or text")
+    rows = [images.row_of.get(image_id, -1) for image_id in ids]
+    of_row: list[list[str]] = [[] for _ in images.ids]
+    for row, text in zip(rows, texts, strict=True):
+        if row >= 0:
+            of_row[row].append(text.strip())
+    inventory.present["captions"] += len(entries)
+    inventory.leave_out_each("captions", "of images that are not at hand", wheres, np.array(rows, np.int64) < 0)
+    return of_row
+
+
+def check_all(
+    values: Sequence[Any], is_right: Callable[[Any], bool], wheres: Sequence[str], name: str, expected: str
+) -> None:
+    """Check a column.
+
+    Raises:
+        ValueError: The first value that is not right; begins with its entry of `wheres`.
+    """
+    if not all(map(is_right, values)):  # as fast as Python can
+        place, found = next((place, found) for place, found in enumerate(values) if not is_right(found))
+        raise ValueError(f"{wheres[place]}: {name} is {shorten(found)}; expected {expected}")
+
+
+def is_size(size_hw: Sequence[Any]) -> bool:
+    """Whether height and width are whole numbers of pixels."""
+    return all(type(side) is int and 0 < side < 2**31 for side in size_hw)
+
+
+def is_box(found: Any) -> bool:
+    """Whether a value of a JSON file is four numbers."""
+    if type(found) is not list or len(found) != 4:
+        return False
+    left, top, width, height = found
+    return is_number(left) and is_number(top) and is_number(width) and is_number(height)
+
+
+def is_thick(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """bool (M,): which boxes are at least a pixel wide and high."""
+    return np.asarray((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1))
+
+
+def reaches_out(boxes_xywh: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """bool (M,): which boxes reach out of their images."""
+    ends, edges = boxes_xywh[:, :2] + boxes_xywh[:, 2:], sizes_hw[:, ::-1]
+    return np.asarray((boxes_xywh[:, :2] < -_CLIPPED).any(1) | (ends > edges + _CLIPPED).any(1))
+
+
+def _is_id(found: Any) -> bool:
+    return type(found) in (int, str)  # True is an int, and True == 1 == 1.0
+
+
+def is_text(found: Any) -> bool:
+    """Whether a value of a JSON file is a text that can be read."""
+    return isinstance(found, str) and bool(found.strip()) and not _SURROGATE.search(found)
+
+
+def _aliases(image_id: Id) -> tuple[Id, ...]:
+    """The id as it stands, and the number as text or the text as a number."""
+    if isinstance(image_id, int):
+        return image_id, str(image_id)
+    digits = image_id.removeprefix("-")
+    plain = digits.isascii() and digits.isdigit() and len(digits) < 20 and str(int(image_id)) == image_id
+    return (image_id, int(image_id)) if plain else (image_id,)
