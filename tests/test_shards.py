@@ -271,7 +271,7 @@ UNREADABLE = {
     "json without either": ({"0.jpg": png(), "0.json": "{}"}, r"a/0: neither text"),
     "broken json": ({"0.png": png(), "0.json": "{"}, r"a/0: broken JSON"),
     "json list": ({"0.png": png(), "0.json": "[]"}, r"a/0: found a JSON list; expected an object"),
-    "not utf-8": ({"0.png": png(), "0.txt": b"\xff"}, r"a/0: 'utf-8' codec can't decode byte 0xff"),
+    "not utf-8": ({"0.png": png(), "0.txt": b"\xff"}, r"a/0: the .txt: line 1: found the byte 0xff"),
     "no bytes": ({"0.png": b"", "0.txt": "x"}, r"a/0: expected the bytes of a JPEG, PNG or WebP, found 0"),
     "another format": ({"0.png": b"GIF89a" * 9, "0.txt": "x"}, r"a/0: expected the bytes of a JPEG, PNG or WebP"),
 }  # fmt: skip

@@ -95,7 +95,10 @@ class CaptionTable(SampleDataset):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         key = self.key(index)
-        data = self._embedded[int(self._rows[index])] if self._embedded else None
+        try:
+            data = self._embedded[int(self._rows[index])] if self._embedded else None
+        except ValueError as error:
+            raise UnreadableSample(key, str(error), str(self.folder)) from error
         if self._embedded and data is None and not (self.folder / key).is_file():
             raise UnreadableSample(key, "the cell holds no image", str(self._embedded.file))
         image = read_image(self.folder / key, key) if data is None else EncodedImage(data, key)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -188,7 +189,10 @@ class Table:
     def _column(self, place: int) -> list[Any]:
         if self.is_parquet:
             nth = self.header[:place].count(self.header[place])
-            column: list[Any] = self._parquet.read(columns=[self.header[place]]).column(nth).to_pylist()
+            with _readable(self.file):
+                column: list[Any] = self._parquet.read(columns=[self.header[place]]).column(nth).to_pylist()
+            if len(column) != len(self._lines):
+                raise ValueError(f"{self.file}: broken Parquet: {len(column)} of {len(self._lines)} rows")
             return column
         return [row[place] if len(row) == len(self.header) else None for row in self._cells]
 
@@ -209,7 +213,8 @@ class EmbeddedImages:
         kind = _open_parquet(self.file).schema_arrow.field(self.column).type
         if not hasattr(kind, "get_field_index") or kind.get_field_index("path") < 0:
             return [""] * int(self._ends[-1])
-        found = _open_parquet(self.file).read(columns=[f"{self.column}.path"]).column(0).to_pylist()
+        with _readable(self.file):
+            found = _open_parquet(self.file).read(columns=[f"{self.column}.path"]).column(0).to_pylist()
         return [(value or {}).get("path") or "" for value in found]
 
     def __getitem__(self, row: int) -> bytes | None:
@@ -223,18 +228,28 @@ class EmbeddedImages:
 @lru_cache(maxsize=_ROW_GROUPS)
 def _row_group(file: Path, group: int, column: str) -> Any:
     # Without threads, which a forked worker would not have.
-    return _open_parquet(file).read_row_group(group, columns=[column], use_threads=False).column(0)
+    with _readable(file):
+        return _open_parquet(file).read_row_group(group, columns=[column], use_threads=False).column(0)
 
 
 def _open_parquet(file: Path) -> Any:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise ValueError(f"{file}: Parquet needs the package pyarrow: pip install pyarrow") from None
-    try:
+    with _readable(file):
         return parquet.ParquetFile(file, memory_map=True)
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{file}: broken Parquet: {error}") from error
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What pyarrow raises over a damaged file as one line."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: broken Parquet: {' '.join(str(error).split())[:200]}") from error
 
 
 def _holds_images(kind: Any) -> bool:

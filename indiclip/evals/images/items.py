@@ -124,8 +124,13 @@ class TableImages:
         return len(self._keys)
 
     def __getitem__(self, index: int) -> EncodedImage:
-        data = self.column[int(self._rows[index])]
-        return EncodedImage(data or b"", self._keys[index], str(self.column.file))
+        key, file = self._keys[index], str(self.column.file)
+        try:
+            return EncodedImage(self.column[int(self._rows[index])] or b"", key, file)
+        except UnreadableSample:
+            raise
+        except ValueError as error:
+            raise UnreadableSample(key, str(error), file) from error
 
 
 class ShardImages:
