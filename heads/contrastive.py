@@ -288,8 +288,8 @@ class EmbeddingMetric(torchmetrics.Metric):
         result |= recalls(dim_zero_cat(self.drawn_S) > 0)
         if len(chosen) < 2:
             return result
-        counts = {name: float(len(image_S[chosen_S].unique())) for name, chosen_S in chosen.items()}
-        if min(counts.values()) < len(image_S[torch.stack(list(chosen.values())).any(0)].unique()):
+        counts = {name: float(len(image_S[chosen_S].bincount().nonzero())) for name, chosen_S in chosen.items()}
+        if min(counts.values()) < len(image_S[torch.stack(list(chosen.values())).any(0)].bincount().nonzero()):
             result |= {f"images/{name}": torch.tensor(count) for name, count in counts.items()}
         best = f"image_to_text_r{max(self.retrieval_at)}"
         for name, chosen_S in chosen.items():
@@ -385,7 +385,7 @@ def _embed_by_language(captions: list[dict[str, list[str]]], encoder: Encoder) -
     for language in sorted({language for by in captions for language in by}):
         counts = [len(by.get(language, [])) for by in captions]
         text_TE = encoder.embed_text([text for by in captions for text in by.get(language, [])])
-        for of_image, count, own_TE in zip(found, counts, text_TE.split(counts), strict=True):
+        for of_image, count, own_TE in zip(found, counts, torch.split(text_TE, counts), strict=True):
             if count:
                 of_image[language] = own_TE
     return found

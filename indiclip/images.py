@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "jpe")  # what files of the three formats are called
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
 HEAD_BYTES = 1 << 18  # of a file hold its header, mostly
 
@@ -185,6 +186,11 @@ def _has_exif(jpeg: bytes) -> bool:
             return True
         place += int.from_bytes(jpeg[place : place + 2], "big")
     return False
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image; what it holds is seen when it is read."""
+    return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def is_trouble(error: OSError) -> bool:

@@ -63,10 +63,14 @@ def test_nothing_held_out_is_trained_on_under_another_key_or_in_another_language
             r"a\.tsv: no column of texts: found \['id', 'caption'\]; expected `lang` and `text`",
         ),
         ("a.tsv", b"lang\ttxt\nhi\tx\n", r"a\.tsv: no column 'text'; nearest is 'txt'"),
-        ("a.tsv", b"en\thi\nx\n", r"a\.tsv: line 2 has 1 columns; the header has 2"),
-        ("a.tsv", b"en\thi\nx\t\xed\xa0\x80\n", r"a\.tsv: broken table"),  # half of a surrogate pair
-        ("a.txt", b"x\n\xed\xa0\x80\n", r"a\.txt: line 2: not UTF-8"),
-        ("a.md", b"x", r"a\.md: expected a \.tsv or \.csv file"),
+        ("a.tsv", b"en\thi\nx\n", r"a\.tsv: line 2: found 1 columns; the header has 2"),
+        (
+            "a.tsv",
+            b"en\thi\nx\t\xed\xa0\x80\n",
+            r"a\.tsv: line 2: found the byte 0xed; expected UTF-8",
+        ),
+        ("a.txt", b"x\n\xed\xa0\x80\n", r"a\.txt: line 2: found the byte 0xed"),
+        ("a.md", b"x", r"a\.md: expected a \.csv, \.tsv or \.parquet file"),
     ],
 )
 def test_mistakes_name_file_and_line(tmp_path, name, content, message):

@@ -5,9 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.datasets.languages import CODE, draw_caption
+from indiclip.datasets.languages import caption_language, draw_caption, language_tag
 from indiclip.datasets.split import Split
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
@@ -31,7 +33,7 @@ class Captioned(SampleDataset):
         return f"i{index}"
 
     def captions(self, index):
-        return {name: f"{name} {index}" for name in LANGUAGES if index % WITHOUT.get(name, 1000) or not index}
+        return {name: [f"{name} {index}"] for name in LANGUAGES if index % WITHOUT.get(name, 1000) or not index}
 
     def __getitem__(self, index):
         sample = Sample(image=np.zeros((8, 8, 3), np.uint8), key=self.key(index))
@@ -69,7 +71,7 @@ def test_in_as_many_epochs_as_it_has_languages_an_image_is_seen_once_in_each(bat
 
 def test_shares_of_one_epoch_and_of_all_are_even():
     """2,000 images with four captions, of which most are seen once."""
-    captions = {name: name for name in LANGUAGES}
+    captions = {name: [name] for name in LANGUAGES}
     images = [Sample(key=str(i), captions=captions) for i in range(2000)]
     for epoch in (0, 5):
         counts = Counter(draw_caption(image, f"s:{image['key']}", epoch)["language"] for image in images)
@@ -150,19 +152,65 @@ def test_training_batches_carry_one_caption_each():
 
 def test_an_added_language_moves_only_the_images_that_get_it():
     for i in range(200):
-        three = draw_caption(Sample(key="", captions=dict.fromkeys(LANGUAGES[:3], "x")), f"{i}")
-        four = draw_caption(Sample(key="", captions=dict.fromkeys(LANGUAGES, "x")), f"{i}")
+        three = draw_caption(Sample(key="", captions={name: ["x"] for name in LANGUAGES[:3]}), f"{i}")
+        four = draw_caption(Sample(key="", captions={name: ["x"] for name in LANGUAGES}), f"{i}")
         assert four["language"] in (three["language"], "sat-Olck")
 
 
 def test_a_sample_is_left_as_it_is():
-    sample = Sample(key="a", captions={"en": "x"})
-    assert draw_caption(sample, "s") == {"key": "a", "captions": {"en": "x"}, "caption": "x", "language": "en"}
-    assert sample == {"key": "a", "captions": {"en": "x"}}
+    sample = Sample(key="a", captions={"en": ["x"]})
+    assert draw_caption(sample, "s") == {"key": "a", "captions": {"en": ["x"]}, "caption": "x", "language": "en"}
+    assert sample == {"key": "a", "captions": {"en": ["x"]}}
     plain = Sample(key="a", caption="x")
     assert draw_caption(plain, "s") is plain
 
 
-def test_the_form_of_a_languages_code():
-    assert all(CODE.fullmatch(code) for code in ("en", "brx", "hi-Latn", "zh-Hant-TW"))
-    assert not any(CODE.fullmatch(code) for code in ("", "h", "hi_IN", "Hindi language", "a/b", "हि"))
+CAPTIONS = st.dictionaries(
+    st.sampled_from(["", *LANGUAGES]), st.lists(st.text(min_size=1), min_size=1, max_size=5, unique=True), min_size=1
+)
+
+
+@settings(deadline=None)
+@given(CAPTIONS, st.text())
+def test_languages_take_turns_and_within_a_language_its_texts(captions, stream):
+    """In each round every language once; in as many rounds as a language has texts, each of them once."""
+    size, longest = len(captions), max(map(len, captions.values()))
+    drawn = [draw_caption(Sample(key="a", captions=captions), stream, epoch) for epoch in range(size * longest)]
+    for first in range(0, len(drawn), size):
+        assert sorted(one.get("language", "") for one in drawn[first : first + size]) == sorted(captions)
+    for language, texts in captions.items():
+        seen = [one["caption"] for one in drawn if one.get("language", "") == language]
+        assert sorted(seen[: len(texts)]) == sorted(texts)
+
+
+@settings(deadline=None)
+@given(st.sets(st.sampled_from(LANGUAGES), min_size=1), st.text(), st.integers(0, 50))
+def test_the_language_that_is_drawn_does_not_depend_on_how_many_texts_it_has(languages, stream, epoch):
+    one, many = (Sample(key="a", captions=dict.fromkeys(languages, texts)) for texts in (["x"], ["x", "y", "z"]))
+    assert draw_caption(one, stream, epoch)["language"] == draw_caption(many, stream, epoch)["language"]
+
+
+def test_an_unknown_language_is_none():
+    assert draw_caption(Sample(key="a", captions={"": ["x"]}), "s") == {
+        "key": "a", "captions": {"": ["x"]}, "caption": "x"
+    }  # fmt: skip
+
+
+def test_what_a_language_is_called():
+    tags = {
+        "hi": "hi",
+        "hi-latn": "hi-Latn",
+        "ta_IN": "ta-IN",
+        "Tamil": "ta",
+        "தமிழ்": "ta",
+        "Bengali": "bn",
+        "hin": "hi",
+    }
+    tags |= dict.fromkeys(("", "h", "Hindi or so", "a/b", "हि", "Male", "caption", "und", "x-a", "file", "A"), "")
+    tags |= {"zh-Hant-TW": "zh-Hant-TW", "sat-Olck": "sat-Olck", "key": "key"}
+    assert {name: language_tag(name) for name in tags} == tags
+    columns = {"en": "en", "brx": "brx", "sa": "sa", "Tamil": "ta", "en-IN": "en-IN", "bho": "bho", "id-ID": "id-ID"}
+    columns |= dict.fromkeys(
+        ("id", "url", "key", "no", "is", "tag", "row", "alt", "min", "new", "ms", "file", "text"), ""
+    )
+    assert {name: caption_language(name) for name in columns} == columns

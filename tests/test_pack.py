@@ -145,13 +145,13 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path, capsys):
     table.write_text("\n".join([*lines, f"{tmp_path}/secret.png\tx", "text.jpg\tx", "\tx"]))
     assert pack(table, tmp_path / "out") == 0
     shown = capsys.readouterr().out
-    assert "2 of 10 samples; left out: " in shown
-    assert re.search(r"5 without an image file \(t.tsv: line \d+: ", shown)
+    assert "1 of 9 samples; left out: " in shown  # two rows are of one image
+    assert "  10 rows\n" in shown
+    assert re.search(r"6 without an image file \(t.tsv: line \d+: ", shown)
     assert re.search(r"2 with an unreadable image \(t.tsv: line \d+: ", shown)
-    assert "1 with unusable texts, classes or boxes (t.tsv: line 3: the caption is ''; expected text)" in shown
     reasons = left_out(tmp_path / "out")
     expected = {
-        3: "the caption is ''; expected text",
+        3: "the caption is empty; expected text",
         4: "'link.png' lies outside the folder",
         5: "damaged PNG: ",
         6: "'../secret.png' lies outside the folder",
@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path, capsys):
     assert reasons.keys() == {f"t.tsv: line {number}" for number in expected}
     for number, message in expected.items():
         assert message in reasons[f"t.tsv: line {number}"]
-    assert {s["key"].split("/")[1] for s in Shards(str(tmp_path / "out" / "*.tar"))} == {"good", "good_1"}
+    assert {s["key"].split("/")[1] for s in Shards(str(tmp_path / "out" / "*.tar"))} == {"good"}
 
 
 def test_nothing_is_overwritten_and_mistakes_are_one_line(pairs, tmp_path, capsys):
@@ -179,7 +179,7 @@ def test_nothing_is_overwritten_and_mistakes_are_one_line(pairs, tmp_path, capsy
     save(pairs.parent / "both" / "class" / "a.png")
     for source, words, message in (
         (pairs, [], "train-000000.tar is there already and is not overwritten"),
-        (tmp_path / "empty", ["--name", "x"], "empty: no images (jpg, jpeg, png, webp) in it or in its 0 folders"),
+        (tmp_path / "empty", ["--name", "x"], "empty: no images (jpg, jpeg, png, webp, jfif, jpe) in it or below it"),
         (tmp_path / "nosuch", ["--name", "x"], "nosuch: no such file or folder"),
         (tmp_path / "t.csv", ["--name", "x"], "no column 'caption'; nearest is 'captoin'"),
         (tmp_path / "t.zip", ["--name", "x"], "expected a folder, a .csv, .tsv or .parquet table, or a COCO .json"),
@@ -378,7 +378,8 @@ def test_parquet_has_missing_values_and_texts_that_look_like_them(tmp_path, caps
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 0
     assert [sample["caption"] for sample in Shards(str(tmp_path / "out" / "*.tar"))] == ["NA"]
-    assert set(left_out(tmp_path / "out").values()) == {"the caption is ''; expected text", "no image is named"}
+    assert set(left_out(tmp_path / "out").values()) == {"no image is named"}
+    assert "2 of 3 rows; left out: 1 without a caption" in capsys.readouterr().out
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out", name="x") == 2
     assert "t.parquet: broken Parquet: " in capsys.readouterr().err

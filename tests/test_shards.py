@@ -97,6 +97,7 @@ def test_captions_by_language(tmp_path):
         {"caption": "दीया", "lang": "hi"},
         {"caption": "x", "language": "Hindi or so"},
         {"captions": ["one", "two"], "caption": "one"},
+        {"captions": {"ta_IN": ["விளக்கு", "அகல்"], "Hindi": "दीया"}},
     ]
     members = {
         f"{i}.{kind}": png() if kind == "png" else json.dumps(e)
@@ -107,16 +108,19 @@ def test_captions_by_language(tmp_path):
         {k: v for k, v in s.items() if k not in ("image", "key")}
         for s in Shards(write_tar(tmp_path / "a.tar", members))
     ]
-    clean = {"en": "a lamp", "hi-Latn": "diya"}
+    clean = {"en": ["a lamp"], "hi-Latn": ["diya"]}
     assert samples == [
         {"captions": clean},
-        {"captions": {"de": "ein Licht"} | clean, "caption": "ein Licht", "language": "de"},
-        {"captions": clean, "caption": "a light", "language": "en"},
-        {"captions": clean, "caption": "who knows"},
+        {"captions": {"de": ["ein Licht"]} | clean},
+        {"captions": clean | {"en": ["a light", "a lamp"]}},
+        {"captions": clean | {"": ["who knows"]}},
         {"caption": "दीया", "language": "hi"},
         {"caption": "x"},
-        {"caption": "one"},
+        {"captions": {"": ["one", "two"]}},
+        {"captions": {"ta-IN": ["விளக்கு", "அகல்"], "hi": ["दीया"]}},
     ]
+    shards = Shards(str(tmp_path / "a.tar"))
+    assert [shards.captions(i) for i in (4, 6)] == [{"hi": ["दीया"]}, {"": ["one", "two"]}]
 
 
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -242,11 +246,11 @@ UNREADABLE = {
     "empty caption": ({"0.png": png(), "0.txt": " \n"}, r"a/0: the caption is ' \\n'; expected text"),
     "captions of another type": (
         {"0.png": png(), "0.txt": "x", "0.json": '{"captions": "x"}'},
-        r"a/0: captions of the \.json is 'x'; expected an object, language -> text",
+        r"a/0: captions of the \.json is 'x'; expected texts by language, or a list",
     ),
     "a caption in a language of another type": (
         {"0.png": png(), "0.json": '{"captions": {"en": "x", "hi": 3}}'},
-        r"a/0: captions of the \.json: hi is '3'; expected text",
+        r"a/0: captions of the \.json: hi is 3; expected text",
     ),
     "an empty caption in a language": (
         {"0.png": png(), "0.json": '{"captions": {"hi": " "}}'},
@@ -258,7 +262,7 @@ UNREADABLE = {
     ),
     "no captions at all": ({"0.jpg": png(), "0.json": '{"captions": {}}'}, r"a/0: neither text"),
     "empty caption in json": ({"0.png": png(), "0.json": '{"caption": ""}'}, r"a/0: the caption is ''"),
-    "caption of another type": ({"0.png": png(), "0.json": '{"text": 3}'}, r"a/0: the caption is '3'; expected text"),
+    "caption of another type": ({"0.png": png(), "0.json": '{"text": 3}'}, r"a/0: the caption is 3; expected text"),
     "half a character": ({"0.png": png(), "0.json": '{"text": "\\ud800"}'}, r"a/0: .* surrogates not allowed"),
     "negative label": ({"0.png": png(), "0.cls": "-1"}, r"a/0: the label is no whole number from 0"),
     "no number": ({"0.png": png(), "0.json": '{"label": 0.5}'}, r"a/0: the label is no whole number"),
@@ -267,7 +271,7 @@ UNREADABLE = {
     "json without either": ({"0.jpg": png(), "0.json": "{}"}, r"a/0: neither text"),
     "broken json": ({"0.png": png(), "0.json": "{"}, r"a/0: broken JSON"),
     "json list": ({"0.png": png(), "0.json": "[]"}, r"a/0: found a JSON list; expected an object"),
-    "not utf-8": ({"0.png": png(), "0.txt": b"\xff"}, r"a/0: 'utf-8' codec can't decode byte 0xff"),
+    "not utf-8": ({"0.png": png(), "0.txt": b"\xff"}, r"a/0: the .txt: line 1: found the byte 0xff"),
     "no bytes": ({"0.png": b"", "0.txt": "x"}, r"a/0: expected the bytes of a JPEG, PNG or WebP, found 0"),
     "another format": ({"0.png": b"GIF89a" * 9, "0.txt": "x"}, r"a/0: expected the bytes of a JPEG, PNG or WebP"),
 }  # fmt: skip

@@ -122,7 +122,7 @@ def test_captions_of_a_part_of_a_dataset_that_tells_them_by_its_samples_only(tmp
     config = tmp_path / "x.yaml"
     config.write_text(json.dumps({"data": {"train": [{"task": "a", "dataset": part, "batch_size": 1}]}}))
     scenes = Split(Mela(8, 48, languages=["en", "hi"]), "train")
-    expected = [text for i in range(len(scenes)) for text in scenes[i]["captions"].values()]
+    expected = [text for i in range(len(scenes)) for texts in scenes[i]["captions"].values() for text in texts]
     assert list(train_tokenizer.captions_of(config, 100)) == expected
     assert 2 <= len(expected) < 16
 

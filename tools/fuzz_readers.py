@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import shutil
 import tarfile
@@ -17,22 +18,26 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
 from indiclip.commands.sources import open_source
 from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.coco import CocoDetection
 from indiclip.datasets.points import CountingPoints
 from indiclip.evals.images.caption_files import read_caption_file
 from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import BoxShards, check_boxes
-from indiclip.webdataset.shards import read_entry
+from indiclip.webdataset.shards import read_captions, read_entry
 
 _LONGEST_MESSAGE = 500  # characters
 
@@ -252,8 +257,8 @@ def _read_as_pack(folder: Path) -> None:
     for i in range(len(source.keys)):
         try:
             item = source[i]
-            image = EncodedImage(item.image.read_bytes(), "")
-            check_boxes(read_entry(item.texts["json"]), image, len(source.classes))
+            data = item.image if isinstance(item.image, bytes) else item.image.read_bytes()
+            check_boxes(read_entry(item.texts["json"]), EncodedImage(data, ""), len(source.classes)).verify()
         except (OSError, ValueError) as error:
             _check_message(str(error))
 
@@ -283,6 +288,38 @@ def _read_captions(folder: Path) -> None:
     read_caption_file(folder / "captions.json")
 
 
+def _write_table(folder: Path, kind: str) -> None:
+    _write(folder)
+    rows = [
+        ("file", "en", "hi-Latn", "id"),
+        ("a.png", 'a "kite", red', "patang", "1"),
+        ("b.png", "one\ntwo", "", "2"),
+        ("c.jpg", "", "दीया", "3"),
+        ("a.png", '6" tall', "ek\tdo", "4"),
+    ]
+    if kind == "parquet":
+        header, *cells = rows
+        columns = dict(zip(header, map(list, zip(*cells, strict=True)), strict=True))
+        parquet.write_table(pyarrow.table(columns), folder / "t.parquet")
+        return
+    with (folder / f"t.{kind}").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, "excel" if kind == "csv" else "excel-tab").writerows(rows)
+
+
+def _read_table(folder: Path, on_bad_row: Any) -> SampleDataset:
+    return CaptionTable(str(folder), str(next(folder.glob("t.*"))), on_bad_row=on_bad_row)
+
+
+def _read_table_as_pack(folder: Path) -> None:
+    source = open_source(str(folder / "t.csv"), on_bad_row="skip")
+    source.inventory.verify()
+    for i in range(len(source.keys)):
+        try:
+            read_captions(source[i].texts, {})
+        except (OSError, ValueError) as error:
+            _check_message(str(error))
+
+
 _RETRIEVAL = {
     "images": _COCO["images"][:2],
     "annotations": [{"image_id": 7, "caption": "a kite"}, {"image_id": 30, "caption": "x"}],
@@ -295,6 +332,12 @@ READERS: dict[str, Reader] = {
     "coco, benchmark": Reader(lambda folder: _write(folder, captions=_RETRIEVAL), _read_captions),
     "box shard": Reader(_write_box_shard, _read_box_shard),
     "points": Reader(lambda folder: _write(folder, counting=_POINTS), _read_points),
+    **{
+        f"{kind} table{word}": Reader(partial(_write_table, kind=kind), partial(_read_table, on_bad_row=on_bad_row))
+        for kind in ("csv", "tsv", "parquet")
+        for word, on_bad_row in (("", "error"), (", bad rows skipped", "skip"))
+    },
+    "table, packed": Reader(partial(_write_table, kind="csv"), _read_table_as_pack),
 }
 
 

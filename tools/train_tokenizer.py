@@ -78,7 +78,7 @@ def _captions(dataset: SampleDataset, index: int) -> list[str]:
     except UnreadableSample:
         return []
     if captions := sample.get("captions"):
-        return list(captions.values())
+        return [text for texts in captions.values() for text in texts]
     return [sample["caption"]] if "caption" in sample else []
 
 

@@ -41,8 +41,9 @@ def run(options: argparse.Namespace) -> int:
         class_file = folder / "classes.txt"
         classes = read_classes(str(class_file)) if class_file.exists() else None
         source = open_source(
-            options.source, options.images, options.captions, options.image_column, options.caption_column, classes
-        )
+            options.source, options.images, options.captions, options.image_column, options.caption_column, classes,
+            options.on_bad_row,
+        )  # fmt: skip
         _check_classes(source, classes, class_file, options.source)
         if source.classes and classes is None:
             writer.lock(class_file.name)
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         writer.finish()
         if writer.shards and source.classes and classes is None:
             (writer.part / class_file.name).write_text("\n".join(source.classes) + "\n", "utf-8")
+        inventory += source.inventory
         inventory += writer.inventory
         inventory += source.inventory
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
@@ -85,12 +87,15 @@ def _read(source: Items, index: int) -> Packed:
     kind = "without an image file"
     try:
         item = source[index]
-        if not item.image.is_file():
-            raise ValueError(f"{item.image}: no such file")
+        data = item.image
+        if isinstance(data, Path):
+            if not data.is_file():
+                raise ValueError(f"{data}: no such file")
+            kind = "with an unreadable image"
+            if data.stat().st_size > MAX_BYTES["jpg"]:
+                raise ValueError(f"{data}: more than {MAX_BYTES['jpg']:,} bytes")
+            data = data.read_bytes()
         kind = "with an unreadable image"
-        if item.image.stat().st_size > MAX_BYTES["jpg"]:
-            raise ValueError(f"{item.image}: more than {MAX_BYTES['jpg']:,} bytes")
-        data = item.image.read_bytes()
         image = EncodedImage(data, "")
         image.decode()
         kind = "with unusable texts, classes or boxes"

@@ -91,6 +91,12 @@ def _pack(argv: list[str]) -> int:
     parser.add_argument("--captions", metavar="FILE", help="COCO's captions of the same images")
     parser.add_argument("--image_column", default="file", metavar="NAME", help="of a table (default: file)")
     parser.add_argument("--caption_column", default="caption", metavar="NAME", help="of a table (default: caption)")
+    parser.add_argument(
+        "--on_bad_row",
+        default="error",
+        choices=["error", "skip"],
+        help="malformed rows of a table (default: error)",
+    )
     options = parser.parse_args(argv)
     from indiclip.commands.pack import run
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from indiclip.datasets.captions import LANGUAGES, column_place, read_table
+import numpy as np
+
 from indiclip.datasets.coco_file import Entry, read_captions, read_coco
+from indiclip.datasets.folders import list_images
 from indiclip.datasets.inventory import Inventory
+from indiclip.datasets.languages import language_tag
+from indiclip.datasets.table_reader import KINDS, OnBadRow, Table
 from indiclip.datasets.tables import Strings, existing
-from indiclip.webdataset.tar_members import IMAGES
+from indiclip.images import EXTENSIONS
 
 _UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file name on some system, or in a key
 
@@ -21,7 +24,7 @@ _UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file 
 class Item(NamedTuple):
     """A sample before its image is read."""
 
-    image: Path
+    image: Path | bytes  # its file, or what the table holds
     texts: dict[str, bytes]  # `txt`, `json`, `cls`
 
 
@@ -32,7 +35,7 @@ class Items(Protocol):
         keys: One per sample, fit for shards.
         names: What to call each sample in messages.
         classes: Class names, where the source has classes.
-        inventory: What is known of its files beside the samples.
+        inventory: What the source holds, and what of it is in no sample.
     """
 
     keys: Strings
@@ -51,6 +54,7 @@ def open_source(
     image_column: str = "file",
     caption_column: str = "caption",
     classes: list[str] | None = None,
+    on_bad_row: OnBadRow = "error",
 ) -> Items:
     """The source at a path.
 
@@ -61,6 +65,7 @@ def open_source(
         image_column: Of a table.
         caption_column: Of a table.
         classes: The names that a folder's classes are numbered by; None takes them in alphabetical order.
+        on_bad_row: Of a table: `skip` leaves out and counts malformed rows, `error` raises.
 
     Raises:
         FileNotFoundError: It is not there.
@@ -76,70 +81,101 @@ def open_source(
     folder = existing(images) if images else found.parent
     if found.suffix == ".json":
         return CocoItems(found, folder, existing(captions) if captions else None)
-    if found.suffix in (".csv", ".tsv", ".parquet"):
-        return TableItems(found, folder, image_column, caption_column)
+    if found.suffix in KINDS:
+        return TableItems(found, folder, image_column, caption_column, on_bad_row)
     raise ValueError(f"{found}: expected a folder, a .csv, .tsv or .parquet table, or a COCO .json file")
 
 
 class FolderItems:
-    """`CLASS/*.jpg`, or `x.jpg` with `x.txt` or `x.json` beside it."""
+    """`CLASS/**/*.jpg`, or `x.jpg` with `x.txt` or `x.json` beside it."""
 
     def __init__(self, folder: Path, classes: list[str] | None) -> None:
-        self._folder, self.inventory = folder, Inventory()
-        found = sorted(_images_in(folder))
-        subfolders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-        in_classes = {entry.name: sorted(_images_in(entry)) for entry in subfolders}
-        in_classes = {name: images for name, images in in_classes.items() if images}
+        self._folder = folder
+        images, self.inventory = list_images(folder)
+        found = [name for name in images if "/" not in name]
+        in_classes = list(dict.fromkeys(name.split("/")[0] for name in images if "/" in name))
         if found and in_classes:
             where = f"{folder}: images in the folder and in {len(in_classes)} folders of it"
             raise ValueError(f"{where}; expected either CLASS/*.jpg, or x.jpg with x.txt beside it")
-        if not found and not in_classes:
-            raise ValueError(f"{folder}: no images ({', '.join(IMAGES)}) in it or in its {len(subfolders)} folders")
+        if not images:
+            left_out = "; ".join(self.inventory.lines()) or "no files"
+            raise ValueError(f"{folder}: no images ({', '.join(EXTENSIONS)}) in it or below it; found {left_out}")
         self.classes = [] if found else list(classes or in_classes)
-        if unknown := sorted(in_classes.keys() - set(self.classes)):
+        if unknown := sorted(set(in_classes) - set(self.classes)):
             raise ValueError(f"{folder}: {unknown[0]!r} is not among the {len(self.classes)} classes of classes.txt")
-        relative = [image.relative_to(folder) for image in found or chain(*in_classes.values())]
-        self.names = Strings(map(str, relative))
-        self.keys = unique_keys(_stem(str(path)) for path in relative)
+        self.names = Strings(images)
+        self.keys = unique_keys(map(_stem, images))
 
     def __getitem__(self, index: int) -> Item:
-        image = inside(self._folder, self.names[index])
-        texts = {}
+        name, texts = self.names[index], {}
         for extension in ("txt", "json"):
-            beside = Path(self.names[index]).with_suffix(f".{extension}")
+            beside = str(Path(name).with_suffix(f".{extension}"))
             if (self._folder / beside).is_file():
-                texts[extension] = inside(self._folder, str(beside)).read_bytes()
+                texts[extension] = inside(self._folder, beside).read_bytes()
         if self.classes:
-            texts["cls"] = str(self.classes.index(Path(self.names[index]).parts[0])).encode()
-        return Item(image, texts)
+            texts["cls"] = str(self.classes.index(name.split("/")[0])).encode()
+        return Item(inside(self._folder, name), texts)
 
 
 class TableItems:
-    """A column of image files and one of captions. A column `language` or `lang`, or a caption column that is called by
-    a language's code, says the captions' language.
+    """The images of a table with their captions, all rows of an image together.
+
+    A column `language` or `lang` says the language of the column with captions, or its own name does. Where the table
+    has no column `caption`, all that are called by a language are taken.
     """
 
-    def __init__(self, table: Path, folder: Path, image_column: str, caption_column: str) -> None:
-        self._folder, self.inventory = folder, Inventory()
+    def __init__(self, file: Path, folder: Path, image_column: str, caption_column: str, on_bad_row: OnBadRow) -> None:
+        self._folder = folder
         self.classes: list[str] = []
-        header, rows, lines = read_parquet(table) if table.suffix == ".parquet" else read_table(table)
-        image, caption = (column_place(name, header, table) for name in (image_column, caption_column))
-        images = [row[image].strip() for row in rows]
-        self._images = Strings(images)
-        self._captions = Strings(row[caption] for row in rows)
-        language = next((header.index(name) for name in ("language", "lang") if name in header), None)
-        of_column = caption_column if caption_column in LANGUAGES else ""
-        self._languages = Strings(of_column if language is None else row[language].strip() for row in rows)
-        self.names = Strings(f"{table.name}: line {line}" for line in lines)
-        self.keys = unique_keys(map(_stem, images))
+        table = Table(file, on_bad_row, image_column)
+        images, self._embedded = table.images(image_column)
+        columns = table.caption_columns()
+        if caption_column in table.header or not columns:
+            columns = {table.place(caption_column): language_tag(caption_column)}
+        of_rows = next((table.place(name) for name in ("language", "lang") if name in table.header), None)
+        declared = table.names(of_rows) if of_rows is not None else [""] * len(images)
+        texts = {place: table.texts(place) for place in columns}
+        rows_of: dict[str, list[int]] = {}
+        for row in table.kept:
+            # Rows without an image have nothing in common.
+            rows_of.setdefault(images[row] or f"\0{row}", []).append(row)
+        entries = []
+        for rows in rows_of.values():
+            captions: dict[str, list[str]] = {}
+            empty = [row for row in rows if not any(texts[place][row] for place in columns)]
+            for row in empty if len(empty) < len(rows) else []:  # else `pack` lists the image
+                table.leave_out(row, "without a caption", "no caption", always=True)
+            for place, language in columns.items():
+                for row in rows:
+                    known = captions.setdefault(language_tag(declared[row]) or language, [])
+                    known += [text for text in texts[place][row] if text not in known]
+            entries.append(_dumps({name: found for name, found in captions.items() if found}))
+        firsts = [rows[0] for rows in rows_of.values()]
+        self._images, self._captions = Strings(images[row] for row in firsts), Strings(entries)
+        self._rows = np.array(firsts)
+        self.names = Strings(table.where(row).removeprefix(f"{file.parent}/") for row in firsts)
+        self.keys = unique_keys(_stem(images[row]) for row in firsts)
+        self.inventory = table.inventory
+        self.inventory += table.count_columns(
+            {table.place(image_column), *columns, *([of_rows] if of_rows is not None else [])}
+        )
 
     def __getitem__(self, index: int) -> Item:
         if not self._images[index]:
             raise ValueError("no image is named")
-        texts = {"txt": self._captions[index].encode()}
-        if language := self._languages[index]:
-            texts["json"] = _dumps({"language": language}).encode()
-        return Item(inside(self._folder, self._images[index]), texts)
+        captions = json.loads(self._captions[index])
+        texts = {}
+        if not captions:
+            raise ValueError("the caption is empty; expected text")
+        if sum(map(len, captions.values())) > 1:
+            texts["json"] = _dumps({"captions": captions}).encode()
+        else:
+            for language, (text,) in captions.items():
+                texts["txt"] = text.encode()
+                if language:
+                    texts["json"] = _dumps({"language": language}).encode()
+        data = self._embedded[int(self._rows[index])] if self._embedded else None
+        return Item(inside(self._folder, self._images[index]) if data is None else data, texts)
 
 
 class CocoItems:
@@ -200,28 +236,3 @@ def _stem(name: str) -> str:
 
 def _dumps(entry: dict[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
-
-
-def read_parquet(file: Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """As `read_table`; a missing value is an empty text.
-
-    Raises:
-        ValueError: pyarrow is not installed, or no Parquet file.
-    """
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise ValueError(f"{file}: Parquet needs the package pyarrow: pip install pyarrow") from None
-    try:
-        table = parquet.read_table(file)
-    except ArrowException as error:
-        raise ValueError(f"{file}: broken Parquet: {error}") from error
-    columns = [["" if value is None else str(value) for value in one.to_pylist()] for one in table.columns]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    return table.column_names, rows, list(range(1, len(rows) + 1))
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return [
-        entry for entry in folder.iterdir() if entry.suffix[1:].lower() in IMAGES and not entry.name.startswith(".")
-    ]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from indiclip.datasets.captions import LANGUAGES, column_place, read_table
-from indiclip.datasets.tables import existing, stable_hash
+from indiclip.datasets.languages import language_tag
+from indiclip.datasets.table_reader import Table
+from indiclip.datasets.tables import decode_text, existing, stable_hash
 
 HOLDOUT = 0.1  # share of the rows that nothing is trained on
 _LANGUAGE_COLUMNS = ("lang", "language")
-_COLUMN = re.compile(rf"({'|'.join(LANGUAGES)})([-_]\w+)?")  # `hi`, and `hi-Latn` for romanised Hindi
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Text:
 def read_texts(files: Iterable[str]) -> Iterator[Text]:
     """All texts of some files; empty cells are left out.
 
-    A .tsv or .csv file has a column per language, called by its code (`hi`, `hi-Latn`), or the columns `lang` and
-    `text`, or all of these. The language of a .txt file, a text per line, is its name.
+    A table (.csv, .tsv, .parquet) has columns that are called by a language's code or name (`hi`, `hi-Latn`, `Tamil`),
+    or the columns `lang` and `text`, or all of these. The language of a .txt file, a text per line, is its name.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -46,9 +45,14 @@ def read_texts(files: Iterable[str]) -> Iterator[Text]:
     for name in files:
         file = existing(name)
         for row in _lines(file) if file.suffix == ".txt" else _table(file):
-            texts = {language: unicodedata.normalize("NFC", text.strip()) for language, text in row.items()}
-            key = texts.get("en")
-            yield from (Text(language, text, key or text) for language, text in texts.items() if text)
+            texts = [
+                (language, text)
+                for language, found in row.items()
+                for text in (unicodedata.normalize("NFC", one.strip()) for one in found)
+                if text
+            ]
+            key = next((text for language, text in texts if language == "en"), "")
+            yield from (Text(language, text, key or text) for language, text in texts)
 
 
 def training_texts(files: list[str], holdout: float) -> dict[str, list[str]]:
@@ -64,25 +68,26 @@ def training_texts(files: list[str], holdout: float) -> dict[str, list[str]]:
     return texts
 
 
-def _lines(file: Path) -> Iterator[dict[str, str]]:
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            yield {file.stem: line.decode()}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: line {number}: not UTF-8: {error}") from error
+def _lines(file: Path) -> Iterator[dict[str, list[str]]]:
+    for line in decode_text(file.read_bytes(), str(file)).split("\n"):
+        yield {file.stem: [line]}
 
 
-def _table(file: Path) -> Iterator[dict[str, str]]:
-    """Language -> text of each row."""
-    header, rows, _ = read_table(file)
-    columns = {name: place for place, name in enumerate(header) if _COLUMN.fullmatch(name)}
-    of_language = next((header.index(name) for name in _LANGUAGE_COLUMNS if name in header), None)
-    of_text = column_place("text", header, file) if of_language is not None else 0
+def _table(file: Path) -> Iterator[dict[str, list[str]]]:
+    """Language -> texts of each row."""
+    table = Table(file)
+    tags = table.caption_columns()
+    columns = {place: table.texts(place) for place in tags}
+    of_language = next((name for name in _LANGUAGE_COLUMNS if name in table.header), None)
     if not columns and of_language is None:
-        expected = f"expected `lang` and `text`, or languages' codes such as {LANGUAGES[:3]}"
-        raise ValueError(f"{file}: no column of texts: found {header}; {expected}")
-    for row in rows:
-        texts = {name: row[place] for name, place in columns.items()}
-        if of_language is not None:
-            texts[row[of_language].strip()] = row[of_text]
-        yield texts
+        expected = "expected `lang` and `text`, or languages' codes such as en, hi-Latn"
+        raise ValueError(f"{file}: no column of texts: found {table.header}; {expected}")
+    languages = table.names(table.place(of_language)) if of_language else []
+    of_text = table.texts(table.place("text")) if of_language else []
+    for row in table.kept:
+        found: dict[str, list[str]] = {}
+        for place, texts in columns.items():
+            found.setdefault(tags[place], []).extend(texts[row])
+        if of_language:
+            found.setdefault(language_tag(languages[row]) or languages[row], []).extend(of_text[row])
+        yield found

@@ -1,4 +1,4 @@
-"""Which of a sample's captions is its caption, where it has several, in one language or in many.
+"""What is a language's name, and which of a sample's captions is its caption, where it has several.
 
 In training the languages of an image take turns, in an order that is drawn anew for every round: after as many epochs
 as it has languages, an image was seen with each of them once, and every batch mixes them. Within a language its texts
@@ -9,12 +9,50 @@ language sees other crops.
 
 from __future__ import annotations
 
-import re
+from functools import lru_cache
+
+import langcodes
 
 from indiclip.datasets.tables import stable_hash
 from indiclip.types import Sample
 
-CODE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")  # the form of a BCP-47 code: hi, hi-Latn, sat-Olck
+# The languages of the Eighth Schedule of the Constitution of India, and English.
+OF_INDIA = (
+    *("en", "as", "bn", "brx", "doi", "gu", "hi", "kn", "ks", "kok", "mai", "ml"),
+    *("mni", "mr", "ne", "or", "pa", "sa", "sat", "sd", "ta", "te", "ur"),
+)
+_SPEAKERS = 1_000_000
+# Codes of Indonesian, Norwegian, Malay, Minangkabau and Newari, but columns are called by them for other reasons.
+_OTHER_WORDS = ("id", "no", "ms", "min", "new")
+
+
+@lru_cache(maxsize=4096)
+def language_tag(name: str) -> str:
+    """The standard form of a BCP-47 tag (`hi`, `hi-Latn`; of `ta_IN` `ta-IN`), or the tag of a language of India that
+    is called by its English or own name (`Tamil`); "" of anything else.
+    """
+    try:
+        if langcodes.tag_is_valid(name):
+            tag = langcodes.standardize_tag(name)
+            return "" if tag.partition("-")[0] in ("und", "mul", "mis", "zxx", "x") else tag
+        found = langcodes.find(name)
+    except (ValueError, LookupError):
+        return ""
+    # Other names are words too ("Male" is Malay), and langcodes finds the "Hindi" of "Hindi or so".
+    return found.to_tag() if found.to_tag() in OF_INDIA and " " not in name else ""
+
+
+def caption_language(column: str) -> str:
+    """The language that a column is taken to have captions in, by its name alone; "" where it is not.
+
+    Of the codes with a meaning only those of India's languages and of languages with a million speakers are taken
+    (`key` and `url` are codes too), and `id`, `no`, `ms`, `min`, `new` are not.
+    """
+    tag = language_tag(column)
+    if not tag or column in _OTHER_WORDS:
+        return ""
+    language = tag.partition("-")[0]
+    return tag if language in OF_INDIA or langcodes.get(language).speaking_population() >= _SPEAKERS else ""
 
 
 def draw_caption(sample: Sample, stream: str, epoch: int = 0) -> Sample:

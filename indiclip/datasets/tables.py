@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -50,6 +51,24 @@ class Strings:
 def stable_hash(text: str) -> int:
     """64 bits that are the same on every machine and in every run (Python's own `hash` is not)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """The text of a user's file: UTF-8, or UTF-16 with a byte order mark; the mark is no part of it.
+
+    Raises:
+        ValueError: Anything else; begins with `where` and names the line.
+    """
+    is_utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, found = data.count(b"\n", 0, error.start) + 1, f"the byte 0x{data[error.start]:02x}"
+        expected = "UTF-16 as its first bytes say" if is_utf16 else "UTF-8, or UTF-16 with a byte order mark"
+        raise ValueError(f"{where}: line {line}: found {found}; expected {expected}") from error
+    if text and text.count("\0") * 2 >= len(text):
+        raise ValueError(f"{where}: line 1: found a NUL; expected UTF-8, or UTF-16 with a byte order mark")
+    return text
 
 
 def existing(path: str) -> Path:
@@ -138,11 +157,9 @@ def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
     Raises:
         ValueError: Malformed, or a key is missing.
     """
+    text = decode_text(path.read_bytes(), str(path))
     try:
-        content = json.loads(path.read_bytes())
-    except UnicodeDecodeError as error:
-        found = f"byte {error.start} is {error.object[error.start]:#x}, which is no {error.encoding}"
-        raise ValueError(f"{path}: {found}; expected a JSON file in UTF-8") from error
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON: {error}") from error
     for key in keys:

@@ -12,7 +12,8 @@ import os
 import re
 import zlib
 from functools import cached_property
-from glob import glob
+from glob import escape, glob
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from braceexpand import braceexpand
 
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.languages import CODE
-from indiclip.datasets.tables import existing
+from indiclip.datasets.languages import language_tag
+from indiclip.datasets.tables import decode_text, existing
 from indiclip.images import EncodedImage, UnreadableSample, is_trouble
 from indiclip.names import shorten
 from indiclip.types import Quarantined, Sample
@@ -229,7 +230,9 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
         ValueError: An empty name or one that is there twice.
     """
     where = classes if isinstance(classes, str) else "classes"
-    lines = existing(classes).read_text("utf-8").splitlines() if isinstance(classes, str) else classes or []
+    lines = classes or []
+    if isinstance(classes, str):
+        lines = decode_text(existing(classes).read_bytes(), where).splitlines()
     names = [name.strip() for name in lines]
     for number, name in enumerate(names):
         if not name or name in names[:number]:
@@ -273,7 +276,13 @@ def find(urls: str | list[str]) -> list[str]:
 
 def _matches(name: str) -> list[str]:
     if not cache.is_remote(name):
-        return sorted(glob(name)) or [str(existing(name))]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        folder, pattern = os.path.split(name)
+        if Path(name).exists():  # [ and ] may be part of a name
+            return [name]
+        if Path(folder).is_dir():
+            folder = escape(folder)
+        found = glob(os.path.join(folder, pattern))  # noqa: PTH118, PTH207 (Path.glob takes no absolute pattern)
+        return sorted(found) or [str(existing(name))]
     if "*" not in name:
         return [name]  # whether it is there is asked with its size, many at once
     found = cache.remote_glob(name)
@@ -289,7 +298,7 @@ def read_entry(text: bytes) -> dict[str, Any]:
         ValueError: Broken JSON, or no object.
     """
     try:
-        entry = json.loads(text)
+        entry = json.loads(decode_text(text, "the .json"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON: {error}") from error
     if not isinstance(entry, dict):
@@ -309,15 +318,16 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
     if not isinstance(found, dict):
         raise ValueError(f"captions of the .json is {shorten(found)}; expected texts by language, or a list of texts")
     for language, more in found.items():
-        if language and not CODE.fullmatch(language):
+        tag = language_tag(language)
+        if language and not tag:
             expected = "a language's code such as 'hi' or 'hi-Latn'"
             raise ValueError(f"captions of the .json: found the language {shorten(language)}; expected {expected}")
         where = f"captions of the .json: {language}" if language else "captions of the .json"
         more = more if isinstance(more, list) else [more]
-        texts[language] = list(dict.fromkeys(_checked_text(where, text) for text in more))
+        texts[tag] = list(dict.fromkeys([*texts.get(tag, []), *(_checked_text(where, text) for text in more)]))
     caption: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
     if "txt" in parts:
-        caption = parts["txt"].decode()
+        caption = decode_text(parts["txt"], "the .txt")
     if caption is not None:
         caption = _checked_text("the caption", caption)
         # One that declares no language is mostly one of the others again.
@@ -337,7 +347,7 @@ def caption_fields(captions: dict[str, list[str]]) -> Sample:
 def declared_language(entry: dict[str, Any]) -> str:
     """`language` or `lang` of a sample's `.json`; empty where it is no language's code."""
     found = entry.get("language") or entry.get("lang")
-    return found if isinstance(found, str) and CODE.fullmatch(found) else ""
+    return language_tag(found) if isinstance(found, str) else ""
 
 
 def _checked_text(name: str, found: Any) -> str:

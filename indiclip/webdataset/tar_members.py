@@ -13,7 +13,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+from indiclip.images import EXTENSIONS
+
+IMAGES = EXTENSIONS
 TEXTS = ("txt", "json", "cls")
 TRUNCATED = "truncated tar"
 # Why a member is never read.

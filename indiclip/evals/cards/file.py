@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from indiclip.datasets.captions import LANGUAGES
+from indiclip.datasets.languages import OF_INDIA
 from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
 from indiclip.names import did_you_mean
@@ -167,7 +167,7 @@ def _prompts(entries: Any, file: str) -> dict[str, tuple[str, ...]]:
 
 def _check_language(language: Any, where: str) -> None:
     if not isinstance(language, str) or not LANGUAGE.fullmatch(language):
-        known = [*LANGUAGES, *(f"{one}-Latn" for one in LANGUAGES)]
+        known = [*OF_INDIA, *(f"{one}-Latn" for one in OF_INDIA)]
         hint = did_you_mean(str(language), known)
         raise ValueError(f"{where}: {language!r} is no language{hint}; expected a BCP 47 code such as en, hi, hi-Latn")
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from indiclip.datasets.coco_file import join_captions, read_images
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import check_files, column, load_json
-from indiclip.evals.cards.file import LANGUAGE
+from indiclip.datasets.languages import language_tag
+from indiclip.datasets.tables import check_files, column, decode_text, load_json
 from indiclip.names import shorten
 
 # Where the images lie, below the folder of the file.
@@ -113,7 +113,7 @@ def _karpathy(images: list[Any], file: Path) -> tuple[list[str], dict[str, list[
 def _crossmodal(file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
     entries = []
     # Not splitlines: a caption may hold the line ends of Unicode as they are.
-    for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
+    for number, line in enumerate(decode_text(file.read_bytes(), str(file)).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -121,18 +121,19 @@ def _crossmodal(file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
         except ValueError as error:
             raise ValueError(f"{file}: line {number}: broken JSON: {error}") from error
     keys = column(entries, "image/key", f"{file}: line")
-    languages = sorted({key for entry in entries for key in entry if LANGUAGE.fullmatch(key)})
-    captions: dict[str, list[list[str]]] = {language: [] for language in languages}
-    for key, entry in zip(keys, entries, strict=True):
-        for language in languages:
-            found = entry.get(language, {"caption": []})
+    tags = {name: language_tag(name) for name in sorted({name for entry in entries for name in entry})}
+    captions: dict[str, list[list[str]]] = {tag: [[] for _ in entries] for tag in tags.values() if tag}
+    for place, (key, entry) in enumerate(zip(keys, entries, strict=True)):
+        for name, found in entry.items():
+            if not tags[name]:
+                continue
             if not isinstance(found, dict) or not isinstance(found.get("caption"), list):
-                raise ValueError(f'{file}: {key}: {language}: expected {{"caption": [...]}}')
-            captions[language].append([_caption(text, f"{file}: {key}: {language}") for text in found["caption"]])
+                raise ValueError(f'{file}: {key}: {name}: found {shorten(found)}; expected {{"caption": [...]}}')
+            captions[tags[name]][place] += [_caption(text, f"{file}: {key}: {name}") for text in found["caption"]]
     return [f"{key}.jpg" for key in keys], captions
 
 
 def _caption(text: Any, where: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: the caption is {str(text)[:40]!r}; expected text")
+        raise ValueError(f"{where}: the caption is {shorten(text)}; expected text")
     return " ".join(text.split())

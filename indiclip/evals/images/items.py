@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from indiclip.datasets.table_reader import EmbeddedImages
 from indiclip.datasets.tables import Strings
 from indiclip.evals.cards.card import Card
 from indiclip.images import EncodedImage, UnreadableSample, is_trouble, read_image
@@ -105,6 +106,31 @@ class FileImages:
     def __getitem__(self, index: int) -> EncodedImage:
         name = self._names[index]
         return read_image(self.folder / name, key_of(name))
+
+
+class TableImages:
+    """The images that a table itself holds.
+
+    Args:
+        column: Of the table.
+        rows: Key of each image -> its row.
+    """
+
+    def __init__(self, column: EmbeddedImages, rows: dict[str, int]) -> None:
+        self.column, self._keys = column, Strings(rows)
+        self._rows = np.array(list(rows.values()), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> EncodedImage:
+        key, file = self._keys[index], str(self.column.file)
+        try:
+            return EncodedImage(self.column[int(self._rows[index])] or b"", key, file)
+        except UnreadableSample:
+            raise
+        except ValueError as error:
+            raise UnreadableSample(key, str(error), file) from error
 
 
 class ShardImages:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from indiclip.datasets.tables import stable_hash
+from indiclip.datasets.tables import decode_text, stable_hash
 from indiclip.evals.cards.card import Card
 from indiclip.evals.cards.imagenet import is_imagenet, with_class_list
 
@@ -37,7 +37,7 @@ def read_class_list(card: Card, folder: Path) -> ClassList | None:
     file = next((folder / name for name in CLASS_LISTS if (folder / name).is_file()), None)
     if file is None:
         return None
-    names = [line.strip() for line in file.read_text("utf-8-sig").rstrip().splitlines()]
+    names = [line.strip() for line in decode_text(file.read_bytes(), str(file)).rstrip().splitlines()]
     if "" in names:
         raise ValueError(f"{file}: line {names.index('') + 1} is empty; expected a class, since labels count the lines")
     if is_imagenet(card):

@@ -1,8 +1,8 @@
 """Where the images of a card lie: finds the layout of a folder and reads it into `Items`.
 
-- Class folders: `<class>/*.jpg`, also `train/<class>/`, `test/<class>/`.
-- A table (.csv, .tsv): columns `file` and `class`, and `split`, `text` (what is written on the image), and captions in
-  columns that are called by their language or `caption`. An image may have several rows of captions.
+- Class folders: `<class>/**/*.jpg`, also `train/<class>/`, `test/<class>/`.
+- A table (.csv, .tsv, .parquet): columns `file` and `class`, and `split`, `text` (what is written on the image), and
+  captions in columns that are called by their language or `caption`. An image may have several rows of captions.
 - Shards of the WebDataset format (.tar, .tar.gz) with `cls`, a number that counts the lines of classes.txt or
   classnames.txt beside them, or a class's name; `txt` with a caption per line. Shards called `train*` are for training.
 - clip-benchmark's folder: classnames.txt, `<split>/nshards.txt`, `<split>/0.tar`, ...
@@ -15,24 +15,24 @@ scored, or `val` where there is no `test`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from indiclip.datasets.captions import LANGUAGES, read_table
-from indiclip.datasets.tables import check_files
+from indiclip.datasets.folders import list_images
+from indiclip.datasets.inventory import Inventory
+from indiclip.datasets.table_reader import KINDS, Table
+from indiclip.datasets.tables import check_files, decode_text
 from indiclip.evals.cards.card import Card
-from indiclip.evals.cards.file import LANGUAGE
 from indiclip.evals.cards.imagenet import is_imagenet, with_babel
 from indiclip.evals.images.caption_files import find_caption_file, read_caption_file
-from indiclip.evals.images.items import FileImages, Items, key_of
+from indiclip.evals.images.items import FileImages, Images, Items, TableImages, key_of
 from indiclip.evals.images.labels import class_groups, draw_candidates, missing_classes, read_class_list
 from indiclip.evals.images.shard_layout import find_shards, read_shards
 from indiclip.evals.images.splits import choose, is_split
+from indiclip.images import EXTENSIONS
 from indiclip.names import did_you_mean
-from indiclip.webdataset.tar_members import IMAGES
 
 _BABEL = "babel_imagenet.json"
 
@@ -57,7 +57,7 @@ def read_items(card: Card, source: Path) -> Items:
         card, notes = with_babel(card, source / _BABEL)
     items = _read(card, source)
     if not len(items):
-        raise FileNotFoundError(f"{source}: no images ({', '.join(IMAGES)}) of the card {card.id}")
+        raise FileNotFoundError(f"{source}: no images ({', '.join(EXTENSIONS)}) of the card {card.id}")
     if items.is_train is not None and items.is_train.all():
         raise FileNotFoundError(f"{source}: images of the split `train` only; there is nothing to score")
     scored = items.labels if items.is_train is None else items.labels[~items.is_train]
@@ -75,7 +75,7 @@ def _read(card: Card, source: Path) -> Items:
         return read_shards(card, source, shards)
     if card.task == "retrieval" and (file := find_caption_file(source)):
         return _of_captions(card, file)
-    tables = sorted(entry for entry in source.iterdir() if entry.suffix in (".csv", ".tsv"))
+    tables = sorted(entry for entry in source.iterdir() if entry.suffix in KINDS)
     if len(tables) > 1:
         names = ", ".join(table.name for table in tables)
         raise ValueError(f"{source}: several tables, {names}; expected one that lists the images")
@@ -107,17 +107,16 @@ def _of_folders(card: Card, source: Path) -> Items:
     else:
         splits = {"": False}
     names, labels, is_train = [], list[int](), list[bool]()
-    others: list[str] = []
+    inventory = Inventory()
     for split, train in splits.items():
         for folder in _subfolders(source / split):
             place = _folder_class(card, source / split, folder)
-            found, left = _files(source / split / folder)
-            names += [f"{split}/{folder}/{name}".removeprefix("/") for name in found]
+            found, of_folder = list_images(source, f"{split}/{folder}".removeprefix("/"))
+            names += found
             labels += [place] * len(found)
             is_train += [train] * len(found)
-            others += [f"{split}/{folder}/{name}".removeprefix("/") for name in left]
-    if others:
-        notes.append(f"{source}: {len(others)} files are no {', '.join(IMAGES)}, first {key_of(others[0])}")
+            inventory += of_folder
+    notes += [f"{source}: {line}" for line in inventory.lines() if "left out" in line]
     keys = [key_of(name) for name in names]
     items = Items(
         card, FileImages(source, names), keys, np.array(labels, dtype=np.int64), notes=notes,
@@ -139,52 +138,49 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(folder: Path) -> tuple[list[str], list[str]]:
-    """Images, and what is none (texts aside), in order."""
-    with os.scandir(folder) as entries:
-        found = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    images = [name for name in found if name.rpartition(".")[2].lower() in IMAGES]
-    return images, [name for name in found if name.rpartition(".")[2].lower() not in (*IMAGES, "txt", "json")]
-
-
 def _beside(image: Path) -> str:
     """The text beside an image."""
     file = image.with_suffix(".txt")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected what is written on {image.name}")
-    return file.read_text("utf-8").strip()
+    return decode_text(file.read_bytes(), str(file)).strip()
 
 
 def _of_table(card: Card, file: Path) -> Items:
-    header, rows, lines = read_table(file)
-    needed = {"classification": ("file", "class"), "matching": ("file", "class", "text"), "retrieval": ("file",)}
-    for name in needed[card.task]:
-        if name not in header:
-            raise ValueError(f"{file}: no column {name!r}{did_you_mean(name, header)}; found {header}")
-    columns = {name: [row[place].strip() for row in rows] for place, name in enumerate(header)}
-    wheres = [f"{file}: line {line}" for line in lines]
-    kept, is_train, notes = _table_splits(columns.get("split"), wheres, file)
-    columns = {name: [values[row] for row in kept] for name, values in columns.items()}
-    wheres = [wheres[row] for row in kept]
-    folder = _image_folder(file.parent, columns["file"])
-    check_files(folder, columns["file"], str(file))
-    images = FileImages(folder, dict.fromkeys(columns["file"]))
-    names = list(dict.fromkeys(columns["file"]))
+    table = Table(file, image_column="file")
+    needed = {"classification": ["class"], "matching": ["class", "text"], "retrieval": []}[card.task]
+    names, embedded = table.images("file")
+    columns = {name: table.names(table.place(name)) for name in needed}
+    used = {table.place(name) for name in ("file", "split", *needed) if name in table.header}
+    wheres = [table.where(row) for row in range(len(names))]
+    kept, is_train, notes = _table_splits(
+        table.names(table.place("split")) if "split" in table.header else None, wheres, file
+    )
+    first_of: dict[str, int] = {}
+    for row in kept:
+        first_of.setdefault(names[row], row)
+    if embedded is None:
+        folder = _image_folder(file.parent, list(first_of))
+        check_files(folder, list(first_of), str(file))
+        images: Images = FileImages(folder, first_of)
+    else:
+        images = TableImages(embedded, first_of)
     if card.task == "retrieval":
-        captions = _table_captions(columns, header, file)
-        unusual = [code for code in captions if code.partition("-")[0] not in LANGUAGES]
-        if unusual:  # `id` may be Indonesian
-            notes.append(f"{file}: the columns {', '.join(unusual)} are taken for captions in those languages")
-        row_of = {name: row for row, name in enumerate(columns["file"])}
-        split = None if is_train is None else is_train[[row_of[name] for name in names]]
-        labels = np.full(len(names), -1, dtype=np.int64)
-        return Items(card, images, names, labels, captions=captions, is_train=split, notes=notes)
-    if len(names) < len(kept):
-        row = next(row for row, name in enumerate(columns["file"]) if name in columns["file"][:row])
-        raise ValueError(f"{wheres[row]}: {columns['file'][row]!r} is there twice; expected one class for each image")
-    labels = np.array([card.check_place(*pair) for pair in zip(columns["class"], wheres, strict=True)], dtype=np.int64)
-    items = Items(card, images, names, labels, is_train=is_train, notes=notes)
-    return _with_texts(items, columns["text"]) if card.task == "matching" else items
+        of_column = table.caption_columns("en")
+        captions = _table_captions(table, of_column, names, kept, first_of)
+        used |= set(of_column)
+        labels = np.full(len(first_of), -1, dtype=np.int64)
+        is_train = None if is_train is None else is_train[[kept.index(row) for row in first_of.values()]]
+        items = Items(card, images, list(first_of), labels, captions=captions, is_train=is_train, notes=notes)
+    else:
+        for row in kept:
+            if first_of[names[row]] != row:
+                raise ValueError(f"{wheres[row]}: {names[row]!r} is duplicated; expected one class for each image")
+        classes = [card.check_place(columns["class"][row], wheres[row]) for row in kept]
+        labels = np.array(classes, dtype=np.int64)
+        items = Items(card, images, list(first_of), labels, is_train=is_train, notes=notes)
+    notes += [f"{file}: {line}" for line in table.count_columns(used).lines() if "left out" in line]
+    return _with_texts(items, [columns["text"][row] for row in kept]) if card.task == "matching" else items
 
 
 def _table_splits(
@@ -207,17 +203,18 @@ def _image_folder(folder: Path, names: list[str]) -> Path:
     return below if names and below.is_dir() and not (folder / names[0]).is_file() else folder
 
 
-def _table_captions(columns: dict[str, list[str]], header: Iterable[str], file: Path) -> dict[str, list[list[str]]]:
-    of_column = {name: "en" if name == "caption" else name for name in header}
-    of_column = {name: code for name, code in of_column.items() if LANGUAGE.fullmatch(code)}
-    if not of_column:
-        raise ValueError(f"{file}: no column of captions; expected `caption`, or a language's code such as en, hi")
+def _table_captions(
+    table: Table, of_column: dict[int, str], names: list[str], kept: list[int], first_of: dict[str, int]
+) -> dict[str, list[list[str]]]:
+    """Language -> the captions of each image."""
     found: dict[str, dict[str, list[str]]] = {}
-    for name, language in of_column.items():
-        texts = found.setdefault(language, {key: [] for key in columns["file"]})
-        for key, text in zip(columns["file"], columns[name], strict=True):
-            texts[key] += [" ".join(text.split())] if text else []  # one line, as other layouts have it
-    return {language: list(texts.values()) for language, texts in found.items()}
+    for place, language in of_column.items():
+        of_image, texts = found.setdefault(language, {name: [] for name in first_of}), table.texts(place)
+        for row in kept:
+            of_image[names[row]] += [
+                " ".join(text.split()) for text in texts[row]
+            ]  # one line, as other layouts have it
+    return {language: list(of_image.values()) for language, of_image in found.items()}
 
 
 def _with_texts(items: Items, texts: list[str]) -> Items:

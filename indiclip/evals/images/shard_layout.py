@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from indiclip.datasets.tables import decode_text
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items, Joined, ShardImages
 from indiclip.evals.images.labels import ClassList, draw_candidates, map_labels, read_class_list
@@ -125,10 +126,7 @@ def _members(shards: Shards, extension: str) -> dict[str, str]:
                 key, kind = key_and_extension(member_name, member)
                 if kind == extension and f"{name}/{key}" not in found:
                     data = os.pread(file.fileno(), member.size, member.offset_data)
-                    try:
-                        found[f"{name}/{key}"] = data.decode()
-                    except UnicodeDecodeError as error:
-                        raise ValueError(f"{url}: {member_name}: no UTF-8 text: {error}") from error
+                    found[f"{name}/{key}"] = decode_text(data, f"{url}: {member_name}")
     return found
 
 
@@ -143,7 +141,7 @@ def _counted(folder: Path) -> list[str]:
     file = folder / "nshards.txt"
     if not file.is_file():
         return []
-    text = file.read_text("utf-8").strip()
+    text = decode_text(file.read_bytes(), str(file)).strip()
     if not text.isdecimal() or not int(text):
         raise ValueError(f"{file}: found {text!r}; expected the number of shards")
     shards = [folder / f"{number}.tar" for number in range(int(text))]

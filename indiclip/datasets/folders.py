@@ -1,0 +1,66 @@
+"""Image files in folders, for packing and scoring: what is read, and what is left out and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from indiclip.datasets.inventory import Inventory
+from indiclip.images import is_image_name
+
+_TEXTS = ("txt", "json")  # beside an image, of the same name
+
+
+class Files(NamedTuple):
+    """The files below a folder.
+
+    Attributes:
+        images: Paths relative to the folder, in alphabetical order.
+        inventory: `files`: the images and the texts beside them are used.
+    """
+
+    images: list[str]
+    inventory: Inventory
+
+
+def list_images(folder: Path, below: str = "") -> Files:
+    """The images in a folder (or in the one of this name in it, such as `train/kite`) and in all folders below it.
+
+    Links to folders are followed. Hidden files are counted, hidden folders are not looked into.
+    """
+    names, inventory = sorted(_walk(folder / below, f"{below}/" if below else "", set())), Inventory()
+    images = [name for name in names if is_image_name(name) and not _is_hidden(name)]
+    stems = {str(PurePosixPath(name).with_suffix("")) for name in images}
+    inventory.present["files"] = len(names)
+    for name in names:
+        path = PurePosixPath(name)
+        extension, shown = path.suffix[1:].lower(), os.fsencode(name).decode(errors="backslashreplace")
+        if _is_hidden(name):
+            inventory.leave_out("files", "hidden", shown)
+        elif is_image_name(name) or (extension in _TEXTS and str(path.with_suffix("")) in stems):
+            inventory.used["files"] += 1
+        elif extension in _TEXTS:
+            inventory.leave_out("files", "text without an image of its name", shown)
+        else:
+            inventory.leave_out("files", f".{extension}, which is not read" if extension else "no extension", shown)
+    return Files(images, inventory)
+
+
+def _walk(folder: Path, below: str, seen: set[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in seen:  # a link to a folder above it
+        return
+    seen.add(real)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                if not entry.name.startswith("."):
+                    yield from _walk(Path(entry.path), f"{below}{entry.name}/", seen)
+            else:
+                yield below + entry.name
+
+
+def _is_hidden(name: str) -> bool:
+    return PurePosixPath(name).name.startswith(".")

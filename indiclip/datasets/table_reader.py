@@ -1,0 +1,343 @@
+"""Tables of captions, images and classes: .csv, .tsv and .parquet, read alike for training, packing and scoring.
+
+.csv: commas, and quotes as in RFC 4180: what holds a comma, a quote or a line end stands in quotes, which are doubled
+inside. A cell whose quote is not closed, or goes on after it, makes a bad row; the rows that follow are read.
+
+.tsv: a line is a row and a tab ends a cell; a quote is a quote. Only what a program has quoted (pandas, Excel) is
+unquoted: a cell in quotes with doubled quotes inside, or with a tab or line end. All are where the header is quoted.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from indiclip.datasets.inventory import Inventory
+from indiclip.datasets.languages import caption_language
+from indiclip.datasets.tables import decode_text
+from indiclip.images import is_image_name
+from indiclip.names import did_you_mean, shorten
+
+KINDS = (".csv", ".tsv", ".parquet")
+OnBadRow = Literal["error", "skip"]
+_ROW_GROUPS = 2  # of a Parquet file that a process keeps, for its images
+
+
+class Table:
+    """The rows of a table.
+
+    Args:
+        file: A file of one of the `KINDS`.
+        on_bad_row: What is done where a row is malformed or cannot be used: `error` raises, `skip` leaves it out and
+            counts it.
+        image_column: A quote is taken for a stray one where it would swallow lines with an image's name here.
+
+    Attributes:
+        header: The columns' names.
+        kept: The rows that were not left out, in order.
+        inventory: The rows, used and left out.
+
+    Raises:
+        ValueError: Another kind of file, no rows, or what is wrong with a row; names the file and the line.
+    """
+
+    def __init__(self, file: Path, on_bad_row: OnBadRow = "error", image_column: str = "") -> None:
+        if file.suffix not in KINDS:
+            raise ValueError(f"{file}: expected a {', '.join(KINDS[:-1])} or {KINDS[-1]} file")
+        if on_bad_row not in ("error", "skip"):
+            raise ValueError(f"on_bad_row: found {on_bad_row!r}; expected error or skip")
+        self.file, self._on_bad_row, self._left_out = file, on_bad_row, Inventory()
+        self.is_parquet = file.suffix == ".parquet"
+        if self.is_parquet:
+            self._parquet = _open_parquet(file)
+            self.header: list[str] = list(self._parquet.schema_arrow.names)
+            self._lines: np.ndarray = np.arange(1, self._parquet.metadata.num_rows + 1)
+            self._is_kept = np.ones(len(self._lines), bool)
+        else:
+            self._read(image_column)
+        if not len(self._lines):
+            raise ValueError(f"{file}: no rows; expected a header and a row per image or text")
+
+    def _read(self, image_column: str) -> None:
+        text = decode_text(self.file.read_bytes(), str(self.file))
+        lines = list(io.StringIO(text, newline=""))  # a line ends with CR, LF or both, and nowhere else
+        is_csv = self.file.suffix == ".csv"
+        found = list(_rows(lines, is_csv, image_column))
+        self.header = [name.strip() for name in found[0][1]] if found else []
+        if any("\0" in name for name in self.header):
+            raise ValueError(f"{self.file}: line {found[0][0]}: found a NUL; expected the columns' names")
+        for other in ",;|\t":
+            if len(self.header) == 1 and other in self.header[0]:
+                expected = "commas" if is_csv else "tabs"
+                raise ValueError(f"{self.file}: the header {shorten(self.header[0])} has no {expected} but {other!r}")
+        self._cells = [row for _, row, _ in found[1:]]
+        self._lines = np.array([line for line, _, _ in found[1:]], dtype=np.int64)
+        self._is_kept = np.ones(len(self._lines), bool)
+        for place, (_, row, problem) in enumerate(found[1:]):
+            if problem:
+                self.leave_out(place, "with a stray quote", problem)
+            elif len(row) != len(self.header):
+                found_here = f"found {len(row)} columns; the header has {len(self.header)}"
+                self.leave_out(place, "with more or fewer columns than the header", found_here)
+            elif any("\0" in cell for cell in row):
+                self.leave_out(place, "with a NUL", "found a NUL; expected text")
+
+    @property
+    def kept(self) -> list[int]:
+        return np.flatnonzero(self._is_kept).tolist()
+
+    def where(self, row: int) -> str:
+        """What a row is called in messages."""
+        return f"{self.file}: {'row' if self.is_parquet else 'line'} {self._lines[row]}"
+
+    def leave_out(self, row: int, reason: str, found: str, always: bool = False) -> None:
+        """A row that cannot be used; `reason` is the same for all of a kind, `found` says what is in this one.
+
+        With `always` it is no error even where bad rows are.
+        """
+        if self._on_bad_row == "error" and not always:
+            raise ValueError(f"{self.where(row)}: {found}")
+        if self._is_kept[row]:
+            self._is_kept[row] = False
+            self._left_out.leave_out("rows", reason, f"{self.where(row)}: {found}")
+
+    @property
+    def inventory(self) -> Inventory:
+        inventory = Inventory()
+        inventory.present["rows"], inventory.used["rows"] = len(self._lines), int(self._is_kept.sum())
+        inventory += self._left_out
+        return inventory
+
+    def count_columns(self, used: set[int]) -> Inventory:
+        """The columns, those that are not used by name."""
+        inventory, others = Inventory(), [name for place, name in enumerate(self.header) if place not in used]
+        inventory.present["columns"], inventory.used["columns"] = len(self.header), len(used)
+        inventory.leave_out("columns", "not used", ", ".join(name or "without a name" for name in others), len(others))
+        return inventory
+
+    def place(self, name: str) -> int:
+        """Where a column is.
+
+        Raises:
+            ValueError: There is none of the name, or several.
+        """
+        if self.header.count(name) > 1:
+            raise ValueError(f"{self.file}: {self.header.count(name)} columns are called {name!r}; expected one")
+        if name not in self.header:
+            raise ValueError(f"{self.file}: no column {name!r}{did_you_mean(name, self.header)}; found {self.header}")
+        return self.header.index(name)
+
+    def caption_columns(self, of_caption: str | None = None) -> dict[int, str]:
+        """The columns that are called by a language: place -> its tag; see `caption_language`.
+
+        Args:
+            of_caption: Take the column `caption` too, for this language.
+        """
+        columns = {}
+        for place, name in enumerate(self.header):
+            if name == "caption" and of_caption is not None:
+                columns[place] = of_caption
+            elif tag := caption_language(name):
+                columns[place] = tag
+        if not columns and of_caption is not None:
+            expected = "expected `caption`, or codes or names of languages such as hi, hi-Latn, Tamil"
+            raise ValueError(f"{self.file}: no column of captions; found {self.header}; {expected}")
+        return columns
+
+    def texts(self, place: int) -> list[list[str]]:
+        """The texts in a column: of each row one, none where the cell is empty, or several of a list."""
+        texts: list[list[str]] = []
+        for row, value in enumerate(self._column(place)):
+            try:
+                texts.append(list(_texts(value)))
+            except ValueError as error:
+                self.leave_out(row, "with a cell that is no text", f"column {self.header[place]!r}: {error}")
+                texts.append([])
+        return texts
+
+    def names(self, place: int) -> list[str]:
+        """A column with one text per row, such as a file's name or a class; "" where the cell is empty."""
+        names = []
+        for row, found in enumerate(self.texts(place)):
+            if len(found) > 1:
+                self.leave_out(row, "with a list", f"column {self.header[place]!r}: found a list; expected one text")
+            names.append(found[0] if len(found) == 1 else "")
+        return names
+
+    def images(self, name: str) -> tuple[list[str], EmbeddedImages | None]:
+        """The names of a column's images, and where the table holds the images themselves, these.
+
+        Such images are called by their path, or by the table's name and the row where paths are missing or repeated.
+        """
+        place = self.place(name)
+        if not self.is_parquet or not _holds_images(self._parquet.schema_arrow.field(place).type):
+            return self.names(place), None
+        images = EmbeddedImages(self.file, name)
+        paths = images.paths()
+        filled = [path for path in paths if path]
+        if len(set(filled)) < len(paths):
+            paths = [f"{self.file.stem}-{row:06}" for row in range(len(paths))]
+        return paths, images
+
+    def _column(self, place: int) -> list[Any]:
+        if self.is_parquet:
+            nth = self.header[:place].count(self.header[place])
+            with _readable(self.file):
+                column: list[Any] = self._parquet.read(columns=[self.header[place]]).column(nth).to_pylist()
+            if len(column) != len(self._lines):
+                raise ValueError(f"{self.file}: broken Parquet: {len(column)} of {len(self._lines)} rows")
+            return column
+        return [row[place] if len(row) == len(self.header) else None for row in self._cells]
+
+
+class EmbeddedImages:
+    """The images in a column of a Parquet file: bytes, or the `{bytes, path}` of the library `datasets`.
+
+    They are read by row group, as they are asked for: right for some thousand images, of more make shards.
+    """
+
+    def __init__(self, file: Path, column: str) -> None:
+        self.file, self.column = file, column
+        metadata = _open_parquet(file).metadata
+        self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+
+    def paths(self) -> list[str]:
+        """The path of each image, "" where there is none."""
+        kind = _open_parquet(self.file).schema_arrow.field(self.column).type
+        if not hasattr(kind, "get_field_index") or kind.get_field_index("path") < 0:
+            return [""] * int(self._ends[-1])
+        with _readable(self.file):
+            found = _open_parquet(self.file).read(columns=[f"{self.column}.path"]).column(0).to_pylist()
+        return [(value or {}).get("path") or "" for value in found]
+
+    def __getitem__(self, row: int) -> bytes | None:
+        """The bytes of an image; None where the cell has a path alone, or nothing."""
+        group = int(self._ends.searchsorted(row, side="right"))
+        value = _row_group(self.file, group, self.column)[row - int(self._ends[group - 1] if group else 0)].as_py()
+        found = value.get("bytes") if isinstance(value, dict) else value
+        return found if found is None else bytes(found)
+
+
+@lru_cache(maxsize=_ROW_GROUPS)
+def _row_group(file: Path, group: int, column: str) -> Any:
+    # Without threads, which a forked worker would not have.
+    with _readable(file):
+        return _open_parquet(file).read_row_group(group, columns=[column], use_threads=False).column(0)
+
+
+def _open_parquet(file: Path) -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{file}: Parquet needs the package pyarrow: pip install pyarrow") from None
+    with _readable(file):
+        return parquet.ParquetFile(file, memory_map=True)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What pyarrow raises over a damaged file as one line."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: broken Parquet: {' '.join(str(error).split())[:200]}") from error
+
+
+def _holds_images(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts of a cell; raises `ValueError` with what is no text."""
+    if isinstance(value, bytes):
+        value = decode_text(value, "the text")
+    if isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+    elif isinstance(value, str):
+        yield from filter(None, [value.strip()])
+    elif value is not None and value == value:  # NaN is what pandas writes for nothing
+        raise ValueError(f"found the {type(value).__name__} {shorten(value)}; expected text")
+
+
+class _Lines:
+    """Lines that csv takes one by one. They end before one that is a row by itself: a stray quote is open then."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines, self.place, self.first = lines, 0, 0
+        self.is_row: Callable[[str], bool] = lambda line: False
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if self.place == len(self.lines) or (self.place > self.first and self.is_row(self.lines[self.place])):
+            raise StopIteration
+        self.place += 1
+        return self.lines[self.place - 1]
+
+
+def _rows(lines: list[str], is_csv: bool, image_column: str) -> Iterator[tuple[int, list[str], str]]:
+    """(number of its first line, cells, what is wrong with it) of the header and each row."""
+    feed, header, all_quoted = _Lines(lines), list[str](), False
+    while feed.place < len(lines):
+        feed.first = first = feed.place
+        if not lines[first].strip("\r\n"):
+            feed.place += 1
+            continue
+        row, problem = _quoted(feed, "," if is_csv else "\t") if is_csv or '"' in lines[first] else (None, "")
+        if not is_csv:
+            problem = ""
+            cells = lines[first].strip("\r\n").split("\t")
+            if (
+                row is None
+                or (header and len(row) != len(header))
+                or (feed.place == first + 1 and len(row) == len(cells))
+            ):
+                feed.place = first + 1
+                all_quoted = all_quoted or (not header and all(cell[:1] == cell[-1:] == '"' for cell in cells))
+                row = [_unquoted(cell, all_quoted) for cell in cells]
+        elif row is None:
+            feed.place, row = first + 1, []
+        if not header:
+            header = row
+            feed.is_row = _row_test(header, is_csv, image_column)
+        yield first + 1, row, problem
+
+
+def _quoted(feed: _Lines, delimiter: str) -> tuple[list[str] | None, str]:
+    """The next row by the rules of CSV, or why it is none."""
+    try:
+        return next(csv.reader(feed, delimiter=delimiter, strict=True)), ""
+    except (csv.Error, StopIteration) as error:
+        return None, f"a cell opens with a quote, and nothing closes it, or text follows the closing one ({error})"
+
+
+def _row_test(header: list[str], is_csv: bool, image_column: str) -> Callable[[str], bool]:
+    """Whether a line is a row by itself: its columns are the header's, and in a .csv one names an image."""
+    if not is_csv:
+        return lambda line: line.count("\t") == len(header) - 1 > 0
+    place = [name.strip() for name in header].index(image_column) if header.count(image_column) == 1 else -1
+
+    def is_row(line: str) -> bool:
+        cells = next(csv.reader([line]), [])
+        return place >= 0 and len(cells) == len(header) and is_image_name(cells[place].strip())
+
+    return is_row
+
+
+def _unquoted(cell: str, always: bool) -> str:
+    inner = cell[1:-1]
+    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if is_quoted and (always or '""' in inner) else cell
