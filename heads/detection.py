@@ -37,6 +37,7 @@ _SCALES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 _PRIOR = 0.01  # first score of every class, so that the many empty cells do not swamp the first steps (focal loss)
 _DRAWN_SCORE = 0.3  # detections below are left out of pictures,
 _DRAWN_OVERLAP = 0.5  # and those that overlap a better one of any class more than this (IoU)
+_TINY = 1e-7  # no division by zero
 _ABSENT = -1.0  # what COCO's evaluation says where there is no such object
 
 
@@ -401,9 +402,7 @@ def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, igno
     num_positive = positive_BA.sum().clamp(min=1)
     one_hot_BAC = F.one_hot(classes_BA + 1, outputs.logits_BAC.shape[-1] + 1)[..., 1:].to(outputs.logits_BAC.dtype)
     focal_BAC = ops.sigmoid_focal_loss(outputs.logits_BAC, one_hot_BAC)
-    # Boxes around the origin, in strides: overlap is the same at any place and size.
-    predicted_BA4, true_BA4 = (torch.cat([-x[..., :2], x[..., 2:]], -1) for x in (outputs.ltrb_BA4, ltrb_BA4))
-    box_BA = ops.generalized_box_iou_loss(predicted_BA4, true_BA4)
+    box_BA = giou_loss(outputs.ltrb_BA4, ltrb_BA4)
     across_BA22 = ltrb_BA4.reshape(*ltrb_BA4.shape[:2], 2, 2)  # (left, top), (right, bottom)
     centerness_BA = (across_BA22.amin(-2) / across_BA22.amax(-2)).prod(-1).sqrt()
     cross_entropy_BA = F.binary_cross_entropy_with_logits(outputs.centerness_BA, centerness_BA, reduction="none")
@@ -412,6 +411,21 @@ def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, igno
         "box": (box_BA * positive_BA).sum() / num_positive,
         "centerness": (cross_entropy_BA * positive_BA).sum() / num_positive,
     }
+
+
+def giou_loss(ltrb_BA4: Tensor, gt_ltrb_BA4: Tensor) -> Tensor:
+    """1 less the generalised IoU (Rezatofighi et al., arXiv:1902.09630) of boxes around the same point, (B, A).
+
+    In strides: overlap is the same at any place and size. torchvision's indexes by a mask, which waits for the GPU.
+    """
+
+    def area_BA(sides_BA4: Tensor) -> Tensor:
+        return (sides_BA4[..., :2] + sides_BA4[..., 2:]).prod(-1)
+
+    both_BA = area_BA(torch.minimum(ltrb_BA4, gt_ltrb_BA4))
+    either_BA = area_BA(ltrb_BA4) + area_BA(gt_ltrb_BA4) - both_BA
+    around_BA = area_BA(torch.maximum(ltrb_BA4, gt_ltrb_BA4))
+    return 1 - (both_BA / (either_BA + _TINY) - (around_BA - either_BA) / (around_BA + _TINY))
 
 
 class DetectionMetric(torchmetrics.Metric):

@@ -17,7 +17,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from indiclip.names import did_you_mean
-from indiclip.types import Features, Images
+from indiclip.types import Features, Images, on_device
 
 # (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
 SIZES = {
@@ -213,7 +213,7 @@ class TimmBackbone(Backbone):
         coords_BN2 = torch.stack([rows, columns], -1).reshape(1, H * W, 2).expand(B, -1, -1)
         valid_BN = None
         if any(size != self.canvas_hw for size in images["sizes_hw"]):
-            sizes_B2 = torch.tensor(images["sizes_hw"], device=pixels.device)
+            sizes_B2 = on_device(images["sizes_hw"], pixels.device)
             valid_BN = (coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
         return Features(map_BCHW.flatten(2).transpose(1, 2), coords_BN2, valid_BN, (H, W), self.stride)
 

@@ -9,6 +9,9 @@ import base64
 import json
 import unicodedata
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +52,10 @@ class Tokenizer(ABC):
         Returns:
             `(ids_BT, valid_BT)`: int64 and bool. An empty list gives shapes (0, 0).
         """
-        rows = self.encode(texts)
+        return self.pad(self.encode(texts))
+
+    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """As `__call__`, of what `encode` gives."""
         longest = max(map(len, rows), default=0)
         ids_BT = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows]).reshape(len(rows), longest)
         lengths_B1 = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
@@ -235,9 +241,16 @@ class TextTower(nn.Module):
         self.width = int(config.hidden_size)
         self._read_a_long_text()
 
-    def forward(self, ids_BT: Tensor, valid_BT: Tensor) -> Tensor:
-        """Token vectors (B, T, D)."""
-        out = self.model(input_ids=ids_BT, attention_mask=valid_BT.long())
+    def forward(self, ids_BT: Tensor, valid_BT: Tensor, padded: bool | None = None) -> Tensor:
+        """Token vectors (B, T, D).
+
+        Args:
+            ids_BT: Of the tokens.
+            valid_BT: False on padding.
+            padded: Whether any is, where the host knows. Else transformers asks the device, and waits for it.
+        """
+        with _mask_unread() if padded and not torch.compiler.is_compiling() else nullcontext():
+            out = self.model(input_ids=ids_BT, attention_mask=None if padded is False else valid_BT.long())
         return cast(Tensor, out.last_hidden_state)
 
     def to_config(self) -> dict[str, Any]:
@@ -259,6 +272,18 @@ class TextTower(nn.Module):
                 f"({error}); is text.architecture.max_position_embeddings too small?"
             ) from error
         self.train()
+
+
+@contextmanager
+def _mask_unread() -> Iterator[None]:
+    """Let transformers (5.23) apply the mask without reading it before, as it does where it traces."""
+    masking_utils: Any = import_module("transformers.masking_utils")
+    is_tracing = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = is_tracing
 
 
 def describe(part: Any) -> dict[str, Any]:

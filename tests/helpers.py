@@ -10,6 +10,7 @@ import torch
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.loading.collate import pack
 from indiclip.patches import batch_images
 from indiclip.text import ByteTokenizer, TextTower
 from indiclip.types import Batch
@@ -40,8 +41,14 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 def caption_batch(captions: list[str], labels: list[int] | None = None, side: int = 24) -> Batch:
     """A contrastive batch of noise."""
     images = batch_images([noise(side, side, i) for i in range(len(captions))], 8, 64)
-    targets = {"caption": captions} | ({"label": labels} if labels else {})
+    targets = packed({"caption": captions} | ({"label": labels} if labels else {}))
     return Batch(images=images, targets=targets, keys=[str(i) for i in range(len(captions))])
+
+
+def packed(lists: dict[str, list[Any]]) -> dict[str, Any]:
+    """Targets of a batch from lists over its images, None where an image has none."""
+    count = len(next(iter(lists.values())))
+    return pack([{name: of[i] for name, of in lists.items() if of[i] is not None} for i in range(count)])
 
 
 def on_ranks(world: int, function: Callable[[int], Any], folder: Path) -> list[Any]:

@@ -95,7 +95,7 @@ def test_the_first_caption_is_given_and_all_can_be_asked_for(build):
 def test_only_captioned_images_make_pairs(build):
     """The contrastive head refuses images without a caption before training, not in the middle of it."""
     for dataset in (build(), Split(build(), "train", 0.01)):
-        with pytest.raises(ValueError, match=r"contrastive\.task: .* without a caption; `captioned: true`"):
+        with pytest.raises(ValueError, match=r"contrastive\.task: data\.train\[0\]: .* without a caption; `captioned"):
             Contrastive().check({"data.train[0]": dataset}, {})
     captioned = build(captioned=True)
     assert [captioned.key(i) for i in range(len(captioned))] == ["30"]

@@ -1,14 +1,15 @@
 """The contrastive head: its metric against numbers worked out by hand, gradients, label-aware zero-shot."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import caption_batch, noise, on_ranks, tiny_encoder
+from helpers import caption_batch, noise, on_ranks, packed, tiny_encoder
 
 from heads.contrastive import Contrastive, EmbeddingMetric, retrieval_ranks
 from indiclip.patches import batch_images
-from indiclip.types import Batch
+from indiclip.types import Batch, Origin
 
 
 def test_retrieval_by_hand():
@@ -98,12 +99,10 @@ def test_labels_on_one_rank_alone(tmp_path, loss):
 
     def value(rows):
         images = batch_images([noise(24, 24, i) for i in rows], 8, 64)
-        targets = {"caption": [captions[i] for i in rows], "label": [labels[i] for i in rows]}
-        if targets["label"] == [None, None]:
-            del targets["label"]
+        targets = packed({"caption": [captions[i] for i in rows], "label": [labels[i] for i in rows]})
         batch = Batch(images=images, targets=targets, keys=[str(i) for i in rows])
         with torch.no_grad():
-            return head.loss(encoder.features(images), batch, encoder)["loss"].item()
+            return head.loss(encoder.features(images), batch, encoder).terms["loss"].item()
 
     answers = on_ranks(2, lambda rank: value(range(2 * rank, 2 * rank + 2)), tmp_path)
     assert sum(answers) / 2 == pytest.approx(value(range(4)), rel=1e-5)
@@ -124,7 +123,7 @@ def test_the_loss_by_language_by_hand(loss):
     batch = language_batch(captions, ["en", "hi", "en", "hi", "en"])
     with torch.no_grad():
         features = encoder.features(batch["images"])
-        total = head.loss(features, batch, encoder)["loss"]
+        terms, logged = head.loss(features, batch, encoder)
         image_BE, text_BE = encoder.embed_features(features).double(), encoder.embed_text(captions).double()
         pair_B = torch.zeros(5, dtype=torch.float64)
         for length in encoder.lengths:
@@ -136,11 +135,11 @@ def test_the_loss_by_language_by_hand(loss):
             else:
                 rows_B = -(logits_BB.log_softmax(1).diagonal() + logits_BB.log_softmax(0).diagonal()) / 2
             pair_B += rows_B / len(encoder.lengths)
-    assert head.logged.keys() == {"loss/en", "loss/hi"}
-    assert head.logged["loss/en"].item() == pytest.approx(pair_B[[0, 2, 4]].mean().item(), rel=1e-5)
-    assert head.logged["loss/hi"].item() == pytest.approx(pair_B[[1, 3]].mean().item(), rel=1e-5)
-    weighted = (3 * head.logged["loss/en"] + 2 * head.logged["loss/hi"]) / 5
-    assert weighted.item() == pytest.approx(total.item(), rel=1e-5)
+    assert logged.keys() == {"loss/en", "loss/hi"}
+    assert logged["loss/en"].item() == pytest.approx(pair_B[[0, 2, 4]].mean().item(), rel=1e-5)
+    assert logged["loss/hi"].item() == pytest.approx(pair_B[[1, 3]].mean().item(), rel=1e-5)
+    weighted = (3 * logged["loss/en"] + 2 * logged["loss/hi"]) / 5
+    assert weighted.item() == pytest.approx(terms["loss"].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -149,11 +148,12 @@ def test_languages_and_labels_together_average_to_the_loss(precision):
     encoder, head = tiny_encoder(), Contrastive(loss="softmax")
     head.bind(encoder)
     batch = language_batch(["a kite", "पतंग", "a kite", "পতাকা"], ["en", "hi", "en", "bn"])
-    batch["targets"]["label"] = [0, 0, None, 1]
+    batch["targets"]["label"] = torch.tensor([0, 0, -1, 1])
     with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        total = head.loss(encoder.features(batch["images"]), batch, encoder)["loss"]
+        terms, logged = head.loss(encoder.features(batch["images"]), batch, encoder)
     shares = {"loss/en": 2, "loss/hi": 1, "loss/bn": 1}
-    assert sum(n * head.logged[name].item() for name, n in shares.items()) / 4 == pytest.approx(total.item(), rel=1e-5)
+    weighted = sum(n * logged[name].item() for name, n in shares.items()) / 4
+    assert weighted == pytest.approx(terms["loss"].item(), rel=1e-5)
 
 
 def test_what_has_no_language_or_no_other_counts_in_none():
@@ -162,8 +162,8 @@ def test_what_has_no_language_or_no_other_counts_in_none():
 
     def logged(languages):
         batch = language_batch(["a", "b", "c"], languages)
-        head.loss(encoder.features(batch["images"]), batch, encoder)
-        return {name: value.item() for name, value in head.logged.items()}
+        found = head.loss(encoder.features(batch["images"]), batch, encoder).logged
+        return {name: value.item() for name, value in found.items()}
 
     assert logged(["hi", None, "hi"]) == {}  # one language
     assert logged([None] * 3) == {}
@@ -171,8 +171,7 @@ def test_what_has_no_language_or_no_other_counts_in_none():
     assert logged(["hi", None, "hi"]).keys() == {"loss/hi"}  # the run has two, this step one
     assert logged(["hi", "no code", "x/y"]).keys() == {"loss/hi"}
     batch = caption_batch(["a", "b"])
-    head.loss(encoder.features(batch["images"]), batch, encoder)
-    assert head.logged == {}  # nothing of the step before is left
+    assert head.loss(encoder.features(batch["images"]), batch, encoder).logged == {}
 
 
 def brute_force(image, text, caption, k):
@@ -297,7 +296,7 @@ def test_held_out_captions_are_scored_in_all_languages_by_the_head():
         predictions = head.predict(encoder.features(batch["images"]), batch, encoder)
         assert [list(prediction["texts_E"]) for prediction in predictions] == [["en", "hi"], [], ["hi"]]
         torch.testing.assert_close(predictions[2]["texts_E"]["hi"], encoder.embed_text("ढोल")[0], atol=1e-6, rtol=0)
-    head.update_metric(predictions, batch)
+    head.update_metric(predictions, None, batch)
     assert {name for name in head.metric.compute() if "/" in name} == {
         *("image_to_text_r1/en", "image_to_text_r5/en", "text_to_image_r1/en", "text_to_image_r5/en"),
         *("image_to_text_r1/hi", "image_to_text_r5/hi", "text_to_image_r1/hi", "text_to_image_r5/hi"),
@@ -310,7 +309,7 @@ def test_every_parameter_gets_a_gradient(loss):
     encoder, head = tiny_encoder(), Contrastive(loss=loss)
     head.bind(encoder)
     batch = caption_batch(["a kite", "a drum", "पतंग", "a kite"])
-    sum(head.loss(encoder.features(batch["images"]), batch, encoder).values()).backward()
+    sum(head.loss(encoder.features(batch["images"]), batch, encoder).terms.values()).backward()
     for name, parameter in [*encoder.named_parameters(), *head.named_parameters()]:
         assert parameter.grad is not None, name
 
@@ -318,18 +317,18 @@ def test_every_parameter_gets_a_gradient(loss):
 def test_learns_four_pictures_and_says_so_at_every_length():
     encoder, head = tiny_encoder(), Contrastive(loss="softmax")
     head.bind(encoder)
-    head.class_names = ["kite", "drum", "lotus", "bell"]
-    batch = caption_batch(["kite", "drum", "lotus", "bell"], labels=[0, 1, 2, 3])
+    names = ["kite", "drum", "lotus", "bell"]
+    batch = caption_batch(names, labels=[0, 1, 2, 3]) | {"origin": Origin("contrastive", classes=names)}
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        head.loss(encoder.features(batch["images"]), batch, encoder)["loss"].backward()
+        head.loss(encoder.features(batch["images"]), batch, encoder).terms["loss"].backward()
         optimizer.step()
     encoder.eval()
     head.eval()
     with torch.no_grad():
         predictions = head.predict(encoder.features(batch["images"]), batch, encoder)
-    head.update_metric(predictions, batch)
+    head.update_metric(predictions, None, batch)
     result = head.metric.compute()
     assert {name: value.item() for name, value in result.items() if "zero_shot" in name} == {
         "zero_shot": 1,
@@ -340,20 +339,21 @@ def test_learns_four_pictures_and_says_so_at_every_length():
 
 
 def test_other_weights_are_scored_by_their_own_class_texts():
-    head, batch = Contrastive(), caption_batch(["kite", "drum"], labels=[0, 1])
+    names = ("kite", "drum")
+    head, batch = Contrastive(), caption_batch(list(names), labels=[0, 1])
+    batch["origin"] = Origin("contrastive", classes=names)
     encoder, other = tiny_encoder().eval(), tiny_encoder(seed=1).eval()
     head.bind(encoder)
-    head.class_names = ["kite", "drum"]
     module = torch.nn.ModuleDict({"encoder": encoder, "head": head})
     with torch.no_grad():
         head.predict(encoder.features(batch["images"]), batch, encoder)
-        before = head._class_text[-1]
+        before = head._class_text[names][-1]
         other_head = Contrastive()
-        other_head.build(other)
+        other_head.bind(other)
         module.load_state_dict(torch.nn.ModuleDict({"encoder": other, "head": other_head}).state_dict())
         head.predict(encoder.features(batch["images"]), batch, encoder)
-        torch.testing.assert_close(head._class_text[-1], other.embed_text(head.class_names))
-    assert not torch.allclose(before, head._class_text[-1], atol=1e-3)
+        torch.testing.assert_close(head._class_text[names][-1], other.embed_text(list(names)))
+    assert not torch.allclose(before, head._class_text[names][-1], atol=1e-3)
 
 
 def test_mistakes_name_the_key():
@@ -363,5 +363,32 @@ def test_mistakes_name_the_key():
     head.bind(encoder)
     batch = caption_batch(["a", "b"])
     batch["targets"] = {}
-    with pytest.raises(ValueError, match="the sample '0' has no caption"):
+    with pytest.raises(ValueError, match="heads.contrastive: sample '0' of its task 'contrastive' has no caption"):
         head.loss(encoder.features(batch["images"]), batch, encoder)
+
+
+def test_images_without_a_caption_can_be_embedded():
+    """To be predicted an image needs no caption; to be trained on or scored it does."""
+    encoder, head = tiny_encoder().eval(), Contrastive()
+    head.bind(encoder)
+    batch = caption_batch(["a kite", "a drum"])
+    with torch.no_grad():
+        captioned = head.predict(encoder.features(batch["images"]), batch, encoder)
+        batch["targets"]["caption"][1] = None
+        half = head.predict(encoder.features(batch["images"]), batch, encoder)
+        batch["targets"] = {}
+        bare = head.predict(encoder.features(batch["images"]), batch, encoder)
+    for found in (half, bare):
+        assert all(torch.equal(a["image_E"], b["image_E"]) for a, b in zip(found, captioned, strict=True))
+    torch.testing.assert_close(half[0]["text_E"], captioned[0]["text_E"])  # padded to another length
+    assert half[1]["text_E"] is bare[0]["text_E"] is None
+    assert half[1]["nearest"] == ["a kite"]
+    assert bare[0]["nearest"] == []
+
+
+def test_labels_of_sources_that_number_classes_in_another_way_are_refused():
+    """In training; what is held out is scored by its own classes."""
+    kites, drums = SimpleNamespace(classes=["kite"]), SimpleNamespace(classes=["drum"])
+    Contrastive().check({"data.train[0]": kites}, {"data.val[0]": drums})
+    with pytest.raises(ValueError, match=r"data\.train\[1\]: the sources .* class 0 is 'kite' and 'drum'"):
+        Contrastive().check({"data.train[0]": kites, "data.train[1]": drums}, {})

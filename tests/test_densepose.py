@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import packed
 from torch import Tensor, nn
 
 from heads.densepose import (
@@ -23,8 +24,9 @@ from heads.densepose import (
     read_at,
 )
 from indiclip.generated.mela import Mela
-from indiclip.loading.transforms import Transform, collate
-from indiclip.types import Batch, Features
+from indiclip.loading.collate import collate
+from indiclip.loading.transforms import Transform
+from indiclip.types import Batch, Features, targets_of
 
 STRIDE, SMALL = 8, {"roi_size": 14, "channels": 32, "num_convs": 1}
 
@@ -56,7 +58,7 @@ def hand_batch(targets: dict[str, list[Any]], size: int = 32) -> Batch:
     count = len(next(iter(targets.values())))
     noise = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     batch = collate([Transform()({"image": image, "key": "x"}, STRIDE, None, None) for image in noise])
-    return batch | {"targets": targets}
+    return batch | {"targets": packed(targets), "keys": [str(i) for i in range(count)]}
 
 
 def coordinate_head(size: int) -> tuple[DensePose, Features]:
@@ -104,8 +106,8 @@ class TestGeometry:
             "dp_part": [torch.randint(1, 25, (200,))],
             "dp_uv": [xy_S2 / size],
         }
-        people = People.of(targets, [boxes_Q4], 28)
-        charts = head(features, people.windows)
+        people = People.of(packed(targets), boxes_Q4, torch.full((2, 2), size), 28)
+        charts = head(features, boxes_Q4, torch.zeros(2, dtype=torch.long))
         for value_SK, axis in (
             (read_at(charts.u, people.person_S, people.xy_S2), 0),
             (read_at(charts.v, people.person_S, people.xy_S2), 1),
@@ -144,13 +146,15 @@ class TestGeometry:
     def test_mask_targets_are_the_mask_in_the_window(self) -> None:
         mask = torch.zeros(1, 32, 32, dtype=torch.uint8)
         mask[0, 8:17, 4:13] = 1  # the third row's and column's centres are at 18 and 14
-        people = People.of({"dp_masks": [mask]}, [torch.tensor([[4.0, 8.0, 20.0, 24.0]])], 4)
+        box = torch.tensor([[4.0, 8.0, 20.0, 24.0]])
+        people = People.of(packed({"dp_boxes_xyxy": [box], "dp_masks": [mask]}), box, torch.tensor([[32, 32]]), 4)
         assert people.coarse_Rhw.tolist() == [[[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]]
 
     def test_jitter_keeps_the_overlap_and_depends_on_the_step_alone(self) -> None:
         box = torch.tensor([[30.0, 20.0, 60.0, 80.0]])
-        many = [jitter([box], [(96, 96)], 0.08, torch.tensor(step))[0] for step in range(500)]
-        assert torch.equal(many[7], jitter([box], [(96, 96)], 0.08, torch.tensor(7))[0])
+        size = torch.tensor([[96, 96]])
+        many = [jitter(box, size, 0.08, torch.tensor(step)) for step in range(500)]
+        assert torch.equal(many[7], jitter(box, size, 0.08, torch.tensor(7)))
         moved_N4 = torch.cat(many)
         low, high = torch.maximum(moved_N4[:, :2], box[:, :2]), torch.minimum(moved_N4[:, 2:], box[:, 2:])
         both = (high - low).prod(1)
@@ -223,12 +227,13 @@ class TestCharts:
             torch.tensor([[5.0, 5, 15, 9]]),
         ]
         targets = {
+            "dp_boxes_xyxy": boxes,
             "dp_points_xy": [torch.tensor([[20.0, 5.0], [1.0, 2.0]]), None, torch.tensor([[10.0, 6.0]])],
             "dp_person": [torch.tensor([1, 0]), None, torch.tensor([0])],
             "dp_part": [torch.tensor([1, 2]), None, torch.tensor([3])],
             "dp_uv": [torch.zeros(2, 2), None, torch.zeros(1, 2)],
         }
-        people = People.of(targets, boxes, 4)
+        people = People.of(packed(targets), torch.cat(boxes), torch.full((4, 2), 32), 4)
         assert people.person_S.tolist() == [1, 0, 3]
         assert people.part_S.tolist() == [1, 2, 3]
         torch.testing.assert_close(people.xy_S2, torch.tensor([[0.5, 0.25], [0.1, 0.2], [0.5, 0.25]]))
@@ -240,7 +245,6 @@ class TestLosses:
         torch.manual_seed(2)
         charts = Charts.split(2 * torch.randn(2, 2 + 75, 4, 6), 2)
         people = People(
-            windows=[],
             coarse_Rhw=torch.stack([torch.randint(0, 2, (4, 6)), torch.full((4, 6), -1)]),
             person_S=torch.tensor([0, 1, 1, 0, 1]),
             xy_S2=torch.tensor([[0.31, 0.77], [0.01, 0.99], [0.5, 0.5], [1.02, 0.5], [0.93, 0.2]]),
@@ -254,7 +258,7 @@ class TestLosses:
     def test_undecided_maps_by_hand(self) -> None:
         """Zero logits: ln 2 for the mask, ln 25 for the part; U 0 where 0.6 is true: 0.6 ** 2 / 2."""
         charts = Charts.split(torch.zeros(1, 77, 4, 4), 2)
-        people = People([], torch.ones(1, 4, 4).long(), torch.tensor([0]), torch.tensor([[0.4, 0.4]]),
+        people = People(torch.ones(1, 4, 4).long(), torch.tensor([0]), torch.tensor([[0.4, 0.4]]),
                         torch.tensor([3]), torch.tensor([[0.6, 0.0]]))  # fmt: skip
         losses = {name: float(value) for name, value in chart_losses(charts, people).items()}
         assert losses == pytest.approx({"coarse": math.log(2), "part": math.log(25), "u": 0.18, "v": 0.0}, abs=1e-6)
@@ -263,7 +267,7 @@ class TestLosses:
         batch = mela_batch([(96, 96)])
         features = features_of(batch)
         plain, weighted = (
-            make_head(192, coarse_weight=a, part_weight=b, uv_weight=c, **SMALL).loss(features, batch, None)
+            make_head(192, coarse_weight=a, part_weight=b, uv_weight=c, **SMALL).loss(features, batch, None).terms
             for a, b, c in ((1, 1, 1), (5, 2, 3))
         )
         for name, factor in {"coarse": 5, "part": 2, "u": 3, "v": 3}.items():
@@ -272,7 +276,7 @@ class TestLosses:
     def test_only_the_annotated_parts_u_and_v_learn(self) -> None:
         charts = Charts.split(torch.zeros(1, 77, 4, 4, requires_grad=True), 2)
         charts.u.retain_grad()
-        people = People([], torch.ones(1, 4, 4).long(), torch.tensor([0]), torch.tensor([[0.4, 0.4]]),
+        people = People(torch.ones(1, 4, 4).long(), torch.tensor([0]), torch.tensor([[0.4, 0.4]]),
                         torch.tensor([3]), torch.tensor([[0.6, 0.0]]))  # fmt: skip
         sum(chart_losses(charts, people).values()).backward()
         assert charts.u.grad is not None
@@ -288,21 +292,22 @@ def people_targets(kind: str) -> dict[str, list[Any]]:
         "dp_uv": torch.rand(2, 2),
     }
     no_points = {name: value[:0] for name, value in points.items()}
-    nobody = {"dp_boxes_xyxy": torch.zeros(0, 4), "dp_masks": torch.zeros(0, 32, 32, dtype=torch.uint8), **no_points}
+    no_boxes = {"dp_boxes_xyxy": torch.zeros(0, 4)}
+    nobody = {**no_boxes, "dp_masks": torch.zeros(0, 32, 32, dtype=torch.uint8), **no_points}
     images = {
         "people": [{"dp_boxes_xyxy": box, "dp_masks": mask, **points}, nobody],
         "no points": [{"dp_boxes_xyxy": box, "dp_masks": mask}, {"dp_boxes_xyxy": box, "dp_masks": mask, **no_points}],
-        "no masks": [{"dp_boxes_xyxy": box, **points}, {}],
-        "boxes alone": [{"dp_boxes_xyxy": box}, {}],
+        "no masks": [{"dp_boxes_xyxy": box, **points}, no_boxes],
+        "masks of one": [{"dp_boxes_xyxy": box, "dp_masks": mask}, {"dp_boxes_xyxy": box, **points}],
+        "boxes alone": [{"dp_boxes_xyxy": box}, no_boxes],
         "nobody": [nobody, nobody],
-        "nothing": [{}, {}],
-        "a box outside": [{"dp_boxes_xyxy": torch.tensor([[40.0, 0, 40, 9]]), "dp_masks": mask, **points}, {}],
+        "a box outside": [{"dp_boxes_xyxy": torch.tensor([[40.0, 0, 40, 9]]), "dp_masks": mask, **points}, no_boxes],
     }[kind]
     names = ("dp_boxes_xyxy", "dp_masks", *points)
     return {name: [image.get(name) for image in images] for name in names}
 
 
-KINDS = ["people", "no points", "no masks", "boxes alone", "nobody", "nothing", "a box outside"]
+KINDS = ["people", "no points", "no masks", "masks of one", "boxes alone", "nobody", "a box outside"]
 
 
 class TestAnyBatch:
@@ -313,14 +318,14 @@ class TestAnyBatch:
         head = make_head(192, **SMALL, **options)
         features = features_of(batch)
         features.tokens_BND.requires_grad_()
-        losses = head.loss(features, batch, None)
+        losses = head.loss(features, batch, None).terms
         assert set(losses) == {"coarse", "part", "u", "v"}
         sum(losses.values()).backward()
         assert all(torch.isfinite(value) for value in losses.values())
         without = [name for name, p in head.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
         assert not without
         assert features.tokens_BND.grad is not None
-        has_truth = kind in ("people", "no points", "no masks", "a box outside")
+        has_truth = kind not in ("boxes alone", "nobody")
         assert any(bool(p.grad.any()) for p in head.parameters()) == has_truth
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -329,12 +334,12 @@ class TestAnyBatch:
         head = make_head(192, **SMALL)
         with torch.no_grad():
             predictions = head.predict(features_of(batch), batch, None)
-        head.update_metric(predictions, batch)
+        head.update_metric(predictions, None, batch)
         assert all(torch.isfinite(value) for value in head.metric.compute().values())
         for i, prediction in enumerate(predictions):
             count = len(prediction["boxes_xyxy"])
             assert prediction["part"].shape == prediction["mask_probs"].shape == (count, 56, 56)
-            target = {name: values[i] for name, values in batch["targets"].items()}
+            target = targets_of(batch, i)
             picture, text = head.visualize(np.zeros((32, 32, 3), np.uint8), prediction, target)
             assert picture.shape == (320, 640, 3)
             assert text.startswith("1 person" if count == 1 else f"{count} people")
@@ -343,25 +348,24 @@ class TestAnyBatch:
         """Images of three aspects, padded to a common map, against each by itself. People touch the borders too."""
         sizes = [(96, 64), (48, 128), (96, 96)]
         batch = mela_batch(sizes)
-        for boxes, (height, width) in zip(batch["targets"]["dp_boxes_xyxy"], sizes, strict=True):
-            boxes[0] = torch.tensor([width - 30.0, height - 40.0, width, height])
+        boxes = batch["targets"]["dp_boxes_xyxy"]
+        for i, (height, width) in enumerate(sizes):
+            boxes.values[boxes.rows_of(i).start] = torch.tensor([width - 30.0, height - 40.0, width, height])
         head = make_head(192, **SMALL)
         nn.init.normal_(head.charts.weight, std=0.2)
         for value in (head.position_CHW, head.fine.bias):
             nn.init.normal_(value)
         transform = Transform(max_tokens=256)
         with torch.no_grad():
-            charts = head(features_of(batch), batch["targets"]["dp_boxes_xyxy"])
+            charts = head(features_of(batch), boxes.values, boxes.image_R)
             together = torch.cat([charts.coarse_logits, charts.part_logits, charts.u, charts.v], 1)
-            first = 0
             for i, size in enumerate(sizes):
                 alone = collate([transform(Mela(3, list(size), people=1.0, seed=3)[i], STRIDE, None, None)])
-                boxes = batch["targets"]["dp_boxes_xyxy"][i]
-                charts = head(features_of(alone), [boxes])
+                rows = boxes.rows_of(i)
+                charts = head(features_of(alone), boxes.values[rows], torch.zeros(boxes.counts[i], dtype=torch.long))
                 own = torch.cat([charts.coarse_logits, charts.part_logits, charts.u, charts.v], 1)
                 assert own.std() > 0.1  # there is something to compare
-                torch.testing.assert_close(together[first : first + len(boxes)], own, atol=1e-4, rtol=1e-4)
-                first += len(boxes)
+                torch.testing.assert_close(together[rows], own, atol=1e-4, rtol=1e-4)
 
 
 def hand_prediction(part: int, uv: tuple[float, float], score: float, on: Tensor | None = None) -> dict[str, Tensor]:
@@ -388,6 +392,18 @@ def hand_target(parts: list[int], uv: tuple[float, float]) -> dict[str, Tensor]:
         "dp_part": torch.tensor(parts),
         "dp_uv": torch.tensor(uv).expand(count, 2),
     }
+
+    def test_an_image_without_boxes_is_named(self) -> None:
+        batch = hand_batch({"dp_boxes_xyxy": [torch.zeros(0, 4), None]})
+        with pytest.raises(ValueError, match=r"heads\.densepose: sample '1' .* has no dp_boxes_xyxy"):
+            make_head(192, **SMALL).loss(features_of(batch), batch, None)
+
+    def test_a_person_without_a_mask_has_no_part_in_the_mask_loss(self) -> None:
+        batch = hand_batch(people_targets("masks of one"))
+        boxes = batch["targets"]["dp_boxes_xyxy"]
+        people = People.of(batch["targets"], boxes.values, torch.full((2, 2), 32), 4)
+        assert people.coarse_Rhw[0].unique().tolist() == [1]
+        assert people.coarse_Rhw[1].unique().tolist() == [-1]
 
 
 class TestMetric:
@@ -453,7 +469,7 @@ class TestMetric:
         nn.init.normal_(head.charts.weight, std=0.5)
         with torch.no_grad():
             predictions = head.predict(features_of(batch), batch, None)
-        targets = [{name: values[i] for name, values in batch["targets"].items()} for i in range(4)]
+        targets = [targets_of(batch, i) for i in range(4)]
         whole, first, second = SurfaceMetric(), SurfaceMetric(), SurfaceMetric()
         for i, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
             prediction["scores"] = torch.rand(len(prediction["scores"]))
@@ -477,14 +493,14 @@ class TestLearning:
         def scores() -> dict[str, float]:
             head.metric.reset()
             with torch.no_grad():
-                head.update_metric(head.predict(features, batch, None), batch)
+                head.update_metric(head.predict(features, batch, None), features, batch)
             return {name: float(value) for name, value in head.metric.compute().items()}
 
         before = scores()
         optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
         for _ in range(120):
             optimizer.zero_grad()
-            sum(head.loss(features, batch, None).values()).backward()
+            sum(head.loss(features, batch, None).terms.values()).backward()
             optimizer.step()
         after = scores()
         assert before["part_accuracy"] < 0.2
@@ -497,9 +513,9 @@ class TestLearning:
         batch = mela_batch([(96, 96)])
         features = features_of(batch)
         head = make_head(192, box_jitter=0.08, **SMALL)
-        losses = [float(head.loss(features, batch, None)["coarse"].detach()) for _ in range(2)]
+        losses = [float(head.loss(features, batch, None).terms["coarse"].detach()) for _ in range(2)]
         resumed = make_head(192, box_jitter=0.08, **SMALL)
         resumed.load_state_dict(head.state_dict())
-        nexts = [float(h.loss(features, batch, None)["coarse"].detach()) for h in (head, resumed)]
+        nexts = [float(h.loss(features, batch, None).terms["coarse"].detach()) for h in (head, resumed)]
         assert nexts[0] == nexts[1]
         assert len({*losses, nexts[0]}) == 3

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from helpers import on_ranks
+from helpers import on_ranks, packed
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from torchvision.models.detection import FCOS
 
 from heads.detection import Detection, DetectionMetric, FCOSOutputs, assign, fcos_losses, hits_at_half, make_locations
 from indiclip.encoder import Encoder
-from indiclip.types import Batch, Features
+from indiclip.types import Batch, Features, Origin, targets_of
 
 WIDTH = 16
 
 
-def head_for(stride: int = 8, num_classes: int = 3, **options: Any) -> Detection:
+def head_for(stride: int = 8, num_classes: int | None = 3, **options: Any) -> Detection:
     torch.manual_seed(0)
     head = Detection(num_classes, **({"out_channels": 16, "num_convs": 1} | options))
     head.bind(encoder_with(stride))
@@ -58,12 +58,13 @@ def batch_of(
     crowd: list[list[bool]] | None = None,
     scale: list[tuple[float, float]] | None = None,
 ) -> Batch:
-    targets: dict[str, list[Any]] = {
+    lists: dict[str, list[Any]] = {
         "boxes_xyxy": [torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) for rows in boxes],
         "classes": [torch.tensor(rows, dtype=torch.long) for rows in classes],
     }
     if crowd is not None:
-        targets["crowd"] = [torch.tensor(rows, dtype=torch.bool) for rows in crowd]
+        lists["crowd"] = [torch.tensor(rows, dtype=torch.bool) for rows in crowd]
+    targets = packed(lists)
     images = {"sizes_hw": sizes_hw, "scale": scale or [(1.0, 1.0)] * len(sizes_hw)}
     return cast(Batch, {"images": images, "targets": targets, "keys": [str(i) for i in range(len(sizes_hw))]})
 
@@ -81,6 +82,12 @@ def random_outputs(cells: int, classes: int) -> FCOSOutputs:
         centerness_BA=torch.randn(2, cells),
         valid_BA=torch.ones(2, cells, dtype=torch.bool),
     )
+
+
+def assign_one(locations, boxes_M4: Tensor, classes_M: Tensor, crowd_M: Tensor, radius: float) -> list[Tensor]:
+    """For a batch of one image."""
+    index_1M = torch.arange(len(boxes_M4))[None]
+    return [part[0] for part in assign(locations, boxes_M4, classes_M, crowd_M, index_1M, radius)]
 
 
 class Torchvision(FCOS):
@@ -128,8 +135,10 @@ def test_assignment_and_losses_are_torchvisions() -> None:
         [rows * columns for rows, columns in SIZES],
     )
     none = [torch.zeros(len(target["labels"]), dtype=torch.bool) for target in targets]
-    assigned = [assign(locations, t["boxes"], t["labels"], crowd, 1.5) for t, crowd in zip(targets, none, strict=True)]
-    for (classes_A, ltrb_A4, ignored_A), target, matched_A in zip(assigned, targets, oracle.matched, strict=True):
+    boxes = packed({"boxes_xyxy": [target["boxes"] for target in targets]})["boxes_xyxy"]
+    labels_R = torch.cat([target["labels"] for target in targets])
+    assigned = assign(locations, boxes.values, labels_R, torch.cat(none), boxes.index_BM, 1.5)
+    for classes_A, ltrb_A4, ignored_A, target, matched_A in zip(*assigned, targets, oracle.matched, strict=True):
         assert (matched_A >= 0).sum() > 20
         torch.testing.assert_close(classes_A, torch.where(matched_A < 0, -1, target["labels"][matched_A]))
         positive_A = classes_A >= 0
@@ -137,7 +146,7 @@ def test_assignment_and_losses_are_torchvisions() -> None:
             locations.boxes(ltrb_A4)[positive_A], target["boxes"][matched_A][positive_A], rtol=0, atol=1e-4
         )
         assert not ignored_A.any()
-    losses = fcos_losses(outputs, *(torch.stack(parts) for parts in zip(*assigned, strict=True)))
+    losses = fcos_losses(outputs, *assigned)
     names = {"classification": "classification", "box": "bbox_regression", "centerness": "bbox_ctrness"}
     for ours, theirs in names.items():
         torch.testing.assert_close(losses[ours], expected[theirs], rtol=1e-5, atol=1e-6)
@@ -178,7 +187,7 @@ def test_decoding_inverts_the_targets(stride: int) -> None:
     torch.testing.assert_close(locations.centres_A2[0], torch.tensor([stride / 4, stride / 4]))
     boxes_M4 = random_boxes(rng, 12, height, width)
     classes_M = torch.arange(12)
-    classes_A, ltrb_A4, _ = assign(locations, boxes_M4, classes_M, torch.zeros(12, dtype=torch.bool), 1.5)
+    classes_A, ltrb_A4, _ = assign_one(locations, boxes_M4, classes_M, torch.zeros(12, dtype=torch.bool), 1.5)
     positive_A = classes_A >= 0
     assert len(classes_A[positive_A].unique()) >= 6
     torch.testing.assert_close(
@@ -202,8 +211,8 @@ def test_no_size_of_box_falls_between_two_scales() -> None:
         box_14 = torch.tensor([[64 - half, 64 - half, 64 + half, 64 + half]])
         centre_A = (locations.centres_A2 - 64).abs().amax(1) / locations.strides_A  # the cells that touch the centre
         furthest_A = half + (locations.centres_A2 - 64).abs().amax(1)
-        classes_A, _, _ = assign(locations, box_14, torch.tensor([0]), torch.tensor([False]), 0.6)
-        inside_A = (centre_A < 0.6) & (locations.ltrb(box_14)[:, 0].amin(1) > 0)
+        classes_A, _, _ = assign_one(locations, box_14, torch.tensor([0]), torch.tensor([False]), 0.6)
+        inside_A = (centre_A < 0.6) & (locations.ltrb(box_14[:, None])[0].amin(1) > 0)
         least_A, most_A = (locations.reach_A2 * locations.strides_A[:, None]).unbind(1)
         torch.testing.assert_close(classes_A >= 0, inside_A & (furthest_A > least_A) & (furthest_A <= most_A))
         assert (classes_A >= 0).any()
@@ -213,7 +222,7 @@ def test_the_smaller_of_two_boxes_wins_even_by_little() -> None:
     """torchvision compares 1e8 - area in float32, which cannot tell 100 from 103 square pixels apart."""
     locations = make_locations([(8, 8)], [8.0], 8.0, torch.device("cpu"))
     boxes_M4 = torch.tensor([[15.0, 15.0, 25.3, 25.0], [15.0, 15.0, 25.0, 25.0]])
-    classes_A, _, _ = assign(locations, boxes_M4, torch.tensor([0, 1]), torch.tensor([False, False]), 1.5)
+    classes_A, _, _ = assign_one(locations, boxes_M4, torch.tensor([0, 1]), torch.tensor([False, False]), 1.5)
     assert classes_A[2 * 8 + 2] == 1
 
 
@@ -230,7 +239,7 @@ CASES = {
 def test_every_parameter_gets_a_gradient(case: str, scales: list[float]) -> None:
     head = head_for(scales=scales)
     features = features_of([torch.randn(9, 13, WIDTH), torch.randn(8, 8, WIDTH)])
-    losses = head.loss(features, batch_of([(72, 104), (64, 64)], *CASES[case]), encoder_with())
+    losses = head.loss(features, batch_of([(72, 104), (64, 64)], *CASES[case]), encoder_with()).terms
     assert set(losses) == {"classification", "box", "centerness"}
     assert all(torch.isfinite(loss) and loss >= 0 for loss in losses.values())
     sum(losses.values()).backward()
@@ -247,7 +256,7 @@ def test_a_crowd_is_neither_object_nor_background() -> None:
 
     def classification(boxes: list[list[float]], crowd: list[bool]) -> Tensor:
         batch = batch_of([(64, 64)], [boxes], [[0] * len(boxes)], [crowd])
-        return head.loss(features, batch, encoder_with())["classification"]
+        return head.loss(features, batch, encoder_with()).terms["classification"]
 
     whole, empty = classification([[0, 0, 64, 64]], [True]), classification([], [])
     left, right = classification([[0, 0, 32, 64]], [True]), classification([[32, 0, 64, 64]], [True])
@@ -278,13 +287,12 @@ def test_what_lies_beside_an_image_does_not_matter() -> None:
     positives = []
     for features, one in alone:
         _, locations = head(features)
-        classes_A, _, _ = assign(
-            locations, one["targets"]["boxes_xyxy"][0], one["targets"]["classes"][0], one["targets"]["crowd"][0], 1.5
-        )
+        target = targets_of(one, 0)
+        classes_A, _, _ = assign_one(locations, target["boxes_xyxy"], target["classes"], target["crowd"], 1.5)
         positives.append(int((classes_A >= 0).sum()))
     assert min(positives) > 0
-    together = head.loss(both, batch, encoder_with())
-    apart = [head.loss(features, one, encoder_with()) for features, one in alone]
+    together = head.loss(both, batch, encoder_with()).terms
+    apart = [head.loss(features, one, encoder_with()).terms for features, one in alone]
     for name, value in together.items():
         mean = sum(p * losses[name] for p, losses in zip(positives, apart, strict=True)) / sum(positives)
         torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-5)
@@ -327,14 +335,14 @@ def test_learns_two_rectangles() -> None:
     boxes = [[[6.0, 10.0, 34.0, 52.0]], [[30.0, 4.0, 62.0, 30.0], [4.0, 36.0, 40.0, 60.0]]]
     batch = batch_of([(64, 64)] * 2, boxes, [[0], [1, 2]])
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
-    head.update_metric(head.predict(features, batch, encoder_with()), batch)
+    head.update_metric(head.predict(features, batch, encoder_with()), features, batch)
     assert head.metric.compute()["ap50"] < 0.5
     head.metric.reset()
     for _ in range(80):
         optimizer.zero_grad()
-        sum(head.loss(features, batch, encoder_with()).values()).backward()
+        sum(head.loss(features, batch, encoder_with()).terms.values()).backward()
         optimizer.step()
-    head.update_metric(head.predict(features, batch, encoder_with()), batch)
+    head.update_metric(head.predict(features, batch, encoder_with()), features, batch)
     assert head.metric.compute()["ap50"] > 0.99
     assert head.metric.compute()["ap75"] > 0.99
 
@@ -368,10 +376,11 @@ def pycocotools(batch: Batch, predictions: list[dict[str, Tensor]]) -> list[floa
     results = []
     for i, (prediction, (height, width)) in enumerate(zip(predictions, batch["images"]["scale"], strict=True)):
         wide = torch.tensor([width, height] * 2)
-        for j, box in enumerate((batch["targets"]["boxes_xyxy"][i] / wide).tolist()):
+        target = targets_of(batch, i)
+        for j, box in enumerate((target["boxes_xyxy"] / wide).tolist()):
             xywh = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             row = {"id": len(rows) + 1, "image_id": i, "bbox": xywh, "area": xywh[2] * xywh[3]}
-            category, crowd = int(batch["targets"]["classes"][i][j]), int(batch["targets"]["crowd"][i][j])
+            category, crowd = int(target["classes"][j]), int(target["crowd"][j])
             rows.append(row | {"category_id": category, "iscrowd": crowd})
         for box, score, label in zip(
             (prediction["boxes_xyxy"] / wide).tolist(),
@@ -401,7 +410,7 @@ NAMES += ["ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]
 def test_the_metric_is_cocos(seed: int) -> None:
     head = head_for()
     batch, predictions = hand_made(seed, 40)
-    head.update_metric(predictions, batch)
+    head.update_metric(predictions, None, batch)
     numbers = head.metric.compute()
     assert sorted(numbers) == sorted(NAMES)
     for name, expected in zip(NAMES, pycocotools(batch, predictions), strict=True):
@@ -412,7 +421,9 @@ def test_the_metric_is_cocos(seed: int) -> None:
 def test_the_metric_leaves_out_what_has_no_object() -> None:
     head = head_for()
     batch = batch_of([(64, 64)], [[[0, 0, 20, 20]]], [[1]])
-    head.update_metric([{"boxes_xyxy": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}], batch)
+    head.update_metric(
+        [{"boxes_xyxy": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}], None, batch
+    )
     numbers = head.metric.compute()
     assert "ap_small" in numbers
     assert "ap_large" not in numbers
@@ -428,13 +439,13 @@ def test_ranks_with_unequal_shares_agree_on_the_metric(tmp_path) -> None:
     def numbers(rank: int) -> dict[str, float]:
         metric = DetectionMetric()
         for i in (range(0, 9), range(9, 12), range(0))[rank]:
-            target = tuple(batch["targets"][name][i] for name in ("boxes_xyxy", "classes", "crowd"))
+            target = tuple(targets_of(batch, i)[name] for name in ("boxes_xyxy", "classes", "crowd"))
             metric.update_image(predictions[i], target, batch["images"]["scale"][i])
         return {name: float(value) for name, value in metric.compute().items()}
 
     outputs = on_ranks(3, numbers, tmp_path)
     head = head_for()
-    head.update_metric(predictions, batch)
+    head.update_metric(predictions, None, batch)
     expected = {name: float(value) for name, value in head.metric.compute().items()}
     assert outputs[0] == outputs[1] == outputs[2] == pytest.approx(expected, abs=1e-6)
 
@@ -449,7 +460,6 @@ def test_a_detection_finds_an_object_once() -> None:
 
 def test_the_picture_shows_both_and_counts() -> None:
     head = head_for()
-    head.class_names = ["diya", "kite", "matka"]
     prediction = {
         # A hit, a false one, one that is too uncertain, and a second guess at the first place.
         "boxes_xyxy": torch.tensor([[4.0, 4, 24, 24], [30, 30, 40, 40], [0, 0, 9, 9], [4, 5, 24, 25]]),
@@ -460,7 +470,7 @@ def test_the_picture_shows_both_and_counts() -> None:
         "boxes_xyxy": torch.tensor([[4.0, 4.0, 24.0, 23.0], [30.0, 4.0, 44.0, 20.0]]),
         "classes": torch.tensor([1, 2]),
     }
-    picture, words = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target)
+    picture, words = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target, ["diya", "kite", "matka"])
     assert words.splitlines()[0].startswith("1 of 2 found, 1 false")
     assert "kite, matka" in words
     assert min(picture.shape[:2]) >= 320
@@ -471,9 +481,46 @@ def test_the_picture_shows_both_and_counts() -> None:
 def test_number_of_classes_must_be_the_datasets() -> None:
     head = head_for(num_classes=3)
     with pytest.raises(ValueError, match=r"heads\.detection\.num_classes: found 3, expected 2"):
-        head.check(SimpleNamespace(classes=["diya", "kite"]))
-    head.check(SimpleNamespace(classes=["diya", "kite", "matka"]))
-    assert head.class_names == ["diya", "kite", "matka"]
+        head.check({"data.train[0]": SimpleNamespace(classes=["diya", "kite"])}, {})
+    head.check({"data.train[0]": SimpleNamespace(classes=["diya", "kite", "matka"])}, {})
+    batch = batch_of([(64, 64)], [[]], [[]]) | {"origin": Origin("detection", classes=["diya", "kite"])}
+    with pytest.raises(ValueError, match=r"heads\.detection\.num_classes: found 3, expected 2"):
+        head.loss(features_of([torch.randn(8, 8, WIDTH)]), batch, encoder_with())  # without the command's check
+
+
+def test_classes_must_be_the_same_in_all_sources() -> None:
+    first, other = SimpleNamespace(classes=["diya", "kite"]), SimpleNamespace(classes=["kite", "diya"])
+    with pytest.raises(ValueError, match=r"data\.val\[0\]: the sources of task 'detection' .* class 0 is 'diya' and"):
+        head_for(num_classes=2).check({"data.train[0]": first}, {"data.val[0]": other})
+
+
+def test_a_head_may_detect_some_of_the_classes() -> None:
+    """Its losses, scores and pictures are those of a head for a dataset without the others."""
+    boxes = [[[6.0, 10.0, 34.0, 52.0], [30.0, 4.0, 62.0, 30.0]], [[4.0, 36.0, 40.0, 60.0]]]
+    crowd = [[False, True], [False]]
+    batch = batch_of([(64, 64)] * 2, boxes, [[2, 0], [1]], crowd)
+    batch["origin"] = Origin("detection", classes=["diya", "kite", "matka"])
+    kept = batch_of([(64, 64)] * 2, [boxes[0], []], [[0, 1], []], [crowd[0], []])
+    features = features_of([torch.randn(8, 8, WIDTH), torch.randn(8, 8, WIDTH)])
+    some = head_for(num_classes=None, classes=["matka", "diya"], name="some")
+    all_of_them = head_for(num_classes=2)
+    all_of_them.load_state_dict(some.state_dict())
+    assert some.name == "some"
+    terms = some.loss(features, batch, encoder_with()).terms
+    for name, value in all_of_them.loss(features, kept, encoder_with()).terms.items():
+        torch.testing.assert_close(terms[name], value, rtol=0, atol=0)
+    prediction = {"boxes_xyxy": torch.tensor(boxes[0][:1]), "scores": torch.ones(1), "labels": torch.tensor([0])}
+    nothing = {name: value[:0] for name, value in prediction.items()}
+    some.update_metric([prediction, nothing], features, batch)
+    assert some.metric.compute()["ap50"] == 1
+    names = batch["origin"].classes
+    _, words = some.visualize(np.zeros((64, 64, 3), np.uint8), prediction, targets_of(batch, 0), names)
+    assert words.startswith("1 of 1 found, 0 false")
+    assert words.endswith("matka")
+    with pytest.raises(ValueError, match=r"heads\.some\.classes: 'matka' is none of the 1 classes"):
+        some.check({"data.train[0]": SimpleNamespace(classes=["diya"])}, {})
+    with pytest.raises(ValueError, match=r"heads\.detection: give one of num_classes and classes"):
+        Detection()
 
 
 @pytest.mark.parametrize("scales", [[], [3.0], [1.0, 2.0], [1.0, 0.25]])
@@ -485,6 +532,6 @@ def test_scales_must_halve(scales: list[float]) -> None:
 def test_a_sample_without_boxes_is_named() -> None:
     head = head_for()
     batch = batch_of([(64, 64)], [[]], [[]])
-    batch["targets"]["boxes_xyxy"] = [None]
+    batch["targets"]["boxes_xyxy"].known = [False]
     with pytest.raises(ValueError, match=r"heads\.detection: sample '0'"):
         head.loss(features_of([torch.randn(8, 8, WIDTH)]), batch, encoder_with())

@@ -1,9 +1,12 @@
 """The loop: every head in every step, shared features, weights, groups, exact resume."""
 
+import sys
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
-from helpers import caption_batch, tiny_encoder
+from helpers import caption_batch, on_ranks, tiny_encoder
 
 from heads.contrastive import Contrastive
 from heads.counting import Counting
@@ -13,6 +16,7 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
+from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
 
@@ -84,16 +88,6 @@ def test_what_a_head_logs_beside_its_losses_is_not_trained_on():
     }  # fmt: skip
     torch.testing.assert_close(total, written["train/contrastive/loss"].squeeze(), atol=0, rtol=0)
     assert not written["train/contrastive/loss/hi"].requires_grad
-
-
-def test_what_a_head_logged_in_one_step_is_gone_in_the_next():
-    module = MultiTask(tiny_encoder(), [Contrastive()])
-    head, written = module.heads["contrastive"], []
-    head.logged, head.loss = {"rare": torch.ones(())}, lambda *_: {"loss": torch.zeros(())}
-    module.log = lambda *a, **k: None
-    module.log_dict = lambda values, **_: written.extend(values)
-    module.training_step({"contrastive": caption_batch(["a"])}, 0)
-    assert written == ["train/contrastive/loss"]
 
 
 def test_uncertainty_weighting_by_hand():
@@ -182,10 +176,110 @@ def test_an_unreadable_sample_is_replaced_and_told():
 
 
 def test_same_head_twice_is_said():
-    with pytest.raises(ValueError, match="model.heads: contrastive stands there more than once"):
+    with pytest.raises(ValueError, match="model.heads: contrastive stands there more than once .* need a `name`"):
         MultiTask(tiny_encoder(), [Contrastive(), Contrastive()])
     with pytest.raises(ValueError, match="model.heads: the list is empty"):
         MultiTask(tiny_encoder(), [])
+
+
+def test_a_step_without_a_heads_task_is_said():
+    module = MultiTask(tiny_encoder(), [Contrastive()])
+    with pytest.raises(ValueError, match="model.heads: contrastive reads the task .*; the step has no batch"):
+        module.training_step({"other": caption_batch(["a"])}, 0)
+
+
+def test_two_detection_heads_with_classes_of_their_own_share_a_task(tmp_path):
+    options = {"task": "scenes", "out_channels": 16, "num_convs": 1, "scales": [1.0]}
+    heads = [
+        Detection(classes=["person"], name="people", **options),
+        Detection(classes=["kite", "diya"], name="things", **options),
+        Contrastive(),
+    ]
+    module = MultiTask(tiny_encoder(), heads, warmup_steps=2)
+    run = trainer(tmp_path, max_steps=2, enable_checkpointing=False)
+    run.fit(module, datamodule=mela_data(steps_per_epoch=2))
+    for name in ("people", "things"):
+        assert {f"train/{name}/box", f"val/{name}/ap50"} <= run.callback_metrics.keys()
+
+
+class Fair(Mela):
+    """Single things, whose classes stand in the opposite order where asked for."""
+
+    def __init__(self, num_scenes, seed, turned=False, labelled=True):
+        super().__init__(num_scenes, 32, "single", seed=seed)
+        self.labelled = labelled
+        self.last = len(self.classes) - 1 if turned else 0
+        self.classes = (self.classes[::-1] if turned else self.classes) if labelled else []
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample | {"label": abs(self.last - sample["label"]) if self.labelled else -1}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_every_held_out_source_keeps_its_classes_and_scores(tmp_path, num_workers):
+    """The scores of three sources together are those of each by itself, whatever their sizes and order."""
+    sources = {
+        "plain": lambda **name: Source("contrastive", Fair(9, 1), 4, max_tokens=16, **name),
+        "turned": lambda **name: Source("contrastive", Fair(5, 2, turned=True), 2, max_tokens=16, **name),
+        "1": lambda **name: Source("contrastive", Fair(3, 3, labelled=False), 4, max_tokens=16, **name),
+    }
+    module = MultiTask(tiny_encoder(), [Contrastive()])
+
+    def scores(*val):
+        run = trainer(tmp_path, enable_checkpointing=False)
+        run.validate(
+            module, datamodule=MultiTaskData([], list(val), patch_size=8, num_workers=num_workers), verbose=False
+        )
+        return {name: value.item() for name, value in run.callback_metrics.items()}
+
+    named = [make(**({"name": name} if name != "1" else {})) for name, make in sources.items()]
+    together = scores(named[0], named[2], named[1])  # the nameless one is number 1
+    expected = {}
+    for name, make in sources.items():
+        for metric, value in scores(make()).items():
+            expected[metric.replace("val/contrastive/", f"val/contrastive/{name}/")] = value
+    assert together == pytest.approx(expected, abs=1e-6)
+    assert "val/contrastive/turned/zero_shot" in together
+    assert "val/contrastive/1/zero_shot" not in together
+    with pytest.raises(ValueError, match=r"data\.val\[1\]\.name: contrastive/a is the name of an earlier source too"):
+        scores(sources["plain"](name="a"), sources["turned"](name="a"))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_ranks_that_saw_other_sources_agree(tmp_path):
+    """The second rank has no sample of the second source."""
+    module = MultiTask(tiny_encoder(), [Contrastive()])
+
+    def work(rank):
+        data = MultiTaskData([], [Source("contrastive", Fair(n, n), 4, max_tokens=16) for n in (5, 1)], patch_size=8)
+        steps, written = Steps(data.val, 0, 8, None, train=False, rank=rank, world_size=2), {}
+        module.log_dict = written.update
+        module._trainer = SimpleNamespace(world_size=2)
+        module.eval()
+        with torch.no_grad():
+            module.on_validation_epoch_start()
+            for step in range(2):
+                module.validation_step(steps[step], step)
+            module.on_validation_epoch_end()
+        return {name: value.item() for name, value in written.items()}
+
+    first, second = on_ranks(2, work, tmp_path)
+    assert first == second
+    assert {"val/contrastive/0/zero_shot", "val/contrastive/1/zero_shot"} <= first.keys()
+
+
+def test_validate_then_fit_in_python(tmp_path):
+    """Lightning validates in inference mode, and in fit it does not: no metric's state goes from one to the other."""
+    data = mela_data(steps_per_epoch=2)
+    data.val.append(Source("contrastive", Mela(6, 32, "single", seed=5), 4, max_tokens=16))
+    module, run = four_tasks(), trainer(tmp_path, max_steps=2, enable_checkpointing=False)
+    run.validate(module, datamodule=data, verbose=False)
+    before = run.callback_metrics["val/counting/mae"].item()
+    run.fit(module, datamodule=data)
+    assert run.callback_metrics["val/counting/mae"].item() != before
+    run.validate(module, datamodule=data, verbose=False)
 
 
 def test_reduced_precision_clips_with_the_fused_optimizer(tmp_path):

@@ -10,7 +10,9 @@ from torchvision.transforms import v2
 
 from indiclip import patches
 from indiclip.images import EncodedImage
-from indiclip.loading.transforms import Transform, collate
+from indiclip.loading.collate import collate
+from indiclip.loading.transforms import Transform
+from indiclip.types import FIELDS, Field, targets_of
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
 BOXES = np.array([[10, 20, 50, 60], [100, 5, 130, 95], [60, 70, 90, 90]], dtype=np.float32)
@@ -225,16 +227,18 @@ def test_an_image_must_stay_of_bytes():
         Transform(augment=[v2.ToDtype(torch.float32, scale=True)])(scene(), 8, None, 0)
 
 
-def test_a_batch_lists_the_targets_of_every_image():
+def test_a_batch_packs_the_targets_of_every_image():
     empty = scene(BOXES[:0]) | {"key": "e"}
     only_image = {"image": scene()["image"], "key": "i", "label": 2}
     prepared = [prepare(sample, v2.RandomHorizontalFlip(1.0))[0] for sample in (scene(), empty, only_image)]
     batch = collate(prepared)
     assert batch["keys"] == ["s", "e", "i"]
-    assert batch["targets"]["label"] == [4, 4, 2]
+    assert batch["targets"]["label"].tolist() == [4, 4, 2]
     assert batch["targets"]["caption"] == ["three things", "three things", None]
-    assert [None if boxes is None else len(boxes) for boxes in batch["targets"]["boxes_xyxy"]] == [3, 0, None]
-    assert all(type(masks) is torch.Tensor for masks in batch["targets"]["masks"][:2])
+    boxes = batch["targets"]["boxes_xyxy"]
+    assert (boxes.counts, boxes.known) == ([3, 0, 0], [True, True, False])
+    assert boxes.image_R.tolist() == [0, 0, 0]
+    assert type(batch["targets"]["masks"].values) is torch.Tensor
     assert "key" in prepared[0]  # collating leaves its input as it is
 
 
@@ -337,3 +341,99 @@ def test_a_smaller_budget_shrinks_whatever_the_augmentation_made():
     assert transform(sample, 8, None, 0)["patches"][0].shape[0] == 64
     assert transform(sample, 8, None, 0, max_tokens=20)["patches"][0].shape[0] <= 20
     assert transform(sample, 8, None, 0, max_tokens=9999)["patches"][0].shape[0] == 64
+
+
+def test_what_is_not_declared_is_an_error_that_names_it():
+    sample = scene() | {"dept": np.zeros(SIZE_HW, np.float32)}
+    with pytest.raises(ValueError, match=r"sample 's' has a field 'dept', which .* does not declare"):
+        prepare(sample)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"masks": np.zeros((3, 10, 10), np.uint8)},
+            r"masks of .* shape \(3, 10, 10\), expected \(3, 100",
+        ),
+        ({"classes": np.arange(2)}, "classes of sample 's' has 2 rows, but boxes_xyxy 3 rows"),
+        ({"boxes_xyxy": None}, "classes of sample 's' has 3 rows, but boxes_xyxy is missing"),
+        ({"points_xy": [[1, 2]]}, "points_xy of sample 's': found a list, expected a NumPy array"),
+    ],
+)
+def test_an_array_that_does_not_fit_its_kind_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(scene() | change)
+
+
+@pytest.fixture(params=[False, True], ids=["nearest", "bilinear"])
+def depth(request, monkeypatch):
+    """A field that is declared for a test: the number of every pixel is its column."""
+    monkeypatch.setitem(FIELDS, "depth", Field("map", bilinear=request.param))
+    return np.tile(np.arange(SIZE_HW[1], dtype=np.float32), (SIZE_HW[0], 1))
+
+
+def check_depth(prepared, image, first, last, slack):
+    """Columns from `first` to `last` (excluded) of the original, spread over the image."""
+    height, width = image.shape[:2]
+    found = prepared["depth"]
+    assert (found.shape, found.dtype) == ((1, height, width), torch.float32)
+    step = (last - first) / width
+    expected = first + (torch.arange(width) + 0.5) * step - 0.5
+    assert (found - expected).abs()[..., 2:-2].max() <= slack + 1e-3
+
+
+def test_a_map_moves_with_the_image(depth):
+    sample = scene() | {"depth": depth}
+    check_depth(*prepare(sample), 0, 140, 0)
+    check_depth(*prepare(sample, v2.RandomHorizontalFlip(1.0)), 140, 0, 0)
+    check_depth(*prepare(sample, Crop(10, 30, 60, 80)), 30, 110, 0)
+    smooth = FIELDS["depth"].bilinear
+    check_depth(*prepare(sample, max_tokens=300, patch_size=4), 0, 140, 0.1 if smooth else 0.5)
+    for seed in range(5):
+        crop = v2.RandomResizedCrop((64, 96), scale=(0.2, 0.6))
+        prepared, image = prepare(sample, crop, seed=seed)
+        torch.manual_seed(seed)
+        at = crop.make_params([torch.empty(3, *SIZE_HW)])
+        check_depth(prepared, image, at["left"], at["left"] + at["width"], 0.1 if smooth else 0.5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_map_is_turned_upright_with_the_image(depth, orientation):
+    """The photo's red channel is the map."""
+    pixels = np.zeros((*SIZE_HW, 3), np.uint8)
+    pixels[..., 0] = depth
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif)
+    prepared, image = prepare({"image": EncodedImage(buffer.getvalue(), "s"), "key": "s", "depth": depth})
+    assert (prepared["depth"][0].numpy() == image[..., 0]).all()
+
+
+def test_a_batch_packs_maps_and_masks_of_several_sizes(depth):
+    whole = prepare(scene() | {"depth": depth})[0]
+    part = prepare(scene() | {"depth": depth, "key": "p"}, Crop(0, 56, 60, 84))[0]
+    without = prepare({"image": scene()["image"], "key": "w"})[0]
+    batch = collate([whole, without, part])
+    found = batch["targets"]["depth"]
+    assert (found.counts, found.known, found.image_R.tolist()) == ([1, 0, 1], [True, False, True], [0, 2])
+    assert found.values.shape == (2, *SIZE_HW)
+    for i, prepared in enumerate([whole, without, part]):
+        targets = targets_of(batch, i)
+        expected = {name: value for name, value in prepared.items() if name in FIELDS and name != "key"}
+        for name, value in expected.items():
+            value = value[0] if name == "depth" else value
+            assert torch.equal(targets[name], value) if isinstance(value, torch.Tensor) else targets[name] == value
+        left = {name for name in targets.keys() - expected.keys() if FIELDS[name].kind != "scalar"}
+        assert left == set()
+    person = batch["targets"]["dp_person"].values.tolist()
+    assert person == [0, 0, 1, 1, 2, 2, 3, 3]  # numbered through the batch, as the boxes of people are
+
+
+def test_rows_of_a_list_stay_aligned_where_a_field_of_it_is_missing():
+    bare = {name: value for name, value in scene().items() if name not in ("crowd", "masks")} | {"key": "b"}
+    targets = collate([prepare(bare)[0], prepare(scene())[0]])["targets"]
+    assert targets["crowd"].values.tolist() == [False] * 3 + [False, True, False]
+    assert (targets["crowd"].known, targets["crowd"].counts) == ([False, True], [3, 3])
+    assert targets["boxes_xyxy"].index_BM.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert len(targets["masks"].values) == 6

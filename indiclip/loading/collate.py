@@ -17,8 +17,12 @@ Prepared = dict[str, Any]
 def collate(samples: list[Prepared]) -> Batch:
     """Prepared samples -> `Batch`: patches padded to the longest, targets packed."""
     images = patches.stack(*([sample[name] for sample in samples] for name in ("patches", "size_hw", "scale")))
+    return Batch(images=images, targets=pack(samples), keys=[sample["key"] for sample in samples], quarantined=[])
+
+
+def pack(samples: list[Prepared]) -> dict[str, Any]:
+    """The targets of a batch, see `Field`."""
     names = dict.fromkeys(name for sample in samples for name in sample if name in FIELDS and name != "key")
-    rows: dict[str, Rows] = {}
     targets: dict[str, Any] = {}
     # Those that others belong to or point to come first.
     for name in sorted(names, key=lambda name: (FIELDS[name].of != "", FIELDS[name].into != "")):
@@ -28,15 +32,14 @@ def collate(samples: list[Prepared]) -> Batch:
         elif field.kind == "scalar":
             targets[name] = torch.tensor([-1 if value is None else int(value) for value in values])
         else:
-            targets[name] = rows[name] = _pack(values, rows.get(field.of))
+            targets[name] = _rows(values, targets.get(field.of))
             if field.into:
-                first_B = torch.tensor([0, *accumulate(rows[field.into].counts[:-1])])
-                rows[name].values += first_B[rows[name].image_R]
-    keys = [sample["key"] for sample in samples]
-    return Batch(images=images, targets=targets, keys=keys, quarantined=[])
+                first_B = torch.tensor([0, *accumulate(targets[field.into].counts[:-1])])
+                targets[name].values += first_B[targets[name].image_R]
+    return targets
 
 
-def _pack(values: list[Tensor | None], owner: Rows | None) -> Rows:
+def _rows(values: list[Tensor | None], owner: Rows | None) -> Rows:
     """One field of all images; its rows are those of `owner`, where it has one."""
     known = [value is not None for value in values]
     if owner is None:

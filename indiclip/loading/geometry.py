@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from indiclip.names import did_you_mean
@@ -24,18 +25,31 @@ Fields = dict[str, Any]
 _TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
 
 
-class SmoothMap(tv_tensors.Mask):  # type: ignore[misc]
-    """A number per pixel, (1, height, width), that is resized bilinearly; torchvision's masks take the nearest."""
+class ExactMask(tv_tensors.Mask):  # type: ignore[misc]
+    """(..., height, width), resized to the nearest pixel; torchvision's own takes one up to half a pixel off."""
 
 
-@TF.register_kernel(TF.resize, SmoothMap)  # type: ignore[untyped-decorator]
-def _resize(value: SmoothMap, size: list[int], **options: Any) -> Any:
-    return tv_tensors.wrap(TF.resize(plain(value), size, antialias=True), like=value)
+class SmoothMask(tv_tensors.Mask):  # type: ignore[misc]
+    """(..., height, width), resized bilinearly."""
 
 
-@TF.register_kernel(TF.resized_crop, SmoothMap)  # type: ignore[untyped-decorator]
-def _resized_crop(value: SmoothMap, *region: int, size: list[int], **options: Any) -> Any:
-    return tv_tensors.wrap(TF.resized_crop(plain(value), *region, size=size, antialias=True), like=value)
+def _register(kind: type, interpolation: InterpolationMode) -> None:
+    """Tell torchvision how a kind of mask is resized; all else is as for its own."""
+
+    @TF.register_kernel(TF.resize, kind)  # type: ignore[untyped-decorator]
+    def resize(value: Tensor, size: list[int], **options: Any) -> Any:
+        resized = TF.resize(plain(value), size, interpolation=interpolation, antialias=True)
+        return tv_tensors.wrap(resized, like=value)
+
+    @TF.register_kernel(TF.resized_crop, kind)  # type: ignore[untyped-decorator]
+    def resized_crop(
+        value: Tensor, top: int, left: int, height: int, width: int, size: list[int], **options: Any
+    ) -> Any:
+        return resize(tv_tensors.wrap(TF.crop(plain(value), top, left, height, width), like=value), size)
+
+
+_register(ExactMask, InterpolationMode.NEAREST_EXACT)
+_register(SmoothMask, InterpolationMode.BILINEAR)
 
 
 def wrap(sample: Sample, canvas: Size) -> Fields:
@@ -55,9 +69,11 @@ def wrap(sample: Sample, canvas: Size) -> Fields:
                 f"sample {sample['key']!r} has a field {name!r}, which indiclip.types.Sample does not declare"
                 f"{did_you_mean(name, FIELDS)}"
             )
+        if value is None or field.kind == "image":
+            continue
         if field.kind in ("text", "scalar"):
             fields[name] = value
-        elif field.kind != "image":
+        else:
             fields[name] = _wrap(f"{name} of sample {sample['key']!r}", field, value, canvas)
     for name, value in fields.items():
         owner = FIELDS[name].of
@@ -83,9 +99,7 @@ def _wrap(what: str, field: Field, value: Any, canvas: Size) -> Any:
     expected = (*value.shape[:1], *canvas) if field.kind == "masks" else canvas
     if value.shape != expected:
         raise ValueError(f"{what}: found shape {value.shape}, expected {expected}, as its image")
-    if field.kind == "masks":
-        return tv_tensors.Mask(tensor)
-    return (SmoothMap if field.bilinear else tv_tensors.Mask)(tensor[None])
+    return (SmoothMask if field.bilinear else ExactMask)(tensor if field.kind == "masks" else tensor[None])
 
 
 def turn(value: Any, orientation: int) -> Any:
