@@ -201,7 +201,7 @@ def test_questions_about_one_image_are_answered_apart(encoder: Encoder) -> None:
 
 def test_asking_for_boxes_needs_class_names() -> None:
     with pytest.raises(ValueError, match=r"heads\.counting\.ask_boxes: .* but data\.train\[0\] has none"):
-        Counting(ask_boxes=True).check({"data.train[0]": SimpleNamespace()}, {})
+        Counting(ask_boxes=True).check({"data.train[0]": SimpleNamespace(classes=())}, {})
     encoder = tiny_encoder()
     head, batch = boxed_batch(encoder)
     del batch["origin"]

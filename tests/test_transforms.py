@@ -335,14 +335,6 @@ def test_a_crop_of_a_large_jpeg_is_decoded_small(picture):
         assert 64 <= min(asked) <= max(asked) < 300  # far below 1200 x 1600
 
 
-def test_a_smaller_budget_shrinks_whatever_the_augmentation_made():
-    sample = {"image": np.zeros((100, 100, 3), np.uint8), "key": "k"}
-    transform = Transform(256, [v2.RandomCrop(64)])
-    assert transform(sample, 8, None, 0)["patches"][0].shape[0] == 64
-    assert transform(sample, 8, None, 0, max_tokens=20)["patches"][0].shape[0] <= 20
-    assert transform(sample, 8, None, 0, max_tokens=9999)["patches"][0].shape[0] == 64
-
-
 def test_what_is_not_declared_is_an_error_that_names_it():
     sample = scene() | {"dept": np.zeros(SIZE_HW, np.float32)}
     with pytest.raises(ValueError, match=r"sample 's' has a field 'dept', which .* does not declare"):

@@ -4,14 +4,14 @@
     INDICLIP_DATA=... python tools/bench_counting.py --whole --folds 0        # all heads of the config, one fold
 
 Every photo is held out in one fold of each seed. Prints the errors of each run beside those of three constant answers,
-and their mean. A run whose folder is whole is not made again, so a bench that was stopped goes on when it is started
-again.
+and their mean. A run that has ended is not made again, so a bench that was stopped goes on when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def main() -> None:
             done = arguments.runs / name / "metrics.json"
             if not done.exists():
                 config = hold_out(OmegaConf.load(arguments.config), fold)
+                shutil.rmtree(done.parent, ignore_errors=True)  # of a run that was stopped
                 page = arguments.runs / f"{name}.yaml"
                 OmegaConf.save(config if arguments.whole else keep_heads(config, ["counting"]), page)
                 fit(page, arguments.runs, name, ["--seed_everything", str(seed), *extra])

@@ -53,10 +53,9 @@ class SourceSampler:
         assert spec.tokens is None or info.lengths is not None
         self.info, self.spec, self._entropy = info, spec, entropy
         self._scattered = info.starts is None and info.size > LARGEST_WINDOW
-        if self._scattered:
-            window = 1
-        whole = np.arange(0, info.size + PART, PART) if self._scattered else np.array([0, info.size])
-        self._starts = np.minimum(whole if info.starts is None else info.starts, info.size)
+        part, window = (PART, 1) if self._scattered else (info.size, window)
+        starts = np.arange(0, info.size + part, part) if info.starts is None else info.starts
+        self._starts = np.minimum(starts, info.size)
         order = self._rng(0).permutation(len(self._starts) - 1)
         groups = (order[first : first + window] for first in range(0, len(order), window))
         self._windows: list[list[int]] = [shards.tolist() for shards in groups]

@@ -83,21 +83,16 @@ class Steps(Dataset[dict[str, Batch]]):
         worker = self.rank + (info.id if info else 0)
         for number, shards in plan.next_shards(step) if self.train else []:
             self._prefetch(task, number, self.sources[task][number].dataset, shards, worker)
-        refs, tokens = plan.batch(step, self.rank, self.world_size), self.sources[task][0].spec.tokens
-        # Whatever an augmentation makes of the images, the batch stays within the tokens.
-        max_tokens = tokens // (len(refs) * self.world_size) if tokens and self.train else None
-        samples = [sample for ref in refs if (sample := self.read(task, ref, max_tokens)) is not None]
+        read = (self.read(task, ref) for ref in plan.batch(step, self.rank, self.world_size))
+        samples = [sample for sample in read if sample is not None]
         if not samples:
             return None
         batch = collate(samples)
         batch["origin"] = self.origins[task]
         return batch
 
-    def read(self, task: str, ref: SampleRef, max_tokens: int | None = None) -> Prepared | None:
+    def read(self, task: str, ref: SampleRef) -> Prepared | None:
         """One prepared sample; in training the next readable one stands in for an unreadable one.
-
-        Args:
-            max_tokens: A smaller budget than the source's own.
 
         Raises:
             ValueError: Many in a row are unreadable.
@@ -111,7 +106,7 @@ class Steps(Dataset[dict[str, Batch]]):
                 random_seed = self._random_seed(task, ref) if self.train else None
                 with reading(source.task, source.dataset, index):
                     sample = self._draw_caption(task, ref, source.dataset[index])
-                    return source.transform(sample, self.patch_size, self.canvas_hw, random_seed, max_tokens)
+                    return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(source.task, error.key, error.file, error.reason))
         if self.train:

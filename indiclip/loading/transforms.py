@@ -75,7 +75,6 @@ class Transform:
         patch_size: int,
         canvas_hw: Size | None,
         random_seed: int | None,
-        max_tokens: int | None = None,
     ) -> Prepared:
         """Prepare one sample.
 
@@ -83,7 +82,6 @@ class Transform:
             patch_size: Side of a patch in pixels.
             canvas_hw: The one image size of a fixed-size backbone, or None.
             random_seed: Seeds the augmentation; None leaves it out (validation).
-            max_tokens: A smaller budget than the transform's own.
 
         Returns:
             `patches`, `size_hw`, `scale`, and the sample's annotations in the resized image's pixels, as tensors.
@@ -92,12 +90,11 @@ class Transform:
             UnreadableSample: The image cannot be decoded.
             ValueError: A field of the sample is not declared, or has another shape than its kind.
         """
-        budget = min(self.max_tokens, max_tokens or self.max_tokens)
 
         def fit(size: Size) -> Size:
             if canvas_hw is not None:
                 return patches.fit_canvas_hw(*size, patch_size, canvas_hw)
-            return patches.fit_hw(*size, patch_size, budget)
+            return patches.fit_hw(*size, patch_size, self.max_tokens)
 
         image = sample["image"]
         full = canvas = upright_hw(image)
