@@ -270,7 +270,8 @@ class People:
         masks = targets.get("dp_masks")
         coarse_Rhw = coarse_targets(None if masks is None else masks.values, windows_R4, size, size_R2)
         if masks is not None and not all(masks.known):
-            coarse_Rhw = torch.where(masks.known_B[masks.image_R][:, None, None], coarse_Rhw, -1)
+            known_R = on_device(masks.known, coarse_Rhw.device)[masks.image_R]
+            coarse_Rhw = torch.where(known_R[:, None, None], coarse_Rhw, -1)
         values = {name: rows.values for name, rows in targets.items() if isinstance(rows, Rows)}
         xy_S2, person_S, part_S, uv_S2 = _points(values, windows_R4.device)
         return cls(coarse_Rhw, person_S, to_window(xy_S2, windows_R4[person_S]), part_S, uv_S2)

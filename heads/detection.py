@@ -416,16 +416,19 @@ def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, igno
 def giou_loss(ltrb_BA4: Tensor, gt_ltrb_BA4: Tensor) -> Tensor:
     """1 less the generalised IoU (Rezatofighi et al., arXiv:1902.09630) of boxes around the same point, (B, A).
 
-    In strides: overlap is the same at any place and size. torchvision's indexes by a mask, which waits for the GPU.
+    In strides: overlap is the same at any place and size. To the last bit torchvision's, gradients too, which indexes
+    by a mask and so waits for the GPU.
     """
-
-    def area_BA(sides_BA4: Tensor) -> Tensor:
-        return (sides_BA4[..., :2] + sides_BA4[..., 2:]).prod(-1)
-
-    both_BA = area_BA(torch.minimum(ltrb_BA4, gt_ltrb_BA4))
-    either_BA = area_BA(ltrb_BA4) + area_BA(gt_ltrb_BA4) - both_BA
-    around_BA = area_BA(torch.maximum(ltrb_BA4, gt_ltrb_BA4))
-    return 1 - (both_BA / (either_BA + _TINY) - (around_BA - either_BA) / (around_BA + _TINY))
+    left, top, right, bottom = ltrb_BA4.unbind(-1)
+    gt_left, gt_top, gt_right, gt_bottom = gt_ltrb_BA4.unbind(-1)
+    width = torch.minimum(right, gt_right) + torch.minimum(left, gt_left)
+    both = width * (torch.minimum(bottom, gt_bottom) + torch.minimum(top, gt_top))
+    either = (right + left) * (bottom + top) + (gt_right + gt_left) * (gt_bottom + gt_top) - both
+    iou = both / (either + _TINY)
+    left, top, right, bottom = ltrb_BA4.unbind(-1)  # anew, so that gradients are added up in torchvision's order
+    width = torch.maximum(right, gt_right) + torch.maximum(left, gt_left)
+    around = width * (torch.maximum(bottom, gt_bottom) + torch.maximum(top, gt_top))
+    return 1 - (iou - (around - either) / (around + _TINY))
 
 
 class DetectionMetric(torchmetrics.Metric):

@@ -112,12 +112,11 @@ class MultiTask(L.LightningModule):
         """`(name, head, predictions, features, batch)` of every head and source."""
         for key, batch in batches.items():  # held-out sources end at different steps
             origin = batch.get("origin", Origin(key))
-            heads = [head for head in self.each_head() if head.task == origin.task]
-            features = self.encoder.features(batch["images"]) if heads else None
-            for head in heads:
-                assert features is not None
-                name = f"{head.name}/{origin.source}" if origin.source else head.name
-                yield name, head, head.predict(features, batch, self.encoder), features, batch
+            features = self.encoder.features(batch["images"])
+            for head in self.each_head():
+                if head.task == origin.task:
+                    name = f"{head.name}/{origin.source}" if origin.source else head.name
+                    yield name, head, head.predict(features, batch, self.encoder), features, batch
 
     def on_validation_epoch_start(self) -> None:
         self._scored: dict[str, Metric] = {}

@@ -121,19 +121,15 @@ class Rows:
         self.on_host = values
 
     def to(self, device: torch.device | str) -> Rows:
-        """On the device, without waiting for it."""
-        values, image_R = (part.to(device, non_blocking=True) for part in (self.values, self.image_R))
+        """On the device, without waiting for it; back on the host it waits, so that nobody reads too early."""
+        away = torch.device(device).type != "cpu"
+        values, image_R = (part.to(device, non_blocking=away) for part in (self.values, self.image_R))
         moved = Rows(values, image_R, self.counts, self.known)
         moved.on_host = self.on_host
         return moved
 
     def pin_memory(self) -> Rows:
         return Rows(self.values.pin_memory(), self.image_R.pin_memory(), self.counts, self.known)
-
-    @property
-    def known_B(self) -> Tensor:
-        """`known` on the device."""
-        return on_device(self.known, self.values.device)
 
     @property
     def index_BM(self) -> Tensor:

@@ -15,9 +15,19 @@ from helpers import on_ranks, packed
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torchvision import ops
 from torchvision.models.detection import FCOS
 
-from heads.detection import Detection, DetectionMetric, FCOSOutputs, assign, fcos_losses, hits_at_half, make_locations
+from heads.detection import (
+    Detection,
+    DetectionMetric,
+    FCOSOutputs,
+    assign,
+    fcos_losses,
+    giou_loss,
+    hits_at_half,
+    make_locations,
+)
 from indiclip.encoder import Encoder
 from indiclip.types import Batch, Features, Origin, targets_of
 
@@ -150,6 +160,21 @@ def test_assignment_and_losses_are_torchvisions() -> None:
     names = {"classification": "classification", "box": "bbox_regression", "centerness": "bbox_ctrness"}
     for ours, theirs in names.items():
         torch.testing.assert_close(losses[ours], expected[theirs], rtol=1e-5, atol=1e-6)
+
+
+def test_the_box_loss_is_torchvisions_to_the_bit() -> None:
+    torch.manual_seed(1)
+    ltrb_BA4, gt_BA4 = (torch.rand(2, 500, 4) * 8 + 0.01 for _ in range(2))
+    gt_BA4[:, :9] = ltrb_BA4[:, :9]
+    found, gradients = [], []
+    sign_4 = torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    for loss in (giou_loss, lambda a, b: ops.generalized_box_iou_loss(a * sign_4, b * sign_4)):
+        inputs = ltrb_BA4.clone().requires_grad_()
+        found.append(loss(inputs, gt_BA4))
+        (found[-1] * torch.linspace(0.1, 3, 500)).sum().backward()
+        gradients.append(inputs.grad)
+    assert torch.equal(*found)
+    assert torch.equal(*gradients)
 
 
 def test_detections_are_torchvisions() -> None:

@@ -348,7 +348,7 @@ def test_what_is_not_declared_is_an_error_that_names_it():
             {"masks": np.zeros((3, 10, 10), np.uint8)},
             r"masks of .* shape \(3, 10, 10\), expected \(3, 100",
         ),
-        ({"classes": np.arange(2)}, "classes of sample 's' has 2 rows, but boxes_xyxy 3 rows"),
+        ({"classes": np.arange(2)}, "classes of sample 's' has 2 rows, but boxes_xyxy has 3"),
         ({"boxes_xyxy": None}, "classes of sample 's' has 3 rows, but boxes_xyxy is missing"),
         ({"points_xy": [[1, 2]]}, "points_xy of sample 's': found a list, expected a NumPy array"),
     ],

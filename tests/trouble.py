@@ -31,7 +31,8 @@ class BadLoss(Contrastive):
         self.bad, self.rank, self.what, self.calls = bad, rank, what, 0
 
     def loss(self, features, batch, encoder):
-        losses = super().loss(features, batch, encoder)
+        found = super().loss(features, batch, encoder)
+        losses = found.terms
         mine = self.rank == (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
         if self.calls in self.bad and mine:
             name = next(iter(losses))
@@ -41,7 +42,7 @@ class BadLoss(Contrastive):
                 zero = features.tokens_BND - features.tokens_BND.detach()
                 losses[name] = losses[name] + zero.abs().sqrt().sum()
         self.calls += 1
-        return losses
+        return found
 
 
 class Signal(L.Callback):

@@ -70,7 +70,7 @@ def our_contrastive_step(batch: dict[str, Any], tokenizer: Tokenizer, device: st
 
     def step() -> None:
         optimizer.zero_grad()
-        head.loss(encoder.features(images), batch, encoder)["loss"].backward()
+        head.loss(encoder.features(images), batch, encoder).terms["loss"].backward()
         optimizer.step()
 
     return step, sum(p.numel() for p in module.parameters())
@@ -126,7 +126,6 @@ def four_tasks(rounds: int, device: str) -> None:
 
     from indiclip.loading.data_module import MultiTaskData
     from indiclip.module import MultiTask
-    from indiclip.training.cli import check
 
     parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_class_arguments(MultiTask, "model")
@@ -136,7 +135,6 @@ def four_tasks(rounds: int, device: str) -> None:
     parts = parser.instantiate(config)
     module, data = parts.model.to(device), parts.data
     data.patch_size = module.encoder.backbone.patch_size
-    check(module, data, training=True)  # gives the heads the classes' names
     module.log = module.log_dict = lambda *_, **__: None
     batches = module.transfer_batch_to_device(data.steps(data.train, train=True)[0], torch.device(device), 0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)

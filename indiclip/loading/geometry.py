@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from indiclip.names import did_you_mean
-from indiclip.types import FIELDS, Field, Sample
+from indiclip.types import FIELDS, Sample
 
 Size = tuple[int, int]
 Region = tuple[int, int, int, int]  # top, left, height, width
@@ -61,31 +61,27 @@ def wrap(sample: Sample, canvas: Size) -> Fields:
     Raises:
         ValueError: A field that is not declared, or an array of another shape than its kind has.
     """
-    fields: Fields = {}
+    key, fields = sample["key"], Fields()
     for name, value in sample.items():
-        field = FIELDS.get(name)
-        if field is None:
+        if name not in FIELDS:
             raise ValueError(
-                f"sample {sample['key']!r} has a field {name!r}, which indiclip.types.Sample does not declare"
+                f"sample {key!r} has a field {name!r}, which indiclip.types.Sample does not declare"
                 f"{did_you_mean(name, FIELDS)}"
             )
-        if value is None or field.kind == "image":
-            continue
-        if field.kind in ("text", "scalar"):
-            fields[name] = value
-        else:
-            fields[name] = _wrap(f"{name} of sample {sample['key']!r}", field, value, canvas)
+        if value is not None and FIELDS[name].kind != "image":
+            fields[name] = value if FIELDS[name].kind in ("text", "scalar") else _wrap(name, value, canvas, key)
     for name, value in fields.items():
         owner = FIELDS[name].of
-        if owner and (owner not in fields or len(fields[owner]) != len(value)):
-            found = f"{len(fields[owner])} rows" if owner in fields else "is missing"
-            raise ValueError(f"{name} of sample {sample['key']!r} has {len(value)} rows, but {owner} {found}")
+        if owner and (owner not in fields or fields[owner].shape[0] != value.shape[0]):
+            found = f"has {len(fields[owner])}" if owner in fields else "is missing"
+            raise ValueError(f"{name} of sample {key!r} has {len(value)} rows, but {owner} {found}")
     return fields
 
 
-def _wrap(what: str, field: Field, value: Any, canvas: Size) -> Any:
+def _wrap(name: str, value: Any, canvas: Size, key: str) -> Any:
+    field = FIELDS[name]
     if not isinstance(value, np.ndarray):
-        raise ValueError(f"{what}: found a {type(value).__name__}, expected a NumPy array")
+        raise ValueError(f"{name} of sample {key!r}: found a {type(value).__name__}, expected a NumPy array")
     tensor = torch.from_numpy(value)
     if field.kind == "boxes":
         return tv_tensors.BoundingBoxes(tensor.reshape(-1, 4), format="XYXY", canvas_size=canvas)  # type: ignore[call-overload]
@@ -98,7 +94,7 @@ def _wrap(what: str, field: Field, value: Any, canvas: Size) -> Any:
         return tensor
     expected = (*value.shape[:1], *canvas) if field.kind == "masks" else canvas
     if value.shape != expected:
-        raise ValueError(f"{what}: found shape {value.shape}, expected {expected}, as its image")
+        raise ValueError(f"{name} of sample {key!r}: found shape {value.shape}, expected {expected}, as its image")
     return (SmoothMask if field.bilinear else ExactMask)(tensor if field.kind == "masks" else tensor[None])
 
 

@@ -1,0 +1,77 @@
+"""Heads and sources are compared before training, and prediction needs less; through the command."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from test_cli import config, fit
+
+from indiclip.training.cli import run
+
+COUNTING = {"class_path": "heads.counting.Counting", "init_args": {"channels": 8}}
+DETECTION = {"class_path": "heads.detection.Detection"}
+DETECTION |= {"init_args": {"num_classes": 3, "out_channels": 8, "num_convs": 1, "scales": [1.0]}}
+
+
+def source(folder, task, kind, file, content, **options):
+    """A source of images of 32 pixels and one annotation file."""
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32), "orange").save(folder / f"{name}.png")
+    (folder / file).write_text(json.dumps(content))
+    arguments = {"images": str(folder), "annotations": str(folder / file)} | options
+    return {"task": task, "dataset": {"class_path": kind, "init_args": arguments}, "batch_size": 2, "max_tokens": 16}
+
+
+def test_what_is_held_out_for_counting_may_be_of_other_classes(tmp_path):
+    """As in FSC-147's own splits: a text names the class."""
+    tree, kind = config(), "indiclip.datasets.points.CountingPoints"
+    tree["model"]["heads"] = [COUNTING]
+    for part, name in (("train", "kite"), ("val", "diya")):
+        entries = [{"file_name": f"{f}.png", "class_name": name, "count": 1, "points": [[3, 4]]} for f in "ab"]
+        tree["data"][part] = [source(tmp_path, "counting", kind, f"{part}.json", entries)]
+    assert fit(tmp_path, tree) == 0
+    assert "val/counting/mae" in json.loads((tmp_path / "runs/experiment/metrics.json").read_text())["metrics"]
+
+
+def test_images_without_any_truth_can_be_predicted(tmp_path, capsys):
+    """By the heads that need none; to be scored they are refused."""
+    tree, content = config(), {"images": [], "annotations": [], "categories": []}
+    content["images"] = [{"id": i, "file_name": f"{f}.png", "height": 32, "width": 32} for i, f in enumerate("ab")]
+    for part in ("train", "val"):
+        tree["data"][part].append(json.loads(json.dumps(tree["data"][part][0])) | {"task": "detection"})
+    tree["model"]["heads"].append(json.loads(json.dumps(DETECTION).replace("3", "17")))
+    assert fit(tmp_path, tree) == 0
+    kind, folder = "indiclip.datasets.coco.CocoDetection", tmp_path / "runs" / "experiment"
+    bare = [source(tmp_path, task, kind, "bare.json", content) for task in ("contrastive", "detection")]
+    file = tmp_path / "bare.yaml"
+    file.write_text(json.dumps(tree | {"data": tree["data"] | {"val": bare}}))
+    flags = ["--config", str(file), "--runs", str(tmp_path / "runs")]
+    flags += ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    assert run(["validate", *flags]) == 2
+    assert "num_classes" in (error := capsys.readouterr().err) or "without a caption" in error
+    assert run(["predict", *flags]) == 0
+    (found,) = (torch.load(path, weights_only=True) for path in (tmp_path / "runs").rglob("predictions/*.pt"))
+    assert [len(found["predictions"][name]) for name in ("contrastive", "detection")] == [2, 2]
+    assert found["predictions"]["contrastive"][0]["text_E"] is None
+
+
+@pytest.mark.parametrize("name", ["", "first"])
+def test_two_held_out_sources_of_a_task_have_scores_of_their_own(tmp_path, name):
+    """In metrics.json, in the report, and for a checkpoint's monitor."""
+    tree = config()
+    monitor = f"val/contrastive/{name or 0}/zero_shot"
+    best = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    best["init_args"] = {"monitor": monitor, "mode": "max", "filename": "best"}
+    tree["trainer"]["callbacks"] = [best]
+    tree["data"]["val"].append(json.loads(json.dumps(tree["data"]["val"][0])))
+    tree["data"]["val"][1]["dataset"]["init_args"] |= {"seed": 5, "languages": ["en", "hi"]}
+    tree["data"]["val"][0]["name"] = name
+    assert fit(tmp_path, tree) == 0
+    metrics = json.loads((tmp_path / "runs/experiment/metrics.json").read_text())["metrics"]
+    assert {monitor, "val/contrastive/1/zero_shot", "val/contrastive/1/image_to_text_r1/hi"} <= metrics.keys()
+    assert "val/contrastive/zero_shot" not in metrics
+    report = (tmp_path / "runs/experiment/report.html").read_text()
+    assert f"Contrastive/{name or 0}" in report
+    assert "Contrastive/1 by language" in report
+    assert (tmp_path / "runs/experiment/checkpoints/best.ckpt").is_file()
