@@ -43,6 +43,7 @@ ARROWS = {
     "types.py": "",
     "names.py": "",
     "json_lines.py": "",
+    "old_names.py": "",
     "optim.py": "",
     "images.py": "types names datasets.tables",
     "patches.py": "types images",
@@ -51,7 +52,7 @@ ARROWS = {
     "losses.py": "types",
     "head.py": "types",
     "encoder.py": "types backbone text patches",
-    "checkpoint.py": "backbone encoder names text",
+    "checkpoint.py": "backbone encoder names old_names text",
     "module.py": "encoder head types optim",
     "datasets": "types names images",
     "webdataset": "types names images datasets",
@@ -60,7 +61,7 @@ ARROWS = {
     "evals": (
         "types names images patches json_lines text backbone encoder checkpoint datasets webdataset generated loading"
     ),
-    "training": "types names json_lines encoder head module datasets loading evals",
+    "training": "types names old_names json_lines encoder head module datasets loading evals",
     "commands": "names images patches text datasets webdataset loading evals training.run_folder",
 }
 
@@ -109,7 +110,9 @@ def test_protocols_are_functions_of_numbers():
 
 
 def test_fault_tolerance_knows_of_data_the_workers_only():
-    allowed = {f"indiclip.{name}" for name in ("module", "json_lines", "types", "names", "loading.workers")}
+    allowed = {
+        f"indiclip.{name}" for name in ("module", "json_lines", "types", "names", "old_names", "loading.workers")
+    }
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):
         assert of(file, "indiclip") <= allowed | of(file, here), file.name

@@ -13,6 +13,8 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
@@ -22,6 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from indiclip.loading import workers
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
+from indiclip.old_names import translate_config
 from indiclip.training.callbacks import StartupTable, TaskGradients, TaskProgress
 from indiclip.training.checks import check
 from indiclip.training.config_errors import ConfigError, OneLineParser, check_yaml, explain
@@ -165,6 +168,7 @@ def run(argv: list[str]) -> int:
     torch.set_flush_denormal(True)
     try:
         check_yaml(config_files(argv))
+        set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))
         IndiCLI()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

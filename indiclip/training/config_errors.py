@@ -49,9 +49,9 @@ def explain(message: str) -> str:
         unknown = option[1] if group in _GROUPS else group
         return f"{unknown}: no such option{_nearest_option(unknown)}"
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
-        return f"{key}: {reason}{did_you_mean(missing[2], _names_in(missing[1]))}"
+        return f"{key}: {missing[0]}{did_you_mean(missing[2], _names_in(missing[1]))}"
     if missing := re.search(r"No module named '([^']+)'", reason):
-        return f"{key}: {reason}{did_you_mean(missing[1], _modules(missing[1]))}"
+        return f"{key}: {missing[0]}{did_you_mean(missing[1], _modules(missing[1]))}"
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
     return f"{key}: {reason}" if key and key not in reason else reason

@@ -20,6 +20,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from indiclip.old_names import translate_checkpoint
 from indiclip.training.fault_tolerance import manifest
 from indiclip.training.fault_tolerance.ranks import AgreedStop, gathered
 
@@ -72,7 +73,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read a checkpoint; never unpickles anything, whatever `weights_only` says."""
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+        translate_checkpoint(checkpoint)
+        return checkpoint
 
 
 class Checkpoints(ModelCheckpoint):
