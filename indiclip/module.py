@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from indiclip import optim
 from indiclip.encoder import Encoder
 from indiclip.head import Head
+from indiclip.lightning_internals import batches_done, estimated_steps
 from indiclip.types import Batch, Features
 
 Batches = dict[str, Batch]
@@ -79,8 +80,7 @@ class MultiTask(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batches, batch_idx: int) -> None:
         # Dropout and the like: a function of the step, so that a resumed run draws what the uninterrupted one did.
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
-        place = (os.environ.get("PL_GLOBAL_SEED", "0"), done, self.trainer.global_rank)
+        place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), self.trainer.global_rank)
         seed = zlib.crc32(repr(place).encode())
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.3 ms and seeds every GPU
         if self.device.type == "cuda":
@@ -137,7 +137,7 @@ class MultiTask(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        steps = self._estimated_steps()
+        steps = estimated_steps(self.trainer)
         if steps == float("inf"):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         optimizer = self.optimizer(optim.parameter_groups(self, self.lr_scale, self.layer_decay))
@@ -153,16 +153,8 @@ class MultiTask(L.LightningModule):
         if self.trainer.ckpt_path:
             optim.restart_schedule(cast(Any, self.lr_schedulers()))
 
-    def _estimated_steps(self) -> float:
-        steps = self.trainer.estimated_stepping_batches
-        loop = self.trainer.fit_loop
-        if loop._combined_loader is not None:
-            # `max_epochs` made Lightning begin to load, before it is known where a run that goes on stands: begin anew.
-            loop._combined_loader.reset()
-            loop._combined_loader = None
-        return steps
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
         for state in checkpoint["optimizer_states"] if self.trainer.state.fn == "fit" else []:
             optim.name_old_groups(self, state["param_groups"], self.lr_scale)
 
@@ -172,6 +164,20 @@ class MultiTask(L.LightningModule):
 
 def _default_optimizer(groups: Iterable[Any]) -> Optimizer:
     return AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+
+
+def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    shapes, own_shapes = ({name: tuple(weight.shape) for name, weight in weights.items()} for weights in (saved, own))
+    apart = sorted(name for name in shapes.keys() | own_shapes.keys() if shapes.get(name) != own_shapes.get(name))
+    if not saved or not apart:
+        return
+    heads, own_heads = (sorted({n.split(".")[1] for n in names if n.startswith("heads.")}) for names in (saved, own))
+    if heads != own_heads:
+        raise ValueError(f"--ckpt_path: found the heads {', '.join(heads)}; the config has {', '.join(own_heads)}")
+    raise ValueError(
+        f"--ckpt_path: {len(apart)} tensors are not those of the config's model, such as {apart[0]}: "
+        f"found shape {shapes.get(apart[0], 'missing')}, expected {own_shapes.get(apart[0], 'missing')}"
+    )
 
 
 def _check_heads(heads: list[Head]) -> None:

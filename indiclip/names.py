@@ -10,3 +10,9 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A hint such as `; nearest is 'caption'`, or nothing where none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
     return f"; nearest is {near[0]!r}" if near else ""
+
+
+def shorten(value: object, most: int = 60) -> str:
+    """A value for an error message: its `repr`, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

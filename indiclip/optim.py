@@ -52,7 +52,7 @@ class Linear(Schedule):
     """A straight line to zero at the last step."""
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
-        return get_linear_schedule_with_warmup(optimizer, warmup_steps, num_steps)  # type: ignore[no-any-return]
+        return get_linear_schedule_with_warmup(optimizer, warmup_steps, num_steps)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class Constant(Schedule):
@@ -156,7 +156,7 @@ def _no_decay(module: nn.Module) -> Iterator[str]:
 
 def _depths(module: nn.Module) -> dict[str, int]:
     """Parameter -> blocks between it and the top of its tower, counting from 1."""
-    depths = {}
+    depths: dict[str, int] = {}
     for path, tower in module.named_modules():
         if hasattr(tower, "group_matcher"):  # timm's models
             layers = group_parameters(tower, tower.group_matcher(coarse=False), reverse=True)

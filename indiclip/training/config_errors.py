@@ -19,7 +19,7 @@ from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
 
 _GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
-_TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "config")
+_TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
 
 
 class ConfigError(ValueError):
@@ -48,6 +48,8 @@ def explain(message: str) -> str:
         group = option[1].partition(".")[0]
         unknown = option[1] if group in _GROUPS else group
         return f"{unknown}: no such option{_nearest_option(unknown)}"
+    if linked := re.search(r"Call to compute_fn of link '\w+\((\w+)\).* failed: (.*)", reason):
+        return f"{linked[1]}: {linked[2]}"
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
         return f"{key}: {missing[0]}{did_you_mean(missing[2], _names_in(missing[1]))}"
     if missing := re.search(r"No module named '([^']+)'", reason):
