@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -140,6 +141,10 @@ class MultiTask(L.LightningModule):
         steps = estimated_steps(self.trainer)
         if steps == float("inf"):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
+        if self.warmup_steps >= steps:
+            warnings.warn(
+                f"model.warmup_steps: {self.warmup_steps} are not over in a run of {steps} steps", stacklevel=2
+            )
         optimizer = self.optimizer(optim.parameter_groups(self, self.lr_scale, self.layer_decay))
         optim.set_rates(optimizer, self.lr, self.weight_decay)
         optimizer.register_load_state_dict_pre_hook(optim.restore_by_name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ class IndiCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
         config = self.config[self.subcommand]
-        check_trainer(config.trainer)
+        check_trainer(config.trainer, self.subcommand)
         config["weights_only"] = True  # never unpickle a checkpoint
         self.trial = bool(config.trainer.fast_dev_run)
         self.folder = run_folder(config, self.subcommand, self.trial)
@@ -140,6 +142,7 @@ def run(argv: list[str]) -> int:
     """Run one of LightningCLI's commands. Returns the exit status."""
     sys.argv[1:] = argv  # the first stays: Lightning starts the other processes of this machine with it
     warnings.formatwarning = _one_line
+    sys.stdout = _Pipe(sys.stdout)
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -167,8 +170,32 @@ def run(argv: list[str]) -> int:
             raise
         return _say(error)
     finally:
+        sys.stdout = sys.stdout.stream
         unlock()
     return 0
+
+
+class _Pipe(io.TextIOBase):
+    """Standard output that may be closed early, as by `| head -1`: the run goes on without it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def _say(error: Exception) -> int:
