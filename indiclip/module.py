@@ -142,9 +142,7 @@ class MultiTask(L.LightningModule):
         if steps == float("inf"):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         if self.warmup_steps >= steps:
-            warnings.warn(
-                f"model.warmup_steps: {self.warmup_steps} are not over in a run of {steps} steps", stacklevel=2
-            )
+            warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
         optimizer = self.optimizer(optim.parameter_groups(self, self.lr_scale, self.layer_decay))
         optim.set_rates(optimizer, self.lr, self.weight_decay)
         optimizer.register_load_state_dict_pre_hook(optim.restore_by_name)

@@ -12,7 +12,7 @@ _CLASSES = {
         "indiclip.training.fault_tolerance.resume_validation.ResumeValidation"
     ),
 }
-_MODULES = {
+MODULES = {
     "indiclip.data.module": "indiclip.loading.data_module",
     "indiclip.data.texts": "indiclip.datasets.corpora",
     "indiclip.data.images": "indiclip.images",
@@ -33,7 +33,7 @@ _ROOMS = {  # new package -> old one and the modules that went over under their 
     "training": ("", "callbacks config_errors record run_folder"),
 }
 for _new, (_old, _names) in _ROOMS.items():
-    _MODULES |= {f"indiclip.{_old}.{name}".replace("..", "."): f"indiclip.{_new}.{name}" for name in _names.split()}
+    MODULES |= {f"indiclip.{_old}.{name}".replace("..", "."): f"indiclip.{_new}.{name}" for name in _names.split()}
 _WEIGHTS = {
     r"^(heads\.[^.]+)\.modulate\.": r"\1.film.",  # counting
     r"^(heads\.[^.]+)\.towers\.sides\.": r"\1.towers.ltrb.",  # detection
@@ -47,11 +47,11 @@ def translated(name: str) -> str:
         return _CLASSES[name]
     module, _, last = name.rpartition(".")
     while module:
-        if module in _MODULES:
-            return f"{_MODULES[module]}.{last}"
+        if module in MODULES:
+            return f"{MODULES[module]}.{last}"
         module, _, first = module.rpartition(".")
         last = f"{first}.{last}"
-    return _MODULES.get(name, name)
+    return MODULES.get(name, name)
 
 
 def translate_config(value: Any) -> Any:

@@ -174,3 +174,17 @@ class Unreadable(Dataset):
         if index % self.every == 0:
             raise UnreadableSample(self.key(index), "torn", "s.tar")
         return self.scenes[index] | {"key": self.key(index)}
+
+
+class OwnLogger(L.pytorch.loggers.logger.DummyLogger):
+    """A logger without a folder."""
+
+
+class AllUnreadable(Dataset):
+    """No sample can be read."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        raise UnreadableSample(f"{index}.png", "truncated")

@@ -81,7 +81,7 @@ class MultiTaskData(L.LightningDataModule):
         """Steps from where the run stands to the end of the epoch."""
         steps = self.steps(self.train, train=True)
         length = self.steps_per_epoch or max(plan.steps_per_epoch for plan in steps.plans.values())
-        if self.trainer and self.trainer.overfit_batches:  # the same steps in each epoch
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]  # the same steps in each epoch
             return self._loader(steps, SequentialSampler(range(length)))
         return self._loader(steps, StepSampler(length, self.trainer))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
@@ -11,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import lightning as L
 import torch
@@ -142,7 +141,7 @@ def run(argv: list[str]) -> int:
     """Run one of LightningCLI's commands. Returns the exit status."""
     sys.argv[1:] = argv  # the first stays: Lightning starts the other processes of this machine with it
     warnings.formatwarning = _one_line
-    sys.stdout = _Pipe(sys.stdout)
+    stdout, sys.stdout = sys.stdout, cast(TextIO, _Pipe(sys.stdout))
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -170,15 +169,15 @@ def run(argv: list[str]) -> int:
             raise
         return _say(error)
     finally:
-        sys.stdout = sys.stdout.stream
+        sys.stdout = stdout
         unlock()
     return 0
 
 
-class _Pipe(io.TextIOBase):
+class _Pipe:
     """Standard output that may be closed early, as by `| head -1`: the run goes on without it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def __getattr__(self, name: str) -> Any:
@@ -206,7 +205,7 @@ def _say(error: Exception) -> int:
         return 1
     if not isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException)):
         raise error
-    if notes and not isinstance(error, OSError | MisconfigurationException):
+    if notes and not isinstance(error, OSError | ImportError | MisconfigurationException):
         raise error
     message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
     print(f"indiclip: {' '.join([*message.split(), *notes])}", file=sys.stderr)

@@ -14,6 +14,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from indiclip import old_names
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
@@ -53,7 +54,9 @@ def explain(message: str) -> str:
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
         return f"{key}: {missing[0]}{did_you_mean(missing[2], _names_in(missing[1]))}"
     if missing := re.search(r"No module named '([^']+)'", reason):
-        return f"{key}: {missing[0]}{did_you_mean(missing[1], _modules(missing[1]))}"
+        wanted = classes[-1].rpartition(".")[0] if classes else missing[1]
+        hint = did_you_mean(wanted, [*_modules(wanted), *old_names.MODULES])
+        return f"{key}: {missing[0]}" + re.sub("'(.*)'", lambda near: repr(old_names.translated(near[1])), hint)
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
     return f"{key}: {reason}" if key and key not in reason else reason
