@@ -15,9 +15,9 @@ from PIL import Image
 from test_cli import ENCODER, config, fit
 from test_step_sync import two_ranks
 
-from indiclip.evals import callback
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import CardResult, Result, Score, load_result
+from indiclip.training import india_bench as callback
 from indiclip.training.cli import run
 from indiclip.training.record import read_history
 

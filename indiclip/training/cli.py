@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import warnings
@@ -29,7 +28,7 @@ from indiclip.training.config_history import ConfigHistory, check_changes
 from indiclip.training.fault_tolerance import local_ranks
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 from indiclip.training.record import RunRecord
-from indiclip.training.run_folder import config_files, is_first_process, lock, run_folder, unlock
+from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
 from indiclip.training.trainer_setup import check_trainer, place_loggers, trainer_options
 
 _TRAINER_DEFAULTS = {
@@ -55,9 +54,11 @@ class IndiCLI(LightningCLI):
     """LightningCLI with a run folder, links between model and data, and checks before training."""
 
     folder: Path | None = None
-    is_new = False  # the folder was made by this process
+    trial = False  # a `fast_dev_run`
+    is_new = False  # the folder held nothing
 
     def __init__(self) -> None:
+        failed = True
         try:
             super().__init__(
                 MultiTask,
@@ -69,11 +70,10 @@ class IndiCLI(LightningCLI):
                 parser_class=OneLineParser,
                 auto_configure_optimizers=False,
             )
-        except BaseException:
-            self._remove_folder_of_nothing()
-            raise
-        if self.trial and self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            failed = False
+        finally:
+            if self.folder is not None:
+                remove_unused(self.folder, self.trial, failed and self.is_new)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="", help="Name of the run's folder (default: the config's).")
@@ -95,7 +95,7 @@ class IndiCLI(LightningCLI):
         config["weights_only"] = True  # never unpickle a checkpoint
         self.trial = bool(config.trainer.fast_dev_run)
         self.folder = run_folder(config, self.subcommand, self.trial)
-        self.is_new = is_first_process() and self.folder.is_dir() and not any(self.folder.iterdir())
+        self.is_new = self.folder.is_dir() and not any(self.folder.iterdir())
         place_loggers(config.trainer, self.folder)
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
@@ -112,14 +112,6 @@ class IndiCLI(LightningCLI):
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
         return super().instantiate_trainer(**trainer_options(config, self.folder, self.trial), **kwargs)
-
-    def _remove_folder_of_nothing(self) -> None:
-        """Of a run that failed before its first step: the next try gets the same name."""
-        if self.folder is None or not is_first_process():
-            return
-        kept = (self.folder / "config.yaml").exists() or any(self.folder.glob("checkpoints/*.ckpt"))
-        if self.trial or (self.is_new and not kept):
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def before_fit(self) -> None:
         check(self.model, self.datamodule, training=True)

@@ -7,9 +7,11 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,6 +85,22 @@ def unlock() -> None:
     """Give back what `lock` took."""
     while _locks:
         _locks.pop().close()
+
+
+def remove_unused(folder: Path, trial: bool, is_new: bool) -> None:
+    """Remove the folder of a run that failed before its first step, so that the next try gets the same name.
+
+    Args:
+        folder: Of the run.
+        trial: A `fast_dev_run`.
+        is_new: It held nothing when this process came.
+    """
+    used = (folder / "config.yaml").exists() or any(folder.glob("checkpoints/*.ckpt"))
+    if trial or (is_new and _locks and not used):  # locked: no other process has begun there
+        shutil.rmtree(folder, ignore_errors=True)
+    elif is_first_process():
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty
 
 
 def _run_name(config: Any, subcommand: str) -> str:
