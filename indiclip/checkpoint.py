@@ -11,6 +11,7 @@ import torch
 from indiclip.backbone import Backbone
 from indiclip.encoder import Encoder
 from indiclip.names import did_you_mean
+from indiclip.old_names import translate_checkpoint
 from indiclip.text import TextTower, Tokenizer
 
 
@@ -36,8 +37,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
         raise ValueError(f"{file}: not a readable checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or "encoder" not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError(f"{file}: not a checkpoint of IndiCLIP; expected the entries 'encoder' and 'state_dict'")
-    spec = checkpoint["encoder"]
-    encoder = Encoder(**{name: _build(value, trust_code, file) for name, value in spec.items()})
+    translate_checkpoint(checkpoint)
+    encoder = Encoder(**{name: _build(value, trust_code, file) for name, value in checkpoint["encoder"].items()})
     prefix = "encoder."
     weights = {name[len(prefix) :]: w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
     encoder.load_state_dict(weights)

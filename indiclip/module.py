@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
-from transformers.optimization import get_cosine_schedule_with_warmup
 
+from indiclip import optim
 from indiclip.encoder import Encoder
 from indiclip.head import Head
-from indiclip.optim import parameter_groups
+from indiclip.lightning_internals import batches_done, estimated_steps
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
@@ -27,11 +29,15 @@ class MultiTask(L.LightningModule):
     Args:
         encoder: What is trained and kept.
         heads: The tasks.
-        lr: Peak learning rate.
-        weight_decay: Of matrices and kernels; biases, norms and tables do not decay.
-        betas: AdamW's.
-        warmup_steps: Linear warm-up, then cosine to zero at the run's last step.
+        lr: Peak learning rate; None is the optimizer's own.
+        weight_decay: Of matrices and kernels, see `indiclip.optim.parameter_groups`; None is the optimizer's own.
+        warmup_steps: Linear warm-up, then what `lr_schedule` says.
+        optimizer: Any of torch's and timm's, e.g. `{class_path: timm.optim.Muon, init_args: {momentum: 0.95}}`. None is
+            fused AdamW with lr 1e-3, betas (0.9, 0.98) and weight_decay 0.05.
+        lr_schedule: One of `indiclip.optim`: Cosine, Linear, WarmupStableDecay, Constant. None is Cosine, to zero at
+            the run's last step.
         lr_scale: Factor of the learning rate by module path, e.g. `{encoder.backbone: 0.1}`.
+        layer_decay: Factor of the learning rate from each block of a tower to the block below.
         uncertainty_weighting: Learn each head's weight (Kendall, Gal, Cipolla, CVPR 2018, arXiv:1705.07115, eq. 10
             with s = log sigma^2): exp(-s) * loss + s instead of the loss. The head's `weight` stays a factor.
 
@@ -43,11 +49,13 @@ class MultiTask(L.LightningModule):
         self,
         encoder: Encoder,
         heads: list[Head],
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.98),
+        lr: float | None = None,
+        weight_decay: float | None = None,
         warmup_steps: int = 100,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        lr_schedule: optim.Schedule | None = None,
         lr_scale: dict[str, float] | None = None,
+        layer_decay: float = 1.0,
         uncertainty_weighting: bool = False,
     ) -> None:
         super().__init__()
@@ -60,8 +68,9 @@ class MultiTask(L.LightningModule):
         for head in heads:
             head.bind(encoder)
         self.heads = nn.ModuleDict({head.name: head for head in heads})
-        self.lr, self.weight_decay, self.betas, self.warmup_steps = lr, weight_decay, betas, warmup_steps
-        self.lr_scale = lr_scale
+        self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
+        self.optimizer, self.lr_schedule = optimizer or _default_optimizer, lr_schedule or optim.Cosine()
+        self.lr_scale, self.layer_decay = lr_scale, layer_decay
         self.log_variances = nn.ParameterDict(
             {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
         )
@@ -73,8 +82,7 @@ class MultiTask(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batches, batch_idx: int) -> None:
         # Dropout and the like: a function of the step, so that a resumed run draws what the uninterrupted one did.
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
-        place = (os.environ.get("PL_GLOBAL_SEED", "0"), done, self.trainer.global_rank)
+        place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), self.trainer.global_rank)
         seed = zlib.crc32(repr(place).encode())
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.3 ms and seeds every GPU
         if self.device.type == "cuda":
@@ -151,28 +159,49 @@ class MultiTask(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.named_parameters(), self.lr, self.weight_decay, self.lr_scale)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+        steps = estimated_steps(self.trainer)
+        if steps == float("inf"):
+            raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
+        if self.warmup_steps >= steps:
+            warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
+        optimizer = self.optimizer(optim.parameter_groups(self, self.lr_scale, self.layer_decay))
+        optim.set_rates(optimizer, self.lr, self.weight_decay)
+        optimizer.register_load_state_dict_pre_hook(optim.restore_by_name)
         # Fused AdamW can undo the loss scale itself, and Lightning then refuses to clip gradients in mixed precision.
         # This makes the GradScaler, where there is one, undo it before the clipping.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        steps = self._estimated_steps()
-        if steps == float("inf"):
-            raise ValueError("trainer.max_steps: the cosine schedule needs it (or trainer.max_epochs)")
-        schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        scheduler = self.lr_schedule.scheduler(optimizer, self.warmup_steps, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _estimated_steps(self) -> float:
-        steps = self.trainer.estimated_stepping_batches
-        loop = self.trainer.fit_loop
-        if loop._combined_loader is not None:
-            # `max_epochs` made Lightning begin to load, before it is known where a run that goes on stands: begin anew.
-            loop._combined_loader.reset()
-            loop._combined_loader = None
-        return steps
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path:
+            optim.restart_schedule(cast(Any, self.lr_schedulers()))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
+        for state in checkpoint["optimizer_states"] if self.trainer.state.fn == "fit" else []:
+            optim.name_old_groups(self, state["param_groups"], self.lr_scale)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["encoder"] = self.encoder.to_config()  # plain types: enough for `indiclip.load`
+
+
+def _default_optimizer(groups: Iterable[Any]) -> Optimizer:
+    return AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+
+
+def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    shapes, own_shapes = ({name: tuple(weight.shape) for name, weight in weights.items()} for weights in (saved, own))
+    apart = sorted(name for name in shapes.keys() | own_shapes.keys() if shapes.get(name) != own_shapes.get(name))
+    if not saved or not apart:
+        return
+    heads, own_heads = (sorted({n.split(".")[1] for n in names if n.startswith("heads.")}) for names in (saved, own))
+    if heads != own_heads:
+        raise ValueError(f"--ckpt_path: found the heads {', '.join(heads)}; the config has {', '.join(own_heads)}")
+    raise ValueError(
+        f"--ckpt_path: {len(apart)} tensors are not those of the config's model, such as {apart[0]}: "
+        f"found shape {shapes.get(apart[0], 'missing')}, expected {own_shapes.get(apart[0], 'missing')}"
+    )
 
 
 def _check_heads(heads: list[Head]) -> None:

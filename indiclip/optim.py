@@ -1,49 +1,224 @@
-"""Parameter groups and the learning-rate schedule."""
+"""What the optimizer steps with: parameter groups, schedules, and what a resumed run takes from its checkpoint."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal
 
+from timm.models import group_parameters
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+from transformers.optimization import (
+    get_constant_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
-_NO_DECAY = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
+_TABLES = re.compile(r"(^|\.)(\w*pos_embed|\w*position_\w+|cls_token|reg_token|latent)(\.|$)")
+_OLD_TABLES = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+class Schedule(ABC):
+    """The learning rate after its linear warm-up."""
+
+    @abstractmethod
+    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
+        """torch's scheduler for a run of `num_steps`, to be stepped after each of them."""
+
+
+class Cosine(Schedule):
+    """Half a cosine down to the last step (Loshchilov, Hutter, ICLR 2017, arXiv:1608.03983).
+
+    Args:
+        min_lr_ratio: Of the last step's rate to the peak.
+    """
+
+    def __init__(self, min_lr_ratio: float = 0.0) -> None:
+        self.min_lr_ratio = min_lr_ratio
+
+    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
+        return get_cosine_with_min_lr_schedule_with_warmup(  # type: ignore[no-any-return]
+            optimizer, warmup_steps, num_steps, min_lr_rate=self.min_lr_ratio
+        )
+
+
+class Linear(Schedule):
+    """A straight line to zero at the last step."""
+
+    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
+        return get_linear_schedule_with_warmup(optimizer, warmup_steps, num_steps)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Constant(Schedule):
+    """The peak rate up to the last step."""
+
+    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
+        return get_constant_schedule_with_warmup(optimizer, warmup_steps)  # type: ignore[no-any-return]
+
+
+class WarmupStableDecay(Schedule):
+    """The peak rate, then a decay over the last steps (Hu et al., MiniCPM, 2024, arXiv:2404.06395).
+
+    A run that goes on from before its decay may be given more steps without a trace of the first plan.
+
+    Args:
+        decay_steps: Steps of the decay.
+        decay: Its form.
+        min_lr_ratio: Of the last step's rate to the peak.
+    """
+
+    def __init__(
+        self, decay_steps: int, decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt", min_lr_ratio: float = 0.0
+    ) -> None:
+        self.decay_steps, self.decay, self.min_lr_ratio = decay_steps, decay, min_lr_ratio
+
+    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
+        if warmup_steps + self.decay_steps > num_steps:
+            raise ValueError(
+                f"model.lr_schedule.decay_steps: {self.decay_steps} and model.warmup_steps {warmup_steps} are more "
+                f"than the run's {num_steps} steps"
+            )
+        return get_wsd_schedule(  # type: ignore[no-any-return]
+            optimizer,
+            warmup_steps,
+            self.decay_steps,
+            num_training_steps=num_steps,
+            decay_type=self.decay,
+            min_lr_ratio=self.min_lr_ratio,
+        )
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    lr: float,
-    weight_decay: float,
-    lr_scale: dict[str, float] | None = None,
+    module: nn.Module, lr_scale: dict[str, float] | None = None, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """AdamW groups by learning rate and by whether weights decay.
+    """Groups by the factor of the learning rate and by whether weights decay.
 
-    Biases, norms and other vectors, tables of positions and words, queries and temperatures do not decay.
+    Biases, norms and other vectors, embeddings, tables of positions, queries, and what a timm model's
+    `no_weight_decay()` names do not decay; Muon leaves them to its AdamW fallback.
 
     Args:
-        parameters: Named, as `module.named_parameters()` gives them; frozen ones are left out.
-        lr: Learning rate.
-        weight_decay: Of matrices and kernels.
+        module: Its frozen parameters are left out.
         lr_scale: Factor of the learning rate by module path, the longest match counts, e.g.
             `{encoder.backbone: 0.1}`.
+        layer_decay: Factor from each block of a tower to the block below (BEiT, arXiv:2106.08254); what lies on top
+            of the towers keeps 1.
+
+    Returns:
+        For each group `params`, `param_names`, `lr_scale`, and where it does not decay `weight_decay: 0` and
+        `use_fallback: True`.
 
     Raises:
         ValueError: A path that no parameter has.
     """
     lr_scale = lr_scale or {}
-    unused = set(lr_scale)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        matches = [prefix for prefix in lr_scale if f"{name}.".startswith(f"{prefix}.")]
-        unused -= set(matches)
-        scale = lr_scale[max(matches, key=len)] if matches else 1.0
-        decays = parameter.ndim > 1 and not _NO_DECAY.search(name)
-        decay = weight_decay if decays else 0.0
-        group = groups.setdefault((scale, decay), {"params": [], "lr": lr * scale, "weight_decay": decay})
-        group["params"].append(parameter)
+    unused = [path for path in lr_scale if not any(_under(name, path) for name, _ in module.named_parameters())]
     if unused:
         raise ValueError(f"model.lr_scale: no parameter lies under {', '.join(sorted(unused))}")
+    no_decay = set(_no_decay(module))
+    depths = _depths(module) if layer_decay != 1.0 else {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = _scale(name, lr_scale) * layer_decay ** depths.get(name, 0)
+        decays = parameter.ndim > 1 and name not in no_decay
+        group = groups.setdefault((scale, decays), {"params": [], "param_names": [], "lr_scale": scale})
+        if not decays:
+            group |= {"weight_decay": 0.0, "use_fallback": True}
+        group["params"].append(parameter)
+        group["param_names"].append(name)
     return list(groups.values())
+
+
+def _under(name: str, path: str) -> bool:
+    return f"{name}.".startswith(f"{path}.")
+
+
+def _scale(name: str, lr_scale: dict[str, float]) -> float:
+    return lr_scale[max(paths, key=len)] if (paths := [path for path in lr_scale if _under(name, path)]) else 1.0
+
+
+def _no_decay(module: nn.Module) -> Iterator[str]:
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(part, nn.Embedding):
+            yield f"{prefix}weight"
+        elif hasattr(part, "no_weight_decay"):  # timm's models
+            yield from (prefix + name for name in part.no_weight_decay())
+    yield from (name for name, _ in module.named_parameters() if _TABLES.search(name))
+
+
+def _depths(module: nn.Module) -> dict[str, int]:
+    """Parameter -> blocks between it and the top of its tower, counting from 1."""
+    depths: dict[str, int] = {}
+    for path, tower in module.named_modules():
+        if hasattr(tower, "group_matcher"):  # timm's models
+            layers = group_parameters(tower, tower.group_matcher(coarse=False), reverse=True)
+        elif isinstance(tower, PreTrainedModel):
+            numbers = {name: _NUMBER.search(f".{name}") for name, _ in tower.named_parameters()}
+            layers = {name: int(number[1]) + 1 if number else 0 for name, number in numbers.items()}
+        else:
+            continue
+        top = max(layers.values()) + 1
+        depths |= {f"{path}.{name}": top - layer for name, layer in layers.items()}
+    return depths
+
+
+def set_rates(optimizer: Optimizer, lr: float | None, weight_decay: float | None) -> None:
+    """Give the groups of `parameter_groups` their rates; None is the optimizer's own."""
+    lr = optimizer.defaults["lr"] if lr is None else lr
+    weight_decay = optimizer.defaults.get("weight_decay", 0.0) if weight_decay is None else weight_decay
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if "use_fallback" not in group:
+            group["weight_decay"] = weight_decay
+
+
+def name_old_groups(module: nn.Module, saved: list[dict[str, Any]], lr_scale: dict[str, float] | None) -> None:
+    """Add the names of the parameters to the optimizer's groups of a checkpoint of commit 67a1ab8 or before.
+
+    Raises:
+        ValueError: It is of other parameters.
+    """
+    if any("param_names" in group for group in saved):
+        return
+    decay = any(group["weight_decay"] for group in saved)
+    names: dict[tuple[float, bool], list[str]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = decay and parameter.ndim > 1 and not _OLD_TABLES.search(name)
+            names.setdefault((_scale(name, lr_scale or {}), decays), []).append(name)
+    if [len(group["params"]) for group in saved] != [len(group) for group in names.values()]:
+        raise ValueError("--ckpt_path: the checkpoint's optimizer has other parameters than the config's model")
+    for group, of_group in zip(saved, names.values(), strict=True):
+        group["param_names"] = of_group
+
+
+def restore_by_name(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Hook before `load_state_dict`: the checkpoint's moments, by the parameters' names, and the config's options.
+
+    So rates, decay, betas and groups of the config take effect in a run that goes on.
+    """
+    own = optimizer.state_dict()
+    pairs = [
+        pair for group in saved["param_groups"] for pair in zip(group["param_names"], group["params"], strict=True)
+    ]
+    states = {name: saved["state"][key] for name, key in pairs if key in saved["state"]}
+    for group in own["param_groups"]:
+        known = zip(group["param_names"], group["params"], strict=True)
+        own["state"] |= {key: states[name] for name, key in known if name in states}
+    return own
+
+
+def restart_schedule(scheduler: LambdaLR) -> None:
+    """After a checkpoint was read, which has the rates of its own run: the config's rates at this step."""
+    groups = scheduler.optimizer.param_groups
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    for group, base_lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base_lr * factor(scheduler.last_epoch)

@@ -1,24 +1,29 @@
 """The loop: every head in every step, shared features, weights, groups, exact resume."""
 
+import math
 import sys
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
-from helpers import caption_batch, on_ranks, tiny_encoder
+from helpers import ARCHITECTURE, caption_batch, on_ranks, tiny_encoder
 
 from heads.contrastive import Contrastive
 from heads.counting import Counting
 from heads.densepose import DensePose
 from heads.detection import Detection
+from indiclip import optim
+from indiclip.backbone import NaFlexViT, TimmBackbone
 from indiclip.datasets.base import SampleDataset
+from indiclip.encoder import Encoder
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
+from indiclip.text import ByteTokenizer, TextTower
 
 SMALL = {"task": "scenes", "out_channels": 32, "num_convs": 1, "scales": [1.0, 0.5], "num_classes": 17}
 
@@ -99,19 +104,94 @@ def test_uncertainty_weighting_by_hand():
     assert weighted.item() == pytest.approx(2 * (3 * 2.718281828**-0.5 + 0.5), rel=1e-6)
 
 
+def group_of(groups, name):
+    return next(group for group in groups if name in group["param_names"])
+
+
 def test_parameter_groups():
     module = four_tasks()
-    groups = parameter_groups(module.named_parameters(), 1e-3, 0.1, {"encoder.backbone": 0.1})
-    of = {id(p): group for group in groups for p in group["params"]}
-    assert len(of) == sum(1 for _ in module.parameters())
-    named = dict(module.named_parameters())
-    block = of[id(named["encoder.backbone.vit.blocks.0.attn.qkv.weight"])]
-    assert (block["lr"], block["weight_decay"]) == (pytest.approx(1e-4), 0.1)
+    groups = parameter_groups(module, {"encoder.backbone": 0.1})
+    assert sum(len(group["params"]) for group in groups) == sum(1 for _ in module.parameters())
+    block = group_of(groups, "encoder.backbone.vit.blocks.0.attn.qkv.weight")
+    assert (block["lr_scale"], "weight_decay" in block) == (0.1, False)
     for name in ("encoder.backbone.vit.embeds.pos_embed", "encoder.text_pool.pool.latent"):
-        assert of[id(named[name])]["weight_decay"] == 0
-    assert of[id(named["heads.contrastive.criterion.logit_scale"])]["lr"] == pytest.approx(1e-3)
+        assert group_of(groups, name)["weight_decay"] == 0
+    assert group_of(groups, "heads.contrastive.criterion.logit_scale")["lr_scale"] == 1
     with pytest.raises(ValueError, match="model.lr_scale: no parameter lies under encoder.backbon$"):
-        parameter_groups(named.items(), 1e-3, 0.1, {"encoder.backbon": 0.1, "encoder.backbone": 1.0})
+        parameter_groups(module, {"encoder.backbon": 0.1, "encoder.backbone": 1.0})
+
+
+TEXT_MODELS = {
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "gemma": {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_embeddings_do_not_decay_whatever_they_are_called(kind):
+    tower = TextTower(ByteTokenizer(), {"model_type": kind} | TEXT_MODELS[kind])
+    tables = {name for name, part in tower.named_modules() if isinstance(part, torch.nn.Embedding)}
+    assert tables
+    groups = parameter_groups(tower)
+    flat = {name for group in groups if "weight_decay" in group for name in group["param_names"]}
+    decaying = {name for group in groups if "weight_decay" not in group for name in group["param_names"]}
+    assert {name for name in decaying if name.removesuffix(".weight") in tables} == set()
+    assert {name for name, p in tower.named_parameters() if p.ndim == 1} <= flat
+    assert any("attn" in name or "SelfAttention" in name for name in decaying)
+
+
+def test_swins_bias_tables_do_not_decay():
+    backbone = TimmBackbone("swin_tiny_patch4_window7_224", (64, 64), options={"img_size": 64, "depths": [1, 1, 1, 1]})
+    groups = parameter_groups(backbone)
+    decaying = [name for group in groups if "weight_decay" not in group for name in group["param_names"]]
+    assert decaying
+    assert not any("relative_position_bias_table" in name for name in decaying)
+
+
+def test_layer_decay_by_hand():
+    """Two blocks: 0.5 at the upper one, 0.25 at the lower one, 0.125 at the stem; heads and pools are not scaled."""
+    torch.manual_seed(0)
+    backbone = NaFlexViT(width=32, depth=2, num_heads=2, patch_size=8)
+    text = TextTower(ByteTokenizer(), ARCHITECTURE | {"num_hidden_layers": 2})
+    module = MultiTask(Encoder(backbone, text, 32, (16,)), [Contrastive()])
+    groups = parameter_groups(module, {"encoder.text": 0.1}, layer_decay=0.5)
+    scales = {name: group["lr_scale"] for group in groups for name in group["param_names"]}
+    vit, bert = "encoder.backbone.vit", "encoder.text.model.encoder.layer"
+    assert scales[f"{vit}.embeds.proj.weight"] == 0.125
+    assert scales[f"{vit}.blocks.0.attn.qkv.weight"] == 0.25
+    assert scales[f"{vit}.blocks.1.attn.qkv.weight"] == 0.5
+    assert scales["encoder.image_projection.weight"] == 1
+    assert scales[f"{bert}.0.attention.self.query.weight"] == pytest.approx(0.025)
+    assert scales[f"{bert}.1.attention.self.query.weight"] == pytest.approx(0.05)
+    assert scales["encoder.text.model.embeddings.word_embeddings.weight"] == pytest.approx(0.0125)
+
+
+def test_schedules_by_hand():
+    """Four steps of warm-up to 1, then six: the factors of the rate before each of the ten steps, and after."""
+
+    def factors(schedule):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+        scheduler = schedule.scheduler(optimizer, 4, 10)
+        found = []
+        for _ in range(11):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    up = [0, 0.25, 0.5, 0.75, 1]
+    half_cosine = [(1 + math.cos(math.pi * i / 6)) / 2 for i in range(7)]
+    assert factors(optim.Cosine()) == pytest.approx([*up[:4], *half_cosine])
+    assert factors(optim.Cosine(0.1)) == pytest.approx([*up[:4], *(0.1 + 0.9 * value for value in half_cosine)])
+    assert factors(optim.Linear()) == pytest.approx([*up, *(1 - i / 6 for i in range(1, 7))])
+    assert factors(optim.Constant()) == pytest.approx([*up, *[1] * 6])
+    assert factors(optim.WarmupStableDecay(4, "linear")) == pytest.approx([*up, 1, 1, 0.75, 0.5, 0.25, 0])
+    with pytest.raises(ValueError, match="model.lr_schedule.decay_steps: 8 and model.warmup_steps 4 are more than the"):
+        factors(optim.WarmupStableDecay(8))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -259,7 +259,7 @@ def test_one_process_of_all_is_the_first(monkeypatch, ranks, first):
         monkeypatch.delenv(name, raising=False)
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
-    assert run_folder._is_first_process() is first
+    assert run_folder.is_first_process() is first
 
 
 def test_last_always_leads_to_a_checkpoint_and_none_piles_up(tmp_path, monkeypatch):

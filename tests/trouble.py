@@ -175,3 +175,20 @@ class Unreadable(SampleDataset):
         if index % self.every == 0:
             raise UnreadableSample(self.key(index), "torn", "s.tar")
         return self.scenes[index] | {"key": self.key(index)}
+
+
+class OwnLogger(L.pytorch.loggers.logger.DummyLogger):
+    """A logger without a folder."""
+
+
+class AllUnreadable(SampleDataset):
+    """No sample can be read."""
+
+    def __len__(self):
+        return 12
+
+    def key(self, index):
+        return str(index)
+
+    def __getitem__(self, index):
+        raise UnreadableSample(f"{index}.png", "truncated")

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from indiclip.datasets.inventory import Inventory
+from indiclip.lightning_internals import batches_done
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader, Workers
@@ -49,6 +50,8 @@ class MultiTaskData(L.LightningDataModule):
             raise ValueError(f"data.quarantine: found {quarantine}; expected a share, 0 to 1")
         if num_workers < 0:
             raise ValueError(f"data.num_workers: found {num_workers}; expected 0 or more")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ValueError(f"data.steps_per_epoch: found {steps_per_epoch}; expected 1 or more")
         if seed < 0:
             raise ValueError(f"seed_everything (data.seed): found {seed}; expected 0 or more")
         self.quarantine = quarantine
@@ -88,6 +91,8 @@ class MultiTaskData(L.LightningDataModule):
         """Steps from where the run stands to the end of the epoch."""
         steps = self.steps(self.train, train=True)
         length = self.steps_per_epoch or max(plan.steps_per_epoch for plan in steps.plans.values())
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]  # the same steps in each epoch
+            return self._loader(steps, SequentialSampler(range(length)))
         return self._loader(steps, StepSampler(length, self.trainer))
 
     def val_dataloader(self) -> DataLoader[dict[str, Batch]] | list[Any]:
@@ -95,7 +100,8 @@ class MultiTaskData(L.LightningDataModule):
         if not self.val:
             return []
         steps = self.steps(self.val, train=False)
-        return self._loader(steps, range(max(plan.steps_per_epoch for plan in steps.plans.values())))
+        # A sampler, for Lightning replaces anything else under `overfit_batches`.
+        return self._loader(steps, SequentialSampler(range(max(plan.steps_per_epoch for plan in steps.plans.values()))))
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -132,5 +138,5 @@ class StepSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0  # type: ignore[attr-defined]
+        done = batches_done(self.trainer) if self.trainer else 0
         return iter(range(done, done + self.length))  # Lightning leaves a resumed epoch at its end

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import Batches, MultiTask
+from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.record import append_history
 
 _DAMAGES_SHOWN = 3  # damaged places in the data that are printed
@@ -26,7 +26,7 @@ class StartupTable(L.Callback):
     """Prints heads, sources, parameter counts and tokens per image before the first step."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = trainer.log_dir  # all ranks ask: rank 0 tells the others
+        folder = folder_of(trainer)
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, MultiTask)
@@ -191,7 +191,7 @@ class TaskGradients(L.Callback):
         self._last = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._folder = trainer.log_dir
+        self._folder = folder_of(trainer)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         step = trainer.global_step
@@ -203,8 +203,8 @@ class TaskGradients(L.Callback):
         # Not by `pl_module.log`, which would repeat them as if they were measured at every logging step.
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
-        if trainer.is_global_zero and self._folder:
-            append_history(Path(self._folder), {"step": step, **values})
+        if trainer.is_global_zero:
+            append_history(self._folder, {"step": step, **values})
 
 
 def gradient_numbers(module: MultiTask) -> dict[str, float]:

@@ -14,12 +14,13 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from indiclip import old_names
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
 
 _GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
-_TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "config")
+_TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
 
 
 class ConfigError(ValueError):
@@ -48,10 +49,14 @@ def explain(message: str) -> str:
         group = option[1].partition(".")[0]
         unknown = option[1] if group in _GROUPS else group
         return f"{unknown}: no such option{_nearest_option(unknown)}"
+    if linked := re.search(r"Call to compute_fn of link '\w+\((\w+)\).* failed: (.*)", reason):
+        return f"{linked[1]}: {linked[2]}"
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
-        return f"{key}: {reason}{did_you_mean(missing[2], _names_in(missing[1]))}"
+        return f"{key}: {missing[0]}{did_you_mean(missing[2], _names_in(missing[1]))}"
     if missing := re.search(r"No module named '([^']+)'", reason):
-        return f"{key}: {reason}{did_you_mean(missing[1], _modules(missing[1]))}"
+        wanted = classes[-1].rpartition(".")[0] if classes else missing[1]
+        hint = did_you_mean(wanted, [*_modules(wanted), *old_names.MODULES])
+        return f"{key}: {missing[0]}" + re.sub("'(.*)'", lambda near: repr(old_names.translated(near[1])), hint)
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
     return f"{key}: {reason}" if key and key not in reason else reason

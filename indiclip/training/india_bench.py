@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -26,7 +25,7 @@ from indiclip.evals.encode import Ranks
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.module import Batches, MultiTask
-from indiclip.training.fault_tolerance.ranks import Interrupted, together
+from indiclip.training.fault_tolerance.ranks import Interrupted, folder_of, together
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.monitors import check_monitors
@@ -101,7 +100,7 @@ class IndiaBench(L.Callback):
                 "shares out; expected ddp"
             )
         check_parquet()
-        self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
+        self._folder = folder_of(trainer)
         with together(trainer, "IndiaBench") as exchange:
             self.bench = find_bench(self.images, self.cards, self.procedural)
             check_languages(self.bench, self.options.languages)

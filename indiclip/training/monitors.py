@@ -1,6 +1,8 @@
-"""Whether what checkpoints are kept by is a number of the benchmark, and of the weights that are saved."""
+"""Whether the numbers that callbacks look at, their `monitor`, are logged, and are those of the weights they save."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -8,9 +10,42 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from indiclip.evals.bench import Bench, logged_names
 from indiclip.evals.card_scorer import Options
 from indiclip.evals.models.embedder import EncoderEmbedder
+from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
+from indiclip.training.fault_tolerance.ranks import AgreedStop
 
 _SMALLER_IS_BETTER = ("median_km", "parity_")
+
+
+class CheckMonitors(L.Callback):
+    """Ends a run with one line where a callback's `monitor` names a number that is not logged.
+
+    Stands before the others: EarlyStopping and ModelCheckpoint would end it with a traceback.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, MultiTask)
+        heads = {head.name for head in pl_module.each_head()}
+        for where, monitor in _monitors(trainer) if stage == "fit" else []:
+            prefix, _, rest = monitor.partition("/")
+            head = rest.partition("/")[0]
+            if prefix == "val" and head not in heads:
+                near = did_you_mean(monitor, [f"val/{name}/{rest.partition('/')[2]}" for name in heads])
+                raise ValueError(f"{where}: {monitor}: no head {head!r}{near}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        logged = sorted(trainer.callback_metrics)
+        for where, monitor in _monitors(trainer):
+            if monitor.startswith(("val/", "train/")) and monitor not in logged:
+                raise AgreedStop(trainer, f"{where}: {monitor} is not logged{did_you_mean(monitor, logged)}", 2)
+
+
+def _monitors(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if monitor := getattr(callback, "monitor", None):
+            yield f"trainer.callbacks: the monitor of {type(callback).__name__}", monitor
 
 
 def check_monitors(

@@ -18,8 +18,10 @@ from rich.table import Table
 from indiclip import json_lines
 from indiclip.evals.pages.page import readable
 from indiclip.evals.pages.report import Metrics, held_out, held_out_pictures, metric_names, write_report
+from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import Batches, MultiTask
+from indiclip.training.fault_tolerance.ranks import folder_of
 
 
 class RunRecord(L.Callback):
@@ -37,7 +39,7 @@ class RunRecord(L.Callback):
         self._scored = -1  # the last step after which the history has held-out scores, when this run goes on in it
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
+        self._folder = folder_of(trainer)
         if stage == "fit":
             self._recorded = trainer.strategy.broadcast(_step_of(self._folder / "metrics.json"))
 
@@ -72,6 +74,11 @@ class RunRecord(L.Callback):
         # A run that was killed between this row and the next checkpoint goes through the held-out data again.
         if self._began is not None and not trainer.sanity_checking and self._scored < trainer.global_step:
             self._write_row(trainer, "val/")
+            self._scored = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.enable_validation and self._scored < trainer.global_step:
+            validate_now(trainer)  # where `check_val_every_n_epoch` or `max_time` left it out
 
     def add(self, trainer: L.Trainer, values: dict[str, float]) -> None:
         """A row for what another callback measured at this step, which nobody need measure again."""
@@ -137,14 +144,15 @@ class PredictionWriter(BasePredictionWriter):
     """`indiclip predict`: writes `predictions/<step>-<rank>.pt` into the run's folder, and keeps nothing in memory.
 
     A file is a dict: `keys` (task -> the samples' keys) and `predictions` (head -> a dict per sample, see the head's
-    `predict`); `torch.load(file, weights_only=True)` reads it. Files of an earlier `predict` are removed.
+    `predict`); `torch.load(file, weights_only=True)` reads it. Files of an earlier `predict` are removed. Unreadable
+    samples are listed beside them, in `quarantine.jsonl`.
     """
 
     def __init__(self) -> None:
         super().__init__("batch")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._folder = Path(trainer.log_dir or ".") / "predictions"  # all ranks ask: rank 0 tells the others
+        self._folder = folder_of(trainer) / "predictions"
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             for file in self._folder.glob("*.pt"):
@@ -168,6 +176,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             Console().print(f"predictions [bold]{self._folder}[/]", soft_wrap=True)
+            _print_quarantined(self._folder)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -203,6 +212,12 @@ def _languages_table(head: str, languages: dict[str, Metrics]) -> Table:
     return table
 
 
+def _print_quarantined(folder: Path) -> None:
+    if rows := json_lines.read(folder / "quarantine.jsonl"):
+        listed = f"listed in [bold]{folder / 'quarantine.jsonl'}[/]"
+        Console().print(f"unreadable samples: {len(rows):,}, {listed}", soft_wrap=True)
+
+
 def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     plain, by_language = held_out(record["metrics"])
     table = Table("metric", "held out", title="Result", title_justify="left")
@@ -212,9 +227,7 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     console.print(table)
     for head, languages in by_language.items():
         console.print(_languages_table(head, languages))
-    if record["quarantined"]:
-        many = f"unreadable samples: {len(record['quarantined']):,}"
-        console.print(f"{many}, listed in [bold]{folder / 'quarantine.jsonl'}[/]", soft_wrap=True)
+    _print_quarantined(folder)
     if record["nonfinite_steps"]:
         many = f"steps that were not finite and were skipped: {record['nonfinite_steps']:,}"
         console.print(f"{many}, listed in [bold]{folder / 'nonfinite.jsonl'}[/]", soft_wrap=True)

@@ -7,8 +7,11 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import sys
+import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,31 +28,31 @@ def config_files(argv: list[str]) -> list[str]:
     return following + [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
 
 
-def run_folder(config: Any, subcommand: str) -> Path:
-    """The folder of this run: that of the checkpoint it goes on from, or a new `runs/<name>` where a name is given."""
-    checkpoint = config.get("ckpt_path")
-    if checkpoint == "last":
-        return _go_on(config, subcommand)
-    if checkpoint and checkpoint not in _CHECKPOINT_WORDS and "://" not in checkpoint and not Path(checkpoint).exists():
-        near = [str(other) for other in Path(checkpoint).parent.glob("*.ckpt")]
-        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{did_you_mean(checkpoint, near)}")
-    if checkpoint and Path(checkpoint).is_file() and (reason := what_is_wrong(Path(checkpoint))):
-        good = newest_good(Path(checkpoint).resolve().parent)[0]
-        instead = f"the newest good one there is {good}" if good else "there is no good one beside it"
-        raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; {instead}")
-    if checkpoint and not config.get("name") and Path(checkpoint).parent.name == "checkpoints":
-        return Path(checkpoint).parent.parent
-    root, name = Path(config["runs"]), _run_name(config, subcommand)
-    if not _is_first_process():
-        return root / name  # only the first process writes there
-    for number in range(1, 10_000):
-        folder = root / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)  # atomic: two runs started together get two folders
-        except FileExistsError:
-            continue
+def run_folder(config: Any, subcommand: str, trial: bool = False) -> Path:
+    """The folder of this run: that of the checkpoint it goes on from or scores, or a new `runs/<name>`.
+
+    Args:
+        config: Of the subcommand; a `ckpt_path` of `last` is replaced by the file.
+        subcommand: `fit` makes another run of a checkpoint where `name` is another.
+        trial: A `fast_dev_run`, which leaves nothing: its folder is a temporary one.
+    """
+    starts_or_goes_on = config.get("ckpt_path") == "last"
+    folder = _newest_run(config, subcommand) if starts_or_goes_on else _folder_of_checkpoint(config, subcommand)
+    if trial:
+        return Path(tempfile.mkdtemp(prefix="indiclip-"))
+    if folder is not None:
         return folder
-    raise ValueError(f"--name: {root} holds 10,000 runs named {name}")
+    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    if starts_or_goes_on:
+        return _begin(root, name)
+    return _new_folder(root, name)
+
+
+def is_first_process() -> bool:
+    """Whether this one of the run's processes writes to its folder."""
+    # torchrun numbers the nodes by itself, whatever SLURM calls them. Lightning's own start gives no RANK.
+    ranks = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
 def lock(folder: Path) -> None:
@@ -58,7 +61,7 @@ def lock(folder: Path) -> None:
     Raises:
         ValueError: Another process writes there.
     """
-    if not _is_first_process():
+    if not is_first_process():
         return
     file = (folder / ".lock").open("a+")
     try:
@@ -84,6 +87,22 @@ def unlock() -> None:
         _locks.pop().close()
 
 
+def remove_unused(folder: Path, trial: bool, is_new: bool) -> None:
+    """Remove the folder of a run that failed before its first step, so that the next try gets the same name.
+
+    Args:
+        folder: Of the run.
+        trial: A `fast_dev_run`.
+        is_new: It held nothing when this process came.
+    """
+    used = (folder / "config.yaml").exists() or any(folder.glob("checkpoints/*.ckpt"))
+    if trial or (is_new and _locks and not used):  # locked: no other process has begun there
+        shutil.rmtree(folder, ignore_errors=True)
+    elif is_first_process():
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty
+
+
 def _run_name(config: Any, subcommand: str) -> str:
     files = config_files(sys.argv)
     name = config.get("name") or (Path(files[0]).stem if files else subcommand)
@@ -92,22 +111,46 @@ def _run_name(config: Any, subcommand: str) -> str:
     return str(name)
 
 
-def _is_first_process() -> bool:
-    # torchrun numbers the nodes by itself, whatever SLURM calls them. Lightning's own start gives no RANK.
-    ranks = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
-    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+def _folder_of_checkpoint(config: Any, subcommand: str) -> Path | None:
+    checkpoint = config.get("ckpt_path")
+    if not checkpoint or checkpoint in _CHECKPOINT_WORDS or "://" in checkpoint:
+        return None
+    file = Path(checkpoint)
+    if not file.exists():
+        near = [str(other) for other in file.parent.glob("*.ckpt")]
+        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{did_you_mean(checkpoint, near)}")
+    if file.is_file() and (reason := what_is_wrong(file)):
+        good = newest_good(file.resolve().parent)[0]
+        instead = f"the newest good one there is {good}" if good else "there is no good one beside it"
+        raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; {instead}")
+    folder = file.parent.parent
+    name = config.get("name")
+    of_run = subcommand != "fit" or not name or _of_name(name).fullmatch(folder.resolve().name)
+    return folder if file.parent.name == "checkpoints" and of_run else None
 
 
-def _go_on(config: Any, subcommand: str) -> Path:
-    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint; else the newest one, if
-    it was killed before its first, or a new one.
+def _new_folder(root: Path, name: str) -> Path:
+    if not is_first_process():
+        return root / name  # only the first process writes there
+    for number in range(1, 10_000):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)  # atomic: two runs started together get two folders
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError(f"--name: {root} holds 10,000 runs named {name}")
+
+
+def _newest_run(config: Any, subcommand: str) -> Path | None:
+    """`--ckpt_path last`: the folder of the newest run of this name that has a good checkpoint.
 
     Raises:
         ValueError: There are checkpoints, but none is provably whole.
     """
     root, name = Path(config["runs"]), _run_name(config, subcommand)
-    folders, torn = _runs(root, name), list[str]()
-    for folder in folders:
+    torn: list[str] = []
+    for folder in _runs(root, name):
         file, step, passed_over = newest_good(folder / "checkpoints")
         torn += [f"{folder / 'checkpoints'}/{line}" for line in passed_over]
         if file is None and (names := unlisted(folder / "checkpoints")):
@@ -117,7 +160,7 @@ def _go_on(config: Any, subcommand: str) -> Path:
             )
         if file is not None:
             config["ckpt_path"] = str(file)
-            if _is_first_process():
+            if is_first_process():
                 for line in torn:
                     print(f"indiclip: passed over {line}", file=sys.stderr)
                 print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
@@ -129,29 +172,31 @@ def _go_on(config: Any, subcommand: str) -> Path:
     if subcommand != "fit":
         raise FileNotFoundError(f"--ckpt_path last: no checkpoint of {name} in {root}")
     config["ckpt_path"] = None
-    return _begin(config, subcommand, folders)
+    return None
 
 
 def _runs(root: Path, name: str) -> list[Path]:
     """The folders of the runs of a name, the newest first."""
-    of_name = re.compile(rf"{re.escape(name)}(-(\d+))?")
-    matches = [
-        match for folder in (root.iterdir() if root.is_dir() else []) if (match := of_name.fullmatch(folder.name))
-    ]
+    folders = root.iterdir() if root.is_dir() else []
+    matches = [match for folder in folders if (match := _of_name(name).fullmatch(folder.name))]
     return [root / match[0] for match in sorted(matches, key=lambda match: int(match[2] or 1), reverse=True)]
 
 
-def _begin(config: Any, subcommand: str, folders: list[Path]) -> Path:
+def _of_name(name: str) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(name)}(-(\d+))?")
+
+
+def _begin(root: Path, name: str) -> Path:
     """The folder of a run that begins where others of its name have no checkpoints.
 
     Two that are started together meet in it, and `lock` lets one train; killed runs do not leave one each.
     """
-    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    folders = _runs(root, name)
     if folders and (folders[0] / "metrics.json").exists():  # it ended, without checkpoints
-        folder = run_folder(config, subcommand)
+        folder = _new_folder(root, name)
     else:
         folder = folders[0] if folders else root / name
         folder.mkdir(parents=True, exist_ok=True)
-    if _is_first_process():
+    if is_first_process():
         print(f"no checkpoint of {name} in {root}: starting from the beginning in {folder}")
     return folder

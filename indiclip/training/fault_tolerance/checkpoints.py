@@ -20,6 +20,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from indiclip.lightning_internals import accumulating, epoch_ends, validation_due
+from indiclip.old_names import translate_checkpoint
 from indiclip.training.fault_tolerance import manifest
 from indiclip.training.fault_tolerance.ranks import AgreedStop, gathered
 
@@ -72,7 +74,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read a checkpoint; never unpickles anything, whatever `weights_only` says."""
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+        translate_checkpoint(checkpoint)
+        return checkpoint
 
 
 class Checkpoints(ModelCheckpoint):
@@ -126,18 +130,16 @@ class Checkpoints(ModelCheckpoint):
                 )
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
-        if _accumulating(trainer):  # what is due comes with the end of the step
+        if accumulating(trainer):  # what is due comes with the end of the step
             return
-        loop, every = trainer.fit_loop.epoch_loop, self._every_n_train_steps
-        last = trainer.global_step == trainer.max_steps
-        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+        every, last = self._every_n_train_steps, trainer.global_step == trainer.max_steps
+        if validation_due(trainer):
             # After it: the run that goes on need not validate again.
             self._defer_save_until_validation |= last or bool(every and trainer.global_step % every == 0)
             return
         super().on_train_batch_end(trainer, *args, **options)
         # An epoch without a validation has no new value of a metric of held-out data.
-        epoch_ends = loop._num_ready_batches_reached() and not (self.monitor and trainer.enable_validation)
-        if self._due or epoch_ends:
+        if self._due or (epoch_ends(trainer) and not (self.monitor and trainer.enable_validation)):
             self._due = False
             super().on_validation_end(trainer, trainer.lightning_module)
         if last:
@@ -146,7 +148,7 @@ class Checkpoints(ModelCheckpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.global_step == self._goes_on_from:  # see ResumeValidation
             return
-        if _accumulating(trainer):
+        if accumulating(trainer):
             self._due = True
         else:
             self._due = False
@@ -155,7 +157,7 @@ class Checkpoints(ModelCheckpoint):
                 self.save_now(trainer)  # where the last is none of the best
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _accumulating(trainer):
+        if not accumulating(trainer):
             self.save_now(trainer)  # of a run that ended before `max_steps`
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -220,11 +222,6 @@ def foreign(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
             yield from foreign(item, f"{where}[{number}]")
     elif type(value) not in (torch.Tensor, torch.nn.Parameter, *_PLAIN):
         yield where, f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _accumulating(trainer: L.Trainer) -> bool:
-    """Whether gradients are waiting for more of them before the optimizer's step."""
-    return bool(trainer.fit_loop._should_accumulate())
 
 
 def _check_space(checkpoint: dict[str, Any], target: Path) -> None:

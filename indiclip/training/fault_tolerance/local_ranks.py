@@ -11,7 +11,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from indiclip.lightning_internals import take_processes
 
 # Gloo's, the sockets' and NCCL's words for a peer that is gone.
 _GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exit")
@@ -39,12 +40,7 @@ class LocalRanks(L.Callback):
         os.environ[_STARTER] = str(os.getpid())
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        launcher = trainer.strategy.launcher
-        children: list[Popen[Any]] = []
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            observed = launcher.procs
-            children = launcher.procs = [*observed]
-            observed.clear()  # which Lightning's observer takes for a good end
+        children = take_processes(trainer)
         if children or self._started_by_rank:
             self._stop.clear()
             threading.Thread(target=self._watch, args=(children, os.getppid()), name="ranks", daemon=True).start()

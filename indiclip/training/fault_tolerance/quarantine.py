@@ -26,7 +26,7 @@ class Quarantine:
         rows = []
         if trainer.is_global_zero:
             file = folder / "quarantine.jsonl"
-            if trainer.state.fn == "fit" and not trainer.ckpt_path:
+            if trainer.state.fn == "predict" or (trainer.state.fn == "fit" and not trainer.ckpt_path):
                 file.unlink(missing_ok=True)
             rows = json_lines.read(file)
         pairs = trainer.strategy.broadcast([(row["task"], row["key"]) for row in rows])

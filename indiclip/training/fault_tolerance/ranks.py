@@ -5,11 +5,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from indiclip.lightning_internals import started_by_lightning
 
 
 class AgreedStop(Exception):
@@ -27,9 +29,14 @@ class AgreedStop(Exception):
 
     def __init__(self, trainer: L.Trainer, message: str, status: int = 1) -> None:
         super().__init__(message)
-        started_by_lightning = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
-        self.status = 0 if started_by_lightning and trainer.local_rank > 0 else status
+        self.status = 0 if started_by_lightning(trainer) and trainer.local_rank > 0 else status
         self.first = trainer.is_global_zero
+
+
+def folder_of(trainer: L.Trainer) -> Path:
+    """The run's folder: the trainer's `default_root_dir`, which the command sets; else the logger's. A collective."""
+    given = trainer.default_root_dir != str(Path.cwd())
+    return Path(trainer.strategy.broadcast(trainer.default_root_dir if given else trainer.log_dir or "."))
 
 
 def gathered(trainer: L.Trainer, value: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from indiclip.lightning_internals import accumulating, replace_signal_handlers
 from indiclip.module import Batches, MultiTask
 from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses, keys_of
 from indiclip.training.fault_tolerance.preemption import SIGNALS, Preemption
 from indiclip.training.fault_tolerance.quarantine import Quarantine
-from indiclip.training.fault_tolerance.ranks import AgreedStop, gathered
+from indiclip.training.fault_tolerance.ranks import AgreedStop, folder_of, gathered
 
 _BALLOT = 2 + len(SIGNALS)  # non-finite, newly quarantined, and each signal
 
@@ -54,13 +54,13 @@ class StepSync(L.Callback):
         self._agreed = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._folder = Path(trainer.log_dir or ".")  # all ranks ask: rank 0 tells the others
+        self._folder = folder_of(trainer)
+        if stage == "predict":
+            self._folder /= "predictions"  # the list of what is not in there
         if stage != "fit":
             self.quarantine.begin(trainer, self._folder)
-        # Lightning's handler broadcasts wherever it interrupts a rank; a run that it ends has status 0, and one that
-        # only scores does not end. With none the system ends that one.
-        handlers = self.preemption.install if stage == "fit" else lambda: None
-        trainer._signal_connector.register_signal_handlers = handlers  # type: ignore[method-assign]
+        # A run that only scores has none, so that the system ends it.
+        replace_signal_handlers(trainer, self.preemption.install if stage == "fit" else lambda: None)
 
     def leave(self, number: int) -> None:
         """For other callbacks in which the ranks agreed on a signal: the run saves and ends as soon as it may."""
@@ -93,6 +93,8 @@ class StepSync(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, MultiTask)
+        if not self._losses:  # StochasticWeightAveraging gathers the statistics of batch norm, without a backward pass
+            return
         found = self.nonfinite.found(pl_module, self._losses, scaled=trainer.precision == "16-mixed")
         ballots = self._reduced(trainer, pl_module, found)
         self.nonfinite.undo(optimizer, ballots[0])
@@ -132,7 +134,7 @@ class StepSync(L.Callback):
     ) -> None:
         self.quarantine.collect(batch)
         # Not while gradients wait for more of them, which a checkpoint would lose.
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not accumulating(trainer):
             # At once: a scheduler waits a minute, a validation may take ten. The weights are those of the last step.
             nothing = torch.zeros((), device=pl_module.device)
             self._count(trainer, _Count(self._reduced(trainer, pl_module, nothing), None, trainer.global_step, {}, {}))
@@ -147,10 +149,10 @@ class StepSync(L.Callback):
         self.preemption.restore()  # also where no step was left
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        vars(trainer._signal_connector).pop("register_signal_handlers", None)  # Lightning's again
+        replace_signal_handlers(trainer, None)
 
-    on_test_batch_end = on_validation_batch_end
-    on_test_end = on_validation_end
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.preemption.restore()

@@ -17,6 +17,7 @@ import lightning as L
 
 from indiclip.loading.workers import Workers, kill_workers, living_workers, own_reading
 from indiclip.module import Batches
+from indiclip.training.fault_tolerance.ranks import folder_of
 
 _FRAMES = 5  # innermost ones that a line on stderr shows; the file has all
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (\S+)$', re.MULTILINE)  # as faulthandler writes it
@@ -49,7 +50,7 @@ class Watchdog(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._rank = trainer.global_rank
-        self._file = Path(trainer.log_dir or ".") / f"watchdog-{self._rank}.txt"  # all ranks ask: rank 0 tells them
+        self._file = folder_of(trainer) / f"watchdog-{self._rank}.txt"
         self._watched = threading.get_ident()
         self._lock = threading.Lock()  # of the next two
         self._since, self._reports = time.monotonic(), 0

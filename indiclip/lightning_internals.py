@@ -1,0 +1,84 @@
+"""What touches Lightning's private parts, and nothing else does (but `Checkpoints`, a subclass of ModelCheckpoint).
+
+Tried with Lightning 2.6.6. Each function says which hook or property is missing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from subprocess import Popen
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+
+def batches_done(trainer: L.Trainer) -> int:
+    """Micro-batches that this run has trained on, those before its checkpoint too; exact in mid-epoch."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+
+def estimated_steps(trainer: L.Trainer) -> float:
+    """`trainer.estimated_stepping_batches`, without its side effect.
+
+    `max_epochs` makes Lightning begin to load, before it is known where a run that goes on stands: begin anew.
+    """
+    steps = trainer.estimated_stepping_batches
+    loop = trainer.fit_loop
+    if loop._combined_loader is not None:
+        loop._combined_loader.reset()
+        loop._combined_loader = None
+    return steps
+
+
+def accumulating(trainer: L.Trainer) -> bool:
+    """Whether gradients are waiting for more of them before the optimizer's step."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def epoch_ends(trainer: L.Trainer) -> bool:
+    """Whether this batch is the last one of its epoch."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def validation_due(trainer: L.Trainer) -> bool:
+    """Whether a validation comes after this batch, or goes on."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and (trainer.validating or trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
+
+
+def validate_now(trainer: L.Trainer) -> None:
+    """A whole validation before the first step of a run that goes on."""
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    val_loop.restarting = False  # from its first batch
+    trainer.validating = True
+    val_loop.run()
+    val_loop._has_run = False  # else the epoch that ends here would end without a step, again and again
+    trainer.training = True
+
+
+def replace_signal_handlers(trainer: L.Trainer, register: Callable[[], None] | None) -> None:
+    """Let `register` set handlers in place of Lightning's; None gives Lightning its own again.
+
+    Its handler broadcasts wherever it interrupts a rank, and a run that it ends has status 0.
+    """
+    if register is None:
+        vars(trainer._signal_connector).pop("register_signal_handlers", None)
+    else:
+        trainer._signal_connector.register_signal_handlers = register  # type: ignore[method-assign]
+
+
+def started_by_lightning(trainer: L.Trainer) -> bool:
+    """Whether Lightning itself starts the other ranks of this machine, not torchrun or SLURM."""
+    return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+
+
+def take_processes(trainer: L.Trainer) -> list[Popen[Any]]:
+    """The ranks that this process has started, which Lightning's observer is made to watch no more."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return []
+    observed = launcher.procs
+    launcher.procs = [*observed]
+    observed.clear()  # which Lightning's observer takes for a good end
+    return launcher.procs

@@ -1,0 +1,110 @@
+"""What a run was configured with: `config.yaml` is the newest config that made a step, `config-<step>.yaml` are those
+before, each by the last step that it made; and what a run that goes on may change.
+
+The rule. What makes up a training step (data, seed, encoder, heads, accumulation) stays, or `--override` says that it
+may change. The optimizer's values, which take effect at once, and how long, how fast and where a run trains may change.
+Every change is listed at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from indiclip import json_lines
+from indiclip.module import Batches
+from indiclip.names import shorten
+from indiclip.old_names import translate_config
+from indiclip.training.fault_tolerance.ranks import folder_of
+
+_STEP = ("seed_everything", "data", "model", "trainer.accumulate_grad_batches", "trainer.overfit_batches")
+_NOT_OF_STEP = (
+    *("data.num_workers", "data.quarantine", "data.val", "data.seed"),
+    *("model.lr", "model.weight_decay", "model.warmup_steps", "model.optimizer", "model.lr_schedule"),
+    *("model.lr_scale", "model.layer_decay"),
+)
+_OF_THIS_START = ("name", "runs", "ckpt_path", "override", "weights_only", "return_predictions")
+_DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW"}
+
+
+class ConfigHistory(SaveConfigCallback):
+    """Saves the config after the first step that it made."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._folder = folder_of(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+    ) -> None:
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        file, before = self._folder / "config.yaml", self._folder / f"config-{self._began}.yaml"
+        saved = dump(self.parser, self.config)
+        if file.is_file() and self._began and not before.exists():  # else it made no step that counts
+            if file.read_text(encoding="utf-8") == saved:
+                return
+            file.replace(before)
+        json_lines.write_whole(file, saved.encode())
+
+
+def dump(parser: LightningArgumentParser, config: Any) -> str:
+    """The config as YAML, without what is of one start only."""
+    kept = config.clone()
+    kept["ckpt_path"], kept["override"] = None, False
+    return str(parser.dump(kept, skip_none=False))
+
+
+def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
+    """Compare the config of a run that goes on with that of the checkpoint's run.
+
+    Returns:
+        A line for each value that has changed; none where the checkpoint lies in no run's folder.
+
+    Raises:
+        ValueError: A value that makes up a training step has changed, and `override` is not set.
+    """
+    file = Path(config["ckpt_path"]).resolve().parent.parent / "config.yaml"
+    if not file.is_file():
+        return []
+    try:
+        was = parser.parse_object(translate_config(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    except Exception as error:
+        raise ValueError(f"{file}: not a config of this version, so nothing can be compared: {error}") from error
+    old, new = (yaml.safe_load(dump(parser, tree)) for tree in (was, config))
+    before, now = ((tree["model"]["optimizer"] or _DEFAULT_OPTIMIZER)["class_path"] for tree in (old, new))
+    if before != now:
+        raise ValueError(f"model.optimizer: {now} cannot go on from the moments of {before}")
+    changes = {key: line for key, line in _changes(old, new) if not _is_under(key, _OF_THIS_START)}
+    lines = list(changes.values())
+    refused = [key for key in changes if _is_under(key, _STEP) and not _is_under(key, _NOT_OF_STEP)]
+    if refused and not config["override"]:
+        raise ValueError(
+            f"--ckpt_path: {file} has other values of what makes up a training step ({', '.join(refused[:3])}"
+            f"{', ...' if len(refused) > 3 else ''}): {'; '.join(lines)}; --override true trains on with the new ones"
+        )
+    return lines
+
+
+def _changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Where two configs differ, as deep as they are of the same classes: the dotted key, and a line about it."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("class_path") == new.get("class_path"):
+        for name in [*old, *(new.keys() - old.keys())]:
+            yield from _changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, pair in enumerate(zip(old, new, strict=True)):
+            yield from _changes(*pair, f"{key}[{number}]")
+    elif old != new:
+        yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
+
+
+def _is_under(key: str, paths: tuple[str, ...]) -> bool:
+    return any(key == path or key.startswith((f"{path}.", f"{path}[")) for path in paths)

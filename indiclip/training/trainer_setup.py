@@ -1,0 +1,119 @@
+"""What the command adds to the config's Trainer: callbacks, a logger, durable checkpoints; all in the run's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from indiclip.training.callbacks import StartupTable, TaskProgress
+from indiclip.training.fault_tolerance.checkpoints import Checkpoints, DurableCheckpointIO
+from indiclip.training.fault_tolerance.local_ranks import LocalRanks
+from indiclip.training.fault_tolerance.resume_validation import ResumeValidation
+from indiclip.training.fault_tolerance.step_sync import StepSync
+from indiclip.training.fault_tolerance.watchdog import Watchdog
+from indiclip.training.monitors import CheckMonitors
+from indiclip.training.record import PredictionWriter, RunRecord
+
+_SHARDED = ("fsdp", "modelparallel", "deepspeed")  # strategies that write folders of shards by themselves
+
+
+def check_trainer(config: Namespace, subcommand: str) -> None:
+    """Refuse values of the trainer that cannot do what they say.
+
+    Raises:
+        ValueError: The first of them, naming its key.
+    """
+    for key in ("max_steps", "max_epochs", "limit_train_batches") if subcommand == "fit" else ():
+        if config.get(key) == 0:
+            raise ValueError(f"trainer.{key}: found 0, with which nothing is trained (`indiclip validate` scores)")
+    precision = str(config.get("precision") or "32-true")
+    if not precision.endswith(("mixed", "32-true", "32")):
+        raise ValueError(
+            f"trainer.precision: heads compute in float32 what weights in {precision} cannot; expected 32-true, "
+            "bf16-mixed or 16-mixed"
+        )
+    averages = any("StochasticWeightAveraging" in str(callback) for callback in listed(config.get("callbacks")))
+    if averages and config.get("max_epochs") is None:
+        raise ValueError("trainer.callbacks: StochasticWeightAveraging begins by epochs; expected trainer.max_epochs")
+    if config.get("default_root_dir") is not None:
+        raise ValueError(
+            "trainer.default_root_dir: the run's folder is --runs and --name, and everything is written there; leave "
+            "it out"
+        )
+    if config.get("barebones"):
+        raise ValueError("trainer.barebones: turns off what makes a run survive and its record; leave it out")
+
+
+def place_loggers(config: Namespace, folder: Path) -> None:
+    """Loggers write to the run's folder, unless they name another one by its whole path."""
+    for logger in listed(config.get("logger")):
+        arguments = getattr(logger, "init_args", {})
+        if "save_dir" in arguments:
+            arguments["save_dir"] = str(folder / (arguments["save_dir"] or ""))
+
+
+def trainer_options(config: dict[str, Any], folder: Path, trial: bool) -> dict[str, Any]:
+    """Arguments of the Trainer in place of the config's own.
+
+    Args:
+        config: The trainer's, with its objects.
+        folder: The run's.
+        trial: A `fast_dev_run`, which leaves no record.
+    """
+    options: dict[str, Any] = {"default_root_dir": str(folder)}
+    if config.get("logger") in (None, True):
+        options["logger"] = TensorBoardLogger(str(folder.parent), name=folder.name, version="")
+    plugins = listed(config.get("plugins"))
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins) and _saves_one_file(config.get("strategy")):
+        options["plugins"] = [*plugins, DurableCheckpointIO()]
+    given = listed(config.get("callbacks"))
+    _place_checkpoints(given, folder / "checkpoints")
+    # CheckMonitors before the callbacks that look for their monitor. RunRecord before StepSync, which may end the run
+    # after a step that is to be recorded.
+    ours: list[L.Callback] = [StartupTable(), StepSync(), ResumeValidation(), Watchdog(), LocalRanks()]
+    if not trial:
+        ours[1:1] = [RunRecord()]
+        ours.append(PredictionWriter())
+    if config.get("enable_progress_bar") is not False:
+        ours.append(TaskProgress())
+    if config.get("enable_checkpointing") is not False:
+        ours.append(Checkpoints(str(folder / "checkpoints")))
+    if config.get("logger") is not False:
+        ours.append(LearningRateMonitor("step"))
+    missing = [callback for callback in ours if not any(isinstance(other, _kind(callback)) for other in given)]
+    options["callbacks"] = [CheckMonitors(), *given, *missing]  # the config's own settings of one of ours count
+    return options
+
+
+def listed(value: Any) -> list[Any]:
+    """A trainer's argument that may be one object, a list of them or nothing, as a list."""
+    return [*value] if isinstance(value, list) else [value] if value not in (None, True, False) else []
+
+
+def _kind(callback: L.Callback) -> type:
+    return next((kind for kind in (ProgressBar, ModelCheckpoint) if isinstance(callback, kind)), type(callback))
+
+
+def _place_checkpoints(callbacks: list[L.Callback], folder: Path) -> None:
+    for callback in callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.dirpath:
+            raise ValueError(
+                f"trainer.callbacks: the dirpath of {type(callback).__name__} is {callback.dirpath}, where "
+                "--ckpt_path last would not look; leave it out, and move all of the run with --runs FOLDER"
+            )
+        callback.dirpath = os.path.realpath(folder)  # whatever logger there is
+
+
+def _saves_one_file(strategy: Any) -> bool:
+    """Whether a strategy saves through Lightning's plug-in."""
+    name = str(getattr(strategy, "class_path", strategy) if isinstance(strategy, str) else type(strategy).__name__)
+    return not any(word in name.lower() for word in _SHARDED)

@@ -1,0 +1,115 @@
+"""A run that goes on with other settings: each is listed, and takes effect or is refused; no config is lost."""
+
+import pytest
+import torch
+import yaml
+from test_cli import config, fit
+
+FOLDER = "runs/experiment"
+
+
+def saved(folder, name="config.yaml"):
+    return yaml.safe_load((folder / FOLDER / name).read_text())
+
+
+def going_on(folder, tree, *flags):
+    return fit(folder, tree, "--ckpt_path", str(folder / FOLDER / "checkpoints" / "last.ckpt"), *flags)
+
+
+def rates(folder, step):
+    """Learning rate, decay and betas of the groups that decay, as a checkpoint has them, and the scheduler's peak."""
+    checkpoint = torch.load(folder / FOLDER / "checkpoints" / f"{step}.ckpt", weights_only=True)
+    group = next(g for g in checkpoint["optimizer_states"][0]["param_groups"] if "use_fallback" not in g)
+    return group["lr"], group["weight_decay"], tuple(group["betas"]), checkpoint["lr_schedulers"][0]["base_lrs"][0]
+
+
+def test_the_optimizers_values_take_effect_and_are_listed(tmp_path, capsys):
+    """From the step that the run stands at: a constant rate after one step of warm-up."""
+    tree = config(model__lr=1e-3, trainer__max_steps=2)
+    tree["model"] |= {"warmup_steps": 1, "lr_schedule": "indiclip.optim.Constant"}
+    assert fit(tmp_path, tree) == 0
+    assert rates(tmp_path, 2) == (1e-3, 0.05, (0.9, 0.98), 1e-3)
+    tree["model"] |= {"lr": 3e-4, "weight_decay": 0.2}
+    tree["model"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.8, 0.9], "fused": True}}
+    capsys.readouterr()
+    assert going_on(tmp_path, tree, "--trainer.max_steps", "3") == 0
+    out = capsys.readouterr().out
+    assert "changed since the checkpoint:" in out
+    for line in ("model.lr: 0.001 -> 0.0003", "model.weight_decay: None -> 0.2", "trainer.max_steps: 2 -> 3"):
+        assert f"  {line}\n" in out
+    assert rates(tmp_path, 3) == (3e-4, 0.2, (0.8, 0.9), 3e-4)
+
+
+def test_new_rates_are_those_of_a_run_that_had_them_from_this_step_on(tmp_path):
+    """By hand: AdamW with the moments of the checkpoint and the new rate gives the weights of the next step."""
+    tree = config(model__lr=1e-3, trainer__max_steps=2)
+    tree["model"] |= {"warmup_steps": 0, "weight_decay": 0.0, "lr_schedule": "indiclip.optim.Constant"}
+    assert fit(tmp_path, tree) == 0
+    assert going_on(tmp_path, tree, "--name", "same", "--trainer.max_steps", "3") == 0
+    assert going_on(tmp_path, tree, "--name", "twice", "--trainer.max_steps", "3", "--model.lr", "2e-3") == 0
+    weights = [
+        torch.load(tmp_path / "runs" / name / "checkpoints" / f"{step}.ckpt", weights_only=True)["state_dict"]
+        for name, step in (("experiment", 2), ("same", 3), ("twice", 3))
+    ]
+    name = "encoder.image_projection.weight"
+    before, same, twice = (found[name] for found in weights)
+    assert not torch.equal(before, same)
+    torch.testing.assert_close(twice - before, 2 * (same - before), atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "key"),
+    [
+        ({"data__train__0__batch_size": 3}, [], "data.train[0].batch_size: 4 -> 3"),
+        ({}, ["--seed_everything", "7"], "seed_everything: 0 -> 7"),
+        ({"data__train__0__dataset__init_args__num_scenes": 20}, [], "init_args.num_scenes: 12 -> 20"),
+        ({"data__steps_per_epoch": 5}, [], "data.steps_per_epoch: 2 -> 5"),
+        ({"trainer__accumulate_grad_batches": 2}, [], "trainer.accumulate_grad_batches: 1 -> 2"),
+    ],
+)
+def test_another_training_step_is_refused_without_override(changes, flags, key, tmp_path, capsys):
+    assert fit(tmp_path, config()) == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / FOLDER).iterdir() if file.is_file()}
+    capsys.readouterr()
+    longer = config(trainer__max_steps=3, **changes)
+    assert going_on(tmp_path, longer, *flags) == 2
+    error = capsys.readouterr().err
+    assert key in error
+    assert "--override true trains on with the new ones" in error
+    assert {name: (tmp_path / FOLDER / name).read_bytes() for name in before} == before
+    assert going_on(tmp_path, longer, *flags, "--override", "true") == 0
+    assert saved(tmp_path)["trainer"]["max_steps"] == 3
+
+
+def test_another_optimizer_is_refused_always(tmp_path, capsys):
+    assert fit(tmp_path, config(), "--model.optimizer", "timm.optim.Lion") == 0
+    flags = ["--trainer.max_steps", "3", "--override", "true"]
+    assert going_on(tmp_path, config(), "--model.optimizer", "timm.optim.Muon", *flags) == 2
+    assert "timm.optim.Muon cannot go on from the moments of timm.optim.Lion" in capsys.readouterr().err
+    assert going_on(tmp_path, config(), *flags) == 2
+    assert "torch.optim.AdamW cannot go on from the moments of timm.optim.Lion" in capsys.readouterr().err
+    assert going_on(tmp_path, config(), "--model.optimizer", "timm.optim.Lion", *flags) == 0
+
+
+def test_the_config_of_each_stretch_is_kept(tmp_path):
+    """`config.yaml` is what made the newest steps; what ran before is beside it by its last step; what never ran is not
+    there."""
+    for steps, rate in ((2, 1e-3), (4, 2e-3), (4, 9e-3), (6, 2e-3)):
+        flags = ["--ckpt_path", "last", "--model.lr", str(rate)]
+        assert fit(tmp_path, config(trainer__max_steps=steps), *flags) == 0
+    names = sorted(file.name for file in (tmp_path / FOLDER).glob("config*.yaml"))
+    assert names == ["config-2.yaml", "config-4.yaml", "config.yaml"]
+    found = [(saved(tmp_path, name)["model"]["lr"], saved(tmp_path, name)["trainer"]["max_steps"]) for name in names]
+    assert found == [(1e-3, 2), (2e-3, 4), (2e-3, 6)]
+    assert saved(tmp_path)["ckpt_path"] is None  # which `fit --config RUN/config.yaml` would go on from
+    assert fit(tmp_path, config(trainer__max_steps=7), "--ckpt_path", "last", "--model.lr", "2e-3") == 0
+    assert fit(tmp_path, config(trainer__max_steps=7), "--ckpt_path", "last", "--model.lr", "2e-3") == 0
+    assert len(list((tmp_path / FOLDER).glob("config*.yaml"))) == 4
+
+
+def test_what_does_not_change_the_step_may_change(tmp_path, capsys):
+    assert fit(tmp_path, config()) == 0
+    capsys.readouterr()
+    longer = config(trainer__max_steps=3, data__num_workers=1, trainer__log_every_n_steps=2, trainer__logger=False)
+    assert going_on(tmp_path, longer) == 0
+    assert "data.num_workers: 0 -> 1" in capsys.readouterr().out

@@ -1,0 +1,266 @@
+"""What people do with a run every day, through the command: it works, or one line says why not."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from test_cli import ROOT, config, fit
+
+import indiclip
+from indiclip import json_lines
+from indiclip.training.cli import run
+from indiclip.training.record import read_history
+
+CHECKPOINTS = "indiclip.training.fault_tolerance.checkpoints.Checkpoints"
+LIGHTNING = "lightning.pytorch.callbacks"
+
+
+def part(class_path, **arguments):
+    return {"class_path": class_path, "init_args": arguments}
+
+
+def one_line(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The current directory, in which nothing may appear."""
+    folder = tmp_path / "current"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "logger",
+    [False, part("lightning.pytorch.loggers.CSVLogger", save_dir="logs"), part("trouble.OwnLogger")],
+    ids=["none", "csv", "own"],
+)
+def test_whatever_the_logger_all_lies_in_the_runs_folder(logger, tmp_path, elsewhere):
+    assert fit(tmp_path, config(trainer__logger=logger)) == 0
+    folder = tmp_path / "runs" / "experiment"
+    names = {"config.yaml", "history.jsonl", "metrics.json", "report.html", "checkpoints"}
+    assert names <= {file.name for file in folder.iterdir()}
+    if logger and "save_dir" in logger["init_args"]:
+        assert (folder / "logs" / "lightning_logs" / "version_0" / "metrics.csv").is_file()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_a_trial_leaves_nothing(command, tmp_path, elsewhere):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(config(trainer__fast_dev_run=True)))
+    for flags in ([], ["--ckpt_path", "last"]) if command == "fit" else ([],):
+        assert run([command, "--config", str(file), "--runs", str(tmp_path / "runs"), *flags]) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_early_stopping_goes_on_from_a_checkpoint_before_the_epochs_end(tmp_path):
+    """Patience 2, and a score that never changes: stops after three validations, however the run was cut."""
+    score = "val/contrastive/image_to_text_r5"
+    stop = part(f"{LIGHTNING}.EarlyStopping", monitor=score, mode="max", patience=2, min_delta=2.0)
+    tree = config(trainer__max_steps=20, trainer__callbacks=[stop, part(CHECKPOINTS, save_top_k=-1)])
+    for name, steps in (("whole", "20"), ("cut", "2")):
+        assert fit(tmp_path, tree, "--name", name, "--trainer.max_steps", steps) == 0
+    for steps in ("4", "20"):
+        assert fit(tmp_path, tree, "--name", "cut", "--ckpt_path", "last", "--trainer.max_steps", steps) == 0
+    for name in ("whole", "cut"):
+        assert json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["step"] == 6
+
+
+@pytest.mark.parametrize("average", ["WeightAveraging", "EMAWeightAveraging"])
+def test_averaged_weights_with_batch_norm_are_saved_scored_and_loaded(average, tmp_path):
+    tree = config(model__encoder__batch_norm=True, model__encoder__pool="mean", trainer__max_steps=4)
+    tree["trainer"]["callbacks"] = [part(f"{LIGHTNING}.{average}")]
+    assert fit(tmp_path, tree) == 0
+    assert fit(tmp_path, tree, "--ckpt_path", "last", "--trainer.max_steps", "6") == 0
+    folder = tmp_path / "runs" / "experiment"
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    name = "encoder.image_projection.weight"
+    averaged, raw = checkpoint["state_dict"][name], checkpoint["current_model_state"][name]
+    assert not torch.equal(averaged, raw)
+    assert torch.equal(indiclip.load(folder).image_projection.weight, averaged)
+
+
+def test_stochastic_weight_averaging_by_epochs(tmp_path, capsys):
+    tree = config(model__encoder__batch_norm=True, model__encoder__pool="mean")
+    tree["trainer"]["callbacks"] = [part(f"{LIGHTNING}.StochasticWeightAveraging", swa_lrs=0.01, swa_epoch_start=1)]
+    assert fit(tmp_path, tree) == 2
+    assert "StochasticWeightAveraging begins by epochs; expected trainer.max_epochs" in one_line(capsys)
+    tree["trainer"] |= {"max_steps": -1, "max_epochs": 3}
+    assert fit(tmp_path, tree) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"overfit_batches": 1}, [1, 2, 3, 4]),
+        ({"check_val_every_n_epoch": 2, "max_steps": 6}, [4, 6]),
+        ({"max_time": "00:00:00:02", "max_steps": 10**6, "val_check_interval": 10**6}, None),
+        ({"limit_train_batches": 1}, [1, 2, 3, 4]),
+    ],
+    ids=["overfit_batches", "every second epoch", "max_time", "limit_train_batches"],
+)
+def test_the_last_step_is_scored(options, steps, tmp_path):
+    tree = config()
+    if "max_time" in options:
+        tree["data"]["steps_per_epoch"] = 10**6
+    tree["trainer"] |= {"max_steps": 4} | options
+    assert fit(tmp_path, tree) == 0
+    folder = tmp_path / "runs" / "experiment"
+    scored = [row["step"] for row in read_history(folder) if "val/contrastive/image_to_text_r1" in row]
+    assert scored == (steps or scored)
+    assert scored[-1] == json.loads((folder / "metrics.json").read_text())["step"]
+
+
+def test_overfitting_sees_the_same_batch_in_each_step(tmp_path):
+    tree = config(trainer__overfit_batches=1, trainer__max_steps=3)
+    tree["trainer"]["callbacks"] = [part("trouble.Diary", folder=str(tmp_path / "diary"))]
+    assert fit(tmp_path, tree) == 0
+    (file,) = (tmp_path / "diary").glob("keys-*.jsonl")
+    keys = [json.loads(line)["keys"] for line in file.read_text().splitlines()]
+    assert len(keys) == 3
+    assert keys[0] == keys[1] == keys[2]
+
+
+def test_a_profile_is_printed(tmp_path, capfd):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(config(trainer__profiler="simple")))
+    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.search(r"run_training_batch +\t?\|", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({}, ["--seed_everything", "true"], "seed_everything: found true; expected a number"),
+        ({"data__steps_per_epoch": -3}, [], "data.steps_per_epoch: found -3; expected 1 or more"),
+        ({"data__steps_per_epoch": 0}, [], "data.steps_per_epoch: found 0; expected 1 or more"),
+        ({"trainer__max_steps": 0}, [], "trainer.max_steps: found 0, with which nothing is trained"),
+        ({"trainer__limit_train_batches": 0}, [], "trainer.limit_train_batches: found 0"),
+        ({"trainer__default_root_dir": "x"}, [], "trainer.default_root_dir: the run's folder is --runs and --name"),
+        *(
+            ({"trainer__precision": name}, [], f"trainer.precision: .* {name} .*expected 32-true, bf16-mixed")
+            for name in ("bf16-true", "64-true", "16-true")
+        ),
+        (
+            {"trainer__callbacks": [part(CHECKPOINTS, monitor="val/contrastiv/zero_shot")]},
+            [],
+            "the monitor of Checkpoints: .*no head 'contrastiv'; nearest is 'val/contrastive/zero_shot'",
+        ),
+        ({"model__optimizer": "timm.optim.Lionn"}, [], "'timm.optim' has no attribute 'Lionn'; nearest is 'Lion'"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_leaves_no_folder(changes, flags, message, tmp_path, elsewhere, capsys):
+    tree = config()
+    tree["model"]["optimizer"] = None
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        tree[group][name] = value
+    assert fit(tmp_path, tree, *flags) == 2
+    assert re.search(message, one_line(capsys))
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("callback", "near"),
+    [
+        (part(CHECKPOINTS, monitor="val/contrastive/zeroshot"), "val/contrastive/zero_shot"),
+        (part(f"{LIGHTNING}.EarlyStopping", monitor="val/contrastive/zeroshot"), "val/contrastive/zero_shot"),
+        (part(f"{LIGHTNING}.EarlyStopping", monitor="train/losss"), "train/loss"),
+    ],
+)
+def test_a_missing_monitor_is_one_line(callback, near, tmp_path, capsys):
+    assert fit(tmp_path, config(trainer__callbacks=[callback])) == 2
+    assert f"is not logged; nearest is '{near}'" in one_line(capsys)
+
+
+def test_a_long_warm_up_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="model.warmup_steps: 9 is more than the run's 2 steps"):
+        assert fit(tmp_path, config(), "--model.warmup_steps", "9") == 0
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_its_name_free(tmp_path, capsys):
+    tree = config()
+    tree["data"]["train"][0]["dataset"] = part("trouble.AllUnreadable")
+    assert fit(tmp_path, tree) == 2
+    assert "are unreadable" in one_line(capsys)
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert fit(tmp_path, config()) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["experiment"]
+    # A folder that was there before stays, whatever fails in it.
+    last = str(tmp_path / "runs" / "experiment" / "checkpoints" / "last.ckpt")
+    before = sorted((tmp_path / "runs" / "experiment").iterdir())
+    assert fit(tmp_path, tree, "--ckpt_path", last, "--override", "true") == 2
+    assert sorted((tmp_path / "runs" / "experiment").iterdir()) == before
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
+    assert fit(tmp_path, config()) == 0
+    flags = ["--ckpt_path", str(tmp_path / "runs/experiment/checkpoints/last.ckpt"), "--override", "true"]
+    tree = config()
+    tree["model"]["heads"].append(part("heads.counting.Counting", task="contrastive", channels=8))
+    capsys.readouterr()
+    assert fit(tmp_path, tree, *flags) == 2
+    assert "--ckpt_path: found the heads contrastive; the config has contrastive, counting" in one_line(capsys)
+    assert fit(tmp_path, config(model__encoder__embed_dim=48), *flags) == 2
+    line = one_line(capsys)
+    assert "2 tensors are not those of the config's model, such as encoder.image_projection.weight: found " in line
+    assert "shape (32, 32), expected (48, 32)" in line
+
+
+def pictures(folder):
+    """Six captioned pictures, of which two are no images."""
+    (folder / "images").mkdir()
+    for number in range(6):
+        file = folder / "images" / f"{number}.png"
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(file)
+        if number in (1, 4):
+            file.write_bytes(file.read_bytes()[:40])
+    rows = "".join(f"{number}.png\tpicture {number}\n" for number in range(6))
+    (folder / "names.tsv").write_text(f"file\ten\n{rows}")
+    return part(
+        "indiclip.datasets.captions.CaptionTable", images=str(folder / "images"), table=str(folder / "names.tsv")
+    )
+
+
+def test_predict_lists_what_it_cannot_read_and_writes_to_the_checkpoints_run(tmp_path, capsys):
+    assert fit(tmp_path, config(), "--name", "mine") == 0
+    folder = tmp_path / "runs" / "mine"
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["name"] == "mine"
+    saved["data"]["val"][0]["dataset"] = pictures(tmp_path)
+    (tmp_path / "predict.yaml").write_text(yaml.safe_dump(saved))
+    flags = ["--config", str(tmp_path / "predict.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    for _ in range(2):
+        assert run(["predict", *flags]) == 0
+        rows = json_lines.read(folder / "predictions" / "quarantine.jsonl")
+        assert sorted(row["key"] for row in rows) == ["1.png", "4.png"]
+    assert "unreadable samples: 2, listed in" in capsys.readouterr().out
+    parts = [torch.load(file, weights_only=True) for file in sorted((folder / "predictions").glob("*.pt"))]
+    keys = [key for found in parts for key in found["keys"]["contrastive"]]
+    assert sorted(keys) == ["0.png", "2.png", "3.png", "5.png"]
+    assert run(["validate", *flags]) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
+
+
+def test_a_closed_pipe_does_not_end_the_run(tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(config()))
+    command = f"{sys.executable} -m indiclip.cli fit --config {file} --runs {tmp_path}/runs | head -1"
+    words = ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert (tmp_path / "runs" / "experiment" / "metrics.json").is_file()
