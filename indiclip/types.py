@@ -68,6 +68,7 @@ class Sample(TypedDict, total=False):
     points_xy: Annotated[Any, Field("points")]  # float32 (K, 2): one per object of the class that `count_class` names
     count_class: Annotated[str, Field("text")]
     count_label: Annotated[int, Field("scalar")]
+    depth: Annotated[Any, Field("map", bilinear=True)]  # float32 (height, width): distance from the viewer
     # DensePose: Q annotated people and S annotated points of all of them.
     dp_boxes_xyxy: Annotated[Any, Field("boxes")]  # float32 (Q, 4)
     dp_masks: Annotated[Any, Field("masks", of="dp_boxes_xyxy")]  # uint8 (Q, height, width): 1 on the body
