@@ -229,7 +229,7 @@ def check_timm_name(name: str) -> None:
 
 def _vit_shape(size: str | None, width: int | None, depth: int | None, num_heads: int | None) -> tuple[int, int, int]:
     if size is not None and size not in SIZES:
-        raise ValueError(f"backbone.size: {size!r} is none of {', '.join(SIZES)}{did_you_mean(size, SIZES)}")
+        raise ValueError(f"backbone.size: found {size!r}; expected one of {[*SIZES]}{did_you_mean(size, SIZES)}")
     base = SIZES[size] if size else (None, None, None)
     shape = (width or base[0], depth or base[1], num_heads or base[2])
     if shape[0] is None or shape[1] is None or shape[2] is None:

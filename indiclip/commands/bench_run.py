@@ -27,9 +27,9 @@ _OUT = Path("runs/bench")
 
 def _parser() -> Parser:
     words = Parser(
-        prog="indiclip bench",
-        description="Score an image-text encoder on the benchmark of India, or on any card.",
-        epilog=_EXAMPLES,
+        "bench",
+        "Score an image-text encoder on the benchmark of India, or on any card.",
+        _EXAMPLES,
     )
     add = words.add_argument
     add(

@@ -63,7 +63,7 @@ def run(shards: list[str], max_characters: int, out: str | None, workers: int | 
             inventory += of_shard
             findings.add(found)
         findings.add(_same_names(urls, counts))
-        tasks = [piece for url, count in zip(urls, counts, strict=True) for piece in ranges(url, count)]
+        tasks = ranges(zip(urls, counts, strict=True))
         hashes = []
         for found, of_range in results(partial(_samples, max_characters=max_characters), tasks, workers, "samples"):
             findings.add(found)
@@ -145,7 +145,7 @@ class _Sample:
             self._try("unreadable image", image.decode)
             if max(image.size_hw) > _MAX_ASPECT * min(image.size_hw):
                 self._say("extreme aspect", f"{image.size_hw[1]}x{image.size_hw[0]} pixels")
-        entry = self._try("unreadable JSON", read_entry, parts["json"]) if "json" in parts else {}
+        entry = self._try("unreadable JSON", read_entry, parts)
         if entry is None:
             return
         captions = self._try("unreadable caption", read_captions, parts, entry) or {}

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
 
 def _command(argv: list[str]) -> int:
     example = "example: indiclip check --config conf/real_small.yaml --samples 200"
-    parser = Parser("indiclip check", _ABOUT, example)
+    parser = Parser("check", _ABOUT, example)
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="as for fit; may be repeated")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(

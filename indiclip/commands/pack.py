@@ -111,7 +111,7 @@ def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> 
     for extension, text in texts.items():
         if len(text) > MAX_BYTES[extension]:
             raise ValueError(f"{len(text):,} bytes of {extension}; expected at most {MAX_BYTES[extension]:,}")
-    entry = read_entry(texts["json"]) if "json" in texts else {}
+    entry = read_entry(texts)
     captions = read_captions(texts, entry)
     if "annotations" in entry:
         check_boxes(entry, image, len(classes))
