@@ -96,8 +96,8 @@ class NaFlexViT(Backbone):
     ) -> None:
         super().__init__()
         options = dict(options or {})
+        given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
         if name is not None:
-            given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
             for key, value in given.items():
                 if value is not None:
                     raise ValueError(f"backbone.{key}: {name} has its own; leave it out beside `name`")
@@ -120,14 +120,13 @@ class NaFlexViT(Backbone):
                 fc_norm=False,
                 **cast(Any, options),
             )
-        self._args: dict[str, Any] = {
-            "size": size,
+        self._args = {
+            **given,
             "name": name,
-            "width": width,
-            "depth": depth,
-            "num_heads": num_heads,
+            "patch_size": patch_size,
+            "max_tokens": max_tokens,
+            "options": options,
         }
-        self._args |= {"patch_size": patch_size, "max_tokens": max_tokens, "options": options}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
         self.width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens

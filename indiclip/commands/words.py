@@ -80,7 +80,10 @@ def guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) -> 
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # RuntimeError: a worker process was killed
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename:  # Python's own begins with a number
+            text = f"{error.filename}: {error.strerror}"
+        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError | ImportError) else 1
     finally:
         signal.signal(signal.SIGTERM, before)
