@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         inventory += source.inventory
         inventory += writer.inventory
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
-    _show(writer, inventory, options.json)
+    _show(writer, inventory, options.as_json)
     return 0 if writer.shards else 1
 
 

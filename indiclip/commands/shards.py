@@ -28,7 +28,7 @@ def _parser(command: str, example: str, about: str, takes_shards: bool = True) -
         where = "files, globs, brace expansions, or URLs such as s3://bucket/train-*.tar"
         parser.add_argument("shards", nargs="+", metavar="SHARDS", help=where)
     parser.add_argument("--workers", type=whole, metavar="N", help="processes (default: one per processor)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON")
     return parser
 
 
@@ -44,7 +44,7 @@ def _index(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from indiclip.commands.index import run
 
-    return run(options.shards, options.crc, options.workers, options.json)
+    return run(**vars(options))
 
 
 def _check(argv: list[str]) -> int:
@@ -61,7 +61,7 @@ def _check(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from indiclip.commands.check import run
 
-    return run(options.shards, options.max_characters, options.out, options.workers, options.json)
+    return run(**vars(options))
 
 
 def _pack(argv: list[str]) -> int:
@@ -109,7 +109,7 @@ def _stats(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from indiclip.commands.stats import run
 
-    return run(options.shards, options.patch_size, options.max_tokens, options.workers, options.json)
+    return run(**vars(options))
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {"index": _index, "check": _check, "pack": _pack, "stats": _stats}
