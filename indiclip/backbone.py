@@ -96,8 +96,8 @@ class NaFlexViT(Backbone):
     ) -> None:
         super().__init__()
         options = dict(options or {})
+        given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
         if name is not None:
-            given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
             for key, value in given.items():
                 if value is not None:
                     raise ValueError(f"backbone.{key}: {name} has its own; leave it out beside `name`")
@@ -120,14 +120,13 @@ class NaFlexViT(Backbone):
                 fc_norm=False,
                 **cast(Any, options),
             )
-        self._args: dict[str, Any] = {
-            "size": size,
+        self._args = {
+            **given,
             "name": name,
-            "width": width,
-            "depth": depth,
-            "num_heads": num_heads,
+            "patch_size": patch_size,
+            "max_tokens": max_tokens,
+            "options": options,
         }
-        self._args |= {"patch_size": patch_size, "max_tokens": max_tokens, "options": options}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
         self.width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
@@ -229,7 +228,7 @@ def check_timm_name(name: str) -> None:
 
 def _vit_shape(size: str | None, width: int | None, depth: int | None, num_heads: int | None) -> tuple[int, int, int]:
     if size is not None and size not in SIZES:
-        raise ValueError(f"backbone.size: {size!r} is none of {', '.join(SIZES)}{did_you_mean(size, SIZES)}")
+        raise ValueError(f"backbone.size: found {size!r}; expected one of {[*SIZES]}{did_you_mean(size, SIZES)}")
     base = SIZES[size] if size else (None, None, None)
     shape = (width or base[0], depth or base[1], num_heads or base[2])
     if shape[0] is None or shape[1] is None or shape[2] is None:

@@ -28,10 +28,10 @@ usage: indiclip <command> [--config FILE]... [options]
   validate   score held-out    indiclip validate --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
   test       the same, once more on `data.val`
   predict    write what the heads find in `data.val` to RUN/predictions/
-  check      read all that a config would train on      indiclip check --config conf/real_small.yaml
-  shards     index, check, pack and count data      indiclip shards --help
-  tokenizer  tokens per word in every language      indiclip tokenizer --help
-  bench      score an encoder on the India benchmark   indiclip bench --help
+  check      read what a config would train on        indiclip check --config conf/real_small.yaml
+  shards     index, check, pack and count data        indiclip shards --help
+  tokenizer  tokens per word in every language        indiclip tokenizer --help
+  bench      score an encoder on India's benchmark    indiclip bench --help
 
   --config FILE            an experiment; several are stacked, later ones win
   --name NAME              the run's folder, runs/NAME (default: the first config's name)

@@ -86,7 +86,7 @@ class Encoder(nn.Module):
             (B, length) on the encoder's device; B is 1 for a single image.
 
         Raises:
-            ValueError: An image that is none of the above, or a length that was not trained.
+            ValueError: An image of another type, or a length that was not trained.
         """
         self._check_length(length)
         if not isinstance(images, dict):

@@ -89,7 +89,7 @@ def test_canvas_holds_the_normalised_pixels():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NaFlexViT(size="tniy"), "backbone.size: 'tniy'.*nearest is 'tiny'"),
+        (lambda: NaFlexViT(size="tniy"), "backbone.size: found 'tniy'.*nearest is 'tiny'"),
         (lambda: NaFlexViT(width=64), "give `size`, `name`, or all of"),
         (lambda: NaFlexViT(width=64, depth=1, num_heads=3), "backbone.num_heads: 3 does not divide the width 64"),
         (lambda: NaFlexViT(name="vit_tiny_patch16_225"), "no model 'vit_tiny_patch16_225'; nearest is"),

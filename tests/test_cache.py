@@ -369,6 +369,12 @@ def test_a_full_disk_is_not_waited_for(monkeypatch):
         Shards("memory://full/a.tar")
 
 
+def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.npz'"), cache.new_file(tmp_path / "a.npz"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_remote_shards_and_unknown_protocols_are_named():
     with pytest.raises(FileNotFoundError, match=r"none\.tar"):
         Shards("memory://four/none.tar")

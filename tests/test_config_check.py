@@ -107,3 +107,11 @@ def test_a_dataset_that_fails_or_whose_sums_do_not_fit_is_named(tmp_path, capsys
 def test_without_a_config_there_is_nothing_to_check(words, capsys):
     assert main(["check", *words]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("word", "near"), [("--sampels", "--samples"), ("--worker=2", "--workers"), ("--al", "--all")])
+def test_a_mistyped_option_of_its_own_is_not_taken_for_one_of_fit(word, near, capsys):
+    assert main(["check", "--config", "conf/quickstart.yaml", word]) == 2
+    assert capsys.readouterr().err == (
+        f"indiclip check: {word}: no such option; nearest is {near!r} (indiclip check --help)\n"
+    )

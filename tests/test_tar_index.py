@@ -3,7 +3,9 @@
 import gzip
 import io
 import json
+import math
 import os
+import random
 import zipfile
 from pathlib import Path
 
@@ -151,3 +153,24 @@ def test_the_size_of_an_image_behind_long_metadata_is_indexed(tmp_path):
     members |= {"1.jpg": encoded(noise, "JPEG", icc_profile=bytes(400_000)), "1.txt": "x"}
     shards = Shards(write_tar(tmp_path / "a.tar", members))
     assert shards.sizes_hw.tolist() == [[400, 500]] * 2
+
+
+def test_boxes_that_are_not_read_are_counted_as_those_that_are(monkeypatch):
+    rng, entries = random.Random(7), []
+    odd = (0, -0.0, -0.005, 1.005, 19, 20, 20.005, 23, math.nan, math.inf, 2**63, 10**400, True, "1", None)
+    for _ in range(4000):
+        boxes = [[rng.choice(odd if rng.random() < 0.05 else (1, 2, 5.5)) for _ in range(4)] for _ in "abc"]
+        annotations = [{"bbox": box} | rng.choice(({}, {"iscrowd": rng.choice((0, 1, True, 2, "0"))})) for box in boxes]
+        if rng.random() < 0.1:
+            annotations[1] = rng.choice((None, {}, {"bbox": "1234"}, {"bbox": [1, 2, 3]}, {"bbox": {"a": 1}}, "bbox"))
+        of_image = rng.choice((annotations, annotations, annotations, [], {}, None))
+        entries.append({"height": rng.choice((20, 20, 20, 20.0, 0, True, None)), "width": 20, "annotations": of_image})
+    inside = sum(map(tar_index._all_inside, entries))
+    assert 300 < inside < 3000
+    counted = [tar_index.Inventory(), tar_index.Inventory()]
+    for of_entry in counted:
+        for number, entry in enumerate(entries):
+            tar_index._count_boxes(entry, str(number), of_entry)
+        monkeypatch.setattr(tar_index, "_all_inside", lambda entry: False)
+    assert counted[0].summary() == counted[1].summary()
+    counted[0].verify()

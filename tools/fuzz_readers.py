@@ -258,7 +258,7 @@ def _read_as_pack(folder: Path) -> None:
         try:
             item = source[i]
             data = item.image if isinstance(item.image, bytes) else item.image.read_bytes()
-            check_boxes(read_entry(item.texts["json"]), EncodedImage(data, ""), len(source.classes)).verify()
+            check_boxes(read_entry(item.texts), EncodedImage(data, ""), len(source.classes))
         except (OSError, ValueError) as error:
             _check_message(str(error))
 

@@ -31,21 +31,13 @@ and how it is asked. Your own is a .yaml file like those that come with IndiCLIP
 _SHOWN = 10  # images that were left out
 
 
-def _parser(command: str, example: str, about: str) -> Parser:
-    return Parser(
-        prog=f"indiclip bench {command}",
-        description=about,
-        epilog=f"example: {example}",
-    )
-
-
 def _cards(argv: list[str]) -> int:
-    parser = _parser(
-        "cards",
-        "indiclip bench cards edibles",
+    parser = Parser(
+        "bench cards",
         "List the cards that come with IndiCLIP, or show one: where its images are from,\n"
         "its prompts, and its classes with their names. A name with a * was romanised by\n"
         "rule.",
+        "example: indiclip bench cards edibles",
     )
     parser.add_argument("card", nargs="?", metavar="CARD", help="the id of one of them, or a .yaml file")
     options = parser.parse_args(argv)
@@ -57,9 +49,8 @@ def _cards(argv: list[str]) -> int:
 
 
 def _import(argv: list[str]) -> int:
-    parser = _parser(
-        "import",
-        "indiclip bench import photos/edibles --card edibles --out edibles_wds",
+    parser = Parser(
+        "bench import",
         "Write a card's images in another layout. SOURCE is\n"
         "  a folder     CLASS/*.jpg, also train/CLASS/ and test/CLASS/; or with a table\n"
         "               (columns file, class)\n"
@@ -69,6 +60,7 @@ def _import(argv: list[str]) -> int:
         "Labels go by the classes' names. Bytes of images are kept; what cannot be read is\n"
         "left out and named. The folder is written whole or not at all, and the same source\n"
         "gives the same bytes.",
+        "example: indiclip bench import photos/edibles --card edibles --out edibles_wds",
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder, a table, or a file of captions")
     parser.add_argument("--card", required=True, metavar="CARD", help="what the images are of (indiclip bench cards)")

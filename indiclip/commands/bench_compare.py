@@ -10,12 +10,12 @@ from indiclip.commands.words import Parser
 def compare(argv: list[str]) -> int:
     """Sets two runs side by side. Returns the exit status."""
     parser = Parser(
-        prog="indiclip bench compare",
-        description="Set two finished runs of the benchmark side by side: per card and language both\n"
+        "bench compare",
+        "Set two finished runs of the benchmark side by side: per card and language both\n"
         "scores, their difference with a 95% interval (a paired bootstrap over the images),\n"
         "and which images changed. Cards whose classes or images differ are named and not\n"
         "compared.",
-        epilog="example: indiclip bench compare runs/bench/a runs/bench/b --out compare.html",
+        "example: indiclip bench compare runs/bench/a runs/bench/b --out compare.html",
     )
     parser.add_argument("run_a", type=Path, metavar="RUN_A", help="the folder of a run, with its metrics.json")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help="another")
@@ -39,12 +39,12 @@ def compare(argv: list[str]) -> int:
 def leaderboard(argv: list[str]) -> int:
     """Adds runs to a leaderboard. Returns the exit status."""
     parser = Parser(
-        prog="indiclip bench leaderboard",
-        description="Add finished runs of the benchmark to a leaderboard, each instead of its earlier\n"
+        "bench leaderboard",
+        "Add finished runs of the benchmark to a leaderboard, each instead of its earlier\n"
         "row, and write its tables beside it (.html, .md). Runs on other images stand in\n"
         "other tables.\n"
         "Without RUN the tables are only written anew. Several processes may add at once.",
-        epilog="example: indiclip bench leaderboard runs/bench/* --file leaderboard.jsonl",
+        "example: indiclip bench leaderboard runs/bench/* --file leaderboard.jsonl",
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs, with their metrics.json")
     parser.add_argument(

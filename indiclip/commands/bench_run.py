@@ -8,8 +8,6 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ _OUT = Path("runs/bench")
 
 def _parser() -> Parser:
     words = Parser(
-        prog="indiclip bench",
-        description="Score an image-text encoder on the benchmark of India, or on any card.",
-        epilog=_EXAMPLES,
+        "bench",
+        "Score an image-text encoder on the benchmark of India, or on any card.",
+        _EXAMPLES,
     )
     add = words.add_argument
     add(
@@ -95,6 +93,7 @@ def run(argv: list[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     import torch
 
+    from indiclip.commands.parallel import progress_bar
     from indiclip.evals.bench import check_languages, find_bench, run_bench
     from indiclip.evals.card_scorer import Options
     from indiclip.evals.models.embedder import load_embedder
@@ -119,8 +118,8 @@ def _run(options: argparse.Namespace) -> int:
     folder = _folder(options)
     lock(folder)
     overlap = flag(bench, options.training, options.num_workers) if options.training else None
-    with _progress(sum(map(len, bench.items))) as progress:
-        result = run_bench(embedder, bench, wanted, None, options.batch_size, options.num_workers, progress)
+    with progress_bar(sum(map(len, bench.items)), "images") as advance:
+        result = run_bench(embedder, bench, wanted, None, options.batch_size, options.num_workers, advance)
     assert result is not None
     if not result.scores:
         raise ValueError(f"nothing could be scored: {'; '.join(note for card in result.cards for note in card.notes)}")
@@ -165,16 +164,3 @@ def _about(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "options": given,
     }
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr while images are encoded, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=total)
-        yield lambda images: bar.advance(task, images)

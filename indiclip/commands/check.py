@@ -11,7 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def run(shards: list[str], max_characters: int, out: str | None, workers: int | 
             inventory += of_shard
             findings.add(found)
         findings.add(_same_names(urls, counts))
-        tasks = [piece for url, count in zip(urls, counts, strict=True) for piece in ranges(url, count)]
+        tasks = ranges(zip(urls, counts, strict=True))
         hashes = []
         for found, of_range in results(partial(_samples, max_characters=max_characters), tasks, workers, "samples"):
             findings.add(found)
@@ -84,12 +84,11 @@ def _shard(url: str) -> tuple[int, Inventory, list[Finding]]:
     """The number of samples, and what is wrong with the tar and with members that are no part of a sample."""
     shown = cache.shown(url)
     damaged: list[tuple[str, str]] = []
-    found = []
+    found: list[Finding] = []
     try:
         tar = cache.local_tar(url, cache.stat(url))
         for name, member in members(tar, damaged):
-            if finding := _member(shown, name, key_and_extension(name, member)[1]):
-                found.append(finding)
+            found += _member(shown, name, key_and_extension(name, member)[1])
         shards = opened(url)
     except (ValueError, OSError) as error:
         found += [Finding("broken shard", shown, key, reason) for key, reason in damaged]
@@ -103,35 +102,29 @@ def _shard(url: str) -> tuple[int, Inventory, list[Finding]]:
     return len(shards), inventory, found
 
 
-def _member(shard: str, name: str, extension: str) -> Finding | None:
-    if extension in _UNSAFE:
-        return Finding("unsafe member", shard, name, f"{_UNSAFE[extension]}; it is not read")
-    if extension.rpartition(".")[2] in _PROGRAMS:
-        return Finding("unsafe member", shard, name, "loading such a file can run code; it is not read")
-    if extension not in (*IMAGES, *TEXTS):
-        return Finding("left-out member", shard, name, f"is not read; expected {', '.join((*IMAGES, *TEXTS))}")
-    return None
+def _member(shard: str, name: str, extension: str) -> Iterator[Finding]:
+    if reason := _UNSAFE.get(extension):
+        yield Finding("unsafe member", shard, name, f"{reason}; it is not read")
+    elif extension.rpartition(".")[2] in _PROGRAMS:
+        yield Finding("unsafe member", shard, name, "loading such a file can run code; it is not read")
+    elif extension not in (*IMAGES, *TEXTS):
+        yield Finding("left-out member", shard, name, f"is not read; expected {', '.join((*IMAGES, *TEXTS))}")
 
 
-class Hashes(NamedTuple):
-    """64 bits of each sample's image, and of image, caption and label; 0 where it cannot be read."""
-
-    images: np.ndarray
-    samples: np.ndarray
-
-
-def _samples(piece: Range, max_characters: int) -> tuple[list[Finding], Hashes]:
-    shards, found = opened(piece.url), []
-    hashes = Hashes(*np.zeros((2, piece.last - piece.first), np.uint64))
-    for place, index in enumerate(range(piece.first, piece.last)):
-        sample = _Sample(shards, index, max_characters)
-        found += sample.found
-        hashes.images[place], hashes.samples[place] = sample.hashes
-    return found, hashes
+def _samples(piece: Range, max_characters: int) -> tuple[list[Finding], np.ndarray]:
+    """What is wrong with them, and the hashes of each, uint64 (N, 2)."""
+    samples = [_Sample(opened(piece.url), index, max_characters) for index in range(piece.first, piece.last)]
+    found = [finding for sample in samples for finding in sample.found]
+    return found, np.array([sample.hashes for sample in samples], np.uint64)
 
 
 class _Sample:
-    """One sample, read part by part, so that everything that is wrong with it is said."""
+    """One sample, read part by part, so that everything that is wrong with it is said.
+
+    Attributes:
+        found: What is wrong with it.
+        hashes: 64 bits of its image, and of image, caption and label; 0 where they cannot be read.
+    """
 
     def __init__(self, shards: Shards, index: int, max_characters: int) -> None:
         self.found: list[Finding] = []
@@ -145,7 +138,7 @@ class _Sample:
             self._try("unreadable image", image.decode)
             if max(image.size_hw) > _MAX_ASPECT * min(image.size_hw):
                 self._say("extreme aspect", f"{image.size_hw[1]}x{image.size_hw[0]} pixels")
-        entry = self._try("unreadable JSON", read_entry, parts["json"]) if "json" in parts else {}
+        entry = self._try("unreadable JSON", read_entry, parts)
         if entry is None:
             return
         captions = self._try("unreadable caption", read_captions, parts, entry) or {}
@@ -209,13 +202,12 @@ def _same_names(urls: list[str], counts: list[int]) -> Iterator[Finding]:
                     first_in[key] = cache.shown(url)
 
 
-def _repeats(tasks: list[Range], hashes: list[Hashes]) -> Iterator[Finding]:
+def _repeats(tasks: list[Range], hashes: list[np.ndarray]) -> Iterator[Finding]:
     """Samples whose image was there before, with another caption or with the same."""
     if not tasks:
         return
     starts = np.cumsum([0, *(piece.last - piece.first for piece in tasks)])
-    images, samples = (np.concatenate(column) for column in zip(*hashes, strict=True))
-    first_image, first_sample = _first_places(images), _first_places(samples)
+    first_image, first_sample = map(_first_places, np.concatenate(hashes).T)
 
     def where(place: int) -> tuple[str, str]:
         number = int(starts.searchsorted(place, side="right")) - 1
@@ -223,7 +215,7 @@ def _repeats(tasks: list[Range], hashes: list[Hashes]) -> Iterator[Finding]:
         shards = opened(piece.url)
         return cache.shown(piece.url), shards.key(piece.first + place - int(starts[number]))
 
-    for place in np.flatnonzero(first_image != np.arange(len(images))).tolist():
+    for place in np.flatnonzero(first_image != np.arange(len(first_image))).tolist():
         same = first_sample[place] != place
         first_shard, first_key = where(int((first_sample if same else first_image)[place]))
         kind, what = ("repeated sample", "image and caption are") if same else ("identical image", "the image is")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from indiclip.commands.words import Parser, count, guarded, whole
 
 _ABOUT = """\
@@ -19,7 +21,7 @@ def main(argv: list[str]) -> int:
 
 def _command(argv: list[str]) -> int:
     example = "example: indiclip check --config conf/real_small.yaml --samples 200"
-    parser = Parser("indiclip check", _ABOUT, example)
+    parser = Parser("check", _ABOUT, example)
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="as for fit; may be repeated")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
@@ -29,6 +31,9 @@ def _command(argv: list[str]) -> int:
     parser.add_argument("--workers", type=whole, metavar="N", help="processes (default: one per processor)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options, others = parser.parse_known_args(argv)
+    for word in others:  # the rest is for `fit`, which does not know these
+        if near := get_close_matches(word.partition("=")[0], ["--samples", "--all", "--workers", "--json"], 1, 0.8):
+            parser.error(f"{word}: no such option; nearest is {near[0]!r}")
     from indiclip.commands.config_samples import run
 
     return run(options, [word for file in options.config for word in ("--config", file)] + others)

@@ -35,7 +35,7 @@ def run(options: Any, words: list[str]) -> int:
     begins = all(reader.read(0, 1).used[_READ] for reader in readers.values())
     if begins:  # a mistake is said before all is read
         check(model, data, "fit")
-    pieces = [piece for key, reader in readers.items() for piece in ranges(key, len(reader.chosen))]
+    pieces = ranges((key, len(reader.chosen)) for key, reader in readers.items())
     for piece, found in zip(pieces, results(partial(_read, readers), pieces, options.workers, "samples"), strict=True):
         totals[piece.url] += found
     stops = _stops(sources, totals, data.quarantine_limits)

@@ -42,25 +42,25 @@ def run(shards: list[str], crc: bool, workers: int | None, as_json: bool) -> int
 
 def _index(url: str, crc: bool) -> dict[str, Any]:
     """What is known of a shard after its index has been built, unless an up-to-date one is there."""
-    shown = cache.shown(url)
-    file = tar_index.index_path(url)
-    found: dict[str, Any] = {"shard": shown, "samples": 0, "built": False, "inventory": Inventory(), "elsewhere": False}
+    beside = file = tar_index.index_path(url)
+    found = {"shard": cache.shown(url), "samples": 0, "built": False, "inventory": Inventory(), "elsewhere": False}
     try:
         version = cache.stat(url)
         index = tar_index.find_index(url, version)
-        if index is None or (crc and not index.has_crc):
+        if built := index is None or (crc and not index.has_crc):
             index = tar_index.build(cache.local_tar(url, version), version, crc)
-            found["built"] = True
-        if found["built"] or not (cache.is_remote(url) or file.exists()):
-            file = _save(index, url, version)
-            found["elsewhere"] = file != tar_index.index_path(url)
     except (ValueError, OSError) as error:
         return {**found, "damaged": [["", str(error)]]}
+    assert index is not None
+    if built or not (cache.is_remote(url) or beside.exists()):
+        file = _save(index, url, version)
     return {
         **found,
         "samples": len(index.rows),
+        "built": built,
         "inventory": index.inventory,
         "damaged": index.damaged,
+        "elsewhere": file != beside,
         "index": str(file),
     }
 

@@ -68,9 +68,8 @@ def run(options: argparse.Namespace) -> int:
             (writer.part / class_file.name).write_text("\n".join(source.classes) + "\n", "utf-8")
         inventory += source.inventory
         inventory += writer.inventory
-        inventory += source.inventory
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
-    _show(writer, inventory, options.json)
+    _show(writer, inventory, options.as_json)
     return 0 if writer.shards else 1
 
 
@@ -111,7 +110,7 @@ def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> 
     for extension, text in texts.items():
         if len(text) > MAX_BYTES[extension]:
             raise ValueError(f"{len(text):,} bytes of {extension}; expected at most {MAX_BYTES[extension]:,}")
-    entry = read_entry(texts["json"]) if "json" in texts else {}
+    entry = read_entry(texts)
     captions = read_captions(texts, entry)
     if "annotations" in entry:
         check_boxes(entry, image, len(classes))

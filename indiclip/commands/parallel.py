@@ -7,8 +7,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,14 +26,14 @@ class _Failed:
     error: OSError | ValueError
 
 
-class _Results(Dataset[Result], Generic[Task, Result]):
-    def __init__(self, work: Callable[[Task], Result], tasks: Sequence[Task]) -> None:
+class _Results(Dataset[Any]):
+    def __init__(self, work: Callable[[Any], Any], tasks: Sequence[Any]) -> None:
         self.work, self.tasks = work, tasks
 
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, index: int) -> Result | _Failed:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Any:
         try:
             return self.work(self.tasks[index])
         except (OSError, ValueError) as error:  # for the user; the DataLoader would hand over a page of traceback
@@ -57,16 +58,25 @@ def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int 
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, len(tasks) - 1)  # a single task needs no process
     running = _start(work, tasks, max(workers, 0))  # before the bar starts a thread
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        for result in progress.track(running, len(tasks), description=what):
+    with progress_bar(len(tasks), what) as advance:
+        for result in running:
             if isinstance(result, _Failed):
                 raise result.error
+            advance(1)
             yield result
 
 
-def _start(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Any:
+@contextmanager
+def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; what it gives is called with how many more are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda number: bar.advance(task, number)
+
+
+def _start(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Any:
     # The processes never see Ctrl-C: this one ends them, and they do not wait for their results to be read.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -78,5 +88,5 @@ def _start(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) 
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _as_it_is(result: Result) -> Result:
+def _as_it_is(result: Any) -> Any:
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ class Range(NamedTuple):
     last: int
 
 
-def ranges(url: str, count: int) -> list[Range]:
-    """All samples of a shard."""
-    return [Range(url, first, min(first + _SAMPLES, count)) for first in range(0, count, _SAMPLES)]
+def ranges(counts: Iterable[tuple[str, int]]) -> list[Range]:
+    """All samples of each shard, given with their number."""
+    return [
+        Range(url, first, min(first + _SAMPLES, count)) for url, count in counts for first in range(0, count, _SAMPLES)
+    ]
 
 
 @lru_cache(maxsize=32)

@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Callable
 
-from indiclip.commands.words import Parser, count, run_command
+from indiclip.commands.words import Parser, count, run_command, whole
 
 _HELP = """\
 usage: indiclip shards <command> ... [options]
@@ -19,18 +19,16 @@ usage: indiclip shards <command> ... [options]
 SHARDS are files, globs, brace expansions (`train-{0000..0009}.tar.gz`) or URLs (`s3://`, `gs://`, `https://`).
 `indiclip shards pack --help` and the like: all options of a command.
 """
-_SHARDS = "files, globs, brace expansions, or URLs such as s3://bucket/train-*.tar"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
-def _parser(command: str, example: str, about: str) -> Parser:
-    parser = Parser(
-        prog=f"indiclip shards {command}",
-        description=about,
-        epilog=f"example: {example}",
-    )
-    parser.add_argument("--workers", type=_workers, metavar="N", help="processes (default: one per processor)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+def _parser(command: str, example: str, about: str, takes_shards: bool = True) -> Parser:
+    parser = Parser(f"shards {command}", about, f"example: {example}")
+    if takes_shards:
+        where = "files, globs, brace expansions, or URLs such as s3://bucket/train-*.tar"
+        parser.add_argument("shards", nargs="+", metavar="SHARDS", help=where)
+    parser.add_argument("--workers", type=whole, metavar="N", help="processes (default: one per processor)")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON")
     return parser
 
 
@@ -42,12 +40,11 @@ def _index(argv: list[str]) -> int:
         "(INDICLIP_CACHE). Training does the same in the cache folder where there is no index; one that lies beside\n"
         "the shards serves every machine. Ends with 1 where a shard is damaged.",
     )
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help=_SHARDS)
     parser.add_argument("--crc", action="store_true", help="also keep a checksum of every image; reads everything")
     options = parser.parse_args(argv)
     from indiclip.commands.index import run
 
-    return run(options.shards, options.crc, options.workers, options.json)
+    return run(**vars(options))
 
 
 def _check(argv: list[str]) -> int:
@@ -57,7 +54,6 @@ def _check(argv: list[str]) -> int:
         "Decode every image, read every caption, label and box, and print what is wrong. Ends with 0 where training\n"
         "can use everything (there may be warnings), with 1 where it cannot.",
     )
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help=_SHARDS)
     parser.add_argument("--out", metavar="FILE", help="write every problem and warning, a line of JSON each")
     parser.add_argument(
         "--max_characters", type=count, default=1000, metavar="N", help="longer captions are a warning (default: 1000)"
@@ -65,7 +61,7 @@ def _check(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from indiclip.commands.check import run
 
-    return run(options.shards, options.max_characters, options.out, options.workers, options.json)
+    return run(**vars(options))
 
 
 def _pack(argv: list[str]) -> int:
@@ -80,6 +76,7 @@ def _pack(argv: list[str]) -> int:
         "The files' bytes are kept. What cannot be read is left out and listed in NAME-left-out.jsonl. The order is\n"
         "drawn from the seed; the same files and options give the same bytes. All shards are written, or none: one\n"
         "that is stopped leaves nothing behind.",
+        takes_shards=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder, a table, or a COCO file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go; made if need be")
@@ -92,10 +89,7 @@ def _pack(argv: list[str]) -> int:
     parser.add_argument("--image_column", default="file", metavar="NAME", help="of a table (default: file)")
     parser.add_argument("--caption_column", default="caption", metavar="NAME", help="of a table (default: caption)")
     parser.add_argument(
-        "--on_bad_row",
-        default="error",
-        choices=["error", "skip"],
-        help="malformed rows of a table (default: error)",
+        "--on_bad_row", default="error", choices=["error", "skip"], help="malformed rows of a table (default: error)"
     )
     options = parser.parse_args(argv)
     from indiclip.commands.pack import run
@@ -110,13 +104,12 @@ def _stats(argv: list[str]) -> int:
         "Count captions, scripts, languages, image sizes, formats and classes. A language is named where the sample\n"
         "declares it (`language` in its JSON) or where its script is that of one language; it is never guessed.",
     )
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help=_SHARDS)
     parser.add_argument("--patch_size", type=count, default=16, metavar="N", help="pixels (default: 16)")
     parser.add_argument("--max_tokens", type=count, default=256, metavar="N", help="per image (default: 256)")
     options = parser.parse_args(argv)
     from indiclip.commands.stats import run
 
-    return run(options.shards, options.patch_size, options.max_tokens, options.workers, options.json)
+    return run(**vars(options))
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {"index": _index, "check": _check, "pack": _pack, "stats": _stats}
@@ -127,10 +120,6 @@ def main(argv: list[str]) -> int:
     command, 130 after Ctrl-C, 143 after SIGTERM.
     """
     return run_command("shards", _HELP, _COMMANDS, argv)
-
-
-def _workers(text: str) -> int:
-    return count(text, 0)
 
 
 def _bytes(text: str) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +24,21 @@ _ASPECTS = {  # width / height: what is below the number
 }  # fmt: skip
 
 
-@dataclass
-class Counts:
-    """What is counted of some samples; counts of lengths keep what a median needs, and stay small."""
-
-    samples: int = 0
-    unreadable: int = 0
-    image_bytes: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    sizes_hw: Counter[tuple[int, int]] = field(default_factory=Counter)
-    captions: int = 0
-    captioned: int = 0
-    characters: Counter[int] = field(default_factory=Counter)
-    words: Counter[int] = field(default_factory=Counter)
-    scripts: Counter[str] = field(default_factory=Counter)
-    declared: Counter[str] = field(default_factory=Counter)
-    by_script: Counter[str] = field(default_factory=Counter)
-    labels: Counter[int] = field(default_factory=Counter)
-    boxes: Counter[int] = field(default_factory=Counter)
-
-    def add(self, other: Counts) -> None:
-        """Add those of other samples."""
-        for name, value in vars(other).items():
-            if isinstance(value, Counter):
-                getattr(self, name).update(value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
+Counts = defaultdict[str, Counter[Any]]  # what is counted -> value -> how often: all that a median needs
 
 
 def run(shards: list[str], patch_size: int, max_tokens: int, workers: int | None, as_json: bool) -> int:
     """Count what is in shards, and print it."""
     urls = expand(shards)
     opened.cache_clear()  # they may have changed since the last call
-    sizes, inventory = [], Inventory()
+    sizes, inventory, total = [], Inventory(), Counts(Counter)
     for count, of_shard in results(_contents, urls, workers, "shards"):
         sizes.append(count)
         inventory += of_shard
-    tasks = [piece for url, count in zip(urls, sizes, strict=True) for piece in ranges(url, count)]
-    total = Counts()
-    for counts in results(_count, tasks, workers, "samples"):
-        total.add(counts)
-    summary = {"shards": len(urls), **summarise(total, patch_size, max_tokens, _class_names(urls[0]))}
+    for counts in results(_count, ranges(zip(urls, sizes, strict=True)), workers, "samples"):
+        for name, of_range in counts.items():
+            total[name].update(of_range)
+    summary = {"shards": len(urls), **_summarise(total, patch_size, max_tokens, _class_names(urls[0]))}
     if as_json:
         print(json_line({**summary, "inventory": inventory.summary()}), end="")
     else:
@@ -78,21 +51,21 @@ def _contents(url: str) -> tuple[int, Inventory]:
 
 
 def _count(piece: Range) -> Counts:
-    shards, counts = opened(piece.url), Counts(samples=piece.last - piece.first)
-    counts.sizes_hw.update(map(tuple, shards.sizes_hw[piece.first : piece.last].tolist()))
-    counts.labels.update(int(label) for label in shards.labels[piece.first : piece.last] if label >= 0)
+    shards, counts = opened(piece.url), Counts(Counter)
     for index in range(piece.first, piece.last):
+        counts["sizes_hw"][tuple(shards.sizes_hw[index].tolist())] += 1
+        if (label := int(shards.labels[index])) >= 0:
+            counts["labels"][label] += 1
         try:
             parts = shards.parts(index)
             image = EncodedImage(parts["image"], shards.key(index))
-            entry = read_entry(parts["json"]) if "json" in parts else {}
+            entry = read_entry(parts)
             captions = read_captions(parts, entry)
         except (cache.NoCopy, UnreadableSample, OSError, ValueError):  # `check` says why
-            counts.unreadable += 1
+            counts["totals"]["unreadable"] += 1
             continue
-        counts.image_bytes += len(parts["image"])
-        counts.formats[image.kind] += 1
-        counts.captioned += bool(captions)
+        counts["totals"].update(image_bytes=len(parts["image"]), captioned_samples=bool(captions))
+        counts["formats"][image.kind] += 1
         for declared, texts in captions.items():
             for text in texts:
                 _add_caption(counts, declared, text)
@@ -100,68 +73,64 @@ def _count(piece: Range) -> Counts:
         for annotation in annotations if isinstance(annotations, list) else []:
             number = annotation.get("class") if isinstance(annotation, dict) else None
             if isinstance(number, int):
-                counts.boxes[number] += 1
+                counts["boxes"][number] += 1
     return counts
 
 
 def _add_caption(counts: Counts, declared: str, text: str) -> None:
     found = scripts(text)
-    counts.captions += 1
-    counts.characters[len(text)] += 1
-    counts.words[len(text.split())] += 1
-    counts.scripts[" + ".join(found) or "no letters"] += 1
+    counts["characters"][len(text)] += 1
+    counts["words"][len(text.split())] += 1
+    counts["scripts"][" + ".join(found) or "no letters"] += 1
     if declared:
-        counts.declared[declared] += 1
+        counts["declared"][declared] += 1
     else:
-        counts.by_script[language(found)] += 1
+        counts["by_script"][language(found)] += 1
 
 
-def summarise(counts: Counts, patch_size: int, max_tokens: int, classes: list[str]) -> dict[str, Any]:
+def _summarise(counts: Counts, patch_size: int, max_tokens: int, classes: list[str]) -> dict[str, Any]:
     """Counts as plain numbers by name."""
+    totals = counts["totals"]
+    by_value = {name: dict(counts[name].most_common()) for name in ("formats", "scripts", "declared", "by_script")}
     return {
-        "samples": counts.samples,
-        "unreadable": counts.unreadable,
-        "image_bytes": counts.image_bytes,
-        "formats": dict(counts.formats.most_common()),
-        **_sizes(counts.sizes_hw, patch_size, max_tokens),
-        "captions": counts.captions,
-        "captioned_samples": counts.captioned,
-        "characters": _spread(counts.characters),
-        "words": _spread(counts.words),
-        "scripts": dict(counts.scripts.most_common()),
-        "languages": {
-            "declared": dict(counts.declared.most_common()),
-            "by_script": dict(counts.by_script.most_common()),
-        },
-        "labels": _named(counts.labels, classes),
-        "boxes": _named(counts.boxes, classes),
+        "samples": counts["sizes_hw"].total(),
+        "unreadable": totals["unreadable"],
+        "image_bytes": totals["image_bytes"],
+        "formats": by_value["formats"],
+        **_sizes(counts["sizes_hw"], patch_size, max_tokens),
+        "captions": counts["characters"].total(),
+        "captioned_samples": totals["captioned_samples"],
+        "characters": _spread(counts["characters"]),
+        "words": _spread(counts["words"]),
+        "scripts": by_value["scripts"],
+        "languages": {name: by_value[name] for name in ("declared", "by_script")},
+        "labels": _named(counts["labels"], classes),
+        "boxes": _named(counts["boxes"], classes),
     }
 
 
 def _sizes(sizes_hw: Counter[tuple[int, int]], patch_size: int, max_tokens: int) -> dict[str, Any]:
     """Width, height and tokens as their spread, and how many images have which aspect."""
-    widths, heights, tokens, aspects = Counter[int](), Counter[int](), Counter[int](), Counter[str]()
+    found = Counts(Counter)
     for (height, width), count in sizes_hw.items():
         if not height:  # its header cannot be read
             continue
-        widths[width] += count
-        heights[height] += count
         rows, columns = (side // patch_size for side in fit_hw(height, width, patch_size, max_tokens))
-        tokens[rows * columns] += count
-        aspects[next(name for name, limit in _ASPECTS.items() if width / height < limit)] += count
-    spreads = {"width": _spread(widths), "height": _spread(heights), "tokens": _spread(tokens)}
-    return {**spreads, "aspects": {name: aspects[name] for name in _ASPECTS if aspects[name]}}
+        for name, value in (("width", width), ("height", height), ("tokens", rows * columns)):
+            found[name][value] += count
+        found["aspects"][next(name for name, limit in _ASPECTS.items() if width / height < limit)] += count
+    spreads = {name: _spread(found[name]) for name in ("width", "height", "tokens")}
+    return {**spreads, "aspects": {name: found["aspects"][name] for name in _ASPECTS if found["aspects"][name]}}
 
 
 def _spread(counts: Counter[int]) -> dict[str, float]:
     """Minimum, median, 99th percentile, maximum and mean; of values and how often each is there."""
     if not counts:
         return {}
-    values = np.array(sorted(counts))
-    ends = np.cumsum([counts[value] for value in values.tolist()])
-    median, high = (int(values[np.searchsorted(ends, share * ends[-1])]) for share in (0.5, 0.99))
-    mean = sum(value * count for value, count in counts.items()) / int(ends[-1])
-    return {"min": int(values[0]), "median": median, "p99": high, "max": int(values[-1]), "mean": round(mean, 2)}
+    values, weights = np.array(sorted(counts.items())).T
+    spread = np.quantile(values, (0, 0.5, 0.99, 1), weights=weights, method="inverted_cdf").tolist()
+    mean = round(float(np.average(values, weights=weights)), 2)
+    return {**dict(zip(("min", "median", "p99", "max"), spread, strict=True)), "mean": mean}
 
 
 def _class_names(url: str) -> list[str]:
@@ -195,12 +164,7 @@ def _show(summary: dict[str, Any], inventory: Inventory) -> None:
         ("classes", summary["labels"]),
         ("boxes", summary["boxes"]),
     ):
-        _show_counts(title, counts)
-
-
-def _show_counts(title: str, counts: dict[str, int]) -> None:
-    total = sum(counts.values())
-    if total:
-        print(f"{title} ({len(counts):,})")
-    for name, count in counts.items():
-        print(f"{count:>11,}  {count / total:>6.1%}  {name}")
+        total = sum(counts.values())
+        print(f"{title} ({len(counts):,})\n" * bool(counts), end="")
+        for name, count in counts.items():
+            print(f"{count:>11,}  {count / total:>6.1%}  {name}")

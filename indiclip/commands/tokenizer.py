@@ -20,12 +20,12 @@ A tokenizer is made by `python tools/train_tokenizer.py --help`.
 
 def _report(argv: list[str]) -> int:
     parser = Parser(
-        prog="indiclip tokenizer report",
-        description="Count, per language, what tokenizers make of texts: tokens per word (words are what stands\n"
+        "tokenizer report",
+        "Count, per language, what tokenizers make of texts: tokens per word (words are what stands\n"
         "between white space; start and end tokens are not counted), texts longer than the context length (start and\n"
         "end counted), and unknown tokens.\n"
         "The bounds hold for the first tokenizer; the others stand beside it. Ends with 1 where one is broken.",
-        epilog="example: indiclip tokenizer report conf/mela.yaml clip --text names.tsv --max_truncated 0.01",
+        "example: indiclip tokenizer report conf/mela.yaml clip --text names.tsv --max_truncated 0.01",
     )
     parser.add_argument(
         "tokenizers",

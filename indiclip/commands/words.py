@@ -15,9 +15,11 @@ from indiclip.names import did_you_mean
 class Parser(argparse.ArgumentParser):
     """One line for a mistake, with the nearest flag; argparse's own begins with the usage."""
 
-    def __init__(self, prog: str, description: str, epilog: str) -> None:
+    def __init__(self, command: str, about: str, examples: str) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False)
+        super().__init__(
+            f"indiclip {command}", description=about, epilog=examples, formatter_class=raw, allow_abbrev=False
+        )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -78,7 +80,10 @@ def guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) -> 
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # RuntimeError: a worker process was killed
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename:  # Python's own begins with a number
+            text = f"{error.filename}: {error.strerror}"
+        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError | ImportError) else 1
     finally:
         signal.signal(signal.SIGTERM, before)

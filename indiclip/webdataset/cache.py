@@ -186,6 +186,10 @@ def new_file(target: Path) -> Iterator[Path]:
         os.close(descriptor)
         yield part
         part.replace(target)
+    except OSError as error:
+        if error.errno and not error.filename:  # as of a full disk
+            error.filename = str(target)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -133,7 +133,7 @@ class Shards(SampleDataset):
         """All captions of a sample by language; none where they are unreadable. Decodes no image."""
         try:
             parts = self.parts(index)
-            captions = read_captions(parts, read_entry(parts["json"]) if "json" in parts else {})
+            captions = read_captions(parts, read_entry(parts))
         except ValueError:
             return {}
         made = self._from_class(int(self.labels[index]))
@@ -161,7 +161,7 @@ class Shards(SampleDataset):
         key, file = self._key(shard, place), self._shown[shard]
         try:
             parts = self._parts(shard, place)
-            entry = read_entry(parts["json"]) if "json" in parts else {}
+            entry = read_entry(parts)
             image = EncodedImage(parts["image"], key, file)
             sample = Sample(image=image, key=key)
             sample.update(self._fields(index, image, parts, entry))
@@ -227,7 +227,7 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: An empty name or one that is there twice.
+        ValueError: An empty or a duplicated name.
     """
     where = classes if isinstance(classes, str) else "classes"
     lines = classes or []
@@ -291,14 +291,16 @@ def _matches(name: str) -> list[str]:
     return found
 
 
-def read_entry(text: bytes) -> dict[str, Any]:
-    """The object in a `.json` member.
+def read_entry(parts: dict[str, bytes]) -> dict[str, Any]:
+    """The object in a sample's `.json`; empty where it has none.
 
     Raises:
         ValueError: Broken JSON, or no object.
     """
+    if "json" not in parts:
+        return {}
     try:
-        entry = json.loads(decode_text(text, "the .json"))
+        entry = json.loads(decode_text(parts["json"], "the .json"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON: {error}") from error
     if not isinstance(entry, dict):
