@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from indiclip import __version__
-from indiclip.evals.pages.page import Html, details, image, many, page, png, readable, table, tag
+from indiclip.evals.pages.page import data_uri, png, readable, write_page
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
 from indiclip.types import Batch, class_names, targets_of
@@ -37,26 +37,23 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     Returns:
         The file.
     """
-    body = [
-        tag("h1", title),
-        tag("p", f"IndiCLIP {__version__} · {record['step']:,} steps · {record['seconds']:,.0f} s", class_="lead"),
-        tag("h2", "Metrics on held-out data"),
-        _held_out_tables(record["metrics"]),
-        tag("h2", "While it trained"),
-        tag("div", *map(image, _curves(record["history"])), class_="curves"),
-    ]
-    for name, pictures in sections.items():
-        body += [tag("h2", name.capitalize()), _figures(pictures)]
-    body += [tag("h2", "Every number"), _metrics_table(record["metrics"])]
-    lines = [(key, line) for key, inventory in record["data"].items() for line in inventory.lines()]
-    body += [tag("h2", "Data"), table(["source", "what its files hold"], lines)]
-    body += [tag("h2", "Quarantined samples"), _quarantine_table(record["quarantined"])]
+    plain, by_language = held_out(record["metrics"])
+    quarantined = [[row[name] for name in ("task", "shard", "key", "reason")] for row in record["quarantined"][:200]]
     config = folder / "config.yaml"
-    if config.is_file():
-        body += [tag("h2", "Configuration"), details("config.yaml", tag("pre", config.read_text()))]
-    file = folder / "report.html"
-    file.write_text(page(title, body), encoding="utf-8")
-    return file
+    return write_page(
+        folder / "report.html",
+        "training.html",
+        title=title,
+        version=__version__,
+        record=record,
+        held_out=plain,
+        by_language={head: _language_table(languages) for head, languages in by_language.items()},
+        curves=_curves(record["history"]),
+        sections={name: [(png(pixels), words) for pixels, words in pictures] for name, pictures in sections.items()},
+        data=[(key, line) for key, inventory in record["data"].items() for line in inventory.lines()],
+        quarantined=quarantined,
+        config=config.read_text() if config.is_file() else None,
+    )
 
 
 @torch.no_grad()
@@ -86,22 +83,13 @@ def _on_cpu(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
-def _metrics_table(metrics: Metrics) -> Html:
-    rows = [(name, readable(value)) for name, value in sorted(metrics.items())]
-    return table(["metric", "value"], rows) if rows else tag("p", "none")
-
-
-def _held_out_tables(metrics: Metrics) -> Html:
-    plain, by_language = held_out(metrics)
-    tables = [_metrics_table(plain)]
-    for head, languages in by_language.items():
-        names = metric_names(languages)
-        rows = [
-            (language, *(readable(values[name]) if name in values else "" for name in names))
-            for language, values in languages.items()
-        ]
-        tables += [tag("h2", f"{head.capitalize()} by language"), table(["language", *names], rows)]
-    return many(tables)
+def _language_table(languages: dict[str, Metrics]) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns behind the first, and the rows."""
+    names = metric_names(languages)
+    return names, [
+        [language, *(readable(values[name]) if name in values else "" for name in names)]
+        for language, values in languages.items()
+    ]
 
 
 def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, dict[str, Metrics]]]:
@@ -129,21 +117,7 @@ def metric_names(languages: dict[str, Metrics]) -> list[str]:
     return sorted({name for values in languages.values() for name in values})
 
 
-def _quarantine_table(quarantined: list[dict[str, str]]) -> Html:
-    if not quarantined:
-        return tag("p", "No sample was unreadable.")
-    columns = ["task", "shard", "key", "reason"]
-    rows = [[row[name] for name in columns] for row in quarantined[:200]]
-    count = f"{len(quarantined):,} unreadable samples are in quarantine; in training others stood in for them."
-    return many([tag("p", count), table(columns, rows, words=4)])
-
-
-def _figures(pictures: list[Picture]) -> Html:
-    figures = [tag("figure", image(png(pixels)), tag("figcaption", words)) for pixels, words in pictures]
-    return tag("div", *figures, class_="pictures")
-
-
-def _curves(history: list[dict[str, Any]]) -> list[bytes]:
+def _curves(history: list[dict[str, Any]]) -> list[str]:
     """A plot per group of names, `train/<head>/...`, `val/<head>/...`, or of a number by language, of what was measured
     more than once. Of a benchmark only what a summary has room for, a plot per suite.
     """
@@ -160,7 +134,7 @@ def _curves(history: list[dict[str, Any]]) -> list[bytes]:
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
-def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
+def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -188,4 +162,4 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
         axes.legend(fontsize=5, ncols=2)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
-    return buffer.getvalue()
+    return data_uri(buffer.getvalue(), "png")
