@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from indiclip import json_lines
 from indiclip.evals.pages.formatting import language_name, number
 from indiclip.evals.pages.page import write_page
-from indiclip.evals.results import PHOTOGRAPHS, Result
+from indiclip.evals.results import PHOTOGRAPHS, Result, finite
 
 Row = dict[str, Any]
 Cell = tuple[float | None, float | None]  # a value and its chance
@@ -36,7 +36,7 @@ def row_of(result: Result) -> Row:
     India suite's photographs that were scored.
     """
     headline = result.headline()
-    scored = [c for c in result.cards if (c.suite, c.part, c.status) == ("india", PHOTOGRAPHS, "scored")]
+    scored = result.photographs()
     digests = result.about.get("data", {})
     known = bool(scored) and all(card.card in digests for card in scored)
     data = _digest({card.card: digests[card.card] for card in scored}) if known else ""
@@ -46,14 +46,14 @@ def row_of(result: Result) -> Row:
     for language in result.languages():
         for (card, part), score in result.main(language).items():
             if part == PHOTOGRAPHS and card in cards:
-                cards[card][language] = _finite(score.value)
+                cards[card][language] = finite(score.value)
     return {
         "run": _digest(identity),
         "model": result.model,
         "date": date,
         "covered": headline["covered"],
         "of": headline["of"],
-        "mean": {language: _finite(mean["value"]) for language, mean in headline["mean"].items()},
+        "mean": {language: finite(mean["value"]) for language, mean in headline["mean"].items()},
         "cards": cards,
         "titles": {card.card: card.title for card in scored},
         "chance": {name: score.chance for (name, part), score in result.main().items() if name in cards},
@@ -174,7 +174,3 @@ def _plain_cell(words: str) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode(errors="replace")).hexdigest()[:12]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -24,8 +24,7 @@ class Table(NamedTuple):
 
 def card_section(result: Result, card: CardResult, picture: PictureOf, pictures: int) -> dict[str, Any]:
     """Everything about a card that was scored, for `bench_card.html`."""
-    key = card.card, card.part
-    every = [score for score in result.scores if (score.card, score.part) == key]
+    every = [score for score in result.scores if score.key == card.key]
     scores = [less_english(score) for score in every]
     scores.sort(key=lambda score: (score.metric != card.metric, score.metric.startswith("parity_")))
     scores.sort(key=lambda score: [*_PROTOCOLS, score.protocol].index(score.protocol))
@@ -107,7 +106,7 @@ def _by_group(scores: list[Score], result: Result) -> list[Table]:
 
 def _contamination(scores: list[Score], result: Result, card: CardResult) -> dict[str, Any] | None:
     """How many images were found in the training data, and the scores without these."""
-    rows = [row for row in result.predictions if (row.card, row.part) == (card.card, card.part)]
+    rows = [row for row in result.predictions if (row.card, row.part) == card.key]
     flagged, images = {row.key for row in rows if row.flagged}, {row.key for row in rows}
     clean = [score for score in scores if score.subset == CLEAN]
     if not flagged and not clean:
@@ -127,9 +126,8 @@ def _contamination(scores: list[Score], result: Result, card: CardResult) -> dic
 
 def _answers(result: Result, card: CardResult, picture: PictureOf, pictures: int) -> dict[str, Any]:
     """Confusions and pictures, of the main protocol in the first language."""
-    key = card.card, card.part
-    groups = {name[2:]: rows for name, rows in by_card(result.predictions).items() if name[:2] == key}
-    mains = [result.main(language).get(key) for language in result.languages()]
+    groups = {name[2:]: rows for name, rows in by_card(result.predictions).items() if name[:2] == card.key}
+    mains = [result.main(language).get(card.key) for language in result.languages()]
     protocols = [score.protocol for score in mains if score is not None] + [name for name, _ in groups]
     found = {language: rows for (name, language), rows in groups.items() if name in protocols[:1]}
     if not found:

@@ -10,7 +10,7 @@ from typing import Any
 from indiclip import __version__
 from indiclip.evals.pages.bench_card import card_section
 from indiclip.evals.pages.bench_pictures import PictureOf
-from indiclip.evals.pages.formatting import Bar, language_name
+from indiclip.evals.pages.formatting import Bar, chance_of, language_name
 from indiclip.evals.pages.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english
 
@@ -68,10 +68,8 @@ def _blocks(result: Result, cards: list[CardResult], flagged: dict[tuple[str, st
         of_block = [card for card in cards if (card.suite, card.part) == (suite, part)]
         rows = []
         for card in of_block:
-            key = card.card, card.part
-            cells = [main.get(key) for main in mains]
-            chance = next((score.chance for score in cells if score is not None), None)
-            rows.append((card, cells, chance, flagged.get(key, 0)))
+            cells = [main.get(card.key) for main in mains]
+            rows.append((card, cells, chance_of(cells), flagged.get(card.key, 0)))
         name = _SUITES.get(suite, suite)
         if part == PHOTOGRAPHS:
             name += f", photographs: {sum(card.status == 'scored' for card in of_block)} of {len(of_block)} scored"
@@ -84,7 +82,7 @@ def _blocks(result: Result, cards: list[CardResult], flagged: dict[tuple[str, st
 
 def _panel(result: Result, card: CardResult) -> tuple[CardResult, list[Bar], float | None]:
     """A card's chart: a bar per language, with how far it is from English; and chance."""
-    found = [result.main(language).get((card.card, card.part)) for language in result.languages()]
+    found = [result.main(language).get(card.key) for language in result.languages()]
     scores = [score for score in found if score is not None]
     english = next((score for score in scores if score.language == "en"), None)
     bars = []
@@ -92,7 +90,7 @@ def _panel(result: Result, card: CardResult) -> tuple[CardResult, list[Bar], flo
         kind = "en" if score is english else ""
         bar = Bar(language_name(score.language), score.value, score.low, score.high, kind, _gap(result, score, english))
         bars.append(bar)
-    return card, bars, scores[0].chance if scores else None
+    return card, bars, chance_of(scores)
 
 
 def _gap(result: Result, score: Score, english: Score | None) -> tuple[float, float | None, float | None] | None:

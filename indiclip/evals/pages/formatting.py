@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import yaml
 
-from indiclip.evals.results import PHOTOGRAPHS, CardResult, corrected
+from indiclip.evals.results import PHOTOGRAPHS, CardResult, Score, corrected
 
 NAMES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text("utf-8"))
 
@@ -68,6 +68,11 @@ def interval(low: float | None, high: float | None, metric: str = "") -> str:
     if low is None or high is None or not math.isfinite(low + high) or low == high:
         return ""
     return f"{number(low, metric)} to {number(high, metric)}"
+
+
+def chance_of(scores: Iterable[Score | None]) -> float | None:
+    """Of the first of a card's scores: English, which comes first, names every class."""
+    return next((score.chance for score in scores if score is not None), None)
 
 
 def share(value: float, of: float = 1.0) -> str:

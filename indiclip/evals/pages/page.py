@@ -72,6 +72,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-# Templates call what words a number has; each has its own variables before these.
+# Templates may call every function of `formatting`.
 TEMPLATES.globals |= vars(formatting) | {"readable": readable, "isfinite": math.isfinite}
 TEMPLATES.filters["language_name"] = formatting.language_name

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from lightning.fabric.utilities import move_data_to_device
 
 from indiclip import __version__
 from indiclip.evals.pages.page import data_uri, png, readable, write_page
@@ -73,14 +73,10 @@ def held_out_pictures(module: MultiTask, batches: list[dict[str, Batch]], per_he
         for name, head, predictions, _, batch in module.predictions(step):
             pictures = sections.setdefault(name, [])
             for i, prediction in enumerate(predictions[: per_head - len(pictures)]):
-                target, prediction = _on_cpu(targets_of(batch, i)), _on_cpu(prediction)
+                prediction, target = move_data_to_device((prediction, targets_of(batch, i)), "cpu")
                 pictures.append(head.visualize(unpatchify(batch["images"], i), prediction, target, class_names(batch)))
     module.train(was_training)
     return sections
-
-
-def _on_cpu(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _language_table(languages: dict[str, Metrics]) -> tuple[list[str], list[list[str]]]:
@@ -127,10 +123,8 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
         parts = name.split("/")
         if len(parts) < 3 or count < 2 or name.endswith("backbone_grad_norm"):
             continue
-        if parts[0] != "eval":
-            groups.setdefault("/".join(parts[:-1]), set()).add(name)
-        elif is_summary(name):
-            groups.setdefault("/".join(parts[:2]), set()).add(name)
+        if parts[0] != "eval" or is_summary(name):
+            groups.setdefault("/".join(parts[: 2 if parts[0] == "eval" else -1]), set()).add(name)
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
@@ -141,25 +135,22 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(names):
-        points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-        marker = "o" if len(points) < 20 else None
+        measured = [row for row in history if row.get(name) is not None]
         axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
+            [row["step"] for row in measured],
+            [row[name] for row in measured],
             label=name.removeprefix(f"{title}/"),
             linewidth=1.2,
             linestyle=("-", "--", ":")[i // 10 % 3],  # there are ten colours
-            marker=marker,
+            marker="o" if len(measured) < 20 else None,
             markersize=3,
         )
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    if len(names) <= 8:
-        axes.legend(fontsize=7)
-    elif len(names) <= 24:
-        axes.legend(fontsize=5, ncols=2)
+    if len(names) <= 24:
+        axes.legend(fontsize=7 if len(names) <= 8 else 5, ncols=1 if len(names) <= 8 else 2)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return data_uri(buffer.getvalue(), "png")
