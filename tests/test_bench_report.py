@@ -9,8 +9,8 @@ from bench_fakes import answer, card, score, small_run
 
 from indiclip.evals.pages.bench_report import write_bench_report
 from indiclip.evals.pages.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
-from indiclip.evals.pages.formatting import Bar, chart, interval, language_name, number, signed
-from indiclip.evals.pages.page import Html, table, tag
+from indiclip.evals.pages.formatting import Bar, interval, language_name, number, signed
+from indiclip.evals.pages.page import TEMPLATES
 
 
 def no_picture(card, part, key):
@@ -236,16 +236,24 @@ def test_names_of_languages():
     assert language_name("xx") == "xx"
 
 
+MACROS = TEMPLATES.get_template("macros.html").module
+
+
 def test_bars_of_distances_reach_to_the_longest():
-    widths = re.findall(r"--v:([\d.]+)%", chart([Bar("a", 50.0), Bar("b", 200.0)], "median_km"))
+    widths = re.findall(r"--v:([\d.]+)%", MACROS.chart([Bar("a", 50.0), Bar("b", 200.0)], "median_km"))
     assert widths == ["25.0", "100.0"]
-    assert re.findall(r"--v:([\d.]+)%", chart([Bar("a", 0.25)], "acc1")) == ["25.0"]
+    assert re.findall(r"--v:([\d.]+)%", MACROS.chart([Bar("a", 0.25)], "acc1")) == ["25.0"]
 
 
-def test_words_are_escaped_and_html_is_not():
-    assert tag("p", "a < b", tag("b", "&"), title='"x"') == '<p title="&quot;x&quot;">a &lt; b<b>&amp;</b></p>'
-    assert "<td>&lt;td&gt;</td>" in table(["x"], [["<td>"]])
-    assert table(["x"], [[Html("<td>1</td>")]]).count("<td") == 1
+def test_words_are_escaped_in_every_cell():
+    assert "<td>&lt;td&gt;</td>" in MACROS.table(["x"], [["<td>"]])
+    assert "<th>&lt;b&gt;<small>&lt;i&gt;</small></th>" in MACROS.table([("<b>", "<i>")], [])
+    assert MACROS.table(["x", "y"], [["1", score("food", 0.5)]]).count("<td") == 2
+
+
+def test_no_template_marks_words_as_safe():
+    for name in TEMPLATES.list_templates():
+        assert not re.search(r"\bsafe\b|autoescape", TEMPLATES.loader.get_source(TEMPLATES, name)[0]), name
 
 
 def test_the_seconds_of_a_run_are_told(tmp_path):

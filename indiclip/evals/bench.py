@@ -25,7 +25,7 @@ from indiclip.evals.images.items import Items, Joined
 from indiclip.evals.images.layouts import find_items
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.procedural import colours, ocr_words
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of
+from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
 from indiclip.evals.score import score, texts_of
 from indiclip.generated.fonts import MissingFonts
 from indiclip.names import did_you_mean
@@ -53,12 +53,12 @@ class Bench:
 
     def expected(self) -> list[CardResult]:
         """What is said of the items before they are scored."""
-        return [_card_result(items.card, part_of(items), "found", items.notes) for items in self.items]
+        return [_card_result(items.card, part_of(items.procedural), "found", items.notes) for items in self.items]
 
     @property
     def data(self) -> dict[str, str]:
         """`name_of` a card's part -> a digest of the images' keys and what is right about them, in any order."""
-        return {name_of(items.card.id, part_of(items)): _digest(items) for items in self.items}
+        return {name_of(items.card.id, part_of(items.procedural)): _digest(items) for items in self.items}
 
 
 def find_bench(
@@ -283,7 +283,7 @@ def _score_into(
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
     tested = items.labels[items.tested_N]
-    found = _card_result(items.card, part_of(items), "scored" if scorer.scores else "skipped", notes)
+    found = _card_result(items.card, part_of(items.procedural), "scored" if scorer.scores else "skipped", notes)
     result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
 
 
@@ -298,11 +298,6 @@ def _why_no_score(items: Items, texts: dict[str, Tensor]) -> str:
     if not texts:
         return "the model embeds no texts, and no probe was asked for or has enough to learn from"
     return "no image has a caption in the languages that were asked for"
-
-
-def part_of(items: Items) -> str:
-    """`photographs` or `procedural`."""
-    return PROCEDURAL if items.procedural else PHOTOGRAPHS
 
 
 def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardResult:

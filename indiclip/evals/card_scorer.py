@@ -20,7 +20,7 @@ from indiclip.evals.images.items import Items
 from indiclip.evals.protocols import metrics
 from indiclip.evals.protocols.metrics import Interval
 from indiclip.evals.protocols.zero_shot import class_embeddings
-from indiclip.evals.results import CLEAN, PHOTOGRAPHS, PROCEDURAL, Prediction, Score
+from indiclip.evals.results import CLEAN, Prediction, Score, part_of
 
 TOP = 5  # nearest answers that are kept of each image
 _FEWEST_CLASSES = 5  # named in a language: fewer say nothing, unless the card has no more
@@ -94,7 +94,7 @@ class CardScorer:
     ) -> None:
         self.items, self.card, self.images, self.texts = items, items.card, images, texts
         self.lengths, self.options = lengths, options
-        self.part = PROCEDURAL if items.procedural else PHOTOGRAPHS
+        self.part = part_of(items.procedural)
         self.scores: list[Score] = []
         self.predictions: list[Prediction] = []
         self.label_N = np.where(items.tested_N, items.labels, -1)

@@ -35,7 +35,7 @@ def compare(a: Result, b: Result) -> list[Compared]:
     answers for an image are drawn together.
     """
     answers_a, answers_b = by_card(a.predictions), by_card(b.predictions)
-    cards = {(card.card, card.part): card for card in (*b.cards, *a.cards) if card.status == "scored"}
+    cards = {card.key: card for card in (*b.cards, *a.cards) if card.status == "scored"}
     languages = list(dict.fromkeys((*a.languages(), *b.languages())))
     mains = {language: (a.main(language), b.main(language)) for language in languages}
     rows = []
@@ -77,7 +77,7 @@ def _why_not(a: Score, b: Score, of_a: dict[str, Prediction], of_b: dict[str, Pr
 
 def _other_data(a: Result, b: Result, card: CardResult) -> str:
     """Runs that know a digest of their images know more than the keys."""
-    of_a, of_b = (run.about.get("data", {}).get(name_of(card.card, card.part)) for run in (a, b))
+    of_a, of_b = (run.about.get("data", {}).get(name_of(*card.key)) for run in (a, b))
     return "different images, or labels, under the same names" if of_a and of_b and of_a != of_b else ""
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indiclip import json_lines
-from indiclip.evals.pages.formatting import STYLE, heat_cell, language_name, number
-from indiclip.evals.pages.page import Html, many, page, table, tag, text
-from indiclip.evals.results import PHOTOGRAPHS, Result, corrected
+from indiclip.evals.pages.formatting import language_name, number
+from indiclip.evals.pages.page import write_page
+from indiclip.evals.results import PHOTOGRAPHS, Result, finite
 
 Row = dict[str, Any]
+Cell = tuple[float | None, float | None]  # a value and its chance
 
 
 class Group(NamedTuple):
@@ -35,7 +36,7 @@ def row_of(result: Result) -> Row:
     India suite's photographs that were scored.
     """
     headline = result.headline()
-    scored = [c for c in result.cards if (c.suite, c.part, c.status) == ("india", PHOTOGRAPHS, "scored")]
+    scored = result.photographs()
     digests = result.about.get("data", {})
     known = bool(scored) and all(card.card in digests for card in scored)
     data = _digest({card.card: digests[card.card] for card in scored}) if known else ""
@@ -45,14 +46,14 @@ def row_of(result: Result) -> Row:
     for language in result.languages():
         for (card, part), score in result.main(language).items():
             if part == PHOTOGRAPHS and card in cards:
-                cards[card][language] = _finite(score.value)
+                cards[card][language] = finite(score.value)
     return {
         "run": _digest(identity),
         "model": result.model,
         "date": date,
         "covered": headline["covered"],
         "of": headline["of"],
-        "mean": {language: _finite(mean["value"]) for language, mean in headline["mean"].items()},
+        "mean": {language: finite(mean["value"]) for language, mean in headline["mean"].items()},
         "cards": cards,
         "titles": {card.card: card.title for card in scored},
         "chance": {name: score.chance for (name, part), score in result.main().items() if name in cards},
@@ -77,7 +78,7 @@ def add(file: Path, results: Sequence[Result]) -> list[Group]:
     with _alone(file):
         json_lines.append(file, map(row_of, results))
         groups = groups_of(read(file))
-        json_lines.write_whole(file.with_suffix(".html"), html_page(groups).encode(errors="replace"))
+        write_page(file.with_suffix(".html"), "leaderboard.html", rules=_RULES, tables=map(_table, groups))
         json_lines.write_whole(file.with_suffix(".md"), markdown(groups).encode(errors="replace"))
     return groups
 
@@ -127,34 +128,13 @@ def markdown(groups: list[Group]) -> str:
     """The tables, for a README."""
     parts = ["# India benchmark: leaderboard", _RULES]
     for group in groups:
-        head, rows = [" ".join(names).strip() for names in _head(group)], _rows(group)
-        lines = [
-            [_plain_cell(name) for name in head],
-            ["---"] + ["---:" if i > 3 else "---" for i in range(1, len(head))],
-        ]
-        lines += [[_plain_cell(cell) for cell in row] for row in rows]
-        parts.append(f"## {_name(group)}")
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        name, columns, rows = _table(group)
+        lines = [[" ".join(column).strip() for column in columns]]
+        lines += [[*words, *(number(value) for value, _ in cells)] for words, cells in rows]
+        written = ["| " + " | ".join(map(_plain_cell, line)) + " |" for line in lines]
+        written.insert(1, "| " + " | ".join("---:" if i > 3 else "---" for i in range(len(columns))) + " |")
+        parts += [f"## {name}", "\n".join(written)]
     return "\n\n".join(parts) + "\n"
-
-
-def html_page(groups: list[Group]) -> str:
-    """The tables as a page that loads nothing."""
-    body: list[Html] = [tag("h1", "India benchmark: leaderboard"), tag("p", _RULES, class_="lead")]
-    for group in groups:
-        chance = {card: value for row in group.rows for card, value in row.get("chance", {}).items()}
-        keys = [*(("mean", language) for language in _languages(group)), *(("cards", card) for card in _cards(group))]
-        rows = []
-        for row, words in zip(group.rows, _rows(group), strict=True):
-            heats = [_value(row, kind, key) for kind, key in keys]
-            cells = [
-                heat_cell(cell, corrected(value, chance.get(key) if kind == "cards" else None) if value else 0.0)
-                for cell, value, (kind, key) in zip(words[4:], heats, keys, strict=True)
-            ]
-            rows.append([*map(text, words[:4]), *cells])
-        head = [many([name, tag("small", below)]) for name, below in _head(group)]
-        body += [tag("h2", _name(group)), table(head, rows, words=4, class_="board")]
-    return page("India benchmark: leaderboard", body, STYLE)
 
 
 _RULES = (
@@ -164,42 +144,27 @@ _RULES = (
 )
 
 
-def _name(group: Group) -> str:
-    covers = f"Covers {group.covered} of {group.of} categories"
-    return f"{covers} · images {group.data}" if group.data else f"{covers} · images not known, so compared with none"
-
-
-def _head(group: Group) -> list[tuple[str, str]]:
-    """Names of the columns, and what of these."""
+def _table(group: Group) -> tuple[str, list[tuple[str, str]], list[tuple[list[str], list[Cell]]]]:
+    """Its name; names of the columns, and what of these; a row's words and its numbers: the means of languages and the
+    cards' main metrics in English.
+    """
+    found = {language for row in group.rows for language in row["mean"]}
+    languages = sorted(found, key=lambda language: (language != "en", language))
+    cards = list(dict.fromkeys(card for row in group.rows for card in row["cards"]))
+    chance = {card: value for row in group.rows for card, value in row.get("chance", {}).items()}
     titles = {card: name for row in group.rows for card, name in row.get("titles", {}).items()}
-    means = [(language_name(language), "mean") for language in _languages(group)]
-    cards = [(titles.get(card, card), "in English") for card in _cards(group)]
-    return [("", ""), ("model", ""), ("date", ""), ("length, view", ""), *means, *cards]
-
-
-def _rows(group: Group) -> list[list[str]]:
+    columns = [("", ""), ("model", ""), ("date", ""), ("length, view", "")]
+    columns += [(language_name(language), "mean") for language in languages]
+    columns += [(titles.get(card, card), "in English") for card in cards]
     rows = []
     for place, row in enumerate(group.rows, 1):
-        size = f"{row['lengths'][-1]}, {row['views'][0]}"
-        values = [_value(row, "mean", language) for language in _languages(group)]
-        values += [_value(row, "cards", card) for card in _cards(group)]
-        rows.append([f"{place}", row["model"], row["date"], size, *(number(value) for value in values)])
-    return rows
-
-
-def _value(row: Row, kind: str, key: str) -> float | None:
-    """A mean of a language, or a card's main metric in English."""
-    value = row["mean"].get(key) if kind == "mean" else row["cards"].get(key, {}).get("en")
-    return None if value is None else float(value)
-
-
-def _languages(group: Group) -> list[str]:
-    found = {language for row in group.rows for language in row["mean"]}
-    return sorted(found, key=lambda language: (language != "en", language))
-
-
-def _cards(group: Group) -> list[str]:
-    return list(dict.fromkeys(card for row in group.rows for card in row["cards"]))
+        words = [f"{place}", row["model"], row["date"], f"{row['lengths'][-1]}, {row['views'][0]}"]
+        cells: list[Cell] = [(row["mean"].get(language), None) for language in languages]
+        cells += [(row["cards"].get(card, {}).get("en"), chance.get(card)) for card in cards]
+        rows.append((words, cells))
+    of = f"Covers {group.covered} of {group.of} categories"
+    images = f"images {group.data}" if group.data else "images not known, so compared with none"
+    return f"{of} · {images}", columns, rows
 
 
 def _plain_cell(words: str) -> str:
@@ -209,7 +174,3 @@ def _plain_cell(words: str) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode(errors="replace")).hexdigest()[:12]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

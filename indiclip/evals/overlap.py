@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from indiclip.evals.bench import Bench, part_of
+from indiclip.evals.bench import Bench
 from indiclip.evals.images.items import Items
 from indiclip.evals.pages.pictures import thumbnail
 from indiclip.evals.protocols.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
-from indiclip.evals.results import name_of
+from indiclip.evals.results import name_of, part_of
 from indiclip.images import UnreadableSample
 from indiclip.loading.workers import StepLoader, Workers
 from indiclip.webdataset.shards import Shards
@@ -76,7 +76,7 @@ def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[
         own = _hashes(len(scored), partial(_of_items, scored), num_workers)
         by_image, by_caption = near_duplicates(own.images, known.images), _by_caption(scored, known.captions)
         flagged_N[items.tested_N] = by_image.near_N | by_caption
-        found["cards"][name_of(items.card.id, part_of(items))] = {
+        found["cards"][name_of(items.card.id, part_of(items.procedural))] = {
             "images": len(scored),
             "flagged": int(flagged_N.sum()),
             "by_image": int(by_image.near_N.sum()),

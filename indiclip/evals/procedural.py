@@ -94,11 +94,13 @@ def ocr_words(
     ]
     places = [list(classes).index(script) for script in drawn]
     missing = [script for script in classes if script not in SCRIPTS]
+    notes = [f"no words are drawn in {', '.join(missing)}"] if missing else []
+    notes.append("fonts of the test words: " + ", ".join(face.family for face in sets[0].faces.values()))
     return Generated(
         **_common(sets, places),
         groups=[words.script(i) for words in sets for i in range(len(words))],
         candidates=[words.candidates(i) for words in sets for i in range(len(words))],
-        notes=[f"no words are drawn in {', '.join(missing)}"] * bool(missing) + [_fonts(sets[0])],
+        notes=notes,
     )
 
 
@@ -138,7 +140,3 @@ def _common(sets: Sequence[_Generated], places: list[int]) -> dict[str, Any]:
         "labels": np.array([places[each.label(i)] for each in sets for i in range(len(each))], np.int64),
         "is_train": np.repeat(np.arange(len(sets)) == 1, [len(each) for each in sets]),
     }
-
-
-def _fonts(words: Lettering) -> str:
-    return "fonts of the test words: " + ", ".join(face.family for face in words.faces.values())

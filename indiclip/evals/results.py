@@ -38,6 +38,11 @@ class Score(NamedTuple):
     num_classes: int = 0  # candidates
     subset: str = ""  # a group of the images, such as a script; `clean`: without those seen in training
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """The part of a card that it is of."""
+        return self.card, self.part
+
 
 class Prediction(NamedTuple):
     """What a protocol answered for one image, at the full length and the first view."""
@@ -73,6 +78,11 @@ class CardResult:
     licence: str = ""
     notes: list[str] = field(default_factory=list)  # why it was skipped; what is not as the card says
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it apart in a run."""
+        return self.card, self.part
+
 
 @dataclass
 class Result:
@@ -92,12 +102,12 @@ class Result:
 
     def main(self, language: str = "en") -> dict[tuple[str, str], Score]:
         """(card, part) -> its main metric at the full length and the first view."""
-        metrics = {(card.card, card.part): card.metric for card in self.cards}
+        metrics = {card.key: card.metric for card in self.cards}
         return {
-            (score.card, score.part): score
+            score.key: score
             for score in self.scores
             if score.language == language
-            and score.metric == metrics.get((score.card, score.part))
+            and score.metric == metrics.get(score.key)
             and self.is_main_setting(score)
             and not score.subset
             and score.protocol in MAIN_PROTOCOLS
@@ -109,19 +119,23 @@ class Result:
         The generated part of a card is `<card>_procedural`, a metric of a probe or of hard pairs begins with its name;
         `_64` at its end is a length other than the full one, `@256-square` a view other than the first.
         """
-        mains = {(card.card, card.part): card.metric for card in self.cards}
+        mains = {card.key: card.metric for card in self.cards}
         values = {}
         for score in self.scores:
             elsewhere = f"_{score.length}" * (score.length != self.lengths[-1])
             elsewhere += f"@{score.view}" * (score.view != self.views[0])
-            if score.subset or (elsewhere and score.metric not in ("acc1", mains.get((score.card, score.part)))):
+            if score.subset or (elsewhere and score.metric not in ("acc1", mains.get(score.key))):
                 continue
-            card = name_of(score.card, score.part)
+            card = name_of(*score.key)
             metric = score.metric if score.protocol in MAIN_PROTOCOLS else f"{score.protocol}_{score.metric}"
             values[f"eval/{score.suite}/{card}/{score.language}/{metric}{elsewhere}"] = score.value
         for language, mean in self.headline()["mean"].items():
             values[f"eval/india/mean/{language}/corrected"] = mean["value"]
         return values
+
+    def photographs(self) -> list[CardResult]:
+        """Cards of the India suite whose photographs were scored."""
+        return [c for c in self.cards if (c.suite, c.part, c.status) == ("india", PHOTOGRAPHS, "scored")]
 
     def languages(self) -> list[str]:
         """Languages with any score, `en` first."""
@@ -136,13 +150,11 @@ class Result:
         none.
         """
         photographs = [card for card in self.cards if card.suite == suite and card.part == PHOTOGRAPHS]
-        scored = {card.card for card in photographs if card.status == "scored"}
+        scored = {card.key for card in photographs if card.status == "scored"}
         means: dict[str, dict[str, Any]] = {}
         for language in self.languages():
             every = [
-                corrected(score.value, score.chance)
-                for (card, part), score in self.main(language).items()
-                if card in scored and part == PHOTOGRAPHS
+                corrected(score.value, score.chance) for key, score in self.main(language).items() if key in scored
             ]
             values = [value for value in every if math.isfinite(value)]
             if values:
@@ -165,12 +177,17 @@ class Result:
             "lengths": self.lengths,
             "views": self.views,
             "cards": [asdict(card) for card in self.cards],
-            "scores": [_finite(score) for score in self.scores],
+            "scores": [{name: finite(value) for name, value in score._asdict().items()} for score in self.scores],
             "about": self.about,
         }
         json_lines.write_whole(
             folder / "metrics.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
         )
+
+
+def part_of(is_procedural: bool) -> str:
+    """What a card's images are called."""
+    return PROCEDURAL if is_procedural else PHOTOGRAPHS
 
 
 def name_of(card: str, part: str) -> str:
@@ -213,7 +230,8 @@ def load_result(folder: Path, predictions: bool = True) -> Result:
         content = json.loads(file.read_text(encoding="utf-8"))
         result = Result(content["model"], content["lengths"], content["views"], about=content["about"])
         result.cards = [CardResult(**card) for card in content["cards"]]
-        result.scores = [Score(**row | {"value": _number(row["value"])}) for row in content["scores"]]
+        numbers = (row | {"value": math.nan if row["value"] is None else row["value"]} for row in content["scores"])
+        result.scores = [Score(**row) for row in numbers]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not the metrics of `indiclip bench` ({type(error).__name__}: {error})") from error
     if predictions and (folder / "predictions.parquet").is_file():
@@ -263,11 +281,6 @@ def _read_predictions(file: Path) -> list[Prediction]:
     return [Prediction(*row) for row in zip(*(table[name].to_pylist() for name in Prediction._fields), strict=True)]
 
 
-def _finite(score: Score) -> dict[str, Any]:
-    """A row of JSON, which has no number for NaN."""
-    row = score._asdict()
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no number for NaN: None instead."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -80,7 +80,7 @@ def _classify(scorer: CardScorer, setting: Setting) -> None:
             scorer.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
         found = class_ranks(image_NE, class_DE, label_N, class_D)
         right_M, at = np.bincount(label_M)[found.class_M], (1, TOP)
-        values = {f"text_to_image_r{k}": scorer.rate(found.rank_M < k) for k in at}
+        values = _recalls_at(scorer, "text_to_image", found.rank_M, at)
         chances = _chances("text_to_image", right_M, len(rank_M), at)
         scorer.add(setting, protocol, code, values, len(right_M), len(rank_M), chances)
         hard = hard_pairs(image_NE, class_DE, label_N, scorer.confusable, class_D)
@@ -165,7 +165,7 @@ def _retrieve(scorer: CardScorer, setting: Setting) -> None:
             if subset == CLEAN:
                 _recalls(scorer, setting, code, image_M[of_M], subset)
             else:
-                values = {f"image_to_text_r{k}": scorer.rate(rank_M[of_M] < k) for k in RECALL_AT}
+                values = _recalls_at(scorer, "image_to_text", rank_M[of_M])
                 scorer.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_M), subset=subset)
         if code != "en" and "en" in captions:
             both_M = np.array([i for i in image_M.tolist() if captions["en"][i]], dtype=np.int64)
@@ -180,13 +180,17 @@ def _recalls(scorer: CardScorer, setting: Setting, code: str, image_M: np.ndarra
     texts_N = scorer.items.captions[code]
     rank_M, rank_T = _caption_ranks(scorer, setting, texts_N, image_M)
     image_T = _captions_of(texts_N, image_M)[1]
-    values = {f"image_to_text_r{k}": scorer.rate(rank_M < k) for k in RECALL_AT}
+    values = _recalls_at(scorer, "image_to_text", rank_M)
     chances = _chances("image_to_text", np.bincount(image_T), len(rank_T))
     scorer.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), chances, subset)
     values = {f"text_to_image_r{k}": metrics.caption_hit_rate(rank_T < k, image_T, *scorer.draws) for k in RECALL_AT}
     chances = _chances("text_to_image", np.ones(len(rank_T), np.int64), len(rank_M))
     scorer.add(setting, "retrieval", code, values, len(rank_T), len(rank_M), chances, subset)
     return rank_M
+
+
+def _recalls_at(scorer: CardScorer, way: str, rank_M: np.ndarray, at: Sequence[int] = RECALL_AT) -> dict[str, Interval]:
+    return {f"{way}_r{k}": scorer.rate(rank_M < k) for k in at}
 
 
 def _chances(way: str, right_Q: np.ndarray, num_candidates: int, at: Sequence[int] = RECALL_AT) -> dict[str, float]:

@@ -1,17 +1,14 @@
-"""Which class was taken for which: counts, the worst pairs, a heat map."""
+"""Which class was taken for which: counts and the worst pairs."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from indiclip.evals.pages.page import Html, many, tag
 from indiclip.evals.results import Prediction
 
 MOST_CLASSES = 60  # of a heat map in which names can be read
-_FEW = 12  # classes up to which cells are large enough for a number
-_LARGE, _SMALL = 34, 16  # pixels
 
 
 class Confusion(NamedTuple):
@@ -89,51 +86,20 @@ def most_confused(found: Confusion, most: int) -> Confusion:
     return Confusion([found.classes[i] for i in chosen], found.count_CC[np.ix_(chosen, chosen)])
 
 
-def heat_map(part: Confusion, of: Confusion) -> Html:
-    """Rows are the truth, columns the answers; a stronger colour is a larger share of the row.
-
-    Args:
-        part: The classes to draw.
-        of: All of them, whose rows make up the shares.
+def confusions_of(predictions: list[Prediction]) -> dict[str, Any]:
+    """What `confusion.html` shows of the answers: a heat map, in which rows are the truth, of as many classes as can be
+    read, and the worst mistakes.
     """
-    of_class = dict(zip(of.classes, of.count_CC.sum(1), strict=True))
-    names = [words(name) for name in part.classes]
-    cell = _LARGE if len(names) <= _FEW else _SMALL
-    left = 12 + 6 * min(max(map(len, names), default=0), 26)  # for names of 10.5 px
-    side = len(names) * cell
-    marks = [_cells(part, [int(of_class[name]) for name in part.classes], cell)]
-    for i, name in enumerate(names):
-        middle = i * cell + cell / 2
-        marks.append(tag("text", _short(name), x="-6", y=f"{middle + 3.5}", text_anchor="end"))
-        marks.append(tag("text", _short(name), transform=f"translate({middle + 3.5} -6) rotate(-60)"))
-        marks.append(Html(f'<path class="grid" d="M0 {i * cell}H{side}M{i * cell} 0V{side}"/>'))
-    width, top = side + left + left // 2, int(left * 0.87)  # a name at 60 degrees is sin(60) high and cos(60) wide
-    shape = {"width": f"{width}", "height": f"{side + top + 2}", "viewBox": f"{-left} {-top} {width} {side + top + 2}"}
-    label = "truth (rows) and answers (columns)"
-    drawn = tag("svg", *marks, class_="matrix", role="img", aria_label=label, **shape)
-    return tag("div", drawn, class_="scroll", tabindex="0")
-
-
-def _cells(part: Confusion, of_C: list[int], cell: int) -> Html:
-    marks = []
-    for i, j in zip(*np.nonzero(part.count_CC), strict=True):
-        count = int(part.count_CC[i, j])
-        share = count / max(of_C[i], 1)
-        label = f"{words(part.classes[i])} → {words(part.classes[j])}: {count} of {of_C[i]}"
-        place = {"x": f"{j * cell}", "y": f"{i * cell}", "width": f"{cell}", "height": f"{cell}"}
-        kind = "right" if i == j else "wrong"
-        # The square root, so that a mistake in ten can be seen.
-        marks.append(tag("rect", tag("title", label), class_=kind, fill_opacity=f"{0.9 * share**0.5:.2f}", **place))
-        if cell == _LARGE:
-            middle = {"x": f"{j * cell + cell / 2}", "y": f"{i * cell + cell / 2 + 4}"}
-            marks.append(tag("text", f"{count}", text_anchor="middle", class_="count", **middle))
-    return many(marks)
-
-
-def words(name: str) -> str:
-    """A class's id for people."""
-    return name.replace("_", " ")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 26 else f"{name[:25]}…"
+    found = confusion(predictions)
+    shown = found if len(found.classes) <= MOST_CLASSES else most_confused(found, MOST_CLASSES // 2)
+    of_class = dict(zip(found.classes, found.count_CC.sum(1).tolist(), strict=True))
+    return {
+        "classes": shown.classes,
+        "num_classes": len(found.classes),
+        # (row, column, images, of how many)
+        "cells": [
+            (i, j, int(shown.count_CC[i, j]), of_class[shown.classes[i]])
+            for i, j in np.argwhere(shown.count_CC).tolist()
+        ],
+        "mistakes": mistakes(found),
+    }

@@ -12,15 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from indiclip.evals.pages.formatting import NAMES, chance_of
 from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
 
-_SHORT = {
-    "acc1": "top-1",
-    "acc5": "top-5",
-    "mean_per_class_recall": "recall",
-    **{f"image_to_text_r{k}": f"text R@{k}" for k in (1, 5, 10)},
-    **{f"text_to_image_r{k}": f"image R@{k}" for k in (1, 5, 10)},
-}
 _LANGUAGES = 3  # beside each other
 _PLAIN_WIDTH = 120  # columns, where the output is no terminal
 
@@ -71,11 +65,14 @@ def _table(result: Result, languages: Sequence[str]) -> Table:
     probes = [_probes(result, protocol) for protocol in ("knn", "linear_probe")]
     for card in result.cards:
         if card.status == "scored":
-            key = card.card, card.part
-            chance = next((main[key].chance for main in mains if key in main), None)
-            cells = [*(_cell(main.get(key)) for main in mains), *(_probe_cell(found.get(key)) for found in probes)]
+            scores = [main.get(card.key) for main in mains]
+            cells = [*map(_cell, scores), *(_probe_cell(found.get(card.key)) for found in probes)]
+            chance = chance_of(scores)
             name = f"{card.card} [dim]*[/]" if card.part == PROCEDURAL else card.card
-            metric, said = _SHORT.get(card.metric, card.metric), "" if chance is None else f"{chance:.3f}"
+            metric, said = (
+                NAMES["short_metrics"].get(card.metric, card.metric),
+                "" if chance is None else f"{chance:.3f}",
+            )
             table.add_row(name, metric, f"{card.num_images:,}", said, *cells)
     return table
 
@@ -109,7 +106,7 @@ def _print_contamination(console: Console, found: dict[str, Any] | None) -> None
 def _probes(result: Result, protocol: str) -> dict[tuple[str, str], Score]:
     """(card, part) -> accuracy in the main setting."""
     return {
-        (score.card, score.part): score
+        score.key: score
         for score in result.scores
         if (score.protocol, score.language, score.metric, score.subset) == (protocol, IMAGES, "acc1", "")
         and result.is_main_setting(score)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from indiclip.evals.images.items import Items
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL
+from indiclip.evals.results import part_of
 from indiclip.images import UnreadableSample
 from indiclip.loading.transforms import read_upright, upright_hw
 
@@ -34,7 +34,7 @@ class Pictures:
 
     def __init__(self, every: Sequence[Items], max_side: int = 240) -> None:
         self.max_side = max_side
-        self._items = {(items.card.id, PROCEDURAL if items.procedural else PHOTOGRAPHS): items for items in every}
+        self._items = {(items.card.id, part_of(items.procedural)): items for items in every}
         self._places: dict[tuple[str, str], dict[str, int]] = {}
 
     def __call__(self, card: str, part: str, key: str) -> np.ndarray | None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from lightning.fabric.utilities import move_data_to_device
 
 from indiclip import __version__
-from indiclip.evals.pages.page import Html, details, image, many, page, png, readable, table, tag
+from indiclip.evals.pages.page import data_uri, png, readable, write_page
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
 from indiclip.types import Batch, class_names, targets_of
@@ -37,26 +37,23 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
     Returns:
         The file.
     """
-    body = [
-        tag("h1", title),
-        tag("p", f"IndiCLIP {__version__} · {record['step']:,} steps · {record['seconds']:,.0f} s", class_="lead"),
-        tag("h2", "Metrics on held-out data"),
-        _held_out_tables(record["metrics"]),
-        tag("h2", "While it trained"),
-        tag("div", *map(image, _curves(record["history"])), class_="curves"),
-    ]
-    for name, pictures in sections.items():
-        body += [tag("h2", name.capitalize()), _figures(pictures)]
-    body += [tag("h2", "Every number"), _metrics_table(record["metrics"])]
-    lines = [(key, line) for key, inventory in record["data"].items() for line in inventory.lines()]
-    body += [tag("h2", "Data"), table(["source", "what its files hold"], lines)]
-    body += [tag("h2", "Quarantined samples"), _quarantine_table(record["quarantined"])]
+    plain, by_language = held_out(record["metrics"])
+    quarantined = [[row[name] for name in ("task", "shard", "key", "reason")] for row in record["quarantined"][:200]]
     config = folder / "config.yaml"
-    if config.is_file():
-        body += [tag("h2", "Configuration"), details("config.yaml", tag("pre", config.read_text()))]
-    file = folder / "report.html"
-    file.write_text(page(title, body), encoding="utf-8")
-    return file
+    return write_page(
+        folder / "report.html",
+        "training.html",
+        title=title,
+        version=__version__,
+        record=record,
+        held_out=plain,
+        by_language={head: _language_table(languages) for head, languages in by_language.items()},
+        curves=_curves(record["history"]),
+        sections={name: [(png(pixels), words) for pixels, words in pictures] for name, pictures in sections.items()},
+        data=[(key, line) for key, inventory in record["data"].items() for line in inventory.lines()],
+        quarantined=quarantined,
+        config=config.read_text() if config.is_file() else None,
+    )
 
 
 @torch.no_grad()
@@ -76,32 +73,19 @@ def held_out_pictures(module: MultiTask, batches: list[dict[str, Batch]], per_he
         for name, head, predictions, _, batch in module.predictions(step):
             pictures = sections.setdefault(name, [])
             for i, prediction in enumerate(predictions[: per_head - len(pictures)]):
-                target, prediction = _on_cpu(targets_of(batch, i)), _on_cpu(prediction)
+                prediction, target = move_data_to_device((prediction, targets_of(batch, i)), "cpu")
                 pictures.append(head.visualize(unpatchify(batch["images"], i), prediction, target, class_names(batch)))
     module.train(was_training)
     return sections
 
 
-def _on_cpu(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
-
-
-def _metrics_table(metrics: Metrics) -> Html:
-    rows = [(name, readable(value)) for name, value in sorted(metrics.items())]
-    return table(["metric", "value"], rows) if rows else tag("p", "none")
-
-
-def _held_out_tables(metrics: Metrics) -> Html:
-    plain, by_language = held_out(metrics)
-    tables = [_metrics_table(plain)]
-    for head, languages in by_language.items():
-        names = metric_names(languages)
-        rows = [
-            (language, *(readable(values[name]) if name in values else "" for name in names))
-            for language, values in languages.items()
-        ]
-        tables += [tag("h2", f"{head.capitalize()} by language"), table(["language", *names], rows)]
-    return many(tables)
+def _language_table(languages: dict[str, Metrics]) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns behind the first, and the rows."""
+    names = metric_names(languages)
+    return names, [
+        [language, *(readable(values[name]) if name in values else "" for name in names)]
+        for language, values in languages.items()
+    ]
 
 
 def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, dict[str, Metrics]]]:
@@ -129,21 +113,7 @@ def metric_names(languages: dict[str, Metrics]) -> list[str]:
     return sorted({name for values in languages.values() for name in values})
 
 
-def _quarantine_table(quarantined: list[dict[str, str]]) -> Html:
-    if not quarantined:
-        return tag("p", "No sample was unreadable.")
-    columns = ["task", "shard", "key", "reason"]
-    rows = [[row[name] for name in columns] for row in quarantined[:200]]
-    count = f"{len(quarantined):,} unreadable samples are in quarantine; in training others stood in for them."
-    return many([tag("p", count), table(columns, rows, words=4)])
-
-
-def _figures(pictures: list[Picture]) -> Html:
-    figures = [tag("figure", image(png(pixels)), tag("figcaption", words)) for pixels, words in pictures]
-    return tag("div", *figures, class_="pictures")
-
-
-def _curves(history: list[dict[str, Any]]) -> list[bytes]:
+def _curves(history: list[dict[str, Any]]) -> list[str]:
     """A plot per group of names, `train/<head>/...`, `val/<head>/...`, or of a number by language, of what was measured
     more than once. Of a benchmark only what a summary has room for, a plot per suite.
     """
@@ -153,39 +123,34 @@ def _curves(history: list[dict[str, Any]]) -> list[bytes]:
         parts = name.split("/")
         if len(parts) < 3 or count < 2 or name.endswith("backbone_grad_norm"):
             continue
-        if parts[0] != "eval":
-            groups.setdefault("/".join(parts[:-1]), set()).add(name)
-        elif is_summary(name):
-            groups.setdefault("/".join(parts[:2]), set()).add(name)
+        if parts[0] != "eval" or is_summary(name):
+            groups.setdefault("/".join(parts[: 2 if parts[0] == "eval" else -1]), set()).add(name)
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
-def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> bytes:
+def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(names):
-        points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-        marker = "o" if len(points) < 20 else None
+        measured = [row for row in history if row.get(name) is not None]
         axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
+            [row["step"] for row in measured],
+            [row[name] for row in measured],
             label=name.removeprefix(f"{title}/"),
             linewidth=1.2,
             linestyle=("-", "--", ":")[i // 10 % 3],  # there are ten colours
-            marker=marker,
+            marker="o" if len(measured) < 20 else None,
             markersize=3,
         )
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    if len(names) <= 8:
-        axes.legend(fontsize=7)
-    elif len(names) <= 24:
-        axes.legend(fontsize=5, ncols=2)
+    if len(names) <= 24:
+        axes.legend(fontsize=7 if len(names) <= 8 else 5, ncols=1 if len(names) <= 8 else 2)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
-    return buffer.getvalue()
+    return data_uri(buffer.getvalue(), "png")
