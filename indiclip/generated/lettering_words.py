@@ -13,13 +13,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
-from typing import Any
 
 import numpy as np
-import yaml
 
 from indiclip.datasets.tables import stable_hash
+from indiclip.generated.base import load_table
 
 PARTS = ("train", "test")
 MAX_DISTANCE = 2
@@ -104,17 +102,18 @@ class Script:
 
 def load_scripts() -> dict[str, Script]:
     """All scripts of lettering.yaml by id."""
-    read: dict[str, Any] = yaml.safe_load((files(__package__) / "lettering.yaml").read_text("utf-8"))
-    return {id_: _script(id_, fields) for id_, fields in read.items()}
-
-
-def _script(id_: str, fields: dict[str, Any]) -> Script:
-    lists = {
-        key: tuple(dict.fromkeys(unicodedata.normalize("NFC", value).split()))
-        for key, value in fields.items()
-        if isinstance(value, str)
+    return {
+        id_: Script(
+            id_,
+            **{
+                key: tuple(dict.fromkeys(unicodedata.normalize("NFC", value).split()))
+                if isinstance(value, str)
+                else value
+                for key, value in fields.items()
+            },
+        )
+        for id_, fields in load_table("lettering.yaml").items()
     }
-    return Script(id_, fields["fonts"], **lists, vowelled=fields.get("vowelled", False))
 
 
 def made_up_word(rng: np.random.Generator, script: Script, part: str) -> str:

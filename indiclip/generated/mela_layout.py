@@ -9,24 +9,9 @@ from numpy.typing import NDArray
 
 from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_people import GARMENTS, draw_person
-from indiclip.generated.mela_things import COLOURS, Sprite, draw_thing, rgb_of
+from indiclip.generated.mela_things import COLOURS, FAIR, Sprite, draw_thing, rgb_of
 
 COLOUR_NAMES = list(COLOURS)
-# Pale and muted, so that none is a colour of the fair.
-_BACKGROUNDS = [
-    "#F4EEE2",
-    "#E2E8EE",
-    "#D6D0DC",
-    "#DEE2D4",
-    "#ECDEDA",
-    "#C6CACE",
-    "#CEC4B8",
-    "#B6BEC6",
-    "#BAB8AC",
-    "#ACA6B0",
-    "#9EA6A4",
-    "#D4DCDE",
-]
 # Centres of instances are drawn in one of these boxes (x1, y1, x2, y2 of 0..1).
 _REGIONS = [
     *((0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.46, 1.0), (0.54, 0.0, 1.0, 1.0)),
@@ -62,7 +47,8 @@ class Item:
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
     """A fairground with nothing on it: plain, gradient, stripes, or ground and sky, with light noise."""
-    first, second = (np.array(rgb_of_hex(_BACKGROUNDS[i]), np.int16) for i in rng.integers(len(_BACKGROUNDS), size=2))
+    pale = FAIR["backgrounds"]
+    first, second = (np.array(rgb_of_hex(pale[i]), np.int16) for i in rng.integers(len(pale), size=2))
     style, place, angle = rng.integers(4), rng.random(), rng.uniform(-1, 1)
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None]
     across = np.linspace(0, 1, width, dtype=np.float32)[None, :]

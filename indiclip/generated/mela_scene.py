@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from indiclip.generated.arguments import must_be_at_least, must_be_one_of
+from indiclip.generated.base import must_be_at_least, must_be_one_of
 from indiclip.generated.mela_hard import draw_clutter, hard_mixed, hard_single
 from indiclip.generated.mela_layout import Item, draw_background, mixed, single
 from indiclip.generated.mela_words import CLASSES, Group, captions
