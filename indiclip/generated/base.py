@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import yaml
 
 from indiclip.datasets.base import SampleDataset
 from indiclip.names import did_you_mean
+
+T = TypeVar("T")
 
 
 def must_be_one_of(argument: str, found: object, allowed: Iterable[str]) -> None:
@@ -24,6 +27,11 @@ def must_be_at_least(least: int, **arguments: int) -> None:
     for name, value in arguments.items():
         if value < least:
             raise ValueError(f"{name}: expected a whole number from {least} up; found {value!r}")
+
+
+def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+    """One of the choices, each as likely."""
+    return choices[int(rng.integers(len(choices)))]
 
 
 def load_table(name: str) -> Any:

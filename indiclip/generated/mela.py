@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from indiclip.generated.base import Generated, must_be_at_least, must_be_one_of
+from indiclip.generated.base import Generated, must_be_at_least, must_be_one_of, pick
 from indiclip.generated.mela_scene import MIN_SIDE, Scene, draw_scene, kinds_in
 from indiclip.generated.mela_things import COLOURS, THINGS
 from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names
@@ -95,7 +95,7 @@ class Mela(Generated):
         scene = self.scene(index)
         # A stream of its own, so that what is asked about a scene never changes the scene.
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, index, 1]))
-        language = self.languages[rng.integers(len(self.languages))]
+        language = pick(rng, self.languages)
         sample: Sample = {
             "image": scene.image_HW3,
             "key": self.key(index),
@@ -117,7 +117,7 @@ class Mela(Generated):
         absent = np.setdiff1d([CLASSES.index(kind) for kind in kinds], present)
         ask_absent = not len(present) or rng.random() < ABSENT
         asked = absent if ask_absent and len(absent) else present
-        label = int(asked[rng.integers(len(asked))])
+        label = pick(rng, asked.tolist())
         points_xy = scene.points_xy[scene.classes == label]
         return {"points_xy": points_xy, "count_class": class_names(language)[label], "count_label": label}
 

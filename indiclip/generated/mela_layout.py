@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from indiclip.generated.base import pick
 from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_people import GARMENTS, draw_person
 from indiclip.generated.mela_things import COLOURS, FAIR, Sprite, draw_thing, rgb_of
@@ -116,7 +117,7 @@ def place_people(rng: np.random.Generator, height: int, width: int, same: bool, 
     """
     count = (1, 1, 1, 2, 2, 3)[rng.integers(6)]
     looks = [
-        (GARMENTS[rng.integers(len(GARMENTS))], COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]) for _ in range(count)
+        (pick(rng, GARMENTS), pick(rng, COLOUR_NAMES)) for _ in range(count)
     ]
     items = []
     for i, (garment, colour) in enumerate(looks):
@@ -135,7 +136,7 @@ def place_people(rng: np.random.Generator, height: int, width: int, same: bool, 
 
 def single(rng: np.random.Generator, height: int, width: int, kinds: list[str]) -> list[Item]:
     """One to six of one of the kinds, mostly in one colour."""
-    kind = kinds[rng.integers(len(kinds))]
+    kind = pick(rng, kinds)
     if kind == "person":
         return place_people(rng, height, width, same=True)
     count = (1, 1, 1, 2, 2, 3, 3, 4, 5, 6)[rng.integers(10)]
@@ -156,14 +157,14 @@ def mixed(rng: np.random.Generator, height: int, width: int, things: list[str], 
     """
     count = int(rng.integers(1, 9)) if things else 0
     looks = [
-        (things[rng.integers(len(things))], COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))])
+        (pick(rng, things), pick(rng, COLOUR_NAMES))
         for _ in range(rng.integers(1, 5) if things else 0)
     ]
     wanted = []
     for _ in range(count):
-        kind, colour = looks[rng.integers(len(looks))]
+        kind, colour = pick(rng, looks)
         # Half of the things share the colour of their kind, so that a caption has groups to name.
-        colour = colour if rng.random() < 0.5 else COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]
+        colour = colour if rng.random() < 0.5 else pick(rng, COLOUR_NAMES)
         size = rng.uniform(0.2, 0.47 - 0.02 * count) * min(height, width)
         wanted.append((kind, colour, max(12.0, size)))
     items = _things(rng, wanted, 0, height, width)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from indiclip.generated.base import pick
 from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_things import FAIR, Sprite, shades
 
@@ -200,7 +201,7 @@ def draw_person(rng: np.random.Generator, garment: str, rgb: RGB, height: float)
         rgb: The garment's colour, 0..255 each.
         height: From the highest to the lowest pixel, in pixels.
     """
-    skin, turban = _SKINS[rng.integers(len(_SKINS))], bool(rng.random() < 0.4)
+    skin, turban = pick(rng, _SKINS), bool(rng.random() < 0.4)
     parts, t, s = _part_and_ts(_body(rng, garment), height)
     mask = parts > 0
     parts_S = parts[mask]

@@ -13,22 +13,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from indiclip.generated.base import Generated, must_be_one_of
+from indiclip.generated.base import Generated, must_be_one_of, pick
 from indiclip.generated.cielab import RGB, delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
-from indiclip.generated.swatch_draw import draw_cloth, draw_object, draw_patch
+from indiclip.generated.swatch_draw import TABLE, draw_cloth, draw_object, draw_patch
 from indiclip.types import Sample
 
 KINDS = ("patch", "cloth", "thing")
 PARTS = ("train", "test")
-WEAVES = {"train": ("plain", "twill", "basket"), "test": ("khadi", "satin", "herringbone")}
-THINGS = {
-    "train": ("kurta", "lehenga", "balloon", "matka", "marigold", "bangle"),
-    "test": ("saree", "pagri", "umbrella", "elephant", "bell", "mango"),
-}
+WEAVES = {part: list(drafts) for part, drafts in TABLE["weaves"].items()}
+THINGS: dict[str, list[str]] = TABLE["things"]
 MIN_SIDE = 32
 STRAY = 0.45  # of the distance to the nearest other colour; at 0.5 it would be as near as its own
 _WIDEST = 12.0  # CIE76 that a colour strays at most, however alone it is
-_CAPTIONS = {"patch": "a swatch of {}", "cloth": "a piece of cloth in {}", "thing": "a thing in {}"}
 _TRIES = 1000
 
 
@@ -69,7 +65,7 @@ class Swatches(Generated):
         return {
             "image": image,
             "key": self.key(index),
-            "caption": _CAPTIONS[self.kind(index)].format(name),
+            "caption": TABLE["captions"][self.kind(index)].format(name),
             "label": self.label(index),
         }
 
@@ -92,7 +88,7 @@ class Swatches(Generated):
             return draw_patch(rng, rgb, self.height, self.width)
         choices = (WEAVES if kind == "cloth" else THINGS)[self.part]
         draw = draw_cloth if kind == "cloth" else draw_object
-        return draw(rng, rgb, self.height, self.width, choices[rng.integers(len(choices))])
+        return draw(rng, rgb, self.height, self.width, pick(rng, choices))
 
     def stray(self, rng: np.random.Generator, label: int) -> RGB:
         """A colour near that of a label, and nearer to it than to any other."""
