@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -102,18 +103,15 @@ class Script:
 
 def load_scripts() -> dict[str, Script]:
     """All scripts of lettering.yaml by id."""
-    return {
-        id_: Script(
-            id_,
-            **{
-                key: tuple(dict.fromkeys(unicodedata.normalize("NFC", value).split()))
-                if isinstance(value, str)
-                else value
-                for key, value in fields.items()
-            },
-        )
-        for id_, fields in load_table("lettering.yaml").items()
-    }
+    scripts = {}
+    for id_, fields in load_table("lettering.yaml").items():
+        lists: dict[str, Any] = {
+            key: tuple(dict.fromkeys(unicodedata.normalize("NFC", value).split()))
+            for key, value in fields.items()
+            if isinstance(value, str)
+        }
+        scripts[id_] = Script(id_, **(fields | lists))
+    return scripts
 
 
 def made_up_word(rng: np.random.Generator, script: Script, part: str) -> str:

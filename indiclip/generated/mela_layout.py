@@ -116,9 +116,7 @@ def place_people(rng: np.random.Generator, height: int, width: int, same: bool, 
     `same`: they all wear the same garment in the same colour.
     """
     count = (1, 1, 1, 2, 2, 3)[rng.integers(6)]
-    looks = [
-        (pick(rng, GARMENTS), pick(rng, COLOUR_NAMES)) for _ in range(count)
-    ]
+    looks = [(pick(rng, GARMENTS), pick(rng, COLOUR_NAMES)) for _ in range(count)]
     items = []
     for i, (garment, colour) in enumerate(looks):
         garment, colour = looks[0] if same else (garment, colour)
@@ -156,10 +154,7 @@ def mixed(rng: np.random.Generator, height: int, width: int, things: list[str], 
     `things`: the kinds to draw from, without the person; may be empty.
     """
     count = int(rng.integers(1, 9)) if things else 0
-    looks = [
-        (pick(rng, things), pick(rng, COLOUR_NAMES))
-        for _ in range(rng.integers(1, 5) if things else 0)
-    ]
+    looks = [(pick(rng, things), pick(rng, COLOUR_NAMES)) for _ in range(rng.integers(1, 5) if things else 0)]
     wanted = []
     for _ in range(count):
         kind, colour = pick(rng, looks)

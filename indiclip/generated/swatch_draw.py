@@ -76,7 +76,7 @@ def draw_object(rng: np.random.Generator, rgb: RGB, height: int, width: int, kin
     side = rng.uniform(0.7, 0.9) * min(height, width)
     sprite = draw_shapes(SHAPES[kind], rgb, side, rng.uniform(-0.2, 0.2), rng.uniform(0.9, 1.1), rng.random() < 0.5)
     sprite_h, sprite_w = sprite.mask.shape
-    assert sprite_h <= height - 2 and sprite_w <= width - 2, "a side of at most 0.9 leaves room for the stretch"
+    assert max(sprite_h - height, sprite_w - width) <= -2, "a side of at most 0.9 leaves room for the stretch"
     top, left = int(rng.integers(height - sprite_h + 1)), int(rng.integers(width - sprite_w + 1))
     image = _ground(rng, rgb, height, width)
     window = image[top : top + sprite_h, left : left + sprite_w]
