@@ -15,6 +15,7 @@ import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from indiclip.evals.protocols.retrieval import pair_ranks
 from indiclip.head import Datasets, Head, Losses, same_classes
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.types import Batch, Features, class_names
@@ -22,7 +23,6 @@ from indiclip.types import Batch, Features, class_names
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
-_ROUNDING = 1e-6  # of a cosine in float32
 _CODE_LENGTH = 35  # characters hold any language code in use (BCP-47: RFC 5646, section 4.4.1)
 _CODE = re.compile(rf"[A-Za-z0-9-]{{1,{_CODE_LENGTH}}}")
 
@@ -310,47 +310,12 @@ def _recalls(
     ids, text_S = torch.unique(ids_S, return_inverse=True)
     first_C = torch.full((len(ids),), len(text_S), device=text_S.device)
     first_C = first_C.scatter_reduce(0, text_S, torch.arange(len(text_S), device=text_S.device), "amin")
-    rank_B, rank_C = retrieval_ranks(image_BE[images], text_SE[first_C], image_S, text_S)
+    rank_B, rank_C = pair_ranks(image_BE[images], text_SE[first_C], image_S, text_S)
     result: dict[str, Tensor] = {}
     for k in retrieval_at:
         result[f"image_to_text_r{k}"] = (rank_B < k).float().mean()
         result[f"text_to_image_r{k}"] = (rank_C < k).float().mean()
     return result
-
-
-def retrieval_ranks(
-    image_BE: Tensor, text_CE: Tensor, image_S: Tensor, text_S: Tensor, rows: int = 1024
-) -> tuple[Tensor, Tensor]:
-    """How many wrong ones are at least as near as the nearest right one: of the texts for an image, of the images for a
-    text.
-
-    Ties (to rounding) and NaN count against the right one, so that a model which gives the same vector for everything
-    finds nothing.
-
-    Args:
-        image_BE: Images.
-        text_CE: Distinct captions.
-        image_S: The image of each pair that belongs together; every image and every caption is in one at least.
-        text_S: Its caption.
-        rows: Images whose similarities are in memory at a time.
-
-    Returns:
-        `(rank_B, rank_C)`, 0 where the right one is the nearest.
-    """
-    right_S = (image_BE[image_S] * text_CE[text_S]).sum(1)
-    best_B, best_C = (
-        torch.full((size,), -torch.inf, device=right_S.device).scatter_reduce(0, place_S, right_S, "amax")
-        for size, place_S in ((len(image_BE), image_S), (len(text_CE), text_S))
-    )
-    ranks, rank_C = [], torch.zeros(len(text_CE), dtype=torch.int64, device=right_S.device)
-    for start in range(0, len(image_BE), rows):
-        similarity_BC = image_BE[start : start + rows] @ text_CE.T
-        wrong_BC = torch.ones_like(similarity_BC, dtype=torch.bool)
-        here_S = (image_S >= start) & (image_S < start + rows)
-        wrong_BC[image_S[here_S] - start, text_S[here_S]] = False
-        ranks.append((~(similarity_BC < best_B[start : start + rows, None] - _ROUNDING) & wrong_BC).sum(1))
-        rank_C += (~(similarity_BC < best_C - _ROUNDING) & wrong_BC).sum(0)
-    return torch.cat(ranks), rank_C
 
 
 def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:

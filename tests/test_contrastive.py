@@ -7,7 +7,9 @@ import pytest
 import torch
 from helpers import caption_batch, noise, on_ranks, packed, tiny_encoder
 
-from heads.contrastive import Contrastive, EmbeddingMetric, retrieval_ranks
+from heads.contrastive import Contrastive, EmbeddingMetric
+from indiclip.evals.protocols import cosines
+from indiclip.evals.protocols.retrieval import pair_ranks
 from indiclip.patches import batch_images
 from indiclip.types import Batch, Origin
 
@@ -49,14 +51,15 @@ def test_metric_of_two_halves_is_the_metric_of_the_whole():
 
 
 @pytest.mark.parametrize("per_image", [1, 5])
-def test_ranks_equal_counting_one_by_one(per_image):
-    """With five captions an image, and captions that several images share."""
+def test_ranks_equal_counting_one_by_one(per_image, monkeypatch):
+    """With five captions an image, and captions that several images share, seven images at a time."""
+    monkeypatch.setattr(cosines, "_CHUNK", 7 * 20)
     torch.manual_seed(1)
     image_BE = torch.nn.functional.normalize(torch.randn(50, 6), dim=1)
     text_CE = torch.nn.functional.normalize(torch.randn(20, 6), dim=1)
     image_S = torch.arange(50).repeat_interleave(per_image)
     text_S = torch.cat([torch.arange(20), torch.randint(0, 20, (50 * per_image - 20,))])
-    rank_B, rank_C = retrieval_ranks(image_BE, text_CE, image_S, text_S, rows=7)
+    rank_B, rank_C = pair_ranks(image_BE, text_CE, image_S, text_S)
     similarity = (image_BE @ text_CE.T).tolist()
     pairs = set(zip(image_S.tolist(), text_S.tolist(), strict=True))
     for i, row in enumerate(similarity):
@@ -312,7 +315,7 @@ def test_ranks_that_saw_different_languages_agree(tmp_path):
     def numbers(parts):
         metric = EmbeddingMetric([8], [1, 5])
         for part in parts:
-            listed(metric, image_BE[part], captions[part], texts_E[part], [next(iter(by)) for by in captions[part]])
+            listed(metric, image_BE[part], captions[part], texts_E[part], [next(iter(by), "") for by in captions[part]])
         return {name: value.item() for name, value in metric.compute().items()}
 
     answers = on_ranks(3, lambda rank: numbers([[slice(0, 15)], [slice(15, 30)], []][rank]), tmp_path)
@@ -425,7 +428,7 @@ def test_images_without_a_caption_can_be_embedded():
 
 def test_labels_of_sources_that_number_classes_in_another_way_are_refused():
     """In training; what is held out is scored by its own classes."""
-    kites, drums = SimpleNamespace(classes=["kite"]), SimpleNamespace(classes=["drum"])
+    kites, drums = (SimpleNamespace(classes=[name], captioned=True) for name in ("kite", "drum"))
     Contrastive().check({"data.train[0]": kites}, {"data.val[0]": drums})
     with pytest.raises(ValueError, match=r"data\.train\[1\]: the sources .* class 0 is 'kite' and 'drum'"):
         Contrastive().check({"data.train[0]": kites, "data.train[1]": drums}, {})

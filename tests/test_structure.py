@@ -35,7 +35,8 @@ def test_indiclip_never_imports_heads():
 @pytest.mark.parametrize("head", sorted((ROOT / "heads").glob("*.py")), ids=lambda path: path.stem)
 def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
-    assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", "indiclip.losses"}
+    ranks = "indiclip.evals.protocols.retrieval"  # a function of numbers, so that training and benchmark rank alike
+    assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", "indiclip.losses", ranks}
 
 
 # Room or file -> the rooms and files that it may import, beside itself. Arrows point one way, so there is no circle.

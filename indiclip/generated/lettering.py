@@ -14,9 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from indiclip.datasets.base import SampleDataset
-from indiclip.generated.arguments import height_width, must_be_at_least, must_be_one_of
-from indiclip.generated.fonts import Face, check_shaping, find_face
+from indiclip.generated.base import Generated, must_be_one_of
+from indiclip.generated.fonts import check_shaping, find_face
 from indiclip.generated.lettering_draw import MIN_SIDE, draw_word
 from indiclip.generated.lettering_words import PARTS, Script, distractors, load_scripts, made_up_word
 from indiclip.types import Sample
@@ -29,7 +28,7 @@ INDIAN = [script for script in SCRIPTS if script != "latin"]
 _WORD, _PICTURE, _CANDIDATES, _ORDER = range(4)  # streams of random numbers that never touch each other
 
 
-class Lettering(SampleDataset):
+class Lettering(Generated):
     """Images of words as a map-style data set; the scripts take turns.
 
     `caption` is the word, `label` the place of its script in `scripts`.
@@ -62,14 +61,12 @@ class Lettering(SampleDataset):
             must_be_one_of("scripts", script, SCRIPTS)
         if not self.scripts:
             raise ValueError(f"scripts: expected a list such as ['tamil', 'telugu']; found {scripts!r}")
-        must_be_at_least(1, num_words=num_words)
-        must_be_at_least(0, seed=seed)
-        self.height, self.width = height_width(size, MIN_SIDE)
-        self.num_words, self.part, self.seed, self.num_distractors = num_words, part, seed, num_distractors
-        self.faces = {script: _face(SCRIPTS[script], part) for script in self.scripts}
-
-    def __len__(self) -> int:
-        return self.num_words
+        super().__init__(f"lettering-{part}", size, MIN_SIDE, seed, num_words=num_words)
+        self.part, self.num_distractors = part, num_distractors
+        check_shaping()
+        self.faces = {script: find_face(SCRIPTS[script].fonts[part]) for script in self.scripts}
+        for script, face in self.faces.items():
+            face.require(SCRIPTS[script].characters)
 
     def __getitem__(self, index: int) -> Sample:
         word = self.word(index)
@@ -81,13 +78,9 @@ class Lettering(SampleDataset):
             "label": self.label(index),
         }
 
-    def key(self, index: int) -> str:
-        """The image's name. Draws nothing."""
-        return f"lettering-{self.part}-{self.seed}-{index}"
-
     def label(self, index: int) -> int:
         """The place of the word's script in `scripts`."""
-        self._check(index)
+        self.must_have(index)
         return index % len(self.scripts)
 
     def script(self, index: int) -> str:
@@ -96,7 +89,7 @@ class Lettering(SampleDataset):
 
     def is_made_up(self, index: int) -> bool:
         """Whether the word is one of no language, which nobody can guess."""
-        self._check(index)
+        self.must_have(index)
         return index // len(self.scripts) % 2 == 1
 
     def word(self, index: int) -> str:
@@ -115,16 +108,5 @@ class Lettering(SampleDataset):
         rng = self._rng(index, _CANDIDATES)
         return [word, *distractors(rng, SCRIPTS[self.script(index)], word, self.num_distractors)]
 
-    def _check(self, index: int) -> None:
-        if not 0 <= index < self.num_words:
-            raise IndexError(f"index: expected 0 to {self.num_words - 1}; found {index}")
-
     def _rng(self, number: int, stream: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence([self.seed, number, stream, PARTS.index(self.part)]))
-
-
-def _face(script: Script, part: str) -> Face:
-    check_shaping()
-    face = find_face(script.fonts[part])
-    face.require(script.characters)
-    return face

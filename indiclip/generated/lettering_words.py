@@ -13,13 +13,12 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import yaml
 
 from indiclip.datasets.tables import stable_hash
+from indiclip.generated.base import load_table, pick
 
 PARTS = ("train", "test")
 MAX_DISTANCE = 2
@@ -104,17 +103,15 @@ class Script:
 
 def load_scripts() -> dict[str, Script]:
     """All scripts of lettering.yaml by id."""
-    read: dict[str, Any] = yaml.safe_load((files(__package__) / "lettering.yaml").read_text("utf-8"))
-    return {id_: _script(id_, fields) for id_, fields in read.items()}
-
-
-def _script(id_: str, fields: dict[str, Any]) -> Script:
-    lists = {
-        key: tuple(dict.fromkeys(unicodedata.normalize("NFC", value).split()))
-        for key, value in fields.items()
-        if isinstance(value, str)
-    }
-    return Script(id_, fields["fonts"], **lists, vowelled=fields.get("vowelled", False))
+    scripts = {}
+    for id_, fields in load_table("lettering.yaml").items():
+        lists: dict[str, Any] = {
+            key: tuple(dict.fromkeys(unicodedata.normalize("NFC", value).split()))
+            for key, value in fields.items()
+            if isinstance(value, str)
+        }
+        scripts[id_] = Script(id_, **(fields | lists))
+    return scripts
 
 
 def made_up_word(rng: np.random.Generator, script: Script, part: str) -> str:
@@ -122,25 +119,21 @@ def made_up_word(rng: np.random.Generator, script: Script, part: str) -> str:
     while True:
         syllables = [_syllable(rng, script, first=i == 0) for i in range(rng.integers(2, 5))]
         if script.last and rng.random() < 0.2:
-            syllables.append(_pick(rng, script.last))
+            syllables.append(pick(rng, script.last))
         word = unicodedata.normalize("NFC", "".join(syllables))
         if part_of(word) == part and word not in script.words:
             return word
 
 
-def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
-    return choices[int(rng.integers(len(choices)))]
-
-
 def _syllable(rng: np.random.Generator, script: Script, first: bool) -> str:
     if first and rng.random() < 0.12:
-        return _pick(rng, script.vowels)
+        return pick(rng, script.vowels)
     conjunct = script.conjuncts and not first and rng.random() < 0.2  # few words begin with one
-    onset = _pick(rng, script.conjuncts if conjunct else script.consonants)
-    nucleus = _pick(rng, script.signs) if script.vowelled or rng.random() < 0.65 else ""
+    onset = pick(rng, script.conjuncts if conjunct else script.consonants)
+    nucleus = pick(rng, script.signs) if script.vowelled or rng.random() < 0.65 else ""
     if script.marks and not nucleus and rng.random() < 0.2:
-        nucleus = _pick(rng, script.marks)
-    closer = _pick(rng, script.closers) if script.closers and rng.random() < 0.25 else ""
+        nucleus = pick(rng, script.marks)
+    closer = pick(rng, script.closers) if script.closers and rng.random() < 0.25 else ""
     return onset + nucleus + closer
 
 
@@ -212,12 +205,12 @@ def _similar(rng: np.random.Generator, script: Script, unit: str) -> str:
     """Another unit with the same consonant or the same vowel; of the same kind where the unit is a bare letter."""
     for letters in (script.last, script.closers, script.vowels, script.signs):
         if unit in letters:
-            return _pick(rng, letters)
+            return pick(rng, letters)
     onset = max((onset for onset in script.onsets if unit.startswith(onset)), key=len, default="")
     rest = unit[len(onset) :]
     if not onset or any(_is_sign(sign) and sign not in script.signs + script.marks for sign in rest):
         return clusters(_syllable(rng, script, first=False))[0]
     combining = tuple(sign for sign in script.signs if _is_sign(sign[0]))
     if combining and rng.random() < 0.5:
-        return onset + _pick(rng, ("", *combining))
-    return _pick(rng, script.onsets) + rest
+        return onset + pick(rng, ("", *combining))
+    return pick(rng, script.onsets) + rest

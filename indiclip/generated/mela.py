@@ -14,8 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from indiclip.datasets.base import SampleDataset
-from indiclip.generated.arguments import height_width, must_be_at_least, must_be_one_of
+from indiclip.generated.base import Generated, must_be_at_least, must_be_one_of, pick
 from indiclip.generated.mela_scene import MIN_SIDE, Scene, draw_scene, kinds_in
 from indiclip.generated.mela_things import COLOURS, THINGS
 from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names
@@ -35,7 +34,7 @@ __all__ = [
 ABSENT = 0.15  # share of samples that ask for the points of a class which is not there
 
 
-class Mela(SampleDataset):
+class Mela(Generated):
     """Generated scenes of a fair as a map-style data set.
 
     Args:
@@ -70,16 +69,14 @@ class Mela(SampleDataset):
         kinds: Sequence[str] | None = None,
         difficulty: str = "normal",
     ) -> None:
-        self.height, self.width = height_width(size, MIN_SIDE)
+        super().__init__("mela", size, MIN_SIDE, seed, num_scenes=num_scenes)
         if isinstance(languages, str) or not languages:
             raise ValueError(f"languages: expected a list such as ['en', 'hi']; found {languages!r}")
         for language in languages:
             must_be_one_of("languages", language, LANGUAGES)
-        must_be_at_least(1, num_scenes=num_scenes)
         must_be_at_least(0, densepose_points=densepose_points)
-        self.num_scenes, self.layout, self.people, self.seed = num_scenes, layout, people, seed
-        self.languages, self.densepose_points = list(languages), densepose_points
-        self.depth, self.kinds, self.difficulty = depth, kinds, difficulty
+        self.languages, self.densepose_points, self.depth = list(languages), densepose_points, depth
+        self.layout, self.people, self.kinds, self.difficulty = layout, people, kinds, difficulty
         self.classes = self.class_names("en")
         self.scene(0)  # checks what the scene is drawn with
 
@@ -90,31 +87,15 @@ class Mela(SampleDataset):
 
     def scene(self, index: int) -> Scene:
         """The scene behind sample `index`: image, instance, part and UV maps, captions in all languages."""
-        return draw_scene(
-            self.seed,
-            index,
-            self.height,
-            self.width,
-            self.layout,
-            self.people,
-            kinds=self.kinds,
-            difficulty=self.difficulty,
-        )
-
-    def __len__(self) -> int:
-        return self.num_scenes
-
-    def key(self, index: int) -> str:
-        """The scene's name. Draws nothing."""
-        return f"mela-{self.seed}-{index}"
+        how = {"layout": self.layout, "people": self.people, "kinds": self.kinds, "difficulty": self.difficulty}
+        return draw_scene(self.seed, index, self.height, self.width, **how)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.num_scenes:
-            raise IndexError(f"index: expected 0 to {self.num_scenes - 1}; found {index}")
+        self.must_have(index)
         scene = self.scene(index)
         # A stream of its own, so that what is asked about a scene never changes the scene.
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, index, 1]))
-        language = self.languages[rng.integers(len(self.languages))]
+        language = pick(rng, self.languages)
         sample: Sample = {
             "image": scene.image_HW3,
             "key": self.key(index),
@@ -136,7 +117,7 @@ class Mela(SampleDataset):
         absent = np.setdiff1d([CLASSES.index(kind) for kind in kinds], present)
         ask_absent = not len(present) or rng.random() < ABSENT
         asked = absent if ask_absent and len(absent) else present
-        label = int(asked[rng.integers(len(asked))])
+        label = pick(rng, asked.tolist())
         points_xy = scene.points_xy[scene.classes == label]
         return {"points_xy": points_xy, "count_class": class_names(language)[label], "count_label": label}
 

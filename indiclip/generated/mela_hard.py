@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from indiclip.generated.base import pick
 from indiclip.generated.mela_layout import COLOUR_NAMES, Item, jittered, place_people
 from indiclip.generated.mela_things import THINGS, draw_thing
 
@@ -27,16 +28,16 @@ def draw_clutter(rng: np.random.Generator, image_HW3: NDArray[np.uint8]) -> NDAr
         radii = rng.uniform(0.03, 0.15) * min(height, width) * rng.uniform(0.6, 1, corners)
         x, y = rng.random(2) * (width, height)
         polygon = np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], axis=1)
-        draw.polygon(polygon.ravel().tolist(), fill=jittered(rng, _any_colour(rng)))
+        draw.polygon(polygon.ravel().tolist(), fill=jittered(rng, pick(rng, COLOUR_NAMES)))
     return np.array(canvas)
 
 
 def hard_single(rng: np.random.Generator, height: int, width: int, kinds: list[str]) -> list[Item]:
     """One to six of one of the kinds, from small to large, turned any way and close together."""
-    kind = kinds[rng.integers(len(kinds))]
+    kind = pick(rng, kinds)
     if kind == "person":
         return place_people(rng, height, width, same=True, shortest=0.3)
-    colour = _any_colour(rng)
+    colour = pick(rng, COLOUR_NAMES)
     return _crowd(rng, [(kind, colour)] * int(rng.integers(1, 7)), height, width)
 
 
@@ -44,19 +45,15 @@ def hard_mixed(rng: np.random.Generator, height: int, width: int, things: list[s
     """Four to nine things of two or three kinds that look alike, and up to three people anywhere between them."""
     wanted = []
     if things:
-        alike = _look_alikes(things[rng.integers(len(things))], things)[: rng.integers(2, 4)]
-        shared = _any_colour(rng)
+        alike = _look_alikes(pick(rng, things), things)[: rng.integers(2, 4)]
+        shared = pick(rng, COLOUR_NAMES)
         # Half of the things have one colour, whatever their kind is.
-        colours = [shared if rng.random() < 0.5 else _any_colour(rng) for _ in range(rng.integers(4, 10))]
-        wanted = [(alike[rng.integers(len(alike))], colour) for colour in colours]
+        colours = [shared if rng.random() < 0.5 else pick(rng, COLOUR_NAMES) for _ in range(rng.integers(4, 10))]
+        wanted = [(pick(rng, alike), colour) for colour in colours]
     items = _crowd(rng, wanted, height, width)
     crowd = place_people(rng, height, width, same=False, shortest=0.3) if rng.random() < people else []
     split = int(rng.integers(len(items) + 1))
     return items[:split] + crowd + items[split:]
-
-
-def _any_colour(rng: np.random.Generator) -> str:
-    return COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]
 
 
 def _crowd(rng: np.random.Generator, wanted: list[tuple[str, str]], height: int, width: int) -> list[Item]:

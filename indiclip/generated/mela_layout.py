@@ -7,26 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from indiclip.generated.base import pick
 from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_people import GARMENTS, draw_person
-from indiclip.generated.mela_things import COLOURS, Sprite, draw_thing, rgb_of
+from indiclip.generated.mela_things import COLOURS, FAIR, Sprite, draw_thing, rgb_of
 
 COLOUR_NAMES = list(COLOURS)
-# Pale and muted, so that none is a colour of the fair.
-_BACKGROUNDS = [
-    "#F4EEE2",
-    "#E2E8EE",
-    "#D6D0DC",
-    "#DEE2D4",
-    "#ECDEDA",
-    "#C6CACE",
-    "#CEC4B8",
-    "#B6BEC6",
-    "#BAB8AC",
-    "#ACA6B0",
-    "#9EA6A4",
-    "#D4DCDE",
-]
 # Centres of instances are drawn in one of these boxes (x1, y1, x2, y2 of 0..1).
 _REGIONS = [
     *((0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.46, 1.0), (0.54, 0.0, 1.0, 1.0)),
@@ -62,7 +48,8 @@ class Item:
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
     """A fairground with nothing on it: plain, gradient, stripes, or ground and sky, with light noise."""
-    first, second = (np.array(rgb_of_hex(_BACKGROUNDS[i]), np.int16) for i in rng.integers(len(_BACKGROUNDS), size=2))
+    pale = FAIR["backgrounds"]
+    first, second = (np.array(rgb_of_hex(pale[i]), np.int16) for i in rng.integers(len(pale), size=2))
     style, place, angle = rng.integers(4), rng.random(), rng.uniform(-1, 1)
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None]
     across = np.linspace(0, 1, width, dtype=np.float32)[None, :]
@@ -129,9 +116,7 @@ def place_people(rng: np.random.Generator, height: int, width: int, same: bool, 
     `same`: they all wear the same garment in the same colour.
     """
     count = (1, 1, 1, 2, 2, 3)[rng.integers(6)]
-    looks = [
-        (GARMENTS[rng.integers(len(GARMENTS))], COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]) for _ in range(count)
-    ]
+    looks = [(pick(rng, GARMENTS), pick(rng, COLOUR_NAMES)) for _ in range(count)]
     items = []
     for i, (garment, colour) in enumerate(looks):
         garment, colour = looks[0] if same else (garment, colour)
@@ -149,7 +134,7 @@ def place_people(rng: np.random.Generator, height: int, width: int, same: bool, 
 
 def single(rng: np.random.Generator, height: int, width: int, kinds: list[str]) -> list[Item]:
     """One to six of one of the kinds, mostly in one colour."""
-    kind = kinds[rng.integers(len(kinds))]
+    kind = pick(rng, kinds)
     if kind == "person":
         return place_people(rng, height, width, same=True)
     count = (1, 1, 1, 2, 2, 3, 3, 4, 5, 6)[rng.integers(10)]
@@ -169,15 +154,12 @@ def mixed(rng: np.random.Generator, height: int, width: int, things: list[str], 
     `things`: the kinds to draw from, without the person; may be empty.
     """
     count = int(rng.integers(1, 9)) if things else 0
-    looks = [
-        (things[rng.integers(len(things))], COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))])
-        for _ in range(rng.integers(1, 5) if things else 0)
-    ]
+    looks = [(pick(rng, things), pick(rng, COLOUR_NAMES)) for _ in range(rng.integers(1, 5) if things else 0)]
     wanted = []
     for _ in range(count):
-        kind, colour = looks[rng.integers(len(looks))]
+        kind, colour = pick(rng, looks)
         # Half of the things share the colour of their kind, so that a caption has groups to name.
-        colour = colour if rng.random() < 0.5 else COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]
+        colour = colour if rng.random() < 0.5 else pick(rng, COLOUR_NAMES)
         size = rng.uniform(0.2, 0.47 - 0.02 * count) * min(height, width)
         wanted.append((kind, colour, max(12.0, size)))
     items = _things(rng, wanted, 0, height, width)

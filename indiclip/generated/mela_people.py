@@ -12,27 +12,25 @@ left upper leg; 11, 13 and 12, 14 lower leg; 15, 17 left and 16, 18 right upper 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from indiclip.generated.base import pick
 from indiclip.generated.cielab import RGB, rgb_of_hex
-from indiclip.generated.mela_things import Sprite, shades
+from indiclip.generated.mela_things import FAIR, Sprite, shades
 
 Floats = NDArray[np.float64]
 Float32s = NDArray[np.float32]
 
-GARMENTS = ["saree", "kurta", "dhoti"]
+_PARTS: dict[str, list[list[int]]] = FAIR["parts"]
+_LOOKS: dict[str, dict[str, Any]] = FAIR["garments"]
+GARMENTS = list(_LOOKS)
 NUM_PARTS = 24
-_HEAD = (23, 24)
-
-_SKINS = [rgb_of_hex(colour) for colour in ["#603826", "#804E32", "#A06844", "#BE825A", "#D6A078"]]
-_HAIR = rgb_of_hex("#221A1E")
-_CLOTH = rgb_of_hex("#F6F0E2")  # pyjama and shawl
-_SHOE = rgb_of_hex("#5C3C28")
-_INNER_LEGS = {"saree": [9, 10, 13, 14], "kurta": [9, 10], "dhoti": []}
+_SKINS = [rgb_of_hex(colour) for colour in FAIR["skins"]]
 
 # Half outlines in (t, s): a limb with round ends, and an oval for the head.
 _T = np.array([0, 0.02, 0.08, 0.18, 0.82, 0.92, 0.98, 1])
@@ -41,26 +39,19 @@ _ARC = np.linspace(0, np.pi, len(_T))
 _OVAL = np.stack([(1 - np.cos(_ARC)) / 2, np.sin(_ARC)], axis=1)
 
 
-@dataclass(frozen=True)
 class _Piece:
-    """A bone from `start` to `end` and the half of it, or all of it, that one polygon pair covers.
+    """A bone and the half of it, or all of it, that one polygon pair covers; it reaches a little over both joints.
 
-    Units are the body's height. `outer` is the unit normal towards the side where s is 1; `parts` are the part
-    numbers at s > 0 and at s < 0; `widths` are half widths at both ends.
+    Units are the body's height. `outer` is the unit normal towards the side where s is 1: the person's right for `side`
+    -1; `parts` are the part numbers at s > 0 and at s < 0; `widths` are half widths at both ends.
     """
 
-    start: Floats
-    end: Floats
-    outer: Floats
-    parts: tuple[int, int]
-    widths: tuple[float, float]
-
-
-def _bone(start: Floats, end: Floats, side: int, parts: tuple[int, int], widths: tuple[float, float]) -> _Piece:
-    """A piece that reaches a little over both joints; its outer side is the person's right for `side` -1."""
-    along = (end - start) / np.hypot(*(end - start))
-    outer = np.array([along[1], -along[0]]) * side
-    return _Piece(start - along * widths[0] * 0.6, end + along * widths[1] * 0.6, outer, parts, widths)
+    def __init__(self, name: str, start: Floats, end: Floats, side: int, widths: Sequence[float]) -> None:
+        along = (end - start) / np.hypot(*(end - start))
+        self.start, self.end = start - along * widths[0] * 0.6, end + along * widths[1] * 0.6
+        self.outer = np.array([along[1], -along[0]]) * side
+        self.name, self.widths = name, widths
+        self.parts = _PARTS[name][0 if side < 0 else -1]
 
 
 def _towards(angle: float, side: int) -> Floats:
@@ -70,40 +61,31 @@ def _towards(angle: float, side: int) -> Floats:
 
 def _leg(rng: np.random.Generator, side: int, garment: str) -> list[_Piece]:
     """Foot, lower leg and upper leg; a skirt is wide legs that stand close together."""
-    right = side < 0
-    skirt = garment == "saree"
-    thigh = rng.uniform(0.0, {"saree": 0.08, "kurta": 0.25, "dhoti": 0.4}[garment])
-    shin = thigh + (rng.uniform(-0.02, 0.04) if skirt else rng.uniform(-0.3, 0.15))
+    look = _LOOKS[garment]
+    thigh = rng.uniform(0.0, look["spread"])
+    shin = thigh + (rng.uniform(-0.02, 0.04) if garment == "saree" else rng.uniform(-0.3, 0.15))
     hip = np.array([side * 0.055, 0.0])
     knee = hip + 0.235 * _towards(thigh, side)
     ankle = knee + 0.225 * _towards(shin, side)
     toe = ankle + 0.085 * _towards(1.2 if rng.random() < 0.5 else 0.7, side)
-    upper, lower = {
-        "saree": ((0.075, 0.085), (0.085, 0.1)),
-        "kurta": ((0.08, 0.085), (0.05, 0.042)),
-        "dhoti": ((0.075, 0.08), (0.068, 0.04)),
-    }[garment]
-    foot = 6 if right else 5
     return [
-        _bone(ankle, toe, side, (foot, foot), (0.036, 0.034)),
-        _bone(knee, ankle, side, (11, 13) if right else (12, 14), lower),
-        _bone(hip, knee, side, (7, 9) if right else (8, 10), upper),
+        _Piece("foot", ankle, toe, side, (0.036, 0.034)),
+        _Piece("shin", knee, ankle, side, look["shin"]),
+        _Piece("thigh", hip, knee, side, look["thigh"]),
     ]
 
 
 def _arm(rng: np.random.Generator, shoulder: Floats, side: int) -> list[_Piece]:
     """Upper arm, lower arm and hand, anywhere from hanging to raised."""
-    right = side < 0
     lift = rng.uniform(0.15, 2.5) if rng.random() < 0.6 else rng.uniform(0.15, 0.7)
     bend = lift + rng.uniform(-0.3, 1.5 if lift < 1.6 else 0.6)
     elbow = shoulder + 0.165 * _towards(lift, side)
     wrist = elbow + 0.15 * _towards(bend, side)
     tip = wrist + 0.06 * _towards(bend + rng.uniform(-0.3, 0.3), side)
-    hand = 3 if right else 4
     return [
-        _bone(wrist, tip, side, (hand, hand), (0.036, 0.036)),
-        _bone(elbow, wrist, side, (20, 22) if right else (19, 21), (0.04, 0.034)),
-        _bone(shoulder, elbow, side, (16, 18) if right else (15, 17), (0.046, 0.04)),
+        _Piece("hand", wrist, tip, side, (0.036, 0.036)),
+        _Piece("forearm", elbow, wrist, side, (0.04, 0.034)),
+        _Piece("arm", shoulder, elbow, side, (0.046, 0.04)),
     ]
 
 
@@ -114,8 +96,8 @@ def _body(rng: np.random.Generator, garment: str) -> list[_Piece]:
     neck, chin = 0.29 * up, 0.3 * up
     crown = chin + 0.18 * np.array([np.sin(lean + tilt), -np.cos(lean + tilt)])
     # Both outer normals point to the image's left: the person's right half has s > 0.
-    torso = _bone(np.array([0.0, 0.01]), neck, 1, (1, 2), (0.1, 0.13))
-    head = _bone(chin, crown, 1, _HEAD, (0.085, 0.085))
+    torso = _Piece("torso", np.array([0.0, 0.01]), neck, 1, (0.1, 0.13))
+    head = _Piece("head", chin, crown, 1, (0.085, 0.085))
     legs = _leg(rng, -1, garment) + _leg(rng, 1, garment)
     across = np.array([-up[1], up[0]])
     behind: list[_Piece] = []
@@ -132,7 +114,7 @@ def _outlines(pieces: list[_Piece]) -> Floats:
     along = np.stack([piece.end - piece.start for piece in pieces])[:, None, None]
     outer = np.stack([piece.outer for piece in pieces])[:, None, None]
     widths = np.array([piece.widths for piece in pieces])[:, None, :, None]
-    profile = np.stack([_OVAL if piece.parts == _HEAD else _LIMB for piece in pieces])[:, None]
+    profile = np.stack([_OVAL if piece.name == "head" else _LIMB for piece in pieces])[:, None]
     t, s = profile[..., :1], profile[..., 1:]
     side = np.array([1.0, -1.0])[None, :, None, None]
     half_width = widths[:, :, :1] * (1 - t) + widths[:, :, 1:] * t
@@ -152,7 +134,7 @@ def _coordinates(pieces: list[_Piece], scale: float, origin: Floats) -> Floats:
         gain = along / (along @ along)
         w0, w1 = (width * scale for width in piece.widths)
         row = [*gain, -(gain @ start), *piece.outer, -(piece.outer @ start), w0, w1 - w0]
-        table[list(piece.parts)] = row
+        table[piece.parts] = row
     return table
 
 
@@ -177,53 +159,35 @@ def _part_and_ts(pieces: list[_Piece], height: float) -> tuple[NDArray[np.uint8]
     return parts, t, s.clip(-1, 1)
 
 
-def _wardrobe(garment: str, rgb: RGB, skin: RGB) -> dict[int, tuple[RGB, float, RGB]]:
-    """Per part: the paint below U = cut, the cut, and the paint above it."""
-    paints = shades(rgb)
-    main, dark, gold = rgb, paints["dark"], paints["gold"]
-    upper_leg, lower_leg = (7, 8, 9, 10), (11, 12, 13, 14)
-    upper_arm, lower_arm = (15, 16, 17, 18), (19, 20, 21, 22)
-    bare = (skin, 1.0, skin)
-    sleeve = (main, 1.0, main)
-    torso, arm, forearm, leg, shin = {
-        "saree": ((main, 0.5, dark), (dark, 0.5, skin), bare, sleeve, (main, 0.82, gold)),
-        "kurta": (sleeve, sleeve, (main, 0.75, skin), (main, 0.85, dark), (_CLOTH, 1.0, _CLOTH)),
-        "dhoti": ((main, 0.2, skin), bare, bare, sleeve, (main, 0.55, skin)),
-    }[garment]
-    shoe = skin if garment == "dhoti" else _SHOE
-    table = {1: torso, 2: torso, 3: bare, 4: bare, 5: (shoe, 1.0, shoe), 6: (shoe, 1.0, shoe)}
-    for numbers, paint in ((upper_leg, leg), (lower_leg, shin), (upper_arm, arm), (lower_arm, forearm)):
-        table.update(dict.fromkeys(numbers, paint))
-    return table | {23: (skin, 0.62, _HAIR), 24: (skin, 0.62, _HAIR)}
-
-
 def _paint(
     parts_S: NDArray[np.uint8], t_S: Floats, s_S: Floats, garment: str, rgb: RGB, skin: RGB, turban: bool
 ) -> Float32s:
     """The colours (S, 3) of body pixels: clothes, face, and sides darker than middles."""
-    wardrobe = _wardrobe(garment, rgb, skin)
+    paints = shades(rgb) | {"skin": skin}
+    wardrobe = _LOOKS[garment]["paints"]
     if turban and garment != "saree":
-        wardrobe |= {23: (skin, 0.55, rgb), 24: (skin, 0.55, rgb)}
+        wardrobe = wardrobe | {"head": ("skin", 0.55, "main")}
     table, cut = np.zeros((2, NUM_PARTS + 1, 3), np.float32), np.zeros(NUM_PARTS + 1)
-    for part, (first, limit, second) in wardrobe.items():
-        table[0, part], cut[part], table[1, part] = first, limit, second
+    for name, (first, limit, second) in wardrobe.items():
+        parts = np.array(_PARTS[name])
+        table[0, parts], cut[parts], table[1, parts] = paints[first], limit, paints[second]
     colour = table[(t_S >= cut[parts_S]).astype(np.intp), parts_S]
     torso = parts_S <= 2
     sash = torso & (np.abs(1.1 * (2 * t_S - 0.95) + s_S) < 0.42)  # from the right hip to the left shoulder
     if garment == "saree":
-        colour[sash] = shades(rgb)["light"]
+        colour[sash] = paints["light"]
     elif garment == "dhoti":
-        colour[sash] = _CLOTH
+        colour[sash] = paints["cloth"]
     else:
-        colour[torso & (np.abs(s_S) < 0.09) & (t_S > 0.5)] = shades(rgb)["gold"]
+        colour[torso & (np.abs(s_S) < 0.09) & (t_S > 0.5)] = paints["gold"]
     head = parts_S >= 23
-    colour[head & (np.abs(t_S - 0.46) < 0.06) & (np.abs(np.abs(s_S) - 0.38) < 0.13)] = _HAIR
-    colour[head & (np.abs(t_S - 0.22) < 0.04) & (np.abs(s_S) < 0.25)] = (150, 40, 44)
+    colour[head & (np.abs(t_S - 0.46) < 0.06) & (np.abs(np.abs(s_S) - 0.38) < 0.13)] = paints["hair"]
+    colour[head & (np.abs(t_S - 0.22) < 0.04) & (np.abs(s_S) < 0.25)] = paints["lips"]
     if garment == "saree":
-        colour[head & (np.abs(t_S - 0.56) < 0.05) & (np.abs(s_S) < 0.1)] = (214, 0, 40)
+        colour[head & (np.abs(t_S - 0.56) < 0.05) & (np.abs(s_S) < 0.1)] = paints["bindi"]
     shade = 1 - 0.28 * s_S**2
     # One cloth around both legs has no dark line between them.
-    shade[np.isin(parts_S, _INNER_LEGS[garment])] = 1
+    shade[np.isin(parts_S, _LOOKS[garment]["even"])] = 1
     colour *= shade[:, None].astype(np.float32)
     return colour
 
@@ -237,7 +201,7 @@ def draw_person(rng: np.random.Generator, garment: str, rgb: RGB, height: float)
         rgb: The garment's colour, 0..255 each.
         height: From the highest to the lowest pixel, in pixels.
     """
-    skin, turban = _SKINS[rng.integers(len(_SKINS))], bool(rng.random() < 0.4)
+    skin, turban = pick(rng, _SKINS), bool(rng.random() < 0.4)
     parts, t, s = _part_and_ts(_body(rng, garment), height)
     mask = parts > 0
     parts_S = parts[mask]

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from indiclip.generated.arguments import must_be_at_least, must_be_one_of
+from indiclip.generated.base import must_be_at_least, must_be_one_of
 from indiclip.generated.mela_hard import draw_clutter, hard_mixed, hard_single
 from indiclip.generated.mela_layout import Item, draw_background, mixed, single
 from indiclip.generated.mela_words import CLASSES, Group, captions
@@ -80,7 +79,7 @@ def _visible_only(items: list[Item], height: int, width: int) -> tuple[list[Item
     return kept, instances if len(kept) == len(items) else _instance_map(kept, height, width)
 
 
-def _box_and_point(own: NDArray[np.bool_], top: int, left: int) -> tuple[list[int], list[float]]:
+def _box_and_point(own: NDArray[np.bool_], top: int, left: int) -> list[float]:
     """The tight box of a mask whose first pixel is at (top, left), and the centre of its pixel nearest the middle."""
     rows, columns = own.sum(axis=1), own.sum(axis=0)
     ys, xs = rows.nonzero()[0], columns.nonzero()[0]
@@ -89,8 +88,7 @@ def _box_and_point(own: NDArray[np.bool_], top: int, left: int) -> tuple[list[in
         all_y, all_x = own.nonzero()
         nearest = ((all_y - y) ** 2 + (all_x - x) ** 2).argmin()
         y, x = int(all_y[nearest]), int(all_x[nearest])
-    box = [left + int(xs[0]), top + int(ys[0]), left + int(xs[-1]) + 1, top + int(ys[-1]) + 1]
-    return box, [left + x + 0.5, top + y + 0.5]
+    return [left + xs[0], top + ys[0], left + xs[-1] + 1, top + ys[-1] + 1, left + x + 0.5, top + y + 0.5]
 
 
 def place_of(points_xy: NDArray[np.float32], height: int, width: int) -> str:
@@ -110,32 +108,20 @@ def place_of(points_xy: NDArray[np.float32], height: int, width: int) -> str:
 
 def _groups(items: list[Item]) -> list[Group]:
     """The kinds in a scene, most frequent first."""
-    by_kind: dict[str, list[Item]] = {}
-    for item in items:
-        by_kind.setdefault(item.kind, []).append(item)
     groups = []
-    for kind, members in sorted(by_kind.items(), key=lambda entry: (-len(entry[1]), CLASSES.index(entry[0]))):
-        first = members[0]
-        alike = all((a.colour, a.garment) == (b.colour, b.garment) for a, b in pairwise(members))
-        groups.append(Group(kind, len(members), first.colour if alike else "", first.garment if alike else ""))
-    return groups
+    for kind in CLASSES:
+        looks = [(item.colour, item.garment) for item in items if item.kind == kind]
+        if looks:
+            groups.append(Group(kind, len(looks), *(looks[0] if len(set(looks)) == 1 else ("", ""))))
+    return sorted(groups, key=lambda group: -group.count)
 
 
-def _check_arguments(
-    seed: int,
-    index: int,
-    height: int,
-    width: int,
-    layout: str,
-    people: float,
-    empty: float,
-    kinds: Sequence[str] | None,
-    difficulty: str,
-) -> None:
-    must_be_one_of("layout", layout, LAYOUTS)
-    must_be_one_of("difficulty", difficulty, DIFFICULTIES)
-    must_be_at_least(0, seed=seed, index=index)
-    must_be_at_least(MIN_SIDE, height=height, width=width)
+def kinds_in(kinds: Sequence[str] | None, people: float) -> list[str]:
+    """The kinds that occur in scenes of these arguments, in the order of `CLASSES`."""
+    return [kind for kind in CLASSES if (kinds is None or kind in kinds) and (kind != "person" or people > 0)]
+
+
+def _checked_kinds(kinds: Sequence[str] | None, people: float, empty: float) -> list[str]:
     for name, share in (("people", people), ("empty", empty)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}: expected a probability in [0, 1]; found {share!r}")
@@ -143,13 +129,9 @@ def _check_arguments(
         raise ValueError(f"kinds: expected a list such as ['diya', 'kite']; found {kinds!r}")
     for kind in kinds or ():
         must_be_one_of("kinds", kind, CLASSES)
-    if not kinds_in(kinds, people):
+    if not (occurring := kinds_in(kinds, people)):
         raise ValueError(f"kinds: {list(kinds or ())} are never drawn where people is {people}")
-
-
-def kinds_in(kinds: Sequence[str] | None, people: float) -> list[str]:
-    """The kinds that occur in scenes of these arguments, in the order of `CLASSES`."""
-    return [kind for kind in CLASSES if (kinds is None or kind in kinds) and (kind != "person" or people > 0)]
+    return occurring
 
 
 def draw_scene(
@@ -180,21 +162,24 @@ def draw_scene(
     Raises:
         ValueError: An argument is out of its range.
     """
-    _check_arguments(seed, index, height, width, layout, people, empty, kinds, difficulty)
+    must_be_one_of("layout", layout, LAYOUTS)
+    must_be_one_of("difficulty", difficulty, DIFFICULTIES)
+    must_be_at_least(0, seed=seed, index=index)
+    must_be_at_least(MIN_SIDE, height=height, width=width)
+    occurring = _checked_kinds(kinds, people, empty)
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     image = draw_background(rng, height, width)
-    is_hard = difficulty == "hard"
-    if is_hard:
+    place_single, place_mixed = single, mixed
+    if difficulty == "hard":
         image = draw_clutter(rng, image)
-    occurring = kinds_in(kinds, people)
-    things = [kind for kind in occurring if kind != "person"]
+        place_single, place_mixed = hard_single, hard_mixed
     if layout == "single":
-        items = (hard_single if is_hard else single)(rng, height, width, occurring)
+        items = place_single(rng, height, width, occurring)
     elif rng.random() < empty:
         items = []
     else:
-        with_people = people if "person" in occurring else 0.0
-        items = (hard_mixed if is_hard else mixed)(rng, height, width, things, with_people)
+        things = [kind for kind in occurring if kind != "person"]
+        items = place_mixed(rng, height, width, things, people if "person" in occurring else 0.0)
     items, instances = _visible_only(items, height, width)
     return _assemble(rng, image, items, instances)
 
@@ -206,8 +191,7 @@ def _assemble(
     height, width = instances.shape
     parts = np.zeros((height, width), np.uint8)
     uv = np.zeros((height, width, 2), np.float32)
-    boxes: list[list[int]] = []
-    points: list[list[float]] = []
+    labels = []
     for i, item in enumerate(items):
         shown, source = item.windows(height, width)
         own = instances[shown] == i
@@ -216,16 +200,14 @@ def _assemble(
         if sprite.parts is not None and sprite.uv is not None:
             np.copyto(parts[shown], sprite.parts[source], where=own)
             np.copyto(uv[shown], sprite.uv[source], where=own[..., None])
-        box, point = _box_and_point(own, shown[0].start, shown[1].start)
-        boxes.append(box)
-        points.append(point)
-    points_xy = np.array(points, np.float32).reshape(-1, 2)
+        labels.append(_box_and_point(own, shown[0].start, shown[1].start))
+    boxes_xyxy, points_xy = np.split(np.array(labels, np.float32).reshape(-1, 6), [4], axis=1)
     return Scene(
         image_HW3=image,
         instances_HW=instances,
         parts_HW=parts,
         uv_HW2=uv,
-        boxes_xyxy=np.array(boxes, np.float32).reshape(-1, 4),
+        boxes_xyxy=boxes_xyxy,
         classes=np.array([CLASSES.index(item.kind) for item in items], np.int64),
         colours=[item.colour for item in items],
         garments=[item.garment for item in items],

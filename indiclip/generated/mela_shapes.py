@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.resources import files
 from itertools import pairwise
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
+
+from indiclip.generated.base import load_table
 
 Points = NDArray[np.float64]
 Shapes = list[tuple[str, Points]]  # (paint, polygon), painted in this order
@@ -100,8 +100,6 @@ def _load(section: str) -> dict[str, Shapes]:
     }
 
 
-_FILE: dict[str, dict[str, list[dict[str, str]]]] = yaml.safe_load(
-    (files(__package__) / "shapes.yaml").read_text("utf-8")
-)
+_FILE: dict[str, dict[str, list[dict[str, str]]]] = load_table("shapes.yaml")
 THINGS: dict[str, Shapes] = _load("things")
 CLOTHES: dict[str, Shapes] = _load("clothes")

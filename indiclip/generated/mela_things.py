@@ -7,44 +7,20 @@ the thing where at least half of it is covered.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from indiclip.generated.base import load_table
 from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_shapes import THINGS as _DRAWINGS
 from indiclip.generated.mela_shapes import Shapes
 
-# Twelve of the named colours of the India benchmark (taxonomy, category indian_colours; hex values from there), the
-# subset whose closest pair is furthest apart: CIEDE2000 16.8 (basanti stands for the yellows, haldi is too close to
-# kesariya, and neel to peacock blue).
-COLOURS = {
-    "kesariya": "#FF9933",
-    "basanti": "#FFD91A",
-    "gulabi": "#DF5FB7",
-    "rani_pink": "#D5006D",
-    "sindoori": "#E34234",
-    "maroon": "#800000",
-    "baingani": "#7D3FA9",
-    "peacock_blue": "#00677F",
-    "firozi": "#40E0D0",
-    "aasmani": "#87CEEB",
-    "totai": "#56C23A",
-    "mehendi": "#6B7A2A",
-}
-# Paints that stay the same whatever colour a thing has.
-_FIXED = {
-    "ink": "#281E26",
-    "white": "#FCFAF4",
-    "gold": "#E8AC24",
-    "flame": "#FF7010",
-    "glow": "#FFEC8C",
-    "leaf": "#347A32",
-    "wood": "#784C2C",
-    "glass": "#B0D6E8",
-}
-_PAINTS: dict[str, RGB] = {paint: rgb_of_hex(colour) for paint, colour in _FIXED.items()}
+FAIR: dict[str, Any] = load_table("mela.yaml")
+COLOURS: dict[str, str] = FAIR["colours"]
+_PAINTS: dict[str, RGB] = {paint: rgb_of_hex(colour) for paint, colour in FAIR["paints"].items()}
 _CLEAR = (0, 0, 0, 0)  # paint "hole": what lies behind the thing shows through
 
 

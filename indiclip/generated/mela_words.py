@@ -6,20 +6,18 @@ Captions are noun phrases whose parts need no agreement: a number follows its th
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
-from indiclip.generated.arguments import must_be_one_of
+from indiclip.generated.base import load_table, must_be_one_of
 from indiclip.generated.mela_things import THINGS
 
 CLASSES = [*THINGS, "person"]  # class id = place in this list
 PERSON = CLASSES.index("person")
 
-_WORDS: dict[str, dict[str, Any]] = json.loads((files(__package__) / "mela_words.json").read_text("utf-8"))
+_WORDS: dict[str, dict[str, Any]] = load_table("mela_words.json")
 LANGUAGES = list(_WORDS)  # ISO 639-1 codes
 
 

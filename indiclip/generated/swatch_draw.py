@@ -5,10 +5,13 @@ The median pixel of what is drawn is therefore the colour itself, to rounding, h
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from indiclip.generated.base import load_table
 from indiclip.generated.cielab import RGB, Floats, delta_e76, lab_to_srgb, srgb_to_lab
 from indiclip.generated.mela_shapes import CLOTHES, THINGS
 from indiclip.generated.mela_things import draw_shapes
@@ -17,15 +20,8 @@ UInt8 = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 SHAPES = THINGS | CLOTHES
-# Which of two threads lies on top, by (column, row) of the crossing: the drafts of a weaver.
-_DRAFTS: dict[str, list[str]] = {
-    "plain": ["10", "01"],
-    "twill": ["1100", "0110", "0011", "1001"],
-    "basket": ["1100", "1100", "0011", "0011"],
-    "satin": ["10000", "00100", "00001", "01000", "00010"],
-    "herringbone": ["11000110", "01101100", "00111001", "10010011"],
-    "khadi": ["10", "01"],  # plain, of hand-spun thread that is thick and thin
-}
+TABLE: dict[str, dict[str, Any]] = load_table("swatches.yaml")
+_DRAFTS: dict[str, list[str]] = TABLE["weaves"]["train"] | TABLE["weaves"]["test"]
 WEAVES = list(_DRAFTS)
 _ZARI: RGB = (232, 172, 36)
 _GROUND_AWAY = 30.0  # CIE76 between a thing's colour and what it lies on
@@ -37,15 +33,13 @@ def draw_patch(rng: np.random.Generator, rgb: RGB, height: int, width: int) -> t
     Returns:
         The image, uint8 (height, width, 3), and where the colour is, bool (height, width).
     """
-    canvas = Image.new("L", (width, height))
+    kind, (x1, y1, x2, y2) = rng.integers(3), rng.uniform(0.05, 0.25, 4)
+    canvas = Image.new("L", (width, height), 255 if kind == 0 else 0)
     draw = ImageDraw.Draw(canvas)
-    kind, margins = rng.integers(3), rng.uniform(0.05, 0.25, 4)
-    box = (margins[0] * width, margins[1] * height, (1 - margins[2]) * width, (1 - margins[3]) * height)
-    if kind == 0:
-        draw.rectangle((0, 0, width, height), fill=255)
-    elif kind == 1:
+    box = (x1 * width, y1 * height, (1 - x2) * width, (1 - y2) * height)
+    if kind == 1:
         draw.ellipse(box, fill=255)
-    else:
+    elif kind == 2:
         draw.rounded_rectangle(box, radius=rng.uniform(0, 0.1) * min(height, width), fill=255)
     own = np.asarray(canvas) > 0
     relief = 1 + rng.uniform(0, 0.08) * _slope(rng, height, width)
@@ -82,8 +76,7 @@ def draw_object(rng: np.random.Generator, rgb: RGB, height: int, width: int, kin
     side = rng.uniform(0.7, 0.9) * min(height, width)
     sprite = draw_shapes(SHAPES[kind], rgb, side, rng.uniform(-0.2, 0.2), rng.uniform(0.9, 1.1), rng.random() < 0.5)
     sprite_h, sprite_w = sprite.mask.shape
-    fit = min(1.0, (height - 2) / sprite_h, (width - 2) / sprite_w)
-    assert fit == 1, "a side of at most 0.9 of the image leaves room for the stretch"
+    assert max(sprite_h - height, sprite_w - width) <= -2, "a side of at most 0.9 leaves room for the stretch"
     top, left = int(rng.integers(height - sprite_h + 1)), int(rng.integers(width - sprite_w + 1))
     image = _ground(rng, rgb, height, width)
     window = image[top : top + sprite_h, left : left + sprite_w]

@@ -13,27 +13,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from indiclip.datasets.base import SampleDataset
-from indiclip.generated.arguments import height_width, must_be_at_least, must_be_one_of
+from indiclip.generated.base import Generated, must_be_one_of, pick
 from indiclip.generated.cielab import RGB, delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
-from indiclip.generated.swatch_draw import draw_cloth, draw_object, draw_patch
+from indiclip.generated.swatch_draw import TABLE, draw_cloth, draw_object, draw_patch
 from indiclip.types import Sample
 
 KINDS = ("patch", "cloth", "thing")
 PARTS = ("train", "test")
-WEAVES = {"train": ("plain", "twill", "basket"), "test": ("khadi", "satin", "herringbone")}
-THINGS = {
-    "train": ("kurta", "lehenga", "balloon", "matka", "marigold", "bangle"),
-    "test": ("saree", "pagri", "umbrella", "elephant", "bell", "mango"),
-}
+WEAVES = {part: list(drafts) for part, drafts in TABLE["weaves"].items()}
+THINGS: dict[str, list[str]] = TABLE["things"]
 MIN_SIDE = 32
 STRAY = 0.45  # of the distance to the nearest other colour; at 0.5 it would be as near as its own
 _WIDEST = 12.0  # CIE76 that a colour strays at most, however alone it is
-_CAPTIONS = {"patch": "a swatch of {}", "cloth": "a piece of cloth in {}", "thing": "a thing in {}"}
 _TRIES = 1000
 
 
-class Swatches(SampleDataset):
+class Swatches(Generated):
     """Images of named colours as a map-style data set; the colours take turns, then the kinds.
 
     `label` is the place of the colour in `colours`.
@@ -58,16 +53,11 @@ class Swatches(SampleDataset):
         seed: int = 0,
     ) -> None:
         must_be_one_of("part", part, PARTS)
-        must_be_at_least(1, num_images=num_images)
-        must_be_at_least(0, seed=seed)
-        self.height, self.width = height_width(size, MIN_SIDE)
-        self.num_images, self.part, self.seed = num_images, part, seed
+        super().__init__(f"swatch-{part}", size, MIN_SIDE, seed, num_images=num_images)
+        self.part = part
         self.colours = list(colours)
         self.labs = np.array([srgb_to_lab(rgb_of_hex(colour)) for colour in colours.values()]).reshape(-1, 3)
         self.room = _room(self.colours, self.labs)
-
-    def __len__(self) -> int:
-        return self.num_images
 
     def __getitem__(self, index: int) -> Sample:
         image, _ = self.draw(index)
@@ -75,18 +65,13 @@ class Swatches(SampleDataset):
         return {
             "image": image,
             "key": self.key(index),
-            "caption": _CAPTIONS[self.kind(index)].format(name),
+            "caption": TABLE["captions"][self.kind(index)].format(name),
             "label": self.label(index),
         }
 
-    def key(self, index: int) -> str:
-        """The image's name. Draws nothing."""
-        return f"swatch-{self.part}-{self.seed}-{index}"
-
     def label(self, index: int) -> int:
         """The place of the image's colour in `colours`."""
-        if not 0 <= index < self.num_images:
-            raise IndexError(f"index: expected 0 to {self.num_images - 1}; found {index}")
+        self.must_have(index)
         return index % len(self.colours)
 
     def kind(self, index: int) -> str:
@@ -103,7 +88,7 @@ class Swatches(SampleDataset):
             return draw_patch(rng, rgb, self.height, self.width)
         choices = (WEAVES if kind == "cloth" else THINGS)[self.part]
         draw = draw_cloth if kind == "cloth" else draw_object
-        return draw(rng, rgb, self.height, self.width, choices[rng.integers(len(choices))])
+        return draw(rng, rgb, self.height, self.width, pick(rng, choices))
 
     def stray(self, rng: np.random.Generator, label: int) -> RGB:
         """A colour near that of a label, and nearer to it than to any other."""

@@ -61,7 +61,8 @@ def caption_ranks(image_NE: Floats, text_TE: Floats, image_T: Integers, length: 
     missing = np.setdiff1d(np.arange(len(images)), owner_T.numpy())
     if len(missing):
         raise ValueError(f"{len(missing)} of {len(images)} images have no caption, first number {missing[0]}")
-    return CaptionRanks(*(rank.numpy() for rank in _ranks(images, texts, owner_T)))
+    rank_N, rank_T = pair_ranks(images, texts, owner_T, torch.arange(len(texts)))
+    return CaptionRanks(rank_N.numpy(), rank_T.numpy())
 
 
 def chance_recall(right_Q: np.ndarray, num_candidates: int, k: int) -> float:
@@ -78,18 +79,32 @@ def chance_recall(right_Q: np.ndarray, num_candidates: int, k: int) -> float:
     return float(1 - missed_Q.mean())
 
 
-def _ranks(images: Tensor, texts: Tensor, owner_T: Tensor) -> tuple[Tensor, Tensor]:
-    right_T = (images[owner_T] * texts).sum(1)
-    best_N = torch.full((len(images),), -torch.inf).scatter_reduce_(0, owner_T, right_T, "amax")
-    rank_N, rank_T = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(texts), dtype=torch.int64)
-    for part in chunks(len(images), len(texts)):
-        cosine_BT = images[part] @ texts.T
-        # An image's own captions, and a caption's own image, are no wrong candidates.
-        own = ((owner_T >= part.start) & (owner_T < part.stop)).nonzero()[:, 0]
-        own_at = (owner_T[own] - part.start, own)
-        for rank, dim, right in ((rank_N[part], 1, best_N[part, None]), (rank_T, 0, right_T)):
+def pair_ranks(image_NE: Tensor, text_TE: Tensor, image_S: Tensor, text_S: Tensor) -> tuple[Tensor, Tensor]:
+    """How many wrong ones are at least as near as the nearest right one: texts for an image, and images for a text.
+
+    Ties (to rounding) and NaN count against the right one, so that a model which gives the same vector for everything
+    finds nothing.
+
+    Args:
+        image_NE: Images, of unit length.
+        text_TE: Texts, of unit length.
+        image_S: The image of each pair that belongs together.
+        text_S: Its text.
+
+    Returns:
+        int64 `(rank_N, rank_T)`: 0 where a right one is the nearest; all candidates where nothing is right.
+    """
+    right_S = (image_NE[image_S] * text_TE[text_S]).sum(1)
+    sides = ((len(image_NE), image_S), (len(text_TE), text_S))
+    best_N, best_T = (right_S.new_full((n,), -torch.inf).scatter_reduce_(0, i_S, right_S, "amax") for n, i_S in sides)
+    rank_N, rank_T = (image_S.new_zeros(n) for n, _ in sides)
+    for part in chunks(len(image_NE), len(text_TE)):
+        cosine_BT = image_NE[part] @ text_TE.T
+        here = ((image_S >= part.start) & (image_S < part.stop)).nonzero()[:, 0]
+        pairs = (image_S[here] - part.start, text_S[here])
+        for rank, dim, right in ((rank_N[part], 1, best_N[part, None]), (rank_T, 0, best_T)):
             near_BT = as_near(cosine_BT, right)
-            near_BT[own_at] = False
+            near_BT[pairs] = False
             rank += near_BT.sum(dim)
     return rank_N, rank_T
 
@@ -114,14 +129,6 @@ def class_ranks(
     """
     image_M, column_M, class_D = candidates_of(label_N, classes, len(class_DE))
     images, texts = at_one_length(image_NE, class_DE, length, image_M)
-    parts = [(part, column_M[None, part]) for part in chunks(len(images), len(texts))]
-    best_D = torch.full((len(texts),), -torch.inf)
-    for part, column_1B in parts:
-        right_B = (texts @ images[part].T).gather(0, column_1B)[0]
-        best_D.scatter_reduce_(0, column_1B[0], right_B, "amax")
-    rank_D = torch.zeros(len(texts), dtype=torch.int64)
-    for part, column_1B in parts:
-        near_DB = as_near(texts @ images[part].T, best_D[:, None]).scatter_(0, column_1B, False)
-        rank_D += near_DB.sum(1)
+    _, rank_D = pair_ranks(images, texts, torch.arange(len(images)), column_M)
     present = torch.unique(column_M)
     return ClassRanks(class_D[present].numpy(), rank_D[present].numpy())

@@ -1,0 +1,76 @@
+"""What the generated data sets share: checks of what they are asked for, a length, and names for their samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+
+from indiclip.datasets.base import SampleDataset
+from indiclip.names import did_you_mean
+
+T = TypeVar("T")
+
+
+def must_be_one_of(argument: str, found: object, allowed: Iterable[str]) -> None:
+    """Raise ValueError that names the argument, what was found, what is allowed and the nearest of it."""
+    if found not in (allowed := list(allowed)):
+        hint = did_you_mean(str(found), allowed)
+        raise ValueError(f"{argument}: expected one of {', '.join(allowed)}; found {found!r}{hint}")
+
+
+def must_be_at_least(least: int, **arguments: int) -> None:
+    """Raise ValueError that names the argument which is less."""
+    for name, value in arguments.items():
+        if value < least:
+            raise ValueError(f"{name}: expected a whole number from {least} up; found {value!r}")
+
+
+def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+    """One of the choices, each as likely."""
+    return choices[int(rng.integers(len(choices)))]
+
+
+def load_table(name: str) -> Any:
+    """What a YAML file beside this one holds."""
+    return yaml.safe_load((files(__package__) / name).read_text("utf-8"))
+
+
+class Generated(SampleDataset):
+    """Images that are a pure function of a seed and their number.
+
+    Args:
+        name: First word of the samples' keys.
+        size: Of the images in pixels: one number for square ones, or [height, width].
+        least_side: Fewest pixels of a side.
+        seed: Which data set.
+        length: Number of images, under the name of the argument that says so.
+
+    Raises:
+        ValueError: An argument is out of its range; names it.
+    """
+
+    def __init__(self, name: str, size: int | list[int], least_side: int, seed: int, **length: int) -> None:
+        must_be_at_least(1, **length)
+        must_be_at_least(0, seed=seed)
+        sides = [size, size] if isinstance(size, int) else list(size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= least_side for side in sides):
+            expected = f"one number or [height, width], each at least {least_side} pixels"
+            raise ValueError(f"size: expected {expected}; found {size!r}")
+        (self.length,) = length.values()
+        self.name, self.seed, (self.height, self.width) = name, seed, sides
+
+    def __len__(self) -> int:
+        return self.length
+
+    def key(self, index: int) -> str:
+        """The image's name. Draws nothing."""
+        return f"{self.name}-{self.seed}-{index}"
+
+    def must_have(self, index: int) -> None:
+        """Raise IndexError where there is no such image."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"index: expected 0 to {self.length - 1}; found {index}")
