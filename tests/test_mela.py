@@ -498,7 +498,7 @@ def test_samples_hold_every_task() -> None:
         assert sample["key"] == f"mela-4-{index}"
         assert sample["label"] == -1
         assert not sample["crowd"].any()
-        assert sample["captions"] == {language: scene.captions[language] for language in ("en", "bn")}
+        assert sample["captions"] == {language: [scene.captions[language]] for language in ("en", "bn")}
         assert "caption" not in sample
         asked_in.append("en" if sample["count_class"] in mela.classes else "bn")
         assert sample["count_class"] == mela.class_names(asked_in[-1])[sample["count_label"]]
