@@ -1,13 +1,13 @@
 """The contrastive head: its metric against numbers worked out by hand, gradients, label-aware zero-shot."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import caption_batch, noise, on_ranks, packed, tiny_encoder
 
 from heads.contrastive import Contrastive, EmbeddingMetric, retrieval_ranks
+from indiclip.datasets.base import SampleDataset
 from indiclip.patches import batch_images
 from indiclip.types import Batch, Origin
 
@@ -312,7 +312,7 @@ def test_ranks_that_saw_different_languages_agree(tmp_path):
     def numbers(parts):
         metric = EmbeddingMetric([8], [1, 5])
         for part in parts:
-            listed(metric, image_BE[part], captions[part], texts_E[part], [next(iter(by)) for by in captions[part]])
+            listed(metric, image_BE[part], captions[part], texts_E[part], [next(iter(by), "") for by in captions[part]])
         return {name: value.item() for name, value in metric.compute().items()}
 
     answers = on_ranks(3, lambda rank: numbers([[slice(0, 15)], [slice(15, 30)], []][rank]), tmp_path)
@@ -423,9 +423,24 @@ def test_images_without_a_caption_can_be_embedded():
     assert bare[0]["nearest"] == []
 
 
+class OfClass(SampleDataset):
+    """No samples, of one class."""
+
+    def __init__(self, name):
+        self.classes = [name]
+
+    def __len__(self):
+        return 0
+
+    def key(self, index):
+        raise IndexError(index)
+
+    __getitem__ = key
+
+
 def test_labels_of_sources_that_number_classes_in_another_way_are_refused():
     """In training; what is held out is scored by its own classes."""
-    kites, drums = SimpleNamespace(classes=["kite"]), SimpleNamespace(classes=["drum"])
+    kites, drums = OfClass("kite"), OfClass("drum")
     Contrastive().check({"data.train[0]": kites}, {"data.val[0]": drums})
     with pytest.raises(ValueError, match=r"data\.train\[1\]: the sources .* class 0 is 'kite' and 'drum'"):
         Contrastive().check({"data.train[0]": kites, "data.train[1]": drums}, {})

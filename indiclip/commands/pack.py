@@ -68,7 +68,6 @@ def run(options: argparse.Namespace) -> int:
             (writer.part / class_file.name).write_text("\n".join(source.classes) + "\n", "utf-8")
         inventory += source.inventory
         inventory += writer.inventory
-        inventory += source.inventory
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
     _show(writer, inventory, options.json)
     return 0 if writer.shards else 1
