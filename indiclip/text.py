@@ -200,7 +200,7 @@ def _hub_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
     except OSError as error:
         raise FileNotFoundError(
-            f"tokenizer.source: {name!r} is no file, no folder with a tokenizer.json, and not to be had from the hub"
+            f"tokenizer.source: {name!r} is no file, no folder with a tokenizer.json, and cannot be loaded from the hub"
         ) from error
     return tokenizer.backend_tokenizer
 
@@ -317,8 +317,8 @@ def _pretrained_model(name: str) -> Any:
         return AutoModel.from_pretrained(name, use_safetensors=True)
     except OSError as error:
         raise FileNotFoundError(
-            f"text.pretrained: {name!r} is no folder with a transformers model in safetensors, and not to be had from "
-            "the hub"
+            f"text.pretrained: {name!r} is no folder with a transformers model in safetensors, and cannot be "
+            "loaded from the hub"
         ) from error
 
 

@@ -139,8 +139,10 @@ def test_rows_of_one_image_are_one_sample_with_all_their_captions(folder, capsys
     found, dataset = read(folder, text)
     assert found == {"a": {"en": ["ant", "an ant"]}, "b": {"en": ["bee"]}}
     assert {unit: dataset.inventory.used[unit] for unit in ("rows", "images", "captions")} == {
-        "rows": 4, "images": 2, "captions": 4
+        "rows": 4, "images": 2, "captions": 3
     }  # fmt: skip
+    repeated = dataset.inventory.summary()["captions"]["left_out"]
+    assert repeated == {"of the same words": {"count": 1, "example": f"{folder / 't.csv'}: line 5"}}
     words = ["--out", str(folder / "out"), "--name", "x", "--workers", "0"]
     assert main(["shards", "pack", str(folder / "t.csv"), *words]) == 0
     shards = Shards(str(folder / "out" / "*.tar"))

@@ -43,7 +43,7 @@ def count_scripts(text: str) -> dict[str, int]:
 @cache
 def _script(character: str) -> str:
     code = unicodedata.script(character)
-    name = unicodedata.script_name(code).replace("_", " ")
+    name: str = unicodedata.script_name(code).replace("_", " ")
     return {"Oriya": "Odia", "Common": "", "Inherited": "", "Unknown": ""}.get(name, name)
 
 

@@ -227,7 +227,7 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: An empty name or one that is there twice.
+        ValueError: An empty name or a duplicated one.
     """
     where = classes if isinstance(classes, str) else "classes"
     lines = classes or []
