@@ -134,6 +134,12 @@ def test_columns_are_told_by_any_tag_and_those_that_are_not_used_are_named(folde
     }
 
 
+def test_a_column_says_the_language_of_each_row_for_captions_that_do_not(folder):
+    found, dataset = read(folder, "file,caption,en,lang\na.png,chinti,ant,hi_Latn\nb.png,bee,,\na.png,erumbu,,ta\n")
+    assert found == {"a": {"hi-Latn": ["chinti"], "ta": ["erumbu"], "en": ["ant"]}, "b": {"": ["bee"]}}
+    assert dataset.inventory.used["columns"] == 4
+
+
 def test_rows_of_one_image_are_one_sample_with_all_their_captions(folder, capsys):
     text = "file,en\na.png,ant\nb.png,bee\na.png,an ant\na.png,ant\n"
     found, dataset = read(folder, text)

@@ -11,7 +11,7 @@ from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
 from indiclip.datasets.table_reader import OnBadRow, Table
 from indiclip.datasets.tables import Strings, check_files, existing
-from indiclip.images import EncodedImage, UnreadableSample, read_image
+from indiclip.images import UnreadableSample, read_image
 from indiclip.types import Sample
 
 LANGUAGE_COLUMNS = ("language", "lang")  # of the captions of a row
@@ -71,7 +71,7 @@ class CaptionTable(SampleDataset):
         image_column: The column with the file names or images.
         languages: The columns with captions, or column -> language. None takes those that are called by a language's
             code or name (`hi`, `ta_IN`, `hi-Latn`, `Tamil`; see `caption_language`), and `caption`, whose language is
-            unknown. Several columns of one language are several captions.
+            unknown unless a column `language` or `lang` says it. Several columns of one language are several captions.
         on_bad_row: `skip` leaves out and counts rows that are malformed, without a caption or without an image file;
             `error` raises.
 
@@ -132,13 +132,11 @@ class CaptionTable(SampleDataset):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         key = self.key(index)
-        try:
-            data = self._embedded[int(self._rows[index])] if self._embedded else None
-        except ValueError as error:
-            raise UnreadableSample(key, str(error), str(self.folder)) from error
-        if self._embedded and data is None and not (self.folder / key).is_file():
-            raise UnreadableSample(key, "the cell holds no image", str(self._embedded.file))
-        image = read_image(self.folder / key, key) if data is None else EncodedImage(data, key)
+        image = self._embedded.image(int(self._rows[index]), key) if self._embedded else None
+        if image is None:
+            if self._embedded and not (self.folder / key).is_file():
+                raise UnreadableSample(key, "the cell holds no image", str(self._embedded.file))
+            image = read_image(self.folder / key, key)
         return Sample(image=image, key=key, captions=self.captions(index))
 
 

@@ -15,6 +15,7 @@ from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import caption_language
 from indiclip.datasets.tables import decode_text
 from indiclip.datasets.text_rows import text_rows
+from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.names import did_you_mean, shorten
 
 KINDS = (".csv", ".tsv", ".parquet")
@@ -213,6 +214,14 @@ class EmbeddedImages:
         value = _row_group(self.file, group, self.column)[row - int(self._ends[group - 1] if group else 0)].as_py()
         found = value.get("bytes") if isinstance(value, dict) else value
         return found if found is None else bytes(found)
+
+    def image(self, row: int, key: str) -> EncodedImage | None:
+        """As `[row]`; raises `UnreadableSample` with the sample's key where there is no image in the bytes."""
+        try:
+            found = self[row]
+        except ValueError as error:
+            raise UnreadableSample(key, str(error), str(self.file)) from error
+        return None if found is None else EncodedImage(found, key, str(self.file))
 
 
 @lru_cache(maxsize=_ROW_GROUPS)
