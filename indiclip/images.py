@@ -20,6 +20,7 @@ import simplejpeg
 from PIL import Image
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "jpe")  # what files of the three formats are called
+EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kind of an image -> what its file is called
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
 HEAD_BYTES = 1 << 18  # of a file hold its header, mostly
 

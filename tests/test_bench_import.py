@@ -86,7 +86,7 @@ def test_names_and_prompts_of_another_language(card, tmp_path, capsys):
     assert expected in capsys.readouterr().err
     full = tmp_path / "full.yaml"
     names = zip(("डोसा", "इडली", "लड्डू"), CARD["classes"], strict=True)
-    classes = [{"id": one["id"], "names": {"en": one["id"], "hi": hindi}} for hindi, one in names]
+    classes = [{"id": one["id"], "names": {"en": one["names"]["en"], "hi": hindi}} for hindi, one in names]
     prompts = {"hi": ["{c} की तस्वीर।"]}
     full.write_text(yaml.safe_dump({"task": "classification", "classes": classes, "prompts": prompts}), "utf-8")
     convert(str(tmp_path / "a"), str(full), str(tmp_path / "b"), language="hi")

@@ -1,13 +1,13 @@
 """The contrastive head: its metric against numbers worked out by hand, gradients, label-aware zero-shot."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import caption_batch, noise, on_ranks, packed, tiny_encoder
 
 from heads.contrastive import Contrastive, EmbeddingMetric
+from indiclip.datasets.base import SampleDataset
 from indiclip.evals.protocols import cosines
 from indiclip.evals.protocols.retrieval import pair_ranks
 from indiclip.patches import batch_images
@@ -426,9 +426,24 @@ def test_images_without_a_caption_can_be_embedded():
     assert bare[0]["nearest"] == []
 
 
+class OfClass(SampleDataset):
+    """No samples, of one class."""
+
+    def __init__(self, name):
+        self.classes = [name]
+
+    def __len__(self):
+        return 0
+
+    def key(self, index):
+        raise IndexError(index)
+
+    __getitem__ = key
+
+
 def test_labels_of_sources_that_number_classes_in_another_way_are_refused():
     """In training; what is held out is scored by its own classes."""
-    kites, drums = (SimpleNamespace(classes=[name], captioned=True) for name in ("kite", "drum"))
+    kites, drums = OfClass("kite"), OfClass("drum")
     Contrastive().check({"data.train[0]": kites}, {"data.val[0]": drums})
     with pytest.raises(ValueError, match=r"data\.train\[1\]: the sources .* class 0 is 'kite' and 'drum'"):
         Contrastive().check({"data.train[0]": kites, "data.train[1]": drums}, {})

@@ -89,7 +89,7 @@ def test_train_is_the_gallery_and_val_gives_way_to_test(card, folder):
     items = find_items(card(), folder.parent)
     assert items.is_train.tolist() == [False] + [True] * 4
     assert items.notes == [
-        f"{folder}: `test` is scored; `val` is left aside",
+        f"{folder}: `test` is scored; `val` is not used",
         "no images of 2 of 3 classes, which stay candidates: masala_dosa, ladoo",
     ]
 
@@ -328,7 +328,7 @@ def test_columns_and_lines_of_captions(card, folder, tmp_path):
         ),
         (
             {"captions_a.json": json.dumps(COCO).replace("b.jpg", "a.jpg"), "a.jpg": b""},
-            "captions_a.json: the image 'a.jpg' is there twice",
+            "captions_a.json: the image 'a.jpg' is duplicated",
         ),
         (
             {"captions_a.json": json.dumps(COCO).replace("a.jpg", "../a.jpg"), "b.jpg": b""},

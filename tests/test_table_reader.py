@@ -134,13 +134,21 @@ def test_columns_are_told_by_any_tag_and_those_that_are_not_used_are_named(folde
     }
 
 
+def test_a_column_says_the_language_of_each_row_for_captions_that_do_not(folder):
+    found, dataset = read(folder, "file,caption,en,lang\na.png,chinti,ant,hi_Latn\nb.png,bee,,\na.png,erumbu,,ta\n")
+    assert found == {"a": {"hi-Latn": ["chinti"], "ta": ["erumbu"], "en": ["ant"]}, "b": {"": ["bee"]}}
+    assert dataset.inventory.used["columns"] == 4
+
+
 def test_rows_of_one_image_are_one_sample_with_all_their_captions(folder, capsys):
     text = "file,en\na.png,ant\nb.png,bee\na.png,an ant\na.png,ant\n"
     found, dataset = read(folder, text)
     assert found == {"a": {"en": ["ant", "an ant"]}, "b": {"en": ["bee"]}}
     assert {unit: dataset.inventory.used[unit] for unit in ("rows", "images", "captions")} == {
-        "rows": 4, "images": 2, "captions": 4
+        "rows": 4, "images": 2, "captions": 3
     }  # fmt: skip
+    repeated = dataset.inventory.summary()["captions"]["left_out"]
+    assert repeated == {"of the same words": {"count": 1, "example": f"{folder / 't.csv'}: line 5"}}
     words = ["--out", str(folder / "out"), "--name", "x", "--workers", "0"]
     assert main(["shards", "pack", str(folder / "t.csv"), *words]) == 0
     shards = Shards(str(folder / "out" / "*.tar"))

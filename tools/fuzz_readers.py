@@ -310,8 +310,33 @@ def _read_table(folder: Path, on_bad_row: Any) -> SampleDataset:
     return CaptionTable(str(folder), str(next(folder.glob("t.*"))), on_bad_row=on_bad_row)
 
 
-def _read_table_as_pack(folder: Path) -> None:
-    source = open_source(str(folder / "t.csv"), on_bad_row="skip")
+def _write_names(folder: Path) -> None:
+    names = ["1.jpg", "दीया.PNG", "2.gif", "2.txt", "3.txt", ".x.png", "y.heic", "z", "[4].jfif", "c d.json"]
+    (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
+
+
+def _read_folder_as_pack(folder: Path) -> None:
+    """A folder of files that are called by the texts of `names.json`, where a file system takes them."""
+    try:
+        tree = json.loads((folder / "names.json").read_bytes())
+    except (ValueError, RecursionError):
+        tree = {}
+    texts = [str(parent[key]) for parent, key in _places(tree) if isinstance(parent[key], str | int | None)]
+    photos = folder / "photos"
+    photos.mkdir()
+    for place, name in enumerate(texts):
+        path = photos / ("", "a", "a/deep")[place % 3 if len(texts) % 2 else 0] / name
+        try:
+            if path.resolve().is_relative_to(photos):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"x")
+        except (ValueError, OSError):
+            continue
+    _read_source_as_pack(str(photos))
+
+
+def _read_source_as_pack(path: str) -> None:
+    source = open_source(path, on_bad_row="skip")
     source.inventory.verify()
     for i in range(len(source.keys)):
         try:
@@ -337,7 +362,10 @@ READERS: dict[str, Reader] = {
         for kind in ("csv", "tsv", "parquet")
         for word, on_bad_row in (("", "error"), (", bad rows skipped", "skip"))
     },
-    "table, packed": Reader(partial(_write_table, kind="csv"), _read_table_as_pack),
+    "table, packed": Reader(
+        partial(_write_table, kind="csv"), lambda folder: _read_source_as_pack(str(folder / "t.csv"))
+    ),
+    "folder, packed": Reader(_write_names, _read_folder_as_pack),
 }
 
 

@@ -13,13 +13,12 @@ from indiclip.commands.parallel import results
 from indiclip.commands.sources import Items, open_source
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import stable_hash
-from indiclip.images import EncodedImage, UnreadableSample
+from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import check_boxes
 from indiclip.webdataset.shard_writer import ShardWriter
 from indiclip.webdataset.shards import read_captions, read_classes, read_entry
 from indiclip.webdataset.tar_members import MAX_BYTES
 
-_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _NAME = re.compile(r"[\w-]+")
 
 
@@ -103,7 +102,7 @@ def _read(source: Items, index: int) -> Packed:
         return Packed(index, {}, kind, error.reason)
     except (OSError, ValueError) as error:
         return Packed(index, {}, kind, str(error))
-    return Packed(index, {_EXTENSION[image.kind]: data, **item.texts})
+    return Packed(index, {EXTENSION_OF[image.kind]: data, **item.texts})
 
 
 def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> None:

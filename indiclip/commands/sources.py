@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from indiclip.datasets.captions import CaptionColumns
 from indiclip.datasets.coco_file import Entry, read_captions, read_coco
 from indiclip.datasets.folders import list_images
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.languages import language_tag
+from indiclip.datasets.languages import caption_language, language_tag
 from indiclip.datasets.table_reader import KINDS, OnBadRow, Table
 from indiclip.datasets.tables import Strings, existing
 from indiclip.images import EXTENSIONS
@@ -129,36 +130,24 @@ class TableItems:
         self.classes: list[str] = []
         table = Table(file, on_bad_row, image_column)
         images, self._embedded = table.images(image_column)
-        columns = table.caption_columns()
-        if caption_column in table.header or not columns:
+        if caption_column in table.header or not any(map(caption_language, table.header)):
             columns = {table.place(caption_column): language_tag(caption_column)}
-        of_rows = next((table.place(name) for name in ("language", "lang") if name in table.header), None)
-        declared = table.names(of_rows) if of_rows is not None else [""] * len(images)
-        texts = {place: table.texts(place) for place in columns}
-        rows_of: dict[str, list[int]] = {}
-        for row in table.kept:
-            # Rows without an image have nothing in common.
-            rows_of.setdefault(images[row] or f"\0{row}", []).append(row)
-        entries = []
+        else:
+            columns = table.caption_columns()
+        captions = CaptionColumns(table, columns)
+        rows_of = table.rows_by_image(images)
         for rows in rows_of.values():
-            captions: dict[str, list[str]] = {}
-            empty = [row for row in rows if not any(texts[place][row] for place in columns)]
+            empty = [row for row in rows if captions.is_empty(row)]
             for row in empty if len(empty) < len(rows) else []:  # else `pack` lists the image
                 table.leave_out(row, "without a caption", "no caption", always=True)
-            for place, language in columns.items():
-                for row in rows:
-                    known = captions.setdefault(language_tag(declared[row]) or language, [])
-                    known += [text for text in texts[place][row] if text not in known]
-            entries.append(_dumps({name: found for name, found in captions.items() if found}))
         firsts = [rows[0] for rows in rows_of.values()]
-        self._images, self._captions = Strings(images[row] for row in firsts), Strings(entries)
+        self._images = Strings(images[row] for row in firsts)
+        self._captions = Strings(_dumps(captions.of_rows(rows)) for rows in rows_of.values())
         self._rows = np.array(firsts)
         self.names = Strings(table.where(row).removeprefix(f"{file.parent}/") for row in firsts)
         self.keys = unique_keys(_stem(images[row]) for row in firsts)
         self.inventory = table.inventory
-        self.inventory += table.count_columns(
-            {table.place(image_column), *columns, *([of_rows] if of_rows is not None else [])}
-        )
+        self.inventory += table.count_columns({table.place(image_column), *captions.places})
 
     def __getitem__(self, index: int) -> Item:
         if not self._images[index]:

@@ -2,14 +2,62 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
 from indiclip.datasets.table_reader import OnBadRow, Table
 from indiclip.datasets.tables import Strings, check_files, existing
-from indiclip.images import EncodedImage, UnreadableSample, read_image
+from indiclip.images import UnreadableSample, read_image
 from indiclip.types import Sample
+
+LANGUAGE_COLUMNS = ("language", "lang")  # of the captions of a row
+
+
+class CaptionColumns:
+    """The captions of a table.
+
+    Args:
+        table: The table. Its column `language` or `lang` says what the captions of a row are in that do not say it by
+            their column's name.
+        languages: Place of each column with captions -> its language.
+        default: The language where nothing says it.
+
+    Attributes:
+        places: All columns that are used.
+        inventory: The captions of all rows that were asked for.
+    """
+
+    def __init__(self, table: Table, languages: dict[int, str], default: str = "") -> None:
+        self._table, self._languages, self._default = table, languages, default
+        self._texts = {place: table.texts(place) for place in languages}
+        of_rows = next((table.place(name) for name in LANGUAGE_COLUMNS if name in table.header), None)
+        self._of_row = None if of_rows is None else list(map(language_tag, table.names(of_rows)))
+        self.places = {*languages} if of_rows is None else {*languages, of_rows}
+        self.inventory = Inventory()
+
+    def is_empty(self, row: int) -> bool:
+        """Whether a row has no caption."""
+        return not any(texts[row] for texts in self._texts.values())
+
+    def of_rows(self, rows: list[int]) -> dict[str, list[str]]:
+        """Language -> the different captions of one image's rows, of the languages that it has."""
+        captions: dict[str, list[str]] = {}
+        for place, of_column in self._languages.items():
+            for row in rows:
+                language = of_column or (self._of_row and self._of_row[row]) or self._default
+                for text in self._texts[place][row]:
+                    known = captions.setdefault(language, [])
+                    self.inventory.present["captions"] += 1
+                    if text in known:
+                        self.inventory.leave_out("captions", "of the same words", self._table.where(row))
+                    else:
+                        known.append(text)
+        self.inventory.used["captions"] += sum(map(len, captions.values()))
+        return captions
 
 
 class CaptionTable(SampleDataset):
@@ -23,7 +71,7 @@ class CaptionTable(SampleDataset):
         image_column: The column with the file names or images.
         languages: The columns with captions, or column -> language. None takes those that are called by a language's
             code or name (`hi`, `ta_IN`, `hi-Latn`, `Tamil`; see `caption_language`), and `caption`, whose language is
-            unknown. Several columns of one language are several captions.
+            unknown unless a column `language` or `lang` says it. Several columns of one language are several captions.
         on_bad_row: `skip` leaves out and counts rows that are malformed, without a caption or without an image file;
             `error` raises.
 
@@ -48,35 +96,26 @@ class CaptionTable(SampleDataset):
         rows = Table(file, on_bad_row, image_column)
         names, self._embedded = rows.images(image_column)
         columns = _caption_columns(rows, languages)
-        self.languages = list(columns.values())
-        texts = {place: rows.texts(place) for place in columns}
+        self.languages, captions = list(columns.values()), CaptionColumns(rows, columns)
         for row in rows.kept:
             if not names[row] and self._embedded is None:
                 rows.leave_out(row, "without an image", f"no image in {image_column!r}")
-            elif not any(texts[place][row] for place in columns):
+            elif captions.is_empty(row):
                 known = ", ".join(rows.header[place] for place in columns)
                 rows.leave_out(row, "without a caption", f"{names[row]!r} has no caption in {known}")
             elif self._embedded is None and on_bad_row == "skip" and not (self.folder / names[row]).is_file():
                 rows.leave_out(row, "without an image file", f"{names[row]!r} is not in {self.folder}")
-        rows_of: dict[str, list[int]] = {}
-        for row in rows.kept:
-            rows_of.setdefault(names[row], []).append(row)
+        rows_of = rows.rows_by_image(names)
         if self._embedded is None:
             check_files(self.folder, list(rows_of), str(file))
         self._names, self._rows = Strings(rows_of), np.array([of_image[0] for of_image in rows_of.values()])
-        found = [
-            [(column, text) for column, place in enumerate(columns) for row in of_image for text in texts[place][row]]
-            for of_image in rows_of.values()
-        ]
-        self._texts = Strings(text for of_image in found for _, text in of_image)
-        self._columns = np.array([column for of_image in found for column, _ in of_image], dtype=np.int64)
-        self._starts = np.cumsum([0, *map(len, found)])
+        self._captions = Strings(json.dumps(captions.of_rows(of_image)) for of_image in rows_of.values())
         self._inventory = inventory = rows.inventory
-        inventory += rows.count_columns({rows.place(image_column), *columns})
+        inventory += rows.count_columns({rows.place(image_column), *captions.places})
+        inventory += captions.inventory
         if not rows_of:
             raise ValueError(f"{file}: no row can be used; found {'; '.join(inventory.lines())}")
-        for unit, count in (("images", len(rows_of)), ("captions", len(self._texts))):
-            inventory.present[unit] = inventory.used[unit] = count
+        inventory.present["images"] = inventory.used["images"] = len(rows_of)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -87,21 +126,17 @@ class CaptionTable(SampleDataset):
 
     def captions(self, index: int) -> dict[str, list[str]]:
         """All captions of an image: language -> its different texts, of the languages that it has."""
-        captions: dict[str, dict[str, None]] = {}
-        for place in range(*self._starts[index : index + 2].tolist()):
-            captions.setdefault(self.languages[self._columns[place]], {})[self._texts[place]] = None
-        return {language: list(texts) for language, texts in captions.items()}
+        captions: dict[str, list[str]] = json.loads(self._captions[index])
+        return captions
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         key = self.key(index)
-        try:
-            data = self._embedded[int(self._rows[index])] if self._embedded else None
-        except ValueError as error:
-            raise UnreadableSample(key, str(error), str(self.folder)) from error
-        if self._embedded and data is None and not (self.folder / key).is_file():
-            raise UnreadableSample(key, "the cell holds no image", str(self._embedded.file))
-        image = read_image(self.folder / key, key) if data is None else EncodedImage(data, key)
+        image = self._embedded.image(int(self._rows[index]), key) if self._embedded else None
+        if image is None:
+            if self._embedded and not (self.folder / key).is_file():
+                raise UnreadableSample(key, "the cell holds no image", str(self._embedded.file))
+            image = read_image(self.folder / key, key)
         return Sample(image=image, key=key, captions=self.captions(index))
 
 
@@ -113,4 +148,4 @@ def _caption_columns(table: Table, languages: list[str] | dict[str, str] | None)
             if language and not language_tag(language):
                 raise ValueError(f"languages: {name}: found {language!r}; expected a code such as hi or hi-Latn")
         return {table.place(name): language_tag(language) for name, language in named.items()}
-    return table.caption_columns("")
+    return table.caption_columns()

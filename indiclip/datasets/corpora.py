@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from indiclip.datasets.languages import language_tag
+from indiclip.datasets.captions import LANGUAGE_COLUMNS, CaptionColumns
+from indiclip.datasets.languages import caption_language
 from indiclip.datasets.table_reader import Table
 from indiclip.datasets.tables import decode_text, existing, stable_hash
 
 HOLDOUT = 0.1  # share of the rows that nothing is trained on
-_LANGUAGE_COLUMNS = ("lang", "language")
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,12 @@ def _lines(file: Path) -> Iterator[dict[str, list[str]]]:
 def _table(file: Path) -> Iterator[dict[str, list[str]]]:
     """Language -> texts of each row."""
     table = Table(file)
-    tags = table.caption_columns()
-    columns = {place: table.texts(place) for place in tags}
-    of_language = next((name for name in _LANGUAGE_COLUMNS if name in table.header), None)
-    if not columns and of_language is None:
+    languages = {place: tag for place, name in enumerate(table.header) if (tag := caption_language(name))}
+    if any(name in table.header for name in LANGUAGE_COLUMNS):
+        languages[table.place("text")] = ""
+    if not languages:
         expected = "expected `lang` and `text`, or languages' codes such as en, hi-Latn"
         raise ValueError(f"{file}: no column of texts: found {table.header}; {expected}")
-    languages = table.names(table.place(of_language)) if of_language else []
-    of_text = table.texts(table.place("text")) if of_language else []
+    columns = CaptionColumns(table, languages)
     for row in table.kept:
-        found: dict[str, list[str]] = {}
-        for place, texts in columns.items():
-            found.setdefault(tags[place], []).extend(texts[row])
-        if of_language:
-            found.setdefault(language_tag(languages[row]) or languages[row], []).extend(of_text[row])
-        yield found
+        yield columns.of_rows([row])

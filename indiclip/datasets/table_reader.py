@@ -1,17 +1,9 @@
-"""Tables of captions, images and classes: .csv, .tsv and .parquet, read alike for training, packing and scoring.
-
-.csv: commas, and quotes as in RFC 4180: what holds a comma, a quote or a line end stands in quotes, which are doubled
-inside. A cell whose quote is not closed, or goes on after it, makes a bad row; the rows that follow are read.
-
-.tsv: a line is a row and a tab ends a cell; a quote is a quote. Only what a program has quoted (pandas, Excel) is
-unquoted: a cell in quotes with doubled quotes inside, or with a tab or line end. All are where the header is quoted.
-"""
+"""Tables of captions, images and classes: .csv, .tsv and .parquet, read alike for training, packing and scoring."""
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +14,8 @@ import numpy as np
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import caption_language
 from indiclip.datasets.tables import decode_text
-from indiclip.images import is_image_name
+from indiclip.datasets.text_rows import text_rows
+from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.names import did_you_mean, shorten
 
 KINDS = (".csv", ".tsv", ".parquet")
@@ -69,7 +62,7 @@ class Table:
         text = decode_text(self.file.read_bytes(), str(self.file))
         lines = list(io.StringIO(text, newline=""))  # a line ends with CR, LF or both, and nowhere else
         is_csv = self.file.suffix == ".csv"
-        found = list(_rows(lines, is_csv, image_column))
+        found = list(text_rows(lines, is_csv, image_column))
         self.header = [name.strip() for name in found[0][1]] if found else []
         if any("\0" in name for name in self.header):
             raise ValueError(f"{self.file}: line {found[0][0]}: found a NUL; expected the columns' names")
@@ -134,19 +127,24 @@ class Table:
             raise ValueError(f"{self.file}: no column {name!r}{did_you_mean(name, self.header)}; found {self.header}")
         return self.header.index(name)
 
-    def caption_columns(self, of_caption: str | None = None) -> dict[int, str]:
-        """The columns that are called by a language: place -> its tag; see `caption_language`.
+    def rows_by_image(self, names: list[str]) -> dict[str, list[int]]:
+        """The kept rows by the name of their image; a row without one is an image by itself."""
+        rows: dict[str, list[int]] = {}
+        for row in self.kept:
+            rows.setdefault(names[row] or f"\0{row}", []).append(row)
+        return rows
 
-        Args:
-            of_caption: Take the column `caption` too, for this language.
+    def caption_columns(self) -> dict[int, str]:
+        """The columns with captions: place -> language.
+
+        They are called by a language, see `caption_language`, or `caption`, whose language is "".
+
+        Raises:
+            ValueError: There are none.
         """
-        columns = {}
-        for place, name in enumerate(self.header):
-            if name == "caption" and of_caption is not None:
-                columns[place] = of_caption
-            elif tag := caption_language(name):
-                columns[place] = tag
-        if not columns and of_caption is not None:
+        tags = {place: caption_language(name) for place, name in enumerate(self.header)}
+        columns = {place: tag for place, tag in tags.items() if tag or self.header[place] == "caption"}
+        if not columns:
             expected = "expected `caption`, or codes or names of languages such as hi, hi-Latn, Tamil"
             raise ValueError(f"{self.file}: no column of captions; found {self.header}; {expected}")
         return columns
@@ -177,14 +175,16 @@ class Table:
         Such images are called by their path, or by the table's name and the row where paths are missing or repeated.
         """
         place = self.place(name)
-        if not self.is_parquet or not _holds_images(self._parquet.schema_arrow.field(place).type):
+        if not self.is_parquet or not _holds_images(kind := self._parquet.schema_arrow.field(place).type):
             return self.names(place), None
-        images = EmbeddedImages(self.file, name)
-        paths = images.paths()
-        filled = [path for path in paths if path]
-        if len(set(filled)) < len(paths):
+        paths = [""] * len(self._lines)
+        if hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0:
+            with _readable(self.file):
+                found = self._parquet.read(columns=[f"{name}.path"]).column(0).to_pylist()
+            paths = [(value or {}).get("path") or "" for value in found]
+        if len({*filter(None, paths)}) < len(paths):
             paths = [f"{self.file.stem}-{row:06}" for row in range(len(paths))]
-        return paths, images
+        return paths, EmbeddedImages(self.file, name)
 
     def _column(self, place: int) -> list[Any]:
         if self.is_parquet:
@@ -208,21 +208,20 @@ class EmbeddedImages:
         metadata = _open_parquet(file).metadata
         self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
 
-    def paths(self) -> list[str]:
-        """The path of each image, "" where there is none."""
-        kind = _open_parquet(self.file).schema_arrow.field(self.column).type
-        if not hasattr(kind, "get_field_index") or kind.get_field_index("path") < 0:
-            return [""] * int(self._ends[-1])
-        with _readable(self.file):
-            found = _open_parquet(self.file).read(columns=[f"{self.column}.path"]).column(0).to_pylist()
-        return [(value or {}).get("path") or "" for value in found]
-
     def __getitem__(self, row: int) -> bytes | None:
         """The bytes of an image; None where the cell has a path alone, or nothing."""
         group = int(self._ends.searchsorted(row, side="right"))
         value = _row_group(self.file, group, self.column)[row - int(self._ends[group - 1] if group else 0)].as_py()
         found = value.get("bytes") if isinstance(value, dict) else value
         return found if found is None else bytes(found)
+
+    def image(self, row: int, key: str) -> EncodedImage | None:
+        """As `[row]`; raises `UnreadableSample` with the sample's key where there is no image in the bytes."""
+        try:
+            found = self[row]
+        except ValueError as error:
+            raise UnreadableSample(key, str(error), str(self.file)) from error
+        return None if found is None else EncodedImage(found, key, str(self.file))
 
 
 @lru_cache(maxsize=_ROW_GROUPS)
@@ -269,75 +268,3 @@ def _texts(value: Any) -> Iterator[str]:
         yield from filter(None, [value.strip()])
     elif value is not None and value == value:  # NaN is what pandas writes for nothing
         raise ValueError(f"found the {type(value).__name__} {shorten(value)}; expected text")
-
-
-class _Lines:
-    """Lines that csv takes one by one. They end before one that is a row by itself: a stray quote is open then."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self.lines, self.place, self.first = lines, 0, 0
-        self.is_row: Callable[[str], bool] = lambda line: False
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        if self.place == len(self.lines) or (self.place > self.first and self.is_row(self.lines[self.place])):
-            raise StopIteration
-        self.place += 1
-        return self.lines[self.place - 1]
-
-
-def _rows(lines: list[str], is_csv: bool, image_column: str) -> Iterator[tuple[int, list[str], str]]:
-    """(number of its first line, cells, what is wrong with it) of the header and each row."""
-    feed, header, all_quoted = _Lines(lines), list[str](), False
-    while feed.place < len(lines):
-        feed.first = first = feed.place
-        if not lines[first].strip("\r\n"):
-            feed.place += 1
-            continue
-        row, problem = _quoted(feed, "," if is_csv else "\t") if is_csv or '"' in lines[first] else (None, "")
-        if not is_csv:
-            problem = ""
-            cells = lines[first].strip("\r\n").split("\t")
-            if (
-                row is None
-                or (header and len(row) != len(header))
-                or (feed.place == first + 1 and len(row) == len(cells))
-            ):
-                feed.place = first + 1
-                all_quoted = all_quoted or (not header and all(cell[:1] == cell[-1:] == '"' for cell in cells))
-                row = [_unquoted(cell, all_quoted) for cell in cells]
-        elif row is None:
-            feed.place, row = first + 1, []
-        if not header:
-            header = row
-            feed.is_row = _row_test(header, is_csv, image_column)
-        yield first + 1, row, problem
-
-
-def _quoted(feed: _Lines, delimiter: str) -> tuple[list[str] | None, str]:
-    """The next row by the rules of CSV, or why it is none."""
-    try:
-        return next(csv.reader(feed, delimiter=delimiter, strict=True)), ""
-    except (csv.Error, StopIteration) as error:
-        return None, f"a cell opens with a quote, and nothing closes it, or text follows the closing one ({error})"
-
-
-def _row_test(header: list[str], is_csv: bool, image_column: str) -> Callable[[str], bool]:
-    """Whether a line is a row by itself: its columns are the header's, and in a .csv one names an image."""
-    if not is_csv:
-        return lambda line: line.count("\t") == len(header) - 1 > 0
-    place = [name.strip() for name in header].index(image_column) if header.count(image_column) == 1 else -1
-
-    def is_row(line: str) -> bool:
-        cells = next(csv.reader([line]), [])
-        return place >= 0 and len(cells) == len(header) and is_image_name(cells[place].strip())
-
-    return is_row
-
-
-def _unquoted(cell: str, always: bool) -> str:
-    inner = cell[1:-1]
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
-    return inner.replace('""', '"') if is_quoted and (always or '""' in inner) else cell

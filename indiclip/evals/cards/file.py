@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 
-from indiclip.datasets.languages import OF_INDIA
+from indiclip.datasets.languages import OF_INDIA, language_tag
 from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
 from indiclip.names import did_you_mean
 
-LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?")
 _KEYS = (
     *("title", "task", "classes", "prompts", "metric", "chance", "num_candidates"),
     *("source", "licence", "notes", "folder"),
@@ -166,7 +165,7 @@ def _prompts(entries: Any, file: str) -> dict[str, tuple[str, ...]]:
 
 
 def _check_language(language: Any, where: str) -> None:
-    if not isinstance(language, str) or not LANGUAGE.fullmatch(language):
+    if not isinstance(language, str) or language_tag(language) != language:
         known = [*OF_INDIA, *(f"{one}-Latn" for one in OF_INDIA)]
         hint = did_you_mean(str(language), known)
         raise ValueError(f"{where}: {language!r} is no language{hint}; expected a BCP 47 code such as en, hi, hi-Latn")

@@ -54,7 +54,7 @@ def read_caption_file(file: Path) -> Captioned:
 
     Raises:
         FileNotFoundError: Images are missing; says how many and names the first.
-        ValueError: Another content, an image that is there twice, or a name that leads out of the folder.
+        ValueError: Another content, a duplicated image, or a name that leads out of the folder.
     """
     if file.suffix == ".jsonl":
         names, captions = _crossmodal(file)
@@ -69,7 +69,7 @@ def read_caption_file(file: Path) -> Captioned:
     names = [names[place] for place in filled]
     twice = next((name for name, count in Counter(map(str, names)).items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"{file}: the image {twice!r} is there twice; expected all its captions with one of them")
+        raise ValueError(f"{file}: the image {twice!r} is duplicated; expected all its captions with one of them")
     captions = {language: [texts[place] for place in filled] for language, texts in captions.items()}
     if not names:
         raise ValueError(f"{file}: no images with captions")

@@ -23,10 +23,9 @@ from indiclip.datasets.tables import existing
 from indiclip.evals.cards.card import Card, load_card
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import read_items
-from indiclip.images import EncodedImage, UnreadableSample
+from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
 from indiclip.names import did_you_mean
 
-EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _SHARD_SAMPLES, _SHARD_BYTES = 10_000, 10**9  # clip-benchmark's own
 
 
@@ -125,7 +124,7 @@ class _ClipBenchmark:
         self.total = Counter[str]()
 
     def add(self, place: int, split: str, image: EncodedImage) -> None:
-        members = {EXTENSION[image.kind]: image.data}
+        members = {EXTENSION_OF[image.kind]: image.data}
         if self.captions is None:
             members["cls"] = str(int(self.items.labels[place])).encode()
         else:
@@ -171,7 +170,7 @@ class _ClassFolders:
         folder = self.folder / split / self.items.card.classes[int(self.items.labels[place])].id
         folder.mkdir(parents=True, exist_ok=True)
         stem = self.names.free(self.items.keys[place], str(folder))
-        (folder / f"{stem}.{EXTENSION[image.kind]}").write_bytes(image.data)
+        (folder / f"{stem}.{EXTENSION_OF[image.kind]}").write_bytes(image.data)
         if self.items.candidates is not None:
             _write_lines(folder / f"{stem}.txt", self.items.candidates[place][:1])
 
@@ -189,7 +188,7 @@ class _CaptionFolder:
         self.rows: list[list[str]] = []
 
     def add(self, place: int, split: str, image: EncodedImage) -> None:
-        name = f"{self.names.free(self.items.keys[place], '')}.{EXTENSION[image.kind]}"
+        name = f"{self.names.free(self.items.keys[place], '')}.{EXTENSION_OF[image.kind]}"
         (self.folder / name).write_bytes(image.data)
         columns = [texts[place] for texts in self.captions.values()]
         for number in range(max(map(len, columns), default=0)):

@@ -124,13 +124,11 @@ class TableImages:
         return len(self._keys)
 
     def __getitem__(self, index: int) -> EncodedImage:
-        key, file = self._keys[index], str(self.column.file)
-        try:
-            return EncodedImage(self.column[int(self._rows[index])] or b"", key, file)
-        except UnreadableSample:
-            raise
-        except ValueError as error:
-            raise UnreadableSample(key, str(error), file) from error
+        key = self._keys[index]
+        image = self.column.image(int(self._rows[index]), key)
+        if image is None:
+            raise UnreadableSample(key, "the cell holds no image", str(self.column.file))
+        return image
 
 
 class ShardImages:

@@ -31,8 +31,7 @@ def read_class_list(card: Card, folder: Path) -> ClassList | None:
     """The class list of a folder, `classnames.txt` or `classes.txt`; None where there is none.
 
     Raises:
-        ValueError: A line that is empty or no class of the card, or one that is there twice. Names the file and the
-            line.
+        ValueError: A line that is empty or no class of the card, or a duplicated one. Names the file and the line.
     """
     file = next((folder / name for name in CLASS_LISTS if (folder / name).is_file()), None)
     if file is None:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from indiclip.datasets.captions import CaptionColumns
 from indiclip.datasets.folders import list_images
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.table_reader import KINDS, Table
@@ -152,49 +154,44 @@ def _of_table(card: Card, file: Path) -> Items:
     names, embedded = table.images("file")
     columns = {name: table.names(table.place(name)) for name in needed}
     used = {table.place(name) for name in ("file", "split", *needed) if name in table.header}
-    wheres = [table.where(row) for row in range(len(names))]
-    kept, is_train, notes = _table_splits(
-        table.names(table.place("split")) if "split" in table.header else None, wheres, file
-    )
-    first_of: dict[str, int] = {}
-    for row in kept:
-        first_of.setdefault(names[row], row)
+    train, notes = _table_splits(table) if "split" in table.header else (None, [])
+    for row in table.kept:
+        if not names[row]:
+            table.leave_out(row, "without an image", "no image in 'file'")
+    rows_of = table.rows_by_image(names)
+    first_of = {name: rows[0] for name, rows in rows_of.items()}
     if embedded is None:
         folder = _image_folder(file.parent, list(first_of))
         check_files(folder, list(first_of), str(file))
         images: Images = FileImages(folder, first_of)
     else:
         images = TableImages(embedded, first_of)
+    items = Items(card, images, list(first_of), np.full(len(first_of), -1, dtype=np.int64), notes=notes)
+    items.is_train = None if train is None else train[list(first_of.values())]
     if card.task == "retrieval":
-        of_column = table.caption_columns("en")
-        captions = _table_captions(table, of_column, names, kept, first_of)
-        used |= set(of_column)
-        labels = np.full(len(first_of), -1, dtype=np.int64)
-        is_train = None if is_train is None else is_train[[kept.index(row) for row in first_of.values()]]
-        items = Items(card, images, list(first_of), labels, captions=captions, is_train=is_train, notes=notes)
+        captions = CaptionColumns(table, table.caption_columns(), "en")
+        used |= captions.places
+        items.captions = _by_language([captions.of_rows(rows) for rows in rows_of.values()])
     else:
-        for row in kept:
-            if first_of[names[row]] != row:
-                raise ValueError(f"{wheres[row]}: {names[row]!r} is duplicated; expected one class for each image")
-        classes = [card.check_place(columns["class"][row], wheres[row]) for row in kept]
-        labels = np.array(classes, dtype=np.int64)
-        items = Items(card, images, list(first_of), labels, is_train=is_train, notes=notes)
+        for place, (name, rows) in enumerate(rows_of.items()):
+            if len(rows) > 1:
+                raise ValueError(f"{table.where(rows[1])}: {name!r} is duplicated; expected one class for each image")
+            items.labels[place] = card.check_place(columns["class"][rows[0]], table.where(rows[0]))
     notes += [f"{file}: {line}" for line in table.count_columns(used).lines() if "left out" in line]
-    return _with_texts(items, [columns["text"][row] for row in kept]) if card.task == "matching" else items
+    return _with_texts(items, [columns["text"][row] for row in first_of.values()]) if card.task == "matching" else items
 
 
-def _table_splits(
-    column: list[str] | None, wheres: list[str], file: Path
-) -> tuple[list[int], np.ndarray | None, list[str]]:
-    """The rows to take, whether each is for training, and notes."""
-    if column is None:
-        return list(range(len(wheres))), None, []
-    for value, where in zip(column, wheres, strict=True):
-        if not is_split(value):
-            raise ValueError(f"{where}: the split {value!r}; expected train, val or test")
-    splits, notes = choose(sorted(set(column)), str(file))
-    kept = [row for row, value in enumerate(column) if value in splits]
-    return kept, np.array([splits[column[row]] for row in kept]), notes
+def _table_splits(table: Table) -> tuple[np.ndarray, list[str]]:
+    """Whether each row is for training, and notes. Rows of other splits are left out."""
+    column = table.names(table.place("split"))
+    for row, split in enumerate(column):
+        if not is_split(split):
+            raise ValueError(f"{table.where(row)}: the split {split!r}; expected train, val or test")
+    splits, notes = choose(sorted(set(column)), str(table.file))
+    for row, split in enumerate(column):
+        if split not in splits:
+            table.leave_out(row, f"of the split {split}", "it is not scored", always=True)
+    return np.array([splits.get(split, False) for split in column]), notes
 
 
 def _image_folder(folder: Path, names: list[str]) -> Path:
@@ -203,18 +200,13 @@ def _image_folder(folder: Path, names: list[str]) -> Path:
     return below if names and below.is_dir() and not (folder / names[0]).is_file() else folder
 
 
-def _table_captions(
-    table: Table, of_column: dict[int, str], names: list[str], kept: list[int], first_of: dict[str, int]
-) -> dict[str, list[list[str]]]:
-    """Language -> the captions of each image."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for place, language in of_column.items():
-        of_image, texts = found.setdefault(language, {name: [] for name in first_of}), table.texts(place)
-        for row in kept:
-            of_image[names[row]] += [
-                " ".join(text.split()) for text in texts[row]
-            ]  # one line, as other layouts have it
-    return {language: list(of_image.values()) for language, of_image in found.items()}
+def _by_language(of_images: list[dict[str, list[str]]]) -> dict[str, list[list[str]]]:
+    """Language -> the captions of each image, in one line each, as other layouts have them."""
+    languages = dict.fromkeys(chain.from_iterable(of_images))
+    return {
+        language: [[" ".join(text.split()) for text in found.get(language, [])] for found in of_images]
+        for language in languages
+    }
 
 
 def _with_texts(items: Items, texts: list[str]) -> Items:

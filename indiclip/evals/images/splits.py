@@ -27,10 +27,10 @@ def choose(names: Iterable[str], where: str) -> tuple[dict[str, bool], list[str]
         where: The folder or table, for the note.
 
     Returns:
-        Name -> whether it is for training; and a line if `val` is left aside for `test`.
+        Name -> whether it is for training; and a line if `val` is not used because there is `test`.
     """
     kinds = {name: _KINDS[name.lower()] for name in names}
     scored = "test" if "test" in kinds.values() else "val"
     chosen = {name: kind == "train" for name, kind in kinds.items() if kind in ("train", scored)}
     left = [name for name in kinds if name not in chosen]
-    return chosen, [f"{where}: `test` is scored; `{left[0]}` is left aside"] if left else []
+    return chosen, [f"{where}: `test` is scored; `{left[0]}` is not used"] if left else []

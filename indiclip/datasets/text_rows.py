@@ -1,0 +1,87 @@
+"""The rows of .csv and .tsv files, good and bad.
+
+.csv: commas, and quotes as in RFC 4180: what holds a comma, a quote or a line end stands in quotes, which are doubled
+inside. A cell whose quote is not closed, or goes on after it, makes a bad row; the rows that follow are read.
+
+.tsv: a line is a row and a tab ends a cell; a quote is a quote. Only what a program has quoted (pandas, Excel) is
+unquoted: a cell in quotes with doubled quotes inside, or with a tab or line end. All are where the header is quoted.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+
+from indiclip.images import is_image_name
+
+
+class _Lines:
+    """Lines that csv takes one by one. They end before one that is a row by itself: a stray quote is open then."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines, self.place, self.first = lines, 0, 0
+        self.is_row: Callable[[str], bool] = lambda line: False
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if self.place == len(self.lines) or (self.place > self.first and self.is_row(self.lines[self.place])):
+            raise StopIteration
+        self.place += 1
+        return self.lines[self.place - 1]
+
+
+def text_rows(lines: list[str], is_csv: bool, image_column: str) -> Iterator[tuple[int, list[str], str]]:
+    """(number of its first line, cells, what is wrong with it) of the header and each row."""
+    feed, header, all_quoted = _Lines(lines), list[str](), False
+    while feed.place < len(lines):
+        feed.first = first = feed.place
+        if not lines[first].strip("\r\n"):
+            feed.place += 1
+            continue
+        row, problem = _quoted(feed, "," if is_csv else "\t") if is_csv or '"' in lines[first] else (None, "")
+        if not is_csv:
+            problem = ""
+            cells = lines[first].strip("\r\n").split("\t")
+            if (
+                row is None
+                or (header and len(row) != len(header))
+                or (feed.place == first + 1 and len(row) == len(cells))
+            ):
+                feed.place = first + 1
+                all_quoted = all_quoted or (not header and all(cell[:1] == cell[-1:] == '"' for cell in cells))
+                row = [_unquoted(cell, all_quoted) for cell in cells]
+        elif row is None:
+            feed.place, row = first + 1, []
+        if not header:
+            header = row
+            feed.is_row = _row_test(header, is_csv, image_column)
+        yield first + 1, row, problem
+
+
+def _quoted(feed: _Lines, delimiter: str) -> tuple[list[str] | None, str]:
+    """The next row by the rules of CSV, or why it is none."""
+    try:
+        return next(csv.reader(feed, delimiter=delimiter, strict=True)), ""
+    except (csv.Error, StopIteration) as error:
+        return None, f"a cell opens with a quote, and nothing closes it, or text follows the closing one ({error})"
+
+
+def _row_test(header: list[str], is_csv: bool, image_column: str) -> Callable[[str], bool]:
+    """Whether a line is a row by itself: its columns are the header's, and in a .csv one names an image."""
+    if not is_csv:
+        return lambda line: line.count("\t") == len(header) - 1 > 0
+    place = [name.strip() for name in header].index(image_column) if header.count(image_column) == 1 else -1
+
+    def is_row(line: str) -> bool:
+        cells = next(csv.reader([line]), [])
+        return place >= 0 and len(cells) == len(header) and is_image_name(cells[place].strip())
+
+    return is_row
+
+
+def _unquoted(cell: str, always: bool) -> str:
+    inner = cell[1:-1]
+    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if is_quoted and (always or '""' in inner) else cell
