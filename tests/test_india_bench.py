@@ -131,7 +131,7 @@ def test_two_ranks_score_what_one_does_to_the_last_digit(tmp_path, cards):
     assert one.scores == two.scores
     assert one.predictions == two.predictions
     assert {(score.card, score.protocol) for score in one.scores} >= {("things", "knn"), ("stories", "retrieval")}
-    assert len(one.logged()) > 40
+    assert len(one.logged()) > 30  # the romanised names are the cards' own, and these have none
 
 
 @pytest.mark.parametrize(
