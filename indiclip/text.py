@@ -200,7 +200,7 @@ def _hub_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
     except OSError as error:
         raise FileNotFoundError(
-            f"tokenizer.source: {name!r} is no file, no folder with a tokenizer.json, and not to be had from the hub"
+            f"tokenizer.source: {name!r} is no file and no folder with a tokenizer.json, and the hub gives none"
         ) from error
     return tokenizer.backend_tokenizer
 
@@ -276,7 +276,11 @@ class TextTower(nn.Module):
 
 @contextmanager
 def _mask_unread() -> Iterator[None]:
-    """Let transformers (5.23) apply the mask without reading it before, as it does where it traces."""
+    """Let transformers apply the mask without reading it before, as it does where it traces.
+
+    A private part of it, the only one that is touched. Tried with transformers 5.23.0; a text tower in a version
+    without it fails here at once, with an AttributeError.
+    """
     masking_utils: Any = import_module("transformers.masking_utils")
     is_tracing = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: True
@@ -287,7 +291,7 @@ def _mask_unread() -> Iterator[None]:
 
 
 def describe(part: Any) -> dict[str, Any]:
-    """`{class_path, init_args}` of an object that has a `spec()`, in the words a YAML uses."""
+    """`{class_path, init_args}` of an object that has a `to_config()`, in the words a YAML uses."""
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": part.to_config()}
 
 
@@ -317,8 +321,7 @@ def _pretrained_model(name: str) -> Any:
         return AutoModel.from_pretrained(name, use_safetensors=True)
     except OSError as error:
         raise FileNotFoundError(
-            f"text.pretrained: {name!r} is no folder with a transformers model in safetensors, and not to be had from "
-            "the hub"
+            f"text.pretrained: {name!r} is no folder with a transformers model in safetensors, and the hub gives none"
         ) from error
 
 

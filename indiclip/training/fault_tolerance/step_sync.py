@@ -42,11 +42,8 @@ class StepSync(L.Callback):
     """
 
     def __init__(self, max_nonfinite: int = 10, max_requeues: int = 20) -> None:
-        self.nonfinite, self.preemption, self.quarantine = (
-            NonFinite(max_nonfinite),
-            Preemption(max_requeues),
-            Quarantine(),
-        )
+        self.nonfinite, self.preemption = NonFinite(max_nonfinite), Preemption(max_requeues)
+        self.quarantine = Quarantine()
         self._losses: dict[str, Tensor] = {}
         self._keys: dict[str, list[str]] = {}
         self._on_the_way: list[_Count] = []
@@ -124,13 +121,7 @@ class StepSync(L.Callback):
             self._count(trainer, self._on_the_way.pop(0))
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batches,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, *_: Any, **__: Any
     ) -> None:
         self.quarantine.collect(batch)
         # Not while gradients wait for more of them, which a checkpoint would lose.
