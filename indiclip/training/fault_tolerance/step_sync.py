@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from indiclip.lightning_internals import accumulating, replace_signal_handlers
 from indiclip.module import Batches, MultiTask
-from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses, keys_of
+from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses
 from indiclip.training.fault_tolerance.preemption import SIGNALS, Preemption
 from indiclip.training.fault_tolerance.quarantine import Quarantine
 from indiclip.training.fault_tolerance.ranks import AgreedStop, folder_of, gathered
@@ -80,8 +80,8 @@ class StepSync(L.Callback):
         self.quarantine.collect(batch)
         if not self._losses:  # the first micro-batch of a step
             self.nonfinite.begin(pl_module)
-        for task, keys in keys_of(batch).items():
-            self._keys[task] = self._keys.get(task, []) + keys
+        for task, part in batch.items():
+            self._keys.setdefault(task, []).extend(part["keys"])
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MultiTask)
