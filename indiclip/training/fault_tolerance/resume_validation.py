@@ -11,7 +11,7 @@ from indiclip.lightning_internals import validate_now, validation_due
 
 
 class ResumeValidation(L.Callback):
-    """Goes through the held-out data at the start of a run whose checkpoint was taken before or amid a validation.
+    """Goes through the held-out data at the start of a run whose checkpoint was taken before or during a validation.
 
     Lightning would go on with the next step. Where there is none, see `RunRecord.after_fit`. Nothing can be saved
     meanwhile: Lightning has already counted the epoch, and would count it again from that checkpoint. The scores of the

@@ -136,17 +136,16 @@ class StepSync(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.quarantine.act(trainer, self._folder)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, *_: Any, **__: Any) -> None:
         self.preemption.restore()  # also where no step was left
+
+    on_exception = on_fit_end
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         replace_signal_handlers(trainer, None)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_end = on_predict_end = on_validation_end
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.preemption.restore()
 
     def _leave(self, trainer: L.Trainer) -> None:
         if self._agreed:
