@@ -27,7 +27,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
 
     Raises:
         FileNotFoundError: No checkpoint there.
-        ValueError: No checkpoint of IndiCLIP, or one that names foreign classes.
+        ValueError: A file that is not a checkpoint of IndiCLIP, or one that names foreign classes.
     """
     file = _checkpoint_file(Path(path))
     try:

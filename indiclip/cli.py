@@ -117,7 +117,7 @@ def _run(argv: list[str]) -> int:
 
 @contextmanager
 def _leaving_at_once() -> Iterator[None]:
-    """Around imports, which take seconds: Ctrl-C amid one of them would be a page of traceback."""
+    """Around imports, which take seconds: Ctrl-C during one of them would be a page of traceback."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         os.write(2, b"indiclip: stopped\n")

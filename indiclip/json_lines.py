@@ -5,6 +5,7 @@ full.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -48,14 +49,17 @@ def rewrite(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write any file as a whole or not at all.
+    """Write any file as a whole or not at all, also where the machine stops.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
     """
     part = file.with_name(f".{file.name}.part")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
         part.replace(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error

@@ -21,7 +21,7 @@ def batches_done(trainer: L.Trainer) -> int:
 def estimated_steps(trainer: L.Trainer) -> float:
     """`trainer.estimated_stepping_batches`, without its side effect.
 
-    `max_epochs` makes Lightning begin to load, before it is known where a run that goes on stands: begin anew.
+    `max_epochs` makes Lightning begin to load before it is known where a resumed run stands, so the loader is reset.
     """
     steps = trainer.estimated_stepping_batches
     loop = trainer.fit_loop

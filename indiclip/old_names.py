@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 _CLASSES = {
@@ -39,6 +41,7 @@ _WEIGHTS = {
     r"^(heads\.[^.]+)\.towers\.sides\.": r"\1.towers.ltrb.",  # detection
 }
 _OLD_BETAS = [0.9, 0.98]  # AdamW's, when `betas` was a key of the model
+_OLD_SOURCE = {"group_by_length": True}  # of every source, when there was no such option
 
 
 def translated(name: str) -> str:
@@ -55,18 +58,46 @@ def translated(name: str) -> str:
 
 
 def translate_config(value: Any) -> Any:
-    """A config as read from a YAML, or a part of one, with today's names and keys."""
+    """A config as read from a YAML, or a part of one, with today's names and keys.
+
+    Where any of them was another one, the config is of that commit, and its sources get the options that make the same
+    batches: a run that goes on must see the samples that it would have seen.
+    """
+    found = _renamed(value)
+    if found == value:
+        return found
+    old = [source for source in _sources(found) if not _OLD_SOURCE.keys() <= source.keys()]
+    for source in old:
+        source |= _OLD_SOURCE
+    if old:
+        warnings.warn(
+            "the config is of an older version, whose batches were of images of similar length; its sources get "
+            "group_by_length: true",
+            stacklevel=1,  # so that it is said once, whoever asks
+        )
+    return found
+
+
+def _renamed(value: Any) -> Any:
     if isinstance(value, str):
         return translated(value)
     if isinstance(value, list):
-        return [translate_config(item) for item in value]
+        return [_renamed(item) for item in value]
     if not isinstance(value, dict):
         return value
-    found = {key: translate_config(item) for key, item in value.items()}
+    found = {key: _renamed(item) for key, item in value.items()}
     if isinstance(model := found.get("model"), dict) and (betas := model.pop("betas", None)) not in (None, _OLD_BETAS):
         arguments = {"lr": 1e-3, "betas": betas, "weight_decay": 0.05, "fused": True}
         model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": arguments}
     return found
+
+
+def _sources(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict) and {"task", "dataset"} <= value.keys():
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _sources(item)
 
 
 def translate_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -76,6 +107,8 @@ def translate_checkpoint(checkpoint: dict[str, Any]) -> None:
     short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in _CLASSES.items()}
     callbacks = checkpoint.get("callbacks", {})
     checkpoint["callbacks"] = {short.get(key, key): state for key, state in callbacks.items()}
+    if "owed" in (validation := checkpoint["callbacks"].get("ResumeValidation", {})):
+        validation["due"] = validation.pop("owed")
     for old, new in _WEIGHTS.items():
         weights = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {re.sub(old, new, name): weight for name, weight in weights.items()}

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from timm.models import group_parameters
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
-from transformers.optimization import (
-    get_constant_schedule_with_warmup,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-    get_wsd_schedule,
-)
+from transformers.optimization import get_scheduler
 
 _TABLES = re.compile(r"(^|\.)(\w*pos_embed|\w*position_\w+|cls_token|reg_token|latent)(\.|$)")
 _OLD_TABLES = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
-class Schedule(ABC):
-    """The learning rate after its linear warm-up."""
+class Schedule:
+    """The learning rate after its linear warm-up.
 
-    @abstractmethod
+    Attributes:
+        kind: What `transformers.get_scheduler` calls it.
+        options: Of this kind.
+    """
+
+    kind: str
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
         """torch's scheduler for a run of `num_steps`, to be stepped after each of them."""
+        made = get_scheduler(self.kind, optimizer, warmup_steps, num_steps, self.options)  # type: ignore[no-untyped-call]
+        return cast(LambdaLR, made)
 
 
 class Cosine(Schedule):
@@ -39,27 +44,22 @@ class Cosine(Schedule):
         min_lr_ratio: Of the last step's rate to the peak.
     """
 
-    def __init__(self, min_lr_ratio: float = 0.0) -> None:
-        self.min_lr_ratio = min_lr_ratio
+    kind = "cosine_with_min_lr"
 
-    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
-        return get_cosine_with_min_lr_schedule_with_warmup(  # type: ignore[no-any-return]
-            optimizer, warmup_steps, num_steps, min_lr_rate=self.min_lr_ratio
-        )
+    def __init__(self, min_lr_ratio: float = 0.0) -> None:
+        self.options = {"min_lr_rate": min_lr_ratio}
 
 
 class Linear(Schedule):
     """A straight line to zero at the last step."""
 
-    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
-        return get_linear_schedule_with_warmup(optimizer, warmup_steps, num_steps)  # type: ignore[no-any-return,no-untyped-call]
+    kind = "linear"
 
 
 class Constant(Schedule):
     """The peak rate up to the last step."""
 
-    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
-        return get_constant_schedule_with_warmup(optimizer, warmup_steps)  # type: ignore[no-any-return]
+    kind = "constant_with_warmup"
 
 
 class WarmupStableDecay(Schedule):
@@ -73,10 +73,13 @@ class WarmupStableDecay(Schedule):
         min_lr_ratio: Of the last step's rate to the peak.
     """
 
+    kind = "warmup_stable_decay"
+
     def __init__(
         self, decay_steps: int, decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt", min_lr_ratio: float = 0.0
     ) -> None:
-        self.decay_steps, self.decay, self.min_lr_ratio = decay_steps, decay, min_lr_ratio
+        self.decay_steps = decay_steps
+        self.options = {"num_decay_steps": decay_steps, "decay_type": decay, "min_lr_ratio": min_lr_ratio}
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
         if warmup_steps + self.decay_steps > num_steps:
@@ -84,14 +87,7 @@ class WarmupStableDecay(Schedule):
                 f"model.lr_schedule.decay_steps: {self.decay_steps} and model.warmup_steps {warmup_steps} are more "
                 f"than the run's {num_steps} steps"
             )
-        return get_wsd_schedule(  # type: ignore[no-any-return]
-            optimizer,
-            warmup_steps,
-            self.decay_steps,
-            num_training_steps=num_steps,
-            decay_type=self.decay,
-            min_lr_ratio=self.min_lr_ratio,
-        )
+        return super().scheduler(optimizer, warmup_steps, num_steps)
 
 
 def parameter_groups(

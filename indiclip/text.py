@@ -276,7 +276,11 @@ class TextTower(nn.Module):
 
 @contextmanager
 def _mask_unread() -> Iterator[None]:
-    """Let transformers (5.23) apply the mask without reading it before, as it does where it traces."""
+    """Let transformers apply the mask without reading it before, as it does where it traces.
+
+    A private part of it, the only one that is touched. Tried with transformers 5.23.0; a text tower in a version
+    without it fails here at once, with an AttributeError.
+    """
     masking_utils: Any = import_module("transformers.masking_utils")
     is_tracing = masking_utils.is_tracing
     masking_utils.is_tracing = lambda tensor=None: True

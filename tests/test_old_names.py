@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def old_checkpoint(new):
         for name, weight in old["state_dict"].items()
     }
     old["encoder"] = as_of_67a1ab8(old["encoder"])
-    old["callbacks"]["OwedValidation"] = {"owed": old["callbacks"].pop("ResumeValidation")["owed"]}
+    old["callbacks"]["OwedValidation"] = {"owed": old["callbacks"].pop("ResumeValidation")["due"]}
     for group in old["optimizer_states"][0]["param_groups"]:
         for name in ("param_names", "lr_scale", "use_fallback"):
             group.pop(name, None)
@@ -90,6 +91,7 @@ def test_an_old_run_goes_on_exactly_and_its_encoder_is_the_same(tmp_path):
     )
     for part in ("train", "val"):
         tree["data"][part][0]["dataset"]["init_args"] |= {"layout": "mixed"}
+        tree["data"][part][0]["group_by_length"] = True
     saves = {
         "class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints",
         "init_args": {"every_n_train_steps": 1, "save_top_k": -1},
@@ -107,6 +109,8 @@ def test_an_old_run_goes_on_exactly_and_its_encoder_is_the_same(tmp_path):
     then = as_of_67a1ab8(yaml.safe_load((folder / "config.yaml").read_text()))
     for name in ("optimizer", "lr_schedule", "layer_decay"):  # keys that it did not have
         del then["model"][name]
+    for part in ("train", "val"):
+        del then["data"][part][0]["group_by_length"]
     then["model"]["betas"] = [0.9, 0.98]
     (old.parent / "config.yaml").write_text(yaml.safe_dump(then))
     assert "indiclip.backbone.FixedSize" in (old.parent / "config.yaml").read_text()
@@ -122,6 +126,33 @@ def test_old_betas_become_the_optimizers():
     assert model["optimizer"]["init_args"]["betas"] == [0.9, 0.95]
     assert "betas" not in model
     assert old_names.translate_config({"model": {"betas": [0.9, 0.98]}}) == {"model": {}}
+
+
+def source(class_path, **options):
+    return {"task": "detection", "dataset": {"class_path": class_path}, "batch_size": 2, **options}
+
+
+@pytest.mark.parametrize(
+    ("tree", "grouped"),
+    [
+        ({"data": {"train": [source("indiclip.data.coco.CocoDetection")]}}, True),
+        ({"model": {"betas": [0.9, 0.98]}, "data": {"train": [source("my.Dataset")]}}, True),
+        ({"model": {"x": {"class_path": "indiclip.backbone.FixedSize"}}, "data": {"train": [source("my.Own")]}}, True),
+        ([source("indiclip.data.coco.CocoDetection")], True),  # `--data.train`
+        ({"data": {"train": [source("indiclip.data.coco.CocoDetection", group_by_length=False)]}}, False),
+        ({"data": {"train": [source("indiclip.datasets.coco.CocoDetection")]}}, None),
+    ],
+)
+def test_sources_of_an_old_config_make_batches_of_similar_length(tree, grouped):
+    """As all did at that commit, so that a run which goes on sees the samples that it would have seen."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sources = old_names.translate_config(tree)
+        again = old_names.translate_config(sources)
+    assert again == sources
+    (found,) = sources if isinstance(sources, list) else sources["data"]["train"]
+    assert found.get("group_by_length") is grouped
+    assert [str(warning.message).count("group_by_length: true") for warning in said] == [1] * bool(grouped)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class StartupTable(L.Callback):
 
 
 def _print_damage(console: Console, trainer: L.Trainer) -> None:
-    """What is lost of the data before the first step: how many samples, nobody knows."""
+    """Damaged places of the data, of which it is not known how many samples they held."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     of_sources = (source.dataset.damaged for source in (*data.train, *data.val))
     lost = list({(found.shard, found.key): found for damaged in of_sources for found in damaged}.values())
@@ -163,17 +163,13 @@ class TaskProgress(ProgressBar):
         if self._progress is not None:
             self._progress.update(self._bar, description="train", completed=trainer.global_step)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close(trainer)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._close(trainer)
-
-    def _close(self, trainer: L.Trainer) -> None:
+    def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._bar, completed=trainer.global_step)
             self._progress.stop()
             self._progress = None
+
+    on_exception = on_train_end
 
 
 class TaskGradients(L.Callback):

@@ -42,9 +42,10 @@ def explain(message: str) -> str:
     classes = re.findall(r"Problem with given class_path '([^']+)'", message)
     reason = " ".join(line.strip() for line in message.splitlines() if not _is_wrapper(line)) or message
     if option := re.search(r"Option '([^']+)' is not accepted", reason):
-        known = _parameters(_import(classes[-1])) if classes else list(_TOP_LEVEL)
+        owner = classes[-1] if classes else "the configuration"
+        known = _parameters(pkgutil.resolve_name(owner)) if classes else list(_TOP_LEVEL)
         key = ".".join(filter(None, (key, option[1])))
-        return f"{key}: {_short(classes)} has no such option{did_you_mean(option[1], known)}"
+        return f"{key}: {owner} has no such option{did_you_mean(option[1], known)}"
     if option := re.search(r"(?:accept option '|unrecognized arguments: -*)([\w.]+)", reason):
         group = option[1].partition(".")[0]
         unknown = option[1] if group in _GROUPS else group
@@ -79,15 +80,6 @@ def check_yaml(files: Iterable[str]) -> None:
 
 def _is_wrapper(line: str) -> bool:
     return bool(re.match(r"\s*(Parser key \"[^\"]+\":|Problem with given class_path '[^']+':)\s*$", line))
-
-
-def _short(classes: list[str]) -> str:
-    return classes[-1] if classes else "the configuration"
-
-
-def _import(class_path: str) -> Any:
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _parameters(cls: Any) -> list[str]:

@@ -123,7 +123,7 @@ class IndiaBench(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int
     ) -> None:
-        # The run that this one goes on from was stopped amid of it.
+        # The run that this one goes on from was stopped in the middle of it.
         if self._goes_on_from == trainer.global_step != self._scored and self._is_due(trainer):
             self._score(trainer, pl_module)
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from indiclip import json_lines
 from indiclip.evals.pages.page import readable
-from indiclip.evals.pages.report import Metrics, held_out, held_out_pictures, metric_names, write_report
+from indiclip.evals.pages.report import held_out, held_out_pictures, metric_names, write_report
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import Batches, MultiTask
@@ -203,15 +203,6 @@ def finite(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _languages_table(head: str, languages: dict[str, Metrics]) -> Table:
-    names = metric_names(languages)
-    headers = [name.replace("_", " ") for name in names]  # long names break between words
-    table = Table("language", *headers, title=f"{head.capitalize()} by language", title_justify="left")
-    for language, values in languages.items():
-        table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
-    return table
-
-
 def _print_quarantined(folder: Path) -> None:
     if rows := json_lines.read(folder / "quarantine.jsonl"):
         listed = f"listed in [bold]{folder / 'quarantine.jsonl'}[/]"
@@ -226,7 +217,12 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     for head, languages in by_language.items():
-        console.print(_languages_table(head, languages))
+        names = metric_names(languages)
+        headers = [name.replace("_", " ") for name in names]  # long names break between words
+        table = Table("language", *headers, title=f"{head.capitalize()} by language", title_justify="left")
+        for language, values in languages.items():
+            table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
+        console.print(table)
     _print_quarantined(folder)
     if record["nonfinite_steps"]:
         many = f"steps that were not finite and were skipped: {record['nonfinite_steps']:,}"

@@ -71,7 +71,7 @@ def lock(folder: Path) -> None:
         raise ValueError(f"{folder}: another process ({file.read().strip()}) writes there") from error
     except OSError as error:  # a network file system without locks
         warnings.warn(
-            f"{folder}: cannot be locked ({error.strerror}); see to it that one run writes there", stacklevel=2
+            f"{folder}: cannot be locked ({error.strerror}); make sure that only one run writes there", stacklevel=2
         )
         file.close()
         return
@@ -165,9 +165,9 @@ def _newest_run(config: Any, subcommand: str) -> Path | None:
                     print(f"indiclip: passed over {line}", file=sys.stderr)
                 print(f"going on from {file}: step {step}, saved {saved_at(file)}, the newest whole one of {name}")
             return folder
-    if torn:  # not to begin anew in silence what has taken days
+    if torn:  # not to start silently again what has taken days
         raise ValueError(
-            f"--ckpt_path last: no checkpoint is whole: {'; '.join(torn)}; to begin anew take another --name"
+            f"--ckpt_path last: no checkpoint is whole: {'; '.join(torn)}; to start again take another --name"
         )
     if subcommand != "fit":
         raise FileNotFoundError(f"--ckpt_path last: no checkpoint of {name} in {root}")

@@ -45,11 +45,10 @@ class LocalRanks(L.Callback):
             self._stop.clear()
             threading.Thread(target=self._watch, args=(children, os.getppid()), name="ranks", daemon=True).start()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         self._stop.set()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._stop.set()  # this rank ends by itself
+    on_exception = teardown  # this rank ends by itself
 
     def _watch(self, children: list[Popen[Any]], parent: int) -> None:
         while not self._stop.wait(_POLL_SECONDS):

@@ -6,13 +6,14 @@ instant, whatever is killed, a file with a listed hash is whole and any other on
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import time
 from pathlib import Path
 from typing import TypedDict
+
+from indiclip import json_lines
 
 NAME = "manifest.json"
 _TIME = "%Y-%m-%d %H:%M:%S"
@@ -128,14 +129,5 @@ def _read(folder: Path) -> list[Row]:
 
 
 def _write(folder: Path, rows: list[Row]) -> None:
-    part = folder / f".{NAME}.part"
-    try:
-        with part.open("w") as file:
-            json.dump({"files": rows}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(folder / NAME)
-    finally:
-        with contextlib.suppress(OSError):  # which would hide the first one
-            part.unlink(missing_ok=True)
+    json_lines.write_whole(folder / NAME, json.dumps({"files": rows}, indent=1).encode())
     sync(folder)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from indiclip import json_lines
-from indiclip.module import Batches, MultiTask
+from indiclip.module import MultiTask
 from indiclip.training.fault_tolerance.ranks import AgreedStop, gathered
 
 
@@ -105,8 +105,3 @@ class NonFinite:
 def bad_losses(module: MultiTask) -> dict[str, Tensor]:
     """Whether each head's loss of this micro-batch is not finite; scalars on the device."""
     return {name: ~torch.isfinite(loss.detach()) for name, loss in module.head_losses.items()}
-
-
-def keys_of(batches: Batches) -> dict[str, list[str]]:
-    """The samples' ids of each task."""
-    return {task: list(batch["keys"]) for task, batch in batches.items()}

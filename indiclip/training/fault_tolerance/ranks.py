@@ -49,7 +49,7 @@ def gathered(trainer: L.Trainer, value: Any) -> list[Any]:
 
 
 class Interrupted(Exception):
-    """A signal came amid of something long.
+    """A signal came during work that takes long.
 
     Args:
         number: Of the signal.
@@ -62,7 +62,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def together(trainer: L.Trainer, what: str) -> Iterator[Callable[[Any], list[Any]]]:
-    """Work that all ranks share and that ends on all of them where it ends early on one: none waits for ever.
+    """Work that all ranks share and that ends on all of them where it ends early on one: none is left waiting.
 
     Gives the `exchange` by which they meet: a value -> the values of all ranks. All must call it equally often; a rank
     that fails in between tells the others in its last.

@@ -11,7 +11,7 @@ from indiclip.lightning_internals import validate_now, validation_due
 
 
 class ResumeValidation(L.Callback):
-    """Goes through the held-out data at the start of a run whose checkpoint was taken before or amid a validation.
+    """Goes through the held-out data at the start of a run whose checkpoint was taken before or during a validation.
 
     Lightning would go on with the next step. Where there is none, see `RunRecord.after_fit`. Nothing can be saved
     meanwhile: Lightning has already counted the epoch, and would count it again from that checkpoint. The scores of the
@@ -20,17 +20,17 @@ class ResumeValidation(L.Callback):
 
     def __init__(self) -> None:
         self._validated = -1  # the last step after which the held-out data were gone through
-        self._owed = False
+        self._due = False
         self._scores: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         trainer = self._trainer
-        owed = self._validated != trainer.global_step and validation_due(trainer)
+        due = self._validated != trainer.global_step and validation_due(trainer)
         scores = {name: float(value) for name, value in trainer.callback_metrics.items() if "train/" not in name}
-        return {"owed": owed, "scores": scores}
+        return {"due": due, "scores": scores}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._owed, self._scores = bool(state_dict["owed"]), state_dict.get("scores", {})
+        self._due, self._scores = bool(state_dict["due"]), state_dict.get("scores", {})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._trainer = trainer
@@ -38,9 +38,9 @@ class ResumeValidation(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.ckpt_path:
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._scores.items()})
-        if self._owed and trainer.ckpt_path:
+        if self._due and trainer.ckpt_path:
             validate_now(trainer)
-        self._owed = False
+        self._due = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = trainer.global_step

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from indiclip.lightning_internals import accumulating, replace_signal_handlers
 from indiclip.module import Batches, MultiTask
-from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses, keys_of
+from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses
 from indiclip.training.fault_tolerance.preemption import SIGNALS, Preemption
 from indiclip.training.fault_tolerance.quarantine import Quarantine
 from indiclip.training.fault_tolerance.ranks import AgreedStop, folder_of, gathered
@@ -42,11 +42,8 @@ class StepSync(L.Callback):
     """
 
     def __init__(self, max_nonfinite: int = 10, max_requeues: int = 20) -> None:
-        self.nonfinite, self.preemption, self.quarantine = (
-            NonFinite(max_nonfinite),
-            Preemption(max_requeues),
-            Quarantine(),
-        )
+        self.nonfinite, self.preemption = NonFinite(max_nonfinite), Preemption(max_requeues)
+        self.quarantine = Quarantine()
         self._losses: dict[str, Tensor] = {}
         self._keys: dict[str, list[str]] = {}
         self._on_the_way: list[_Count] = []
@@ -83,8 +80,8 @@ class StepSync(L.Callback):
         self.quarantine.collect(batch)
         if not self._losses:  # the first micro-batch of a step
             self.nonfinite.begin(pl_module)
-        for task, keys in keys_of(batch).items():
-            self._keys[task] = self._keys.get(task, []) + keys
+        for task, part in batch.items():
+            self._keys.setdefault(task, []).extend(part["keys"])
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MultiTask)
@@ -124,13 +121,7 @@ class StepSync(L.Callback):
             self._count(trainer, self._on_the_way.pop(0))
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batches,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, *_: Any, **__: Any
     ) -> None:
         self.quarantine.collect(batch)
         # Not while gradients wait for more of them, which a checkpoint would lose.
@@ -145,17 +136,16 @@ class StepSync(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.quarantine.act(trainer, self._folder)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, *_: Any, **__: Any) -> None:
         self.preemption.restore()  # also where no step was left
+
+    on_exception = on_fit_end
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         replace_signal_handlers(trainer, None)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_end = on_predict_end = on_validation_end
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.preemption.restore()
 
     def _leave(self, trainer: L.Trainer) -> None:
         if self._agreed:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (\S+)$', re.MULTILINE)  # as
 _STDERR = 2
 _STUCK_SECONDS = 1.0  # what a worker may still read, once the run has failed
 _STANDARD_LIBRARY = Path(os.__file__).parent
+
+
+def _hook(what: str, ended: bool = False) -> Callable[..., None]:
+    """A hook that notes what the rank does now, and that a step has `ended` before."""
+
+    def hook(self: Watchdog, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        (self._ended if ended else self._does)(what.format(step=trainer.global_step + 1))
+
+    return hook
 
 
 class Watchdog(L.Callback):
@@ -82,24 +92,16 @@ class Watchdog(L.Callback):
 
         trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]  # no hook of Lightning's follows a save
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._does(f"loading step {trainer.global_step + 1}")
+    on_train_epoch_start = _hook("loading step {step}")
+    on_train_batch_start = _hook("running step {step}")
+    on_train_batch_end = on_validation_end = _hook("loading step {step}", ended=True)
+    on_train_end = _hook("finishing", ended=True)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int
-    ) -> None:
-        self._does(f"running step {trainer.global_step + 1}")
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
-    ) -> None:
-        self._ended(f"loading step {trainer.global_step + 1}")
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._does("loading held-out step 1")
+    on_validation_start = _hook("loading held-out step 1")
+    on_validation_epoch_end = _hook("scoring the held-out steps")
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int, *_: Any, **__: Any
     ) -> None:
         self._does(f"running held-out step {batch_idx + 1}")
 
@@ -110,18 +112,10 @@ class Watchdog(L.Callback):
         outputs: Any,
         batch: Batches,
         batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: Any,
+        **__: Any,
     ) -> None:
         self._ended(f"loading held-out step {batch_idx + 2}")
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._does("scoring the held-out steps")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ended(f"loading step {trainer.global_step + 1}")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ended("finishing")
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
