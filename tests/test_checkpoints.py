@@ -194,10 +194,15 @@ def test_a_full_disk_at_the_list_keeps_the_last_good_one(tmp_path, monkeypatch):
     """The checkpoint itself still found room."""
     save(tmp_path, 1)
 
-    def full(*args, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    flush, flushed = os.fsync, []
 
-    monkeypatch.setattr(json, "dump", full)
+    def full(descriptor):
+        flushed.append(descriptor)
+        if len(flushed) == 2:  # the first is the checkpoint's
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(NotSaved, match=r"2\.ckpt: not saved: No space left on device; the last good one is .*1\.ckpt"):
         save(tmp_path, 2)
     assert {file.name for file in tmp_path.iterdir()} == {"1.ckpt", "manifest.json"}
