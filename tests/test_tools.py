@@ -288,7 +288,7 @@ def test_a_tokenizer_of_a_configs_captions(tmp_path):
         ids_BT, valid_BT = tokenizer([text])
         assert tokenizer._tokenizer.decode(ids_BT[0][valid_BT[0]].tolist(), skip_special_tokens=True) == text
     captions = [Mela(size=64, layout="single", languages=["en", "hi"], seed=9)[i]["captions"] for i in range(20)]
-    captions = [of_image[language] for of_image, language in zip(captions, ["en", "hi"] * 10, strict=True)]
+    captions = [of_image[language][0] for of_image, language in zip(captions, ["en", "hi"] * 10, strict=True)]
     _, ours = tokenizer(captions)
     _, of_bytes = ByteTokenizer()(captions)
     assert ours.sum() < of_bytes.sum() / 3

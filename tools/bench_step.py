@@ -106,7 +106,7 @@ def contrastive(batch_size: int, tokenizer: Tokenizer, rounds: int, device: str)
     batch: Any = Steps([source], 0, PATCH, None, train=False)[0]["contrastive"]
     batch["targets"].pop("label")  # the peer knows no labels
     pixels = torch.stack([torch.from_numpy(scenes[i]["image"]).permute(2, 0, 1) for i in range(batch_size)])
-    captions = [scenes[i]["captions"]["en"] for i in range(batch_size)]
+    captions = [scenes[i]["captions"]["en"][0] for i in range(batch_size)]
     ours, our_size = our_contrastive_step(batch, tokenizer, device)
     theirs, their_size = open_clip_step((pixels / 255 - 0.5) / 0.5, captions, tokenizer, device)
     times = paired({"ours": ours, "open_clip": theirs}, rounds, device)
