@@ -10,7 +10,6 @@ for (a few milliseconds), so the data set has no size on disk, workers share not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import numpy as np
 
@@ -107,7 +106,7 @@ class Mela(Generated):
         }
         sample |= self._question(rng, scene, language) | _surface(rng, scene, self.densepose_points)
         if self.depth:
-            cast(dict[str, Any], sample)["depth"] = scene.depth_HW  # a field of a task that need not be there
+            sample["depth"] = scene.depth_HW
         return sample
 
     def _question(self, rng: np.random.Generator, scene: Scene, language: str) -> Sample:
