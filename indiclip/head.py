@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
 Datasets = Mapping[str, "SampleDataset"]  # YAML key of the source, such as `data.train[0]` -> its dataset
+Prediction = dict[str, Any]  # what a head predicts for an image, or what is true of it, by name
+Picture = tuple[np.ndarray, str]  # uint8 RGB and the line of text below it
 
 
 class Losses(NamedTuple):
@@ -43,9 +45,9 @@ class Head(nn.Module, ABC):
 
     Args:
         task: Which of the step's batches this head reads. Heads that name the same task share one batch and its
-            features.
+            features. None is the file's name in `heads/`.
         weight: Factor of this head's losses in the step's total.
-        name: Log prefix, `train/<name>/<loss>`; None is the file's name in `heads/`. Two heads of one class need it.
+        name: Log prefix, `train/<name>/<loss>`; None is the file's name. Two heads of one class need it.
 
     Attributes:
         metric: Its `compute()` gives a dict of numbers. Where a task has several held-out sources, each has a copy of
@@ -68,10 +70,12 @@ class Head(nn.Module, ABC):
     embeds_images = True
     embeds_text = True
 
-    def __init__(self, task: str, weight: float, name: str | None = None) -> None:
+    def __init__(self, task: str | None = None, weight: float = 1.0, name: str | None = None) -> None:
         super().__init__()
-        self.task, self.weight = task, weight
-        self.name = type(self).__module__.rsplit(".", 1)[-1] if name is None else name
+        own = type(self).__module__.rpartition(".")[2]
+        self.task = own if task is None else task
+        self.weight = weight
+        self.name = own if name is None else name
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected letters, digits, _ and -")
 
@@ -91,16 +95,16 @@ class Head(nn.Module, ABC):
         """Every parameter of the head gets a gradient, also for images without objects. Never waits for the device."""
 
     @abstractmethod
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """One dict per image, in the resized image's pixels."""
 
     @abstractmethod
-    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         """Add a batch to `metric`."""
 
     def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
-    ) -> tuple[np.ndarray, str]:
+        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
+    ) -> Picture:
         """A held-out image with the prediction on it, and a line of text below it, for the report.
 
         Args:
@@ -135,7 +139,7 @@ def same_classes(task: str, datasets: Datasets) -> None:
     Raises:
         ValueError: Two differ.
     """
-    lists = {key: names for key, dataset in datasets.items() if (names := classes_of(dataset))}
+    lists = {key: names for key, dataset in datasets.items() if (names := list(dataset.classes))}
     for (key, names), (other, others) in itertools.pairwise(lists.items()):
         if names != others:
             place = next((i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), None)
@@ -144,8 +148,3 @@ def same_classes(task: str, datasets: Datasets) -> None:
                 f"{other}: the sources of task {task!r} must have the same classes in the same order; {key} has "
                 f"{len(names)}, {other} has {len(others)}, {apart}"
             )
-
-
-def classes_of(dataset: SampleDataset) -> list[str]:
-    """The names of a dataset's classes."""
-    return list(dataset.classes)
