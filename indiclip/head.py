@@ -79,6 +79,12 @@ class Head(nn.Module, ABC):
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected letters, digits, _ and -")
 
+    def check_positive(self, **arguments: int) -> None:
+        """Raise ValueError for the first that is below 1, naming it."""
+        for name, value in arguments.items():
+            if value < 1:
+                raise ValueError(f"heads.{self.name}.{name}: found {value}; expected 1 or more")
+
     @abstractmethod
     def bind(self, encoder: Encoder) -> None:
         """Create the layers for this encoder's widths. Called once, before the optimizer sees the parameters."""
