@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from indiclip.evals.protocols.retrieval import pair_ranks
-from indiclip.head import Datasets, Head, Losses, same_classes
+from indiclip.head import Datasets, Head, Losses, Picture, Prediction, same_classes
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.types import Batch, Features, class_names
 
@@ -35,28 +35,24 @@ class Contrastive(Head):
     captions are scored with all of them, in each of their languages, see `EmbeddingMetric`.
 
     Args:
-        task: Which batch it reads.
-        weight: Factor of its loss.
         loss: `sigmoid` (SigLIP) or `softmax` (CLIP), over the encoder's trained lengths.
         length_weights: Weight of each of the encoder's lengths, ascending; None is equal.
         templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
         retrieval_at: The k of retrieval recall@k.
-        name: See `Head`.
+        **common: Of every `Head`.
     """
 
     required_fields = ("caption",)
 
     def __init__(
         self,
-        task: str = "contrastive",
-        weight: float = 1.0,
         loss: Literal["sigmoid", "softmax"] = "sigmoid",
         length_weights: list[float] | None = None,
         templates: list[str] | None = None,
         retrieval_at: list[int] | None = None,
-        name: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(task, weight, name)
+        super().__init__(**common)
         self.loss_name, self.length_weights = loss, length_weights
         self.templates = templates or ["{}"]
         if any("{}" not in template for template in self.templates):
@@ -104,7 +100,7 @@ class Contrastive(Head):
         loss_K = torch.where(of_KB, pair_losses_B, 0).sum(1) / of_KB.sum(1)
         return dict(zip((f"loss/{name}" for name in names), loss_K, strict=True))
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """`image_E`, `text_E` (None without a caption), `hits_L` (zero-shot right at each length, where a class is
         known), `nearest` (the captions of this batch closest to the image, best first) and `texts_TE` (language ->
         embeddings of all its captions in it).
@@ -136,7 +132,7 @@ class Contrastive(Head):
             for image_E, caption, hits_L, best, of_image in zip(image_BE, drawn, hits, nearest, texts_TE, strict=True)
         ]
 
-    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         self.target(batch, "caption")
         image_BE = torch.stack([prediction["image_E"] for prediction in predictions])
         hits = [prediction["hits_L"] for prediction in predictions if prediction["hits_L"] is not None]
@@ -145,8 +141,8 @@ class Contrastive(Head):
         self.metric.update(image_BE, _captions(batch), texts_TE, _drawn_languages(batch), hits)
 
     def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
-    ) -> tuple[np.ndarray, str]:
+        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
+    ) -> Picture:
         nearest = "\n".join(
             f"{'✓' if caption == target['caption'] else '·'} {caption}" for caption in prediction["nearest"]
         )

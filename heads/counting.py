@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from PIL import Image
+from matplotlib import colormaps
 from torch import Tensor, nn
 from torchmetrics.utilities import dim_zero_cat
 
-from indiclip.head import Datasets, Head, Losses, classes_of, same_classes
+from indiclip.head import Datasets, Head, Losses, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, class_names, on_device
 
 if TYPE_CHECKING:
@@ -58,15 +58,13 @@ class Counting(Head):
     """The count of the class that a text names, as the sum of a density.
 
     Args:
-        task: Which batch it reads.
-        weight: Factor of its losses.
         channels: Width of its layers.
         num_layers: Layers between the compared tokens and the density.
         upsample: Cells along each side of a token: 2 where several things may fall into one patch.
         prompt: What is asked; `{}` stands for the class name.
         ask_boxes: In training, where an image has boxes with classes, ask for each of them too (their centres are the
             points), and for those of the image before it in the batch: several questions for one pass of the backbone.
-        name: See `Head`.
+        **common: Of every `Head`.
 
     Raises:
         ValueError: `prompt` without `{}`, or `upsample` below 1.
@@ -79,20 +77,17 @@ class Counting(Head):
 
     def __init__(
         self,
-        task: str = "counting",
-        weight: float = 1.0,
         channels: int = 128,
         num_layers: int = 1,
         upsample: int = 1,
         prompt: str = "{}",
         ask_boxes: bool = False,
-        name: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(task, weight, name)
+        super().__init__(**common)
         if "{}" not in prompt:
             raise ValueError(f"heads.counting.prompt: {prompt!r} must contain {{}} for the class name")
-        if upsample < 1:
-            raise ValueError(f"heads.counting.upsample: found {upsample}, expected 1 or more")
+        self.check_positive(upsample=upsample)
         self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
         self.ask_boxes = ask_boxes
 
@@ -112,7 +107,7 @@ class Counting(Head):
     def check(self, train: Datasets, held_out: Datasets) -> None:
         if self.ask_boxes:
             same_classes(self.task, train)
-            if not any(map(classes_of, train.values())):
+            if not any(dataset.classes for dataset in train.values()):
                 raise ValueError(f"{_ASK_BOXES}, but {', '.join(train)} has none")
 
     def forward(self, features: Features, text_QE: Tensor, image_Q: Tensor | None = None) -> Tensor:
@@ -145,7 +140,7 @@ class Counting(Head):
         counts_QHW = self._counts(features, batch, queries, image_Q)
         return Losses(count_losses(density_QHW, counts_QHW, on_device(queries.known, device)))
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
         prompts = [self.prompt.replace("{}", name) for name in self.target(batch, "count_class")]
         density_BHW = self(features, encoder.embed_text(prompts))
@@ -161,17 +156,17 @@ class Counting(Head):
             )
         ]
 
-    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         points, names = self.target(batch, "points_xy", every=False), self.target(batch, "count_class")
         for prediction, known, truth, name in zip(predictions, points.known, points.counts, names, strict=True):
             if known:
                 self.metric.update(prediction["count"], truth, name)
 
     def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
-    ) -> tuple[np.ndarray, str]:
+        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
+    ) -> Picture:
         truth = f" (truth {len(target['points_xy'])})" if "points_xy" in target else ""
-        picture = heat_map(image_HW3, prediction["density"].float().numpy())
+        picture = heat_map(image_HW3, prediction["density"].float())
         return picture, f"how many {prediction['prompt']}: {prediction['count']:.1f}{truth}"
 
     def _queries(self, batch: Batch) -> CountQueries:
@@ -288,14 +283,12 @@ class CountMetric(torchmetrics.Metric):
         return numbers
 
 
-def heat_map(image_HW3: np.ndarray, density_HW: np.ndarray) -> np.ndarray:
+def heat_map(image_HW3: np.ndarray, density_HW: Tensor) -> np.ndarray:
     """The grey image with the density laid over it, from clear through red to yellow at its largest."""
-    size = (image_HW3.shape[1], image_HW3.shape[0])
-    strength = density_HW / max(float(density_HW.max()), 0.05)  # an empty map stays clear
-    heat = Image.fromarray((strength * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    heat_HW1 = np.asarray(heat, dtype=np.float32)[..., None] / 255
-    grey_HW1 = image_HW3.mean(-1, keepdims=True)
-    colour_HW3 = np.concatenate([np.full_like(heat_HW1, 255), 255 * heat_HW1**2, np.zeros_like(heat_HW1)], -1)
-    opacity_HW1 = np.sqrt(heat_HW1) * 0.85
-    blend_HW3: np.ndarray = grey_HW1 * (1 - opacity_HW1) + colour_HW3 * opacity_HW1
+    strength_HW = density_HW / density_HW.max().clamp(min=0.05)  # an empty map stays clear
+    heat_11HW = F.interpolate(strength_HW[None, None], image_HW3.shape[:2], mode="bilinear")
+    heat_HW = heat_11HW[0, 0].numpy()
+    opacity_HW1 = np.sqrt(heat_HW)[..., None] * 0.85
+    colour_HW3 = 255 * colormaps["autumn"](heat_HW)[..., :3]
+    blend_HW3: np.ndarray = image_HW3.mean(-1, keepdims=True) * (1 - opacity_HW1) + colour_HW3 * opacity_HW1
     return blend_HW3.astype(np.uint8)

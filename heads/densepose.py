@@ -142,7 +142,7 @@ class DensePose(Head):
     def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """`surfaces` of the ground-truth boxes."""
         boxes, windows_R4, _ = self._windows(batch)
-        return self.surfaces(features, windows_R4.split(boxes.counts))
+        return self.surfaces(features, torch.split(windows_R4, boxes.counts))
 
     def _windows(self, batch: Batch) -> tuple[Rows, Tensor, Tensor]:
         """The people's boxes, the same cut to their images (R, 4), and height and width of these (R, 2)."""
@@ -165,7 +165,7 @@ class DensePose(Head):
         image_R = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(boxes[0].device)
         values_R = self(features, torch.cat([*boxes]), image_R).doubled().decode()
         names = ("boxes_xyxy", "scores", "mask_probs", "part", "uv")
-        columns = (boxes, *(value_R.split(counts) for value_R in values_R))
+        columns = (boxes, *(torch.split(value_R, counts) for value_R in values_R))
         return [dict(zip(names, of_image, strict=True)) for of_image in zip(*columns, strict=True)]
 
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:

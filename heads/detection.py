@@ -157,9 +157,7 @@ class Detection(Head):
             )
         ]
 
-    def _decode(
-        self, scores_AC: Tensor, ltrb_A4: Tensor, locations: Locations, size_hw: tuple[int, int]
-    ) -> Prediction:
+    def _decode(self, scores_AC: Tensor, ltrb_A4: Tensor, locations: Locations, size_hw: tuple[int, int]) -> Prediction:
         """The best boxes of one image."""
         scores_K, order_K = scores_AC.flatten().topk(min(self.topk, scores_AC.numel()))
         kept_K = scores_K > self.score_thresh

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Datasets = Mapping[str, "SampleDataset"]  # YAML key of the source, such as `data.train[0]` -> its dataset
 Prediction = dict[str, Any]  # what a head predicts for an image, or what is true of it, by name
+Metrics = torchmetrics.Metric | torchmetrics.MetricCollection
 Picture = tuple[np.ndarray, str]  # uint8 RGB and the line of text below it
 
 
@@ -63,7 +64,7 @@ class Head(nn.Module, ABC):
         ValueError: A name that cannot be part of a log's.
     """
 
-    metric: torchmetrics.Metric
+    metric: Metrics
     required_fields: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
     no_flip = ""

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from indiclip import optim
 from indiclip.encoder import Encoder
-from indiclip.head import Head
+from indiclip.head import Head, Metrics, Prediction
 from indiclip.lightning_internals import batches_done, estimated_steps
 from indiclip.types import Batch, Features, Origin
 
@@ -112,11 +112,11 @@ class MultiTask(L.LightningModule):
         self.log(f"train/{head.name}/log_variance", s.detach(), batch_size=1)
         return cast(Tensor, head.weight * (torch.exp(-s) * loss + s))
 
-    def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
+    def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[Prediction]]:
         """Each head's predictions, `{head: one dict per image}`; `head/source` where its task has several sources."""
         return {name: predictions for name, _, predictions, _, _ in self.predictions(batches)}
 
-    def predictions(self, batches: Batches) -> Iterator[tuple[str, Head, list[dict[str, Any]], Features, Batch]]:
+    def predictions(self, batches: Batches) -> Iterator[tuple[str, Head, list[Prediction], Features, Batch]]:
         """`(name, head, predictions, features, batch)` of every head and source."""
         for key, batch in batches.items():  # held-out sources end at different steps
             origin = batch.get("origin", Origin(key))
@@ -127,7 +127,7 @@ class MultiTask(L.LightningModule):
                     yield name, head, head.predict(features, batch, self.encoder), features, batch
 
     def on_validation_epoch_start(self) -> None:
-        self._scored: dict[str, Metric] = {}
+        self._scored: dict[str, Metrics] = {}
 
     def validation_step(self, batches: Batches, batch_idx: int) -> None:
         for name, head, predictions, features, batch in self.predictions(batches):
@@ -147,7 +147,7 @@ class MultiTask(L.LightningModule):
 
     def _names_of_all_ranks(self) -> list[str]:
         """What any rank has scored, in the same order on all of them."""
-        names = [name for name, metric in self._scored.items() if metric.update_called]
+        names = [name for name, metric in self._scored.items() if any(map(_is_updated, metric.modules()))]
         if self.trainer.world_size == 1:
             return sorted(names)
         of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
@@ -184,6 +184,10 @@ class MultiTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["encoder"] = self.encoder.to_config()  # plain types: enough for `indiclip.load`
+
+
+def _is_updated(part: nn.Module) -> bool:
+    return isinstance(part, Metric) and part.update_called
 
 
 def _default_optimizer(groups: Iterable[Any]) -> Optimizer:

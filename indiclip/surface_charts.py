@@ -103,7 +103,7 @@ def chart_losses(charts: Charts, people: People) -> dict[str, Tensor]:
     inside_S = ((people.xy_S2 >= 0) & (people.xy_S2 <= 1)).all(1).float()
     num_points = inside_S.sum().clamp(min=1)
     values_SC = read_at(torch.cat([charts.part_logits, charts.u, charts.v], 1), people.person_S, people.xy_S2)
-    logits_SK, u_SK, v_SK = values_SC.split(NUM_PARTS + 1, dim=1)
+    logits_SK, u_SK, v_SK = torch.split(values_SC, NUM_PARTS + 1, dim=1)
     part_S1 = people.part_S[:, None]
     own_uv_S2 = torch.cat([u_SK.gather(1, part_S1), v_SK.gather(1, part_S1)], 1)
     part_loss_S = F.cross_entropy(logits_SK, people.part_S, reduction="none")

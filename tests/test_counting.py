@@ -328,7 +328,7 @@ def test_the_picture_is_hot_where_the_things_are(encoder: Encoder) -> None:
     assert np.unravel_index(heat_HW.argmax(), heat_HW.shape)[0] in range(8, 16)
     assert np.unravel_index(heat_HW.argmax(), heat_HW.shape)[1] in range(32, 40)
     assert heat_HW[-1, 0] == 0
-    assert (heat_map(grey, np.zeros((4, 6), np.float32)) == grey).all()
+    assert (heat_map(grey, torch.zeros(4, 6)) == grey).all()
 
 
 def test_arguments_are_checked() -> None:
