@@ -89,7 +89,8 @@ def test_arrows_point_one_way(place):
 
 
 def test_every_file_has_its_arrows_named():
-    there = {entry.name for entry in (ROOT / "indiclip").iterdir() if entry.name not in ("__init__.py", "__pycache__")}
+    skipped = ("__init__.py", "__pycache__", "old_names.yaml")
+    there = {entry.name for entry in (ROOT / "indiclip").iterdir() if entry.name not in skipped}
     assert there - {"cli.py"} == set(ARROWS)
 
 
