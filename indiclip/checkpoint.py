@@ -10,7 +10,7 @@ import torch
 
 from indiclip.backbone import Backbone
 from indiclip.encoder import Encoder
-from indiclip.names import did_you_mean
+from indiclip.names import nearest_beside
 from indiclip.old_names import translate_checkpoint
 from indiclip.text import TextTower, Tokenizer
 
@@ -49,8 +49,7 @@ def _checkpoint_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path}: no such run or checkpoint{did_you_mean(str(path), siblings)}")
+        raise FileNotFoundError(f"{path}: no such run or checkpoint{nearest_beside(path)}")
     last = path / "checkpoints" / "last.ckpt"
     found = [last] if last.is_file() else sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from indiclip import old_names
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, nearest_beside
 
 _GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
@@ -68,8 +68,7 @@ def check_yaml(files: Iterable[str]) -> None:
     for name in files:
         file = Path(name)
         if not file.is_file():
-            near = [str(other) for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-            raise FileNotFoundError(f"--config: no file {name}{did_you_mean(name, near)}")
+            raise FileNotFoundError(f"--config: no file {name}{nearest_beside(file, '*.y*ml')}")
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
