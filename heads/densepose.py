@@ -220,21 +220,24 @@ def paste(prediction: Prediction, size_hw: tuple[int, int]) -> tuple[Tensor, Ten
         part uint8 (H, W), 0 off people, and uv (H, W, 2). A pixel takes the cell under its centre.
     """
     height, width = size_hw
-    part_HW = torch.zeros(height, width, dtype=torch.uint8, device=prediction["part"].device)
-    uv_HW2 = torch.zeros(height, width, 2, device=part_HW.device)
-    h, w = prediction["part"].shape[-2:]
+    parts_Qhw, uv_Qhw2 = prediction["part"], prediction["uv"].permute(0, 2, 3, 1)
+    part_HW, uv_HW2 = parts_Qhw.new_zeros(height, width), uv_Qhw2.new_zeros(height, width, 2)
     for q in prediction["scores"].argsort().tolist():
         x1, y1, x2, y2 = prediction["boxes_xyxy"][q].tolist()
-        columns = torch.arange(max(0, round(x1)), min(width, round(x2)), device=part_HW.device)
-        rows = torch.arange(max(0, round(y1)), min(height, round(y2)), device=part_HW.device)
-        x = ((columns + 0.5 - x1) / (x2 - x1) * w).long().clamp(0, w - 1)
-        y = ((rows + 0.5 - y1) / (y2 - y1) * h).long().clamp(0, h - 1)[:, None]
-        found = prediction["part"][q][y, x]
-        window = (rows[:, None], columns)
-        part_HW[window] = torch.where(found > 0, found, part_HW[window])
-        uv = prediction["uv"][q][:, y, x].permute(1, 2, 0)
-        uv_HW2[window] = torch.where(found[..., None] > 0, uv, uv_HW2[window])
+        rows, y_H = _pixels(y1, y2, height, parts_Qhw.shape[1])
+        columns, x_W = _pixels(x1, x2, width, parts_Qhw.shape[2])
+        cells = (q, y_H[:, None], x_W)
+        on_HW = parts_Qhw[cells] > 0
+        part_HW[rows, columns][on_HW] = parts_Qhw[cells][on_HW]
+        uv_HW2[rows, columns][on_HW] = uv_Qhw2[cells][on_HW]
     return part_HW, uv_HW2
+
+
+def _pixels(low: float, high: float, size: int, num_cells: int) -> tuple[slice, Tensor]:
+    """The pixels between two sides of a window along one axis of an image, and the cell of the window under each."""
+    pixels = slice(max(0, round(low)), min(size, round(high)))
+    centres = torch.arange(size)[pixels] + 0.5
+    return pixels, ((centres - low) / (high - low) * num_cells).long().clamp(0, num_cells - 1)
 
 
 class SurfaceMetric(torchmetrics.Metric):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, 
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Field(NamedTuple):
@@ -135,9 +136,9 @@ class Rows:
     @property
     def index_BM(self) -> Tensor:
         """The row numbers of each image on the device; R where an image has fewer than the most."""
-        counts_B1 = torch.tensor(self.counts)[:, None]
-        place_M = torch.arange(max(self.counts))
-        index_BM = torch.where(place_M < counts_B1, counts_B1.cumsum(0) - counts_B1 + place_M, sum(self.counts))
+        numbers_R = torch.arange(sum(self.counts))
+        of_images = [*torch.split(numbers_R, self.counts)]
+        index_BM = pad_sequence(of_images, batch_first=True, padding_value=len(numbers_R))
         return index_BM.to(self.values.device, non_blocking=True)
 
     def rows_of(self, image: int) -> slice:
