@@ -119,7 +119,8 @@ class Counting(Head):
             image_Q: Which image each query is about; None asks one of every image.
         """
         # A unit vector's numbers are small; at variance 1 the text steers the density from the first steps on.
-        scale_QC11, shift_QC11 = self.film(text_QE * text_QE.shape[-1] ** 0.5)[..., None, None].chunk(2, 1)
+        text_QE = text_QE.to(self.film.weight.dtype) * text_QE.shape[-1] ** 0.5
+        scale_QC11, shift_QC11 = self.film(text_QE)[..., None, None].chunk(2, 1)
         tokens_BNC = self.norm(self.tokens(features.tokens_BND))
         x_QCHW, mask_QHW = replace(features, tokens_BND=tokens_BNC).map()
         if image_Q is not None:

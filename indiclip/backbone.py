@@ -56,8 +56,16 @@ class Backbone(nn.Module, ABC):
         self.register_buffer("std_P", torch.tensor(std).repeat(pixels) * 255, persistent=False)
 
     def normalise(self, images: Images) -> Tensor:
-        """uint8 patches -> zero mean and unit variance, (B, N, P)."""
-        return (images["patches_BNP"].to(self.mean_P.dtype) - self.mean_P) / self.std_P
+        """uint8 patches -> zero mean and unit variance, (B, N, P).
+
+        Raises:
+            ValueError: Patches of another size than the backbone's.
+        """
+        patches_BNP = images["patches_BNP"]
+        if patches_BNP.shape[-1] != len(self.mean_P):
+            found = round((patches_BNP.shape[-1] / 3) ** 0.5)
+            raise ValueError(f"data.patch_size: found {found}; expected {self.patch_size}, the backbone's")
+        return (patches_BNP.to(self.mean_P.dtype) - self.mean_P) / self.std_P
 
     @abstractmethod
     def forward(self, images: Images) -> Features: ...

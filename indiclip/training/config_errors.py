@@ -20,6 +20,12 @@ from indiclip.module import MultiTask
 from indiclip.names import did_you_mean, nearest_beside
 
 _GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
+# What is wrong with a value that may also be None, out of what the parser says of both.
+_OPTIONAL = re.compile(
+    r"Errors:\s+- (?:Type \S+\[.* callable class: )?(.*?)(?:\. Got value: Namespace\(.*)?"
+    r"\n\s+- Expected a <class 'NoneType'>.*Given value: (.*)",
+    re.DOTALL,
+)
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
 
 
@@ -39,7 +45,9 @@ class OneLineParser(LightningArgumentParser):
 def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    classes = re.findall(r"(?:Problem with given class_path |Namespace\(class_path=)'([^']+)'", message)
+    if optional := _OPTIONAL.search(message):
+        message = optional[1] if classes else f"{optional[1]}. Got value: {optional[2]}"
     reason = " ".join(line.strip() for line in message.splitlines() if not _is_wrapper(line)) or message
     if option := re.search(r"Option '([^']+)' is not accepted", reason):
         owner = classes[-1] if classes else "the configuration"
@@ -82,7 +90,10 @@ def _is_wrapper(line: str) -> bool:
 
 
 def _parameters(cls: Any) -> list[str]:
-    return [name for name in inspect.signature(cls).parameters if name != "self"]
+    """Of its constructor and those that it hands `**arguments` on to."""
+    return [
+        name for base in inspect.getmro(cls) for name in inspect.signature(base.__init__).parameters if name != "self"
+    ]
 
 
 def _nearest_option(option: str) -> str:
