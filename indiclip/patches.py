@@ -126,7 +126,8 @@ def batch_images(
 
 def _to_uint8(image: AnyImage, position: int) -> Tensor:
     if isinstance(image, Image.Image):
-        return TF.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+        pixels: Tensor = TF.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+        return pixels
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:

@@ -89,11 +89,11 @@ def _is_wrapper(line: str) -> bool:
     return bool(re.match(r"\s*(Parser key \"[^\"]+\":|Problem with given class_path '[^']+':)\s*$", line))
 
 
-def _parameters(cls: Any) -> list[str]:
-    """Of its constructor and those that it hands `**arguments` on to."""
-    return [
-        name for base in inspect.getmro(cls) for name in inspect.signature(base.__init__).parameters if name != "self"
-    ]
+def _parameters(made: Any) -> list[str]:
+    """Of a function, or of a class's constructor and of those that it hands its `**arguments` on to."""
+    functions = [vars(base).get("__init__") for base in getattr(made, "__mro__", ())] or [made]
+    signatures = [inspect.signature(function) for function in functions if inspect.isfunction(function)]
+    return [name for signature in signatures for name in signature.parameters if name != "self"]
 
 
 def _nearest_option(option: str) -> str:
