@@ -14,6 +14,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -179,30 +180,29 @@ class Counting(Head):
         return queries
 
     def _ask_boxes(self, batch: Batch, queries: CountQueries) -> None:
+        """Add a query for each class of an image's boxes, and of those of the image before it."""
         boxes, classes = (self.target(batch, name, every=False) for name in ("boxes_xyxy", "classes"))
-        labels = classes.on_host.tolist()
-        crowd = batch["targets"]["crowd"].on_host.tolist() if "crowd" in batch["targets"] else [False] * len(labels)
-        class_of = class_names(batch)
-        if labels and max(labels) >= len(class_of):
-            raise ValueError(f"{_ASK_BOXES}; found {len(class_of)} of them and a box of class {max(labels)}")
-        spans = [range(len(labels))[classes.rows_of(i)] for i in range(len(batch["keys"]))]
-        present = [{labels[row] for row in span} for span in spans]
-        rows: list[int] = []
-        query_of: list[int] = []
-        for i, span in enumerate(spans):
-            if not boxes.known[i]:
-                continue  # nobody looked for boxes here
-            for label in sorted((present[i] | present[i - 1]) - {labels[row] for row in span if crowd[row]}):
-                answer = [row for row in span if labels[row] == label]
-                rows += answer
-                query_of += [len(queries.images)] * len(answer)
-                queries.images.append(i)
-                queries.names.append(class_of[label])
-                queries.known.append(True)
+        labels, names = classes.on_host.tolist(), class_names(batch)
+        if labels and max(labels) >= len(names):
+            raise ValueError(f"{_ASK_BOXES}; found {len(names)} of them and a box of class {max(labels)}")
+        images = [i for i, count in enumerate(classes.counts) for _ in range(count)]
+        pairs = list(zip(images, labels, strict=True))  # image and class of each box
+        in_crowd = batch["targets"]["crowd"].on_host.tolist() if "crowd" in batch["targets"] else []
+        uncountable = set(compress(pairs, in_crowd))
+
+        followers = {((i + 1) % len(boxes.counts), label) for i, label in pairs}
+        asked = sorted(pair for pair in {*pairs, *followers} - uncountable if boxes.known[pair[0]])
+        query_of = {pair: number for number, pair in enumerate(asked, len(queries.images))}
+        queries.images += [i for i, _ in asked]
+        queries.names += [names[label] for _, label in asked]
+        queries.known += [True] * len(asked)
+
+        rows = [row for row, pair in enumerate(pairs) if pair in query_of]
         device = boxes.values.device
         boxes_P4 = boxes.values[on_device(rows, device).long()]
+        query_P = on_device([query_of[pairs[row]] for row in rows], device).long()
         queries.xy_P2 = torch.cat([queries.xy_P2, (boxes_P4[:, :2] + boxes_P4[:, 2:]) / 2])
-        queries.query_P = torch.cat([queries.query_P, on_device(query_of, device).long()])
+        queries.query_P = torch.cat([queries.query_P, query_P])
 
     def _counts(self, features: Features, batch: Batch, queries: CountQueries, image_Q: Tensor) -> Tensor:
         """How many points (Q, H, W) lie in each cell."""
