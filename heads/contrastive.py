@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
@@ -42,6 +43,7 @@ class Contrastive(Head):
         **common: Of every `Head`.
     """
 
+    metric: EmbeddingMetric
     required_fields = ("caption",)
 
     def __init__(
@@ -136,7 +138,6 @@ class Contrastive(Head):
         self.target(batch, "caption")
         image_BE = torch.stack([prediction["image_E"] for prediction in predictions])
         hits = [prediction["hits_L"] for prediction in predictions if prediction["hits_L"] is not None]
-        assert isinstance(self.metric, EmbeddingMetric)
         texts_TE = [prediction["texts_TE"] for prediction in predictions]
         self.metric.update(image_BE, _captions(batch), texts_TE, _drawn_languages(batch), hits)
 
@@ -168,8 +169,8 @@ class Contrastive(Head):
         """Mean of the templates' embeddings of each class, at each length (unit length)."""
         prompts = [template.replace("{}", name) for name in names for template in self.templates]
         full_CTE = encoder.embed_text(prompts).reshape(len(names), len(self.templates), -1)
-        cut = [torch.nn.functional.normalize(full_CTE[..., :length], dim=-1) for length in encoder.lengths]
-        return [torch.nn.functional.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
+        cut = [F.normalize(full_CTE[..., :length], dim=-1) for length in encoder.lengths]
+        return [F.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
 
 
 class EmbeddingMetric(torchmetrics.Metric):
@@ -193,32 +194,28 @@ class EmbeddingMetric(torchmetrics.Metric):
     image_BE: list[Tensor]
     counts_B: list[Tensor]
     text_SE: list[Tensor]
-    ids_S: list[Tensor]
-    drawn_S: list[Tensor]
-    codes_SC: list[Tensor]
+    rows_SC: list[Tensor]
     hits_L: Tensor
     labelled: Tensor
 
     def __init__(self, lengths: list[int], retrieval_at: list[int]) -> None:
         super().__init__()
         self.lengths, self.retrieval_at = lengths, retrieval_at
-        # All captions lie in one row, image after image, each with its language as characters: like this they can be
-        # put together from ranks that have seen different languages.
-        for name in ("image_BE", "counts_B", "text_SE", "ids_S", "drawn_S", "codes_SC"):
+        # All captions lie in one row, image after image: number, whether it was drawn, and its language as characters.
+        # Like this they can be put together from ranks that have seen different languages.
+        for name in ("image_BE", "counts_B", "text_SE", "rows_SC"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self.add_state("hits_L", default=torch.zeros(len(lengths)), dist_reduce_fx="sum")
         self.add_state("labelled", default=torch.zeros(()), dist_reduce_fx="sum")
-
         self.reset()
 
     def reset(self) -> None:
         """Empty, but with the shapes and types that a rank without samples needs in the exchange."""
         super().reset()
         empty_0E = torch.zeros(0, self.lengths[-1], device=self.device)
-        empty_0 = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.image_BE, self.text_SE = [empty_0E], [empty_0E]
-        self.counts_B, self.ids_S, self.drawn_S = [empty_0], [empty_0], [empty_0]
-        self.codes_SC = [torch.zeros(0, _CODE_LENGTH, dtype=torch.uint8, device=self.device)]
+        empty_0C = torch.zeros(0, 2 + _CODE_LENGTH, dtype=torch.int64, device=self.device)
+        self.rows_SC, self.counts_B = [empty_0C], [empty_0C[:, 0]]
 
     def update(
         self,
@@ -243,18 +240,16 @@ class EmbeddingMetric(torchmetrics.Metric):
             self.hits_L += torch.stack(hits).sum(0)
         self.labelled += len(hits)
         self.counts_B.append(torch.tensor([sum(map(len, by.values())) for by in captions], device=device))
-        rows = [
-            (language, text, language == of_image)
-            for by, of_image in zip(captions, drawn, strict=True)
-            for language, texts in by.items()
-            for text in texts
-        ]
-        if rows:
-            self.text_SE.append(torch.cat([by[name] for by in texts_TE for name in by]).float())
-            self.ids_S.append(caption_ids([text for _, text, _ in rows]).to(device))
-            self.drawn_S.append(torch.tensor([int(is_drawn) for _, _, is_drawn in rows], device=device))
-            codes = [list(language.encode().ljust(_CODE_LENGTH)) for language, _, _ in rows]
-            self.codes_SC.append(torch.tensor(codes, dtype=torch.uint8, device=device))
+        texts = [text for by in captions for of_language in by.values() for text in of_language]
+        if texts:
+            rows = [
+                [language == of_image, *language.encode().ljust(_CODE_LENGTH)]
+                for by, of_image in zip(captions, drawn, strict=True)
+                for language, of_language in by.items()
+                for _ in of_language
+            ]
+            self.text_SE.append(torch.cat([text_TE for by in texts_TE for text_TE in by.values()]).float())
+            self.rows_SC.append(torch.column_stack([caption_ids(texts), torch.tensor(rows)]).to(device))
 
     def compute(self) -> dict[str, Tensor]:
         """`zero_shot` (at the full length) and `zero_shot_<length>`, `image_to_text_r<k>`, `text_to_image_r<k>`; the
@@ -266,10 +261,10 @@ class EmbeddingMetric(torchmetrics.Metric):
             result["zero_shot"] = accuracy_L[-1]
             for length, accuracy in zip(self.lengths[:-1], accuracy_L[:-1], strict=True):
                 result[f"zero_shot_{length}"] = accuracy
-        image_BE, text_SE, ids_S = (dim_zero_cat(part) for part in (self.image_BE, self.text_SE, self.ids_S))
+        image_BE, text_SE, rows_SC = (dim_zero_cat(part) for part in (self.image_BE, self.text_SE, self.rows_SC))
         images = torch.arange(len(image_BE), device=image_BE.device)
         image_S = images.repeat_interleave(dim_zero_cat(self.counts_B))
-        codes_KC, language_S = torch.unique(dim_zero_cat(self.codes_SC), dim=0, return_inverse=True)
+        codes_KC, language_S = torch.unique(rows_SC[:, 2:], dim=0, return_inverse=True)
         names = [bytes(code).decode().rstrip() for code in codes_KC.tolist()]
         chosen = {name: language_S == number for number, name in enumerate(names) if name}
         known: dict[bytes, dict[str, Tensor]] = {}
@@ -277,16 +272,16 @@ class EmbeddingMetric(torchmetrics.Metric):
         def recalls(chosen_S: Tensor) -> dict[str, Tensor]:
             key = chosen_S.cpu().numpy().tobytes()  # mostly, all images have all languages
             if key not in known:
-                of_texts = image_S[chosen_S], text_SE[chosen_S], ids_S[chosen_S]
+                of_texts = image_S[chosen_S], text_SE[chosen_S], rows_SC[chosen_S, 0]
                 known[key] = _recalls(image_BE, *of_texts, self.retrieval_at)
             return known[key]
 
-        result |= recalls(dim_zero_cat(self.drawn_S) > 0)
+        result |= recalls(rows_SC[:, 1] > 0)
         if len(chosen) < 2:
             return result
-        counts = {name: float(len(image_S[chosen_S].bincount().nonzero())) for name, chosen_S in chosen.items()}
-        if min(counts.values()) < len(image_S[torch.stack(list(chosen.values())).any(0)].bincount().nonzero()):
-            result |= {f"images/{name}": torch.tensor(count) for name, count in counts.items()}
+        counts = {name: torch.unique(image_S[chosen_S]).numel() for name, chosen_S in chosen.items()}
+        if min(counts.values()) < torch.unique(image_S[torch.stack([*chosen.values()]).any(0)]).numel():
+            result |= {f"images/{name}": torch.tensor(float(count)) for name, count in counts.items()}
         best = f"image_to_text_r{max(self.retrieval_at)}"
         for name, chosen_S in chosen.items():
             result |= {f"{metric}/{name}": value for metric, value in recalls(chosen_S).items()}
@@ -304,14 +299,14 @@ def _recalls(
     """`image_to_text_r<k>` and `text_to_image_r<k>` of the images that have one of these texts."""
     images, image_S = torch.unique(image_S, return_inverse=True)
     ids, text_S = torch.unique(ids_S, return_inverse=True)
-    first_C = torch.full((len(ids),), len(text_S), device=text_S.device)
-    first_C = first_C.scatter_reduce(0, text_S, torch.arange(len(text_S), device=text_S.device), "amin")
+    order_S = torch.arange(len(text_S), device=text_S.device)
+    first_C = order_S.new_full(ids.shape, len(text_S)).scatter_reduce(0, text_S, order_S, "amin")
     rank_B, rank_C = pair_ranks(image_BE[images], text_SE[first_C], image_S, text_S)
-    result: dict[str, Tensor] = {}
-    for k in retrieval_at:
-        result[f"image_to_text_r{k}"] = (rank_B < k).float().mean()
-        result[f"text_to_image_r{k}"] = (rank_C < k).float().mean()
-    return result
+    return {
+        f"{name}_r{k}": (rank < k).float().mean()
+        for k in retrieval_at
+        for name, rank in (("image_to_text", rank_B), ("text_to_image", rank_C))
+    }
 
 
 def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:
