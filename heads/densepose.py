@@ -353,12 +353,10 @@ def _extend(fine_BCHW: Tensor, mask_BHW: Tensor, upscale: int) -> Tensor:
     """Repeat each image's last row and column into the padding, as RoIAlign does at the edge of a map; what a window
     at the edge reads is then the same whatever lies beside the image in the batch.
     """
-    B, _, H, W = fine_BCHW.shape
-    device = fine_BCHW.device
-    last_B1 = mask_BHW.any(2).sum(1, keepdim=True) * upscale - 1, mask_BHW.any(1).sum(1, keepdim=True) * upscale - 1
-    rows_BH = torch.minimum(torch.arange(H, device=device), last_B1[0])
-    columns_BW = torch.minimum(torch.arange(W, device=device), last_B1[1])
-    image_B11 = torch.arange(B, device=device)[:, None, None]
+    axes = zip(fine_BCHW.shape[2:], (2, 1), strict=True)
+    last = [(size, mask_BHW.any(other).sum(1, keepdim=True) * upscale - 1) for size, other in axes]
+    rows_BH, columns_BW = (torch.minimum(torch.arange(size, device=end_B1.device), end_B1) for size, end_B1 in last)
+    image_B11 = torch.arange(len(mask_BHW), device=mask_BHW.device)[:, None, None]
     return fine_BCHW.permute(0, 2, 3, 1)[image_B11, rows_BH[:, :, None], columns_BW[:, None]].permute(0, 3, 1, 2)
 
 

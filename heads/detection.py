@@ -150,22 +150,17 @@ class Detection(Head):
         outputs, locations = self(features)
         centerness_BA1 = outputs.centerness_BA.sigmoid()[..., None]
         scores_BAC = (outputs.logits_BAC.sigmoid() * centerness_BA1).sqrt() * outputs.valid_BA[..., None]
-        return [
-            self._decode(scores_AC, ltrb_A4, locations, size_hw)
-            for scores_AC, ltrb_A4, size_hw in zip(
-                scores_BAC, outputs.ltrb_BA4, batch["images"]["sizes_hw"], strict=True
-            )
-        ]
-
-    def _decode(self, scores_AC: Tensor, ltrb_A4: Tensor, locations: Locations, size_hw: tuple[int, int]) -> Prediction:
-        """The best boxes of one image."""
-        scores_K, order_K = scores_AC.flatten().topk(min(self.topk, scores_AC.numel()))
-        kept_K = scores_K > self.score_thresh
-        scores_K, order_K = scores_K[kept_K], order_K[kept_K]
-        cells_K, labels_K = order_K // scores_AC.shape[1], order_K % scores_AC.shape[1]
-        boxes_K4 = ops.clip_boxes_to_image(locations.boxes(ltrb_A4)[cells_K], size_hw)
-        best_K = ops.batched_nms(boxes_K4, scores_K, labels_K, self.nms_thresh)[: self.detections_per_image]
-        return {"boxes_xyxy": boxes_K4[best_K], "scores": scores_K[best_K], "labels": labels_K[best_K]}
+        sizes_hw = batch["images"]["sizes_hw"]
+        found = []
+        for scores_AC, ltrb_A4, size_hw in zip(scores_BAC, outputs.ltrb_BA4, sizes_hw, strict=True):
+            scores_K, order_K = scores_AC.flatten().topk(min(self.topk, scores_AC.numel()))
+            kept_K = scores_K > self.score_thresh
+            scores_K, order_K = scores_K[kept_K], order_K[kept_K]
+            cells_K, labels_K = order_K // scores_AC.shape[1], order_K % scores_AC.shape[1]
+            boxes_K4 = ops.clip_boxes_to_image(locations.boxes(ltrb_A4)[cells_K], size_hw)
+            best_K = ops.batched_nms(boxes_K4, scores_K, labels_K, self.nms_thresh)[: self.detections_per_image]
+            found.append({"boxes_xyxy": boxes_K4[best_K], "scores": scores_K[best_K], "labels": labels_K[best_K]})
+        return found
 
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         boxes, classes_R, crowd_R = self._truth(batch)

@@ -14,6 +14,8 @@ from indiclip.names import nearest_beside
 from indiclip.old_names import translate_checkpoint
 from indiclip.text import TextTower, Tokenizer
 
+_OF_PARTS = ("indiclip.backbone", "indiclip.text")
+
 
 def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool = False) -> Encoder:
     """The encoder of a run, in evaluation mode and without gradients.
@@ -64,15 +66,11 @@ def _build(value: Any, trust_code: bool, file: Path) -> Any:
     module, _, name = value["class_path"].rpartition(".")
     arguments = value["init_args"]
     if not trust_code:
-        if module not in ("indiclip.backbone", "indiclip.text") or not _is_part(module, name):
+        made = getattr(importlib.import_module(module), name, None) if module in _OF_PARTS else None
+        if not (isinstance(made, type) and issubclass(made, (Backbone, TextTower, Tokenizer))):
             raise ValueError(f"{file}: names {value['class_path']}; pass trust_code=True to import and call it")
         for key in ("pretrained", "source"):
             if arguments.get(key):
                 raise ValueError(f"{file}: asks for {key} {arguments[key]!r}; pass trust_code=True to fetch it")
     arguments = {key: _build(item, trust_code, file) for key, item in arguments.items()}
     return getattr(importlib.import_module(module), name)(**arguments)
-
-
-def _is_part(module: str, name: str) -> bool:
-    made = getattr(importlib.import_module(module), name, None)
-    return isinstance(made, type) and issubclass(made, (Backbone, TextTower, Tokenizer))
