@@ -90,13 +90,14 @@ class Contrastive(Head):
 
     def _loss_by_language(self, languages: list[str | None]) -> dict[str, Tensor]:
         """`loss/<language>` of the batch's languages, where the run has more than one."""
-        names = sorted({language for language in languages if language and _CODE.fullmatch(language)})
+        codes = [_code(language) for language in languages]
+        names = sorted({*codes} - {""})
         self._languages.update(names)
         if len(self._languages) < 2 or not names:
             return {}
         pair_losses_B = self.criterion.pair_losses_B
         assert pair_losses_B is not None
-        of_KB = torch.from_numpy(np.array(names)[:, None] == np.array([language or "" for language in languages]))
+        of_KB = torch.from_numpy(np.array(names)[:, None] == np.array(codes))
         of_KB = of_KB.to(pair_losses_B.device, non_blocking=True)
         # No product with 0 and 1: a pair that is not finite would make all languages so.
         loss_K = torch.where(of_KB, pair_losses_B, 0).sum(1) / of_KB.sum(1)
@@ -109,13 +110,7 @@ class Contrastive(Head):
         """
         drawn = batch["targets"].get("caption", [None] * len(batch["keys"]))
         captions = _captions(batch)
-        image_BE, texts_TE = encoder.embed_features(features), _embed_by_language(captions, encoder)
-        text_of = {
-            text: text_E
-            for by, embedded in zip(captions, texts_TE, strict=True)
-            for language, texts in by.items()
-            for text, text_E in zip(texts, embedded[language], strict=True)
-        }
+        image_BE, text_of = encoder.embed_features(features), _embed_by_language(captions, encoder)
         distinct = list(dict.fromkeys(caption for caption in drawn if caption is not None))
         nearest: list[list[int]] = [[] for _ in drawn]
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
@@ -129,9 +124,9 @@ class Contrastive(Head):
                 "text_E": text_of.get(caption),
                 "hits_L": hits_L,
                 "nearest": [distinct[i] for i in best],
-                "texts_TE": of_image,
+                "texts_TE": {name: torch.stack([text_of[text] for text in texts]) for name, texts in by.items()},
             }
-            for image_E, caption, hits_L, best, of_image in zip(image_BE, drawn, hits, nearest, texts_TE, strict=True)
+            for image_E, caption, hits_L, best, by in zip(image_BE, drawn, hits, nearest, captions, strict=True)
         ]
 
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
@@ -314,37 +309,38 @@ def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:
     head._class_text.clear()
 
 
+def _code(language: str | None) -> str:
+    """A language's code; "" where it is unknown or is no code."""
+    return language if language and _CODE.fullmatch(language) else ""
+
+
 def _drawn_languages(batch: Batch) -> list[str]:
-    """The language of each image's `caption`; "" where it is unknown or is no code."""
-    languages = batch["targets"].get("language", [None] * len(batch["keys"]))
-    return [language if language and _CODE.fullmatch(language) else "" for language in languages]
+    """The language of each image's `caption`."""
+    return [_code(language) for language in batch["targets"].get("language", [None] * len(batch["keys"]))]
 
 
 def _captions(batch: Batch) -> list[dict[str, list[str]]]:
-    """All captions of each image by language, "" where it is unknown or is no code; `caption` is one of them."""
+    """All captions of each image by language; `caption` is one of them."""
     nothing: list[Any] = [None] * len(batch["keys"])
     all_captions, drawn = (batch["targets"].get(name, nothing) for name in ("captions", "caption"))
     found: list[dict[str, list[str]]] = []
     for by, caption, own in zip(all_captions, drawn, _drawn_languages(batch), strict=True):
         of_image: dict[str, list[str]] = {}
         for language, texts in (by or {}).items():
-            of_image.setdefault(language if _CODE.fullmatch(language) else "", []).extend(texts)
+            of_image.setdefault(_code(language), []).extend(texts)
         if caption is not None and caption not in of_image.get(own, []):
             of_image.setdefault(own, []).append(caption)
-        found.append(of_image)
+        found.append({language: texts for language, texts in of_image.items() if texts})
     return found
 
 
-def _embed_by_language(captions: list[dict[str, list[str]]], encoder: Encoder) -> list[dict[str, Tensor]]:
-    """Language -> embeddings, of each image's captions; one language after the other, so that batches stay small."""
-    found: list[dict[str, Tensor]] = [dict.fromkeys(by, torch.empty(0)) for by in captions]
+def _embed_by_language(captions: list[dict[str, list[str]]], encoder: Encoder) -> dict[str, Tensor]:
+    """Each text's embedding; one language after the other, so that batches stay small."""
+    text_of: dict[str, Tensor] = {}
     for language in sorted({language for by in captions for language in by}):
-        counts = [len(by.get(language, [])) for by in captions]
-        text_TE = encoder.embed_text([text for by in captions for text in by.get(language, [])])
-        for of_image, count, own_TE in zip(found, counts, torch.split(text_TE, counts), strict=True):
-            if count:
-                of_image[language] = own_TE
-    return found
+        texts = list(dict.fromkeys(text for by in captions for text in by.get(language, [])))
+        text_of |= zip(texts, encoder.embed_text(texts), strict=True)
+    return text_of
 
 
 def _labels(batch: Batch, like_BE: Tensor) -> Tensor:
