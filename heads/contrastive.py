@@ -136,9 +136,7 @@ class Contrastive(Head):
         texts_TE = [prediction["texts_TE"] for prediction in predictions]
         self.metric.update(image_BE, _captions(batch), texts_TE, _drawn_languages(batch), hits)
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
-    ) -> Picture:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         nearest = "\n".join(
             f"{'✓' if caption == target['caption'] else '·'} {caption}" for caption in prediction["nearest"]
         )

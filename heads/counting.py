@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import TYPE_CHECKING, Any, cast
@@ -164,9 +163,7 @@ class Counting(Head):
             if known:
                 self.metric.update(prediction["count"], truth, name)
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
-    ) -> Picture:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         truth = f" (truth {len(target['points_xy'])})" if "points_xy" in target else ""
         picture = heat_map(image_HW3, prediction["density"].float())
         return picture, f"how many {prediction['prompt']}: {prediction['count']:.1f}{truth}"

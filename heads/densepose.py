@@ -173,9 +173,7 @@ class DensePose(Head):
         for i, prediction in enumerate(predictions):
             self.metric.update(prediction, targets_of(batch, i))
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
-    ) -> Picture:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         """Predicted surfaces on the left, annotated points on the right; a part's colour is darker where U is small
         and paler where V is large.
         """

@@ -6,7 +6,6 @@ cells where the name says so: each token is `upsample` cells wide and high.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,9 +89,7 @@ class Depth(Head):
             if known_HW.any():
                 self.metric.update(prediction["depth"][known_HW], truth_HW[:rows, :columns][known_HW])
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
-    ) -> Picture:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         height, width = image_HW3.shape[:2]
         depth_HW = prediction["depth"].float()
         shown = F.interpolate(depth_HW[None, None], (height, width), mode="bilinear")[0, 0]

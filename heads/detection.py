@@ -170,10 +170,8 @@ class Detection(Head):
             target = [value_R[rows][own_M] for value_R in (boxes.values, classes_R, crowd_R)]
             self.metric.update(prediction, target, scale_hw)
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
-    ) -> Picture:
-        theirs = class_names or [str(label) for label in range(self.num_classes)]
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
+        theirs = target.get("class_names") or [str(label) for label in range(self.num_classes)]
         number_C = torch.tensor(self._numbers(theirs, "the source"))
         own = theirs if self.classes is None else self.classes
         gt_classes_M = number_C[target["classes"]]
@@ -212,10 +210,10 @@ class DetectionMetric(torchmetrics.Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # Flat and of one type, so that a rank without any image can take part in the gathering.
-        self.add_state("detections", default=[], dist_reduce_fx="cat")  # x1 y1 x2 y2 score label, again and again
-        self.add_state("truths", default=[], dist_reduce_fx="cat")  # x1 y1 x2 y2 crowd label
-        self.add_state("counts", default=[], dist_reduce_fx="cat")  # detections and truths of each image
+        # Flat and of one type, so that a rank without any image can take part in the gathering: x1 y1 x2 y2 score
+        # label of a detection after the other, x1 y1 x2 y2 crowd label of the truths, and both numbers of each image.
+        for name in ("detections", "truths", "counts"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, prediction: Prediction, target: Sequence[Tensor], scale_hw: tuple[float, float]) -> None:
         """Add an image.

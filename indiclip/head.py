@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -109,16 +109,13 @@ class Head(nn.Module, ABC):
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         """Add a batch to `metric`."""
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction, class_names: Sequence[str] = ()
-    ) -> Picture:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         """A held-out image with the prediction on it, and a line of text below it, for the report.
 
         Args:
             image_HW3: uint8 RGB, the resized image.
             prediction: One item of `predict`, on the CPU.
-            target: The targets of this image, see `targets_of`.
-            class_names: Of the image's source.
+            target: The targets of this image, see `targets_of`, and `class_names` of its source.
         """
         return image_HW3, ""
 

@@ -486,8 +486,9 @@ def test_the_picture_shows_both_and_counts() -> None:
     target = {
         "boxes_xyxy": torch.tensor([[4.0, 4.0, 24.0, 23.0], [30.0, 4.0, 44.0, 20.0]]),
         "classes": torch.tensor([1, 2]),
+        "class_names": ["diya", "kite", "matka"],
     }
-    picture, words = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target, ["diya", "kite", "matka"])
+    picture, words = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target)
     assert words.splitlines()[0].startswith("1 of 2 found, 1 false")
     assert "kite, matka" in words
     assert min(picture.shape[:2]) >= 320
@@ -531,7 +532,9 @@ def test_a_head_may_detect_some_of_the_classes() -> None:
     some.update_metric([prediction, nothing], features, batch)
     assert some.metric.compute()["ap50"] == 1
     names = batch["origin"].classes
-    _, words = some.visualize(np.zeros((64, 64, 3), np.uint8), prediction, targets_of(batch, 0), names)
+    _, words = some.visualize(
+        np.zeros((64, 64, 3), np.uint8), prediction, targets_of(batch, 0) | {"class_names": names}
+    )
     assert words.startswith("1 of 1 found, 0 false")
     assert words.endswith("matka")
     with pytest.raises(ValueError, match=r"heads\.some\.classes: 'matka' is none of the 1 classes"):
