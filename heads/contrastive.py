@@ -250,10 +250,8 @@ class EmbeddingMetric(torchmetrics.Metric):
         """
         result: dict[str, Tensor] = {}
         if self.labelled > 0:
-            accuracy_L = self.hits_L / self.labelled
-            result["zero_shot"] = accuracy_L[-1]
-            for length, accuracy in zip(self.lengths[:-1], accuracy_L[:-1], strict=True):
-                result[f"zero_shot_{length}"] = accuracy
+            names = [*(f"zero_shot_{length}" for length in self.lengths[:-1]), "zero_shot"]
+            result |= zip(names, self.hits_L / self.labelled, strict=True)
         image_BE, text_SE, rows_SC = (dim_zero_cat(part) for part in (self.image_BE, self.text_SE, self.rows_SC))
         images = torch.arange(len(image_BE), device=image_BE.device)
         image_S = images.repeat_interleave(dim_zero_cat(self.counts_B))

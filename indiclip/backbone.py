@@ -193,10 +193,8 @@ class TimmBackbone(Backbone):
         pixels = self._canvas(images)
         (map_BCHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
         B, _, H, W = map_BCHW.shape
-        rows, columns = torch.meshgrid(
-            torch.arange(H, device=pixels.device), torch.arange(W, device=pixels.device), indexing="ij"
-        )
-        coords_BN2 = torch.stack([rows, columns], -1).reshape(1, H * W, 2).expand(B, -1, -1)
+        rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
+        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(B, -1, -1)
         valid_BN = None
         if any(size != self.canvas_hw for size in images["sizes_hw"]):
             sizes_B2 = on_device(images["sizes_hw"], pixels.device)
