@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
 from indiclip.evals.protocols.retrieval import pair_ranks
-from indiclip.head import Datasets, Head, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, same_classes
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.types import Batch, Features, class_names
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
-_CODE_LENGTH = 35  # characters hold any language code in use (BCP-47: RFC 5646, section 4.4.1)
-_CODE = re.compile(rf"[A-Za-z0-9-]{{1,{_CODE_LENGTH}}}")
+_CODE = re.compile(r"[A-Za-z0-9-]{1,35}")  # any language code in use (BCP-47: RFC 5646, section 4.4.1)
 
 
 class Contrastive(Head):
@@ -166,7 +164,7 @@ class Contrastive(Head):
         return [F.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
 
 
-class EmbeddingMetric(torchmetrics.Metric):
+class EmbeddingMetric(ListMetric):
     """Retrieval both ways and zero-shot accuracy over everything seen since the last reset.
 
     An image has found its text when any of its captions is near enough; equal captions count as one candidate.
@@ -183,32 +181,9 @@ class EmbeddingMetric(torchmetrics.Metric):
         retrieval_at: The k of recall@k.
     """
 
-    full_state_update = False
-    image_BE: list[Tensor]
-    counts_B: list[Tensor]
-    text_SE: list[Tensor]
-    rows_SC: list[Tensor]
-    hits_L: Tensor
-    labelled: Tensor
-
     def __init__(self, lengths: list[int], retrieval_at: list[int]) -> None:
         super().__init__()
         self.lengths, self.retrieval_at = lengths, retrieval_at
-        # All captions lie in one row, image after image: number, whether it was drawn, and its language as characters.
-        # Like this they can be put together from ranks that have seen different languages.
-        for name in ("image_BE", "counts_B", "text_SE", "rows_SC"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-        self.add_state("hits_L", default=torch.zeros(len(lengths)), dist_reduce_fx="sum")
-        self.add_state("labelled", default=torch.zeros(()), dist_reduce_fx="sum")
-        self.reset()
-
-    def reset(self) -> None:
-        """Empty, but with the shapes and types that a rank without samples needs in the exchange."""
-        super().reset()
-        empty_0E = torch.zeros(0, self.lengths[-1], device=self.device)
-        self.image_BE, self.text_SE = [empty_0E], [empty_0E]
-        empty_0C = torch.zeros(0, 2 + _CODE_LENGTH, dtype=torch.int64, device=self.device)
-        self.rows_SC, self.counts_B = [empty_0C], [empty_0C[:, 0]]
 
     def update(
         self,
@@ -227,47 +202,41 @@ class EmbeddingMetric(torchmetrics.Metric):
             drawn: The language in which each image counts where languages are not told apart.
             hits: A bool (L,) for each labelled image.
         """
-        device = image_BE.device
-        self.image_BE.append(image_BE.float())
-        if hits:
-            self.hits_L += torch.stack(hits).sum(0)
-        self.labelled += len(hits)
-        self.counts_B.append(torch.tensor([sum(map(len, by.values())) for by in captions], device=device))
-        texts = [text for by in captions for of_language in by.values() for text in of_language]
-        if texts:
-            rows = [
-                [language == of_image, *language.encode().ljust(_CODE_LENGTH)]
-                for by, of_image in zip(captions, drawn, strict=True)
-                for language, of_language in by.items()
-                for _ in of_language
-            ]
-            self.text_SE.append(torch.cat([text_TE for by in texts_TE for text_TE in by.values()]).float())
-            self.rows_SC.append(torch.column_stack([caption_ids(texts), torch.tensor(rows)]).to(device))
+        self.add(image_BE.float(), captions, texts_TE, drawn, hits)
 
     def compute(self) -> dict[str, Tensor]:
         """`zero_shot` (at the full length) and `zero_shot_<length>`, `image_to_text_r<k>`, `text_to_image_r<k>`; the
         last two by language as well.
         """
+        columns = zip(*self.rows_of_all_ranks(), strict=True)
+        image_E, captions, texts_TE, drawn, hits = ([*chain.from_iterable(column)] for column in columns)
         result: dict[str, Tensor] = {}
-        if self.labelled > 0:
+        if hits:
             names = [*(f"zero_shot_{length}" for length in self.lengths[:-1]), "zero_shot"]
-            result |= zip(names, self.hits_L / self.labelled, strict=True)
-        image_BE, text_SE, rows_SC = (dim_zero_cat(part) for part in (self.image_BE, self.text_SE, self.rows_SC))
-        images = torch.arange(len(image_BE), device=image_BE.device)
-        image_S = images.repeat_interleave(dim_zero_cat(self.counts_B))
-        codes_KC, language_S = torch.unique(rows_SC[:, 2:], dim=0, return_inverse=True)
-        names = [bytes(code).decode().rstrip() for code in codes_KC.tolist()]
-        chosen = {name: language_S == number for number, name in enumerate(names) if name}
+            result |= zip(names, torch.stack(hits).float().mean(0), strict=True)
+        texts = [
+            (image, language, text, language == of_image)
+            for image, (by, of_image) in enumerate(zip(captions, drawn, strict=True))
+            for language, of_language in by.items()
+            for text in of_language
+        ]
+        images, languages, words, is_drawn = zip(*texts, strict=True)
+        image_BE = torch.stack(image_E).to(self.device)
+        text_SE = torch.cat([text_TE for by in texts_TE for text_TE in by.values()]).to(image_BE)
+        image_S, ids_S = torch.tensor(images, device=self.device), caption_ids(words).to(self.device)
+        chosen = {
+            name: torch.from_numpy(np.array(languages) == name).to(self.device) for name in sorted({*languages} - {""})
+        }
         known: dict[bytes, dict[str, Tensor]] = {}
 
         def recalls(chosen_S: Tensor) -> dict[str, Tensor]:
             key = chosen_S.cpu().numpy().tobytes()  # mostly, all images have all languages
             if key not in known:
-                of_texts = image_S[chosen_S], text_SE[chosen_S], rows_SC[chosen_S, 0]
+                of_texts = image_S[chosen_S], text_SE[chosen_S], ids_S[chosen_S]
                 known[key] = _recalls(image_BE, *of_texts, self.retrieval_at)
             return known[key]
 
-        result |= recalls(rows_SC[:, 1] > 0)
+        result |= recalls(torch.tensor(is_drawn, device=self.device))
         if len(chosen) < 2:
             return result
         counts = {name: torch.unique(image_S[chosen_S]).numel() for name, chosen_S in chosen.items()}

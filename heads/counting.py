@@ -11,7 +11,6 @@ evaluation. H and W are rows and columns of tokens, or of cells where the name s
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import TYPE_CHECKING, Any, cast
@@ -19,12 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from matplotlib import colormaps
 from torch import Tensor, nn
-from torchmetrics.utilities import dim_zero_cat
 
-from indiclip.head import Datasets, Head, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, class_names, on_device
 
 if TYPE_CHECKING:
@@ -236,7 +233,7 @@ def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> di
     return {"density": (deviance_Q * known_Q).sum() / total, "count": (error_Q * known_Q).sum() / total}
 
 
-class CountMetric(torchmetrics.Metric):
+class CountMetric(ListMetric):
     """Errors of the counts, and beside them those of constant answers, taken from the held-out counts themselves.
 
     What the training set would suggest, which one would answer in earnest, has larger errors. The mean knows nothing
@@ -244,18 +241,9 @@ class CountMetric(torchmetrics.Metric):
     that tells the two apart is far below the mean without having counted anything.
     """
 
-    full_state_update = False
-    rows: list[Tensor] | Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("rows", default=[], dist_reduce_fx="cat")  # flat: answer, truth, class, answer, ...
-
     def update(self, count: float, truth: int, class_name: str) -> None:
         """Add an image."""
-        assert isinstance(self.rows, list)
-        class_id = zlib.crc32(class_name.encode()) % 2**24  # exact in float32, and the same on every rank
-        self.rows.append(torch.tensor([count, truth, class_id], dtype=torch.float32, device=self.device))
+        self.add(float(count), float(truth), class_name)
 
     def compute(self) -> dict[str, Tensor]:
         """`mae`, `rmse`, and `mae_of_mean`, `rmse_of_mean` of always answering the mean.
@@ -263,11 +251,12 @@ class CountMetric(torchmetrics.Metric):
         `mae_ratio` is ours to that of the mean, `mae_ratio_median` to that of the median, `mae_ratio_class_median` to
         that of each class's median. A ratio is left out where the constant answer has no error.
         """
-        counts_I, truths_I, classes_I = dim_zero_cat(self.rows).reshape(-1, 3).unbind(1)
-        error_I, mean = counts_I - truths_I, truths_I.mean()
+        counts, truths, classes = zip(*self.rows_of_all_ranks(), strict=True)
+        truths_I, classes_I = torch.tensor(truths), np.array(classes)
+        error_I, mean = torch.tensor(counts) - truths_I, truths_I.mean()
         class_medians_I = torch.empty_like(truths_I)
-        for class_id in set(classes_I.tolist()):
-            class_medians_I[classes_I == class_id] = truths_I[classes_I == class_id].median()
+        for name in set(classes):
+            class_medians_I[classes_I == name] = truths_I[classes_I == name].median()
         numbers = {
             "mae": error_I.abs().mean(),
             "rmse": error_I.square().mean().sqrt(),

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
-from torchmetrics.utilities import dim_zero_cat
 from torchvision import ops
 from torchvision.utils import draw_bounding_boxes
 
 from indiclip.fcos import FCOSHead, FCOSOutputs, Locations, Pyramid, assign, fcos_losses, make_locations
-from indiclip.head import Datasets, Head, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, Rows, class_names, on_device
 
 if TYPE_CHECKING:
@@ -196,24 +194,11 @@ class Detection(Head):
         )
 
 
-class DetectionMetric(torchmetrics.Metric):
+class DetectionMetric(ListMetric):
     """COCO's average precision, in the original images' pixels (COCO's small, medium, large are in those).
 
-    The area of an object is its box's; COCO's own is its mask's. Rows and counts instead of a list per image, because
-    torchmetrics gathers lists only where every rank has equally many.
+    The area of an object is its box's; COCO's own is its mask's.
     """
-
-    full_state_update = False
-    detections: list[Tensor]
-    truths: list[Tensor]
-    counts: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Flat and of one type, so that a rank without any image can take part in the gathering: x1 y1 x2 y2 score
-        # label of a detection after the other, x1 y1 x2 y2 crowd label of the truths, and both numbers of each image.
-        for name in ("detections", "truths", "counts"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, prediction: Prediction, target: Sequence[Tensor], scale_hw: tuple[float, float]) -> None:
         """Add an image.
@@ -226,17 +211,15 @@ class DetectionMetric(torchmetrics.Metric):
         boxes_M4, classes_M, crowd_M = target
         scale_4 = boxes_M4.new_tensor([scale_hw[1], scale_hw[0]] * 2)
         boxes_K4 = prediction["boxes_xyxy"] / scale_4
-        self.detections.append(torch.column_stack([boxes_K4, prediction["scores"], prediction["labels"]]).flatten())
-        self.truths.append(torch.column_stack([boxes_M4 / scale_4, crowd_M, classes_M]).flatten())
-        self.counts.append(scale_4.new_tensor([len(prediction["scores"]), len(boxes_M4)]))
+        self.add(
+            {"boxes": boxes_K4, "scores": prediction["scores"], "labels": prediction["labels"].long()},
+            {"boxes": boxes_M4 / scale_4, "labels": classes_M, "iscrowd": crowd_M.long()},
+        )
 
     def compute(self) -> dict[str, Tensor]:
         """`ap` (IoU 0.50:0.95), `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` and the recalls `ar1`, `ar10`,
         `ar100`, `ar_small`, `ar_medium`, `ar_large`; without those that have no object.
         """
-        counts_I2 = dim_zero_cat(self.counts).reshape(-1, 2).long()
-        detections = torch.split(dim_zero_cat(self.detections).reshape(-1, 6), counts_I2[:, 0].tolist())
-        truths = torch.split(dim_zero_cat(self.truths).reshape(-1, 6), counts_I2[:, 1].tolist())
         # COCO's thresholds in float64: torchmetrics' own are float32, so that a recall of just 0.6 misses "0.6".
         coco = MeanAveragePrecision(
             backend="faster_coco_eval",
@@ -244,10 +227,8 @@ class DetectionMetric(torchmetrics.Metric):
             rec_thresholds=np.linspace(0, 1, 101).tolist(),
             sync_on_compute=False,
         )
-        coco.update(
-            [{"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()} for rows in detections],
-            [{"boxes": rows[:, :4], "iscrowd": rows[:, 4].long(), "labels": rows[:, 5].long()} for rows in truths],
-        )
+        for prediction, truth in self.rows_of_all_ranks():
+            coco.update([prediction], [truth])
         return {
             re.sub(r"_(\d+)$", r"\1", name.removeprefix("m")): value  # map_50 -> ap50
             for name, value in coco.compute().items()

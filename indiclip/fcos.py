@@ -226,9 +226,10 @@ def giou_loss(ltrb_BA4: Tensor, gt_ltrb_BA4: Tensor) -> Tensor:
 
     In strides: overlap is the same at any place and size. torchvision's indexes by a mask and so waits for the GPU.
     """
+    # In this order, gradients too are torchvision's to the last bit.
+    around_BA = _area(torch.maximum(ltrb_BA4, gt_ltrb_BA4))
     both_BA = _area(torch.minimum(ltrb_BA4, gt_ltrb_BA4))
     either_BA = _area(ltrb_BA4) + _area(gt_ltrb_BA4) - both_BA
-    around_BA = _area(torch.maximum(ltrb_BA4, gt_ltrb_BA4))
     return 1 - (both_BA / (either_BA + _TINY) - (around_BA - either_BA) / (around_BA + _TINY))
 
 

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 import torchmetrics
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from indiclip.types import Batch, Features, Rows
@@ -135,6 +137,35 @@ class Head(nn.Module, ABC):
             key = batch["keys"][known.index(False) if known else 0]
             raise ValueError(f"heads.{self.name}: sample {key!r} of its task {self.task!r} has no {name}")
         return value
+
+
+class ListMetric(torchmetrics.Metric):
+    """Keeps rows of any objects until it is computed, then over the rows of all ranks.
+
+    torchmetrics itself puts only tensors together, and lists of them only where every rank has equally many.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__(sync_on_compute=False)
+        self.rows: list[tuple[Any, ...]] = []
+
+    def reset(self) -> None:
+        super().reset()
+        self.rows = []
+
+    def add(self, *row: Any) -> None:
+        """Keep a row; tensors lie on the CPU, whatever nests them."""
+        self.rows.append(apply_to_collection(row, Tensor, Tensor.cpu))
+
+    def rows_of_all_ranks(self) -> list[tuple[Any, ...]]:
+        """One rank's after the other's."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.rows
+        of_ranks: list[list[tuple[Any, ...]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(of_ranks, self.rows)
+        return [row for rows in of_ranks for row in rows]
 
 
 def same_classes(task: str, datasets: Datasets) -> None:

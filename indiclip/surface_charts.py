@@ -108,7 +108,7 @@ def chart_losses(charts: Charts, people: People) -> dict[str, Tensor]:
     own_uv_S2 = torch.cat([u_SK.gather(1, part_S1), v_SK.gather(1, part_S1)], 1)
     part_loss_S = F.cross_entropy(logits_SK, people.part_S, reduction="none")
     uv_loss_S2 = F.smooth_l1_loss(own_uv_S2, people.uv_S2, reduction="none")
-    u_loss, v_loss = (uv_loss_S2 * inside_S[:, None]).sum(0) / num_points
+    u_loss, v_loss = ((loss_S * inside_S).sum() / num_points for loss_S in uv_loss_S2.unbind(1))
     return {
         "coarse": coarse / (people.coarse_Rhw >= 0).sum().clamp(min=1),
         "part": (part_loss_S * inside_S).sum() / num_points,
