@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torchmetrics
+import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
 from indiclip.evals.protocols.retrieval import pair_ranks
-from indiclip.head import Datasets, Head, Losses, same_classes
+from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, same_classes
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.types import Batch, Features, class_names
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
-_CODE_LENGTH = 35  # characters hold any language code in use (BCP-47: RFC 5646, section 4.4.1)
-_CODE = re.compile(rf"[A-Za-z0-9-]{{1,{_CODE_LENGTH}}}")
+_CODE = re.compile(r"[A-Za-z0-9-]{1,35}")  # any language code in use (BCP-47: RFC 5646, section 4.4.1)
 
 
 class Contrastive(Head):
@@ -35,28 +34,25 @@ class Contrastive(Head):
     captions are scored with all of them, in each of their languages, see `EmbeddingMetric`.
 
     Args:
-        task: Which batch it reads.
-        weight: Factor of its loss.
         loss: `sigmoid` (SigLIP) or `softmax` (CLIP), over the encoder's trained lengths.
         length_weights: Weight of each of the encoder's lengths, ascending; None is equal.
         templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
         retrieval_at: The k of retrieval recall@k.
-        name: See `Head`.
+        **common: Of every `Head`.
     """
 
+    metric: EmbeddingMetric
     required_fields = ("caption",)
 
     def __init__(
         self,
-        task: str = "contrastive",
-        weight: float = 1.0,
         loss: Literal["sigmoid", "softmax"] = "sigmoid",
         length_weights: list[float] | None = None,
         templates: list[str] | None = None,
         retrieval_at: list[int] | None = None,
-        name: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(task, weight, name)
+        super().__init__(**common)
         self.loss_name, self.length_weights = loss, length_weights
         self.templates = templates or ["{}"]
         if any("{}" not in template for template in self.templates):
@@ -92,32 +88,27 @@ class Contrastive(Head):
 
     def _loss_by_language(self, languages: list[str | None]) -> dict[str, Tensor]:
         """`loss/<language>` of the batch's languages, where the run has more than one."""
-        names = sorted({language for language in languages if language and _CODE.fullmatch(language)})
+        codes = [_code(language) for language in languages]
+        names = sorted({*codes} - {""})
         self._languages.update(names)
         if len(self._languages) < 2 or not names:
             return {}
         pair_losses_B = self.criterion.pair_losses_B
         assert pair_losses_B is not None
-        of_KB = torch.from_numpy(np.array(names)[:, None] == np.array([language or "" for language in languages]))
+        of_KB = torch.from_numpy(np.array(names)[:, None] == np.array(codes))
         of_KB = of_KB.to(pair_losses_B.device, non_blocking=True)
         # No product with 0 and 1: a pair that is not finite would make all languages so.
         loss_K = torch.where(of_KB, pair_losses_B, 0).sum(1) / of_KB.sum(1)
         return dict(zip((f"loss/{name}" for name in names), loss_K, strict=True))
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """`image_E`, `text_E` (None without a caption), `hits_L` (zero-shot right at each length, where a class is
         known), `nearest` (the captions of this batch closest to the image, best first) and `texts_TE` (language ->
         embeddings of all its captions in it).
         """
         drawn = batch["targets"].get("caption", [None] * len(batch["keys"]))
         captions = _captions(batch)
-        image_BE, texts_TE = encoder.embed_features(features), _embed_by_language(captions, encoder)
-        text_of = {
-            text: text_E
-            for by, embedded in zip(captions, texts_TE, strict=True)
-            for language, texts in by.items()
-            for text, text_E in zip(texts, embedded[language], strict=True)
-        }
+        image_BE, text_of = encoder.embed_features(features), _embed_by_language(captions, encoder)
         distinct = list(dict.fromkeys(caption for caption in drawn if caption is not None))
         nearest: list[list[int]] = [[] for _ in drawn]
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
@@ -131,22 +122,19 @@ class Contrastive(Head):
                 "text_E": text_of.get(caption),
                 "hits_L": hits_L,
                 "nearest": [distinct[i] for i in best],
-                "texts_TE": of_image,
+                "texts_TE": {name: torch.stack([text_of[text] for text in texts]) for name, texts in by.items()},
             }
-            for image_E, caption, hits_L, best, of_image in zip(image_BE, drawn, hits, nearest, texts_TE, strict=True)
+            for image_E, caption, hits_L, best, by in zip(image_BE, drawn, hits, nearest, captions, strict=True)
         ]
 
-    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         self.target(batch, "caption")
         image_BE = torch.stack([prediction["image_E"] for prediction in predictions])
         hits = [prediction["hits_L"] for prediction in predictions if prediction["hits_L"] is not None]
-        assert isinstance(self.metric, EmbeddingMetric)
         texts_TE = [prediction["texts_TE"] for prediction in predictions]
         self.metric.update(image_BE, _captions(batch), texts_TE, _drawn_languages(batch), hits)
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
-    ) -> tuple[np.ndarray, str]:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         nearest = "\n".join(
             f"{'✓' if caption == target['caption'] else '·'} {caption}" for caption in prediction["nearest"]
         )
@@ -172,11 +160,11 @@ class Contrastive(Head):
         """Mean of the templates' embeddings of each class, at each length (unit length)."""
         prompts = [template.replace("{}", name) for name in names for template in self.templates]
         full_CTE = encoder.embed_text(prompts).reshape(len(names), len(self.templates), -1)
-        cut = [torch.nn.functional.normalize(full_CTE[..., :length], dim=-1) for length in encoder.lengths]
-        return [torch.nn.functional.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
+        cut = [F.normalize(full_CTE[..., :length], dim=-1) for length in encoder.lengths]
+        return [F.normalize(class_CTE.mean(1), dim=-1) for class_CTE in cut]
 
 
-class EmbeddingMetric(torchmetrics.Metric):
+class EmbeddingMetric(ListMetric):
     """Retrieval both ways and zero-shot accuracy over everything seen since the last reset.
 
     An image has found its text when any of its captions is near enough; equal captions count as one candidate.
@@ -193,36 +181,9 @@ class EmbeddingMetric(torchmetrics.Metric):
         retrieval_at: The k of recall@k.
     """
 
-    full_state_update = False
-    image_BE: list[Tensor]
-    counts_B: list[Tensor]
-    text_SE: list[Tensor]
-    ids_S: list[Tensor]
-    drawn_S: list[Tensor]
-    codes_SC: list[Tensor]
-    hits_L: Tensor
-    labelled: Tensor
-
     def __init__(self, lengths: list[int], retrieval_at: list[int]) -> None:
         super().__init__()
         self.lengths, self.retrieval_at = lengths, retrieval_at
-        # All captions lie in one row, image after image, each with its language as characters: like this they can be
-        # put together from ranks that have seen different languages.
-        for name in ("image_BE", "counts_B", "text_SE", "ids_S", "drawn_S", "codes_SC"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-        self.add_state("hits_L", default=torch.zeros(len(lengths)), dist_reduce_fx="sum")
-        self.add_state("labelled", default=torch.zeros(()), dist_reduce_fx="sum")
-
-        self.reset()
-
-    def reset(self) -> None:
-        """Empty, but with the shapes and types that a rank without samples needs in the exchange."""
-        super().reset()
-        empty_0E = torch.zeros(0, self.lengths[-1], device=self.device)
-        empty_0 = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self.image_BE, self.text_SE = [empty_0E], [empty_0E]
-        self.counts_B, self.ids_S, self.drawn_S = [empty_0], [empty_0], [empty_0]
-        self.codes_SC = [torch.zeros(0, _CODE_LENGTH, dtype=torch.uint8, device=self.device)]
 
     def update(
         self,
@@ -241,41 +202,31 @@ class EmbeddingMetric(torchmetrics.Metric):
             drawn: The language in which each image counts where languages are not told apart.
             hits: A bool (L,) for each labelled image.
         """
-        device = image_BE.device
-        self.image_BE.append(image_BE.float())
-        if hits:
-            self.hits_L += torch.stack(hits).sum(0)
-        self.labelled += len(hits)
-        self.counts_B.append(torch.tensor([sum(map(len, by.values())) for by in captions], device=device))
-        rows = [
-            (language, text, language == of_image)
-            for by, of_image in zip(captions, drawn, strict=True)
-            for language, texts in by.items()
-            for text in texts
-        ]
-        if rows:
-            self.text_SE.append(torch.cat([by[name] for by in texts_TE for name in by]).float())
-            self.ids_S.append(caption_ids([text for _, text, _ in rows]).to(device))
-            self.drawn_S.append(torch.tensor([int(is_drawn) for _, _, is_drawn in rows], device=device))
-            codes = [list(language.encode().ljust(_CODE_LENGTH)) for language, _, _ in rows]
-            self.codes_SC.append(torch.tensor(codes, dtype=torch.uint8, device=device))
+        self.add(image_BE.float(), captions, texts_TE, drawn, hits)
 
     def compute(self) -> dict[str, Tensor]:
         """`zero_shot` (at the full length) and `zero_shot_<length>`, `image_to_text_r<k>`, `text_to_image_r<k>`; the
         last two by language as well.
         """
+        columns = zip(*self.rows_of_all_ranks(), strict=True)
+        image_E, captions, texts_TE, drawn, hits = ([*chain.from_iterable(column)] for column in columns)
         result: dict[str, Tensor] = {}
-        if self.labelled > 0:
-            accuracy_L = self.hits_L / self.labelled
-            result["zero_shot"] = accuracy_L[-1]
-            for length, accuracy in zip(self.lengths[:-1], accuracy_L[:-1], strict=True):
-                result[f"zero_shot_{length}"] = accuracy
-        image_BE, text_SE, ids_S = (dim_zero_cat(part) for part in (self.image_BE, self.text_SE, self.ids_S))
-        images = torch.arange(len(image_BE), device=image_BE.device)
-        image_S = images.repeat_interleave(dim_zero_cat(self.counts_B))
-        codes_KC, language_S = torch.unique(dim_zero_cat(self.codes_SC), dim=0, return_inverse=True)
-        names = [bytes(code).decode().rstrip() for code in codes_KC.tolist()]
-        chosen = {name: language_S == number for number, name in enumerate(names) if name}
+        if hits:
+            names = [*(f"zero_shot_{length}" for length in self.lengths[:-1]), "zero_shot"]
+            result |= zip(names, torch.stack(hits).float().mean(0), strict=True)
+        texts = [
+            (image, language, text, language == of_image)
+            for image, (by, of_image) in enumerate(zip(captions, drawn, strict=True))
+            for language, of_language in by.items()
+            for text in of_language
+        ]
+        images, languages, words, is_drawn = zip(*texts, strict=True)
+        image_BE = torch.stack(image_E).to(self.device)
+        text_SE = torch.cat([text_TE for by in texts_TE for text_TE in by.values()]).to(image_BE)
+        image_S, ids_S = torch.tensor(images, device=self.device), caption_ids(words).to(self.device)
+        chosen = {
+            name: torch.from_numpy(np.array(languages) == name).to(self.device) for name in sorted({*languages} - {""})
+        }
         known: dict[bytes, dict[str, Tensor]] = {}
 
         def recalls(chosen_S: Tensor) -> dict[str, Tensor]:
@@ -285,12 +236,12 @@ class EmbeddingMetric(torchmetrics.Metric):
                 known[key] = _recalls(image_BE, *of_texts, self.retrieval_at)
             return known[key]
 
-        result |= recalls(dim_zero_cat(self.drawn_S) > 0)
+        result |= recalls(torch.tensor(is_drawn, device=self.device))
         if len(chosen) < 2:
             return result
-        counts = {name: float(len(image_S[chosen_S].bincount().nonzero())) for name, chosen_S in chosen.items()}
-        if min(counts.values()) < len(image_S[torch.stack(list(chosen.values())).any(0)].bincount().nonzero()):
-            result |= {f"images/{name}": torch.tensor(count) for name, count in counts.items()}
+        counts = {name: torch.unique(image_S[chosen_S]).numel() for name, chosen_S in chosen.items()}
+        if min(counts.values()) < torch.unique(image_S[torch.stack([*chosen.values()]).any(0)]).numel():
+            result |= {f"images/{name}": torch.tensor(float(count)) for name, count in counts.items()}
         best = f"image_to_text_r{max(self.retrieval_at)}"
         for name, chosen_S in chosen.items():
             result |= {f"{metric}/{name}": value for metric, value in recalls(chosen_S).items()}
@@ -308,14 +259,14 @@ def _recalls(
     """`image_to_text_r<k>` and `text_to_image_r<k>` of the images that have one of these texts."""
     images, image_S = torch.unique(image_S, return_inverse=True)
     ids, text_S = torch.unique(ids_S, return_inverse=True)
-    first_C = torch.full((len(ids),), len(text_S), device=text_S.device)
-    first_C = first_C.scatter_reduce(0, text_S, torch.arange(len(text_S), device=text_S.device), "amin")
+    order_S = torch.arange(len(text_S), device=text_S.device)
+    first_C = order_S.new_full(ids.shape, len(text_S)).scatter_reduce(0, text_S, order_S, "amin")
     rank_B, rank_C = pair_ranks(image_BE[images], text_SE[first_C], image_S, text_S)
-    result: dict[str, Tensor] = {}
-    for k in retrieval_at:
-        result[f"image_to_text_r{k}"] = (rank_B < k).float().mean()
-        result[f"text_to_image_r{k}"] = (rank_C < k).float().mean()
-    return result
+    return {
+        f"{name}_r{k}": (rank < k).float().mean()
+        for k in retrieval_at
+        for name, rank in (("image_to_text", rank_B), ("text_to_image", rank_C))
+    }
 
 
 def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:
@@ -323,37 +274,38 @@ def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:
     head._class_text.clear()
 
 
+def _code(language: str | None) -> str:
+    """A language's code; "" where it is unknown or is no code."""
+    return language if language and _CODE.fullmatch(language) else ""
+
+
 def _drawn_languages(batch: Batch) -> list[str]:
-    """The language of each image's `caption`; "" where it is unknown or is no code."""
-    languages = batch["targets"].get("language", [None] * len(batch["keys"]))
-    return [language if language and _CODE.fullmatch(language) else "" for language in languages]
+    """The language of each image's `caption`."""
+    return [_code(language) for language in batch["targets"].get("language", [None] * len(batch["keys"]))]
 
 
 def _captions(batch: Batch) -> list[dict[str, list[str]]]:
-    """All captions of each image by language, "" where it is unknown or is no code; `caption` is one of them."""
+    """All captions of each image by language; `caption` is one of them."""
     nothing: list[Any] = [None] * len(batch["keys"])
     all_captions, drawn = (batch["targets"].get(name, nothing) for name in ("captions", "caption"))
     found: list[dict[str, list[str]]] = []
     for by, caption, own in zip(all_captions, drawn, _drawn_languages(batch), strict=True):
         of_image: dict[str, list[str]] = {}
         for language, texts in (by or {}).items():
-            of_image.setdefault(language if _CODE.fullmatch(language) else "", []).extend(texts)
+            of_image.setdefault(_code(language), []).extend(texts)
         if caption is not None and caption not in of_image.get(own, []):
             of_image.setdefault(own, []).append(caption)
-        found.append(of_image)
+        found.append({language: texts for language, texts in of_image.items() if texts})
     return found
 
 
-def _embed_by_language(captions: list[dict[str, list[str]]], encoder: Encoder) -> list[dict[str, Tensor]]:
-    """Language -> embeddings, of each image's captions; one language after the other, so that batches stay small."""
-    found: list[dict[str, Tensor]] = [dict.fromkeys(by, torch.empty(0)) for by in captions]
+def _embed_by_language(captions: list[dict[str, list[str]]], encoder: Encoder) -> dict[str, Tensor]:
+    """Each text's embedding; one language after the other, so that batches stay small."""
+    text_of: dict[str, Tensor] = {}
     for language in sorted({language for by in captions for language in by}):
-        counts = [len(by.get(language, [])) for by in captions]
-        text_TE = encoder.embed_text([text for by in captions for text in by.get(language, [])])
-        for of_image, count, own_TE in zip(found, counts, torch.split(text_TE, counts), strict=True):
-            if count:
-                of_image[language] = own_TE
-    return found
+        texts = list(dict.fromkeys(text for by in captions for text in by.get(language, [])))
+        text_of |= zip(texts, encoder.embed_text(texts), strict=True)
+    return text_of
 
 
 def _labels(batch: Batch, like_BE: Tensor) -> Tensor:

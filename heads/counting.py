@@ -11,20 +11,17 @@ evaluation. H and W are rows and columns of tokens, or of cells where the name s
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchmetrics
-from PIL import Image
+from matplotlib import colormaps
 from torch import Tensor, nn
-from torchmetrics.utilities import dim_zero_cat
 
-from indiclip.head import Datasets, Head, Losses, classes_of, same_classes
+from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, class_names, on_device
 
 if TYPE_CHECKING:
@@ -58,15 +55,13 @@ class Counting(Head):
     """The count of the class that a text names, as the sum of a density.
 
     Args:
-        task: Which batch it reads.
-        weight: Factor of its losses.
         channels: Width of its layers.
         num_layers: Layers between the compared tokens and the density.
         upsample: Cells along each side of a token: 2 where several things may fall into one patch.
         prompt: What is asked; `{}` stands for the class name.
         ask_boxes: In training, where an image has boxes with classes, ask for each of them too (their centres are the
             points), and for those of the image before it in the batch: several questions for one pass of the backbone.
-        name: See `Head`.
+        **common: Of every `Head`.
 
     Raises:
         ValueError: `prompt` without `{}`, or `upsample` below 1.
@@ -79,20 +74,17 @@ class Counting(Head):
 
     def __init__(
         self,
-        task: str = "counting",
-        weight: float = 1.0,
         channels: int = 128,
         num_layers: int = 1,
         upsample: int = 1,
         prompt: str = "{}",
         ask_boxes: bool = False,
-        name: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(task, weight, name)
+        super().__init__(**common)
         if "{}" not in prompt:
             raise ValueError(f"heads.counting.prompt: {prompt!r} must contain {{}} for the class name")
-        if upsample < 1:
-            raise ValueError(f"heads.counting.upsample: found {upsample}, expected 1 or more")
+        self.check_positive(upsample=upsample)
         self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
         self.ask_boxes = ask_boxes
 
@@ -112,7 +104,7 @@ class Counting(Head):
     def check(self, train: Datasets, held_out: Datasets) -> None:
         if self.ask_boxes:
             same_classes(self.task, train)
-            if not any(map(classes_of, train.values())):
+            if not any(dataset.classes for dataset in train.values()):
                 raise ValueError(f"{_ASK_BOXES}, but {', '.join(train)} has none")
 
     def forward(self, features: Features, text_QE: Tensor, image_Q: Tensor | None = None) -> Tensor:
@@ -124,7 +116,8 @@ class Counting(Head):
             image_Q: Which image each query is about; None asks one of every image.
         """
         # A unit vector's numbers are small; at variance 1 the text steers the density from the first steps on.
-        scale_QC11, shift_QC11 = self.film(text_QE * text_QE.shape[-1] ** 0.5)[..., None, None].chunk(2, 1)
+        text_QE = text_QE.to(self.film.weight.dtype) * text_QE.shape[-1] ** 0.5
+        scale_QC11, shift_QC11 = self.film(text_QE)[..., None, None].chunk(2, 1)
         tokens_BNC = self.norm(self.tokens(features.tokens_BND))
         x_QCHW, mask_QHW = replace(features, tokens_BND=tokens_BNC).map()
         if image_Q is not None:
@@ -145,7 +138,7 @@ class Counting(Head):
         counts_QHW = self._counts(features, batch, queries, image_Q)
         return Losses(count_losses(density_QHW, counts_QHW, on_device(queries.known, device)))
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
         prompts = [self.prompt.replace("{}", name) for name in self.target(batch, "count_class")]
         density_BHW = self(features, encoder.embed_text(prompts))
@@ -161,17 +154,15 @@ class Counting(Head):
             )
         ]
 
-    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         points, names = self.target(batch, "points_xy", every=False), self.target(batch, "count_class")
         for prediction, known, truth, name in zip(predictions, points.known, points.counts, names, strict=True):
             if known:
                 self.metric.update(prediction["count"], truth, name)
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
-    ) -> tuple[np.ndarray, str]:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         truth = f" (truth {len(target['points_xy'])})" if "points_xy" in target else ""
-        picture = heat_map(image_HW3, prediction["density"].float().numpy())
+        picture = heat_map(image_HW3, prediction["density"].float())
         return picture, f"how many {prediction['prompt']}: {prediction['count']:.1f}{truth}"
 
     def _queries(self, batch: Batch) -> CountQueries:
@@ -183,30 +174,29 @@ class Counting(Head):
         return queries
 
     def _ask_boxes(self, batch: Batch, queries: CountQueries) -> None:
+        """Add a query for each class of an image's boxes, and of those of the image before it."""
         boxes, classes = (self.target(batch, name, every=False) for name in ("boxes_xyxy", "classes"))
-        labels = classes.on_host.tolist()
-        crowd = batch["targets"]["crowd"].on_host.tolist() if "crowd" in batch["targets"] else [False] * len(labels)
-        class_of = class_names(batch)
-        if labels and max(labels) >= len(class_of):
-            raise ValueError(f"{_ASK_BOXES}; found {len(class_of)} of them and a box of class {max(labels)}")
-        spans = [range(len(labels))[classes.rows_of(i)] for i in range(len(batch["keys"]))]
-        present = [{labels[row] for row in span} for span in spans]
-        rows: list[int] = []
-        query_of: list[int] = []
-        for i, span in enumerate(spans):
-            if not boxes.known[i]:
-                continue  # nobody looked for boxes here
-            for label in sorted((present[i] | present[i - 1]) - {labels[row] for row in span if crowd[row]}):
-                answer = [row for row in span if labels[row] == label]
-                rows += answer
-                query_of += [len(queries.images)] * len(answer)
-                queries.images.append(i)
-                queries.names.append(class_of[label])
-                queries.known.append(True)
+        labels, names = classes.on_host.tolist(), class_names(batch)
+        if labels and max(labels) >= len(names):
+            raise ValueError(f"{_ASK_BOXES}; found {len(names)} of them and a box of class {max(labels)}")
+        images = [i for i, count in enumerate(classes.counts) for _ in range(count)]
+        pairs = list(zip(images, labels, strict=True))  # image and class of each box
+        in_crowd = batch["targets"]["crowd"].on_host.tolist() if "crowd" in batch["targets"] else []
+        uncountable = set(compress(pairs, in_crowd))
+
+        followers = {((i + 1) % len(boxes.counts), label) for i, label in pairs}
+        asked = sorted(pair for pair in {*pairs, *followers} - uncountable if boxes.known[pair[0]])
+        query_of = {pair: number for number, pair in enumerate(asked, len(queries.images))}
+        queries.images += [i for i, _ in asked]
+        queries.names += [names[label] for _, label in asked]
+        queries.known += [True] * len(asked)
+
+        rows = [row for row, pair in enumerate(pairs) if pair in query_of]
         device = boxes.values.device
         boxes_P4 = boxes.values[on_device(rows, device).long()]
+        query_P = on_device([query_of[pairs[row]] for row in rows], device).long()
         queries.xy_P2 = torch.cat([queries.xy_P2, (boxes_P4[:, :2] + boxes_P4[:, 2:]) / 2])
-        queries.query_P = torch.cat([queries.query_P, on_device(query_of, device).long()])
+        queries.query_P = torch.cat([queries.query_P, query_P])
 
     def _counts(self, features: Features, batch: Batch, queries: CountQueries, image_Q: Tensor) -> Tensor:
         """How many points (Q, H, W) lie in each cell."""
@@ -243,7 +233,7 @@ def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> di
     return {"density": (deviance_Q * known_Q).sum() / total, "count": (error_Q * known_Q).sum() / total}
 
 
-class CountMetric(torchmetrics.Metric):
+class CountMetric(ListMetric):
     """Errors of the counts, and beside them those of constant answers, taken from the held-out counts themselves.
 
     What the training set would suggest, which one would answer in earnest, has larger errors. The mean knows nothing
@@ -251,18 +241,9 @@ class CountMetric(torchmetrics.Metric):
     that tells the two apart is far below the mean without having counted anything.
     """
 
-    full_state_update = False
-    rows: list[Tensor] | Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("rows", default=[], dist_reduce_fx="cat")  # flat: answer, truth, class, answer, ...
-
     def update(self, count: float, truth: int, class_name: str) -> None:
         """Add an image."""
-        assert isinstance(self.rows, list)
-        class_id = zlib.crc32(class_name.encode()) % 2**24  # exact in float32, and the same on every rank
-        self.rows.append(torch.tensor([count, truth, class_id], dtype=torch.float32, device=self.device))
+        self.add(float(count), float(truth), class_name)
 
     def compute(self) -> dict[str, Tensor]:
         """`mae`, `rmse`, and `mae_of_mean`, `rmse_of_mean` of always answering the mean.
@@ -270,11 +251,12 @@ class CountMetric(torchmetrics.Metric):
         `mae_ratio` is ours to that of the mean, `mae_ratio_median` to that of the median, `mae_ratio_class_median` to
         that of each class's median. A ratio is left out where the constant answer has no error.
         """
-        counts_I, truths_I, classes_I = dim_zero_cat(self.rows).reshape(-1, 3).unbind(1)
-        error_I, mean = counts_I - truths_I, truths_I.mean()
+        counts, truths, classes = zip(*self.rows_of_all_ranks(), strict=True)
+        truths_I, classes_I = torch.tensor(truths), np.array(classes)
+        error_I, mean = torch.tensor(counts) - truths_I, truths_I.mean()
         class_medians_I = torch.empty_like(truths_I)
-        for class_id in set(classes_I.tolist()):
-            class_medians_I[classes_I == class_id] = truths_I[classes_I == class_id].median()
+        for name in set(classes):
+            class_medians_I[classes_I == name] = truths_I[classes_I == name].median()
         numbers = {
             "mae": error_I.abs().mean(),
             "rmse": error_I.square().mean().sqrt(),
@@ -288,14 +270,12 @@ class CountMetric(torchmetrics.Metric):
         return numbers
 
 
-def heat_map(image_HW3: np.ndarray, density_HW: np.ndarray) -> np.ndarray:
+def heat_map(image_HW3: np.ndarray, density_HW: Tensor) -> np.ndarray:
     """The grey image with the density laid over it, from clear through red to yellow at its largest."""
-    size = (image_HW3.shape[1], image_HW3.shape[0])
-    strength = density_HW / max(float(density_HW.max()), 0.05)  # an empty map stays clear
-    heat = Image.fromarray((strength * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    heat_HW1 = np.asarray(heat, dtype=np.float32)[..., None] / 255
-    grey_HW1 = image_HW3.mean(-1, keepdims=True)
-    colour_HW3 = np.concatenate([np.full_like(heat_HW1, 255), 255 * heat_HW1**2, np.zeros_like(heat_HW1)], -1)
-    opacity_HW1 = np.sqrt(heat_HW1) * 0.85
-    blend_HW3: np.ndarray = grey_HW1 * (1 - opacity_HW1) + colour_HW3 * opacity_HW1
+    strength_HW = density_HW / density_HW.max().clamp(min=0.05)  # an empty map stays clear
+    heat_11HW = F.interpolate(strength_HW[None, None], image_HW3.shape[:2], mode="bilinear")
+    heat_HW = heat_11HW[0, 0].numpy()
+    opacity_HW1 = np.sqrt(heat_HW)[..., None] * 0.85
+    colour_HW3 = 255 * colormaps["autumn"](heat_HW)[..., :3]
+    blend_HW3: np.ndarray = image_HW3.mean(-1, keepdims=True) * (1 - opacity_HW1) + colour_HW3 * opacity_HW1
     return blend_HW3.astype(np.uint8)

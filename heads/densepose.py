@@ -1,4 +1,4 @@
-"""DensePose charts: for every pixel of a person which of 24 body parts it shows, and where (U, V) on that part.
+"""DensePose: for every pixel of a person which of 24 body parts it shows, and where (U, V) on that part.
 
 The head of DensePose R-CNN (Güler et al., CVPR 2018, arXiv:1802.00434; detectron2's DensePoseV1ConvXHead): a window
 around each person (RoI), a few convolutions, one transposed convolution to a person mask (coarse), parts, U and V.
@@ -10,10 +10,6 @@ Four things differ, all because one map of patches feeds it instead of a pyramid
       parameters, and to a point between cells it gives the same value up to the kinks at cell centres;
     - U and V losses are means over points, not sums (see `chart_losses`).
 
-Frames: image pixels, with (0, 0) the corner of the first pixel; and a window's own, (0, 0) its upper left corner and
-(1, 1) its lower right. Cell i of n is centred at (i + 0.5) / n of its window. (detectron2 puts point i / n there, which
-is half a cell off.)
-
 Shape letters: see `indiclip.types`; R windows of a batch, Q people of an image, S points of either, C channels,
 K = 25 parts (0 is the background), h w cells of a window, k x k cells of a token on the fine map.
 """
@@ -22,27 +18,27 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from PIL import Image
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
+from torchmetrics.utilities import dim_zero_cat
 from torchvision.ops import roi_align
 
-from indiclip.head import Head, Losses
+from indiclip.head import Head, Losses, Picture, Prediction
+from indiclip.surface_charts import NUM_PARTS, Charts, People, chart_losses, coarse_targets, points_of, to_window
 from indiclip.types import Batch, Features, Rows, on_device, targets_of
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
-NUM_PARTS = 24
 KAPPA = 0.255  # of the geodesic point similarity, in the paper's section 3
 MAX_JITTER = 0.08  # all sides moved inwards leave (1 - 2 * 0.08) ** 2 = 0.706 of the box: IoU > 0.7, as in detectron2
+_DRAWN_SIDE = 320  # pixels that a picture's longer side has at least
 
 
 class DensePose(Head):
@@ -52,8 +48,6 @@ class DensePose(Head):
     a detector's.
 
     Args:
-        task: Which batch it reads.
-        weight: Factor of its losses.
         roi_size: Side in cells of a person's window (28 in detectron2; 14 for small images). Losses are taken at
             twice, predictions given at four times this.
         channels: Width of the convolutions (512 in detectron2).
@@ -65,7 +59,7 @@ class DensePose(Head):
         coarse_weight: Factor of the mask loss (detectron2: 5).
         part_weight: Factor of the part loss (detectron2: 1).
         uv_weight: Factor of the U and the V loss, means over the points.
-        name: See `Head`.
+        **common: Of every `Head`.
 
     Raises:
         ValueError: A setting out of its range.
@@ -79,8 +73,6 @@ class DensePose(Head):
 
     def __init__(
         self,
-        task: str = "densepose",
-        weight: float = 1.0,
         roi_size: int = 28,
         channels: int = 512,
         num_convs: int = 8,
@@ -90,15 +82,14 @@ class DensePose(Head):
         coarse_weight: float = 5.0,
         part_weight: float = 1.0,
         uv_weight: float = 5.0,
-        name: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(task, weight, name)
+        super().__init__(**common)
+        self.check_positive(roi_size=roi_size, channels=channels, num_convs=num_convs, upscale=upscale)
         if coarse_classes not in (2, 15):
             raise ValueError(f"heads.densepose.coarse_classes: {coarse_classes}; expected 2 (person or not) or 15")
         if not 0 <= box_jitter <= MAX_JITTER:
             raise ValueError(f"heads.densepose.box_jitter: {box_jitter}; expected 0 to {MAX_JITTER} (IoU above 0.7)")
-        if min(roi_size, channels, num_convs, upscale) < 1:
-            raise ValueError("heads.densepose: roi_size, channels, num_convs and upscale must be at least 1")
         self.roi_size, self.channels, self.num_convs, self.upscale = roi_size, channels, num_convs, upscale
         self.coarse_classes, self.box_jitter = coarse_classes, box_jitter
         self.loss_weights = {"coarse": coarse_weight, "part": part_weight, "u": uv_weight, "v": uv_weight}
@@ -140,9 +131,7 @@ class DensePose(Head):
 
         A batch without people needs no special case: convolutions of no windows have gradients, zeros.
         """
-        boxes = self.target(batch, "dp_boxes_xyxy")
-        size_R2 = on_device(batch["images"]["sizes_hw"], boxes.values.device)[boxes.image_R]
-        windows_R4 = _inside(boxes.values.float(), size_R2)
+        boxes, windows_R4, size_R2 = self._windows(batch)
         if self.training and self.box_jitter:
             windows_R4 = jitter(windows_R4, size_R2, self.box_jitter, self.step)
             self.step += 1
@@ -150,14 +139,18 @@ class DensePose(Head):
         losses = chart_losses(self(features, windows_R4, boxes.image_R), people)
         return Losses({name: self.loss_weights[name] * loss for name, loss in losses.items()})
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """`surfaces` of the ground-truth boxes."""
+        boxes, windows_R4, _ = self._windows(batch)
+        return self.surfaces(features, torch.split(windows_R4, boxes.counts))
+
+    def _windows(self, batch: Batch) -> tuple[Rows, Tensor, Tensor]:
+        """The people's boxes, the same cut to their images (R, 4), and height and width of these (R, 2)."""
         boxes = self.target(batch, "dp_boxes_xyxy")
         size_R2 = on_device(batch["images"]["sizes_hw"], boxes.values.device)[boxes.image_R]
-        windows_R4 = _inside(boxes.values.float(), size_R2)
-        return self.surfaces(features, list(torch.split(windows_R4, boxes.counts)))
+        return boxes, _inside(boxes.values.float(), size_R2), size_R2
 
-    def surfaces(self, features: Features, boxes: list[Tensor]) -> list[dict[str, Any]]:
+    def surfaces(self, features: Features, boxes: Sequence[Tensor]) -> list[Prediction]:
         """The surface of each person.
 
         Args:
@@ -170,182 +163,37 @@ class DensePose(Head):
         """
         counts = [len(boxes_Q4) for boxes_Q4 in boxes]
         image_R = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(boxes[0].device)
-        charts = self(features, torch.cat(boxes), image_R).doubled()
-        decoded = [torch.split(value, counts) for value in charts.decode()]
-        names = ("scores", "mask_probs", "part", "uv")
-        return [
-            {"boxes_xyxy": boxes_Q4} | dict(zip(names, values, strict=True))
-            for boxes_Q4, *values in zip(boxes, *decoded, strict=True)
-        ]
+        values_R = self(features, torch.cat([*boxes]), image_R).doubled().decode()
+        names = ("boxes_xyxy", "scores", "mask_probs", "part", "uv")
+        columns = (boxes, *(torch.split(value_R, counts) for value_R in values_R))
+        return [dict(zip(names, of_image, strict=True)) for of_image in zip(*columns, strict=True)]
 
-    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         assert isinstance(self.metric, SurfaceMetric)
         for i, prediction in enumerate(predictions):
             self.metric.update(prediction, targets_of(batch, i))
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
-    ) -> tuple[np.ndarray, str]:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         """Predicted surfaces on the left, annotated points on the right; a part's colour is darker where U is small
         and paler where V is large.
         """
-        zoom = max(1, -(-320 // max(image_HW3.shape[:2])))
-        part_HW, uv_HW2 = paste(prediction, (image_HW3.shape[0], image_HW3.shape[1]))
-        big = np.array(Image.fromarray(image_HW3).resize((image_HW3.shape[1] * zoom, image_HW3.shape[0] * zoom)))
-        right = big.copy()
-        part, uv = (value.cpu().numpy().repeat(zoom, 0).repeat(zoom, 1) for value in (part_HW, uv_HW2))
-        on = part > 0
-        big[on] = 0.3 * big[on] + 0.7 * _shades(part[on], uv[on])
+        height, width, _ = image_HW3.shape
+        part_HW, uv_HW2 = (value.cpu().numpy() for value in paste(prediction, (height, width)))
+        left, on = image_HW3.copy(), part_HW > 0
+        left[on] = 0.3 * left[on] + 0.7 * _shades(part_HW[on], uv_HW2[on])
+
+        zoom = max(1, -(-_DRAWN_SIDE // max(height, width)))
+        left, right = (half.repeat(zoom, 0).repeat(zoom, 1) for half in (left, image_HW3))
         count = len(prediction["part"])
         text = "1 person" if count == 1 else f"{count} people"
-        xy_S2, person_S, part_S, uv_S2 = _points(target, prediction["part"].device)
+        xy_S2, person_S, part_S, uv_S2 = points_of(target, prediction["part"].device)
         if len(part_S):
             colours = _shades(part_S.cpu().numpy(), uv_S2.cpu().numpy())
             for (x, y), colour in zip((xy_S2 * zoom).long().tolist(), colours, strict=True):
                 right[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3] = colour
             found_S, _ = _read(prediction, xy_S2, person_S)
             text += f"; part right at {float((found_S == part_S).float().mean()):.0%} of {len(part_S)} points"
-        return np.concatenate([big, right], axis=1), text
-
-
-@dataclass
-class Charts:
-    """What the network says of R windows: logits of the mask (R, 2 or 15, h, w) and of the parts (R, K, h, w), and U
-    and V for every part (R, K, h, w), unbounded.
-    """
-
-    coarse_logits: Tensor
-    part_logits: Tensor
-    u: Tensor
-    v: Tensor
-
-    @classmethod
-    def split(cls, maps_RChw: Tensor, coarse_classes: int) -> Charts:
-        return cls(*torch.split(maps_RChw, [coarse_classes, *[NUM_PARTS + 1] * 3], dim=1))
-
-    def doubled(self) -> Charts:
-        """Twice the cells a side, bilinear."""
-        maps = (self.coarse_logits, self.part_logits, self.u, self.v)
-        return Charts(*(F.interpolate(m, scale_factor=2, mode="bilinear", align_corners=False) for m in maps))
-
-    def decode(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scores (R,), mask probabilities (R, h, w), parts (R, h, w) uint8 and (U, V) of those (R, 2, h, w)."""
-        mask_probs = 1 - self.coarse_logits.softmax(1)[:, 0]
-        on_Rhw = self.coarse_logits.argmax(1) > 0
-        # The mask alone says what is background: points are annotated on bodies, so part 0 was never a target.
-        part_R1hw = self.part_logits[:, 1:].argmax(1, keepdim=True) + 1
-        uv = torch.cat([self.u.gather(1, part_R1hw), self.v.gather(1, part_R1hw)], 1).clamp(0, 1)
-        scores = (mask_probs * on_Rhw).sum((1, 2)) / on_Rhw.sum((1, 2)).clamp(min=1)
-        return scores, mask_probs, (part_R1hw[:, 0] * on_Rhw).to(torch.uint8), uv * on_Rhw[:, None]
-
-
-@dataclass
-class People:
-    """The annotations of a batch, relative to R windows.
-
-    Attributes:
-        coarse_Rhw: Mask class of each cell, -1 where unknown.
-        person_S: Window of each point.
-        xy_S2: Its place in the window; outside of [0, 1] where a jittered window does not hold it.
-        part_S: 1..24.
-        uv_S2: In [0, 1].
-    """
-
-    coarse_Rhw: Tensor
-    person_S: Tensor
-    xy_S2: Tensor
-    part_S: Tensor
-    uv_S2: Tensor
-
-    @classmethod
-    def of(cls, targets: dict[str, Any], windows_R4: Tensor, size_R2: Tensor, size: int) -> People:
-        """Collect a batch, given one window per person.
-
-        Args:
-            targets: The batch's.
-            windows_R4: In pixels.
-            size_R2: Height and width of each one's image.
-            size: Number of cells along the side of a window.
-        """
-        masks = targets.get("dp_masks")
-        coarse_Rhw = coarse_targets(None if masks is None else masks.values, windows_R4, size, size_R2)
-        if masks is not None and not all(masks.known):
-            known_R = on_device(masks.known, coarse_Rhw.device)[masks.image_R]
-            coarse_Rhw = torch.where(known_R[:, None, None], coarse_Rhw, -1)
-        values = {name: rows.values for name, rows in targets.items() if isinstance(rows, Rows)}
-        xy_S2, person_S, part_S, uv_S2 = _points(values, windows_R4.device)
-        return cls(coarse_Rhw, person_S, to_window(xy_S2, windows_R4[person_S]), part_S, uv_S2)
-
-
-def chart_losses(charts: Charts, people: People) -> dict[str, Tensor]:
-    """The four losses of detectron2's DensePoseChartLoss, without their weights.
-
-    `coarse`: mean cross-entropy of the mask classes over all annotated cells. `part`: mean cross-entropy of the part
-    over the points. `u`, `v`: smooth L1 of the annotated part's U and V over the points. Maps are read at points
-    bilinearly; points outside of their window do not count.
-
-    detectron2 sums u and v over the points (times 0.01), so that their share grows with the number of people and of
-    points in the batch, while the other two are means. Here all are means: the balance of the tasks of a step must not
-    depend on how crowded its images are. The weight 5 is 0.01 times 500 points, about five people of COCO DensePose.
-    """
-    coarse = F.cross_entropy(charts.coarse_logits, people.coarse_Rhw, ignore_index=-1, reduction="sum")
-    inside_S = ((people.xy_S2 >= 0) & (people.xy_S2 <= 1)).all(1).float()
-    num_points = inside_S.sum().clamp(min=1)
-    values_SC = read_at(torch.cat([charts.part_logits, charts.u, charts.v], 1), people.person_S, people.xy_S2)
-    logits_SK, u_SK, v_SK = torch.split(values_SC, NUM_PARTS + 1, dim=1)
-    part_S = F.cross_entropy(logits_SK, people.part_S, reduction="none")
-    losses = {
-        "coarse": coarse / (people.coarse_Rhw >= 0).sum().clamp(min=1),
-        "part": (part_S * inside_S).sum() / num_points,
-    }
-    for name, values_SK, target_S in (("u", u_SK, people.uv_S2[:, 0]), ("v", v_SK, people.uv_S2[:, 1])):
-        own_S = values_SK.gather(1, people.part_S[:, None])[:, 0]
-        losses[name] = (F.smooth_l1_loss(own_S, target_S, reduction="none") * inside_S).sum() / num_points
-    return losses
-
-
-def to_window(xy_S2: Tensor, boxes_S4: Tensor) -> Tensor:
-    """Image pixels -> the window's frame, in which the box is [0, 1] x [0, 1]."""
-    return (xy_S2 - boxes_S4[:, :2]) / (boxes_S4[:, 2:] - boxes_S4[:, :2])
-
-
-def read_at(maps_RChw: Tensor, person_S: Tensor, xy_S2: Tensor) -> Tensor:
-    """Maps at points of their windows, (S, C): bilinear between the centres of cells, constant beyond the outer ones.
-
-    Rows of a table are gathered, because `grid_sample` would need the same number of points in every window.
-    """
-    h, w = maps_RChw.shape[-2:]
-    table = maps_RChw.permute(0, 2, 3, 1).flatten(0, 2)  # no copy in channels-last memory
-    x_S, y_S = (xy_S2[:, 0] * w - 0.5).clamp(0, w - 1), (xy_S2[:, 1] * h - 0.5).clamp(0, h - 1)
-    left_S, top_S = x_S.long(), y_S.long()
-    right_S, bottom_S = (left_S + 1).clamp(max=w - 1), (top_S + 1).clamp(max=h - 1)
-    dx_S1, dy_S1 = (x_S - left_S)[:, None], (y_S - top_S)[:, None]
-
-    def rows(y_S: Tensor, x_S: Tensor) -> Tensor:
-        return table.index_select(0, (person_S * h + y_S) * w + x_S)
-
-    upper_SC = rows(top_S, left_S) * (1 - dx_S1) + rows(top_S, right_S) * dx_S1
-    lower_SC = rows(bottom_S, left_S) * (1 - dx_S1) + rows(bottom_S, right_S) * dx_S1
-    return upper_SC * (1 - dy_S1) + lower_SC * dy_S1
-
-
-def coarse_targets(masks_RHW: Tensor | None, boxes_R4: Tensor, size: int, size_R2: Tensor) -> Tensor:
-    """int64 (R, size, size): the mask's class at the pixel under each cell's centre; -1 all over without masks.
-
-    Args:
-        masks_RHW: One for each box; may be padded.
-        boxes_R4: In pixels.
-        size: Number of cells along a side.
-        size_R2: Height and width of each one's image.
-    """
-    if masks_RHW is None:
-        return torch.full((len(boxes_R4), size, size), -1, device=boxes_R4.device)
-    centres_w = (torch.arange(size, device=boxes_R4.device) + 0.5) / size
-    low_R2, sides_R2 = boxes_R4[:, :2, None], (boxes_R4[:, 2:] - boxes_R4[:, :2])[..., None]
-    pixels_R2w = (low_R2 + sides_R2 * centres_w).long().clamp(min=0)
-    x_Rw, y_Rw = torch.minimum(pixels_R2w, size_R2.flip(-1)[..., None] - 1).unbind(1)
-    person_R11 = torch.arange(len(boxes_R4), device=boxes_R4.device)[:, None, None]
-    return masks_RHW[person_R11, y_Rw[:, :, None], x_Rw[:, None]].long()
+        return np.concatenate([left, right], axis=1), text
 
 
 def jitter(boxes_R4: Tensor, size_R2: Tensor, amount: float, step: Tensor) -> Tensor:
@@ -363,28 +211,31 @@ def jitter(boxes_R4: Tensor, size_R2: Tensor, amount: float, step: Tensor) -> Te
     return _inside(boxes_R4 + move_R4 * sides_R2.repeat(1, 2), size_R2)
 
 
-def paste(prediction: dict[str, Any], size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def paste(prediction: Prediction, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Lay the windows of an image into it; where people overlap, the higher score lies on top.
 
     Returns:
         part uint8 (H, W), 0 off people, and uv (H, W, 2). A pixel takes the cell under its centre.
     """
     height, width = size_hw
-    part_HW = torch.zeros(height, width, dtype=torch.uint8, device=prediction["part"].device)
-    uv_HW2 = torch.zeros(height, width, 2, device=part_HW.device)
-    h, w = prediction["part"].shape[-2:]
+    parts_Qhw, uv_Qhw2 = prediction["part"], prediction["uv"].permute(0, 2, 3, 1)
+    part_HW, uv_HW2 = parts_Qhw.new_zeros(height, width), uv_Qhw2.new_zeros(height, width, 2)
     for q in prediction["scores"].argsort().tolist():
         x1, y1, x2, y2 = prediction["boxes_xyxy"][q].tolist()
-        columns = torch.arange(max(0, round(x1)), min(width, round(x2)), device=part_HW.device)
-        rows = torch.arange(max(0, round(y1)), min(height, round(y2)), device=part_HW.device)
-        x = ((columns + 0.5 - x1) / (x2 - x1) * w).long().clamp(0, w - 1)
-        y = ((rows + 0.5 - y1) / (y2 - y1) * h).long().clamp(0, h - 1)[:, None]
-        found = prediction["part"][q][y, x]
-        window = (rows[:, None], columns)
-        part_HW[window] = torch.where(found > 0, found, part_HW[window])
-        uv = prediction["uv"][q][:, y, x].permute(1, 2, 0)
-        uv_HW2[window] = torch.where(found[..., None] > 0, uv, uv_HW2[window])
+        rows, y_H = _pixels(y1, y2, height, parts_Qhw.shape[1])
+        columns, x_W = _pixels(x1, x2, width, parts_Qhw.shape[2])
+        cells = (q, y_H[:, None], x_W)
+        on_HW = parts_Qhw[cells] > 0
+        part_HW[rows, columns][on_HW] = parts_Qhw[cells][on_HW]
+        uv_HW2[rows, columns][on_HW] = uv_Qhw2[cells][on_HW]
     return part_HW, uv_HW2
+
+
+def _pixels(low: float, high: float, size: int, num_cells: int) -> tuple[slice, Tensor]:
+    """The pixels between two sides of a window along one axis of an image, and the cell of the window under each."""
+    pixels = slice(max(0, round(low)), min(size, round(high)))
+    centres = torch.arange(size)[pixels] + 0.5
+    return pixels, ((centres - low) / (high - low) * num_cells).long().clamp(0, num_cells - 1)
 
 
 class SurfaceMetric(torchmetrics.Metric):
@@ -403,26 +254,25 @@ class SurfaceMetric(torchmetrics.Metric):
     """
 
     full_state_update = False
-    counts: Tensor
-    totals: Tensor
+    num_points: Tensor
+    num_right: Tensor
+    num_masks: Tensor
+    distance: Tensor
+    overlap: Tensor
     gps_Q: list[Tensor]
     scores_Q: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state(
-            "counts", default=torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum"
-        )  # points, right, masks
-        self.add_state(
-            "totals", default=torch.zeros(2), dist_reduce_fx="sum"
-        )  # distances of right points, mask overlaps
+        for name in ("num_points", "num_right", "num_masks", "distance", "overlap"):
+            self.add_state(name, default=torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("gps_Q", default=[], dist_reduce_fx="cat")
         self.add_state("scores_Q", default=[], dist_reduce_fx="cat")
 
-    def update(self, prediction: dict[str, Any], target: dict[str, Any]) -> None:
+    def update(self, prediction: Prediction, target: Prediction) -> None:
         """Add an image: one dict of `DensePose.predict` and the image's targets, the same people in both."""
         boxes_Q4 = prediction["boxes_xyxy"]
-        xy_S2, person_S, part_S, uv_S2 = _points(target, boxes_Q4.device)
+        xy_S2, person_S, part_S, uv_S2 = points_of(target, boxes_Q4.device)
         found_S, found_uv_S2 = _read(prediction, xy_S2, person_S)
         right_S = found_S == part_S
         distance_S = (found_uv_S2 - uv_S2).norm(dim=1)
@@ -430,24 +280,26 @@ class SurfaceMetric(torchmetrics.Metric):
         points_Q = torch.zeros_like(boxes_Q4[:, 0]).index_add(0, person_S, torch.ones_like(similarity_S))
         gps_Q = torch.zeros_like(points_Q).index_add(0, person_S, similarity_S) / points_Q.clamp(min=1)
         iou_Q = _mask_iou(prediction["part"], target.get("dp_masks"), boxes_Q4)
-        self.counts += torch.tensor([len(part_S), 0, len(iou_Q)], device=self.counts.device)
-        self.counts[1] += right_S.sum()
-        self.totals += torch.stack([(distance_S * right_S).sum(), iou_Q.sum()])
+        self.num_points += len(part_S)
+        self.num_right += right_S.sum()
+        self.num_masks += len(iou_Q)
+        self.distance += (distance_S * right_S).sum()
+        self.overlap += iou_Q.sum()
         # Also where empty: every rank must bring a tensor to be gathered.
         self.gps_Q.append(gps_Q[points_Q > 0])
         self.scores_Q.append(prediction["scores"][points_Q > 0])
 
     def compute(self) -> dict[str, Tensor]:
-        (num_points, right, num_masks), (distances, overlaps) = self.counts, self.totals
-        result = {
-            "part_accuracy": right / num_points.clamp(min=1),
-            "uv_error": torch.where(right > 0, distances / right.clamp(min=1), 1.0),
-            "mask_iou": overlaps / num_masks.clamp(min=1),
-        }
-        gps_Q, scores_Q = (torch.cat(v) if isinstance(v, list) else v for v in (self.gps_Q, self.scores_Q))
+        gps_Q, scores_Q = dim_zero_cat(self.gps_Q), dim_zero_cat(self.scores_Q)
         precision_L = average_precision(gps_Q, scores_Q, torch.arange(50, 100, 5) / 100).to(gps_Q.device)
-        result |= {"uv_gps": precision_L.mean(), "uv_gps_50": precision_L[0], "uv_gps_75": precision_L[5]}
-        return result
+        return {
+            "part_accuracy": self.num_right / self.num_points.clamp(min=1),
+            "uv_error": torch.where(self.num_right > 0, self.distance / self.num_right.clamp(min=1), 1.0),
+            "mask_iou": self.overlap / self.num_masks.clamp(min=1),
+            "uv_gps": precision_L.mean(),
+            "uv_gps_50": precision_L[0],
+            "uv_gps_75": precision_L[5],
+        }
 
 
 def average_precision(similarity_Q: Tensor, scores_Q: Tensor, thresholds_L: Tensor) -> Tensor:
@@ -479,22 +331,13 @@ def _mask_iou(part_Qhw: Tensor, masks_QHW: Tensor | None, boxes_Q4: Tensor) -> T
     return both.sum((1, 2)) / either.sum((1, 2)).clamp(min=1)
 
 
-def _read(prediction: dict[str, Any], xy_S2: Tensor, person_S: Tensor) -> tuple[Tensor, Tensor]:
+def _read(prediction: Prediction, xy_S2: Tensor, person_S: Tensor) -> tuple[Tensor, Tensor]:
     """Predicted part (S,) and (U, V) (S, 2) of the cell that each point of an image lies in."""
     part_Qhw = prediction["part"]
     h, w = part_Qhw.shape[-2:]
     place_S2 = to_window(xy_S2, prediction["boxes_xyxy"][person_S])
     x_S, y_S = (place_S2[:, 0] * w).long().clamp(0, w - 1), (place_S2[:, 1] * h).long().clamp(0, h - 1)
     return part_Qhw[person_S, y_S, x_S].long(), prediction["uv"][person_S, :, y_S, x_S]
-
-
-def _points(target: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Place (S, 2), person (S,), part (S,) and (U, V) (S, 2) of the points; S is 0 where there are none."""
-    values = [target.get(name) for name in ("dp_points_xy", "dp_person", "dp_part", "dp_uv")]
-    if any(value is None for value in values):
-        values = [torch.zeros(0, *shape) for shape in ((2,), (), (), (2,))]
-    xy_S2, person_S, part_S, uv_S2 = (value.to(device, non_blocking=True) for value in values if value is not None)
-    return xy_S2.float(), person_S.long(), part_S.long(), uv_S2.float()
 
 
 def _inside(boxes_R4: Tensor, size_R2: Tensor) -> Tensor:
@@ -508,12 +351,10 @@ def _extend(fine_BCHW: Tensor, mask_BHW: Tensor, upscale: int) -> Tensor:
     """Repeat each image's last row and column into the padding, as RoIAlign does at the edge of a map; what a window
     at the edge reads is then the same whatever lies beside the image in the batch.
     """
-    B, _, H, W = fine_BCHW.shape
-    device = fine_BCHW.device
-    last_B1 = mask_BHW.any(2).sum(1, keepdim=True) * upscale - 1, mask_BHW.any(1).sum(1, keepdim=True) * upscale - 1
-    rows_BH = torch.minimum(torch.arange(H, device=device), last_B1[0])
-    columns_BW = torch.minimum(torch.arange(W, device=device), last_B1[1])
-    image_B11 = torch.arange(B, device=device)[:, None, None]
+    axes = zip(fine_BCHW.shape[2:], (2, 1), strict=True)
+    last = [(size, mask_BHW.any(other).sum(1, keepdim=True) * upscale - 1) for size, other in axes]
+    rows_BH, columns_BW = (torch.minimum(torch.arange(size, device=end_B1.device), end_B1) for size, end_B1 in last)
+    image_B11 = torch.arange(len(mask_BHW), device=mask_BHW.device)[:, None, None]
     return fine_BCHW.permute(0, 2, 3, 1)[image_B11, rows_BH[:, :, None], columns_BW[:, None]].permute(0, 3, 1, 2)
 
 

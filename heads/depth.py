@@ -6,17 +6,16 @@ cells where the name says so: each token is `upsample` cells wide and high.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from matplotlib import colormaps
 from torch import Tensor, nn
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
-from indiclip.head import Head, Losses
+from indiclip.head import Head, Losses, Picture, Prediction
 from indiclip.types import Batch, Features, on_device
 
 if TYPE_CHECKING:
@@ -27,31 +26,24 @@ class Depth(Head):
     """The depth of every cell, from convolutions over the tokens; the loss is the mean absolute error.
 
     Args:
-        task: Which batch it reads.
-        weight: Factor of its loss.
         channels: Width of its layers.
         num_layers: 3x3 convolutions between the tokens and the depth.
         upsample: Cells along each side of a token.
-        name: See `Head`.
+        **common: Of every `Head`.
     """
 
     required_fields = ("depth",)
     embeds_images = embeds_text = False
-    metric: DepthMetric
 
     def __init__(
         self,
-        task: str = "depth",
-        weight: float = 1.0,
         channels: int = 96,
         num_layers: int = 2,
         upsample: int = 2,
-        name: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(task, weight, name)
-        for argument, value in (("channels", channels), ("upsample", upsample)):
-            if value < 1:
-                raise ValueError(f"heads.{self.name}.{argument}: found {value}; expected 1 or more")
+        super().__init__(**common)
+        self.check_positive(channels=channels, upsample=upsample)
         self.channels, self.num_layers, self.upsample = channels, num_layers, upsample
 
     def bind(self, encoder: Encoder) -> None:
@@ -60,7 +52,9 @@ class Depth(Head):
             nn.Conv2d(self.channels, self.channels, 3, padding=1) for _ in range(self.num_layers)
         )
         self.depth = nn.Conv2d(self.channels, self.upsample**2, 1)
-        self.metric = DepthMetric()
+        rmse = MeanSquaredError(squared=False)
+        # r2 is the share of the variance that is explained; always answering the mean has 0.
+        self.metric = MetricCollection({"mae": MeanAbsoluteError(), "rmse": rmse, "r2": R2Score()})
 
     def forward(self, features: Features) -> Tensor:
         """Depth (B, H, W) of every cell, float32; meaningless where an image has no patch."""
@@ -78,7 +72,7 @@ class Depth(Head):
         error_BHW = (depth_BHW - truth_BHW).abs() * known_BHW
         return Losses({"l1": error_BHW.sum() / known_BHW.sum().clamp(min=1)})
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """`depth`: float32 (rows, columns) of cells, each `stride / upsample` pixels wide and high."""
         sizes_hw = batch["images"]["sizes_hw"]
         cell = features.stride / self.upsample
@@ -87,17 +81,15 @@ class Depth(Head):
             for depth_HW, (height, width) in zip(self(features), sizes_hw, strict=True)
         ]
 
-    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         truth_BHW, known_BHW = self._truth(features, batch)
         for prediction, truth_HW, known_HW in zip(predictions, truth_BHW, known_BHW, strict=True):
-            depth_HW = prediction["depth"]
-            rows, columns = depth_HW.shape
+            rows, columns = prediction["depth"].shape
             known_HW = known_HW[:rows, :columns]
-            self.metric.update(depth_HW[known_HW], truth_HW[:rows, :columns][known_HW])
+            if known_HW.any():
+                self.metric.update(prediction["depth"][known_HW], truth_HW[:rows, :columns][known_HW])
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
-    ) -> tuple[np.ndarray, str]:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         height, width = image_HW3.shape[:2]
         depth_HW = prediction["depth"].float()
         shown = F.interpolate(depth_HW[None, None], (height, width), mode="bilinear")[0, 0]
@@ -123,32 +115,3 @@ class Depth(Head):
         cells_RHW = truth.values[:, rows.clamp(max=height - 1)][:, :, columns.clamp(max=width - 1)]
         truth_BHW = cells_RHW.new_zeros(len(sizes_hw), len(rows), len(columns)).index_copy(0, truth.image_R, cells_RHW)
         return truth_BHW, known_BHW
-
-
-class DepthMetric(torchmetrics.Metric):
-    """Over all cells: `mae`, `rmse`, and `r2`, the share of the variance that is explained; always answering the mean
-    has 0.
-    """
-
-    full_state_update = False
-    sums: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Of 1, |error|, error ** 2, truth, truth ** 2 over the cells.
-        self.add_state("sums", default=torch.zeros(5), dist_reduce_fx="sum")
-
-    def update(self, depth_N: Tensor, truth_N: Tensor) -> None:
-        """Add cells."""
-        error_N = depth_N - truth_N
-        terms = torch.stack([torch.ones_like(error_N), error_N.abs(), error_N**2, truth_N, truth_N**2])
-        self.sums += terms.sum(1)
-
-    def compute(self) -> dict[str, Tensor]:
-        count, error, squared_error, truth, squared_truth = self.sums
-        variance = squared_truth - truth**2 / count
-        return {
-            "mae": error / count,
-            "rmse": (squared_error / count).sqrt(),
-            "r2": 1 - squared_error / variance,
-        }

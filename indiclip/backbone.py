@@ -48,6 +48,7 @@ class Backbone(nn.Module, ABC):
     canvas_hw: tuple[int, int] | None = None
     mean_P: Tensor
     std_P: Tensor
+    _args: dict[str, Any]  # of the constructor
 
     def _set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Keep the pixel statistics in the layout of a patch (channel last, so the three numbers repeat)."""
@@ -56,15 +57,23 @@ class Backbone(nn.Module, ABC):
         self.register_buffer("std_P", torch.tensor(std).repeat(pixels) * 255, persistent=False)
 
     def normalise(self, images: Images) -> Tensor:
-        """uint8 patches -> zero mean and unit variance, (B, N, P)."""
-        return (images["patches_BNP"].to(self.mean_P.dtype) - self.mean_P) / self.std_P
+        """uint8 patches -> zero mean and unit variance, (B, N, P).
+
+        Raises:
+            ValueError: Patches of another size than the backbone's.
+        """
+        patches_BNP = images["patches_BNP"]
+        if patches_BNP.shape[-1] != len(self.mean_P):
+            found = round((patches_BNP.shape[-1] / 3) ** 0.5)
+            raise ValueError(f"data.patch_size: found {found}; expected {self.patch_size}, the backbone's")
+        return (patches_BNP.to(self.mean_P.dtype) - self.mean_P) / self.std_P
 
     @abstractmethod
     def forward(self, images: Images) -> Features: ...
 
-    @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this backbone without a network, weights aside."""
+        return self._args | {"pretrained": False}
 
 
 class NaFlexViT(Backbone):
@@ -105,28 +114,9 @@ class NaFlexViT(Backbone):
         else:
             if pretrained:
                 raise ValueError("backbone.pretrained: needs `name`, a timm model; a size alone is from scratch")
-            shape = _vit_shape(size, width, depth, num_heads)
-            # Grid sampling reads the position table at each token without waiting for the GPU.
-            # timm's plain start (normal, 0.02) is made for wide models and learns several times slower in narrow ones
-            # than Xavier's, which big_vision uses.
-            options = {"pos_embed_use_grid_sample": True, "weight_init": "jax"} | options
-            self.vit = NaFlexVit(
-                patch_size=patch_size,
-                embed_dim=shape[0],
-                depth=shape[1],
-                num_heads=shape[2],
-                num_classes=0,
-                global_pool="",
-                fc_norm=False,
-                **cast(Any, options),
-            )
-        self._args = {
-            **given,
-            "name": name,
-            "patch_size": patch_size,
-            "max_tokens": max_tokens,
-            "options": options,
-        }
+            self.vit = _new_naflex(size, width, depth, num_heads, patch_size, options)
+        own = {"name": name, "patch_size": patch_size, "max_tokens": max_tokens, "options": options}
+        self._args = given | own
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
         self.width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
@@ -144,9 +134,6 @@ class NaFlexViT(Backbone):
         tokens_BND = out["patches"][:, self.vit.num_prefix_tokens :]
         grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
         return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride)
-
-    def to_config(self) -> dict[str, Any]:
-        return self._args | {"pretrained": False}
 
 
 class TimmBackbone(Backbone):
@@ -206,18 +193,13 @@ class TimmBackbone(Backbone):
         pixels = self._canvas(images)
         (map_BCHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
         B, _, H, W = map_BCHW.shape
-        rows, columns = torch.meshgrid(
-            torch.arange(H, device=pixels.device), torch.arange(W, device=pixels.device), indexing="ij"
-        )
-        coords_BN2 = torch.stack([rows, columns], -1).reshape(1, H * W, 2).expand(B, -1, -1)
+        rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
+        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(B, -1, -1)
         valid_BN = None
         if any(size != self.canvas_hw for size in images["sizes_hw"]):
             sizes_B2 = on_device(images["sizes_hw"], pixels.device)
             valid_BN = (coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
         return Features(map_BCHW.flatten(2).transpose(1, 2), coords_BN2, valid_BN, (H, W), self.stride)
-
-    def to_config(self) -> dict[str, Any]:
-        return self._args | {"pretrained": False}
 
 
 def check_timm_name(name: str) -> None:
@@ -226,16 +208,36 @@ def check_timm_name(name: str) -> None:
         raise ValueError(f"backbone.name: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
 
-def _vit_shape(size: str | None, width: int | None, depth: int | None, num_heads: int | None) -> tuple[int, int, int]:
+def _new_naflex(
+    size: str | None,
+    width: int | None,
+    depth: int | None,
+    num_heads: int | None,
+    patch_size: int,
+    options: dict[str, Any],
+) -> NaFlexVit:
+    """From scratch; adds to `options` what is ours."""
     if size is not None and size not in SIZES:
         raise ValueError(f"backbone.size: found {size!r}; expected one of {[*SIZES]}{did_you_mean(size, SIZES)}")
-    base = SIZES[size] if size else (None, None, None)
-    shape = (width or base[0], depth or base[1], num_heads or base[2])
-    if shape[0] is None or shape[1] is None or shape[2] is None:
+    of_size = SIZES[size] if size else (None, None, None)
+    width, depth, num_heads = width or of_size[0], depth or of_size[1], num_heads or of_size[2]
+    if not (width and depth and num_heads):
         raise ValueError("backbone: give `size`, `name`, or all of `width`, `depth` and `num_heads`")
-    if shape[0] % shape[2]:
-        raise ValueError(f"backbone.num_heads: {shape[2]} does not divide the width {shape[0]}")
-    return shape[0], shape[1], shape[2]
+    if width % num_heads:
+        raise ValueError(f"backbone.num_heads: {num_heads} does not divide the width {width}")
+    # Grid sampling reads the position table at each token without waiting for the GPU. timm's plain start (normal,
+    # 0.02) is made for wide models and learns several times slower in narrow ones than Xavier's, which big_vision uses.
+    options |= {"pos_embed_use_grid_sample": True, "weight_init": "jax"} | options
+    return NaFlexVit(
+        patch_size=patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=0,
+        global_pool="",
+        fc_norm=False,
+        **cast(Any, options),
+    )
 
 
 def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:

@@ -10,9 +10,11 @@ import torch
 
 from indiclip.backbone import Backbone
 from indiclip.encoder import Encoder
-from indiclip.names import did_you_mean
+from indiclip.names import nearest_beside
 from indiclip.old_names import translate_checkpoint
 from indiclip.text import TextTower, Tokenizer
+
+_OF_PARTS = ("indiclip.backbone", "indiclip.text")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool = False) -> Encoder:
@@ -49,8 +51,7 @@ def _checkpoint_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path}: no such run or checkpoint{did_you_mean(str(path), siblings)}")
+        raise FileNotFoundError(f"{path}: no such run or checkpoint{nearest_beside(path)}")
     last = path / "checkpoints" / "last.ckpt"
     found = [last] if last.is_file() else sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
@@ -65,15 +66,11 @@ def _build(value: Any, trust_code: bool, file: Path) -> Any:
     module, _, name = value["class_path"].rpartition(".")
     arguments = value["init_args"]
     if not trust_code:
-        if module not in ("indiclip.backbone", "indiclip.text") or not _is_part(module, name):
+        made = getattr(importlib.import_module(module), name, None) if module in _OF_PARTS else None
+        if not (isinstance(made, type) and issubclass(made, (Backbone, TextTower, Tokenizer))):
             raise ValueError(f"{file}: names {value['class_path']}; pass trust_code=True to import and call it")
         for key in ("pretrained", "source"):
             if arguments.get(key):
                 raise ValueError(f"{file}: asks for {key} {arguments[key]!r}; pass trust_code=True to fetch it")
     arguments = {key: _build(item, trust_code, file) for key, item in arguments.items()}
     return getattr(importlib.import_module(module), name)(**arguments)
-
-
-def _is_part(module: str, name: str) -> bool:
-    made = getattr(importlib.import_module(module), name, None)
-    return isinstance(made, type) and issubclass(made, (Backbone, TextTower, Tokenizer))

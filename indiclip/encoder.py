@@ -171,9 +171,7 @@ class Pool(nn.Module):
         num_heads = max(1, width // 64)
         num_heads = num_heads if width % num_heads == 0 else 1
         self.pool = AttentionPoolLatent(width, num_heads=num_heads) if kind == "attention" else None
-        self.norm: nn.BatchNorm1d | nn.SyncBatchNorm | None = None
-        if batch_norm:
-            self.norm = nn.BatchNorm1d(width, affine=False)
+        self.norm = nn.BatchNorm1d(width, affine=False) if batch_norm else None
 
     def forward(self, tokens_BND: Tensor, valid_BN: Tensor | None, batch_statistics: bool = True) -> Tensor:
         if self.pool is not None:

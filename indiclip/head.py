@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 import torchmetrics
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from indiclip.types import Batch, Features, Rows
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
 Datasets = Mapping[str, "SampleDataset"]  # YAML key of the source, such as `data.train[0]` -> its dataset
+Prediction = dict[str, Any]  # what a head predicts for an image, or what is true of it, by name
+Metrics = torchmetrics.Metric | torchmetrics.MetricCollection
+Picture = tuple[np.ndarray, str]  # uint8 RGB and the line of text below it
 
 
 class Losses(NamedTuple):
@@ -43,9 +48,9 @@ class Head(nn.Module, ABC):
 
     Args:
         task: Which of the step's batches this head reads. Heads that name the same task share one batch and its
-            features.
+            features. None is the file's name in `heads/`.
         weight: Factor of this head's losses in the step's total.
-        name: Log prefix, `train/<name>/<loss>`; None is the file's name in `heads/`. Two heads of one class need it.
+        name: Log prefix, `train/<name>/<loss>`; None is the file's name. Two heads of one class need it.
 
     Attributes:
         metric: Its `compute()` gives a dict of numbers. Where a task has several held-out sources, each has a copy of
@@ -61,19 +66,27 @@ class Head(nn.Module, ABC):
         ValueError: A name that cannot be part of a log's.
     """
 
-    metric: torchmetrics.Metric
+    metric: Metrics
     required_fields: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
     no_flip = ""
     embeds_images = True
     embeds_text = True
 
-    def __init__(self, task: str, weight: float, name: str | None = None) -> None:
+    def __init__(self, task: str | None = None, weight: float = 1.0, name: str | None = None) -> None:
         super().__init__()
-        self.task, self.weight = task, weight
-        self.name = type(self).__module__.rsplit(".", 1)[-1] if name is None else name
+        own = type(self).__module__.rpartition(".")[2]
+        self.task = own if task is None else task
+        self.weight = weight
+        self.name = own if name is None else name
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected letters, digits, _ and -")
+
+    def check_positive(self, **arguments: int) -> None:
+        """Raise ValueError for the first that is below 1, naming it."""
+        for name, value in arguments.items():
+            if value < 1:
+                raise ValueError(f"heads.{self.name}.{name}: found {value}; expected 1 or more")
 
     @abstractmethod
     def bind(self, encoder: Encoder) -> None:
@@ -91,23 +104,20 @@ class Head(nn.Module, ABC):
         """Every parameter of the head gets a gradient, also for images without objects. Never waits for the device."""
 
     @abstractmethod
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[dict[str, Any]]:
+    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
         """One dict per image, in the resized image's pixels."""
 
     @abstractmethod
-    def update_metric(self, predictions: list[dict[str, Any]], features: Features, batch: Batch) -> None:
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         """Add a batch to `metric`."""
 
-    def visualize(
-        self, image_HW3: np.ndarray, prediction: dict[str, Any], target: dict[str, Any], class_names: Sequence[str] = ()
-    ) -> tuple[np.ndarray, str]:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         """A held-out image with the prediction on it, and a line of text below it, for the report.
 
         Args:
             image_HW3: uint8 RGB, the resized image.
             prediction: One item of `predict`, on the CPU.
-            target: The targets of this image, see `targets_of`.
-            class_names: Of the image's source.
+            target: The targets of this image, see `targets_of`, and `class_names` of its source.
         """
         return image_HW3, ""
 
@@ -129,13 +139,42 @@ class Head(nn.Module, ABC):
         return value
 
 
+class ListMetric(torchmetrics.Metric):
+    """Keeps rows of any objects until it is computed, then over the rows of all ranks.
+
+    torchmetrics itself puts only tensors together, and lists of them only where every rank has equally many.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__(sync_on_compute=False)
+        self.rows: list[tuple[Any, ...]] = []
+
+    def reset(self) -> None:
+        super().reset()
+        self.rows = []
+
+    def add(self, *row: Any) -> None:
+        """Keep a row; tensors lie on the CPU, whatever nests them."""
+        self.rows.append(apply_to_collection(row, Tensor, Tensor.cpu))
+
+    def rows_of_all_ranks(self) -> list[tuple[Any, ...]]:
+        """One rank's after the other's."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.rows
+        of_ranks: list[list[tuple[Any, ...]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(of_ranks, self.rows)
+        return [row for rows in of_ranks for row in rows]
+
+
 def same_classes(task: str, datasets: Datasets) -> None:
     """Check that a class number means the same thing in all sources that have classes.
 
     Raises:
         ValueError: Two differ.
     """
-    lists = {key: names for key, dataset in datasets.items() if (names := classes_of(dataset))}
+    lists = {key: names for key, dataset in datasets.items() if (names := list(dataset.classes))}
     for (key, names), (other, others) in itertools.pairwise(lists.items()):
         if names != others:
             place = next((i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]), None)
@@ -144,8 +183,3 @@ def same_classes(task: str, datasets: Datasets) -> None:
                 f"{other}: the sources of task {task!r} must have the same classes in the same order; {key} has "
                 f"{len(names)}, {other} has {len(others)}, {apart}"
             )
-
-
-def classes_of(dataset: SampleDataset) -> list[str]:
-    """The names of a dataset's classes."""
-    return list(dataset.classes)

@@ -59,6 +59,7 @@ class EncodedImage:
         max_pixels: More are refused before anything is decoded.
 
     Attributes:
+        data: The file's bytes.
         kind: `JPEG`, `PNG` or `WEBP`.
         size_hw: (height, width) of the pixels as stored.
         orientation: EXIF's, 1 to 8; 1 is upright.
@@ -68,7 +69,7 @@ class EncodedImage:
     """
 
     def __init__(self, data: bytes, key: str, file: str = "", max_pixels: int = MAX_PIXELS) -> None:
-        self._data, self._key, self._file = data, key, file
+        self.data, self._key, self._file = data, key, file
         self.kind = self._format(data)
         self._turbo = False
         try:
@@ -77,11 +78,6 @@ class EncodedImage:
             raise
         except Exception as error:  # damaged bytes raise anything in PIL: OSError, SyntaxError, struct.error
             raise self._unreadable(error) from error
-
-    @property
-    def data(self) -> bytes:
-        """The file's bytes."""
-        return self._data
 
     @property
     def upright_hw(self) -> tuple[int, int]:
@@ -123,7 +119,7 @@ class EncodedImage:
             shrink *= 2
         smaller = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
         try:
-            pixels: np.ndarray = simplejpeg.decode_jpeg(self._data, "RGB", **smaller)
+            pixels: np.ndarray = simplejpeg.decode_jpeg(self.data, "RGB", **smaller)
             return pixels
         except ValueError:
             return None
@@ -136,19 +132,19 @@ class EncodedImage:
     def _read_header(self, max_pixels: int) -> tuple[tuple[int, int], int]:
         if self.kind == "JPEG":
             try:
-                height, width, colorspace, _ = simplejpeg.decode_jpeg_header(self._data, strict=False)
+                height, width, colorspace, _ = simplejpeg.decode_jpeg_header(self.data, strict=False)
             except ValueError:
                 colorspace = "CMYK"
             if colorspace not in ("CMYK", "YCCK"):  # those are PIL's
                 self._turbo = True
                 self._check_size(height, width, max_pixels)
-                return (height, width), self._orientation(self._open()) if _has_exif(self._data) else 1
+                return (height, width), self._orientation(self._open()) if _has_exif(self.data) else 1
         image = self._open()
         self._check_size(image.height, image.width, max_pixels)
         return (image.height, image.width), self._orientation(image)
 
     def _orientation(self, image: Image.Image) -> int:
-        if self.kind == "PNG" and not any(mark in self._data for mark in _PNG_EXIF):
+        if self.kind == "PNG" and not any(mark in self.data for mark in _PNG_EXIF):
             return 1  # PIL would decode the whole image, to look for EXIF behind its pixels
         try:
             found = image.getexif().get(_ORIENTATION, 1)
@@ -159,7 +155,7 @@ class EncodedImage:
     def _open(self) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked by us
-            return Image.open(io.BytesIO(self._data), formats=(self.kind,))
+            return Image.open(io.BytesIO(self.data), formats=(self.kind,))
 
     def _format(self, data: bytes) -> str:
         if data[:3] == b"\xff\xd8\xff":

@@ -16,10 +16,8 @@ def read(file: Path) -> list[dict[str, Any]]:
     """The rows; none where there is no such file. A line that a kill tore is left out."""
     rows = []
     for line in file.read_text(errors="replace").split("\n") if file.is_file() else []:
-        try:
+        with suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
     return [row for row in rows if isinstance(row, dict)]
 
 

@@ -15,6 +15,8 @@ Shape letters: B pairs on this rank, W ranks, G = W * B pairs on all ranks, E em
 keys (labels, caption ids).
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Sequence
@@ -66,8 +68,16 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, init_logit_scale: float, lengths: list[int] | None, length_weights: list[float] | None) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.full((1,), init_logit_scale))
-        self.lengths = _checked_lengths(lengths)
-        self.length_weights = _checked_weights(length_weights, self.lengths)
+        if lengths is not None and (not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths))):
+            valid = sorted({max(length, 1) for length in lengths}) or [64, 128, 256]
+            raise ValueError(f"lengths={lengths}: expected them >= 1, ascending and different, such as {valid}")
+        self.lengths = lengths
+        count = len(lengths or [0])
+        weights = [1.0] * count if length_weights is None else length_weights
+        if len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
+            expected = f"{count} weight(s) >= 0, not all 0: one per length"
+            raise ValueError(f"length_weights={weights} for lengths={lengths}: expected {expected}")
+        self.length_weights = [weight / sum(weights) for weight in weights]
 
     def forward(
         self,
@@ -104,7 +114,7 @@ class ContrastiveLoss(nn.Module):
             self.pair_losses_B = total.loss_B
             return total.result()
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> "_Total":
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> _Total:
         """Computes `forward` from unit vectors and the keys of `_stack_keys`."""
         raise NotImplementedError
 
@@ -136,7 +146,7 @@ class SoftmaxLoss(ContrastiveLoss):
     def __init__(self, lengths: list[int] | None = None, length_weights: list[float] | None = None) -> None:
         super().__init__(math.log(1 / 0.07), lengths, length_weights)
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> "_Total":
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> _Total:
         rank, world = _rank_and_world()
         first = rank * len(image_BE)  # the column of this rank's first pair
         positive_BG = None if keys_KB is None else _positives(keys_KB, _all_gather(keys_KB.T).T, first)
@@ -166,7 +176,7 @@ class SigmoidLoss(ContrastiveLoss):
         super().__init__(math.log(10), lengths, length_weights)
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> "_Total":
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> _Total:
         world = _rank_and_world()[1]
         total = _Total(image_BE, text_BE, self._scale(image_BE.dtype), self.logit_bias.to(image_BE.dtype))
         chunk_BE, chunk_keys_KB = text_BE.detach(), keys_KB
@@ -200,7 +210,7 @@ class _Total:
     def __init__(self, *inputs: Tensor) -> None:
         self.inputs = inputs
         self.wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        self.loss_B = torch.zeros(len(inputs[0]), dtype=inputs[0].dtype, device=inputs[0].device)
+        self.loss_B = inputs[0].new_zeros(len(inputs[0]))
         self.gradients: list[Tensor | None] = [None] * len(inputs)
 
     def leaves(self, *values: Tensor) -> list[Tensor]:
@@ -242,7 +252,7 @@ def _cross_entropy(
 
     Without `positive_BG`, the only positive of row i is column `first` + i.
     """
-    loss_B, gradient_BG = torch.zeros(len(logits_BG), dtype=logits_BG.dtype, device=logits_BG.device), None
+    loss_B, gradient_BG = logits_BG.new_zeros(len(logits_BG)), None
     for dim in dims:
         log_probs_BG = logits_BG.log_softmax(dim)
         if positive_BG is None:
@@ -269,9 +279,8 @@ def _binary_entropy(logits_BB: Tensor, positive_BB: Tensor | None, own: bool) ->
     _flip(logits_BB, sign_BB, own)
     # torch's default threshold of 20 would be off by 2e-9: too coarse for float64.
     loss_B = F.softplus(logits_BB, threshold=50).sum(1)
-    gradient_BB = logits_BB.sigmoid_()
-    _flip(gradient_BB, sign_BB, own)
-    return loss_B, gradient_BB
+    _flip(logits_BB.sigmoid_(), sign_BB, own)
+    return loss_B, logits_BB
 
 
 def _flip(values_BB: Tensor, sign_BB: Tensor | None, own: bool) -> None:
@@ -369,28 +378,12 @@ def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor | None:
 
     Finding out whether keys repeat at all would make the CPU wait for the GPU in every step.
     """
-    given = {name: keys_B for name, keys_B in named.items() if keys_B is not None}
-    for name, keys_B in given.items():
+    rows = []
+    for name, keys_B in named.items():
+        if keys_B is None:
+            continue
         if keys_B.shape != like_BE.shape[:1] or keys_B.is_floating_point():
             found = f"{keys_B.dtype} {tuple(keys_B.shape)}"
             raise ValueError(f"{name} is {found}, expected an integer per pair: ({len(like_BE)},)")
-    return torch.stack([x.to(like_BE.device, torch.int64) for x in given.values()]) if given else None
-
-
-def _checked_lengths(lengths: list[int] | None) -> list[int] | None:
-    if lengths is None:
-        return None
-    if not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths)):
-        valid = sorted({length for length in lengths if length >= 1}) or [64, 128, 256]
-        raise ValueError(f"lengths={lengths}: expected them >= 1, ascending and different, such as {valid}")
-    return list(lengths)
-
-
-def _checked_weights(weights: list[float] | None, lengths: list[int] | None) -> list[float]:
-    num_lengths = len(lengths or [0])
-    if weights is None:
-        return [1 / num_lengths] * num_lengths
-    if len(weights) != num_lengths or min(weights) < 0 or sum(weights) <= 0:
-        expected = f"{num_lengths} weight(s) >= 0, not all 0: one per length"
-        raise ValueError(f"length_weights={weights} for lengths={lengths}: expected {expected}")
-    return [weight / sum(weights) for weight in weights]
+        rows.append(keys_B.to(like_BE.device, torch.int64))
+    return torch.stack(rows) if rows else None

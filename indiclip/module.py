@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from indiclip import optim
 from indiclip.encoder import Encoder
-from indiclip.head import Head
+from indiclip.head import Head, Metrics, Prediction
 from indiclip.lightning_internals import batches_done, estimated_steps
 from indiclip.types import Batch, Features, Origin
 
@@ -89,6 +89,7 @@ class MultiTask(L.LightningModule):
             torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
 
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
+        _count_in_float32()
         features: dict[str, Features] = {}
         self.head_losses = {}
         for head in self.each_head():
@@ -112,12 +113,13 @@ class MultiTask(L.LightningModule):
         self.log(f"train/{head.name}/log_variance", s.detach(), batch_size=1)
         return cast(Tensor, head.weight * (torch.exp(-s) * loss + s))
 
-    def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
+    def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[Prediction]]:
         """Each head's predictions, `{head: one dict per image}`; `head/source` where its task has several sources."""
         return {name: predictions for name, _, predictions, _, _ in self.predictions(batches)}
 
-    def predictions(self, batches: Batches) -> Iterator[tuple[str, Head, list[dict[str, Any]], Features, Batch]]:
+    def predictions(self, batches: Batches) -> Iterator[tuple[str, Head, list[Prediction], Features, Batch]]:
         """`(name, head, predictions, features, batch)` of every head and source."""
+        _count_in_float32()
         for key, batch in batches.items():  # held-out sources end at different steps
             origin = batch.get("origin", Origin(key))
             features = self.encoder.features(batch["images"])
@@ -127,12 +129,12 @@ class MultiTask(L.LightningModule):
                     yield name, head, head.predict(features, batch, self.encoder), features, batch
 
     def on_validation_epoch_start(self) -> None:
-        self._scored: dict[str, Metric] = {}
+        self._scored: dict[str, Metrics] = {}
 
     def validation_step(self, batches: Batches, batch_idx: int) -> None:
         for name, head, predictions, features, batch in self.predictions(batches):
             if name not in self._scored:
-                self._scored[name] = head.metric.clone()
+                self._scored[name] = _new_metric(head)
             head.metric, empty = self._scored[name], head.metric
             head.update_metric(predictions, features, batch)
             head.metric = empty
@@ -141,13 +143,13 @@ class MultiTask(L.LightningModule):
         heads = {head.name: head for head in self.each_head()}
         for name in self._names_of_all_ranks():
             # Ranks may have got different numbers of samples, but all must take part in a metric's exchange.
-            metric = self._scored.get(name) or heads[name.partition("/")[0]].metric.clone()
+            metric = self._scored.get(name) or _new_metric(heads[name.partition("/")[0]])
             self.log_dict({f"val/{name}/{number}": value for number, value in metric.compute().items()})
         self._scored.clear()
 
     def _names_of_all_ranks(self) -> list[str]:
         """What any rank has scored, in the same order on all of them."""
-        names = [name for name, metric in self._scored.items() if metric.update_called]
+        names = [name for name, metric in self._scored.items() if any(map(_is_updated, metric.modules()))]
         if self.trainer.world_size == 1:
             return sorted(names)
         of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
@@ -184,6 +186,21 @@ class MultiTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["encoder"] = self.encoder.to_config()  # plain types: enough for `indiclip.load`
+
+
+def _count_in_float32() -> None:
+    """Undo, for this step, what Lightning does where the weights are of another type: new tensors would be of theirs,
+    and positions in bfloat16 are off by pixels.
+    """
+    torch.set_default_dtype(torch.float32)
+
+
+def _new_metric(head: Head) -> Metrics:
+    return head.metric.clone().to(torch.float32)  # its sums were converted with the weights
+
+
+def _is_updated(part: nn.Module) -> bool:
+    return isinstance(part, Metric) and part.update_called
 
 
 def _default_optimizer(groups: Iterable[Any]) -> Optimizer:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A hint such as `; nearest is 'caption'`, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, list(valid), n=1)
     return f"; nearest is {near[0]!r}" if near else ""
+
+
+def nearest_beside(path: Path, pattern: str = "*") -> str:
+    """The same for a path that is not there, of what its folder holds; nothing of hidden entries."""
+    return did_you_mean(path.name, [near.name for near in path.parent.glob(pattern) if not near.name.startswith(".")])
 
 
 def shorten(value: object, most: int = 60) -> str:

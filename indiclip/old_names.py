@@ -5,56 +5,25 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-_CLASSES = {
-    "indiclip.backbone.FixedSize": "indiclip.backbone.TimmBackbone",
-    "indiclip.survival.vote.StepVote": "indiclip.training.fault_tolerance.step_sync.StepSync",
-    "indiclip.survival.owed_validation.OwedValidation": (
-        "indiclip.training.fault_tolerance.resume_validation.ResumeValidation"
-    ),
-}
-MODULES = {
-    "indiclip.data.module": "indiclip.loading.data_module",
-    "indiclip.data.texts": "indiclip.datasets.corpora",
-    "indiclip.data.images": "indiclip.images",
-    "indiclip.data.lab": "indiclip.generated.cielab",
-    "indiclip.survival": "indiclip.training.fault_tolerance",
-    "indiclip.evals.callback": "indiclip.training.india_bench",
-    "indiclip.evals.monitors": "indiclip.training.monitors",
-}
-_ROOMS = {  # new package -> old one and the modules that went over under their own names
-    "datasets": ("data", "captions coco densepose languages masks points scripts split tables"),
-    "generated": (
-        "data",
-        "fonts lettering lettering_draw lettering_words mela mela_layout mela_people mela_scene mela_shapes "
-        "mela_things mela_words romanise swatch_draw swatch_shapes swatches",
-    ),
-    "loading": ("data", "plan prefetch source steps transforms workers"),
-    "webdataset": ("data", "box_shards cache shard_files shard_writer shards tar_index tar_members"),
-    "training": ("", "callbacks config_errors record run_folder"),
-}
-for _new, (_old, _names) in _ROOMS.items():
-    MODULES |= {f"indiclip.{_old}.{name}".replace("..", "."): f"indiclip.{_new}.{name}" for name in _names.split()}
-_WEIGHTS = {
-    r"^(heads\.[^.]+)\.modulate\.": r"\1.film.",  # counting
-    r"^(heads\.[^.]+)\.towers\.sides\.": r"\1.towers.ltrb.",  # detection
-}
+import yaml
+
+_TABLES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+MODULES = _TABLES["modules"]
+_NAMES = _TABLES["classes"] | MODULES
 _OLD_BETAS = [0.9, 0.98]  # AdamW's, when `betas` was a key of the model
 _OLD_SOURCE = {"group_by_length": True}  # of every source, when there was no such option
 
 
 def translated(name: str) -> str:
     """Today's path of a class or module; a path that never changed, and any other string, as it is."""
-    if name in _CLASSES:
-        return _CLASSES[name]
-    module, _, last = name.rpartition(".")
-    while module:
-        if module in MODULES:
-            return f"{MODULES[module]}.{last}"
-        module, _, first = module.rpartition(".")
-        last = f"{first}.{last}"
-    return MODULES.get(name, name)
+    first, rest = name, ""
+    while first and first not in _NAMES:
+        first, dot, last = first.rpartition(".")
+        rest = f"{dot}{last}{rest}"
+    return _NAMES.get(first, first) + rest
 
 
 def translate_config(value: Any) -> Any:
@@ -104,11 +73,12 @@ def translate_checkpoint(checkpoint: dict[str, Any]) -> None:
     """Give a checkpoint, in place, today's names of classes, callbacks and weights."""
     if "encoder" in checkpoint:
         checkpoint["encoder"] = translate_config(checkpoint["encoder"])
-    short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in _CLASSES.items()}
+    short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in _TABLES["classes"].items()}
     callbacks = checkpoint.get("callbacks", {})
     checkpoint["callbacks"] = {short.get(key, key): state for key, state in callbacks.items()}
     if "owed" in (validation := checkpoint["callbacks"].get("ResumeValidation", {})):
         validation["due"] = validation.pop("owed")
-    for old, new in _WEIGHTS.items():
-        weights = checkpoint.get("state_dict", {})
-        checkpoint["state_dict"] = {re.sub(old, new, name): weight for name, weight in weights.items()}
+    weights = checkpoint.get("state_dict", {})
+    for old, new in _TABLES["weights"].items():
+        weights = {re.sub(old, new, name): weight for name, weight in weights.items()}
+    checkpoint["state_dict"] = weights

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data.naflex_transforms import get_image_size_for_seq
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.v2 import functional as TF
 
 from indiclip.images import to_rgb
@@ -70,7 +71,7 @@ def patchify(image_CHW: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=4096)
 def _coords(H: int, W: int) -> Tensor:
     """(row, column) of each patch, (H * W, 2); shared, not to be written to."""
-    return torch.cartesian_prod(torch.arange(H), torch.arange(W)).reshape(-1, 2)
+    return torch.cartesian_prod(torch.arange(H), torch.arange(W))
 
 
 def unpatchify(images: Images, index: int) -> np.ndarray:
@@ -89,14 +90,10 @@ def stack(
     scale: list[tuple[float, float]],
 ) -> Images:
     """Pad the `(patches_NP, coords_N2)` of several images to the longest of them."""
-    B, N = len(patches), max(cells.shape[0] for cells, _ in patches)
-    patches_BNP = torch.zeros(B, N, patches[0][0].shape[-1], dtype=torch.uint8)
-    coords_BN2 = torch.zeros(B, N, 2, dtype=torch.long)
-    valid_BN = torch.zeros(B, N, dtype=torch.bool)
-    for i, (cells_NP, coords_N2) in enumerate(patches):
-        patches_BNP[i, : len(cells_NP)] = cells_NP
-        coords_BN2[i, : len(cells_NP)] = coords_N2
-        valid_BN[i, : len(cells_NP)] = True
+    patches_BNP = pad_sequence([cells_NP for cells_NP, _ in patches], batch_first=True)
+    coords_BN2 = pad_sequence([coords_N2 for _, coords_N2 in patches], batch_first=True)
+    counts_B1 = torch.tensor([[len(cells_NP)] for cells_NP, _ in patches])
+    valid_BN = torch.arange(patches_BNP.shape[1]) < counts_B1
     return Images(patches_BNP=patches_BNP, coords_BN2=coords_BN2, valid_BN=valid_BN, sizes_hw=sizes_hw, scale=scale)
 
 
@@ -129,7 +126,8 @@ def batch_images(
 
 def _to_uint8(image: AnyImage, position: int) -> Tensor:
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
+        pixels: Tensor = TF.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+        return pixels
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:

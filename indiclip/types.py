@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, 
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Field(NamedTuple):
@@ -45,6 +46,12 @@ class Field(NamedTuple):
     bilinear: bool = False
 
 
+Text = Annotated[str, Field("text")]
+Scalar = Annotated[int, Field("scalar")]
+OfBox = Annotated[Any, Field("rows", of="boxes_xyxy")]
+OfSurfacePoint = Annotated[Any, Field("rows", of="dp_points_xy")]
+
+
 class Sample(TypedDict, total=False):
     """One example as a dataset gives it: NumPy arrays and plain values; only `image` and `key` must be there.
 
@@ -55,27 +62,27 @@ class Sample(TypedDict, total=False):
     # uint8 (height, width, 3), RGB; or an `EncodedImage`, which is decoded as large as it is needed
     image: Annotated[Any, Field("image")]
     annotated_upright: Annotated[bool, Field("image")]  # coordinates are of the image turned as its EXIF says
-    key: Annotated[str, Field("text")]  # unique in its dataset, stable between runs
-    caption: Annotated[str, Field("text")]
-    language: Annotated[str, Field("text")]  # of `caption`: a BCP-47 code such as hi or hi-Latn
+    key: Text  # unique in its dataset, stable between runs
+    caption: Text
+    language: Text  # of `caption`: a BCP-47 code such as hi or hi-Latn
     # language ("" where it is unknown) -> texts; `indiclip.datasets.languages` draws one of them for `caption`
     captions: Annotated[dict[str, list[str]], Field("text")]
-    label: Annotated[int, Field("scalar")]  # class of the whole image, -1 where there is none
+    label: Scalar  # class of the whole image, -1 where there is none
     boxes_xyxy: Annotated[Any, Field("boxes")]  # float32 (M, 4)
-    classes: Annotated[Any, Field("rows", of="boxes_xyxy")]  # int64 (M,)
-    crowd: Annotated[Any, Field("rows", of="boxes_xyxy")]  # bool (M,): the box covers a crowd, not one object
+    classes: OfBox  # int64 (M,)
+    crowd: OfBox  # bool (M,): the box covers a crowd, not one object
     masks: Annotated[Any, Field("masks", of="boxes_xyxy")]  # uint8 (M, height, width)
     points_xy: Annotated[Any, Field("points")]  # float32 (K, 2): one per object of the class that `count_class` names
-    count_class: Annotated[str, Field("text")]
-    count_label: Annotated[int, Field("scalar")]
+    count_class: Text
+    count_label: Scalar
     depth: Annotated[Any, Field("map", bilinear=True)]  # float32 (height, width): distance from the viewer
     # DensePose: Q annotated people and S annotated points of all of them.
     dp_boxes_xyxy: Annotated[Any, Field("boxes")]  # float32 (Q, 4)
     dp_masks: Annotated[Any, Field("masks", of="dp_boxes_xyxy")]  # uint8 (Q, height, width): 1 on the body
     dp_points_xy: Annotated[Any, Field("points")]  # float32 (S, 2)
     dp_person: Annotated[Any, Field("rows", of="dp_points_xy", into="dp_boxes_xyxy")]  # int64 (S,): which person
-    dp_part: Annotated[Any, Field("rows", of="dp_points_xy")]  # int64 (S,): 1..24
-    dp_uv: Annotated[Any, Field("rows", of="dp_points_xy")]  # float32 (S, 2) in [0, 1]
+    dp_part: OfSurfacePoint  # int64 (S,): 1..24
+    dp_uv: OfSurfacePoint  # float32 (S, 2) in [0, 1]
 
 
 FIELDS: dict[str, Field] = {
@@ -135,9 +142,9 @@ class Rows:
     @property
     def index_BM(self) -> Tensor:
         """The row numbers of each image on the device; R where an image has fewer than the most."""
-        counts_B1 = torch.tensor(self.counts)[:, None]
-        place_M = torch.arange(max(self.counts))
-        index_BM = torch.where(place_M < counts_B1, counts_B1.cumsum(0) - counts_B1 + place_M, sum(self.counts))
+        numbers_R = torch.arange(sum(self.counts))
+        of_images = [*torch.split(numbers_R, self.counts)]
+        index_BM = pad_sequence(of_images, batch_first=True, padding_value=len(numbers_R))
         return index_BM.to(self.values.device, non_blocking=True)
 
     def rows_of(self, image: int) -> slice:

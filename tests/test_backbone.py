@@ -24,6 +24,15 @@ def test_padding_does_not_change_an_image():
     torch.testing.assert_close(map_BDHW[0, :, 2, 3], alone.tokens_BND[0, 11], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{"width": 32, "depth": 1, "num_heads": 2}, {"name": "vit_tiny_patch16_224"}])
+def test_patches_of_another_size_are_named(options):
+    """As in Python, where nothing links the data to the model."""
+    kind = TimmBackbone if "name" in options else NaFlexViT
+    backbone = kind(patch_size=8, **options)
+    with pytest.raises(ValueError, match=r"data\.patch_size: found 16; expected 8, the backbone's"):
+        backbone(batch_images([noise(64, 64)], 16, 16))
+
+
 def test_a_narrow_vit_starts_with_xaviers_weights():
     """Variance 2 / (inputs + outputs); trunc_normal(0.02), timm's other start, is over twice as narrow here."""
     torch.manual_seed(0)

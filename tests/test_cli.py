@@ -110,6 +110,7 @@ def test_lightning_says_whose_the_other_words_are(monkeypatch, capsys):
         ({"trainer__max_stpes": 3}, "trainer.max_stpes: no such option; nearest is 'trainer.max_steps'"),
         ({"data__train__0__batchsize": 3}, "data.train.batchsize: .* nearest is 'batch_size'"),
         ({"model__encoder__backbone__init_args__witdh": 3}, "backbone.witdh: .*nearest is 'width'"),
+        ({"model__heads__0__init_args": {"wieght": 2}}, "heads.contrastive.Contrastive has no .*nearest is 'weight'"),
         ({"model__heads__0__class_path": "heads.contrastive.Contrastiv"}, "nearest is 'Contrastive'"),
         ({"model__heads__0__class_path": "heads.contrstive.Contrastive"}, "nearest is '(heads.)?contrastive'"),
         ({"data__train__0__task": "contrastve"}, r"data.train\[0\].task: .*'contrastve'; nearest is 'contrastive'"),

@@ -10,22 +10,11 @@ import torch
 from helpers import packed
 from torch import Tensor, nn
 
-from heads.densepose import (
-    KAPPA,
-    NUM_PARTS,
-    Charts,
-    DensePose,
-    People,
-    SurfaceMetric,
-    average_precision,
-    chart_losses,
-    jitter,
-    paste,
-    read_at,
-)
+from heads.densepose import KAPPA, DensePose, SurfaceMetric, average_precision, jitter, paste
 from indiclip.generated.mela import Mela
 from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
+from indiclip.surface_charts import NUM_PARTS, Charts, People, chart_losses, read_at
 from indiclip.types import Batch, Features, targets_of
 
 STRIDE, SMALL = 8, {"roi_size": 14, "channels": 32, "num_convs": 1}

@@ -18,17 +18,9 @@ from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.detection import FCOS
 
-from heads.detection import (
-    Detection,
-    DetectionMetric,
-    FCOSOutputs,
-    assign,
-    fcos_losses,
-    giou_loss,
-    hits_at_half,
-    make_locations,
-)
+from heads.detection import Detection, DetectionMetric, hits_at_half
 from indiclip.encoder import Encoder
+from indiclip.fcos import FCOSOutputs, assign, fcos_losses, giou_loss, make_locations
 from indiclip.types import Batch, Features, Origin, targets_of
 
 WIDTH = 16
@@ -465,7 +457,7 @@ def test_ranks_with_unequal_shares_agree_on_the_metric(tmp_path) -> None:
         metric = DetectionMetric()
         for i in (range(0, 9), range(9, 12), range(0))[rank]:
             target = tuple(targets_of(batch, i)[name] for name in ("boxes_xyxy", "classes", "crowd"))
-            metric.update_image(predictions[i], target, batch["images"]["scale"][i])
+            metric.update(predictions[i], target, batch["images"]["scale"][i])
         return {name: float(value) for name, value in metric.compute().items()}
 
     outputs = on_ranks(3, numbers, tmp_path)
@@ -494,8 +486,9 @@ def test_the_picture_shows_both_and_counts() -> None:
     target = {
         "boxes_xyxy": torch.tensor([[4.0, 4.0, 24.0, 23.0], [30.0, 4.0, 44.0, 20.0]]),
         "classes": torch.tensor([1, 2]),
+        "class_names": ["diya", "kite", "matka"],
     }
-    picture, words = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target, ["diya", "kite", "matka"])
+    picture, words = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target)
     assert words.splitlines()[0].startswith("1 of 2 found, 1 false")
     assert "kite, matka" in words
     assert min(picture.shape[:2]) >= 320
@@ -539,7 +532,9 @@ def test_a_head_may_detect_some_of_the_classes() -> None:
     some.update_metric([prediction, nothing], features, batch)
     assert some.metric.compute()["ap50"] == 1
     names = batch["origin"].classes
-    _, words = some.visualize(np.zeros((64, 64, 3), np.uint8), prediction, targets_of(batch, 0), names)
+    _, words = some.visualize(
+        np.zeros((64, 64, 3), np.uint8), prediction, targets_of(batch, 0) | {"class_names": names}
+    )
     assert words.startswith("1 of 1 found, 0 false")
     assert words.endswith("matka")
     with pytest.raises(ValueError, match=r"heads\.some\.classes: 'matka' is none of the 1 classes"):

@@ -1,6 +1,7 @@
 """Configs and checkpoints of commit 67a1ab8 go on working under today's names."""
 
 import importlib
+import importlib.util
 import json
 import re
 import warnings
@@ -41,6 +42,10 @@ def test_old_class_paths_lead_to_classes(old):
     assert old_names.translated(old) == OLD[old]
     module, _, name = OLD[old].rpartition(".")
     assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def test_every_module_of_the_table_is_there():
+    assert [name for name in old_names.MODULES.values() if importlib.util.find_spec(name) is None] == []
 
 
 @pytest.mark.parametrize("name", ["indiclip.backbone.NaFlexViT", "torch.optim.AdamW", "a photo of indiclip.data", ""])

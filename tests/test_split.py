@@ -7,7 +7,6 @@ from jsonargparse import ArgumentParser
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.split import Split
 from indiclip.datasets.tables import Strings, stable_hash
-from indiclip.names import did_you_mean
 
 
 class Numbers(SampleDataset):
@@ -110,7 +109,7 @@ def test_bad_arguments():
         Split(Numbers(3), "val", 1e-9)
 
 
-def test_strings_and_the_nearest_name():
+def test_strings():
     texts = ["", "दीया", "kite", "\N{DIYA LAMP}"]
     column = Strings(texts)
     assert len(column) == 4
@@ -119,5 +118,3 @@ def test_strings_and_the_nearest_name():
     with pytest.raises(IndexError):
         column[4]
     assert len(Strings([])) == 0
-    assert did_you_mean("captoin", ["url", "caption"]) == "; nearest is 'caption'"
-    assert did_you_mean("x", []) == ""

@@ -36,7 +36,8 @@ def test_indiclip_never_imports_heads():
 def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
     ranks = "indiclip.evals.protocols.retrieval"  # a function of numbers, so that training and benchmark rank alike
-    assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", "indiclip.losses", ranks}
+    parts = {"indiclip.losses", "indiclip.fcos", "indiclip.surface_charts"}
+    assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
 
 
 # Room or file -> the rooms and files that it may import, beside itself. Arrows point one way, so there is no circle.
@@ -51,7 +52,9 @@ ARROWS = {
     "patches.py": "types images",
     "backbone.py": "types names",
     "text.py": "names",
-    "losses.py": "types",
+    "losses.py": "",
+    "fcos.py": "types",
+    "surface_charts.py": "types",
     "head.py": "types",
     "encoder.py": "types backbone text patches",
     "checkpoint.py": "backbone encoder names old_names text",
@@ -86,7 +89,8 @@ def test_arrows_point_one_way(place):
 
 
 def test_every_file_has_its_arrows_named():
-    there = {entry.name for entry in (ROOT / "indiclip").iterdir() if entry.name not in ("__init__.py", "__pycache__")}
+    skipped = ("__init__.py", "__pycache__", "old_names.yaml")
+    there = {entry.name for entry in (ROOT / "indiclip").iterdir() if entry.name not in skipped}
     assert there - {"cli.py"} == set(ARROWS)
 
 

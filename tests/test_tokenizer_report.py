@@ -167,7 +167,7 @@ def test_a_config_has_its_own_tokenizer_and_context_length(capsys, texts, tmp_pa
         (["{texts}", "--text", "{texts}"], r"texts\.tsv: not a tokenizer\.json, a folder with one"),
         (["{folder}", "--text", "{texts}"], "not a tokenizer.json, a folder with one"),
         (["bytes", "--text", "gone.tsv"], "gone.tsv: no such file or folder"),
-        (["bytes", "--text", "{texts}", "--max_tokens_per_word", "ho=1"], "no language 'ho'; nearest is 'hi'"),
+        (["bytes", "--text", "{texts}", "--max_tokens_per_word", "hii=1"], "no language 'hii'; nearest is 'hi'"),
         (["bytes", "--text", "{texts}", "--max_tokens_per_word", "hi"], "found 'hi'; expected a number, or such as hi"),
         (["bytes", "--text", "{texts}", "--max_truncated", "2"], "found '2'; expected a share from 0 to 1"),
         (

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from indiclip.names import did_you_mean, shorten
+from indiclip.names import did_you_mean, nearest_beside, shorten
 
 
 class Strings:
@@ -79,8 +79,7 @@ def existing(path: str) -> Path:
     """
     found = Path(path).expanduser()
     if not found.exists():
-        beside = [entry.name for entry in found.parent.iterdir()] if found.parent.is_dir() else []
-        raise FileNotFoundError(f"{found}: no such file or folder{did_you_mean(found.name, beside)}")
+        raise FileNotFoundError(f"{found}: no such file or folder{nearest_beside(found)}")
     return found
 
 

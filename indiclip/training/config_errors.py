@@ -17,9 +17,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 from indiclip import old_names
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, nearest_beside
 
 _GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
+# What is wrong with a value that may also be None, out of what the parser says of both.
+_OPTIONAL = re.compile(
+    r"Errors:\s+- (?:Type \S+\[.* callable class: )?(.*?)(?:\. Got value: Namespace\(.*)?"
+    r"\n\s+- Expected a <class 'NoneType'>.*Given value: (.*)",
+    re.DOTALL,
+)
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
 
 
@@ -39,7 +45,9 @@ class OneLineParser(LightningArgumentParser):
 def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    classes = re.findall(r"(?:Problem with given class_path |Namespace\(class_path=)'([^']+)'", message)
+    if optional := _OPTIONAL.search(message):
+        message = optional[1] if classes else f"{optional[1]}. Got value: {optional[2]}"
     reason = " ".join(line.strip() for line in message.splitlines() if not _is_wrapper(line)) or message
     if option := re.search(r"Option '([^']+)' is not accepted", reason):
         owner = classes[-1] if classes else "the configuration"
@@ -68,8 +76,7 @@ def check_yaml(files: Iterable[str]) -> None:
     for name in files:
         file = Path(name)
         if not file.is_file():
-            near = [str(other) for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-            raise FileNotFoundError(f"--config: no file {name}{did_you_mean(name, near)}")
+            raise FileNotFoundError(f"--config: no file {name}{nearest_beside(file, '*.y*ml')}")
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -82,8 +89,11 @@ def _is_wrapper(line: str) -> bool:
     return bool(re.match(r"\s*(Parser key \"[^\"]+\":|Problem with given class_path '[^']+':)\s*$", line))
 
 
-def _parameters(cls: Any) -> list[str]:
-    return [name for name in inspect.signature(cls).parameters if name != "self"]
+def _parameters(made: Any) -> list[str]:
+    """Of a function, or of a class's constructor and of those that it hands its `**arguments` on to."""
+    functions = [vars(base).get("__init__") for base in getattr(made, "__mro__", ())] or [made]
+    signatures = [inspect.signature(function) for function in functions if inspect.isfunction(function)]
+    return [name for signature in signatures for name in signature.parameters if name != "self"]
 
 
 def _nearest_option(option: str) -> str:

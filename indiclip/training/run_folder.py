@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from indiclip.names import did_you_mean
+from indiclip.names import nearest_beside
 from indiclip.training.fault_tolerance.manifest import NAME, newest_good, saved_at, unlisted, what_is_wrong
 
 _locks: list[IO[str]] = []  # open while a run goes on
@@ -117,8 +117,7 @@ def _folder_of_checkpoint(config: Any, subcommand: str) -> Path | None:
         return None
     file = Path(checkpoint)
     if not file.exists():
-        near = [str(other) for other in file.parent.glob("*.ckpt")]
-        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{did_you_mean(checkpoint, near)}")
+        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest_beside(file, '*.ckpt')}")
     if file.is_file() and (reason := what_is_wrong(file)):
         good = newest_good(file.resolve().parent)[0]
         instead = f"the newest good one there is {good}" if good else "there is no good one beside it"

@@ -21,6 +21,7 @@ from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.monitors import CheckMonitors
 from indiclip.training.record import PredictionWriter, RunRecord
 
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true", "32", "bf16", "16", "64")
 _SHARDED = ("fsdp", "modelparallel", "deepspeed")  # strategies that write folders of shards by themselves
 
 
@@ -34,11 +35,8 @@ def check_trainer(config: Namespace, subcommand: str) -> None:
         if config.get(key) == 0:
             raise ValueError(f"trainer.{key}: found 0, with which nothing is trained (`indiclip validate` scores)")
     precision = str(config.get("precision") or "32-true")
-    if not precision.endswith(("mixed", "32-true", "32")):
-        raise ValueError(
-            f"trainer.precision: heads compute in float32 what weights in {precision} cannot; expected 32-true, "
-            "bf16-mixed or 16-mixed"
-        )
+    if precision not in _PRECISIONS:
+        raise ValueError(f"trainer.precision: no training in {precision}; expected {', '.join(_PRECISIONS)}")
     averages = any("StochasticWeightAveraging" in str(callback) for callback in listed(config.get("callbacks")))
     if averages and config.get("max_epochs") is None:
         raise ValueError("trainer.callbacks: StochasticWeightAveraging begins by epochs; expected trainer.max_epochs")

@@ -74,7 +74,8 @@ def held_out_pictures(module: MultiTask, batches: list[dict[str, Batch]], per_he
             pictures = sections.setdefault(name, [])
             for i, prediction in enumerate(predictions[: per_head - len(pictures)]):
                 prediction, target = move_data_to_device((prediction, targets_of(batch, i)), "cpu")
-                pictures.append(head.visualize(unpatchify(batch["images"], i), prediction, target, class_names(batch)))
+                target["class_names"] = class_names(batch)
+                pictures.append(head.visualize(unpatchify(batch["images"], i), prediction, target))
     module.train(was_training)
     return sections
 
