@@ -216,7 +216,7 @@ class TestDrawn:
             box = wide.getbbox()
             assert 0 < box[0] < box[2] < 1600
             assert np.array_equal(np.asarray(wide.crop(box)), np.asarray(_written(word, face, 48))), word
-            ink = _ink(rng, word, face, 96, 128)
+            ink = _ink(rng, word, face, (96, 128))
             assert ink.width <= 0.95 * 128
             assert ink.height <= 0.95 * 96
 

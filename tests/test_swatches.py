@@ -109,7 +109,7 @@ def test_most_of_a_thing_has_its_colour(kind):
 @pytest.mark.parametrize("weave", WEAVES)
 def test_weaves_differ(weave):
     """With the same draws, noise included, any other weave gives another picture in much of the cloth."""
-    cloth = {name: draw_cloth(np.random.default_rng(2), (38, 78, 138), 96, 96, name)[0] for name in WEAVES}
+    cloth = {name: draw_cloth(np.random.default_rng(2), (38, 78, 138), (96, 96), name)[0] for name in WEAVES}
     mine = cloth.pop(weave)
     assert min((mine != other).any(axis=-1).mean() for other in cloth.values()) > 0.2
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+from numpy.random import Generator, default_rng
 
 from indiclip.generated.base import Generated, must_be_one_of
 from indiclip.generated.fonts import check_shaping, find_face
@@ -72,7 +72,7 @@ class Lettering(Generated):
         word = self.word(index)
         face = self.faces[self.script(index)]
         return {
-            "image": draw_word(self._rng(index, _PICTURE), word, face, self.height, self.width),
+            "image": draw_word(self._rng(index, _PICTURE), word, face, self.size_hw),
             "key": self.key(index),
             "caption": word,
             "label": self.label(index),
@@ -108,5 +108,5 @@ class Lettering(Generated):
         rng = self._rng(index, _CANDIDATES)
         return [word, *distractors(rng, SCRIPTS[self.script(index)], word, self.num_distractors)]
 
-    def _rng(self, number: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence([self.seed, number, stream, PARTS.index(self.part)]))
+    def _rng(self, number: int, stream: int) -> Generator:
+        return default_rng([self.seed, number, stream, PARTS.index(self.part)])

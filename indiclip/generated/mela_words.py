@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from numpy.random import Generator
 
 from indiclip.generated.base import load_table, must_be_one_of
 from indiclip.generated.mela_things import THINGS
@@ -43,7 +43,7 @@ def class_names(language: str = "en") -> list[str]:
     return [kinds[kind] for kind in CLASSES]
 
 
-def captions(rng: np.random.Generator, groups: list[Group], place: str) -> dict[str, str]:
+def captions(rng: Generator, groups: list[Group], place: str) -> dict[str, str]:
     """One caption per language, all with the same attributes.
 
     Args:
