@@ -44,6 +44,11 @@ def words(name: str, most: int | None = None) -> str:
     return name if most is None or len(name) <= most else f"{name[: most - 1]}…"
 
 
+def markdown_cell(text: str) -> str:
+    """Words that leave a table of Markdown whole."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
 def is_distance(metric: str) -> bool:
     """Whether less is better, and the unit a kilometre."""
     return metric.endswith("_km")
