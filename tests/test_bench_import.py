@@ -170,7 +170,7 @@ def test_nothing_is_overwritten_or_half_written(card, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--layout", "foldr"], "--layout: found 'foldr'; nearest is 'folder'; expected folder or clip-benchmark"),
+        (["--layout", "foldr"], "--layout: found 'foldr'; nearest is 'folder'; expected one of folder, clip-benchmark"),
         (["--split", "train"], "--split: found 'train'"),
         (["--split", "../x"], "--split: found '../x'"),
         (["--card", "edible"], "no card 'edible'; nearest is 'edibles'"),

@@ -145,8 +145,8 @@ def test_twelve_scripts_of_india():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"part": "val"}, "part: expected one of train, test; found 'val'"),
-        ({"scripts": ["devnagari"]}, "scripts: expected one of .*; found 'devnagari'; nearest is 'devanagari'"),
+        ({"part": "val"}, "part: found 'val'; expected one of train, test"),
+        ({"scripts": ["devnagari"]}, "scripts: found 'devnagari'; nearest is 'devanagari'; expected one of "),
         ({"size": 20}, "size: expected .* at least 48 pixels; found 20"),
         ({"num_words": 0}, "num_words: expected a whole number from 1 up; found 0"),
         ({"scripts": []}, r"scripts: expected a list such as .*; found \[\]"),

@@ -117,7 +117,7 @@ def test_weaves_differ(weave):
 @pytest.mark.parametrize(
     ("colours", "arguments", "said"),
     [
-        (HEX, {"part": "val"}, "part: expected one of train, test; found 'val'"),
+        (HEX, {"part": "val"}, "part: found 'val'; expected one of train, test"),
         (HEX, {"size": 20}, "size: expected .* at least 32 pixels; found 20"),
         (HEX, {"num_images": 0}, "num_images: expected a whole number from 1 up; found 0"),
         ({"a": "#FF9933"}, {}, r"at least two; found \['a'\]"),

@@ -29,7 +29,7 @@ from indiclip.evals.procedural import generated_items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
 from indiclip.evals.score import score, texts_of
 from indiclip.generated.fonts import MissingFonts
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 
 _NAMED = 10  # unreadable images of a card; the others are counted
 _FEW = 5_000  # images that are scored by one thread
@@ -115,9 +115,7 @@ def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
     for items in bench.items:
         known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
     for language in languages or []:
-        if language not in known:
-            expected = f"expected {', '.join(sorted(known))}"
-            raise ValueError(f"languages: no card has {language!r}{did_you_mean(language, known)}; {expected}")
+        check_choice("languages", language, sorted(known))
 
 
 def _folders_beside(root: Path | None, cards: Sequence[Card]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -12,7 +12,6 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.names import did_you_mean
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -20,13 +19,6 @@ Float32s = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 SizeHW = tuple[int, int]  # pixels
-
-
-def must_be_one_of(argument: str, found: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError that names the argument, what was found, what is allowed and the nearest of it."""
-    if found not in (allowed := list(allowed)):
-        hint = did_you_mean(str(found), allowed)
-        raise ValueError(f"{argument}: expected one of {', '.join(allowed)}; found {found!r}{hint}")
 
 
 def must_be_at_least(least: int, **arguments: int) -> None:

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from numpy.random import Generator, default_rng
 
-from indiclip.generated.base import Generated, must_be_one_of
+from indiclip.generated.base import Generated
 from indiclip.generated.fonts import check_shaping, find_face
 from indiclip.generated.lettering_draw import MIN_SIDE, draw_word
 from indiclip.generated.lettering_words import PARTS, Script, distractors, load_scripts, made_up_word
+from indiclip.names import check_choice
 from indiclip.types import Sample
 
 __all__ = ["INDIAN", "SCRIPTS", "Lettering"]
@@ -55,10 +56,10 @@ class Lettering(Generated):
         seed: int = 0,
         num_distractors: int = 9,
     ) -> None:
-        must_be_one_of("part", part, PARTS)
+        check_choice("part", part, PARTS)
         self.scripts = list(INDIAN if scripts is None else scripts)
         for script in self.scripts:
-            must_be_one_of("scripts", script, SCRIPTS)
+            check_choice("scripts", script, SCRIPTS)
         if not self.scripts:
             raise ValueError(f"scripts: expected a list such as ['tamil', 'telugu']; found {scripts!r}")
         super().__init__(f"lettering-{part}", size, MIN_SIDE, seed, num_words=num_words)

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.random import Generator, default_rng
 
-from indiclip.generated.base import Generated, must_be_at_least, must_be_one_of, pick
+from indiclip.generated.base import Generated, must_be_at_least, pick
 from indiclip.generated.mela_scene import MIN_SIDE, Scene, draw_scene, kinds_in
 from indiclip.generated.mela_things import COLOURS, THINGS
 from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names
+from indiclip.names import check_choice
 from indiclip.types import Sample
 
 __all__ = [
@@ -73,7 +74,7 @@ class Mela(Generated):
         if isinstance(languages, str) or not languages:
             raise ValueError(f"languages: expected a list such as ['en', 'hi']; found {languages!r}")
         for language in languages:
-            must_be_one_of("languages", language, LANGUAGES)
+            check_choice("languages", language, LANGUAGES)
         must_be_at_least(0, densepose_points=densepose_points)
         self.languages, self.densepose_points, self.depth = list(languages), densepose_points, depth
         self.layout, self.people, self.kinds, self.difficulty = layout, people, kinds, difficulty

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
-from indiclip.generated.base import Float32s, Mask, SizeHW, UInt8, must_be_at_least, must_be_one_of
+from indiclip.generated.base import Float32s, Mask, SizeHW, UInt8, must_be_at_least
 from indiclip.generated.mela_hard import draw_clutter, hard_mixed, hard_single
 from indiclip.generated.mela_layout import Item, draw_background, mixed, single
 from indiclip.generated.mela_words import CLASSES, Group, captions
+from indiclip.names import check_choice
 
 LAYOUTS = ["single", "mixed"]
 DIFFICULTIES = ["normal", "hard"]
@@ -132,7 +133,7 @@ def _checked_kinds(kinds: Sequence[str] | None, people: float) -> list[str]:
     if isinstance(kinds, str) or (kinds is not None and not kinds):
         raise ValueError(f"kinds: expected a list such as ['diya', 'kite']; found {kinds!r}")
     for kind in kinds or ():
-        must_be_one_of("kinds", kind, CLASSES)
+        check_choice("kinds", kind, CLASSES)
     if not (occurring := kinds_in(kinds, people)):
         raise ValueError(f"kinds: {list(kinds or ())} are never drawn where people is {people}")
     return occurring
@@ -164,8 +165,8 @@ def draw_scene(
     Raises:
         ValueError: An argument is out of its range.
     """
-    must_be_one_of("layout", layout, LAYOUTS)
-    must_be_one_of("difficulty", difficulty, DIFFICULTIES)
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("difficulty", difficulty, DIFFICULTIES)
     must_be_at_least(0, seed=seed, index=index)
     must_be_at_least(MIN_SIDE, height=height, width=width)
     occurring = _checked_kinds(kinds, people)

@@ -11,8 +11,9 @@ from typing import Any
 
 from numpy.random import Generator
 
-from indiclip.generated.base import load_table, must_be_one_of
+from indiclip.generated.base import load_table
 from indiclip.generated.mela_things import THINGS
+from indiclip.names import check_choice
 
 CLASSES = [*THINGS, "person"]  # class id = place in this list
 PERSON = CLASSES.index("person")
@@ -33,7 +34,7 @@ class Group:
 
 def words(language: str) -> dict[str, Any]:
     """The tables of one language: kinds, garments, colours, numbers, places, templates, frames."""
-    must_be_one_of("language", language, LANGUAGES)
+    check_choice("language", language, LANGUAGES)
     return _WORDS[language]
 
 

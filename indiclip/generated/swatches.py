@@ -13,9 +13,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.random import Generator, default_rng
 
-from indiclip.generated.base import Floats, Generated, Mask, UInt8, must_be_one_of, pick
+from indiclip.generated.base import Floats, Generated, Mask, UInt8, pick
 from indiclip.generated.cielab import RGB, delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
 from indiclip.generated.swatch_draw import TABLE, draw_cloth, draw_object, draw_patch
+from indiclip.names import check_choice
 from indiclip.types import Sample
 
 KINDS = ("patch", "cloth", "thing")
@@ -52,7 +53,7 @@ class Swatches(Generated):
         size: int | list[int] = 224,
         seed: int = 0,
     ) -> None:
-        must_be_one_of("part", part, PARTS)
+        check_choice("part", part, PARTS)
         super().__init__(f"swatch-{part}", size, MIN_SIDE, seed, num_images=num_images)
         self.part = part
         self.colours = list(colours)

@@ -24,7 +24,7 @@ from indiclip.evals.cards.card import Card, load_card
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import read_items
 from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 
 _SHARD_SAMPLES, _SHARD_BYTES = 10_000, 10**9  # clip-benchmark's own
 
@@ -64,8 +64,7 @@ def convert(
             language.
     """
     folder, writers = Path(out).expanduser(), {"folder": _folder_writer, "clip-benchmark": _ClipBenchmark}
-    if layout not in writers:
-        raise ValueError(f"--layout: found {layout!r}{did_you_mean(layout, writers)}; expected {' or '.join(writers)}")
+    check_choice("--layout", layout, writers)
     if not re.fullmatch(r"[\w-]+", split) or split == "train":
         raise ValueError(f"--split: found {split!r}; expected what the scored images are called, such as test")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
