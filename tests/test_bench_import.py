@@ -159,7 +159,7 @@ def test_nothing_is_overwritten_or_half_written(card, tmp_path, monkeypatch, cap
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.tarfile, "open", full)
+        patch.setattr(module.tarfile.TarFile, "addfile", full)
         assert main([*words, str(tmp_path / "c")]) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b", "food.yaml"]
