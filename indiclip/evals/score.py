@@ -72,10 +72,9 @@ def _classify(scorer: CardScorer, setting: Setting) -> None:
         if not len(rank_M):
             continue
         sizes, code = (len(rank_M), len(class_D)), language.code
-        scorer.add(setting, protocol, code, scorer.accuracies(rank_M, label_M, len(class_D)), *sizes, chance)
         for subset, of_M in scorer.subsets(ranking.image_M).items():
             values = {"acc1": scorer.rate(rank_M[of_M] == 0)}
-            if subset == CLEAN:
+            if subset in ("", CLEAN):
                 values = scorer.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
             scorer.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
         found = class_ranks(image_NE, class_DE, label_N, class_D)
@@ -126,24 +125,22 @@ def _match(scorer: CardScorer, setting: Setting) -> None:
     assert scorer.items.candidates is not None
     image_M = np.flatnonzero(scorer.items.tested_N)
     images = truncate_normalize(scorer.images[setting.view], setting.length)
-    rank_M, tops, cosines, chance = [], [], [], []
+    rank_M, chance_M, tops, cosines = [], [], [], []
     for image in image_M.tolist():
         texts = scorer.items.candidates[image]
         cosine_T = truncate_normalize(scorer.embed(_asked(scorer.items, texts)), setting.length) @ images[image]
         rank_M.append(int(as_near(cosine_T[1:], cosine_T[0]).sum()))
-        chance.append(1 / len(texts))
+        chance_M.append(1 / len(texts))
         if setting.main:
             order = cosine_T.nan_to_num(nan=-2).argsort(descending=True, stable=True)[:TOP].tolist()
             tops.append([texts[i] for i in order])
             cosines.append(cosine_T[order].tolist())
-    ranks, of_all = np.array(rank_M), float(np.mean(chance))
-    values = {"acc1": scorer.rate(ranks == 0)}
-    values["acc1_corrected"] = metrics.chance_corrected(values["acc1"], of_all)
-    scorer.add(setting, "matching", "en", values, len(ranks), round(1 / of_all), of_all)
     for subset, of_M in scorer.subsets(image_M).items():
-        of_subset = float(np.mean(np.array(chance)[of_M]))
-        values = {"acc1": scorer.rate(ranks[of_M] == 0)}
-        scorer.add(setting, "matching", "en", values, int(of_M.sum()), round(1 / of_subset), of_subset, subset)
+        chance = float(np.mean(np.array(chance_M)[of_M]))
+        values = {"acc1": scorer.rate(np.array(rank_M)[of_M] == 0)}
+        if not subset:
+            values["acc1_corrected"] = metrics.chance_corrected(values["acc1"], chance)
+        scorer.add(setting, "matching", "en", values, int(of_M.sum()), round(1 / chance), chance, subset)
     for image, rank, top, cosine in zip(image_M.tolist(), rank_M, tops, cosines, strict=False):
         truth = scorer.items.candidates[image][0]
         predicted = top[0] if rank == 0 or top[0] != truth else top[1]
@@ -163,7 +160,7 @@ def _retrieve(scorer: CardScorer, setting: Setting) -> None:
             # What was seen in training is no candidate either; of a group the images look among all captions.
             if subset == CLEAN:
                 _recalls(scorer, setting, code, image_M[of_M], subset)
-            else:
+            elif subset:
                 values = _recalls_at(scorer, "image_to_text", rank_M[of_M])
                 scorer.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_M), subset=subset)
         if code != "en" and "en" in captions:
@@ -234,7 +231,13 @@ def _keep_captions(scorer: CardScorer, code: str, image_M: np.ndarray, rank_M: n
         wrong_B = near_BT.masked_fill(is_own_BT, -3).argmax(1).tolist()
         own_B = is_own_BT.int().argmax(1).tolist()  # the first of them
         columns = zip(
-            image_M[part], rank_M[part], own_B, wrong_B, top_BK.tolist(), cosine_BT.gather(1, top_BK).tolist()
+            image_M[part],
+            rank_M[part],
+            own_B,
+            wrong_B,
+            top_BK.tolist(),
+            cosine_BT.gather(1, top_BK).tolist(),
+            strict=True,
         )
         for image, rank, own, wrong, top, cosines in columns:
             predicted = texts[own if rank == 0 else wrong]
