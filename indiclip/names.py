@@ -1,4 +1,4 @@
-"""The nearest valid name, for error messages."""
+"""Valid names, for error messages."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 def nearest_beside(path: Path, pattern: str = "*") -> str:
     """The same for a path that is not there, of what its folder holds; nothing of hidden entries."""
     return did_you_mean(path.name, [near.name for near in path.parent.glob(pattern) if not near.name.startswith(".")])
+
+
+def check_choice(what: str, found: object, valid: Iterable[str]) -> None:
+    """Raise ValueError that names what was chosen, what was found, the nearest valid name and all of them."""
+    if found not in (valid := list(valid)):
+        hint = did_you_mean(str(found), valid)
+        raise ValueError(f"{what}: found {found!r}{hint}; expected one of {', '.join(valid)}")
 
 
 def shorten(value: object, most: int = 60) -> str:

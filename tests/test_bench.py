@@ -11,7 +11,7 @@ from layout_files import tar, write
 from PIL import Image
 from test_encode import in_threads
 
-from indiclip.evals import bench as bench_module
+from indiclip.evals import procedural
 from indiclip.evals.bench import find_bench, run_bench
 from indiclip.evals.card_scorer import Options
 from indiclip.evals.comparison import compare
@@ -42,8 +42,8 @@ def card_file(tmp_path):
 @pytest.fixture
 def few_generated(monkeypatch):
     """Enough of the generated images."""
-    for name, count in (("_WORDS", 2), ("_GALLERY_WORDS", 1), ("_SWATCHES", 3), ("_GALLERY_SWATCHES", 3)):
-        monkeypatch.setattr(bench_module, name, count)
+    monkeypatch.setattr(procedural, "WORDS", {"test": 2, "train": 1})
+    monkeypatch.setattr(procedural, "SWATCHES", {"test": 3, "train": 3})
 
 
 def folders(names=tuple(PURE), count=8, prefix="test/", **options):
@@ -294,7 +294,7 @@ def test_missing_fonts_skip_the_words_alone(monkeypatch):
     def no_fonts(*_, **__):
         raise MissingFonts("install fonts-noto-core")
 
-    monkeypatch.setattr(bench_module, "ocr_words", no_fonts)
+    monkeypatch.setattr(procedural, "_words", no_fonts)
     bench = find_bench(None, ["ocr_indic", "indian_colours"])
     assert [items.card.id for items in bench.items] == ["indian_colours"]
     notes = {(card.card, card.part): card.notes for card in bench.skipped}

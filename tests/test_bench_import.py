@@ -159,7 +159,7 @@ def test_nothing_is_overwritten_or_half_written(card, tmp_path, monkeypatch, cap
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._ClipBenchmark, "_finish", full)
+        patch.setattr(module.tarfile.TarFile, "addfile", full)
         assert main([*words, str(tmp_path / "c")]) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b", "food.yaml"]
@@ -170,7 +170,7 @@ def test_nothing_is_overwritten_or_half_written(card, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--layout", "foldr"], "--layout: found 'foldr'; nearest is 'folder'; expected folder or clip-benchmark"),
+        (["--layout", "foldr"], "--layout: found 'foldr'; nearest is 'folder'; expected one of folder, clip-benchmark"),
         (["--split", "train"], "--split: found 'train'"),
         (["--split", "../x"], "--split: found '../x'"),
         (["--card", "edible"], "no card 'edible'; nearest is 'edibles'"),

@@ -51,7 +51,7 @@ def page(tmp_path):
 def test_suites():
     assert packaged("india") == INDIA
     assert {"cifar10", "imagenet1k", "xm3600"} < set(packaged("world"))
-    with pytest.raises(ValueError, match="no suite 'indai'; nearest is 'india'"):
+    with pytest.raises(ValueError, match="suite: found 'indai'; nearest is 'india'"):
         packaged("indai")
     with pytest.raises(ValueError, match="no card 'edible'; nearest is 'edibles'"):
         load_card("edible")

@@ -6,7 +6,7 @@ import pytest
 from bench_fakes import answer, score, small_run
 
 from indiclip.commands import bench_compare
-from indiclip.evals.comparison import compare
+from indiclip.evals.comparison import compare, in_words
 from indiclip.evals.pages.comparison_page import write_comparison
 from indiclip.evals.results import PROCEDURAL
 
@@ -27,36 +27,37 @@ def run(ranks, metric="acc1", model="m", **about):
 
 def test_difference_is_over_the_shared_images_and_says_which_changed():
     (row,) = compare(run([1, 1, 1, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 1, 0]))
-    assert row.difference == pytest.approx((3 - 1) / 8)
+    assert row.gap.value == pytest.approx((3 - 1) / 8)
     assert row.shared == 8
     assert row.gained == (("0.jpg", "dosa"), ("1.jpg", "dosa"), ("2.jpg", "dosa"))
     assert row.lost == (("6.jpg", "roti"),)
-    assert row.low < row.difference < row.high
+    assert row.gap.low < row.gap.value < row.gap.high
 
 
 def test_mean_per_class_weighs_classes_not_images():
     a, b = ([1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0])
     (row,) = compare(run(a, "mean_per_class_recall"), run(b, "mean_per_class_recall"))
-    assert row.difference == pytest.approx((3 / 6 - 1 / 2) / 2)
+    assert row.gap.value == pytest.approx((3 / 6 - 1 / 2) / 2)
 
 
 def test_a_hit_at_five_is_among_the_nearest_five():
     (row,) = compare(run([4, 5, 0, 0, 0, 0, 0, 0], "acc5"), run([5, 4, 4, 0, 0, 0, 0, 0], "acc5"))
-    assert row.difference == 0
+    assert row.gap.value == 0
     assert [key for key, _ in row.gained] == ["1.jpg"]
     assert [key for key, _ in row.lost] == ["0.jpg"]
 
 
 def test_a_run_differs_from_itself_by_nothing():
     (row,) = compare(run([0, 1, 0, 0, 3, 0, 0, 2]), run([0, 1, 0, 0, 3, 0, 0, 2]))
-    assert (row.difference, row.low, row.high) == (0, 0, 0)
+    assert row.gap == (0, 0, 0)
     assert row.gained == row.lost == ()
+    assert in_words([row]).endswith("| 0.000, 8 images shared")  # an interval without a width is left out
 
 
 def test_the_order_of_images_makes_no_difference():
     a, b = run([1, 1, 1, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 1, 0])
     b.predictions.reverse()
-    assert compare(a, b)[0].difference == pytest.approx(0.25)
+    assert compare(a, b)[0].gap.value == pytest.approx(0.25)
 
 
 def other_images(b):
@@ -100,7 +101,7 @@ def test_what_is_not_the_same_is_not_compared(tmp_path, change, why_not):
     change(b)
     (row,) = compare(a, b)
     assert row.why_not == why_not
-    assert row.difference is None
+    assert row.gap is None
     write_comparison(tmp_path / "c.html", a, b)
     assert f"not compared: {why_not}" in (tmp_path / "c.html").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ import yaml
 from test_cli import config
 
 from indiclip.cli import main
-from indiclip.evals import bench
+from indiclip.evals import procedural
 from indiclip.training.cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -114,8 +114,8 @@ def test_a_benchmark_is_added_by_a_second_config(tmp_path, monkeypatch):
     part = ROOT / "conf" / "evals" / "india.yaml"
     assert f"--config conf/evals/{part.name}" in part.read_text()
     monkeypatch.delenv("INDICLIP_BENCH", raising=False)
-    for name in ("_WORDS", "_GALLERY_WORDS", "_SWATCHES", "_GALLERY_SWATCHES"):
-        monkeypatch.setattr(bench, name, 2)
+    for name in ("WORDS", "SWATCHES"):
+        monkeypatch.setattr(procedural, name, {"test": 2, "train": 2})
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(config()))
     assert run(["fit", "--config", str(base), "--config", str(part), "--runs", str(tmp_path), *SHORT]) == 0

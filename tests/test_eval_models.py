@@ -174,7 +174,7 @@ def test_float32_is_kept_under_the_autocast_of_a_training_run():
     rough = embed(EncoderEmbedder(embedder.encoder, "x", precision="bf16"), [noise(30, 30)])
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.05  # bf16 keeps 8 bits
-    with pytest.raises(ValueError, match="precision: found 'int8', expected fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="precision: found 'int8'; expected one of fp32, bf16, fp16"):
         EncoderEmbedder(embedder.encoder, "x", precision="int8")
 
 

@@ -264,8 +264,8 @@ def of_type(model_type):
         (remove("model.safetensors"), FileNotFoundError, "found no weights; expected model.safetensors"),
         (pickled, FileNotFoundError, r"found \['pytorch_model.bin'\]; expected model.safetensors"),
         (without_a_tensor, ValueError, "the weights lack 1 of the model's tensors, such as visual_projection.weight"),
-        (of_type("bert"), ValueError, "config.json: found model_type 'bert', expected one of clip, siglip, siglip2"),
-        (of_type("siglib"), ValueError, "found model_type 'siglib', .*; nearest is 'siglip'"),
+        (of_type("bert"), ValueError, "config.json: model_type: found 'bert'.*; expected one of clip, siglip, siglip2"),
+        (of_type("siglib"), ValueError, "model_type: found 'siglib'; nearest is 'siglip'"),
     ],
 )
 def test_a_folder_that_lacks_something_is_said(folders, tmp_path, change, kind, words):

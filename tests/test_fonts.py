@@ -30,7 +30,7 @@ def test_a_font_without_the_characters_is_an_error_that_names_both():
 
 def test_nothing_is_drawn_in_a_font_without_the_characters():
     with pytest.raises(ValueError, match="DejaVu Sans .*U\\+0915"):
-        draw_word(np.random.default_rng(0), "कमल", DEJAVU, 96, 96)
+        draw_word(np.random.default_rng(0), "कमल", DEJAVU, (96, 96))
 
 
 def test_joiners_need_no_glyph():
@@ -77,7 +77,7 @@ def test_unshaped_text_is_never_drawn(monkeypatch, lacking, said):
     with pytest.raises(MissingFonts, match=said):
         check_shaping()
     with pytest.raises(MissingFonts, match=said):
-        draw_word(np.random.default_rng(0), "INDIA", DEJAVU, 96, 96)
+        draw_word(np.random.default_rng(0), "INDIA", DEJAVU, (96, 96))
 
 
 @pytest.mark.usefixtures("requires_fonts")

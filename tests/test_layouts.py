@@ -34,7 +34,6 @@ from layout_files import (
 )
 
 from indiclip.evals.cards.card import load_card
-from indiclip.evals.images.items import FileImages, Joined
 from indiclip.evals.images.layouts import find_items, read_items
 from indiclip.images import UnreadableSample
 
@@ -386,12 +385,3 @@ def test_imagenet_by_synset_and_babel_beside_it(tmp_path):
     write(tmp_path / "imagenet1k", {"val/n01440765/b.jpg": jpeg(2)})
     with pytest.raises(ValueError, match="n01440765: the folder is no class of the card imagenet1k; nearest is 'n0144"):
         find_items(load_card("imagenet1k"), tmp_path)
-
-
-def test_joined_sequences(tmp_path):
-    write(tmp_path, {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "c.jpg": jpeg(3)})
-    parts = [FileImages(tmp_path, names) for names in (["a.jpg"], [], ["b.jpg", "c.jpg"])]
-    joined = Joined(parts)
-    assert [joined[i].data for i in range(len(joined))] == [jpeg(1), jpeg(2), jpeg(3)]
-    with pytest.raises(IndexError):
-        joined[3]

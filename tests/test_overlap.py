@@ -10,7 +10,7 @@ from bench_fakes import Shades
 from layout_files import tar, write
 from PIL import Image
 
-from indiclip.evals import bench as bench_module
+from indiclip.evals import procedural
 from indiclip.evals.bench import find_bench, run_bench
 from indiclip.evals.card_scorer import Options
 from indiclip.evals.overlap import flag
@@ -110,8 +110,7 @@ def test_pictures_without_structure_are_counted_and_never_found(make_bench, tmp_
 
 
 def test_what_is_generated_is_new(monkeypatch, training):
-    for name in ("_SWATCHES", "_GALLERY_SWATCHES"):
-        monkeypatch.setattr(bench_module, name, 1)
+    monkeypatch.setattr(procedural, "SWATCHES", {"test": 1, "train": 1})
     bench = find_bench(None, ["indian_colours"])
     assert flag(bench, training)["cards"] == {}
     assert [flagged.tolist() for flagged in bench.flagged] == [[False] * len(bench.items[0])]

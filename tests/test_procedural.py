@@ -1,19 +1,28 @@
 """The generated parts of the benchmark as plain lists."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from indiclip.evals.procedural import colours, ocr_words
+from indiclip.evals import procedural
+from indiclip.evals.cards.card import CardClass, load_card
+from indiclip.evals.procedural import generated_items
 from indiclip.generated.lettering import SCRIPTS
 from indiclip.generated.lettering_words import part_of
 
-PAIRS = [("kesariya", "#FF9933"), ("firozi", "#40E0D0"), ("maroon", "#800000")]
+
+def card_of(name, ids):
+    """One of our cards, with some of its classes, or more."""
+    card = load_card(name)
+    known = {one.id: one for one in card.classes}
+    return replace(card, classes=tuple(known.get(id_, CardClass(id_, {"en": id_})) for id_ in ids))
 
 
-def test_colours_and_their_gallery():
-    made = colours(PAIRS, size=48, per_colour=6, train_per_colour=3)
+def test_colours_and_their_gallery(monkeypatch):
+    monkeypatch.setattr(procedural, "SWATCHES", {"test": 6, "train": 3})
+    (made,) = generated_items(card_of("indian_colours", ("kesariya", "firozi", "maroon")), size=48)
     assert len(made.images) == len(set(made.keys)) == 27
     assert made.labels.tolist() == [0, 1, 2] * 9
     assert made.is_train.tolist() == [False] * 18 + [True] * 9
@@ -22,25 +31,19 @@ def test_colours_and_their_gallery():
     assert made.images[18].shape == (48, 48, 3)
     again = pickle.loads(pickle.dumps(made.images))  # loader processes may get them so
     assert np.array_equal(again[20], made.images[20])
-    for beyond in (27, -1):
-        with pytest.raises(IndexError):
-            made.images[beyond]
+    with pytest.raises(IndexError):
+        made.images[27]
 
 
-def test_a_colour_twice_is_an_error():
-    with pytest.raises(ValueError, match="every id once"):
-        colours([*PAIRS, ("maroon", "#000000")])
-
-
-def test_no_script_that_can_be_drawn_is_an_error():
-    with pytest.raises(ValueError, match=r"expected some of devanagari.*; found \['assamese'\]"):
-        ocr_words(["assamese"])
+def test_other_cards_have_no_generated_part():
+    card = load_card("indian_colours")
+    assert generated_items(load_card("edibles")) == generated_items(replace(card, suite="own")) == []
 
 
 @pytest.mark.usefixtures("requires_fonts")
-def test_words_have_the_labels_of_the_classes_that_were_asked_for():
-    classes = ["tamil", "assamese", "latin"]
-    made = ocr_words(classes, size=64, per_script=4, train_per_script=2)
+def test_words_have_the_labels_of_the_classes_that_were_asked_for(monkeypatch):
+    monkeypatch.setattr(procedural, "WORDS", {"test": 4, "train": 2})
+    (made,) = generated_items(card_of("ocr_indic", ("tamil", "assamese", "latin")), size=64)
     assert len(made.images) == len(set(made.keys)) == len(made.candidates) == 12
     assert made.labels.tolist() == [0, 2] * 6
     assert made.groups == ["tamil", "latin"] * 6

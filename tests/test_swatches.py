@@ -109,7 +109,7 @@ def test_most_of_a_thing_has_its_colour(kind):
 @pytest.mark.parametrize("weave", WEAVES)
 def test_weaves_differ(weave):
     """With the same draws, noise included, any other weave gives another picture in much of the cloth."""
-    cloth = {name: draw_cloth(np.random.default_rng(2), (38, 78, 138), 96, 96, name)[0] for name in WEAVES}
+    cloth = {name: draw_cloth(np.random.default_rng(2), (38, 78, 138), (96, 96), name)[0] for name in WEAVES}
     mine = cloth.pop(weave)
     assert min((mine != other).any(axis=-1).mean() for other in cloth.values()) > 0.2
 
@@ -117,7 +117,7 @@ def test_weaves_differ(weave):
 @pytest.mark.parametrize(
     ("colours", "arguments", "said"),
     [
-        (HEX, {"part": "val"}, "part: expected one of train, test; found 'val'"),
+        (HEX, {"part": "val"}, "part: found 'val'; expected one of train, test"),
         (HEX, {"size": 20}, "size: expected .* at least 32 pixels; found 20"),
         (HEX, {"num_images": 0}, "num_images: expected a whole number from 1 up; found 0"),
         ({"a": "#FF9933"}, {}, r"at least two; found \['a'\]"),

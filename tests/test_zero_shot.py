@@ -38,7 +38,7 @@ def test_ranks_and_nearest_classes_by_hand():
 def test_ranks_are_those_of_a_loop_over_all_pairs(length):
     image_NE, class_CE, label_N = _random()
     class_C = class_embeddings(class_CE, np.arange(12), 12, length)
-    ranking = rank_classes(image_NE, class_C, label_N, length=length)
+    ranking = rank_classes(image_NE, class_C, label_N)
     for i, (image, label) in enumerate(zip(image_NE, label_N, strict=True)):
         cosines = [_unit(image[:length]) @ _unit(text[:length]) for text in class_CE]
         assert ranking.rank_M[i] == sum(cosine > cosines[label] for cosine in cosines)

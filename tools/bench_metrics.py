@@ -60,7 +60,7 @@ def parts(drawn: Draw, classes: int, languages: int) -> dict[str, Callable[[], o
     image_NE, prompt_PE, class_P, label_N = drawn
     text_CLE = {length: class_embeddings(prompt_PE, class_P, classes, length) for length in LENGTHS}
     confusable = [[(c + 1) % classes, (c + 2) % classes] for c in range(classes)]
-    hits = [rank_classes(image_NE, text_CLE[length], label_N, length=length).rank_M < 1 for length in LENGTHS]
+    hits = [rank_classes(image_NE, text_CLE[length], label_N).rank_M < 1 for length in LENGTHS]
     each = [(length, text_CLE[length]) for length in LENGTHS] * languages
 
     def intervals() -> None:

@@ -57,10 +57,11 @@ def leaderboard(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.file.suffix != ".jsonl":
         raise ValueError(f"--file {options.file}: expected a name that ends in .jsonl; the tables stand beside it")
-    from indiclip.evals.leaderboard import add, markdown
+    from indiclip.evals.leaderboard import add
     from indiclip.evals.results import load_result
 
-    groups = add(options.file, [load_result(run, predictions=False) for run in options.runs])
-    print(markdown(groups))
-    print(f"wrote {options.file}, {options.file.with_suffix('.html')}, {options.file.with_suffix('.md')}")
+    add(options.file, [load_result(run, predictions=False) for run in options.runs])
+    html, markdown = (options.file.with_suffix(suffix) for suffix in (".html", ".md"))
+    print(markdown.read_text("utf-8"))
+    print(f"wrote {options.file}, {html}, {markdown}")
     return 0

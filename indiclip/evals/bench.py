@@ -5,33 +5,32 @@ The command `indiclip bench` and the callback `IndiaBench` both run this; they d
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, Options, languages_left_out
 from indiclip.evals.cards.card import Card, load_card, packaged
 from indiclip.evals.encode import Ranks, encode_images, encode_texts
-from indiclip.evals.images.items import Items, Joined
+from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
 from indiclip.evals.models.embedder import Embedder
-from indiclip.evals.procedural import colours, ocr_words
+from indiclip.evals.procedural import generated_items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
 from indiclip.evals.score import score, texts_of
 from indiclip.generated.fonts import MissingFonts
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 
-_WORDS, _GALLERY_WORDS = 40, 20  # generated images of each script, scored and for probes to train on
-_SWATCHES, _GALLERY_SWATCHES = 24, 12  # of each colour
 _NAMED = 10  # unreadable images of a card; the others are counted
 _FEW = 5_000  # images that are scored by one thread
 
@@ -99,7 +98,7 @@ def find_bench(
             bench.items.append(photographs)
         if procedural:
             try:
-                bench.items += _generated(card, seed)
+                bench.items += generated_items(card, seed)
             except MissingFonts as error:
                 bench.skipped.append(_card_result(card, PROCEDURAL, "skipped", [str(error)]))
     if not bench.items:
@@ -116,9 +115,7 @@ def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
     for items in bench.items:
         known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
     for language in languages or []:
-        if language not in known:
-            expected = f"expected {', '.join(sorted(known))}"
-            raise ValueError(f"languages: no card has {language!r}{did_you_mean(language, known)}; {expected}")
+        check_choice("languages", language, sorted(known))
 
 
 def _folders_beside(root: Path | None, cards: Sequence[Card]) -> list[str]:
@@ -126,24 +123,6 @@ def _folders_beside(root: Path | None, cards: Sequence[Card]) -> list[str]:
     if root is None:
         return []
     return sorted({entry.name for entry in root.iterdir() if entry.is_dir()} - {card.folder for card in cards})
-
-
-def _generated(card: Card, seed: int) -> list[Items]:
-    """The part of one of our cards that needs no photographs, where it has one.
-
-    Raises:
-        MissingFonts: Fonts are missing; names the packages.
-    """
-    if card.suite != "india":  # a user's card may be called alike and have other classes
-        return []
-    if card.id == "ocr_indic":
-        drawn = ocr_words(card.ids, per_script=_WORDS, seed=seed, train_per_script=_GALLERY_WORDS)
-    elif card.id == "indian_colours":
-        values = [(one.id, str(one.facts["hex"])) for one in card.classes]
-        drawn = colours(values, per_colour=_SWATCHES, seed=seed, train_per_colour=_GALLERY_SWATCHES)
-    else:
-        return []
-    return [Items(card, **vars(drawn), procedural=True)]
 
 
 def run_bench(
@@ -175,7 +154,7 @@ def run_bench(
     ranks = ranks or Ranks()
     views = embedder.views(list(dict.fromkeys(options.views)))
     begin = time.monotonic()
-    every = Joined([items.images for items in bench.items])
+    every: ConcatDataset[Any] = ConcatDataset([items.images for items in bench.items])
     images, unreadable = encode_images(embedder, every, views, batch_size, num_workers, ranks, progress)
     encoded = time.monotonic()
     texts = {}
@@ -225,7 +204,7 @@ def _score_all(
     unreadable: dict[int, str],
 ) -> None:
     first = 0
-    with _without_gc(), _threads(1 if sum(map(len, bench.items)) < _FEW else torch.get_num_threads()):
+    with _threads(1 if sum(map(len, bench.items)) < _FEW else torch.get_num_threads()):
         for place, items in enumerate(bench.items):
             part = {view: image_NE[first : first + len(items)] for view, image_NE in images.items()}
             failed = {index - first: why for index, why in unreadable.items() if 0 <= index - first < len(items)}
@@ -245,18 +224,6 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _without_gc() -> Iterator[None]:
-    """A million predictions are lists without cycles; Python would look through them again and again, for a second."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _score_into(

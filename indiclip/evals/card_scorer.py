@@ -158,12 +158,11 @@ class CardScorer:
         }
 
     def subsets(self, image_M: np.ndarray) -> dict[str, np.ndarray]:
-        """Name -> which of these images, bool (M,): those of a group, and those not seen in training."""
-        found = {}
-        if self.items.groups is not None:
-            groups = np.array(self.items.groups, dtype=object)[image_M]
-            found = {str(name): groups == name for name in sorted(set(groups))}
-            found = found if len(found) > 1 else {}
+        """Name -> which of these images, bool (M,): "" for all, those of a group, and those not seen in training."""
+        found = {"": np.ones(len(image_M), bool)}
+        groups = np.array(self.items.groups or [""] * len(self.items), dtype=object)[image_M]
+        if len(names := sorted(set(groups))) > 1:
+            found |= {str(name): groups == name for name in names}
         if self._looked_for:
             found[CLEAN] = ~self.flagged_N[image_M]
         return {name: members for name, members in found.items() if members.any()}

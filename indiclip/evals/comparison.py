@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from indiclip.evals.pages.formatting import interval, language_name, metric_name, number, signed, title
-from indiclip.evals.protocols.metrics import parity_gap
+from indiclip.evals.protocols.metrics import Interval, parity_gap
 from indiclip.evals.results import CardResult, Prediction, Result, Score, by_card, name_of
 
 
@@ -20,10 +20,8 @@ class Compared(NamedTuple):
     a: Score | None
     b: Score | None
     shared: int = 0  # images that both runs answered for
-    difference: float | None = None  # b less a, on these
-    low: float | None = None
-    high: float | None = None
-    why_not: str = ""  # where there is no difference
+    gap: Interval | None = None  # b less a, on these
+    why_not: str = ""  # where there is none
     gained: tuple[tuple[str, str], ...] = ()  # (key, truth) of images wrong in a and right in b
     lost: tuple[tuple[str, str], ...] = ()
 
@@ -102,7 +100,7 @@ def _compared(row: Compared, of_a: dict[str, Prediction], of_b: dict[str, Predic
         tuple((key, of_a[key].truth) for key, changed in zip(keys, changed_N, strict=True) if changed)
         for changed_N in (hits_b_N & ~hits_a_N, hits_a_N & ~hits_b_N)
     )
-    return row._replace(difference=gap.value, low=gap.low, high=gap.high, gained=gained, lost=lost)
+    return row._replace(gap=gap, gained=gained, lost=lost)
 
 
 def in_words(rows: list[Compared]) -> str:
@@ -111,8 +109,9 @@ def in_words(rows: list[Compared]) -> str:
     for row in rows:
         metric = row.card.metric
         values = " | ".join(number(score.value, metric) if score else "–" for score in (row.a, row.b))
-        ends = f" ({interval(row.low, row.high)})" if row.low is not None else ""
-        found = row.why_not and f"not compared: {row.why_not}"
-        found = found or f"{signed(row.difference)}{ends}, {row.shared:,} images shared"
+        found = f"not compared: {row.why_not}"
+        if gap := row.gap:
+            ends = interval(gap.low, gap.high)
+            found = f"{signed(gap.value)}{ends and f' ({ends})'}, {row.shared:,} images shared"
         lines.append(f"{title(row.card)}, {language_name(row.language)}, {metric_name(metric)}: {values} | {found}")
     return "\n".join(lines)

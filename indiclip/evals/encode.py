@@ -58,15 +58,16 @@ class _Batches(Dataset[tuple[dict[str, Any], list[int], dict[int, str]]]):
 
     def __init__(self, images: Images, embedder: Embedder, views: Sequence[View], batch_size: int) -> None:
         self.images, self.embedder, self.views, self.batch_size = images, embedder, views, batch_size
+        self.num_images = len(images)  # type: ignore[arg-type]  # a Dataset, which mostly has a length
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return -(-self.num_images // self.batch_size)
 
     def __getitem__(self, number: int) -> tuple[dict[str, Any], list[int], dict[int, str]]:
         prepared: dict[int, list[Any]] = {}
         unreadable: dict[int, str] = {}
         first = number * self.batch_size
-        for index in range(first, min(first + self.batch_size, len(self.images))):
+        for index in range(first, min(first + self.batch_size, self.num_images)):
             try:
                 image = self.images[index]
                 prepared[index] = [self.embedder.prepare(image, view) for view in self.views]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
 from indiclip import json_lines
-from indiclip.evals.pages.formatting import language_name, number
+from indiclip.evals.pages.formatting import language_name
 from indiclip.evals.pages.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, Result, finite
 
@@ -75,24 +75,13 @@ def add(file: Path, results: Sequence[Result]) -> list[Group]:
         OSError: The disk is full, or the folder cannot be written to.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(file):
+    with FileLock(file.with_name(f".{file.name}.lock")):
         json_lines.append(file, map(row_of, results))
         groups = groups_of(read(file))
-        write_page(file.with_suffix(".html"), "leaderboard.html", rules=_RULES, tables=map(_table, groups))
-        json_lines.write_whole(file.with_suffix(".md"), markdown(groups).encode(errors="replace"))
+        tables = list(map(_table, groups))
+        for suffix in (".html", ".md"):
+            write_page(file.with_suffix(suffix), f"leaderboard{suffix}", tables=tables)
     return groups
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Hold the file's lock, which ends with the process at the latest."""
-    try:
-        opened = file.open("ab")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
-    with opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
 
 
 def read(file: Path) -> list[Row]:
@@ -124,26 +113,6 @@ def _merit(row: Row) -> tuple[float, float]:
     return (english if english is not None else -math.inf, overall)
 
 
-def markdown(groups: list[Group]) -> str:
-    """The tables, for a README."""
-    parts = ["# India benchmark: leaderboard", _RULES]
-    for group in groups:
-        name, columns, rows = _table(group)
-        lines = [[" ".join(column).strip() for column in columns]]
-        lines += [[*words, *(number(value) for value, _ in cells)] for words, cells in rows]
-        written = ["| " + " | ".join(map(_plain_cell, line)) + " |" for line in lines]
-        written.insert(1, "| " + " | ".join("---:" if i > 3 else "---" for i in range(len(columns))) + " |")
-        parts += [f"## {name}", "\n".join(written)]
-    return "\n\n".join(parts) + "\n"
-
-
-_RULES = (
-    "Mean of the photographs’ main metrics, corrected for chance (0 is guessing, 1 is all right). Only runs on the "
-    "same images stand in one table; categories without images are in no mean. Of the cards: the main "
-    "metric in English."
-)
-
-
 def _table(group: Group) -> tuple[str, list[tuple[str, str]], list[tuple[list[str], list[Cell]]]]:
     """Its name; names of the columns, and what of these; a row's words and its numbers: the means of languages and the
     cards' main metrics in English.
@@ -165,11 +134,6 @@ def _table(group: Group) -> tuple[str, list[tuple[str, str]], list[tuple[list[st
     of = f"Covers {group.covered} of {group.of} categories"
     images = f"images {group.data}" if group.data else "images not known, so compared with none"
     return f"{of} · {images}", columns, rows
-
-
-def _plain_cell(words: str) -> str:
-    """Words that leave the table whole."""
-    return " ".join(words.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _digest(value: Any) -> str:

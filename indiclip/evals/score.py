@@ -16,7 +16,7 @@ from indiclip.evals.protocols import metrics, probes
 from indiclip.evals.protocols.cosines import as_near, chunks, truncate_normalize
 from indiclip.evals.protocols.distances import haversine_km, within_km
 from indiclip.evals.protocols.metrics import Interval
-from indiclip.evals.protocols.retrieval import caption_ranks, chance_recall, class_ranks
+from indiclip.evals.protocols.retrieval import CaptionRanks, caption_ranks, chance_recall, class_ranks
 from indiclip.evals.protocols.zero_shot import Ranking, hard_pairs, rank_classes
 from indiclip.evals.results import CLEAN, IMAGES
 
@@ -72,10 +72,9 @@ def _classify(scorer: CardScorer, setting: Setting) -> None:
         if not len(rank_M):
             continue
         sizes, code = (len(rank_M), len(class_D)), language.code
-        scorer.add(setting, protocol, code, scorer.accuracies(rank_M, label_M, len(class_D)), *sizes, chance)
         for subset, of_M in scorer.subsets(ranking.image_M).items():
             values = {"acc1": scorer.rate(rank_M[of_M] == 0)}
-            if subset == CLEAN:
+            if subset in ("", CLEAN):
                 values = scorer.accuracies(rank_M[of_M], label_M[of_M], len(class_D))
             scorer.add(setting, protocol, code, values, int(of_M.sum()), len(class_D), chance, subset)
         found = class_ranks(image_NE, class_DE, label_N, class_D)
@@ -126,24 +125,22 @@ def _match(scorer: CardScorer, setting: Setting) -> None:
     assert scorer.items.candidates is not None
     image_M = np.flatnonzero(scorer.items.tested_N)
     images = truncate_normalize(scorer.images[setting.view], setting.length)
-    rank_M, tops, cosines, chance = [], [], [], []
+    rank_M, chance_M, tops, cosines = [], [], [], []
     for image in image_M.tolist():
         texts = scorer.items.candidates[image]
         cosine_T = truncate_normalize(scorer.embed(_asked(scorer.items, texts)), setting.length) @ images[image]
         rank_M.append(int(as_near(cosine_T[1:], cosine_T[0]).sum()))
-        chance.append(1 / len(texts))
+        chance_M.append(1 / len(texts))
         if setting.main:
             order = cosine_T.nan_to_num(nan=-2).argsort(descending=True, stable=True)[:TOP].tolist()
             tops.append([texts[i] for i in order])
             cosines.append(cosine_T[order].tolist())
-    ranks, of_all = np.array(rank_M), float(np.mean(chance))
-    values = {"acc1": scorer.rate(ranks == 0)}
-    values["acc1_corrected"] = metrics.chance_corrected(values["acc1"], of_all)
-    scorer.add(setting, "matching", "en", values, len(ranks), round(1 / of_all), of_all)
     for subset, of_M in scorer.subsets(image_M).items():
-        of_subset = float(np.mean(np.array(chance)[of_M]))
-        values = {"acc1": scorer.rate(ranks[of_M] == 0)}
-        scorer.add(setting, "matching", "en", values, int(of_M.sum()), round(1 / of_subset), of_subset, subset)
+        chance = float(np.mean(np.array(chance_M)[of_M]))
+        values = {"acc1": scorer.rate(np.array(rank_M)[of_M] == 0)}
+        if not subset:
+            values["acc1_corrected"] = metrics.chance_corrected(values["acc1"], chance)
+        scorer.add(setting, "matching", "en", values, int(of_M.sum()), round(1 / chance), chance, subset)
     for image, rank, top, cosine in zip(image_M.tolist(), rank_M, tops, cosines, strict=False):
         truth = scorer.items.candidates[image][0]
         predicted = top[0] if rank == 0 or top[0] != truth else top[1]
@@ -153,33 +150,28 @@ def _match(scorer: CardScorer, setting: Setting) -> None:
 def _retrieve(scorer: CardScorer, setting: Setting) -> None:
     """Captions and images find each other, in every language; and what English does better on the same images."""
     captions = scorer.items.captions or {}
+    tested = np.flatnonzero(scorer.items.tested_N).tolist()
     for code, texts_N in captions.items():
-        if not scorer.options.wants(code):
-            continue
-        image_M = np.array([i for i in np.flatnonzero(scorer.items.tested_N).tolist() if texts_N[i]], dtype=np.int64)
-        if not len(image_M):
+        image_M = np.array([i for i in tested if texts_N[i]], dtype=np.int64)
+        if not len(image_M) or not scorer.options.wants(code):
             continue
         rank_M = _recalls(scorer, setting, code, image_M)
         for subset, of_M in scorer.subsets(image_M).items():
             # What was seen in training is no candidate either; of a group the images look among all captions.
             if subset == CLEAN:
                 _recalls(scorer, setting, code, image_M[of_M], subset)
-            else:
+            elif subset:
                 values = _recalls_at(scorer, "image_to_text", rank_M[of_M])
                 scorer.add(setting, "retrieval", code, values, int(of_M.sum()), len(rank_M), subset=subset)
         if code != "en" and "en" in captions:
-            both_M = np.array([i for i in image_M.tolist() if captions["en"][i]], dtype=np.int64)
-            _caption_gap_to_english(scorer, setting, code, both_M)
+            _caption_gap_to_english(scorer, setting, code, [i for i in image_M.tolist() if captions["en"][i]])
         if setting.main:
-            _keep_captions(scorer, code, texts_N, image_M, rank_M)
+            _keep_captions(scorer, code, image_M, rank_M)
 
 
 def _recalls(scorer: CardScorer, setting: Setting, code: str, image_M: np.ndarray, subset: str = "") -> np.ndarray:
     """Adds the recalls of some images and their captions. Returns the images' ranks."""
-    assert scorer.items.captions is not None
-    texts_N = scorer.items.captions[code]
-    rank_M, rank_T = _caption_ranks(scorer, setting, texts_N, image_M)
-    image_T = _captions_of(texts_N, image_M)[1]
+    (rank_M, rank_T), image_T = _caption_ranks(scorer, setting, code, image_M)
     values = _recalls_at(scorer, "image_to_text", rank_M)
     chances = _chances("image_to_text", np.bincount(image_T), len(rank_T))
     scorer.add(setting, "retrieval", code, values, len(rank_M), len(rank_T), chances, subset)
@@ -199,25 +191,25 @@ def _chances(way: str, right_Q: np.ndarray, num_candidates: int, at: Sequence[in
 
 
 def _caption_ranks(
-    scorer: CardScorer, setting: Setting, texts_N: list[list[str]], image_M: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    texts, image_T = _captions_of(texts_N, image_M)
-    found = caption_ranks(scorer.images[setting.view][image_M], scorer.embed(texts), image_T, setting.length)
-    return found.rank_N, found.rank_T
+    scorer: CardScorer, setting: Setting, code: str, image_M: Sequence[int] | np.ndarray
+) -> tuple[CaptionRanks, np.ndarray]:
+    """The ranks of some images and their captions, and whose each caption is: a place in `image_M`."""
+    texts, image_T = _captions_of(scorer, code, image_M)
+    return caption_ranks(scorer.images[setting.view][image_M], scorer.embed(texts), image_T, setting.length), image_T
 
 
-def _captions_of(texts_N: list[list[str]], image_M: np.ndarray) -> tuple[list[str], np.ndarray]:
+def _captions_of(scorer: CardScorer, code: str, image_M: Sequence[int] | np.ndarray) -> tuple[list[str], np.ndarray]:
     """The captions of some images, and whose each is, int64 (T,): a place in `image_M`."""
-    texts = [text for i in image_M.tolist() for text in texts_N[i]]
-    return texts, np.repeat(np.arange(len(image_M)), [len(texts_N[i]) for i in image_M.tolist()])
+    assert scorer.items.captions is not None
+    texts_M = [scorer.items.captions[code][i] for i in image_M]
+    return [text for texts in texts_M for text in texts], np.repeat(np.arange(len(texts_M)), list(map(len, texts_M)))
 
 
-def _caption_gap_to_english(scorer: CardScorer, setting: Setting, code: str, image_M: np.ndarray) -> None:
+def _caption_gap_to_english(scorer: CardScorer, setting: Setting, code: str, image_M: list[int]) -> None:
     """English less a language, over the images that have captions in both, as candidates too."""
-    if not len(image_M):
+    if not image_M:
         return
-    captions = scorer.items.captions or {}
-    english, other = (_caption_ranks(scorer, setting, captions[language], image_M)[0] for language in ("en", code))
+    english, other = (_caption_ranks(scorer, setting, language, image_M)[0].rank_N for language in ("en", code))
     label_M = np.zeros(len(image_M), np.int64)
     values = {
         f"parity_image_to_text_r{k}": metrics.parity_gap(english < k, other < k, label_M, "images", *scorer.draws)
@@ -226,10 +218,8 @@ def _caption_gap_to_english(scorer: CardScorer, setting: Setting, code: str, ima
     scorer.add(setting, "retrieval", code, values, len(image_M), len(image_M))
 
 
-def _keep_captions(
-    scorer: CardScorer, code: str, texts_N: list[list[str]], image_M: np.ndarray, rank_M: np.ndarray
-) -> None:
-    texts, owners = _captions_of(texts_N, image_M)
+def _keep_captions(scorer: CardScorer, code: str, image_M: np.ndarray, rank_M: np.ndarray) -> None:
+    texts, owners = _captions_of(scorer, code, image_M)
     image_ME = truncate_normalize(next(iter(scorer.images.values()))[image_M])
     text_TE = truncate_normalize(scorer.embed(texts))
     owner_T = torch.from_numpy(owners)
@@ -238,13 +228,22 @@ def _keep_captions(
         near_BT = cosine_BT.nan_to_num(nan=-2)
         top_BK = near_BT.topk(min(TOP, len(texts)), dim=1).indices
         is_own_BT = owner_T == torch.arange(part.start, part.stop)[:, None]
-        wrong_B = near_BT.masked_fill_(is_own_BT, -3).argmax(1).tolist()
-        top_cosine_BK = cosine_BT.gather(1, top_BK)
-        columns = (image_M[part].tolist(), rank_M[part].tolist(), wrong_B, top_BK.tolist(), top_cosine_BK.tolist())
-        for image, rank, wrong, top, cosines in zip(*columns, strict=True):
-            truth = texts_N[image][0]
-            predicted = truth if rank == 0 else texts[wrong]
-            scorer.keep("retrieval", code, image, truth, predicted, rank, [texts[i] for i in top], cosines)
+        wrong_B = near_BT.masked_fill(is_own_BT, -3).argmax(1).tolist()
+        own_B = is_own_BT.int().argmax(1).tolist()  # the first of them
+        columns = zip(
+            image_M[part],
+            rank_M[part],
+            own_B,
+            wrong_B,
+            top_BK.tolist(),
+            cosine_BT.gather(1, top_BK).tolist(),
+            strict=True,
+        )
+        for image, rank, own, wrong, top, cosines in columns:
+            predicted = texts[own if rank == 0 else wrong]
+            scorer.keep(
+                "retrieval", code, int(image), texts[own], predicted, int(rank), [texts[i] for i in top], cosines
+            )
 
 
 def _probe(scorer: CardScorer, view: str) -> None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
 
 import numpy as np
 import yaml
+from numpy.random import Generator
+from numpy.typing import NDArray
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.names import did_you_mean
 
 T = TypeVar("T")
-
-
-def must_be_one_of(argument: str, found: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError that names the argument, what was found, what is allowed and the nearest of it."""
-    if found not in (allowed := list(allowed)):
-        hint = did_you_mean(str(found), allowed)
-        raise ValueError(f"{argument}: expected one of {', '.join(allowed)}; found {found!r}{hint}")
+Floats = NDArray[np.float64]
+Float32s = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+SizeHW = tuple[int, int]  # pixels
 
 
 def must_be_at_least(least: int, **arguments: int) -> None:
@@ -29,7 +28,7 @@ def must_be_at_least(least: int, **arguments: int) -> None:
             raise ValueError(f"{name}: expected a whole number from {least} up; found {value!r}")
 
 
-def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+def pick(rng: Generator, choices: Sequence[T]) -> T:
     """One of the choices, each as likely."""
     return choices[int(rng.integers(len(choices)))]
 
@@ -61,7 +60,7 @@ class Generated(SampleDataset):
             expected = f"one number or [height, width], each at least {least_side} pixels"
             raise ValueError(f"size: expected {expected}; found {size!r}")
         (self.length,) = length.values()
-        self.name, self.seed, (self.height, self.width) = name, seed, sides
+        self.name, self.seed, self.size_hw = name, seed, (sides[0], sides[1])
 
     def __len__(self) -> int:
         return self.length

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
+from indiclip.generated.base import Floats, UInt8
+
 RGB = tuple[int, int, int]  # 0..255 each
 
 _TO_XYZ = np.array(
@@ -44,7 +45,7 @@ def srgb_to_lab(rgb: ArrayLike) -> Floats:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
-def lab_to_srgb(lab: ArrayLike) -> NDArray[np.uint8]:
+def lab_to_srgb(lab: ArrayLike) -> UInt8:
     """L, a, b -> sRGB, 0..255, rounded; what no screen can show is clipped per channel."""
     lab_ = np.asarray(lab, np.float64)
     y = (lab_[..., 0] + 16) / 116

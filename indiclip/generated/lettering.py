@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+from numpy.random import Generator, default_rng
 
-from indiclip.generated.base import Generated, must_be_one_of
+from indiclip.generated.base import Generated
 from indiclip.generated.fonts import check_shaping, find_face
 from indiclip.generated.lettering_draw import MIN_SIDE, draw_word
 from indiclip.generated.lettering_words import PARTS, Script, distractors, load_scripts, made_up_word
+from indiclip.names import check_choice
 from indiclip.types import Sample
 
 __all__ = ["INDIAN", "SCRIPTS", "Lettering"]
@@ -55,10 +56,10 @@ class Lettering(Generated):
         seed: int = 0,
         num_distractors: int = 9,
     ) -> None:
-        must_be_one_of("part", part, PARTS)
+        check_choice("part", part, PARTS)
         self.scripts = list(INDIAN if scripts is None else scripts)
         for script in self.scripts:
-            must_be_one_of("scripts", script, SCRIPTS)
+            check_choice("scripts", script, SCRIPTS)
         if not self.scripts:
             raise ValueError(f"scripts: expected a list such as ['tamil', 'telugu']; found {scripts!r}")
         super().__init__(f"lettering-{part}", size, MIN_SIDE, seed, num_words=num_words)
@@ -72,7 +73,7 @@ class Lettering(Generated):
         word = self.word(index)
         face = self.faces[self.script(index)]
         return {
-            "image": draw_word(self._rng(index, _PICTURE), word, face, self.height, self.width),
+            "image": draw_word(self._rng(index, _PICTURE), word, face, self.size_hw),
             "key": self.key(index),
             "caption": word,
             "label": self.label(index),
@@ -108,5 +109,5 @@ class Lettering(Generated):
         rng = self._rng(index, _CANDIDATES)
         return [word, *distractors(rng, SCRIPTS[self.script(index)], word, self.num_distractors)]
 
-    def _rng(self, number: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence([self.seed, number, stream, PARTS.index(self.part)]))
+    def _rng(self, number: int, stream: int) -> Generator:
+        return default_rng([self.seed, number, stream, PARTS.index(self.part)])

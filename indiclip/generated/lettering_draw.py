@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
-from indiclip.generated.cielab import Floats, lab_to_srgb
+from indiclip.generated.base import Floats, SizeHW, UInt8
+from indiclip.generated.cielab import lab_to_srgb
 from indiclip.generated.fonts import Face
 
 MIN_SIDE = 48  # below this the signs of a long word run into each other
@@ -16,15 +17,14 @@ _UNEVEN = 7.0  # how far the ground strays from its colour, in L, a and b
 _TRIAL = 64  # pixels at which a word is measured
 
 
-def draw_word(rng: np.random.Generator, text: str, face: Face, height: int, width: int) -> NDArray[np.uint8]:
+def draw_word(rng: Generator, text: str, face: Face, size_hw: SizeHW) -> UInt8:
     """Draw a word somewhere on an uneven ground, whole, as uint8 (height, width, 3).
 
     Args:
         rng: Where size, place, turn, stretch, blur and colours come from.
         text: The word; one line.
         face: The font.
-        height: Of the image in pixels, from `MIN_SIDE` up.
-        width: Of the image in pixels, from `MIN_SIDE` up.
+        size_hw: Of the image, both sides from `MIN_SIDE` up.
 
     Raises:
         ValueError: The font lacks a character of the word; names both.
@@ -32,20 +32,19 @@ def draw_word(rng: np.random.Generator, text: str, face: Face, height: int, widt
     """
     face.require(text)
     ground_lab, ink_lab = _colours(rng)
-    image = Image.fromarray(lab_to_srgb(_ground(rng, ground_lab, height, width)))
-    ink = _ink(rng, text, face, height, width)
-    left, top = (
-        int(rng.integers(spare // 8, spare - spare // 8 + 1)) for spare in (width - ink.width, height - ink.height)
-    )
-    mask = Image.new("L", (width, height))
+    image = Image.fromarray(lab_to_srgb(_ground(rng, ground_lab, size_hw)))
+    ink = _ink(rng, text, face, size_hw)
+    spare = image.width - ink.width, image.height - ink.height
+    left, top = (int(rng.integers(room // 8, room - room // 8 + 1)) for room in spare)
+    mask = Image.new("L", image.size)
     mask.paste(ink, (left, top))
-    mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.006) * min(height, width)))
-    image.paste(tuple(int(value) for value in lab_to_srgb(ink_lab)), mask=mask)
-    noisy = np.asarray(image) + rng.normal(0, rng.uniform(0, 4), (height, width, 1))
+    mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.006) * min(size_hw)))
+    image.paste(tuple(lab_to_srgb(ink_lab).tolist()), mask=mask)
+    noisy = np.asarray(image) + rng.normal(0, rng.uniform(0, 4), (*size_hw, 1))
     return np.rint(noisy).clip(0, 255).astype(np.uint8)
 
 
-def _colours(rng: np.random.Generator) -> tuple[Floats, Floats]:
+def _colours(rng: Generator) -> tuple[Floats, Floats]:
     """A ground and an ink in Lab, far apart in lightness: dark on light, or light on dark."""
     away = CONTRAST + _UNEVEN
     lightness = rng.uniform(15, 95)
@@ -54,22 +53,24 @@ def _colours(rng: np.random.Generator) -> tuple[Floats, Floats]:
     return _of_lightness(rng, lightness), _of_lightness(rng, ink)
 
 
-def _of_lightness(rng: np.random.Generator, lightness: float) -> Floats:
+def _of_lightness(rng: Generator, lightness: float) -> Floats:
     """A muted colour; near black and white screens have little of it, and clipping would change the lightness."""
     chroma = rng.uniform(0, 35) * min(1.0, lightness / 35, (100 - lightness) / 25)
     hue = rng.uniform(0, 2 * np.pi)
     return np.array([lightness, chroma * np.cos(hue), chroma * np.sin(hue)])
 
 
-def _ground(rng: np.random.Generator, lab: Floats, height: int, width: int) -> Floats:
+def _ground(rng: Generator, lab: Floats, size_hw: SizeHW) -> Floats:
     """Large soft patches around a colour, as light and dirt make them."""
     coarse = rng.uniform(-_UNEVEN, _UNEVEN, (4, 4, 3)).astype(np.float32)
-    planes = [Image.fromarray(coarse[..., i]).resize((width, height), Image.Resampling.BILINEAR) for i in range(3)]
+    channels = np.moveaxis(coarse, -1, 0)
+    planes = [Image.fromarray(channel).resize(size_hw[::-1], Image.Resampling.BILINEAR) for channel in channels]
     return np.asarray(lab + np.stack([np.asarray(plane) for plane in planes], axis=-1))
 
 
-def _ink(rng: np.random.Generator, text: str, face: Face, height: int, width: int) -> Image.Image:
+def _ink(rng: Generator, text: str, face: Face, size_hw: SizeHW) -> Image.Image:
     """The word's ink as a mask (255 is ink), cut to its tight box, which fits in the image."""
+    height, width = size_hw
     wide, high = rng.uniform(0.6, 0.9) * width, rng.uniform(0.3, 0.6) * height
     stretch, turn = float(np.exp(rng.normal(0, 0.08))), rng.uniform(-_TURN, _TURN)
     trial = _written(text, face, _TRIAL)

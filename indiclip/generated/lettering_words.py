@@ -9,13 +9,13 @@ cannot be guessed by a model that knows words but cannot read.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unicodedata import category, combining, normalize
 
-import numpy as np
+from numpy.random import Generator
 
 from indiclip.datasets.tables import stable_hash
 from indiclip.generated.base import load_table, pick
@@ -46,11 +46,11 @@ def clusters(text: str, joined: bool = True) -> list[str]:
 
 
 def _is_sign(character: str) -> bool:
-    return unicodedata.category(character).startswith("M") or character in "\u200c\u200d"
+    return category(character).startswith("M") or character in "\u200c\u200d"
 
 
 def _joins(before: str, character: str) -> bool:
-    dead = unicodedata.combining(before[-1]) == _VIRAMA and before[-1] != _TAMIL_PULLI
+    dead = combining(before[-1]) == _VIRAMA and before[-1] != _TAMIL_PULLI
     return dead or character in _FOLLOWERS
 
 
@@ -105,27 +105,24 @@ def load_scripts() -> dict[str, Script]:
     """All scripts of lettering.yaml by id."""
     scripts = {}
     for id_, fields in load_table("lettering.yaml").items():
-        lists: dict[str, Any] = {
-            key: tuple(dict.fromkeys(unicodedata.normalize("NFC", value).split()))
-            for key, value in fields.items()
-            if isinstance(value, str)
-        }
+        texts = {key: normalize("NFC", value).split() for key, value in fields.items() if isinstance(value, str)}
+        lists: dict[str, Any] = {key: tuple(dict.fromkeys(parts)) for key, parts in texts.items()}
         scripts[id_] = Script(id_, **(fields | lists))
     return scripts
 
 
-def made_up_word(rng: np.random.Generator, script: Script, part: str) -> str:
+def made_up_word(rng: Generator, script: Script, part: str) -> str:
     """Two to four syllables of a script; a word of the part, and none of the script's real ones."""
     while True:
         syllables = [_syllable(rng, script, first=i == 0) for i in range(rng.integers(2, 5))]
         if script.last and rng.random() < 0.2:
             syllables.append(pick(rng, script.last))
-        word = unicodedata.normalize("NFC", "".join(syllables))
+        word = normalize("NFC", "".join(syllables))
         if part_of(word) == part and word not in script.words:
             return word
 
 
-def _syllable(rng: np.random.Generator, script: Script, first: bool) -> str:
+def _syllable(rng: Generator, script: Script, first: bool) -> str:
     if first and rng.random() < 0.12:
         return pick(rng, script.vowels)
     conjunct = script.conjuncts and not first and rng.random() < 0.2  # few words begin with one
@@ -137,7 +134,7 @@ def _syllable(rng: np.random.Generator, script: Script, first: bool) -> str:
     return onset + nucleus + closer
 
 
-def distractors(rng: np.random.Generator, script: Script, word: str, count: int) -> list[str]:
+def distractors(rng: Generator, script: Script, word: str, count: int) -> list[str]:
     """Words of the same script and part at edit distance 1 or 2, all different, none equal to the word.
 
     The first is an edit of the word, the others are edits of the first. Were all edits of the word, it would lie in
@@ -150,7 +147,7 @@ def distractors(rng: np.random.Generator, script: Script, word: str, count: int)
     middle = units
     for _ in range(_TRIES):
         edited = _edit(rng, script, middle)
-        other = unicodedata.normalize("NFC", "".join(edited))
+        other = normalize("NFC", "".join(edited))
         distance = MAX_DISTANCE if middle is not units else 1  # so that edits of the first are near, too
         if (
             part_of(other) == part_of(word)
@@ -186,7 +183,7 @@ def _misplaced(script: Script, units: list[str]) -> set[str]:
     return wrong | ({units[0]} & closing)
 
 
-def _edit(rng: np.random.Generator, script: Script, units: list[str]) -> list[str]:
+def _edit(rng: Generator, script: Script, units: list[str]) -> list[str]:
     """Replace one unit by one that looks or sounds similar (most often), or put one in, take one out, swap two."""
     kind, place = rng.random(), int(rng.integers(len(units)))
     if kind < 0.7:
@@ -201,7 +198,7 @@ def _edit(rng: np.random.Generator, script: Script, units: list[str]) -> list[st
     return units
 
 
-def _similar(rng: np.random.Generator, script: Script, unit: str) -> str:
+def _similar(rng: Generator, script: Script, unit: str) -> str:
     """Another unit with the same consonant or the same vowel; of the same kind where the unit is a bare letter."""
     for letters in (script.last, script.closers, script.vowels, script.signs):
         if unit in letters:

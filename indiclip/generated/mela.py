@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.random import Generator, default_rng
 
-from indiclip.generated.base import Generated, must_be_at_least, must_be_one_of, pick
+from indiclip.generated.base import Generated, must_be_at_least, pick
 from indiclip.generated.mela_scene import MIN_SIDE, Scene, draw_scene, kinds_in
 from indiclip.generated.mela_things import COLOURS, THINGS
 from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names
+from indiclip.names import check_choice
 from indiclip.types import Sample
 
 __all__ = [
@@ -72,28 +74,23 @@ class Mela(Generated):
         if isinstance(languages, str) or not languages:
             raise ValueError(f"languages: expected a list such as ['en', 'hi']; found {languages!r}")
         for language in languages:
-            must_be_one_of("languages", language, LANGUAGES)
+            check_choice("languages", language, LANGUAGES)
         must_be_at_least(0, densepose_points=densepose_points)
         self.languages, self.densepose_points, self.depth = list(languages), densepose_points, depth
         self.layout, self.people, self.kinds, self.difficulty = layout, people, kinds, difficulty
-        self.classes = self.class_names("en")
+        self.classes = class_names("en")
         self.scene(0)  # checks what the scene is drawn with
-
-    @staticmethod
-    def class_names(language: str = "en") -> list[str]:
-        """Names of all classes in class-id order (16 things and the person), in native script."""
-        return class_names(language)
 
     def scene(self, index: int) -> Scene:
         """The scene behind sample `index`: image, instance, part and UV maps, captions in all languages."""
-        how = {"layout": self.layout, "people": self.people, "kinds": self.kinds, "difficulty": self.difficulty}
-        return draw_scene(self.seed, index, self.height, self.width, **how)  # type: ignore[arg-type]
+        height, width = self.size_hw
+        return draw_scene(self.seed, index, height, width, self.layout, self.people, self.kinds, self.difficulty)
 
     def __getitem__(self, index: int) -> Sample:
         self.must_have(index)
         scene = self.scene(index)
         # A stream of its own, so that what is asked about a scene never changes the scene.
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, index, 1]))
+        rng = default_rng([self.seed, index, 1])
         language = pick(rng, self.languages)
         sample: Sample = {
             "image": scene.image_HW3,
@@ -109,7 +106,7 @@ class Mela(Generated):
             sample["depth"] = scene.depth_HW
         return sample
 
-    def _question(self, rng: np.random.Generator, scene: Scene, language: str) -> Sample:
+    def _question(self, rng: Generator, scene: Scene, language: str) -> Sample:
         """Which class is to be counted, and where its instances are; sometimes one that is not there."""
         kinds = CLASSES if self.kinds is None else kinds_in(self.kinds, self.people)
         present = np.unique(scene.classes)
@@ -121,7 +118,7 @@ class Mela(Generated):
         return {"points_xy": points_xy, "count_class": class_names(language)[label], "count_label": label}
 
 
-def _surface(rng: np.random.Generator, scene: Scene, num_points: int) -> Sample:
+def _surface(rng: Generator, scene: Scene, num_points: int) -> Sample:
     """DensePose targets: points drawn evenly over the visible pixels of each person."""
     people = np.flatnonzero(scene.classes == PERSON)
     masks = scene.instances_HW[None] == people[:, None, None]

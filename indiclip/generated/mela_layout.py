@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.random import Generator
 
-from indiclip.generated.base import pick
+from indiclip.generated.base import Floats, SizeHW, UInt8, pick
 from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_people import GARMENTS, draw_person
 from indiclip.generated.mela_things import COLOURS, FAIR, Sprite, draw_thing, rgb_of
@@ -32,13 +32,14 @@ class Item:
     garment: str = ""
 
     @classmethod
-    def centred(cls, sprite: Sprite, x: float, y: float, kind: str, colour: str, garment: str = "") -> Item:
+    def centred(cls, sprite: Sprite, x: float, y: float, kind: str, colour: str) -> Item:
         """With its middle at (x, y)."""
         h, w = sprite.mask.shape
-        return cls(sprite, round(y - h / 2), round(x - w / 2), kind, colour, garment)
+        return cls(sprite, round(y - h / 2), round(x - w / 2), kind, colour)
 
-    def windows(self, height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    def windows(self, size_hw: SizeHW) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """The same pixels in the image and in the sprite."""
+        height, width = size_hw
         h, w = self.sprite.mask.shape
         top, left = max(self.y, 0), max(self.x, 0)
         bottom, right = max(min(self.y + h, height), top), max(min(self.x + w, width), left)
@@ -46,76 +47,73 @@ class Item:
         return in_image, (slice(top - self.y, bottom - self.y), slice(left - self.x, right - self.x))
 
 
-def draw_background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+def draw_background(rng: Generator, size_hw: SizeHW) -> UInt8:
     """A fairground with nothing on it: plain, gradient, stripes, or ground and sky, with light noise."""
     pale = FAIR["backgrounds"]
     first, second = (np.array(rgb_of_hex(pale[i]), np.int16) for i in rng.integers(len(pale), size=2))
     style, place, angle = rng.integers(4), rng.random(), rng.uniform(-1, 1)
-    down = np.linspace(0, 1, height, dtype=np.float32)[:, None]
-    across = np.linspace(0, 1, width, dtype=np.float32)[None, :]
-    ramp = (down + angle * across).clip(0, 1)
+    down, across = (np.linspace(0, 1, side, dtype=np.float32) for side in size_hw)
+    down = down[:, None]
+    slope = down + angle * across
+    ramp = slope.clip(0, 1)
     if style == 0:
         ramp = np.zeros_like(ramp)
     elif style == 2:
         # Broad and faint: no thing has such stripes.
-        ramp = 0.35 * (((down + angle * across) * (3 + 4 * place)) % 1 < 0.5).astype(np.float32)
+        ramp = 0.35 * ((slope * (3 + 4 * place)) % 1 < 0.5).astype(np.float32)
     elif style == 3:
         horizon = down > 0.35 + 0.4 * place
         ramp = np.broadcast_to(np.where(horizon, 0.7 + 0.3 * down, 0.15 * down), ramp.shape)
     image = first + (ramp[..., None] * (second - first).astype(np.float32)).astype(np.int16)
     strength = int(rng.integers(1, 6))
-    image += rng.integers(-strength, strength + 1, size=(height, width, 1), dtype=np.int16)
+    image += rng.integers(-strength, strength + 1, size=(*size_hw, 1), dtype=np.int16)
     return image.clip(0, 255).astype(np.uint8)
 
 
-def jittered(rng: np.random.Generator, colour: str) -> RGB:
+def jittered(rng: Generator, colour: str) -> RGB:
     """A named colour, each channel moved by at most 10."""
     red, green, blue = (rng.integers(-10, 11, size=3) + rgb_of(colour)).clip(0, 255).tolist()
     return red, green, blue
 
 
-def _centres(
-    rng: np.random.Generator, sizes_wh: list[tuple[float, float]], region: int, height: int, width: int
-) -> list[tuple[float, float]]:
-    """Centres (x, y) of boxes of these sizes in a region: of six random places, the furthest from the others."""
-    x1, y1, x2, y2 = _REGIONS[region]
-    draws = rng.random((len(sizes_wh), 6, 2))
-    low, span = np.array([x1 * width, y1 * height]), np.array([(x2 - x1) * width, (y2 - y1) * height])
-    centres: list[tuple[float, float]] = []
-    for size_wh, draw in zip(sizes_wh, draws, strict=True):
-        margin = np.minimum(np.array(size_wh) * 0.45, [width / 2, height / 2])
-        candidates = (low + draw * span).clip(margin, np.array([width, height]) - margin)
+def _centres(rng: Generator, sprites: list[Sprite], region: int, size_hw: SizeHW) -> list[Floats]:
+    """Centres (x, y) of the sprites in a region: of six random places, the furthest from the others."""
+    image_wh = np.array(size_hw[::-1])
+    low, high = np.reshape(_REGIONS[region], (2, 2))
+    draws = low * image_wh + rng.random((len(sprites), 6, 2)) * ((high - low) * image_wh)
+    centres: list[Floats] = []
+    for sprite, candidates in zip(sprites, draws, strict=True):
+        sprite_wh = np.array(sprite.mask.shape[::-1])
+        margin = np.minimum(sprite_wh * 0.45, image_wh / 2)
+        candidates = candidates.clip(margin, image_wh - margin)
+        best = 0
         if centres:
-            gaps = np.abs(candidates[:, None] - np.array(centres)[None]) / size_wh
-            best = candidates[gaps.max(axis=2).min(axis=1).argmax()]
-        else:
-            best = candidates[0]
-        centres.append((float(best[0]), float(best[1])))
+            gaps = np.abs(candidates[:, None] - centres) / sprite_wh
+            best = gaps.max(axis=2).min(axis=1).argmax()
+        centres.append(candidates[best])
     return centres
 
 
-def _things(
-    rng: np.random.Generator, wanted: list[tuple[str, str, float]], region: int, height: int, width: int
-) -> list[Item]:
+def _things(rng: Generator, wanted: list[tuple[str, str, float]], region: int, size_hw: SizeHW) -> list[Item]:
     """Things from (kind, colour, size in pixels), placed in a region of the image."""
     sprites = []
     for kind, colour, size in wanted:
         tilt, stretch, mirror = rng.uniform(-0.35, 0.35), rng.uniform(0.88, 1.12), rng.random() < 0.5
         sprites.append(draw_thing(kind, jittered(rng, colour), size, tilt, stretch, mirror))
-    sizes = [(float(sprite.mask.shape[1]), float(sprite.mask.shape[0])) for sprite in sprites]
-    centres = _centres(rng, sizes, region, height, width)
+    centres = _centres(rng, sprites, region, size_hw)
     return [
         Item.centred(sprite, x, y, kind, colour)
         for sprite, (kind, colour, _), (x, y) in zip(sprites, wanted, centres, strict=True)
     ]
 
 
-def place_people(rng: np.random.Generator, height: int, width: int, same: bool, shortest: float = 0.45) -> list[Item]:
+def place_people(rng: Generator, size_hw: SizeHW, same: bool, shortest: float = 0.45) -> list[Item]:
     """One to three people, `shortest` to 90 % of the image's height (less where the image is too narrow for that).
 
     `same`: they all wear the same garment in the same colour.
     """
-    count = (1, 1, 1, 2, 2, 3)[rng.integers(6)]
+    height, width = size_hw
+    count = pick(rng, (1, 1, 1, 2, 2, 3))
     looks = [(pick(rng, GARMENTS), pick(rng, COLOUR_NAMES)) for _ in range(count)]
     items = []
     for i, (garment, colour) in enumerate(looks):
@@ -126,29 +124,27 @@ def place_people(rng: np.random.Generator, height: int, width: int, same: bool, 
         # Each has a share of the width to stand in, so that they hide each other only in part.
         x = (i + rng.uniform(0.2, 0.8)) / count * width
         x = float(np.clip(x, min(0.4 * w, width / 2), max(width - 0.4 * w, width / 2)))
-        items.append(
-            Item(sprite, round(rng.uniform(0.3, 1) * (height - h)), round(x - w / 2), "person", colour, garment)
-        )
+        y = round(rng.uniform(0.3, 1) * (height - h))
+        items.append(Item(sprite, y, round(x - w / 2), "person", colour, garment))
     return items
 
 
-def single(rng: np.random.Generator, height: int, width: int, kinds: list[str]) -> list[Item]:
+def single(rng: Generator, size_hw: SizeHW, kinds: list[str]) -> list[Item]:
     """One to six of one of the kinds, mostly in one colour."""
     kind = pick(rng, kinds)
     if kind == "person":
-        return place_people(rng, height, width, same=True)
-    count = (1, 1, 1, 2, 2, 3, 3, 4, 5, 6)[rng.integers(10)]
+        return place_people(rng, size_hw, same=True)
+    count = pick(rng, (1, 1, 1, 2, 2, 3, 3, 4, 5, 6))
     low, high = ((0.45, 0.85), (0.35, 0.55), (0.3, 0.45), (0.25, 0.38))[min(count, 4) - 1]
     colours = [COLOUR_NAMES[i] for i in rng.integers(len(COLOUR_NAMES), size=count)]
     if rng.random() < 0.85:
         colours = colours[:1] * count
     region = int(rng.integers(len(_REGIONS) - (count > 2))) if rng.random() < 0.6 else 0
-    short = min(height, width)
-    sizes = [max(12.0, rng.uniform(low, high) * short) for _ in range(count)]
-    return _things(rng, [(kind, c, s) for c, s in zip(colours, sizes, strict=True)], region, height, width)
+    wanted = [(kind, colour, max(12.0, rng.uniform(low, high) * min(size_hw))) for colour in colours]
+    return _things(rng, wanted, region, size_hw)
 
 
-def mixed(rng: np.random.Generator, height: int, width: int, things: list[str], people: float) -> list[Item]:
+def mixed(rng: Generator, size_hw: SizeHW, things: list[str], people: float) -> list[Item]:
     """One to eight things of up to four kinds in front of, or behind, up to three people.
 
     `things`: the kinds to draw from, without the person; may be empty.
@@ -160,10 +156,10 @@ def mixed(rng: np.random.Generator, height: int, width: int, things: list[str], 
         kind, colour = pick(rng, looks)
         # Half of the things share the colour of their kind, so that a caption has groups to name.
         colour = colour if rng.random() < 0.5 else pick(rng, COLOUR_NAMES)
-        size = rng.uniform(0.2, 0.47 - 0.02 * count) * min(height, width)
+        size = rng.uniform(0.2, 0.47 - 0.02 * count) * min(size_hw)
         wanted.append((kind, colour, max(12.0, size)))
-    items = _things(rng, wanted, 0, height, width)
-    crowd = place_people(rng, height, width, same=False) if rng.random() < people else []
+    items = _things(rng, wanted, 0, size_hw)
+    crowd = place_people(rng, size_hw, same=False) if rng.random() < people else []
     # Mostly people stand behind: they are large and would hide the things.
     split = 0 if rng.random() < 0.7 else int(rng.integers(len(items) + 1))
     return items[:split] + crowd + items[split:]

@@ -12,22 +12,19 @@ left upper leg; 11, 13 and 12, 14 lower leg; 15, 17 left and 16, 18 right upper 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from indiclip.generated.base import pick
+from indiclip.generated.base import Float32s, Floats, UInt8, pick
 from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_things import FAIR, Sprite, shades
 
-Floats = NDArray[np.float64]
-Float32s = NDArray[np.float32]
-
 _PARTS: dict[str, list[list[int]]] = FAIR["parts"]
 _LOOKS: dict[str, dict[str, Any]] = FAIR["garments"]
+_WIDTHS: dict[str, list[float]] = FAIR["widths"]
 GARMENTS = list(_LOOKS)
 NUM_PARTS = 24
 _SKINS = [rgb_of_hex(colour) for colour in FAIR["skins"]]
@@ -46,7 +43,8 @@ class _Piece:
     -1; `parts` are the part numbers at s > 0 and at s < 0; `widths` are half widths at both ends.
     """
 
-    def __init__(self, name: str, start: Floats, end: Floats, side: int, widths: Sequence[float]) -> None:
+    def __init__(self, name: str, start: Floats, end: Floats, side: int, garment: str) -> None:
+        widths = (_WIDTHS | _LOOKS[garment]["widths"])[name]
         along = (end - start) / np.hypot(*(end - start))
         self.start, self.end = start - along * widths[0] * 0.6, end + along * widths[1] * 0.6
         self.outer = np.array([along[1], -along[0]]) * side
@@ -59,23 +57,23 @@ def _towards(angle: float, side: int) -> Floats:
     return np.array([side * np.sin(angle), np.cos(angle)])
 
 
-def _leg(rng: np.random.Generator, side: int, garment: str) -> list[_Piece]:
+def _leg(rng: Generator, side: int, garment: str) -> list[_Piece]:
     """Foot, lower leg and upper leg; a skirt is wide legs that stand close together."""
     look = _LOOKS[garment]
     thigh = rng.uniform(0.0, look["spread"])
-    shin = thigh + (rng.uniform(-0.02, 0.04) if garment == "saree" else rng.uniform(-0.3, 0.15))
+    shin = thigh + rng.uniform(*look["bend"])
     hip = np.array([side * 0.055, 0.0])
     knee = hip + 0.235 * _towards(thigh, side)
     ankle = knee + 0.225 * _towards(shin, side)
     toe = ankle + 0.085 * _towards(1.2 if rng.random() < 0.5 else 0.7, side)
     return [
-        _Piece("foot", ankle, toe, side, (0.036, 0.034)),
-        _Piece("shin", knee, ankle, side, look["shin"]),
-        _Piece("thigh", hip, knee, side, look["thigh"]),
+        _Piece("foot", ankle, toe, side, garment),
+        _Piece("shin", knee, ankle, side, garment),
+        _Piece("thigh", hip, knee, side, garment),
     ]
 
 
-def _arm(rng: np.random.Generator, shoulder: Floats, side: int) -> list[_Piece]:
+def _arm(rng: Generator, shoulder: Floats, side: int, garment: str) -> list[_Piece]:
     """Upper arm, lower arm and hand, anywhere from hanging to raised."""
     lift = rng.uniform(0.15, 2.5) if rng.random() < 0.6 else rng.uniform(0.15, 0.7)
     bend = lift + rng.uniform(-0.3, 1.5 if lift < 1.6 else 0.6)
@@ -83,27 +81,27 @@ def _arm(rng: np.random.Generator, shoulder: Floats, side: int) -> list[_Piece]:
     wrist = elbow + 0.15 * _towards(bend, side)
     tip = wrist + 0.06 * _towards(bend + rng.uniform(-0.3, 0.3), side)
     return [
-        _Piece("hand", wrist, tip, side, (0.036, 0.036)),
-        _Piece("forearm", elbow, wrist, side, (0.04, 0.034)),
-        _Piece("arm", shoulder, elbow, side, (0.046, 0.04)),
+        _Piece("hand", wrist, tip, side, garment),
+        _Piece("forearm", elbow, wrist, side, garment),
+        _Piece("arm", shoulder, elbow, side, garment),
     ]
 
 
-def _body(rng: np.random.Generator, garment: str) -> list[_Piece]:
+def _body(rng: Generator, garment: str) -> list[_Piece]:
     """All pieces in painting order; the origin is between the hips, the standing body is about 1 high."""
     lean, tilt = rng.uniform(-0.12, 0.12), rng.uniform(-0.2, 0.2)
     up = np.array([np.sin(lean), -np.cos(lean)])
     neck, chin = 0.29 * up, 0.3 * up
     crown = chin + 0.18 * np.array([np.sin(lean + tilt), -np.cos(lean + tilt)])
     # Both outer normals point to the image's left: the person's right half has s > 0.
-    torso = _Piece("torso", np.array([0.0, 0.01]), neck, 1, (0.1, 0.13))
-    head = _Piece("head", chin, crown, 1, (0.085, 0.085))
+    torso = _Piece("torso", np.array([0.0, 0.01]), neck, 1, garment)
+    head = _Piece("head", chin, crown, 1, garment)
     legs = _leg(rng, -1, garment) + _leg(rng, 1, garment)
     across = np.array([-up[1], up[0]])
     behind: list[_Piece] = []
     in_front: list[_Piece] = []
     for side in (-1, 1):
-        arm = _arm(rng, neck * 0.92 + side * 0.115 * across, side)
+        arm = _arm(rng, neck * 0.92 + side * 0.115 * across, side, garment)
         (behind if rng.random() < 0.3 else in_front).extend(arm)
     return [*behind, *legs, torso, head, *in_front]
 
@@ -138,7 +136,7 @@ def _coordinates(pieces: list[_Piece], scale: float, origin: Floats) -> Floats:
     return table
 
 
-def _part_and_ts(pieces: list[_Piece], height: float) -> tuple[NDArray[np.uint8], Floats, Floats]:
+def _part_and_ts(pieces: list[_Piece], height: float) -> tuple[UInt8, Floats, Floats]:
     """Rasterise at `height` pixels: the part map, and t and s of its body pixels in row order."""
     outlines = _outlines(pieces)
     low, high = outlines.min(axis=(0, 1, 2)), outlines.max(axis=(0, 1, 2))
@@ -159,40 +157,31 @@ def _part_and_ts(pieces: list[_Piece], height: float) -> tuple[NDArray[np.uint8]
     return parts, t, s.clip(-1, 1)
 
 
-def _paint(
-    parts_S: NDArray[np.uint8], t_S: Floats, s_S: Floats, garment: str, rgb: RGB, skin: RGB, turban: bool
-) -> Float32s:
+def _paint(parts_S: UInt8, t_S: Floats, s_S: Floats, garment: str, rgb: RGB, skin: RGB, turban: bool) -> Float32s:
     """The colours (S, 3) of body pixels: clothes, face, and sides darker than middles."""
     paints = shades(rgb) | {"skin": skin}
-    wardrobe = _LOOKS[garment]["paints"]
-    if turban and garment != "saree":
-        wardrobe = wardrobe | {"head": ("skin", 0.55, "main")}
+    look = _LOOKS[garment]
+    wardrobe = look["paints"] | (look.get("turban", {}) if turban else {})
     table, cut = np.zeros((2, NUM_PARTS + 1, 3), np.float32), np.zeros(NUM_PARTS + 1)
     for name, (first, limit, second) in wardrobe.items():
         parts = np.array(_PARTS[name])
         table[0, parts], cut[parts], table[1, parts] = paints[first], limit, paints[second]
     colour = table[(t_S >= cut[parts_S]).astype(np.intp), parts_S]
-    torso = parts_S <= 2
-    sash = torso & (np.abs(1.1 * (2 * t_S - 0.95) + s_S) < 0.42)  # from the right hip to the left shoulder
-    if garment == "saree":
-        colour[sash] = paints["light"]
-    elif garment == "dhoti":
-        colour[sash] = paints["cloth"]
+    torso, head = parts_S <= 2, parts_S >= 23
+    if "sash" in look:  # from the right hip to the left shoulder
+        colour[torso & (np.abs(1.1 * (2 * t_S - 0.95) + s_S) < 0.42)] = paints[look["sash"]]
     else:
         colour[torso & (np.abs(s_S) < 0.09) & (t_S > 0.5)] = paints["gold"]
-    head = parts_S >= 23
-    colour[head & (np.abs(t_S - 0.46) < 0.06) & (np.abs(np.abs(s_S) - 0.38) < 0.13)] = paints["hair"]
-    colour[head & (np.abs(t_S - 0.22) < 0.04) & (np.abs(s_S) < 0.25)] = paints["lips"]
-    if garment == "saree":
-        colour[head & (np.abs(t_S - 0.56) < 0.05) & (np.abs(s_S) < 0.1)] = paints["bindi"]
+    for paint, (t, half_t, s, half_s) in (FAIR["face"] | look.get("face", {})).items():
+        colour[head & (np.abs(t_S - t) < half_t) & (np.abs(np.abs(s_S) - s) < half_s)] = paints[paint]
     shade = 1 - 0.28 * s_S**2
     # One cloth around both legs has no dark line between them.
-    shade[np.isin(parts_S, _LOOKS[garment]["even"])] = 1
+    shade[np.isin(parts_S, look["even"])] = 1
     colour *= shade[:, None].astype(np.float32)
     return colour
 
 
-def draw_person(rng: np.random.Generator, garment: str, rgb: RGB, height: float) -> Sprite:
+def draw_person(rng: Generator, garment: str, rgb: RGB, height: float) -> Sprite:
     """Draw one person in a random pose.
 
     Args:

@@ -11,18 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
-from indiclip.generated.base import must_be_at_least, must_be_one_of
+from indiclip.generated.base import Float32s, Mask, SizeHW, UInt8, must_be_at_least
 from indiclip.generated.mela_hard import draw_clutter, hard_mixed, hard_single
 from indiclip.generated.mela_layout import Item, draw_background, mixed, single
 from indiclip.generated.mela_words import CLASSES, Group, captions
+from indiclip.names import check_choice
 
 LAYOUTS = ["single", "mixed"]
 DIFFICULTIES = ["normal", "hard"]
+EMPTY = 0.03  # share of mixed scenes without any object
 MIN_SIDE = 32  # pixels; below, things have no room for 12 pixels of their own
 MIN_VISIBLE = 0.25  # of an instance's pixels, and
 MIN_PIXELS = 12  # this many, or the instance is taken out
+
+
+Int16s = NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -42,19 +48,19 @@ class Scene:
         captions: language -> caption.
     """
 
-    image_HW3: NDArray[np.uint8]
-    instances_HW: NDArray[np.int16]
-    parts_HW: NDArray[np.uint8]
-    uv_HW2: NDArray[np.float32]
-    boxes_xyxy: NDArray[np.float32]
+    image_HW3: UInt8
+    instances_HW: Int16s
+    parts_HW: UInt8
+    uv_HW2: Float32s
+    boxes_xyxy: Float32s
     classes: NDArray[np.int64]
     colours: list[str]
     garments: list[str]
-    points_xy: NDArray[np.float32]
+    points_xy: Float32s
     captions: dict[str, str]
 
     @property
-    def depth_HW(self) -> NDArray[np.float32]:
+    def depth_HW(self) -> Float32s:
         """float32 in (0, 1], by painting order: 1 on the background, then in equal steps to 1 / (M + 1) in front.
 
         Nothing is 0, which fills what lies outside of an image in a batch.
@@ -62,24 +68,24 @@ class Scene:
         return (1 - (self.instances_HW + 1) / (len(self.classes) + 1)).astype(np.float32)
 
 
-def _instance_map(items: list[Item], height: int, width: int) -> NDArray[np.int16]:
-    instances = np.full((height, width), -1, np.int16)
+def _instance_map(items: list[Item], size_hw: SizeHW) -> Int16s:
+    instances = np.full(size_hw, -1, np.int16)
     for i, item in enumerate(items):
-        image, sprite = item.windows(height, width)
+        image, sprite = item.windows(size_hw)
         np.copyto(instances[image], np.int16(i), where=item.sprite.mask[sprite])
     return instances
 
 
-def _visible_only(items: list[Item], height: int, width: int) -> tuple[list[Item], NDArray[np.int16]]:
+def _visible_only(items: list[Item], size_hw: SizeHW) -> tuple[list[Item], Int16s]:
     """Take out what is mostly hidden or outside; what stays can only become more visible by that."""
-    instances = _instance_map(items, height, width)
+    instances = _instance_map(items, size_hw)
     pixels = np.bincount(instances.ravel() + 1, minlength=len(items) + 1)[1:]
     needed = [max(MIN_PIXELS, MIN_VISIBLE * int(item.sprite.mask.sum())) for item in items]
     kept = [item for item, has, needs in zip(items, pixels, needed, strict=True) if has >= needs]
-    return kept, instances if len(kept) == len(items) else _instance_map(kept, height, width)
+    return kept, instances if len(kept) == len(items) else _instance_map(kept, size_hw)
 
 
-def _box_and_point(own: NDArray[np.bool_], top: int, left: int) -> list[float]:
+def _box_and_point(own: Mask, top: int, left: int) -> list[float]:
     """The tight box of a mask whose first pixel is at (top, left), and the centre of its pixel nearest the middle."""
     rows, columns = own.sum(axis=1), own.sum(axis=0)
     ys, xs = rows.nonzero()[0], columns.nonzero()[0]
@@ -91,11 +97,11 @@ def _box_and_point(own: NDArray[np.bool_], top: int, left: int) -> list[float]:
     return [left + xs[0], top + ys[0], left + xs[-1] + 1, top + ys[-1] + 1, left + x + 0.5, top + y + 0.5]
 
 
-def place_of(points_xy: NDArray[np.float32], height: int, width: int) -> str:
+def place_of(points_xy: Float32s, size_hw: SizeHW) -> str:
     """Where the points are: the half, or the middle, that holds them all, else "everywhere"; "" for none."""
     if not len(points_xy):
         return ""
-    relative = points_xy / (width, height) - 0.5
+    relative = points_xy / size_hw[::-1] - 0.5
     if (np.abs(relative) < 0.16).all():
         return "centre"
     x, y = relative.mean(axis=0)
@@ -121,14 +127,13 @@ def kinds_in(kinds: Sequence[str] | None, people: float) -> list[str]:
     return [kind for kind in CLASSES if (kinds is None or kind in kinds) and (kind != "person" or people > 0)]
 
 
-def _checked_kinds(kinds: Sequence[str] | None, people: float, empty: float) -> list[str]:
-    for name, share in (("people", people), ("empty", empty)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}: expected a probability in [0, 1]; found {share!r}")
+def _checked_kinds(kinds: Sequence[str] | None, people: float) -> list[str]:
+    if not 0 <= people <= 1:
+        raise ValueError(f"people: expected a probability in [0, 1]; found {people!r}")
     if isinstance(kinds, str) or (kinds is not None and not kinds):
         raise ValueError(f"kinds: expected a list such as ['diya', 'kite']; found {kinds!r}")
     for kind in kinds or ():
-        must_be_one_of("kinds", kind, CLASSES)
+        check_choice("kinds", kind, CLASSES)
     if not (occurring := kinds_in(kinds, people)):
         raise ValueError(f"kinds: {list(kinds or ())} are never drawn where people is {people}")
     return occurring
@@ -141,7 +146,6 @@ def draw_scene(
     width: int,
     layout: str = "mixed",
     people: float = 0.5,
-    empty: float = 0.03,
     kinds: Sequence[str] | None = None,
     difficulty: str = "normal",
 ) -> Scene:
@@ -155,45 +159,41 @@ def draw_scene(
         layout: "single" (one to six of one kind, large) or "mixed" (up to eight things of several kinds).
         people: Mixed: probability of a scene with one to three people. Single: people are one of the 17 kinds, or
             none of them where this is 0.
-        empty: Mixed: probability of a background without any object.
         kinds: Those of `CLASSES` that may occur; None for all.
         difficulty: "normal" or "hard" (see `indiclip.generated.mela_hard`).
 
     Raises:
         ValueError: An argument is out of its range.
     """
-    must_be_one_of("layout", layout, LAYOUTS)
-    must_be_one_of("difficulty", difficulty, DIFFICULTIES)
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("difficulty", difficulty, DIFFICULTIES)
     must_be_at_least(0, seed=seed, index=index)
     must_be_at_least(MIN_SIDE, height=height, width=width)
-    occurring = _checked_kinds(kinds, people, empty)
-    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    image = draw_background(rng, height, width)
+    occurring = _checked_kinds(kinds, people)
+    rng, size_hw = default_rng([seed, index]), (height, width)
+    image = draw_background(rng, size_hw)
     place_single, place_mixed = single, mixed
     if difficulty == "hard":
         image = draw_clutter(rng, image)
         place_single, place_mixed = hard_single, hard_mixed
     if layout == "single":
-        items = place_single(rng, height, width, occurring)
-    elif rng.random() < empty:
+        items = place_single(rng, size_hw, occurring)
+    elif rng.random() < EMPTY:
         items = []
     else:
         things = [kind for kind in occurring if kind != "person"]
-        items = place_mixed(rng, height, width, things, people if "person" in occurring else 0.0)
-    items, instances = _visible_only(items, height, width)
+        items = place_mixed(rng, size_hw, things, people if "person" in occurring else 0.0)
+    items, instances = _visible_only(items, size_hw)
     return _assemble(rng, image, items, instances)
 
 
-def _assemble(
-    rng: np.random.Generator, image: NDArray[np.uint8], items: list[Item], instances: NDArray[np.int16]
-) -> Scene:
+def _assemble(rng: Generator, image: UInt8, items: list[Item], instances: Int16s) -> Scene:
     """Paint the items where the instance map says they show, and read the labels off the same masks."""
-    height, width = instances.shape
-    parts = np.zeros((height, width), np.uint8)
-    uv = np.zeros((height, width, 2), np.float32)
+    parts = np.zeros(instances.shape, np.uint8)
+    uv = np.zeros((*instances.shape, 2), np.float32)
     labels = []
     for i, item in enumerate(items):
-        shown, source = item.windows(height, width)
+        shown, source = item.windows(instances.shape)
         own = instances[shown] == i
         sprite = item.sprite
         np.copyto(image[shown], sprite.rgb[source], where=own[..., None])
@@ -212,5 +212,5 @@ def _assemble(
         colours=[item.colour for item in items],
         garments=[item.garment for item in items],
         points_xy=points_xy,
-        captions=captions(rng, _groups(items), place_of(points_xy, height, width)),
+        captions=captions(rng, _groups(items), place_of(points_xy, instances.shape)),
     )

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
+from indiclip.generated.base import Floats as Points
 from indiclip.generated.base import load_table
 
-Points = NDArray[np.float64]
 Shapes = list[tuple[str, Points]]  # (paint, polygon), painted in this order
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from indiclip.generated.base import load_table
+from indiclip.generated.base import Float32s, Mask, UInt8, load_table
 from indiclip.generated.cielab import RGB, rgb_of_hex
 from indiclip.generated.mela_shapes import THINGS as _DRAWINGS
 from indiclip.generated.mela_shapes import Shapes
@@ -35,10 +34,10 @@ class Sprite:
         uv: float32 (h, w, 2) in [0, 1]; None for things.
     """
 
-    rgb: NDArray[np.uint8]
-    mask: NDArray[np.bool_]
-    parts: NDArray[np.uint8] | None = None
-    uv: NDArray[np.float32] | None = None
+    rgb: UInt8
+    mask: Mask
+    parts: UInt8 | None = None
+    uv: Float32s | None = None
 
 
 def rgb_of(colour: str) -> RGB:

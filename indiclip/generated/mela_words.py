@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from numpy.random import Generator
 
-from indiclip.generated.base import load_table, must_be_one_of
+from indiclip.generated.base import load_table
 from indiclip.generated.mela_things import THINGS
+from indiclip.names import check_choice
 
 CLASSES = [*THINGS, "person"]  # class id = place in this list
 PERSON = CLASSES.index("person")
@@ -33,7 +34,7 @@ class Group:
 
 def words(language: str) -> dict[str, Any]:
     """The tables of one language: kinds, garments, colours, numbers, places, templates, frames."""
-    must_be_one_of("language", language, LANGUAGES)
+    check_choice("language", language, LANGUAGES)
     return _WORDS[language]
 
 
@@ -43,7 +44,7 @@ def class_names(language: str = "en") -> list[str]:
     return [kinds[kind] for kind in CLASSES]
 
 
-def captions(rng: np.random.Generator, groups: list[Group], place: str) -> dict[str, str]:
+def captions(rng: Generator, groups: list[Group], place: str) -> dict[str, str]:
     """One caption per language, all with the same attributes.
 
     Args:

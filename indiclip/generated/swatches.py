@@ -11,11 +11,12 @@ Training and testing have other weaves and other things.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.random import Generator, default_rng
 
-from indiclip.generated.base import Generated, must_be_one_of, pick
+from indiclip.generated.base import Floats, Generated, Mask, UInt8, pick
 from indiclip.generated.cielab import RGB, delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
 from indiclip.generated.swatch_draw import TABLE, draw_cloth, draw_object, draw_patch
+from indiclip.names import check_choice
 from indiclip.types import Sample
 
 KINDS = ("patch", "cloth", "thing")
@@ -52,7 +53,7 @@ class Swatches(Generated):
         size: int | list[int] = 224,
         seed: int = 0,
     ) -> None:
-        must_be_one_of("part", part, PARTS)
+        check_choice("part", part, PARTS)
         super().__init__(f"swatch-{part}", size, MIN_SIDE, seed, num_images=num_images)
         self.part = part
         self.colours = list(colours)
@@ -79,18 +80,18 @@ class Swatches(Generated):
         self.label(index)
         return KINDS[index // len(self.colours) % len(KINDS)]
 
-    def draw(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def draw(self, index: int) -> tuple[UInt8, Mask]:
         """The image, uint8 (height, width, 3), and where it has the colour, bool (height, width)."""
         label, kind = self.label(index), self.kind(index)
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, index, PARTS.index(self.part)]))
+        rng = default_rng([self.seed, index, PARTS.index(self.part)])
         rgb = self.stray(rng, label)
         if kind == "patch":
-            return draw_patch(rng, rgb, self.height, self.width)
+            return draw_patch(rng, rgb, self.size_hw)
         choices = (WEAVES if kind == "cloth" else THINGS)[self.part]
         draw = draw_cloth if kind == "cloth" else draw_object
-        return draw(rng, rgb, self.height, self.width, pick(rng, choices))
+        return draw(rng, rgb, self.size_hw, pick(rng, choices))
 
-    def stray(self, rng: np.random.Generator, label: int) -> RGB:
+    def stray(self, rng: Generator, label: int) -> RGB:
         """A colour near that of a label, and nearer to it than to any other."""
         own, (room76, room2000) = self.labs[label], self.room[label]
         for _ in range(_TRIES):
@@ -103,7 +104,7 @@ class Swatches(Generated):
         raise AssertionError(f"{self.colours[label]}: its own value is not within reach of itself")
 
 
-def _room(colours: list[str], labs: NDArray[np.float64]) -> NDArray[np.float64]:
+def _room(colours: list[str], labs: Floats) -> Floats:
     """Per colour the distance to the nearest other one, by CIE76 and by CIEDE2000."""
     if len(colours) < 2:
         raise ValueError(f"colours: expected at least two; found {colours}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from indiclip.datasets.tables import existing
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 
 SUITES = ("india", "world")
 TASKS = ("classification", "retrieval", "matching")
@@ -137,8 +137,7 @@ def packaged(suite: str) -> list[str]:
     Raises:
         ValueError: No such suite.
     """
-    if suite not in SUITES:
-        raise ValueError(f"no suite {suite!r}{did_you_mean(suite, SUITES)}; expected one of {', '.join(SUITES)}")
+    check_choice("suite", suite, SUITES)
     folder = resources.files("indiclip.evals") / suite
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 

@@ -18,7 +18,7 @@ import yaml
 from indiclip.datasets.languages import OF_INDIA, language_tag
 from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 
 _KEYS = (
     *("title", "task", "classes", "prompts", "metric", "chance", "num_candidates"),
@@ -61,8 +61,7 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
         raise ValueError(f"{file}: no YAML: {' '.join(str(error).split())}") from error
     tree = _mapping(tree, file, _KEYS)
     task = _text(tree.get("task"), f"{file}: task")
-    if task not in TASKS:
-        raise ValueError(f"{file}: task: found {task!r}{did_you_mean(task, TASKS)}; expected one of {', '.join(TASKS)}")
+    check_choice(f"{file}: task", task, TASKS)
     classes = _classes(tree.get("classes", []), file, task)
     num_candidates = tree.get("num_candidates", _CANDIDATES) if task == "matching" else 0
     if not isinstance(num_candidates, int) or (task == "matching" and num_candidates < 2):
@@ -70,9 +69,7 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     chance = 1 / num_candidates if num_candidates else 1 / len(classes) if classes else 0.0
     _check_chance(tree.get("chance", chance), chance, file)
     metric = _text(tree.get("metric", _METRICS[task][0]), f"{file}: metric")
-    if metric not in _METRICS[task]:
-        expected = f"expected one of {', '.join(_METRICS[task])}"
-        raise ValueError(f"{file}: metric: found {metric!r}{did_you_mean(metric, _METRICS[task])}; {expected}")
+    check_choice(f"{file}: metric", metric, _METRICS[task])
     about = {key: _text(tree.get(key, ""), f"{file}: {key}") for key in ("source", "licence", "notes")}
     folder = _text(tree.get("folder", card_id), f"{file}: folder")
     if not _ID.fullmatch(folder):

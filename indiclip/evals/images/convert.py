@@ -14,17 +14,19 @@ import shutil
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby, zip_longest
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from indiclip.datasets.tables import existing
 from indiclip.evals.cards.card import Card, load_card
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import read_items
 from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 
 _SHARD_SAMPLES, _SHARD_BYTES = 10_000, 10**9  # clip-benchmark's own
 
@@ -38,10 +40,13 @@ class Converted(NamedTuple):
     notes: list[str]
 
 
-class _Writer(Protocol):
-    def add(self, place: int, split: str, image: EncodedImage) -> None: ...
+class _Readable(NamedTuple):
+    place: int  # among the items
+    split: str
+    image: EncodedImage
 
-    def close(self) -> None: ...
+
+_Write = Callable[[Items, Path, str, Iterable[_Readable]], None]  # items, an empty folder, the language, their images
 
 
 def convert(
@@ -63,30 +68,33 @@ def convert(
         ValueError: The images do not fit the card, the layout has no such task, or classes have no name in the
             language.
     """
-    folder, writers = Path(out).expanduser(), {"folder": _folder_writer, "clip-benchmark": _ClipBenchmark}
-    if layout not in writers:
-        raise ValueError(f"--layout: found {layout!r}{did_you_mean(layout, writers)}; expected {' or '.join(writers)}")
+    folder = Path(out).expanduser()
+    layouts: dict[str, _Write] = {"folder": _write_folder, "clip-benchmark": _write_clip_benchmark}
+    check_choice("--layout", layout, layouts)
     if not re.fullmatch(r"[\w-]+", split) or split == "train":
         raise ValueError(f"--split: found {split!r}; expected what the scored images are called, such as test")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already and not empty; nothing was written")
     items = read_items(load_card(card), existing(source))
-    done, left_out = Counter[str](), []
-    with _whole_folder(folder) as part:
-        writer = writers[layout](items, part, language)
-        for place in range(len(items)):
-            split_here = "train" if items.is_train is not None and items.is_train[place] else split
+    done, left_out = Counter[str](), list[str]()
+
+    def readable() -> Iterator[_Readable]:
+        is_train_N = ~items.tested_N
+        for place in is_train_N.argsort(stable=True).tolist():
+            split_here = "train" if is_train_N[place] else split
             try:
                 image = items.images[place]
                 image.decode()  # other tools stop at an image that breaks off
             except UnreadableSample as error:
                 left_out.append(f"{items.keys[place]}: {error.reason}")
                 continue
-            writer.add(place, split_here, image)
+            yield _Readable(place, split_here, image)
             done[split_here] += 1
+
+    with _whole_folder(folder) as part:
+        layouts[layout](items, part, language, readable())
         if not done:
             raise ValueError(f"{source}: none of {len(items)} images can be read, first {left_out[0]}")
-        writer.close()
     return Converted(folder, done, left_out, items.notes)
 
 
@@ -105,101 +113,68 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-class _ClipBenchmark:
+def _write_clip_benchmark(items: Items, folder: Path, language: str, images: Iterable[_Readable]) -> None:
     """Shards of 10,000 samples, numbered from 0 in each split."""
-
-    def __init__(self, items: Items, folder: Path, language: str) -> None:
-        card = items.card
-        if card.task == "matching":
-            raise ValueError(f"clip-benchmark has no task like {card.task}; --layout folder can hold {card.id}")
-        self.items, self.folder, self.language = items, folder, language
-        self.captions = _captions(items, language) if card.task == "retrieval" else None
-        if self.captions is not None:
-            _write_lines(folder / "dataset_type.txt", ["retrieval"])
-        else:
-            _write_lines(folder / "classnames.txt", _class_names(card, language))
-            _write_lines(folder / "zeroshot_classification_templates.txt", list(card.templates(language)))
-        self.open: dict[str, tarfile.TarFile] = {}
-        self.shards, self.samples, self.bytes = Counter[str](), Counter[str](), Counter[str]()
-        self.total = Counter[str]()
-
-    def add(self, place: int, split: str, image: EncodedImage) -> None:
-        members = {EXTENSION_OF[image.kind]: image.data}
-        if self.captions is None:
-            members["cls"] = str(int(self.items.labels[place])).encode()
-        else:
-            members["txt"] = "\n".join(self.captions[place]).encode()
-        size = sum(map(len, members.values()))
-        if self.samples[split] and (self.samples[split] == _SHARD_SAMPLES or self.bytes[split] + size > _SHARD_BYTES):
-            self._finish(split)
-        if split not in self.open:
-            (self.folder / split).mkdir(exist_ok=True)
-            shard = self.folder / split / f"{self.shards[split]}.tar"
-            self.open[split] = tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        for extension, content in members.items():
-            info = tarfile.TarInfo(f"s{self.total[split]:07}.{extension}")  # owner and time are zero: the same bytes
-            info.size, info.mode = len(content), 0o644
-            self.open[split].addfile(info, io.BytesIO(content))
-        self.samples[split] += 1
-        self.bytes[split] += size
-        self.total[split] += 1
-
-    def _finish(self, split: str) -> None:
-        self.open.pop(split).close()
-        self.shards[split] += 1
-        self.samples[split] = self.bytes[split] = 0
-
-    def close(self) -> None:
-        for split in list(self.open):
-            self._finish(split)
-        for split, count in self.shards.items():
-            _write_lines(self.folder / split / "nshards.txt", [str(count)])
+    card = items.card
+    if card.task == "matching":
+        raise ValueError(f"clip-benchmark has no task like {card.task}; --layout folder can hold {card.id}")
+    captions = _captions(items, language) if card.task == "retrieval" else None
+    if captions is not None:
+        _write_lines(folder / "dataset_type.txt", ["retrieval"])
+    else:
+        _write_lines(folder / "classnames.txt", _class_names(card, language))
+        _write_lines(folder / "zeroshot_classification_templates.txt", list(card.templates(language)))
+    for split, of_split in groupby(images, key=attrgetter("split")):
+        (folder / split).mkdir()
+        shards = samples = num_bytes = 0
+        with ExitStack() as shard:
+            for number, (place, _, image) in enumerate(of_split):
+                members = {EXTENSION_OF[image.kind]: image.data}
+                if captions is None:
+                    members["cls"] = str(int(items.labels[place])).encode()
+                else:
+                    members["txt"] = "\n".join(captions[place]).encode()
+                size = sum(map(len, members.values()))
+                if not samples or samples == _SHARD_SAMPLES or num_bytes + size > _SHARD_BYTES:
+                    shard.close()
+                    file = folder / split / f"{shards}.tar"
+                    tar = shard.enter_context(tarfile.open(file, "w", format=tarfile.USTAR_FORMAT))
+                    shards, samples, num_bytes = shards + 1, 0, 0
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"s{number:07}.{extension}")  # owner and time are zero: the same bytes
+                    info.size, info.mode = len(content), 0o644
+                    tar.addfile(info, io.BytesIO(content))
+                samples, num_bytes = samples + 1, num_bytes + size
+        _write_lines(folder / split / "nshards.txt", [str(shards)])
 
 
-def _folder_writer(items: Items, folder: Path, language: str) -> _Writer:
-    return _CaptionFolder(items, folder) if items.card.task == "retrieval" else _ClassFolders(items, folder)
+def _write_folder(items: Items, folder: Path, language: str, images: Iterable[_Readable]) -> None:
+    """`<split>/<class>/*.jpg`, and `.txt` beside it for what is written on an image; of retrieval the captions."""
+    if items.card.task == "retrieval":
+        return _write_captions(items, folder, images)
+    names = _Names()
+    for place, split, image in images:
+        below = folder / split / items.card.classes[int(items.labels[place])].id
+        below.mkdir(parents=True, exist_ok=True)
+        stem = names.free(items.keys[place], str(below))
+        (below / f"{stem}.{EXTENSION_OF[image.kind]}").write_bytes(image.data)
+        if items.candidates is not None:
+            _write_lines(below / f"{stem}.txt", items.candidates[place][:1])
 
 
-class _ClassFolders:
-    """`<split>/<class>/*.jpg`, and `.txt` beside it for what is written on an image."""
-
-    def __init__(self, items: Items, folder: Path) -> None:
-        self.items, self.folder, self.names = items, folder, _Names()
-
-    def add(self, place: int, split: str, image: EncodedImage) -> None:
-        folder = self.folder / split / self.items.card.classes[int(self.items.labels[place])].id
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = self.names.free(self.items.keys[place], str(folder))
-        (folder / f"{stem}.{EXTENSION_OF[image.kind]}").write_bytes(image.data)
-        if self.items.candidates is not None:
-            _write_lines(folder / f"{stem}.txt", self.items.candidates[place][:1])
-
-    def close(self) -> None:
-        pass
-
-
-class _CaptionFolder:
+def _write_captions(items: Items, folder: Path, images: Iterable[_Readable]) -> None:
     """`images/` and captions.csv: a row per caption, a column per language."""
-
-    def __init__(self, items: Items, folder: Path) -> None:
-        self.items, self.folder, self.names = items, folder / "images", _Names()
-        self.folder.mkdir()
-        self.captions = items.captions or {}
-        self.rows: list[list[str]] = []
-
-    def add(self, place: int, split: str, image: EncodedImage) -> None:
-        name = f"{self.names.free(self.items.keys[place], '')}.{EXTENSION_OF[image.kind]}"
-        (self.folder / name).write_bytes(image.data)
-        columns = [texts[place] for texts in self.captions.values()]
-        for number in range(max(map(len, columns), default=0)):
-            self.rows.append([name, split, *(texts[number] if number < len(texts) else "" for texts in columns)])
-
-    def close(self) -> None:
-        is_split = self.items.is_train is not None
-        with (self.folder.parent / "captions.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for row in [["file", "split", *self.captions], *self.rows]:
-                writer.writerow(row if is_split else [row[0], *row[2:]])
+    captions, names = items.captions or {}, _Names()
+    (folder / "images").mkdir()
+    rows = [["file", "split", *captions]]
+    for place, split, image in images:
+        name = f"{names.free(items.keys[place], '')}.{EXTENSION_OF[image.kind]}"
+        (folder / "images" / name).write_bytes(image.data)
+        of_languages = zip_longest(*(texts[place] for texts in captions.values()), fillvalue="")
+        rows += [[name, split, *texts] for texts in of_languages]
+    with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows(rows if items.is_train is not None else ([row[0], *row[2:]] for row in rows))
 
 
 class _Names:

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset, Subset
 
 from indiclip.datasets.table_reader import EmbeddedImages
 from indiclip.datasets.tables import Strings
@@ -17,14 +18,9 @@ from indiclip.images import EncodedImage, UnreadableSample, is_trouble, read_ima
 from indiclip.webdataset import cache
 from indiclip.webdataset.shards import Shards
 
-
-class Images(Protocol):
-    """What can be pickled to a loader process and gives the image at a place."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any:
-        """An `EncodedImage`, or uint8 RGB pixels (height, width, 3). Raises `UnreadableSample`."""
+# What can be pickled to a loader process, has a length, and gives an `EncodedImage` or uint8 RGB pixels (height, width,
+# 3), or raises `UnreadableSample`.
+Images = Dataset[Any]
 
 
 @dataclass
@@ -68,7 +64,7 @@ class Items:
         kept = list(places)
         return replace(
             self,
-            images=Selected(self.images, np.array(kept, dtype=np.int64)),
+            images=Subset(self.images, kept),
             keys=_at(self.keys, kept),
             labels=self.labels[kept],
             captions=self.captions and {language: _at(texts, kept) for language, texts in self.captions.items()},
@@ -89,7 +85,7 @@ def key_of(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-class FileImages:
+class FileImages(Dataset[EncodedImage]):
     """Image files of a folder.
 
     Args:
@@ -108,7 +104,7 @@ class FileImages:
         return read_image(self.folder / name, key_of(name))
 
 
-class TableImages:
+class TableImages(Dataset[EncodedImage]):
     """The images that a table itself holds.
 
     Args:
@@ -131,7 +127,7 @@ class TableImages:
         return image
 
 
-class ShardImages:
+class ShardImages(Dataset[EncodedImage]):
     """The images of shards; their texts and labels are left alone."""
 
     def __init__(self, shards: Shards) -> None:
@@ -150,40 +146,6 @@ class ShardImages:
             if isinstance(error, OSError) and is_trouble(error):
                 raise
             raise UnreadableSample(key, str(error), shard) from error
-
-
-class Joined:
-    """One sequence of images after the other."""
-
-    def __init__(self, parts: Sequence[Images]) -> None:
-        self.parts = list(parts)
-        self._ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, index: int) -> Any:
-        index = range(len(self))[index]
-        part = int(self._ends.searchsorted(index, side="right"))
-        return self.parts[part][index - int(self._ends[part - 1] if part else 0)]
-
-
-class Selected:
-    """Some of a sequence's images, in an order of their own.
-
-    Args:
-        images: All of them.
-        places: int64 (N,).
-    """
-
-    def __init__(self, images: Images, places: np.ndarray) -> None:
-        self.images, self.places = images, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.images[int(self.places[index])]
 
 
 def _at(values: Sequence[Any], places: Sequence[int]) -> list[Any]:

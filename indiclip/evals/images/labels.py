@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import unicodedata
-from bisect import bisect_left
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -118,10 +117,10 @@ def draw_candidates(
     ordered = {label: sorted(pool) for label, pool in pools.items()}
     candidates = []
     for key, label, text in zip(keys, labels.tolist(), texts, strict=True):
-        pool, own = ordered[label], bisect_left(ordered[label], text)
-        others = range(len(pool) - 1)  # places in the pool without the image's own text
+        pool, own = ordered[label], ordered[label].index(text)
+        others = pool[:own] + pool[own + 1 :]
         drawn = random.Random(stable_hash(key)).sample(others, min(len(others), card.num_candidates - 1))
-        candidates.append([text, *(pool[place + (place >= own)] for place in drawn)])
+        candidates.append([text, *drawn])
     notes = [
         f"{card.classes[label].id}: {len(pool)} different texts; its images have fewer than {card.num_candidates} "
         "candidates, so chance is higher"

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 
 from indiclip.datasets.tables import decode_text
 from indiclip.evals.cards.card import Card
-from indiclip.evals.images.items import Items, Joined, ShardImages
+from indiclip.evals.images.items import Items, ShardImages
 from indiclip.evals.images.labels import ClassList, draw_candidates, map_labels, read_class_list
 from indiclip.evals.images.splits import choose, is_split, split_of
 from indiclip.webdataset import cache
@@ -59,7 +60,7 @@ def read_shards(card: Card, folder: Path, splits: Splits) -> Items:
     notes += [*split_notes, *(f"lost: {loss}" for part in parts for loss in part.losses)]
     items = Items(
         card,
-        Joined([part.images for part in parts]),
+        ConcatDataset([part.images for part in parts]),
         [key for part in parts for key in part.keys],
         np.concatenate([part.labels for part in parts]),
         is_train=np.concatenate([part.is_train for part in parts]) if any(chosen.values()) else None,

@@ -20,6 +20,7 @@ from indiclip.encoder import Encoder
 from indiclip.evals.models.model_names import library_of
 from indiclip.images import EncodedImage
 from indiclip.loading.transforms import read_upright, upright_hw
+from indiclip.names import check_choice
 from indiclip.patches import fit_canvas_hw, fit_hw, patchify, stack
 from indiclip.types import Images
 
@@ -178,8 +179,7 @@ def embed_distinct(texts: list[str], embed: Callable[[list[str]], Tensor], lengt
 
 def check_precision(precision: str) -> Precision:
     """Raise ValueError unless it is one."""
-    if precision not in _AUTOCAST:
-        raise ValueError(f"precision: found {precision!r}, expected {', '.join(_AUTOCAST)}")
+    check_choice("precision", precision, _AUTOCAST)
     return cast(Precision, precision)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
 from indiclip.evals.models.model_names import read_config
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 
 HUB = "hf-hub:"  # what comes behind is downloaded
 MODEL_TYPES = ("clip", "siglip", "siglip2", "metaclip_2")  # of transformers
@@ -123,7 +123,7 @@ def load_transformers(what: str, name: str, options: Options) -> ExternalModel:
         )
         reader: Any = transformers.AutoProcessor
         processor = reader.from_pretrained(source, trust_remote_code=False)
-    _check_model_type(name, model.config.model_type)
+    check_choice(f"{name}: model_type", model.config.model_type, MODEL_TYPES)
     absent = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if absent:
         raise ValueError(f"{name}: the weights lack {len(absent)} of the model's tensors, such as {absent[0]}")
@@ -134,7 +134,7 @@ def _check_transformers_folder(folder: Path, name: str) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: no such folder; transformers:{HUB}{folder} downloads it")
     config = read_config(folder / "config.json")
-    _check_model_type(str(folder / "config.json"), config.get("model_type"))
+    check_choice(f"{folder / 'config.json'}: model_type", config.get("model_type"), MODEL_TYPES)
     names = {file.name for file in folder.iterdir()}
     if not names & {"model.safetensors", "model.safetensors.index.json"}:
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".h5", ".msgpack"))]
@@ -142,14 +142,6 @@ def _check_transformers_folder(folder: Path, name: str) -> None:
     if not names & {"preprocessor_config.json", "processor_config.json"}:
         raise FileNotFoundError(f"{folder}: found no image processor; expected preprocessor_config.json")
     _check_tokenizer(folder)
-
-
-def _check_model_type(where: str, model_type: Any) -> None:
-    if model_type not in MODEL_TYPES:
-        expected = f"expected one of {', '.join(MODEL_TYPES)}"
-        raise ValueError(
-            f"{where}: found model_type {model_type!r}, {expected}{did_you_mean(str(model_type), MODEL_TYPES)}"
-        )
 
 
 def _check_tokenizer(folder: Path) -> None:

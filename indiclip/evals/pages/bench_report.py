@@ -10,7 +10,7 @@ from typing import Any
 from indiclip import __version__
 from indiclip.evals.pages.bench_card import card_section
 from indiclip.evals.pages.bench_pictures import PictureOf
-from indiclip.evals.pages.formatting import Bar, chance_of, language_name
+from indiclip.evals.pages.formatting import Bar, Gap, chance_of, language_name
 from indiclip.evals.pages.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english
 
@@ -88,12 +88,11 @@ def _panel(result: Result, card: CardResult) -> tuple[CardResult, list[Bar], flo
     bars = []
     for score in scores:
         kind = "en" if score is english else ""
-        bar = Bar(language_name(score.language), score.value, score.low, score.high, kind, _gap(result, score, english))
-        bars.append(bar)
+        bars.append(Bar(language_name(score.language), score, kind, _gap(result, score, english)))
     return card, bars, chance_of(scores)
 
 
-def _gap(result: Result, score: Score, english: Score | None) -> tuple[float, float | None, float | None] | None:
+def _gap(result: Result, score: Score, english: Score | None) -> Gap | None:
     """A language less English, on the same images, with the interval where there is one."""
     if english is None or score is english:
         return None

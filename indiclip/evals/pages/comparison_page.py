@@ -46,10 +46,9 @@ def _panel(rows: list[Compared]) -> tuple[CardResult, list[Bar], float | None]:
     """A card's chart: two bars per language; and chance."""
     bars = []
     for row in rows:
-        gap = None if row.difference is None else (row.difference, row.low, row.high)
         name = language_name(row.language)
         if row.a is not None:
-            bars.append(Bar(name, row.a.value, row.a.low, row.a.high, "a"))
+            bars.append(Bar(name, row.a, "a"))
         if row.b is not None:
-            bars.append(Bar("", row.b.value, row.b.low, row.b.high, "b", gap))
+            bars.append(Bar("", row.b, "b", row.gap))
     return rows[0].card, bars, chance_of(score for row in rows for score in (row.a, row.b))

@@ -44,6 +44,11 @@ def words(name: str, most: int | None = None) -> str:
     return name if most is None or len(name) <= most else f"{name[: most - 1]}…"
 
 
+def markdown_cell(text: str) -> str:
+    """Words that leave a table of Markdown whole."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
 def is_distance(metric: str) -> bool:
     """Whether less is better, and the unit a kilometre."""
     return metric.endswith("_km")
@@ -88,18 +93,19 @@ def heat(value: float, chance: float | None = None, metric: str = "") -> str:
     return f"{55 * min(1.0, max(0.0, corrected(value, chance))):.0f}%" if has_scale else "0%"
 
 
+Gap = tuple[float, float | None, float | None]  # a difference and its interval
+
+
 class Bar(NamedTuple):
     """A row of a chart."""
 
     name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
+    score: Score
     kind: str = ""  # en, a, b: its colour
-    gap: tuple[float, float | None, float | None] | None = None  # to another bar, with its interval
+    gap: Gap | None = None  # to another bar
 
 
 def longest(bars: Iterable[Bar], metric: str) -> float:
     """Where the axis of a chart ends: at 1, or at the longest distance."""
-    ends = [end for bar in bars for end in (bar.value, bar.high) if end is not None and math.isfinite(end)]
+    ends = [end for bar in bars for end in (bar.score.value, bar.score.high) if end is not None and math.isfinite(end)]
     return (is_distance(metric) and max(ends, default=1.0)) or 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from indiclip import json_lines
@@ -67,11 +67,11 @@ def data_uri(content: bytes, kind: str) -> str:
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
-    autoescape=True,
+    autoescape=select_autoescape(),
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
 # Templates may call every function of `formatting`.
 TEMPLATES.globals |= vars(formatting) | {"readable": readable, "isfinite": math.isfinite}
-TEMPLATES.filters["language_name"] = formatting.language_name
+TEMPLATES.filters |= {name: getattr(formatting, name) for name in ("language_name", "markdown_cell", "number")}

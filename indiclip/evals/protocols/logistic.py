@@ -25,8 +25,8 @@ from indiclip.evals.protocols.cosines import chunks
 
 _HISTORY = 10  # steps that L-BFGS remembers, as in scikit-learn
 _MAX_STEPS = 500  # several times what the hardest of our tries took
+_SCALE = 1e4  # of the objective: torch's solver drops steps along which it curves by less than 1e-10
 _CURVATURE = 0.1  # p * (1 - p) of a class's probability, typically: 1/4 is the most, 0 at a sample that is certain
-_ENOUGH = 1e-4  # of the decrease promised by the slope: Armijo's constant (Nocedal and Wright, section 3.1)
 
 
 class Logistic(NamedTuple):
@@ -113,44 +113,30 @@ class _Problem:
         return Logistic(weight_FCE, v_FCA[..., -1] * self.intercept - weight_FCE @ self.mean_E)
 
 
-def _minimise(problem: _Problem, train_FN: Tensor, v_FCA: Tensor, tolerance: float) -> Tensor:
-    """L-BFGS with backtracking (Nocedal and Wright, algorithms 7.4 and 3.1), all splits in one step.
-
-    Step lengths are not searched for enough curvature: on a convex objective every step has some.
-    """
-    objective, gradient = problem.evaluate(v_FCA, train_FN)
-    history: list[tuple[Tensor, Tensor]] = []
-    for _ in range(_MAX_STEPS):
-        if problem.excess(gradient, train_FN) <= tolerance:
-            return v_FCA
-        direction = _direction(gradient.flatten(), history).view_as(v_FCA)
-        slope, size = (gradient * direction).sum().item(), 1.0
-        while True:
-            new_objective, new_gradient = problem.evaluate(v_FCA + size * direction, train_FN)
-            if new_objective <= objective + _ENOUGH * size * slope or size < 1e-3:
-                break
-            size /= 2
-        step = size * direction
-        pair = (step.flatten(), (new_gradient - gradient).flatten())
-        if pair[0].dot(pair[1]) > 0:  # which rounding can undo
-            history = [*history, pair][-_HISTORY:]
-        v_FCA, objective, gradient = v_FCA + step, new_objective, new_gradient
-    excess = problem.excess(gradient, train_FN)
-    warnings.warn(
-        f"the linear probe stopped after {_MAX_STEPS} steps, up to {excess:.1g} nats above its minimum", stacklevel=2
+def _minimise(problem: _Problem, train_FN: Tensor, start_FCA: Tensor, tolerance: float) -> Tensor:
+    """L-BFGS, all splits in one step, until each is within the tolerance."""
+    v_FCA, excess = start_FCA.clone(), 0.0
+    solver = torch.optim.LBFGS(
+        [v_FCA],
+        max_iter=_MAX_STEPS,
+        history_size=_HISTORY,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
+
+    def evaluate() -> float:
+        nonlocal excess
+        objective, gradient = problem.evaluate(v_FCA, train_FN)
+        excess = problem.excess(gradient, train_FN)
+        # Near enough: without a slope the solver stops.
+        v_FCA.grad = gradient * (_SCALE if excess > tolerance else 0)
+        return objective * _SCALE
+
+    solver.step(evaluate)  # type: ignore[no-untyped-call]
+    if excess > tolerance:
+        warnings.warn(
+            f"the linear probe stopped after {_MAX_STEPS} steps, up to {excess:.1g} nats above its minimum",
+            stacklevel=2,
+        )
     return v_FCA
-
-
-def _direction(gradient: Tensor, history: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Minus the gradient times the inverse Hessian that the last steps tell of."""
-    direction, shares = -gradient, []
-    for step, change in reversed(history):
-        shares.append(step.dot(direction) / step.dot(change))
-        direction = direction - shares[-1] * change
-    if history:
-        step, change = history[-1]
-        direction = direction * (step.dot(change) / change.dot(change))
-    for (step, change), share in zip(history, reversed(shares), strict=True):
-        direction = direction + step * (share - change.dot(direction) / step.dot(change))
-    return direction

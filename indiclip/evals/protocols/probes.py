@@ -57,22 +57,17 @@ def knn(
         k: Neighbours, or as many as the gallery has.
         temperature: > 0.
     """
-    images, labels = truncate_normalize(image_NE), labels_of(label_N)
-    task = _Task.of(images, labels, is_train_N)
-    ends = list(lengths or [images.shape[1]])
-    class_LM = torch.full((len(ends), len(task.image_M)), -1)
-    k = min(k, len(task.gallery_G) - task.leave_one_out)
+    task = _Task(image_NE, label_N, is_train_N, lengths)
+    k = min(k, len(task.index_G) - task.leave_one_out)
     if k > 0:
-        class_C, index_G = torch.unique(labels[task.gallery_G], return_inverse=True)
-        gallery = _Gallery(images[task.gallery_G], ends)
-        asked_A, asked_AE = task.asked_A, images[task.image_M[task.asked_A]]
-        for part in chunks(len(asked_A), len(index_G)):
+        gallery = _Gallery(task.gallery_GE, task.ends)
+        for part in chunks(len(task.asked_A), len(task.index_G)):
             own = part.start if task.leave_one_out else None
-            for place, (cosine_BK, near_BK) in enumerate(gallery.nearest(asked_AE[part], k, own)):
+            for place, (cosine_BK, near_BK) in enumerate(gallery.nearest(task.asked_AE[part], k, own)):
                 weight_BK = ((cosine_BK - cosine_BK[:, :1]) / temperature).exp()  # of the nearest 1: no overflow
-                votes_BC = torch.zeros(len(weight_BK), len(class_C)).scatter_add_(1, index_G[near_BK], weight_BK)
-                class_LM[place, asked_A[part]] = class_C[votes_BC.argmax(1)]
-    return Predictions(task.image_M.numpy(), class_LM.numpy())
+                votes_BC = torch.zeros(len(weight_BK), len(task.class_C))
+                task.answer(place, part, votes_BC.scatter_add_(1, task.index_G[near_BK], weight_BK))
+    return task.predictions()
 
 
 def linear_probe(
@@ -93,29 +88,21 @@ def linear_probe(
         lengths: Embedding lengths, ascending; None is the full one.
         inverse_penalty: scikit-learn's C.
     """
-    images, labels = truncate_normalize(image_NE), labels_of(label_N)
-    task = _Task.of(images, labels, is_train_N)
-    ends = list(lengths or [images.shape[1]])
-    class_LM = torch.full((len(ends), len(task.image_M)), -1)
-    if len(task.gallery_G) == 0:
-        return Predictions(task.image_M.numpy(), class_LM.numpy())
-    class_C, index_G = torch.unique(labels[task.gallery_G], return_inverse=True)
+    task = _Task(image_NE, label_N, is_train_N, lengths)
+    if not len(task.index_G):
+        return task.predictions()
+    fold_A, train_FG = torch.zeros(len(task.asked_A), dtype=torch.int64), torch.ones(1, len(task.index_G)).bool()
     if task.leave_one_out:
         names = [str(i) if keys is None else keys[i] for i in task.gallery_G.tolist()]
-        fold_G = folds(index_G.numpy(), names)
-        fold_A, train_FG = fold_G, torch.arange(FOLDS)[:, None] != fold_G
-    else:
-        fold_A = torch.zeros(len(task.asked_A), dtype=torch.int64)
-        train_FG = torch.ones(1, len(index_G), dtype=torch.bool)
-    for place, end in enumerate(ends):
-        gallery_GE = truncate_normalize(images[task.gallery_G], end)
-        asked_AE = truncate_normalize(images[task.image_M[task.asked_A]], end)
-        weight_FCE, bias_FC = logistic.fit(gallery_GE, index_G, train_FG, inverse_penalty)
+        fold_A = folds(task.index_G.numpy(), names)
+        train_FG = torch.arange(FOLDS)[:, None] != fold_A
+    for place, end in enumerate(task.ends):
+        gallery_GE, asked_AE = truncate_normalize(task.gallery_GE, end), truncate_normalize(task.asked_AE, end)
+        weight_FCE, bias_FC = logistic.fit(gallery_GE, task.index_G, train_FG, inverse_penalty)
         for fold in range(len(train_FG)):
             held_out = (fold_A == fold).nonzero()[:, 0]
-            logits_HC = asked_AE[held_out] @ weight_FCE[fold].T + bias_FC[fold]
-            class_LM[place, task.asked_A[held_out]] = class_C[logits_HC.argmax(1)]
-    return Predictions(task.image_M.numpy(), class_LM.numpy())
+            task.answer(place, held_out, asked_AE[held_out] @ weight_FCE[fold].T + bias_FC[fold])
+    return task.predictions()
 
 
 def folds(label_N: np.ndarray, keys: Sequence[str], num_folds: int = FOLDS) -> Tensor:
@@ -133,17 +120,23 @@ def folds(label_N: np.ndarray, keys: Sequence[str], num_folds: int = FOLDS) -> T
     return torch.from_numpy(fold_N)
 
 
-class _Task(NamedTuple):
-    """Who asks whom: `asked_A` are places in `image_M`, whose other images have no finite embedding."""
+class _Task:
+    """Who asks whom, and what was answered.
 
-    image_M: Tensor
-    asked_A: Tensor
-    gallery_G: Tensor
-    leave_one_out: bool
+    Attributes:
+        ends: Embedding lengths.
+        leave_one_out: The images ask each other.
+        gallery_G: Images that are asked; `gallery_GE` their embeddings, `index_G` their classes among `class_C`.
+        image_M: Images that are predicted.
+        asked_A: Places in `image_M` of those with a finite embedding, `asked_AE`.
+    """
 
-    @classmethod
-    def of(cls, images: Tensor, labels: Tensor, is_train_N: np.ndarray | None) -> _Task:
+    def __init__(
+        self, image_NE: Floats, label_N: Integers, is_train_N: np.ndarray | None, lengths: Sequence[int] | None
+    ) -> None:
+        images, labels = truncate_normalize(image_NE), labels_of(label_N)
         finite_N = images.isfinite().all(1)
+        self.leave_one_out = is_train_N is None
         if is_train_N is None:
             image_N, gallery_N = _two_of_a_class(labels, labels >= 0), _two_of_a_class(labels, (labels >= 0) & finite_N)
             asked_N = gallery_N
@@ -151,8 +144,19 @@ class _Task(NamedTuple):
             train_N = torch.as_tensor(is_train_N, dtype=torch.bool)
             image_N, gallery_N = (labels >= 0) & ~train_N, (labels >= 0) & train_N & finite_N
             asked_N = image_N & finite_N
-        image_M = image_N.nonzero()[:, 0]
-        return cls(image_M, asked_N[image_M].nonzero()[:, 0], gallery_N.nonzero()[:, 0], is_train_N is None)
+        self.gallery_G, self.image_M = gallery_N.nonzero()[:, 0], image_N.nonzero()[:, 0]
+        self.asked_A = asked_N[self.image_M].nonzero()[:, 0]
+        self.gallery_GE, self.asked_AE = images[gallery_N], images[asked_N]
+        self.class_C, self.index_G = torch.unique(labels[gallery_N], return_inverse=True)
+        self.ends = list(lengths or [images.shape[1]])
+        self._class_LM = torch.full((len(self.ends), len(self.image_M)), -1)
+
+    def answer(self, place: int, part: slice | Tensor, scores_BC: Tensor) -> None:
+        """At a length, for a part of `asked_A`: the class with the highest score."""
+        self._class_LM[place, self.asked_A[part]] = self.class_C[scores_BC.argmax(1)]
+
+    def predictions(self) -> Predictions:
+        return Predictions(self.image_M.numpy(), self._class_LM.numpy())
 
 
 def _two_of_a_class(labels: Tensor, among_N: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, labels_of, truncate_normalize
-from indiclip.evals.protocols.zero_shot import at_one_length, candidates_of
+from indiclip.evals.protocols.zero_shot import candidates_of
 
 
 class CaptionRanks(NamedTuple):
@@ -114,21 +114,18 @@ def class_ranks(
     class_DE: Floats,
     label_N: Integers,
     classes: Integers | None = None,
-    length: int | None = None,
 ) -> ClassRanks:
     """Ranks the images for the text of every class; a class without images is left out.
 
     Ties (to rounding, 1e-6) and NaN count against the right images.
 
     Args:
-        image_NE: Images, of any norm.
-        class_DE: From `class_embeddings`, at `length`.
+        image_NE: Images, of any norm; they are cut to the length of the classes.
+        class_DE: From `class_embeddings`.
         label_N: Class of each image, -1 for none.
         classes: (D,) the class of each text; images of other classes are no candidates. None: row c is class c.
-        length: Cut the images to this length; None is that of the classes.
     """
-    image_M, column_M, class_D = candidates_of(label_N, classes, len(class_DE))
-    images, texts = at_one_length(image_NE, class_DE, length, image_M)
-    _, rank_D = pair_ranks(images, texts, torch.arange(len(images)), column_M)
-    present = torch.unique(column_M)
-    return ClassRanks(class_D[present].numpy(), rank_D[present].numpy())
+    found = candidates_of(image_NE, class_DE, label_N, classes)
+    _, rank_D = pair_ranks(found.images, found.texts, torch.arange(len(found.images)), found.column_M)
+    present = torch.unique(found.column_M)
+    return ClassRanks(found.class_D[present].numpy(), rank_D[present].numpy())

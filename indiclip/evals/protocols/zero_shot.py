@@ -78,7 +78,6 @@ def rank_classes(
     class_DE: Floats,
     label_N: Integers,
     classes: Integers | None = None,
-    length: int | None = None,
     nearest: int = 5,
 ) -> Ranking:
     """Ranks the candidate classes for every image.
@@ -87,16 +86,14 @@ def rank_classes(
     everything scores 0, not chance.
 
     Args:
-        image_NE: Images, of any norm.
-        class_DE: From `class_embeddings`, at `length`; only one row for each candidate.
+        image_NE: Images, of any norm; they are cut to the length of the classes.
+        class_DE: From `class_embeddings`; only one row for each candidate.
         label_N: Class of each image, -1 for none.
         classes: (D,) the class of each candidate, where not all classes are candidates (a language in which only some
             have names); images of the others are left out. None: row c is class c.
-        length: Cut the images to this length; None is that of the classes.
         nearest: K, at most; how many classes to report.
     """
-    image_M, column_M, class_D = candidates_of(label_N, classes, len(class_DE))
-    images, candidates = at_one_length(image_NE, class_DE, length, image_M)
+    images, candidates, image_M, column_M, class_D = candidates_of(image_NE, class_DE, label_N, classes)
     k = min(nearest, len(candidates))
     rank_M = torch.zeros(len(images), dtype=torch.int64)
     column_MK = torch.zeros(len(images), k, dtype=torch.int64)
@@ -117,7 +114,6 @@ def hard_pairs(
     label_N: Integers,
     confusable: Sequence[Sequence[int]],
     classes: Integers | None = None,
-    length: int | None = None,
 ) -> HardPairs:
     """Asks for each image only whether its class is nearer than those it is known to be confused with.
 
@@ -131,17 +127,15 @@ def hard_pairs(
         confusable: For each of the C classes, the classes that it is confused with; those which are not candidates do
             not count.
         classes: (D,) the class of each candidate; None: row c is class c.
-        length: Cut the images to this length; None is that of the classes.
     """
-    image_M, column_M, class_D = candidates_of(label_N, classes, len(class_DE))
+    images, candidates, image_M, column_M, class_D = candidates_of(image_NE, class_DE, label_N, classes)
     column_of = {int(c): column for column, c in enumerate(class_D)}
     pairs_DD = torch.zeros(len(class_D), len(class_D), dtype=torch.bool)
     for c, column in column_of.items():
         rivals = [column_of[other] for other in confusable[c] if other in column_of and other != c]
         pairs_DD[column, rivals] = True
     asked_M = pairs_DD.any(1)[column_M]
-    image_M, column_M = image_M[asked_M], column_M[asked_M]
-    images, candidates = at_one_length(image_NE, class_DE, length, image_M)
+    images, image_M, column_M = images[asked_M], image_M[asked_M], column_M[asked_M]
     hit_M = torch.zeros(len(images), dtype=torch.bool)
     for part in chunks(len(images), len(candidates)):
         cosine_BD = images[part] @ candidates.T
@@ -151,21 +145,32 @@ def hard_pairs(
     return HardPairs(image_M.numpy(), hit_M.numpy(), chance)
 
 
-def candidates_of(label_N: Integers, classes: Integers | None, num_candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images whose class is a candidate, the row of that class, and the class of each row."""
-    labels = labels_of(label_N)
-    class_D = torch.arange(num_candidates) if classes is None else labels_of(classes)
-    if not num_candidates or len(class_D) != num_candidates or len(torch.unique(class_D)) != num_candidates:
-        raise ValueError(f"classes={class_D.tolist()} for {num_candidates} rows of class embeddings: expected one each")
+class Candidates(NamedTuple):
+    """Images whose class is a candidate, and the candidates, at the candidates' length.
+
+    Attributes:
+        images: (M, E), of unit length.
+        texts: (D, E), likewise.
+        image_M: int64, which images these are, ascending.
+        column_M: int64, the row of `texts` of each one's class.
+        class_D: int64, the class of each row.
+    """
+
+    images: Tensor
+    texts: Tensor
+    image_M: Tensor
+    column_M: Tensor
+    class_D: Tensor
+
+
+def candidates_of(image_NE: Floats, class_DE: Floats, label_N: Integers, classes: Integers | None) -> Candidates:
+    """Who is asked about what. `classes` are those of the rows of `class_DE`; None: row c is class c."""
+    texts, labels = truncate_normalize(class_DE), labels_of(label_N)
+    class_D = torch.arange(len(texts)) if classes is None else labels_of(classes)
+    if not len(texts) or not len(class_D) == len(torch.unique(class_D)) == len(texts):
+        raise ValueError(f"classes={class_D.tolist()} for {len(texts)} rows of class embeddings: expected one each")
     sorted_D, order_D = class_D.sort()
-    column_N = order_D[torch.searchsorted(sorted_D, labels).clamp(max=num_candidates - 1)]
+    column_N = order_D[torch.searchsorted(sorted_D, labels).clamp(max=len(texts) - 1)]
     image_M = (class_D[column_N] == labels).nonzero()[:, 0]
-    return image_M, column_N[image_M], class_D
-
-
-def at_one_length(image_NE: Floats, class_DE: Floats, length: int | None, image_M: Tensor) -> tuple[Tensor, Tensor]:
-    """The scored images and the candidates, cut to the same length."""
-    candidates = truncate_normalize(class_DE, length)
-    images = torch.as_tensor(image_NE)
-    images = images if len(image_M) == len(images) else images[image_M]
-    return truncate_normalize(images, candidates.shape[1]), candidates
+    images = truncate_normalize(torch.as_tensor(image_NE)[image_M], texts.shape[1])
+    return Candidates(images, texts, image_M, column_N[image_M], class_D)
