@@ -151,7 +151,7 @@ def test_files_of_a_folder_are_used_or_left_out(names):
         for below, stem, extension in names:
             (folder / below).mkdir(parents=True, exist_ok=True)
             (folder / below / f"{stem}{extension}").write_bytes(b"x")
-        images, inventory = list_images(folder)
+        images, _, inventory = list_images(folder)
         inventory.verify()
         assert inventory.present["files"] == sum(below != ".hidden/" for below, _, _ in names)
         try:

@@ -7,7 +7,7 @@ as no two ids of a list may read alike. Everything else is taken as it stands or
 from __future__ import annotations
 
 import posixpath
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import column, is_number, load_json, xywh_to_xyxy
+from indiclip.datasets.tables import column, is_number, is_text, load_json, xywh_to_xyxy
 from indiclip.names import shorten
 
 TOLERANCE = 2.0  # pixels by which a box may reach out of its image: tools round
 _MIN_SIDE = 1.0  # pixels; COCO's few thinner boxes are slips of an annotator, too thin to be learnt from
 _CLIPPED = 0.01  # pixels; less is the rounding of x + width
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold and no text
 
 Entry = dict[str, Any]
 Id = int | str
@@ -139,9 +138,9 @@ def _read_ids(entries: list[Entry], where: str) -> Wheres:
     return Wheres(where, ids)
 
 
-def check_unique(ids: list[Id], where: str) -> None:
+def check_unique(ids: Sequence[Id], where: str) -> None:
     """Raise a `ValueError`, which begins with `where`, where two ids or names read alike."""
-    texts = list(map(str, ids))
+    texts = [unicodedata.normalize("NFC", str(found).strip()) for found in ids]
     if len(set(texts)) < len(texts):
         (repeated, count), *_ = Counter(texts).most_common(1)
         raise ValueError(f"{where} {shorten(repeated)} is duplicated, {count} times; expected each id and name once")
@@ -186,14 +185,17 @@ def read_boxes(
     return CocoBoxes(kept, boxes_xyxy[kept], np.array(crowd, dtype=bool)[kept])
 
 
-def read_boxes_of_image(entry: Entry, where: str, inventory: Inventory) -> tuple[CocoBoxes, Wheres]:
-    """The boxes of an image's own entry, as shards hold it: `height`, `width` and the list `annotations`.
+def read_boxes_of_image(
+    entry: Entry, where: str, inventory: Inventory, num_classes: int = 2**31
+) -> tuple[CocoBoxes, Wheres]:
+    """The boxes of an image's own entry, as shards hold it: `height`, `width` and the list `annotations`, each with its
+    `class`.
 
     Returns:
         The boxes, and what to call each of the annotations in messages.
 
     Raises:
-        ValueError: As `read_boxes`, and where size or list are missing.
+        ValueError: As `read_boxes`, and where size or list are missing, or a class is none of `num_classes`.
     """
     size_hw, entries = (entry.get("height"), entry.get("width")), entry.get("annotations")
     if not is_size(size_hw):
@@ -202,7 +204,10 @@ def read_boxes_of_image(entry: Entry, where: str, inventory: Inventory) -> tuple
         raise ValueError(f"annotations is {shorten(entries)}; expected a list")
     ids = [one.get("id", place) if isinstance(one, dict) else place for place, one in enumerate(entries)]
     wheres, sizes_hw = Wheres(where, ids), np.tile(np.array(size_hw, np.int64), (len(entries), 1))
-    return read_boxes(entries, sizes_hw, wheres, TOLERANCE, inventory), wheres
+    boxes = read_boxes(entries, sizes_hw, wheres, TOLERANCE, inventory)
+    classes, expected = column(entries, "class", where), f"0 to {num_classes - 1}"
+    check_all(classes, lambda found: type(found) is int and 0 <= found < num_classes, wheres, "class", expected)
+    return boxes, wheres
 
 
 def read_captions(images: CocoImages, file: Path | None, inventory: Inventory) -> list[list[str]]:
@@ -283,11 +288,6 @@ def reaches_out(boxes_xywh: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
 
 def _is_id(found: Any) -> bool:
     return type(found) in (int, str)  # True is an int, and True == 1 == 1.0
-
-
-def is_text(found: Any) -> bool:
-    """Whether a value of a JSON file is a text that can be read."""
-    return isinstance(found, str) and bool(found.strip()) and not _SURROGATE.search(found)
 
 
 def _aliases(image_id: Id) -> tuple[Id, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from indiclip.datasets.captions import LANGUAGE_COLUMNS, CaptionColumns
 from indiclip.datasets.languages import caption_language
 from indiclip.datasets.table_reader import Table
-from indiclip.datasets.tables import decode_text, existing, stable_hash
+from indiclip.datasets.tables import decode_text, existing, stable_hash, text_lines
 
 HOLDOUT = 0.1  # share of the rows that nothing is trained on
 
@@ -69,7 +69,7 @@ def training_texts(files: list[str], holdout: float) -> dict[str, list[str]]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, list[str]]]:
-    for line in decode_text(file.read_bytes(), str(file)).split("\n"):
+    for line in text_lines(decode_text(file.read_bytes(), str(file))):
         yield {file.stem: [line]}
 
 

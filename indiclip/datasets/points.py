@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -17,11 +18,10 @@ from indiclip.datasets.coco_file import (
     check_all,
     check_unique,
     is_box,
-    is_text,
     reaches_out,
 )
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
+from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, is_text, load_json, xywh_to_xyxy
 from indiclip.images import UnreadableSample, read_header, read_image
 from indiclip.names import shorten
 from indiclip.types import Sample
@@ -63,7 +63,7 @@ class CountingPoints(SampleDataset):
         )
         numbers = Wheres(f"{where} number", range(len(names)))
         check_all(names, lambda name: isinstance(name, str), numbers, "file_name", "text")
-        check_unique(names, f"{file}: image")
+        check_unique(list(map(posixpath.normpath, names)), f"{file}: image")
         wheres = Wheres(f"{file}:", names)
         check_files(self.folder, names, str(file))
         check_all(class_names, is_text, wheres, "class_name", "text")
@@ -72,6 +72,7 @@ class CountingPoints(SampleDataset):
         self._names = Strings(names)
         self.sizes_hw = np.array([self._size_hw(entry, wheres[i]) for i, entry in enumerate(entries)])
         self.classes = sorted(set(class_names))
+        check_unique(self.classes, f"{file}: class")
         self._labels = np.searchsorted(self.classes, class_names)
         self.counts = np.array(list(map(len, points)))
         for i, count in enumerate(counts):

@@ -7,7 +7,6 @@ no link is followed.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zlib
@@ -20,9 +19,10 @@ import numpy as np
 from braceexpand import braceexpand
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
-from indiclip.datasets.tables import decode_text, existing
+from indiclip.datasets.tables import decode_text, existing, is_text, parse_json, text_lines
 from indiclip.images import EncodedImage, UnreadableSample, is_trouble
 from indiclip.names import shorten
 from indiclip.types import Quarantined, Sample
@@ -33,7 +33,7 @@ _NUMBERED = re.compile(r"_[1-9]\d*$")
 
 
 class Shards(SampleDataset):
-    """Samples with `image`, and `caption`, `captions`, `language`, `label` where the shards have them.
+    """Samples with `image`, and `captions`, `label` where the shards have them.
 
     A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class; `language` or `lang` of
     the `.json` says its language. `captions` of the `.json` are an object, language -> text or texts, or a list of
@@ -133,11 +133,9 @@ class Shards(SampleDataset):
         """All captions of a sample by language; none where they are unreadable. Decodes no image."""
         try:
             parts = self.parts(index)
-            captions = read_captions(parts, read_entry(parts))
+            return self._captions(int(self.labels[index]), parts, read_entry(parts))
         except ValueError:
             return {}
-        made = self._from_class(int(self.labels[index]))
-        return captions or ({"": made} if made else {})
 
     def shard(self, index: int) -> str:
         """The shard that a sample lies in."""
@@ -193,19 +191,20 @@ class Shards(SampleDataset):
         fields, label = Sample(), int(self.labels[index])
         if label == tar_index.BAD_LABEL:
             raise ValueError("the label is no whole number from 0")
-        captions = read_captions(parts, entry)
-        if not captions and label < 0:
+        if captions := self._captions(label, parts, entry):
+            fields["captions"] = captions
+        elif label < 0:
             raise ValueError("neither text (.txt, .json) nor label (.cls) beside the image")
-        if text := not captions and self._from_class(label):
-            fields["caption"] = text[0]
-        fields.update(caption_fields(captions))
         if self._has_labels:
             fields["label"] = label
         return fields
 
-    def _from_class(self, label: int) -> list[str]:
-        """The caption that the template makes of a class; none without both."""
-        return [self.template.replace("{}", self.classes[label])] if self.template and label >= 0 else []
+    def _captions(self, label: int, parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, list[str]]:
+        """Those beside the image, else the one that the template makes of the class."""
+        captions = read_captions(parts, entry)
+        if not captions and self.template and label >= 0:
+            return {"": [self.template.replace("{}", self.classes[label])]}
+        return captions
 
     def _check_labels(self) -> None:
         self._has_labels = bool((self.labels >= 0).any())
@@ -232,11 +231,12 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
     where = classes if isinstance(classes, str) else "classes"
     lines = classes or []
     if isinstance(classes, str):
-        lines = decode_text(existing(classes).read_bytes(), where).splitlines()
+        lines = text_lines(decode_text(existing(classes).read_bytes(), where))
     names = [name.strip() for name in lines]
     for number, name in enumerate(names):
-        if not name or name in names[:number]:
-            raise ValueError(f"{where}: class {number} is {name!r}; expected one name per class, each once")
+        if not is_text(name):
+            raise ValueError(f"{where}: class {number} is {shorten(name)}; expected one name per class")
+    check_unique(names, f"{where}: class")
     return names
 
 
@@ -299,10 +299,7 @@ def read_entry(parts: dict[str, bytes]) -> dict[str, Any]:
     """
     if "json" not in parts:
         return {}
-    try:
-        entry = json.loads(decode_text(parts["json"], "the .json"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON: {error}") from error
+    entry = parse_json(decode_text(parts["json"], "the .json"))
     if not isinstance(entry, dict):
         raise ValueError(f"found a JSON {type(entry).__name__}; expected an object")
     return entry
@@ -338,14 +335,6 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
     return {language: of_language for language, of_language in texts.items() if of_language}
 
 
-def caption_fields(captions: dict[str, list[str]]) -> Sample:
-    """What a sample says of its captions: `captions`, or `caption` and `language` of its only one."""
-    if sum(map(len, captions.values())) != 1:
-        return Sample(captions=captions) if captions else Sample()
-    ((language, (text,)),) = captions.items()
-    return Sample(caption=text, language=language) if language else Sample(caption=text)
-
-
 def declared_language(entry: dict[str, Any]) -> str:
     """`language` or `lang` of a sample's `.json`; empty where it is no language's code."""
     found = entry.get("language") or entry.get("lang")
@@ -353,7 +342,8 @@ def declared_language(entry: dict[str, Any]) -> str:
 
 
 def _checked_text(name: str, found: Any) -> str:
-    if not isinstance(found, str) or not found.strip():
+    if isinstance(found, str):
+        found.encode()  # half of a surrogate pair, which JSON can hold, is no text
+    if not is_text(found):
         raise ValueError(f"{name} is {shorten(found)}; expected text")
-    found.encode()  # half of a surrogate pair, which JSON can hold, is no text
-    return found.strip()
+    return str(found.strip())

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from indiclip.datasets.coco_file import is_size, read_boxes_of_image
+from indiclip.datasets.coco_file import read_boxes_of_image
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings
+from indiclip.datasets.tables import Strings, decode_text, parse_json
 from indiclip.images import HEAD_BYTES, UnreadableSample, header
 from indiclip.webdataset import cache
 from indiclip.webdataset.cache import Stat
@@ -238,10 +238,6 @@ def _reason(extension: str) -> str:
 
 def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
     """Count the boxes of an image, and those that `BoxShards` drops."""
-    if _all_inside(entry):
-        for counts in (inventory.present, inventory.used):
-            counts["boxes"] += len(entry["annotations"])
-        return
     found = Inventory()
     try:
         boxes, _ = read_boxes_of_image(entry, f"{key}: annotation", found)
@@ -254,33 +250,12 @@ def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
     inventory += found
 
 
-def _all_inside(entry: dict[str, Any]) -> bool:
-    """Whether all boxes of an image lie well inside it, so that the reader, several times as slow, would keep them."""
-    height, width, annotations = entry.get("height"), entry.get("width"), entry["annotations"]
-    if not is_size((height, width)) or type(annotations) is not list:
-        return False
-    try:
-        for annotation in annotations:
-            bbox, crowd = annotation["bbox"], annotation.get("iscrowd", 0)
-            left, top, box_width, box_height = bbox
-            typed = type(bbox) is list and {*map(type, bbox)} <= {int, float} and type(crowd) in (int, bool)
-            inside = 0 <= left <= width - box_width and 0 <= top <= height - box_height
-            if not (typed and inside and box_width > 1.01 and box_height > 1.01 and 0 <= crowd <= 1):
-                return False
-    except (AttributeError, KeyError, TypeError, ValueError):  # malformed: the reader says how
-        return False
-    return True
-
-
 def _entry(parts: Parts, data: mmap.mmap) -> dict[str, Any]:
-    """The object in a sample's `.json`; empty where nothing of it is needed, or it is broken, which its reader says."""
+    """The object in a sample's `.json`; empty where there is none, or it is broken, which its reader says."""
     offset, length = parts.get("json", (0, 0))
-    text = data[offset : offset + length]
-    if not text or ("cls" in parts and b'"annotations"' not in text):
-        return {}
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
+        entry = parse_json(decode_text(data[offset : offset + length], ""))
+    except ValueError:
         return {}
     return entry if isinstance(entry, dict) else {}
 
@@ -309,9 +284,14 @@ def _label(parts: Parts, data: mmap.mmap, entry: dict[str, Any]) -> int:
         offset, length = parts["cls"]
         text = data[offset : offset + length]
         return int(text) if text.strip().isdigit() and len(text) < 10 else BAD_LABEL
+    return label_of(entry)
+
+
+def label_of(entry: dict[str, Any]) -> int:
+    """The class that a sample's `.json` says; -1 where it says none, `BAD_LABEL` where it is no whole number from 0."""
     found = entry.get("label", entry.get("cls"))
     if isinstance(found, str) and found.strip().isdecimal() and len(found) < 20:
         found = int(found)
     if found is None:
         return -1
-    return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 2**31 else BAD_LABEL
+    return found if type(found) is int and 0 <= found < 2**31 else BAD_LABEL
