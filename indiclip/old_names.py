@@ -30,7 +30,7 @@ _ROOMS = {  # new package -> old one and the modules that went over under their 
         "fonts lettering lettering_draw lettering_words mela mela_layout mela_people mela_scene mela_shapes "
         "mela_things mela_words romanise swatch_draw swatch_shapes swatches",
     ),
-    "loading": ("data", "plan prefetch source steps transforms workers"),
+    "loading": ("data", "plan source steps transforms workers"),
     "webdataset": ("data", "box_shards cache shard_files shard_writer shards tar_index tar_members"),
     "training": ("", "callbacks config_errors record run_folder"),
 }

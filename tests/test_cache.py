@@ -24,7 +24,7 @@ from test_cli import config, fit
 
 from indiclip.cli import main
 from indiclip.images import UnreadableSample
-from indiclip.loading import prefetch
+from indiclip.loading import steps as loading_steps
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.webdataset import cache, tar_index
@@ -458,7 +458,7 @@ def test_a_shard_that_cannot_be_fetched_ahead_is_said(tmp_path, place):
     for file in (*place.glob("*.tar"), *tmp_path.glob("*.tar")):
         file.unlink()
     with pytest.warns(UserWarning, match=r"a\.tar"):
-        prefetch._fetch(shards, [0, 1])
+        loading_steps._fetch(shards, [0, 1])
     with pytest.raises(UnreadableSample, match=r"a/0: .*No such file"):
         shards[0]
 

@@ -16,9 +16,9 @@ from helpers import only_caption
 from PIL import Image
 from test_shards import png, write_tar
 
+from indiclip.datasets.coco import box_fields
 from indiclip.images import EncodedImage
 from indiclip.webdataset import cache, tar_index
-from indiclip.webdataset.box_shards import box_fields
 from indiclip.webdataset.shards import Shards
 
 

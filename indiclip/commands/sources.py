@@ -178,8 +178,11 @@ class CocoItems:
             of_row[row].append({**entry, "class": label})
         if captions:
             texts = read_captions(coco.images, captions, self.inventory)
-            self.inventory.present["captions"] -= sum(map(len, texts))
-            entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, texts, strict=True)]
+            different = [list(dict.fromkeys(of_image)) for of_image in texts]
+            repeated = np.array(list(map(len, texts))) - list(map(len, different))
+            self.inventory.count_each("left_out", "captions", "of the same words", coco.images.wheres, repeated)
+            self.inventory.present["captions"] -= sum(map(len, different))  # those are counted as they are packed
+            entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, different, strict=True)]
         # As JSON in one buffer, which the processes share; each would copy Python objects.
         self._entries = Strings(_dumps({**entry, "annotations": of_row[row]}) for row, entry in enumerate(entries))
         self._files = Strings(coco.images.names)

@@ -7,6 +7,7 @@ as no two ids of a list may read alike. Everything else is taken as it stands or
 from __future__ import annotations
 
 import posixpath
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from indiclip.names import shorten
 
 TOLERANCE = 2.0  # pixels by which a box may reach out of its image: tools round
 _MIN_SIDE = 1.0  # pixels; COCO's few thinner boxes are slips of an annotator, too thin to be learnt from
+_WHOLE = re.compile("0|-?[1-9][0-9]{0,18}")  # a number as Python would write it
 _CLIPPED = 0.01  # pixels; less is the rounding of x + width
 
 Entry = dict[str, Any]
@@ -178,7 +180,7 @@ def read_boxes(
     check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
     boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
-    thick = is_thick(boxes_xyxy)
+    thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
     inventory.count_each("left_out", "boxes", "thinner than a pixel", wheres, ~thick)
     inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
     kept = np.flatnonzero(thick)
@@ -186,7 +188,7 @@ def read_boxes(
 
 
 def read_boxes_of_image(
-    entry: Entry, where: str, inventory: Inventory, num_classes: int = 2**31
+    entry: Entry, where: str, inventory: Inventory, num_classes: int = 2**31, tolerance: float = TOLERANCE
 ) -> tuple[CocoBoxes, Wheres]:
     """The boxes of an image's own entry, as shards hold it: `height`, `width` and the list `annotations`, each with its
     `class`.
@@ -204,7 +206,7 @@ def read_boxes_of_image(
         raise ValueError(f"annotations is {shorten(entries)}; expected a list")
     ids = [one.get("id", place) if isinstance(one, dict) else place for place, one in enumerate(entries)]
     wheres, sizes_hw = Wheres(where, ids), np.tile(np.array(size_hw, np.int64), (len(entries), 1))
-    boxes = read_boxes(entries, sizes_hw, wheres, TOLERANCE, inventory)
+    boxes = read_boxes(entries, sizes_hw, wheres, tolerance, inventory)
     classes, expected = column(entries, "class", where), f"0 to {num_classes - 1}"
     check_all(classes, lambda found: type(found) is int and 0 <= found < num_classes, wheres, "class", expected)
     return boxes, wheres
@@ -269,15 +271,7 @@ def is_size(size_hw: Sequence[Any]) -> bool:
 
 def is_box(found: Any) -> bool:
     """Whether a value of a JSON file is four numbers."""
-    if type(found) is not list or len(found) != 4:
-        return False
-    left, top, width, height = found
-    return is_number(left) and is_number(top) and is_number(width) and is_number(height)
-
-
-def is_thick(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """bool (M,): which boxes are at least a pixel wide and high."""
-    return np.asarray((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1))
+    return type(found) is list and len(found) == 4 and all(map(is_number, found))
 
 
 def reaches_out(boxes_xywh: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
@@ -294,6 +288,4 @@ def _aliases(image_id: Id) -> tuple[Id, ...]:
     """The id as it stands, and the number as text or the text as a number."""
     if isinstance(image_id, int):
         return image_id, str(image_id)
-    digits = image_id.removeprefix("-")
-    plain = digits.isascii() and digits.isdigit() and len(digits) < 20 and str(int(image_id)) == image_id
-    return (image_id, int(image_id)) if plain else (image_id,)
+    return (image_id, int(image_id)) if _WHOLE.fullmatch(image_id) else (image_id,)

@@ -39,11 +39,11 @@ class Inventory:
         self.count("left_out", unit, reason, example, count)
 
     def count_each(self, kind: Kind, unit: str, reason: str, wheres: Sequence[str], which: np.ndarray) -> None:
-        """Count those of `wheres` that the bool array `which` says: what is left out, or is used otherwise than it
-        stands in the file.
+        """Count those of `wheres` that `which` says, bool or how many of each: what is left out, or is used otherwise
+        than it stands in the file.
         """
         if which.any():
-            self.count(kind, unit, reason, wheres[int(which.argmax())], int(which.sum()))
+            self.count(kind, unit, reason, wheres[int((which > 0).argmax())], int(which.sum()))
 
     def count(self, kind: Kind, unit: str, reason: str, example: str, count: int = 1) -> None:
         """As `leave_out`, also of what is used otherwise than it stands in the file."""
@@ -53,9 +53,8 @@ class Inventory:
 
     def left_out(self) -> Iterator[tuple[str, str, int, str]]:
         """(unit, reason, count, example)."""
-        for (kind, unit, reason), (count, example) in self._counts.items():
-            if kind == "left_out":
-                yield unit, reason, count, example
+        counts = self._counts.items()
+        return ((unit, reason, *found) for (kind, unit, reason), found in counts if kind == "left_out")
 
     def __iadd__(self, other: Inventory) -> Inventory:
         self.present.update(other.present)

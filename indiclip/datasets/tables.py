@@ -110,8 +110,6 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
     there = {entry.name for entry in folder.iterdir()}
     missing = []
     for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: file_name is {name!r}; expected text")
         if name in there:
             continue
         parts = PurePosixPath(name)

@@ -90,7 +90,13 @@ class Shards(SampleDataset):
         self.sizes_hw = np.concatenate(
             [np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes]
         )
-        self._check_labels()
+        self._has_labels = bool((self.labels >= 0).any())
+        if self.classes and self.labels.max() >= len(self.classes):
+            index = int(self.labels.argmax())
+            raise ValueError(
+                f"{self.shard(index)}: {self.key(index)}: the label is {self.labels[index]}; expected 0 to "
+                f"{len(self.classes) - 1} ({self.classes[-1]})"
+            )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -175,15 +181,16 @@ class Shards(SampleDataset):
         return f"{self.names[shard]}/{self._indexes[shard].keys[place]}"
 
     def _parts(self, shard: int, place: int) -> dict[str, bytes]:
-        row = self._indexes[shard].rows[place].tolist()  # plain numbers: each field of a row costs a microsecond
-        image, image_bytes, txt, txt_bytes, json_, json_bytes, _, _, _, crc = row
-        found = {"image": self._files.read(shard, image, image_bytes)}
-        if self._indexes[shard].has_crc and zlib.crc32(found["image"]) != crc:
+        index = self._indexes[shard]
+        values = index.rows[place].tolist()  # at once: each field of a row costs a microsecond
+        row = dict(zip(tar_index.ROW.fields or (), values, strict=True))
+        found = {
+            part: self._files.read(shard, row[part], row[f"{part}_bytes"])
+            for part in ("image", "txt", "json")
+            if row[f"{part}_bytes"] >= 0
+        }
+        if index.has_crc and zlib.crc32(found["image"]) != row["crc"]:
             raise ValueError("the image's bytes are not those that were indexed (CRC-32)")
-        if txt_bytes >= 0:
-            found["txt"] = self._files.read(shard, txt, txt_bytes)
-        if json_bytes >= 0:
-            found["json"] = self._files.read(shard, json_, json_bytes)
         return found
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
@@ -205,15 +212,6 @@ class Shards(SampleDataset):
         if not captions and self.template and label >= 0:
             return {"": [self.template.replace("{}", self.classes[label])]}
         return captions
-
-    def _check_labels(self) -> None:
-        self._has_labels = bool((self.labels >= 0).any())
-        if self.classes and self.labels.max() >= len(self.classes):
-            index = int(self.labels.argmax())
-            raise ValueError(
-                f"{self.shard(index)}: {self.key(index)}: the label is {self.labels[index]}; expected 0 to "
-                f"{len(self.classes) - 1} ({self.classes[-1]})"
-            )
 
     def _place(self, index: int) -> tuple[int, int]:
         index = range(len(self))[index]
@@ -311,7 +309,8 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
     Raises:
         ValueError: Something that is no text, empty or no UTF-8, or a name that is no language's code.
     """
-    own, texts, found = declared_language(entry), dict[str, list[str]](), entry.get("captions")
+    own, texts, found = entry.get("language") or entry.get("lang"), dict[str, list[str]](), entry.get("captions")
+    own = language_tag(own) if isinstance(own, str) else ""
     if found is None or isinstance(found, list):
         found = {own: found or []}
     if not isinstance(found, dict):
@@ -322,8 +321,8 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
             expected = "a language's code such as 'hi' or 'hi-Latn'"
             raise ValueError(f"captions of the .json: found the language {shorten(language)}; expected {expected}")
         where = f"captions of the .json: {language}" if language else "captions of the .json"
-        more = more if isinstance(more, list) else [more]
-        texts[tag] = list(dict.fromkeys([*texts.get(tag, []), *(_checked_text(where, text) for text in more)]))
+        listed = more if isinstance(more, list) else [more]
+        texts.setdefault(tag, []).extend(_checked_text(where, text) for text in listed)
     caption: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
     if "txt" in parts:
         caption = decode_text(parts["txt"], "the .txt")
@@ -331,14 +330,8 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
         caption = _checked_text("the caption", caption)
         # One that declares no language is mostly one of the others again.
         if own or not any(caption in of_language for of_language in texts.values()):
-            texts[own] = list(dict.fromkeys([caption, *texts.get(own, [])]))
-    return {language: of_language for language, of_language in texts.items() if of_language}
-
-
-def declared_language(entry: dict[str, Any]) -> str:
-    """`language` or `lang` of a sample's `.json`; empty where it is no language's code."""
-    found = entry.get("language") or entry.get("lang")
-    return language_tag(found) if isinstance(found, str) else ""
+            texts.setdefault(own, []).insert(0, caption)
+    return {language: list(dict.fromkeys(of_language)) for language, of_language in texts.items() if of_language}
 
 
 def _checked_text(name: str, found: Any) -> str:

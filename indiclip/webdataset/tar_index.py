@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ ROW = np.dtype(
 )
 DUPLICATED, NO_IMAGE = "duplicated", "without an image"
 BAD_LABEL = -2  # there is one, but it is no whole number from 0
-_VERSION = 2
+_VERSION = 3
 _FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
@@ -141,9 +142,9 @@ def build(tar: Path, version: Stat, crc: bool = False) -> TarIndex:
     rows = np.zeros(len(samples), ROW)
     if samples:
         with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for row, (key, parts) in zip(rows, samples.items(), strict=True):
+            for place, (key, parts) in enumerate(samples.items()):
                 entry = _entry(parts, data)
-                _fill(row, parts, data, entry, crc)
+                rows[place] = _row(parts, data, entry, crc)
                 if "annotations" in entry:
                     _count_boxes(entry, key, inventory)
     return TarIndex(rows, Strings(samples), inventory, damaged, version, cache.fingerprint(tar), crc)
@@ -260,15 +261,13 @@ def _entry(parts: Parts, data: mmap.mmap) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def _fill(row: Any, parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> None:
-    places = {name: parts.get(name, (0, -1)) for name in ("txt", "json")}
-    places["image"] = offset, length = next(parts[name] for name in IMAGES if name in parts)
-    for name, place in places.items():
-        row[name], row[f"{name}_bytes"] = place
-    row["height"], row["width"] = _size_hw(data, offset, offset + length)
-    row["label"] = _label(parts, data, entry)
-    if crc:
-        row["crc"] = zlib.crc32(data[offset : offset + length])
+def _row(parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> tuple[int, ...]:
+    """A sample's `ROW`."""
+    offset, length = next(parts[name] for name in IMAGES if name in parts)
+    texts = (parts.get(name, (0, -1)) for name in ("txt", "json"))
+    size_hw = _size_hw(data, offset, offset + length)
+    checksum = zlib.crc32(data[offset : offset + length]) if crc else 0
+    return (offset, length, *chain(*texts), _label(parts, data, entry), *size_hw, checksum)
 
 
 def _size_hw(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
