@@ -272,3 +272,17 @@ def test_a_single_caption_is_in_captions_as_of_every_reader(tmp_path):
     shards = Shards(path, ["kite"], "a {}")
     assert [shards[i]["captions"] for i in range(2)] == [{"": ["x"]}, {"": ["a kite"]}]
     assert "caption" not in shards[0]
+
+
+def test_with_skip_no_row_ends_the_run(tmp_path, capsys):
+    """Names that lead out of the folder or are longer than the system takes are rows without an image file."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    names = ["a.png", "../a.png", "/a.png", "x" * 5000, "sub", "./a.png"]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "T.CSV").write_text("file,caption\n" + "".join(f"{name},ant {i}\n" for i, name in enumerate(names)))
+    words = {"images": str(tmp_path), "table": str(tmp_path / "T.CSV"), "on_bad_row": "skip"}
+    assert check(tmp_path, "datasets.captions.CaptionTable", **words) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 6 rows; left out: 4 without an image file (" in shown
+    assert "  1 images\n" in shown
+    assert pack(tmp_path / "T.CSV") == 0

@@ -75,16 +75,17 @@ def open_source(
         ValueError: Another kind of file, or one without samples.
     """
     found = existing(path)
-    if captions and found.suffix != ".json":
+    kind = found.suffix.lower()
+    if captions and kind != ".json":
         raise ValueError(f"--captions: {found} is no COCO .json file")
     if found.is_dir() and images:
         raise ValueError(f"--images: the images are those in the folder {found}")
     if found.is_dir():
         return FolderItems(found, classes)
     folder = existing(images) if images else found.parent
-    if found.suffix == ".json":
+    if kind == ".json":
         return CocoItems(found, folder, existing(captions) if captions else None)
-    if found.suffix in KINDS:
+    if kind in KINDS:
         return TableItems(found, folder, image_column, caption_column, on_bad_row)
     raise ValueError(f"{found}: expected a folder, a .csv, .tsv or .parquet table, or a COCO .json file")
 

@@ -10,7 +10,7 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
 from indiclip.datasets.table_reader import OnBadRow, Table
-from indiclip.datasets.tables import Strings, check_files, existing
+from indiclip.datasets.tables import Strings, check_files, existing, has_file
 from indiclip.images import UnreadableSample, read_image
 from indiclip.names import shorten
 from indiclip.types import Sample
@@ -108,7 +108,7 @@ class CaptionTable(SampleDataset):
             elif captions.is_empty(row):
                 known = ", ".join(rows.header[place] for place in columns)
                 rows.leave_out(row, "without a caption", f"{names[row]!r} has no caption in {known}")
-            elif self._embedded is None and on_bad_row == "skip" and not (self.folder / names[row]).is_file():
+            elif self._embedded is None and on_bad_row == "skip" and not has_file(self.folder, names[row]):
                 rows.leave_out(row, "without an image file", f"{names[row]!r} is not in {self.folder}")
         rows_of = rows.rows_by_image(names)
         if self._embedded is None:

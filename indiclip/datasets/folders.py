@@ -38,20 +38,20 @@ def list_images(folder: Path, below: str = "") -> Files:
     texts: dict[str, dict[str, str]] = {stem(name): {} for name in images}
     inventory.present["files"] = len(names)
     for name in names:
-        path = PurePosixPath(name)
-        extension, shown = path.suffix[1:].lower(), os.fsencode(name).decode(errors="backslashreplace")
+        extension, reason = PurePosixPath(name).suffix[1:].lower(), ""
         if _is_hidden(name):
-            inventory.leave_out("files", "hidden", shown)
-        elif is_image_name(name):
-            inventory.used["files"] += 1
-        elif extension in _TEXTS and stem(name) not in texts:
-            inventory.leave_out("files", "text without an image of its name", shown)
-        elif extension in _TEXTS and texts[stem(name)].setdefault(extension, name) == name:
-            inventory.used["files"] += 1
+            reason = "hidden"
         elif extension in _TEXTS:
-            inventory.leave_out("files", "text beside another of its name", shown)
-        else:
-            inventory.leave_out("files", f".{extension}, which is not read" if extension else "no extension", shown)
+            beside = texts.get(stem(name))
+            if beside is None:
+                reason = "text without an image of its name"
+            elif beside.setdefault(extension, name) != name:
+                reason = "text beside another of its name"
+        elif not is_image_name(name):
+            reason = f".{extension}, which is not read" if extension else "no extension"
+        inventory.used["files"] += not reason
+        if reason:
+            inventory.leave_out("files", reason, os.fsencode(name).decode(errors="backslashreplace"))
     return Files(images, texts, inventory)
 
 

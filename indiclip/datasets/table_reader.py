@@ -43,12 +43,13 @@ class Table:
     """
 
     def __init__(self, file: Path, on_bad_row: OnBadRow = "error", image_column: str = "") -> None:
-        if file.suffix not in KINDS:
+        kind = file.suffix.lower()
+        if kind not in KINDS:
             raise ValueError(f"{file}: expected a {', '.join(KINDS[:-1])} or {KINDS[-1]} file")
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"on_bad_row: found {on_bad_row!r}; expected error or skip")
         self.file, self._on_bad_row, self._left_out = file, on_bad_row, Inventory()
-        self.is_parquet = file.suffix == ".parquet"
+        self.is_parquet = kind == ".parquet"
         if self.is_parquet:
             self._parquet = _open_parquet(file)
             self.header: list[str] = list(self._parquet.schema_arrow.names)
@@ -62,7 +63,7 @@ class Table:
     def _read(self, image_column: str) -> None:
         text = decode_text(self.file.read_bytes(), str(self.file))
         lines = list(io.StringIO(text, newline=""))  # a line ends with CR, LF or both, and nowhere else
-        is_csv = self.file.suffix == ".csv"
+        is_csv = self.file.suffix.lower() == ".csv"
         found = list(text_rows(lines, is_csv, image_column))
         self.header = [name.strip() for name in found[0][1]] if found else []
         if any("\0" in name for name in self.header):
@@ -75,13 +76,14 @@ class Table:
         self._lines = np.array([line for line, _, _ in found[1:]], dtype=np.int64)
         self._is_kept = np.ones(len(self._lines), bool)
         for place, (_, row, problem) in enumerate(found[1:]):
+            reason = "with a stray quote"
+            if not problem and len(row) != len(self.header):
+                reason = "with more or fewer columns than the header"
+                problem = f"found {len(row)} columns; the header has {len(self.header)}"
+            elif not problem and "\0" in "".join(row):
+                reason, problem = "with a NUL", "found a NUL; expected text"
             if problem:
-                self.leave_out(place, "with a stray quote", problem)
-            elif len(row) != len(self.header):
-                found_here = f"found {len(row)} columns; the header has {len(self.header)}"
-                self.leave_out(place, "with more or fewer columns than the header", found_here)
-            elif any("\0" in cell for cell in row):
-                self.leave_out(place, "with a NUL", "found a NUL; expected text")
+                self.leave_out(place, reason, problem)
 
     @property
     def kept(self) -> list[int]:

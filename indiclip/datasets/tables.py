@@ -112,16 +112,25 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
     for name in names:
         if name in there:
             continue
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
+        if _leads_out(name):
             raise ValueError(f"{where}: the image {shorten(name)} lies outside the folder {folder}")
-        if not os.path.isfile(folder / name):  # noqa: PTH113 (Path.is_file raises where a name is too long)
+        if not has_file(folder, name):
             missing.append(name)
     if missing:
         near = did_you_mean(missing[0], there)
         raise FileNotFoundError(
             f"{where}: {len(missing)} of {len(names)} images are not in {folder}, first {shorten(missing[0])}{near}"
         )
+
+
+def _leads_out(name: str) -> bool:
+    parts = PurePosixPath(name)
+    return parts.is_absolute() or ".." in parts.parts
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether a file is in a folder or below it; False where its name leads out."""
+    return not _leads_out(name) and os.path.isfile(folder / name)  # noqa: PTH113 (Path.is_file raises for a long name)
 
 
 def xywh_to_xyxy(

@@ -75,7 +75,7 @@ class Steps(Dataset[dict[str, Batch]]):
             warnings.warn(f"data: nothing in held-out step {step} is readable: {self._quarantined}", stacklevel=2)
         for batch in found.values():
             # All with the first batch, so that each is counted once; where there is none, with the next step's.
-            batch["quarantined"], self._quarantined = self._quarantined, []
+            batch["quarantined"] = self.unreadable()
         return found
 
     def _batch(self, task: str, step: int) -> Batch | None:

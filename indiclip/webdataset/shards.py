@@ -262,7 +262,8 @@ def find(urls: str | list[str]) -> list[str]:
     cache.limit()  # a mistake there would make every sample of a copy unreadable
     found: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
-        for name in map(os.path.expanduser, braceexpand(url)):
+        is_there = os.path.exists(os.path.expanduser(url))  # noqa: PTH110, PTH111 (a Path makes s3:/ of s3://)
+        for name in map(os.path.expanduser, [url] if is_there else braceexpand(url)):  # { may be part of a name
             found.extend(_matches(name))
     if not found:
         raise ValueError("urls: no shards given")
