@@ -38,6 +38,12 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def only_caption(sample: dict[str, Any]) -> str:
+    """The text of a sample that has one in one language."""
+    ((text,),) = sample["captions"].values()
+    return str(text)
+
+
 def caption_batch(captions: list[str], labels: list[int] | None = None, side: int = 24) -> Batch:
     """A contrastive batch of noise."""
     images = batch_images([noise(side, side, i) for i in range(len(captions))], 8, 64)

@@ -18,12 +18,13 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from helpers import only_caption
 from PIL import Image
 from test_cli import config, fit
 
 from indiclip.cli import main
 from indiclip.images import UnreadableSample
-from indiclip.loading import prefetch
+from indiclip.loading import steps as loading_steps
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.webdataset import cache, tar_index
@@ -52,7 +53,7 @@ def tar_bytes(*values, side=4, noise=False):
 
 
 def captions(shards):
-    return [sample["caption"] for sample in shards]
+    return [only_caption(sample) for sample in shards]
 
 
 def copies(place):
@@ -427,7 +428,7 @@ def test_an_index_with_crc_finds_changed_bytes(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UnreadableSample, match=r"a/0: the image's bytes are not those that were indexed \(CRC-32\)"):
         shards[0]
-    assert shards[1]["caption"] == "value 2"
+    assert only_caption(shards[1]) == "value 2"
 
 
 @pytest.mark.parametrize("budget", [{"batch_size": 2}, {"batch_tokens": 8, "batch_multiple": 1, "max_tokens": 4}])
@@ -457,7 +458,7 @@ def test_a_shard_that_cannot_be_fetched_ahead_is_said(tmp_path, place):
     for file in (*place.glob("*.tar"), *tmp_path.glob("*.tar")):
         file.unlink()
     with pytest.warns(UserWarning, match=r"a\.tar"):
-        prefetch._fetch(shards, [0, 1])
+        loading_steps._fetch(shards, [0, 1])
     with pytest.raises(UnreadableSample, match=r"a/0: .*No such file"):
         shards[0]
 

@@ -1,8 +1,15 @@
 """Texts by language: what each kind of file gives, and which rows are held out."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from indiclip.datasets.corpora import HOLDOUT, Text, read_texts, training_texts
+from indiclip.datasets.corpora import Text, read_texts
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from train_tokenizer import HOLDOUT, training_texts
 
 
 def write(file, *rows):

@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 def test_every_file_is_used_or_left_out_by_kind(folder):
-    images, inventory = list_images(folder)
+    images, _, inventory = list_images(folder)
     inventory.verify()
     assert images == ["a/1.jpg", "a/3.jfif", "a/deep/er/2.PNG.png", "b/4.JPG", "b/5.webp", "b/6.jpe"]
     found = inventory.summary()["files"]

@@ -16,6 +16,7 @@ from pyarrow import parquet
 from indiclip.commands.sources import FolderItems, TableItems
 from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.folders import list_images
+from indiclip.datasets.tables import is_text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -128,7 +129,7 @@ def test_a_table_is_counted_or_refused_in_one_line(folder, reader, on_bad_row, t
         written = {
             row[0]
             for row in rows
-            if any(cell.strip() for name, cell in zip(header, row, strict=True) if name not in ("file", "id", ""))
+            if any(is_text(cell) for name, cell in zip(header, row, strict=True) if name not in ("file", "id", ""))
         }
         assert {found.key(i) for i in range(len(found))} == written
 
@@ -151,7 +152,7 @@ def test_files_of_a_folder_are_used_or_left_out(names):
         for below, stem, extension in names:
             (folder / below).mkdir(parents=True, exist_ok=True)
             (folder / below / f"{stem}{extension}").write_bytes(b"x")
-        images, inventory = list_images(folder)
+        images, _, inventory = list_images(folder)
         inventory.verify()
         assert inventory.present["files"] == sum(below != ".hidden/" for below, _, _ in names)
         try:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from indiclip.datasets.coco import stack_masks
 from indiclip.datasets.densepose import fields
 from indiclip.datasets.masks import check_mask, check_room, check_run_lengths, decode_mask
 
@@ -40,7 +39,7 @@ def test_a_size_in_fractions_is_no_trouble_for_the_decoder():
 def test_masks_of_a_few_letters_that_unpack_to_gigabytes_are_refused():
     check_room(2**10, 2**10, 2**10)
     with pytest.raises(ValueError, match=r"1025 masks of 1024x1024 pixels; expected 1,073,741,824 pixels at most"):
-        stack_masks([{"size": [2**10, 2**10], "counts": [2**20]}] * 1025, 2**10, 2**10)
+        check_room(1025, 2**10, 2**10)
     person = {"bbox": [0, 0, 9, 9], "dp_masks": []} | {name: [] for name in ("dp_x", "dp_y", "dp_I", "dp_U", "dp_V")}
     with pytest.raises(ValueError, match=r"1025 masks of 1024x1024 pixels"):
         fields([person] * 1025, 2**10, 2**10)

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from indiclip.commands.sources import open_source
+from indiclip.commands.sources import inside, open_source
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.coco import CocoDetection
@@ -257,7 +257,7 @@ def _read_as_pack(folder: Path) -> None:
     for i in range(len(source.keys)):
         try:
             item = source[i]
-            data = item.image if isinstance(item.image, bytes) else item.image.read_bytes()
+            data = item.image if isinstance(item.image, bytes) else inside(source.folder, item.image).read_bytes()
             check_boxes(read_entry(item.texts), EncodedImage(data, ""), len(source.classes))
         except (OSError, ValueError) as error:
             _check_message(str(error))

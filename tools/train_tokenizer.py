@@ -27,10 +27,11 @@ from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.datasets.corpora import HOLDOUT, training_texts
+from indiclip.datasets.corpora import read_texts
 from indiclip.images import UnreadableSample
 from indiclip.loading.data_module import MultiTaskData
 
+HOLDOUT = 0.1  # share of the text files' rows that nothing is trained on
 SPECIAL = ["<pad>", "<s>", "</s>"]
 # Words, punctuation, white space. An apostrophe inside a word is a part of it: English contractions, Assamese vowels.
 # Not \w: it lacks the joiners, and GPT-2's \p{L} lacks the vowel signs.
@@ -80,6 +81,19 @@ def _captions(dataset: SampleDataset, index: int) -> list[str]:
     if captions := sample.get("captions"):
         return [text for texts in captions.values() for text in texts]
     return [sample["caption"]] if "caption" in sample else []
+
+
+def training_texts(files: list[str], holdout: float) -> dict[str, list[str]]:
+    """Language -> the texts to train on: of rows that are not held out, and equal to no text that is held out.
+
+    Short texts recur under other keys ("OK"); without the second condition they would be trained on after all.
+    """
+    held_out = {(row.language, row.text) for row in read_texts(files) if row.is_held_out(holdout)}
+    texts: dict[str, list[str]] = {}
+    for row in read_texts(files):
+        if not row.is_held_out(holdout) and (row.language, row.text) not in held_out:
+            texts.setdefault(row.language, []).append(row.text)
+    return texts
 
 
 def balanced(texts: dict[str, list[str]], exponent: float) -> Iterator[str]:

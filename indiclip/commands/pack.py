@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from indiclip.commands.findings import json_line, show_lines
 from indiclip.commands.parallel import results
-from indiclip.commands.sources import Items, open_source
+from indiclip.commands.sources import Items, inside, open_source
+from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import stable_hash
+from indiclip.datasets.tables import is_text, stable_hash, text_lines
 from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import check_boxes
 from indiclip.webdataset.shard_writer import ShardWriter
 from indiclip.webdataset.shards import read_captions, read_classes, read_entry
+from indiclip.webdataset.tar_index import BAD_LABEL, label_of
 from indiclip.webdataset.tar_members import MAX_BYTES
 
 _NAME = re.compile(r"[\w-]+")
+_NO_FILE = "without an image file"
 
 
 class Packed(NamedTuple):
@@ -27,6 +31,7 @@ class Packed(NamedTuple):
 
     place: int  # in the source
     members: dict[str, bytes]
+    held: dict[str, int]  # captions and boxes
     kind: str = ""  # of what is wrong, to be counted by
     reason: str = ""
 
@@ -58,51 +63,77 @@ def run(options: argparse.Namespace) -> int:
                     inventory.present["samples"] += 1
                     inventory.leave_out("samples", packed.kind, f"{name}: {packed.reason}")
                     left_out.write(json_line({"name": name, "key": key, "reason": packed.reason}))
+                    for unit, count in packed.held.items():
+                        inventory.present[unit] += count
+                        inventory.leave_out(unit, "of samples that are left out", name, count)
                 else:
                     writer.add(keys[packed.place], packed.members)
-        if not inventory.present["samples"]:
-            left_out_file.unlink()
+                    for counts in (inventory.present, inventory.used):
+                        counts["captions"] += packed.held["captions"]
         writer.finish()
+        if not inventory.present["samples"] or not writer.shards:
+            left_out_file.unlink()
         if writer.shards and source.classes and classes is None:
             (writer.part / class_file.name).write_text("\n".join(source.classes) + "\n", "utf-8")
         inventory += source.inventory
         inventory += writer.inventory
+        inventory.verify()
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
     _show(writer, inventory, options.as_json)
+    if not writer.shards and not options.images and any(kind == _NO_FILE for _, kind, *_ in inventory.left_out()):
+        print(f"  expected the images in {source.folder}; --images says where else they are")
     return 0 if writer.shards else 1
 
 
 def _check_classes(source: Items, classes: list[str] | None, class_file: Path, name: str) -> None:
     if source.classes and classes not in (None, source.classes):
         raise ValueError(f"{class_file} names other classes than {name}: their numbers would not fit")
-    for found in read_classes(source.classes):
-        if found not in source.classes or len(found.splitlines()) > 1:
+    check_unique(source.classes, f"{name}: class")
+    for found in source.classes:
+        if text_lines(found) != [found.strip()] or not is_text(found):
             raise ValueError(f"{name}: the class {found!r} is no line of text without spaces around it")
 
 
 def _read(source: Items, index: int) -> Packed:
     """The members of a sample, after everything has been read that training will read."""
-    kind = "without an image file"
+    held, kind = {"captions": 0, "boxes": 0}, "with unusable texts, classes or boxes"
     try:
         item = source[index]
-        data = item.image
+        held, kind = _held(item.texts), _NO_FILE
+        data = item.image if isinstance(item.image, bytes) else _file(source.folder, item.image)
+        kind = "with an unreadable image"
         if isinstance(data, Path):
-            if not data.is_file():
-                raise ValueError(f"{data}: no such file")
-            kind = "with an unreadable image"
             if data.stat().st_size > MAX_BYTES["jpg"]:
                 raise ValueError(f"{data}: more than {MAX_BYTES['jpg']:,} bytes")
             data = data.read_bytes()
-        kind = "with an unreadable image"
         image = EncodedImage(data, "")
         image.decode()
         kind = "with unusable texts, classes or boxes"
         _check(item.texts, image, source.classes)
     except UnreadableSample as error:
-        return Packed(index, {}, kind, error.reason)
+        return Packed(index, {}, held, kind, error.reason)
     except (OSError, ValueError) as error:
-        return Packed(index, {}, kind, str(error))
-    return Packed(index, {EXTENSION_OF[image.kind]: data, **item.texts})
+        return Packed(index, {}, held, kind, str(error))
+    return Packed(index, {EXTENSION_OF[image.kind]: data, **item.texts}, held)
+
+
+def _file(folder: Path, name: str) -> Path:
+    if not name:
+        raise ValueError("no image is named")
+    path = inside(folder, name)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    return path
+
+
+def _held(texts: dict[str, bytes]) -> dict[str, int]:
+    """How many captions and boxes a sample has; of captions that are no text 0."""
+    entry, captions = dict[str, Any](), dict[str, list[str]]()
+    with suppress(ValueError):
+        entry = read_entry(texts)
+        captions = read_captions(texts, entry)
+    boxes = entry.get("annotations")
+    return {"captions": sum(map(len, captions.values())), "boxes": len(boxes) if isinstance(boxes, list) else 0}
 
 
 def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> None:
@@ -113,7 +144,10 @@ def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> 
     captions = read_captions(texts, entry)
     if "annotations" in entry:
         check_boxes(entry, image, len(classes))
-    elif not captions and "cls" not in texts and entry.get("label", entry.get("cls")) is None:
+    label = 0 if "cls" in texts else label_of(entry)
+    if label == BAD_LABEL:
+        raise ValueError("the label of the .json is no whole number from 0")
+    if not captions and label < 0 and "annotations" not in entry:
         raise ValueError("neither a text (.txt, .json) nor a class's folder")
 
 
@@ -127,5 +161,5 @@ def _show(writer: ShardWriter, inventory: Inventory, as_json: bool) -> None:
         return
     print(f"{place}-*.tar: {len(writer.shards):,} shards, {size / 1e6:,.1f} MB")
     show_lines(inventory)
-    if left_out:
+    if left_out and writer.shards:
         print(f"  all {left_out:,} samples that are left out: {place}-left-out.jsonl")

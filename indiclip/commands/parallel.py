@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import Dataset
 
-from indiclip.loading.workers import WatchedLoader
+from indiclip.loading.workers import StepLoader
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -82,7 +82,7 @@ def _start(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> An
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more than processors, as asked for
-            loader = WatchedLoader(_Results(work, tasks), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+            loader = StepLoader(_Results(work, tasks), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
             return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

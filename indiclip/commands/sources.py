@@ -12,7 +12,7 @@ import numpy as np
 
 from indiclip.datasets.captions import CaptionColumns
 from indiclip.datasets.coco_file import Entry, read_captions, read_coco
-from indiclip.datasets.folders import list_images
+from indiclip.datasets.folders import list_images, stem
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import caption_language, language_tag
 from indiclip.datasets.table_reader import KINDS, OnBadRow, Table
@@ -25,7 +25,7 @@ _UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file 
 class Item(NamedTuple):
     """A sample before its image is read."""
 
-    image: Path | bytes  # its file, or what the table holds
+    image: str | bytes  # its file, "" where none is named, or what the table holds
     texts: dict[str, bytes]  # `txt`, `json`, `cls`
 
 
@@ -36,9 +36,11 @@ class Items(Protocol):
         keys: One per sample, fit for shards.
         names: What to call each sample in messages.
         classes: Class names, where the source has classes.
-        inventory: What the source holds, and what of it is in no sample.
+        folder: Where the images' files are.
+        inventory: What the source holds; of captions and boxes only those that are in no sample.
     """
 
+    folder: Path
     keys: Strings
     names: Strings
     classes: list[str]
@@ -73,16 +75,17 @@ def open_source(
         ValueError: Another kind of file, or one without samples.
     """
     found = existing(path)
-    if captions and found.suffix != ".json":
+    kind = found.suffix.lower()
+    if captions and kind != ".json":
         raise ValueError(f"--captions: {found} is no COCO .json file")
     if found.is_dir() and images:
         raise ValueError(f"--images: the images are those in the folder {found}")
     if found.is_dir():
         return FolderItems(found, classes)
     folder = existing(images) if images else found.parent
-    if found.suffix == ".json":
+    if kind == ".json":
         return CocoItems(found, folder, existing(captions) if captions else None)
-    if found.suffix in KINDS:
+    if kind in KINDS:
         return TableItems(found, folder, image_column, caption_column, on_bad_row)
     raise ValueError(f"{found}: expected a folder, a .csv, .tsv or .parquet table, or a COCO .json file")
 
@@ -91,8 +94,8 @@ class FolderItems:
     """`CLASS/**/*.jpg`, or `x.jpg` with `x.txt` or `x.json` beside it."""
 
     def __init__(self, folder: Path, classes: list[str] | None) -> None:
-        self._folder = folder
-        images, self.inventory = list_images(folder)
+        self.folder = folder
+        images, self._texts, self.inventory = list_images(folder)
         found = [name for name in images if "/" not in name]
         in_classes = list(dict.fromkeys(name.split("/")[0] for name in images if "/" in name))
         if found and in_classes:
@@ -105,17 +108,15 @@ class FolderItems:
         if unknown := sorted(set(in_classes) - set(self.classes)):
             raise ValueError(f"{folder}: {unknown[0]!r} is not among the {len(self.classes)} classes of classes.txt")
         self.names = Strings(images)
-        self.keys = unique_keys(map(_stem, images))
+        self.keys = unique_keys(map(stem, images))
 
     def __getitem__(self, index: int) -> Item:
-        name, texts = self.names[index], {}
-        for extension in ("txt", "json"):
-            beside = str(Path(name).with_suffix(f".{extension}"))
-            if (self._folder / beside).is_file():
-                texts[extension] = inside(self._folder, beside).read_bytes()
+        name = self.names[index]
+        beside = self._texts[stem(name)].items()
+        texts = {extension: inside(self.folder, file).read_bytes() for extension, file in beside}
         if self.classes:
             texts["cls"] = str(self.classes.index(name.split("/")[0])).encode()
-        return Item(inside(self._folder, name), texts)
+        return Item(name, texts)
 
 
 class TableItems:
@@ -126,7 +127,7 @@ class TableItems:
     """
 
     def __init__(self, file: Path, folder: Path, image_column: str, caption_column: str, on_bad_row: OnBadRow) -> None:
-        self._folder = folder
+        self.folder = folder
         self.classes: list[str] = []
         table = Table(file, on_bad_row, image_column)
         images, self._embedded = table.images(image_column)
@@ -145,15 +146,14 @@ class TableItems:
         self._captions = Strings(_dumps(captions.of_rows(rows)) for rows in rows_of.values())
         self._rows = np.array(firsts)
         self.names = Strings(table.where(row).removeprefix(f"{file.parent}/") for row in firsts)
-        self.keys = unique_keys(_stem(images[row]) for row in firsts)
+        self.keys = unique_keys(stem(images[row]) if images[row] else "" for row in firsts)
         self.inventory = table.inventory
+        captions.inventory.present["captions"] -= captions.inventory.used.pop("captions", 0)
+        self.inventory += captions.inventory
         self.inventory += table.count_columns({table.place(image_column), *captions.places})
 
     def __getitem__(self, index: int) -> Item:
-        if not self._images[index]:
-            raise ValueError("no image is named")
-        captions = json.loads(self._captions[index])
-        texts = {}
+        captions, texts = json.loads(self._captions[index]), dict[str, bytes]()
         if not captions:
             raise ValueError("the caption is empty; expected text")
         if sum(map(len, captions.values())) > 1:
@@ -164,26 +164,26 @@ class TableItems:
                 if language:
                     texts["json"] = _dumps({"language": language}).encode()
         data = self._embedded[int(self._rows[index])] if self._embedded else None
-        return Item(inside(self._folder, self._images[index]) if data is None else data, texts)
+        return Item(self._images[index] if data is None else data, texts)
 
 
 class CocoItems:
-    """Images of a COCO file: `.json` is the image's entry with its captions and annotations.
-
-    The captions of a file of their own are counted; boxes are when they are in a shard.
-    """
+    """Images of a COCO file: `.json` is the image's entry with its captions and annotations."""
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
         coco = read_coco(file)
-        self._folder, self.inventory, self.classes = folder, Inventory(), coco.classes
+        self.folder, self.inventory, self.classes = folder, Inventory(), coco.classes
         entries = coco.images.entries
         of_row: list[list[Entry]] = [[] for _ in entries]
         for row, label, entry in zip(coco.rows.tolist(), coco.labels.tolist(), coco.annotations, strict=True):
             of_row[row].append({**entry, "class": label})
         if captions:
             texts = read_captions(coco.images, captions, self.inventory)
-            self.inventory.used["captions"] = sum(map(len, texts))
-            entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, texts, strict=True)]
+            different = [list(dict.fromkeys(of_image)) for of_image in texts]
+            repeated = np.array(list(map(len, texts))) - list(map(len, different))
+            self.inventory.count_each("left_out", "captions", "of the same words", coco.images.wheres, repeated)
+            self.inventory.present["captions"] -= sum(map(len, different))  # those are counted as they are packed
+            entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, different, strict=True)]
         # As JSON in one buffer, which the processes share; each would copy Python objects.
         self._entries = Strings(_dumps({**entry, "annotations": of_row[row]}) for row, entry in enumerate(entries))
         self._files = Strings(coco.images.names)
@@ -191,7 +191,7 @@ class CocoItems:
         self.keys = unique_keys(coco.images.groups())
 
     def __getitem__(self, index: int) -> Item:
-        return Item(inside(self._folder, self._files[index]), {"json": self._entries[index].encode()})
+        return Item(self._files[index], {"json": self._entries[index].encode()})
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -217,10 +217,6 @@ def unique_keys(names: Iterable[str]) -> Strings:
             key = f"{base}_{count}"
         keys[key] = None
     return Strings(keys)
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"\.[^./]*$", "", name)
 
 
 def _dumps(entry: dict[str, Any]) -> str:

@@ -10,8 +10,9 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
 from indiclip.datasets.table_reader import OnBadRow, Table
-from indiclip.datasets.tables import Strings, check_files, existing
+from indiclip.datasets.tables import Strings, check_files, existing, has_file
 from indiclip.images import UnreadableSample, read_image
+from indiclip.names import shorten
 from indiclip.types import Sample
 
 LANGUAGE_COLUMNS = ("language", "lang")  # of the captions of a row
@@ -35,7 +36,7 @@ class CaptionColumns:
         self._table, self._languages, self._default = table, languages, default
         self._texts = {place: table.texts(place) for place in languages}
         of_rows = next((table.place(name) for name in LANGUAGE_COLUMNS if name in table.header), None)
-        self._of_row = None if of_rows is None else list(map(language_tag, table.names(of_rows)))
+        self._of_row = None if of_rows is None else table.names(of_rows)
         self.places = {*languages} if of_rows is None else {*languages, of_rows}
         self.inventory = Inventory()
 
@@ -48,7 +49,8 @@ class CaptionColumns:
         captions: dict[str, list[str]] = {}
         for place, of_column in self._languages.items():
             for row in rows:
-                language = of_column or (self._of_row and self._of_row[row]) or self._default
+                said = self._of_row[row] if self._of_row and not of_column else ""
+                language = of_column or language_tag(said) or self._default
                 for text in self._texts[place][row]:
                     known = captions.setdefault(language, [])
                     self.inventory.present["captions"] += 1
@@ -56,6 +58,9 @@ class CaptionColumns:
                         self.inventory.leave_out("captions", "of the same words", self._table.where(row))
                     else:
                         known.append(text)
+                        if said and not language_tag(said):
+                            where = f"{self._table.where(row)}: {shorten(said)}"
+                            self.inventory.count("altered", "captions", "in a language that is not known", where)
         self.inventory.used["captions"] += sum(map(len, captions.values()))
         return captions
 
@@ -103,7 +108,7 @@ class CaptionTable(SampleDataset):
             elif captions.is_empty(row):
                 known = ", ".join(rows.header[place] for place in columns)
                 rows.leave_out(row, "without a caption", f"{names[row]!r} has no caption in {known}")
-            elif self._embedded is None and on_bad_row == "skip" and not (self.folder / names[row]).is_file():
+            elif self._embedded is None and on_bad_row == "skip" and not has_file(self.folder, names[row]):
                 rows.leave_out(row, "without an image file", f"{names[row]!r} is not in {self.folder}")
         rows_of = rows.rows_by_image(names)
         if self._embedded is None:

@@ -7,14 +7,21 @@ its EXIF orientation. `Transform` turns image and boxes together.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from indiclip.datasets import densepose as dp
 from indiclip.datasets.base import SampleDataset
-from indiclip.datasets.coco_file import TOLERANCE, CocoFile, Wheres, read_boxes, read_captions, read_coco
+from indiclip.datasets.coco_file import (
+    TOLERANCE,
+    CocoFile,
+    Entry,
+    Wheres,
+    read_boxes,
+    read_boxes_of_image,
+    read_captions,
+    read_coco,
+)
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.masks import check_mask, check_room, decode_mask
 from indiclip.datasets.tables import Strings, check_files, existing
@@ -64,121 +71,117 @@ class CocoDetection(SampleDataset):
         tolerance: float = TOLERANCE,
     ) -> None:
         self.folder, self._file = existing(images), existing(annotations)
-        self._with_masks, self.densepose = masks, densepose
+        self._with_masks, self.densepose, self._tolerance = masks, densepose, tolerance
         self._inventory = Inventory()
         file = read_coco(self._file)
         self.classes, found = file.classes, file.images
-        self._inventory.present["images"] = len(found.names)
-        self._keys, self._groups, self._names = map(Strings, (found.id_texts(), found.groups(), found.names))
-        self._sizes_hw = found.sizes_hw()
+        self.inventory.present["images"] = len(found.names)
+        sizes_hw = found.sizes_hw()
         check_files(self.folder, found.names, str(self._file))
-        self._read_annotations(file, tolerance)
-        of_row = read_captions(found, existing(captions) if captions else None, self.inventory)
-        self._captions = Strings(text for texts in of_row for text in texts)
-        self._caption_starts = np.cumsum([0, *map(len, of_row)])
-        self._select(keep_empty, captioned, found.wheres)
-        self.sizes_hw = self._sizes_hw[self._rows]
+        of_images = self._read_annotations(file, sizes_hw)
+        texts = read_captions(found, existing(captions) if captions else None, self.inventory)
+        rows = self._select(of_images, texts, keep_empty, captioned, found.wheres)
+        self.sizes_hw, self.captioned = sizes_hw[rows], all(texts[row] for row in rows)
+        keys, groups = found.id_texts(), found.groups()
+        columns = ([column[row] for row in rows] for column in (keys, groups, found.names))
+        self._keys, self._groups, self._names = map(Strings, columns)
+        # As JSON in one buffer: as Python objects, COCO's polygons take gigabytes.
+        self._entries = Strings(json.dumps({"annotations": of_images[row], "captions": texts[row]}) for row in rows)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._keys)
 
     def key(self, index: int) -> str:
         """The image id as text. Reads and decodes nothing."""
-        return self._keys[self._rows[index]]
+        return self._keys[index]
 
     def group(self, index: int) -> str:
         """The key of the first entry of the same picture."""
-        return self._groups[self._rows[index]]
+        return self._groups[index]
 
     def captions(self, index: int) -> dict[str, list[str]]:
         """All captions of an image; COCO does not say their language."""
-        row = self._rows[index]
-        texts = [self._captions[i] for i in range(*self._caption_starts[row : row + 2].tolist())]
+        texts = json.loads(self._entries[index])["captions"]
         return {"": texts} if texts else {}
 
     def __getitem__(self, index: int) -> Sample:
-        row, key = int(self._rows[index]), self.key(index)
-        image = read_image(self.folder / self._names[row], key)
-        height, width = self._sizes_hw[row].tolist()
-        if (height, width) not in (image.size_hw, image.upright_hw):
-            reason = f"{self._names[row]} {wrong_size(image, height, width)}"
-            raise UnreadableSample(key, reason, str(self._file))
-        at = slice(*self._starts[row : row + 2].tolist())
-        sample = Sample(image=image, key=key, boxes_xyxy=self._boxes_xyxy[at].copy(), classes=self._classes[at].copy())
-        sample["crowd"] = self._crowd[at].copy()
-        sample["annotated_upright"] = (height, width) != image.size_hw  # drawn in a viewer that turned the photo
-        if captions := self.captions(index):
-            sample["captions"] = captions
+        key = self.key(index)
+        image, (height, width) = read_image(self.folder / self._names[index], key), self.sizes_hw[index].tolist()
+        entry = json.loads(self._entries[index])
+        entry |= {"height": height, "width": width, "file_name": self._names[index]}
         try:
-            sample.update(self._dense_fields(range(at.start, at.stop), height, width))
+            fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose, self._tolerance)
         except ValueError as error:
             raise UnreadableSample(key, str(error), str(self._file)) from error
-        return sample
+        if entry["captions"]:
+            fields["captions"] = {"": entry["captions"]}
+        return Sample(image=image, key=key) | fields
 
-    def _dense_fields(self, numbers: range, height: int, width: int) -> Sample:
-        """Masks and body surfaces of some annotations of one image, where they are asked for."""
-        sample = Sample()
-        if self._with_masks:
-            sample["masks"] = stack_masks([json.loads(self._segments[i]) for i in numbers], height, width)
-        if self.densepose:
-            people = [json.loads(self._people[i]) for i in numbers if self._is_person[i]]
-            sample.update(dp.fields(people, height, width))
-        return sample
+    def _read_annotations(self, file: CocoFile, sizes_hw: np.ndarray) -> list[list[Entry]]:
+        """The annotations that are used, of each image: what a sample is made of, with their `class`."""
+        entries, rows, wheres = file.annotations, file.rows, file.wheres
+        kept = read_boxes(entries, sizes_hw[rows], wheres, self._tolerance, self.inventory).kept
+        names = {"id", "bbox", "iscrowd", *["segmentation"] * self._with_masks, *dp.NAMES * self.densepose}
+        of_images: list[list[Entry]] = [[] for _ in sizes_hw]
+        for i in kept.tolist():
+            if self._with_masks:
+                check_mask(entries[i].get("segmentation"), sizes_hw[rows[i]].tolist(), wheres[i])
+            if self.densepose:
+                dp.person(entries[i], wheres[i])
+            used = {name: entries[i][name] for name in names & entries[i].keys()}
+            of_images[rows[i]].append(used | {"class": int(file.labels[i])})
+        return of_images
 
-    def _select(self, keep_empty: bool, captioned: bool, wheres: Wheres) -> None:
-        """Choose the images that are given, by their place in the file."""
+    def _select(
+        self, of_images: list[list[Entry]], texts: list[list[str]], keep_empty: bool, captioned: bool, wheres: Wheres
+    ) -> list[int]:
+        """The images that are given, by their place in the file."""
         inventory, kept = self.inventory, np.ones(len(wheres), bool)
-        counted = self._is_person if self.densepose else np.ones(len(self._classes), bool)
-        of_images = np.concatenate([[0], np.cumsum(counted)])[self._starts]
-        with_caption = np.diff(self._caption_starts) > 0
-        for asked, reason, has in (
-            (not keep_empty, f"without a {'body' if self.densepose else 'box'}", np.diff(of_images) > 0),
-            (captioned, "without a caption", with_caption),
+        num_boxes, num_captions = (np.array(list(map(len, lists)), np.int64) for lists in (of_images, texts))
+        annotated, reason = num_boxes > 0, "without a box"
+        if self.densepose:
+            annotated = np.array([any("dp_masks" in one for one in found) for found in of_images], bool)
+            reason = "without a body"
+        for asked, why, has in (
+            (not keep_empty, reason, annotated),
+            (captioned, "without a caption", num_captions > 0),
         ):
             if asked:
-                inventory.count_each("left_out", "images", reason, wheres, kept & ~has)
+                inventory.count_each("left_out", "images", why, wheres, kept & ~has)
                 kept &= has
-        for unit, starts in (("boxes", self._starts), ("captions", self._caption_starts)):
-            counts = np.diff(starts)
+        for unit, counts in (("boxes", num_boxes), ("captions", num_captions)):
             inventory.used[unit] += int(counts[kept].sum())
-            example = wheres[int(kept.argmin())] if len(kept) else ""
-            inventory.leave_out(unit, "of images that are left out", example, int(counts[~kept].sum()))
-        self._rows = np.flatnonzero(kept)
-        inventory.used["images"] = len(self._rows)
-        self.captioned = bool(with_caption[self._rows].all())
-        if len(self._rows) == 0:
+            inventory.count_each("left_out", unit, "of images that are left out", wheres, counts * ~kept)
+        inventory.used["images"] = int(kept.sum())
+        if not kept.any():
             asked_for = "annotated " * (not keep_empty) + "captioned " * captioned
             raise ValueError(f"{self._file}: no {asked_for}images; expected at least one")
-
-    def _read_annotations(self, file: CocoFile, tolerance: float) -> None:
-        """Columns of the annotations, in the order of the images; those of image row r are at `_starts[r : r + 2]`."""
-        entries, rows, wheres = file.annotations, file.rows, file.wheres
-        boxes = read_boxes(entries, self._sizes_hw[rows], wheres, tolerance, self.inventory)
-        order = np.argsort(rows[boxes.kept], kind="stable")
-        kept = boxes.kept[order]
-        self._starts = np.searchsorted(rows[kept], np.arange(len(self._keys) + 1))
-        self._boxes_xyxy, self._classes, self._crowd = boxes.xyxy[order], file.labels[kept], boxes.crowd[order]
-        # As JSON in one buffer: as Python objects, COCO's polygons take gigabytes.
-        if self._with_masks:
-            sizes = self._sizes_hw[rows].tolist()
-            codes = (check_mask(entries[i].get("segmentation"), sizes[i], wheres[i]) for i in kept)
-            self._segments = Strings(json.dumps(code) for code in codes)
-        if self.densepose:
-            people = [dp.person(entries[i], wheres[i]) for i in kept]
-            self._is_person = np.array([person is not None for person in people], dtype=bool)
-            self._people = Strings(json.dumps(person) for person in people)
+        return np.flatnonzero(kept).tolist()
 
 
-def stack_masks(codes: Sequence[Any], height: int, width: int) -> np.ndarray:
-    """uint8 (M, height, width) of codes that `check_mask` passed.
+def box_fields(
+    entry: Entry, image: EncodedImage, num_classes: int, masks: bool, densepose: bool, tolerance: float = TOLERANCE
+) -> Sample:
+    """The boxes, classes, masks and body surfaces of one image, of its entry with its `annotations`.
 
     Raises:
-        ValueError: Together they are too large.
+        ValueError: A key is missing, a class out of range, another size than the image's, a malformed annotation.
     """
-    check_room(len(codes), height, width)
-    return np.array([decode_mask(code, (height, width)) for code in codes], np.uint8).reshape(-1, height, width)
-
-
-def wrong_size(image: EncodedImage, height: int, width: int) -> str:
-    """The reason why annotations of this size do not fit an image."""
-    return f"has {image.size_hw[1]}x{image.size_hw[0]} pixels, the annotations say {width}x{height}"
+    boxes, wheres = read_boxes_of_image(entry, "annotation", Inventory(), num_classes, tolerance)  # counted before
+    height, width = entry["height"], entry["width"]
+    if (height, width) not in (image.size_hw, image.upright_hw):
+        found = f"{str(entry.get('file_name', 'the image'))[-60:]} has {image.size_hw[1]}x{image.size_hw[0]} pixels"
+        raise ValueError(f"{found}, the annotations say {width}x{height}")
+    entries, kept = entry["annotations"], boxes.kept
+    classes = np.array([entries[i]["class"] for i in kept], np.int64)
+    sample = Sample(boxes_xyxy=boxes.xyxy, classes=classes, crowd=boxes.crowd)
+    sample["annotated_upright"] = (height, width) != image.size_hw
+    if masks:
+        codes = [check_mask(entries[i].get("segmentation"), [height, width], wheres[i]) for i in kept]
+        check_room(len(codes), height, width)
+        decoded = [decode_mask(code, (height, width)) for code in codes]
+        sample["masks"] = np.array(decoded, np.uint8).reshape(-1, height, width)
+    if densepose:
+        people = (dp.person(entries[i], wheres[i]) for i in kept)
+        sample.update(dp.fields([person for person in people if person is not None], height, width))
+    return sample

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import column, is_number, load_json, xywh_to_xyxy
+from indiclip.datasets.tables import column, is_number, is_text, load_json, xywh_to_xyxy
 from indiclip.names import shorten
 
 TOLERANCE = 2.0  # pixels by which a box may reach out of its image: tools round
 _MIN_SIDE = 1.0  # pixels; COCO's few thinner boxes are slips of an annotator, too thin to be learnt from
+_WHOLE = re.compile("0|-?[1-9][0-9]{0,18}")  # a number as Python would write it
 _CLIPPED = 0.01  # pixels; less is the rounding of x + width
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold and no text
 
 Entry = dict[str, Any]
 Id = int | str
@@ -139,9 +140,9 @@ def _read_ids(entries: list[Entry], where: str) -> Wheres:
     return Wheres(where, ids)
 
 
-def check_unique(ids: list[Id], where: str) -> None:
+def check_unique(ids: Sequence[Id], where: str) -> None:
     """Raise a `ValueError`, which begins with `where`, where two ids or names read alike."""
-    texts = list(map(str, ids))
+    texts = [unicodedata.normalize("NFC", str(found).strip()) for found in ids]
     if len(set(texts)) < len(texts):
         (repeated, count), *_ = Counter(texts).most_common(1)
         raise ValueError(f"{where} {shorten(repeated)} is duplicated, {count} times; expected each id and name once")
@@ -179,21 +180,24 @@ def read_boxes(
     check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
     boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
-    thick = is_thick(boxes_xyxy)
+    thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
     inventory.count_each("left_out", "boxes", "thinner than a pixel", wheres, ~thick)
     inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
     kept = np.flatnonzero(thick)
     return CocoBoxes(kept, boxes_xyxy[kept], np.array(crowd, dtype=bool)[kept])
 
 
-def read_boxes_of_image(entry: Entry, where: str, inventory: Inventory) -> tuple[CocoBoxes, Wheres]:
-    """The boxes of an image's own entry, as shards hold it: `height`, `width` and the list `annotations`.
+def read_boxes_of_image(
+    entry: Entry, where: str, inventory: Inventory, num_classes: int = 2**31, tolerance: float = TOLERANCE
+) -> tuple[CocoBoxes, Wheres]:
+    """The boxes of an image's own entry, as shards hold it: `height`, `width` and the list `annotations`, each with its
+    `class`.
 
     Returns:
         The boxes, and what to call each of the annotations in messages.
 
     Raises:
-        ValueError: As `read_boxes`, and where size or list are missing.
+        ValueError: As `read_boxes`, and where size or list are missing, or a class is none of `num_classes`.
     """
     size_hw, entries = (entry.get("height"), entry.get("width")), entry.get("annotations")
     if not is_size(size_hw):
@@ -202,7 +206,10 @@ def read_boxes_of_image(entry: Entry, where: str, inventory: Inventory) -> tuple
         raise ValueError(f"annotations is {shorten(entries)}; expected a list")
     ids = [one.get("id", place) if isinstance(one, dict) else place for place, one in enumerate(entries)]
     wheres, sizes_hw = Wheres(where, ids), np.tile(np.array(size_hw, np.int64), (len(entries), 1))
-    return read_boxes(entries, sizes_hw, wheres, TOLERANCE, inventory), wheres
+    boxes = read_boxes(entries, sizes_hw, wheres, tolerance, inventory)
+    classes, expected = column(entries, "class", where), f"0 to {num_classes - 1}"
+    check_all(classes, lambda found: type(found) is int and 0 <= found < num_classes, wheres, "class", expected)
+    return boxes, wheres
 
 
 def read_captions(images: CocoImages, file: Path | None, inventory: Inventory) -> list[list[str]]:
@@ -264,15 +271,7 @@ def is_size(size_hw: Sequence[Any]) -> bool:
 
 def is_box(found: Any) -> bool:
     """Whether a value of a JSON file is four numbers."""
-    if type(found) is not list or len(found) != 4:
-        return False
-    left, top, width, height = found
-    return is_number(left) and is_number(top) and is_number(width) and is_number(height)
-
-
-def is_thick(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """bool (M,): which boxes are at least a pixel wide and high."""
-    return np.asarray((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1))
+    return type(found) is list and len(found) == 4 and all(map(is_number, found))
 
 
 def reaches_out(boxes_xywh: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
@@ -285,15 +284,8 @@ def _is_id(found: Any) -> bool:
     return type(found) in (int, str)  # True is an int, and True == 1 == 1.0
 
 
-def is_text(found: Any) -> bool:
-    """Whether a value of a JSON file is a text that can be read."""
-    return isinstance(found, str) and bool(found.strip()) and not _SURROGATE.search(found)
-
-
 def _aliases(image_id: Id) -> tuple[Id, ...]:
     """The id as it stands, and the number as text or the text as a number."""
     if isinstance(image_id, int):
         return image_id, str(image_id)
-    digits = image_id.removeprefix("-")
-    plain = digits.isascii() and digits.isdigit() and len(digits) < 20 and str(int(image_id)) == image_id
-    return (image_id, int(image_id)) if plain else (image_id,)
+    return (image_id, int(image_id)) if _WHOLE.fullmatch(image_id) else (image_id,)

@@ -1,4 +1,4 @@
-"""Texts by language: parallel tables, tables with a column of languages, plain files; and which are held out."""
+"""Texts by language: parallel tables, tables with a column of languages, plain files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 from indiclip.datasets.captions import LANGUAGE_COLUMNS, CaptionColumns
 from indiclip.datasets.languages import caption_language
 from indiclip.datasets.table_reader import Table
-from indiclip.datasets.tables import decode_text, existing, stable_hash
-
-HOLDOUT = 0.1  # share of the rows that nothing is trained on
+from indiclip.datasets.tables import decode_text, existing, stable_hash, text_lines
 
 
 @dataclass(frozen=True)
@@ -55,21 +53,8 @@ def read_texts(files: Iterable[str]) -> Iterator[Text]:
             yield from (Text(language, text, key or text) for language, text in texts)
 
 
-def training_texts(files: list[str], holdout: float) -> dict[str, list[str]]:
-    """Language -> the texts to train on: of rows that are not held out, and equal to no text that is held out.
-
-    Short texts recur under other keys ("OK"); without the second condition they would be trained on after all.
-    """
-    held_out = {(row.language, row.text) for row in read_texts(files) if row.is_held_out(holdout)}
-    texts: dict[str, list[str]] = {}
-    for row in read_texts(files):
-        if not row.is_held_out(holdout) and (row.language, row.text) not in held_out:
-            texts.setdefault(row.language, []).append(row.text)
-    return texts
-
-
 def _lines(file: Path) -> Iterator[dict[str, list[str]]]:
-    for line in decode_text(file.read_bytes(), str(file)).split("\n"):
+    for line in text_lines(decode_text(file.read_bytes(), str(file))):
         yield {file.stem: [line]}
 
 

@@ -20,6 +20,8 @@ _GRID = 256
 _NUM_PARTS = 24
 _RANGES = {"dp_x": (0, 256), "dp_y": (0, 256), "dp_I": (1, _NUM_PARTS), "dp_U": (0, 1), "dp_V": (0, 1)}
 
+NAMES = ("dp_masks", *_RANGES)
+
 
 def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
     """The checked DensePose part of an annotation, None where it has none.
@@ -27,10 +29,9 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
     Raises:
         ValueError: A field is missing or of another length, or a value is out of range; begins with `where`.
     """
-    names = ("dp_masks", *_RANGES)
-    if not any(name in entry for name in names):
+    if not any(name in entry for name in NAMES):
         return None
-    for name in names:
+    for name in NAMES:
         if not isinstance(found := entry.get(name), list):
             raise ValueError(f"{where}: {name} is {shorten(found)}; expected a list, as of the other dp_ fields")
     lengths = {name: len(entry[name]) for name in _RANGES}
@@ -48,7 +49,7 @@ def person(entry: dict[str, Any], where: str) -> dict[str, Any] | None:
     for code in entry["dp_masks"]:
         if code != []:
             check_run_lengths(code, [_GRID, _GRID], f"{where}: a dp_masks entry")
-    return {name: entry[name] for name in (*names, "bbox")}
+    return entry
 
 
 def fields(people: list[dict[str, Any]], height: int, width: int) -> Sample:
@@ -60,21 +61,25 @@ def fields(people: list[dict[str, Any]], height: int, width: int) -> Sample:
         ValueError: The masks together are too large.
     """
     check_room(len(people), height, width)
+
+    def of_points(*names: str) -> np.ndarray:
+        """float64 (S, number of names): these values of all people's points."""
+        values = [one for entry in people for one in zip(*(entry[name] for name in names), strict=True)]
+        return np.array(values, dtype=np.float64).reshape(-1, len(names))
+
     # The box as annotated, because the points are relative to that; not the clipped one of the detection targets.
     boxes_xywh = np.array([entry["bbox"] for entry in people], dtype=np.float64).reshape(-1, 4)
     sizes_hw = np.tile([height, width], (len(people), 1))
-    points = [np.array([entry["dp_x"], entry["dp_y"]], dtype=np.float64).T.reshape(-1, 2) for entry in people]
-    placed = [box[:2] + point / 255 * box[2:] for box, point in zip(boxes_xywh, points, strict=True)]
-    counts = [len(point) for point in points]
+    person = np.repeat(np.arange(len(people)), [len(entry["dp_x"]) for entry in people])
+    points_xy = boxes_xywh[person, :2] + of_points("dp_x", "dp_y") / 255 * boxes_xywh[person, 2:]
     inside = np.nextafter(np.array([width, height], dtype=np.float32), np.float32(0))  # the edges are exclusive
-    uv = [np.array([entry["dp_U"], entry["dp_V"]], dtype=np.float32).T.reshape(-1, 2) for entry in people]
     return Sample(
         dp_boxes_xyxy=xywh_to_xyxy(boxes_xywh, sizes_hw, ["dp"] * len(people), tolerance=np.inf),
         dp_masks=np.array([_body(entry, height, width) for entry in people], np.uint8).reshape(-1, height, width),
-        dp_points_xy=np.concatenate([np.zeros((0, 2)), *placed]).astype(np.float32).clip(0, inside),
-        dp_person=np.repeat(np.arange(len(people)), counts),
-        dp_part=np.array([part for entry in people for part in entry["dp_I"]], dtype=np.int64),
-        dp_uv=np.concatenate([np.zeros((0, 2), np.float32), *uv]),
+        dp_points_xy=points_xy.astype(np.float32).clip(0, inside),
+        dp_person=person,
+        dp_part=of_points("dp_I")[:, 0].astype(np.int64),
+        dp_uv=of_points("dp_U", "dp_V").astype(np.float32),
     )
 
 

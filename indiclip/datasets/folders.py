@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -18,10 +19,12 @@ class Files(NamedTuple):
 
     Attributes:
         images: Paths relative to the folder, in alphabetical order.
+        texts: Path of an image without its extension -> `txt`, `json` -> the path of this text beside it.
         inventory: `files`: the images and the texts beside them are used.
     """
 
     images: list[str]
+    texts: dict[str, dict[str, str]]
     inventory: Inventory
 
 
@@ -32,20 +35,29 @@ def list_images(folder: Path, below: str = "") -> Files:
     """
     names, inventory = sorted(_walk(folder / below, f"{below}/" if below else "", set())), Inventory()
     images = [name for name in names if is_image_name(name) and not _is_hidden(name)]
-    stems = {str(PurePosixPath(name).with_suffix("")) for name in images}
+    texts: dict[str, dict[str, str]] = {stem(name): {} for name in images}
     inventory.present["files"] = len(names)
     for name in names:
-        path = PurePosixPath(name)
-        extension, shown = path.suffix[1:].lower(), os.fsencode(name).decode(errors="backslashreplace")
+        extension, reason = PurePosixPath(name).suffix[1:].lower(), ""
         if _is_hidden(name):
-            inventory.leave_out("files", "hidden", shown)
-        elif is_image_name(name) or (extension in _TEXTS and str(path.with_suffix("")) in stems):
-            inventory.used["files"] += 1
+            reason = "hidden"
         elif extension in _TEXTS:
-            inventory.leave_out("files", "text without an image of its name", shown)
-        else:
-            inventory.leave_out("files", f".{extension}, which is not read" if extension else "no extension", shown)
-    return Files(images, inventory)
+            beside = texts.get(stem(name))
+            if beside is None:
+                reason = "text without an image of its name"
+            elif beside.setdefault(extension, name) != name:
+                reason = "text beside another of its name"
+        elif not is_image_name(name):
+            reason = f".{extension}, which is not read" if extension else "no extension"
+        inventory.used["files"] += not reason
+        if reason:
+            inventory.leave_out("files", reason, os.fsencode(name).decode(errors="backslashreplace"))
+    return Files(images, texts, inventory)
+
+
+def stem(name: str) -> str:
+    """A path without its extension."""
+    return re.sub(r"\.[^./]*$", "", name)
 
 
 def _walk(folder: Path, below: str, seen: set[str]) -> Iterator[str]:

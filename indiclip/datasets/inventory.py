@@ -36,31 +36,31 @@ class Inventory:
             example: Where one of them is: file and row, id or member. The first is kept.
             count: How many.
         """
-        self._count("left_out", unit, reason, example, count)
+        self.count("left_out", unit, reason, example, count)
 
     def count_each(self, kind: Kind, unit: str, reason: str, wheres: Sequence[str], which: np.ndarray) -> None:
-        """Count those of `wheres` that the bool array `which` says: what is left out, or is used otherwise than it
-        stands in the file.
+        """Count those of `wheres` that `which` says, bool or how many of each: what is left out, or is used otherwise
+        than it stands in the file.
         """
         if which.any():
-            self._count(kind, unit, reason, wheres[int(which.argmax())], int(which.sum()))
+            self.count(kind, unit, reason, wheres[int((which > 0).argmax())], int(which.sum()))
 
-    def _count(self, kind: Kind, unit: str, reason: str, example: str, count: int) -> None:
+    def count(self, kind: Kind, unit: str, reason: str, example: str, count: int = 1) -> None:
+        """As `leave_out`, also of what is used otherwise than it stands in the file."""
         before, first = self._counts.get((kind, unit, reason), (0, example))
         if count:
             self._counts[kind, unit, reason] = before + count, first
 
     def left_out(self) -> Iterator[tuple[str, str, int, str]]:
         """(unit, reason, count, example)."""
-        for (kind, unit, reason), (count, example) in self._counts.items():
-            if kind == "left_out":
-                yield unit, reason, count, example
+        counts = self._counts.items()
+        return ((unit, reason, *found) for (kind, unit, reason), found in counts if kind == "left_out")
 
     def __iadd__(self, other: Inventory) -> Inventory:
         self.present.update(other.present)
         self.used.update(other.used)
         for (kind, unit, reason), (count, example) in other._counts.items():
-            self._count(kind, unit, reason, example, count)
+            self.count(kind, unit, reason, example, count)
         return self
 
     def verify(self) -> None:
@@ -88,7 +88,7 @@ class Inventory:
             inventory.present[unit], inventory.used[unit] = int(found["present"]), int(found["used"])
             for kind in get_args(Kind):
                 for reason, entry in found[kind].items():
-                    inventory._count(kind, unit, reason, f"{where}{entry['example']}", int(entry["count"]))
+                    inventory.count(kind, unit, reason, f"{where}{entry['example']}", int(entry["count"]))
         return inventory
 
     def lines(self) -> list[str]:

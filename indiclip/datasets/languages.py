@@ -10,17 +10,17 @@ language sees other crops.
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import langcodes
+import yaml
 
 from indiclip.datasets.tables import stable_hash
 from indiclip.types import Sample
 
-# The languages of the Eighth Schedule of the Constitution of India, and English.
-OF_INDIA = (
-    *("en", "as", "bn", "brx", "doi", "gu", "hi", "kn", "ks", "kok", "mai", "ml"),
-    *("mni", "mr", "ne", "or", "pa", "sa", "sat", "sd", "ta", "te", "ur"),
-)
+NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+OF_INDIA: list[str] = NAMES["of_india"]
 _SPEAKERS = 1_000_000
 # Codes of Indonesian, Norwegian, Malay, Minangkabau and Newari, but columns are called by them for other reasons.
 _OTHER_WORDS = ("id", "no", "ms", "min", "new")
@@ -71,10 +71,7 @@ def draw_caption(sample: Sample, stream: str, epoch: int = 0) -> Sample:
     # By a hash for each language: another language moves only the images that get it.
     order = sorted(captions, key=lambda language: stable_hash(f"{stream}:{rounds}:{language}"))
     language, texts = order[turn], captions[order[turn]]
-    if len(texts) > 1:
-        cycle, turn = divmod(rounds, len(texts))
-        texts = sorted(texts, key=lambda text: stable_hash(f"{stream}:{cycle}:{language}:{text}"))
-    else:
-        turn = 0
+    cycle, turn = divmod(rounds, len(texts))
+    texts = sorted(texts, key=lambda text: stable_hash(f"{stream}:{cycle}:{language}:{text}"))
     drawn = sample | Sample(caption=texts[turn])
     return drawn | Sample(language=language) if language else drawn

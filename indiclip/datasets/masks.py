@@ -33,7 +33,12 @@ def check_mask(code: Any, size_hw: list[int], where: str) -> Any:
         return code
     longest = max(size_hw)
     for polygon in code:
-        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(_is_finite, polygon)):
+        if (
+            not isinstance(polygon, list)
+            or len(polygon) % 2
+            or not all(map(is_number, polygon))
+            or not all(map(math.isfinite, polygon))
+        ):
             raise ValueError(f"{where}: a polygon is {shorten(polygon)}; expected [x1, y1, x2, y2, ...]")
         if polygon and not -longest <= min(polygon) <= max(polygon) <= 2 * longest:
             raise ValueError(f"{where}: a polygon reaches from {min(polygon):g} to {max(polygon):g}, out of its image")
@@ -75,10 +80,6 @@ def decode_mask(code: Any, size_hw: tuple[int, int]) -> np.ndarray:
     code = code | {"size": list(size_hw)}  # whole numbers: C takes no 20.0
     packed = rle.frPyObjects(code, *size_hw) if isinstance(code["counts"], list) else code
     return np.asarray(rle.decode(packed))
-
-
-def _is_finite(value: Any) -> bool:
-    return is_number(value) and math.isfinite(value)
 
 
 def _runs(text: str, where: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -17,11 +18,10 @@ from indiclip.datasets.coco_file import (
     check_all,
     check_unique,
     is_box,
-    is_text,
     reaches_out,
 )
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, load_json, xywh_to_xyxy
+from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, is_text, load_json, xywh_to_xyxy
 from indiclip.images import UnreadableSample, read_header, read_image
 from indiclip.names import shorten
 from indiclip.types import Sample
@@ -61,35 +61,48 @@ class CountingPoints(SampleDataset):
         names, class_names, points, counts = (
             column(entries, name, where) for name in ("file_name", "class_name", "points", "count")
         )
-        numbers = Wheres(f"{where} number", range(len(names)))
+        numbers, wheres = Wheres(f"{where} number", range(len(names))), Wheres(f"{file}:", names)
         check_all(names, lambda name: isinstance(name, str), numbers, "file_name", "text")
-        check_unique(names, f"{file}: image")
-        wheres = Wheres(f"{file}:", names)
+        check_unique(list(map(posixpath.normpath, names)), f"{file}: image")
         check_files(self.folder, names, str(file))
         check_all(class_names, is_text, wheres, "class_name", "text")
         check_all(points, partial(_is_list, of=_is_point), wheres, "points", "[[x, y], ...]")
-        self._inventory = Inventory()
-        self._names = Strings(names)
-        self.sizes_hw = np.array([self._size_hw(entry, wheres[i]) for i, entry in enumerate(entries)])
-        self.classes = sorted(set(class_names))
-        self._labels = np.searchsorted(self.classes, class_names)
-        self.counts = np.array(list(map(len, points)))
+        boxes = [[] if entry.get("boxes") is None else entry["boxes"] for entry in entries]
+        expected = "null or a list of [x, y, width, height], as many as points"
+        check_all(boxes, partial(_is_list, of=is_box), wheres, "boxes", expected)
         for i, count in enumerate(counts):
-            if type(count) is not int or count != self.counts[i]:
-                raise ValueError(f"{wheres[i]}: count is {shorten(count)}, but there are {self.counts[i]} points")
+            if type(count) is not int or count != len(points[i]):
+                raise ValueError(f"{wheres[i]}: count is {shorten(count)}, but there are {len(points[i])} points")
+            if boxes[i] and (len(boxes[i]) != count or any(min(box[2:]) <= 0 for box in boxes[i])):
+                raise ValueError(f"{wheres[i]}: {len(boxes[i])} boxes; expected {count} of [x, y, width, height]")
+        self.classes = sorted(set(class_names))
+        check_unique(self.classes, f"{file}: class")
+        self._labels = np.searchsorted(self.classes, class_names)
+        self._names, self.counts, self._inventory = Strings(names), np.array(counts), Inventory()
+        self.sizes_hw = np.array([self._size_hw(entry, wheres[i]) for i, entry in enumerate(entries)])
+        self._boxed = np.array(list(map(len, boxes))) > 0
+        self._place(list(chain(*points)), list(chain(*boxes)), tolerance, f"{file}:")
+
+    def _place(self, points: list[Any], boxes: list[Any], tolerance: float, where: str) -> None:
+        """Points and boxes of all images, one after the other, inside their images; zeros where an image has no box."""
+        image = np.repeat(np.arange(len(self)), self.counts)  # of each point
+        wheres = Wheres(where, [self._names[i] for i in image.tolist()])
+        sizes_hw, boxed = np.where(self.sizes_hw == 0, 2**31, self.sizes_hw)[image], self._boxed[image]
+        boxes_xywh = np.zeros((len(image), 4))
+        boxes_xywh[boxed] = np.array(boxes).reshape(-1, 4)
         self._starts = np.cumsum([0, *self.counts])
-        image = np.repeat(np.arange(len(entries)), self.counts)  # of each point
-        of_points = Wheres(f"{file}:", [names[i] for i in image])
-        sizes_hw = np.where(self.sizes_hw == 0, 2**31, self.sizes_hw)[image]
-        self._points_xy = place_points(
-            list(chain.from_iterable(points)), sizes_hw, of_points, tolerance, self.inventory
-        )
-        boxes_xywh = self._read_boxes(entries, wheres)
-        self._boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, of_points, tolerance)
-        boxed = np.repeat(self._boxed, self.counts)
+        points_xy, edges = np.array(points, dtype=np.float64).reshape(-1, 2), sizes_hw[:, ::-1].astype(np.float32)
+        for i in np.flatnonzero(~((points_xy >= -tolerance) & (points_xy <= edges + tolerance)).all(1)):  # NaN too
+            (x, y), (height, width) = points_xy[i].tolist(), sizes_hw[i]
+            raise ValueError(f"{wheres[i]}: the point {[x, y]} lies outside the image of {width}x{height} pixels")
+        outside = np.asarray(((points_xy < 0) | (points_xy > edges)).any(1))
+        self.inventory.count_each("altered", "points", "moved into the image", wheres, outside)
+        # The edges are exclusive.
+        self._points_xy = points_xy.astype(np.float32).clip(0, np.nextafter(edges, np.float32(0)))
+        self._boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
         clipped = boxed & reaches_out(boxes_xywh, sizes_hw)
-        self.inventory.count_each("altered", "boxes", "clipped to the image", of_points, clipped)
-        for unit, count in (("images", len(entries)), ("points", len(image)), ("boxes", int(boxed.sum()))):
+        self.inventory.count_each("altered", "boxes", "clipped to the image", wheres, clipped)
+        for unit, count in (("images", len(self)), ("points", len(image)), ("boxes", int(boxed.sum()))):
             self.inventory.present[unit] = self.inventory.used[unit] = count
 
     def __len__(self) -> int:
@@ -122,45 +135,6 @@ class CountingPoints(SampleDataset):
         if said not in (header.size_hw, header.upright_hw) or {*map(type, said)} != {int}:
             raise ValueError(f"{where}: the file has (height, width) {header.size_hw}, the entry says {shorten(said)}")
         return said
-
-    def _read_boxes(self, entries: list[Entry], wheres: Wheres) -> np.ndarray:
-        """(number of points, 4) boxes beside the points, as in the file; zeros where an image has none."""
-        lists = [[] if entry.get("boxes") is None else entry["boxes"] for entry in entries]
-        expected = "null or a list of [x, y, width, height], as many as points"
-        check_all(lists, partial(_is_list, of=is_box), wheres, "boxes", expected)
-        self._boxed = np.array(list(map(len, lists))) > 0
-        boxes_xywh = np.zeros((self._starts[-1], 4))
-        for i in np.flatnonzero(self._boxed):
-            if len(lists[i]) != self.counts[i] or any(min(box[2:]) <= 0 for box in lists[i]):
-                raise ValueError(
-                    f"{wheres[i]}: {len(lists[i])} boxes; expected {self.counts[i]} of [x, y, width, height], as points"
-                )
-            boxes_xywh[self._starts[i] : self._starts[i + 1]] = lists[i]
-        return boxes_xywh
-
-
-def place_points(
-    points: list[Any], sizes_hw: np.ndarray, wheres: Wheres, tolerance: float, inventory: Inventory
-) -> np.ndarray:
-    """float32 (K, 2): points [x, y] inside their images.
-
-    Args:
-        points: K of them.
-        sizes_hw: (K, 2) of the image of each.
-        wheres: What to call each in messages.
-        tolerance: Pixels by which a point may lie out of its image; it is moved inside, and counted in `inventory`.
-
-    Raises:
-        ValueError: A point further out.
-    """
-    points_xy, edges = np.array(points, dtype=np.float64).reshape(-1, 2), sizes_hw[:, ::-1].astype(np.float32)
-    for i in np.flatnonzero(~((points_xy >= -tolerance) & (points_xy <= edges + tolerance)).all(1)):  # NaN too
-        (x, y), (height, width) = points_xy[i].tolist(), sizes_hw[i]
-        raise ValueError(f"{wheres[i]}: the point {[x, y]} lies outside the image of {width}x{height} pixels")
-    outside = np.asarray(((points_xy < 0) | (points_xy > edges)).any(1))
-    inventory.count_each("altered", "points", "moved into the image", wheres, outside)
-    # The edges are exclusive.
-    return points_xy.astype(np.float32).clip(0, np.nextafter(edges, np.float32(0)))
 
 
 def _is_point(point: Any) -> bool:

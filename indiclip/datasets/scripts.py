@@ -7,29 +7,10 @@ from functools import cache, lru_cache
 
 from fontTools import unicodedata
 
-# Scripts in which one language is written almost always. Not Bengali (bn, as, mni) and not Arabic (ur, ks, sd, ...).
-LANGUAGE = {
-    "Gurmukhi": "pa",
-    "Gujarati": "gu",
-    "Odia": "or",
-    "Tamil": "ta",
-    "Telugu": "te",
-    "Kannada": "kn",
-    "Malayalam": "ml",
-    "Ol Chiki": "sat",
-    "Meetei Mayek": "mni",
-    "Sinhala": "si",
-    "Thai": "th",
-    "Greek": "el",
-    "Hangul": "ko",
-}
-# What the others may be.
-CANDIDATES = {
-    "Devanagari": "hi, mr, ne, sa, ...",
-    "Bengali": "bn, as, mni",
-    "Arabic": "ur, ks, sd, ar, fa, ...",
-    "Latin": "English, romanised, ...",
-}
+from indiclip.datasets.languages import NAMES
+
+LANGUAGE: dict[str, str] = NAMES["language_of_script"]
+CANDIDATES: dict[str, str] = NAMES["languages_of_script"]
 _MIXED = 0.1  # share of a text's letters from which a script counts
 
 
@@ -62,4 +43,4 @@ def language(found: tuple[str, ...]) -> str:
     if len(found) > 1:
         return " + ".join(found)
     (name,) = found
-    return LANGUAGE.get(name) or f"{name} ({CANDIDATES[name]})" if name in {*LANGUAGE, *CANDIDATES} else name
+    return LANGUAGE.get(name) or (f"{name} ({CANDIDATES[name]})" if name in CANDIDATES else name)

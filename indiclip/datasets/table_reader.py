@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,9 +14,9 @@ import numpy as np
 
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import caption_language
-from indiclip.datasets.tables import decode_text
+from indiclip.datasets.tables import decode_text, is_text
 from indiclip.datasets.text_rows import text_rows
-from indiclip.images import EncodedImage, UnreadableSample
+from indiclip.images import EncodedImage, UnreadableSample, is_image_name
 from indiclip.names import did_you_mean, shorten
 
 KINDS = (".csv", ".tsv", ".parquet")
@@ -42,12 +43,13 @@ class Table:
     """
 
     def __init__(self, file: Path, on_bad_row: OnBadRow = "error", image_column: str = "") -> None:
-        if file.suffix not in KINDS:
+        kind = file.suffix.lower()
+        if kind not in KINDS:
             raise ValueError(f"{file}: expected a {', '.join(KINDS[:-1])} or {KINDS[-1]} file")
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"on_bad_row: found {on_bad_row!r}; expected error or skip")
         self.file, self._on_bad_row, self._left_out = file, on_bad_row, Inventory()
-        self.is_parquet = file.suffix == ".parquet"
+        self.is_parquet = kind == ".parquet"
         if self.is_parquet:
             self._parquet = _open_parquet(file)
             self.header: list[str] = list(self._parquet.schema_arrow.names)
@@ -61,7 +63,7 @@ class Table:
     def _read(self, image_column: str) -> None:
         text = decode_text(self.file.read_bytes(), str(self.file))
         lines = list(io.StringIO(text, newline=""))  # a line ends with CR, LF or both, and nowhere else
-        is_csv = self.file.suffix == ".csv"
+        is_csv = self.file.suffix.lower() == ".csv"
         found = list(text_rows(lines, is_csv, image_column))
         self.header = [name.strip() for name in found[0][1]] if found else []
         if any("\0" in name for name in self.header):
@@ -74,13 +76,14 @@ class Table:
         self._lines = np.array([line for line, _, _ in found[1:]], dtype=np.int64)
         self._is_kept = np.ones(len(self._lines), bool)
         for place, (_, row, problem) in enumerate(found[1:]):
+            reason = "with a stray quote"
+            if not problem and len(row) != len(self.header):
+                reason = "with more or fewer columns than the header"
+                problem = f"found {len(row)} columns; the header has {len(self.header)}"
+            elif not problem and "\0" in "".join(row):
+                reason, problem = "with a NUL", "found a NUL; expected text"
             if problem:
-                self.leave_out(place, "with a stray quote", problem)
-            elif len(row) != len(self.header):
-                found_here = f"found {len(row)} columns; the header has {len(self.header)}"
-                self.leave_out(place, "with more or fewer columns than the header", found_here)
-            elif any("\0" in cell for cell in row):
-                self.leave_out(place, "with a NUL", "found a NUL; expected text")
+                self.leave_out(place, reason, problem)
 
     @property
     def kept(self) -> list[int]:
@@ -175,8 +178,8 @@ class Table:
         Such images are called by their path, or by the table's name and the row where paths are missing or repeated.
         """
         place = self.place(name)
-        if not self.is_parquet or not _holds_images(kind := self._parquet.schema_arrow.field(place).type):
-            return self.names(place), None
+        if not self.is_parquet or not self._holds_images(name, kind := self._parquet.schema_arrow.field(place).type):
+            return [posixpath.normpath(name) if name else "" for name in self.names(place)], None
         paths = [""] * len(self._lines)
         if hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0:
             with _readable(self.file):
@@ -186,11 +189,21 @@ class Table:
             paths = [f"{self.file.stem}-{row:06}" for row in range(len(paths))]
         return paths, EmbeddedImages(self.file, name)
 
+    def _holds_images(self, name: str, kind: Any) -> bool:
+        """Whether a column of Parquet holds images; some programs write text, such as files' names, as bytes too."""
+        from pyarrow import types
+
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if types.is_nested(kind) or "binary" not in str(kind):
+            return bool(types.is_struct(kind))
+        first = next((cell.as_py() for cell in self._parquet.read_row_group(0, [name]).column(0) if cell.is_valid), b"")
+        return not is_image_name(first[-8:].decode(errors="replace"))
+
     def _column(self, place: int) -> list[Any]:
         if self.is_parquet:
             nth = self.header[:place].count(self.header[place])
             with _readable(self.file):
-                column: list[Any] = self._parquet.read(columns=[self.header[place]]).column(nth).to_pylist()
+                column = list(map(_as_python, self._parquet.read(columns=[self.header[place]]).column(nth)))
             if len(column) != len(self._lines):
                 raise ValueError(f"{self.file}: broken Parquet: {len(column)} of {len(self._lines)} rows")
             return column
@@ -251,10 +264,12 @@ def _readable(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: broken Parquet: {' '.join(str(error).split())[:200]}") from error
 
 
-def _holds_images(kind: Any) -> bool:
-    from pyarrow import types
-
-    return bool(types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+def _as_python(cell: Any) -> Any:
+    """The value of a cell, or why Python has none: it is no UTF-8, or a time in nanoseconds."""
+    try:
+        return cell.as_py()
+    except ValueError as error:
+        return error
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -264,7 +279,9 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for one in value:
             yield from _texts(one)
+    elif isinstance(value, ValueError):
+        raise ValueError(f"expected text: {str(value)[:80]}")
     elif isinstance(value, str):
-        yield from filter(None, [value.strip()])
+        yield from [value.strip()] if is_text(value) else []
     elif value is not None and value == value:  # NaN is what pandas writes for nothing
         raise ValueError(f"found the {type(value).__name__} {shorten(value)}; expected text")

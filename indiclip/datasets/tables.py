@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from indiclip.names import did_you_mean, nearest_beside, shorten
+
+_VISIBLE = re.compile(r"[^\s\u200b-\u200f\u2060\ufeff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold and no text
 
 
 class Strings:
@@ -71,6 +76,16 @@ def decode_text(data: bytes, where: str) -> str:
     return text
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, which end with CR, LF or both, and nowhere else."""
+    return [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
+
+
+def is_text(found: Any) -> bool:
+    """Whether a value is a text that can be read, with something visible in it."""
+    return isinstance(found, str) and bool(_VISIBLE.search(found)) and not _SURROGATE.search(found)
+
+
 def existing(path: str) -> Path:
     """A path given by the user.
 
@@ -94,20 +109,27 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
     there = {entry.name for entry in folder.iterdir()}
     missing = []
     for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: file_name is {name!r}; expected text")
         if name in there:
             continue
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
+        if _leads_out(name):
             raise ValueError(f"{where}: the image {shorten(name)} lies outside the folder {folder}")
-        if not os.path.isfile(folder / name):  # noqa: PTH113 (Path.is_file raises where a name is too long)
+        if not has_file(folder, name):
             missing.append(name)
     if missing:
         near = did_you_mean(missing[0], there)
         raise FileNotFoundError(
             f"{where}: {len(missing)} of {len(names)} images are not in {folder}, first {shorten(missing[0])}{near}"
         )
+
+
+def _leads_out(name: str) -> bool:
+    parts = PurePosixPath(name)
+    return parts.is_absolute() or ".." in parts.parts
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether a file is in a folder or below it; False where its name leads out."""
+    return not _leads_out(name) and os.path.isfile(folder / name)  # noqa: PTH113 (Path.is_file raises for a long name)
 
 
 def xywh_to_xyxy(
@@ -129,7 +151,8 @@ def xywh_to_xyxy(
     """
     boxes = np.asarray(boxes_xywh, dtype=np.float64).reshape(-1, 4)
     edges = sizes_hw[:, ::-1].astype(np.float64)
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    with np.errstate(over="ignore"):  # the sum is infinite then, and lies outside
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     for wrong, what in (
         (~np.isfinite(boxes).all(1), "is not finite"),
         ((boxes[:, 2:] < 0).any(1), "has a negative size"),
@@ -150,6 +173,27 @@ def is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: Malformed, or an object has a key twice, of which JSON's readers take the last.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the key {shorten(repeated)} is duplicated in an object; expected it once")
+    return found
+
+
 def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
     """A JSON file, with the keys that it must have.
 
@@ -158,9 +202,9 @@ def load_json(path: Path, keys: Sequence[str] = ()) -> Any:
     """
     text = decode_text(path.read_bytes(), str(path))
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON: {error}") from error
+        content = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             found = shorten(sorted(content)) if isinstance(content, dict) else type(content).__name__

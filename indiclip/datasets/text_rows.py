@@ -65,6 +65,8 @@ def _quoted(feed: _Lines, delimiter: str) -> tuple[list[str] | None, str]:
     try:
         return next(csv.reader(feed, delimiter=delimiter, strict=True)), ""
     except (csv.Error, StopIteration) as error:
+        if "field limit" in str(error):
+            return None, f"a cell is too long; expected at most {csv.field_size_limit():,} characters"
         return None, f"a cell opens with a quote, and nothing closes it, or text follows the closing one ({error})"
 
 
@@ -75,7 +77,10 @@ def _row_test(header: list[str], is_csv: bool, image_column: str) -> Callable[[s
     place = [name.strip() for name in header].index(image_column) if header.count(image_column) == 1 else -1
 
     def is_row(line: str) -> bool:
-        cells = next(csv.reader([line]), [])
+        try:
+            cells = next(csv.reader([line]), [])
+        except csv.Error:  # too long
+            return False
         return place >= 0 and len(cells) == len(header) and is_image_name(cells[place].strip())
 
     return is_row

@@ -48,12 +48,13 @@ class MultiTaskData(L.LightningDataModule):
         super().__init__()
         if not 0 <= quarantine <= 1:
             raise ValueError(f"data.quarantine: found {quarantine}; expected a share, 0 to 1")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers: found {num_workers}; expected 0 or more")
-        if steps_per_epoch is not None and steps_per_epoch < 1:
-            raise ValueError(f"data.steps_per_epoch: found {steps_per_epoch}; expected 1 or more")
-        if seed < 0:
-            raise ValueError(f"seed_everything (data.seed): found {seed}; expected 0 or more")
+        for key, found, least in (
+            ("data.num_workers", num_workers, 0),
+            ("data.steps_per_epoch", steps_per_epoch, 1),
+            ("seed_everything (data.seed)", seed, 0),
+        ):
+            if found is not None and found < least:
+                raise ValueError(f"{key}: found {found}; expected {least} or more")
         self.quarantine = quarantine
         self.train, self.val = train, list(val or [])
         self.seed, self.num_workers = seed, num_workers

@@ -70,7 +70,9 @@ class Plan:
             self.counts = apportion(spec.samples, weights)
         else:
             self.counts = apportion(_CYCLE if len(weights) > 1 else 1, weights)
-            self._turns = take_turns(self.counts)
+            # Each source as often as its count says, evenly mixed.
+            turns = [((i + 0.5) / count, source) for source, count in enumerate(self.counts) for i in range(count)]
+            self._turns = [source for _, source in sorted(turns)]
         self._check(spec)
         entropy = (seed, zlib.crc32(task.encode()))
         self._samplers = [
@@ -149,12 +151,6 @@ class Plan:
                     f"data: source {number} of task {self.task!r} gets no sample in {where}; raise its weight"
                     + " or the batch_size" * (self._turns is None)
                 )
-
-
-def take_turns(counts: Sequence[int]) -> list[int]:
-    """The numbers of sources, each as often as its count says, evenly mixed."""
-    turns = [((i + 0.5) / count, source) for source, count in enumerate(counts) for i in range(count)]
-    return [source for _, source in sorted(turns)]
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

@@ -57,8 +57,7 @@ class SourceSampler:
         starts = np.arange(0, info.size + part, part) if info.starts is None else info.starts
         self._starts = np.minimum(starts, info.size)
         order = self._rng(0).permutation(len(self._starts) - 1)
-        groups = (order[first : first + window] for first in range(0, len(order), window))
-        self._windows: list[list[int]] = [shards.tolist() for shards in groups]
+        self._windows = [order[first : first + window].tolist() for first in range(0, len(order), window)]
         sizes = np.diff(self._starts)
         self._sizes = np.array([sizes[shards].sum() for shards in self._windows])
         self._epoch_at: tuple[int, np.ndarray, np.ndarray] = (-1, self._sizes, self._sizes)

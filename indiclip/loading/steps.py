@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 import zlib
 
 from torch.utils.data import Dataset, get_worker_info
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.languages import draw_caption
 from indiclip.images import UnreadableSample
 from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import Plan, SampleRef
-from indiclip.loading.prefetch import Prefetch
 from indiclip.loading.source import Source
 from indiclip.loading.workers import reading
 from indiclip.types import Batch, Origin, Quarantined, Sample
@@ -41,7 +42,7 @@ class Steps(Dataset[dict[str, Batch]]):
             self.sources.setdefault(key, []).append(source)
         self.origins = {key: _origin(key, group) for key, group in self.sources.items()}
         self.plans = {key: self._plan(group) for key, group in self.sources.items()}
-        self._prefetch = Prefetch()
+        self._fetched: dict[tuple[str, int], list[int]] = {}  # shards that were asked for last
         # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
         self._quarantined = [
             lost._replace(task=source.task) for source in sources for lost in source.dataset.damaged if rank == 0
@@ -74,15 +75,13 @@ class Steps(Dataset[dict[str, Batch]]):
             warnings.warn(f"data: nothing in held-out step {step} is readable: {self._quarantined}", stacklevel=2)
         for batch in found.values():
             # All with the first batch, so that each is counted once; where there is none, with the next step's.
-            batch["quarantined"], self._quarantined = self._quarantined, []
+            batch["quarantined"] = self.unreadable()
         return found
 
     def _batch(self, task: str, step: int) -> Batch | None:
         plan = self.plans[task]
-        info = get_worker_info()
-        worker = self.rank + (info.id if info else 0)
         for number, shards in plan.next_shards(step) if self.train else []:
-            self._prefetch(task, number, self.sources[task][number].dataset, shards, worker)
+            self._prefetch(task, number, shards)
         read = (self.read(task, ref) for ref in plan.batch(step, self.rank, self.world_size))
         samples = [sample for sample in read if sample is not None]
         if not samples:
@@ -90,6 +89,19 @@ class Steps(Dataset[dict[str, Batch]]):
         batch = collate(samples)
         batch["origin"] = self.origins[task]
         return batch
+
+    def _prefetch(self, task: str, source: int, shards: list[int]) -> None:
+        """Begin to fetch the shards of the next window, in a thread, unless it was asked for before.
+
+        Each worker begins at another shard; the cache's locks keep two from fetching the same.
+        """
+        if self._fetched.get((task, source)) == shards:
+            return
+        self._fetched[task, source] = shards
+        info = get_worker_info()
+        first = (self.rank + (info.id if info else 0)) % len(shards)
+        arguments = (self.sources[task][source].dataset, shards[first:] + shards[:first])
+        threading.Thread(target=_fetch, args=arguments, name="prefetch", daemon=True).start()
 
     def read(self, task: str, ref: SampleRef) -> Prepared | None:
         """One prepared sample; in training the next readable one stands in for an unreadable one.
@@ -100,10 +112,12 @@ class Steps(Dataset[dict[str, Batch]]):
         source = self.sources[task][ref.source]
         size = self.plans[task].sizes[ref.source]
         attempts = min(_REPLACEMENTS, size) if self.train else 1
+        # Of the augmentation. The text is the one that runs of every version have hashed.
+        place = f"Place(source={ref.source}, index={ref.index}, position={ref.position})"
+        random_seed = zlib.crc32(f"({self.seed}, {task!r}, {place})".encode()) if self.train else None
         for attempt in range(attempts):
             try:
                 index = (ref.index + attempt) % size
-                random_seed = self._random_seed(task, ref) if self.train else None
                 with reading(source.task, source.dataset, index):
                     sample = self._draw_caption(task, ref, source.dataset[index])
                     return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
@@ -116,11 +130,6 @@ class Steps(Dataset[dict[str, Batch]]):
                 f"{last.reason}"
             )
         return None
-
-    def _random_seed(self, task: str, ref: SampleRef) -> int:
-        """Of the augmentation of a sample. The text is the one that runs of every version have hashed."""
-        place = f"Place(source={ref.source}, index={ref.index}, position={ref.position})"
-        return zlib.crc32(f"({self.seed}, {task!r}, {place})".encode())
 
     def _draw_caption(self, task: str, ref: SampleRef, sample: Sample) -> Sample:
         """The sample with the caption of one language; a held-out one keeps the others, to be scored in all."""
@@ -136,6 +145,13 @@ class Steps(Dataset[dict[str, Batch]]):
         """The unreadable samples since the last call, of which no batch tells then."""
         found, self._quarantined = self._quarantined, []
         return found
+
+
+def _fetch(dataset: SampleDataset, shards: list[int]) -> None:
+    try:
+        dataset.prefetch(shards)
+    except (OSError, ValueError) as error:  # who reads the shard meets it again; until then there is time to mend it
+        warnings.warn(f"data: {error}", stacklevel=1)
 
 
 def _keys(sources: list[Source], train: bool) -> list[str]:

@@ -97,13 +97,11 @@ class Transform:
             return patches.fit_hw(*size, patch_size, self.max_tokens)
 
         image = sample["image"]
-        full = canvas = upright_hw(image)
-        turned = not isinstance(image, EncodedImage) or sample.get("annotated_upright", False)  # no turn to make
-        if not turned:
-            canvas = image.size_hw
-        fields = wrap(sample, canvas)
-        if not turned:
-            fields = {name: turn(value, image.orientation) for name, value in fields.items()}
+        full = upright_hw(image)
+        is_turned = not isinstance(image, EncodedImage) or sample.get("annotated_upright", False)
+        orientation = 1 if is_turned else image.orientation  # of the annotations
+        canvas = full if orientation < 5 else full[::-1]
+        fields = {name: turn(value, orientation) for name, value in wrap(sample, canvas).items()}
         steps = self.augment if random_seed is not None else []
         with _seeded(random_seed if steps else None):
             region, size, left = _plan_reading(full, steps, fit)
@@ -168,20 +166,16 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 def _plan_reading(full: Size, steps: list[Any], fit: Callable[[Size], Size]) -> tuple[Region, Size, list[Any]]:
     """Which part (top, left, height, width) of the upright image is wanted at which size, and what is left to do."""
-    if steps and _crops_as_we_resize(steps[0]):
+    # Torchvision's own default is the word.
+    bilinear = (v2.InterpolationMode.BILINEAR, "bilinear")
+    crops = bool(steps) and type(steps[0]) is v2.RandomResizedCrop
+    if crops and steps[0].antialias and steps[0].interpolation in bilinear:  # as we resize
         canvas = tv_tensors.Image(torch.empty(3, *full, device="meta"))
         at = steps[0].make_params([canvas])
         height, width = steps[0].size
         return (at["top"], at["left"], at["height"], at["width"]), (int(height), int(width)), steps[1:]
     late = all(type(step) in _OF_ANY_SIZE for step in steps)
     return (0, 0, *full), fit(full) if late else full, steps
-
-
-def _crops_as_we_resize(step: Any) -> bool:
-    if type(step) is not v2.RandomResizedCrop:
-        return False
-    # torchvision's own default is the word.
-    return bool(step.antialias) and step.interpolation in (v2.InterpolationMode.BILINEAR, "bilinear")
 
 
 def _read_region(image: Any, full: Size, region: Region, size: Size) -> Tensor:

@@ -171,14 +171,17 @@ class Workers:
         return answers
 
 
-class WatchedLoader(DataLoader[T_co]):
+class StepLoader(DataLoader[T_co]):
     """A DataLoader that raises the error for a killed worker only while it waits for what that has to bring.
 
     torch raises it from a signal handler, wherever the main process is then: while a checkpoint is written, or inside
     of a lock, which stays locked, so that the end of the iteration waits for ever.
+
+    Its `worker_init_fn` may be a `Workers`.
     """
 
     def _get_iterator(self) -> Any:
+        workers = self.worker_init_fn
         if self.num_workers == 0:
             return super()._get_iterator()
         self.check_worker_number_rationality()  # type: ignore[no-untyped-call]  # as torch's does
@@ -186,7 +189,12 @@ class WatchedLoader(DataLoader[T_co]):
             signal_handling._SIGCHLD_handler_set = True  # torch's own stays out
             if signal.getsignal(signal.SIGCHLD) is not _on_end_of_a_child:
                 signal.signal(signal.SIGCHLD, _on_end_of_a_child)
-        return _Iterator(self)
+        if not isinstance(workers, Workers):
+            return _Iterator(self)
+        with workers.starting():
+            iterator = _Iterator(self)
+        workers.started(iterator._workers)
+        return iterator
 
 
 class _Iterator(_MultiProcessingDataLoaderIter):
@@ -212,19 +220,6 @@ class _Iterator(_MultiProcessingDataLoaderIter):
 def _on_end_of_a_child(number: int, frame: FrameType | None) -> None:
     if _Iterator.waiting:
         _error_if_any_worker_fails()
-
-
-class StepLoader(WatchedLoader[T_co]):
-    """A loader whose `worker_init_fn`, where it has one, is a `Workers`."""
-
-    def __iter__(self) -> Any:
-        workers = self.worker_init_fn
-        if not isinstance(workers, Workers):
-            return super().__iter__()
-        with workers.starting():
-            iterator = super().__iter__()
-        workers.started(iterator._workers)  # type: ignore[attr-defined]
-        return iterator
 
 
 def living_workers() -> list[Workers]:

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from indiclip.datasets import densepose as dp
-from indiclip.datasets.coco import stack_masks, wrong_size
-from indiclip.datasets.coco_file import Entry, check_all, read_boxes_of_image
-from indiclip.datasets.inventory import Inventory
+from indiclip.datasets.coco import box_fields
 from indiclip.datasets.masks import check_mask
-from indiclip.datasets.tables import column
 from indiclip.images import EncodedImage
 from indiclip.types import Sample
-from indiclip.webdataset.shards import Shards, caption_fields, read_captions
+from indiclip.webdataset.shards import Shards, read_captions
 
 
 class BoxShards(Shards):
@@ -48,34 +42,9 @@ class BoxShards(Shards):
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
         fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose)
-        fields.update(caption_fields(read_captions(parts, entry)))
+        if captions := read_captions(parts, entry):
+            fields["captions"] = captions
         return fields
-
-
-def box_fields(entry: dict[str, Any], image: EncodedImage, num_classes: int, masks: bool, densepose: bool) -> Sample:
-    """The boxes, classes, masks and body surfaces of one image.
-
-    Raises:
-        ValueError: A key is missing, a class out of range, another size than the image's, a malformed annotation.
-    """
-    boxes, wheres = read_boxes_of_image(entry, "annotation", Inventory())  # its index has counted them
-    height, width = entry["height"], entry["width"]
-    if (height, width) not in (image.size_hw, image.upright_hw):
-        raise ValueError(wrong_size(image, height, width))
-    entries: list[Entry] = entry["annotations"]
-    classes = column(entries, "class", "annotation")
-    expected = f"0 to {num_classes - 1}"
-    check_all(classes, lambda found: type(found) is int and 0 <= found < num_classes, wheres, "class", expected)
-    kept = boxes.kept
-    sample = Sample(boxes_xyxy=boxes.xyxy, classes=np.array(classes, np.int64)[kept], crowd=boxes.crowd)
-    sample["annotated_upright"] = (height, width) != image.size_hw
-    if masks:
-        codes = [check_mask(entries[i].get("segmentation"), [height, width], wheres[i]) for i in kept]
-        sample["masks"] = stack_masks(codes, height, width)
-    if densepose:
-        people = (dp.person(entries[i], wheres[i]) for i in kept)
-        sample.update(dp.fields([person for person in people if person is not None], height, width))
-    return sample
 
 
 def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) -> None:

@@ -12,7 +12,6 @@ import gzip
 import math
 import os
 import re
-import stat as status_bits
 import tempfile
 import time
 import zlib
@@ -153,9 +152,8 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
 
 def _is_at_hand(copy: Path, size: int, check: Callable[[Path], None]) -> bool:
     try:
-        status = copy.lstat()
         # Somebody may have put a link in its place; a machine that went down may have left half of it.
-        if not status_bits.S_ISREG(status.st_mode) or size not in (-1, status.st_size):
+        if copy.is_symlink() or not copy.is_file() or size not in (-1, copy.stat().st_size):
             return False
         check(copy)
         with suppress(PermissionError):  # another user's

@@ -78,7 +78,7 @@ class ShardFiles:
         if needed <= cache.limit():
             for shard in shards:
                 self.path(shard)
-        elif not self._warned and _speaks_for_all():
+        elif not self._warned and getattr(get_worker_info(), "id", 0) == 0:  # one says it for all
             self._warned = True
             warnings.warn(
                 f"data: shards are not fetched ahead, because two windows of {len(shards)} take {needed:,} bytes and "
@@ -119,11 +119,6 @@ class ShardFiles:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-
-
-def _speaks_for_all() -> bool:
-    info = get_worker_info()
-    return info is None or info.id == 0
 
 
 def _is_removed(descriptor: int) -> bool:

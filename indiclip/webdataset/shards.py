@@ -7,7 +7,6 @@ no link is followed.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zlib
@@ -20,9 +19,10 @@ import numpy as np
 from braceexpand import braceexpand
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
-from indiclip.datasets.tables import decode_text, existing
+from indiclip.datasets.tables import decode_text, existing, is_text, parse_json, text_lines
 from indiclip.images import EncodedImage, UnreadableSample, is_trouble
 from indiclip.names import shorten
 from indiclip.types import Quarantined, Sample
@@ -33,7 +33,7 @@ _NUMBERED = re.compile(r"_[1-9]\d*$")
 
 
 class Shards(SampleDataset):
-    """Samples with `image`, and `caption`, `captions`, `language`, `label` where the shards have them.
+    """Samples with `image`, and `captions`, `label` where the shards have them.
 
     A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class; `language` or `lang` of
     the `.json` says its language. `captions` of the `.json` are an object, language -> text or texts, or a list of
@@ -90,7 +90,13 @@ class Shards(SampleDataset):
         self.sizes_hw = np.concatenate(
             [np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes]
         )
-        self._check_labels()
+        self._has_labels = bool((self.labels >= 0).any())
+        if self.classes and self.labels.max() >= len(self.classes):
+            index = int(self.labels.argmax())
+            raise ValueError(
+                f"{self.shard(index)}: {self.key(index)}: the label is {self.labels[index]}; expected 0 to "
+                f"{len(self.classes) - 1} ({self.classes[-1]})"
+            )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -133,11 +139,9 @@ class Shards(SampleDataset):
         """All captions of a sample by language; none where they are unreadable. Decodes no image."""
         try:
             parts = self.parts(index)
-            captions = read_captions(parts, read_entry(parts))
+            return self._captions(int(self.labels[index]), parts, read_entry(parts))
         except ValueError:
             return {}
-        made = self._from_class(int(self.labels[index]))
-        return captions or ({"": made} if made else {})
 
     def shard(self, index: int) -> str:
         """The shard that a sample lies in."""
@@ -177,15 +181,16 @@ class Shards(SampleDataset):
         return f"{self.names[shard]}/{self._indexes[shard].keys[place]}"
 
     def _parts(self, shard: int, place: int) -> dict[str, bytes]:
-        row = self._indexes[shard].rows[place].tolist()  # plain numbers: each field of a row costs a microsecond
-        image, image_bytes, txt, txt_bytes, json_, json_bytes, _, _, _, crc = row
-        found = {"image": self._files.read(shard, image, image_bytes)}
-        if self._indexes[shard].has_crc and zlib.crc32(found["image"]) != crc:
+        index = self._indexes[shard]
+        values = index.rows[place].tolist()  # at once: each field of a row costs a microsecond
+        row = dict(zip(tar_index.ROW.fields or (), values, strict=True))
+        found = {
+            part: self._files.read(shard, row[part], row[f"{part}_bytes"])
+            for part in ("image", "txt", "json")
+            if row[f"{part}_bytes"] >= 0
+        }
+        if index.has_crc and zlib.crc32(found["image"]) != row["crc"]:
             raise ValueError("the image's bytes are not those that were indexed (CRC-32)")
-        if txt_bytes >= 0:
-            found["txt"] = self._files.read(shard, txt, txt_bytes)
-        if json_bytes >= 0:
-            found["json"] = self._files.read(shard, json_, json_bytes)
         return found
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
@@ -193,28 +198,20 @@ class Shards(SampleDataset):
         fields, label = Sample(), int(self.labels[index])
         if label == tar_index.BAD_LABEL:
             raise ValueError("the label is no whole number from 0")
-        captions = read_captions(parts, entry)
-        if not captions and label < 0:
+        if captions := self._captions(label, parts, entry):
+            fields["captions"] = captions
+        elif label < 0:
             raise ValueError("neither text (.txt, .json) nor label (.cls) beside the image")
-        if text := not captions and self._from_class(label):
-            fields["caption"] = text[0]
-        fields.update(caption_fields(captions))
         if self._has_labels:
             fields["label"] = label
         return fields
 
-    def _from_class(self, label: int) -> list[str]:
-        """The caption that the template makes of a class; none without both."""
-        return [self.template.replace("{}", self.classes[label])] if self.template and label >= 0 else []
-
-    def _check_labels(self) -> None:
-        self._has_labels = bool((self.labels >= 0).any())
-        if self.classes and self.labels.max() >= len(self.classes):
-            index = int(self.labels.argmax())
-            raise ValueError(
-                f"{self.shard(index)}: {self.key(index)}: the label is {self.labels[index]}; expected 0 to "
-                f"{len(self.classes) - 1} ({self.classes[-1]})"
-            )
+    def _captions(self, label: int, parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, list[str]]:
+        """Those beside the image, else the one that the template makes of the class."""
+        captions = read_captions(parts, entry)
+        if not captions and self.template and label >= 0:
+            return {"": [self.template.replace("{}", self.classes[label])]}
+        return captions
 
     def _place(self, index: int) -> tuple[int, int]:
         index = range(len(self))[index]
@@ -232,11 +229,12 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
     where = classes if isinstance(classes, str) else "classes"
     lines = classes or []
     if isinstance(classes, str):
-        lines = decode_text(existing(classes).read_bytes(), where).splitlines()
+        lines = text_lines(decode_text(existing(classes).read_bytes(), where))
     names = [name.strip() for name in lines]
     for number, name in enumerate(names):
-        if not name or name in names[:number]:
-            raise ValueError(f"{where}: class {number} is {name!r}; expected one name per class, each once")
+        if not is_text(name):
+            raise ValueError(f"{where}: class {number} is {shorten(name)}; expected one name per class")
+    check_unique(names, f"{where}: class")
     return names
 
 
@@ -264,7 +262,8 @@ def find(urls: str | list[str]) -> list[str]:
     cache.limit()  # a mistake there would make every sample of a copy unreadable
     found: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
-        for name in map(os.path.expanduser, braceexpand(url)):
+        is_there = os.path.exists(os.path.expanduser(url))  # noqa: PTH110, PTH111 (a Path makes s3:/ of s3://)
+        for name in map(os.path.expanduser, [url] if is_there else braceexpand(url)):  # { may be part of a name
             found.extend(_matches(name))
     if not found:
         raise ValueError("urls: no shards given")
@@ -299,10 +298,7 @@ def read_entry(parts: dict[str, bytes]) -> dict[str, Any]:
     """
     if "json" not in parts:
         return {}
-    try:
-        entry = json.loads(decode_text(parts["json"], "the .json"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON: {error}") from error
+    entry = parse_json(decode_text(parts["json"], "the .json"))
     if not isinstance(entry, dict):
         raise ValueError(f"found a JSON {type(entry).__name__}; expected an object")
     return entry
@@ -314,7 +310,8 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
     Raises:
         ValueError: Something that is no text, empty or no UTF-8, or a name that is no language's code.
     """
-    own, texts, found = declared_language(entry), dict[str, list[str]](), entry.get("captions")
+    own, texts, found = entry.get("language") or entry.get("lang"), dict[str, list[str]](), entry.get("captions")
+    own = language_tag(own) if isinstance(own, str) else ""
     if found is None or isinstance(found, list):
         found = {own: found or []}
     if not isinstance(found, dict):
@@ -325,8 +322,8 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
             expected = "a language's code such as 'hi' or 'hi-Latn'"
             raise ValueError(f"captions of the .json: found the language {shorten(language)}; expected {expected}")
         where = f"captions of the .json: {language}" if language else "captions of the .json"
-        more = more if isinstance(more, list) else [more]
-        texts[tag] = list(dict.fromkeys([*texts.get(tag, []), *(_checked_text(where, text) for text in more)]))
+        listed = more if isinstance(more, list) else [more]
+        texts.setdefault(tag, []).extend(_checked_text(where, text) for text in listed)
     caption: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
     if "txt" in parts:
         caption = decode_text(parts["txt"], "the .txt")
@@ -334,26 +331,13 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
         caption = _checked_text("the caption", caption)
         # One that declares no language is mostly one of the others again.
         if own or not any(caption in of_language for of_language in texts.values()):
-            texts[own] = list(dict.fromkeys([caption, *texts.get(own, [])]))
-    return {language: of_language for language, of_language in texts.items() if of_language}
-
-
-def caption_fields(captions: dict[str, list[str]]) -> Sample:
-    """What a sample says of its captions: `captions`, or `caption` and `language` of its only one."""
-    if sum(map(len, captions.values())) != 1:
-        return Sample(captions=captions) if captions else Sample()
-    ((language, (text,)),) = captions.items()
-    return Sample(caption=text, language=language) if language else Sample(caption=text)
-
-
-def declared_language(entry: dict[str, Any]) -> str:
-    """`language` or `lang` of a sample's `.json`; empty where it is no language's code."""
-    found = entry.get("language") or entry.get("lang")
-    return language_tag(found) if isinstance(found, str) else ""
+            texts.setdefault(own, []).insert(0, caption)
+    return {language: list(dict.fromkeys(of_language)) for language, of_language in texts.items() if of_language}
 
 
 def _checked_text(name: str, found: Any) -> str:
-    if not isinstance(found, str) or not found.strip():
+    if isinstance(found, str):
+        found.encode()  # half of a surrogate pair, which JSON can hold, is no text
+    if not is_text(found):
         raise ValueError(f"{name} is {shorten(found)}; expected text")
-    found.encode()  # half of a surrogate pair, which JSON can hold, is no text
-    return found.strip()
+    return str(found.strip())

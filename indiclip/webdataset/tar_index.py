@@ -15,15 +15,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import track
 
-from indiclip.datasets.coco_file import is_size, read_boxes_of_image
+from indiclip.datasets.coco_file import read_boxes_of_image
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings
+from indiclip.datasets.tables import Strings, decode_text, parse_json
 from indiclip.images import HEAD_BYTES, UnreadableSample, header
 from indiclip.webdataset import cache
 from indiclip.webdataset.cache import Stat
@@ -35,7 +36,7 @@ ROW = np.dtype(
 )
 DUPLICATED, NO_IMAGE = "duplicated", "without an image"
 BAD_LABEL = -2  # there is one, but it is no whole number from 0
-_VERSION = 2
+_VERSION = 3
 _FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
@@ -141,9 +142,9 @@ def build(tar: Path, version: Stat, crc: bool = False) -> TarIndex:
     rows = np.zeros(len(samples), ROW)
     if samples:
         with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for row, (key, parts) in zip(rows, samples.items(), strict=True):
+            for place, (key, parts) in enumerate(samples.items()):
                 entry = _entry(parts, data)
-                _fill(row, parts, data, entry, crc)
+                rows[place] = _row(parts, data, entry, crc)
                 if "annotations" in entry:
                     _count_boxes(entry, key, inventory)
     return TarIndex(rows, Strings(samples), inventory, damaged, version, cache.fingerprint(tar), crc)
@@ -238,10 +239,6 @@ def _reason(extension: str) -> str:
 
 def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
     """Count the boxes of an image, and those that `BoxShards` drops."""
-    if _all_inside(entry):
-        for counts in (inventory.present, inventory.used):
-            counts["boxes"] += len(entry["annotations"])
-        return
     found = Inventory()
     try:
         boxes, _ = read_boxes_of_image(entry, f"{key}: annotation", found)
@@ -254,46 +251,23 @@ def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
     inventory += found
 
 
-def _all_inside(entry: dict[str, Any]) -> bool:
-    """Whether all boxes of an image lie well inside it, so that the reader, several times as slow, would keep them."""
-    height, width, annotations = entry.get("height"), entry.get("width"), entry["annotations"]
-    if not is_size((height, width)) or type(annotations) is not list:
-        return False
-    try:
-        for annotation in annotations:
-            bbox, crowd = annotation["bbox"], annotation.get("iscrowd", 0)
-            left, top, box_width, box_height = bbox
-            typed = type(bbox) is list and {*map(type, bbox)} <= {int, float} and type(crowd) in (int, bool)
-            inside = 0 <= left <= width - box_width and 0 <= top <= height - box_height
-            if not (typed and inside and box_width > 1.01 and box_height > 1.01 and 0 <= crowd <= 1):
-                return False
-    except (AttributeError, KeyError, TypeError, ValueError):  # malformed: the reader says how
-        return False
-    return True
-
-
 def _entry(parts: Parts, data: mmap.mmap) -> dict[str, Any]:
-    """The object in a sample's `.json`; empty where nothing of it is needed, or it is broken, which its reader says."""
+    """The object in a sample's `.json`; empty where there is none, or it is broken, which its reader says."""
     offset, length = parts.get("json", (0, 0))
-    text = data[offset : offset + length]
-    if not text or ("cls" in parts and b'"annotations"' not in text):
-        return {}
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
+        entry = parse_json(decode_text(data[offset : offset + length], ""))
+    except ValueError:
         return {}
     return entry if isinstance(entry, dict) else {}
 
 
-def _fill(row: Any, parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> None:
-    places = {name: parts.get(name, (0, -1)) for name in ("txt", "json")}
-    places["image"] = offset, length = next(parts[name] for name in IMAGES if name in parts)
-    for name, place in places.items():
-        row[name], row[f"{name}_bytes"] = place
-    row["height"], row["width"] = _size_hw(data, offset, offset + length)
-    row["label"] = _label(parts, data, entry)
-    if crc:
-        row["crc"] = zlib.crc32(data[offset : offset + length])
+def _row(parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> tuple[int, ...]:
+    """A sample's `ROW`."""
+    offset, length = next(parts[name] for name in IMAGES if name in parts)
+    texts = (parts.get(name, (0, -1)) for name in ("txt", "json"))
+    size_hw = _size_hw(data, offset, offset + length)
+    checksum = zlib.crc32(data[offset : offset + length]) if crc else 0
+    return (offset, length, *chain(*texts), _label(parts, data, entry), *size_hw, checksum)
 
 
 def _size_hw(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
@@ -309,9 +283,14 @@ def _label(parts: Parts, data: mmap.mmap, entry: dict[str, Any]) -> int:
         offset, length = parts["cls"]
         text = data[offset : offset + length]
         return int(text) if text.strip().isdigit() and len(text) < 10 else BAD_LABEL
+    return label_of(entry)
+
+
+def label_of(entry: dict[str, Any]) -> int:
+    """The class that a sample's `.json` says; -1 where it says none, `BAD_LABEL` where it is no whole number from 0."""
     found = entry.get("label", entry.get("cls"))
     if isinstance(found, str) and found.strip().isdecimal() and len(found) < 20:
         found = int(found)
     if found is None:
         return -1
-    return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 2**31 else BAD_LABEL
+    return found if type(found) is int and 0 <= found < 2**31 else BAD_LABEL

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from indiclip.datasets.coco_file import join_captions, read_images
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
-from indiclip.datasets.tables import check_files, column, decode_text, load_json
+from indiclip.datasets.tables import check_files, column, decode_text, is_text, load_json, parse_json
 from indiclip.names import shorten
 
 # Where the images lie, below the folder of the file.
@@ -117,9 +116,9 @@ def _crossmodal(file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
         if not line.strip():
             continue
         try:
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
         except ValueError as error:
-            raise ValueError(f"{file}: line {number}: broken JSON: {error}") from error
+            raise ValueError(f"{file}: line {number}: {error}") from error
     keys = column(entries, "image/key", f"{file}: line")
     tags = {name: language_tag(name) for name in sorted({name for entry in entries for name in entry})}
     captions: dict[str, list[list[str]]] = {tag: [[] for _ in entries] for tag in tags.values() if tag}
@@ -134,6 +133,6 @@ def _crossmodal(file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
 
 
 def _caption(text: Any, where: str) -> str:
-    if not isinstance(text, str) or not text.strip():
+    if not is_text(text):
         raise ValueError(f"{where}: the caption is {shorten(text)}; expected text")
-    return " ".join(text.split())
+    return " ".join(str(text).split())

@@ -113,7 +113,7 @@ def _of_folders(card: Card, source: Path) -> Items:
     for split, train in splits.items():
         for folder in _subfolders(source / split):
             place = _folder_class(card, source / split, folder)
-            found, of_folder = list_images(source, f"{split}/{folder}".removeprefix("/"))
+            found, _, of_folder = list_images(source, f"{split}/{folder}".removeprefix("/"))
             names += found
             labels += [place] * len(found)
             is_train += [train] * len(found)
