@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -26,22 +27,25 @@ _READ = "samples read"  # a unit of the inventory
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[\d/]\S*")  # in reasons that are otherwise the same
 
 
-def run(options: Any, words: list[str]) -> int:
+def run(config: list[str], samples: int, read_all: bool, workers: int | None, as_json: bool, others: list[str]) -> int:
     """Build the sources and read them. Returns 1 where training would be stopped."""
-    model, data = _built(words)
+    for word in others:  # of `fit`, which does not know these
+        if near := get_close_matches(word.partition("=")[0], ["--samples", "--all", "--workers", "--json"], 1, 0.8):
+            raise ValueError(f"{word}: no such option; nearest is {near[0]!r} (indiclip check --help)")
+    model, data = _built([word for file in config for word in ("--config", file)] + others)
     sources = {f"data.{part}[{i}]": s for part in ("train", "val") for i, s in enumerate(getattr(data, part))}
     totals = {key: _held(key, source.dataset) for key, source in sources.items()}
-    readers = {key: _Reader(source, data, None if options.all else options.samples) for key, source in sources.items()}
+    readers = {key: _Reader(source, data, None if read_all else samples) for key, source in sources.items()}
     begins = all(reader.read(0, 1).used[_READ] for reader in readers.values())
     if begins:  # a mistake is said before all is read
         check(model, data, "fit")
     pieces = ranges((key, len(reader.chosen)) for key, reader in readers.items())
-    for piece, found in zip(pieces, results(partial(_read, readers), pieces, options.workers, "samples"), strict=True):
+    for piece, found in zip(pieces, results(partial(_read, readers), pieces, workers, "samples"), strict=True):
         totals[piece.url] += found
     stops = _stops(sources, totals, data.quarantine_limits)
     if not begins and not stops:
         check(model, data, "fit")
-    _show(sources, totals, stops, options.json)
+    _show(sources, totals, stops, as_json)
     return 1 if stops else 0
 
 

@@ -29,7 +29,7 @@ from indiclip.training.fault_tolerance import local_ranks
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
-from indiclip.training.trainer_setup import check_trainer, place_loggers, trainer_options
+from indiclip.training.trainer_setup import check_trainer, place_outputs, trainer_options
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -73,7 +73,7 @@ class IndiCLI(LightningCLI):
             failed = False
         finally:
             if self.folder is not None:
-                remove_unused(self.folder, self.trial, failed and self.is_new)
+                remove_unused(self.folder, self.trial, self.is_new and (failed or self.subcommand == "fit"))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="", help="Name of the run's folder (default: the config's).")
@@ -96,7 +96,7 @@ class IndiCLI(LightningCLI):
         self.trial = bool(config.trainer.fast_dev_run)
         self.folder = run_folder(config, self.subcommand, self.trial)
         self.is_new = self.folder.is_dir() and not any(self.folder.iterdir())
-        place_loggers(config.trainer, self.folder)
+        place_outputs(config.trainer, self.folder)
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
@@ -111,7 +111,11 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        return super().instantiate_trainer(**trainer_options(config, self.folder, self.trial), **kwargs)
+        options = trainer_options(config, self.folder, self.trial)
+        try:
+            return super().instantiate_trainer(**options, **kwargs)
+        except TypeError as error:  # as for `devices: x`
+            raise ConfigError(f"trainer: {error}") from error
 
     def before_fit(self) -> None:
         check(self.model, self.datamodule, "fit")
@@ -147,6 +151,8 @@ def run(argv: list[str]) -> int:
     torch.set_flush_denormal(True)
     try:
         check_yaml(config_files(argv))
+        # Lightning's Timer has an enum for a default.
+        yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
         set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))
         IndiCLI()
     except KeyboardInterrupt:
@@ -202,7 +208,9 @@ def _say(error: Exception) -> int:
         raise error
     if notes and not isinstance(error, OSError | ImportError | MisconfigurationException):
         raise error
-    message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
+    message = str(error)
+    if isinstance(error, ConfigError) or "of the Union subtypes" in message:  # what builds objects raises plain ones
+        message = explain(message)
     print(f"indiclip: {' '.join([*message.split(), *notes])}", file=sys.stderr)
     return 1 if notes else 2
 

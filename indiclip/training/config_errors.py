@@ -21,6 +21,15 @@ from indiclip.names import did_you_mean
 
 _GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
+# What jsonargparse says around a mistake, and of the types in a union that the value was never meant to be of.
+_WRAPPER = re.compile(
+    r"""\s*(- )?(Parser key "[^"]+":|Problem with given class_path '[^']+':|Does not validate against any .*|Errors:"""
+    r"|Subtypes: .*|Given value type: .*)$"
+)
+_OTHER_TYPE = re.compile(
+    r"- Expected a (<class|typing)[^\"]*$|(- )?(Given value: .*|Not a valid subclass of \w+|Subclass types expect.*"
+    r"|a class path .*|a dict with.*)$"
+)
 
 
 class ConfigError(ValueError):
@@ -40,7 +49,9 @@ def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     classes = re.findall(r"Problem with given class_path '([^']+)'", message)
-    reason = " ".join(line.strip() for line in message.splitlines() if not _is_wrapper(line)) or message
+    lines = [line.strip() for line in message.splitlines() if not _WRAPPER.match(line)]
+    found = [line for line in lines if not _OTHER_TYPE.match(line)] or lines  # else no type was near to what is given
+    reason = " ".join(line.removeprefix("- ") for line in found) or message
     if option := re.search(r"Option '([^']+)' is not accepted", reason):
         owner = classes[-1] if classes else "the configuration"
         known = _parameters(pkgutil.resolve_name(owner)) if classes else list(_TOP_LEVEL)
@@ -60,7 +71,8 @@ def explain(message: str) -> str:
         return f"{key}: {missing[0]}" + re.sub("'(.*)'", lambda near: repr(old_names.translated(near[1])), hint)
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
-    return f"{key}: {reason}" if key and key not in reason else reason
+    where = key or ", ".join(dict.fromkeys(re.findall(r"class_path[ =]'([^']+)'", message)))
+    return f"{where}: {reason}" if where and where not in reason else reason
 
 
 def check_yaml(files: Iterable[str]) -> None:
@@ -76,10 +88,6 @@ def check_yaml(files: Iterable[str]) -> None:
             raise ConfigError(f"{name}: not a YAML file: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{name}: expected the keys {', '.join(_GROUPS)}, found {type(content).__name__}")
-
-
-def _is_wrapper(line: str) -> bool:
-    return bool(re.match(r"\s*(Parser key \"[^\"]+\":|Problem with given class_path '[^']+':)\s*$", line))
 
 
 def _parameters(cls: Any) -> list[str]:

@@ -27,24 +27,37 @@ class CheckMonitors(L.Callback):
         assert isinstance(pl_module, MultiTask)
         heads = {head.name for head in pl_module.each_head()}
         for where, monitor in _monitors(trainer) if stage == "fit" else []:
-            prefix, _, rest = monitor.partition("/")
-            head = rest.partition("/")[0]
-            if prefix == "val" and head not in heads:
-                near = did_you_mean(monitor, [f"val/{name}/{rest.partition('/')[2]}" for name in heads])
-                raise ValueError(f"{where}: {monitor}: no head {head!r}{near}")
+            prefix, *parts = monitor.split("/", 2)
+            if prefix != "val" or not parts:
+                continue
+            if parts[0] not in heads:
+                near = did_you_mean(monitor, ["/".join([prefix, name, *parts[1:]]) for name in heads])
+                raise ValueError(f"{where}: {monitor}: no head {parts[0]!r}{near}")
+            if not trainer.enable_validation:
+                raise ValueError(f"{where}: {monitor} is not logged, for this run has no validation")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        logged = sorted(trainer.callback_metrics)
-        for where, monitor in _monitors(trainer):
-            if monitor.startswith(("val/", "train/")) and monitor not in logged:
-                raise AgreedStop(trainer, f"{where}: {monitor} is not logged{did_you_mean(monitor, logged)}", 2)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            _check_logged(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.enable_validation:
+            _check_logged(trainer)
+
+
+def _check_logged(trainer: L.Trainer) -> None:
+    logged = sorted([*trainer.callback_metrics, "epoch", "step"])
+    for where, monitor in _monitors(trainer):
+        if monitor not in logged:
+            raise AgreedStop(trainer, f"{where}: {monitor} is not logged{did_you_mean(monitor, logged)}", 2)
 
 
 def _monitors(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
+    """Where each monitor stands, and its name; but of checkpoints by the benchmark, see `check_monitors`."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if monitor := getattr(callback, "monitor", None):
+        monitor = getattr(callback, "monitor", None)
+        by_benchmark = isinstance(callback, ModelCheckpoint) and str(monitor).startswith("eval/")
+        if monitor and not by_benchmark and getattr(callback, "strict", True):
             yield f"trainer.callbacks: the monitor of {type(callback).__name__}", monitor
 
 
