@@ -17,7 +17,7 @@ from indiclip.commands.reading import Range, ranges
 from indiclip.datasets.inventory import Inventory
 from indiclip.loading.plan import SampleRef
 from indiclip.loading.steps import Steps
-from indiclip.training.checks import check
+from indiclip.training.checks import check, keyed
 from indiclip.training.cli import IndiCLI
 from indiclip.training.config_errors import ConfigError, check_yaml, explain
 from indiclip.training.run_folder import config_files
@@ -33,7 +33,7 @@ def run(config: list[str], samples: int, read_all: bool, workers: int | None, as
         if near := get_close_matches(word.partition("=")[0], ["--samples", "--all", "--workers", "--json"], 1, 0.8):
             raise ValueError(f"{word}: no such option; nearest is {near[0]!r} (indiclip check --help)")
     model, data = _built([word for file in config for word in ("--config", file)] + others)
-    sources = {f"data.{part}[{i}]": s for part in ("train", "val") for i, s in enumerate(getattr(data, part))}
+    sources = keyed("data.train", data.train) | keyed("data.val", data.val)
     totals = {key: _held(key, source.dataset) for key, source in sources.items()}
     readers = {key: _Reader(source, data, None if read_all else samples) for key, source in sources.items()}
     begins = all(reader.read(0, 1).used[_READ] for reader in readers.values())

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-import lightning as L
 import torch
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -26,7 +26,7 @@ from indiclip.training.checks import check
 from indiclip.training.config_errors import ConfigError, OneLineParser, check_yaml, explain
 from indiclip.training.config_history import ConfigHistory, check_changes
 from indiclip.training.fault_tolerance import local_ranks
-from indiclip.training.fault_tolerance.ranks import AgreedStop
+from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
 from indiclip.training.trainer_setup import check_trainer, place_outputs, trainer_options
@@ -108,7 +108,7 @@ class IndiCLI(LightningCLI):
             if changes and is_first_process():
                 print("changed since the checkpoint:", *changes, sep="\n  ")
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
         options = trainer_options(config, self.folder, self.trial)
@@ -123,9 +123,8 @@ class IndiCLI(LightningCLI):
         lock(self.folder)
 
     def after_fit(self) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunRecord):
-                callback.after_fit(self.trainer, self.model, self.datamodule)
+        for record in callbacks_of(self.trainer, RunRecord):
+            record.after_fit(self.trainer, self.model, self.datamodule)
 
     def before_validate(self) -> None:
         check(self.model, self.datamodule, "validate")

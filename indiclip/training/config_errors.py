@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import lightning as L
 import yaml
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from indiclip import old_names
@@ -19,7 +19,7 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
 
-_GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
+_GROUPS: dict[str, Any] = {"trainer": Trainer, "model": MultiTask, "data": MultiTaskData}
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
 # What jsonargparse says around a mistake, and of the types in a union that the value was never meant to be of.
 _WRAPPER = re.compile(

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from jsonargparse import Namespace
+from lightning import Callback
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -93,7 +93,7 @@ def trainer_options(config: dict[str, Any], folder: Path, trial: bool) -> dict[s
     _place_checkpoints(given, folder / "checkpoints")
     # CheckMonitors before the callbacks that look for their monitor. RunRecord before StepSync, which may end the run
     # after a step that is to be recorded.
-    ours: list[L.Callback] = [StartupTable(), StepSync(), ResumeValidation(), Watchdog(), LocalRanks()]
+    ours: list[Callback] = [StartupTable(), StepSync(), ResumeValidation(), Watchdog(), LocalRanks()]
     if not trial:
         ours[1:1] = [RunRecord()]
         ours.append(PredictionWriter())
@@ -113,11 +113,11 @@ def listed(value: Any) -> list[Any]:
     return [*value] if isinstance(value, list) else [value] if value not in (None, True, False) else []
 
 
-def _kind(callback: L.Callback) -> type:
+def _kind(callback: Callback) -> type:
     return next((kind for kind in (ProgressBar, ModelCheckpoint) if isinstance(callback, kind)), type(callback))
 
 
-def _place_checkpoints(callbacks: list[L.Callback], folder: Path) -> None:
+def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:
     for callback in callbacks:
         if not isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint):
             continue
