@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+from pathlib import Path
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _COMMANDS = ("check", "shards", "tokenizer", "bench")
@@ -66,6 +67,8 @@ example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 10
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `indiclip`. Returns the exit status; 0 where what reads its output has seen enough (`| head`)."""
+    if sys.stdout is None:  # closed by `>&-`; what is opened next must not get its number, where libraries write
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))

@@ -19,7 +19,7 @@ from indiclip.loading.plan import SampleRef
 from indiclip.loading.steps import Steps
 from indiclip.training.checks import check, keyed
 from indiclip.training.cli import IndiCLI
-from indiclip.training.config_errors import ConfigError, check_yaml, explain
+from indiclip.training.config_errors import check_yaml, one_line
 from indiclip.training.run_folder import config_files
 
 _ENDS = "ends the run: "
@@ -68,8 +68,8 @@ def _built(words: list[str]) -> tuple[Any, Any]:
     try:
         check_yaml(config_files(sys.argv))
         Builder()
-    except ConfigError as error:
-        raise ValueError(explain(str(error))) from error
+    except ValueError as error:
+        raise ValueError(one_line(error)) from error
     except Built as built:
         return built.args[0], built.args[1]
     raise ValueError("fit: nothing to check was built")

@@ -19,8 +19,6 @@ from indiclip.module import Batches, MultiTask
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.record import append_history
 
-_DAMAGES_SHOWN = 3  # damaged places in the data that are printed
-
 
 class StartupTable(Callback):
     """Prints heads, sources, parameter counts and tokens per image before the first step."""
@@ -49,11 +47,10 @@ def _print_damage(console: Console, trainer: Trainer) -> None:
     """Damaged places of the data, of which it is not known how many samples they held."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     of_sources = (source.dataset.damaged for source in (*data.train, *data.val))
-    lost = list({(found.shard, found.key): found for damaged in of_sources for found in damaged}.values())
-    for found in lost[:_DAMAGES_SHOWN]:
-        console.print(f"lost: {found.shard}: {found.key}: {found.reason}", style="yellow", markup=False, soft_wrap=True)
-    if len(lost) > _DAMAGES_SHOWN:
-        console.print(f"lost: {len(lost) - _DAMAGES_SHOWN:,} more, see quarantine.jsonl", style="yellow")
+    lost = {f"{found.shard}: {found.key}: {found.reason}" for damaged in of_sources for found in damaged}
+    if lost:
+        line = f"{len(lost):,} damaged places, listed in quarantine.jsonl, such as {min(lost)}"
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
 
 
 def _sources_table(trainer: Trainer) -> Table:
@@ -75,16 +72,15 @@ def _sources_table(trainer: Trainer) -> Table:
 def _parts_table(module: MultiTask) -> Table:
     table = Table("part", "class", "parameters", "task", "weight", title="Model", title_justify="left")
     encoder = module.encoder
-    rest = sum(p.numel() for p in encoder.parameters())
-    for name, part in (("backbone", encoder.backbone), ("text", encoder.text)):
-        count = sum(p.numel() for p in part.parameters())
-        rest -= count
-        table.add_row(name, type(part).__name__, f"{count:,}", "", "")
-    table.add_row("pooling and projections", type(encoder).__name__, f"{rest:,}", "", "")
+    for name, part in (("encoder", encoder), ("- backbone", encoder.backbone), ("- text", encoder.text)):
+        table.add_row(name, type(part).__name__, _size(part), "", "")
     for head in module.each_head():
-        count = sum(p.numel() for p in head.parameters())
-        table.add_row(f"head: {head.name}", type(head).__name__, f"{count:,}", head.task, f"{head.weight:g}")
+        table.add_row(f"head: {head.name}", type(head).__name__, _size(head), head.task, f"{head.weight:g}")
     return table
+
+
+def _size(module: torch.nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,}"
 
 
 class TaskProgress(ProgressBar):

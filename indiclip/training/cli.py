@@ -23,7 +23,7 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
 from indiclip.old_names import translate_config
 from indiclip.training.checks import check
-from indiclip.training.config_errors import ConfigError, OneLineParser, check_yaml, explain
+from indiclip.training.config_errors import ConfigError, OneLineParser, check_yaml, one_line
 from indiclip.training.config_history import ConfigHistory, check_changes
 from indiclip.training.fault_tolerance import local_ranks
 from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
@@ -175,7 +175,7 @@ def run(argv: list[str]) -> int:
 
 
 class _Pipe:
-    """Standard output that may be closed early, as by `| head -1`: the run goes on without it."""
+    """Standard output that may fail early, as with `| head -1` or on a full disk: the run goes on without it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -193,7 +193,7 @@ class _Pipe:
     def _try(self, act: Callable[[], Any]) -> None:
         try:
             act()
-        except BrokenPipeError:
+        except OSError:  # the reader is gone, or the disk of a log is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -207,10 +207,7 @@ def _say(error: Exception) -> int:
         raise error
     if notes and not isinstance(error, OSError | ImportError | MisconfigurationException):
         raise error
-    message = str(error)
-    if isinstance(error, ConfigError) or "of the Union subtypes" in message:  # what builds objects raises plain ones
-        message = explain(message)
-    print(f"indiclip: {' '.join([*message.split(), *notes])}", file=sys.stderr)
+    print(f"indiclip: {' '.join([one_line(error), *notes])}", file=sys.stderr)
     return 1 if notes else 2
 
 

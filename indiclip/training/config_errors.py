@@ -45,6 +45,14 @@ class OneLineParser(LightningArgumentParser):
         raise ConfigError(message) from ex
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, where it may be the parser's, on one line."""
+    message = str(error)
+    if isinstance(error, ConfigError) or "of the Union subtypes" in message:  # what builds objects raises plain ones
+        message = explain(message)
+    return " ".join(message.split())
+
+
 def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
