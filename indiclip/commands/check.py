@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import unicodedata
-from collections import defaultdict
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -30,6 +30,7 @@ from indiclip.webdataset.tar_index import BAD_LABEL, DUPLICATED
 from indiclip.webdataset.tar_members import IMAGES, LINK, OUTSIDE, TEXTS, TOO_LARGE, key_and_extension, members
 
 _KINDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tabs and line ends
 _MAX_ASPECT = 20  # 1:20 or 20:1
 _UNSAFE = {
     LINK: "a link or a special file",
@@ -148,11 +149,8 @@ class _Sample:
             self._say("placeholder caption", f"the caption is {text!r}")
         if len(text) > max_characters:
             self._say("long caption", f"{len(text):,} characters; more than {max_characters:,}")
-        control = next(
-            (letter for letter in text if unicodedata.category(letter) == "Cc" and letter not in "\t\n\r"), ""
-        )
-        if control:
-            self._say("control character in a caption", f"{control!r} in {text[:40]!r}")
+        if control := _CONTROL.search(text):
+            self._say("control character in a caption", f"{control[0]!r} in {text[:40]!r}")
 
     def _try(self, kind: str, function: Callable[..., Result], *arguments: Any) -> Result | None:
         try:
@@ -176,19 +174,16 @@ def _hash(*contents: bytes) -> int:
 
 def _same_names(urls: list[str], counts: list[int]) -> Iterator[Finding]:
     """Keys that shards of one name share; keys begin with the shard's name."""
-    of_name: defaultdict[str, list[str]] = defaultdict(list)
+    named = Counter(map(cache.stem, urls))
+    first_in: dict[str, str] = {}
     for url, count in zip(urls, counts, strict=True):
-        if count:
-            of_name[cache.stem(url)].append(url)
-    for group in of_name.values():
-        first_in: dict[str, str] = {}
-        for url in group if len(group) > 1 else []:
-            shards = opened(url)
-            for key in map(shards.key, range(len(shards))):
-                if key in first_in:
-                    yield Finding("duplicate key", cache.shown(url), key, f"is in {first_in[key]} too")
-                else:
-                    first_in[key] = cache.shown(url)
+        if not count or named[cache.stem(url)] == 1:
+            continue
+        shards = opened(url)
+        for key in map(shards.key, range(count)):
+            first = first_in.setdefault(key, url)
+            if first != url:
+                yield Finding("duplicate key", cache.shown(url), key, f"is in {cache.shown(first)} too")
 
 
 def _repeats(tasks: list[Range], hashes: list[np.ndarray]) -> Iterator[Finding]:

@@ -208,15 +208,13 @@ def _show(tokenizers: dict[str, Tokenizer], found: dict[str, dict[str, Counts]])
         *(f"{'tokens/word':>13}{cut:>11}{'unknown':>8}" for cut in cuts),
     )
     for language, counts in first.items():
-        print(
-            f"{language:<{left}}{counts.texts:>8,}{counts.words:>8,}", *(_cells(of[language]) for of in found.values())
-        )
+        cells = [f"{language:<{left}}{counts.texts:>8,}{counts.words:>8,}"]
+        for of_tokenizer in found.values():
+            own = of_tokenizer[language]
+            cells.append(f"{own.tokens_per_word:>13.2f}{own.truncated_share:>11.1%}{own.unknown:>8,}")
+        print(*cells)
     ratios = " ".join(f"{ratio(of):>13.2f}{'':>19}" for of in found.values())
     print(f"{'worst / best':<{left + 16}}", ratios.rstrip())
-
-
-def _cells(counts: Counts) -> str:
-    return f"{counts.tokens_per_word:>13.2f}{counts.truncated_share:>11.1%}{counts.unknown:>8,}"
 
 
 def _of_config(path: Path) -> Tokenizer:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import Batches, MultiTask
+from indiclip.training.checks import keyed
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.record import append_history
 
@@ -29,8 +30,8 @@ class StartupTable(Callback):
             return
         assert isinstance(pl_module, MultiTask)
         console = Console()
-        console.print(_sources_table(trainer))
         data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
+        console.print(_sources_table(data))
         for key, inventory in data.inventories().items():
             console.print(f"{key}: {'; '.join(inventory.lines())}", markup=False, soft_wrap=True)
         console.print(_parts_table(pl_module))
@@ -40,32 +41,29 @@ class StartupTable(Callback):
             f"run folder [bold]{folder}[/]   {trainer.world_size} x {device.type}{threads}   precision "
             f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
         )
-        _print_damage(console, trainer)
+        damaged = [found for source in (*data.train, *data.val) for found in source.dataset.damaged]
+        if damaged:  # it is not known how many samples these places held
+            found = damaged[0]
+            console.print(
+                f"{len({*damaged}):,} damaged places, listed in quarantine.jsonl, such as {found.shard}: {found.key}: "
+                f"{found.reason}",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
-def _print_damage(console: Console, trainer: Trainer) -> None:
-    """Damaged places of the data, of which it is not known how many samples they held."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    of_sources = (source.dataset.damaged for source in (*data.train, *data.val))
-    lost = {f"{found.shard}: {found.key}: {found.reason}" for damaged in of_sources for found in damaged}
-    if lost:
-        line = f"{len(lost):,} damaged places, listed in quarantine.jsonl, such as {min(lost)}"
-        console.print(line, style="yellow", markup=False, soft_wrap=True)
-
-
-def _sources_table(trainer: Trainer) -> Table:
+def _sources_table(data: MultiTaskData) -> Table:
     columns = ("task", "source", "samples", "batch", "tokens/image")
     table = Table(*columns, title="Sources", title_justify="left")
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    for part, sources in (("train", data.train), ("val", data.val)):
-        for source in sources:
-            table.add_row(
-                source.task,
-                f"{type(source.dataset).__name__} ({part})",
-                f"{len(source.dataset):,}",
-                f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
-                f"<= {source.max_tokens}",
-            )
+    for key, source in (keyed("train", data.train) | keyed("val", data.val)).items():
+        table.add_row(
+            source.task,
+            f"{key} {type(source.dataset).__name__}",
+            f"{len(source.dataset):,}",
+            f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
+            f"<= {source.max_tokens}",
+        )
     return table
 
 

@@ -72,7 +72,10 @@ def explain(message: str) -> str:
     if linked := re.search(r"Call to compute_fn of link '\w+\((\w+)\).* failed: (.*)", reason):
         return f"{linked[1]}: {linked[2]}"
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
-        return f"{key}: {missing[0]}{did_you_mean(missing[2], _names_in(missing[1]))}"
+        module = missing[1]
+        beside = [name.rpartition(".")[2] for name in _modules(f"{module}.x")]
+        public = [name for name in dir(importlib.import_module(module)) if not name.startswith("_")]
+        return f"{key}: {missing[0]}{did_you_mean(missing[2], public + beside)}"
     if missing := re.search(r"No module named '([^']+)'", reason):
         wanted = classes[-1].rpartition(".")[0] if classes else missing[1]
         hint = did_you_mean(wanted, [*_modules(wanted), *old_names.MODULES])
@@ -108,11 +111,6 @@ def _nearest_option(option: str) -> str:
     if group in _GROUPS and name:
         return did_you_mean(option, [f"{group}.{parameter}" for parameter in _parameters(_GROUPS[group])])
     return did_you_mean(option, _TOP_LEVEL)
-
-
-def _names_in(module: str) -> list[str]:
-    public = [name for name in dir(importlib.import_module(module)) if not name.startswith("_")]
-    return public + [name.rpartition(".")[2] for name in _modules(f"{module}.x")]
 
 
 def _modules(name: str) -> list[str]:

@@ -112,7 +112,10 @@ class IndiaBench(Callback):
             except ValueError as error:
                 raise ValueError(f"IndiaBench.views: {error}") from error
             if stage == "fit" and trainer.is_global_zero:
-                self._check_validates(trainer)
+                if not self.every_n_steps and not trainer.enable_validation:
+                    raise ValueError(
+                        "IndiaBench.every_n_steps: null runs after validations, and this run has none; set it"
+                    )
                 names = logged_names(embedder.lengths, self.bench, self.options)
                 check_monitors(trainer, self.every_n_steps, self.every_n_epochs, names)
         if trainer.is_global_zero:
@@ -213,10 +216,6 @@ class IndiaBench(Callback):
 
     def _embedder(self, module: MultiTask) -> EncoderEmbedder:
         return EncoderEmbedder(module.encoder, self._folder.resolve().name, lengths=self.lengths)
-
-    def _check_validates(self, trainer: Trainer) -> None:
-        if not self.every_n_steps and not trainer.enable_validation:
-            raise ValueError("IndiaBench.every_n_steps: null runs after validations, and this run has none; set it")
 
     def _announce(self, stage: str) -> None:
         counts = [

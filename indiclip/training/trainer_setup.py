@@ -103,18 +103,17 @@ def trainer_options(config: dict[str, Any], folder: Path, trial: bool) -> dict[s
         ours.append(Checkpoints(str(folder / "checkpoints")))
     if config.get("logger") not in (False, []):
         ours.append(LearningRateMonitor("step"))
-    missing = [callback for callback in ours if not any(isinstance(other, _kind(callback)) for other in given)]
-    options["callbacks"] = [CheckMonitors(), *given, *missing]  # the config's own settings of one of ours count
+    options["callbacks"] = [CheckMonitors(), *given]
+    for callback in ours:  # the config's own settings of one of ours count
+        kind = next((kind for kind in (ProgressBar, ModelCheckpoint) if isinstance(callback, kind)), type(callback))
+        if not any(isinstance(other, kind) for other in given):
+            options["callbacks"].append(callback)
     return options
 
 
 def listed(value: Any) -> list[Any]:
     """A trainer's argument that may be one object, a list of them or nothing, as a list."""
     return [*value] if isinstance(value, list) else [value] if value not in (None, True, False) else []
-
-
-def _kind(callback: Callback) -> type:
-    return next((kind for kind in (ProgressBar, ModelCheckpoint) if isinstance(callback, kind)), type(callback))
 
 
 def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:

@@ -158,17 +158,15 @@ class Watchdog(Callback):
         own = own_reading()
         if own.name:
             head += f", reading {own.name} for {own.seconds:.0f} s"
-        brief = [head, f"  rank {self._rank} itself: {_innermost(self._own_frames())}"]
+        stack = traceback.extract_stack(sys._current_frames()[self._watched])
+        frames = [(frame.filename, frame.lineno, frame.name) for frame in reversed(stack)]
+        brief = [head, f"  rank {self._rank} itself: {_innermost(frames)}"]
         whole = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {head}", "", *_own_stacks()]
         for workers in living_workers():
             lines, stacks = _ask(workers)
             brief += lines
             whole += stacks
         return "\n".join([*brief, f"  all stacks: {self._file}"]), "\n".join(whole) + "\n\n"
-
-    def _own_frames(self) -> list[tuple[str, int | None, str]]:
-        frame = sys._current_frames()[self._watched]
-        return [(f.filename, f.lineno, f.name) for f in reversed(traceback.extract_stack(frame))]
 
 
 def _own_stacks() -> list[str]:
