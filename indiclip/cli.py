@@ -6,18 +6,13 @@ into one line. Nothing heavy is imported until a command needs it.
 
 from __future__ import annotations
 
-import importlib
 import os
 import select
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from pathlib import Path
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = {"check": "config_check", "shards": "shards", "tokenizer": "tokenizer", "bench": "bench"}  # -> the file
+_COMMANDS = ("check", "shards", "tokenizer", "bench")
 
 _HELP = """\
 IndiCLIP {version}: trains vision encoders that understand India and the world.
@@ -72,6 +67,8 @@ example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 10
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `indiclip`. Returns the exit status; 0 where what reads its output has seen enough (`| head`)."""
+    if sys.stdout is None:  # closed by `>&-`; what is opened next must not get its number, where libraries write
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
@@ -96,10 +93,10 @@ def _run(argv: list[str]) -> int:
     if word in ("-V", "--version", "version"):
         print(f"indiclip {__version__}")
         return 0
+    from indiclip.commands.words import leaving_at_once, run_command
+
     if word in _COMMANDS:
-        with _leaving_at_once():
-            command = importlib.import_module(f"indiclip.commands.{_COMMANDS[word]}")
-        return int(command.main(argv[1:]))
+        return run_command(argv)
     if word not in _TRAINER_COMMANDS:
         from indiclip.names import did_you_mean
 
@@ -109,30 +106,10 @@ def _run(argv: list[str]) -> int:
     if any(flag in argv for flag in ("-h", "--help")):
         print(_COMMAND_HELP.format(command=word))
         return 0
-    with _leaving_at_once():
+    with leaving_at_once():
         from indiclip.training.cli import run
 
     return run(["--help" if flag == "--help=all" else flag for flag in argv])
-
-
-@contextmanager
-def _leaving_at_once() -> Iterator[None]:
-    """Around imports, which take seconds: Ctrl-C during one of them would be a page of traceback."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"indiclip: stopped\n")
-        os._exit(128 + number)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    # Not where a caller has a handler of its own, or none, as in a background job.
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def lightning() -> int:

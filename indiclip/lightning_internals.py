@@ -9,16 +9,16 @@ from collections.abc import Callable
 from subprocess import Popen
 from typing import Any
 
-import lightning as L
+from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
-def batches_done(trainer: L.Trainer) -> int:
+def batches_done(trainer: Trainer) -> int:
     """Micro-batches that this run has trained on, those before its checkpoint too; exact in mid-epoch."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
 
-def estimated_steps(trainer: L.Trainer) -> float:
+def estimated_steps(trainer: Trainer) -> float:
     """`trainer.estimated_stepping_batches`, without its side effect.
 
     `max_epochs` makes Lightning begin to load before it is known where a resumed run stands, so the loader is reset.
@@ -31,23 +31,23 @@ def estimated_steps(trainer: L.Trainer) -> float:
     return steps
 
 
-def accumulating(trainer: L.Trainer) -> bool:
+def accumulating(trainer: Trainer) -> bool:
     """Whether gradients are waiting for more of them before the optimizer's step."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
-def epoch_ends(trainer: L.Trainer) -> bool:
+def epoch_ends(trainer: Trainer) -> bool:
     """Whether this batch is the last one of its epoch."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
-def validation_due(trainer: L.Trainer) -> bool:
+def validation_due(trainer: Trainer) -> bool:
     """Whether a validation comes after this batch, or goes on."""
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and (trainer.validating or trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
 
 
-def validate_now(trainer: L.Trainer) -> None:
+def validate_now(trainer: Trainer) -> None:
     """A whole validation before the first step of a run that goes on."""
     val_loop = trainer.fit_loop.epoch_loop.val_loop
     val_loop.restarting = False  # from its first batch
@@ -57,7 +57,7 @@ def validate_now(trainer: L.Trainer) -> None:
     trainer.training = True
 
 
-def replace_signal_handlers(trainer: L.Trainer, register: Callable[[], None] | None) -> None:
+def replace_signal_handlers(trainer: Trainer, register: Callable[[], None] | None) -> None:
     """Let `register` set handlers in place of Lightning's; None gives Lightning its own again.
 
     Its handler broadcasts wherever it interrupts a rank, and a run that it ends has status 0.
@@ -68,12 +68,12 @@ def replace_signal_handlers(trainer: L.Trainer, register: Callable[[], None] | N
         trainer._signal_connector.register_signal_handlers = register  # type: ignore[method-assign]
 
 
-def started_by_lightning(trainer: L.Trainer) -> bool:
+def started_by_lightning(trainer: Trainer) -> bool:
     """Whether Lightning itself starts the other ranks of this machine, not torchrun or SLURM."""
     return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
 
 
-def take_processes(trainer: L.Trainer) -> list[Popen[Any]]:
+def take_processes(trainer: Trainer) -> list[Popen[Any]]:
     """The ranks that this process has started, which Lightning's observer is made to watch no more."""
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):

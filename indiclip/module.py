@@ -68,6 +68,8 @@ class MultiTask(L.LightningModule):
         for head in heads:
             head.bind(encoder)
         self.heads = nn.ModuleDict({head.name: head for head in heads})
+        # Copied here: later their sums are converted with the weights, and a profiler's hooks cannot be copied.
+        self._metrics = {head.name: head.metric.clone() for head in heads}
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
         self.optimizer, self.lr_schedule = optimizer or _default_optimizer, lr_schedule or optim.Cosine()
         self.lr_scale, self.layer_decay = lr_scale, layer_decay
@@ -134,16 +136,15 @@ class MultiTask(L.LightningModule):
     def validation_step(self, batches: Batches, batch_idx: int) -> None:
         for name, head, predictions, features, batch in self.predictions(batches):
             if name not in self._scored:
-                self._scored[name] = _new_metric(head)
+                self._scored[name] = self._metrics[head.name].clone().to(self.device)
             head.metric, empty = self._scored[name], head.metric
             head.update_metric(predictions, features, batch)
             head.metric = empty
 
     def on_validation_epoch_end(self) -> None:
-        heads = {head.name: head for head in self.each_head()}
         for name in self._names_of_all_ranks():
             # Ranks may have got different numbers of samples, but all must take part in a metric's exchange.
-            metric = self._scored.get(name) or _new_metric(heads[name.partition("/")[0]])
+            metric = self._scored.get(name) or self._metrics[name.partition("/")[0]].clone().to(self.device)
             self.log_dict({f"val/{name}/{number}": value for number, value in metric.compute().items()})
         self._scored.clear()
 
@@ -181,7 +182,11 @@ class MultiTask(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
-        for state in checkpoint["optimizer_states"] if self.trainer.state.fn == "fit" else []:
+        if self.trainer.state.fn != "fit":
+            return
+        if "optimizer_states" not in checkpoint:
+            raise ValueError("--ckpt_path: found weights only (save_weights_only), with which no training can go on")
+        for state in checkpoint["optimizer_states"]:
             optim.name_old_groups(self, state["param_groups"], self.lr_scale)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,10 +198,6 @@ def _count_in_float32() -> None:
     and positions in bfloat16 are off by pixels.
     """
     torch.set_default_dtype(torch.float32)
-
-
-def _new_metric(head: Head) -> Metrics:
-    return head.metric.clone().to(torch.float32)  # its sums were converted with the weights
 
 
 def _is_updated(part: nn.Module) -> bool:

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from test_bench_photographs import MeanColour, photographs
 
-from indiclip.commands.bench import main
-from indiclip.commands.shards import main as shards
+from indiclip.cli import main
 from indiclip.evals.models import embedder
 from indiclip.training import run_folder
 
@@ -27,17 +26,17 @@ def images(tmp_path, monkeypatch):
 
 
 def bench(*more):
-    return main(["--model", "m", "--images", "photos", "--cards", "edibles", "--resamples", "9", *more])
+    return main(["bench", "--model", "m", "--images", "photos", "--cards", "edibles", "--resamples", "9", *more])
 
 
 def test_help_behind_model(capsys):
-    assert main(["--model", "--help"]) == 0
+    assert main(["bench", "--model", "--help"]) == 0
     assert "--no_procedural" in capsys.readouterr().out
 
 
 def test_help_fits_80_columns(capsys):
     for words in (["--help"], ["--model", "--help"]):
-        main(words)
+        main(["bench", *words])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 84
 
 
@@ -86,14 +85,14 @@ def test_nothing_readable_is_a_mistake(images, capsys):
 
 
 def test_images_seen_in_training_are_said(images, capsys):
-    assert shards(["pack", "photos/edibles", "--out", "shards", "--name", "train"]) == 0
+    assert main(["shards", "pack", "photos/edibles", "--out", "shards", "--name", "train"]) == 0
     capsys.readouterr()
     assert bench("--training", "shards/*.tar") == 0
     assert "edibles: 0 of 9 images are among the training images" in capsys.readouterr().out  # one colour
     for file in images.rglob("*.png"):
         pixels = np.random.default_rng(len(file.parent.name)).integers(0, 255, (40, 40, 3), np.uint8)
         Image.fromarray(pixels).resize((200, 200)).save(file)
-    assert shards(["pack", "photos/edibles", "--out", "shards2", "--name", "train"]) == 0
+    assert main(["shards", "pack", "photos/edibles", "--out", "shards2", "--name", "train"]) == 0
     assert bench("--training", "shards2/*.tar") == 0
     said = "9 of 9 images are among the training images; the report has the scores without them"
     assert said in capsys.readouterr().out

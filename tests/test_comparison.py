@@ -5,7 +5,7 @@ import sys
 import pytest
 from bench_fakes import answer, score, small_run
 
-from indiclip.commands import bench_compare
+from indiclip.commands import bench
 from indiclip.evals.comparison import compare, in_words
 from indiclip.evals.pages.comparison_page import write_comparison
 from indiclip.evals.results import PROCEDURAL
@@ -133,7 +133,7 @@ def test_command_writes_the_page(tmp_path, capsys):
     run([1] + [0] * 7).save(tmp_path / "a")
     run([0] * 8).save(tmp_path / "b")
     out = tmp_path / "c.html"
-    assert bench_compare.compare([f"{tmp_path / 'a'}", f"{tmp_path / 'b'}", "--out", f"{out}"]) == 0
+    assert bench.compare(tmp_path / "a", tmp_path / "b", out) == 0
     assert out.is_file()
     assert "Food, English, top-1: 0.500 | 0.500 | +0.125" in capsys.readouterr().out
 
@@ -141,8 +141,8 @@ def test_command_writes_the_page(tmp_path, capsys):
 def test_command_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     run([0] * 8).save(tmp_path / "a")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="pip install"):
-        bench_compare.compare([f"{tmp_path / 'a'}", f"{tmp_path / 'a'}", "--out", f"{tmp_path / 'c.html'}"])
+    with pytest.raises(ImportError, match="pip install"):
+        bench.compare(tmp_path / "a", tmp_path / "a", tmp_path / "c.html")
 
 
 def test_other_photographs_do_not_stand_against_comparing_what_is_generated():

@@ -43,8 +43,8 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "logger",
-    [False, part("lightning.pytorch.loggers.CSVLogger", save_dir="logs"), part("trouble.OwnLogger")],
-    ids=["none", "csv", "own"],
+    [False, [], part("lightning.pytorch.loggers.CSVLogger", save_dir="logs"), part("trouble.OwnLogger")],
+    ids=["none", "no one", "csv", "own"],
 )
 def test_whatever_the_logger_all_lies_in_the_runs_folder(logger, tmp_path, elsewhere):
     assert fit(tmp_path, config(trainer__logger=logger)) == 0
@@ -140,9 +140,76 @@ def test_a_profile_is_printed(tmp_path, capfd):
     assert re.search(r"run_training_batch +\t?\|", done.stderr)
 
 
+@pytest.mark.parametrize("profiler", ["PyTorchProfiler", "SimpleProfiler"])
+def test_a_profile_lies_in_the_runs_folder(profiler, tmp_path, elsewhere):
+    """Also torch's, which hooks itself into every module and cannot be copied."""
+    tree = config(
+        trainer__profiler=part(f"lightning.pytorch.profilers.{profiler}", filename="times", dirpath="profile")
+    )
+    assert fit(tmp_path, tree) == 0
+    assert list((tmp_path / "runs" / "experiment" / "profile").iterdir())
+
+
+def test_a_timer_ends_the_run(tmp_path):
+    tree = config(trainer__max_steps=10**6, trainer__callbacks=[part(f"{LIGHTNING}.Timer", duration="00:00:00:01")])
+    assert fit(tmp_path, tree) == 0
+    assert json.loads((tmp_path / "runs" / "experiment" / "metrics.json").read_text())["step"] < 10**6
+
+
+def test_a_run_without_a_step_leaves_no_folder(tmp_path):
+    assert fit(tmp_path, config(trainer__max_time="00:00:00:00")) == 0
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_no_training_goes_on_from_weights_alone(tmp_path, capsys):
+    tree = config(trainer__callbacks=[part(f"{LIGHTNING}.ModelCheckpoint", save_weights_only=True)])
+    assert fit(tmp_path, tree) == 0
+    assert fit(tmp_path, tree, "--ckpt_path", "last", "--trainer.max_steps", "4") == 2
+    assert "--ckpt_path: found weights only (save_weights_only)" in one_line(capsys)
+
+
+def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, capsys):
+    saver = part(f"{LIGHTNING}.OnExceptionCheckpoint", dirpath="x")
+    tree = config(trainer__max_steps=4, trainer__callbacks=[part("trouble.Fails", step=2), saver])
+    assert fit(tmp_path, tree) == 1
+    assert "the sensor is gone (while training" in one_line(capsys)
+    assert (tmp_path / "runs" / "experiment" / "checkpoints" / "on_exception.ckpt").is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
+        ({"trainer__accumulate_grad_batches": 0}, [], "trainer.accumulate_grad_batches: found 0; expected 1 or more"),
+        ({"trainer__check_val_every_n_epoch": 0}, [], "trainer.check_val_every_n_epoch: found 0; expected 1 or more"),
+        ({"trainer__val_check_interval": 0}, [], "trainer.val_check_interval: found 0; trainer.limit_val_batches 0"),
+        ({"trainer__gradient_clip_val": -1}, [], "trainer.gradient_clip_val: found -1.*; expected 0 or more"),
+        ({"trainer__strategy": "ddp_spawn"}, [], "trainer.strategy: found ddp_spawn; .*expected ddp"),
+        ({"trainer__devices": "many"}, [], "trainer: `devices` selected with `CPUAccelerator` should be"),
+        ({"trainer__precision": "bf17"}, [], "trainer.precision: .*Given value: bf17"),
+        (
+            {"trainer__logger": part("lightning.pytorch.loggers.MLFlowLogger")},
+            [],
+            "^indiclip: lightning.pytorch.loggers.MLFlowLogger: Requirement 'mlflow.*' not met",
+        ),
+        (
+            {"trainer__callbacks": [part(f"{LIGHTNING}.Timer", duration="an hour")]},
+            [],
+            r"^indiclip: lightning.pytorch.callbacks.Timer: `Timer\(duration='an hour'\)` is not a valid duration",
+        ),
+        (
+            {"trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping", monitor="train/loss", patience="long")]},
+            [],
+            r"^indiclip: trainer.callbacks.patience: Expected a <class 'int'>. Got value: long$",
+        ),
+        ({"trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping")]}, [], "trainer.callbacks: .* required: monitor$"),
+        (
+            {
+                "trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping", monitor="val/contrastive/zero_shot")],
+                "trainer__limit_val_batches": 0,
+            },
+            [],
+            "val/contrastive/zero_shot is not logged, for this run has no validation",
+        ),
         ({}, ["--seed_everything", "true"], "seed_everything: found true; expected a number"),
         ({"data__steps_per_epoch": -3}, [], "data.steps_per_epoch: found -3; expected 1 or more"),
         ({"data__steps_per_epoch": 0}, [], "data.steps_per_epoch: found 0; expected 1 or more"),
@@ -177,7 +244,9 @@ def test_what_cannot_be_is_one_line_and_leaves_no_folder(changes, flags, message
         group, _, name = key.partition("__")
         tree[group][name] = value
     assert fit(tmp_path, tree, *flags) == 2
-    assert re.search(message, one_line(capsys))
+    line = one_line(capsys)
+    assert re.search(message, line)
+    assert len(line) < 400
     assert not list((tmp_path / "runs").glob("*"))
 
 
@@ -187,6 +256,8 @@ def test_what_cannot_be_is_one_line_and_leaves_no_folder(changes, flags, message
         (part(CHECKPOINTS, monitor="val/contrastive/zeroshot"), "val/contrastive/zero_shot"),
         (part(f"{LIGHTNING}.EarlyStopping", monitor="val/contrastive/zeroshot"), "val/contrastive/zero_shot"),
         (part(f"{LIGHTNING}.EarlyStopping", monitor="train/losss"), "train/loss"),
+        (part(f"{LIGHTNING}.EarlyStopping", monitor="val_loss"), "train/loss"),
+        (part(f"{LIGHTNING}.EarlyStopping", monitor="lr-AdamW"), "lr-AdamW/pg2"),
     ],
 )
 def test_a_missing_monitor_is_one_line(callback, near, tmp_path, capsys):

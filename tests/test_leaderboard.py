@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bench_fakes import score, small_run
 
-from indiclip.commands import bench_compare
+from indiclip.commands.bench import leaderboard
 from indiclip.evals.leaderboard import add, groups_of, read, row_of
 
 DATA = {"food": "1f", "script": "2f", "gods": "3f"}
@@ -109,21 +109,21 @@ def test_command_adds_folders_and_prints_the_table(tmp_path, capsys):
     run("a").save(tmp_path / "a")
     run("b", 0.9).save(tmp_path / "b")
     file = tmp_path / "l.jsonl"
-    assert bench_compare.leaderboard([f"{tmp_path / 'a'}", f"{tmp_path / 'b'}", "--file", f"{file}"]) == 0
+    assert leaderboard([tmp_path / "a", tmp_path / "b"], file) == 0
     assert "| 1 | b | 2026-01-02 |" in capsys.readouterr().out
     before = (tmp_path / "l.html").read_bytes()
     (tmp_path / "l.html").unlink()
-    assert bench_compare.leaderboard(["--file", f"{file}"]) == 0
+    assert leaderboard([], file) == 0
     assert (tmp_path / "l.html").read_bytes() == before
 
 
 def test_command_refuses_a_name_whose_tables_would_replace_it(tmp_path):
     with pytest.raises(ValueError, match=r"expected a name that ends in \.jsonl"):
-        bench_compare.leaderboard(["--file", f"{tmp_path / 'l.html'}"])
+        leaderboard([], tmp_path / "l.html")
 
 
 def test_command_names_a_folder_without_a_run(tmp_path):
     file = tmp_path / "l.jsonl"
     with pytest.raises(FileNotFoundError, match="nothing/metrics"):
-        bench_compare.leaderboard([f"{tmp_path / 'nothing'}", "--file", f"{file}"])
+        leaderboard([tmp_path / "nothing"], file)
     assert not file.exists()

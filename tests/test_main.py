@@ -23,6 +23,13 @@ def test_the_package_runs_as_a_module():
     assert (done.returncode, done.stdout.strip()) == (0, f"indiclip {indiclip.__version__}")
 
 
+@pytest.mark.parametrize("words", ["--help", "shards --help"])
+def test_output_that_is_closed_is_no_error(words):
+    command = f"{sys.executable} -m indiclip {words} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     "words",
     [

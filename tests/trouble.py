@@ -109,6 +109,17 @@ class FullDisk(L.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
 
 
+class Fails(L.Callback):
+    """An error of the system after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise OSError("the sensor is gone")
+
+
 class Kill(L.Callback):
     """SIGKILL for this process and its loader workers (the process group).
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import unicodedata
-from collections import defaultdict
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import yaml
 
 from indiclip.commands.findings import Finding, Findings, json_line, show_lines
 from indiclip.commands.parallel import results
@@ -26,22 +29,9 @@ from indiclip.webdataset.shards import Shards, find, read_captions, read_entry
 from indiclip.webdataset.tar_index import BAD_LABEL, DUPLICATED
 from indiclip.webdataset.tar_members import IMAGES, LINK, OUTSIDE, TEXTS, TOO_LARGE, key_and_extension, members
 
-_WARNINGS = (
-    "left-out member",
-    "placeholder caption",
-    "long caption",
-    "control character in a caption",
-    "extreme aspect",
-    "identical image",
-    "repeated sample",
-)
-_PLACEHOLDERS = {"none", "na", "n/a", "nan", "null", "nil", "undefined", "unknown", "untitled", "-", "?", "<na>"}
+_KINDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but tabs and line ends
 _MAX_ASPECT = 20  # 1:20 or 20:1
-# What runs when something loads or opens it. Nothing of it is ever read, but it has no place in a shard.
-_PROGRAMS = {
-    *("pkl", "pickle", "pt", "pth", "ckpt", "joblib", "dill", "marshal"),
-    *("py", "pyc", "pyd", "so", "dll", "dylib", "exe", "bat", "cmd", "sh", "ps1", "js", "jar"),
-}
 _UNSAFE = {
     LINK: "a link or a special file",
     OUTSIDE: "its name leads out of the folder",
@@ -56,8 +46,8 @@ def run(shards: list[str], max_characters: int, out: str | None, workers: int | 
     """Check shards and print what was found. Returns 1 where training could not use something."""
     urls = find(shards)
     opened.cache_clear()  # they may have changed since the last call
-    with Findings(_WARNINGS, out) as findings:
-        counts, inventory = [], Inventory()
+    with Path(out).open("w", encoding="utf-8") if out else nullcontext() as file:
+        findings, counts, inventory = Findings(_KINDS["warnings"], file), [], Inventory()
         for count, of_shard, found in results(_shard, urls, workers, "shards"):
             counts.append(count)
             inventory += of_shard
@@ -105,7 +95,7 @@ def _shard(url: str) -> tuple[int, Inventory, list[Finding]]:
 def _member(shard: str, name: str, extension: str) -> Iterator[Finding]:
     if reason := _UNSAFE.get(extension):
         yield Finding("unsafe member", shard, name, f"{reason}; it is not read")
-    elif extension.rpartition(".")[2] in _PROGRAMS:
+    elif extension.rpartition(".")[2] in _KINDS["programs"]:
         yield Finding("unsafe member", shard, name, "loading such a file can run code; it is not read")
     elif extension not in (*IMAGES, *TEXTS):
         yield Finding("left-out member", shard, name, f"is not read; expected {', '.join((*IMAGES, *TEXTS))}")
@@ -149,21 +139,18 @@ class _Sample:
             self._say("unreadable label", "the label is no whole number from 0")
         if "annotations" in entry and image is not None:
             self._try("unreadable boxes", check_boxes, entry, image, _NUM_CLASSES)
-        sound = all(finding.kind in _WARNINGS for finding in self.found)
+        sound = all(finding.kind in _KINDS["warnings"] for finding in self.found)
         if not captions and label == -1 and "annotations" not in entry and sound:
             self._say("nothing to learn", "neither text (.txt, .json) nor label (.cls) nor boxes beside the image")
         self.hashes = _hash(parts["image"]), _hash(parts["image"], f"{label}:{captions}".encode(errors="replace"))
 
     def _check_caption(self, text: str, max_characters: int) -> None:
-        if text.casefold() in _PLACEHOLDERS:
+        if text.casefold() in _KINDS["placeholders"]:
             self._say("placeholder caption", f"the caption is {text!r}")
         if len(text) > max_characters:
             self._say("long caption", f"{len(text):,} characters; more than {max_characters:,}")
-        control = next(
-            (letter for letter in text if unicodedata.category(letter) == "Cc" and letter not in "\t\n\r"), ""
-        )
-        if control:
-            self._say("control character in a caption", f"{control!r} in {text[:40]!r}")
+        if control := _CONTROL.search(text):
+            self._say("control character in a caption", f"{control[0]!r} in {text[:40]!r}")
 
     def _try(self, kind: str, function: Callable[..., Result], *arguments: Any) -> Result | None:
         try:
@@ -187,19 +174,16 @@ def _hash(*contents: bytes) -> int:
 
 def _same_names(urls: list[str], counts: list[int]) -> Iterator[Finding]:
     """Keys that shards of one name share; keys begin with the shard's name."""
-    of_name: defaultdict[str, list[str]] = defaultdict(list)
+    named = Counter(map(cache.stem, urls))
+    first_in: dict[str, str] = {}
     for url, count in zip(urls, counts, strict=True):
-        if count:
-            of_name[cache.stem(url)].append(url)
-    for group in of_name.values():
-        first_in: dict[str, str] = {}
-        for url in group if len(group) > 1 else []:
-            shards = opened(url)
-            for key in map(shards.key, range(len(shards))):
-                if key in first_in:
-                    yield Finding("duplicate key", cache.shown(url), key, f"is in {first_in[key]} too")
-                else:
-                    first_in[key] = cache.shown(url)
+        if not count or named[cache.stem(url)] == 1:
+            continue
+        shards = opened(url)
+        for key in map(shards.key, range(count)):
+            first = first_in.setdefault(key, url)
+            if first != url:
+                yield Finding("duplicate key", cache.shown(url), key, f"is in {cache.shown(first)} too")
 
 
 def _repeats(tasks: list[Range], hashes: list[np.ndarray]) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,9 @@ from indiclip.commands.reading import Range, ranges
 from indiclip.datasets.inventory import Inventory
 from indiclip.loading.plan import SampleRef
 from indiclip.loading.steps import Steps
-from indiclip.training.checks import check
+from indiclip.training.checks import check, keyed
 from indiclip.training.cli import IndiCLI
-from indiclip.training.config_errors import ConfigError, check_yaml, explain
+from indiclip.training.config_errors import check_yaml, one_line
 from indiclip.training.run_folder import config_files
 
 _ENDS = "ends the run: "
@@ -26,22 +27,25 @@ _READ = "samples read"  # a unit of the inventory
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[\d/]\S*")  # in reasons that are otherwise the same
 
 
-def run(options: Any, words: list[str]) -> int:
+def run(config: list[str], samples: int, read_all: bool, workers: int | None, as_json: bool, others: list[str]) -> int:
     """Build the sources and read them. Returns 1 where training would be stopped."""
-    model, data = _built(words)
-    sources = {f"data.{part}[{i}]": s for part in ("train", "val") for i, s in enumerate(getattr(data, part))}
+    for word in others:  # of `fit`, which does not know these
+        if near := get_close_matches(word.partition("=")[0], ["--samples", "--all", "--workers", "--json"], 1, 0.8):
+            raise ValueError(f"{word}: no such option; nearest is {near[0]!r} (indiclip check --help)")
+    model, data = _built([word for file in config for word in ("--config", file)] + others)
+    sources = keyed("data.train", data.train) | keyed("data.val", data.val)
     totals = {key: _held(key, source.dataset) for key, source in sources.items()}
-    readers = {key: _Reader(source, data, None if options.all else options.samples) for key, source in sources.items()}
+    readers = {key: _Reader(source, data, None if read_all else samples) for key, source in sources.items()}
     begins = all(reader.read(0, 1).used[_READ] for reader in readers.values())
     if begins:  # a mistake is said before all is read
         check(model, data, "fit")
     pieces = ranges((key, len(reader.chosen)) for key, reader in readers.items())
-    for piece, found in zip(pieces, results(partial(_read, readers), pieces, options.workers, "samples"), strict=True):
+    for piece, found in zip(pieces, results(partial(_read, readers), pieces, workers, "samples"), strict=True):
         totals[piece.url] += found
     stops = _stops(sources, totals, data.quarantine_limits)
     if not begins and not stops:
         check(model, data, "fit")
-    _show(sources, totals, stops, options.json)
+    _show(sources, totals, stops, as_json)
     return 1 if stops else 0
 
 
@@ -64,8 +68,8 @@ def _built(words: list[str]) -> tuple[Any, Any]:
     try:
         check_yaml(config_files(sys.argv))
         Builder()
-    except ConfigError as error:
-        raise ValueError(explain(str(error))) from error
+    except ValueError as error:
+        raise ValueError(one_line(error)) from error
     except Built as built:
         return built.args[0], built.args[1]
     raise ValueError("fit: nothing to check was built")

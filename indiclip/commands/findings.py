@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from indiclip.datasets.inventory import Inventory
 
@@ -29,21 +27,14 @@ class Findings:
 
     Args:
         warnings: The kinds that do not make data unusable.
-        out: A file for all of them, one JSON object a line; opened at once, so that a mistake is known at once.
+        file: For all of them, one JSON object a line.
     """
 
-    def __init__(self, warnings: Iterable[str], out: str | None) -> None:
+    def __init__(self, warnings: Iterable[str], file: TextIO | None) -> None:
         self.warnings = frozenset(warnings)
         self.counts: Counter[str] = Counter()
         self.examples: defaultdict[str, list[Finding]] = defaultdict(list)
-        self._file = Path(out).open("w", encoding="utf-8") if out else None  # noqa: SIM115 (closed by __exit__)
-
-    def __enter__(self) -> Findings:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file:
-            self._file.close()
+        self._file = file
 
     def add(self, findings: Iterable[Finding]) -> None:
         """Count them, and write them."""

@@ -82,10 +82,9 @@ def _save(index: TarIndex, url: str, version: cache.Stat) -> Path:
 
 
 def _show(summary: dict[str, Any], inventory: Inventory) -> None:
-    built = summary["built"]
-    print(
-        f"{summary['samples']:,} samples in {summary['shards']:,} shards; {built:,} indexes built, the rest up to date"
-    )
+    built, shards = summary["built"], summary["shards"]
+    others = ", the rest up to date" * (built < shards)
+    print(f"{summary['samples']:,} samples in {shards:,} shards; {built:,} indexes built{others}")
     show_lines(inventory)
     if summary["elsewhere"]:
         print(f"  {len(summary['elsewhere']):,} indexes are in {cache.folder()}: they cannot lie beside their shards")

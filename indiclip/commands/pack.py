@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from contextlib import suppress
 from functools import partial
@@ -14,6 +13,7 @@ from indiclip.commands.parallel import results
 from indiclip.commands.sources import Items, inside, open_source
 from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
+from indiclip.datasets.table_reader import OnBadRow
 from indiclip.datasets.tables import is_text, stable_hash, text_lines
 from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import check_boxes
@@ -36,36 +36,47 @@ class Packed(NamedTuple):
     reason: str = ""
 
 
-def run(options: argparse.Namespace) -> int:
+def run(
+    source: str,
+    out: str,
+    name: str,
+    samples: int,
+    size: int,
+    seed: int,
+    images: str | None,
+    captions: str | None,
+    image_column: str,
+    caption_column: str,
+    on_bad_row: OnBadRow,
+    workers: int | None,
+    as_json: bool,
+) -> int:
     """Pack a source. Returns 1 where nothing could be packed."""
-    if not _NAME.fullmatch(options.name):
-        raise ValueError(f"--name: found {options.name!r}; expected letters, digits, '_' and '-'")
-    inventory, folder = Inventory(), Path(options.out)
-    with ShardWriter(folder, options.name, options.samples, options.size) as writer:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"--name: found {name!r}; expected letters, digits, '_' and '-'")
+    inventory, folder = Inventory(), Path(out)
+    with ShardWriter(folder, name, samples, size) as writer:
         class_file = folder / "classes.txt"
         classes = read_classes(str(class_file)) if class_file.exists() else None
-        source = open_source(
-            options.source, options.images, options.captions, options.image_column, options.caption_column, classes,
-            options.on_bad_row,
-        )  # fmt: skip
-        _check_classes(source, classes, class_file, options.source)
-        if source.classes and classes is None:
+        items = open_source(source, images, captions, image_column, caption_column, classes, on_bad_row)
+        _check_classes(items, classes, class_file, source)
+        if items.classes and classes is None:
             writer.lock(class_file.name)
             if class_file.exists():
                 raise ValueError(f"{class_file}: another process has just written it; start this one again")
-        keys = [source.keys[i] for i in range(len(source.keys))]
-        order = sorted(range(len(keys)), key=lambda i: stable_hash(f"{options.seed}:{keys[i]}"))
-        left_out_file = writer.part / f"{options.name}-left-out.jsonl"
+        keys = [items.keys[i] for i in range(len(items.keys))]
+        order = sorted(range(len(keys)), key=lambda i: stable_hash(f"{seed}:{keys[i]}"))
+        left_out_file = writer.part / f"{name}-left-out.jsonl"
         with left_out_file.open("w", encoding="utf-8") as left_out:
-            for packed in results(partial(_read, source), order, options.workers, "samples"):
+            for packed in results(partial(_read, items), order, workers, "samples"):
                 if packed.kind:
-                    name, key = source.names[packed.place], keys[packed.place]
+                    shown, key = items.names[packed.place], keys[packed.place]
                     inventory.present["samples"] += 1
-                    inventory.leave_out("samples", packed.kind, f"{name}: {packed.reason}")
-                    left_out.write(json_line({"name": name, "key": key, "reason": packed.reason}))
+                    inventory.leave_out("samples", packed.kind, f"{shown}: {packed.reason}")
+                    left_out.write(json_line({"name": shown, "key": key, "reason": packed.reason}))
                     for unit, count in packed.held.items():
                         inventory.present[unit] += count
-                        inventory.leave_out(unit, "of samples that are left out", name, count)
+                        inventory.leave_out(unit, "of samples that are left out", shown, count)
                 else:
                     writer.add(keys[packed.place], packed.members)
                     for counts in (inventory.present, inventory.used):
@@ -73,15 +84,15 @@ def run(options: argparse.Namespace) -> int:
         writer.finish()
         if not inventory.present["samples"] or not writer.shards:
             left_out_file.unlink()
-        if writer.shards and source.classes and classes is None:
-            (writer.part / class_file.name).write_text("\n".join(source.classes) + "\n", "utf-8")
-        inventory += source.inventory
+        if writer.shards and items.classes and classes is None:
+            (writer.part / class_file.name).write_text("\n".join(items.classes) + "\n", "utf-8")
+        inventory += items.inventory
         inventory += writer.inventory
         inventory.verify()
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
-    _show(writer, inventory, options.as_json)
-    if not writer.shards and not options.images and any(kind == _NO_FILE for _, kind, *_ in inventory.left_out()):
-        print(f"  expected the images in {source.folder}; --images says where else they are")
+    _show(writer, inventory, as_json)
+    if not writer.shards and not images and any(kind == _NO_FILE for _, kind, *_ in inventory.left_out()):
+        print(f"  expected the images in {items.folder}; --images says where else they are")
     return 0 if writer.shards else 1
 
 

@@ -38,7 +38,9 @@ def run(shards: list[str], patch_size: int, max_tokens: int, workers: int | None
     for counts in results(_count, ranges(zip(urls, sizes, strict=True)), workers, "samples"):
         for name, of_range in counts.items():
             total[name].update(of_range)
-    summary = {"shards": len(urls), **_summarise(total, patch_size, max_tokens, _class_names(urls[0]))}
+    class_file = Path(urls[0]).parent / "classes.txt"
+    classes = read_classes(str(class_file)) if not cache.is_remote(urls[0]) and class_file.is_file() else []
+    summary = {"shards": len(urls), **_summarise(total, patch_size, max_tokens, classes)}
     if as_json:
         print(json_line({**summary, "inventory": inventory.summary()}), end="")
     else:
@@ -91,19 +93,18 @@ def _add_caption(counts: Counts, declared: str, text: str) -> None:
 def _summarise(counts: Counts, patch_size: int, max_tokens: int, classes: list[str]) -> dict[str, Any]:
     """Counts as plain numbers by name."""
     totals = counts["totals"]
-    by_value = {name: dict(counts[name].most_common()) for name in ("formats", "scripts", "declared", "by_script")}
     return {
         "samples": counts["sizes_hw"].total(),
         "unreadable": totals["unreadable"],
         "image_bytes": totals["image_bytes"],
-        "formats": by_value["formats"],
+        "formats": dict(counts["formats"].most_common()),
         **_sizes(counts["sizes_hw"], patch_size, max_tokens),
         "captions": counts["characters"].total(),
         "captioned_samples": totals["captioned_samples"],
         "characters": _spread(counts["characters"]),
         "words": _spread(counts["words"]),
-        "scripts": by_value["scripts"],
-        "languages": {name: by_value[name] for name in ("declared", "by_script")},
+        "scripts": dict(counts["scripts"].most_common()),
+        "languages": {name: dict(counts[name].most_common()) for name in ("declared", "by_script")},
         "labels": _named(counts["labels"], classes),
         "boxes": _named(counts["boxes"], classes),
     }
@@ -131,12 +132,6 @@ def _spread(counts: Counter[int]) -> dict[str, float]:
     spread = np.quantile(values, (0, 0.5, 0.99, 1), weights=weights, method="inverted_cdf").tolist()
     mean = round(float(np.average(values, weights=weights)), 2)
     return {**dict(zip(("min", "median", "p99", "max"), spread, strict=True)), "mean": mean}
-
-
-def _class_names(url: str) -> list[str]:
-    """The names in the `classes.txt` beside a local shard."""
-    file = Path(url).parent / "classes.txt"
-    return read_classes(str(file)) if not cache.is_remote(url) and file.is_file() else []
 
 
 def _named(counts: Counter[int], classes: list[str]) -> dict[str, int]:

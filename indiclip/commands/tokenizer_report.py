@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,24 +110,36 @@ def ratio(found: dict[str, Counts]) -> float:
     return max(values) / min(values)
 
 
-def run(options: Namespace) -> int:
+def run(
+    tokenizers: list[str],
+    text: list[str],
+    held_out_only: bool,
+    holdout: float,
+    context_length: int,
+    max_tokens_per_word: list[str],
+    max_ratio: float | None,
+    max_truncated: float | None,
+    max_unknown: int | None,
+    as_json: bool,
+) -> int:
     """Prints the report. Returns 1 where the first tokenizer breaks a bound, else 0."""
     texts: dict[str, list[str]] = {}
-    for row in read_texts(options.text):
-        if not options.held_out_only or row.is_held_out(options.holdout):
+    for row in read_texts(text):
+        if not held_out_only or row.is_held_out(holdout):
             texts.setdefault(row.language, []).append(row.text)
     if not texts:
-        raise ValueError(f"--text: no {'held-out ' * options.held_out_only}text in {', '.join(options.text)}")
-    limits = _limits(options.max_tokens_per_word, list(texts))
-    tokenizers = {name: load(name, options.context_length) for name in options.tokenizers}
-    found = {name: measure(tokenizer, texts) for name, tokenizer in tokenizers.items()}
-    broken = _broken(found[options.tokenizers[0]], limits, options)
-    if options.json:
-        print(json.dumps(_as_json(tokenizers, found, broken), ensure_ascii=False, indent=2))
+        raise ValueError(f"--text: no {'held-out ' * held_out_only}text in {', '.join(text)}")
+    limits = _limits(max_tokens_per_word, list(texts))
+    loaded = {name: load(name, context_length) for name in tokenizers}
+    found = {name: measure(tokenizer, texts) for name, tokenizer in loaded.items()}
+    first = tokenizers[0]
+    broken = _broken(found[first], limits, max_ratio, max_truncated, max_unknown)
+    if as_json:
+        print(json.dumps(_as_json(loaded, found, broken), ensure_ascii=False, indent=2))
     else:
-        _show(tokenizers, found)
+        _show(loaded, found)
         for line in broken:
-            print(f"{options.tokenizers[0]}: {line}")
+            print(f"{first}: {line}")
     return int(bool(broken))
 
 
@@ -148,22 +159,26 @@ def _limits(words: list[str], languages: list[str]) -> dict[str, float]:
     return limits
 
 
-def _broken(found: dict[str, Counts], limits: dict[str, float], options: Namespace) -> list[str]:
+def _broken(
+    found: dict[str, Counts],
+    limits: dict[str, float],
+    max_ratio: float | None,
+    max_truncated: float | None,
+    max_unknown: int | None,
+) -> list[str]:
     """A line per bound that does not hold."""
     lines = []
     for language, counts in found.items():
         for what, number, bound in (
             ("tokens per word", counts.tokens_per_word, limits.get(language)),
-            ("of the texts cut", counts.truncated_share, options.max_truncated),
-            ("unknown", counts.unknown, options.max_unknown),
+            ("of the texts cut", counts.truncated_share, max_truncated),
+            ("unknown", counts.unknown, max_unknown),
         ):
             if bound is not None and number > bound:
                 lines.append(f"{language}: {number:.4g} {what}; at most {bound:g} expected")
-    if options.max_ratio is not None and ratio(found) > options.max_ratio:
+    if max_ratio is not None and ratio(found) > max_ratio:
         worst, best = (pick(found, key=lambda name: found[name].tokens_per_word) for pick in (max, min))
-        lines.append(
-            f"{worst}: {ratio(found):.4g} times the tokens per word of {best}; at most {options.max_ratio:g} expected"
-        )
+        lines.append(f"{worst}: {ratio(found):.4g} times the tokens per word of {best}; at most {max_ratio:g} expected")
     return lines
 
 
@@ -193,15 +208,13 @@ def _show(tokenizers: dict[str, Tokenizer], found: dict[str, dict[str, Counts]])
         *(f"{'tokens/word':>13}{cut:>11}{'unknown':>8}" for cut in cuts),
     )
     for language, counts in first.items():
-        print(
-            f"{language:<{left}}{counts.texts:>8,}{counts.words:>8,}", *(_cells(of[language]) for of in found.values())
-        )
+        cells = [f"{language:<{left}}{counts.texts:>8,}{counts.words:>8,}"]
+        for of_tokenizer in found.values():
+            own = of_tokenizer[language]
+            cells.append(f"{own.tokens_per_word:>13.2f}{own.truncated_share:>11.1%}{own.unknown:>8,}")
+        print(*cells)
     ratios = " ".join(f"{ratio(of):>13.2f}{'':>19}" for of in found.values())
     print(f"{'worst / best':<{left + 16}}", ratios.rstrip())
-
-
-def _cells(counts: Counts) -> str:
-    return f"{counts.tokens_per_word:>13.2f}{counts.truncated_share:>11.1%}{counts.unknown:>8,}"
 
 
 def _of_config(path: Path) -> Tokenizer:

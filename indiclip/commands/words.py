@@ -1,77 +1,131 @@
-"""What groups of commands such as `indiclip shards` share: the words of a command, and a line per mistake."""
+"""The words of a command: `commands.yaml` says what they are, and a mistake in them is one line."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
+import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
+
+import yaml
 
 from indiclip.names import did_you_mean
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+_ASKING = {"-h", "--help"}
 
-class Parser(argparse.ArgumentParser):
-    """One line for a mistake, with the nearest flag; argparse's own begins with the usage."""
 
-    def __init__(self, command: str, about: str, examples: str) -> None:
+def run_command(words: list[str]) -> int:
+    """Runs `indiclip COMMAND ...` or `indiclip GROUP COMMAND ...`. Returns the exit status, as `_guarded` does."""
+    group, *argv = words
+    commands = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text("utf-8"))[group]
+    about = commands.pop("help", "")
+    name = argv[0] if argv else "help"
+    if about and name in (*_ASKING, "help"):
+        print(about)
+        return 0
+    if "" in commands and (not about or name.startswith("-")):
+        name = ""
+    elif name in commands:
+        del argv[0]
+    else:
+        near = did_you_mean(name, filter(None, commands))
+        print(f"indiclip {group}: no command {name!r}{near} (indiclip {group} --help)", file=sys.stderr)
+        return 2
+    title = f"indiclip {group} {name}".rstrip()
+    return _guarded(title, lambda: _run(title, commands[name], argv))
+
+
+def _run(title: str, command: dict[str, Any], argv: list[str]) -> int:
+    parser = _Parser(title, command)
+    if _ASKING & {*argv}:  # also behind an option, which argparse would give it as a value
+        parser.print_help()
+        return 0
+    options, others = parser.parse_known_args(argv)
+    if command.get("passes_on"):
+        options.others = others
+    elif others:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        parser.error(f"{others[0]}: no such option{did_you_mean(others[0], flags)}")
+    with leaving_at_once():
+        function = pkgutil.resolve_name(command["run"])  # imported now, so that nobody waits for a help or a mistake
+    return int(function(**vars(options)))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Of a command of `commands.yaml`. One line for a mistake; argparse's own begins with the usage."""
+
+    def __init__(self, title: str, command: dict[str, Any]) -> None:
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            f"indiclip {command}", description=about, epilog=examples, formatter_class=raw, allow_abbrev=False
+            title,
+            description=command["about"],
+            epilog=command["examples"],
+            formatter_class=raw,
+            allow_abbrev=False,
         )
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"{unknown[0]}: no such option{did_you_mean(unknown[0], flags)}")
-        return found
+        options = command["options"]
+        has_exclusive = any("exclusive" in settings for settings in options.values())
+        exclusive = self.add_mutually_exclusive_group() if has_exclusive else self
+        for flags, settings in options.items():
+            place = exclusive if settings.get("exclusive") else self
+            arguments = {name: value for name, value in settings.items() if name != "exclusive"}
+            if "type" in arguments:
+                arguments["type"] = _TYPES[arguments["type"]]
+            place.add_argument(*flags.split(), **arguments)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help)")
 
 
-def count(text: str, least: int = 1) -> int:
-    """The type of an option that is a whole number."""
+def _count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from {least}")
     return int(text)
 
 
-def whole(text: str) -> int:
-    """The type of an option that is a whole number and may be 0."""
-    return count(text, 0)
+def _share(text: str) -> float:
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"found {text!r}; expected a share from 0 to 1")
 
 
-def run_command(group: str, about: str, commands: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:
-    """Runs `indiclip GROUP COMMAND ...`. Returns the exit status, as `guarded` does.
-
-    Args:
-        group: The first word.
-        about: Its help.
-        commands: The second word -> what runs with those after it; where one is called "", it is what flags alone mean.
-        argv: The words after the first.
-    """
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(about)
-        return 0
-    if "" in commands and argv[0].startswith("-"):
-        argv = ["", *argv]
-    if argv[0] not in commands:
-        near = did_you_mean(argv[0], filter(None, commands))
-        print(f"indiclip {group}: no command {argv[0]!r}{near} (indiclip {group} --help)", file=sys.stderr)
-        return 2
-    return guarded(f"indiclip {group} {argv[0]}".rstrip(), commands[argv[0]], argv[1:])
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a size such as 500MB or 2GB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def guarded(name: str, command: Callable[[list[str]], int], argv: list[str]) -> int:
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "count": _count,
+    "whole": lambda text: _count(text, 0),
+    "share": _share,
+    "size": _size,
+    "int": int,
+    "float": float,
+    "path": Path,
+}
+
+
+def _guarded(name: str, command: Callable[[], int]) -> int:
     """Runs a command with a line per mistake. Returns the exit status: that of the command, 2 for a mistake in the
     words, 1 for what breaks on the way, 130 after Ctrl-C, 143 after SIGTERM.
     """
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        return command(argv)
+        return command()
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130
@@ -94,3 +148,23 @@ def _terminated(number: int, frame: Any) -> NoReturn:
     # Not SIG_DFL: Python would say of a signal that has just come that it was "ignored due to race condition".
     signal.signal(signal.SIGCHLD, lambda *_: None)
     raise SystemExit(128 + number)  # so that open files are removed and processes ended
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Around imports, which take seconds: Ctrl-C during one of them would be a page of traceback."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"indiclip: stopped\n")
+        os._exit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    # Not where a caller has a handler of its own, or none, as in a background job.
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

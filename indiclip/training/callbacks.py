@@ -6,8 +6,8 @@ import itertools
 import time
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,23 +16,22 @@ from torch import Tensor
 
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import Batches, MultiTask
+from indiclip.training.checks import keyed
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.record import append_history
 
-_DAMAGES_SHOWN = 3  # damaged places in the data that are printed
 
-
-class StartupTable(L.Callback):
+class StartupTable(Callback):
     """Prints heads, sources, parameter counts and tokens per image before the first step."""
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = folder_of(trainer)
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, MultiTask)
         console = Console()
-        console.print(_sources_table(trainer))
         data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
+        console.print(_sources_table(data))
         for key, inventory in data.inventories().items():
             console.print(f"{key}: {'; '.join(inventory.lines())}", markup=False, soft_wrap=True)
         console.print(_parts_table(pl_module))
@@ -42,49 +41,44 @@ class StartupTable(L.Callback):
             f"run folder [bold]{folder}[/]   {trainer.world_size} x {device.type}{threads}   precision "
             f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
         )
-        _print_damage(console, trainer)
+        damaged = [found for source in (*data.train, *data.val) for found in source.dataset.damaged]
+        if damaged:  # it is not known how many samples these places held
+            found = damaged[0]
+            console.print(
+                f"{len({*damaged}):,} damaged places, listed in quarantine.jsonl, such as {found.shard}: {found.key}: "
+                f"{found.reason}",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
-def _print_damage(console: Console, trainer: L.Trainer) -> None:
-    """Damaged places of the data, of which it is not known how many samples they held."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    of_sources = (source.dataset.damaged for source in (*data.train, *data.val))
-    lost = list({(found.shard, found.key): found for damaged in of_sources for found in damaged}.values())
-    for found in lost[:_DAMAGES_SHOWN]:
-        console.print(f"lost: {found.shard}: {found.key}: {found.reason}", style="yellow", markup=False, soft_wrap=True)
-    if len(lost) > _DAMAGES_SHOWN:
-        console.print(f"lost: {len(lost) - _DAMAGES_SHOWN:,} more, see quarantine.jsonl", style="yellow")
-
-
-def _sources_table(trainer: L.Trainer) -> Table:
+def _sources_table(data: MultiTaskData) -> Table:
     columns = ("task", "source", "samples", "batch", "tokens/image")
     table = Table(*columns, title="Sources", title_justify="left")
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    for part, sources in (("train", data.train), ("val", data.val)):
-        for source in sources:
-            table.add_row(
-                source.task,
-                f"{type(source.dataset).__name__} ({part})",
-                f"{len(source.dataset):,}",
-                f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
-                f"<= {source.max_tokens}",
-            )
+    for key, source in (keyed("train", data.train) | keyed("val", data.val)).items():
+        table.add_row(
+            source.task,
+            f"{key} {type(source.dataset).__name__}",
+            f"{len(source.dataset):,}",
+            f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
+            f"<= {source.max_tokens}",
+        )
     return table
 
 
 def _parts_table(module: MultiTask) -> Table:
     table = Table("part", "class", "parameters", "task", "weight", title="Model", title_justify="left")
     encoder = module.encoder
-    rest = sum(p.numel() for p in encoder.parameters())
-    for name, part in (("backbone", encoder.backbone), ("text", encoder.text)):
-        count = sum(p.numel() for p in part.parameters())
-        rest -= count
-        table.add_row(name, type(part).__name__, f"{count:,}", "", "")
-    table.add_row("pooling and projections", type(encoder).__name__, f"{rest:,}", "", "")
+    for name, part in (("encoder", encoder), ("- backbone", encoder.backbone), ("- text", encoder.text)):
+        table.add_row(name, type(part).__name__, _size(part), "", "")
     for head in module.each_head():
-        count = sum(p.numel() for p in head.parameters())
-        table.add_row(f"head: {head.name}", type(head).__name__, f"{count:,}", head.task, f"{head.weight:g}")
+        table.add_row(f"head: {head.name}", type(head).__name__, _size(head), head.task, f"{head.weight:g}")
     return table
+
+
+def _size(module: torch.nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,}"
 
 
 class TaskProgress(ProgressBar):
@@ -98,20 +92,16 @@ class TaskProgress(ProgressBar):
     def __init__(self, refresh_seconds: float = 0.5, plain_seconds: float = 20.0) -> None:
         super().__init__()
         self.refresh_seconds, self.plain_seconds = refresh_seconds, plain_seconds
-        self._enabled = True
         self._progress: Progress | None = None
+        self.enable()
 
     def disable(self) -> None:
-        self._enabled = False
+        self.is_enabled = False
 
     def enable(self) -> None:
-        self._enabled = True
+        self.is_enabled = True
 
-    @property
-    def is_enabled(self) -> bool:
-        return self._enabled
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._samples, self._since, self._shown = 0, time.monotonic(), time.monotonic()
         if not self.is_enabled or not trainer.is_global_zero:
             return
@@ -133,7 +123,7 @@ class TaskProgress(ProgressBar):
         self._progress.start()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
         self._samples += sum(len(part["keys"]) for part in batch.values()) * trainer.world_size
         now = time.monotonic()
@@ -154,16 +144,16 @@ class TaskProgress(ProgressBar):
         if now - self._since > 10:  # a moving rate: what happened long ago does not count
             self._samples, self._since = 0, now
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._progress is not None:
             self._progress.update(self._bar, description="validate")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._samples, self._since = 0, time.monotonic()
         if self._progress is not None:
             self._progress.update(self._bar, description="train", completed=trainer.global_step)
 
-    def on_train_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+    def on_train_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._bar, completed=trainer.global_step)
             self._progress.stop()
@@ -172,7 +162,7 @@ class TaskProgress(ProgressBar):
     on_exception = on_train_end
 
 
-class TaskGradients(L.Callback):
+class TaskGradients(Callback):
     """Logs what each task asks of the backbone: its gradient's norm, and the cosine between every two tasks.
 
     A cosine below zero says that two tasks pull against each other. Costs one more backward pass per task in the
@@ -186,10 +176,10 @@ class TaskGradients(L.Callback):
         self.every_n_steps = every_n_steps
         self._last = -1
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         step = trainer.global_step
         if step % self.every_n_steps or step == self._last:  # once, also where gradients are accumulated
             return
@@ -210,8 +200,8 @@ def gradient_numbers(module: MultiTask) -> dict[str, float]:
     for name, part in module.head_losses.items():
         parts = torch.autograd.grad(part, parameters, retain_graph=True, materialize_grads=True)
         gradients[name] = torch.cat([gradient.float().flatten() for gradient in parts])
-    numbers = {f"train/{name}/backbone_grad_norm": gradient.norm() for name, gradient in gradients.items()}
+    numbers = {f"train/{name}/backbone_grad_norm": float(gradient.norm()) for name, gradient in gradients.items()}
     for first, second in itertools.combinations(gradients, 2):
         cosine = torch.nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)
-        numbers[f"train/grad_cosine/{first}_{second}"] = cosine
-    return {name: float(value) for name, value in numbers.items()}
+        numbers[f"train/grad_cosine/{first}_{second}"] = float(cosine)
+    return numbers

@@ -25,13 +25,12 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     """
     heads = model.each_head()
     tasks = {head.task for head in heads}
-    train = data.train if stage == "fit" else []
-    parts = [("data.train", train), ("data.val", data.val)]
-    for key, sources in parts:
-        for i, source in enumerate(sources):
-            _check_source(f"{key}[{i}]", source, model, tasks)
+    parts = [keyed("data.train", data.train if stage == "fit" else []), keyed("data.val", data.val)]
+    for sources in parts:
+        for key, source in sources.items():
+            _check_source(key, source, model, tasks)
     if stage == "fit":
-        given = {source.task for source in train}
+        given = {source.task for source in data.train}
         for head in heads:
             if head.task not in given:
                 raise ValueError(
@@ -41,15 +40,20 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     if stage != "predict":
         for head in heads:
             of_task: list[dict[str, Any]] = [
-                {f"{key}[{i}]": source.dataset for i, source in enumerate(sources) if source.task == head.task}
-                for key, sources in parts
+                {key: source.dataset for key, source in sources.items() if source.task == head.task}
+                for sources in parts
             ]
             head.check(*of_task)
-    for key, sources in parts:
-        for i, sample in _first_samples(data, sources):
+    for sources in parts:
+        for key, sample in _first_samples(data, sources):
             for head in heads:
-                if head.task == sources[i].task:
-                    _check_sample(f"{key}[{i}]", sources[i], sample, head, stage == "predict")
+                if head.task == sources[key].task:
+                    _check_sample(key, sources[key], sample, head, stage == "predict")
+
+
+def keyed(key: str, sources: list[Source]) -> dict[str, Source]:
+    """Sources by their place in the config, such as `data.train[0]`."""
+    return {f"{key}[{i}]": source for i, source in enumerate(sources)}
 
 
 def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -> None:
@@ -63,17 +67,16 @@ def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -
         )
 
 
-def _first_samples(data: MultiTaskData, sources: list[Source]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
     if not sources:
         return
-    steps = Steps(sources, data.seed, data.patch_size, data.canvas_hw, train=True)
+    steps = Steps([*sources.values()], data.seed, data.patch_size, data.canvas_hw, train=True)
     for task in steps.plans:
-        of_task = [i for i, source in enumerate(sources) if source.task == task]
-        for number, i in enumerate(of_task):
-            sample = steps.read(task, SampleRef(number, 0, 0))
-            if sample:
-                yield i, sample
+        of_task = [key for key, source in sources.items() if source.task == task]
+        for number, key in enumerate(of_task):
+            if sample := steps.read(task, SampleRef(number, 0, 0)):
+                yield key, sample
 
 
 def _check_sample(key: str, source: Source, sample: dict[str, Any], head: Head, predicting: bool) -> None:

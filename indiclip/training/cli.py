@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-import lightning as L
 import torch
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -23,13 +23,13 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
 from indiclip.old_names import translate_config
 from indiclip.training.checks import check
-from indiclip.training.config_errors import ConfigError, OneLineParser, check_yaml, explain
+from indiclip.training.config_errors import ConfigError, OneLineParser, check_yaml, one_line
 from indiclip.training.config_history import ConfigHistory, check_changes
 from indiclip.training.fault_tolerance import local_ranks
-from indiclip.training.fault_tolerance.ranks import AgreedStop
+from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
-from indiclip.training.trainer_setup import check_trainer, place_loggers, trainer_options
+from indiclip.training.trainer_setup import check_trainer, place_outputs, trainer_options
 
 _TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the plan already divides each step over the ranks
@@ -73,7 +73,7 @@ class IndiCLI(LightningCLI):
             failed = False
         finally:
             if self.folder is not None:
-                remove_unused(self.folder, self.trial, failed and self.is_new)
+                remove_unused(self.folder, self.trial, self.is_new and (failed or self.subcommand == "fit"))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="", help="Name of the run's folder (default: the config's).")
@@ -96,7 +96,7 @@ class IndiCLI(LightningCLI):
         self.trial = bool(config.trainer.fast_dev_run)
         self.folder = run_folder(config, self.subcommand, self.trial)
         self.is_new = self.folder.is_dir() and not any(self.folder.iterdir())
-        place_loggers(config.trainer, self.folder)
+        place_outputs(config.trainer, self.folder)
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
@@ -108,10 +108,14 @@ class IndiCLI(LightningCLI):
             if changes and is_first_process():
                 print("changed since the checkpoint:", *changes, sep="\n  ")
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        return super().instantiate_trainer(**trainer_options(config, self.folder, self.trial), **kwargs)
+        options = trainer_options(config, self.folder, self.trial)
+        try:
+            return super().instantiate_trainer(**options, **kwargs)
+        except TypeError as error:  # as for `devices: x`
+            raise ConfigError(f"trainer: {error}") from error
 
     def before_fit(self) -> None:
         check(self.model, self.datamodule, "fit")
@@ -119,9 +123,8 @@ class IndiCLI(LightningCLI):
         lock(self.folder)
 
     def after_fit(self) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunRecord):
-                callback.after_fit(self.trainer, self.model, self.datamodule)
+        for record in callbacks_of(self.trainer, RunRecord):
+            record.after_fit(self.trainer, self.model, self.datamodule)
 
     def before_validate(self) -> None:
         check(self.model, self.datamodule, "validate")
@@ -147,6 +150,8 @@ def run(argv: list[str]) -> int:
     torch.set_flush_denormal(True)
     try:
         check_yaml(config_files(argv))
+        # Lightning's Timer has an enum for a default.
+        yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
         set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))
         IndiCLI()
     except KeyboardInterrupt:
@@ -170,7 +175,7 @@ def run(argv: list[str]) -> int:
 
 
 class _Pipe:
-    """Standard output that may be closed early, as by `| head -1`: the run goes on without it."""
+    """Standard output that may fail early, as with `| head -1` or on a full disk: the run goes on without it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -188,7 +193,7 @@ class _Pipe:
     def _try(self, act: Callable[[], Any]) -> None:
         try:
             act()
-        except BrokenPipeError:
+        except OSError:  # the reader is gone, or the disk of a log is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -202,8 +207,7 @@ def _say(error: Exception) -> int:
         raise error
     if notes and not isinstance(error, OSError | ImportError | MisconfigurationException):
         raise error
-    message = explain(str(error)) if isinstance(error, ConfigError) else str(error)
-    print(f"indiclip: {' '.join([*message.split(), *notes])}", file=sys.stderr)
+    print(f"indiclip: {' '.join([one_line(error), *notes])}", file=sys.stderr)
     return 1 if notes else 2
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import lightning as L
 import yaml
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from indiclip import old_names
@@ -19,14 +19,17 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean, nearest_beside
 
-_GROUPS: dict[str, Any] = {"trainer": L.Trainer, "model": MultiTask, "data": MultiTaskData}
-# What is wrong with a value that may also be None, out of what the parser says of both.
-_OPTIONAL = re.compile(
-    r"Errors:\s+- (?:Type \S+\[.* callable class: )?(.*?)(?:\. Got value: Namespace\(.*)?"
-    r"\n\s+- Expected a <class 'NoneType'>.*Given value: (.*)",
-    re.DOTALL,
-)
+_GROUPS: dict[str, Any] = {"trainer": Trainer, "model": MultiTask, "data": MultiTaskData}
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
+# What jsonargparse says around a mistake, and of the types in a union that the value was never meant to be of.
+_WRAPPER = re.compile(
+    r"""\s*(- )?(Parser key "[^"]+":|Problem with given class_path '[^']+':|Does not validate against any .*|Errors:"""
+    r"|Subtypes: .*|Given value type: .*)$"
+)
+_OTHER_TYPE = re.compile(
+    r"- Expected a (<class|typing)[^\"]*$|(- )?(Given value: .*|Not a valid subclass of \w+|Subclass types expect.*"
+    r"|a class path .*|a dict with.*)$"
+)
 
 
 class ConfigError(ValueError):
@@ -42,13 +45,21 @@ class OneLineParser(LightningArgumentParser):
         raise ConfigError(message) from ex
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, where it may be the parser's, on one line."""
+    message = str(error)
+    if isinstance(error, ConfigError) or "of the Union subtypes" in message:  # what builds objects raises plain ones
+        message = explain(message)
+    return " ".join(message.split())
+
+
 def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     classes = re.findall(r"(?:Problem with given class_path |Namespace\(class_path=)'([^']+)'", message)
-    if optional := _OPTIONAL.search(message):
-        message = optional[1] if classes else f"{optional[1]}. Got value: {optional[2]}"
-    reason = " ".join(line.strip() for line in message.splitlines() if not _is_wrapper(line)) or message
+    lines = [line.strip() for line in message.splitlines() if not _WRAPPER.match(line)]
+    found = [line for line in lines if not _OTHER_TYPE.match(line)] or lines  # else no type was near to what is given
+    reason = " ".join(line.removeprefix("- ") for line in found) or message
     if option := re.search(r"Option '([^']+)' is not accepted", reason):
         owner = classes[-1] if classes else "the configuration"
         known = _parameters(pkgutil.resolve_name(owner)) if classes else list(_TOP_LEVEL)
@@ -61,14 +72,18 @@ def explain(message: str) -> str:
     if linked := re.search(r"Call to compute_fn of link '\w+\((\w+)\).* failed: (.*)", reason):
         return f"{linked[1]}: {linked[2]}"
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
-        return f"{key}: {missing[0]}{did_you_mean(missing[2], _names_in(missing[1]))}"
+        module = missing[1]
+        beside = [name.rpartition(".")[2] for name in _modules(f"{module}.x")]
+        public = [name for name in dir(importlib.import_module(module)) if not name.startswith("_")]
+        return f"{key}: {missing[0]}{did_you_mean(missing[2], public + beside)}"
     if missing := re.search(r"No module named '([^']+)'", reason):
         wanted = classes[-1].rpartition(".")[0] if classes else missing[1]
         hint = did_you_mean(wanted, [*_modules(wanted), *old_names.MODULES])
         return f"{key}: {missing[0]}" + re.sub("'(.*)'", lambda near: repr(old_names.translated(near[1])), hint)
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
-    return f"{key}: {reason}" if key and key not in reason else reason
+    where = key or ", ".join(dict.fromkeys(re.findall(r"class_path[ =]'([^']+)'", message)))
+    return f"{where}: {reason}" if where and where not in reason else reason
 
 
 def check_yaml(files: Iterable[str]) -> None:
@@ -85,10 +100,6 @@ def check_yaml(files: Iterable[str]) -> None:
             raise ConfigError(f"{name}: expected the keys {', '.join(_GROUPS)}, found {type(content).__name__}")
 
 
-def _is_wrapper(line: str) -> bool:
-    return bool(re.match(r"\s*(Parser key \"[^\"]+\":|Problem with given class_path '[^']+':)\s*$", line))
-
-
 def _parameters(made: Any) -> list[str]:
     """Of a function, or of a class's constructor and of those that it hands its `**arguments` on to."""
     functions = [vars(base).get("__init__") for base in getattr(made, "__mro__", ())] or [made]
@@ -102,11 +113,6 @@ def _nearest_option(option: str) -> str:
     if group in _GROUPS and name:
         return did_you_mean(option, [f"{group}.{parameter}" for parameter in _parameters(_GROUPS[group])])
     return did_you_mean(option, _TOP_LEVEL)
-
-
-def _names_in(module: str) -> list[str]:
-    public = [name for name in dir(importlib.import_module(module)) if not name.startswith("_")]
-    return public + [name.rpartition(".")[2] for name in _modules(f"{module}.x")]
 
 
 def _modules(name: str) -> list[str]:

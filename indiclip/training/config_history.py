@@ -8,12 +8,12 @@ Every change is listed at the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import yaml
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from indiclip import json_lines
@@ -22,27 +22,21 @@ from indiclip.names import shorten
 from indiclip.old_names import translate_config
 from indiclip.training.fault_tolerance.ranks import folder_of
 
-_STEP = ("seed_everything", "data", "model", "trainer.accumulate_grad_batches", "trainer.overfit_batches")
-_NOT_OF_STEP = (
-    *("data.num_workers", "data.quarantine", "data.val", "data.seed"),
-    *("model.lr", "model.weight_decay", "model.warmup_steps", "model.optimizer", "model.lr_schedule"),
-    *("model.lr_scale", "model.layer_decay"),
-)
-_OF_THIS_START = ("name", "runs", "ckpt_path", "override", "weights_only", "return_predictions")
+_RULE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 _DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW"}
 
 
 class ConfigHistory(SaveConfigCallback):
     """Saves the config after the first step that it made."""
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
         if self.already_saved or not trainer.is_global_zero:
             return
@@ -83,9 +77,9 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
     before, now = ((tree["model"]["optimizer"] or _DEFAULT_OPTIMIZER)["class_path"] for tree in (old, new))
     if before != now:
         raise ValueError(f"model.optimizer: {now} cannot go on from the moments of {before}")
-    changes = {key: line for key, line in _changes(old, new) if not _is_under(key, _OF_THIS_START)}
+    changes = {key: line for key, line in _changes(old, new) if not _is_under(key, _RULE["of_this_start"])}
     lines = list(changes.values())
-    refused = [key for key in changes if _is_under(key, _STEP) and not _is_under(key, _NOT_OF_STEP)]
+    refused = [key for key in changes if _is_under(key, _RULE["step"]) and not _is_under(key, _RULE["not_of_step"])]
     if refused and not config["override"]:
         raise ValueError(
             f"--ckpt_path: {file} has other values of what makes up a training step ({', '.join(refused[:3])}"
@@ -106,5 +100,5 @@ def _changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
 
 
-def _is_under(key: str, paths: tuple[str, ...]) -> bool:
+def _is_under(key: str, paths: Iterable[str]) -> bool:
     return any(key == path or key.startswith((f"{path}.", f"{path}[")) for path in paths)

@@ -14,25 +14,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from indiclip.evals.bench import check_languages, find_bench, run_bench
+from indiclip.evals.bench import check_languages, find_bench, logged_names, run_bench
 from indiclip.evals.card_scorer import Options
 from indiclip.evals.encode import Ranks
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.module import Batches, MultiTask
-from indiclip.training.fault_tolerance.ranks import Interrupted, folder_of, together
+from indiclip.training.fault_tolerance.ranks import Interrupted, callbacks_of, folder_of, together
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.monitors import check_monitors
 from indiclip.training.record import RunRecord
 
 
-class IndiaBench(L.Callback):
+class IndiaBench(Callback):
     """Scores the encoder on the benchmark while it trains, at the last of `max_steps`, and once in `validate` and
     `test`.
 
@@ -90,7 +90,7 @@ class IndiaBench(L.Callback):
         self._scored = 0  # the step whose weights were scored last; none has any before the first
         self._goes_on_from = 0
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict":
             return
         assert isinstance(pl_module, MultiTask)
@@ -112,29 +112,33 @@ class IndiaBench(L.Callback):
             except ValueError as error:
                 raise ValueError(f"IndiaBench.views: {error}") from error
             if stage == "fit" and trainer.is_global_zero:
-                self._check_validates(trainer)
-                check_monitors(trainer, self.every_n_steps, self.every_n_epochs, embedder, self.bench, self.options)
+                if not self.every_n_steps and not trainer.enable_validation:
+                    raise ValueError(
+                        "IndiaBench.every_n_steps: null runs after validations, and this run has none; set it"
+                    )
+                names = logged_names(embedder.lengths, self.bench, self.options)
+                check_monitors(trainer, self.every_n_steps, self.every_n_epochs, names)
         if trainer.is_global_zero:
             self._announce(stage)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batches, batch_idx: int
     ) -> None:
         # The run that this one goes on from was stopped in the middle of it.
         if self._goes_on_from == trainer.global_step != self._scored and self._is_due(trainer):
             self._score(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if stepped and self._is_due(trainer):  # not at a batch whose gradients are kept for the next one
             self._score(trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         in_fit = trainer.state.fn == "fit"
@@ -143,7 +147,7 @@ class IndiaBench(L.Callback):
             self._score(trainer, pl_module)
         self._validations += in_fit  # last: one that is stopped here comes again
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._score(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,20 +156,20 @@ class IndiaBench(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations, self._scored = state_dict["validations"], state_dict["scored"]
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._goes_on_from = checkpoint["global_step"]
 
-    def _is_due(self, trainer: L.Trainer) -> bool:
+    def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_steps is None:
             return False
         return trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps
 
-    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, MultiTask)
         step = max(trainer.global_step, self._goes_on_from)  # the former is 0 where nothing trains
-        votes = [callback for callback in trainer.callbacks if isinstance(callback, StepSync)]  # type: ignore[attr-defined]
+        votes = callbacks_of(trainer, StepSync)
         try:
             values = self._values(trainer, pl_module, step, votes)
         except Interrupted as stop:
@@ -178,11 +182,9 @@ class IndiaBench(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
 
-    def _values(self, trainer: L.Trainer, module: MultiTask, step: int, votes: list[StepSync]) -> dict[str, float]:
-        watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
-
+    def _values(self, trainer: Trainer, module: MultiTask, step: int, votes: list[StepSync]) -> dict[str, float]:
         def progress(images: int) -> None:
-            for watchdog in watchdogs:
+            for watchdog in callbacks_of(trainer, Watchdog):
                 watchdog.alive("scoring the benchmark")
             for vote in votes:
                 if vote.preemption.received:  # a scheduler waits a minute, this may take ten
@@ -203,22 +205,17 @@ class IndiaBench(L.Callback):
             values: dict[str, float] = exchange(result and result.logged())[0]  # all log what rank 0 found
         return values
 
-    def _save(self, result: Result, trainer: L.Trainer, step: int) -> None:
+    def _save(self, result: Result, trainer: Trainer, step: int) -> None:
         result.about |= {"step": step}
         result.save(self._folder / "bench")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunRecord):
-                callback.add(trainer, result.logged())
+        for record in callbacks_of(trainer, RunRecord):
+            record.add(trainer, result.logged())
         numbers = [f"{card} {score.value:.3f}" for (card, _), score in result.main().items()]
         seconds = sum(result.about["seconds"].values())
         print(f"step {step}: benchmark in {seconds:.0f} s: {', '.join(numbers)}", flush=True)
 
     def _embedder(self, module: MultiTask) -> EncoderEmbedder:
         return EncoderEmbedder(module.encoder, self._folder.resolve().name, lengths=self.lengths)
-
-    def _check_validates(self, trainer: L.Trainer) -> None:
-        if not self.every_n_steps and not trainer.enable_validation:
-            raise ValueError("IndiaBench.every_n_steps: null runs after validations, and this run has none; set it")
 
     def _announce(self, stage: str) -> None:
         counts = [
@@ -237,7 +234,7 @@ class IndiaBench(L.Callback):
 
 
 @contextmanager
-def _buffers_of_the_first(trainer: L.Trainer, module: MultiTask) -> Iterator[None]:
+def _buffers_of_the_first(trainer: Trainer, module: MultiTask) -> Iterator[None]:
     """Batch norm's running statistics are each rank's own until the next step; a checkpoint has those of rank 0."""
     buffers = list(module.encoder.buffers()) if trainer.world_size > 1 else []
     own = [buffer.clone() for buffer in buffers]

@@ -4,75 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import lightning as L
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from indiclip.evals.bench import Bench, logged_names
-from indiclip.evals.card_scorer import Options
-from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
-from indiclip.training.fault_tolerance.ranks import AgreedStop
+from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 
 _SMALLER_IS_BETTER = ("median_km", "parity_")
 
 
-class CheckMonitors(L.Callback):
+class CheckMonitors(Callback):
     """Ends a run with one line where a callback's `monitor` names a number that is not logged.
 
     Stands before the others: EarlyStopping and ModelCheckpoint would end it with a traceback.
     """
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, MultiTask)
         heads = {head.name for head in pl_module.each_head()}
         for where, monitor in _monitors(trainer) if stage == "fit" else []:
-            prefix, _, rest = monitor.partition("/")
-            head = rest.partition("/")[0]
-            if prefix == "val" and head not in heads:
-                near = did_you_mean(monitor, [f"val/{name}/{rest.partition('/')[2]}" for name in heads])
-                raise ValueError(f"{where}: {monitor}: no head {head!r}{near}")
+            prefix, *parts = monitor.split("/", 2)
+            if prefix != "val" or not parts:
+                continue
+            if parts[0] not in heads:
+                near = did_you_mean(monitor, ["/".join([prefix, name, *parts[1:]]) for name in heads])
+                raise ValueError(f"{where}: {monitor}: no head {parts[0]!r}{near}")
+            if not trainer.enable_validation:
+                raise ValueError(f"{where}: {monitor} is not logged, for this run has no validation")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        logged = sorted(trainer.callback_metrics)
-        for where, monitor in _monitors(trainer):
-            if monitor.startswith(("val/", "train/")) and monitor not in logged:
-                raise AgreedStop(trainer, f"{where}: {monitor} is not logged{did_you_mean(monitor, logged)}", 2)
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            _check_logged(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            _check_logged(trainer)
 
 
-def _monitors(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if monitor := getattr(callback, "monitor", None):
+def _check_logged(trainer: Trainer) -> None:
+    logged = sorted([*trainer.callback_metrics, "epoch", "step"])
+    for where, monitor in _monitors(trainer):
+        if monitor not in logged:
+            raise AgreedStop(trainer, f"{where}: {monitor} is not logged{did_you_mean(monitor, logged)}", 2)
+
+
+def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """Where each monitor stands, and its name; but of checkpoints by the benchmark, see `check_monitors`."""
+    for callback in callbacks_of(trainer, Callback):
+        monitor = getattr(callback, "monitor", None)
+        by_benchmark = isinstance(callback, ModelCheckpoint) and str(monitor).startswith("eval/")
+        if monitor and not by_benchmark and getattr(callback, "strict", True):
             yield f"trainer.callbacks: the monitor of {type(callback).__name__}", monitor
 
 
-def check_monitors(
-    trainer: L.Trainer,
-    every_n_steps: int | None,
-    every_n_epochs: int,
-    embedder: EncoderEmbedder,
-    bench: Bench,
-    options: Options,
-) -> None:
+def check_monitors(trainer: Trainer, every_n_steps: int | None, every_n_epochs: int, names: list[str]) -> None:
     """Compare the `monitor` of each checkpoint callback with what will be logged, and when.
 
     Args:
         trainer: Of the run.
         every_n_steps: When the benchmark scores; None is after validations.
         every_n_epochs: After how many of them.
-        embedder: What it scores.
-        bench: On which images.
-        options: And how.
+        names: Of all numbers that it logs.
 
     Raises:
         ValueError: No such number, the best of it is not what `mode` says, or it is of other weights.
     """
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    callbacks = [callback for callback in callbacks if str(callback.monitor).startswith("eval/")]
-    names = logged_names(embedder.lengths, bench, options) if callbacks else []
-    for callback in callbacks:
+    for callback in callbacks_of(trainer, ModelCheckpoint):
+        if not str(callback.monitor).startswith("eval/"):
+            continue
         _check_schedule(callback, every_n_steps, every_n_epochs)
         where, monitor = f"trainer.callbacks: {type(callback).__name__}", str(callback.monitor)
         if monitor not in names:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
@@ -24,7 +24,7 @@ from indiclip.module import Batches, MultiTask
 from indiclip.training.fault_tolerance.ranks import folder_of
 
 
-class RunRecord(L.Callback):
+class RunRecord(Callback):
     """Writes `history.jsonl`, `metrics.json` and `report.html` into the run's folder.
 
     `history.jsonl` has a line per logging step; a resumed run goes on in it.
@@ -38,15 +38,15 @@ class RunRecord(L.Callback):
         self._began: float | None = None  # when training did, less the seconds of the runs that this one goes on from
         self._scored = -1  # the last step after which the history has held-out scores, when this run goes on in it
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
         if stage == "fit":
             self._recorded = trainer.strategy.broadcast(_step_of(self._folder / "metrics.json"))
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer)
 
-    def _begin(self, trainer: L.Trainer) -> None:
+    def _begin(self, trainer: Trainer) -> None:
         """Go on in the history of the run, or begin one."""
         self._step = trainer.global_step
         self._began = time.monotonic()
@@ -61,7 +61,7 @@ class RunRecord(L.Callback):
             json_lines.rewrite(self._folder / "history.jsonl", kept)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == trainer.max_steps:
@@ -70,17 +70,17 @@ class RunRecord(L.Callback):
             self._write_row(trainer, "train/")
         self._step = step
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A run that was killed between this row and the next checkpoint goes through the held-out data again.
         if self._began is not None and not trainer.sanity_checking and self._scored < trainer.global_step:
             self._write_row(trainer, "val/")
             self._scored = trainer.global_step
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.enable_validation and self._scored < trainer.global_step:
             validate_now(trainer)  # where `check_val_every_n_epoch` or `max_time` left it out
 
-    def add(self, trainer: L.Trainer, values: dict[str, float]) -> None:
+    def add(self, trainer: Trainer, values: dict[str, float]) -> None:
         """A row for what another callback measured at this step, which nobody need measure again."""
         if self._began is None or not trainer.is_global_zero:
             return
@@ -89,25 +89,25 @@ class RunRecord(L.Callback):
         if not any(row["step"] == step and values.keys() <= row.keys() for row in read_history(self._folder)):
             self._append(trainer, finite(values))
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._began is not None:
             saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
             rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
             where = f"{self._folder}{rank}, after step {trainer.global_step}; last checkpoint: {saved}"
             exception.add_note(f"(while training {where})")
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._began is not None:  # else no step was left to train: what the folder holds stays
             self._write(trainer, pl_module)
 
-    def after_fit(self, trainer: L.Trainer, pl_module: L.LightningModule, data: L.LightningDataModule) -> None:
+    def after_fit(self, trainer: Trainer, pl_module: LightningModule, data: LightningDataModule) -> None:
         """Validate and write what is missing where a run was stopped between its last step and its end."""
         if self._began is None and self._recorded < trainer.global_step:
             self._begin(trainer)
             trainer.validate(pl_module, datamodule=data, verbose=False)
             self._write(trainer, pl_module)
 
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, MultiTask)
@@ -129,12 +129,12 @@ class RunRecord(L.Callback):
         json_lines.write_whole(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
         _print_summary(self._folder, record)
 
-    def _write_row(self, trainer: L.Trainer, prefix: str) -> None:
+    def _write_row(self, trainer: Trainer, prefix: str) -> None:
         if trainer.is_global_zero:
             values = {k: v for k, v in finite(trainer.callback_metrics).items() if k.startswith(prefix)}
             self._append(trainer, values)
 
-    def _append(self, trainer: L.Trainer, values: dict[str, float | None]) -> None:
+    def _append(self, trainer: Trainer, values: dict[str, float | None]) -> None:
         assert self._began is not None
         seconds = round(time.monotonic() - self._began, 1)
         append_history(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
@@ -151,7 +151,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__("batch")
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._folder = folder_of(trainer) / "predictions"
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -161,8 +161,8 @@ class PredictionWriter(BasePredictionWriter):
 
     def write_on_batch_end(
         self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        trainer: Trainer,
+        pl_module: LightningModule,
         prediction: Any,
         batch_indices: Any,
         batch: Batches,
@@ -173,7 +173,7 @@ class PredictionWriter(BasePredictionWriter):
         keys = {task: part["keys"] for task, part in batch.items()}
         torch.save({"keys": keys, "predictions": on_cpu}, self._folder / f"{batch_idx:06}-{trainer.global_rank}.pt")
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             Console().print(f"predictions [bold]{self._folder}[/]", soft_wrap=True)
             _print_quarantined(self._folder)

@@ -88,7 +88,7 @@ def unlock() -> None:
 
 
 def remove_unused(folder: Path, trial: bool, is_new: bool) -> None:
-    """Remove the folder of a run that failed before its first step, so that the next try gets the same name.
+    """Remove the folder of a run that ended before its first step, so that the next try gets the same name.
 
     Args:
         folder: Of the run.

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from jsonargparse import Namespace
+from lightning import Callback
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from indiclip.training.callbacks import StartupTable, TaskProgress
@@ -23,6 +23,7 @@ from indiclip.training.record import PredictionWriter, RunRecord
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true", "32", "bf16", "16", "64")
 _SHARDED = ("fsdp", "modelparallel", "deepspeed")  # strategies that write folders of shards by themselves
+_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
 
 
 def check_trainer(config: Namespace, subcommand: str) -> None:
@@ -31,9 +32,11 @@ def check_trainer(config: Namespace, subcommand: str) -> None:
     Raises:
         ValueError: The first of them, naming its key.
     """
-    for key in ("max_steps", "max_epochs", "limit_train_batches") if subcommand == "fit" else ():
-        if config.get(key) == 0:
-            raise ValueError(f"trainer.{key}: found 0, with which nothing is trained (`indiclip validate` scores)")
+    if subcommand == "fit":
+        _check_numbers(config)
+    strategy = str(config.get("strategy"))
+    if strategy.endswith(("spawn", "fork", "notebook")):
+        raise ValueError(f"trainer.strategy: found {strategy}; a run's processes start by this command; expected ddp")
     precision = str(config.get("precision") or "32-true")
     if precision not in _PRECISIONS:
         raise ValueError(f"trainer.precision: no training in {precision}; expected {', '.join(_PRECISIONS)}")
@@ -49,12 +52,25 @@ def check_trainer(config: Namespace, subcommand: str) -> None:
         raise ValueError("trainer.barebones: turns off what makes a run survive and its record; leave it out")
 
 
-def place_loggers(config: Namespace, folder: Path) -> None:
-    """Loggers write to the run's folder, unless they name another one by its whole path."""
-    for logger in listed(config.get("logger")):
-        arguments = getattr(logger, "init_args", {})
-        if "save_dir" in arguments:
-            arguments["save_dir"] = str(folder / (arguments["save_dir"] or ""))
+def _check_numbers(config: Namespace) -> None:
+    for key in ("max_steps", "max_epochs", "limit_train_batches"):
+        if config.get(key) == 0:
+            raise ValueError(f"trainer.{key}: found 0, with which nothing is trained (`indiclip validate` scores)")
+    if config.get("val_check_interval") == 0:
+        raise ValueError("trainer.val_check_interval: found 0; trainer.limit_val_batches 0 leaves validation out")
+    for key, least in _LEAST.items():
+        value = config.get(key)
+        if value is not None and value < least:
+            raise ValueError(f"trainer.{key}: found {value}; expected {least} or more")
+
+
+def place_outputs(config: Namespace, folder: Path) -> None:
+    """Loggers and profilers write to the run's folder, unless they name another one by its whole path."""
+    for key, option in (("logger", "save_dir"), ("profiler", "dirpath")):
+        for part in listed(config.get(key)):
+            arguments = getattr(part, "init_args", {})
+            if option in arguments:
+                arguments[option] = str(folder / (arguments[option] or ""))
 
 
 def trainer_options(config: dict[str, Any], folder: Path, trial: bool) -> dict[str, Any]:
@@ -75,7 +91,7 @@ def trainer_options(config: dict[str, Any], folder: Path, trial: bool) -> dict[s
     _place_checkpoints(given, folder / "checkpoints")
     # CheckMonitors before the callbacks that look for their monitor. RunRecord before StepSync, which may end the run
     # after a step that is to be recorded.
-    ours: list[L.Callback] = [StartupTable(), StepSync(), ResumeValidation(), Watchdog(), LocalRanks()]
+    ours: list[Callback] = [StartupTable(), StepSync(), ResumeValidation(), Watchdog(), LocalRanks()]
     if not trial:
         ours[1:1] = [RunRecord()]
         ours.append(PredictionWriter())
@@ -83,10 +99,13 @@ def trainer_options(config: dict[str, Any], folder: Path, trial: bool) -> dict[s
         ours.append(TaskProgress())
     if config.get("enable_checkpointing") is not False:
         ours.append(Checkpoints(str(folder / "checkpoints")))
-    if config.get("logger") is not False:
+    if config.get("logger") not in (False, []):
         ours.append(LearningRateMonitor("step"))
-    missing = [callback for callback in ours if not any(isinstance(other, _kind(callback)) for other in given)]
-    options["callbacks"] = [CheckMonitors(), *given, *missing]  # the config's own settings of one of ours count
+    options["callbacks"] = [CheckMonitors(), *given]
+    for callback in ours:  # the config's own settings of one of ours count
+        kind = next((kind for kind in (ProgressBar, ModelCheckpoint) if isinstance(callback, kind)), type(callback))
+        if not any(isinstance(other, kind) for other in given):
+            options["callbacks"].append(callback)
     return options
 
 
@@ -95,15 +114,12 @@ def listed(value: Any) -> list[Any]:
     return [*value] if isinstance(value, list) else [value] if value not in (None, True, False) else []
 
 
-def _kind(callback: L.Callback) -> type:
-    return next((kind for kind in (ProgressBar, ModelCheckpoint) if isinstance(callback, kind)), type(callback))
-
-
-def _place_checkpoints(callbacks: list[L.Callback], folder: Path) -> None:
+def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:
     for callback in callbacks:
-        if not isinstance(callback, ModelCheckpoint):
+        if not isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint):
             continue
-        if callback.dirpath:
+        # That of ModelCheckpoint is absolute when it is given; OnExceptionCheckpoint must be given one.
+        if callback.dirpath and Path(callback.dirpath).is_absolute():
             raise ValueError(
                 f"trainer.callbacks: the dirpath of {type(callback).__name__} is {callback.dirpath}, where "
                 "--ckpt_path last would not look; leave it out, and move all of the run with --runs FOLDER"

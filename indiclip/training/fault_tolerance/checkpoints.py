@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-import lightning as L
 import torch
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from indiclip.lightning_internals import accumulating, epoch_ends, validation_due
 from indiclip.old_names import translate_checkpoint
 from indiclip.training.fault_tolerance import manifest
-from indiclip.training.fault_tolerance.ranks import AgreedStop, gathered
+from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of, gathered
 
 _HEADROOM = 1 << 20  # bytes beside the tensors, and that a file system takes for itself
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
@@ -118,18 +119,17 @@ class Checkpoints(ModelCheckpoint):
             enable_version_counter=False,  # a step done again replaces its file
         )
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._due, self._goes_on_from = False, -1
-        for other in trainer.checkpoint_callbacks:
-            same = isinstance(other, Checkpoints) and (other.dirpath, other.filename) == (self.dirpath, self.filename)
-            if same and other is not self:
+        for other in callbacks_of(trainer, Checkpoints):
+            if other is not self and (other.dirpath, other.filename) == (self.dirpath, self.filename):
                 raise ValueError(
                     f"trainer.callbacks: two Checkpoints write {self.filename!r} into {self.dirpath}, where each would "
                     "remove the other's; give one of them another filename"
                 )
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **options: Any) -> None:
         if accumulating(trainer):  # what is due comes with the end of the step
             return
         every, last = self._every_n_train_steps, trainer.global_step == trainer.max_steps
@@ -145,7 +145,7 @@ class Checkpoints(ModelCheckpoint):
         if last:
             self.save_now(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.global_step == self._goes_on_from:  # see ResumeValidation
             return
         if accumulating(trainer):
@@ -156,14 +156,14 @@ class Checkpoints(ModelCheckpoint):
             if trainer.global_step == trainer.max_steps:
                 self.save_now(trainer)  # where the last is none of the best
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not accumulating(trainer):
             self.save_now(trainer)  # of a run that ended before `max_steps`
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._goes_on_from = checkpoint["global_step"]
 
-    def save_now(self, trainer: L.Trainer) -> str | None:
+    def save_now(self, trainer: Trainer) -> str | None:
         """Save a checkpoint of this step, unless there is one. Returns its path; None in a `fast_dev_run`."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
@@ -178,7 +178,7 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
         return self._last_checkpoint_saved
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         failure = None
         try:
             super()._save_checkpoint(trainer, filepath)
@@ -192,7 +192,7 @@ class Checkpoints(ModelCheckpoint):
             link = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
             self._link_checkpoint(trainer, filepath, str(link))
 
-    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         # ModelCheckpoint keeps the file that a run went on from; one for each start would fill the disk.
         return previous != current and (
             super()._should_remove_checkpoint(trainer, previous, current)
@@ -200,7 +200,7 @@ class Checkpoints(ModelCheckpoint):
         )
 
     @staticmethod
-    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """As ModelCheckpoint's, with no instant without a link."""
         if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
             made = Path(linkpath).with_name(f".{Path(linkpath).name}.part")
@@ -225,18 +225,16 @@ def foreign(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _check_space(checkpoint: dict[str, Any], target: Path) -> None:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(checkpoint)}
+    storages: dict[int, int] = {}
+
+    def add(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+
+    apply_to_collection(checkpoint, torch.Tensor, add)
     needed, free = sum(storages.values()) + _HEADROOM, shutil.disk_usage(target.parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes and the disk has {free:,} left")
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
 
 
 def _write(checkpoint: dict[str, Any], part: Path) -> str:

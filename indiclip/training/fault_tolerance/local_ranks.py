@@ -9,8 +9,8 @@ import threading
 from subprocess import Popen
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Callback, LightningModule, Trainer
 
 from indiclip.lightning_internals import take_processes
 
@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.5
 _STARTER = "INDICLIP_STARTER"  # pid of the process that starts others
 
 
-class LocalRanks(L.Callback):
+class LocalRanks(Callback):
     """Ends the ranks that Lightning started on this machine when one of them is gone.
 
     A rank that waits for another in a collective may do so for many minutes (NCCL), and then ignores SIGTERM. So the
@@ -39,7 +39,7 @@ class LocalRanks(L.Callback):
         self._started_by_rank = parent_is_rank and os.environ.get("LOCAL_RANK", "0") != "0"
         os.environ[_STARTER] = str(os.getpid())
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         children = take_processes(trainer)
         if children or self._started_by_rank:
             self._stop.clear()

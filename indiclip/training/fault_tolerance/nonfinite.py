@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,7 +31,7 @@ class NonFinite:
         self.count = self.in_a_row = 0
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
-    def open(self, trainer: L.Trainer, folder: Path) -> None:
+    def open(self, trainer: Trainer, folder: Path) -> None:
         """Count on in a run that goes on, from 0 else. A collective."""
         file = folder / "nonfinite.jsonl"
         rows = json_lines.read(file) if trainer.ckpt_path and trainer.is_global_zero else []
@@ -74,7 +74,7 @@ class NonFinite:
         for buffer, kept in self._statistics:
             buffer.copy_(torch.where(skip > 0, kept, buffer))
 
-    def act(self, trainer: L.Trainer, folder: Path, step: int, losses: dict[str, Tensor], keys: dict[str, Any]) -> None:
+    def act(self, trainer: Trainer, folder: Path, step: int, losses: dict[str, Tensor], keys: dict[str, Any]) -> None:
         """Report a step that some rank found; all ranks call this.
 
         Raises:

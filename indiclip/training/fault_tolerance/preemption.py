@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning as L
+from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from indiclip import json_lines
@@ -47,7 +47,7 @@ class Preemption:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
-    def act(self, trainer: L.Trainer, folder: Path, received: int) -> None:
+    def act(self, trainer: Trainer, folder: Path, received: int) -> None:
         """Save, queue again where it is asked for, and end the run; all ranks call this.
 
         Raises:
@@ -71,7 +71,7 @@ class Preemption:
             os.write(2, f"\n{name}: finishing the step, then saving (Ctrl-C: leave at once)\n".encode())
 
 
-def save(trainer: L.Trainer) -> str | None:
+def save(trainer: Trainer) -> str | None:
     """Save this step where the run's checkpoints are. Returns the path; None for a run that saves none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, Checkpoints):

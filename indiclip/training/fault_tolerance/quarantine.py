@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import lightning as L
+from lightning import Trainer
 
 from indiclip import json_lines
 from indiclip.module import Batches
@@ -20,7 +20,7 @@ class Quarantine:
         self._new: list[Quarantined] = []
         self._known: set[tuple[str, str]] = set()  # (task, key)
 
-    def begin(self, trainer: L.Trainer, folder: Path) -> None:
+    def begin(self, trainer: Trainer, folder: Path) -> None:
         """Know what is listed already, in a run that goes on; begin a new list else. A collective."""
         self._new, self._known = [], set()
         rows = []
@@ -45,7 +45,7 @@ class Quarantine:
         """Samples that this rank has not told the others of."""
         return len(self._new)
 
-    def act(self, trainer: L.Trainer, folder: Path) -> None:
+    def act(self, trainer: Trainer, folder: Path) -> None:
         """Tell each other and write; all ranks call this.
 
         Raises:

@@ -6,12 +6,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import lightning as L
 import torch
+from lightning import Trainer
 
 from indiclip.lightning_internals import started_by_lightning
+
+_Kind = TypeVar("_Kind")
 
 
 class AgreedStop(Exception):
@@ -27,19 +29,24 @@ class AgreedStop(Exception):
         first: Whether this is the process that speaks for all.
     """
 
-    def __init__(self, trainer: L.Trainer, message: str, status: int = 1) -> None:
+    def __init__(self, trainer: Trainer, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = 0 if started_by_lightning(trainer) and trainer.local_rank > 0 else status
         self.first = trainer.is_global_zero
 
 
-def folder_of(trainer: L.Trainer) -> Path:
+def folder_of(trainer: Trainer) -> Path:
     """The run's folder: the trainer's `default_root_dir`, which the command sets; else the logger's. A collective."""
     given = trainer.default_root_dir != str(Path.cwd())
     return Path(trainer.strategy.broadcast(trainer.default_root_dir if given else trainer.log_dir or "."))
 
 
-def gathered(trainer: L.Trainer, value: Any) -> list[Any]:
+def callbacks_of(trainer: Trainer, kind: type[_Kind]) -> list[_Kind]:
+    """The run's callbacks of a kind."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def gathered(trainer: Trainer, value: Any) -> list[Any]:
     """The `value` of each rank, on every rank. A collective: for rare things."""
     if trainer.world_size == 1:
         return [value]
@@ -61,7 +68,7 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def together(trainer: L.Trainer, what: str) -> Iterator[Callable[[Any], list[Any]]]:
+def together(trainer: Trainer, what: str) -> Iterator[Callable[[Any], list[Any]]]:
     """Work that all ranks share and that ends on all of them where it ends early on one: none is left waiting.
 
     Gives the `exchange` by which they meet: a value -> the values of all ranks. All must call it equally often; a rank

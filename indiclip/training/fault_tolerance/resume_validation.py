@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Callback, LightningModule, Trainer
 
 from indiclip.lightning_internals import validate_now, validation_due
 
 
-class ResumeValidation(L.Callback):
+class ResumeValidation(Callback):
     """Goes through the held-out data at the start of a run whose checkpoint was taken before or during a validation.
 
     Lightning would go on with the next step. Where there is none, see `RunRecord.after_fit`. Nothing can be saved
@@ -32,15 +32,15 @@ class ResumeValidation(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._due, self._scores = bool(state_dict["due"]), state_dict.get("scores", {})
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path:
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._scores.items()})
         if self._due and trainer.ckpt_path:
             validate_now(trainer)
         self._due = False
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = trainer.global_step

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,7 +29,7 @@ class _Count(NamedTuple):
     keys: dict[str, list[str]]
 
 
-class StepSync(L.Callback):
+class StepSync(Callback):
     """Ranks agree on non-finite steps, signals and quarantined samples.
 
     A step with a loss or gradient that is not finite on any rank is skipped by all: weights, optimizer and batch norm
@@ -44,13 +44,12 @@ class StepSync(L.Callback):
     def __init__(self, max_nonfinite: int = 10, max_requeues: int = 20) -> None:
         self.nonfinite, self.preemption = NonFinite(max_nonfinite), Preemption(max_requeues)
         self.quarantine = Quarantine()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._losses: dict[str, Tensor] = {}
         self._keys: dict[str, list[str]] = {}
         self._on_the_way: list[_Count] = []
-        self._voted = False
-        self._agreed = 0
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._voted, self._agreed = False, 0
         self._folder = folder_of(trainer)
         if stage == "predict":
             self._folder /= "predictions"  # the list of what is not in there
@@ -63,17 +62,16 @@ class StepSync(L.Callback):
         """For other callbacks in which the ranks agreed on a signal: the run saves and ends as soon as it may."""
         self._agreed = number
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = gathered(trainer, trainer.global_step)  # before anything else that the ranks do together
         if len(set(steps)) > 1:
             raise AgreedStop(trainer, f"--ckpt_path: the ranks go on from different steps: {steps}", 2)
         # Not in `setup`, where it is not known yet whether the run goes on from a checkpoint.
         self.quarantine.begin(trainer, self._folder)
         self.nonfinite.open(trainer, self._folder)
-        self._losses, self._keys, self._on_the_way, self._voted, self._agreed = {}, {}, [], False, 0
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batches, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, MultiTask)
         self._leave(trainer)
@@ -83,12 +81,12 @@ class StepSync(L.Callback):
         for task, part in batch.items():
             self._keys.setdefault(task, []).extend(part["keys"])
 
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MultiTask)
         for name, bad in bad_losses(pl_module).items():
             self._losses[name] = bad | self._losses.get(name, bad)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, MultiTask)
         if not self._losses:  # StochasticWeightAveraging gathers the statistics of batch norm, without a backward pass
             return
@@ -104,7 +102,7 @@ class StepSync(L.Callback):
         self._losses, self._keys, self._voted = {}, {}, True
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
         if not self._voted:  # in the middle of a step of several micro-batches, where nothing may be saved
             return
@@ -115,13 +113,13 @@ class StepSync(L.Callback):
             pl_module.log("train/nonfinite_steps", float(self.nonfinite.count), batch_size=1)
         self._leave(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.preemption.restore()
         while self._on_the_way:
             self._count(trainer, self._on_the_way.pop(0))
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batches, *_: Any, **__: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, *_: Any, **__: Any
     ) -> None:
         self.quarantine.collect(batch)
         # Not while gradients wait for more of them, which a checkpoint would lose.
@@ -130,10 +128,10 @@ class StepSync(L.Callback):
             nothing = torch.zeros((), device=pl_module.device)
             self._count(trainer, _Count(self._reduced(trainer, pl_module, nothing), None, trainer.global_step, {}, {}))
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.quarantine.act(trainer, self._folder)
 
     def on_fit_end(self, *_: Any, **__: Any) -> None:
@@ -141,17 +139,17 @@ class StepSync(L.Callback):
 
     on_exception = on_fit_end
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         replace_signal_handlers(trainer, None)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_end = on_predict_end = on_validation_end
 
-    def _leave(self, trainer: L.Trainer) -> None:
+    def _leave(self, trainer: Trainer) -> None:
         if self._agreed:
             self.preemption.act(trainer, self._folder, self._agreed)
 
-    def _reduced(self, trainer: L.Trainer, module: L.LightningModule, found: Tensor) -> Tensor:
+    def _reduced(self, trainer: Trainer, module: LightningModule, found: Tensor) -> Tensor:
         others = [float(self.quarantine.pending), *(float(self.preemption.received == number) for number in SIGNALS)]
         ballots = torch.cat([found.reshape(1), torch.tensor(others).to(found.device, non_blocking=True)])
         if trainer.world_size == 1:
@@ -159,7 +157,7 @@ class StepSync(L.Callback):
         reduced: Tensor = trainer.strategy.reduce(ballots, reduce_op="sum")
         return reduced
 
-    def _count(self, trainer: L.Trainer, count: _Count) -> None:
+    def _count(self, trainer: Trainer, count: _Count) -> None:
         """Do what the ranks agreed on; the same on all of them."""
         if count.arrived is not None:
             count.arrived.synchronize()

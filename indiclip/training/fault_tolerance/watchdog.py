@@ -1,4 +1,4 @@
-"""Says where a run stands still: what each rank does, what its loader's workers read, and the stacks of all of them."""
+"""Reports a stalled run: what each rank is doing, what its loader's workers are reading, and all their stacks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+from lightning import Callback, LightningModule, Trainer
 
 from indiclip.loading.workers import Workers, kill_workers, living_workers, own_reading
-from indiclip.module import Batches
 from indiclip.training.fault_tolerance.ranks import folder_of
 
 _FRAMES = 5  # innermost ones that a line on stderr shows; the file has all
@@ -30,13 +29,15 @@ _STANDARD_LIBRARY = Path(os.__file__).parent
 def _hook(what: str, ended: bool = False) -> Callable[..., None]:
     """A hook that notes what the rank does now, and that a step has `ended` before."""
 
-    def hook(self: Watchdog, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        (self._ended if ended else self._does)(what.format(step=trainer.global_step + 1))
+    def hook(self: Watchdog, trainer: Trainer, *arguments: Any) -> None:
+        batch_idx = next((argument for argument in arguments if isinstance(argument, int)), 0)
+        then = what.format(step=trainer.global_step + 1, held_out=batch_idx + 1)
+        (self._ended if ended else self._does)(then)
 
     return hook
 
 
-class Watchdog(L.Callback):
+class Watchdog(Callback):
     """Reports a rank in which no step has ended for a long time; it never ends the run.
 
     A report is a few lines on stderr, and all stacks in the run's folder, `watchdog-<rank>.txt`. It comes once per
@@ -58,7 +59,7 @@ class Watchdog(L.Callback):
         self.timeout_seconds = timeout_seconds
         self._thread: threading.Thread | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._rank = trainer.global_rank
         self._file = folder_of(trainer) / f"watchdog-{self._rank}.txt"
         self._watched = threading.get_ident()
@@ -70,18 +71,18 @@ class Watchdog(L.Callback):
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._thread is not None:
             self._stop.set()
             self._thread.join(2.0)  # it may be writing to a file system that does not answer
             self._thread = None
             del trainer.save_checkpoint  # ours, see _tell_of_saves
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         kill_workers(_STUCK_SECONDS)
         self.teardown(trainer, pl_module, "")
 
-    def _tell_of_saves(self, trainer: L.Trainer) -> None:
+    def _tell_of_saves(self, trainer: Trainer) -> None:
         save = trainer.save_checkpoint
 
         def save_checkpoint(*args: Any, **kwargs: Any) -> None:
@@ -100,22 +101,8 @@ class Watchdog(L.Callback):
     on_validation_start = _hook("loading held-out step 1")
     on_validation_epoch_end = _hook("scoring the held-out steps")
 
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batches, batch_idx: int, *_: Any, **__: Any
-    ) -> None:
-        self._does(f"running held-out step {batch_idx + 1}")
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Batches,
-        batch_idx: int,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        self._ended(f"loading held-out step {batch_idx + 2}")
+    on_validation_batch_start = _hook("running held-out step {held_out}")
+    on_validation_batch_end = _hook("loading what follows held-out step {held_out}", ended=True)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -171,17 +158,15 @@ class Watchdog(L.Callback):
         own = own_reading()
         if own.name:
             head += f", reading {own.name} for {own.seconds:.0f} s"
-        brief = [head, f"  rank {self._rank} itself: {_innermost(self._own_frames())}"]
+        stack = traceback.extract_stack(sys._current_frames()[self._watched])
+        frames = [(frame.filename, frame.lineno, frame.name) for frame in reversed(stack)]
+        brief = [head, f"  rank {self._rank} itself: {_innermost(frames)}"]
         whole = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {head}", "", *_own_stacks()]
         for workers in living_workers():
             lines, stacks = _ask(workers)
             brief += lines
             whole += stacks
         return "\n".join([*brief, f"  all stacks: {self._file}"]), "\n".join(whole) + "\n\n"
-
-    def _own_frames(self) -> list[tuple[str, int | None, str]]:
-        frame = sys._current_frames()[self._watched]
-        return [(f.filename, f.lineno, f.name) for f in reversed(traceback.extract_stack(frame))]
 
 
 def _own_stacks() -> list[str]:
