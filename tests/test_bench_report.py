@@ -240,7 +240,9 @@ MACROS = TEMPLATES.get_template("macros.html").module
 
 
 def test_bars_of_distances_reach_to_the_longest():
-    widths = re.findall(r"--v:([\d.]+)%", MACROS.chart([Bar("a", score("x", 50.0)), Bar("b", score("x", 200.0))], "median_km"))
+    widths = re.findall(
+        r"--v:([\d.]+)%", MACROS.chart([Bar("a", score("x", 50.0)), Bar("b", score("x", 200.0))], "median_km")
+    )
     assert widths == ["25.0", "100.0"]
     assert re.findall(r"--v:([\d.]+)%", MACROS.chart([Bar("a", score("x", 0.25))], "acc1")) == ["25.0"]
 
