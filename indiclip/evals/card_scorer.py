@@ -181,11 +181,11 @@ class CardScorer:
         """Numbers of a protocol; `chance` is that of the first guess, or one for each metric."""
         if isinstance(chance, float):
             chance = {metric: min(times * chance, 1.0) for metric, times in _CHANCES.items()}
-        chances = chance or {}
+        chances, sizes = chance or {}, (num_items, num_classes, subset)
         where = (self.card.suite, self.card.id, self.part, protocol, language)
         for metric, interval in values.items():
-            found = Score(*where, metric, setting.length, setting.view, *interval, chances.get(metric))
-            self.scores.append(found._replace(num_items=num_items, num_classes=num_classes, subset=subset))
+            found = Score(*where, metric, setting.length, setting.view, *interval, chances.get(metric), *sizes)
+            self.scores.append(found)
 
     def keep(
         self,

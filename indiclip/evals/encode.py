@@ -24,10 +24,6 @@ from indiclip.loading.workers import StepLoader, Workers
 _TEXTS = 256  # in a batch
 
 
-def _alone(value: Any) -> list[Any]:
-    return [value]
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The processes that encode together.
@@ -40,7 +36,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    gather: Callable[[Any], list[Any]] = field(default=_alone)
+    gather: Callable[[Any], list[Any]] = field(default=lambda value: [value])
 
     def share(self, count: int) -> range:
         """The batches of this rank."""

@@ -28,8 +28,8 @@ class _Hashes(NamedTuple):
     unreadable: int
 
 
-class _Hasher(Dataset[tuple[list[int], list[int], int]]):
-    """Number of a part -> hashes of its images and captions, and how many images cannot be read."""
+class _Hasher(Dataset[_Hashes]):
+    """Number of a part -> its hashes."""
 
     def __init__(self, size: int, read: Callable[[int], tuple[Any, list[str]]]) -> None:
         self.size, self.read = size, read
@@ -37,10 +37,8 @@ class _Hasher(Dataset[tuple[list[int], list[int], int]]):
     def __len__(self) -> int:
         return -(-self.size // _HASHED)
 
-    def __getitem__(self, number: int) -> tuple[list[int], list[int], int]:
-        images: list[int] = []
-        captions: list[int] = []
-        unreadable = 0
+    def __getitem__(self, number: int) -> _Hashes:
+        images, captions, unreadable = list[int](), list[int](), 0
         for index in range(number * _HASHED, min((number + 1) * _HASHED, self.size)):
             try:
                 image, texts = self.read(index)
@@ -49,7 +47,7 @@ class _Hasher(Dataset[tuple[list[int], list[int], int]]):
             except UnreadableSample:  # nothing is learned from its captions either
                 images.append(UNHASHABLE)
                 unreadable += 1
-        return images, captions, unreadable
+        return _Hashes(np.array(images, np.uint64), np.array(captions, np.uint64), unreadable)
 
 
 def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[str, Any]:
@@ -97,19 +95,15 @@ def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
 
 
 def _hashes(size: int, read: Callable[[int], tuple[Any, list[str]]], num_workers: int) -> _Hashes:
-    loader: StepLoader[tuple[list[int], list[int], int]] = StepLoader(
+    loader: StepLoader[_Hashes] = StepLoader(
         _Hasher(size, read),
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=Workers("hashing", num_workers) if num_workers else None,
     )
-    images, captions = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
-    unreadable = 0
-    for of_images, of_captions, bad in loader:
-        images.append(np.array(of_images, np.uint64))
-        captions.append(np.array(of_captions, np.uint64))
-        unreadable += bad
-    return _Hashes(np.concatenate(images), np.concatenate(captions), unreadable)
+    nothing = np.zeros(0, np.uint64)
+    images, captions, unreadable = zip((nothing, nothing, 0), *loader, strict=True)
+    return _Hashes(np.concatenate(images), np.concatenate(captions), sum(unreadable))
 
 
 def _of_shards(shards: Shards, index: int) -> tuple[Any, list[str]]:

@@ -267,18 +267,16 @@ def _write_predictions(file: Path, rows: list[Prediction]) -> None:
     pyarrow = _pyarrow()
     text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
     kinds = [text] * 7 + [pyarrow.int32(), texts, pyarrow.list_(pyarrow.float32()), pyarrow.bool_(), pyarrow.bool_()]
-    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in kinds]
-    table = pyarrow.table(
-        [pyarrow.array(column, kind) for column, kind in zip(columns, kinds, strict=True)], names=Prediction._fields
-    )
+    schema = pyarrow.schema(zip(Prediction._fields, kinds, strict=True))
+    table = pyarrow.Table.from_pylist([row._asdict() for row in rows], schema)
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     json_lines.write_whole(file, sink.getvalue().to_pybytes())
 
 
 def _read_predictions(file: Path) -> list[Prediction]:
-    table = _pyarrow().parquet.read_table(file)
-    return [Prediction(*row) for row in zip(*(table[name].to_pylist() for name in Prediction._fields), strict=True)]
+    table = _pyarrow().parquet.read_table(file, columns=list(Prediction._fields))
+    return [Prediction(**row) for row in table.to_pylist()]
 
 
 def finite(value: Any) -> Any:

@@ -17,7 +17,6 @@ Shape letters: N images, T captions, C classes, S cells that occur, R resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -74,8 +73,7 @@ def mean_per_class_recall(
         hit_N: bool.
         label_N: Class of each, >= 0.
     """
-    hits, misses = np.asarray(hit_N, dtype=np.int64), 1 - np.asarray(hit_N, dtype=np.int64)
-    return _of_cells(np.stack([hits, misses]), label_N, _recall, resamples, seed)
+    return _mean_over_classes(np.asarray(hit_N, dtype=np.int64), label_N, resamples, seed)
 
 
 def parity_gap(
@@ -100,12 +98,11 @@ def parity_gap(
     Raises:
         ValueError: The images are not the same.
     """
-    reference, other = np.asarray(reference_hit_N, dtype=bool), np.asarray(hit_N, dtype=bool)
+    reference, other = np.asarray(reference_hit_N, dtype=np.int64), np.asarray(hit_N, dtype=np.int64)
     if not len(reference) == len(other) == len(label_N):
         raise ValueError(f"{len(reference)} hits, {len(other)} hits, {len(label_N)} labels: expected the same images")
-    outcomes = np.stack([reference & ~other, ~reference & other, reference == other])
-    labels = np.zeros(len(other), dtype=np.int64) if average == "images" else label_N
-    return _of_cells(outcomes, labels, _difference, resamples, seed)
+    labels = np.zeros_like(other) if average == "images" else label_N
+    return _mean_over_classes(reference - other, labels, resamples, seed)
 
 
 def chance_corrected(interval: Interval, chance: float) -> Interval:
@@ -139,45 +136,18 @@ def _interval(value: float, resampled_R: np.ndarray) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def _of_cells(
-    outcomes: np.ndarray,
-    label_N: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    resamples: int,
-    seed: int,
-) -> Interval:
-    """A statistic of the counts of (outcome, class), and its interval.
-
-    Args:
-        outcomes: (outcomes, N), 1 for the one that each image has.
-        label_N: Class of each.
-        statistic: (..., outcomes, C) counts -> (...).
-        resamples: R.
-        seed: Of the draws.
-    """
-    num_images = len(label_N)
-    if num_images == 0:
+def _mean_over_classes(gain_N: np.ndarray, label_N: np.ndarray, resamples: int, seed: int) -> Interval:
+    """Mean over the classes that occur of their images' mean gain, which is 1, 0 or -1 for each, and its interval."""
+    if not len(gain_N):
         return _NOTHING
     classes, class_N = np.unique(np.asarray(label_N, dtype=np.int64), return_inverse=True)
-    shape = (len(outcomes), len(classes))
-    cell_N = outcomes.argmax(0) * len(classes) + class_N
-    count_S = np.bincount(cell_N, minlength=shape[0] * shape[1])
-    occurs = count_S > 0
-    drawn = np.zeros((resamples, len(count_S)), dtype=np.int64)
-    drawn[:, occurs] = np.random.default_rng(seed).multinomial(num_images, count_S[occurs] / num_images, resamples)
-    value = float(statistic(count_S.reshape(shape)))
-    return _interval(value, statistic(drawn.reshape(resamples, *shape)))
-
-
-def _recall(count: np.ndarray) -> np.ndarray:
-    """Mean over the classes that occur of the first outcome's share."""
-    return _mean_over_classes(count[..., 0, :], count.sum(-2))
-
-
-def _difference(count: np.ndarray) -> np.ndarray:
-    """Mean over the classes that occur of the first outcome's share less the second's."""
-    return _mean_over_classes(count[..., 0, :] - count[..., 1, :], count.sum(-2))
-
-
-def _mean_over_classes(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.asarray((part / np.maximum(whole, 1)).sum(-1) / (whole > 0).sum(-1))
+    cell_N = (gain_N - 1) % 3 * len(classes) + class_N  # of gain 1, then of -1, then of 0
+    count_S = np.bincount(cell_N, minlength=3 * len(classes))
+    occurs_S = count_S > 0
+    counts = np.zeros((1 + resamples, len(count_S)), dtype=np.int64)
+    counts[0], share_S = count_S, count_S[occurs_S] / len(gain_N)
+    counts[1:, occurs_S] = np.random.default_rng(seed).multinomial(len(gain_N), share_S, resamples)
+    up, down, same = np.moveaxis(counts.reshape(-1, 3, len(classes)), 1, 0)
+    whole = up + down + same
+    mean_R = ((up - down) / np.maximum(whole, 1)).sum(-1) / (whole > 0).sum(-1)
+    return _interval(float(mean_R[0]), mean_R[1:])
