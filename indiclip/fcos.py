@@ -47,10 +47,8 @@ class Pyramid(nn.Module):
         """A `(map, mask)` per scale."""
         levels = []
         for scale, resize, project in zip(self.scales, self.resize, self.project, strict=True):
-            if scale < 1:  # a padded cell must not win the maximum
-                map_BDhw = resize(map_BDHW.masked_fill(~mask_BHW[:, None], -torch.inf))
-            else:
-                map_BDhw = resize(map_BDHW)
+            padding = -torch.inf if scale < 1 else 0.0  # must not win the maximum
+            map_BDhw = resize(torch.where(mask_BHW[:, None], map_BDHW, padding))
             rows_h, columns_w = ((torch.arange(n, device=mask_BHW.device) / scale).long() for n in map_BDhw.shape[2:])
             mask_Bhw = mask_BHW[:, rows_h[:, None], columns_w]
             # `masked_fill` would leave the channels-last layout, and with it the fast convolutions.
