@@ -23,13 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
-from torchmetrics.utilities import dim_zero_cat
 from torchvision.ops import roi_align
 
-from indiclip.head import Head, Losses, Picture, Prediction
+from indiclip.head import Head, ListMetric, Losses, Picture, Prediction
 from indiclip.surface_charts import NUM_PARTS, Charts, People, chart_losses, coarse_targets, points_of, to_window
 from indiclip.types import Batch, Features, Rows, on_device, targets_of
 
@@ -65,6 +63,7 @@ class DensePose(Head):
         ValueError: A setting out of its range.
     """
 
+    metric: SurfaceMetric
     step: Tensor
 
     required_fields = predict_fields = ("dp_boxes_xyxy",)
@@ -169,7 +168,6 @@ class DensePose(Head):
         return [dict(zip(names, of_image, strict=True)) for of_image in zip(*columns, strict=True)]
 
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
-        assert isinstance(self.metric, SurfaceMetric)
         for i, prediction in enumerate(predictions):
             self.metric.update(prediction, targets_of(batch, i))
 
@@ -238,7 +236,7 @@ def _pixels(low: float, high: float, size: int, num_cells: int) -> tuple[slice, 
     return pixels, ((centres - low) / (high - low) * num_cells).long().clamp(0, num_cells - 1)
 
 
-class SurfaceMetric(torchmetrics.Metric):
+class SurfaceMetric(ListMetric):
     """How well surfaces fit the annotated points, with the ground-truth boxes: one prediction per annotated person.
 
     The predicted part, U and V at a point are those of the window's cell that it lies in: what is scored is what
@@ -253,22 +251,6 @@ class SurfaceMetric(torchmetrics.Metric):
             left out. Precision is interpolated at 101 recalls, as COCO's evaluation does.
     """
 
-    full_state_update = False
-    num_points: Tensor
-    num_right: Tensor
-    num_masks: Tensor
-    distance: Tensor
-    overlap: Tensor
-    gps_Q: list[Tensor]
-    scores_Q: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("num_points", "num_right", "num_masks", "distance", "overlap"):
-            self.add_state(name, default=torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("gps_Q", default=[], dist_reduce_fx="cat")
-        self.add_state("scores_Q", default=[], dist_reduce_fx="cat")
-
     def update(self, prediction: Prediction, target: Prediction) -> None:
         """Add an image: one dict of `DensePose.predict` and the image's targets, the same people in both."""
         boxes_Q4 = prediction["boxes_xyxy"]
@@ -280,22 +262,17 @@ class SurfaceMetric(torchmetrics.Metric):
         points_Q = torch.zeros_like(boxes_Q4[:, 0]).index_add(0, person_S, torch.ones_like(similarity_S))
         gps_Q = torch.zeros_like(points_Q).index_add(0, person_S, similarity_S) / points_Q.clamp(min=1)
         iou_Q = _mask_iou(prediction["part"], target.get("dp_masks"), boxes_Q4)
-        self.num_points += len(part_S)
-        self.num_right += right_S.sum()
-        self.num_masks += len(iou_Q)
-        self.distance += (distance_S * right_S).sum()
-        self.overlap += iou_Q.sum()
-        # Also where empty: every rank must bring a tensor to be gathered.
-        self.gps_Q.append(gps_Q[points_Q > 0])
-        self.scores_Q.append(prediction["scores"][points_Q > 0])
+        scored_Q = points_Q > 0
+        self.add(right_S, distance_S, iou_Q, gps_Q[scored_Q], prediction["scores"][scored_Q])
 
     def compute(self) -> dict[str, Tensor]:
-        gps_Q, scores_Q = dim_zero_cat(self.gps_Q), dim_zero_cat(self.scores_Q)
-        precision_L = average_precision(gps_Q, scores_Q, torch.arange(50, 100, 5) / 100).to(gps_Q.device)
+        columns = zip(*self.rows_of_all_ranks(), strict=True)
+        right_S, distance_S, iou_Q, gps_Q, scores_Q = map(torch.cat, columns)
+        precision_L = average_precision(gps_Q, scores_Q, torch.arange(50, 100, 5) / 100)
         return {
-            "part_accuracy": self.num_right / self.num_points.clamp(min=1),
-            "uv_error": torch.where(self.num_right > 0, self.distance / self.num_right.clamp(min=1), 1.0),
-            "mask_iou": self.overlap / self.num_masks.clamp(min=1),
+            "part_accuracy": right_S.sum() / max(len(right_S), 1),
+            "uv_error": distance_S[right_S].mean() if right_S.any() else torch.tensor(1.0),
+            "mask_iou": iou_Q.sum() / max(len(iou_Q), 1),
             "uv_gps": precision_L.mean(),
             "uv_gps_50": precision_L[0],
             "uv_gps_75": precision_L[5],

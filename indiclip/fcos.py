@@ -47,11 +47,12 @@ class Pyramid(nn.Module):
         """A `(map, mask)` per scale."""
         levels = []
         for scale, resize, project in zip(self.scales, self.resize, self.project, strict=True):
-            padding = 0.0 if scale >= 1 else -torch.inf  # must not win the maximum
-            map_BDhw = resize(map_BDHW.masked_fill(~mask_BHW[:, None], padding))
+            padding = -torch.inf if scale < 1 else 0.0  # must not win the maximum
+            map_BDhw = resize(torch.where(mask_BHW[:, None], map_BDHW, padding))
             rows_h, columns_w = ((torch.arange(n, device=mask_BHW.device) / scale).long() for n in map_BDhw.shape[2:])
             mask_Bhw = mask_BHW[:, rows_h[:, None], columns_w]
-            map_BDhw = map_BDhw.masked_fill(~mask_Bhw[:, None], 0)
+            # `masked_fill` would leave the channels-last layout, and with it the fast convolutions.
+            map_BDhw = torch.where(mask_Bhw[:, None], map_BDhw, 0)
             levels.append((project(map_BDhw, mask_Bhw), mask_Bhw))
         return levels
 

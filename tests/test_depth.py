@@ -13,6 +13,7 @@ from heads.depth import Depth
 from indiclip.generated.mela import Mela
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
+from indiclip.module import MultiTask
 from indiclip.patches import batch_images
 from indiclip.types import Batch, targets_of
 
@@ -64,6 +65,15 @@ def test_loss_and_metric_are_those_of_each_cell_centre(upsample):
         "rmse": pytest.approx(math.sqrt((errors**2).mean()), rel=1e-5),
         "r2": pytest.approx(1 - (errors**2).sum() / np.var(expected) / len(expected), rel=1e-4),
     }
+
+
+def test_sums_are_in_float32_whatever_the_weights_type():
+    """Lightning converts a model with all that it holds; in bfloat16, 256 + 1 is 256."""
+    module = MultiTask(tiny_encoder(), [Depth()]).to(torch.bfloat16)
+    module.on_validation_epoch_start()
+    batch = batch_of(depths())
+    module.validation_step({"depth": batch}, 0)
+    assert module._scored["depth"]["mae"].sum_abs_error.dtype == torch.float32
 
 
 def test_an_image_does_not_depend_on_the_others():
