@@ -380,7 +380,7 @@ def test_bad_urls_and_classes(tmp_path):
         Shards(path, ["kite"], "a photo")
     with pytest.raises(ValueError, match=r"caption: the template 'a \{\}' needs .*, and `classes`"):
         Shards(path, caption="a {}")
-    with pytest.raises(ValueError, match="class 'kite' is duplicated, 2 times"):
+    with pytest.raises(ValueError, match="class 1 is 'kite'; expected one name per class, each once"):
         Shards(path, ["kite", "kite"])
     with pytest.raises(FileNotFoundError, match=r"clases\.txt: no such file or folder"):
         Shards(path, str(tmp_path / "clases.txt"))

@@ -74,13 +74,14 @@ def run(
                     inventory.present["samples"] += 1
                     inventory.leave_out("samples", packed.kind, f"{shown}: {packed.reason}")
                     left_out.write(json_line({"name": shown, "key": key, "reason": packed.reason}))
+                    inventory.present.update(packed.held)
                     for unit, count in packed.held.items():
-                        inventory.present[unit] += count
                         inventory.leave_out(unit, "of samples that are left out", shown, count)
                 else:
                     writer.add(keys[packed.place], packed.members)
-                    for counts in (inventory.present, inventory.used):
-                        counts["captions"] += packed.held["captions"]
+                    packed.held.pop("boxes", 0)  # their shard counts them
+                    inventory.present.update(packed.held)
+                    inventory.used.update(packed.held)
         writer.finish()
         if not inventory.present["samples"] or not writer.shards:
             left_out_file.unlink()
@@ -107,7 +108,7 @@ def _check_classes(source: Items, classes: list[str] | None, class_file: Path, n
 
 def _read(source: Items, index: int) -> Packed:
     """The members of a sample, after everything has been read that training will read."""
-    held, kind = {"captions": 0, "boxes": 0}, "with unusable texts, classes or boxes"
+    held, kind = dict[str, int](), "with unusable texts, classes or boxes"
     try:
         item = source[index]
         held, kind = _held(item.texts), _NO_FILE
@@ -144,7 +145,8 @@ def _held(texts: dict[str, bytes]) -> dict[str, int]:
         entry = read_entry(texts)
         captions = read_captions(texts, entry)
     boxes = entry.get("annotations")
-    return {"captions": sum(map(len, captions.values())), "boxes": len(boxes) if isinstance(boxes, list) else 0}
+    held = {"captions": sum(map(len, captions.values())), "boxes": len(boxes) if isinstance(boxes, list) else 0}
+    return {unit: count for unit, count in held.items() if count}
 
 
 def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> None:

@@ -232,8 +232,8 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
         lines = text_lines(decode_text(existing(classes).read_bytes(), where))
     names = [name.strip() for name in lines]
     for number, name in enumerate(names):
-        if not is_text(name):
-            raise ValueError(f"{where}: class {number} is {shorten(name)}; expected one name per class")
+        if not is_text(name) or name in names[:number]:
+            raise ValueError(f"{where}: class {number} is {shorten(name)}; expected one name per class, each once")
     check_unique(names, f"{where}: class")
     return names
 
