@@ -219,12 +219,13 @@ class EmbeddedImages:
     def __init__(self, file: Path, column: str) -> None:
         self.file, self.column = file, column
         metadata = _open_parquet(file).metadata
-        self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+        sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        self._starts = np.cumsum([0, *sizes])
 
     def __getitem__(self, row: int) -> bytes | None:
         """The bytes of an image; None where the cell has a path alone, or nothing."""
-        group = int(self._ends.searchsorted(row, side="right"))
-        value = _row_group(self.file, group, self.column)[row - int(self._ends[group - 1] if group else 0)].as_py()
+        group = int(self._starts.searchsorted(row, side="right")) - 1
+        value = _row_group(self.file, group, self.column)[row - int(self._starts[group])].as_py()
         found = value.get("bytes") if isinstance(value, dict) else value
         return found if found is None else bytes(found)
 
