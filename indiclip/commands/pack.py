@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from indiclip.commands.findings import json_line, show_lines
 from indiclip.commands.parallel import results
-from indiclip.commands.sources import Items, inside, open_source
+from indiclip.commands.sources import Items, open_source
 from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.table_reader import OnBadRow
-from indiclip.datasets.tables import is_text, stable_hash, text_lines
+from indiclip.datasets.tables import is_text, stable_hash, text_lines, why_missing
 from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import check_boxes
 from indiclip.webdataset.shard_writer import ShardWriter
@@ -132,10 +132,9 @@ def _read(source: Items, index: int) -> Packed:
 def _file(folder: Path, name: str) -> Path:
     if not name:
         raise ValueError("no image is named")
-    path = inside(folder, name)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    return path
+    if why := why_missing(folder, name):
+        raise ValueError(why)
+    return folder / name
 
 
 def _held(texts: dict[str, bytes]) -> dict[str, int]:

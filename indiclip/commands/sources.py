@@ -113,7 +113,7 @@ class FolderItems:
     def __getitem__(self, index: int) -> Item:
         name = self.names[index]
         beside = self._texts[stem(name)].items()
-        texts = {extension: inside(self.folder, file).read_bytes() for extension, file in beside}
+        texts = {extension: (self.folder / file).read_bytes() for extension, file in beside}
         if self.classes:
             texts["cls"] = str(self.classes.index(name.split("/")[0])).encode()
         return Item(name, texts)
@@ -130,7 +130,7 @@ class TableItems:
         self.folder = folder
         self.classes: list[str] = []
         table = Table(file, on_bad_row, image_column)
-        images, self._embedded = table.images(image_column)
+        images, self._embedded = table.images(image_column, folder)
         if caption_column in table.header or not any(map(caption_language, table.header)):
             columns = {table.place(caption_column): language_tag(caption_column)}
         else:
@@ -171,7 +171,7 @@ class CocoItems:
     """Images of a COCO file: `.json` is the image's entry with its captions and annotations."""
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
-        coco = read_coco(file)
+        coco = read_coco(file, folder)
         self.folder, self.inventory, self.classes = folder, Inventory(), coco.classes
         entries = coco.images.entries
         of_row: list[list[Entry]] = [[] for _ in entries]
@@ -192,18 +192,6 @@ class CocoItems:
 
     def __getitem__(self, index: int) -> Item:
         return Item(self._files[index], {"json": self._entries[index].encode()})
-
-
-def inside(folder: Path, name: str) -> Path:
-    """A file of a folder.
-
-    Raises:
-        ValueError: The name, or a link, leads out of it.
-    """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} lies outside the folder {folder}")
-    return path
 
 
 def unique_keys(names: Iterable[str]) -> Strings:

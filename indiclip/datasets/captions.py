@@ -10,7 +10,7 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
 from indiclip.datasets.table_reader import OnBadRow, Table
-from indiclip.datasets.tables import Strings, check_files, existing, has_file
+from indiclip.datasets.tables import Strings, check_files, existing, why_missing
 from indiclip.images import UnreadableSample, read_image
 from indiclip.names import shorten
 from indiclip.types import Sample
@@ -99,7 +99,7 @@ class CaptionTable(SampleDataset):
         file = existing(table)
         self.folder = existing(images) if images else file.parent
         rows = Table(file, on_bad_row, image_column)
-        names, self._embedded = rows.images(image_column)
+        names, self._embedded = rows.images(image_column, self.folder)
         columns = _caption_columns(rows, languages)
         self.languages, captions = list(columns.values()), CaptionColumns(rows, columns)
         for row in rows.kept:
@@ -108,8 +108,8 @@ class CaptionTable(SampleDataset):
             elif captions.is_empty(row):
                 known = ", ".join(rows.header[place] for place in columns)
                 rows.leave_out(row, "without a caption", f"{names[row]!r} has no caption in {known}")
-            elif self._embedded is None and on_bad_row == "skip" and not has_file(self.folder, names[row]):
-                rows.leave_out(row, "without an image file", f"{names[row]!r} is not in {self.folder}")
+            elif self._embedded is None and on_bad_row == "skip" and (why := why_missing(self.folder, names[row])):
+                rows.leave_out(row, "without an image file", why)
         rows_of = rows.rows_by_image(names)
         if self._embedded is None:
             check_files(self.folder, list(rows_of), str(file))

@@ -6,7 +6,6 @@ as no two ids of a list may read alike. Everything else is taken as it stands or
 
 from __future__ import annotations
 
-import posixpath
 import re
 import unicodedata
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import column, is_number, is_text, load_json, xywh_to_xyxy
+from indiclip.datasets.tables import column, is_number, is_text, load_json, name_in, xywh_to_xyxy
 from indiclip.names import shorten
 
 TOLERANCE = 2.0  # pixels by which a box may reach out of its image: tools round
@@ -46,7 +45,7 @@ class CocoImages(NamedTuple):
     """The list `images`, N of them."""
 
     entries: list[Entry]
-    names: list[str]  # of the files
+    names: list[str]  # of the files in their folder
     row_of: dict[Id, int]  # id, as a number and as text -> place in the list
     wheres: Wheres
 
@@ -57,8 +56,7 @@ class CocoImages(NamedTuple):
     def groups(self) -> list[str]:
         """Of each image, the key of the first one of the same file."""
         first: dict[str, str] = {}
-        pairs = zip(map(posixpath.normpath, self.names), self.id_texts(), strict=True)
-        return [first.setdefault(name, key) for name, key in pairs]
+        return [first.setdefault(name, key) for name, key in zip(self.names, self.id_texts(), strict=True)]
 
     def sizes_hw(self) -> np.ndarray:
         """int64 (N, 2).
@@ -91,7 +89,7 @@ class CocoBoxes(NamedTuple):
     crowd: np.ndarray  # bool (K,)
 
 
-def read_coco(file: Path) -> CocoFile:
+def read_coco(file: Path, folder: Path) -> CocoFile:
     """What the three lists say of each other; boxes and sizes are for `read_boxes` and `CocoImages.sizes_hw`.
 
     Raises:
@@ -99,7 +97,7 @@ def read_coco(file: Path) -> CocoFile:
             category. One line with the file and the id.
     """
     content = load_json(file, ("images", "annotations", "categories"))
-    images, entries = read_images(content["images"], file), content["annotations"]
+    images, entries = read_images(content["images"], file, folder), content["annotations"]
     classes, class_of = _read_categories(content["categories"], f"{file}: category")
     wheres = _read_ids(entries, f"{file}: annotation")
     rows = _look_up(column(entries, "image_id", wheres.prefix), images.row_of, wheres, "image")
@@ -107,7 +105,7 @@ def read_coco(file: Path) -> CocoFile:
     return CocoFile(images, entries, wheres, rows, labels, classes)
 
 
-def read_images(entries: list[Entry], file: Path) -> CocoImages:
+def read_images(entries: list[Entry], file: Path, folder: Path) -> CocoImages:
     """The list `images`.
 
     Raises:
@@ -117,7 +115,7 @@ def read_images(entries: list[Entry], file: Path) -> CocoImages:
     names = column(entries, "file_name", wheres.prefix)
     check_all(names, lambda name: isinstance(name, str) and name != "", wheres, "file_name", "text")
     row_of = {alias: row for row, image_id in enumerate(wheres.ids) for alias in _aliases(image_id)}
-    return CocoImages(entries, names, row_of, wheres)
+    return CocoImages(entries, [name_in(folder, name) for name in names], row_of, wheres)
 
 
 def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[Id, int]]:
