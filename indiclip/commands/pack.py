@@ -64,6 +64,7 @@ def run(
             writer.lock(class_file.name)
             if class_file.exists():
                 raise ValueError(f"{class_file}: another process has just written it; start this one again")
+        inventory += items.inventory
         keys = [items.keys[i] for i in range(len(items.keys))]
         order = sorted(range(len(keys)), key=lambda i: stable_hash(f"{seed}:{keys[i]}"))
         left_out_file = writer.part / f"{name}-left-out.jsonl"
@@ -75,7 +76,8 @@ def run(
                     inventory.leave_out("samples", packed.kind, f"{shown}: {packed.reason}")
                     left_out.write(json_line({"name": shown, "key": key, "reason": packed.reason}))
                     inventory.present.update(packed.held)
-                    for unit, count in packed.held.items():
+                    inventory.used.subtract(made_of := items.made_of(packed.place))
+                    for unit, count in (packed.held | made_of).items():
                         inventory.leave_out(unit, "of samples that are left out", shown, count)
                 else:
                     writer.add(keys[packed.place], packed.members)
@@ -87,7 +89,6 @@ def run(
             left_out_file.unlink()
         if writer.shards and items.classes and classes is None:
             (writer.part / class_file.name).write_text("\n".join(items.classes) + "\n", "utf-8")
-        inventory += items.inventory
         inventory += writer.inventory
         inventory.verify()
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
@@ -173,5 +174,7 @@ def _show(writer: ShardWriter, inventory: Inventory, as_json: bool) -> None:
         return
     print(f"{place}-*.tar: {len(writer.shards):,} shards, {size / 1e6:,.1f} MB")
     show_lines(inventory)
+    if len(writer.shards) == samples > 1:
+        print("  each shard holds one sample; --samples and --size say how much it may hold")
     if left_out and writer.shards:
-        print(f"  all {left_out:,} samples that are left out: {place}-left-out.jsonl")
+        print(f"  every sample that is left out: {place}-left-out.jsonl")

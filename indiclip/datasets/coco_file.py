@@ -90,7 +90,7 @@ class CocoBoxes(NamedTuple):
 
 
 def read_coco(file: Path, folder: Path) -> CocoFile:
-    """What the three lists say of each other; boxes and sizes are for `read_boxes` and `CocoImages.sizes_hw`.
+    """The three lists; whether boxes lie in their images is for `read_boxes`.
 
     Raises:
         ValueError: Malformed JSON, a missing key, an id or name of another type or duplicated, an unknown image or
@@ -102,6 +102,8 @@ def read_coco(file: Path, folder: Path) -> CocoFile:
     wheres = _read_ids(entries, f"{file}: annotation")
     rows = _look_up(column(entries, "image_id", wheres.prefix), images.row_of, wheres, "image")
     labels = _look_up(column(entries, "category_id", wheres.prefix), class_of, wheres, "category")
+    images.sizes_hw()
+    _box_columns(entries, wheres)
     return CocoFile(images, entries, wheres, rows, labels, classes)
 
 
@@ -133,7 +135,7 @@ def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[
 
 def _read_ids(entries: list[Entry], where: str) -> Wheres:
     ids = column(entries, "id", where)
-    check_all(ids, _is_id, Wheres(f"{where} number", range(len(ids))), "id", "a whole number or text")
+    check_all(ids, _is_id, Wheres(f"{where} number", range(1, len(ids) + 1)), "id", "a whole number or text")
     check_unique(ids, where)
     return Wheres(where, ids)
 
@@ -172,17 +174,22 @@ def read_boxes(
         ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
     """
     inventory.present["boxes"] += len(entries)
-    boxes = column(entries, "bbox", wheres.prefix)
-    check_all(boxes, is_box, wheres, "bbox", "[x, y, width, height]")
-    crowd = [entry.get("iscrowd", 0) for entry in entries]
-    check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
-    boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    boxes_xywh, crowd = _box_columns(entries, wheres)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
     thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
     inventory.count_each("left_out", "boxes", "thinner than a pixel", wheres, ~thick)
     inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
     kept = np.flatnonzero(thick)
-    return CocoBoxes(kept, boxes_xyxy[kept], np.array(crowd, dtype=bool)[kept])
+    return CocoBoxes(kept, boxes_xyxy[kept], crowd[kept])
+
+
+def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray]:
+    """`bbox`, float64 (M, 4), and `iscrowd`, bool (M,), of the types that they must have."""
+    boxes = column(entries, "bbox", wheres.prefix)
+    check_all(boxes, is_box, wheres, "bbox", "[x, y, width, height]")
+    crowd = [entry.get("iscrowd", 0) for entry in entries]
+    check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(crowd, dtype=bool)
 
 
 def read_boxes_of_image(

@@ -60,7 +60,7 @@ class CountingPoints(SampleDataset):
         names, class_names, points, counts = (
             column(entries, name, where) for name in ("file_name", "class_name", "points", "count")
         )
-        numbers, wheres = Wheres(f"{where} number", range(len(names))), Wheres(f"{file}:", names)
+        numbers, wheres = Wheres(f"{where} number", range(1, len(names) + 1)), Wheres(f"{file}:", names)
         check_all(names, lambda name: isinstance(name, str), numbers, "file_name", "text")
         names = [name_in(self.folder, name) for name in names]
         check_unique(names, f"{file}: image")

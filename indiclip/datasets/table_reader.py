@@ -282,6 +282,8 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, ValueError):
         raise ValueError(f"expected text: {str(value)[:80]}")
     elif isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("found a NUL; expected text")
         yield from [value.strip()] if is_text(value) else []
     elif value is not None and value == value:  # NaN is what pandas writes for nothing
         raise ValueError(f"found the {type(value).__name__} {shorten(value)}; expected text")

@@ -19,7 +19,7 @@ from indiclip.names import did_you_mean, nearest_beside, shorten
 
 _VISIBLE = re.compile(r"[^\s\u200b-\u200f\u2060\ufeff]")
 _LEADS_OUT = re.compile(r"/|\.\.(/|$)")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold and no text
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and half of a surrogate pair, which JSON can hold
 
 
 class Strings:
@@ -85,7 +85,7 @@ def text_lines(text: str) -> list[str]:
 
 def is_text(found: Any) -> bool:
     """Whether a value is a text that can be read, with something visible in it."""
-    return isinstance(found, str) and bool(_VISIBLE.search(found)) and not _SURROGATE.search(found)
+    return isinstance(found, str) and bool(_VISIBLE.search(found)) and not _NO_TEXT.search(found)
 
 
 def existing(path: str) -> Path:
@@ -237,6 +237,6 @@ def column(entries: Sequence[Any], name: str, where: str) -> list[Any]:
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict) or name not in entry:
             found = list(entry) if isinstance(entry, dict) else []
-            label = shorten(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {place}"
+            label = shorten(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {place + 1}"
             raise ValueError(f"{where} {label} has no {name!r}{did_you_mean(name, found)}")
     return [entry[name] for entry in entries]
