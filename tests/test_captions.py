@@ -48,7 +48,7 @@ BAD = [
     (TABLE, {"languages": ["hin"]}, r"names\.tsv: no column 'hin'; nearest is 'hi'; found \['file', 'symbol'"),
     (TABLE, {"image_column": "files"}, r"no column 'files'; nearest is 'file'"),
     (TABLE, {"languages": ["hi"]}, r"line 3: 'a\.png' has no caption in hi"),
-    (TABLE, {"languages": {"en": "Englsh"}}, r"languages: en: found 'Englsh'; expected a code such as hi"),
+    (TABLE, {"languages": {"en": "Englsh"}}, r"languages: found the language 'Englsh'; expected a code such as hi"),
     (TABLE + "c.png\tC\tcat\t\n", {}, r"names\.tsv: 1 of 3 images are not in .*, first 'c\.png'"),
     (TABLE + "c.png\tC\n", {}, r"line 4: found 2 columns; the header has 4"),
     ("file\ttext\na.png\tx\n", {}, r"no column of captions; found \['file', 'text'\]; expected `caption`, or"),

@@ -229,7 +229,7 @@ BAD = {
     r"instances\.json: no list 'categories'; found \['annotations', 'images'\]": lambda c: c.pop("categories"),
     r"annotation 1 has no 'bbox'": without("annotations", "bbox"),
     r"annotation 1 has no 'category_id'; nearest is 'category'": misnamed("category_id", "category"),
-    r"annotation number 0 has no 'id'": without("annotations", "id"),
+    r"annotation number 1 has no 'id'": without("annotations", "id"),
     r"image 30 has no 'width'": without("images", "width"),
     r"category 90 has no 'name'": without("categories", "name"),
     r"annotation 1: category_id is 2; expected the id of one of the category entries": annotation(category_id=2),
@@ -270,7 +270,7 @@ BAD = {
     r"annotation 1: a polygon is \[0, 0, inf": annotation(segmentation=[[0, 0, float("inf"), 0, 9, 9]]),
     r"image 30: captions is 'kite'; expected a list of texts": image(captions="kite"),
     r"file_name is 5; expected text": image(file_name=5),
-    r"annotation number 0: id is \[1\]; expected a whole number or text": annotation(id=[1]),
+    r"annotation number 1: id is \[1\]; expected a whole number or text": annotation(id=[1]),
     r"annotation 1: image_id is \[7\]; expected the id of one of the image": annotation(image_id=[7]),
 }  # fmt: skip
 

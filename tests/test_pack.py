@@ -146,14 +146,13 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path, capsys):
     table.write_text("\n".join([*lines, f"{tmp_path}/secret.png\tx", "text.jpg\tx", "\tx"]))
     assert pack(table, tmp_path / "out") == 0
     shown = capsys.readouterr().out
-    assert "1 of 9 samples; left out: " in shown  # two rows are of one image
-    assert "  10 rows\n" in shown
-    assert re.search(r"5 without an image file \(t.tsv: line \d+: ", shown)
+    assert "2 of 9 samples; left out: " in shown  # two rows are of one image
+    assert "3 of 10 rows; left out: 7 of samples that are left out" in shown
+    assert re.search(r"4 without an image file \(t.tsv: line \d+: ", shown)
     assert re.search(r"2 with an unreadable image \(t.tsv: line \d+: ", shown)
     reasons = left_out(tmp_path / "out")
     expected = {
         3: "the caption is empty; expected text",
-        4: "'link.png' lies outside the folder",
         5: "damaged PNG: ",
         6: "'../secret.png' lies outside the folder",
         7: "missing.png: no such file",
@@ -164,7 +163,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path, capsys):
     assert reasons.keys() == {f"t.tsv: line {number}" for number in expected}
     for number, message in expected.items():
         assert message in reasons[f"t.tsv: line {number}"]
-    assert {s["key"].split("/")[1] for s in Shards(str(tmp_path / "out" / "*.tar"))} == {"good"}
+    assert {s["key"].split("/")[1] for s in Shards(str(tmp_path / "out" / "*.tar"))} == {"good", "link"}
 
 
 def test_nothing_is_overwritten_and_mistakes_are_one_line(pairs, tmp_path, capsys):
@@ -379,7 +378,7 @@ def test_parquet_has_missing_values_and_texts_that_look_like_them(tmp_path, caps
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 0
     assert [only_caption(sample) for sample in Shards(str(tmp_path / "out" / "*.tar"))] == ["NA"]
     assert set(left_out(tmp_path / "out").values()) == {"no image is named"}
-    assert "2 of 3 rows; left out: 1 without a caption" in capsys.readouterr().out
+    assert re.search(r"1 of 3 rows; left out: 1 without a caption .*, 1 of samples that are left out", capsys.readouterr().out)
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out", name="x") == 2
     assert "t.parquet: broken Parquet: " in capsys.readouterr().err
@@ -390,3 +389,55 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, capsys, monkeypa
     (tmp_path / "t.parquet").touch()
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
     assert "Parquet needs the package pyarrow: pip install pyarrow" in capsys.readouterr().err
+
+
+def test_what_a_left_out_sample_is_made_of_is_left_out_too(tmp_path, capsys):
+    for i, text in enumerate(["a kite", "", "a diya"]):
+        save(tmp_path / "folder" / f"{i}.png", i).with_suffix(".txt").write_text(text)
+    (tmp_path / "t.csv").write_text("file,caption\n0.png,a kite\n0.png,one kite\n1.png,\n1.png,\n2.png,a diya\n")
+    images = [
+        {"id": i, "file_name": f"{i}.png", "height": 4, "width": 4 + i // 2, "captions": ["a kite", "a kite", f"{i}"]}
+        for i in range(3)
+    ]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 2, 2]} for i in range(3)]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "kite"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    for source, said in (
+        ("folder", {"samples": (3, 2), "files": (6, 4), "captions": (2, 2)}),
+        ("t.csv", {"samples": (3, 2), "rows": (5, 3), "captions": (3, 3)}),
+        ("coco.json", {"samples": (3, 2), "boxes": (3, 2), "captions": (9, 4)}),
+    ):
+        folder = () if source == "folder" else ("--images", tmp_path / "folder")
+        capsys.readouterr()
+        assert pack(tmp_path / source, tmp_path / "out", *folder, "--json", name=source.split(".")[0]) == 0
+        units = json.loads(capsys.readouterr().out)["inventory"]
+        assert {unit: (units[unit]["present"], units[unit]["used"]) for unit in said} == said
+    assert main(["shards", "check", str(tmp_path / "out" / "coco-000000.tar"), "--workers", "0"]) == 0
+    assert "\n  4 captions\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("key", "value"), [("iscrowd", "0"), ("bbox", ["1", 2, 3, 4]), ("captions", "x"), ("width", "4")])
+def test_a_value_of_the_wrong_type_is_an_error_of_packing_too(tmp_path, capsys, key, value):
+    save(tmp_path / "a.png")
+    image = {"id": 7, "file_name": "a.png", "height": 4, "width": 4}
+    box = {"id": 8, "image_id": 7, "category_id": 1, "bbox": [0, 0, 2, 2]}
+    (box if key in ("iscrowd", "bbox") else image)[key] = value
+    content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "kite"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    assert pack(tmp_path / "coco.json", tmp_path / "out") == 2
+    assert re.search(rf"coco\.json: (image 7|annotation 8): \(?.*{key}\)? is .*; expected", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_that_make_no_sense_are_one_line(tmp_path, capsys):
+    pairs = save(tmp_path / "photos" / "0.png").with_suffix(".txt")
+    pairs.write_text("a kite")
+    for words, message in (
+        (["more.csv"], "found 'more.csv' too; expected one SOURCE"),
+        (["--size", "0"], "--size: found '0'; expected a size such as 500MB"),
+    ):
+        assert pack(pairs.parent, tmp_path / "out", *words) == 2
+        assert re.search(message, capsys.readouterr().err)
+    pairs.write_bytes(b"a\0kite")
+    assert pack(pairs.parent, tmp_path / "out") == 1
+    assert r"the caption is 'a\x00kite'; expected text" in capsys.readouterr().out

@@ -66,7 +66,7 @@ BAD = {
     r"b\.png': points is \[\['a', 2\]\]; expected": lambda c: c[0].update(points=[["a", 2]], count=1),
     r"b\.png': class_name is ' '; expected text": lambda c: c[0].update(class_name=" "),
     r"b\.png': the file has \(height, width\) \(20, 40\), the entry says \(20, 41\)": lambda c: c[0].update(width=41),
-    r"entry number 0 has no 'count'": lambda c: c[0].pop("count"),
+    r"entry number 1 has no 'count'": lambda c: c[0].pop("count"),
     r"1 of 3 images are not in .*, first 'bb\.png'; nearest is 'b\.png'": lambda c: c[0].update(file_name="bb.png"),
     r"counting\.json: image 'a\.png' is duplicated": lambda c: c[0].update(file_name="a.png"),
     r"found list \[\]; expected a list of images": lambda c: c.clear(),

@@ -129,12 +129,21 @@ def test_a_row_in_an_unknown_language_is_said(folder, capsys):  # noqa: F811
     names = ("a", "b", "c")
     for name in names:
         Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
-    (folder / "t.csv").write_text("file,caption,language\na.png,ant,Hindi\nb.png,bee,klingon\nc.png,cat,\n")
-    assert check(folder, "datasets.captions.CaptionTable", images=str(folder), table=str(folder / "t.csv")) == 0
-    said = r"3 captions, 1 of them in a language that is not known \(.*t\.csv: line 3: 'klingon'\)"
-    assert re.search(said, capsys.readouterr().out)
-    assert pack(folder / "t.csv") == 0
-    assert re.search(said, capsys.readouterr().out)
+    (folder / "t.csv").write_text("file,caption,language\na.png,ant,Hindi\nb.png,bee,klingon\nc.png,cat,und\n")
+    words = {"images": str(folder), "table": str(folder / "t.csv")}
+    said = r"t\.csv: line 3: found the language 'klingon'; expected a code such as hi or hi-Latn"
+    assert check(folder, "datasets.captions.CaptionTable", **words) == 2
+    one_line(capsys, said)
+    assert pack(folder / "t.csv") == 2
+    one_line(capsys, said)
+    assert check(folder, "datasets.captions.CaptionTable", on_bad_row="skip", **words) == 0
+    assert re.search(rf"2 of 3 rows; left out: 1 in a language that is not known \(.*{said}", capsys.readouterr().out)
+    parts = {f"{i}.{kind}": png(i) if kind == "png" else "x" for i in range(3) for kind in ("png", "txt")}
+    said = [{"language": "klingon"}, {"lang": 5}, {"language": "und"}]
+    parts |= {f"{i}.json": json.dumps(entry) for i, entry in enumerate(said)}
+    assert main(["shards", "check", write_tar(folder / "a.tar", parts), "--workers", "0"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"2  unreadable caption\n.*a/0: found the language 'klingon'.*\n.*a/1: found the language 5;", shown)
 
 
 def test_a_cell_longer_than_csv_takes_is_called_that(tmp_path, capsys):

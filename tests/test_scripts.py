@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from indiclip.datasets.scripts import CANDIDATES, LANGUAGE, count_scripts, language, scripts
+from indiclip.datasets.scripts import LANGUAGE, count_scripts, language, scripts
 
 regex = pytest.importorskip("regex")
 
 
-@pytest.mark.parametrize("name", [*LANGUAGE, *CANDIDATES, "Han", "Cyrillic", "Hiragana"])
+@pytest.mark.parametrize("name", [*LANGUAGE, "Han", "Cyrillic", "Hiragana"])
 def test_every_letter_has_unicodes_script(name):
     letter = regex.compile(rf"[\p{{{name.replace('Odia', 'Oriya')}}}&&\p{{Assigned}}]", regex.VERSION1)
     letters = [chr(point) for point in range(0x10000) if letter.match(chr(point))]

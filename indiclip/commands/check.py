@@ -55,9 +55,11 @@ def run(shards: list[str], max_characters: int, out: str | None, workers: int | 
         findings.add(_same_names(urls, counts))
         tasks = ranges(zip(urls, counts, strict=True))
         hashes = []
-        for found, of_range in results(partial(_samples, max_characters=max_characters), tasks, workers, "samples"):
+        for found, of_range, num_captions in results(partial(_samples, max_characters=max_characters), tasks, workers, "samples"):
             findings.add(found)
             hashes.append(of_range)
+            inventory.present["captions"] += num_captions
+            inventory.used["captions"] += num_captions
         findings.add(_repeats(tasks, hashes))
     inventory.verify()
     if as_json:
@@ -101,11 +103,12 @@ def _member(shard: str, name: str, extension: str) -> Iterator[Finding]:
         yield Finding("left-out member", shard, name, f"is not read; expected {', '.join((*IMAGES, *TEXTS))}")
 
 
-def _samples(piece: Range, max_characters: int) -> tuple[list[Finding], np.ndarray]:
-    """What is wrong with them, and the hashes of each, uint64 (N, 2)."""
+def _samples(piece: Range, max_characters: int) -> tuple[list[Finding], np.ndarray, int]:
+    """What is wrong with them, the hashes of each, uint64 (N, 2), and how many captions they have."""
     samples = [_Sample(opened(piece.url), index, max_characters) for index in range(piece.first, piece.last)]
     found = [finding for sample in samples for finding in sample.found]
-    return found, np.array([sample.hashes for sample in samples], np.uint64)
+    hashes = np.array([sample.hashes for sample in samples], np.uint64)
+    return found, hashes, sum(sample.num_captions for sample in samples)
 
 
 class _Sample:
@@ -118,7 +121,7 @@ class _Sample:
 
     def __init__(self, shards: Shards, index: int, max_characters: int) -> None:
         self.found: list[Finding] = []
-        self.hashes = (0, 0)
+        self.hashes, self.num_captions = (0, 0), 0
         self._shard, self._key = shards.shard(index), shards.key(index)
         parts = self._try("unreadable bytes", shards.parts, index)
         if parts is None:
@@ -132,6 +135,7 @@ class _Sample:
         if entry is None:
             return
         captions = self._try("unreadable caption", read_captions, parts, entry) or {}
+        self.num_captions = sum(map(len, captions.values()))
         for text in itertools.chain(*captions.values()):
             self._check_caption(text, max_characters)
         label = int(shards.labels[index])

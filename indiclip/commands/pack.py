@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from indiclip.commands.findings import json_line, show_lines
 from indiclip.commands.parallel import results
-from indiclip.commands.sources import Items, inside, open_source
+from indiclip.commands.sources import Items, open_source
 from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.table_reader import OnBadRow
-from indiclip.datasets.tables import is_text, stable_hash, text_lines
+from indiclip.datasets.tables import is_text, stable_hash, text_lines, why_missing
 from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import check_boxes
 from indiclip.webdataset.shard_writer import ShardWriter
@@ -64,6 +64,7 @@ def run(
             writer.lock(class_file.name)
             if class_file.exists():
                 raise ValueError(f"{class_file}: another process has just written it; start this one again")
+        inventory += items.inventory
         keys = [items.keys[i] for i in range(len(items.keys))]
         order = sorted(range(len(keys)), key=lambda i: stable_hash(f"{seed}:{keys[i]}"))
         left_out_file = writer.part / f"{name}-left-out.jsonl"
@@ -74,19 +75,20 @@ def run(
                     inventory.present["samples"] += 1
                     inventory.leave_out("samples", packed.kind, f"{shown}: {packed.reason}")
                     left_out.write(json_line({"name": shown, "key": key, "reason": packed.reason}))
-                    for unit, count in packed.held.items():
-                        inventory.present[unit] += count
+                    inventory.present.update(packed.held)
+                    inventory.used.subtract(made_of := items.made_of(packed.place))
+                    for unit, count in (packed.held | made_of).items():
                         inventory.leave_out(unit, "of samples that are left out", shown, count)
                 else:
                     writer.add(keys[packed.place], packed.members)
-                    for counts in (inventory.present, inventory.used):
-                        counts["captions"] += packed.held["captions"]
+                    packed.held.pop("boxes", 0)  # their shard counts them
+                    inventory.present.update(packed.held)
+                    inventory.used.update(packed.held)
         writer.finish()
         if not inventory.present["samples"] or not writer.shards:
             left_out_file.unlink()
         if writer.shards and items.classes and classes is None:
             (writer.part / class_file.name).write_text("\n".join(items.classes) + "\n", "utf-8")
-        inventory += items.inventory
         inventory += writer.inventory
         inventory.verify()
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
@@ -107,7 +109,7 @@ def _check_classes(source: Items, classes: list[str] | None, class_file: Path, n
 
 def _read(source: Items, index: int) -> Packed:
     """The members of a sample, after everything has been read that training will read."""
-    held, kind = {"captions": 0, "boxes": 0}, "with unusable texts, classes or boxes"
+    held, kind = dict[str, int](), "with unusable texts, classes or boxes"
     try:
         item = source[index]
         held, kind = _held(item.texts), _NO_FILE
@@ -131,10 +133,9 @@ def _read(source: Items, index: int) -> Packed:
 def _file(folder: Path, name: str) -> Path:
     if not name:
         raise ValueError("no image is named")
-    path = inside(folder, name)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    return path
+    if why := why_missing(folder, name):
+        raise ValueError(why)
+    return folder / name
 
 
 def _held(texts: dict[str, bytes]) -> dict[str, int]:
@@ -144,7 +145,8 @@ def _held(texts: dict[str, bytes]) -> dict[str, int]:
         entry = read_entry(texts)
         captions = read_captions(texts, entry)
     boxes = entry.get("annotations")
-    return {"captions": sum(map(len, captions.values())), "boxes": len(boxes) if isinstance(boxes, list) else 0}
+    held = {"captions": sum(map(len, captions.values())), "boxes": len(boxes) if isinstance(boxes, list) else 0}
+    return {unit: count for unit, count in held.items() if count}
 
 
 def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> None:
@@ -172,5 +174,7 @@ def _show(writer: ShardWriter, inventory: Inventory, as_json: bool) -> None:
         return
     print(f"{place}-*.tar: {len(writer.shards):,} shards, {size / 1e6:,.1f} MB")
     show_lines(inventory)
+    if len(writer.shards) == samples > 1:
+        print("  each shard holds one sample; --samples and --size say how much it may hold")
     if left_out and writer.shards:
-        print(f"  all {left_out:,} samples that are left out: {place}-left-out.jsonl")
+        print(f"  every sample that is left out: {place}-left-out.jsonl")

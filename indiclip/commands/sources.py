@@ -37,7 +37,7 @@ class Items(Protocol):
         names: What to call each sample in messages.
         classes: Class names, where the source has classes.
         folder: Where the images' files are.
-        inventory: What the source holds; of captions and boxes only those that are in no sample.
+        inventory: What the source holds, all samples used; of captions and boxes only those that are in no sample.
     """
 
     folder: Path
@@ -48,6 +48,9 @@ class Items(Protocol):
 
     def __getitem__(self, index: int) -> Item:
         """Raises `ValueError` or `OSError` where the sample cannot be used."""
+
+    def made_of(self, index: int) -> dict[str, int]:
+        """How many of the inventory's rows or files the sample is made of."""
 
 
 def open_source(
@@ -113,10 +116,13 @@ class FolderItems:
     def __getitem__(self, index: int) -> Item:
         name = self.names[index]
         beside = self._texts[stem(name)].items()
-        texts = {extension: inside(self.folder, file).read_bytes() for extension, file in beside}
+        texts = {extension: (self.folder / file).read_bytes() for extension, file in beside}
         if self.classes:
             texts["cls"] = str(self.classes.index(name.split("/")[0])).encode()
         return Item(name, texts)
+
+    def made_of(self, index: int) -> dict[str, int]:
+        return {"files": 1 + len(self._texts[stem(self.names[index])])}
 
 
 class TableItems:
@@ -130,21 +136,21 @@ class TableItems:
         self.folder = folder
         self.classes: list[str] = []
         table = Table(file, on_bad_row, image_column)
-        images, self._embedded = table.images(image_column)
+        images, self._embedded = table.images(image_column, folder)
         if caption_column in table.header or not any(map(caption_language, table.header)):
             columns = {table.place(caption_column): language_tag(caption_column)}
         else:
             columns = table.caption_columns()
         captions = CaptionColumns(table, columns)
-        rows_of = table.rows_by_image(images)
-        for rows in rows_of.values():
+        for rows in table.rows_by_image(images).values():
             empty = [row for row in rows if captions.is_empty(row)]
             for row in empty if len(empty) < len(rows) else []:  # else `pack` lists the image
                 table.leave_out(row, "without a caption", "no caption", always=True)
+        rows_of = table.rows_by_image(images)
         firsts = [rows[0] for rows in rows_of.values()]
         self._images = Strings(images[row] for row in firsts)
         self._captions = Strings(_dumps(captions.of_rows(rows)) for rows in rows_of.values())
-        self._rows = np.array(firsts)
+        self._rows, self._num_rows = np.array(firsts), np.array(list(map(len, rows_of.values())))
         self.names = Strings(table.where(row).removeprefix(f"{file.parent}/") for row in firsts)
         self.keys = unique_keys(stem(images[row]) if images[row] else "" for row in firsts)
         self.inventory = table.inventory
@@ -166,24 +172,26 @@ class TableItems:
         data = self._embedded[int(self._rows[index])] if self._embedded else None
         return Item(self._images[index] if data is None else data, texts)
 
+    def made_of(self, index: int) -> dict[str, int]:
+        return {"rows": int(self._num_rows[index])}
+
 
 class CocoItems:
     """Images of a COCO file: `.json` is the image's entry with its captions and annotations."""
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
-        coco = read_coco(file)
+        coco = read_coco(file, folder)
         self.folder, self.inventory, self.classes = folder, Inventory(), coco.classes
         entries = coco.images.entries
         of_row: list[list[Entry]] = [[] for _ in entries]
         for row, label, entry in zip(coco.rows.tolist(), coco.labels.tolist(), coco.annotations, strict=True):
             of_row[row].append({**entry, "class": label})
-        if captions:
-            texts = read_captions(coco.images, captions, self.inventory)
-            different = [list(dict.fromkeys(of_image)) for of_image in texts]
-            repeated = np.array(list(map(len, texts))) - list(map(len, different))
-            self.inventory.count_each("left_out", "captions", "of the same words", coco.images.wheres, repeated)
-            self.inventory.present["captions"] -= sum(map(len, different))  # those are counted as they are packed
-            entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, different, strict=True)]
+        texts = read_captions(coco.images, captions, self.inventory)
+        different = [list(dict.fromkeys(of_image)) for of_image in texts]
+        repeated = np.array(list(map(len, texts))) - list(map(len, different))
+        self.inventory.count_each("left_out", "captions", "of the same words", coco.images.wheres, repeated)
+        self.inventory.present["captions"] -= sum(map(len, different))  # those are counted as they are packed
+        entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, different, strict=True)]
         # As JSON in one buffer, which the processes share; each would copy Python objects.
         self._entries = Strings(_dumps({**entry, "annotations": of_row[row]}) for row, entry in enumerate(entries))
         self._files = Strings(coco.images.names)
@@ -193,17 +201,8 @@ class CocoItems:
     def __getitem__(self, index: int) -> Item:
         return Item(self._files[index], {"json": self._entries[index].encode()})
 
-
-def inside(folder: Path, name: str) -> Path:
-    """A file of a folder.
-
-    Raises:
-        ValueError: The name, or a link, leads out of it.
-    """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} lies outside the folder {folder}")
-    return path
+    def made_of(self, index: int) -> dict[str, int]:
+        return {}
 
 
 def unique_keys(names: Iterable[str]) -> Strings:

@@ -53,6 +53,9 @@ def _run(title: str, command: dict[str, Any], argv: list[str]) -> int:
     if command.get("passes_on"):
         options.others = others
     elif others:
+        if not others[0].startswith("-"):
+            expected = " ".join(action.metavar for action in parser._positionals._group_actions)
+            parser.error(f"found {others[0]!r} too; expected {f'one {expected}' if expected else 'options alone'}")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         parser.error(f"{others[0]}: no such option{did_you_mean(others[0], flags)}")
     with leaving_at_once():
@@ -103,9 +106,10 @@ def _share(text: str) -> float:
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
-    if not match:
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if not size:
         raise argparse.ArgumentTypeError(f"found {text!r}; expected a size such as 500MB or 2GB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return size
 
 
 _TYPES: dict[str, Callable[[str], Any]] = {

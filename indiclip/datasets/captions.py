@@ -8,11 +8,10 @@ import numpy as np
 
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.languages import language_tag
+from indiclip.datasets.languages import declared_language, language_tag
 from indiclip.datasets.table_reader import OnBadRow, Table
-from indiclip.datasets.tables import Strings, check_files, existing, has_file
+from indiclip.datasets.tables import Strings, check_files, existing, why_missing
 from indiclip.images import UnreadableSample, read_image
-from indiclip.names import shorten
 from indiclip.types import Sample
 
 LANGUAGE_COLUMNS = ("language", "lang")  # of the captions of a row
@@ -36,7 +35,12 @@ class CaptionColumns:
         self._table, self._languages, self._default = table, languages, default
         self._texts = {place: table.texts(place) for place in languages}
         of_rows = next((table.place(name) for name in LANGUAGE_COLUMNS if name in table.header), None)
-        self._of_row = None if of_rows is None else table.names(of_rows)
+        self._of_row: dict[int, str] = {}
+        for row, said in enumerate([] if of_rows is None else table.names(of_rows)):
+            try:
+                self._of_row[row] = declared_language(said)
+            except ValueError as error:
+                table.leave_out(row, "in a language that is not known", str(error))
         self.places = {*languages} if of_rows is None else {*languages, of_rows}
         self.inventory = Inventory()
 
@@ -49,8 +53,7 @@ class CaptionColumns:
         captions: dict[str, list[str]] = {}
         for place, of_column in self._languages.items():
             for row in rows:
-                said = self._of_row[row] if self._of_row and not of_column else ""
-                language = of_column or language_tag(said) or self._default
+                language = of_column or self._of_row.get(row) or self._default
                 for text in self._texts[place][row]:
                     known = captions.setdefault(language, [])
                     self.inventory.present["captions"] += 1
@@ -58,9 +61,6 @@ class CaptionColumns:
                         self.inventory.leave_out("captions", "of the same words", self._table.where(row))
                     else:
                         known.append(text)
-                        if said and not language_tag(said):
-                            where = f"{self._table.where(row)}: {shorten(said)}"
-                            self.inventory.count("altered", "captions", "in a language that is not known", where)
         self.inventory.used["captions"] += sum(map(len, captions.values()))
         return captions
 
@@ -99,7 +99,7 @@ class CaptionTable(SampleDataset):
         file = existing(table)
         self.folder = existing(images) if images else file.parent
         rows = Table(file, on_bad_row, image_column)
-        names, self._embedded = rows.images(image_column)
+        names, self._embedded = rows.images(image_column, self.folder)
         columns = _caption_columns(rows, languages)
         self.languages, captions = list(columns.values()), CaptionColumns(rows, columns)
         for row in rows.kept:
@@ -108,8 +108,8 @@ class CaptionTable(SampleDataset):
             elif captions.is_empty(row):
                 known = ", ".join(rows.header[place] for place in columns)
                 rows.leave_out(row, "without a caption", f"{names[row]!r} has no caption in {known}")
-            elif self._embedded is None and on_bad_row == "skip" and not has_file(self.folder, names[row]):
-                rows.leave_out(row, "without an image file", f"{names[row]!r} is not in {self.folder}")
+            elif self._embedded is None and on_bad_row == "skip" and (why := why_missing(self.folder, names[row])):
+                rows.leave_out(row, "without an image file", why)
         rows_of = rows.rows_by_image(names)
         if self._embedded is None:
             check_files(self.folder, list(rows_of), str(file))
@@ -149,8 +149,8 @@ def _caption_columns(table: Table, languages: list[str] | dict[str, str] | None)
     """Place of each column with captions -> its language."""
     if languages:
         named = languages if isinstance(languages, dict) else {name: language_tag(name) for name in languages}
-        for name, language in named.items():
-            if language and not language_tag(language):
-                raise ValueError(f"languages: {name}: found {language!r}; expected a code such as hi or hi-Latn")
-        return {table.place(name): language_tag(language) for name, language in named.items()}
+        try:
+            return {table.place(name): declared_language(language) for name, language in named.items()}
+        except ValueError as error:
+            raise ValueError(f"languages: {error}") from None
     return table.caption_columns()

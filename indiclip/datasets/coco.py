@@ -73,7 +73,7 @@ class CocoDetection(SampleDataset):
         self.folder, self._file = existing(images), existing(annotations)
         self._with_masks, self.densepose, self._tolerance = masks, densepose, tolerance
         self._inventory = Inventory()
-        file = read_coco(self._file)
+        file = read_coco(self._file, self.folder)
         self.classes, found = file.classes, file.images
         self.inventory.present["images"] = len(found.names)
         sizes_hw = found.sizes_hw()

@@ -6,7 +6,6 @@ as no two ids of a list may read alike. Everything else is taken as it stands or
 
 from __future__ import annotations
 
-import posixpath
 import re
 import unicodedata
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import column, is_number, is_text, load_json, xywh_to_xyxy
+from indiclip.datasets.tables import column, is_number, is_text, load_json, name_in, xywh_to_xyxy
 from indiclip.names import shorten
 
 TOLERANCE = 2.0  # pixels by which a box may reach out of its image: tools round
@@ -46,7 +45,7 @@ class CocoImages(NamedTuple):
     """The list `images`, N of them."""
 
     entries: list[Entry]
-    names: list[str]  # of the files
+    names: list[str]  # of the files in their folder
     row_of: dict[Id, int]  # id, as a number and as text -> place in the list
     wheres: Wheres
 
@@ -57,8 +56,7 @@ class CocoImages(NamedTuple):
     def groups(self) -> list[str]:
         """Of each image, the key of the first one of the same file."""
         first: dict[str, str] = {}
-        pairs = zip(map(posixpath.normpath, self.names), self.id_texts(), strict=True)
-        return [first.setdefault(name, key) for name, key in pairs]
+        return [first.setdefault(name, key) for name, key in zip(self.names, self.id_texts(), strict=True)]
 
     def sizes_hw(self) -> np.ndarray:
         """int64 (N, 2).
@@ -91,23 +89,25 @@ class CocoBoxes(NamedTuple):
     crowd: np.ndarray  # bool (K,)
 
 
-def read_coco(file: Path) -> CocoFile:
-    """What the three lists say of each other; boxes and sizes are for `read_boxes` and `CocoImages.sizes_hw`.
+def read_coco(file: Path, folder: Path) -> CocoFile:
+    """The three lists; whether boxes lie in their images is for `read_boxes`.
 
     Raises:
         ValueError: Malformed JSON, a missing key, an id or name of another type or duplicated, an unknown image or
             category. One line with the file and the id.
     """
     content = load_json(file, ("images", "annotations", "categories"))
-    images, entries = read_images(content["images"], file), content["annotations"]
+    images, entries = read_images(content["images"], file, folder), content["annotations"]
     classes, class_of = _read_categories(content["categories"], f"{file}: category")
     wheres = _read_ids(entries, f"{file}: annotation")
     rows = _look_up(column(entries, "image_id", wheres.prefix), images.row_of, wheres, "image")
     labels = _look_up(column(entries, "category_id", wheres.prefix), class_of, wheres, "category")
+    images.sizes_hw()
+    _box_columns(entries, wheres)
     return CocoFile(images, entries, wheres, rows, labels, classes)
 
 
-def read_images(entries: list[Entry], file: Path) -> CocoImages:
+def read_images(entries: list[Entry], file: Path, folder: Path) -> CocoImages:
     """The list `images`.
 
     Raises:
@@ -117,7 +117,7 @@ def read_images(entries: list[Entry], file: Path) -> CocoImages:
     names = column(entries, "file_name", wheres.prefix)
     check_all(names, lambda name: isinstance(name, str) and name != "", wheres, "file_name", "text")
     row_of = {alias: row for row, image_id in enumerate(wheres.ids) for alias in _aliases(image_id)}
-    return CocoImages(entries, names, row_of, wheres)
+    return CocoImages(entries, [name_in(folder, name) for name in names], row_of, wheres)
 
 
 def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[Id, int]]:
@@ -135,7 +135,7 @@ def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[
 
 def _read_ids(entries: list[Entry], where: str) -> Wheres:
     ids = column(entries, "id", where)
-    check_all(ids, _is_id, Wheres(f"{where} number", range(len(ids))), "id", "a whole number or text")
+    check_all(ids, _is_id, Wheres(f"{where} number", range(1, len(ids) + 1)), "id", "a whole number or text")
     check_unique(ids, where)
     return Wheres(where, ids)
 
@@ -174,17 +174,22 @@ def read_boxes(
         ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
     """
     inventory.present["boxes"] += len(entries)
-    boxes = column(entries, "bbox", wheres.prefix)
-    check_all(boxes, is_box, wheres, "bbox", "[x, y, width, height]")
-    crowd = [entry.get("iscrowd", 0) for entry in entries]
-    check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
-    boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    boxes_xywh, crowd = _box_columns(entries, wheres)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
     thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
     inventory.count_each("left_out", "boxes", "thinner than a pixel", wheres, ~thick)
     inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
     kept = np.flatnonzero(thick)
-    return CocoBoxes(kept, boxes_xyxy[kept], np.array(crowd, dtype=bool)[kept])
+    return CocoBoxes(kept, boxes_xyxy[kept], crowd[kept])
+
+
+def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray]:
+    """`bbox`, float64 (M, 4), and `iscrowd`, bool (M,), of the types that they must have."""
+    boxes = column(entries, "bbox", wheres.prefix)
+    check_all(boxes, is_box, wheres, "bbox", "[x, y, width, height]")
+    crowd = [entry.get("iscrowd", 0) for entry in entries]
+    check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(crowd, dtype=bool)
 
 
 def read_boxes_of_image(

@@ -17,11 +17,13 @@ import langcodes
 import yaml
 
 from indiclip.datasets.tables import stable_hash
+from indiclip.names import shorten
 from indiclip.types import Sample
 
 NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 OF_INDIA: list[str] = NAMES["of_india"]
 _SPEAKERS = 1_000_000
+_UNKNOWN = ("und", "mul", "mis", "zxx")  # BCP-47's tags of what is no language, or not one
 # Codes of Indonesian, Norwegian, Malay, Minangkabau and Newari, but columns are called by them for other reasons.
 _OTHER_WORDS = ("id", "no", "ms", "min", "new")
 
@@ -34,12 +36,24 @@ def language_tag(name: str) -> str:
     try:
         if langcodes.tag_is_valid(name):
             tag = langcodes.standardize_tag(name)
-            return "" if tag.partition("-")[0] in ("und", "mul", "mis", "zxx", "x") else tag
+            return "" if tag.partition("-")[0] in (*_UNKNOWN, "x") else tag
         found = langcodes.find(name)
     except (ValueError, LookupError):
         return ""
     # Other names are words too ("Male" is Malay), and langcodes finds the "Hindi" of "Hindi or so".
     return found.to_tag() if found.to_tag() in OF_INDIA and " " not in name else ""
+
+
+def declared_language(found: Any) -> str:
+    """The tag of the language that a user's file says a text is in; "" where it says that it is unknown.
+
+    Raises:
+        ValueError: It is no language's code or name.
+    """
+    tag = language_tag(found) if isinstance(found, str) else ""
+    if found not in (None, "", *_UNKNOWN) and not tag:
+        raise ValueError(f"found the language {shorten(found)}; expected a code such as hi or hi-Latn")
+    return tag
 
 
 def caption_language(column: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -21,7 +20,7 @@ from indiclip.datasets.coco_file import (
     reaches_out,
 )
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, is_text, load_json, xywh_to_xyxy
+from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, is_text, load_json, name_in, xywh_to_xyxy
 from indiclip.images import UnreadableSample, read_header, read_image
 from indiclip.names import shorten
 from indiclip.types import Sample
@@ -61,9 +60,10 @@ class CountingPoints(SampleDataset):
         names, class_names, points, counts = (
             column(entries, name, where) for name in ("file_name", "class_name", "points", "count")
         )
-        numbers, wheres = Wheres(f"{where} number", range(len(names))), Wheres(f"{file}:", names)
+        numbers, wheres = Wheres(f"{where} number", range(1, len(names) + 1)), Wheres(f"{file}:", names)
         check_all(names, lambda name: isinstance(name, str), numbers, "file_name", "text")
-        check_unique(list(map(posixpath.normpath, names)), f"{file}: image")
+        names = [name_in(self.folder, name) for name in names]
+        check_unique(names, f"{file}: image")
         check_files(self.folder, names, str(file))
         check_all(class_names, is_text, wheres, "class_name", "text")
         check_all(points, partial(_is_list, of=_is_point), wheres, "points", "[[x, y], ...]")
@@ -79,7 +79,7 @@ class CountingPoints(SampleDataset):
         check_unique(self.classes, f"{file}: class")
         self._labels = np.searchsorted(self.classes, class_names)
         self._names, self.counts, self._inventory = Strings(names), np.array(counts), Inventory()
-        self.sizes_hw = np.array([self._size_hw(entry, wheres[i]) for i, entry in enumerate(entries)])
+        self.sizes_hw = np.array([self._size_hw(entry, names[i], wheres[i]) for i, entry in enumerate(entries)])
         self._boxed = np.array(list(map(len, boxes))) > 0
         self._place(list(chain(*points)), list(chain(*boxes)), tolerance, f"{file}:")
 
@@ -125,10 +125,10 @@ class CountingPoints(SampleDataset):
             sample["classes"] = np.full(len(sample["boxes_xyxy"]), label)
         return sample
 
-    def _size_hw(self, entry: Entry, where: str) -> tuple[int, int]:
+    def _size_hw(self, entry: Entry, name: str, where: str) -> tuple[int, int]:
         """Of the image as annotated; (0, 0) where its file is damaged, which its reader says."""
         try:
-            header = read_header(self.folder / entry["file_name"])
+            header = read_header(self.folder / name)
         except UnreadableSample:
             return 0, 0
         said = (entry.get("height", header.size_hw[0]), entry.get("width", header.size_hw[1]))

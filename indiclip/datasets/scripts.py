@@ -9,8 +9,7 @@ from fontTools import unicodedata
 
 from indiclip.datasets.languages import NAMES
 
-LANGUAGE: dict[str, str] = NAMES["language_of_script"]
-CANDIDATES: dict[str, str] = NAMES["languages_of_script"]
+LANGUAGE: dict[str, str] = NAMES["of_script"]  # where the script alone tells it, else what it may be
 _MIXED = 0.1  # share of a text's letters from which a script counts
 
 
@@ -38,9 +37,6 @@ def scripts(text: str) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def language(found: tuple[str, ...]) -> str:
     """The language of a text in these scripts, by its ISO 639 code, or what is known of it. Never a guess."""
-    if not found:
-        return "no letters"
-    if len(found) > 1:
-        return " + ".join(found)
-    (name,) = found
-    return LANGUAGE.get(name) or (f"{name} ({CANDIDATES[name]})" if name in CANDIDATES else name)
+    if len(found) == 1:
+        return LANGUAGE.get(found[0], found[0])
+    return " + ".join(found) or "no letters"

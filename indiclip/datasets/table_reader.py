@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,7 +13,7 @@ import numpy as np
 
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import caption_language
-from indiclip.datasets.tables import decode_text, is_text
+from indiclip.datasets.tables import decode_text, is_text, name_in
 from indiclip.datasets.text_rows import text_rows
 from indiclip.images import EncodedImage, UnreadableSample, is_image_name
 from indiclip.names import did_you_mean, shorten
@@ -172,14 +171,14 @@ class Table:
             names.append(found[0] if len(found) == 1 else "")
         return names
 
-    def images(self, name: str) -> tuple[list[str], EmbeddedImages | None]:
-        """The names of a column's images, and where the table holds the images themselves, these.
+    def images(self, name: str, folder: Path) -> tuple[list[str], EmbeddedImages | None]:
+        """The names of a column's images in their folder, and where the table holds the images themselves, these.
 
         Such images are called by their path, or by the table's name and the row where paths are missing or repeated.
         """
         place = self.place(name)
         if not self.is_parquet or not self._holds_images(name, kind := self._parquet.schema_arrow.field(place).type):
-            return [posixpath.normpath(name) if name else "" for name in self.names(place)], None
+            return [name_in(folder, name) for name in self.names(place)], None
         paths = [""] * len(self._lines)
         if hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0:
             with _readable(self.file):
@@ -219,12 +218,13 @@ class EmbeddedImages:
     def __init__(self, file: Path, column: str) -> None:
         self.file, self.column = file, column
         metadata = _open_parquet(file).metadata
-        self._ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+        sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        self._starts = np.cumsum([0, *sizes])
 
     def __getitem__(self, row: int) -> bytes | None:
         """The bytes of an image; None where the cell has a path alone, or nothing."""
-        group = int(self._ends.searchsorted(row, side="right"))
-        value = _row_group(self.file, group, self.column)[row - int(self._ends[group - 1] if group else 0)].as_py()
+        group = int(self._starts.searchsorted(row, side="right")) - 1
+        value = _row_group(self.file, group, self.column)[row - int(self._starts[group])].as_py()
         found = value.get("bytes") if isinstance(value, dict) else value
         return found if found is None else bytes(found)
 
@@ -282,6 +282,8 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, ValueError):
         raise ValueError(f"expected text: {str(value)[:80]}")
     elif isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("found a NUL; expected text")
         yield from [value.strip()] if is_text(value) else []
     elif value is not None and value == value:  # NaN is what pandas writes for nothing
         raise ValueError(f"found the {type(value).__name__} {shorten(value)}; expected text")

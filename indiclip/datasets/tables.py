@@ -7,9 +7,10 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import numpy as np
 from indiclip.names import did_you_mean, nearest_beside, shorten
 
 _VISIBLE = re.compile(r"[^\s\u200b-\u200f\u2060\ufeff]")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold and no text
+_LEADS_OUT = re.compile(r"/|\.\.(/|$)")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and half of a surrogate pair, which JSON can hold
 
 
 class Strings:
@@ -83,7 +85,7 @@ def text_lines(text: str) -> list[str]:
 
 def is_text(found: Any) -> bool:
     """Whether a value is a text that can be read, with something visible in it."""
-    return isinstance(found, str) and bool(_VISIBLE.search(found)) and not _SURROGATE.search(found)
+    return isinstance(found, str) and bool(_VISIBLE.search(found)) and not _NO_TEXT.search(found)
 
 
 def existing(path: str) -> Path:
@@ -111,9 +113,10 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
     for name in names:
         if name in there:
             continue
-        if _leads_out(name):
-            raise ValueError(f"{where}: the image {shorten(name)} lies outside the folder {folder}")
-        if not has_file(folder, name):
+        reason = why_missing(folder, name)
+        if _LEADS_OUT.match(name):
+            raise ValueError(f"{where}: the image {reason}")
+        if reason:
             missing.append(name)
     if missing:
         near = did_you_mean(missing[0], there)
@@ -122,14 +125,27 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
         )
 
 
-def _leads_out(name: str) -> bool:
-    parts = PurePosixPath(name)
-    return parts.is_absolute() or ".." in parts.parts
+def name_in(folder: Path, name: str) -> str:
+    """The one spelling of a file's name, by which a picture is known: relative to the folder where it lies in it, else
+    a path that begins with / or with `..`.
+
+    Names are compared, not what links point to: a link in the folder is its owner's.
+    """
+    name = posixpath.normpath(name) if name else ""
+    if name.startswith(("/", "..")):
+        for base in (folder.absolute(), folder.resolve()):
+            relative = posixpath.relpath(base / name, base)
+            if not _LEADS_OUT.match(relative):
+                return relative
+    return name
 
 
-def has_file(folder: Path, name: str) -> bool:
-    """Whether a file is in a folder or below it; False where its name leads out."""
-    return not _leads_out(name) and os.path.isfile(folder / name)  # noqa: PTH113 (Path.is_file raises for a long name)
+def why_missing(folder: Path, name: str) -> str:
+    """Why a file cannot be read in a folder, of its name as `name_in` gave it; "" where it is there."""
+    if _LEADS_OUT.match(name):
+        return f"{shorten(name, 200)} lies outside the folder {folder}"
+    is_there = os.path.isfile(folder / name)  # noqa: PTH113 (Path.is_file raises for a long name)
+    return "" if is_there else f"{folder / name}: no such file"
 
 
 def xywh_to_xyxy(
@@ -221,6 +237,6 @@ def column(entries: Sequence[Any], name: str, where: str) -> list[Any]:
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict) or name not in entry:
             found = list(entry) if isinstance(entry, dict) else []
-            label = shorten(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {place}"
+            label = shorten(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {place + 1}"
             raise ValueError(f"{where} {label} has no {name!r}{did_you_mean(name, found)}")
     return [entry[name] for entry in entries]

@@ -160,13 +160,13 @@ def _keys(sources: list[Source], train: bool) -> list[str]:
     Raises:
         ValueError: Two held-out sources of a task have one name.
     """
+    tasks = [source.task for source in sources]
     if train:
-        return [source.task for source in sources]
-    keys = []
-    for i, source in enumerate(sources):
-        place = sum(other.task == source.task for other in sources[:i])
-        alone = sum(other.task == source.task for other in sources) == 1
-        keys.append(source.task if alone else f"{source.task}/{source.name or place}")
+        return tasks
+    keys: list[str] = []
+    for i, (task, source) in enumerate(zip(tasks, sources, strict=True)):
+        name = source.name or tasks[:i].count(task)
+        keys.append(task if tasks.count(task) == 1 else f"{task}/{name}")
         if keys[-1] in keys[:-1]:
             raise ValueError(f"data.val[{i}].name: {keys[-1]} is the name of an earlier source too")
     return keys

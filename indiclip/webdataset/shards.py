@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.languages import language_tag
+from indiclip.datasets.languages import declared_language
 from indiclip.datasets.tables import decode_text, existing, is_text, parse_json, text_lines
 from indiclip.images import EncodedImage, UnreadableSample, is_trouble
 from indiclip.names import shorten
@@ -232,8 +232,8 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
         lines = text_lines(decode_text(existing(classes).read_bytes(), where))
     names = [name.strip() for name in lines]
     for number, name in enumerate(names):
-        if not is_text(name):
-            raise ValueError(f"{where}: class {number} is {shorten(name)}; expected one name per class")
+        if not is_text(name) or name in names[:number]:
+            raise ValueError(f"{where}: class {number} is {shorten(name)}; expected one name per class, each once")
     check_unique(names, f"{where}: class")
     return names
 
@@ -311,16 +311,13 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
         ValueError: Something that is no text, empty or no UTF-8, or a name that is no language's code.
     """
     own, texts, found = entry.get("language") or entry.get("lang"), dict[str, list[str]](), entry.get("captions")
-    own = language_tag(own) if isinstance(own, str) else ""
+    own = declared_language(own)
     if found is None or isinstance(found, list):
         found = {own: found or []}
     if not isinstance(found, dict):
         raise ValueError(f"captions of the .json is {shorten(found)}; expected texts by language, or a list of texts")
     for language, more in found.items():
-        tag = language_tag(language)
-        if language and not tag:
-            expected = "a language's code such as 'hi' or 'hi-Latn'"
-            raise ValueError(f"captions of the .json: found the language {shorten(language)}; expected {expected}")
+        tag = declared_language(language)
         where = f"captions of the .json: {language}" if language else "captions of the .json"
         listed = more if isinstance(more, list) else [more]
         texts.setdefault(tag, []).extend(_checked_text(where, text) for text in listed)

@@ -84,7 +84,7 @@ def _holds(folder: Path, name: Any) -> bool:
 def _coco(content: dict[str, Any], file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:
     if not isinstance(content["annotations"], list):
         raise ValueError(f"{file}: annotations is {shorten(content['annotations'])}; expected a list")
-    images, inventory = read_images(content["images"], file), Inventory()
+    images, inventory = read_images(content["images"], file, file.parent), Inventory()
     texts = join_captions(content["annotations"], images, file, inventory)
     for _, reason, count, example in inventory.left_out():
         raise ValueError(f"{count:,} captions {reason}, first {example}; expected their images in the file")

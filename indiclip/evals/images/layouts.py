@@ -151,7 +151,7 @@ def _beside(image: Path) -> str:
 def _of_table(card: Card, file: Path) -> Items:
     table = Table(file, image_column="file")
     needed = {"classification": ["class"], "matching": ["class", "text"], "retrieval": []}[card.task]
-    names, embedded = table.images("file")
+    names, embedded = table.images("file", file.parent)
     columns = {name: table.names(table.place(name)) for name in needed}
     used = {table.place(name) for name in ("file", "split", *needed) if name in table.header}
     train, notes = _table_splits(table) if "split" in table.header else (None, [])
