@@ -85,7 +85,8 @@ class DensePose(Head):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.check_positive(roi_size=roi_size, channels=channels, num_convs=num_convs, upscale=upscale)
+        self.check_least(1, roi_size=roi_size, channels=channels, num_convs=num_convs, upscale=upscale)
+        self.check_least(0, coarse_weight=coarse_weight, part_weight=part_weight, uv_weight=uv_weight)
         if coarse_classes not in (2, 15):
             raise ValueError(f"heads.densepose.coarse_classes: {coarse_classes}; expected 2 (person or not) or 15")
         if not 0 <= box_jitter <= MAX_JITTER:

@@ -14,6 +14,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
+from indiclip.names import shorten
 from indiclip.patches import AnyImage, batch_images
 from indiclip.text import TextTower, describe
 from indiclip.types import Features, Images
@@ -110,10 +111,12 @@ class Encoder(nn.Module):
                 for a handful of prompts, whose own mean and variance say little.
 
         Raises:
-            ValueError: A length that was not trained.
+            ValueError: Something other than strings, or a length that was not trained.
         """
         self._check_length(length)
         many = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [text for text in many if not isinstance(text, str)]:
+            raise ValueError(f"embed_text: found {shorten(wrong[0])}; expected a string, or a list of them")
         if not many:
             return torch.zeros(0, length or self.embed_dim, device=self.device)
         distinct = list(dict.fromkeys(many))

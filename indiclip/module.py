@@ -18,6 +18,7 @@ from indiclip import optim
 from indiclip.encoder import Encoder
 from indiclip.head import Head, Metrics, Prediction
 from indiclip.lightning_internals import batches_done, estimated_steps
+from indiclip.names import check_range
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
@@ -42,7 +43,7 @@ class MultiTask(L.LightningModule):
             with s = log sigma^2): exp(-s) * loss + s instead of the loss. The head's `weight` stays a factor.
 
     Raises:
-        ValueError: No head, or the same head twice.
+        ValueError: No head, the same head twice, or a rate below 0.
     """
 
     def __init__(
@@ -60,6 +61,9 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_heads(heads)
+        check_range({"model.lr": lr, **{f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()}})
+        check_range({"model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
+        check_range({"model.layer_decay": layer_decay}, 0, 1)
         self.encoder = encoder
         if not any(head.embeds_images for head in heads):
             nn.ModuleList([encoder.image_pool, encoder.image_projection]).requires_grad_(False)
@@ -167,7 +171,11 @@ class MultiTask(L.LightningModule):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
-        optimizer = self.optimizer(optim.parameter_groups(self, self.lr_scale, self.layer_decay))
+        groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
+        try:
+            optimizer = self.optimizer(groups)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model.optimizer: {error}") from error
         optim.set_rates(optimizer, self.lr, self.weight_decay)
         optimizer.register_load_state_dict_pre_hook(optim.restore_by_name)
         # Fused AdamW can undo the loss scale itself, and Lightning then refuses to clip gradients in mixed precision.

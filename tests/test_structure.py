@@ -45,9 +45,10 @@ ARROWS = {
     "__main__.py": "cli",
     "types.py": "",
     "names.py": "",
+    "strict_yaml.py": "",
     "json_lines.py": "",
     "old_names.py": "",
-    "optim.py": "",
+    "optim.py": "names",
     "images.py": "",
     "patches.py": "types images",
     "backbone.py": "types names",
@@ -55,19 +56,19 @@ ARROWS = {
     "losses.py": "",
     "fcos.py": "types",
     "surface_charts.py": "types",
-    "head.py": "types",
-    "encoder.py": "types backbone text patches",
+    "head.py": "types names",
+    "encoder.py": "types names backbone text patches",
     "checkpoint.py": "backbone encoder names old_names text",
     "lightning_internals.py": "",
-    "module.py": "encoder head types optim lightning_internals",
+    "module.py": "encoder head types names optim lightning_internals",
     "datasets": "types names images",
     "webdataset": "types names images datasets",
     "generated": "types names images datasets",
     "loading": "types names images patches datasets lightning_internals",
     "evals": (
-        "types names images patches json_lines text backbone encoder checkpoint datasets webdataset generated loading"
+        "types names strict_yaml images patches json_lines text backbone encoder checkpoint datasets webdataset generated loading"
     ),
-    "training": "types names old_names json_lines lightning_internals encoder head module datasets loading evals",
+    "training": "types names strict_yaml old_names json_lines checkpoint lightning_internals encoder head module datasets loading evals",
     "commands": "names images patches text datasets webdataset loading evals training",
 }
 

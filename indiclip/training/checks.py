@@ -23,6 +23,8 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     Raises:
         ValueError: The first thing that does not fit, naming the YAML key.
     """
+    if stage != "fit" and not data.val:
+        raise ValueError(f"data.val: found no source; {stage} reads it")
     heads = model.each_head()
     tasks = {head.task for head in heads}
     parts = [keyed("data.train", data.train if stage == "fit" else []), keyed("data.val", data.val)]

@@ -58,6 +58,11 @@ class IndiCLI(LightningCLI):
     is_new = False  # the folder held nothing
 
     def __init__(self) -> None:
+        _quieten()
+        check_yaml(config_files(sys.argv))
+        # Lightning's Timer has an enum for a default.
+        yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
+        set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))
         failed = True
         try:
             super().__init__(
@@ -138,21 +143,11 @@ class IndiCLI(LightningCLI):
 def run(argv: list[str]) -> int:
     """Run one of LightningCLI's commands. Returns the exit status."""
     sys.argv[1:] = argv  # the first stays: Lightning starts the other processes of this machine with it
-    warnings.formatwarning = _one_line
     stdout, sys.stdout = sys.stdout, cast(TextIO, _Pipe(sys.stdout))
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", f".*{message}")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which print their tables so
     # A CPU takes a hundred times longer over numbers below 1e-38, which the gradients of a saturated GELU are. Threads
     # take the setting over from the one that starts them, so it must come before any of torch's.
     torch.set_flush_denormal(True)
     try:
-        check_yaml(config_files(argv))
-        # Lightning's Timer has an enum for a default.
-        yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
-        set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))
         IndiCLI()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -172,6 +167,16 @@ def run(argv: list[str]) -> int:
         sys.stdout = stdout
         unlock()
     return 0
+
+
+def _quieten() -> None:
+    """A line for each warning, and none for what the libraries say in every run."""
+    warnings.formatwarning = _one_line
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", f".*{message}")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which print their tables so
 
 
 class _Pipe:

@@ -18,17 +18,20 @@ from indiclip import old_names
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean, nearest_beside
+from indiclip.strict_yaml import UniqueKeys
 
 _GROUPS: dict[str, Any] = {"trainer": Trainer, "model": MultiTask, "data": MultiTaskData}
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
-# What jsonargparse says around a mistake, and of the types in a union that the value was never meant to be of.
+# What jsonargparse says around a mistake; what it says of a type that the value was not meant to be of.
 _WRAPPER = re.compile(
-    r"""\s*(- )?(Parser key "[^"]+":|Problem with given class_path '[^']+':|Does not validate against any .*|Errors:"""
-    r"|Subtypes: .*|Given value type: .*)$"
+    r"""(Parser key "[^"]+":|Problem with given class_path '[^']+':|Does not validate .*|Errors:|Subtypes: .*|Given """
+    r"value.*|Expected a path but .*)?$"
 )
-_OTHER_TYPE = re.compile(
-    r"- Expected a (<class|typing)[^\"]*$|(- )?(Given value: .*|Not a valid subclass of \w+|Subclass types expect.*"
-    r"|a class path .*|a dict with.*)$"
+_OTHER_TYPE = re.compile(r"Expected a (<class|typing)|Not a valid subclass|Subclass types|a (class path|dict with) ")
+_MISTYPED = re.compile(r"Expected a (.*)\. Got value: (.*)")
+_TYPE = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*)\]$")
+_CALLABLE = re.compile(
+    r"Type .* expects a function or a callable class: (?:Parser key .*:$)?|\. Got value: Namespace\(.*"
 )
 
 
@@ -57,9 +60,13 @@ def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     classes = re.findall(r"(?:Problem with given class_path |Namespace\(class_path=)'([^']+)'", message)
-    lines = [line.strip() for line in message.splitlines() if not _WRAPPER.match(line)]
-    found = [line for line in lines if not _OTHER_TYPE.match(line)] or lines  # else no type was near to what is given
-    reason = " ".join(line.removeprefix("- ") for line in found) or message
+    lines = [_CALLABLE.sub("", line.strip().removeprefix("- ")) for line in message.splitlines()]
+    lines = [_MISTYPED.sub(_mistyped, line) for line in lines if not _WRAPPER.match(line)]
+    given = re.search(r"Given value: (.*)", message)
+    types = dict.fromkeys(_plain(line) for line in lines if _TYPE.search(line))
+    types.pop("NoneType", None)  # what may be null is asked for otherwise
+    of_union = f"expected {' or '.join(types)}; found {given[1]}" if types and given else " ".join(lines)
+    reason = " ".join(line for line in lines if not _OTHER_TYPE.match(line)) or of_union or message
     if option := re.search(r"Option '([^']+)' is not accepted", reason):
         owner = classes[-1] if classes else "the configuration"
         known = _parameters(pkgutil.resolve_name(owner)) if classes else list(_TOP_LEVEL)
@@ -67,6 +74,8 @@ def explain(message: str) -> str:
         return f"{key}: {owner} has no such option{did_you_mean(option[1], known)}"
     if option := re.search(r"(?:accept option '|unrecognized arguments: -*)([\w.]+)", reason):
         group = option[1].partition(".")[0]
+        if key:
+            return f"{key}.{group}: no such option{did_you_mean(group, _parameters(pkgutil.resolve_name(classes[-1])))}"
         unknown = option[1] if group in _GROUPS else group
         return f"{unknown}: no such option{_nearest_option(unknown)}"
     if linked := re.search(r"Call to compute_fn of link '\w+\((\w+)\).* failed: (.*)", reason):
@@ -86,6 +95,15 @@ def explain(message: str) -> str:
     return f"{where}: {reason}" if where and where not in reason else reason
 
 
+def _mistyped(found: re.Match[str]) -> str:
+    return f"expected {_plain(found[1])}; found {found[2]}"
+
+
+def _plain(text: str) -> str:
+    """A type as jsonargparse writes it, or the text as it is."""
+    return "".join(filter(None, found.groups())) if (found := _TYPE.search(text)) else text
+
+
 def check_yaml(files: Iterable[str]) -> None:
     """Raise ConfigError or FileNotFoundError unless each file is there and parses."""
     for name in files:
@@ -93,9 +111,10 @@ def check_yaml(files: Iterable[str]) -> None:
         if not file.is_file():
             raise FileNotFoundError(f"--config: no file {name}{nearest_beside(file, '*.y*ml')}")
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content = yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: not a YAML file: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+            raise ConfigError(f"{name}: not a YAML file: {reason}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{name}: expected the keys {', '.join(_GROUPS)}, found {type(content).__name__}")
 

@@ -12,6 +12,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from indiclip.names import check_range
 from indiclip.training.callbacks import StartupTable, TaskProgress
 from indiclip.training.fault_tolerance.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.training.fault_tolerance.local_ranks import LocalRanks
@@ -59,9 +60,7 @@ def _check_numbers(config: Namespace) -> None:
     if config.get("val_check_interval") == 0:
         raise ValueError("trainer.val_check_interval: found 0; trainer.limit_val_batches 0 leaves validation out")
     for key, least in _LEAST.items():
-        value = config.get(key)
-        if value is not None and value < least:
-            raise ValueError(f"trainer.{key}: found {value}; expected {least} or more")
+        check_range({f"trainer.{key}": config.get(key)}, least)
 
 
 def place_outputs(config: Namespace, folder: Path) -> None:
