@@ -191,6 +191,7 @@ def test_validate_and_test_score_a_run_and_leave_it_as_it_is(tmp_path, capsys):
     folder = tmp_path / "runs" / "experiment"
     saved = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".yaml", ".json", ".html")}
     scores = json.loads(saved["metrics.json"])["metrics"]
+    before = sorted(folder.rglob("*"))
     for command in ("validate", "test"):
         capsys.readouterr()
         flags = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--runs", str(tmp_path / "runs")]
@@ -201,6 +202,7 @@ def test_validate_and_test_score_a_run_and_leave_it_as_it_is(tmp_path, capsys):
     with pytest.warns(UserWarning, match="no --ckpt_path"):
         assert run(["validate", "--config", str(folder / "config.yaml"), "--runs", str(tmp_path / "other")]) == 0
     assert {name: (folder / name).read_bytes() for name in saved} == saved
+    assert sorted(folder.rglob("*")) == before  # it may lie where nothing can be written
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["experiment"]
 
 

@@ -43,7 +43,6 @@ _NOISE = (
     "The number of training batches .* is smaller",
     "does not have many workers",
     "It is recommended to use `self.log",  # with sync_dist: torchmetrics has already put the ranks together
-    "Couldn't infer the batch indices",  # the samples' keys say which they are
     "your dataloader is not resumable",  # it is: the position is the step number
     "The dirpath has changed from",  # a run's folder works wherever it is moved
     "Checkpoint directory .*/checkpoints exists and is not empty",  # a run goes on in its folder, a new one has its own
@@ -116,7 +115,7 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        options = trainer_options(config, self.folder, self.trial)
+        options = trainer_options(config, self.folder, str(self.subcommand), self.trial)
         try:
             return super().instantiate_trainer(**options, **kwargs)
         except TypeError as error:  # as for `devices: x`

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from rich.table import Table
 
@@ -142,16 +141,13 @@ class RunRecord(Callback):
         append_history(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """`indiclip predict`: writes `predictions/<step>-<rank>.pt` into the run's folder, and keeps nothing in memory.
 
     A file is a dict: `keys` (task -> the samples' keys) and `predictions` (head -> a dict per sample, see the head's
     `predict`); `torch.load(file, weights_only=True)` reads it. Files of an earlier `predict` are removed. Unreadable
     samples are listed beside them, in `quarantine.jsonl`.
     """
-
-    def __init__(self) -> None:
-        super().__init__("batch")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._folder = folder_of(trainer) / "predictions"
@@ -161,17 +157,16 @@ class PredictionWriter(BasePredictionWriter):
                 file.unlink()
         trainer.strategy.barrier()
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Any,
+        outputs: Any,
         batch: Batches,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        on_cpu = move_data_to_device(prediction, torch.device("cpu"))
+        on_cpu = move_data_to_device(outputs, torch.device("cpu"))
         keys = {task: part["keys"] for task, part in batch.items()}
         torch.save({"keys": keys, "predictions": on_cpu}, self._folder / f"{batch_idx:06}-{trainer.global_rank}.pt")
 

@@ -72,17 +72,19 @@ def place_outputs(config: Namespace, folder: Path) -> None:
                 arguments[option] = str(folder / (arguments[option] or ""))
 
 
-def trainer_options(config: dict[str, Any], folder: Path, trial: bool) -> dict[str, Any]:
+def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial: bool) -> dict[str, Any]:
     """Arguments of the Trainer in place of the config's own.
 
     Args:
         config: The trainer's, with its objects.
         folder: The run's.
+        subcommand: Only `fit` has a logger of its own: the others may read a run that nobody can write to.
         trial: A `fast_dev_run`, which leaves no record.
     """
     options: dict[str, Any] = {"default_root_dir": str(folder)}
+    is_fit = subcommand == "fit"
     if config.get("logger") in (None, True):
-        options["logger"] = TensorBoardLogger(str(folder.parent), name=folder.name, version="")
+        options["logger"] = is_fit and TensorBoardLogger(str(folder.parent), name=folder.name, version="")
     plugins = listed(config.get("plugins"))
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins) and _saves_one_file(config.get("strategy")):
         options["plugins"] = [*plugins, DurableCheckpointIO()]
@@ -98,7 +100,7 @@ def trainer_options(config: dict[str, Any], folder: Path, trial: bool) -> dict[s
         ours.append(TaskProgress())
     if config.get("enable_checkpointing") is not False:
         ours.append(Checkpoints(str(folder / "checkpoints")))
-    if config.get("logger") not in (False, []):
+    if is_fit and config.get("logger") not in (False, []):
         ours.append(LearningRateMonitor("step"))
     options["callbacks"] = [CheckMonitors(), *given]
     for callback in ours:  # the config's own settings of one of ours count
