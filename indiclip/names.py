@@ -27,7 +27,7 @@ def check_choice(what: str, found: object, valid: Iterable[str]) -> None:
 
 
 def check_range(found: Mapping[str, float | None], least: float = 0, most: float = sys.float_info.max) -> None:
-    """Raise ValueError for the first number that does not lie from `least` to `most`, naming its key; None may stand."""
+    """Raise ValueError for the first number that does not lie from `least` to `most`, naming its key; None may be."""
     for key, number in found.items():
         if number is not None and not least <= number <= most:  # as NaN
             expected = f"{least} or more" if most == sys.float_info.max else f"{least} to {most}"

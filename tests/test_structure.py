@@ -66,9 +66,13 @@ ARROWS = {
     "generated": "types names images datasets",
     "loading": "types names images patches datasets lightning_internals",
     "evals": (
-        "types names strict_yaml images patches json_lines text backbone encoder checkpoint datasets webdataset generated loading"
+        "types names strict_yaml images patches json_lines text backbone encoder checkpoint datasets webdataset generated"
+        " loading"
     ),
-    "training": "types names strict_yaml old_names json_lines checkpoint lightning_internals encoder head module datasets loading evals",
+    "training": (
+        "types names strict_yaml old_names json_lines checkpoint lightning_internals encoder head module datasets loading"
+        " evals"
+    ),
     "commands": "names images patches text datasets webdataset loading evals training",
 }
 
