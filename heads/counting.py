@@ -84,7 +84,7 @@ class Counting(Head):
         super().__init__(**common)
         if "{}" not in prompt:
             raise ValueError(f"heads.counting.prompt: {prompt!r} must contain {{}} for the class name")
-        self.check_least(1, channels=channels, upsample=upsample)
+        self.check_range(1, channels=channels, upsample=upsample)
         self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
         self.ask_boxes = ask_boxes
 

@@ -115,8 +115,8 @@ class Encoder(nn.Module):
         """
         self._check_length(length)
         many = [texts] if isinstance(texts, str) else list(texts)
-        if wrong := [text for text in many if not isinstance(text, str)]:
-            raise ValueError(f"embed_text: found {shorten(wrong[0])}; expected a string, or a list of them")
+        if not all(isinstance(text, str) for text in many):
+            raise ValueError(f"embed_text: found {shorten(texts)}; expected a string, or a list of them")
         if not many:
             return torch.zeros(0, length or self.embed_dim, device=self.device)
         distinct = list(dict.fromkeys(many))

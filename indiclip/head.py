@@ -82,11 +82,11 @@ class Head(nn.Module, ABC):
         self.name = own if name is None else name
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected letters, digits, _ and -")
-        self.check_least(0, weight=weight)
+        self.check_range(weight=weight)
 
-    def check_least(self, least: float, **arguments: float) -> None:
-        """Raise ValueError for the first that is below `least`, naming it."""
-        check_range({f"heads.{self.name}.{name}": value for name, value in arguments.items()}, least)
+    def check_range(self, *limits: float, **arguments: float) -> None:
+        """Raise ValueError for the first that does not lie within the limits, naming it; see `names.check_range`."""
+        check_range({f"heads.{self.name}.{name}": value for name, value in arguments.items()}, *limits)
 
     @abstractmethod
     def bind(self, encoder: Encoder) -> None:

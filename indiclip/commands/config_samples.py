@@ -15,8 +15,9 @@ from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, ranges
 from indiclip.datasets.inventory import Inventory
 from indiclip.loading.plan import SampleRef
+from indiclip.loading.source import keyed
 from indiclip.loading.steps import Steps
-from indiclip.training.checks import check, keyed
+from indiclip.training.checks import check
 from indiclip.training.cli import IndiCLI
 from indiclip.training.config_errors import one_line
 

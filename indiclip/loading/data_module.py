@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from indiclip.datasets.inventory import Inventory
 from indiclip.lightning_internals import batches_done
-from indiclip.loading.source import Source
+from indiclip.loading.source import Source, keyed
 from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader, Workers
 from indiclip.names import check_range
@@ -66,12 +66,8 @@ class MultiTaskData(L.LightningDataModule):
 
     def inventories(self) -> dict[str, Inventory]:
         """YAML key of each source, such as `data.train[0]` -> what the files of its dataset hold."""
-        parts = {"train": self.train, "val": self.val}
-        return {
-            f"data.{part}[{i}]": source.dataset.inventory
-            for part, sources in parts.items()
-            for i, source in enumerate(sources)
-        }
+        sources = keyed("data.train", self.train) | keyed("data.val", self.val)
+        return {key: source.dataset.inventory for key, source in sources.items()}
 
     def steps(self, sources: list[Source], train: bool) -> Steps:
         """The steps of this rank."""

@@ -67,7 +67,6 @@ class Source:
             )
         names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens")
         check_range({f"data: {name} of task {self.task!r}": getattr(self, name) for name in names}, 1)
-        check_range({f"data: weight of task {self.task!r}": self.weight})
         if (self.batch_size is None) == (self.batch_tokens is None):
             both = "; found both" if self.batch_size is not None else ""
             raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens{both}")
@@ -95,6 +94,11 @@ class Source:
         if sizes_hw is not None and 0 < size <= LARGEST_WINDOW and np.all(sizes_hw):  # 0: an unreadable header
             max_tokens = min(max_tokens, int((-(-sizes_hw // patch_size)).prod(1).max()))
         return SourceInfo(size, starts, longest=max_tokens)
+
+
+def keyed(key: str, sources: list[Source]) -> dict[str, Source]:
+    """Sources by their place in the config, such as `data.train[0]`."""
+    return {f"{key}[{i}]": source for i, source in enumerate(sources)}
 
 
 @dataclass

@@ -15,8 +15,8 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import keyed
 from indiclip.module import Batches, MultiTask
-from indiclip.training.checks import keyed
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.record import append_history
 

@@ -8,7 +8,7 @@ from typing import Any
 from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import SampleRef
-from indiclip.loading.source import Source
+from indiclip.loading.source import Source, keyed
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
@@ -51,11 +51,6 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
             for head in heads:
                 if head.task == sources[key].task:
                     _check_sample(key, sources[key], sample, head, stage == "predict")
-
-
-def keyed(key: str, sources: list[Source]) -> dict[str, Source]:
-    """Sources by their place in the config, such as `data.train[0]`."""
-    return {f"{key}[{i}]": source for i, source in enumerate(sources)}
 
 
 def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -> None:
