@@ -53,7 +53,6 @@ class Contrastive(Head):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.check_range(length_weights=min(length_weights or [0]))
         self.loss_name, self.length_weights = loss, length_weights
         self.templates = templates or ["{}"]
         if any("{}" not in template for template in self.templates):

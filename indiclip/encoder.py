@@ -14,7 +14,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
-from indiclip.names import shorten
+from indiclip.names import check_choice, shorten
 from indiclip.patches import AnyImage, batch_images
 from indiclip.text import TextTower, describe
 from indiclip.types import Features, Images
@@ -168,8 +168,7 @@ class Pool(nn.Module):
 
     def __init__(self, width: int, kind: Literal["attention", "mean"] = "attention", batch_norm: bool = False) -> None:
         super().__init__()
-        if kind not in ("attention", "mean"):
-            raise ValueError(f"encoder.pool: found {kind!r}, expected attention or mean")
+        check_choice("encoder.pool", kind, ("attention", "mean"))
         self.kind = kind
         num_heads = max(1, width // 64)
         num_heads = num_heads if width % num_heads == 0 else 1

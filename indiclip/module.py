@@ -61,8 +61,8 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_heads(heads)
-        check_range({"model.lr": lr, **{f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()}})
-        check_range({"model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
+        check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
+        check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
         check_range({"model.layer_decay": layer_decay}, 0, 1)
         self.encoder = encoder
         if not any(head.embeds_images for head in heads):

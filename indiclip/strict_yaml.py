@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from typing import Any
 
@@ -12,11 +13,10 @@ class UniqueKeys(yaml.SafeLoader):
     """Safe YAML in which a duplicated key of a mapping is an error with its line."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        found: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in found:
+        keys = [key for key, _ in node.value]
+        for first, key in itertools.combinations(keys, 2):
+            if first.value == key.value:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is duplicated", problem_mark=key.start_mark
+                    None, None, f"the key {key.value!r} is duplicated", key.start_mark
                 )
-            found.add(str(key.value))
         return super().construct_mapping(node, deep)

@@ -18,7 +18,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     """Compare heads and sources, and read a sample of each source.
 
     Args:
-        stage: `fit`, `validate` (also for `test`) or `predict`, which needs less of the samples.
+        stage: `fit`, `validate`, `test` or `predict`, which needs less of the samples.
 
     Raises:
         ValueError: The first thing that does not fit, naming the YAML key.

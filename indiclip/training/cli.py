@@ -121,22 +121,19 @@ class IndiCLI(LightningCLI):
         except TypeError as error:  # as for `devices: x`
             raise ConfigError(f"trainer: {error}") from error
 
+    def before_validate(self) -> None:
+        check(self.model, self.datamodule, str(self.subcommand))
+
+    before_test = before_predict = before_validate
+
     def before_fit(self) -> None:
-        check(self.model, self.datamodule, "fit")
+        self.before_validate()
         assert self.folder is not None
         lock(self.folder)
 
     def after_fit(self) -> None:
         for record in callbacks_of(self.trainer, RunRecord):
             record.after_fit(self.trainer, self.model, self.datamodule)
-
-    def before_validate(self) -> None:
-        check(self.model, self.datamodule, "validate")
-
-    before_test = before_validate
-
-    def before_predict(self) -> None:
-        check(self.model, self.datamodule, "predict")
 
 
 def run(argv: list[str]) -> int:
