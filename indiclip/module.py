@@ -6,13 +6,13 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torchmetrics import Metric
 
 from indiclip import optim
 from indiclip.encoder import Encoder
@@ -22,6 +22,7 @@ from indiclip.names import check_range
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
+_DEFAULT_OPTIMIZER = partial(AdamW, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
 
 class MultiTask(L.LightningModule):
@@ -75,7 +76,7 @@ class MultiTask(L.LightningModule):
         # Copied here: later their sums are converted with the weights, and a profiler's hooks cannot be copied.
         self._metrics = {head.name: head.metric.clone() for head in heads}
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
-        self.optimizer, self.lr_schedule = optimizer or _default_optimizer, lr_schedule or optim.Cosine()
+        self.optimizer, self.lr_schedule = optimizer or _DEFAULT_OPTIMIZER, lr_schedule or optim.Cosine()
         self.lr_scale, self.layer_decay = lr_scale, layer_decay
         self.log_variances = nn.ParameterDict(
             {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
@@ -154,7 +155,8 @@ class MultiTask(L.LightningModule):
 
     def _names_of_all_ranks(self) -> list[str]:
         """What any rank has scored, in the same order on all of them."""
-        names = [name for name, metric in self._scored.items() if any(map(_is_updated, metric.modules()))]
+        parts = {name: metric.modules() for name, metric in self._scored.items()}
+        names = [name for name, of in parts.items() if any(getattr(part, "update_called", False) for part in of)]
         if self.trainer.world_size == 1:
             return sorted(names)
         of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
@@ -206,14 +208,6 @@ def _count_in_float32() -> None:
     and positions in bfloat16 are off by pixels.
     """
     torch.set_default_dtype(torch.float32)
-
-
-def _is_updated(part: nn.Module) -> bool:
-    return isinstance(part, Metric) and part.update_called
-
-
-def _default_optimizer(groups: Iterable[Any]) -> Optimizer:
-    return AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
 
 def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:

@@ -28,9 +28,15 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     heads = model.each_head()
     tasks = {head.task for head in heads}
     parts = [keyed("data.train", data.train if stage == "fit" else []), keyed("data.val", data.val)]
-    for sources in parts:
-        for key, source in sources.items():
-            _check_source(key, source, model, tasks)
+    budget = model.encoder.backbone.max_tokens
+    for key, source in (parts[0] | parts[1]).items():
+        if source.task not in tasks:
+            raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, tasks)}")
+        if source.max_tokens > budget:
+            raise ValueError(
+                f"{key}.max_tokens: {source.max_tokens} is over the backbone's budget, "
+                f"model.encoder.backbone.max_tokens {budget}"
+            )
     if stage == "fit":
         given = {source.task for source in data.train}
         for head in heads:
@@ -51,17 +57,6 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
             for head in heads:
                 if head.task == sources[key].task:
                     _check_sample(key, sources[key], sample, head, stage == "predict")
-
-
-def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -> None:
-    if source.task not in tasks:
-        raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, tasks)}")
-    budget = model.encoder.backbone.max_tokens
-    if source.max_tokens > budget:
-        raise ValueError(
-            f"{key}.max_tokens: {source.max_tokens} is over the backbone's budget, "
-            f"model.encoder.backbone.max_tokens {budget}"
-        )
 
 
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -167,7 +167,7 @@ def run(argv: list[str]) -> int:
 
 def _quieten() -> None:
     """A line for each warning, and none for what the libraries say in every run."""
-    warnings.formatwarning = _one_line
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -201,22 +201,15 @@ class _Pipe:
 def _say(error: Exception) -> int:
     """Print what a user can act on as one line. Returns the exit status; raises what is the program's own fault."""
     notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
-    if broken := workers.explain(error) or local_ranks.explain(error):
-        print(f"indiclip: {' '.join([broken, *notes])}", file=sys.stderr)
-        return 1
-    if not isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException)):
+    broken = workers.explain(error) or local_ranks.explain(error)
+    of_users = isinstance(error, OSError | ImportError | MisconfigurationException)
+    if not (broken or of_users or (isinstance(error, ValueError) and not notes)):
         raise error
-    if notes and not isinstance(error, OSError | ImportError | MisconfigurationException):
-        raise error
-    print(f"indiclip: {' '.join([one_line(error), *notes])}", file=sys.stderr)
-    return 1 if notes else 2
+    print(f"indiclip: {' '.join([broken or one_line(error), *notes])}", file=sys.stderr)
+    return 1 if broken or notes else 2
 
 
 def _seed(seed: bool | int) -> int:
     if isinstance(seed, bool):
         raise ValueError(f"found {str(seed).lower()}; expected a number, by which the run can be done again")
     return seed
-
-
-def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"warning: {' '.join(str(message).split())}\n"

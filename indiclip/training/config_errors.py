@@ -118,10 +118,10 @@ def _parameters(made: Any) -> list[str]:
 
 def _modules(name: str) -> list[str]:
     """Names of the modules beside a missing one."""
-    parent = name.rpartition(".")[0] or ""
+    parent = name.rpartition(".")[0]
     try:
         paths = getattr(importlib.import_module(parent), "__path__", []) if parent else None
     except ImportError:
         return []
     prefix = f"{parent}." if parent else ""
-    return [prefix + module.name for module in pkgutil.iter_modules(paths)]
+    return [module.name for module in pkgutil.iter_modules(paths, prefix)]
