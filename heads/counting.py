@@ -84,7 +84,7 @@ class Counting(Head):
         super().__init__(**common)
         if "{}" not in prompt:
             raise ValueError(f"heads.counting.prompt: {prompt!r} must contain {{}} for the class name")
-        self.check_positive(upsample=upsample)
+        self.check_range(1, channels=channels, upsample=upsample)
         self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
         self.ask_boxes = ask_boxes
 
@@ -102,7 +102,7 @@ class Counting(Head):
         self.metric = CountMetric()
 
     def check(self, train: Datasets, held_out: Datasets) -> None:
-        if self.ask_boxes:
+        if self.ask_boxes and train:  # scoring asks for the source's own class
             same_classes(self.task, train)
             if not any(dataset.classes for dataset in train.values()):
                 raise ValueError(f"{_ASK_BOXES}, but {', '.join(train)} has none")

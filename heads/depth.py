@@ -43,7 +43,7 @@ class Depth(Head):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.check_positive(channels=channels, upsample=upsample)
+        self.check_range(1, channels=channels, upsample=upsample)
         self.channels, self.num_layers, self.upsample = channels, num_layers, upsample
 
     def bind(self, encoder: Encoder) -> None:

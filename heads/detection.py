@@ -78,6 +78,8 @@ class Detection(Head):
         super().__init__(**common)
         if (num_classes is None) == (not classes):
             raise ValueError(f"heads.{self.name}: give one of num_classes and classes")
+        self.check_range(1, out_channels=out_channels, detections_per_image=detections_per_image, topk=topk)
+        self.check_range(0, 1, score_thresh=score_thresh, nms_thresh=nms_thresh)
         self.scales = [2.0, 1.0, 0.5] if scales is None else [float(scale) for scale in scales]
         halving = all(finer == 2 * coarser for finer, coarser in pairwise(self.scales))
         if not self.scales or not halving or not set(self.scales) <= set(_SCALES):

@@ -16,7 +16,7 @@ import torch
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 from indiclip.types import Features, Images, on_device
 
 # (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
@@ -217,8 +217,8 @@ def _new_naflex(
     options: dict[str, Any],
 ) -> NaFlexVit:
     """From scratch; adds to `options` what is ours."""
-    if size is not None and size not in SIZES:
-        raise ValueError(f"backbone.size: found {size!r}; expected one of {[*SIZES]}{did_you_mean(size, SIZES)}")
+    if size is not None:
+        check_choice("backbone.size", size, SIZES)
     of_size = SIZES[size] if size else (None, None, None)
     width, depth, num_heads = width or of_size[0], depth or of_size[1], num_heads or of_size[2]
     if not (width and depth and num_heads):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file}: not a readable checkpoint ({reason})") from error
+        raise unreadable(file, error) from error
     if not isinstance(checkpoint, dict) or "encoder" not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError(f"{file}: not a checkpoint of IndiCLIP; expected the entries 'encoder' and 'state_dict'")
     translate_checkpoint(checkpoint)
@@ -45,6 +45,15 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
     weights = {name[len(prefix) :]: w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
     encoder.load_state_dict(weights)
     return encoder.to(device).eval().requires_grad_(False)
+
+
+def unreadable(file: str | Path, error: Exception) -> Exception:
+    """What to raise where `torch.load` fails, which may advise to run the code that a file holds."""
+    if isinstance(error, OSError):
+        return error
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+    reason = f"it holds {foreign[1]}, and reading that can run code" if foreign else "another kind of file, or damaged"
+    return ValueError(f"{file}: not a readable checkpoint ({reason})")
 
 
 def _checkpoint_file(path: Path) -> Path:

@@ -14,6 +14,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
+from indiclip.names import check_choice, shorten
 from indiclip.patches import AnyImage, batch_images
 from indiclip.text import TextTower, describe
 from indiclip.types import Features, Images
@@ -110,10 +111,12 @@ class Encoder(nn.Module):
                 for a handful of prompts, whose own mean and variance say little.
 
         Raises:
-            ValueError: A length that was not trained.
+            ValueError: Something other than strings, or a length that was not trained.
         """
         self._check_length(length)
         many = [texts] if isinstance(texts, str) else list(texts)
+        if not all(isinstance(text, str) for text in many):
+            raise ValueError(f"embed_text: found {shorten(texts)}; expected a string, or a list of them")
         if not many:
             return torch.zeros(0, length or self.embed_dim, device=self.device)
         distinct = list(dict.fromkeys(many))
@@ -165,8 +168,7 @@ class Pool(nn.Module):
 
     def __init__(self, width: int, kind: Literal["attention", "mean"] = "attention", batch_norm: bool = False) -> None:
         super().__init__()
-        if kind not in ("attention", "mean"):
-            raise ValueError(f"encoder.pool: found {kind!r}, expected attention or mean")
+        check_choice("encoder.pool", kind, ("attention", "mean"))
         self.kind = kind
         num_heads = max(1, width // 64)
         num_heads = num_heads if width % num_heads == 0 else 1

@@ -18,6 +18,7 @@ import torchmetrics
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from indiclip.names import check_range
 from indiclip.types import Batch, Features, Rows
 
 if TYPE_CHECKING:
@@ -81,12 +82,11 @@ class Head(nn.Module, ABC):
         self.name = own if name is None else name
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected letters, digits, _ and -")
+        self.check_range(weight=weight)
 
-    def check_positive(self, **arguments: int) -> None:
-        """Raise ValueError for the first that is below 1, naming it."""
-        for name, value in arguments.items():
-            if value < 1:
-                raise ValueError(f"heads.{self.name}.{name}: found {value}; expected 1 or more")
+    def check_range(self, *limits: float, **arguments: float) -> None:
+        """Raise ValueError for the first that does not lie within the limits, naming it; see `names.check_range`."""
+        check_range({f"heads.{self.name}.{name}": value for name, value in arguments.items()}, *limits)
 
     @abstractmethod
     def bind(self, encoder: Encoder) -> None:

@@ -6,21 +6,23 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torchmetrics import Metric
 
 from indiclip import optim
 from indiclip.encoder import Encoder
 from indiclip.head import Head, Metrics, Prediction
 from indiclip.lightning_internals import batches_done, estimated_steps
+from indiclip.names import check_range
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
+_DEFAULT_OPTIMIZER = partial(AdamW, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
 
 class MultiTask(L.LightningModule):
@@ -42,7 +44,7 @@ class MultiTask(L.LightningModule):
             with s = log sigma^2): exp(-s) * loss + s instead of the loss. The head's `weight` stays a factor.
 
     Raises:
-        ValueError: No head, or the same head twice.
+        ValueError: No head, the same head twice, or a rate below 0.
     """
 
     def __init__(
@@ -60,6 +62,9 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_heads(heads)
+        check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
+        check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
+        check_range({"model.layer_decay": layer_decay}, 0, 1)
         self.encoder = encoder
         if not any(head.embeds_images for head in heads):
             nn.ModuleList([encoder.image_pool, encoder.image_projection]).requires_grad_(False)
@@ -71,7 +76,7 @@ class MultiTask(L.LightningModule):
         # Copied here: later their sums are converted with the weights, and a profiler's hooks cannot be copied.
         self._metrics = {head.name: head.metric.clone() for head in heads}
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
-        self.optimizer, self.lr_schedule = optimizer or _default_optimizer, lr_schedule or optim.Cosine()
+        self.optimizer, self.lr_schedule = optimizer or _DEFAULT_OPTIMIZER, lr_schedule or optim.Cosine()
         self.lr_scale, self.layer_decay = lr_scale, layer_decay
         self.log_variances = nn.ParameterDict(
             {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
@@ -150,7 +155,8 @@ class MultiTask(L.LightningModule):
 
     def _names_of_all_ranks(self) -> list[str]:
         """What any rank has scored, in the same order on all of them."""
-        names = [name for name, metric in self._scored.items() if any(map(_is_updated, metric.modules()))]
+        parts = {name: metric.modules() for name, metric in self._scored.items()}
+        names = [name for name, of in parts.items() if any(getattr(part, "update_called", False) for part in of)]
         if self.trainer.world_size == 1:
             return sorted(names)
         of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
@@ -167,7 +173,11 @@ class MultiTask(L.LightningModule):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
-        optimizer = self.optimizer(optim.parameter_groups(self, self.lr_scale, self.layer_decay))
+        groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
+        try:
+            optimizer = self.optimizer(groups)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model.optimizer: {error}") from error
         optim.set_rates(optimizer, self.lr, self.weight_decay)
         optimizer.register_load_state_dict_pre_hook(optim.restore_by_name)
         # Fused AdamW can undo the loss scale itself, and Lightning then refuses to clip gradients in mixed precision.
@@ -198,14 +208,6 @@ def _count_in_float32() -> None:
     and positions in bfloat16 are off by pixels.
     """
     torch.set_default_dtype(torch.float32)
-
-
-def _is_updated(part: nn.Module) -> bool:
-    return isinstance(part, Metric) and part.update_called
-
-
-def _default_optimizer(groups: Iterable[Any]) -> Optimizer:
-    return AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
 
 def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -23,6 +24,14 @@ def check_choice(what: str, found: object, valid: Iterable[str]) -> None:
     if found not in (valid := list(valid)):
         hint = did_you_mean(str(found), valid)
         raise ValueError(f"{what}: found {found!r}{hint}; expected one of {', '.join(valid)}")
+
+
+def check_range(found: Mapping[str, float | None], least: float = 0, most: float = sys.float_info.max) -> None:
+    """Raise ValueError for the first number that does not lie from `least` to `most`, naming its key; None may be."""
+    for key, number in found.items():
+        if number is not None and not least <= number <= most:  # as NaN
+            expected = f"{least} or more" if most == sys.float_info.max else f"{least} to {most}"
+            raise ValueError(f"{key}: found {number}; expected {expected}")
 
 
 def shorten(value: object, most: int = 60) -> str:

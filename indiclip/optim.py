@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from transformers.optimization import get_scheduler
 
+from indiclip.names import check_range
+
 _TABLES = re.compile(r"(^|\.)(\w*pos_embed|\w*position_\w+|cls_token|reg_token|latent)(\.|$)")
 _OLD_TABLES = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -47,6 +49,7 @@ class Cosine(Schedule):
     kind = "cosine_with_min_lr"
 
     def __init__(self, min_lr_ratio: float = 0.0) -> None:
+        check_range({"model.lr_schedule.min_lr_ratio": min_lr_ratio}, 0, 1)
         self.options = {"min_lr_rate": min_lr_ratio}
 
 
@@ -78,6 +81,8 @@ class WarmupStableDecay(Schedule):
     def __init__(
         self, decay_steps: int, decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt", min_lr_ratio: float = 0.0
     ) -> None:
+        check_range({"model.lr_schedule.decay_steps": decay_steps})
+        check_range({"model.lr_schedule.min_lr_ratio": min_lr_ratio}, 0, 1)
         self.decay_steps = decay_steps
         self.options = {"num_decay_steps": decay_steps, "decay_type": decay, "min_lr_ratio": min_lr_ratio}
 

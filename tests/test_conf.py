@@ -69,8 +69,13 @@ def test_every_experiment_trains_and_reports(experiment, tmp_path, monkeypatch, 
     assert "https://" not in report  # one page, nothing fetched
     assert (folder / "config.yaml").is_file()
     assert list(folder.glob("events.out.tfevents*"))
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 2
+    last = folder / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    flags = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(last), "--trainer.limit_predict_batches", "1"]
+    for command in ("validate", "test", "predict"):
+        assert run([command, *flags]) == 0
+    assert list((folder / "predictions").glob("*.pt"))
+    assert [path.name for path in tmp_path.iterdir() if path.name != "data"] == [experiment.stem]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)

@@ -103,6 +103,16 @@ def test_a_dataset_that_fails_or_whose_sums_do_not_fit_is_named(tmp_path, capsys
     assert "data.train[0]: Broken loses something without a reason: present {'members': 3}" in capsys.readouterr().err
 
 
+def test_a_config_of_an_older_version_is_read_as_by_fit(tmp_path, capsys):
+    train, val = shards_of(tmp_path, "train", 4), shards_of(tmp_path, "val", 2)
+    for dataset in (train, val):
+        dataset["class_path"] = "indiclip.data.shards.Shards"
+    assert check(tmp_path, train, val) == 0
+    said = capsys.readouterr()
+    assert "data.train[0]: Shards for the task contrastive, 4 samples\n" in said.out
+    assert said.err.count("its sources get group_by_length: true\n") == said.err.count("warning: ")
+
+
 @pytest.mark.parametrize("words", [[], ["--config"], ["conf/x.yaml"]])
 def test_without_a_config_there_is_nothing_to_check(words, capsys):
     assert main(["check", *words]) == 2

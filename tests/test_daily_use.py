@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
         ({"trainer__gradient_clip_val": -1}, [], "trainer.gradient_clip_val: found -1.*; expected 0 or more"),
         ({"trainer__strategy": "ddp_spawn"}, [], "trainer.strategy: found ddp_spawn; .*expected ddp"),
         ({"trainer__devices": "many"}, [], "trainer: `devices` selected with `CPUAccelerator` should be"),
-        ({"trainer__precision": "bf17"}, [], "trainer.precision: .*Given value: bf17"),
+        ({"trainer__precision": "bf17"}, [], "trainer.precision: expected int or 'transformer-engine'.*; found bf17$"),
         (
             {"trainer__logger": part("lightning.pytorch.loggers.MLFlowLogger")},
             [],
@@ -199,7 +200,7 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
         (
             {"trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping", monitor="train/loss", patience="long")]},
             [],
-            r"^indiclip: trainer.callbacks.patience: Expected a <class 'int'>. Got value: long$",
+            r"^indiclip: trainer.callbacks.patience: expected int; found long$",
         ),
         ({"trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping")]}, [], "trainer.callbacks: .* required: monitor$"),
         (
@@ -217,7 +218,11 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
         ({"trainer__limit_train_batches": 0}, [], "trainer.limit_train_batches: found 0"),
         ({"trainer__default_root_dir": "x"}, [], "trainer.default_root_dir: the run's folder is --runs and --name"),
         # Steps of AdamW are not numbers in float16.
-        ({"trainer__precision": "16-true"}, [], "trainer.precision: no training in 16-true; expected 32-true, bf16"),
+        (
+            {"trainer__precision": "16-true"},
+            [],
+            "trainer.precision: no training in 16-true; expected 32-true,",
+        ),
         (
             {"trainer__callbacks": [part(CHECKPOINTS, monitor="val/contrastiv/zero_shot")]},
             [],
@@ -230,10 +235,41 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
                     {"betaz": [0.9, 0.9]},
                     "model.optimizer.betaz: torch.optim.AdamW has no such option; nearest is 'betas'",
                 ),
-                ({"eps": "x"}, "model.optimizer.eps: Expected a <class 'float'>. Got value: x"),
+                ({"eps": "x"}, "model.optimizer.eps: expected float; found x"),
             )
         ),
-        ({"model__lr": "x"}, [], "model.lr: Expected a <class 'float'>. Got value: x$"),
+        *(
+            ({f"model__{name}": value}, [], f"model.{name}: {message}$")
+            for name, value, message in (
+                ("lr", "x", "expected float; found x"),
+                ("lr", -1, "found -1.0; expected 0 or more"),
+                ("lr", float("inf"), "found inf; expected 0 or more"),
+                ("weight_decay", -1, "found -1.0; expected 0 or more"),
+                ("warmup_steps", -5, "found -5; expected 0 or more"),
+                ("layer_decay", 2, "found 2.0; expected 0 to 1"),
+                ("lr_scale", {"encoder.backbone": "x"}, "expected float; found x"),
+                ("lr_scale", {"encoder.backbone": -1}, "encoder.backbone: found -1.0; expected 0 or more"),
+                (
+                    "lr_schedule",
+                    part("indiclip.optim.Cosine", min_lr_ratio=2),
+                    "min_lr_ratio: found 2.0; expected 0 to 1",
+                ),
+                ("optimizer", part("torch.optim.LBFGS"), r"LBFGS doesn't support per-parameter options.*"),
+                ("heads", 3, "expected list; found 3"),
+            )
+        ),
+        (
+            {"model__heads": [part("heads.contrastive.Contrastive", weight=-2)]},
+            [],
+            "heads.contrastive.weight: found -2.0; expected 0 or more$",
+        ),
+        ({}, ["--data.val.batch_size", "x"], "^indiclip: data.val.batch_size: expected int; found x$"),
+        ({}, ["--data.val.dataset.init_args.size", "-3"], "^indiclip: .*found -3"),
+        (
+            {},
+            ["--data.val.dataset.init_args.siez", "3"],
+            "data.val.dataset.siez: .*Mela has no such option; nearest is 'size'$",
+        ),
         ({"model__optimizer": "timm.optim.Lionn"}, [], "'timm.optim' has no attribute 'Lionn'; nearest is 'Lion'"),
     ],
 )
@@ -256,13 +292,70 @@ def test_what_cannot_be_is_one_line_and_leaves_no_folder(changes, flags, message
         (part(CHECKPOINTS, monitor="val/contrastive/zeroshot"), "val/contrastive/zero_shot"),
         (part(f"{LIGHTNING}.EarlyStopping", monitor="val/contrastive/zeroshot"), "val/contrastive/zero_shot"),
         (part(f"{LIGHTNING}.EarlyStopping", monitor="train/losss"), "train/loss"),
-        (part(f"{LIGHTNING}.EarlyStopping", monitor="val_loss"), "train/loss"),
         (part(f"{LIGHTNING}.EarlyStopping", monitor="lr-AdamW"), "lr-AdamW/pg2"),
     ],
 )
 def test_a_missing_monitor_is_one_line(callback, near, tmp_path, capsys):
     assert fit(tmp_path, config(trainer__callbacks=[callback])) == 2
     assert f"is not logged; nearest is '{near}'" in one_line(capsys)
+
+
+def test_where_no_name_is_near_those_that_are_logged_are_said(tmp_path, capsys):
+    assert fit(tmp_path, config(trainer__callbacks=[part(f"{LIGHTNING}.EarlyStopping", monitor="val_loss")])) == 2
+    assert re.search("val_loss is not logged; logged are epoch, .*, train/loss, ", one_line(capsys))
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_what_reads_held_out_data_says_that_there_is_none(command, tmp_path, capsys):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config(data__val=None)))
+    flags = ["--config", str(tmp_path / "experiment.yaml"), "--runs", str(tmp_path / "runs")]
+    assert run([command, *flags]) == 2
+    assert one_line(capsys).startswith("indiclip: data.val: found no source; ")
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_duplicated_key_is_one_line_with_its_place(tmp_path, capsys):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(f"{yaml.safe_dump(config())}\ntrainer: {{max_steps: 9}}\n")
+    assert run(["fit", "--config", str(file)]) == 2
+    line = len(file.read_text().splitlines())
+    assert re.search(
+        rf"experiment.yaml: .*the key 'trainer' is duplicated in .*, line {line}, column 1", one_line(capsys)
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"file\ten\n1.png\tone\n", b"", torch.nn.Linear(2, 2)], ids=["text", "empty", "pickle"]
+)
+def test_what_is_no_checkpoint_is_one_line_that_advises_nothing_unsafe(content, tmp_path, capsys):
+    file = tmp_path / "x.ckpt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    assert fit(tmp_path, config(), "--ckpt_path", str(file)) == 2
+    line = one_line(capsys)
+    assert re.search(r"x.ckpt: not a readable checkpoint \((another kind of file, or damaged|it holds torch)", line)
+    with pytest.raises(ValueError, match="not a readable checkpoint") as error:
+        indiclip.load(file)
+    assert "weights_only" not in f"{line} {error.value}"
+
+
+def test_the_last_checkpoint_is_the_one_that_was_saved_last(tmp_path, capsys):
+    """Not that of the run with the highest number: an earlier run may have gone on since."""
+    for _ in range(2):
+        assert fit(tmp_path, config(), "--name", "r") == 0
+    first = tmp_path / "runs" / "r" / "checkpoints"
+    time.sleep(1)  # a checkpoint's time is in seconds
+    assert fit(tmp_path, config(), "--ckpt_path", str(first / "last.ckpt"), "--trainer.max_steps", "4") == 0
+    capsys.readouterr()
+    assert fit(tmp_path, config(), "--name", "r", "--ckpt_path", "last", "--trainer.max_steps", "4") == 0
+    shown = capsys.readouterr().out
+    assert f"going on from {first / '4.ckpt'}" in shown
+    assert "no step is left: 4 are done" in shown
+
+
+def test_a_run_without_scores_or_curves_says_so(tmp_path, capsys):
+    assert fit(tmp_path, config(trainer__limit_val_batches=0, trainer__log_every_n_steps=10)) == 0
+    assert "nothing was held out: there are no scores" in capsys.readouterr().out
+    assert "the run had 2 steps" in (tmp_path / "runs" / "experiment" / "report.html").read_text()
 
 
 def test_a_long_warm_up_is_said(tmp_path):

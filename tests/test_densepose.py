@@ -156,7 +156,7 @@ class TestGeometry:
         assert share_N4.mean(0).abs().max() < 0.05
 
     def test_jitter_beyond_the_guarantee_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"heads\.densepose\.box_jitter: 0\.2; expected 0 to 0\.08"):
+        with pytest.raises(ValueError, match=r"heads\.densepose\.box_jitter: found 0\.2; expected 0 to 0\.08"):
             DensePose(box_jitter=0.2)
 
 

@@ -98,5 +98,5 @@ def test_a_single_vector_is_normalised_by_the_running_statistics():
 
 
 def test_an_unknown_pool_is_said():
-    with pytest.raises(ValueError, match=r"encoder.pool: found 'max', expected attention or mean"):
+    with pytest.raises(ValueError, match=r"encoder.pool: found 'max'; expected one of attention, mean"):
         Pool(8, "max")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from difflib import get_close_matches
@@ -16,11 +15,11 @@ from indiclip.commands.parallel import results
 from indiclip.commands.reading import Range, ranges
 from indiclip.datasets.inventory import Inventory
 from indiclip.loading.plan import SampleRef
+from indiclip.loading.source import keyed
 from indiclip.loading.steps import Steps
-from indiclip.training.checks import check, keyed
+from indiclip.training.checks import check
 from indiclip.training.cli import IndiCLI
-from indiclip.training.config_errors import check_yaml, one_line
-from indiclip.training.run_folder import config_files
+from indiclip.training.config_errors import one_line
 
 _ENDS = "ends the run: "
 _READ = "samples read"  # a unit of the inventory
@@ -62,11 +61,8 @@ def _built(words: list[str]) -> tuple[Any, Any]:
         def instantiate_trainer(self, **_: Any) -> Any:
             raise Built(self.model, self.datamodule)
 
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     sys.argv[1:] = ["fit", *words]
     try:
-        check_yaml(config_files(sys.argv))
         Builder()
     except ValueError as error:
         raise ValueError(one_line(error)) from error

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from indiclip.datasets.inventory import Inventory
 from indiclip.lightning_internals import batches_done
-from indiclip.loading.source import Source
+from indiclip.loading.source import Source, keyed
 from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader, Workers
+from indiclip.names import check_range
 from indiclip.types import Batch
 
 _ALWAYS_ALLOWED = 10  # unreadable samples of a task, however small its sources
@@ -46,15 +47,9 @@ class MultiTaskData(L.LightningDataModule):
         canvas_hw: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= quarantine <= 1:
-            raise ValueError(f"data.quarantine: found {quarantine}; expected a share, 0 to 1")
-        for key, found, least in (
-            ("data.num_workers", num_workers, 0),
-            ("data.steps_per_epoch", steps_per_epoch, 1),
-            ("seed_everything (data.seed)", seed, 0),
-        ):
-            if found is not None and found < least:
-                raise ValueError(f"{key}: found {found}; expected {least} or more")
+        check_range({"data.quarantine": quarantine}, 0, 1)
+        check_range({"data.num_workers": num_workers, "seed_everything (data.seed)": seed})
+        check_range({"data.steps_per_epoch": steps_per_epoch}, 1)
         self.quarantine = quarantine
         self.train, self.val = train, list(val or [])
         self.seed, self.num_workers = seed, num_workers
@@ -71,12 +66,8 @@ class MultiTaskData(L.LightningDataModule):
 
     def inventories(self) -> dict[str, Inventory]:
         """YAML key of each source, such as `data.train[0]` -> what the files of its dataset hold."""
-        parts = {"train": self.train, "val": self.val}
-        return {
-            f"data.{part}[{i}]": source.dataset.inventory
-            for part, sources in parts.items()
-            for i, source in enumerate(sources)
-        }
+        sources = keyed("data.train", self.train) | keyed("data.val", self.val)
+        return {key: source.dataset.inventory for key, source in sources.items()}
 
     def steps(self, sources: list[Source], train: bool) -> Steps:
         """The steps of this rank."""

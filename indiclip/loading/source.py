@@ -12,6 +12,7 @@ from torch import nn
 from indiclip.datasets.base import SampleDataset
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.transforms import Transform
+from indiclip.names import check_range
 from indiclip.patches import count_tokens
 
 
@@ -64,10 +65,8 @@ class Source:
                 f"data: dataset of task {self.task!r}: found {type(self.dataset).__name__}; expected a SampleDataset "
                 "(indiclip.datasets.base)"
             )
-        for name in ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data: {name} of task {self.task!r} is {value}; expected 1 or more")
+        names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens")
+        check_range({f"data: {name} of task {self.task!r}": getattr(self, name) for name in names}, 1)
         if (self.batch_size is None) == (self.batch_tokens is None):
             both = "; found both" if self.batch_size is not None else ""
             raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens{both}")
@@ -95,6 +94,11 @@ class Source:
         if sizes_hw is not None and 0 < size <= LARGEST_WINDOW and np.all(sizes_hw):  # 0: an unreadable header
             max_tokens = min(max_tokens, int((-(-sizes_hw // patch_size)).prod(1).max()))
         return SourceInfo(size, starts, longest=max_tokens)
+
+
+def keyed(key: str, sources: list[Source]) -> dict[str, Source]:
+    """Sources by their place in the config, such as `data.train[0]`."""
+    return {f"{key}[{i}]": source for i, source in enumerate(sources)}
 
 
 @dataclass

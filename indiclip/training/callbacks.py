@@ -15,8 +15,8 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import keyed
 from indiclip.module import Batches, MultiTask
-from indiclip.training.checks import keyed
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.record import append_history
 
@@ -36,9 +36,10 @@ class StartupTable(Callback):
             console.print(f"{key}: {'; '.join(inventory.lines())}", markup=False, soft_wrap=True)
         console.print(_parts_table(pl_module))
         device = trainer.strategy.root_device
+        shown = "none (fast_dev_run)" if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
         threads = f"   threads {torch.get_num_threads()}" if device.type == "cpu" else ""
         console.print(
-            f"run folder [bold]{folder}[/]   {trainer.world_size} x {device.type}{threads}   precision "
+            f"run folder [bold]{shown}[/]   {trainer.world_size} x {device.type}{threads}   precision "
             f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
         )
         damaged = [found for source in (*data.train, *data.val) for found in source.dataset.damaged]

@@ -8,7 +8,7 @@ from typing import Any
 from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import SampleRef
-from indiclip.loading.source import Source
+from indiclip.loading.source import Source, keyed
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
@@ -18,17 +18,25 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     """Compare heads and sources, and read a sample of each source.
 
     Args:
-        stage: `fit`, `validate` (also for `test`) or `predict`, which needs less of the samples.
+        stage: `fit`, `validate`, `test` or `predict`, which needs less of the samples.
 
     Raises:
         ValueError: The first thing that does not fit, naming the YAML key.
     """
+    if stage != "fit" and not data.val:
+        raise ValueError(f"data.val: found no source; {stage} reads it")
     heads = model.each_head()
     tasks = {head.task for head in heads}
     parts = [keyed("data.train", data.train if stage == "fit" else []), keyed("data.val", data.val)]
-    for sources in parts:
-        for key, source in sources.items():
-            _check_source(key, source, model, tasks)
+    budget = model.encoder.backbone.max_tokens
+    for key, source in (parts[0] | parts[1]).items():
+        if source.task not in tasks:
+            raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, tasks)}")
+        if source.max_tokens > budget:
+            raise ValueError(
+                f"{key}.max_tokens: {source.max_tokens} is over the backbone's budget, "
+                f"model.encoder.backbone.max_tokens {budget}"
+            )
     if stage == "fit":
         given = {source.task for source in data.train}
         for head in heads:
@@ -49,22 +57,6 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
             for head in heads:
                 if head.task == sources[key].task:
                     _check_sample(key, sources[key], sample, head, stage == "predict")
-
-
-def keyed(key: str, sources: list[Source]) -> dict[str, Source]:
-    """Sources by their place in the config, such as `data.train[0]`."""
-    return {f"{key}[{i}]": source for i, source in enumerate(sources)}
-
-
-def _check_source(key: str, source: Source, model: MultiTask, tasks: set[str]) -> None:
-    if source.task not in tasks:
-        raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, tasks)}")
-    budget = model.encoder.backbone.max_tokens
-    if source.max_tokens > budget:
-        raise ValueError(
-            f"{key}.max_tokens: {source.max_tokens} is over the backbone's budget, "
-            f"model.encoder.backbone.max_tokens {budget}"
-        )
 
 
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -57,6 +57,11 @@ class IndiCLI(LightningCLI):
     is_new = False  # the folder held nothing
 
     def __init__(self) -> None:
+        _quieten()
+        check_yaml(config_files(sys.argv))
+        # Lightning's Timer has an enum for a default.
+        yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
+        set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))
         failed = True
         try:
             super().__init__(
@@ -116,8 +121,13 @@ class IndiCLI(LightningCLI):
         except TypeError as error:  # as for `devices: x`
             raise ConfigError(f"trainer: {error}") from error
 
+    def before_validate(self) -> None:
+        check(self.model, self.datamodule, str(self.subcommand))
+
+    before_test = before_predict = before_validate
+
     def before_fit(self) -> None:
-        check(self.model, self.datamodule, "fit")
+        self.before_validate()
         assert self.folder is not None
         lock(self.folder)
 
@@ -125,33 +135,15 @@ class IndiCLI(LightningCLI):
         for record in callbacks_of(self.trainer, RunRecord):
             record.after_fit(self.trainer, self.model, self.datamodule)
 
-    def before_validate(self) -> None:
-        check(self.model, self.datamodule, "validate")
-
-    before_test = before_validate
-
-    def before_predict(self) -> None:
-        check(self.model, self.datamodule, "predict")
-
 
 def run(argv: list[str]) -> int:
     """Run one of LightningCLI's commands. Returns the exit status."""
     sys.argv[1:] = argv  # the first stays: Lightning starts the other processes of this machine with it
-    warnings.formatwarning = _one_line
     stdout, sys.stdout = sys.stdout, cast(TextIO, _Pipe(sys.stdout))
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", f".*{message}")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which print their tables so
     # A CPU takes a hundred times longer over numbers below 1e-38, which the gradients of a saturated GELU are. Threads
     # take the setting over from the one that starts them, so it must come before any of torch's.
     torch.set_flush_denormal(True)
     try:
-        check_yaml(config_files(argv))
-        # Lightning's Timer has an enum for a default.
-        yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
-        set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))
         IndiCLI()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -171,6 +163,16 @@ def run(argv: list[str]) -> int:
         sys.stdout = stdout
         unlock()
     return 0
+
+
+def _quieten() -> None:
+    """A line for each warning, and none for what the libraries say in every run."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", f".*{message}")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which print their tables so
 
 
 class _Pipe:
@@ -199,22 +201,15 @@ class _Pipe:
 def _say(error: Exception) -> int:
     """Print what a user can act on as one line. Returns the exit status; raises what is the program's own fault."""
     notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
-    if broken := workers.explain(error) or local_ranks.explain(error):
-        print(f"indiclip: {' '.join([broken, *notes])}", file=sys.stderr)
-        return 1
-    if not isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException)):
+    broken = workers.explain(error) or local_ranks.explain(error)
+    of_users = isinstance(error, OSError | ImportError | MisconfigurationException)
+    if not (broken or of_users or (isinstance(error, ValueError) and not notes)):
         raise error
-    if notes and not isinstance(error, OSError | ImportError | MisconfigurationException):
-        raise error
-    print(f"indiclip: {' '.join([one_line(error), *notes])}", file=sys.stderr)
-    return 1 if notes else 2
+    print(f"indiclip: {' '.join([broken or one_line(error), *notes])}", file=sys.stderr)
+    return 1 if broken or notes else 2
 
 
 def _seed(seed: bool | int) -> int:
     if isinstance(seed, bool):
         raise ValueError(f"found {str(seed).lower()}; expected a number, by which the run can be done again")
     return seed
-
-
-def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"warning: {' '.join(str(message).split())}\n"

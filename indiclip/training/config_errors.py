@@ -18,18 +18,21 @@ from indiclip import old_names
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean, nearest_beside
+from indiclip.strict_yaml import UniqueKeys
 
 _GROUPS: dict[str, Any] = {"trainer": Trainer, "model": MultiTask, "data": MultiTaskData}
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
-# What jsonargparse says around a mistake, and of the types in a union that the value was never meant to be of.
+# What jsonargparse says around a mistake, and of a type that the value was not meant to be of.
 _WRAPPER = re.compile(
-    r"""\s*(- )?(Parser key "[^"]+":|Problem with given class_path '[^']+':|Does not validate against any .*|Errors:"""
-    r"|Subtypes: .*|Given value type: .*)$"
+    r"""(Parser key "[^"]+":|Problem with given class_path '[^']+':|Does not validate .*|Errors:|Subtypes: .*|Given """
+    r"value.*|Expected a path but .*|Expected a NoneType)?$"
 )
-_OTHER_TYPE = re.compile(
-    r"- Expected a (<class|typing)[^\"]*$|(- )?(Given value: .*|Not a valid subclass of \w+|Subclass types expect.*"
-    r"|a class path .*|a dict with.*)$"
-)
+_OTHER_TYPE = re.compile(r"Expected a ([^:]+)$|Not a valid subclass|Subclass types|a (?:class path|dict with) ")
+_PLAIN = {  # its words -> ours
+    r"Type .* expects a function or a callable class: (Parser key .*:$)?|\. Got value: Namespace\(.*": "",
+    r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*?)\](?=\. |$)": r"\1\2",
+    r"Expected an? (.*)\. Got value: (.*)": r"expected \1; found \2",
+}
 
 
 class ConfigError(ValueError):
@@ -56,19 +59,24 @@ def one_line(error: Exception) -> str:
 def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    classes = re.findall(r"(?:Problem with given class_path |Namespace\(class_path=)'([^']+)'", message)
-    lines = [line.strip() for line in message.splitlines() if not _WRAPPER.match(line)]
-    found = [line for line in lines if not _OTHER_TYPE.match(line)] or lines  # else no type was near to what is given
-    reason = " ".join(line.removeprefix("- ") for line in found) or message
-    if option := re.search(r"Option '([^']+)' is not accepted", reason):
-        owner = classes[-1] if classes else "the configuration"
-        known = _parameters(pkgutil.resolve_name(owner)) if classes else list(_TOP_LEVEL)
-        key = ".".join(filter(None, (key, option[1])))
-        return f"{key}: {owner} has no such option{did_you_mean(option[1], known)}"
-    if option := re.search(r"(?:accept option '|unrecognized arguments: -*)([\w.]+)", reason):
-        group = option[1].partition(".")[0]
-        unknown = option[1] if group in _GROUPS else group
-        return f"{unknown}: no such option{_nearest_option(unknown)}"
+    classes = re.findall(r"class_path[ =]'([^']+)'", message)
+    plain = message
+    for words, ours in _PLAIN.items():
+        plain = re.sub(words, ours, plain, flags=re.MULTILINE)
+    lines = [line.lstrip(" -") for line in plain.splitlines()]
+    lines = [line for line in lines if not _WRAPPER.match(line)]
+    reason = " ".join(line for line in lines if not _OTHER_TYPE.match(line)) or " ".join(lines) or message
+    types = dict.fromkeys(found[1] for line in lines if (found := _OTHER_TYPE.match(line)))
+    if all(types) and len(types) == len({*lines}) and (given := re.search(r"Given value: (.*)", message)):
+        reason = f"expected {' or '.join(types)}; found {given[1]}"
+    if option := re.search(r"(?:[Oo]ption '|unrecognized arguments: -*)([\w.]+)", reason):
+        name = option[1].partition(".")[0]
+        if classes:
+            near = did_you_mean(name, _parameters(pkgutil.resolve_name(classes[-1])))
+            return f"{key}.{name}: {classes[-1]} has no such option{near}".lstrip(".")
+        known = [f"{group}.{parameter}" for group, made in _GROUPS.items() for parameter in _parameters(made)]
+        name = option[1] if name in _GROUPS else name
+        return f"{name}: no such option{did_you_mean(name, [*_TOP_LEVEL, *known])}"
     if linked := re.search(r"Call to compute_fn of link '\w+\((\w+)\).* failed: (.*)", reason):
         return f"{linked[1]}: {linked[2]}"
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
@@ -82,7 +90,7 @@ def explain(message: str) -> str:
         return f"{key}: {missing[0]}" + re.sub("'(.*)'", lambda near: repr(old_names.translated(near[1])), hint)
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
-    where = key or ", ".join(dict.fromkeys(re.findall(r"class_path[ =]'([^']+)'", message)))
+    where = key or ", ".join(dict.fromkeys(classes))
     return f"{where}: {reason}" if where and where not in reason else reason
 
 
@@ -93,7 +101,8 @@ def check_yaml(files: Iterable[str]) -> None:
         if not file.is_file():
             raise FileNotFoundError(f"--config: no file {name}{nearest_beside(file, '*.y*ml')}")
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            with file.open(encoding="utf-8") as opened:
+                content = yaml.load(opened, UniqueKeys)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{name}: not a YAML file: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
@@ -107,20 +116,12 @@ def _parameters(made: Any) -> list[str]:
     return [name for signature in signatures for name in signature.parameters if name != "self"]
 
 
-def _nearest_option(option: str) -> str:
-    """The nearest key of the same group: `trainer.max_stpes` -> `trainer.max_steps`."""
-    group, _, name = option.partition(".")
-    if group in _GROUPS and name:
-        return did_you_mean(option, [f"{group}.{parameter}" for parameter in _parameters(_GROUPS[group])])
-    return did_you_mean(option, _TOP_LEVEL)
-
-
 def _modules(name: str) -> list[str]:
     """Names of the modules beside a missing one."""
-    parent = name.rpartition(".")[0] or ""
+    parent = name.rpartition(".")[0]
     try:
         paths = getattr(importlib.import_module(parent), "__path__", []) if parent else None
     except ImportError:
         return []
     prefix = f"{parent}." if parent else ""
-    return [prefix + module.name for module in pkgutil.iter_modules(paths)]
+    return [module.name for module in pkgutil.iter_modules(paths, prefix)]

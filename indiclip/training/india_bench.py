@@ -25,6 +25,7 @@ from indiclip.evals.encode import Ranks
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.module import Batches, MultiTask
+from indiclip.names import check_range
 from indiclip.training.fault_tolerance.ranks import Interrupted, callbacks_of, folder_of, together
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.fault_tolerance.watchdog import Watchdog
@@ -73,10 +74,8 @@ class IndiaBench(Callback):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        numbers = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs, "batch_size": batch_size}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"IndiaBench.{name}: found {number}; expected 1 or more")
+        check_range({"IndiaBench.every_n_steps": every_n_steps, "IndiaBench.every_n_epochs": every_n_epochs}, 1)
+        check_range({"IndiaBench.batch_size": batch_size}, 1)
         if every_n_steps and every_n_epochs:
             raise ValueError(
                 f"IndiaBench: found every_n_steps {every_n_steps} and every_n_epochs {every_n_epochs}; expected one"

@@ -46,7 +46,8 @@ def _check_logged(trainer: Trainer) -> None:
     logged = sorted([*trainer.callback_metrics, "epoch", "step"])
     for where, monitor in _monitors(trainer):
         if monitor not in logged:
-            raise AgreedStop(trainer, f"{where}: {monitor} is not logged{did_you_mean(monitor, logged)}", 2)
+            near = did_you_mean(monitor, logged) or f"; logged are {', '.join(logged)}"
+            raise AgreedStop(trainer, f"{where}: {monitor} is not logged{near}", 2)
 
 
 def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:

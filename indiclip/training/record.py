@@ -96,8 +96,10 @@ class RunRecord(Callback):
             exception.add_note(f"(while training {where})")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._began is not None:  # else no step was left to train: what the folder holds stays
+        if self._began is not None:
             self._write(trainer, pl_module)
+        elif trainer.is_global_zero:  # what the folder holds stays
+            print(f"no step is left: {trainer.global_step} are done; more need another trainer.max_steps or max_epochs")
 
     def after_fit(self, trainer: Trainer, pl_module: LightningModule, data: LightningDataModule) -> None:
         """Validate and write what is missing where a run was stopped between its last step and its end."""
@@ -210,7 +212,7 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     for name, value in plain.items():
         table.add_row(name, readable(value))
     console = Console()
-    console.print(table)
+    console.print(table if plain else "nothing was held out: there are no scores")
     for head, languages in by_language.items():
         names = metric_names(languages)
         headers = [name.replace("_", " ") for name in names]  # long names break between words

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from indiclip.names import nearest_beside
-from indiclip.training.fault_tolerance.manifest import NAME, newest_good, saved_at, unlisted, what_is_wrong
+from indiclip.training.fault_tolerance.manifest import NAME, last_saved, newest_good, saved_at, unlisted, what_is_wrong
 
 _locks: list[IO[str]] = []  # open while a run goes on
 _CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself
@@ -175,10 +175,11 @@ def _newest_run(config: Any, subcommand: str) -> Path | None:
 
 
 def _runs(root: Path, name: str) -> list[Path]:
-    """The folders of the runs of a name, the newest first."""
+    """The folders of the runs of a name: that in which a checkpoint was saved last first, then by number."""
     folders = root.iterdir() if root.is_dir() else []
     matches = [match for folder in folders if (match := _of_name(name).fullmatch(folder.name))]
-    return [root / match[0] for match in sorted(matches, key=lambda match: int(match[2] or 1), reverse=True)]
+    age = {root / match[0]: (last_saved(root / match[0] / "checkpoints"), int(match[2] or 1)) for match in matches}
+    return sorted(age, key=age.__getitem__, reverse=True)
 
 
 def _of_name(name: str) -> re.Pattern[str]:

@@ -12,6 +12,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from indiclip.names import check_range
 from indiclip.training.callbacks import StartupTable, TaskProgress
 from indiclip.training.fault_tolerance.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.training.fault_tolerance.local_ranks import LocalRanks
@@ -21,7 +22,6 @@ from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.monitors import CheckMonitors
 from indiclip.training.record import PredictionWriter, RunRecord
 
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true", "32", "bf16", "16", "64")
 _SHARDED = ("fsdp", "modelparallel", "deepspeed")  # strategies that write folders of shards by themselves
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
 
@@ -37,9 +37,9 @@ def check_trainer(config: Namespace, subcommand: str) -> None:
     strategy = str(config.get("strategy"))
     if strategy.endswith(("spawn", "fork", "notebook")):
         raise ValueError(f"trainer.strategy: found {strategy}; a run's processes start by this command; expected ddp")
-    precision = str(config.get("precision") or "32-true")
-    if precision not in _PRECISIONS:
-        raise ValueError(f"trainer.precision: no training in {precision}; expected {', '.join(_PRECISIONS)}")
+    precision = str(config.get("precision"))
+    if precision == "16-true" or "engine" in precision:
+        raise ValueError(f"trainer.precision: no training in {precision}; expected 32-true, bf16-mixed or 16-mixed")
     averages = any("StochasticWeightAveraging" in str(callback) for callback in listed(config.get("callbacks")))
     if averages and config.get("max_epochs") is None:
         raise ValueError("trainer.callbacks: StochasticWeightAveraging begins by epochs; expected trainer.max_epochs")
@@ -59,9 +59,7 @@ def _check_numbers(config: Namespace) -> None:
     if config.get("val_check_interval") == 0:
         raise ValueError("trainer.val_check_interval: found 0; trainer.limit_val_batches 0 leaves validation out")
     for key, least in _LEAST.items():
-        value = config.get(key)
-        if value is not None and value < least:
-            raise ValueError(f"trainer.{key}: found {value}; expected {least} or more")
+        check_range({f"trainer.{key}": config.get(key)}, least)
 
 
 def place_outputs(config: Namespace, folder: Path) -> None:

@@ -19,6 +19,7 @@ from indiclip.datasets.languages import OF_INDIA, language_tag
 from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
 from indiclip.names import check_choice, did_you_mean
+from indiclip.strict_yaml import UniqueKeys
 
 _KEYS = (
     *("title", "task", "classes", "prompts", "metric", "chance", "num_candidates"),
@@ -35,15 +36,8 @@ _CANDIDATES = 10
 _COMPUTED = ("imagenet1k", "babel_imagenet")  # values of `classes` that stand for a list
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `no` (Norwegian) is text, and a duplicated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, count in Counter(map(str, keys)).items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is duplicated", node.start_mark)
-        return super().construct_mapping(node, deep)
+class _Loader(UniqueKeys):
+    """Safe YAML in which `no` (Norwegian) is text."""
 
 
 _NOT_TEXT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")

@@ -20,7 +20,7 @@ from indiclip.encoder import Encoder
 from indiclip.evals.models.model_names import library_of
 from indiclip.images import EncodedImage
 from indiclip.loading.transforms import read_upright, upright_hw
-from indiclip.names import check_choice
+from indiclip.names import check_choice, check_range
 from indiclip.patches import fit_canvas_hw, fit_hw, patchify, stack
 from indiclip.types import Images
 
@@ -191,8 +191,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def with_full_length(lengths: Sequence[int] | None, full: int) -> list[int]:
     """Lengths to score, ascending, the full one among them."""
     for length in lengths or []:
-        if not 1 <= length <= full:
-            raise ValueError(f"lengths: found {length}; the embedding has {full} numbers")
+        check_range({"lengths": length}, 1, full)
     return sorted({*(lengths or []), full})
 
 

@@ -21,6 +21,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from indiclip.checkpoint import unreadable
 from indiclip.lightning_internals import accumulating, epoch_ends, validation_due
 from indiclip.old_names import translate_checkpoint
 from indiclip.training.fault_tolerance import manifest
@@ -75,8 +76,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read a checkpoint; never unpickles anything, whatever `weights_only` says."""
-        checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
-        translate_checkpoint(checkpoint)
+        try:
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            translate_checkpoint(checkpoint)
+        except Exception as error:
+            raise unreadable(path, error) from error
         return checkpoint
 
 

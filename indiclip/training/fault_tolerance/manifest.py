@@ -26,7 +26,7 @@ class Row(TypedDict):
     sha256: str
     size: int  # bytes
     step: int
-    saved: str  # local time, for people: rows are in the order of saving
+    saved: str  # local time; rows are in the order of saving
 
 
 def newest_good(folder: Path) -> tuple[Path | None, int, list[str]]:
@@ -56,6 +56,11 @@ def newest_good(folder: Path) -> tuple[Path | None, int, list[str]]:
         if proofs[row["name"]] is row:
             return file, row["step"], passed_over
     return None, 0, passed_over
+
+
+def last_saved(folder: Path) -> str:
+    """When a checkpoint of a folder was saved last, to be compared; empty where none was."""
+    return max((row["saved"] for row in _read(folder)), default="")
 
 
 def unlisted(folder: Path) -> list[str]:
