@@ -239,7 +239,7 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
             )
         ),
         *(
-            ({f"model__{name}": value}, [], f"model.{name}: {message}$")
+            ({f"model__{name}": value}, [], f"model.{name}.*: {message}$")
             for name, value, message in (
                 ("lr", "x", "expected float; found x"),
                 ("lr", -1, "found -1.0; expected 0 or more"),
@@ -248,11 +248,11 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
                 ("warmup_steps", -5, "found -5; expected 0 or more"),
                 ("layer_decay", 2, "found 2.0; expected 0 to 1"),
                 ("lr_scale", {"encoder.backbone": "x"}, "expected float; found x"),
-                ("lr_scale", {"encoder.backbone": -1}, "encoder.backbone: found -1.0; expected 0 or more"),
+                ("lr_scale", {"encoder.backbone": -1}, "found -1.0; expected 0 or more"),
                 (
                     "lr_schedule",
                     part("indiclip.optim.Cosine", min_lr_ratio=2),
-                    "min_lr_ratio: found 2.0; expected 0 to 1",
+                    "found 2.0; expected 0 to 1",
                 ),
                 ("optimizer", part("torch.optim.LBFGS"), r"LBFGS doesn't support per-parameter options.*"),
                 ("heads", 3, "expected list; found 3"),

@@ -30,6 +30,8 @@ def test_short_embeddings_are_the_cut_and_normalised_full_ones():
     torch.testing.assert_close(short, torch.nn.functional.normalize(full[:, :16], dim=1))
     with pytest.raises(ValueError, match=r"length 20 was not trained; the trained lengths are \[16, 32, 64\]"):
         encoder.embed_text("kite", length=20)
+    with pytest.raises(ValueError, match=r"embed_text: found \['kite', 5\]; expected a string, or a list of them"):
+        encoder.embed_text(["kite", 5])
 
 
 def test_equal_texts_are_encoded_once():

@@ -27,7 +27,7 @@ _WRAPPER = re.compile(
     r"""(Parser key "[^"]+":|Problem with given class_path '[^']+':|Does not validate .*|Errors:|Subtypes: .*|Given """
     r"value.*|Expected a path but .*|Expected a NoneType)?$"
 )
-_OTHER_TYPE = re.compile(r"Expected a ([^:]+)$|Not a valid subclass|Subclass types|a (?:class path|dict with) ")
+_OTHER_TYPE = re.compile(r"Expected a ([^:]+)$|Not a valid subclass|Subclass types|a (?:class path|dict with)")
 _PLAIN = {  # its words -> ours
     r"Type .* expects a function or a callable class: (Parser key .*:$)?|\. Got value: Namespace\(.*": "",
     r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*?)\](?=\. |$)": r"\1\2",
