@@ -86,7 +86,7 @@ def test_every_hostile_member_is_said_and_none_is_run(tmp_path, capsys):
         ("none.png", png(5)), ("none.txt", "None"), ("na.png", png(6)), ("na.txt", " NA\n"),
         ("long.png", png(7)), ("long.txt", long),
         ("latin1.png", png(8)), ("latin1.txt", "café".encode("latin-1")),
-        ("nul.png", png(9)), ("nul.txt", "a\0b"),
+        ("nul.png", png(9)), ("nul.txt", "a\x01b"),
         ("blank.png", png(10)), ("blank.txt", " "),
         ("json.png", png(11)), ("json.json", "{"),
         ("label.png", png(12)), ("label.cls", "-3"),

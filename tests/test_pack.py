@@ -378,7 +378,9 @@ def test_parquet_has_missing_values_and_texts_that_look_like_them(tmp_path, caps
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 0
     assert [only_caption(sample) for sample in Shards(str(tmp_path / "out" / "*.tar"))] == ["NA"]
     assert set(left_out(tmp_path / "out").values()) == {"no image is named"}
-    assert re.search(r"1 of 3 rows; left out: 1 without a caption .*, 1 of samples that are left out", capsys.readouterr().out)
+    assert re.search(
+        r"1 of 3 rows; left out: 1 without a caption .*, 1 of samples that are left out", capsys.readouterr().out
+    )
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out", name="x") == 2
     assert "t.parquet: broken Parquet: " in capsys.readouterr().err
@@ -416,7 +418,9 @@ def test_what_a_left_out_sample_is_made_of_is_left_out_too(tmp_path, capsys):
     assert "\n  4 captions\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("key", "value"), [("iscrowd", "0"), ("bbox", ["1", 2, 3, 4]), ("captions", "x"), ("width", "4")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("iscrowd", "0"), ("bbox", ["1", 2, 3, 4]), ("captions", "x"), ("width", "4")]
+)
 def test_a_value_of_the_wrong_type_is_an_error_of_packing_too(tmp_path, capsys, key, value):
     save(tmp_path / "a.png")
     image = {"id": 7, "file_name": "a.png", "height": 4, "width": 4}

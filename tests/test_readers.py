@@ -10,7 +10,7 @@ from helpers import only_caption
 from PIL import Image
 from pyarrow import parquet
 from test_annotation_files import annotation, folder, write  # noqa: F401 (a fixture)
-from test_cli import config
+from test_cli import config, fit
 from test_coco import CONTENT, image
 from test_shards import png, write_tar
 
@@ -143,7 +143,9 @@ def test_a_row_in_an_unknown_language_is_said(folder, capsys):  # noqa: F811
     parts |= {f"{i}.json": json.dumps(entry) for i, entry in enumerate(said)}
     assert main(["shards", "check", write_tar(folder / "a.tar", parts), "--workers", "0"]) == 1
     shown = capsys.readouterr().out
-    assert re.search(r"2  unreadable caption\n.*a/0: found the language 'klingon'.*\n.*a/1: found the language 5;", shown)
+    assert re.search(
+        r"2  unreadable caption\n.*a/0: found the language 'klingon'.*\n.*a/1: found the language 5;", shown
+    )
 
 
 def test_a_cell_longer_than_csv_takes_is_called_that(tmp_path, capsys):
@@ -295,3 +297,30 @@ def test_with_skip_no_row_ends_the_run(tmp_path, capsys):
     assert "2 of 6 rows; left out: 4 without an image file (" in shown
     assert "  1 images\n" in shown
     assert pack(tmp_path / "T.CSV") == 0
+
+
+def test_a_sample_without_what_its_heads_need_is_unreadable_for_check_and_fit(folder, capsys):  # noqa: F811
+    parts = {f"{i}.{kind}": png(i) if kind == "png" else f"kite {i}" for i in range(4) for kind in ("png", "txt")}
+    path = write_tar(folder / "a.tar", parts | {"m.png": png(9), "m.cls": "0"})
+    assert check(folder, "webdataset.shards.Shards", urls=str(path)) == 0
+    assert re.search(r"4 of 5 samples read; left out: 1 has no caption, .* \(a/m: ", capsys.readouterr().out)
+    dataset = {"class_path": "indiclip.webdataset.shards.Shards", "init_args": {"urls": str(path)}}
+    tree = config(data__train__0__dataset=dataset, data__train__0__batch_size=5, data__val=[])
+    assert fit(folder, tree) == 0
+    quarantine = next((folder / "runs").rglob("quarantine*.json*")).read_text()
+    assert "a/m" in quarantine
+    assert "has no caption" in quarantine
+
+
+def test_a_source_without_one_usable_box_passes_nothing(folder, capsys):  # noqa: F811
+    def normalise(content):
+        for box in content["annotations"]:
+            box["bbox"] = [0.1, 0.2, 0.5, 0.5]
+
+    write(folder, change=normalise)
+    words = {"images": str(folder), "annotations": str(folder / "instances.json")}
+    said = r"none of the boxes can be used: 0 of \d boxes; left out: \d thinner than a pixel, .*: normalised\?"
+    assert check(folder, "datasets.coco.CocoDetection", **words) == 2
+    one_line(capsys, rf"data\.train\[0\]: {said}")
+    assert pack(folder / "instances.json") == 2
+    one_line(capsys, rf"instances\.json: {said}")

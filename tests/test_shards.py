@@ -302,7 +302,7 @@ def test_labels_that_are_no_class_and_shards_without_images_are_errors(tmp_path)
 
 
 def test_members_in_another_order_and_strange_texts_are_kept(tmp_path):
-    texts = {"0": "None", "1": "NA", "2": "a\0b", "3": "क" * 100_000}
+    texts = {"0": "None", "1": "NA", "2": "a\x01b", "3": "क" * 100_000}
     members = [(f"{i}.png", png(int(i))) for i in texts] + [(f"{i}.txt", texts[i]) for i in reversed(texts)]
     shards = Shards(write_tar(tmp_path / "a.tar", members))
     assert {s["key"].split("/")[1]: only_caption(s) for s in shards} == texts

@@ -55,7 +55,9 @@ def run(shards: list[str], max_characters: int, out: str | None, workers: int | 
         findings.add(_same_names(urls, counts))
         tasks = ranges(zip(urls, counts, strict=True))
         hashes = []
-        for found, of_range, num_captions in results(partial(_samples, max_characters=max_characters), tasks, workers, "samples"):
+        for found, of_range, num_captions in results(
+            partial(_samples, max_characters=max_characters), tasks, workers, "samples"
+        ):
             findings.add(found)
             hashes.append(of_range)
             inventory.present["captions"] += num_captions
@@ -89,6 +91,10 @@ def _shard(url: str) -> tuple[int, Inventory, list[Finding]]:
         kind = "duplicate member" if DUPLICATED in lost.reason else "broken shard"
         found.append(Finding(kind, shown, lost.key, lost.reason))
     inventory = shards.contents()
+    try:
+        inventory.check_used("")
+    except ValueError as error:
+        found.append(Finding("nothing to learn", shown, "", str(error).removeprefix(": ")))
     if count := inventory.present["samples"] - inventory.used["samples"]:
         found.append(Finding("text without an image", shown, "", f"keys without {', '.join(IMAGES)}: {count:,}"))
     return len(shards), inventory, found

@@ -91,6 +91,8 @@ def run(
             (writer.part / class_file.name).write_text("\n".join(items.classes) + "\n", "utf-8")
         inventory += writer.inventory
         inventory.verify()
+        if writer.shards:
+            inventory.check_used(source)
         assert inventory.present["samples"] == len(keys), f"{len(keys)} samples became {inventory.summary()}"
     _show(writer, inventory, as_json)
     if not writer.shards and not images and any(kind == _NO_FILE for _, kind, *_ in inventory.left_out()):

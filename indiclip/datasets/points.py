@@ -20,7 +20,17 @@ from indiclip.datasets.coco_file import (
     reaches_out,
 )
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, check_files, column, existing, is_number, is_text, load_json, name_in, xywh_to_xyxy
+from indiclip.datasets.tables import (
+    Strings,
+    check_files,
+    column,
+    existing,
+    is_number,
+    is_text,
+    load_json,
+    name_in,
+    xywh_to_xyxy,
+)
 from indiclip.images import UnreadableSample, read_header, read_image
 from indiclip.names import shorten
 from indiclip.types import Sample

@@ -72,6 +72,7 @@ class Source:
             raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens{both}")
         if not re.fullmatch(r"[\w.-]*", self.name):
             raise ValueError(f"data: name of task {self.task!r} is {self.name!r}; expected letters, digits, _, . and -")
+        self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
         self.transform = Transform(self.max_tokens, self.augment)
 
     @property

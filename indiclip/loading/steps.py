@@ -120,6 +120,8 @@ class Steps(Dataset[dict[str, Batch]]):
                 index = (ref.index + attempt) % size
                 with reading(source.task, source.dataset, index):
                     sample = self._draw_caption(task, ref, source.dataset[index])
+                    if missing := [name for name in source.required_fields if name not in sample]:
+                        raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
                     return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(source.task, error.key, error.file, error.reason))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,13 +34,20 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     for key, source in (parts[0] | parts[1]).items():
         if source.task not in tasks:
             raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, tasks)}")
+        source.dataset.inventory.check_used(key)
         if source.max_tokens > budget:
             raise ValueError(
                 f"{key}.max_tokens: {source.max_tokens} is over the backbone's budget, "
                 f"model.encoder.backbone.max_tokens {budget}"
             )
     if stage == "fit":
-        given = {source.task for source in data.train}
+        given = Counter[str]()
+        for source in data.train:
+            given[source.task] += len(source.dataset)
+        for key, source in parts[0].items():
+            if (source.batch_size or 0) > given[source.task]:
+                found = f"{source.batch_size} is more than the {given[source.task]} samples of task {source.task!r}"
+                warnings.warn(f"{key}.batch_size: {found}: a batch has some of them more than once", stacklevel=2)
         for head in heads:
             if head.task not in given:
                 raise ValueError(
@@ -57,6 +66,9 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
             for head in heads:
                 if head.task == sources[key].task:
                     _check_sample(key, sources[key], sample, head, stage == "predict")
+        for source in sources.values():
+            scored = [head for head in heads if head.task == source.task and stage != "predict"]
+            source.required_fields = tuple({name: 0 for head in scored for name in head.required_fields})
 
 
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
