@@ -29,15 +29,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from indiclip.commands.sources import inside, open_source
+from indiclip.commands.pack import read_sample
+from indiclip.commands.sources import open_source
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.coco import CocoDetection
 from indiclip.datasets.points import CountingPoints
 from indiclip.evals.images.caption_files import read_caption_file
-from indiclip.images import EncodedImage, UnreadableSample
-from indiclip.webdataset.box_shards import BoxShards, check_boxes
-from indiclip.webdataset.shards import read_captions, read_entry
+from indiclip.images import UnreadableSample
+from indiclip.webdataset.box_shards import BoxShards
+from indiclip.webdataset.shards import read_captions
 
 _LONGEST_MESSAGE = 500  # characters
 
@@ -255,12 +256,7 @@ def _read_selected_coco(folder: Path) -> SampleDataset:
 def _read_as_pack(folder: Path) -> None:
     source = open_source(str(folder / "instances.json"))
     for i in range(len(source.keys)):
-        try:
-            item = source[i]
-            data = item.image if isinstance(item.image, bytes) else inside(source.folder, item.image).read_bytes()
-            check_boxes(read_entry(item.texts), EncodedImage(data, ""), len(source.classes))
-        except (OSError, ValueError) as error:
-            _check_message(str(error))
+        _check_message(read_sample(source, i).reason)
 
 
 def _write_box_shard(folder: Path) -> None:

@@ -69,7 +69,7 @@ def run(
         order = sorted(range(len(keys)), key=lambda i: stable_hash(f"{seed}:{keys[i]}"))
         left_out_file = writer.part / f"{name}-left-out.jsonl"
         with left_out_file.open("w", encoding="utf-8") as left_out:
-            for packed in results(partial(_read, items), order, workers, "samples"):
+            for packed in results(partial(read_sample, items), order, workers, "samples"):
                 if packed.kind:
                     shown, key = items.names[packed.place], keys[packed.place]
                     inventory.present["samples"] += 1
@@ -109,7 +109,7 @@ def _check_classes(source: Items, classes: list[str] | None, class_file: Path, n
             raise ValueError(f"{name}: the class {found!r} is no line of text without spaces around it")
 
 
-def _read(source: Items, index: int) -> Packed:
+def read_sample(source: Items, index: int) -> Packed:
     """The members of a sample, after everything has been read that training will read."""
     held, kind = dict[str, int](), "with unusable texts, classes or boxes"
     try:
