@@ -256,7 +256,8 @@ def _read_selected_coco(folder: Path) -> SampleDataset:
 def _read_as_pack(folder: Path) -> None:
     source = open_source(str(folder / "instances.json"))
     for i in range(len(source.keys)):
-        _check_message(read_sample(source, i).reason)
+        if reason := read_sample(source, i).reason:
+            _check_message(reason)
 
 
 def _write_box_shard(folder: Path) -> None:
