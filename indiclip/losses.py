@@ -114,7 +114,7 @@ class ContrastiveLoss(nn.Module):
             self.pair_losses_B = total.loss_B
             return total.result()
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> _Total:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> _Total:
         """Computes `forward` from unit vectors and the keys of `_stack_keys`."""
         raise NotImplementedError
 
@@ -146,10 +146,10 @@ class SoftmaxLoss(ContrastiveLoss):
     def __init__(self, lengths: list[int] | None = None, length_weights: list[float] | None = None) -> None:
         super().__init__(math.log(1 / 0.07), lengths, length_weights)
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> _Total:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> _Total:
         rank, world = _rank_and_world()
         first = rank * len(image_BE)  # the column of this rank's first pair
-        positive_BG = None if keys_KB is None else _positives(keys_KB, _all_gather(keys_KB.T).T, first)
+        positive_BG = _positives(keys_KB, _all_gather(keys_KB.T).T, first)
         total = _Total(image_BE, text_BE, _gather(text_BE), _gather(image_BE), self._scale(image_BE.dtype))
         for length, weight in self._weighted_lengths(image_BE.shape[1]):
             for slots in ((0, 2, 4), (1, 3, 4)) if world > 1 else ((0, 2, 4),):
@@ -157,7 +157,7 @@ class SoftmaxLoss(ContrastiveLoss):
                 logits_BG = leaves[2] * _prefix(leaves[0], length) @ _prefix(leaves[1], length).T
                 # Where all pairs are here, the logits of the other direction are these, transposed.
                 dims = (1,) if world > 1 else (1, 0)
-                loss_B, gradient_BG = _cross_entropy(logits_BG.detach(), positive_BG, first, dims)
+                loss_B, gradient_BG = _cross_entropy(logits_BG.detach(), positive_BG, dims)
                 total.add(weight / 2, loss_B, gradient_BG, logits_BG, leaves, slots)
         return total
 
@@ -176,7 +176,7 @@ class SigmoidLoss(ContrastiveLoss):
         super().__init__(math.log(10), lengths, length_weights)
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor | None) -> _Total:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> _Total:
         world = _rank_and_world()[1]
         total = _Total(image_BE, text_BE, self._scale(image_BE.dtype), self.logit_bias.to(image_BE.dtype))
         chunk_BE, chunk_keys_KB = text_BE.detach(), keys_KB
@@ -184,20 +184,17 @@ class SigmoidLoss(ContrastiveLoss):
         # the texts walks with them and is home after `world` steps.
         for step in range(world):
             arriving = _Shift(chunk_BE, chunk_keys_KB) if step < world - 1 else None
-            positive_BB = None
-            if keys_KB is not None and chunk_keys_KB is not None:
-                positive_BB = _positives(keys_KB, chunk_keys_KB, first=0 if step == 0 else None)
+            positive_BB = _positives(keys_KB, chunk_keys_KB, first=0 if step == 0 else None)
             for length, weight in self._weighted_lengths(image_BE.shape[1]):
                 leaves = total.leaves(image_BE, chunk_BE, *total.inputs[2:])
                 scaled_BE = leaves[2] * _prefix(leaves[0], length)
                 logits_BB = torch.addmm(leaves[3], scaled_BE, _prefix(leaves[1], length).T)
-                loss_B, gradient_BB = _binary_entropy(logits_BB.detach(), positive_BB, own=step == 0)
+                loss_B, gradient_BB = _binary_entropy(logits_BB.detach(), positive_BB)
                 total.add(weight, loss_B, gradient_BB, logits_BB, leaves, (0, 1, 2, 3))
             if world > 1 and (text_gradient_BE := total.gradients[1]) is not None:
                 total.gradients[1] = _Shift(text_gradient_BE).wait()[0]
             if arriving is not None:
-                chunk_BE, *chunk_keys = arriving.wait()
-                chunk_keys_KB = chunk_keys[0] if chunk_keys else None
+                chunk_BE, chunk_keys_KB = arriving.wait()
         return total
 
 
@@ -245,49 +242,26 @@ class _Total:
         return cast(Tensor, _WithGradients.apply(loss, self.gradients, *self.inputs))
 
 
-def _cross_entropy(
-    logits_BG: Tensor, positive_BG: Tensor | None, first: int, dims: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Cross entropies along each of `dims`, added up per pair (B,), and the gradient of their sum.
-
-    Without `positive_BG`, the only positive of row i is column `first` + i.
-    """
-    loss_B, gradient_BG = logits_BG.new_zeros(len(logits_BG)), None
+def _cross_entropy(logits_BG: Tensor, positive_BG: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Cross entropies along each of `dims`, added up per pair (B,), and the gradient of their sum."""
+    loss_B, gradient_BG = logits_BG.new_zeros(len(logits_BG)), torch.zeros_like(logits_BG)
     for dim in dims:
         log_probs_BG = logits_BG.log_softmax(dim)
-        if positive_BG is None:
-            loss_B -= log_probs_BG.diagonal(first)
-            part_BG = log_probs_BG.exp_()
-            part_BG.diagonal(first).sub_(1)
-        else:
-            target_BG = positive_BG.to(logits_BG.dtype)
-            target_BG /= target_BG.sum(dim, keepdim=True)
-            loss_B -= (target_BG * log_probs_BG).sum(dim)
-            part_BG = log_probs_BG.exp_().sub_(target_BG)
-        gradient_BG = part_BG if gradient_BG is None else gradient_BG.add_(part_BG)
-    assert gradient_BG is not None
+        target_BG = positive_BG.to(logits_BG.dtype)
+        target_BG /= target_BG.sum(dim, keepdim=True)
+        loss_B -= (target_BG * log_probs_BG).sum(dim)
+        gradient_BG += log_probs_BG.exp_().sub_(target_BG)
     return loss_B, gradient_BG
 
 
-def _binary_entropy(logits_BB: Tensor, positive_BB: Tensor | None, own: bool) -> tuple[Tensor, Tensor]:
-    """-log sigmoid(+-logit), summed per row (B,), and the gradient of its sum, which overwrites the logits.
-
-    Without `positive_BB`, the positives are the diagonal where the chunk holds the images' `own` texts.
-    """
-    sign_BB = None if positive_BB is None else 1 - 2 * positive_BB.to(logits_BB.dtype)
+def _binary_entropy(logits_BB: Tensor, positive_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """-log sigmoid(+-logit), summed per row (B,), and the gradient of its sum, which overwrites the logits."""
     # -log sigmoid(-x) = softplus(x), so positives change their sign before, and their gradient after.
-    _flip(logits_BB, sign_BB, own)
+    sign_BB = 1 - 2 * positive_BB.to(logits_BB.dtype)
+    logits_BB.mul_(sign_BB)
     # torch's default threshold of 20 would be off by 2e-9: too coarse for float64.
     loss_B = F.softplus(logits_BB, threshold=50).sum(1)
-    _flip(logits_BB.sigmoid_(), sign_BB, own)
-    return loss_B, logits_BB
-
-
-def _flip(values_BB: Tensor, sign_BB: Tensor | None, own: bool) -> None:
-    if sign_BB is not None:
-        values_BB.mul_(sign_BB)
-    elif own:
-        values_BB.diagonal().neg_()
+    return loss_B, logits_BB.sigmoid_().mul_(sign_BB)
 
 
 def _prefix(unit_BE: Tensor, length: int) -> Tensor:
@@ -340,9 +314,9 @@ class _AllGather(torch.autograd.Function):
 class _Shift:
     """Tensors under way to the next rank of the ring; `wait` returns those of the rank before."""
 
-    def __init__(self, *tensors: Tensor | None) -> None:
+    def __init__(self, *tensors: Tensor) -> None:
         rank, world = _rank_and_world()
-        self.sent = [tensor.contiguous() for tensor in tensors if tensor is not None]
+        self.sent = [tensor.contiguous() for tensor in tensors]
         self.received = [torch.empty_like(tensor) for tensor in self.sent]
         sends = [dist.P2POp(dist.isend, tensor, (rank + 1) % world) for tensor in self.sent]
         receives = [dist.P2POp(dist.irecv, tensor, (rank - 1) % world) for tensor in self.received]
@@ -373,11 +347,8 @@ def _rank_and_world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor | None:
-    """Returns the given keys as int64 (K, B), or None, which spares the losses the matrix of targets.
-
-    Finding out whether keys repeat at all would make the CPU wait for the GPU in every step.
-    """
+def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor:
+    """Returns the given keys as int64 (K, B); without any a row of those that are shared by none."""
     rows = []
     for name, keys_B in named.items():
         if keys_B is None:
@@ -386,4 +357,4 @@ def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor | None:
             found = f"{keys_B.dtype} {tuple(keys_B.shape)}"
             raise ValueError(f"{name} is {found}, expected an integer per pair: ({len(like_BE)},)")
         rows.append(keys_B.to(like_BE.device, torch.int64))
-    return torch.stack(rows) if rows else None
+    return torch.stack(rows or [torch.full((len(like_BE),), -1, device=like_BE.device)])
