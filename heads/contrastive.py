@@ -3,8 +3,6 @@
 Shape letters: see `indiclip.types`; C classes, L trained embedding lengths, S texts: every caption of every image.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import chain
@@ -41,7 +39,7 @@ class Contrastive(Head):
         **common: Of every `Head`.
     """
 
-    metric: EmbeddingMetric
+    metric: "EmbeddingMetric"
     required_fields = ("caption",)
 
     def __init__(
@@ -62,7 +60,7 @@ class Contrastive(Head):
         self._languages: set[str] = set()  # of all captions that were trained on
         self.register_load_state_dict_post_hook(_forget_class_text)  # type: ignore[no-untyped-call]
 
-    def bind(self, encoder: Encoder) -> None:
+    def bind(self, encoder: "Encoder") -> None:
         make = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}[self.loss_name]
         self.criterion: ContrastiveLoss = make(lengths=encoder.lengths, length_weights=self.length_weights)
         self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
@@ -76,7 +74,7 @@ class Contrastive(Head):
                     "without a caption; `captioned: true` leaves them out"
                 )
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         captions = self.target(batch, "caption")
         self._class_text.clear()  # the weights are about to change
         image_BE = encoder.embed_features(features)
@@ -101,7 +99,7 @@ class Contrastive(Head):
         loss_K = torch.where(of_KB, pair_losses_B, 0).sum(1) / of_KB.sum(1)
         return dict(zip((f"loss/{name}" for name in names), loss_K, strict=True))
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
+    def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`image_E`, `text_E` (None without a caption), `hits_L` (zero-shot right at each length, where a class is
         known), `nearest` (the captions of this batch closest to the image, best first) and `texts_TE` (language ->
         embeddings of all its captions in it).
@@ -140,7 +138,7 @@ class Contrastive(Head):
         )
         return image_HW3, f"{target['caption']}\n— nearest:\n{nearest}"
 
-    def _zero_shot(self, image_BE: Tensor, batch: Batch, encoder: Encoder) -> list[Tensor | None]:
+    def _zero_shot(self, image_BE: Tensor, batch: Batch, encoder: "Encoder") -> list[Tensor | None]:
         """For each image whether the nearest class is the right one, at each trained length."""
         names, right_B = tuple(class_names(batch)), _labels(batch, image_BE)
         labels = right_B.tolist()
@@ -156,7 +154,7 @@ class Contrastive(Head):
         )
         return [hits_LB[:, i] if label >= 0 else None for i, label in enumerate(labels)]
 
-    def _class_embeddings(self, names: Sequence[str], encoder: Encoder) -> list[Tensor]:
+    def _class_embeddings(self, names: Sequence[str], encoder: "Encoder") -> list[Tensor]:
         """Mean of the templates' embeddings of each class, at each length (unit length)."""
         prompts = [template.replace("{}", name) for name in names for template in self.templates]
         full_CTE = encoder.embed_text(prompts).reshape(len(names), len(self.templates), -1)
@@ -299,7 +297,7 @@ def _captions(batch: Batch) -> list[dict[str, list[str]]]:
     return found
 
 
-def _embed_by_language(captions: list[dict[str, list[str]]], encoder: Encoder) -> dict[str, Tensor]:
+def _embed_by_language(captions: list[dict[str, list[str]]], encoder: "Encoder") -> dict[str, Tensor]:
     """Each text's embedding; one language after the other, so that batches stay small."""
     text_of: dict[str, Tensor] = {}
     for language in sorted({language for by in captions for language in by}):

@@ -8,8 +8,6 @@ Shape letters: see `indiclip.types`; C channels, Q queries, S cells of a token, 
 evaluation. H and W are rows and columns of tokens, or of cells where the name says so.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -67,7 +65,7 @@ class Counting(Head):
         ValueError: `prompt` without `{}`, or `upsample` below 1.
     """
 
-    metric: CountMetric
+    metric: "CountMetric"
     required_fields = ("count_class", "points_xy")
     predict_fields = ("count_class",)
     embeds_images = False
@@ -88,7 +86,7 @@ class Counting(Head):
         self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
         self.ask_boxes = ask_boxes
 
-    def bind(self, encoder: Encoder) -> None:
+    def bind(self, encoder: "Encoder") -> None:
         self.tokens = nn.Linear(encoder.backbone.width, self.channels)
         self.norm = nn.LayerNorm(self.channels, elementwise_affine=False)  # the text gives the scale and the shift
         self.film = nn.Linear(encoder.embed_dim, 2 * self.channels)
@@ -128,7 +126,7 @@ class Counting(Head):
         density_QSHW = F.softplus(self.density(self.layers(x_QCHW)).float()) * mask_Q1HW
         return F.pixel_shuffle(density_QSHW, self.upsample)[:, 0]
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         queries = self._queries(batch)
         device = features.tokens_BND.device
         image_Q = on_device(queries.images, device)
@@ -138,7 +136,7 @@ class Counting(Head):
         counts_QHW = self._counts(features, batch, queries, image_Q)
         return Losses(count_losses(density_QHW, counts_QHW, on_device(queries.known, device)))
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
+    def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
         prompts = [self.prompt.replace("{}", name) for name in self.target(batch, "count_class")]
         density_BHW = self(features, encoder.embed_text(prompts))

@@ -14,8 +14,6 @@ Shape letters: see `indiclip.types`; R windows of a batch, Q people of an image,
 K = 25 parts (0 is the background), h w cells of a window, k x k cells of a token on the fine map.
 """
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,7 +61,7 @@ class DensePose(Head):
         ValueError: A setting out of its range.
     """
 
-    metric: SurfaceMetric
+    metric: "SurfaceMetric"
     step: Tensor
 
     required_fields = predict_fields = ("dp_boxes_xyxy",)
@@ -95,7 +93,7 @@ class DensePose(Head):
         # Saved with the weights: the jitter of step n is the same after a resume. On the device, so never waited for.
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def bind(self, encoder: Encoder) -> None:
+    def bind(self, encoder: "Encoder") -> None:
         self.fine = nn.ConvTranspose2d(encoder.backbone.width, self.channels, self.upscale, stride=self.upscale)
         self.norm = LayerNorm2d(self.channels)  # over channels alone: no cell sees another one's statistics
         self.position_CHW = nn.Parameter(torch.zeros(self.channels, self.roi_size, self.roi_size))
@@ -125,7 +123,7 @@ class DensePose(Head):
             x_RChw = F.relu(conv(x_RChw))
         return Charts.split(self.charts(x_RChw).float(), self.coarse_classes)
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         """`coarse`, `part`, `u`, `v`; zero, with zero gradients, where nothing is annotated.
 
         A batch without people needs no special case: convolutions of no windows have gradients, zeros.
@@ -138,7 +136,7 @@ class DensePose(Head):
         losses = chart_losses(self(features, windows_R4, boxes.image_R), people)
         return Losses({name: self.loss_weights[name] * loss for name, loss in losses.items()})
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
+    def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`surfaces` of the ground-truth boxes."""
         boxes, windows_R4, _ = self._windows(batch)
         return self.surfaces(features, torch.split(windows_R4, boxes.counts))

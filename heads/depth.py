@@ -4,8 +4,6 @@ Shape letters: see `indiclip.types`; C channels, R images with a truth. H and W 
 cells where the name says so: each token is `upsample` cells wide and high.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +44,7 @@ class Depth(Head):
         self.check_range(1, channels=channels, upsample=upsample)
         self.channels, self.num_layers, self.upsample = channels, num_layers, upsample
 
-    def bind(self, encoder: Encoder) -> None:
+    def bind(self, encoder: "Encoder") -> None:
         self.tokens = nn.Conv2d(encoder.backbone.width, self.channels, 1)
         self.layers = nn.ModuleList(
             nn.Conv2d(self.channels, self.channels, 3, padding=1) for _ in range(self.num_layers)
@@ -66,13 +64,13 @@ class Depth(Head):
             x_BCHW = x_BCHW + layer(F.gelu(x_BCHW) * mask_B1HW)
         return F.pixel_shuffle(self.depth(F.gelu(x_BCHW)).float(), self.upsample)[:, 0]
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         depth_BHW = self(features)
         truth_BHW, known_BHW = self._truth(features, batch)
         error_BHW = (depth_BHW - truth_BHW).abs() * known_BHW
         return Losses({"l1": error_BHW.sum() / known_BHW.sum().clamp(min=1)})
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
+    def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`depth`: float32 (rows, columns) of cells, each `stride / upsample` pixels wide and high."""
         sizes_hw = batch["images"]["sizes_hw"]
         cell = features.stride / self.upsample

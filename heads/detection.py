@@ -4,8 +4,6 @@ Shape letters: see `indiclip.types`; A cells of all scales, C classes, R boxes o
 detections of an image.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -56,7 +54,7 @@ class Detection(Head):
         ValueError: `scales` is no such list, or not one of `num_classes` and `classes` is given.
     """
 
-    metric: DetectionMetric
+    metric: "DetectionMetric"
     required_fields = ("boxes_xyxy", "classes")
     embeds_images = embeds_text = False
 
@@ -92,7 +90,7 @@ class Detection(Head):
         self.detections_per_image, self.topk = detections_per_image, topk
         self.classes = classes
 
-    def bind(self, encoder: Encoder) -> None:
+    def bind(self, encoder: "Encoder") -> None:
         self.pyramid = Pyramid(encoder.backbone.width, self.out_channels, self.scales)
         self.towers = FCOSHead(self.out_channels, self.num_convs, self.num_classes)
         self.metric = DetectionMetric()
@@ -138,14 +136,14 @@ class Detection(Head):
         strides = [features.stride / scale for scale in self.scales]
         return outputs, make_locations(sizes_hw, strides, self.reach, map_BDHW.device)
 
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         outputs, locations = self(features)
         boxes, classes_R, crowd_R = self._truth(batch)
         radius = self.center_sampling_radius
         assigned = assign(locations, boxes.values.float(), classes_R, crowd_R, boxes.index_BM, radius)
         return Losses(fcos_losses(outputs, *assigned))
 
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
+    def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`boxes_xyxy` (K, 4) in resized pixels, `scores` (K,) in 0..1, best first, and `labels` (K,)."""
         outputs, locations = self(features)
         centerness_BA1 = outputs.centerness_BA.sigmoid()[..., None]

@@ -1,7 +1,5 @@
 """IndiCLIP trains vision encoders that understand India and the world."""
 
-from __future__ import annotations
-
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 

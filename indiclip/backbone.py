@@ -6,8 +6,6 @@ size; the smaller image lies in the canvas's upper left corner.
 Shape letters: see `indiclip.types`; C channels of a feature map.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """From a run or checkpoint on disk to the encoder it trained, without Lightning, a network or pickled code."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ Only this file knows model and data together: it links them, compares them befor
 into one line. Nothing heavy is imported until a command needs it.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import sys

@@ -3,8 +3,6 @@
 It knows no head, no Lightning and no config. Shape letters: see `indiclip.types`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 

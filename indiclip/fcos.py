@@ -9,8 +9,6 @@ convolution and count nowhere), and nothing waits for the GPU in training.
 Shape letters: see `indiclip.types`; A cells of all scales, C classes, R boxes of a batch, M boxes of an image.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, cast
 
@@ -72,7 +70,7 @@ class FCOSHead(nn.Module):
             nn.init.zeros_(cast(Tensor, layer.bias))
         nn.init.constant_(cast(Tensor, self.class_logits.bias), -math.log((1 - _PRIOR) / _PRIOR))
 
-    def forward(self, map_BDHW: Tensor, mask_BHW: Tensor) -> FCOSOutputs:
+    def forward(self, map_BDHW: Tensor, mask_BHW: Tensor) -> "FCOSOutputs":
         boxes_BDHW = self.box_tower(map_BDHW, mask_BHW)
         return FCOSOutputs(
             logits_BAC=_cells(self.class_logits(self.class_tower(map_BDHW, mask_BHW))),

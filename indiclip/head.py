@@ -4,8 +4,6 @@ A head borrows the encoder and reads precomputed features; it never runs the bac
 YAML names its class.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from abc import ABC, abstractmethod
@@ -89,7 +87,7 @@ class Head(nn.Module, ABC):
         check_range({f"heads.{self.name}.{name}": value for name, value in arguments.items()}, *limits)
 
     @abstractmethod
-    def bind(self, encoder: Encoder) -> None:
+    def bind(self, encoder: "Encoder") -> None:
         """Create the layers for this encoder's widths. Called once, before the optimizer sees the parameters."""
 
     def check(self, train: Datasets, held_out: Datasets) -> None:
@@ -100,11 +98,11 @@ class Head(nn.Module, ABC):
         """
 
     @abstractmethod
-    def loss(self, features: Features, batch: Batch, encoder: Encoder) -> Losses:
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         """Every parameter of the head gets a gradient, also for images without objects. Never waits for the device."""
 
     @abstractmethod
-    def predict(self, features: Features, batch: Batch, encoder: Encoder) -> list[Prediction]:
+    def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """One dict per image, in the resized image's pixels."""
 
     @abstractmethod

@@ -5,8 +5,6 @@ large the image has to be: a JPEG is then decoded at an eighth to the whole of i
 not applied: boxes and points are in the frame of the file as stored (COCO), and `Transform` turns both together.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import re

@@ -3,8 +3,6 @@
 Tried with Lightning 2.6.6. Each function says which hook or property is missing there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from subprocess import Popen
 from typing import Any

@@ -15,8 +15,6 @@ Shape letters: B pairs on this rank, W ranks, G = W * B pairs on all ranks, E em
 keys (labels, caption ids).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence
@@ -114,7 +112,7 @@ class ContrastiveLoss(nn.Module):
             self.pair_losses_B = total.loss_B
             return total.result()
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> _Total:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> "_Total":
         """Computes `forward` from unit vectors and the keys of `_stack_keys`."""
         raise NotImplementedError
 
@@ -146,7 +144,7 @@ class SoftmaxLoss(ContrastiveLoss):
     def __init__(self, lengths: list[int] | None = None, length_weights: list[float] | None = None) -> None:
         super().__init__(math.log(1 / 0.07), lengths, length_weights)
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> _Total:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> "_Total":
         rank, world = _rank_and_world()
         first = rank * len(image_BE)  # the column of this rank's first pair
         positive_BG = _positives(keys_KB, _all_gather(keys_KB.T).T, first)
@@ -176,7 +174,7 @@ class SigmoidLoss(ContrastiveLoss):
         super().__init__(math.log(10), lengths, length_weights)
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
-    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> _Total:
+    def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> "_Total":
         world = _rank_and_world()[1]
         total = _Total(image_BE, text_BE, self._scale(image_BE.dtype), self.logit_bias.to(image_BE.dtype))
         chunk_BE, chunk_keys_KB = text_BE.detach(), keys_KB

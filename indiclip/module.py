@@ -1,7 +1,5 @@
 """The training loop: every step sums every head's losses. Nothing here knows a task."""
 
-from __future__ import annotations
-
 import os
 import warnings
 import zlib

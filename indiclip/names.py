@@ -1,7 +1,5 @@
 """Valid names, for error messages."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 from collections.abc import Iterable, Mapping

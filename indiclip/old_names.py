@@ -1,7 +1,5 @@
 """Names of commit 67a1ab8 and what they are called now, so that old configs and checkpoints go on working."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Iterator

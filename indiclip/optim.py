@@ -1,7 +1,5 @@
 """What the optimizer steps with: parameter groups, schedules, and what a resumed run takes from its checkpoint."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, cast

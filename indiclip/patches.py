@@ -3,8 +3,6 @@
 Shape letters: see `indiclip.types`; C channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """YAML in which no key stands twice: PyYAML's loaders keep the last and drop the others without a word."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Hashable
 from typing import Any

@@ -8,8 +8,6 @@ Shape letters: see `indiclip.types`; R windows of a batch, S points of a batch o
 is the background), h w cells of a window.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +30,10 @@ class Charts(NamedTuple):
     v: Tensor
 
     @classmethod
-    def split(cls, maps_RChw: Tensor, coarse_classes: int) -> Charts:
+    def split(cls, maps_RChw: Tensor, coarse_classes: int) -> "Charts":
         return cls(*torch.split(maps_RChw, [coarse_classes, *[NUM_PARTS + 1] * 3], dim=1))
 
-    def doubled(self) -> Charts:
+    def doubled(self) -> "Charts":
         """Twice the cells a side, bilinear."""
         return Charts(*(F.interpolate(m, scale_factor=2, mode="bilinear", align_corners=False) for m in self))
 
@@ -68,7 +66,7 @@ class People(NamedTuple):
     uv_S2: Tensor
 
     @classmethod
-    def of(cls, targets: dict[str, Any], windows_R4: Tensor, size_R2: Tensor, size: int) -> People:
+    def of(cls, targets: dict[str, Any], windows_R4: Tensor, size_R2: Tensor, size: int) -> "People":
         """Collect a batch, given one window per person.
 
         Args:

@@ -3,8 +3,6 @@
 Shape letters: T tokens of the longest text in the batch (never a constant), D width; B texts.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import unicodedata

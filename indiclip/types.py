@@ -5,8 +5,6 @@ Shape letters used in the whole project:
     D token width, H W rows and columns of patches, E embedding length, T text tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, get_type_hints
@@ -128,7 +126,7 @@ class Rows:
         self.values, self.image_R, self.counts, self.known = values, image_R, counts, known
         self.on_host = values
 
-    def to(self, device: torch.device | str) -> Rows:
+    def to(self, device: torch.device | str) -> "Rows":
         """On the device, without waiting for it; back on the host it waits, so that nobody reads too early."""
         away = torch.device(device).type != "cpu"
         values, image_R = (part.to(device, non_blocking=away) for part in (self.values, self.image_R))
@@ -136,7 +134,7 @@ class Rows:
         moved.on_host = self.on_host
         return moved
 
-    def pin_memory(self) -> Rows:
+    def pin_memory(self) -> "Rows":
         return Rows(self.values.pin_memory(), self.image_R.pin_memory(), self.counts, self.known)
 
     @property

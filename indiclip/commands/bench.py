@@ -1,7 +1,5 @@
 """`indiclip bench cards`, `import`, `compare` and `leaderboard`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from indiclip.evals.cards.card import load_card

@@ -1,7 +1,5 @@
 """`indiclip bench --model ...`: score an encoder, ours or anyone's."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import itertools

@@ -3,8 +3,6 @@
 The same functions as in training decide what is unreadable; what is odd but can be used is a warning.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import re

@@ -1,7 +1,5 @@
 """What `indiclip check` does: the sources of a config are built as for training, and their samples are read."""
 
-from __future__ import annotations
-
 import re
 import sys
 from difflib import get_close_matches

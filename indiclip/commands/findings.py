@@ -1,7 +1,5 @@
 """What `check` found: counted, with the first examples, and written line by line."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """`indiclip shards index`: an index beside each shard."""
 
-from __future__ import annotations
-
 import errno
 import json
 from functools import partial

@@ -1,7 +1,5 @@
 """`indiclip shards pack`: files -> shards, checked on the way."""
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 from functools import partial

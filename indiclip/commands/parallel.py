@@ -1,7 +1,5 @@
 """The same work on many things, in processes, with a progress bar."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """What `check` and `stats` share: shards cut into ranges of samples, so that many processes can read one shard."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple

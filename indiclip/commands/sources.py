@@ -1,7 +1,5 @@
 """What `pack` makes shards of: a folder, a table, or a COCO file. Each gives the parts of a sample at a number."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """`indiclip shards stats`: what is in the shards."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any

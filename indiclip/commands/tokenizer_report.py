@@ -1,7 +1,5 @@
 """`indiclip tokenizer report`: what tokenizers make of texts, language by language, and whether bounds hold."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The words of a command: `commands.yaml` says what they are, and a mistake in them is one line."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import pkgutil

@@ -1,7 +1,5 @@
 """What every dataset can say of its samples without reading them."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

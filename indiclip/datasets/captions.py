@@ -1,7 +1,5 @@
 """Images captioned in several languages: a folder and a table."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

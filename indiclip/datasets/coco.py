@@ -4,8 +4,6 @@ Boxes are in the frame of the image file as stored, unless the size that the JSO
 its EXIF orientation. `Transform` turns image and boxes together.
 """
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -4,8 +4,6 @@ Ids are whole numbers or text. An image's may be text in one list and a number i
 as no two ids of a list may read alike. Everything else is taken as it stands or refused.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

@@ -1,7 +1,5 @@
 """Texts by language: parallel tables, tables with a column of languages, plain files."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

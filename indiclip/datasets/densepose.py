@@ -5,8 +5,6 @@ coarse body parts, `dp_x`, `dp_y` the annotated points (0 to 255), `dp_I` their 
 on the part's surface (0 to 1). See Güler et al. 2018, "DensePose: Dense Human Pose Estimation In The Wild".
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

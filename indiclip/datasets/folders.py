@@ -1,7 +1,5 @@
 """Image files in folders, for packing and scoring: what is read, and what is left out and why."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

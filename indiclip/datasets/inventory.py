@@ -1,7 +1,5 @@
 """What a user's files hold, and what of it is used: nothing is lost silently."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -56,7 +54,7 @@ class Inventory:
         counts = self._counts.items()
         return ((unit, reason, *found) for (kind, unit, reason), found in counts if kind == "left_out")
 
-    def __iadd__(self, other: Inventory) -> Inventory:
+    def __iadd__(self, other: "Inventory") -> "Inventory":
         self.present.update(other.present)
         self.used.update(other.used)
         for (kind, unit, reason), (count, example) in other._counts.items():
@@ -87,7 +85,7 @@ class Inventory:
         return units
 
     @classmethod
-    def of_summary(cls, summary: dict[str, Any], where: str = "") -> Inventory:
+    def of_summary(cls, summary: dict[str, Any], where: str = "") -> "Inventory":
         """From what `summary` gave; `where` begins every example."""
         inventory = cls()
         for unit, found in summary.items():

@@ -7,8 +7,6 @@ after a resume and with other numbers of workers and ranks; and it is no functio
 language sees other crops.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ pycocotools decodes them in C and checks nothing: a code that is too short leave
 large takes gigabytes. So every code is checked when the file is read.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Counting: images with a point on every object of one class."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import chain

@@ -1,7 +1,5 @@
 """The scripts of a text (Unicode's property Script), and the language where the script alone tells it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache, lru_cache
 

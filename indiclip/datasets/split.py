@@ -1,7 +1,5 @@
 """A held-out part of a dataset that has none of its own."""
 
-from __future__ import annotations
-
 import re
 from typing import Literal
 

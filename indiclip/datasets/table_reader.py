@@ -1,7 +1,5 @@
 """Tables of captions, images and classes: .csv, .tsv and .parquet, read alike for training, packing and scoring."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,7 +169,7 @@ class Table:
             names.append(found[0] if len(found) == 1 else "")
         return names
 
-    def images(self, name: str, folder: Path) -> tuple[list[str], EmbeddedImages | None]:
+    def images(self, name: str, folder: Path) -> "tuple[list[str], EmbeddedImages | None]":
         """The names of a column's images in their folder, and where the table holds the images themselves, these.
 
         Such images are called by their path, or by the table's name and the row where paths are missing or repeated.

@@ -1,7 +1,5 @@
 """What the datasets share: compact string columns, checks of file lists and boxes, stable hashes."""
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import io
@@ -36,7 +34,7 @@ class Strings:
         self._ends: np.ndarray = ends.astype(np.uint32) if ends[-1] < 2**32 else ends
 
     @classmethod
-    def of_buffers(cls, data: np.ndarray, ends: np.ndarray) -> Strings:
+    def of_buffers(cls, data: np.ndarray, ends: np.ndarray) -> "Strings":
         """From what `buffers` gave."""
         column = cls([])
         column._bytes, column._ends = data, ends

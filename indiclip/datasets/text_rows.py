@@ -7,8 +7,6 @@ inside. A cell whose quote is not closed, or goes on after it, makes a bad row; 
 unquoted: a cell in quotes with doubled quotes inside, or with a tab or line end. All are where the header is quoted.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Iterator
 
@@ -22,7 +20,7 @@ class _Lines:
         self.lines, self.place, self.first = lines, 0, 0
         self.is_row: Callable[[str], bool] = lambda line: False
 
-    def __iter__(self) -> _Lines:
+    def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:

@@ -3,8 +3,6 @@
 The command `indiclip bench` and the callback `IndiaBench` both run this; they differ in the model and in the ranks.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Shape letters: N images, M those of them that are scored, C classes, D of them c
 length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Two runs of the benchmark: what differs by more than chance, and which images changed."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ the number of torch's threads), and so the numbers are the same to the last digi
 Shape letters: N images, T texts, E embedding length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

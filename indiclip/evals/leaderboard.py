@@ -1,7 +1,5 @@
 """A file that collects runs of the benchmark, and the table made of it: `leaderboard.jsonl`, `.html` and `.md`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

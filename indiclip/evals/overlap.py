@@ -1,7 +1,5 @@
 """Which images of a benchmark are among the training shards, by picture or by caption: see `contamination`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

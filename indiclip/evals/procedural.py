@@ -4,8 +4,6 @@ Images are drawn when they are asked for. Those of the gallery, which probes are
 fonts, nor weaves and things, with those that are scored.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

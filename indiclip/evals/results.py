@@ -1,7 +1,5 @@
 """What a benchmark run found: scores, predictions, what was skipped, and the files that keep them."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

@@ -3,8 +3,6 @@
 Shape letters: see `indiclip.evals.card_scorer`; T texts, L lengths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the generated data sets share: checks of what they are asked for, a length, and names for their samples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, TypeVar

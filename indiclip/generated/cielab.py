@@ -4,8 +4,6 @@ sRGB after IEC 61966-2-1, white point D65 (2 degrees); CIEDE2000 after Sharma, W
 Color-Difference Formula", Color Research & Application 30 (2005). Arrays end in the three channels.
 """
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -5,8 +5,6 @@ characters one by one (signs in the wrong place, no conjuncts), and a library fo
 Each of them is an error here.
 """
 
-from __future__ import annotations
-
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache

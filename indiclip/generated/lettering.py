@@ -8,8 +8,6 @@ families, nor do a test word's distractors occur in training. Every other word i
     words[7]["image"], words[7]["caption"], words.candidates(7)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from numpy.random import Generator, default_rng

@@ -1,7 +1,5 @@
 """A word drawn as on a board: shaped text of any colour, slightly turned, stretched and blurred."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter

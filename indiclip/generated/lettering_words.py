@@ -7,8 +7,6 @@ Made-up words are syllables of the script's own letters. They follow its spellin
 cannot be guessed by a model that knows words but cannot read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -7,8 +7,6 @@ for (a few milliseconds), so the data set has no size on disk, workers share not
     mela[7]["image"], mela[7]["captions"]["hi"], mela[7]["boxes_xyxy"]
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

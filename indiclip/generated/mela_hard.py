@@ -1,7 +1,5 @@
 """The fair made difficult: clutter behind, look-alikes of one colour, sizes 1:8, turned and in front of each other."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Backgrounds, and where the sprites of a layout are placed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +30,7 @@ class Item:
     garment: str = ""
 
     @classmethod
-    def centred(cls, sprite: Sprite, x: float, y: float, kind: str, colour: str) -> Item:
+    def centred(cls, sprite: Sprite, x: float, y: float, kind: str, colour: str) -> "Item":
         """With its middle at (x, y)."""
         h, w = sprite.mask.shape
         return cls(sprite, round(y - h / 2), round(x - w / 2), kind, colour)

@@ -10,8 +10,6 @@ left upper leg; 11, 13 and 12, 14 lower leg; 15, 17 left and 16, 18 right upper 
 24 head. Here the first of two is the outer half of a limb (the right half of torso and head). Right is the person's.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ annotation of the image but what the image was made from. What ends up mostly hi
 everything that can be seen is labelled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

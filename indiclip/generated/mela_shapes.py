@@ -1,7 +1,5 @@
 """Silhouettes of the things of the fair and of clothes, as polygons; shapes.yaml holds them and says how to read it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 

@@ -4,8 +4,6 @@ A thing is drawn at twice the resolution and reduced, so its inner marks are smo
 the thing where at least half of it is covered.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ Captions are noun phrases whose parts need no agreement: a number follows its th
 पतंग: तीन"), and where a language marks the gender of what follows "of the colour", `of` holds that word per noun.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

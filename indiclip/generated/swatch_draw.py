@@ -3,8 +3,6 @@
 The median pixel of what is drawn is therefore the colour itself, to rounding, however deep the folds are.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

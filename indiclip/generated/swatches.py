@@ -8,8 +8,6 @@ Training and testing have other weaves and other things.
     swatches[7]["image"], swatches[7]["caption"], swatches.kind(7)
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.random import Generator, default_rng
 

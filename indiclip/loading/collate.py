@@ -1,7 +1,5 @@
 """Prepared samples -> a `Batch`: every field packed as its kind in `indiclip.types.Sample` says."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 from typing import Any
 

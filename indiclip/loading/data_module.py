@@ -1,7 +1,5 @@
 """Sources -> the loaders of a run. One element of the loader is one step: `{task: batch}`."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator

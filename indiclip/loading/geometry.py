@@ -3,8 +3,6 @@
 The geometry is torchvision's (transforms v2 on tv_tensors): what moves is wrapped in the tv_tensor of its kind.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

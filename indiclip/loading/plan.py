@@ -5,8 +5,6 @@ as a budget of tokens holds, from one source, and the steps are shared out by th
 they are is decided in `indiclip.loading.sampler`.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ samples of each, so that reads stay within a few shards. The samples in that ord
 into batches. Batches that end in the same window come in an order of their own.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -35,7 +33,7 @@ class BatchSpec(NamedTuple):
     max_tokens: int = 1  # of an image
     option: str = "max_tokens"  # that decides it, for messages
 
-    def fixed(self, longest: int) -> BatchSpec:
+    def fixed(self, longest: int) -> "BatchSpec":
         """With a token budget: as many samples as it holds, all of `longest` tokens."""
         assert self.tokens is not None
         return BatchSpec(self.tokens // longest // self.samples * self.samples)

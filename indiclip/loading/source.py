@@ -1,7 +1,5 @@
 """A source: which dataset a task reads, how much of it in a step, and how its images are prepared."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Step number -> this rank's samples of every task, read and prepared."""
 
-from __future__ import annotations
-
 import math
 import threading
 import warnings

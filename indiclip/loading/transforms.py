@@ -4,8 +4,6 @@ The geometry is torchvision's (transforms v2 on tv_tensors), so its transforms c
 Shape letters: see `indiclip.types`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any

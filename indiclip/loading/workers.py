@@ -5,8 +5,6 @@ it, because the main process has a step to finish with what they read and a chec
 more work for them, by its SIGKILL where they are stuck, and by the kernel's where it was killed itself.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import ctypes
@@ -47,7 +45,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 # What this process reads. A worker's is a part of the memory that it shares with the main process.
 _note: Any = bytearray(_NOTE.size)
-_all: weakref.WeakSet[Workers] = weakref.WeakSet()
+_all: "weakref.WeakSet[Workers]" = weakref.WeakSet()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """What a run shows while it trains: the start-up table, the progress line, task gradients."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """Heads, sources and the backbone fit together: found out before training starts."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """fit, validate, test and predict: LightningCLI with our model and data, checked before the first step."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

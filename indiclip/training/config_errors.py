@@ -1,7 +1,5 @@
 """A mistake in a config becomes one line: the key, what was found, what was expected, the nearest valid name."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

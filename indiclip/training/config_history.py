@@ -6,8 +6,6 @@ may change. The optimizer's values, which take effect at once, and how long, how
 Every change is listed at the start.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any

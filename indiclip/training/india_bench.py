@@ -8,8 +8,6 @@ trainer:
       init_args: {monitor: eval/india/edibles/hi/acc1, mode: max, every_n_train_steps: 1000}
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether the numbers that callbacks look at, their `monitor`, are logged, and are those of the weights they save."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from lightning import Callback, LightningModule, Trainer

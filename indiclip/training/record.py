@@ -1,7 +1,5 @@
 """What a run leaves in its folder: history, metrics, the report, predictions."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """Which folder a run writes to, and which checkpoint it goes on from."""
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import os

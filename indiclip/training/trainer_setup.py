@@ -1,7 +1,5 @@
 """What the command adds to the config's Trainer: callbacks, a logger, durable checkpoints; all in the run's folder."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

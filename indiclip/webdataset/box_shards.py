@@ -4,8 +4,6 @@ A sample's `.json` is the image's entry in the COCO file with its `captions` and
 `class` as a number from 0 in the order of the category ids.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from indiclip.datasets.coco import box_fields

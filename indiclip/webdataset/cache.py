@@ -4,8 +4,6 @@ A plain `.tar` on disk is read where it is. Anything else is brought whole into 
 ~/.cache/indiclip), and what has not been read for longest leaves when the copies exceed `INDICLIP_CACHE_GB` (100).
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import gzip

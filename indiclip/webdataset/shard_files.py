@@ -1,7 +1,5 @@
 """The bytes of shards, read at random from the files or their local copies."""
 
-from __future__ import annotations
-
 import errno
 import os
 import warnings

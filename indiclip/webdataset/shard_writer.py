@@ -1,7 +1,5 @@
 """Writes shards of the WebDataset format: all of them or none, the same bytes for the same samples."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -52,7 +50,7 @@ class ShardWriter:
         self._tar: tarfile.TarFile | None = None
         self._samples = self._bytes = 0
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> "ShardWriter":
         self._is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -5,8 +5,6 @@ a shard from its start, which cannot be resumed exactly. Only the extensions bel
 no link is followed.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zlib

@@ -4,8 +4,6 @@ Built once by a pass over the tar's headers, the images' headers and the labels;
 in the cache folder. Nothing in it can run code.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import re
@@ -93,7 +91,7 @@ class TarIndex:
             np.savez(target, about=encoded, rows=self.rows, key_bytes=buffers[0], key_ends=buffers[1])
 
     @classmethod
-    def load(cls, file: Path) -> TarIndex | None:
+    def load(cls, file: Path) -> "TarIndex | None":
         """Read an index; None where there is none that can be used."""
         if not file.exists():
             return None

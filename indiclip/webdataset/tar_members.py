@@ -5,8 +5,6 @@ memory, and calls itself for each header that adds to the next one. Here one hea
 that only grow; tarfile decodes single headers.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import tarfile

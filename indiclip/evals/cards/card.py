@@ -4,8 +4,6 @@ A card is a page of YAML: one of ours (`india/`, `world/`) or a file of the user
 `indiclip.evals.images.layouts`.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence

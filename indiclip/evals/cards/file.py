@@ -5,8 +5,6 @@ Keys of a card: `title`, `task`, `classes`, `prompts`, and `metric`, `chance`, `
 `confusable_with`, `facts` where there are any. `romanised` are names made by rule, see tools/romanise.py.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

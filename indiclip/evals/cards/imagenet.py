@@ -3,8 +3,6 @@
 Sources: timm's WordNet table; G. Geigle, R. Timofte, G. Glavaš, "Babel-ImageNet", 2023, whose file the user has.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Cards as text for a terminal."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@
 - Crossmodal-3600's `captions.jsonl`: a line per image, `{"image/key": ..., "hi": {"caption": [...]}, ...}`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple

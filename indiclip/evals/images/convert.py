@@ -5,8 +5,6 @@ clip-benchmark 1.6 reads as `wds/`: classnames.txt, zeroshot_classification_temp
 retrieval dataset_type.txt and captions in `.txt`, a line each.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import re

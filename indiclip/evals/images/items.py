@@ -1,7 +1,5 @@
 """The images of a card, read lazily, and what is right about each."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,7 +57,7 @@ class Items:
         """bool, which images are scored: all but the gallery."""
         return np.ones(len(self), bool) if self.is_train is None else ~self.is_train
 
-    def select(self, places: Iterable[int]) -> Items:
+    def select(self, places: Iterable[int]) -> "Items":
         """The items at these places, in this order."""
         kept = list(places)
         return replace(
@@ -74,7 +72,7 @@ class Items:
             notes=list(self.notes),
         )
 
-    def without(self, places: Iterable[int]) -> Items:
+    def without(self, places: Iterable[int]) -> "Items":
         """The items but for these places, such as those of images that turned out to be unreadable."""
         dropped = set(places)
         return self.select(place for place in range(len(self)) if place not in dropped)

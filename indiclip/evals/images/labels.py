@@ -1,7 +1,5 @@
 """Labels, by name and never by number: a list of classes in another order must not count wrong."""
 
-from __future__ import annotations
-
 import random
 import unicodedata
 from collections import defaultdict

@@ -12,8 +12,6 @@ A class is called by its id or its English name. Images of the split `train` are
 scored, or `val` where there is no `test`.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from itertools import chain

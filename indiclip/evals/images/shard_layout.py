@@ -1,7 +1,5 @@
 """Items in shards of the WebDataset format, clip-benchmark's folders among them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

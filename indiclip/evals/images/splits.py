@@ -1,7 +1,5 @@
 """Which part of a data set is scored: `test`, or `val` where there is none; `train` is the gallery of probes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

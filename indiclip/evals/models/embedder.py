@@ -3,8 +3,6 @@
 Shape letters: see `indiclip.types`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,5 @@
 """From a folder, file or name to an external model: all local, nothing unpickled but tensors, nothing left random."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ the library's documented use gives. Only the picture that goes in is ours for al
 white.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Which library a `--model` is of; see `indiclip.evals.models.embedder.load_embedder`."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The section of one card in the benchmark's report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

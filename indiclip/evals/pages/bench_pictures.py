@@ -1,7 +1,5 @@
 """What the model got right and wrong, in pictures."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple

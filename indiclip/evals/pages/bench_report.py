@@ -1,7 +1,5 @@
 """`report.html` of the benchmark: one self-contained page with every number, mistake and gap of a run."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path

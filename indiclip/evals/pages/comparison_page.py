@@ -1,7 +1,5 @@
 """Two runs of the benchmark side by side, as one self-contained page."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from pathlib import Path
 

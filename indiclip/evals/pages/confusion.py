@@ -1,7 +1,5 @@
 """Which class was taken for which: counts and the worst pairs."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A benchmark run as a table for the terminal."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How people read a number of the benchmark: its words, and how its colour and length show it."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """HTML pages that stand alone, from the templates beside this file: every word that is put into them is escaped."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

@@ -1,7 +1,5 @@
 """Pictures of scored images, for reports."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

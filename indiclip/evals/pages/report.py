@@ -1,7 +1,5 @@
 """`report.html`: one self-contained page with a run's curves, every metric, and pictures from held-out data."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from pathlib import Path
@@ -57,7 +55,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
 
 
 @torch.no_grad()
-def held_out_pictures(module: MultiTask, batches: list[dict[str, Batch]], per_head: int) -> dict[str, list[Picture]]:
+def held_out_pictures(module: "MultiTask", batches: list[dict[str, Batch]], per_head: int) -> dict[str, list[Picture]]:
     """Let every head draw its predictions on held-out images.
 
     Args:

@@ -10,8 +10,6 @@ page) or a caption without a word. Those are counted and never found, else they 
 Shape letters: N benchmark items, M training items, P pairs that agree in a band of bits.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import sys

@@ -3,8 +3,6 @@
 Shape letters: N vectors, E embedding length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

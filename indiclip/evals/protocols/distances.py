@@ -3,8 +3,6 @@
 Shape letters: N pairs of places.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 EARTH_RADIUS_KM = 6371.0088  # mean radius (2a + b) / 3 of WGS 84 (Moritz, Geodetic Reference System 1980)

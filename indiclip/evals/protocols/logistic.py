@@ -13,8 +13,6 @@ the plain coordinates hundreds.
 Shape letters: N samples, E length, A = E + 1 coordinates (the last is the intercept), C classes, F splits.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import NamedTuple
 

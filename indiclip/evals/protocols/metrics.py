@@ -14,8 +14,6 @@ be sure: with N images and no miss, up to 3 / N of others may be missed (Hanley 
 Shape letters: N images, T captions, C classes, S cells that occur, R resamples.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 

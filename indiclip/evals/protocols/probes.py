@@ -9,8 +9,6 @@ Shape letters: N images, M of them predicted, G gallery, B rows at a time, E emb
 the gallery, K neighbours, F folds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Shape letters: N images, T texts, D classes with a text, M images of those classes, E embedding length.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

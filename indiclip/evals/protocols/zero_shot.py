@@ -4,8 +4,6 @@ Shape letters: N images, M of them scored, P prompts, C classes of a card, D of 
 E embedding length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

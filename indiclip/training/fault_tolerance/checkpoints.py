@@ -3,8 +3,6 @@
 See `manifest` for what makes a checkpoint provably whole.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

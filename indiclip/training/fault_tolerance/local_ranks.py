@@ -1,7 +1,5 @@
 """The ranks of a run end together: none is left waiting for one that is gone."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

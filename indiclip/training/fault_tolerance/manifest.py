@@ -4,8 +4,6 @@ A row is added before its file is put in place, and the rows of the file that it
 instant, whatever is killed, a file with a listed hash is whole and any other one is torn.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

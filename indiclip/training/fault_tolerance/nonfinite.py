@@ -1,7 +1,5 @@
 """A step whose loss or gradient is not finite changes nothing, on any rank."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Signals: finish the step, save, leave with the code that a scheduler understands, and be queued again."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

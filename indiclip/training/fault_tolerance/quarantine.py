@@ -1,7 +1,5 @@
 """Unreadable samples: one list for the run, whatever the number of ranks, and an end when there are too many."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What all ranks of a run do together."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A validation that was due when a run stopped is made up for when it goes on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Once in each optimizer step all ranks tell each other what only one of them may know, in one small reduction."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Reports a stalled run: what each rank is doing, what its loader's workers are reading, and all their stacks."""
 
-from __future__ import annotations
-
 import faulthandler
 import itertools
 import os
@@ -29,7 +27,7 @@ _STANDARD_LIBRARY = Path(os.__file__).parent
 def _hook(what: str, ended: bool = False) -> Callable[..., None]:
     """A hook that notes what the rank does now, and that a step has `ended` before."""
 
-    def hook(self: Watchdog, trainer: Trainer, *arguments: Any) -> None:
+    def hook(self: "Watchdog", trainer: Trainer, *arguments: Any) -> None:
         batch_idx = next((argument for argument in arguments if isinstance(argument, int)), 0)
         then = what.format(step=trainer.global_step + 1, held_out=batch_idx + 1)
         (self._ended if ended else self._does)(then)
