@@ -47,7 +47,7 @@ class Head(nn.Module, ABC):
 
     Args:
         task: Which of the step's batches this head reads. Heads that name the same task share one batch and its
-            features. None is the file's name in `heads/`.
+            features. None is the file's name in `heads/`, also of a head that is made from it in another file.
         weight: Factor of this head's losses in the step's total.
         name: Log prefix, `train/<name>/<loss>`; None is the file's name. Two heads of one class need it.
 
@@ -74,10 +74,10 @@ class Head(nn.Module, ABC):
 
     def __init__(self, task: str | None = None, weight: float = 1.0, name: str | None = None) -> None:
         super().__init__()
-        own = type(self).__module__.rpartition(".")[2]
-        self.task = own if task is None else task
+        own, direct = type(self), next(kind for kind in type(self).__mro__ if Head in kind.__bases__)
+        self.task = direct.__module__.rpartition(".")[2] if task is None else task
         self.weight = weight
-        self.name = own if name is None else name
+        self.name = own.__module__.rpartition(".")[2] if name is None else name
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected letters, digits, _ and -")
         self.check_range(weight=weight)

@@ -67,7 +67,7 @@ def hostile_members(folder):
         members |= {f"good{key}.png": png(key * 20, (24, 16)), f"good{key}.txt": f"a scene number {key}"}
     for orientation in range(1, 9):
         members |= {f"exif{orientation}.jpg": jpeg(orientation=orientation), f"exif{orientation}.txt": "turned"}
-    texts = {"none": "None", "na": "NA", "long": "दीया " * 20_000, "nul": "a\0b", "bom": "\ufeffdiya", "space": " x \n"}
+    texts = {"none": "None", "na": "NA", "long": "दीया " * 20_000, "bom": "\ufeffdiya", "space": " x \n"}
     for key, text in texts.items():
         members |= {f"{key}.png": png(9, (24, 16)), f"{key}.txt": text}
     members |= {"cmyk.jpg": jpeg("CMYK"), "cmyk.txt": "four inks"}
@@ -77,7 +77,7 @@ def hostile_members(folder):
             ">II", 2**31 - 1, 2**31 - 1) + bomb(16, 16)[24:], "txt": "boom"},
         "pickle": {"png": trap, "txt": "x"}, "torn": {"jpg": jpeg()[:300], "txt": "x"},
         "nested": {"png": png(), "json": "[" * 200_000}, "surrogate": {"png": png(), "json": '{"text": "\\udc80"}'},
-        "blank": {"png": png(), "txt": "\n"}, "svg": {"png": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "txt": "x"},
+        "blank": {"png": png(), "txt": "\n"}, "nul": {"png": png(), "txt": "a\0b"}, "svg": {"png": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "txt": "x"},
     }  # fmt: skip
     for key, parts in bad.items():
         members |= {f"{key}.{kind}": data for kind, data in parts.items()}

@@ -56,7 +56,7 @@ class IndiCLI(LightningCLI):
 
     def __init__(self) -> None:
         _quieten()
-        check_yaml(config_files(sys.argv))
+        check_yaml(config_files(sys.argv[1:]))
         # Lightning's Timer has an enum for a default.
         yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
         set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))

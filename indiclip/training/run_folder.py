@@ -102,7 +102,7 @@ def remove_unused(folder: Path, trial: bool, is_new: bool) -> None:
 
 
 def _run_name(config: Any, subcommand: str) -> str:
-    files = config_files(sys.argv)
+    files = config_files(sys.argv[1:])
     name = config.get("name") or (Path(files[0]).stem if files else subcommand)
     if "/" in name or name in ("", ".", ".."):
         raise ValueError(f"--name: {name!r} must be a plain folder name")
