@@ -77,7 +77,8 @@ def hostile_members(folder):
             ">II", 2**31 - 1, 2**31 - 1) + bomb(16, 16)[24:], "txt": "boom"},
         "pickle": {"png": trap, "txt": "x"}, "torn": {"jpg": jpeg()[:300], "txt": "x"},
         "nested": {"png": png(), "json": "[" * 200_000}, "surrogate": {"png": png(), "json": '{"text": "\\udc80"}'},
-        "blank": {"png": png(), "txt": "\n"}, "nul": {"png": png(), "txt": "a\0b"}, "svg": {"png": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "txt": "x"},
+        "blank": {"png": png(), "txt": "\n"}, "nul": {"png": png(), "txt": "a\0b"},
+        "svg": {"png": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "txt": "x"},
     }  # fmt: skip
     for key, parts in bad.items():
         members |= {f"{key}.{kind}": data for kind, data in parts.items()}
