@@ -69,17 +69,16 @@ def _quoted(feed: _Lines, delimiter: str) -> tuple[list[str] | None, str]:
 
 
 def _row_test(header: list[str], is_csv: bool, image_column: str) -> Callable[[str], bool]:
-    """Whether a line is a row by itself: its columns are the header's, and in a .csv one names an image."""
-    if not is_csv:
-        return lambda line: line.count("\t") == len(header) - 1 > 0
+    """Whether a line is a row by itself: its columns are the header's, and one names an image (or a .tsv has none)."""
     place = [name.strip() for name in header].index(image_column) if header.count(image_column) == 1 else -1
 
     def is_row(line: str) -> bool:
         try:
-            cells = next(csv.reader([line]), [])
+            cells = next(csv.reader([line]), []) if is_csv else line.strip("\r\n").split("\t")
         except csv.Error:  # too long
             return False
-        return place >= 0 and len(cells) == len(header) and is_image_name(cells[place].strip())
+        names_image = is_image_name(cells[place].strip(' "')) if 0 <= place < len(cells) else not is_csv
+        return names_image and len(cells) == len(header) > 1
 
     return is_row
 
