@@ -223,7 +223,7 @@ def test_a_budget_that_holds_no_batch_is_said():
         Plan("t", [SourceInfo(10), SourceInfo(10)], [1000, 1], BatchSpec(8, 1000, 16), 0)
     with pytest.raises(ValueError, match="task 't' needs one of batch_size and batch_tokens"):
         Source("t", Numbers("a", 3))
-    with pytest.raises(ValueError, match="batch_tokens of task 't' is 0; expected 1 or more"):
+    with pytest.raises(ValueError, match="batch_tokens of task 't': found 0; expected 1 or more"):
         Source("t", Numbers("a", 3), batch_tokens=0)
 
 
