@@ -17,6 +17,7 @@ keys (labels, caption ids).
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -46,7 +47,7 @@ def caption_ids(captions: Sequence[str]) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests], dtype=torch.int64)
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(nn.Module, ABC):
     """What both losses share: the interface, the temperature and the Matryoshka lengths.
 
     Args:
@@ -112,9 +113,9 @@ class ContrastiveLoss(nn.Module):
             self.pair_losses_B = total.loss_B
             return total.result()
 
+    @abstractmethod
     def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> "_Total":
         """Computes `forward` from unit vectors and the keys of `_stack_keys`."""
-        raise NotImplementedError
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
         """Returns the factor on the cosines (1,), at most 100.

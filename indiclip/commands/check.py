@@ -89,10 +89,8 @@ def _shard(url: str) -> tuple[int, Inventory, list[Finding]]:
         kind = "duplicate member" if DUPLICATED in lost.reason else "broken shard"
         found.append(Finding(kind, shown, lost.key, lost.reason))
     inventory = shards.contents()
-    try:
-        inventory.check_used("")
-    except ValueError as error:
-        found.append(Finding("nothing to learn", shown, "", str(error).removeprefix(": ")))
+    if unused := inventory.unused():
+        found.append(Finding("nothing to learn", shown, "", unused))
     if count := inventory.present["samples"] - inventory.used["samples"]:
         found.append(Finding("text without an image", shown, "", f"keys without {', '.join(IMAGES)}: {count:,}"))
     return len(shards), inventory, found

@@ -68,17 +68,13 @@ def run(
         left_out_file = writer.part / f"{name}-left-out.jsonl"
         with left_out_file.open("w", encoding="utf-8") as left_out:
             for packed in results(partial(read_sample, items), order, workers, "samples"):
+                key = keys[packed.place]
                 if packed.kind:
-                    shown, key = items.names[packed.place], keys[packed.place]
-                    inventory.present["samples"] += 1
-                    inventory.leave_out("samples", packed.kind, f"{shown}: {packed.reason}")
-                    left_out.write(json_line({"name": shown, "key": key, "reason": packed.reason}))
-                    inventory.present.update(packed.held)
-                    inventory.used.subtract(made_of := items.made_of(packed.place))
-                    for unit, count in (packed.held | made_of).items():
-                        inventory.leave_out(unit, "of samples that are left out", shown, count)
+                    _leave_out(packed, items, inventory)
+                    row = {"name": items.names[packed.place], "key": key, "reason": packed.reason}
+                    left_out.write(json_line(row))
                 else:
-                    writer.add(keys[packed.place], packed.members)
+                    writer.add(key, packed.members)
                     packed.held.pop("boxes", 0)  # their shard counts them
                     inventory.present.update(packed.held)
                     inventory.used.update(packed.held)
@@ -96,6 +92,17 @@ def run(
     if not writer.shards and not images and any(kind == _NO_FILE for _, kind, *_ in inventory.left_out()):
         print(f"  expected the images in {items.folder}; --images says where else they are")
     return 0 if writer.shards else 1
+
+
+def _leave_out(packed: Packed, items: Items, inventory: Inventory) -> None:
+    """Count a sample that is not written, and what it holds and is made of."""
+    shown = items.names[packed.place]
+    inventory.present["samples"] += 1
+    inventory.leave_out("samples", packed.kind, f"{shown}: {packed.reason}")
+    inventory.present.update(packed.held)
+    inventory.used.subtract(made_of := items.made_of(packed.place))
+    for unit, count in (packed.held | made_of).items():
+        inventory.leave_out(unit, "of samples that are left out", shown, count)
 
 
 def _check_classes(source: Items, classes: list[str] | None, class_file: Path, name: str) -> None:

@@ -68,11 +68,17 @@ class Inventory:
             sums[unit] += count
         assert +sums == +self.present, f"present {dict(self.present)}, used and left out {dict(sums)}"
 
-    def check_used(self, where: str) -> None:
-        """Raise a ValueError, which begins with `where`, where there is a unit of which nothing is used."""
+    def unused(self) -> str:
+        """What is said of the first unit that is there and of which nothing is used; empty where there is none."""
         for line, (unit, count) in zip(self.lines(), self.present.items(), strict=True):
             if count and not self.used[unit]:
-                raise ValueError(f"{where}: none of the {unit} can be used: {line}")
+                return f"none of the {unit} can be used: {line}"
+        return ""
+
+    def check_used(self, where: str) -> None:
+        """Raise a ValueError, which begins with `where`, where there is a unit of which nothing is used."""
+        if unused := self.unused():
+            raise ValueError(f"{where}: {unused}")
 
     def summary(self) -> dict[str, Any]:
         """Unit -> `{present, used, altered, left_out}`, for JSON; the last two are `{reason: {count, example}}`."""
