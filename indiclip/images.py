@@ -7,11 +7,12 @@ not applied: boxes and points are in the frame of the file as stored (COCO), and
 
 import errno
 import io
+import os
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -201,7 +202,8 @@ def read_image(path: Path, key: str) -> EncodedImage:
         OSError: The machine is in trouble.
     """
     try:
-        return EncodedImage(path.read_bytes(), key, str(path))
+        with _open(path) as file:
+            return EncodedImage(file.read(), key, str(path))
     except OSError as error:
         if is_trouble(error):
             raise
@@ -214,7 +216,7 @@ def read_header(path: Path) -> EncodedImage:
     Raises:
         UnreadableSample: The file is no readable image, naming it.
     """
-    with path.open("rb") as file:
+    with _open(path) as file:
         return header(file.read(HEAD_BYTES), path.read_bytes, str(path), str(path))
 
 
@@ -237,6 +239,11 @@ def header(head: bytes, whole: Callable[[], bytes], key: str = "", file: str = "
         if len(head) < HEAD_BYTES:
             raise
         return EncodedImage(whole(), key, file)
+
+
+def _open(path: Path) -> BinaryIO:
+    """An empty file in place of a pipe, which might never be written to."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: PTH123
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -210,12 +210,19 @@ def test_a_missing_file_is_unreadable(tmp_path):
         read_image(tmp_path / "gone.jpg", "k")
 
 
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "0.jpg")
+    for read in (read_header, lambda path: read_image(path, "k")):
+        with pytest.raises(UnreadableSample, match=r"found 0 beginning b''"):
+            read(tmp_path / "0.jpg")
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE])
 def test_no_image_is_to_blame_for_the_machine(tmp_path, monkeypatch, number):
-    def fail(path):
+    def fail(path, flags):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):
         read_image(tmp_path / "a.jpg", "k")
 

@@ -67,10 +67,15 @@ def test_json_gives_caption_and_label_under_either_name(tmp_path):
     assert [(only_caption(s), s["label"]) for s in shards] == [("x", 2), ("y", 0), ("w", -1)]
 
 
-def test_txt_and_cls_go_before_json(tmp_path):
-    members = {"0.png": png(), "0.json": '{"caption": "j", "label": 5}', "0.txt": "t", "0.cls": "4"}
-    sample = Shards(write_tar(tmp_path / "a.tar", members))[0]
-    assert (only_caption(sample), sample["label"]) == ("t", 4)
+def test_a_caption_of_the_json_beside_the_txt_is_one_more_and_cls_goes_before_json(tmp_path):
+    said = {"same": ("t", {"caption": "t ", "text": 3}), "other": ("t", {"caption": "j", "label": 5})}
+    said["in a language"] = ("t", {"caption": "j", "language": "de", "captions": {"de": "t", "hi": "h"}})
+    members = {f"{i}.txt": text for i, (text, _) in enumerate(said.values())}
+    members |= {f"{i}.json": json.dumps(entry) for i, (_, entry) in enumerate(said.values())}
+    members |= {f"{i}.png": png() for i in range(3)} | {f"{i}.cls": "4" for i in range(3)}
+    samples = list(Shards(write_tar(tmp_path / "a.tar", members)))
+    assert [sample["captions"] for sample in samples] == [{"": ["t"]}, {"": ["t", "j"]}, {"de": ["t", "j"], "hi": ["h"]}]
+    assert [sample["label"] for sample in samples] == [4, 4, 4]
 
 
 def test_the_template_captions_what_has_no_text(tmp_path):

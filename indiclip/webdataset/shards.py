@@ -33,10 +33,9 @@ _NUMBERED = re.compile(r"_[1-9]\d*$")
 class Shards(SampleDataset):
     """Samples with `image`, and `captions`, `label` where the shards have them.
 
-    A caption is the `.txt`, else `caption` or `text` of the `.json`, else made from the class; `language` or `lang` of
-    the `.json` says its language. `captions` of the `.json` are an object, language -> text or texts, or a list of
-    texts in that language: with the caption, they take turns. A label is the `.cls`, else `label` or `cls` of the
-    `.json`.
+    Captions are the `.txt` and `caption` of the `.json`, else its `text`, else one made from the class; `language` or
+    `lang` of the `.json` says their language. `captions` of the `.json` are an object, language -> text or texts, or a
+    list of texts in that language. They take turns. A label is the `.cls`, else `label` or `cls` of the `.json`.
 
     Args:
         urls: Files, globs or brace expansions (`train-{0000..0009}.tar.gz`), or what fsspec opens (`s3://`, `gs://`,
@@ -319,10 +318,10 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
         where = f"captions of the .json: {language}" if language else "captions of the .json"
         listed = more if isinstance(more, list) else [more]
         texts.setdefault(tag, []).extend(_checked_text(where, text) for text in listed)
-    caption: Any = entry.get("text") if entry.get("caption") is None else entry["caption"]
-    if "txt" in parts:
-        caption = decode_text(parts["txt"], "the .txt")
-    if caption is not None:
+    beside = [decode_text(parts["txt"], "the .txt") if "txt" in parts else None, entry.get("caption")]
+    for caption in [entry.get("text")] if beside == [None, None] else reversed(beside):
+        if caption is None:
+            continue
         caption = _checked_text("the caption", caption)
         # One that declares no language is mostly one of the others again.
         if own or not any(caption in of_language for of_language in texts.values()):
