@@ -243,7 +243,7 @@ def header(head: bytes, whole: Callable[[], bytes], key: str = "", file: str = "
 
 def _open(path: Path) -> BinaryIO:
     """An empty file in place of a pipe, which might never be written to."""
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: PTH123
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

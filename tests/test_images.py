@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zlib
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -74,7 +74,11 @@ def test_a_caption_of_the_json_beside_the_txt_is_one_more_and_cls_goes_before_js
     members |= {f"{i}.json": json.dumps(entry) for i, (_, entry) in enumerate(said.values())}
     members |= {f"{i}.png": png() for i in range(3)} | {f"{i}.cls": "4" for i in range(3)}
     samples = list(Shards(write_tar(tmp_path / "a.tar", members)))
-    assert [sample["captions"] for sample in samples] == [{"": ["t"]}, {"": ["t", "j"]}, {"de": ["t", "j"], "hi": ["h"]}]
+    assert [sample["captions"] for sample in samples] == [
+        {"": ["t"]},
+        {"": ["t", "j"]},
+        {"de": ["t", "j"], "hi": ["h"]},
+    ]
     assert [sample["label"] for sample in samples] == [4, 4, 4]
 
 
