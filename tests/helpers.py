@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.loading.collate import pack
 from indiclip.patches import batch_images
 from indiclip.text import ByteTokenizer, TextTower
-from indiclip.types import Batch
+from indiclip.types import Batch, Features
 
 ARCHITECTURE = {
     "model_type": "bert",
@@ -49,6 +50,22 @@ def caption_batch(captions: list[str], labels: list[int] | None = None, side: in
     images = batch_images([noise(side, side, i) for i in range(len(captions))], 8, 64)
     targets = packed({"caption": captions} | ({"label": labels} if labels else {}))
     return Batch(images=images, targets=targets, keys=[str(i) for i in range(len(captions))])
+
+
+def features_of(maps_HWD: list[Tensor], stride: int = 8) -> Features:
+    """Token maps of any sizes as one padded batch, shuffled; the padding holds numbers that must not matter."""
+    grid_hw = (max(m.shape[0] for m in maps_HWD), max(m.shape[1] for m in maps_HWD))
+    full = all(m.shape[:2] == grid_hw for m in maps_HWD)
+    B, N, D = len(maps_HWD), max(m.shape[0] * m.shape[1] for m in maps_HWD), maps_HWD[0].shape[-1]
+    tokens_BND, coords_BN2 = torch.full((B, N, D), 7.0), torch.zeros(B, N, 2, dtype=torch.long)
+    valid_BN = torch.zeros(B, N, dtype=torch.bool)
+    for i, map_HWD in enumerate(maps_HWD):
+        rows, columns, _ = map_HWD.shape
+        order = torch.arange(rows * columns) if full else torch.randperm(rows * columns)  # maps alike need no places
+        tokens_BND[i, : len(order)] = map_HWD.reshape(-1, D)[order]
+        coords_BN2[i, : len(order)] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[order]
+        valid_BN[i, : len(order)] = True
+    return Features(tokens_BND, coords_BN2, None if full else valid_BN, grid_hw, stride)
 
 
 def packed(lists: dict[str, list[Any]]) -> dict[str, Any]:

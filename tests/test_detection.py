@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from helpers import on_ranks, packed
+from helpers import features_of, on_ranks, packed
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -35,22 +35,6 @@ def head_for(stride: int = 8, num_classes: int | None = 3, **options: Any) -> De
 
 def encoder_with(stride: int = 8) -> Encoder:
     return cast(Encoder, SimpleNamespace(backbone=SimpleNamespace(width=WIDTH, stride=stride)))
-
-
-def features_of(maps_HWD: list[Tensor], stride: int = 8) -> Features:
-    """Token maps of any sizes as one padded batch; the padding holds numbers that must not matter."""
-    B, N, D = len(maps_HWD), max(m.shape[0] * m.shape[1] for m in maps_HWD), maps_HWD[0].shape[-1]
-    tokens_BND, coords_BN2 = torch.full((B, N, D), 7.0), torch.zeros(B, N, 2, dtype=torch.long)
-    valid_BN = torch.zeros(B, N, dtype=torch.bool)
-    for i, map_HWD in enumerate(maps_HWD):
-        rows, columns, _ = map_HWD.shape
-        n = rows * columns
-        tokens_BND[i, :n] = map_HWD.reshape(n, D)
-        coords_BN2[i, :n] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        valid_BN[i, :n] = True
-    grid_hw = (max(m.shape[0] for m in maps_HWD), max(m.shape[1] for m in maps_HWD))
-    full = all(m.shape[:2] == grid_hw for m in maps_HWD)
-    return Features(tokens_BND, coords_BN2, None if full else valid_BN, grid_hw, stride)
 
 
 def batch_of(
