@@ -472,3 +472,13 @@ def test_what_a_web_server_answers_is_said_without_a_signature():
         server.shutdown()
     with pytest.raises(FileNotFoundError, match=f"^{where}: Cannot connect to host 127.0.0.1"):
         cache.stat(where)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INDICLIP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(FileExistsError, match="INDICLIP_CACHE names another folder.*file'$"):
+        cache.folder()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("INDICLIP_CACHE", "~/mine")
+    assert cache.folder() == tmp_path / "mine"

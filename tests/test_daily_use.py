@@ -99,6 +99,7 @@ def test_stochastic_weight_averaging_by_epochs(tmp_path, capsys):
     assert "StochasticWeightAveraging begins by epochs; expected trainer.max_epochs" in one_line(capsys)
     tree["trainer"] |= {"max_steps": -1, "max_epochs": 3}
     assert fit(tmp_path, tree) == 0
+    assert fit(tmp_path, tree, "--ckpt_path", str(tmp_path / "runs" / "experiment"), "--trainer.max_epochs", "4") == 0
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,7 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
             "val/contrastive/zero_shot is not logged, for this run has no validation",
         ),
         ({}, ["--seed_everything", "true"], "seed_everything: found true; expected a number"),
+        ({}, ["--seed_everything", "-1"], "seed_everything: found -1; expected a number from 0 to 4294967295"),
         ({"data__steps_per_epoch": -3}, [], "data.steps_per_epoch: found -3; expected 1 or more"),
         ({"data__steps_per_epoch": 0}, [], "data.steps_per_epoch: found 0; expected 1 or more"),
         ({"trainer__max_steps": 0}, [], "trainer.max_steps: found 0, with which nothing is trained"),
@@ -254,14 +256,28 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
                     part("indiclip.optim.Cosine", min_lr_ratio=2),
                     "found 2.0; expected 0 to 1",
                 ),
+                ("optimizer", part("torch.optim.AdamW", fused=True, foreach=True), ".*cannot be `True` together.*"),
                 ("optimizer", part("torch.optim.LBFGS"), r"LBFGS doesn't support per-parameter options.*"),
                 ("heads", 3, "expected list; found 3"),
             )
+        ),
+        *(
+            (
+                {f"model__{name}": 0.5, "model__optimizer": part("torch.optim.AdamW", **{name: 3.0})},
+                [],
+                f"model.{name} is 0.5, and {name} of model.optimizer 3.0; give one of them$",
+            )
+            for name in ("lr", "weight_decay")
         ),
         (
             {"model__heads": [part("heads.contrastive.Contrastive", weight=-2)]},
             [],
             "heads.contrastive.weight: found -2.0; expected 0 or more$",
+        ),
+        (
+            {"model__heads": [part("heads.contrastive.Contrastive", name="forward")]},
+            [],
+            "heads.Contrastive.name: found 'forward', expected .* no name of torch's ModuleDict$",
         ),
         ({}, ["--data.val.batch_size", "x"], "^indiclip: data.val.batch_size: expected int; found x$"),
         ({}, ["--data.val.dataset.init_args.size", "-3"], "^indiclip: .*found -3"),

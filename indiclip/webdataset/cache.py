@@ -107,8 +107,11 @@ def _reason(error: FileNotFoundError) -> str:
 
 def folder() -> Path:
     """The cache folder, made if need be."""
-    found = Path(os.environ.get("INDICLIP_CACHE") or Path.home() / ".cache" / "indiclip")
-    found.mkdir(parents=True, exist_ok=True)
+    found = Path(os.environ.get("INDICLIP_CACHE") or "~/.cache/indiclip").expanduser()
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; INDICLIP_CACHE names another folder", str(found)) from error
     return found
 
 
