@@ -86,7 +86,7 @@ class MultiTask(L.LightningModule):
         """The heads, typed."""
         return cast(list[Head], list(self.heads.values()))
 
-    def on_train_batch_start(self, batch: Batches, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         # Dropout and the like: a function of the step, so that a resumed run draws what the uninterrupted one did.
         place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), self.trainer.global_rank)
         seed = zlib.crc32(repr(place).encode())

@@ -15,7 +15,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from indiclip import json_lines
-from indiclip.module import Batches
 from indiclip.names import shorten
 from indiclip.old_names import translate_config
 from indiclip.training.fault_tolerance.ranks import folder_of
@@ -33,9 +32,7 @@ class ConfigHistory(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True
