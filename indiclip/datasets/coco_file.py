@@ -159,27 +159,43 @@ def _look_up(ids: list[Any], known: Mapping[Id, int], wheres: Wheres, what: str)
 def read_boxes(
     entries: list[Entry], sizes_hw: np.ndarray, wheres: Wheres, tolerance: float, inventory: Inventory
 ) -> CocoBoxes:
-    """`bbox` and `iscrowd` of annotations.
+    """`bbox` and `iscrowd` of M annotations, as `place_boxes`.
+
+    Raises:
+        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
+    """
+    boxes_xywh, crowd = _box_columns(entries, wheres)
+    kept, boxes_xyxy = place_boxes(boxes_xywh, sizes_hw, wheres, tolerance, inventory)
+    return CocoBoxes(kept, boxes_xyxy, crowd[kept])
+
+
+def place_boxes(
+    boxes_xywh: np.ndarray, sizes_hw: np.ndarray, wheres: Sequence[str], tolerance: float, inventory: Inventory
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes inside their images, without those that are too thin.
 
     Args:
-        entries: M annotations.
+        boxes_xywh: float64 (M, 4).
         sizes_hw: (M, 2) of the image of each.
         wheres: What to call each in messages.
         tolerance: Pixels by which a box may reach out of its image; so much is clipped.
         inventory: The boxes are counted in it, those that are used left to the caller.
 
+    Returns:
+        The places of the K that are used, and float32 (K, 4) (x1, y1, x2, y2).
+
     Raises:
-        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
+        ValueError: As `xywh_to_xyxy`.
     """
-    inventory.present["boxes"] += len(entries)
-    boxes_xywh, crowd = _box_columns(entries, wheres)
+    inventory.present["boxes"] += len(boxes_xywh)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
+    ends, edges = boxes_xywh[:, :2] + boxes_xywh[:, 2:], sizes_hw[:, ::-1]
+    reaches_out = (boxes_xywh[:, :2] < -_CLIPPED).any(1) | (ends > edges + _CLIPPED).any(1)
     thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
     reason = "thinner than a pixel" + ", all from 0 to 1: normalised?" * bool((boxes_xywh <= 1).all())
     inventory.count_each("left_out", "boxes", reason, wheres, ~thick)
-    inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
-    kept = np.flatnonzero(thick)
-    return CocoBoxes(kept, boxes_xyxy[kept], crowd[kept])
+    inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out)
+    return np.flatnonzero(thick), boxes_xyxy[thick]
 
 
 def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray]:
@@ -276,12 +292,6 @@ def is_size(size_hw: Sequence[Any]) -> bool:
 def is_box(found: Any) -> bool:
     """Whether a value of a JSON file is four numbers."""
     return type(found) is list and len(found) == 4 and all(map(is_number, found))
-
-
-def reaches_out(boxes_xywh: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
-    """bool (M,): which boxes reach out of their images."""
-    ends, edges = boxes_xywh[:, :2] + boxes_xywh[:, 2:], sizes_hw[:, ::-1]
-    return np.asarray((boxes_xywh[:, :2] < -_CLIPPED).any(1) | (ends > edges + _CLIPPED).any(1))
 
 
 def _is_id(found: Any) -> bool:

@@ -106,7 +106,7 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
         FileNotFoundError: Images are missing; says how many and names the first.
     """
     # One listing, not one question per file: the folder may be on a network.
-    there = {entry.name for entry in folder.iterdir()}
+    there = {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
     missing = []
     for name in names:
         if name in there:
