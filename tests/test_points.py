@@ -70,8 +70,9 @@ def test_boxes_that_training_cannot_use_are_counted(build, thin):
 
 BAD = {
     r"b\.png': count is 3, but there are 2 points": lambda c: c[0].update(count=3),
-    r"b\.png': 1 boxes; expected 2 of \[x, y, width, height\]": lambda c: c[0].update(boxes=[[0, 0, 2, 4]]),
-    r"b\.png': 0 boxes; expected 2 of \[x, y": lambda c: c[0].update(boxes=[]),
+    r"b\.png': boxes is \[\[0, 0, 2, 4\]\]; expected null or a list of 2": lambda c: c[0].update(boxes=[[0, 0, 2, 4]]),
+    r"b\.png': boxes is \[\]; expected null or a list of 2 \[x, y": lambda c: c[0].update(boxes=[]),
+    r"b\.png': bbox is \['x'\]; expected \[x, y, width, height\]": lambda c: c[0].update(boxes=[["x"], [1, 1, 2, 2]]),
     r"b\.png': the box .* has a negative size": lambda c: c[0].update(boxes=[[0, 0, 2, 4], [1, 1, -1, 4]]),
     r"counting\.json: all 5 points lie from 0 to 1: normalised\?": lambda c: [
         entry.update(points=[[0.5, 0.25]] * entry["count"]) for entry in c

@@ -159,35 +159,20 @@ def _look_up(ids: list[Any], known: Mapping[Id, int], wheres: Wheres, what: str)
 def read_boxes(
     entries: list[Entry], sizes_hw: np.ndarray, wheres: Wheres, tolerance: float, inventory: Inventory
 ) -> CocoBoxes:
-    """`bbox` and `iscrowd` of M annotations, as `place_boxes`.
-
-    Raises:
-        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
-    """
-    boxes_xywh, crowd = _box_columns(entries, wheres)
-    kept, boxes_xyxy = place_boxes(boxes_xywh, sizes_hw, wheres, tolerance, inventory)
-    return CocoBoxes(kept, boxes_xyxy, crowd[kept])
-
-
-def place_boxes(
-    boxes_xywh: np.ndarray, sizes_hw: np.ndarray, wheres: Sequence[str], tolerance: float, inventory: Inventory
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes inside their images, without those that are too thin.
+    """`bbox` and `iscrowd` of annotations.
 
     Args:
-        boxes_xywh: float64 (M, 4).
+        entries: M annotations.
         sizes_hw: (M, 2) of the image of each.
         wheres: What to call each in messages.
         tolerance: Pixels by which a box may reach out of its image; so much is clipped.
         inventory: The boxes are counted in it, those that are used left to the caller.
 
-    Returns:
-        The places of the K that are used, and float32 (K, 4) (x1, y1, x2, y2).
-
     Raises:
-        ValueError: As `xywh_to_xyxy`.
+        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
     """
-    inventory.present["boxes"] += len(boxes_xywh)
+    inventory.present["boxes"] += len(entries)
+    boxes_xywh, crowd = _box_columns(entries, wheres)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
     ends, edges = boxes_xywh[:, :2] + boxes_xywh[:, 2:], sizes_hw[:, ::-1]
     reaches_out = (boxes_xywh[:, :2] < -_CLIPPED).any(1) | (ends > edges + _CLIPPED).any(1)
@@ -195,13 +180,13 @@ def place_boxes(
     reason = "thinner than a pixel" + ", all from 0 to 1: normalised?" * bool((boxes_xywh <= 1).all())
     inventory.count_each("left_out", "boxes", reason, wheres, ~thick)
     inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out)
-    return np.flatnonzero(thick), boxes_xyxy[thick]
+    return CocoBoxes(np.flatnonzero(thick), boxes_xyxy[thick], crowd[thick])
 
 
 def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray]:
     """`bbox`, float64 (M, 4), and `iscrowd`, bool (M,), of the types that they must have."""
     boxes = column(entries, "bbox", wheres.prefix)
-    check_all(boxes, is_box, wheres, "bbox", "[x, y, width, height]")
+    check_all(boxes, _is_box, wheres, "bbox", "[x, y, width, height]")
     crowd = [entry.get("iscrowd", 0) for entry in entries]
     check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
     return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(crowd, dtype=bool)
@@ -289,7 +274,7 @@ def is_size(size_hw: Sequence[Any]) -> bool:
     return all(type(side) is int and 0 < side < 2**31 for side in size_hw)
 
 
-def is_box(found: Any) -> bool:
+def _is_box(found: Any) -> bool:
     """Whether a value of a JSON file is four numbers."""
     return type(found) is list and len(found) == 4 and all(map(is_number, found))
 

@@ -1,7 +1,5 @@
 """Counting: images with a point on every object of one class."""
 
-from collections.abc import Callable
-from functools import partial
 from itertools import chain, compress
 from typing import Any
 
@@ -14,8 +12,7 @@ from indiclip.datasets.coco_file import (
     Wheres,
     check_all,
     check_unique,
-    is_box,
-    place_boxes,
+    read_boxes,
 )
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import (
@@ -74,16 +71,14 @@ class CountingPoints(SampleDataset):
         check_unique(names, f"{file}: image")
         check_files(self.folder, names, str(file))
         check_all(class_names, is_text, wheres, "class_name", "text")
-        check_all(points, partial(_is_list, of=_is_point), wheres, "points", "[[x, y], ...]")
-        boxes, expected = [entry.get("boxes") for entry in entries], "null or a list of [x, y, width, height]"
-        check_all(boxes, lambda found: found is None or _is_list(found, is_box), wheres, "boxes", expected)
+        check_all(points, _is_points, wheres, "points", "[[x, y], ...]")
+        boxes = [entry.get("boxes") for entry in entries]
         for i, count in enumerate(counts):
             if type(count) is not int or count != len(points[i]):
                 raise ValueError(f"{wheres[i]}: count is {shorten(count)}, but there are {len(points[i])} points")
-            if boxes[i] is not None and len(boxes[i]) != count:
-                raise ValueError(
-                    f"{wheres[i]}: {len(boxes[i])} boxes; expected {count} of [x, y, width, height], or null"
-                )
+            if boxes[i] is not None and not (isinstance(boxes[i], list) and len(boxes[i]) == count):
+                found = f"{wheres[i]}: boxes is {shorten(boxes[i])}"
+                raise ValueError(f"{found}; expected null or a list of {count} [x, y, width, height]")
         self.classes = sorted(set(class_names))
         check_unique(self.classes, f"{file}: class")
         self._labels = np.searchsorted(self.classes, class_names)
@@ -103,15 +98,14 @@ class CountingPoints(SampleDataset):
             raise ValueError(f"{wheres[i]}: the point {[x, y]} lies outside the image of {width}x{height} pixels")
         if points and (points_xy <= 1).all():
             raise ValueError(f"{where} all {len(points)} points lie from 0 to 1: normalised? Expected pixels")
-        for unit, count in (("images", len(self)), ("points", len(image))):
-            self.inventory.present[unit] = self.inventory.used[unit] = count
+        self.inventory.present.update(images=len(self), points=len(image))
         outside = np.asarray(((points_xy < 0) | (points_xy > edges)).any(1))
         self.inventory.count_each("altered", "points", "moved into the image", wheres, outside)
         # The edges are exclusive.
         self._points_xy = points_xy.astype(np.float32).clip(0, np.nextafter(edges, np.float32(0)))
-        boxes_xywh, wheres = np.array(boxes, np.float64).reshape(-1, 4), Wheres(where, list(compress(names, boxed)))
-        kept, self._boxes_xyxy = place_boxes(boxes_xywh, sizes_hw[boxed], wheres, tolerance, self.inventory)
-        self.inventory.used["boxes"] = len(kept)
+        entries, wheres = [{"bbox": box} for box in boxes], Wheres(where, list(compress(names, boxed)))
+        kept, self._boxes_xyxy, _ = read_boxes(entries, sizes_hw[boxed], wheres, tolerance, self.inventory)
+        self.inventory.used.update(images=len(self), points=len(image), boxes=len(kept))
         self._images = image, image[boxed][kept]  # of each point, of each box
 
     def __len__(self) -> int:
@@ -146,9 +140,7 @@ class CountingPoints(SampleDataset):
         return said
 
 
-def _is_point(point: Any) -> bool:
-    return isinstance(point, list) and len(point) == 2 and is_number(point[0]) and is_number(point[1])
-
-
-def _is_list(found: Any, of: Callable[[Any], bool]) -> bool:
-    return isinstance(found, list) and all(map(of, found))
+def _is_points(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(point, list) and len(point) == 2 and all(map(is_number, point)) for point in found
+    )
