@@ -69,7 +69,7 @@ def open_source(
         images: The folder of its images; None takes the one that the table or the file is in.
         captions: COCO's captions JSON of the same images.
         image_column: Of a table.
-        caption_column: Of a table; "" takes all that training does.
+        caption_column: Of a table; "" takes all columns that training does.
         classes: The names that a folder's classes are numbered by; None takes them in alphabetical order.
         on_bad_row: Of a table: `skip` leaves out and counts malformed rows, `error` raises.
 
@@ -130,7 +130,7 @@ class FolderItems:
 class TableItems:
     """The images of a table with their captions, all rows of an image together.
 
-    They are those that training takes, see `CaptionTable`, or those of a column of one's own.
+    The captions are those that training takes, see `CaptionTable`, or those of the column that is named.
     """
 
     def __init__(self, file: Path, folder: Path, image_column: str, caption_column: str, on_bad_row: OnBadRow) -> None:

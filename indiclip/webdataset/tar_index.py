@@ -34,7 +34,7 @@ ROW = np.dtype(
 )
 DUPLICATED, NO_IMAGE = "duplicated", "without an image"
 BAD_LABEL = -2  # there is one, but it is no whole number from 0
-_VERSION = 3
+_VERSION = 4
 _FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
