@@ -69,7 +69,8 @@ def test_early_stopping_goes_on_from_a_checkpoint_before_the_epochs_end(tmp_path
     """Patience 2, and a score that never changes: stops after three validations, however the run was cut."""
     score = "val/contrastive/image_to_text_r5"
     stop = part(f"{LIGHTNING}.EarlyStopping", monitor=score, mode="max", patience=2, min_delta=2.0)
-    tree = config(trainer__max_steps=20, trainer__callbacks=[stop, part(CHECKPOINTS, save_top_k=-1)])
+    of_training = part(f"{LIGHTNING}.EarlyStopping", monitor="train/loss", patience=99)
+    tree = config(trainer__max_steps=20, trainer__callbacks=[stop, of_training, part(CHECKPOINTS, save_top_k=-1)])
     for name, steps in (("whole", "20"), ("cut", "2")):
         assert fit(tmp_path, tree, "--name", name, "--trainer.max_steps", steps) == 0
     for steps in ("4", "20"):
@@ -423,12 +424,13 @@ def pictures(folder):
     )
 
 
-def test_predict_lists_what_it_cannot_read_and_writes_to_the_checkpoints_run(tmp_path, capsys):
+@pytest.mark.parametrize("batch_size", [4, 1])
+def test_predict_lists_what_it_cannot_read_and_writes_to_the_checkpoints_run(batch_size, tmp_path, capsys):
     assert fit(tmp_path, config(), "--name", "mine") == 0
     folder = tmp_path / "runs" / "mine"
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["name"] == "mine"
-    saved["data"]["val"][0]["dataset"] = pictures(tmp_path)
+    saved["data"]["val"][0] |= {"dataset": pictures(tmp_path), "batch_size": batch_size}
     (tmp_path / "predict.yaml").write_text(yaml.safe_dump(saved))
     flags = ["--config", str(tmp_path / "predict.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     for _ in range(2):

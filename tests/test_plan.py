@@ -291,11 +291,10 @@ def test_an_unreadable_sample_is_replaced_in_training_and_counted():
         Steps([Source("t", Numbers("a", 3, torn=(0, 1, 2)), 3)], 0, 8, None, True)[0]
 
 
-def test_a_held_out_step_without_a_readable_sample_is_counted_with_the_next():
-    steps = Steps([Source("t", Numbers("a", 3, torn=(1,)), 1)], 0, 8, None, False)
-    with pytest.warns(UserWarning, match="nothing in held-out step 1 is readable"):
-        assert [steps[i].keys() for i in range(2)] == [{"t"}, set()]
-    assert steps[2]["t"]["quarantined"] == [("t", "a1", "", "torn")]
+def test_a_held_out_step_without_a_readable_sample_counts_what_is_unreadable():
+    steps = Steps([Source("t", Numbers("a", 3, torn=(2,)), 1)], 0, 8, None, False)
+    assert [steps[i]["t"]["keys"] for i in range(3)] == [["a0"], ["a1"], []]
+    assert [steps[i]["t"]["quarantined"] for i in range(3)] == [[], [], [("t", "a2", "", "torn")]]
 
 
 def test_seeds_and_tasks_have_orders_of_their_own():
