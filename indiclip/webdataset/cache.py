@@ -77,7 +77,7 @@ def stat(url: str) -> Stat:
         FileNotFoundError: It is not there.
     """
     if not is_remote(url):
-        changed = Path(url).stat().st_mtime_ns
+        changed = Path(url).stat().st_ctime_ns  # no program can set it, as `cp -p` and rsync set st_mtime
         size, _, crc = fingerprint(Path(url)).partition(":")
         return Stat(int(size), str(changed), crc)
     try:

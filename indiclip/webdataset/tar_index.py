@@ -197,8 +197,8 @@ def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool
         return False
     if cache.is_remote(url):  # moved: its copy is looked at when it is made
         return True
-    # Moved: the checksum is of three places only, so what was changed later is indexed anew.
-    return index.version.crc == version.crc and Path(url).stat().st_mtime_ns <= file.stat().st_mtime_ns
+    # Moved: the checksum is of three places only, so what was changed, or came to its place, later is indexed anew.
+    return index.version.crc == version.crc and Path(url).stat().st_ctime_ns <= file.stat().st_ctime_ns
 
 
 def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) -> dict[str, Parts]:
