@@ -11,7 +11,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +215,7 @@ def read_header(path: Path) -> EncodedImage:
     Raises:
         UnreadableSample: The file is no readable image, naming it.
     """
-    return header(read_file(path, HEAD_BYTES), partial(read_file, path), str(path), str(path))
+    return header(read_file(path, HEAD_BYTES), lambda: read_file(path), str(path), str(path))
 
 
 def header(head: bytes, whole: Callable[[], bytes], key: str = "", file: str = "") -> EncodedImage:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from indiclip.datasets.captions import CaptionColumns
-from indiclip.datasets.coco import check_shapes
+from indiclip.datasets.coco import check_own_mask
 from indiclip.datasets.coco_file import TOLERANCE, Entry, read_boxes, read_captions, read_coco
+from indiclip.datasets.densepose import person
 from indiclip.datasets.folders import list_images, stem
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
@@ -189,7 +190,8 @@ class CocoItems:
             of_row[row].append({**entry, "class": label})
         sizes_hw = coco.images.sizes_hw()[coco.rows]
         for i in read_boxes(coco.annotations, sizes_hw, coco.wheres, TOLERANCE, Inventory()).kept:
-            check_shapes(coco.annotations[i], sizes_hw[i].tolist(), coco.wheres[i])
+            check_own_mask(coco.annotations[i], sizes_hw[i].tolist(), coco.wheres[i])
+            person(coco.annotations[i], coco.wheres[i])
         texts = read_captions(coco.images, captions, self.inventory)
         different = [list(dict.fromkeys(of_image)) for of_image in texts]
         repeated = np.array(list(map(len, texts))) - list(map(len, different))

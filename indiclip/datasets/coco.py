@@ -157,11 +157,10 @@ class CocoDetection(SampleDataset):
         return np.flatnonzero(kept).tolist()
 
 
-def check_shapes(entry: Entry, size_hw: list[int], where: str) -> None:
-    """Check the mask and the DensePose of an annotation, where it has them; raises a `ValueError`."""
+def check_own_mask(entry: Entry, size_hw: list[int], where: str) -> None:
+    """As `check_mask`, of an annotation that may have none."""
     if "segmentation" in entry:
         check_mask(entry["segmentation"], size_hw, where)
-    dp.person(entry, where)
 
 
 def box_fields(

@@ -112,8 +112,8 @@ class Steps(Dataset[dict[str, Batch]]):
         for attempt in range(attempts):
             try:
                 index = (ref.index + attempt) % size
-                with reading(source.task, source.dataset, index):
-                    sample = Sample(key=source.dataset.key(index)) | source.dataset[index]
+                with reading(source.task, source.dataset, index) as key:
+                    sample = Sample(key=key) | source.dataset[index]
                     sample = self._draw_caption(task, ref, sample)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")

@@ -49,12 +49,13 @@ _all: "weakref.WeakSet[Workers]" = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def reading(task: str, dataset: SampleDataset, index: int) -> Iterator[None]:
-    """Note that this process reads a sample, for whoever asks why it does not end (3 microseconds)."""
-    name = f"{task} sample {dataset.key(index)}"
+def reading(task: str, dataset: SampleDataset, index: int) -> Iterator[str]:
+    """Note that this process reads a sample, for whoever asks why it does not end (3 microseconds). Gives its key."""
+    key = dataset.key(index)
+    name = f"{task} sample {key}"
     _NOTE.pack_into(_note, 0, time.monotonic(), name.encode(errors="replace"))
     try:
-        yield
+        yield key
     except Exception as error:
         if multiprocessing.parent_process() is not None:  # the traceback says so to the main process, see `explain`
             error.add_note(f"(while reading {name})")

@@ -6,7 +6,7 @@ number from 0 in the order of the category ids.
 
 from typing import Any
 
-from indiclip.datasets.coco import box_fields, check_shapes
+from indiclip.datasets.coco import box_fields, check_own_mask
 from indiclip.datasets.coco_file import read_boxes_of_image
 from indiclip.datasets.inventory import Inventory
 from indiclip.images import EncodedImage
@@ -55,4 +55,4 @@ def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) ->
     box_fields(entry, image, num_classes, masks=False, densepose=True)
     boxes, wheres = read_boxes_of_image(entry, "annotation", Inventory())
     for i in boxes.kept:
-        check_shapes(entry["annotations"][i], [entry["height"], entry["width"]], wheres[i])
+        check_own_mask(entry["annotations"][i], [entry["height"], entry["width"]], wheres[i])

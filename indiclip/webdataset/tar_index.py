@@ -198,7 +198,7 @@ def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool
     if cache.is_remote(url):  # moved: its copy is looked at when it is made
         return True
     # Moved: the checksum is of three places only, so what was changed, or came to its place, later is indexed anew.
-    return index.version.crc == version.crc and Path(url).stat().st_ctime_ns <= file.stat().st_ctime_ns
+    return index.version.crc == version.crc and int(version.stamp) <= file.stat().st_ctime_ns
 
 
 def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) -> dict[str, Parts]:
