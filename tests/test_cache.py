@@ -391,16 +391,19 @@ def test_messages_hold_no_password_and_no_signature():
 
 
 def test_a_moved_shard_keeps_its_index_and_a_changed_one_does_not(tmp_path, monkeypatch):
-    path = tmp_path / "a.tar"
+    path, there = tmp_path / "a.tar", tmp_path / "there"
     path.write_bytes(tar_bytes(1, 2))
     index = tar_index.build(path, cache.stat(str(path)))
     index.save(tar_index.index_path(str(path)))
-    os.utime(path, (5, 5))
     monkeypatch.setattr(tar_index, "build", None)  # not to be called
-    assert captions(Shards(str(path))) == ["value 1", "value 2"]
+    for copy in (shutil.copy, shutil.copy2, os.rename):  # with new times, with the old ones, moved
+        there.mkdir(exist_ok=True)
+        for file in (path, tar_index.index_path(str(path))):
+            copy(file, there / file.name)
+        assert captions(Shards(str(there / "a.tar"))) == ["value 1", "value 2"]
     monkeypatch.undo()
-    path.write_bytes(tar_bytes(3, 4))  # as long
-    assert captions(Shards(str(path))) == ["value 3", "value 4"]
+    (there / "a.tar").write_bytes(tar_bytes(3, 4))  # as long
+    assert captions(Shards(str(there / "a.tar"))) == ["value 3", "value 4"]
 
 
 def test_a_torn_or_foreign_index_is_made_anew(tmp_path, place):

@@ -71,8 +71,7 @@ def test_webdataset_reads_what_was_packed(pairs, tmp_path):
     ours = Shards(urls)
     assert [only_caption(sample) for sample in ours] == [f"caption {key} दीया" for key in keys]
     for url in urls:
-        index = tar_index.TarIndex.load(tar_index.index_path(url))
-        assert index.version == cache.stat(url)
+        assert tar_index.find_index(url, cache.stat(url)) is not None
 
 
 def test_the_same_files_give_the_same_bytes(pairs, tmp_path):

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from indiclip.datasets.tables import stable_hash
@@ -38,8 +38,7 @@ class Stat(NamedTuple):
     """What tells one version of a shard from another."""
 
     size: int  # bytes; -1 where a server does not say
-    stamp: str  # time of change, or a server's tags
-    crc: str = ""  # of some of its bytes: a file of the same size and time may have taken its place
+    stamp: str  # of a file st_mtime and st_ctime, which no program can set, in nanoseconds; else a server's tags
 
 
 def is_remote(url: str) -> bool:
@@ -77,9 +76,8 @@ def stat(url: str) -> Stat:
         FileNotFoundError: It is not there.
     """
     if not is_remote(url):
-        changed = Path(url).stat().st_mtime_ns
-        size, _, crc = fingerprint(Path(url)).partition(":")
-        return Stat(int(size), str(changed), crc)
+        status = Path(url).stat()
+        return Stat(status.st_size, f"{status.st_mtime_ns:020} {status.st_ctime_ns:020}")
     try:
         info = _filesystem(url)[0].info(url)
     except FileNotFoundError as error:  # which fsspec says whatever a web server answers, or if none does
@@ -140,7 +138,14 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
     try:
         with _locked(target):
             if not _is_at_hand(target, size, check):  # else another process has made it meanwhile
-                _make(target, url, version, check)
+                _make_room(target.parent, max(version.size, 0))
+                for left in target.parent.glob(f"{target.name}-*.part"):  # by a killed process: this one has the lock
+                    with suppress(PermissionError):  # another user's
+                        left.unlink(missing_ok=True)
+                with new_file(target) as part:
+                    _copy(url, version, part)
+                    check(part)
+                _make_room(target.parent, 0, keep=target)
     except (NoCopy, ValueError, FileNotFoundError):
         raise
     except OSError as error:  # of the folder, as when it is another user's
@@ -159,17 +164,6 @@ def _is_at_hand(copy: Path, size: int, check: Callable[[Path], None]) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     return True
-
-
-def _make(target: Path, url: str, version: Stat, check: Callable[[Path], None]) -> None:
-    _make_room(target.parent, max(version.size, 0))
-    for left in target.parent.glob(f"{target.name}-*.part"):  # by a killed process: this one has the lock
-        with suppress(PermissionError):  # another user's
-            left.unlink(missing_ok=True)
-    with new_file(target) as part:
-        _copy(url, version, part)
-        check(part)
-    _make_room(target.parent, 0, keep=target)
 
 
 @contextmanager
@@ -194,7 +188,8 @@ def _copy(url: str, version: Stat, part: Path) -> None:
     packed = is_packed(url)
     for wait in (*_WAITS, None):
         try:
-            with _open(url) as source, part.open("wb") as target:
+            opened = _filesystem(url)[0].open(url, "rb") if is_remote(url) else Path(url).open("rb")  # noqa: SIM115
+            with opened as source, part.open("wb") as target:
                 plain = gzip.GzipFile(fileobj=source) if packed else source
                 left = limit()
                 while block := plain.read(_BLOCK):
@@ -218,10 +213,6 @@ def _copy(url: str, version: Stat, part: Path) -> None:
                     f"{shown(url)}: no copy could be made in {part.parent} (INDICLIP_CACHE): {error}"
                 ) from error
             time.sleep(wait)
-
-
-def _open(url: str) -> IO[bytes]:
-    return _filesystem(url)[0].open(url, "rb") if is_remote(url) else Path(url).open("rb")  # type: ignore[no-any-return]
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -72,7 +72,10 @@ class ShardWriter:
             if kind is None:
                 self.finish()
                 # What other names share comes last: where it is, all is complete.
-                for file in sorted(self.part.iterdir(), key=lambda file: not file.name.startswith(f"{self.name}-")):
+                # An index comes after its shard, or it would be taken for that of an older one.
+                for file in sorted(
+                    self.part.iterdir(), key=lambda file: (not file.name.startswith(f"{self.name}-"), file)
+                ):
                     file.replace(self.folder / file.name)
         finally:
             with _undisturbed():

@@ -34,9 +34,10 @@ ROW = np.dtype(
 )
 DUPLICATED, NO_IMAGE = "duplicated", "without an image"
 BAD_LABEL = -2  # there is one, but it is no whole number from 0
-_VERSION = 3
+_VERSION = 4
 _FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
+_SECONDS = 11  # digits of a `Stat.stamp`: archives keep no more of the time of change
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
 _ASK_AT_ONCE = 16  # servers' answers waited for together
 
@@ -107,8 +108,8 @@ class TarIndex:
             damaged = [(str(key), str(reason)) for key, reason in about["damaged"]]
             inventory = Inventory.of_summary(about["inventory"])
             inventory.verify()
-            size, stamp, crc = about["shard"]
-            version = Stat(int(size), str(stamp), str(crc))
+            size, stamp = about["shard"]
+            version = Stat(int(size), str(stamp))
             keys = Strings.of_buffers(*buffers)
             return cls(rows, keys, inventory, damaged, version, about["fingerprint"], bool(about["has_crc"]))
         except Exception:  # torn or odd content raises anything; the shard is indexed anew
@@ -157,7 +158,11 @@ def indexes(urls: list[str], crc: bool = False) -> list[TarIndex]:
     quiet = len(missing) < _SHOW_PROGRESS
     for i in track(missing, description="indexing shards", disable=quiet, transient=True):
         url, version = urls[i], versions[i]
-        index = build(cache.local_tar(url, version), version, crc)
+        tar = cache.local_tar(url, version)
+        try:
+            index = build(tar, version, crc)
+        except ValueError as error:
+            raise ValueError(f"{cache.shown(url)}: {error}") from error
         with suppress(OSError):  # a full or read-only cache costs the time to index again
             index.save(cache.cached_name(url, version, ".index.npz"))
         found[i] = index
@@ -191,14 +196,13 @@ def index_path(url: str) -> Path:
 
 
 def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool:
-    if index.version == version:
-        return True
-    if index.version.size != version.size:
-        return False
-    if cache.is_remote(url):  # moved: its copy is looked at when it is made
-        return True
-    # Moved: the checksum is of three places only, so what was changed later is indexed anew.
-    return index.version.crc == version.crc and Path(url).stat().st_mtime_ns <= file.stat().st_mtime_ns
+    made_of = index.version
+    if made_of == version or made_of.size != version.size or cache.is_remote(url):
+        return made_of.size == version.size  # a remote one may have moved: its copy is looked at when it is made
+    # Moved. What was changed, or came to its place, later than the index is indexed anew; so is an older file.
+    times = zip(version.stamp.split(), cache.stat(str(file)).stamp.split(), strict=True)
+    in_order = made_of.stamp[:_SECONDS] <= version.stamp and all(of_tar <= of_index for of_tar, of_index in times)
+    return in_order and (cache.is_packed(url) or cache.fingerprint(Path(url)) == index.fingerprint)
 
 
 def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) -> dict[str, Parts]:
@@ -209,7 +213,9 @@ def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) ->
         key, extension = key_and_extension(name, member)
         parts = samples.get(key, {})
         if extension not in (*IMAGES, *TEXTS):
-            inventory.leave_out("members", _reason(extension), name)
+            before, dot, last = extension.rpartition(".")
+            kind = f".{'*' * bool(before)}{dot}{last[:12]}"  # of `frame.0001.png` that is `.*.png`
+            inventory.leave_out("members", extension if " " in extension else kind, name)
         elif extension in parts or (extension in IMAGES and any(other in parts for other in IMAGES)):
             inventory.leave_out("members", DUPLICATED, name)
             damaged.append((key, f"{name} is {DUPLICATED}, or beside another image; the first counts"))
@@ -227,12 +233,6 @@ def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) ->
         inventory.leave_out("samples", NO_IMAGE, key)
     inventory.used["samples"] = len(samples)
     return samples
-
-
-def _reason(extension: str) -> str:
-    """Why a member is left out: what `key_and_extension` says, or its kind; of `frame.0001.png` that is `.*.png`."""
-    before, dot, last = extension.rpartition(".")
-    return extension if " " in extension else f".{'*' * bool(before)}{dot}{last[:12]}"
 
 
 def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
@@ -263,17 +263,11 @@ def _row(parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> tup
     """A sample's `ROW`."""
     offset, length = next(parts[name] for name in IMAGES if name in parts)
     texts = (parts.get(name, (0, -1)) for name in ("txt", "json"))
-    size_hw = _size_hw(data, offset, offset + length)
-    checksum = zlib.crc32(data[offset : offset + length]) if crc else 0
+    end, size_hw = offset + length, (0, 0)
+    with suppress(UnreadableSample):
+        size_hw = header(data[offset : min(offset + HEAD_BYTES, end)], lambda: data[offset:end]).size_hw
+    checksum = zlib.crc32(data[offset:end]) if crc else 0
     return (offset, length, *chain(*texts), _label(parts, data, entry), *size_hw, checksum)
-
-
-def _size_hw(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
-    """(height, width) as stored; (0, 0) where the bytes are no readable image."""
-    try:
-        return header(data[begin : min(begin + HEAD_BYTES, end)], lambda: data[begin:end]).size_hw
-    except UnreadableSample:
-        return 0, 0
 
 
 def _label(parts: Parts, data: mmap.mmap, entry: dict[str, Any]) -> int:
