@@ -62,15 +62,15 @@ def test_a_tar_that_takes_the_place_of_an_indexed_one_is_indexed_anew(tmp_path, 
             "1.txt": "y",
             "1.cls": "0",
         }
-        status = os.stat(path) if os.path.exists(path) else None
+        before = Path(path).stat() if Path(path).exists() else None
         new = write_tar(tmp_path / "new.tar", members)
-        if status:
-            assert os.path.getsize(new) == status.st_size
-            os.utime(new, ns=(0, status.st_mtime_ns + seconds * 10**9))
-        os.replace(new, path)
+        if before:
+            assert cache.fingerprint(Path(new)) == cache.fingerprint(Path(path))
+            os.utime(new, ns=(0, before.st_mtime_ns + seconds * 10**9))
+        Path(new).replace(path)
         shards = Shards(path)
         assert (only_caption(shards[0]), shards.labels[0]) == (text.decode(), int(label))
-        if is_beside and not status:
+        if is_beside and not before:
             main(["shards", "index", path])
             assert tar_index.index_path(path).exists()
 
@@ -81,7 +81,7 @@ def test_an_older_index_that_moves_with_a_new_shard_is_not_taken(shard, tmp_path
     for seconds, is_found in ((0, True), (-60, False), (60, False)):
         for file in (Path(shard), tar_index.index_path(shard)):
             shutil.copy2(file, there / file.name)
-        status = os.stat(shard)
+        status = Path(shard).stat()
         os.utime(there / "a.tar", ns=(0, status.st_mtime_ns + seconds * 10**9))
         os.utime(tar_index.index_path(there / "a.tar"), ns=(0, status.st_mtime_ns))  # comes after it
         assert (found(str(there / "a.tar")) is not None) == is_found

@@ -181,8 +181,8 @@ class Table:
         first of the rows with the same bytes, which are of one picture.
         """
         place, paths = self.place(name), [""] * len(self._lines)
-        kind = self._parquet.schema_arrow.field(place).type if self.is_parquet else None
-        if not self.is_parquet or not self._holds_images(name, kind):
+        kind = self._image_kind(name) if self.is_parquet else None
+        if kind is None:
             return [name_in(folder, name) for name in self.names(place)], None
         if "path" in getattr(kind, "names", ()):
             paths = [name_in(folder, path) for path in self.names(place, "path")]
@@ -192,22 +192,22 @@ class Table:
                 paths[row] = f"{self.file.stem}-{first.setdefault(hash(data), row):06}"
         return paths, embedded
 
-    def _holds_images(self, name: str, kind: Any) -> bool:
-        """Whether a column of Parquet holds images; some programs write text, such as files' names, as bytes too."""
+    def _image_kind(self, name: str) -> Any:
+        """The type of a Parquet column with images; None of one with text, which some programs write as bytes too."""
         from pyarrow import types
 
-        kind = kind.value_type if types.is_dictionary(kind) else kind
+        kind = self._parquet.schema_arrow.field(name).type
         if types.is_struct(kind):
             found = str(kind.field("bytes").type) if "bytes" in kind.names else "null"
             if found != "null" and "binary" not in found:
                 raise ValueError(f"{self.file}: column {name!r}: the bytes are of the type {found}; expected binary")
-            return True
+            return kind
         if types.is_nested(kind) or "binary" not in str(kind):
-            return False
+            return None
         with _readable(self.file):
             cells = (cell.as_py() for batch in self._parquet.iter_batches(64, columns=[name]) for cell in batch[name])
             first = next(filter(None, cells), b"")
-        return not is_text(first.decode(errors="surrogateescape"))
+        return None if is_text(first.decode(errors="surrogateescape")) else kind
 
     def _column(self, place: int, child: str = "") -> list[Any]:
         if not self.is_parquet:

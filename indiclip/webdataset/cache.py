@@ -81,7 +81,11 @@ def stat(url: str) -> Stat:
     try:
         info = _filesystem(url)[0].info(url)
     except FileNotFoundError as error:  # which fsspec says whatever a web server answers, or if none does
-        raise FileNotFoundError(f"{shown(url)}: {_reason(error)}") from error
+        cause = error.__cause__
+        reason = str(cause or error.strerror or "no such file")
+        if code := getattr(cause, "status", None):  # the answer's own text has the whole URL, a signature too
+            reason = f"the server answers {code} {getattr(cause, 'message', '')}"
+        raise FileNotFoundError(f"{shown(url)}: {reason}") from error
     tags = ("ETag", "etag", "mtime", "LastModified", "updated", "ino", "created")
     size = info.get("size")
     return Stat(-1 if size is None else int(size), " ".join(str(info[name]) for name in tags if name in info))
@@ -94,13 +98,6 @@ def fingerprint(file: Path) -> str:
         for place in (0, size // 2, max(0, size - _SAMPLED)):
             crc = zlib.crc32(os.pread(opened.fileno(), _SAMPLED, place), crc)
     return f"{size}:{crc:08x}"
-
-
-def _reason(error: FileNotFoundError) -> str:
-    cause = error.__cause__
-    if status := getattr(cause, "status", None):  # the answer's own text has the whole URL, a signature too
-        return f"the server answers {status} {getattr(cause, 'message', '')}"
-    return str(cause or error.strerror or "no such file")
 
 
 def folder() -> Path:

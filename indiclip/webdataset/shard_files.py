@@ -108,8 +108,10 @@ class ShardFiles:
     def _close_removed(self) -> None:
         """Close copies that left the cache: they take room on the disk as long as they are open."""
         for shard, descriptor in list(self._open.items()):
-            if cache.is_copied(self.urls[shard]) and _is_removed(descriptor):
-                os.close(self._open.pop(shard))
+            with suppress(OSError):  # ESTALE: another machine that shares the folder removed it
+                if not cache.is_copied(self.urls[shard]) or os.fstat(descriptor).st_nlink:
+                    continue
+            os.close(self._open.pop(shard))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -117,10 +119,3 @@ class ShardFiles:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-
-
-def _is_removed(descriptor: int) -> bool:
-    try:
-        return os.fstat(descriptor).st_nlink == 0
-    except OSError:  # by another machine that shares the folder
-        return True

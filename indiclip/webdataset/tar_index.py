@@ -37,7 +37,6 @@ BAD_LABEL = -2  # there is one, but it is no whole number from 0
 _VERSION = 4
 _FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
-_SECONDS = 11  # digits of a `Stat.stamp`: archives keep no more of the time of change
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
 _ASK_AT_ONCE = 16  # servers' answers waited for together
 
@@ -139,13 +138,17 @@ def build(tar: Path, version: Stat, crc: bool = False) -> TarIndex:
     inventory, damaged = Inventory(), list[tuple[str, str]]()
     samples = _samples(tar, inventory, damaged)
     rows = np.zeros(len(samples), ROW)
-    if samples:
-        with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for place, (key, parts) in enumerate(samples.items()):
-                entry = _entry(parts, data)
-                rows[place] = _row(parts, data, entry, crc)
-                if "annotations" in entry:
-                    _count_boxes(entry, key, inventory)
+    with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for place, (key, parts) in enumerate(samples.items()):
+            offset, length = parts.get("json", (0, 0))
+            entry: Any = {}
+            with suppress(ValueError):  # there is none, or it is broken, which its reader says
+                entry = parse_json(decode_text(data[offset : offset + length], ""))
+            if not isinstance(entry, dict):
+                entry = {}
+            rows[place] = _row(parts, data, entry, crc)
+            if "annotations" in entry:
+                _count_boxes(entry, key, inventory)
     return TarIndex(rows, Strings(samples), inventory, damaged, version, cache.fingerprint(tar), crc)
 
 
@@ -199,9 +202,10 @@ def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool
     made_of = index.version
     if made_of == version or made_of.size != version.size or cache.is_remote(url):
         return made_of.size == version.size  # a remote one may have moved: its copy is looked at when it is made
-    # Moved. What was changed, or came to its place, later than the index is indexed anew; so is an older file.
+    # Moved. What was changed, or came to its place, later than the index is indexed anew; so is an older file
+    # (by whole seconds, since archives keep no more).
     times = zip(version.stamp.split(), cache.stat(str(file)).stamp.split(), strict=True)
-    in_order = made_of.stamp[:_SECONDS] <= version.stamp and all(of_tar <= of_index for of_tar, of_index in times)
+    in_order = made_of.stamp[:11] <= version.stamp and all(of_tar <= of_index for of_tar, of_index in times)
     return in_order and (cache.is_packed(url) or cache.fingerprint(Path(url)) == index.fingerprint)
 
 
@@ -247,16 +251,6 @@ def _count_boxes(entry: dict[str, Any], key: str, inventory: Inventory) -> None:
             found.present["boxes"] = len(annotations)
             found.leave_out("boxes", "of an unreadable image", key, len(annotations))
     inventory += found
-
-
-def _entry(parts: Parts, data: mmap.mmap) -> dict[str, Any]:
-    """The object in a sample's `.json`; empty where there is none, or it is broken, which its reader says."""
-    offset, length = parts.get("json", (0, 0))
-    try:
-        entry = parse_json(decode_text(data[offset : offset + length], ""))
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
 
 
 def _row(parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> tuple[int, ...]:
