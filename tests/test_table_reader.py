@@ -14,6 +14,7 @@ from indiclip.cli import main
 from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.corpora import read_texts
 from indiclip.datasets.table_reader import Table
+from indiclip.images import UnreadableSample
 from indiclip.webdataset.shards import Shards
 
 
@@ -61,6 +62,21 @@ def test_a_stray_quote_takes_its_own_row_only(folder, content, capsys):
     rows = json.loads(capsys.readouterr().out)["inventory"]["rows"]
     assert rows["present"] == 4
     assert rows["left_out"]["with a stray quote"]["count"] == 1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("ending", [".png", ""])
+def test_a_quote_that_a_later_row_closes_swallows_none(folder, order, ending):
+    """Whatever the images are called, and whichever column names them."""
+    for name in "abcde":
+        (folder / f"{name}.png").rename(folder / f"{name}{ending}")
+    rows = ["file en", "a ant", 'b "bee', "c cat", 'd dog"', 'e "emu\nand so, on"']
+    lines = [",".join(row.replace(" ", f"{ending} ", row != rows[0]).split(" ", 1)[::order]) for row in rows]
+    with pytest.raises(ValueError, match=r"t\.csv: line 3: a cell opens with a quote"):
+        read(folder, "\n".join(lines))
+    del lines[2], lines[3]
+    found = read(folder, "\n".join(lines))[1]
+    assert [found.captions(i)["en"][0] for i in range(3)] == ["ant", "cat", "emu\nand so, on"]
 
 
 def test_a_cell_may_hold_lines_commas_and_quotes(folder):
@@ -228,7 +244,7 @@ def test_images_in_a_parquet_of_the_library_datasets(folder, capsys):
     images = [{"bytes": data[0], "path": None}, {"bytes": data[1], "path": "x.png"}, {"bytes": data[2], "path": ""}]
     table = save(folder, {"image": images, "hi": ["चींटी", "मक्खी", "बिल्ली"]})
     dataset = CaptionTable(None, table, image_column="image")
-    assert [dataset.key(i) for i in range(3)] == ["t-000000", "t-000001", "t-000002"]
+    assert [dataset.key(i) for i in range(3)] == ["t-000000", "x.png", "t-000002"]
     assert [dataset[i]["image"].data for i in (2, 0, 1)] == [data[2], data[0], data[1]]
     assert dataset.captions(1) == {"hi": ["मक्खी"]}
     named = [{"bytes": data[0], "path": "one.png"}, {"bytes": None, "path": "b.png"}]
@@ -242,6 +258,86 @@ def test_images_in_a_parquet_of_the_library_datasets(folder, capsys):
     }  # fmt: skip
     plain = save(folder, {"image": data, "en": ["x", "y", "z"]})
     assert CaptionTable(None, plain, image_column="image")[1]["image"].data == data[1]
+
+
+def image_structs(*cells, kind=None):
+    fields = [("bytes", kind or pa.binary()), ("path", pa.string())]
+    return pa.array([cell and dict(zip(("bytes", "path"), cell, strict=True)) for cell in cells], pa.struct(fields))
+
+
+A, B = b"\xff\xd8\xffa", b"\xff\xd8\xffb"
+PICTURES = {  # cells -> the rows of each sample, by key
+    "rows of one file": ([(None, "a.png"), (None, "b.png"), (None, "./a.png")], {"a.png": [0, 2], "b.png": [1]}),
+    "rows of one path and one picture": ([(A, "x"), (B, "y"), (A, "x")], {"t-000000": [0, 2], "y": [1]}),
+    "one path of all": ([(A, "image"), (B, "image"), (A, "image")], {"t-000000": [0, 2], "t-000001": [1]}),
+    "no paths": ([(A, None), (B, ""), (A, None)], {"t-000000": [0, 2], "t-000001": [1]}),
+    "one path is missing": ([(A, None), (None, "a.png"), (B, "y")], {"t-000000": [0], "a.png": [1], "y": [2]}),
+    "a file and a picture of its path": ([(None, "a.png"), (B, "a.png")], {"a.png": [0], "t-000001": [1]}),
+}
+
+
+@pytest.mark.parametrize(("cells", "expected"), PICTURES.values(), ids=PICTURES)
+def test_rows_of_one_picture_are_one_sample_whatever_their_paths(folder, cells, expected):
+    table = save(folder, {"image": image_structs(*cells), "en": [str(row) for row in range(len(cells))]})
+    dataset = CaptionTable(str(folder), table, image_column="image")
+    assert {dataset.key(i): list(map(int, dataset.captions(i)["en"])) for i in range(len(dataset))} == expected
+
+
+@pytest.mark.parametrize("path", ["../outside.png", "/outside.png", "outside.png"])
+def test_a_path_of_a_struct_lies_in_the_folder_as_any_other(folder, path):
+    images = folder / "images"
+    images.mkdir()
+    Image.new("RGB", (3, 2)).save(folder / "outside.png")
+    Image.new("RGB", (3, 2)).save(images / "a.png")
+    path = path.replace("/outside", f"{folder}/outside") if path[0] == "/" else path
+    cells = image_structs((None, path), (None, str(images / "a.png")))
+    dataset = CaptionTable(str(images), save(folder, {"image": cells, "en": ["x", "y"]}), image_column="image")
+    assert dataset[1]["key"] == "a.png"
+    reason = "no such file" if path == "outside.png" else "lies outside the folder"
+    with pytest.raises(UnreadableSample, match=reason):
+        dataset[0]
+
+
+ODD_COLUMNS = [
+    ({"image": image_structs(("abc", "a"), kind=pa.string())}, r"column 'image': the bytes are of the type string; ex"),
+    (
+        {"image": image_structs(([1], "a"), kind=pa.list_(pa.int64()))},
+        r"column 'image': the bytes are of the type list<",
+    ),
+    ({"image": image_structs(None, (A, "a"))}, r"row 1: no image in 'image'"),
+    ({"image": pa.array([None, b"a.png"])}, r"row 1: no image in 'image'"),
+    ({"image": pa.array([None, None, None, b"a"])}, r"row 1: no image in 'image'"),
+    (
+        {"image": ["a.png"], "en": pa.array([2**62], pa.timestamp("us"))},
+        r"row 1: column 'en': expected text: date value",
+    ),
+    ({"image": ["a.png"], "en": pa.array([2**62], pa.duration("s"))}, r"row 1: column 'en': expected text: "),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), ODD_COLUMNS)
+def test_odd_cells_of_parquet_are_said_in_one_line(folder, columns, message):
+    table = save(folder, {"en": ["x"] * len(columns["image"]), **columns})
+    with pytest.raises(ValueError, match=rf"t\.parquet: {message}") as caught:
+        CaptionTable(str(folder), table, image_column="image")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_as_bytes_are_told_from_images_by_what_they_are_not_by_their_ending(folder):
+    (folder / "a.png").rename(folder / "a")
+    table = save(folder, {"file": pa.array([None, None, b"a", b"b.png"]), "en": list("wxyz")})
+    dataset = CaptionTable(str(folder), table, on_bad_row="skip")
+    assert [dataset[i]["key"] for i in range(2)] == ["a", "b.png"]
+    assert dataset.inventory.summary()["rows"]["left_out"]["without an image"]["count"] == 2
+
+
+def test_what_lies_beside_the_bytes_of_an_image_is_not_read(folder):
+    """A time that Python has no value for, and a column called as a field of the image."""
+    data, taken = (folder / "a.png").read_bytes(), pa.array([2**62], pa.timestamp("us"))
+    image = pa.StructArray.from_arrays([pa.array([data]), pa.array(["x"]), taken], ["bytes", "path", "taken"])
+    table = save(folder, {"image.path": ["no"], "image.bytes": ["no"], "image": image, "en": ["ant"]})
+    sample = CaptionTable(None, table, image_column="image")[0]
+    assert (sample["key"], sample["image"].data) == ("x", data)
 
 
 def test_marks_and_utf_16_in_texts_beside_images(folder):

@@ -103,7 +103,7 @@ def test_every_member_is_accounted_for_or_a_line_says_why_not(tmp_path, data):
     path.write_bytes(data)
     index, mistake = tried(ValueError, tar_index.build, path, cache.stat(str(path)))
     if mistake is not None:
-        assert str(mistake).startswith(f"{path}: no tar: ")
+        assert str(mistake).startswith("no tar: ")
         assert "\n" not in str(mistake)
         return
     index.inventory.verify()

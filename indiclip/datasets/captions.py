@@ -101,7 +101,7 @@ class CaptionTable(SampleDataset):
         columns = _caption_columns(rows, languages)
         self.languages, captions = list(columns.values()), CaptionColumns(rows, columns)
         for row in rows.kept:
-            if not names[row] and self._embedded is None:
+            if not names[row]:
                 rows.leave_out(row, "without an image", f"no image in {image_column!r}")
             elif captions.is_empty(row):
                 known = ", ".join(rows.header[place] for place in columns)
@@ -137,8 +137,8 @@ class CaptionTable(SampleDataset):
         key = self.key(index)
         image = self._embedded.image(int(self._rows[index]), key) if self._embedded else None
         if image is None:
-            if self._embedded and not (self.folder / key).is_file():
-                raise UnreadableSample(key, "the cell holds no image", str(self._embedded.file))
+            if self._embedded and (why := why_missing(self.folder, key)):
+                raise UnreadableSample(key, why, str(self._embedded.file))
             image = read_image(self.folder / key, key)
         return Sample(image=image, key=key, captions=self.captions(index))
 

@@ -1,7 +1,8 @@
 """Tables of captions, images and classes: .csv, .tsv and .parquet, read alike for training, packing and scoring."""
 
 import io
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import caption_language
 from indiclip.datasets.tables import decode_text, is_text, name_in
 from indiclip.datasets.text_rows import text_rows
-from indiclip.images import EncodedImage, UnreadableSample, is_image_name
+from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.names import did_you_mean, shorten
 
 KINDS = (".csv", ".tsv", ".parquet")
@@ -149,10 +150,14 @@ class Table:
             raise ValueError(f"{self.file}: no column of captions; found {self.header}; {expected}")
         return columns
 
-    def texts(self, place: int) -> list[list[str]]:
-        """The texts in a column: of each row one, none where the cell is empty, or several of a list."""
+    def texts(self, place: int, child: str = "") -> list[list[str]]:
+        """The texts in a column: of each row one, none where the cell is empty, or several of a list.
+
+        Args:
+            child: The field to read of a column of structs in Parquet.
+        """
         texts: list[list[str]] = []
-        for row, value in enumerate(self._column(place)):
+        for row, value in enumerate(self._column(place, child)):
             try:
                 texts.append(list(_texts(value)))
             except ValueError as error:
@@ -160,10 +165,10 @@ class Table:
                 texts.append([])
         return texts
 
-    def names(self, place: int) -> list[str]:
+    def names(self, place: int, child: str = "") -> list[str]:
         """A column with one text per row, such as a file's name or a class; "" where the cell is empty."""
         names = []
-        for row, found in enumerate(self.texts(place)):
+        for row, found in enumerate(self.texts(place, child)):
             if len(found) > 1:
                 self.leave_out(row, "with a list", f"column {self.header[place]!r}: found a list; expected one text")
             names.append(found[0] if len(found) == 1 else "")
@@ -172,39 +177,50 @@ class Table:
     def images(self, name: str, folder: Path) -> "tuple[list[str], EmbeddedImages | None]":
         """The names of a column's images in their folder, and where the table holds the images themselves, these.
 
-        Such images are called by their path, or by the table's name and the row where paths are missing or repeated.
+        Such images are called by their path; where it is missing or several rows have it, by the table's name and the
+        first of the rows with the same bytes, which are of one picture.
         """
-        place = self.place(name)
-        if not self.is_parquet or not self._holds_images(name, kind := self._parquet.schema_arrow.field(place).type):
+        place, paths = self.place(name), [""] * len(self._lines)
+        kind = self._image_kind(name) if self.is_parquet else None
+        if kind is None:
             return [name_in(folder, name) for name in self.names(place)], None
-        paths = [""] * len(self._lines)
-        if hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0:
-            with _readable(self.file):
-                found = self._parquet.read(columns=[f"{name}.path"]).column(0).to_pylist()
-            paths = [(value or {}).get("path") or "" for value in found]
-        if len({*filter(None, paths)}) < len(paths):
-            paths = [f"{self.file.stem}-{row:06}" for row in range(len(paths))]
-        return paths, EmbeddedImages(self.file, name)
+        if "path" in getattr(kind, "names", ()):
+            paths = [name_in(folder, path) for path in self.names(place, "path")]
+        embedded, rows_with, first = EmbeddedImages(self.file, name), Counter(paths), dict[int, int]()
+        for row, path in enumerate(paths):
+            if (not path or rows_with[path] > 1) and (data := embedded[row]) is not None:
+                paths[row] = f"{self.file.stem}-{first.setdefault(hash(data), row):06}"
+        return paths, embedded
 
-    def _holds_images(self, name: str, kind: Any) -> bool:
-        """Whether a column of Parquet holds images; some programs write text, such as files' names, as bytes too."""
+    def _image_kind(self, name: str) -> Any:
+        """The type of a Parquet column with images; None of one with text, which some programs write as bytes too."""
         from pyarrow import types
 
-        kind = kind.value_type if types.is_dictionary(kind) else kind
+        kind = self._parquet.schema_arrow.field(name).type
+        if types.is_struct(kind):
+            found = str(kind.field("bytes").type) if "bytes" in kind.names else "null"
+            if found != "null" and "binary" not in found:
+                raise ValueError(f"{self.file}: column {name!r}: the bytes are of the type {found}; expected binary")
+            return kind
         if types.is_nested(kind) or "binary" not in str(kind):
-            return bool(types.is_struct(kind))
-        first = next((cell.as_py() for cell in self._parquet.read_row_group(0, [name]).column(0) if cell.is_valid), b"")
-        return not is_image_name(first[-8:].decode(errors="replace"))
+            return None
+        with _readable(self.file):
+            cells = (cell.as_py() for batch in self._parquet.iter_batches(64, columns=[name]) for cell in batch[name])
+            first = next(filter(None, cells), b"")
+        return None if is_text(first.decode(errors="surrogateescape")) else kind
 
-    def _column(self, place: int) -> list[Any]:
-        if self.is_parquet:
-            nth = self.header[:place].count(self.header[place])
-            with _readable(self.file):
-                column = list(map(_as_python, self._parquet.read(columns=[self.header[place]]).column(nth)))
-            if len(column) != len(self._lines):
-                raise ValueError(f"{self.file}: broken Parquet: {len(column)} of {len(self._lines)} rows")
-            return column
-        return [row[place] if len(row) == len(self.header) else None for row in self._cells]
+    def _column(self, place: int, child: str = "") -> list[Any]:
+        if not self.is_parquet:
+            return [row[place] if len(row) == len(self.header) else None for row in self._cells]
+        name = self.header[place]
+        with _readable(self.file):
+            table = self._parquet.read(columns=[f"{name}.{child}" if child else name])
+        # Of a name with a dot there may be a column and a struct with such a field.
+        nth = self.header[:place].count(name)
+        column = list(map(_as_python, table.column(table.schema.get_all_field_indices(name)[nth])))
+        if len(column) != len(self._lines):
+            raise ValueError(f"{self.file}: broken Parquet: {len(column)} of {len(self._lines)} rows")
+        return [value.get(child) if isinstance(value, dict) else value for value in column] if child else column
 
 
 class EmbeddedImages:
@@ -222,9 +238,10 @@ class EmbeddedImages:
     def __getitem__(self, row: int) -> bytes | None:
         """The bytes of an image; None where the cell has a path alone, or nothing."""
         group = int(self._starts.searchsorted(row, side="right")) - 1
-        value = _row_group(self.file, group, self.column)[row - int(self._starts[group])].as_py()
-        found = value.get("bytes") if isinstance(value, dict) else value
-        return found if found is None else bytes(found)
+        cell = _row_group(self.file, group, self.column)[row - int(self._starts[group])]
+        if isinstance(cell, Mapping):  # of which Python may have no value, as of a time outside its years
+            cell = cell.get("bytes")
+        return cell and cell.as_py()  # type: ignore[no-any-return]
 
     def image(self, row: int, key: str) -> EncodedImage | None:
         """As `[row]`; raises `UnreadableSample` with the sample's key where there is no image in the bytes."""
@@ -239,7 +256,7 @@ class EmbeddedImages:
 def _row_group(file: Path, group: int, column: str) -> Any:
     # Without threads, which a forked worker would not have.
     with _readable(file):
-        return _open_parquet(file).read_row_group(group, columns=[column], use_threads=False).column(0)
+        return _open_parquet(file).read_row_group(group, columns=[column], use_threads=False)[column]
 
 
 def _open_parquet(file: Path) -> Any:
@@ -263,11 +280,11 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _as_python(cell: Any) -> Any:
-    """The value of a cell, or why Python has none: it is no UTF-8, or a time in nanoseconds."""
+    """The value of a cell, or why Python has none: it is no UTF-8, or a time in nanoseconds or outside its years."""
     try:
         return cell.as_py()
-    except ValueError as error:
-        return error
+    except (ValueError, OverflowError) as error:
+        return ValueError(str(error))
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -9,6 +9,7 @@ unquoted: a cell in quotes with doubled quotes inside, or with a tab or line end
 
 import csv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from indiclip.images import is_image_name
 
@@ -54,7 +55,7 @@ def text_rows(lines: list[str], is_csv: bool, image_column: str) -> Iterator[tup
             feed.place, row = first + 1, []
         if not header:
             header = row
-            feed.is_row = _row_test(header, is_csv, image_column)
+            feed.is_row = _row_test(lines[feed.place :], header, is_csv, image_column)
         yield first + 1, row, problem
 
 
@@ -68,19 +69,22 @@ def _quoted(feed: _Lines, delimiter: str) -> tuple[list[str] | None, str]:
         return None, f"a cell opens with a quote, and nothing closes it, or text follows the closing one ({error})"
 
 
-def _row_test(header: list[str], is_csv: bool, image_column: str) -> Callable[[str], bool]:
-    """Whether a line is a row by itself: its columns are the header's, and one names an image (or a .tsv has none)."""
+def _row_test(lines: list[str], header: list[str], is_csv: bool, image_column: str) -> Callable[[str], bool]:
+    """Whether a line is a row by itself: its columns are the header's, and one names an image (or a .tsv has none).
+
+    A name ends as an image's; where the first of `lines` does not, a name is what has no space.
+    """
     place = [name.strip() for name in header].index(image_column) if header.count(image_column) == 1 else -1
 
-    def is_row(line: str) -> bool:
-        try:
+    def name_in(line: str) -> str:
+        with suppress(csv.Error):  # too long
             cells = next(csv.reader([line]), []) if is_csv else line.strip("\r\n").split("\t")
-        except csv.Error:  # too long
-            return False
-        names_image = is_image_name(cells[place].strip(' "')) if 0 <= place < len(cells) else not is_csv
-        return names_image and len(cells) == len(header) > 1
+            if len(cells) == len(header) > 1:
+                return cells[place].rstrip(' "').lstrip('"') if place >= 0 else "" if is_csv else "-"
+        return ""
 
-    return is_row
+    has_ending = is_image_name(next(filter(None, map(name_in, lines)), ""))
+    return lambda line: is_image_name(name := name_in(line)) or bool(name and " " not in name and not has_ending)
 
 
 def _unquoted(cell: str, always: bool) -> str:

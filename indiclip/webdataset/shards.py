@@ -339,8 +339,6 @@ def read_captions(parts: dict[str, bytes], entry: dict[str, Any]) -> dict[str, l
 
 
 def _checked_text(name: str, found: Any) -> str:
-    if isinstance(found, str):
-        found.encode()  # half of a surrogate pair, which JSON can hold, is no text
     if not is_text(found):
         raise ValueError(f"{name} is {shorten(found)}; expected text")
     return str(found.strip())

@@ -157,7 +157,11 @@ def indexes(urls: list[str], crc: bool = False) -> list[TarIndex]:
     quiet = len(missing) < _SHOW_PROGRESS
     for i in track(missing, description="indexing shards", disable=quiet, transient=True):
         url, version = urls[i], versions[i]
-        index = build(cache.local_tar(url, version), version, crc)
+        tar = cache.local_tar(url, version)
+        try:
+            index = build(tar, version, crc)
+        except ValueError as error:
+            raise ValueError(f"{cache.shown(url)}: {error}") from error
         with suppress(OSError):  # a full or read-only cache costs the time to index again
             index.save(cache.cached_name(url, version, ".index.npz"))
         found[i] = index

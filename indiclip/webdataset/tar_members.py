@@ -49,7 +49,7 @@ def members(tar: Path, damaged: list[tuple[str, str]]) -> Iterator[tuple[str, ta
     """The whole members of a tar, and their names without `./`. What is broken is appended to `damaged`.
 
     Raises:
-        ValueError: No tar.
+        ValueError: No tar; its name is not said, since it may be a copy.
     """
     count, after = 0, "the start"
     with tar.open("rb") as file:
@@ -64,7 +64,7 @@ def members(tar: Path, damaged: list[tuple[str, str]]) -> Iterator[tuple[str, ta
                     yield member.name.removeprefix("./"), member
         except ValueError as error:
             if not count:
-                raise ValueError(f"{tar}: no tar: {error}") from error
+                raise ValueError(f"no tar: {error}") from error
             damaged.append((after, f"broken tar: {error}; what may have followed this member is lost"))
 
 
