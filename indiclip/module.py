@@ -126,6 +126,8 @@ class MultiTask(L.LightningModule):
         """`(name, head, predictions, features, batch)` of every head and source."""
         _count_in_float32()
         for key, batch in batches.items():  # held-out sources end at different steps
+            if not batch["keys"]:  # none of its samples is readable
+                continue
             origin = batch.get("origin", Origin(key))
             features = self.encoder.features(batch["images"])
             for head in self.each_head():

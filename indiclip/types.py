@@ -167,10 +167,13 @@ class Origin:
 
 
 class Batch(TypedDict):
-    """The examples of one task in one step. A TypedDict, because `pin_memory` leaves dataclasses untouched."""
+    """The examples of one task in one step. A TypedDict, because `pin_memory` leaves dataclasses untouched.
 
-    images: Images
-    targets: dict[str, Any]  # the fields of Sample in resized pixels, see `Field`
+    Of held-out samples all may be unreadable: then `keys` is empty, and there are no `images` and `targets`.
+    """
+
+    images: NotRequired[Images]
+    targets: NotRequired[dict[str, Any]]  # the fields of Sample in resized pixels, see `Field`
     keys: list[str]
     origin: NotRequired[Origin]
     quarantined: NotRequired[list[Quarantined]]  # found unreadable while the step was put together

@@ -65,10 +65,10 @@ def test_a_trial_leaves_nothing(command, tmp_path, elsewhere):
     assert not (tmp_path / "runs").exists()
 
 
-def test_early_stopping_goes_on_from_a_checkpoint_before_the_epochs_end(tmp_path):
-    """Patience 2, and a score that never changes: stops after three validations, however the run was cut."""
-    score = "val/contrastive/image_to_text_r5"
-    stop = part(f"{LIGHTNING}.EarlyStopping", monitor=score, mode="max", patience=2, min_delta=2.0)
+@pytest.mark.parametrize("score", ["val/contrastive/image_to_text_r5", "train/loss"])
+def test_early_stopping_goes_on_from_a_checkpoint_before_the_epochs_end(score, tmp_path):
+    """Patience 2, and a score that is never better by so much: stops after three epochs, however the run was cut."""
+    stop = part(f"{LIGHTNING}.EarlyStopping", monitor=score, mode="max", patience=2, min_delta=20.0)
     tree = config(trainer__max_steps=20, trainer__callbacks=[stop, part(CHECKPOINTS, save_top_k=-1)])
     for name, steps in (("whole", "20"), ("cut", "2")):
         assert fit(tmp_path, tree, "--name", name, "--trainer.max_steps", steps) == 0
@@ -393,14 +393,14 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
 
 
 def pictures(folder):
-    """Six captioned pictures, of which two are no images."""
+    """Eight captioned pictures, of which four are no images, all of the last step among them."""
     (folder / "images").mkdir()
-    for number in range(6):
+    for number in range(8):
         file = folder / "images" / f"{number}.png"
         Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(file)
-        if number in (1, 4):
+        if number in (1, 4, 6, 7):
             file.write_bytes(file.read_bytes()[:40])
-    rows = "".join(f"{number}.png\tpicture {number}\n" for number in range(6))
+    rows = "".join(f"{number}.png\tpicture {number}\n" for number in range(8))
     (folder / "names.tsv").write_text(f"file\ten\n{rows}")
     return part(
         "indiclip.datasets.captions.CaptionTable", images=str(folder / "images"), table=str(folder / "names.tsv")
@@ -412,14 +412,14 @@ def test_predict_lists_what_it_cannot_read_and_writes_to_the_checkpoints_run(tmp
     folder = tmp_path / "runs" / "mine"
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["name"] == "mine"
-    saved["data"]["val"][0]["dataset"] = pictures(tmp_path)
+    saved["data"]["val"][0] |= {"dataset": pictures(tmp_path), "batch_size": 2}
     (tmp_path / "predict.yaml").write_text(yaml.safe_dump(saved))
     flags = ["--config", str(tmp_path / "predict.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     for _ in range(2):
         assert run(["predict", *flags]) == 0
         rows = json_lines.read(folder / "predictions" / "quarantine.jsonl")
-        assert sorted(row["key"] for row in rows) == ["1.png", "4.png"]
-    assert "unreadable samples: 2, listed in" in capsys.readouterr().out
+        assert sorted(row["key"] for row in rows) == ["1.png", "4.png", "6.png", "7.png"]
+    assert "unreadable samples: 4, listed in" in capsys.readouterr().out
     parts = [torch.load(file, weights_only=True) for file in sorted((folder / "predictions").glob("*.pt"))]
     keys = [key for found in parts for key in found["keys"]["contrastive"]]
     assert sorted(keys) == ["0.png", "2.png", "3.png", "5.png"]

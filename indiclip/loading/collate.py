@@ -15,7 +15,7 @@ Prepared = dict[str, Any]
 def collate(samples: list[Prepared]) -> Batch:
     """Prepared samples -> `Batch`: patches padded to the longest, targets packed."""
     images = patches.stack(*([sample[name] for sample in samples] for name in ("patches", "size_hw", "scale")))
-    return Batch(images=images, targets=pack(samples), keys=[sample["key"] for sample in samples], quarantined=[])
+    return Batch(images=images, targets=pack(samples), keys=[sample["key"] for sample in samples])
 
 
 def pack(samples: list[Prepared]) -> dict[str, Any]:

@@ -67,25 +67,21 @@ class Steps(Dataset[dict[str, Batch]]):
         return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
     def __getitem__(self, step: int) -> dict[str, Batch]:
-        batches = {task: self._batch(task, step) for task in self.plans}
-        found = {task: batch for task, batch in batches.items() if batch is not None}
-        if self._quarantined and not found:
-            warnings.warn(f"data: nothing in held-out step {step} is readable: {self._quarantined}", stacklevel=2)
-        for batch in found.values():
-            # All with the first batch, so that each is counted once; where there is none, with the next step's.
-            batch["quarantined"] = self.unreadable()
-        return found
+        batches: dict[str, Batch] = {}
+        for task in self.plans:
+            batch = self._batch(task, step)
+            if batch["keys"] or batch["quarantined"]:
+                batches[task] = batch
+        return batches
 
-    def _batch(self, task: str, step: int) -> Batch | None:
+    def _batch(self, task: str, step: int) -> Batch:
         plan = self.plans[task]
         for number, shards in plan.next_shards(step) if self.train else []:
             self._prefetch(task, number, shards)
         read = (self.read(task, ref) for ref in plan.batch(step, self.rank, self.world_size))
         samples = [sample for sample in read if sample is not None]
-        if not samples:
-            return None
-        batch = collate(samples)
-        batch["origin"] = self.origins[task]
+        batch = collate(samples) if samples else Batch(keys=[])
+        batch["origin"], batch["quarantined"] = self.origins[task], self.unreadable()
         return batch
 
     def _prefetch(self, task: str, source: int, shards: list[int]) -> None:
@@ -117,7 +113,7 @@ class Steps(Dataset[dict[str, Batch]]):
             try:
                 index = (ref.index + attempt) % size
                 with reading(source.task, source.dataset, index):
-                    sample = self._draw_caption(task, ref, source.dataset[index])
+                    sample = self._draw_caption(task, ref, _sample(source.dataset, index))
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
                     return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
@@ -142,9 +138,16 @@ class Steps(Dataset[dict[str, Batch]]):
         return drawn
 
     def unreadable(self) -> list[Quarantined]:
-        """The unreadable samples since the last call, of which no batch tells then."""
+        """The unreadable samples since the last call, so that each is counted once."""
         found, self._quarantined = self._quarantined, []
         return found
+
+
+def _sample(dataset: SampleDataset, index: int) -> Sample:
+    key, sample = dataset.key(index), dataset[index]
+    if not isinstance(sample, dict):
+        raise ValueError(f"sample {key!r}: found a {type(sample).__name__}; expected a Sample, a dict of fields")
+    return Sample(key=key) | sample
 
 
 def _fetch(dataset: SampleDataset, shards: list[int]) -> None:

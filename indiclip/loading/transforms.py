@@ -18,6 +18,7 @@ from indiclip import patches
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import Prepared
 from indiclip.loading.geometry import Region, Size, drop_outside, move, plain, turn, unwrap, wrap
+from indiclip.names import shorten
 from indiclip.types import Sample
 
 # These take the first boxes of a sample for all that it has, but points and people are boxes too (see `geometry`).
@@ -94,7 +95,13 @@ class Transform:
                 return patches.fit_canvas_hw(*size, patch_size, canvas_hw)
             return patches.fit_hw(*size, patch_size, self.max_tokens)
 
-        image = sample["image"]
+        image: Any = sample.get("image")
+        if not isinstance(image, EncodedImage) and (getattr(image, "dtype", "") != np.uint8 or image.shape[2:] != (3,)):
+            found = f"{image.dtype} {image.shape}" if hasattr(image, "dtype") else shorten(image)
+            raise ValueError(
+                f"image of sample {sample['key']!r}: found {found}; expected an EncodedImage or a NumPy array, uint8 "
+                "(height, width, 3)"
+            )
         full = upright_hw(image)
         is_turned = not isinstance(image, EncodedImage) or sample.get("annotated_upright", False)
         orientation = 1 if is_turned else image.orientation  # of the annotations

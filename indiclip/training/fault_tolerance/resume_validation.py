@@ -12,8 +12,8 @@ class ResumeValidation(Callback):
     """Goes through the held-out data at the start of a run whose checkpoint was taken before or during a validation.
 
     Lightning would go on with the next step. Where there is none, see `RunRecord.after_fit`. Nothing can be saved
-    meanwhile: Lightning has already counted the epoch, and would count it again from that checkpoint. The scores of the
-    last validation come back too, for callbacks such as EarlyStopping that look at them at the epoch's end.
+    meanwhile: Lightning has already counted the epoch, and would count it again from that checkpoint. The last metrics
+    come back too, for callbacks such as EarlyStopping that look at them at the epoch's end.
     """
 
     def __init__(self) -> None:
@@ -24,8 +24,7 @@ class ResumeValidation(Callback):
     def state_dict(self) -> dict[str, Any]:
         trainer = self._trainer
         due = self._validated != trainer.global_step and validation_due(trainer)
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if "train/" not in name}
-        return {"due": due, "scores": scores}
+        return {"due": due, "scores": {name: float(value) for name, value in trainer.callback_metrics.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._due, self._scores = bool(state_dict["due"]), state_dict.get("scores", {})
