@@ -60,7 +60,7 @@ def test_images_without_any_truth_can_be_predicted(tmp_path, capsys):
     ("kind", "message"),
     [
         ("fine", ""),
-        ("none", "sample 'own-0': found a NoneType; expected a Sample, a dict of fields"),
+        ("none", "TypeError: 'NoneType' object is not a mapping (INDICLIP_TRACEBACK=1 shows where)"),
         ("error", "KeyError: 'captoin' (INDICLIP_TRACEBACK=1 shows where)"),
         ("tensor", "image of sample 'own-0': found torch.float32 torch.Size([3, 32, 32]); expected an EncodedImage or"),
         ("text", "caption of sample 'own-0': found 5; expected str"),

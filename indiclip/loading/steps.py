@@ -113,7 +113,8 @@ class Steps(Dataset[dict[str, Batch]]):
             try:
                 index = (ref.index + attempt) % size
                 with reading(source.task, source.dataset, index):
-                    sample = self._draw_caption(task, ref, _sample(source.dataset, index))
+                    keyed: Sample = {"key": source.dataset.key(index), **source.dataset[index]}
+                    sample = self._draw_caption(task, ref, keyed)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
                     return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
@@ -141,13 +142,6 @@ class Steps(Dataset[dict[str, Batch]]):
         """The unreadable samples since the last call, so that each is counted once."""
         found, self._quarantined = self._quarantined, []
         return found
-
-
-def _sample(dataset: SampleDataset, index: int) -> Sample:
-    key, sample = dataset.key(index), dataset[index]
-    if not isinstance(sample, dict):
-        raise ValueError(f"sample {key!r}: found a {type(sample).__name__}; expected a Sample, a dict of fields")
-    return Sample(key=key) | sample
 
 
 def _fetch(dataset: SampleDataset, shards: list[int]) -> None:

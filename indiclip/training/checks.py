@@ -1,7 +1,6 @@
 """Heads, sources and the backbone fit together: found out before training starts."""
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,9 +38,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
                 f"model.encoder.backbone.max_tokens {budget}"
             )
     if stage == "fit":
-        given = Counter[str]()
-        for source in data.train:
-            given[source.task] += len(source.dataset)
+        given = data.train_sizes
         for key, source in parts[0].items():
             if (source.batch_size or 0) > given[source.task]:
                 found = f"{source.batch_size} is more than the {given[source.task]} samples of task {source.task!r}"

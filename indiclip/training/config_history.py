@@ -16,7 +16,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from indiclip import json_lines
-from indiclip.datasets.base import SampleDataset
 from indiclip.loading.source import keyed
 from indiclip.module import Batches
 from indiclip.names import shorten
@@ -34,11 +33,9 @@ class ConfigHistory(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
-        sources = keyed("data.train", trainer.datamodule.train)  # type: ignore[attr-defined]
-        self._found = {key: _samples_of(source.dataset) for key, source in sources.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_FOUND] = self._found
+        checkpoint[_FOUND] = _found(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare the samples, which may be others under the same config.
@@ -46,7 +43,8 @@ class ConfigHistory(SaveConfigCallback):
         Raises:
             ValueError: They are not those of the checkpoint's run, and `override` is not set.
         """
-        lines = [line for _, line in _changes(checkpoint.get(_FOUND, self._found), self._found)]
+        now = _found(trainer)
+        lines = [line for _, line in _changes(checkpoint.get(_FOUND, now), now)]
         if lines and not self.config["override"]:
             raise ValueError(f"--ckpt_path: its run read other samples: {'; '.join(lines)}; {_OVERRIDE}")
         if lines and trainer.is_global_zero:
@@ -108,11 +106,14 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
     return lines
 
 
-def _samples_of(dataset: SampleDataset) -> dict[str, int]:
-    """How many, and a sum over the keys of some thousand of them."""
-    size = len(dataset)
-    keys = [dataset.key(index) for index in range(0, size, 1 + size // 1000)]
-    return {"samples": size, "crc32_of_keys": zlib.crc32(repr(keys).encode())}
+def _found(trainer: Trainer) -> dict[str, dict[str, int]]:
+    """How many samples each source trains on, and a sum over the keys of about a thousand of them."""
+    found = {}
+    for name, source in keyed("data.train", trainer.datamodule.train).items():  # type: ignore[attr-defined]
+        size, key_of = len(source.dataset), source.dataset.key
+        keys = [key_of(index) for index in range(0, size, 1 + size // 1000)]
+        found[name] = {"samples": size, "crc32_of_keys": zlib.crc32(repr(keys).encode())}
+    return found
 
 
 def _changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
