@@ -78,8 +78,9 @@ class Head(nn.Module, ABC):
         self.task = direct.__module__.rpartition(".")[2] if task is None else task
         self.weight = weight
         self.name = own.__module__.rpartition(".")[2] if name is None else name
-        if not re.fullmatch(r"[\w-]+", self.name):
-            raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected letters, digits, _ and -")
+        if not re.fullmatch(r"[\w-]+", self.name) or hasattr(nn.ModuleDict(), self.name):
+            expected = "letters, digits, _ and -, and no name of torch's ModuleDict"
+            raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected {expected}")
         self.check_range(weight=weight)
 
     def check_range(self, *limits: float, **arguments: float) -> None:

@@ -11,8 +11,9 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -202,8 +203,7 @@ def read_image(path: Path, key: str) -> EncodedImage:
         OSError: The machine is in trouble.
     """
     try:
-        with _open(path) as file:
-            return EncodedImage(file.read(), key, str(path))
+        return EncodedImage(read_file(path), key, str(path))
     except OSError as error:
         if is_trouble(error):
             raise
@@ -216,8 +216,7 @@ def read_header(path: Path) -> EncodedImage:
     Raises:
         UnreadableSample: The file is no readable image, naming it.
     """
-    with _open(path) as file:
-        return header(file.read(HEAD_BYTES), path.read_bytes, str(path), str(path))
+    return header(read_file(path, HEAD_BYTES), partial(read_file, path), str(path), str(path))
 
 
 def header(head: bytes, whole: Callable[[], bytes], key: str = "", file: str = "") -> EncodedImage:
@@ -241,9 +240,10 @@ def header(head: bytes, whole: Callable[[], bytes], key: str = "", file: str = "
         return EncodedImage(whole(), key, file)
 
 
-def _open(path: Path) -> BinaryIO:
-    """An empty file in place of a pipe, which might never be written to."""
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+def read_file(path: Path, most: int = -1) -> bytes:
+    """The first bytes of a file that was found in a folder; none of a pipe, which might never be written to."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        return file.read(most) or b""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from indiclip.names import check_range
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
-_DEFAULT_OPTIMIZER = partial(AdamW, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+_DEFAULT_OPTIMIZER = partial(AdamW, betas=(0.9, 0.98), fused=True)
 
 
 class MultiTask(L.LightningModule):
@@ -73,7 +73,8 @@ class MultiTask(L.LightningModule):
         self.heads = nn.ModuleDict({head.name: head for head in heads})
         # Copied here: later their sums are converted with the weights, and a profiler's hooks cannot be copied.
         self._metrics = {head.name: head.metric.clone() for head in heads}
-        self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
+        self.lr, self.warmup_steps = lr, warmup_steps
+        self.weight_decay = 0.05 if optimizer is None and weight_decay is None else weight_decay
         self.optimizer, self.lr_schedule = optimizer or _DEFAULT_OPTIMIZER, lr_schedule or optim.Cosine()
         self.lr_scale, self.layer_decay = lr_scale, layer_decay
         self.log_variances = nn.ParameterDict(
@@ -85,7 +86,7 @@ class MultiTask(L.LightningModule):
         """The heads, typed."""
         return cast(list[Head], list(self.heads.values()))
 
-    def on_train_batch_start(self, batch: Batches, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         # Dropout and the like: a function of the step, so that a resumed run draws what the uninterrupted one did.
         place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), self.trainer.global_rank)
         seed = zlib.crc32(repr(place).encode())
@@ -176,7 +177,7 @@ class MultiTask(L.LightningModule):
         groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
         try:
             optimizer = self.optimizer(groups)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever an optimizer says of its options
             raise ValueError(f"model.optimizer: {error}") from error
         optim.set_rates(optimizer, self.lr, self.weight_decay)
         optimizer.register_load_state_dict_pre_hook(optim.restore_by_name)
@@ -188,7 +189,8 @@ class MultiTask(L.LightningModule):
 
     def on_train_start(self) -> None:
         if self.trainer.ckpt_path:
-            optim.restart_schedule(cast(Any, self.lr_schedulers()))
+            for config in self.trainer.lr_scheduler_configs:  # none, where StochasticWeightAveraging has taken over
+                optim.restart_schedule(cast(Any, config.scheduler))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _check_weights(checkpoint.get("state_dict", {}), self.state_dict())

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any, Literal, cast
 
 from timm.models import group_parameters
@@ -170,7 +171,15 @@ def _depths(module: nn.Module) -> dict[str, int]:
 
 
 def set_rates(optimizer: Optimizer, lr: float | None, weight_decay: float | None) -> None:
-    """Give the groups of `parameter_groups` their rates; None is the optimizer's own."""
+    """Give the groups of `parameter_groups` their rates; None is the optimizer's own.
+
+    Raises:
+        ValueError: One is given here and to the optimizer too.
+    """
+    for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
+        own, parameter = optimizer.defaults.get(name), signature(type(optimizer)).parameters.get(name)
+        if parameter and value is not None and own not in (value, parameter.default):
+            raise ValueError(f"model.{name} is {value}, and {name} of model.optimizer {own}; give one of them")
     lr = optimizer.defaults["lr"] if lr is None else lr
     weight_decay = optimizer.defaults.get("weight_decay", 0.0) if weight_decay is None else weight_decay
     for group in optimizer.param_groups:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# First, as in `indiclip fit`: typing keeps one order of Union[int, float], by which jsonargparse reads a config's 1.
+import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
 from PIL import Image

@@ -250,6 +250,8 @@ def test_splits_by_a_regular_expression(folder):
     assert len(films[0] | films[1]) == 20
     with pytest.raises(ValueError, match=r"group_by: 'shot' is not found in the key 'film0_0'"):
         Split(frames, "val", group_by="shot")
+    with pytest.raises(ValueError, match=r"is not found in the key 'film0_0'; expected it in every key"):
+        Split(frames, "val", group_by=r"film1(\d)|film")
     with pytest.raises(ValueError, match=r"group_by: '\(' is no regular expression"):
         Split(frames, "val", group_by="(")
 

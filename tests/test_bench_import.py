@@ -1,6 +1,7 @@
 """`indiclip bench import`: there and back with the same bytes and labels; clip-benchmark reads what was written."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_nothing_is_overwritten_or_half_written(card, tmp_path, monkeypatch, cap
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.tarfile.TarFile, "addfile", full)
+        patch.setattr(tarfile.TarFile, "addfile", full)
         assert main([*words, str(tmp_path / "c")]) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b", "food.yaml"]

@@ -46,8 +46,13 @@ def test_the_real_coco_photos_come_back_with_every_field(data_root, tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """DensePose, crowds, a thin box, an image without boxes, and one annotated as its EXIF orientation shows it."""
+    """DensePose, crowds, a thin box, an image without boxes, and one annotated as its EXIF orientation shows it.
+
+    The images have keys of their own that mean something in a shard.
+    """
     content = copy.deepcopy(CONTENT)
+    for entry in content["images"]:
+        entry |= {"label": 7, "cls": "x", "text": 5, "caption": "red", "language": "xx", "lang": 1, "license": 3}
     content["annotations"][0].update(DENSEPOSE)
     content["annotations"].append(
         {"id": 4, "image_id": 30, "category_id": 3, "bbox": [3, 3, 0.5, 9], "segmentation": []}
@@ -72,6 +77,7 @@ def test_densepose_crowds_and_turned_photos_come_back(coco):
     urls, classes = pack(coco / "instances.json", coco, coco / "shards")
     shards = BoxShards(urls, classes, masks=True, densepose=True)
     assert_same(shards, CocoDetection(str(coco), str(coco / "instances.json"), masks=True, densepose=True))
+    assert json.loads(shards.parts(0)["json"])["coco"]["license"] == 3
     turned = next(sample for sample in shards if sample["key"] == "val-000000/60")
     assert turned["annotated_upright"]
     assert turned["boxes_xyxy"].tolist() == [[1, 20, 9, 29]]

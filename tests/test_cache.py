@@ -395,10 +395,13 @@ def test_a_moved_shard_keeps_its_index_and_a_changed_one_does_not(tmp_path, monk
     path.write_bytes(tar_bytes(1, 2))
     index = tar_index.build(path, cache.stat(str(path)))
     index.save(tar_index.index_path(str(path)))
-    os.utime(path, (5, 5))
-    monkeypatch.setattr(tar_index, "build", None)  # not to be called
-    assert captions(Shards(str(path))) == ["value 1", "value 2"]
-    monkeypatch.undo()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in (path, tar_index.index_path(str(path))):
+        shutil.copy2(file, moved)
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "build", None)  # not to be called
+        assert captions(Shards(str(moved / path.name))) == ["value 1", "value 2"]
     path.write_bytes(tar_bytes(3, 4))  # as long
     assert captions(Shards(str(path))) == ["value 3", "value 4"]
 
@@ -472,3 +475,13 @@ def test_what_a_web_server_answers_is_said_without_a_signature():
         server.shutdown()
     with pytest.raises(FileNotFoundError, match=f"^{where}: Cannot connect to host 127.0.0.1"):
         cache.stat(where)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INDICLIP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(FileExistsError, match="INDICLIP_CACHE names another folder.*file'$"):
+        cache.folder()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("INDICLIP_CACHE", "~/mine")
+    assert cache.folder() == tmp_path / "mine"

@@ -180,7 +180,9 @@ def test_two_runs_get_two_folders_and_a_resume_goes_on_in_its_own(tmp_path):
     assert fit(tmp_path, config(trainer__max_steps=4), "--ckpt_path", str(last)) == 0
     assert before == {name: (folder / name).read_bytes() for name in before}
 
-    # A name makes it another run.
+    # A name makes it another run, also one that only scores; a run's folder is its newest checkpoint.
+    assert fit(tmp_path, config(trainer__max_steps=4), "--ckpt_path", str(folder), "--name", "scored") == 0
+    assert json.loads((tmp_path / "runs" / "scored" / "metrics.json").read_text())["step"] == 4
     assert fit(tmp_path, config(trainer__max_steps=5), "--ckpt_path", str(last), "--name", "branch") == 0
     assert before == {name: (folder / name).read_bytes() for name in before}
     assert json.loads((tmp_path / "runs" / "branch" / "metrics.json").read_text())["step"] == 5

@@ -1,5 +1,7 @@
 """Folders as they are: deeper ones, files that are no images, links; all counted."""
 
+import os
+
 import pytest
 from PIL import Image
 
@@ -65,6 +67,23 @@ def test_a_folder_without_images_says_what_is_in_it(folder, capsys):
         (folder / name).unlink()
     assert pack(folder) == 2
     assert "no images (jpg, jpeg, png, webp, jfif, jpe) in it or below it; found 0 of " in capsys.readouterr().err
+
+
+def test_a_deep_folder_and_classes_in_alphabetical_order(tmp_path, monkeypatch):
+    for name in ("cat", "cat-2", "Bat"):
+        save(tmp_path / "photos" / name / "x.png")
+    assert pack(tmp_path / "photos") == 0
+    assert (tmp_path / "o" / "classes.txt").read_text() == "Bat\ncat\ncat-2\n"
+    monkeypatch.chdir(tmp_path / "photos" / "cat")
+    for _ in range(1200):
+        os.mkdir("d")  # noqa: PTH102 (step by step, as mkdir and rmtree recurse)
+        os.chdir("d")
+    try:
+        assert list_images(tmp_path / "photos").images == ["Bat/x.png", "cat-2/x.png", "cat/x.png"]
+    finally:
+        for _ in range(1200):
+            os.chdir("..")
+            os.rmdir("d")  # noqa: PTH106
 
 
 def test_links_to_folders_above_end(folder):

@@ -51,7 +51,8 @@ def test_a_polygon_covers_its_pixels_and_one_without_area_none():
     expected = np.zeros((6, 8))
     expected[1:3, 2:5] = 1
     np.testing.assert_array_equal(mask, expected)
-    assert not decode_mask(check_mask([], [6, 8], "x"), (6, 8)).any()
+    for nothing in ([], [[]]):
+        assert not decode_mask(check_mask(nothing, [6, 8], "x"), (6, 8)).any()
 
 
 def test_a_code_cut_anywhere_is_refused():

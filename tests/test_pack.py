@@ -22,6 +22,7 @@ from PIL import Image
 
 from indiclip.cli import main
 from indiclip.commands.sources import unique_keys
+from indiclip.datasets.captions import CaptionTable
 from indiclip.webdataset import cache, tar_index
 from indiclip.webdataset.box_shards import BoxShards
 from indiclip.webdataset.shard_writer import ShardWriter
@@ -71,8 +72,7 @@ def test_webdataset_reads_what_was_packed(pairs, tmp_path):
     ours = Shards(urls)
     assert [only_caption(sample) for sample in ours] == [f"caption {key} दीया" for key in keys]
     for url in urls:
-        index = tar_index.TarIndex.load(tar_index.index_path(url))
-        assert index.version == cache.stat(url)
+        assert tar_index.find_index(url, cache.stat(url)) is not None
 
 
 def test_the_same_files_give_the_same_bytes(pairs, tmp_path):
@@ -181,7 +181,11 @@ def test_nothing_is_overwritten_and_mistakes_are_one_line(pairs, tmp_path, capsy
         (pairs, [], "train-000000.tar is there already and is not overwritten"),
         (tmp_path / "empty", ["--name", "x"], "empty: no images (jpg, jpeg, png, webp, jfif, jpe) in it or below it"),
         (tmp_path / "nosuch", ["--name", "x"], "nosuch: no such file or folder"),
-        (tmp_path / "t.csv", ["--name", "x"], "no column 'caption'; nearest is 'captoin'"),
+        (
+            tmp_path / "t.csv",
+            ["--name", "x"],
+            "no column of captions; found ['file', 'captoin']; expected `caption`, or",
+        ),
         (tmp_path / "t.zip", ["--name", "x"], "expected a folder, a .csv, .tsv or .parquet table, or a COCO .json"),
         (tmp_path / "coco.json", ["--name", "x"], "no list 'categories'"),
         (tmp_path / "both", ["--name", "x"], "images in the folder and in 1 folders of it; expected either"),
@@ -418,18 +422,54 @@ def test_what_a_left_out_sample_is_made_of_is_left_out_too(tmp_path, capsys):
     assert "\n  4 captions\n" in capsys.readouterr().out
 
 
+def test_a_text_goes_with_the_last_of_its_images_and_a_pipe_is_not_waited_for(tmp_path, capsys):
+    folder = tmp_path / "folder"
+    for name in ("x.png", "x.webp", "y.png", "y.webp", "z.png"):
+        save(folder / name).with_suffix(".txt").write_text(name)
+    for name in ("x.png", "x.webp", "y.png"):
+        (folder / name).write_text("no image")
+    (folder / "z.txt").unlink()
+    os.mkfifo(folder / "z.txt")
+    assert pack(folder, tmp_path / "out", "--json") == 0
+    units = json.loads(capsys.readouterr().out)["inventory"]
+    assert {unit: (units[unit]["present"], units[unit]["used"]) for unit in ("files", "samples")} == {
+        "files": (8, 2), "samples": (5, 1),
+    }  # fmt: skip
+    assert left_out(tmp_path / "out")["z.png"] == "the caption is ''; expected text"
+
+
+@pytest.mark.parametrize("header", ["file,caption,caption", "file,caption,hi", "file,hi,caption,en", "file,id,caption"])
+def test_a_table_is_packed_with_the_captions_that_training_takes(header, tmp_path):
+    save(tmp_path / "a.png")
+    cells = [f"text {number}" for number in range(header.count(","))]
+    (tmp_path / "t.csv").write_text(f"{header}\na.png,{','.join(cells)}\n")
+    assert pack(tmp_path / "t.csv", tmp_path / "out") == 0
+    expected = CaptionTable(str(tmp_path), str(tmp_path / "t.csv")).captions(0)
+    assert Shards(str(tmp_path / "out" / "*.tar")).captions(0) == expected
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("iscrowd", "0"), ("bbox", ["1", 2, 3, 4]), ("captions", "x"), ("width", "4")]
+    ("key", "value"),
+    [
+        *[
+            ("iscrowd", "0"),
+            ("bbox", ["1", 2, 3, 4]),
+            ("captions", "x"),
+            ("width", "4"),
+            ("bbox", [0, float("nan"), 2, 2]),
+        ],
+        *[("segmentation", "abc"), ("segmentation", None), ("segmentation", [[1, 2, 3]]), ("dp_x", "x")],
+    ],
 )
 def test_a_value_of_the_wrong_type_is_an_error_of_packing_too(tmp_path, capsys, key, value):
     save(tmp_path / "a.png")
     image = {"id": 7, "file_name": "a.png", "height": 4, "width": 4}
     box = {"id": 8, "image_id": 7, "category_id": 1, "bbox": [0, 0, 2, 2]}
-    (box if key in ("iscrowd", "bbox") else image)[key] = value
+    (image if key in ("captions", "width") else box)[key] = value
     content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "kite"}]}
     (tmp_path / "coco.json").write_text(json.dumps(content))
     assert pack(tmp_path / "coco.json", tmp_path / "out") == 2
-    assert re.search(rf"coco\.json: (image 7|annotation 8): \(?.*{key}\)? is .*; expected", capsys.readouterr().err)
+    assert re.search(rf"coco\.json: (image 7|annotation 8): .*({key}|box|polygon|dp_masks)", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

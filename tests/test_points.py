@@ -22,6 +22,7 @@ CONTENT = [
 def build(tmp_path):
     def make(change=None):
         content = copy.deepcopy(CONTENT)
+        (tmp_path / "folder").mkdir(exist_ok=True)
         for entry, size in zip(content, [(40, 20), (8, 8), (9, 9)], strict=True):
             Image.new("RGB", size).save(tmp_path / entry["file_name"])
         if change:
@@ -56,10 +57,27 @@ def test_an_image_may_have_no_boxes_and_no_points(build):
     assert dataset[2]["points_xy"].shape == (0, 2)
 
 
+@pytest.mark.parametrize("thin", [[1, 1, 1e-9, 4], [1, 1, 0, 4], [-2, -2, 1, 1], [0.1, 0.1, 0.5, 0.5]])
+def test_boxes_that_training_cannot_use_are_counted(build, thin):
+    dataset = build(lambda content: content[0].update(boxes=[thin, [21, 0, 20, 20]]))
+    assert any(line.startswith("1 of 2 boxes, 1 of them clipped to the") for line in dataset.inventory.lines())
+    sample = dataset[0]
+    assert (sample["boxes_xyxy"].tolist(), sample["classes"].tolist()) == ([[21, 0, 40, 20]], [1])
+    assert len(sample["points_xy"]) == 2
+    dataset = build(lambda content: content[0].update(boxes=[thin, thin]))
+    assert dataset.inventory.unused().startswith("none of the boxes can be used: 0 of 2 boxes; left out: 2 thinner")
+
+
 BAD = {
     r"b\.png': count is 3, but there are 2 points": lambda c: c[0].update(count=3),
-    r"b\.png': 1 boxes; expected 2 of \[x, y, width, height\]": lambda c: c[0].update(boxes=[[0, 0, 2, 4]]),
-    r"b\.png': 2 boxes; expected 2 of \[x, y": lambda c: c[0].update(boxes=[[0, 0, 2, 4], [1, 1, 0, 4]]),
+    r"b\.png': boxes is \[\[0, 0, 2, 4\]\]; expected null or a list of 2": lambda c: c[0].update(boxes=[[0, 0, 2, 4]]),
+    r"b\.png': boxes is \[\]; expected null or a list of 2 \[x, y": lambda c: c[0].update(boxes=[]),
+    r"b\.png': bbox is \['x'\]; expected \[x, y, width, height\]": lambda c: c[0].update(boxes=[["x"], [1, 1, 2, 2]]),
+    r"b\.png': the box .* has a negative size": lambda c: c[0].update(boxes=[[0, 0, 2, 4], [1, 1, -1, 4]]),
+    r"counting\.json: all 5 points lie from 0 to 1: normalised\?": lambda c: [
+        entry.update(points=[[0.5, 0.25]] * entry["count"]) for entry in c
+    ],
+    r"1 of 3 images are not in .*, first 'folder'": lambda c: c[0].update(file_name="folder"),
     r"b\.png': the box .* lies outside its image \(40x20": lambda c: c[0].update(boxes=[[0, 0, 2, 4], [1, 1, 50, 4]]),
     r"b\.png': the point \[42\.5, 2\.0\] lies outside .* 40x20": lambda c: c[0].update(points=[[9, 9], [42.5, 2]]),
     r"b\.png': points is \[\[1\], \[2\]\]; expected \[\[x, y\]": lambda c: c[0].update(points=[[1], [2]]),

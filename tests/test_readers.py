@@ -217,7 +217,8 @@ def test_texts_beside_images_are_found_in_capitals_and_counted_once(tmp_path, ca
 
 def test_what_a_sample_holds_that_is_left_out_is_counted(folder, capsys):  # noqa: F811
     """Boxes and captions of images that cannot be packed, and captions that an image has twice."""
-    write(folder, change=annotation(bbox=[float("nan"), 0, 5, 5]))
+    write(folder)
+    (folder / "a.png").write_bytes(b"torn")
     captions = [{"image_id": i, "caption": text} for i, text in ((7, "x"), (7, "y"), (30, "z"), (30, "z"), (999, "w"))]
     write(folder, {"annotations": captions}, name="captions.json")
     assert pack(folder / "instances.json", "--captions", str(folder / "captions.json"), "--json") == 0
@@ -239,11 +240,11 @@ def test_what_a_sample_holds_that_is_left_out_is_counted(folder, capsys):  # noq
 def test_a_label_that_training_refuses_is_not_packed(tmp_path, capsys):
     source = tmp_path / "photos"
     source.mkdir()
-    for i, label in enumerate(("3", "3.0", "true", "-1", "1e9")):
+    for i, label in enumerate(("3", "3.0", "true", "-1", "1e9", '"3"', '"\u0969"')):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(source / f"{i}.png")
         (source / f"{i}.json").write_text(f'{{"caption": "x", "label": {label}}}')
     assert pack(source) == 0
-    assert "1 of 5 samples; left out: 4 with unusable texts, classes or boxes" in capsys.readouterr().out
+    assert "1 of 7 samples; left out: 6 with unusable texts, classes or boxes" in capsys.readouterr().out
     assert main(["shards", "check", str(tmp_path / "out" / "*.tar"), "--workers", "0"]) == 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from indiclip.generated.cielab import delta_e76, delta_e2000, rgb_of_hex, srgb_to_lab
-from indiclip.generated.mela_things import draw_shapes
+from indiclip.generated.mela_things import draw_thing
 from indiclip.generated.swatch_draw import SHAPES, WEAVES, draw_cloth
 from indiclip.generated.swatches import KINDS, THINGS, Swatches
 from indiclip.generated.swatches import WEAVES as WEAVES_OF
@@ -102,7 +102,7 @@ def test_what_is_drawn_is_nearest_to_its_label(part):
 @pytest.mark.parametrize("kind", [*THINGS["train"], *THINGS["test"]])
 def test_most_of_a_thing_has_its_colour(kind):
     rgb = (64, 224, 208)
-    sprite = draw_shapes(SHAPES[kind], rgb, 120, 0.1)
+    sprite = draw_thing(SHAPES[kind], rgb, 120, 0.1)
     assert (sprite.rgb[sprite.mask] == rgb).all(axis=1).mean() > 0.5
 
 

@@ -13,7 +13,7 @@ from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.table_reader import OnBadRow
 from indiclip.datasets.tables import is_text, stable_hash, text_lines, why_missing
-from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
+from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample, read_file
 from indiclip.webdataset.box_shards import check_boxes
 from indiclip.webdataset.shard_writer import ShardWriter
 from indiclip.webdataset.shards import read_captions, read_classes, read_entry
@@ -100,7 +100,7 @@ def _leave_out(packed: Packed, items: Items, inventory: Inventory) -> None:
     inventory.present["samples"] += 1
     inventory.leave_out("samples", packed.kind, f"{shown}: {packed.reason}")
     inventory.present.update(packed.held)
-    inventory.used.subtract(made_of := items.made_of(packed.place))
+    inventory.used.subtract(made_of := items.leave_out(packed.place))
     for unit, count in (packed.held | made_of).items():
         inventory.leave_out(unit, "of samples that are left out", shown, count)
 
@@ -120,16 +120,12 @@ def read_sample(source: Items, index: int) -> Packed:
     try:
         item = source[index]
         held, kind = _held(item.texts), _NO_FILE
-        data = item.image if isinstance(item.image, bytes) else _file(source.folder, item.image)
+        data = item.image if isinstance(item.image, bytes) else _read(source.folder, item.image)
         kind = "with an unreadable image"
-        if isinstance(data, Path):
-            if data.stat().st_size > MAX_BYTES["jpg"]:
-                raise ValueError(f"{data}: more than {MAX_BYTES['jpg']:,} bytes")
-            data = data.read_bytes()
         image = EncodedImage(data, "")
         image.decode()
         kind = "with unusable texts, classes or boxes"
-        _check(item.texts, image, source.classes)
+        _check({"jpg": data, **item.texts}, image, source.classes)
     except UnreadableSample as error:
         return Packed(index, {}, held, kind, error.reason)
     except (OSError, ValueError) as error:
@@ -137,12 +133,12 @@ def read_sample(source: Items, index: int) -> Packed:
     return Packed(index, {EXTENSION_OF[image.kind]: data, **item.texts}, held)
 
 
-def _file(folder: Path, name: str) -> Path:
+def _read(folder: Path, name: str) -> bytes:
     if not name:
         raise ValueError("no image is named")
     if why := why_missing(folder, name):
         raise ValueError(why)
-    return folder / name
+    return read_file(folder / name, MAX_BYTES["jpg"] + 1)
 
 
 def _held(texts: dict[str, bytes]) -> dict[str, int]:
@@ -156,15 +152,15 @@ def _held(texts: dict[str, bytes]) -> dict[str, int]:
     return {unit: count for unit, count in held.items() if count}
 
 
-def _check(texts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> None:
-    for extension, text in texts.items():
-        if len(text) > MAX_BYTES[extension]:
-            raise ValueError(f"{len(text):,} bytes of {extension}; expected at most {MAX_BYTES[extension]:,}")
-    entry = read_entry(texts)
-    captions = read_captions(texts, entry)
+def _check(parts: dict[str, bytes], image: EncodedImage, classes: list[str]) -> None:
+    for extension, data in parts.items():
+        if len(data) > MAX_BYTES[extension]:
+            raise ValueError(f"{len(data):,} bytes of {extension}; expected at most {MAX_BYTES[extension]:,}")
+    entry = read_entry(parts)
+    captions = read_captions(parts, entry)
     if "annotations" in entry:
         check_boxes(entry, image, len(classes))
-    label = 0 if "cls" in texts else label_of(entry)
+    label = 0 if "cls" in parts else label_of(entry)
     if label == BAD_LABEL:
         raise ValueError("the label of the .json is no whole number from 0")
     if not captions and label < 0 and "annotations" not in entry:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -9,13 +10,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from indiclip.datasets.captions import CaptionColumns
-from indiclip.datasets.coco_file import Entry, read_captions, read_coco
+from indiclip.datasets.coco import check_shapes
+from indiclip.datasets.coco_file import TOLERANCE, Entry, read_boxes, read_captions, read_coco
 from indiclip.datasets.folders import list_images, stem
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.languages import caption_language, language_tag
+from indiclip.datasets.languages import language_tag
 from indiclip.datasets.table_reader import KINDS, OnBadRow, Table
 from indiclip.datasets.tables import Strings, existing
-from indiclip.images import EXTENSIONS
+from indiclip.images import EXTENSIONS, read_file
 
 _UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file name on some system, or in a key
 
@@ -47,8 +49,8 @@ class Items(Protocol):
     def __getitem__(self, index: int) -> Item:
         """Raises `ValueError` or `OSError` where the sample cannot be used."""
 
-    def made_of(self, index: int) -> dict[str, int]:
-        """How many of the inventory's rows or files the sample is made of."""
+    def leave_out(self, index: int) -> dict[str, int]:
+        """Asked once of every sample that is not packed: how many of the inventory's rows or files go with it."""
 
 
 def open_source(
@@ -56,7 +58,7 @@ def open_source(
     images: str | None = None,
     captions: str | None = None,
     image_column: str = "file",
-    caption_column: str = "caption",
+    caption_column: str = "",
     classes: list[str] | None = None,
     on_bad_row: OnBadRow = "error",
 ) -> Items:
@@ -67,7 +69,7 @@ def open_source(
         images: The folder of its images; None takes the one that the table or the file is in.
         captions: COCO's captions JSON of the same images.
         image_column: Of a table.
-        caption_column: Of a table.
+        caption_column: Of a table; "" takes all columns that training does.
         classes: The names that a folder's classes are numbered by; None takes them in alphabetical order.
         on_bad_row: Of a table: `skip` leaves out and counts malformed rows, `error` raises.
 
@@ -98,7 +100,7 @@ class FolderItems:
         self.folder = folder
         images, self._texts, self.inventory = list_images(folder)
         found = [name for name in images if "/" not in name]
-        in_classes = list(dict.fromkeys(name.split("/")[0] for name in images if "/" in name))
+        in_classes = sorted({name.split("/")[0] for name in images if "/" in name})
         if found and in_classes:
             where = f"{folder}: images in the folder and in {len(in_classes)} folders of it"
             raise ValueError(f"{where}; expected either CLASS/*.jpg, or x.jpg with x.txt beside it")
@@ -106,28 +108,29 @@ class FolderItems:
             left_out = "; ".join(self.inventory.lines()) or "no files"
             raise ValueError(f"{folder}: no images ({', '.join(EXTENSIONS)}) in it or below it; found {left_out}")
         self.classes = [] if found else list(classes or in_classes)
-        if unknown := sorted(set(in_classes) - set(self.classes)):
+        if unknown := sorted({*in_classes} - {*self.classes}):
             raise ValueError(f"{folder}: {unknown[0]!r} is not among the {len(self.classes)} classes of classes.txt")
-        self.names = Strings(images)
+        self.names, self._num_images = Strings(images), Counter(map(stem, images))
         self.keys = unique_keys(map(stem, images))
 
     def __getitem__(self, index: int) -> Item:
         name = self.names[index]
         beside = self._texts[stem(name)].items()
-        texts = {extension: (self.folder / file).read_bytes() for extension, file in beside}
+        texts = {extension: read_file(self.folder / file) for extension, file in beside}
         if self.classes:
             texts["cls"] = str(self.classes.index(name.split("/")[0])).encode()
         return Item(name, texts)
 
-    def made_of(self, index: int) -> dict[str, int]:
-        return {"files": 1 + len(self._texts[stem(self.names[index])])}
+    def leave_out(self, index: int) -> dict[str, int]:
+        shared = stem(self.names[index])
+        self._num_images[shared] -= 1  # a text goes with the last of them
+        return {"files": 1 + len(self._texts[shared]) * (not self._num_images[shared])}
 
 
 class TableItems:
     """The images of a table with their captions, all rows of an image together.
 
-    A column `language` or `lang` says the language of the column with captions, or its own name does. Where the table
-    has no column `caption`, all that are called by a language are taken.
+    The captions are those that training takes, see `CaptionTable`, or those of the column that is named.
     """
 
     def __init__(self, file: Path, folder: Path, image_column: str, caption_column: str, on_bad_row: OnBadRow) -> None:
@@ -135,10 +138,8 @@ class TableItems:
         self.classes: list[str] = []
         table = Table(file, on_bad_row, image_column)
         images, self._embedded = table.images(image_column, folder)
-        if caption_column in table.header or not any(map(caption_language, table.header)):
-            columns = {table.place(caption_column): language_tag(caption_column)}
-        else:
-            columns = table.caption_columns()
+        named = {table.place(caption_column): language_tag(caption_column)} if caption_column else {}
+        columns = named or table.caption_columns()
         captions = CaptionColumns(table, columns)
         for rows in table.rows_by_image(images).values():
             empty = [row for row in rows if captions.is_empty(row)]
@@ -170,28 +171,38 @@ class TableItems:
         data = self._embedded[int(self._rows[index])] if self._embedded else None
         return Item(self._images[index] if data is None else data, texts)
 
-    def made_of(self, index: int) -> dict[str, int]:
+    def leave_out(self, index: int) -> dict[str, int]:
         return {"rows": int(self._num_rows[index])}
 
 
 class CocoItems:
-    """Images of a COCO file: `.json` is the image's entry with its captions and annotations."""
+    """Images of a COCO file: the `.json` has an image's size, its captions and annotations.
+
+    Its entry is as it stands under `coco`: readers of shards would give a meaning to a `label` or `caption` in it.
+    """
 
     def __init__(self, file: Path, folder: Path, captions: Path | None) -> None:
         coco = read_coco(file, folder)
         self.folder, self.inventory, self.classes = folder, Inventory(), coco.classes
-        entries = coco.images.entries
-        of_row: list[list[Entry]] = [[] for _ in entries]
+        of_row: list[list[Entry]] = [[] for _ in coco.images.entries]
         for row, label, entry in zip(coco.rows.tolist(), coco.labels.tolist(), coco.annotations, strict=True):
             of_row[row].append({**entry, "class": label})
+        sizes_hw = coco.images.sizes_hw()[coco.rows]
+        for i in read_boxes(coco.annotations, sizes_hw, coco.wheres, TOLERANCE, Inventory()).kept:
+            check_shapes(coco.annotations[i], sizes_hw[i].tolist(), coco.wheres[i])
         texts = read_captions(coco.images, captions, self.inventory)
         different = [list(dict.fromkeys(of_image)) for of_image in texts]
         repeated = np.array(list(map(len, texts))) - list(map(len, different))
         self.inventory.count_each("left_out", "captions", "of the same words", coco.images.wheres, repeated)
         self.inventory.present["captions"] -= sum(map(len, different))  # those are counted as they are packed
-        entries = [{**entry, "captions": of_image} for entry, of_image in zip(entries, different, strict=True)]
         # As JSON in one buffer, which the processes share; each would copy Python objects.
-        self._entries = Strings(_dumps({**entry, "annotations": of_row[row]}) for row, entry in enumerate(entries))
+        self._entries = Strings(
+            _dumps(
+                {name: entry[name] for name in ("id", "file_name", "height", "width")}
+                | {"captions": of_image, "annotations": annotations, "coco": entry}
+            )
+            for entry, of_image, annotations in zip(coco.images.entries, different, of_row, strict=True)
+        )
         self._files = Strings(coco.images.names)
         self.names = Strings(f"image {key}" for key in coco.images.id_texts())
         self.keys = unique_keys(coco.images.groups())
@@ -199,7 +210,7 @@ class CocoItems:
     def __getitem__(self, index: int) -> Item:
         return Item(self._files[index], {"json": self._entries[index].encode()})
 
-    def made_of(self, index: int) -> dict[str, int]:
+    def leave_out(self, index: int) -> dict[str, int]:
         return {}
 
 

@@ -157,6 +157,13 @@ class CocoDetection(SampleDataset):
         return np.flatnonzero(kept).tolist()
 
 
+def check_shapes(entry: Entry, size_hw: list[int], where: str) -> None:
+    """Check the mask and the DensePose of an annotation, where it has them; raises a `ValueError`."""
+    if "segmentation" in entry:
+        check_mask(entry["segmentation"], size_hw, where)
+    dp.person(entry, where)
+
+
 def box_fields(
     entry: Entry, image: EncodedImage, num_classes: int, masks: bool, densepose: bool, tolerance: float = TOLERANCE
 ) -> Sample:

@@ -174,18 +174,19 @@ def read_boxes(
     inventory.present["boxes"] += len(entries)
     boxes_xywh, crowd = _box_columns(entries, wheres)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
+    ends, edges = boxes_xywh[:, :2] + boxes_xywh[:, 2:], sizes_hw[:, ::-1]
+    reaches_out = (boxes_xywh[:, :2] < -_CLIPPED).any(1) | (ends > edges + _CLIPPED).any(1)
     thick = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] >= _MIN_SIDE).all(1)
     reason = "thinner than a pixel" + ", all from 0 to 1: normalised?" * bool((boxes_xywh <= 1).all())
     inventory.count_each("left_out", "boxes", reason, wheres, ~thick)
-    inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out(boxes_xywh, sizes_hw))
-    kept = np.flatnonzero(thick)
-    return CocoBoxes(kept, boxes_xyxy[kept], crowd[kept])
+    inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out)
+    return CocoBoxes(np.flatnonzero(thick), boxes_xyxy[thick], crowd[thick])
 
 
 def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray]:
     """`bbox`, float64 (M, 4), and `iscrowd`, bool (M,), of the types that they must have."""
     boxes = column(entries, "bbox", wheres.prefix)
-    check_all(boxes, is_box, wheres, "bbox", "[x, y, width, height]")
+    check_all(boxes, _is_box, wheres, "bbox", "[x, y, width, height]")
     crowd = [entry.get("iscrowd", 0) for entry in entries]
     check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
     return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(crowd, dtype=bool)
@@ -273,15 +274,9 @@ def is_size(size_hw: Sequence[Any]) -> bool:
     return all(type(side) is int and 0 < side < 2**31 for side in size_hw)
 
 
-def is_box(found: Any) -> bool:
+def _is_box(found: Any) -> bool:
     """Whether a value of a JSON file is four numbers."""
     return type(found) is list and len(found) == 4 and all(map(is_number, found))
-
-
-def reaches_out(boxes_xywh: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
-    """bool (M,): which boxes reach out of their images."""
-    ends, edges = boxes_xywh[:, :2] + boxes_xywh[:, 2:], sizes_hw[:, ::-1]
-    return np.asarray((boxes_xywh[:, :2] < -_CLIPPED).any(1) | (ends > edges + _CLIPPED).any(1))
 
 
 def _is_id(found: Any) -> bool:

@@ -31,7 +31,7 @@ def list_images(folder: Path, below: str = "") -> Files:
 
     Links to folders are followed. Hidden files are counted, hidden folders are not looked into.
     """
-    names, inventory = sorted(_walk(folder / below, f"{below}/" if below else "", set())), Inventory()
+    names, inventory = sorted(_walk(folder / below, f"{below}/" if below else "")), Inventory()
     images = [name for name in names if is_image_name(name) and not _is_hidden(name)]
     texts: dict[str, dict[str, str]] = {stem(name): {} for name in images}
     inventory.present["files"] = len(names)
@@ -58,18 +58,19 @@ def stem(name: str) -> str:
     return re.sub(r"\.[^./]*$", "", name)
 
 
-def _walk(folder: Path, below: str, seen: set[str]) -> Iterator[str]:
-    real = os.path.realpath(folder)
-    if real in seen:  # a link to a folder above it
-        return
-    seen.add(real)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from _walk(Path(entry.path), f"{below}{entry.name}/", seen)
-            else:
-                yield below + entry.name
+def _walk(root: Path, below: str) -> Iterator[str]:
+    folders, seen = [(str(root), below)], set()
+    for folder, below in folders:
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above it
+            continue
+        seen.add(real)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    yield below + entry.name
+                elif not entry.name.startswith("."):
+                    folders.append((entry.path, f"{below}{entry.name}/"))  # the loop comes to it
 
 
 def _is_hidden(name: str) -> bool:

@@ -22,8 +22,6 @@ NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_
 OF_INDIA: list[str] = NAMES["of_india"]
 _SPEAKERS = 1_000_000
 _UNKNOWN = ("und", "mul", "mis", "zxx")  # BCP-47's tags of what is no language, or not one
-# Codes of Indonesian, Norwegian, Malay, Minangkabau and Newari, but columns are called by them for other reasons.
-_OTHER_WORDS = ("id", "no", "ms", "min", "new")
 
 
 @lru_cache(maxsize=4096)
@@ -58,10 +56,10 @@ def caption_language(column: str) -> str:
     """The language that a column is taken to have captions in, by its name alone; "" where it is not.
 
     Of the codes with a meaning only those of India's languages and of languages with a million speakers are taken
-    (`key` and `url` are codes too), and `id`, `no`, `ms`, `min`, `new` are not.
+    (`key` and `url` are codes too), and of these not the `other_words` of languages.yaml, such as `id` and `cat`.
     """
     tag = language_tag(column)
-    if not tag or column in _OTHER_WORDS:
+    if not tag or column.lower() in NAMES["other_words"]:
         return ""
     language = tag.partition("-")[0]
     return tag if language in OF_INDIA or langcodes.get(language).speaking_population() >= _SPEAKERS else ""

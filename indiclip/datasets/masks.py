@@ -24,7 +24,7 @@ def check_mask(code: Any, size_hw: list[int], where: str) -> Any:
         The code without the polygons of fewer than three corners, which have no area.
 
     Raises:
-        ValueError: It cannot be decoded; begins with `where`.
+        ValueError: It cannot be decoded, or none of its polygons has an area; begins with `where`.
     """
     if not isinstance(code, list):
         check_run_lengths(code, size_hw, f"{where}: segmentation", "polygons or a run-length code")
@@ -40,7 +40,10 @@ def check_mask(code: Any, size_hw: list[int], where: str) -> Any:
             raise ValueError(f"{where}: a polygon is {shorten(polygon)}; expected [x1, y1, x2, y2, ...]")
         if polygon and not -longest <= min(polygon) <= max(polygon) <= 2 * longest:
             raise ValueError(f"{where}: a polygon reaches from {min(polygon):g} to {max(polygon):g}, out of its image")
-    return [polygon for polygon in code if len(polygon) >= 6]
+    polygons = [polygon for polygon in code if len(polygon) >= 6]
+    if any(code) and not polygons:
+        raise ValueError(f"{where}: no polygon of {shorten(code)} has three corners; expected one, or an empty list")
+    return polygons
 
 
 def check_run_lengths(code: Any, size_hw: list[int], where: str, expected: str = "a run-length code") -> None:

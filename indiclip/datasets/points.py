@@ -1,8 +1,6 @@
 """Counting: images with a point on every object of one class."""
 
-from collections.abc import Callable
-from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,7 @@ from indiclip.datasets.coco_file import (
     Wheres,
     check_all,
     check_unique,
-    is_box,
-    reaches_out,
+    read_boxes,
 )
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import (
@@ -27,7 +24,6 @@ from indiclip.datasets.tables import (
     is_text,
     load_json,
     name_in,
-    xywh_to_xyxy,
 )
 from indiclip.images import UnreadableSample, read_header, read_image
 from indiclip.names import shorten
@@ -38,7 +34,8 @@ class CountingPoints(SampleDataset):
     """Images with `points_xy`, `count_class`, `count_label`, and `boxes_xyxy`, `classes` where boxes are known.
 
     The annotation file is a JSON list of `{file_name, class_name, count, points: [[x, y], ...]}`, with `boxes` as
-    [x, y, width, height] or null, in pixels of the image as stored.
+    [x, y, width, height], as many, or null, in pixels of the image as stored. Boxes thinner than one pixel are dropped
+    and counted.
 
     Args:
         images: Folder of the image files.
@@ -53,7 +50,7 @@ class CountingPoints(SampleDataset):
     Raises:
         FileNotFoundError: The JSON, the folder, or images in it are missing.
         ValueError: Malformed JSON, a missing key, a value of another type, a count that is not the number of points or
-            boxes, a point or box out of its image, an image that is duplicated. Names the file and the image.
+            boxes, a point or box out of its image, normalised points, a duplicated image. Names the file and the image.
     """
 
     classes: list[str]
@@ -74,44 +71,42 @@ class CountingPoints(SampleDataset):
         check_unique(names, f"{file}: image")
         check_files(self.folder, names, str(file))
         check_all(class_names, is_text, wheres, "class_name", "text")
-        check_all(points, partial(_is_list, of=_is_point), wheres, "points", "[[x, y], ...]")
-        boxes = [[] if entry.get("boxes") is None else entry["boxes"] for entry in entries]
-        expected = "null or a list of [x, y, width, height], as many as points"
-        check_all(boxes, partial(_is_list, of=is_box), wheres, "boxes", expected)
+        check_all(points, _is_points, wheres, "points", "[[x, y], ...]")
+        boxes = [entry.get("boxes") for entry in entries]
         for i, count in enumerate(counts):
             if type(count) is not int or count != len(points[i]):
                 raise ValueError(f"{wheres[i]}: count is {shorten(count)}, but there are {len(points[i])} points")
-            if boxes[i] and (len(boxes[i]) != count or any(min(box[2:]) <= 0 for box in boxes[i])):
-                raise ValueError(f"{wheres[i]}: {len(boxes[i])} boxes; expected {count} of [x, y, width, height]")
+            if boxes[i] is not None and not (isinstance(boxes[i], list) and len(boxes[i]) == count):
+                found = f"{wheres[i]}: boxes is {shorten(boxes[i])}"
+                raise ValueError(f"{found}; expected null or a list of {count} [x, y, width, height]")
         self.classes = sorted(set(class_names))
         check_unique(self.classes, f"{file}: class")
         self._labels = np.searchsorted(self.classes, class_names)
         self._names, self.counts, self._inventory = Strings(names), np.array(counts), Inventory()
         self.sizes_hw = np.array([self._size_hw(entry, names[i], wheres[i]) for i, entry in enumerate(entries)])
-        self._boxed = np.array(list(map(len, boxes))) > 0
-        self._place(list(chain(*points)), list(chain(*boxes)), tolerance, f"{file}:")
+        self._boxed = np.array(list(map(bool, boxes)))
+        self._place(list(chain(*points)), list(chain(*filter(None, boxes))), tolerance, f"{file}:")
 
     def _place(self, points: list[Any], boxes: list[Any], tolerance: float, where: str) -> None:
-        """Points and boxes of all images, one after the other, inside their images; zeros where an image has no box."""
+        """Points and boxes of all images, one after the other, inside their images."""
         image = np.repeat(np.arange(len(self)), self.counts)  # of each point
-        wheres = Wheres(where, [self._names[i] for i in image.tolist()])
-        sizes_hw, boxed = np.where(self.sizes_hw == 0, 2**31, self.sizes_hw)[image], self._boxed[image]
-        boxes_xywh = np.zeros((len(image), 4))
-        boxes_xywh[boxed] = np.array(boxes).reshape(-1, 4)
-        self._starts = np.cumsum([0, *self.counts])
+        boxed, names = self._boxed[image], [self._names[i] for i in image.tolist()]
+        sizes_hw, wheres = np.where(self.sizes_hw == 0, 2**31, self.sizes_hw)[image], Wheres(where, names)
         points_xy, edges = np.array(points, dtype=np.float64).reshape(-1, 2), sizes_hw[:, ::-1].astype(np.float32)
         for i in np.flatnonzero(~((points_xy >= -tolerance) & (points_xy <= edges + tolerance)).all(1)):  # NaN too
             (x, y), (height, width) = points_xy[i].tolist(), sizes_hw[i]
             raise ValueError(f"{wheres[i]}: the point {[x, y]} lies outside the image of {width}x{height} pixels")
+        if points and (points_xy <= 1).all():
+            raise ValueError(f"{where} all {len(points)} points lie from 0 to 1: normalised? Expected pixels")
+        self.inventory.present.update(images=len(self), points=len(image))
         outside = np.asarray(((points_xy < 0) | (points_xy > edges)).any(1))
         self.inventory.count_each("altered", "points", "moved into the image", wheres, outside)
         # The edges are exclusive.
         self._points_xy = points_xy.astype(np.float32).clip(0, np.nextafter(edges, np.float32(0)))
-        self._boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
-        clipped = boxed & reaches_out(boxes_xywh, sizes_hw)
-        self.inventory.count_each("altered", "boxes", "clipped to the image", wheres, clipped)
-        for unit, count in (("images", len(self)), ("points", len(image)), ("boxes", int(boxed.sum()))):
-            self.inventory.present[unit] = self.inventory.used[unit] = count
+        entries, wheres = [{"bbox": box} for box in boxes], Wheres(where, list(compress(names, boxed)))
+        kept, self._boxes_xyxy, _ = read_boxes(entries, sizes_hw[boxed], wheres, tolerance, self.inventory)
+        self.inventory.used.update(images=len(self), points=len(image), boxes=len(kept))
+        self._images = image, image[boxed][kept]  # of each point, of each box
 
     def __len__(self) -> int:
         return len(self._names)
@@ -123,13 +118,13 @@ class CountingPoints(SampleDataset):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         key, label = self.key(index), int(self._labels[index])
-        at = slice(*self._starts[index : index + 2].tolist())
+        points, boxes = (slice(*np.searchsorted(image, (index, index + 1))) for image in self._images)
         image = read_image(self.folder / key, key)
-        sample = Sample(image=image, key=key, points_xy=self._points_xy[at].copy())
+        sample = Sample(image=image, key=key, points_xy=self._points_xy[points].copy())
         sample["annotated_upright"] = tuple(self.sizes_hw[index].tolist()) != image.size_hw
         sample["count_class"], sample["count_label"] = self.classes[label], label
         if self._boxed[index]:
-            sample["boxes_xyxy"] = self._boxes_xyxy[at].copy()
+            sample["boxes_xyxy"] = self._boxes_xyxy[boxes].copy()
             sample["classes"] = np.full(len(sample["boxes_xyxy"]), label)
         return sample
 
@@ -145,9 +140,7 @@ class CountingPoints(SampleDataset):
         return said
 
 
-def _is_point(point: Any) -> bool:
-    return isinstance(point, list) and len(point) == 2 and is_number(point[0]) and is_number(point[1])
-
-
-def _is_list(found: Any, of: Callable[[Any], bool]) -> bool:
-    return isinstance(found, list) and all(map(of, found))
+def _is_points(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(point, list) and len(point) == 2 and all(map(is_number, point)) for point in found
+    )

@@ -27,7 +27,7 @@ class Split(SampleDataset):
 
     Raises:
         ValueError: A fraction outside 0 to 1, a fold that is not there, a part without samples, a key in which
-            `group_by` finds nothing.
+            `group_by` or its first group finds nothing.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ def _matches(dataset: SampleDataset, pattern: str) -> list[str]:
     groups = []
     for key in map(dataset.key, range(len(dataset))):
         found = expression.search(key)
-        if found is None:
+        group = found and found.group(min(1, expression.groups))
+        if group is None:
             raise ValueError(f"group_by: {pattern!r} is not found in the key {key!r}; expected it in every key")
-        groups.append(found.group(min(1, expression.groups)) or "")
+        groups.append(group)
     return groups

@@ -106,16 +106,10 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
         FileNotFoundError: Images are missing; says how many and names the first.
     """
     # One listing, not one question per file: the folder may be on a network.
-    there = {entry.name for entry in folder.iterdir()}
-    missing = []
-    for name in names:
-        if name in there:
-            continue
-        reason = why_missing(folder, name)
-        if _LEADS_OUT.match(name):
-            raise ValueError(f"{where}: the image {reason}")
-        if reason:
-            missing.append(name)
+    there = {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
+    missing = [name for name in names if name not in there and why_missing(folder, name)]
+    for name in filter(_LEADS_OUT.match, missing):
+        raise ValueError(f"{where}: the image {why_missing(folder, name)}")
     if missing:
         near = did_you_mean(missing[0], there)
         raise FileNotFoundError(

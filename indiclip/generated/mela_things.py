@@ -54,24 +54,20 @@ def shades(rgb: RGB) -> dict[str, RGB]:
     return {**_PAINTS, "main": rgb, "dark": dark, "light": light}
 
 
-def draw_thing(kind: str, rgb: RGB, size: float, tilt: float, stretch: float = 1.0, mirror: bool = False) -> Sprite:
-    """Draw one thing of the fair.
+def draw_thing(
+    thing: str | Shapes, rgb: RGB, size: float, tilt: float, stretch: float = 1.0, mirror: bool = False
+) -> Sprite:
+    """Draw a thing, with the paints of a colour.
 
     Args:
-        kind: One of `THINGS`.
+        thing: One of `THINGS`, or a stack of polygons.
         rgb: Its colour, 0..255 each.
         size: The longer side of its box, in pixels.
         tilt: Clockwise, in radians.
         stretch: Width times this before it is tilted.
         mirror: Left and right are swapped.
     """
-    return draw_shapes(_DRAWINGS[kind], rgb, size, tilt, stretch, mirror)
-
-
-def draw_shapes(
-    shapes: Shapes, rgb: RGB, size: float, tilt: float, stretch: float = 1.0, mirror: bool = False
-) -> Sprite:
-    """Draw a stack of polygons with the paints of a colour; arguments as in `draw_thing`."""
+    shapes = _DRAWINGS[thing] if isinstance(thing, str) else thing
     cos, sin = np.cos(tilt), np.sin(tilt)
     across = -stretch if mirror else stretch
     # In one array, so that a single matrix product moves all polygons.

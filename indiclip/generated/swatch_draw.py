@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from indiclip.generated.base import Floats, Mask, SizeHW, UInt8, load_table
 from indiclip.generated.cielab import RGB, delta_e76, lab_to_srgb, srgb_to_lab
 from indiclip.generated.mela_shapes import CLOTHES, THINGS
-from indiclip.generated.mela_things import draw_shapes
+from indiclip.generated.mela_things import draw_thing
 
 SHAPES = THINGS | CLOTHES
 TABLE: dict[str, dict[str, Any]] = load_table("swatches.yaml")
@@ -71,7 +71,7 @@ def draw_object(rng: Generator, rgb: RGB, size_hw: SizeHW, kind: str) -> tuple[U
         As `draw_patch`; darker and lighter parts of the thing, and those of fixed paints, are not the colour.
     """
     side = rng.uniform(0.7, 0.9) * min(size_hw)
-    sprite = draw_shapes(SHAPES[kind], rgb, side, rng.uniform(-0.2, 0.2), rng.uniform(0.9, 1.1), rng.random() < 0.5)
+    sprite = draw_thing(SHAPES[kind], rgb, side, rng.uniform(-0.2, 0.2), rng.uniform(0.9, 1.1), rng.random() < 0.5)
     sprite_h, sprite_w = sprite.mask.shape
     top, left = (int(rng.integers(room + 1)) for room in (size_hw[0] - sprite_h, size_hw[1] - sprite_w))
     window = slice(top, top + sprite_h), slice(left, left + sprite_w)

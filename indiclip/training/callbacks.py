@@ -143,7 +143,7 @@ class TaskProgress(ProgressBar):
         if now - self._since > 10:  # a moving rate: what happened long ago does not count
             self._samples, self._since = 0, now
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._bar, description="validate")
 

@@ -49,13 +49,6 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
                     f"model.heads: {head.name} reads the task {head.task!r}, for which data.train has no source"
                     f"{did_you_mean(head.task, given)}"
                 )
-    if stage != "predict":
-        for head in heads:
-            of_task: list[dict[str, Any]] = [
-                {key: source.dataset for key, source in sources.items() if source.task == head.task}
-                for sources in parts
-            ]
-            head.check(*of_task)
     for sources in parts:
         for key, sample in _first_samples(data, sources):
             for head in heads:
@@ -64,6 +57,13 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         for source in sources.values():
             scored = [head for head in heads if head.task == source.task and stage != "predict"]
             source.required_fields = tuple({name: 0 for head in scored for name in head.required_fields})
+    if stage != "predict":
+        for head in heads:
+            of_task: list[dict[str, Any]] = [
+                {key: source.dataset for key, source in sources.items() if source.task == head.task}
+                for sources in parts
+            ]
+            head.check(*of_task)
 
 
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:

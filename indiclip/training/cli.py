@@ -208,6 +208,7 @@ def _say(error: Exception) -> int:
 
 
 def _seed(seed: bool | int) -> int:
-    if isinstance(seed, bool):
-        raise ValueError(f"found {str(seed).lower()}; expected a number, by which the run can be done again")
+    if isinstance(seed, bool) or not 0 <= seed < 2**32:
+        expected = "a number from 0 to 4294967295, by which the run can be done again"
+        raise ValueError(f"found {str(seed).lower()}; expected {expected}")
     return seed

@@ -1,9 +1,9 @@
 """What a run was configured with: `config.yaml` is the newest config that made a step, `config-<step>.yaml` are those
 before, each by the last step that it made; and what a run that goes on may change.
 
-The rule. What makes up a training step (data, seed, encoder, heads, accumulation) stays, or `--override` says that it
-may change; so do the samples that the data's files hold. The optimizer's values, which take effect at once, and how
-long, how fast and where a run trains may change. Every change is listed at the start.
+The rule. What makes up a training step (data and the samples that its files hold, seed, encoder, heads, accumulation)
+stays, or `--override` says that it may change. The optimizer's values, which take effect at once, and how long, how
+fast and where a run trains may change. Every change is listed at the start.
 """
 
 import zlib
@@ -17,7 +17,6 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from indiclip import json_lines
 from indiclip.loading.source import keyed
-from indiclip.module import Batches
 from indiclip.names import shorten
 from indiclip.old_names import translate_config
 from indiclip.training.fault_tolerance.ranks import folder_of
@@ -53,9 +52,7 @@ class ConfigHistory(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True

@@ -22,7 +22,7 @@ from indiclip.evals.card_scorer import Options
 from indiclip.evals.encode import Ranks
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
-from indiclip.module import Batches, MultiTask
+from indiclip.module import MultiTask
 from indiclip.names import check_range
 from indiclip.training.fault_tolerance.ranks import Interrupted, callbacks_of, folder_of, together
 from indiclip.training.fault_tolerance.step_sync import StepSync
@@ -121,16 +121,12 @@ class IndiaBench(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batches, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # The run that this one goes on from was stopped in the middle of it.
         if self._goes_on_from == trainer.global_step != self._scored and self._is_due(trainer):
             self._score(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if stepped and self._is_due(trainer):  # not at a batch whose gradients are kept for the next one
             self._score(trainer, pl_module)

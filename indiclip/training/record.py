@@ -57,9 +57,7 @@ class RunRecord(Callback):
             self._scored = max(scored, default=-1)
             json_lines.rewrite(self._folder / "history.jsonl", kept)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == trainer.max_steps:
             trainer.should_stop = True  # else Lightning ends in mid-epoch without a last validation

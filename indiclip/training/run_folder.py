@@ -30,7 +30,7 @@ def run_folder(config: Any, subcommand: str, trial: bool = False) -> Path:
     """The folder of this run: that of the checkpoint it goes on from or scores, or a new `runs/<name>`.
 
     Args:
-        config: Of the subcommand; a `ckpt_path` of `last` is replaced by the file.
+        config: Of the subcommand; a `ckpt_path` of `last`, or that is a run's folder, is replaced by the file.
         subcommand: `fit` makes another run of a checkpoint where `name` is another.
         trial: A `fast_dev_run`, which leaves nothing: its folder is a temporary one.
     """
@@ -93,7 +93,7 @@ def remove_unused(folder: Path, trial: bool, is_new: bool) -> None:
         trial: A `fast_dev_run`.
         is_new: It held nothing when this process came.
     """
-    used = (folder / "config.yaml").exists() or any(folder.glob("checkpoints/*.ckpt"))
+    used = any(file for name in ("config.yaml", "metrics.json", "checkpoints/*.ckpt") for file in folder.glob(name))
     if trial or (is_new and _locks and not used):  # locked: no other process has begun there
         shutil.rmtree(folder, ignore_errors=True)
     elif is_first_process():
@@ -114,6 +114,9 @@ def _folder_of_checkpoint(config: Any, subcommand: str) -> Path | None:
     if not checkpoint or checkpoint in _CHECKPOINT_WORDS or "://" in checkpoint:
         return None
     file = Path(checkpoint)
+    if (file / "checkpoints").is_dir():
+        file = newest_good(file / "checkpoints")[0] or file / "checkpoints" / "*.ckpt"
+        config["ckpt_path"] = checkpoint = str(file)
     if not file.exists():
         raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest_beside(file, '*.ckpt')}")
     if file.is_file() and (reason := what_is_wrong(file)):

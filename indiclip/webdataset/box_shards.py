@@ -1,13 +1,14 @@
 """Shards of images with boxes: what `indiclip shards pack` makes of a COCO file, read for training.
 
-A sample's `.json` is the image's entry in the COCO file with its `captions` and `annotations`; each annotation has its
-`class` as a number from 0 in the order of the category ids.
+A sample's `.json` has the image's `height`, `width`, `captions` and `annotations`; each annotation has its `class` as a
+number from 0 in the order of the category ids.
 """
 
 from typing import Any
 
-from indiclip.datasets.coco import box_fields
-from indiclip.datasets.masks import check_mask
+from indiclip.datasets.coco import box_fields, check_shapes
+from indiclip.datasets.coco_file import read_boxes_of_image
+from indiclip.datasets.inventory import Inventory
 from indiclip.images import EncodedImage
 from indiclip.types import Sample
 from indiclip.webdataset.shards import Shards, read_captions
@@ -51,8 +52,7 @@ def check_boxes(entry: dict[str, Any], image: EncodedImage, num_classes: int) ->
     Raises:
         ValueError: As `box_fields`.
     """
-    fields = box_fields(entry, image, num_classes, masks=False, densepose=True)
-    size_hw = list(image.upright_hw if fields["annotated_upright"] else image.size_hw)
-    for place, annotation in enumerate(entry["annotations"]):
-        if "segmentation" in annotation:
-            check_mask(annotation["segmentation"], size_hw, f"annotation {annotation.get('id', place)}")
+    box_fields(entry, image, num_classes, masks=False, densepose=True)
+    boxes, wheres = read_boxes_of_image(entry, "annotation", Inventory())
+    for i in boxes.kept:
+        check_shapes(entry["annotations"][i], [entry["height"], entry["width"]], wheres[i])

@@ -77,7 +77,7 @@ def stat(url: str) -> Stat:
         FileNotFoundError: It is not there.
     """
     if not is_remote(url):
-        changed = Path(url).stat().st_mtime_ns
+        changed = Path(url).stat().st_ctime_ns  # no program can set it, as `cp -p` and rsync set st_mtime
         size, _, crc = fingerprint(Path(url)).partition(":")
         return Stat(int(size), str(changed), crc)
     try:
@@ -107,8 +107,11 @@ def _reason(error: FileNotFoundError) -> str:
 
 def folder() -> Path:
     """The cache folder, made if need be."""
-    found = Path(os.environ.get("INDICLIP_CACHE") or Path.home() / ".cache" / "indiclip")
-    found.mkdir(parents=True, exist_ok=True)
+    found = Path(os.environ.get("INDICLIP_CACHE") or "~/.cache/indiclip").expanduser()
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; INDICLIP_CACHE names another folder", str(found)) from error
     return found
 
 

@@ -71,8 +71,9 @@ class ShardWriter:
         try:
             if kind is None:
                 self.finish()
-                # What other names share comes last: where it is, all is complete.
-                for file in sorted(self.part.iterdir(), key=lambda file: not file.name.startswith(f"{self.name}-")):
+                # What other names share comes last: where it is, all is complete. An index comes after its shard, or it
+                # would be taken for that of an older one.
+                for file in sorted(self.part.iterdir(), key=lambda f: (not f.name.startswith(f"{self.name}-"), f)):
                     file.replace(self.folder / file.name)
         finally:
             with _undisturbed():

@@ -8,6 +8,8 @@ no link is followed.
 import os
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from glob import escape, glob
 from pathlib import Path
@@ -160,18 +162,12 @@ class Shards(SampleDataset):
     def __getitem__(self, index: int) -> Sample:
         shard, place = self._place(index)
         key, file = self._key(shard, place), self._shown[shard]
-        try:
+        with unreadable(key, file):
             parts = self._parts(shard, place)
             entry = read_entry(parts)
             image = EncodedImage(parts["image"], key, file)
             sample = Sample(image=image, key=key)
             sample.update(self._fields(index, image, parts, entry))
-        except (cache.NoCopy, UnreadableSample):
-            raise
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and is_trouble(error):
-                raise
-            raise UnreadableSample(key, str(error), file) from error
         return sample
 
     def _key(self, shard: int, place: int) -> str:
@@ -233,6 +229,19 @@ def read_classes(classes: str | list[str] | None) -> list[str]:
             raise ValueError(f"{where}: class {number} is {shorten(name)}; expected one name per class, each once")
     check_unique(names, f"{where}: class")
     return names
+
+
+@contextmanager
+def unreadable(key: str, file: str) -> Iterator[None]:
+    """What is wrong with a sample of a shard, but not with the machine, becomes `UnreadableSample`."""
+    try:
+        yield
+    except (cache.NoCopy, UnreadableSample):
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_trouble(error):
+            raise
+        raise UnreadableSample(key, str(error), file) from error
 
 
 def expand(urls: str | list[str]) -> list[str]:

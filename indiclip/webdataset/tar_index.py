@@ -34,7 +34,7 @@ ROW = np.dtype(
 )
 DUPLICATED, NO_IMAGE = "duplicated", "without an image"
 BAD_LABEL = -2  # there is one, but it is no whole number from 0
-_VERSION = 3
+_VERSION = 4
 _FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
 _SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
@@ -197,8 +197,8 @@ def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool
         return False
     if cache.is_remote(url):  # moved: its copy is looked at when it is made
         return True
-    # Moved: the checksum is of three places only, so what was changed later is indexed anew.
-    return index.version.crc == version.crc and Path(url).stat().st_mtime_ns <= file.stat().st_mtime_ns
+    # Moved: the checksum is of three places only, so what was changed, or came to its place, later is indexed anew.
+    return index.version.crc == version.crc and Path(url).stat().st_ctime_ns <= file.stat().st_ctime_ns
 
 
 def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) -> dict[str, Parts]:
@@ -287,8 +287,6 @@ def _label(parts: Parts, data: mmap.mmap, entry: dict[str, Any]) -> int:
 def label_of(entry: dict[str, Any]) -> int:
     """The class that a sample's `.json` says; -1 where it says none, `BAD_LABEL` where it is no whole number from 0."""
     found = entry.get("label", entry.get("cls"))
-    if isinstance(found, str) and found.strip().isdecimal() and len(found) < 20:
-        found = int(found)
     if found is None:
         return -1
     return found if type(found) is int and 0 <= found < 2**31 else BAD_LABEL

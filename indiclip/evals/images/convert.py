@@ -6,18 +6,18 @@ retrieval dataset_type.txt and captions in `.txt`, a line each.
 """
 
 import csv
-import io
 import re
 import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import groupby, zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
+
+from webdataset import ShardWriter
 
 from indiclip.datasets.tables import existing
 from indiclip.evals.cards.card import Card, load_card
@@ -124,25 +124,15 @@ def _write_clip_benchmark(items: Items, folder: Path, language: str, images: Ite
         _write_lines(folder / "zeroshot_classification_templates.txt", list(card.templates(language)))
     for split, of_split in groupby(images, key=attrgetter("split")):
         (folder / split).mkdir()
-        shards = samples = num_bytes = 0
-        with ExitStack() as shard:
+        limits = {"maxcount": _SHARD_SAMPLES, "maxsize": _SHARD_BYTES, "verbose": 0}
+        pattern = f"{folder / split}/".replace("%", "%%") + "%d.tar"
+        with ShardWriter(pattern, **limits, mode=0o644, mtime=0) as writer:
             for number, (place, _, image) in enumerate(of_split):
-                members = {EXTENSION_OF[image.kind]: image.data}
-                if captions is None:
-                    members["cls"] = str(int(items.labels[place])).encode()
-                else:
-                    members["txt"] = "\n".join(captions[place]).encode()
-                size = sum(map(len, members.values()))
-                if not samples or samples == _SHARD_SAMPLES or num_bytes + size > _SHARD_BYTES:
-                    shard.close()
-                    file = folder / split / f"{shards}.tar"
-                    tar = shard.enter_context(tarfile.open(file, "w", format=tarfile.USTAR_FORMAT))
-                    shards, samples, num_bytes = shards + 1, 0, 0
-                for extension, content in members.items():
-                    info = tarfile.TarInfo(f"s{number:07}.{extension}")  # owner and time are zero: the same bytes
-                    info.size, info.mode = len(content), 0o644
-                    tar.addfile(info, io.BytesIO(content))
-                samples, num_bytes = samples + 1, num_bytes + size
+                text = str(int(items.labels[place])) if captions is None else "\n".join(captions[place])
+                kind = "cls" if captions is None else "txt"
+                members = {EXTENSION_OF[image.kind]: image.data, kind: text.encode()}
+                writer.write({"__key__": f"s{number:07}"} | members)
+            shards = writer.shard
         _write_lines(folder / split / "nshards.txt", [str(shards)])
 
 

@@ -12,9 +12,8 @@ from torch.utils.data import Dataset, Subset
 from indiclip.datasets.table_reader import EmbeddedImages
 from indiclip.datasets.tables import Strings
 from indiclip.evals.cards.card import Card
-from indiclip.images import EncodedImage, UnreadableSample, is_trouble, read_image
-from indiclip.webdataset import cache
-from indiclip.webdataset.shards import Shards
+from indiclip.images import EncodedImage, UnreadableSample, read_image
+from indiclip.webdataset.shards import Shards, unreadable
 
 # What can be pickled to a loader process, has a length, and gives an `EncodedImage` or uint8 RGB pixels (height, width,
 # 3), or raises `UnreadableSample`.
@@ -136,14 +135,8 @@ class ShardImages(Dataset[EncodedImage]):
 
     def __getitem__(self, index: int) -> EncodedImage:
         key, shard = self.shards.key(index), self.shards.shard(index)
-        try:
+        with unreadable(key, shard):
             return EncodedImage(self.shards.parts(index)["image"], key, shard)
-        except (UnreadableSample, cache.NoCopy):
-            raise
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and is_trouble(error):
-                raise
-            raise UnreadableSample(key, str(error), shard) from error
 
 
 def _at(values: Sequence[Any], places: Sequence[int]) -> list[Any]:

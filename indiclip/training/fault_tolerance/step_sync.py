@@ -99,9 +99,7 @@ class StepSync(Callback):
         self._on_the_way.append(_Count(ballots, arrived, trainer.global_step + 1, self._losses, self._keys))
         self._losses, self._keys, self._voted = {}, {}, True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._voted:  # in the middle of a step of several micro-batches, where nothing may be saved
             return
         self._voted = False
