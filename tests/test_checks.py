@@ -56,6 +56,24 @@ def test_images_without_any_truth_can_be_predicted(tmp_path, capsys):
     assert found["predictions"]["contrastive"][0]["text_E"] is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("fine", ""),
+        ("none", "TypeError: unsupported operand type(s) for |: 'dict' and 'NoneType'"),
+        ("error", "KeyError: 'captoin' (INDICLIP_TRACEBACK=1 shows where)"),
+        ("tensor", "image of sample 'own-0': found torch.float32 torch.Size([3, 32, 32]); expected an EncodedImage or"),
+        ("text", "caption of sample 'own-0': found 5; expected str"),
+    ],
+)
+def test_a_dataset_of_ones_own_needs_no_key_in_its_samples_and_is_named_where_it_fails(kind, message, tmp_path, capsys):
+    tree = config(data__train__0__dataset={"class_path": "trouble_reading.Own", "init_args": {"kind": kind}})
+    assert fit(tmp_path, tree) == (2 if message else 0)
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(errors) == bool(message)
+    assert all(f"data.train[0]: {message}" in line for line in errors), errors
+
+
 @pytest.mark.parametrize("name", ["", "first"])
 def test_two_held_out_sources_of_a_task_have_scores_of_their_own(tmp_path, name):
     """In metrics.json, in the report, and for a checkpoint's monitor."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from PIL import Image
 from test_cli import config, fit
 
 FOLDER = "runs/experiment"
@@ -79,6 +80,32 @@ def test_another_training_step_is_refused_without_override(changes, flags, key, 
     assert {name: (tmp_path / FOLDER / name).read_bytes() for name in before} == before
     assert going_on(tmp_path, longer, *flags, "--override", "true") == 0
     assert saved(tmp_path)["trainer"]["max_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "found"), [("abc", "samples: 4 -> 3"), ("abcde", "samples: 4 -> 5"), ("abce", "crc32_of_keys: ")]
+)
+def test_other_samples_under_the_same_config_are_refused_without_override(names, found, tmp_path, capsys):
+    def write_table(names):
+        for name in names:
+            Image.new("RGB", (32, 32), "orange").save(tmp_path / f"{name}.png")
+        (tmp_path / "table.csv").write_text("file,caption\n" + "".join(f"{name}.png,a photo\n" for name in names))
+
+    write_table("abcd")
+    init_args = {"images": str(tmp_path), "table": str(tmp_path / "table.csv")}
+    dataset = {"class_path": "indiclip.datasets.captions.CaptionTable", "init_args": init_args}
+    tree = config(data__train__0__dataset=dataset)
+    assert fit(tmp_path, tree) == 0
+    write_table(names)
+    capsys.readouterr()
+    flags = ["--trainer.max_steps", "3"]
+    assert going_on(tmp_path, tree, *flags) == 2
+    error = capsys.readouterr().err
+    assert f"--ckpt_path: its run read other samples: data.train[0].{found}" in error
+    assert "--override true trains on with the new ones" in error
+    assert going_on(tmp_path, tree, *flags, "--override", "true") == 0
+    assert f"  data.train[0].{found}" in capsys.readouterr().out
+    assert going_on(tmp_path, tree, "--trainer.max_steps", "4") == 0  # the new ones are now the run's own
 
 
 def test_another_optimizer_is_refused_always(tmp_path, capsys):

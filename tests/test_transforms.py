@@ -350,10 +350,17 @@ def test_what_is_not_declared_is_an_error_that_names_it():
         ),
         ({"classes": np.arange(2)}, "classes of sample 's' has 2 rows, but boxes_xyxy has 3"),
         ({"boxes_xyxy": None}, "classes of sample 's' has 3 rows, but boxes_xyxy is missing"),
-        ({"points_xy": [[1, 2]]}, "points_xy of sample 's': found a list, expected a NumPy array"),
+        ({"points_xy": [[1, 2]]}, r"points_xy of sample 's': found \[\[1, 2\]\]; expected ndarray"),
+        ({"caption": 5}, "caption of sample 's': found 5; expected str"),
+        ({"label": 2.5}, "label of sample 's': found 2.5; expected Integral"),
+        ({"image": np.zeros((8, 8, 4), np.uint8)}, r"image of sample 's': found uint8 \(8, 8, 4\); expected an Enc"),
+        ({"image": np.zeros((8, 8), np.uint8)}, r"image of sample 's': found uint8 \(8, 8\); expected"),
+        ({"image": np.zeros((8, 8, 3))}, r"image of sample 's': found float64 \(8, 8, 3\); expected"),
+        ({"image": torch.zeros(3, 8, 8)}, "image of sample 's': found torch.float32 .* expected"),
+        ({"image": "x.jpg"}, "image of sample 's': found 'x.jpg'; expected"),
     ],
 )
-def test_an_array_that_does_not_fit_its_kind_is_named(change, message):
+def test_a_field_that_does_not_fit_its_kind_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         prepare(scene() | change)
 

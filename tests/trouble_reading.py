@@ -7,8 +7,11 @@ import os
 import signal
 import time
 
+import numpy as np
+import torch
 from torch.utils.data import Dataset
 
+from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela import Mela
 from indiclip.loading.workers import StepLoader, Workers, reading
 from indiclip.webdataset.shards import Shards
@@ -47,6 +50,27 @@ class Troubles(Mela):
             gc.collect()
         if self.kind == "error":
             raise KeyError("captoin")
+
+
+class Own(SampleDataset):
+    """A dataset as users write it, without a key in its samples; `kind` says what is wrong with them."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self):
+        return 4
+
+    def key(self, index):
+        return f"own-{index}"
+
+    def __getitem__(self, index):
+        if self.kind == "none":
+            return None
+        if self.kind == "error":
+            raise KeyError("captoin")
+        sample = {"image": np.full((32, 32, 3), 20 * index, np.uint8), "caption": f"grey {index}"}
+        return sample | {"fine": {}, "tensor": {"image": torch.zeros(3, 32, 32)}, "text": {"caption": 5}}[self.kind]
 
 
 class Keys(Dataset):

@@ -55,12 +55,19 @@ class MultiTaskData(L.LightningDataModule):
         self.patch_size, self.canvas_hw = patch_size, canvas_hw
 
     @property
-    def quarantine_limits(self) -> dict[str, int]:
-        """Task -> distinct unreadable samples after which the run stops."""
+    def train_sizes(self) -> Counter[str]:
+        """Task -> samples to train on."""
         sizes: Counter[str] = Counter()
         for source in self.train:
             sizes[source.task] += len(source.dataset)
-        return {task: max(_ALWAYS_ALLOWED, math.ceil(self.quarantine * size)) for task, size in sizes.items()}
+        return sizes
+
+    @property
+    def quarantine_limits(self) -> dict[str, int]:
+        """Task -> distinct unreadable samples after which the run stops."""
+        return {
+            task: max(_ALWAYS_ALLOWED, math.ceil(self.quarantine * size)) for task, size in self.train_sizes.items()
+        }
 
     def inventories(self) -> dict[str, Inventory]:
         """YAML key of each source, such as `data.train[0]` -> what the files of its dataset hold."""

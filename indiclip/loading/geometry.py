@@ -3,7 +3,8 @@
 The geometry is torchvision's (transforms v2 on tv_tensors): what moves is wrapped in the tv_tensor of its kind.
 """
 
-from typing import Any
+from numbers import Integral
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -12,13 +13,18 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, shorten
 from indiclip.types import FIELDS, Sample
 
 Size = tuple[int, int]
 Region = tuple[int, int, int, int]  # top, left, height, width
 Fields = dict[str, Any]
 
+# What a field is made of. NumPy has whole numbers of its own.
+_TYPES: dict[str, Any] = {
+    name: {Any: np.ndarray, int: Integral}.get(hint, get_origin(hint) or hint)
+    for name, hint in get_type_hints(Sample).items()
+}
 # EXIF orientation -> transpose, then mirror left-right, then mirror top-bottom.
 _TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
 
@@ -67,7 +73,7 @@ def wrap(sample: Sample, canvas: Size) -> Fields:
                 f"{did_you_mean(name, FIELDS)}"
             )
         if value is not None and FIELDS[name].kind != "image":
-            fields[name] = value if FIELDS[name].kind in ("text", "scalar") else _wrap(name, value, canvas, key)
+            fields[name] = _wrap(name, value, canvas, key)
     for name, value in fields.items():
         owner = FIELDS[name].of
         if owner and (owner not in fields or fields[owner].shape[0] != value.shape[0]):
@@ -78,8 +84,10 @@ def wrap(sample: Sample, canvas: Size) -> Fields:
 
 def _wrap(name: str, value: Any, canvas: Size, key: str) -> Any:
     field = FIELDS[name]
-    if not isinstance(value, np.ndarray):
-        raise ValueError(f"{name} of sample {key!r}: found a {type(value).__name__}, expected a NumPy array")
+    if not isinstance(value, _TYPES[name]):
+        raise ValueError(f"{name} of sample {key!r}: found {shorten(value)}; expected {_TYPES[name].__name__}")
+    if field.kind in ("text", "scalar"):
+        return value
     tensor = torch.from_numpy(value)
     if field.kind == "boxes":
         return tv_tensors.BoundingBoxes(tensor.reshape(-1, 4), format="XYXY", canvas_size=canvas)  # type: ignore[call-overload]

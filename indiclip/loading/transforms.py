@@ -18,6 +18,7 @@ from indiclip import patches
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import Prepared
 from indiclip.loading.geometry import Region, Size, drop_outside, move, plain, turn, unwrap, wrap
+from indiclip.names import shorten
 from indiclip.types import Sample
 
 # These take the first boxes of a sample for all that it has, but points and people are boxes too (see `geometry`).
@@ -94,7 +95,13 @@ class Transform:
                 return patches.fit_canvas_hw(*size, patch_size, canvas_hw)
             return patches.fit_hw(*size, patch_size, self.max_tokens)
 
-        image = sample["image"]
+        image: Any = sample.get("image")
+        if not isinstance(image, EncodedImage) and (getattr(image, "dtype", "") != np.uint8 or image.shape[2:] != (3,)):
+            found = f"{image.dtype} {image.shape}" if hasattr(image, "dtype") else shorten(image)
+            raise ValueError(
+                f"image of sample {sample['key']!r}: found {found}; expected an EncodedImage or a NumPy array, uint8 "
+                "(height, width, 3)"
+            )
         full = upright_hw(image)
         is_turned = not isinstance(image, EncodedImage) or sample.get("annotated_upright", False)
         orientation = 1 if is_turned else image.orientation  # of the annotations
@@ -182,10 +189,10 @@ def _read_region(image: Any, full: Size, region: Region, size: Size) -> Tensor:
         # So large that the part still has the pixels that it is shown with.
         needed = (-(-full[0] * size[0] // region[2]), -(-full[1] * size[1] // region[3]))
         smaller = needed if needed[0] <= full[0] and needed[1] <= full[1] else full
-        pixels = image.decode(smaller if image.orientation < 5 else smaller[::-1])
-        image_CHW = turn(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), image.orientation)
+        pixels, orientation = image.decode(smaller if image.orientation < 5 else smaller[::-1]), image.orientation
     else:
-        image_CHW = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)  # PIL's are read-only
+        pixels, orientation = np.require(image, requirements=["C", "W"]), 1  # PIL's are read-only
+    image_CHW = turn(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), orientation)
     found = image_CHW.shape[-2:]
     if region[2:] != full:
         top, left, height, width = (

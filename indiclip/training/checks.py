@@ -1,7 +1,6 @@
 """Heads, sources and the backbone fit together: found out before training starts."""
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,9 +38,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
                 f"model.encoder.backbone.max_tokens {budget}"
             )
     if stage == "fit":
-        given = Counter[str]()
-        for source in data.train:
-            given[source.task] += len(source.dataset)
+        given = data.train_sizes
         for key, source in parts[0].items():
             if (source.batch_size or 0) > given[source.task]:
                 found = f"{source.batch_size} is more than the {given[source.task]} samples of task {source.task!r}"
@@ -71,13 +68,17 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
 
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
-    if not sources:
-        return
     steps = Steps([*sources.values()], data.seed, data.patch_size, data.canvas_hw, train=True)
     for task in steps.plans:
         of_task = [key for key, source in sources.items() if source.task == task]
         for number, key in enumerate(of_task):
-            if sample := steps.read(task, SampleRef(number, 0, 0)):
+            try:
+                sample = steps.read(task, SampleRef(number, 0, 0))
+            except Exception as error:
+                own = isinstance(error, ValueError | OSError)
+                found = error if own else f"{type(error).__name__}: {error} (INDICLIP_TRACEBACK=1 shows where)"
+                raise ValueError(f"{key}: {found}") from error
+            if sample:
                 yield key, sample
 
 

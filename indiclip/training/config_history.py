@@ -1,11 +1,12 @@
 """What a run was configured with: `config.yaml` is the newest config that made a step, `config-<step>.yaml` are those
 before, each by the last step that it made; and what a run that goes on may change.
 
-The rule. What makes up a training step (data, seed, encoder, heads, accumulation) stays, or `--override` says that it
-may change. The optimizer's values, which take effect at once, and how long, how fast and where a run trains may change.
-Every change is listed at the start.
+The rule. What makes up a training step (data and the samples that its files hold, seed, encoder, heads, accumulation)
+stays, or `--override` says that it may change. The optimizer's values, which take effect at once, and how long, how
+fast and where a run trains may change. Every change is listed at the start.
 """
 
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,38 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from indiclip import json_lines
+from indiclip.loading.source import keyed
 from indiclip.names import shorten
 from indiclip.old_names import translate_config
 from indiclip.training.fault_tolerance.ranks import folder_of
 
 _RULE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 _DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW"}
+_OVERRIDE = "--override true trains on with the new ones"
+_FOUND = "train_samples"  # in a checkpoint
 
 
 class ConfigHistory(SaveConfigCallback):
-    """Saves the config after the first step that it made."""
+    """Saves the config after the first step that it made, and in checkpoints what it found to train on."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_FOUND] = _found(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compare the samples, which may be others under the same config.
+
+        Raises:
+            ValueError: They are not those of the checkpoint's run, and `override` is not set.
+        """
+        now = _found(trainer)
+        lines = [line for _, line in _changes(checkpoint.get(_FOUND, now), now)]
+        if lines and not self.config["override"]:
+            raise ValueError(f"--ckpt_path: its run read other samples: {'; '.join(lines)}; {_OVERRIDE}")
+        if lines and trainer.is_global_zero:
+            print("samples changed since the checkpoint:", *lines, sep="\n  ")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = trainer.global_step
@@ -78,9 +98,19 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
     if refused and not config["override"]:
         raise ValueError(
             f"--ckpt_path: {file} has other values of what makes up a training step ({', '.join(refused[:3])}"
-            f"{', ...' if len(refused) > 3 else ''}): {'; '.join(lines)}; --override true trains on with the new ones"
+            f"{', ...' if len(refused) > 3 else ''}): {'; '.join(lines)}; {_OVERRIDE}"
         )
     return lines
+
+
+def _found(trainer: Trainer) -> dict[str, dict[str, int]]:
+    """How many samples each source trains on, and a sum over the keys of about a thousand of them."""
+    found = {}
+    for name, source in keyed("data.train", trainer.datamodule.train).items():  # type: ignore[attr-defined]
+        size, key_of = len(source.dataset), source.dataset.key
+        keys = [key_of(index) for index in range(0, size, 1 + size // 1000)]
+        found[name] = {"samples": size, "crc32_of_keys": zlib.crc32(repr(keys).encode())}
+    return found
 
 
 def _changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:

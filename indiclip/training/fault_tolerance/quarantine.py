@@ -20,15 +20,13 @@ class Quarantine:
 
     def begin(self, trainer: Trainer, folder: Path) -> None:
         """Know what is listed already, in a run that goes on; begin a new list else. A collective."""
-        self._new, self._known = [], set()
-        rows = []
+        self._new, rows = [], []
         if trainer.is_global_zero:
             file = folder / "quarantine.jsonl"
             if trainer.state.fn == "predict" or (trainer.state.fn == "fit" and not trainer.ckpt_path):
                 file.unlink(missing_ok=True)
             rows = json_lines.read(file)
-        pairs = trainer.strategy.broadcast([(row["task"], row["key"]) for row in rows])
-        self._known = {(task, key) for task, key in pairs}
+        self._known = trainer.strategy.broadcast({(row["task"], row["key"]) for row in rows})
 
     def collect(self, batches: Batches) -> None:
         """Take what a batch says."""
@@ -50,17 +48,16 @@ class Quarantine:
             AgreedStop: A task has more than the data allows.
         """
         mine, self._new = self._new, []
-        rows = [Quarantined(*row) for rows in gathered(trainer, [tuple(found) for found in mine]) for row in rows]
-        rows = list({(row.task, row.key): row for row in rows}.values())
+        rows = {(row.task, row.key): row for of_rank in gathered(trainer, mine) for row in of_rank}
         if rows and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            json_lines.append(folder / "quarantine.jsonl", [row._asdict() for row in rows])
-        self._known |= {(row.task, row.key) for row in rows}
+            json_lines.append(folder / "quarantine.jsonl", [row._asdict() for row in rows.values()])
+        self._known |= rows.keys()
         counts = Counter(task for task, _ in self._known)
         limits: dict[str, int] = getattr(trainer.datamodule, "quarantine_limits", {})  # type: ignore[attr-defined]
         for task, limit in limits.items():
             if counts[task] > limit and trainer.state.fn == "fit":
-                last = next((row for row in reversed(rows) if row.task == task), None)
+                last = next((row for row in reversed(rows.values()) if row.task == task), None)
                 newest = f"; the last one: {last.shard} {last.key}: {last.reason}" if last else ""
                 raise AgreedStop(
                     trainer,
