@@ -14,8 +14,9 @@ UV := $(shell command -v uv 2>/dev/null)
 demo: $(VENV)/.installed
 	$(BIN)/indiclip fit --config conf/quickstart.yaml
 
+# As many processes as cores, of one thread each: more threads than cores make all of them many times slower.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
