@@ -70,7 +70,13 @@ class Own(SampleDataset):
         if self.kind == "error":
             raise KeyError("captoin")
         sample = {"image": np.full((32, 32, 3), 20 * index, np.uint8), "caption": f"grey {index}"}
-        return sample | {"fine": {}, "tensor": {"image": torch.zeros(3, 32, 32)}, "text": {"caption": 5}}[self.kind]
+        wrong = {
+            "fine": {},
+            "tensor": {"image": torch.zeros(3, 32, 32)},
+            "text": {"caption": 5},
+            "texts": {"captions": {"en": "grey"}},
+        }
+        return sample | wrong[self.kind]
 
 
 class Keys(Dataset):
