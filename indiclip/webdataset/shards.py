@@ -175,14 +175,11 @@ class Shards(SampleDataset):
 
     def _parts(self, shard: int, place: int) -> dict[str, bytes]:
         index = self._indexes[shard]
-        values = index.rows[place].tolist()  # at once: each field of a row costs a microsecond
-        row = dict(zip(tar_index.ROW.fields or (), values, strict=True))
-        found = {
-            part: self._files.read(shard, row[part], row[f"{part}_bytes"])
-            for part in ("image", "txt", "json")
-            if row[f"{part}_bytes"] >= 0
-        }
-        if index.has_crc and zlib.crc32(found["image"]) != row["crc"]:
+        # All fields at once: each of a row costs a microsecond.
+        image, image_bytes, txt, txt_bytes, json_, json_bytes, *_, crc = index.rows[place].tolist()
+        places = {"image": (image, image_bytes), "txt": (txt, txt_bytes), "json": (json_, json_bytes)}
+        found = {name: self._files.read(shard, *part) for name, part in places.items() if part[1] >= 0}
+        if index.has_crc and zlib.crc32(found["image"]) != crc:
             raise ValueError("the image's bytes are not those that were indexed (CRC-32)")
         return found
 
