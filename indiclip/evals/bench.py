@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, Options, languages_left_out
 from indiclip.evals.cards.card import Card, load_card, packaged
-from indiclip.evals.encode import Ranks, encode_images, encode_texts
+from indiclip.evals.encode import ALONE, Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
 from indiclip.evals.models.embedder import Embedder
@@ -47,10 +47,6 @@ class Bench:
     items: list[Items] = field(default_factory=list)
     skipped: list[CardResult] = field(default_factory=list)
     flagged: list[np.ndarray] = field(default_factory=list)
-
-    def expected(self) -> list[CardResult]:
-        """What is said of the items before they are scored."""
-        return [_card_result(items.card, part_of(items.procedural), "found", items.notes) for items in self.items]
 
     @property
     def data(self) -> dict[str, str]:
@@ -127,7 +123,7 @@ def run_bench(
     embedder: Embedder,
     bench: Bench,
     options: Options,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     batch_size: int = 64,
     num_workers: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -138,7 +134,7 @@ def run_bench(
         embedder: The model.
         bench: From `find_bench`.
         options: What is scored.
-        ranks: Who encodes together; None is this process alone.
+        ranks: Who encodes together.
         batch_size: Images in a batch.
         num_workers: Loader processes.
         progress: Is told how many more images were done.
@@ -149,7 +145,6 @@ def run_bench(
     Raises:
         ValueError: A view that the model cannot give.
     """
-    ranks = ranks or Ranks()
     views = embedder.views(list(dict.fromkeys(options.views)))
     begin = time.monotonic()
     every: ConcatDataset[Any] = ConcatDataset([items.images for items in bench.items])
@@ -248,7 +243,7 @@ def _score_into(
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
     tested = items.labels[items.tested_N]
-    found = _card_result(items.card, part_of(items.procedural), "scored" if scorer.scores else "skipped", notes)
+    found = _card_result(items.card, scorer.part, "scored" if scorer.scores else "skipped", notes)
     result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
 
 

@@ -83,17 +83,15 @@ class _Part:
         self.keys = [before + shards.key(place) for place in range(len(shards))]
         self.is_train = np.full(len(shards), train)
         self.losses = [f"{one.key}: {one.reason}" for one in shards.damaged]
-        self.texts: list[str] = []
-        self.labels = np.full(len(shards), -1, dtype=np.int64)
-        if card.classes:
-            self.labels = _labels(card, shards, listed)
-        if card.task != "classification":
-            self.texts = _texts(shards)
+        self.labels = _labels(card, shards, listed)
+        self.texts = _texts(shards) if card.task != "classification" else []
 
 
 def _labels(card: Card, shards: Shards, listed: ClassList | None) -> np.ndarray:
     found = shards.labels.astype(np.int64)
     labels = np.full(len(shards), -1, dtype=np.int64)
+    if not card.classes:
+        return labels
     numbered = found >= 0
     if numbered.any():
         labels[numbered] = map_labels(found[numbered], listed, shards.shard(int(numbered.argmax())))

@@ -27,11 +27,10 @@ def haversine_km(one_N2: np.ndarray, other_N2: np.ndarray) -> np.ndarray:
     return np.asarray(2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
 
 
-def within_km(distance_N: np.ndarray, thresholds: tuple[float, ...] = THRESHOLDS_KM) -> dict[float, np.ndarray]:
-    """Which pictures were placed within each distance: hits for `metrics.hit_rate`.
+def within_km(distance_N: np.ndarray) -> dict[int, np.ndarray]:
+    """Which pictures were placed within each of `THRESHOLDS_KM`: hits for `metrics.hit_rate`.
 
     Args:
         distance_N: Kilometres; NaN is within none.
-        thresholds: Kilometres.
     """
-    return {threshold: np.asarray(distance_N) <= threshold for threshold in thresholds}
+    return {threshold: distance_N <= threshold for threshold in THRESHOLDS_KM}
