@@ -22,6 +22,7 @@ from indiclip.evals.cards.card import Card, load_card, packaged
 from indiclip.evals.encode import ALONE, Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
+from indiclip.evals.images.shard_layout import subfolders
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.procedural import generated_items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
@@ -116,7 +117,7 @@ def _folders_beside(root: Path | None, cards: Sequence[Card]) -> list[str]:
     """Folders that are of none of the cards: what somebody may have meant for one."""
     if root is None:
         return []
-    return sorted({entry.name for entry in root.iterdir() if entry.is_dir()} - {card.folder for card in cards})
+    return sorted({*subfolders(root)} - {card.folder for card in cards})
 
 
 def run_bench(
@@ -236,7 +237,7 @@ def _score_into(
         readable = np.setdiff1d(np.arange(len(items)), list(unreadable))
         images = {view: image_NE[readable] for view, image_NE in images.items()}
         flagged_N = None if flagged_N is None else flagged_N[readable]
-        items = items.without(unreadable)
+        items = items.select(readable.tolist())
     scorer = score(CardScorer(items, images, texts, result.lengths, options, flagged_N))
     result.scores += scorer.scores
     result.predictions += scorer.predictions

@@ -127,7 +127,7 @@ def encode_images(
 
 def encode_texts(embedder: Embedder, texts: Sequence[str], ranks: Ranks = ALONE) -> dict[str, Tensor]:
     """Every distinct text once: text -> unit-length float32 (E,)."""
-    distinct = sorted(dict.fromkeys(texts), key=lambda text: (len(text), text))  # so that little is padded
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))  # so that little is padded
     batches = [distinct[first : first + _TEXTS] for first in range(0, len(distinct), _TEXTS)]
     rows = [embedder.embed_texts(batches[number]) for number in ranks.share(len(batches))]
     return dict(zip(distinct, ranks.together(rows, embedder.lengths[-1]), strict=True))

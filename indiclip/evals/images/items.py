@@ -71,11 +71,6 @@ class Items:
             notes=list(self.notes),
         )
 
-    def without(self, places: Iterable[int]) -> "Items":
-        """The items but for these places, such as those of images that turned out to be unreadable."""
-        dropped = set(places)
-        return self.select(place for place in range(len(self)) if place not in dropped)
-
 
 def key_of(name: str) -> str:
     """A file's name as text that can be stored; bytes of it that are no UTF-8 are written out."""

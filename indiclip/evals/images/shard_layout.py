@@ -30,7 +30,7 @@ def find_shards(folder: Path) -> Splits:
         found.setdefault(split_of(Path(shard).name), []).append(shard)
     if found:
         return found
-    for split in sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and is_split(entry.name)):
+    for split in filter(is_split, subfolders(folder)):
         if shards := _counted(folder / split) or _tars(folder / split):
             found[split] = shards
     return found
@@ -127,9 +127,13 @@ def _members(shards: Shards, extension: str) -> dict[str, str]:
     return found
 
 
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, but for hidden ones."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _tars(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
     return sorted(str(file) for file in folder.iterdir() if cache.SUFFIX.search(file.name) and file.name[0] != ".")
 
 

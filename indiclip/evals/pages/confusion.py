@@ -73,11 +73,11 @@ def pairs(found: Confusion) -> list[tuple[str, str]]:
 
 def most_confused(found: Confusion, most: int) -> Confusion:
     """The part of a few classes only, those in the worst pairs."""
-    kept: dict[str, None] = {}
+    kept: set[str] = set()
     for pair in pairs(found):
-        if len(kept | dict.fromkeys(pair)) > most:
+        if len(kept.union(pair)) > most:
             break
-        kept |= dict.fromkeys(pair)
+        kept.update(pair)
     chosen = [i for i, name in enumerate(found.classes) if name in kept]
     return Confusion([found.classes[i] for i in chosen], found.count_CC[np.ix_(chosen, chosen)])
 

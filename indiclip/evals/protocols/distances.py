@@ -21,7 +21,7 @@ def haversine_km(one_N2: np.ndarray, other_N2: np.ndarray) -> np.ndarray:
     Returns:
         float64 (N,), kilometres on a sphere: within 0.6% of the ellipsoid.
     """
-    one, other = np.radians(np.asarray(one_N2, np.float64)), np.radians(np.asarray(other_N2, np.float64))
+    one, other = np.radians(one_N2), np.radians(other_N2)
     half_lat, half_lon = (one[..., 0] - other[..., 0]) / 2, (one[..., 1] - other[..., 1]) / 2
     chord = np.sin(half_lat) ** 2 + np.cos(one[..., 0]) * np.cos(other[..., 0]) * np.sin(half_lon) ** 2
     return np.asarray(2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
