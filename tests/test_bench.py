@@ -168,7 +168,8 @@ def test_unreadable_images_are_named_and_the_numbers_are_those_without_them(tmp_
     results = []
     for _ in range(2):
         bench = find_bench(tmp_path, cards)
-        bench.flagged = [np.array(["4.png" in key for key in items.keys]) for items in bench.items]
+        for items in bench.items:
+            items.is_flagged = np.array(["4.png" in key for key in items.keys])
         results.append(run(bench, batch_size=7))
         for name in BROKEN:
             for card in ("a", "b"):

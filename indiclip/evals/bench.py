@@ -41,13 +41,10 @@ class Bench:
     Attributes:
         items: What is scored: a card's photographs, its generated part, or both.
         skipped: Cards without images, and why.
-        flagged: For each of `items` which images are among the training data, bool (N,); empty where that was not
-            looked for.
     """
 
     items: list[Items] = field(default_factory=list)
     skipped: list[CardResult] = field(default_factory=list)
-    flagged: list[np.ndarray] = field(default_factory=list)
 
     @property
     def data(self) -> dict[str, str]:
@@ -199,11 +196,10 @@ def _score_all(
 ) -> None:
     first = 0
     with _threads(1 if sum(map(len, bench.items)) < _FEW else torch.get_num_threads()):
-        for place, items in enumerate(bench.items):
+        for items in bench.items:
             part = {view: image_NE[first : first + len(items)] for view, image_NE in images.items()}
             failed = {index - first: why for index, why in unreadable.items() if 0 <= index - first < len(items)}
-            flagged_N = bench.flagged[place] if bench.flagged else None
-            _score_into(result, items, part, failed, texts, options, flagged_N)
+            _score_into(result, items, part, failed, texts, options)
             first += len(items)
 
 
@@ -227,7 +223,6 @@ def _score_into(
     unreadable: dict[int, str],
     texts: dict[str, Tensor],
     options: Options,
-    flagged_N: np.ndarray | None,
 ) -> None:
     notes = [*items.notes, *(languages_left_out(items, options) if texts else [])]
     if len(unreadable) == len(items):
@@ -236,9 +231,8 @@ def _score_into(
     if unreadable:
         readable = np.setdiff1d(np.arange(len(items)), list(unreadable))
         images = {view: image_NE[readable] for view, image_NE in images.items()}
-        flagged_N = None if flagged_N is None else flagged_N[readable]
         items = items.select(readable.tolist())
-    scorer = score(CardScorer(items, images, texts, result.lengths, options, flagged_N))
+    scorer = score(CardScorer(items, images, texts, result.lengths, options))
     result.scores += scorer.scores
     result.predictions += scorer.predictions
     if not scorer.scores:
