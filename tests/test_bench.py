@@ -122,7 +122,7 @@ def test_skipped_cards_are_in_no_number_and_no_mean(tmp_path):
     for name, god in (("red", "ganesha"), ("blue", "shiva")):
         (tmp_path / "indian_gods" / name).rename(tmp_path / "indian_gods" / god)
     bench = find_bench(tmp_path, ["edibles", "indian_gods"])
-    assert [(card.card, card.status) for card in bench.expected()] == [("indian_gods", "found")]
+    assert [items.card.id for items in bench.items] == ["indian_gods"]
     result = run(bench)
     assert {(card.card, card.status) for card in result.cards} == {("edibles", "skipped"), ("indian_gods", "scored")}
     assert {row.card for row in (*result.scores, *result.predictions)} == {"indian_gods"}
@@ -168,7 +168,8 @@ def test_unreadable_images_are_named_and_the_numbers_are_those_without_them(tmp_
     results = []
     for _ in range(2):
         bench = find_bench(tmp_path, cards)
-        bench.flagged = [np.array(["4.png" in key for key in items.keys]) for items in bench.items]
+        for items in bench.items:
+            items.is_flagged = np.array(["4.png" in key for key in items.keys])
         results.append(run(bench, batch_size=7))
         for name in BROKEN:
             for card in ("a", "b"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import noise, on_ranks, tiny_encoder
 
-from indiclip.evals.encode import Ranks, encode_images, encode_texts
+from indiclip.evals.encode import ALONE, Ranks, encode_images, encode_texts
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.images import UnreadableSample
 
@@ -84,7 +84,7 @@ def in_threads(size, work):
     return answers
 
 
-def encode(ranks=None, pictures=None, embedder=None, batch_size=3, num_workers=0, progress=None):
+def encode(ranks=ALONE, pictures=None, embedder=None, batch_size=3, num_workers=0, progress=None):
     embedder = embedder or Counting()
     images = pictures or Pictures()
     return encode_images(embedder, images, embedder.views(VIEWS), batch_size, num_workers, ranks, progress)

@@ -112,10 +112,10 @@ def test_splits_of_tables_and_shards(card, folder, tmp_path):
     assert items.is_train.tolist() == [False] * 3 + [True] * 3
 
 
-def test_only_and_without(card, folder):
+def test_some_of_the_items(card, folder):
     write(folder, {"train/idli/a.jpg": jpeg(1), **{f"test/{name}": data for name, data in FOLDERS.items()}})
     items = find_items(card(), folder.parent)
-    fewer = items.without([1, 4])
+    fewer = items.select([0, 2, 3])
     assert content(fewer) == [content(items)[i] for i in (0, 2, 3)]
     assert fewer.keys == [items.keys[i] for i in (0, 2, 3)]
     assert fewer.groups == [items.groups[i] for i in (0, 2, 3)]
@@ -294,7 +294,7 @@ def test_captions(layout, card, folder):
         "table": [f"{folder}/c.csv: 3 of 4 columns; left out: 1 not used (symbol)"],
     }
     assert items.notes == notes.get(layout, [])
-    assert items.without([0]).captions["en"] == [items.captions["en"][1]]
+    assert items.select([1]).captions["en"] == [items.captions["en"][1]]
 
 
 def test_columns_and_lines_of_captions(card, folder, tmp_path):

@@ -73,7 +73,7 @@ def test_copies_are_flagged_and_clean_numbers_are_those_without_them(make_bench,
     bench = make_bench(PNGS)
     found = flag(bench, training, num_workers)
     keys = np.array(bench.items[0].keys)
-    assert set(keys[bench.flagged[0]]) == set(COPIES)
+    assert set(keys[bench.items[0].is_flagged]) == set(COPIES)
     counts = {"images": 21, "flagged": 3, "by_image": 3, "by_caption": 0, "not_comparable": 0}
     assert found == {"training_images": 10, "training_unreadable": 1, "cards": {"tints": counts}}
     result = run_bench(Shades(), bench, Options(resamples=20))
@@ -93,7 +93,7 @@ def test_a_gallery_is_not_looked_for(make_bench, training):
     files = {name.replace("test/", "train/" if "red" in name else "val/"): data for name, data in PNGS.items()}
     bench = make_bench(files)
     found = flag(bench, training)
-    flagged = np.array(bench.items[0].keys)[bench.flagged[0]]
+    flagged = np.array(bench.items[0].keys)[bench.items[0].is_flagged]
     assert set(flagged) == {"val/green/3.png", "val/blue/2.png"}
     assert found["cards"]["tints"]["images"] == 14
     assert found["cards"]["tints"]["flagged"] == 2
@@ -106,14 +106,14 @@ def test_pictures_without_structure_are_counted_and_never_found(make_bench, tmp_
     write(tmp_path, {"train.tar": tar({"0.png": blank, "0.txt": "a page"})})
     found = flag(bench, str(tmp_path / "train.tar"))["cards"]["tints"]
     assert (found["flagged"], found["not_comparable"]) == (0, 2)
-    assert not bench.flagged[0].any()
+    assert not bench.items[0].is_flagged.any()
 
 
 def test_what_is_generated_is_new(monkeypatch, training):
     monkeypatch.setattr(procedural, "SWATCHES", {"test": 1, "train": 1})
     bench = find_bench(None, ["indian_colours"])
     assert flag(bench, training)["cards"] == {}
-    assert [flagged.tolist() for flagged in bench.flagged] == [[False] * len(bench.items[0])]
+    assert [items.is_flagged.tolist() for items in bench.items] == [[False] * len(bench.items[0])]
 
 
 CAPTIONS = "file,en,hi\n" + "".join(
@@ -147,7 +147,7 @@ def test_captions_are_found_whatever_the_picture_and_the_language(make_bench, tm
     }  # fmt: skip
     write(tmp_path, {"train.tar": tar(members)})
     found = flag(bench, [str(tmp_path / "train.tar")])
-    assert bench.flagged[0].tolist() == [True, True, False, True, False]
+    assert bench.items[0].is_flagged.tolist() == [True, True, False, True, False]
     counts = {"images": 5, "flagged": 3, "by_image": 1, "by_caption": 2, "not_comparable": 0}
     assert found == {"training_images": 5, "training_unreadable": 1, "cards": {"dishes": counts}}
     result = run_bench(Shades(), bench, Options(resamples=20))

@@ -3,6 +3,7 @@
 The oracles see raw float64 embeddings, prompts and labels; of ours they use nothing but the order of the folds.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,8 +44,8 @@ class Planted(NamedTuple):
 
     def score(self, flagged=True, options=OPTIONS, **other):
         planted = self._replace(**other)
-        flagged_N = planted.flagged_N if flagged else None
-        scorer = score(CardScorer(planted.items, planted.images, planted.texts, LENGTHS, options, flagged_N))
+        items = replace(planted.items, is_flagged=planted.flagged_N if flagged else None)
+        scorer = score(CardScorer(items, planted.images, planted.texts, LENGTHS, options))
         return scorer.scores, scorer.predictions
 
 

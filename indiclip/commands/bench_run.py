@@ -15,6 +15,7 @@ from indiclip import __version__
 from indiclip.commands.parallel import progress_bar
 from indiclip.evals.bench import check_languages, find_bench, run_bench
 from indiclip.evals.card_scorer import Options
+from indiclip.evals.encode import ALONE
 from indiclip.evals.models import embedder
 from indiclip.evals.overlap import flag
 from indiclip.evals.pages.bench_report import write_bench_report
@@ -52,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
     lock(folder)
     overlap = flag(bench, options.training, options.num_workers) if options.training else None
     with progress_bar(sum(map(len, bench.items)), "images") as advance:
-        result = run_bench(model, bench, wanted, None, options.batch_size, options.num_workers, advance)
+        result = run_bench(model, bench, wanted, ALONE, options.batch_size, options.num_workers, advance)
     assert result is not None
     if not result.scores:
         raise ValueError(f"nothing could be scored: {'; '.join(note for card in result.cards for note in card.notes)}")

@@ -148,7 +148,8 @@ class _Sample:
         sound = all(finding.kind in _KINDS["warnings"] for finding in self.found)
         if not captions and label == -1 and "annotations" not in entry and sound:
             self._say("nothing to learn", "neither text (.txt, .json) nor label (.cls) nor boxes beside the image")
-        self.hashes = _hash(parts["image"]), _hash(parts["image"], f"{label}:{captions}".encode(errors="replace"))
+        words = f"{label}:{captions}".encode(errors="replace")
+        self.hashes = _hash(parts["image"]), _hash(parts["image"] + words)
 
     def _check_caption(self, text: str, max_characters: int) -> None:
         if text.casefold() in _KINDS["placeholders"]:
@@ -171,11 +172,8 @@ class _Sample:
         self.found.append(Finding(kind, self._shard, self._key, reason))
 
 
-def _hash(*contents: bytes) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for content in contents:
-        digest.update(content)
-    return int.from_bytes(digest.digest(), "big")
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def _same_names(urls: list[str], counts: list[int]) -> Iterator[Finding]:

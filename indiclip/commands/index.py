@@ -4,7 +4,7 @@ import errno
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from indiclip.commands.findings import show_lines
 from indiclip.commands.parallel import results
@@ -16,20 +16,31 @@ from indiclip.webdataset.tar_index import TarIndex
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+class _Indexed(NamedTuple):
+    """A shard, and what its index says."""
+
+    shard: str
+    inventory: Inventory
+    damaged: list[tuple[str, str]]  # (key, reason) of what is lost
+    samples: int = 0
+    built: bool = False
+    elsewhere: str = ""  # the index, where it is not beside the shard
+
+
 def run(shards: list[str], crc: bool, workers: int | None, as_json: bool) -> int:
     """Index shards and print what was found. Returns 1 where one is damaged."""
     done = list(results(partial(_index, crc=crc), expand(shards), workers, "indexing"))
     inventory = Inventory()
     for found in done:
-        inventory += found.pop("inventory")
-    damaged = [found for found in done if found["damaged"]]
+        inventory += found.inventory
+    damaged = {found.shard: found.damaged for found in done if found.damaged}
     summary = {
         "shards": len(done),
-        "samples": sum(found["samples"] for found in done),
-        "built": sum(found["built"] for found in done),
+        "samples": sum(found.samples for found in done),
+        "built": sum(found.built for found in done),
         "inventory": inventory.summary(),
-        "damaged": {found["shard"]: found["damaged"] for found in damaged},
-        "elsewhere": {found["shard"]: found["index"] for found in done if found["elsewhere"]},
+        "damaged": damaged,
+        "elsewhere": {found.shard: found.elsewhere for found in done if found.elsewhere},
     }
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
@@ -38,29 +49,22 @@ def run(shards: list[str], crc: bool, workers: int | None, as_json: bool) -> int
     return 1 if damaged else 0
 
 
-def _index(url: str, crc: bool) -> dict[str, Any]:
+def _index(url: str, crc: bool) -> _Indexed:
     """What is known of a shard after its index has been built, unless an up-to-date one is there."""
     beside = file = tar_index.index_path(url)
-    found = {"shard": cache.shown(url), "samples": 0, "built": False, "inventory": Inventory(), "elsewhere": False}
+    shown = cache.shown(url)
     try:
         version = cache.stat(url)
         index = tar_index.find_index(url, version)
         if built := index is None or (crc and not index.has_crc):
             index = tar_index.build(cache.local_tar(url, version), version, crc)
     except (ValueError, OSError) as error:
-        return {**found, "damaged": [["", str(error)]]}
+        return _Indexed(shown, Inventory(), [("", str(error))])
     assert index is not None
     if built or not (cache.is_remote(url) or beside.exists()):
         file = _save(index, url, version)
-    return {
-        **found,
-        "samples": len(index.rows),
-        "built": built,
-        "inventory": index.inventory,
-        "damaged": index.damaged,
-        "elsewhere": file != beside,
-        "index": str(file),
-    }
+    elsewhere = "" if file == beside else str(file)
+    return _Indexed(shown, index.inventory, index.damaged, len(index.rows), built, elsewhere)
 
 
 def _save(index: TarIndex, url: str, version: cache.Stat) -> Path:

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -17,11 +16,6 @@ from indiclip.loading.workers import StepLoader
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-
-@dataclass
-class _Failed:
-    error: OSError | ValueError
 
 
 class _Results(Dataset[Any]):
@@ -35,7 +29,7 @@ class _Results(Dataset[Any]):
         try:
             return self.work(self.tasks[index])
         except (OSError, ValueError) as error:  # for the user; the DataLoader would hand over a page of traceback
-            return _Failed(error)
+            return error
 
 
 def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, what: str) -> Iterator[Result]:
@@ -58,8 +52,8 @@ def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int 
     running = _start(work, tasks, max(workers, 0))  # before the bar starts a thread
     with progress_bar(len(tasks), what) as advance:
         for result in running:
-            if isinstance(result, _Failed):
-                raise result.error
+            if isinstance(result, Exception):
+                raise result
             advance(1)
             yield result
 

@@ -19,9 +19,10 @@ from torch.utils.data import ConcatDataset
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, Options, languages_left_out
 from indiclip.evals.cards.card import Card, load_card, packaged
-from indiclip.evals.encode import Ranks, encode_images, encode_texts
+from indiclip.evals.encode import ALONE, Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
+from indiclip.evals.images.shard_layout import subfolders
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.procedural import generated_items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
@@ -40,17 +41,10 @@ class Bench:
     Attributes:
         items: What is scored: a card's photographs, its generated part, or both.
         skipped: Cards without images, and why.
-        flagged: For each of `items` which images are among the training data, bool (N,); empty where that was not
-            looked for.
     """
 
     items: list[Items] = field(default_factory=list)
     skipped: list[CardResult] = field(default_factory=list)
-    flagged: list[np.ndarray] = field(default_factory=list)
-
-    def expected(self) -> list[CardResult]:
-        """What is said of the items before they are scored."""
-        return [_card_result(items.card, part_of(items.procedural), "found", items.notes) for items in self.items]
 
     @property
     def data(self) -> dict[str, str]:
@@ -120,14 +114,14 @@ def _folders_beside(root: Path | None, cards: Sequence[Card]) -> list[str]:
     """Folders that are of none of the cards: what somebody may have meant for one."""
     if root is None:
         return []
-    return sorted({entry.name for entry in root.iterdir() if entry.is_dir()} - {card.folder for card in cards})
+    return sorted({*subfolders(root)} - {card.folder for card in cards})
 
 
 def run_bench(
     embedder: Embedder,
     bench: Bench,
     options: Options,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     batch_size: int = 64,
     num_workers: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -138,7 +132,7 @@ def run_bench(
         embedder: The model.
         bench: From `find_bench`.
         options: What is scored.
-        ranks: Who encodes together; None is this process alone.
+        ranks: Who encodes together.
         batch_size: Images in a batch.
         num_workers: Loader processes.
         progress: Is told how many more images were done.
@@ -149,7 +143,6 @@ def run_bench(
     Raises:
         ValueError: A view that the model cannot give.
     """
-    ranks = ranks or Ranks()
     views = embedder.views(list(dict.fromkeys(options.views)))
     begin = time.monotonic()
     every: ConcatDataset[Any] = ConcatDataset([items.images for items in bench.items])
@@ -203,11 +196,10 @@ def _score_all(
 ) -> None:
     first = 0
     with _threads(1 if sum(map(len, bench.items)) < _FEW else torch.get_num_threads()):
-        for place, items in enumerate(bench.items):
+        for items in bench.items:
             part = {view: image_NE[first : first + len(items)] for view, image_NE in images.items()}
             failed = {index - first: why for index, why in unreadable.items() if 0 <= index - first < len(items)}
-            flagged_N = bench.flagged[place] if bench.flagged else None
-            _score_into(result, items, part, failed, texts, options, flagged_N)
+            _score_into(result, items, part, failed, texts, options)
             first += len(items)
 
 
@@ -231,7 +223,6 @@ def _score_into(
     unreadable: dict[int, str],
     texts: dict[str, Tensor],
     options: Options,
-    flagged_N: np.ndarray | None,
 ) -> None:
     notes = [*items.notes, *(languages_left_out(items, options) if texts else [])]
     if len(unreadable) == len(items):
@@ -240,15 +231,14 @@ def _score_into(
     if unreadable:
         readable = np.setdiff1d(np.arange(len(items)), list(unreadable))
         images = {view: image_NE[readable] for view, image_NE in images.items()}
-        flagged_N = None if flagged_N is None else flagged_N[readable]
-        items = items.without(unreadable)
-    scorer = score(CardScorer(items, images, texts, result.lengths, options, flagged_N))
+        items = items.select(readable.tolist())
+    scorer = score(CardScorer(items, images, texts, result.lengths, options))
     result.scores += scorer.scores
     result.predictions += scorer.predictions
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
     tested = items.labels[items.tested_N]
-    found = _card_result(items.card, part_of(items.procedural), "scored" if scorer.scores else "skipped", notes)
+    found = _card_result(items.card, scorer.part, "scored" if scorer.scores else "skipped", notes)
     result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
 
 

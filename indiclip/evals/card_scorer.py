@@ -78,7 +78,6 @@ class CardScorer:
         texts: Text -> embedding.
         lengths: Ascending; the last is the main one.
         options: What is scored.
-        flagged_N: bool, images that are among the training data; None where that was not looked for.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class CardScorer:
         texts: dict[str, Tensor],
         lengths: Sequence[int],
         options: Options,
-        flagged_N: np.ndarray | None = None,
     ) -> None:
         self.items, self.card, self.images, self.texts = items, items.card, images, texts
         self.lengths, self.options = lengths, options
@@ -96,8 +94,6 @@ class CardScorer:
         self.scores: list[Score] = []
         self.predictions: list[Prediction] = []
         self.label_N = np.where(items.tested_N, items.labels, -1)
-        self.flagged_N = np.zeros(len(items), bool) if flagged_N is None else flagged_N
-        self._looked_for = flagged_N is not None
         self.draws = options.resamples, options.seed  # of the bootstrap
 
     @property
@@ -161,8 +157,8 @@ class CardScorer:
         groups = np.array(self.items.groups or [""] * len(self.items), dtype=object)[image_M]
         if len(names := sorted(set(groups))) > 1:
             found |= {str(name): groups == name for name in names}
-        if self._looked_for:
-            found[CLEAN] = ~self.flagged_N[image_M]
+        if self.items.is_flagged is not None:
+            found[CLEAN] = ~self.items.is_flagged[image_M]
         return {name: members for name, members in found.items() if members.any()}
 
     def add(
@@ -199,7 +195,7 @@ class CardScorer:
     ) -> None:
         """An image's answer."""
         where, key = (self.card.id, self.part, protocol, language), self.items.keys[image]
-        flagged = bool(self.flagged_N[image])
+        flagged = self.items.is_flagged is not None and bool(self.items.is_flagged[image])
         self.predictions.append(Prediction(*where, key, truth, predicted, rank, top, cosines, hard_hit, flagged))
 
 

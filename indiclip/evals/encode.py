@@ -47,6 +47,9 @@ class Ranks:
         return torch.cat(batches) if batches else torch.zeros(0, width)
 
 
+ALONE = Ranks()
+
+
 class _Batches(Dataset[tuple[dict[str, Any], list[int], dict[int, str]]]):
     """Number of a batch -> `{view: batch}` of what can be read, their indices, and why others cannot."""
 
@@ -78,7 +81,7 @@ def encode_images(
     views: Sequence[View],
     batch_size: int = 64,
     num_workers: int = 0,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[int, str]]:
     """Every image once for each view.
@@ -89,14 +92,13 @@ def encode_images(
         views: At which sizes and aspects.
         batch_size: Images in a batch.
         num_workers: Loader processes.
-        ranks: Who encodes together; None is this process alone.
+        ranks: Who encodes together.
         progress: Is told how many images were done.
 
     Returns:
         `({view: image_NE}, {index: reason})`, the same on every rank: unit-length float32, NaN for the images that
         cannot be read.
     """
-    ranks = ranks or Ranks()
     batches = _Batches(images, embedder, views, batch_size)
     loader: StepLoader[Any] = StepLoader(
         batches,
@@ -123,10 +125,9 @@ def encode_images(
     return {name: ranks.together(found, width) for name, found in rows.items()}, dict(sorted(unreadable.items()))
 
 
-def encode_texts(embedder: Embedder, texts: Sequence[str], ranks: Ranks | None = None) -> dict[str, Tensor]:
+def encode_texts(embedder: Embedder, texts: Sequence[str], ranks: Ranks = ALONE) -> dict[str, Tensor]:
     """Every distinct text once: text -> unit-length float32 (E,)."""
-    ranks = ranks or Ranks()
-    distinct = sorted(dict.fromkeys(texts), key=lambda text: (len(text), text))  # so that little is padded
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))  # so that little is padded
     batches = [distinct[first : first + _TEXTS] for first in range(0, len(distinct), _TEXTS)]
     rows = [embedder.embed_texts(batches[number]) for number in ranks.share(len(batches))]
     return dict(zip(distinct, ranks.together(rows, embedder.lengths[-1]), strict=True))

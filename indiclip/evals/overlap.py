@@ -49,7 +49,7 @@ class _Hasher(Dataset[_Hashes]):
 
 
 def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[str, Any]:
-    """Marks in `bench.flagged` what is among the images or captions of training shards.
+    """Marks in `Items.is_flagged` what is among the images or captions of training shards.
 
     Args:
         bench: Of its photographs those that are scored are looked for; generated images are new to any training data.
@@ -62,19 +62,17 @@ def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[
     shards = Shards(training)
     known = _hashes(len(shards), partial(_of_shards, shards), num_workers)
     found: dict[str, Any] = {"training_images": len(shards), "training_unreadable": known.unreadable, "cards": {}}
-    bench.flagged = []
     for items in bench.items:
-        flagged_N = np.zeros(len(items), bool)
-        bench.flagged.append(flagged_N)
+        items.is_flagged = np.zeros(len(items), bool)
         if items.procedural:
             continue
         scored = items.select(np.flatnonzero(items.tested_N).tolist())
         own = _hashes(len(scored), partial(_of_items, scored), num_workers)
         by_image, by_caption = near_duplicates(own.images, known.images), _by_caption(scored, known.captions)
-        flagged_N[items.tested_N] = by_image.near_N | by_caption
+        items.is_flagged[items.tested_N] = by_image.near_N | by_caption
         found["cards"][name_of(items.card.id, part_of(items.procedural))] = {
             "images": len(scored),
-            "flagged": int(flagged_N.sum()),
+            "flagged": int(items.is_flagged.sum()),
             "by_image": int(by_image.near_N.sum()),
             "by_caption": int(by_caption.sum()),
             "not_comparable": by_image.unhashable,

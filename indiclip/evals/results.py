@@ -242,7 +242,7 @@ def by_card(predictions: list[Prediction]) -> dict[tuple[str, str, str, str], li
     groups: dict[tuple[str, str, str, str], list[Prediction]] = defaultdict(list)
     for row in predictions:
         groups[row.card, row.part, row.protocol, row.language].append(row)
-    return dict(groups)
+    return groups
 
 
 def check_parquet() -> None:

@@ -98,13 +98,13 @@ def _classify(scorer: CardScorer, setting: Setting) -> None:
 
 def _predicted(ranking: Ranking, label_M: np.ndarray) -> np.ndarray:
     """The class of each image's answer. A tie counts against the right class, wherever it came among equals."""
-    first_M, second_M = ranking.nearest_MK[:, 0], ranking.nearest_MK[:, min(1, ranking.nearest_MK.shape[1] - 1)]
+    first_M, second_M = ranking.nearest_MK[:, 0], ranking.nearest_MK[:, 1]
     return np.where((ranking.rank_M > 0) & (first_M == label_M), second_M, first_M)
 
 
 def _distances(scorer: CardScorer, km_M: np.ndarray) -> dict[str, Interval]:
     values = {"median_km": metrics.bootstrap_median(km_M, *scorer.draws)}
-    return values | {f"within_{limit:g}_km": scorer.rate(hit_M) for limit, hit_M in within_km(km_M).items()}
+    return values | {f"within_{limit}_km": scorer.rate(hit_M) for limit, hit_M in within_km(km_M).items()}
 
 
 def _keep_classes(

@@ -6,8 +6,7 @@ A card is a page of YAML: one of ours (`india/`, `world/`) or a file of the user
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -118,12 +117,9 @@ class Card:
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        found: dict[str, int] = {}
         others = [(place, name) for place, one in enumerate(self.classes) for name in _other_names(one)]
-        owners = Counter({name: len({place for place, other in others if other == name}) for _, name in others})
-        for place, name in others:
-            if owners[name] == 1:
-                found[name] = place
+        owners = Counter(name for _, name in others)
+        found = {name: place for place, name in others if owners[name] == 1}
         # An id counts before an English name, and that before any other.
         found |= {bare(one.names["en"]): place for place, one in enumerate(self.classes)}
         return found | {bare(one.id): place for place, one in enumerate(self.classes)}
@@ -173,17 +169,8 @@ def _load_packaged(card: str) -> Card:
     )
 
 
-def with_names(card: Card, language: str, names: Sequence[str | None]) -> Card:
-    """The card with other names in a language; None leaves a class without one."""
-    renamed = []
-    for one, name in zip(card.classes, names, strict=True):
-        kept = {key: value for key, value in one.names.items() if key != language}
-        renamed.append(replace(one, names=kept if name is None else {**kept, language: name}))
-    return replace(card, classes=tuple(renamed))
-
-
-def _other_names(one: CardClass) -> Iterable[str]:
-    return dict.fromkeys(bare(name) for name in (*one.names.values(), *one.aliases))
+def _other_names(one: CardClass) -> set[str]:
+    return {bare(name) for name in (*one.names.values(), *one.aliases)}
 
 
 def bare(name: str) -> str:

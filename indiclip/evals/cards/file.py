@@ -20,8 +20,17 @@ from indiclip.names import check_choice, did_you_mean
 from indiclip.strict_yaml import UniqueKeys
 
 _KEYS = (
-    *("title", "task", "classes", "prompts", "metric", "chance", "num_candidates"),
-    *("source", "licence", "notes", "folder"),
+    "title",
+    "task",
+    "classes",
+    "prompts",
+    "metric",
+    "chance",
+    "num_candidates",
+    "source",
+    "licence",
+    "notes",
+    "folder",
 )
 _CLASS_KEYS = ("id", "names", "romanised", "aliases", "confusable_with", "facts")
 _METRICS = {  # the first is the one where none is named
@@ -62,7 +71,7 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     _check_chance(tree.get("chance", chance), chance, file)
     metric = _text(tree.get("metric", _METRICS[task][0]), f"{file}: metric")
     check_choice(f"{file}: metric", metric, _METRICS[task])
-    about = {key: _text(tree.get(key, ""), f"{file}: {key}") for key in ("source", "licence", "notes")}
+    about = {key: _text(tree.get(key, ""), f"{file}: {key}", optional=True) for key in ("source", "licence", "notes")}
     folder = _text(tree.get("folder", card_id), f"{file}: folder")
     if not _ID.fullmatch(folder):
         raise ValueError(f"{file}: folder: found {folder!r}; expected the name of a folder")
@@ -161,7 +170,7 @@ def _check_language(language: Any, where: str) -> None:
 
 
 def _check_chance(stated: Any, chance: float, file: str) -> None:
-    if isinstance(stated, bool) or not isinstance(stated, int | float) or abs(stated - chance) > 5e-4:
+    if not is_number(stated) or abs(stated - chance) > 5e-4:
         raise ValueError(f"{file}: chance: found {stated!r}; of this card it is {chance:.4f}")
 
 
@@ -189,8 +198,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     return tuple(_text(one, where) for one in value)
 
 
-def _text(value: Any, where: str) -> str:
-    optional = where.rpartition(": ")[2] in ("source", "licence", "notes")
+def _text(value: Any, where: str, optional: bool = False) -> str:
     if not isinstance(value, str) or not (value.strip() or optional):
         raise ValueError(f"{where}: found {_found(value)}; expected text (quote what YAML takes for a number)")
     return value.strip()

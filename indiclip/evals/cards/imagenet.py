@@ -4,13 +4,14 @@ Sources: timm's WordNet table; G. Geigle, R. Timofte, G. Glavaš, "Babel-ImageNe
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from indiclip.datasets.tables import load_json
-from indiclip.evals.cards.card import Card, CardClass, with_names
+from indiclip.evals.cards.card import Card, CardClass
 from indiclip.names import did_you_mean
 
 NUM_CLASSES = 1000
@@ -63,7 +64,8 @@ def with_class_list(card: Card, names: list[str], file: str) -> tuple[Card, list
         )
     if [one.names["en"] for one in card.classes] == names or card.ids == names:
         return card, []
-    return with_names(card, "en", names), [f"English class names are those of {file}", *_shared(names, file)]
+    renamed = _with_names(card, ({"en": name} for name in names))
+    return renamed, [f"English class names are those of {file}", *_shared(names, file)]
 
 
 def with_babel(card: Card, file: Path) -> tuple[Card, list[str]]:
@@ -85,10 +87,13 @@ def with_babel(card: Card, file: Path) -> tuple[Card, list[str]]:
         for place, name in _babel_pairs(entry, f"{file}: {code}"):
             names[place][language] = name
         notes += _shared(entry[1], language)
-    classes = tuple(
-        replace(one, names={"en": one.names["en"]} | more) for one, more in zip(card.classes, names, strict=True)
-    )
-    return replace(card, classes=classes), notes
+    return _with_names(card, names), notes
+
+
+def _with_names(card: Card, names: Iterable[dict[str, str]]) -> Card:
+    """The card with more or other names of each class."""
+    named = zip(card.classes, names, strict=True)
+    return replace(card, classes=tuple(replace(one, names=one.names | more) for one, more in named))
 
 
 def _shared(names: list[str], where: str) -> list[str]:

@@ -76,7 +76,7 @@ def read_caption_file(file: Path) -> Captioned:
 
 
 def _holds(folder: Path, name: Any) -> bool:
-    return folder.is_dir() and isinstance(name, str) and (folder / name).is_file()
+    return isinstance(name, str) and (folder / name).is_file()
 
 
 def _coco(content: dict[str, Any], file: Path) -> tuple[list[str], dict[str, list[list[str]]]]:

@@ -32,6 +32,7 @@ class Items:
         captions: Retrieval: language -> the captions of each image; a list may be empty.
         candidates: Matching: texts of each image, the right one first.
         is_train: bool (N,): gallery of kNN and linear probe, never scored. None: no split.
+        is_flagged: bool (N,): found among the training data. None: nobody looked.
         groups: What per-group tables are by, such as the script of each image.
         procedural: Whether the images are drawn, not photographed.
         notes: Lines to print: classes without images, unreadable images, labels mapped by name.
@@ -44,6 +45,7 @@ class Items:
     captions: dict[str, list[list[str]]] | None = None
     candidates: list[list[str]] | None = None
     is_train: np.ndarray | None = None
+    is_flagged: np.ndarray | None = None
     groups: list[str] | None = None
     procedural: bool = False
     notes: list[str] = field(default_factory=list)
@@ -67,14 +69,10 @@ class Items:
             captions=self.captions and {language: _at(texts, kept) for language, texts in self.captions.items()},
             candidates=self.candidates and _at(self.candidates, kept),
             is_train=None if self.is_train is None else self.is_train[kept],
+            is_flagged=None if self.is_flagged is None else self.is_flagged[kept],
             groups=self.groups and _at(self.groups, kept),
             notes=list(self.notes),
         )
-
-    def without(self, places: Iterable[int]) -> "Items":
-        """The items but for these places, such as those of images that turned out to be unreadable."""
-        dropped = set(places)
-        return self.select(place for place in range(len(self)) if place not in dropped)
 
 
 def key_of(name: str) -> str:

@@ -12,7 +12,6 @@ A class is called by its id or its English name. Images of the split `train` are
 scored, or `val` where there is no `test`.
 """
 
-import os
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +28,7 @@ from indiclip.evals.cards.imagenet import is_imagenet, with_babel
 from indiclip.evals.images.caption_files import find_caption_file, read_caption_file
 from indiclip.evals.images.items import FileImages, Images, Items, TableImages, key_of
 from indiclip.evals.images.labels import class_groups, draw_candidates, missing_classes, read_class_list
-from indiclip.evals.images.shard_layout import find_shards, read_shards
+from indiclip.evals.images.shard_layout import find_shards, read_shards, subfolders
 from indiclip.evals.images.splits import choose, is_split
 from indiclip.images import EXTENSIONS
 from indiclip.names import did_you_mean
@@ -58,11 +57,10 @@ def read_items(card: Card, source: Path) -> Items:
     items = _read(card, source)
     if not len(items):
         raise FileNotFoundError(f"{source}: no images ({', '.join(EXTENSIONS)}) of the card {card.id}")
-    if items.is_train is not None and items.is_train.all():
+    if not items.tested_N.any():
         raise FileNotFoundError(f"{source}: images of the split `train` only; there is nothing to score")
-    scored = items.labels if items.is_train is None else items.labels[~items.is_train]
     items.groups = class_groups(items.card, items.labels)
-    items.notes = [*notes, *items.notes, *missing_classes(items.card, scored)]
+    items.notes = [*notes, *items.notes, *missing_classes(items.card, items.labels[items.tested_N])]
     return items
 
 
@@ -100,7 +98,7 @@ def _of_folders(card: Card, source: Path) -> Items:
     notes: list[str] = []
     if is_imagenet(card) and (listed := read_class_list(card, source)):
         card, notes = listed.card, list(listed.notes)
-    folders = _subfolders(source)
+    folders = subfolders(source)
     if folders and all(map(is_split, folders)):
         splits, split_notes = choose(folders, str(source))
         notes += split_notes
@@ -109,7 +107,7 @@ def _of_folders(card: Card, source: Path) -> Items:
     names, labels, is_train = [], list[int](), list[bool]()
     inventory = Inventory()
     for split, train in splits.items():
-        for folder in _subfolders(source / split):
+        for folder in subfolders(source / split):
             place = _folder_class(card, source / split, folder)
             found, _, of_folder = list_images(source, f"{split}/{folder}".removeprefix("/"))
             names += found
@@ -131,11 +129,6 @@ def _folder_class(card: Card, parent: Path, folder: str) -> int:
         hint = did_you_mean(folder, card.ids)
         raise ValueError(f"{parent / folder}: the folder is no class of the card {card.id}{hint}")
     return place
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _beside(image: Path) -> str:

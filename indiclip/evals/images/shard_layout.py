@@ -30,7 +30,7 @@ def find_shards(folder: Path) -> Splits:
         found.setdefault(split_of(Path(shard).name), []).append(shard)
     if found:
         return found
-    for split in sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and is_split(entry.name)):
+    for split in filter(is_split, subfolders(folder)):
         if shards := _counted(folder / split) or _tars(folder / split):
             found[split] = shards
     return found
@@ -83,17 +83,15 @@ class _Part:
         self.keys = [before + shards.key(place) for place in range(len(shards))]
         self.is_train = np.full(len(shards), train)
         self.losses = [f"{one.key}: {one.reason}" for one in shards.damaged]
-        self.texts: list[str] = []
-        self.labels = np.full(len(shards), -1, dtype=np.int64)
-        if card.classes:
-            self.labels = _labels(card, shards, listed)
-        if card.task != "classification":
-            self.texts = _texts(shards)
+        self.labels = _labels(card, shards, listed)
+        self.texts = _texts(shards) if card.task != "classification" else []
 
 
 def _labels(card: Card, shards: Shards, listed: ClassList | None) -> np.ndarray:
     found = shards.labels.astype(np.int64)
     labels = np.full(len(shards), -1, dtype=np.int64)
+    if not card.classes:
+        return labels
     numbered = found >= 0
     if numbered.any():
         labels[numbered] = map_labels(found[numbered], listed, shards.shard(int(numbered.argmax())))
@@ -129,9 +127,13 @@ def _members(shards: Shards, extension: str) -> dict[str, str]:
     return found
 
 
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, but for hidden ones."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _tars(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
     return sorted(str(file) for file in folder.iterdir() if cache.SUFFIX.search(file.name) and file.name[0] != ".")
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import isqrt
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -98,7 +98,8 @@ class EncoderEmbedder:
     def __init__(
         self, encoder: Encoder, name: str, precision: Precision = "fp32", lengths: Sequence[int] | None = None
     ) -> None:
-        self.encoder, self.name, self.precision = encoder, name, check_precision(precision)
+        check_choice("precision", precision, _AUTOCAST)
+        self.encoder, self.name, self.precision = encoder, name, precision
         self.lengths = encoder.lengths if lengths is None else with_full_length(lengths, encoder.embed_dim)
         backbone = encoder.backbone
         self._patch_size, self._max_tokens = backbone.patch_size, backbone.max_tokens
@@ -175,12 +176,6 @@ def embed_distinct(texts: list[str], embed: Callable[[list[str]], Tensor], lengt
     return torch.cat(rows)[torch.tensor([position[text] for text in texts], dtype=torch.long)]
 
 
-def check_precision(precision: str) -> Precision:
-    """Raise ValueError unless it is one."""
-    check_choice("precision", precision, _AUTOCAST)
-    return cast(Precision, precision)
-
-
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """Reduced precision, or float32 whatever is around it."""
     return torch.autocast(device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32")
@@ -226,7 +221,7 @@ def load_embedder(
         FileNotFoundError: No such file or folder, or one that a model lacks.
         ValueError: Anything else that is no model.
     """
-    check_precision(precision)
+    check_choice("precision", precision, _AUTOCAST)
     place = _device(device)
     library, name = library_of(model)
     if library == "indiclip":

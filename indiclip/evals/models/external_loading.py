@@ -18,8 +18,11 @@ from indiclip.names import check_choice, did_you_mean
 HUB = "hf-hub:"  # what comes behind is downloaded
 MODEL_TYPES = ("clip", "siglip", "siglip2", "metaclip_2")  # of transformers
 _TOKENIZER_FILES = (
-    *(("tokenizer.json",), ("vocab.json", "merges.txt")),
-    *(("spiece.model",), ("tokenizer.model",), ("sentencepiece.bpe.model",)),
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("sentencepiece.bpe.model",),
 )
 
 
@@ -202,7 +205,7 @@ def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
 
 def _check_file(file: Path, name: str) -> None:
     if not file.is_file():
-        siblings = [str(sibling) for sibling in file.parent.glob("*")] if file.parent.is_dir() else []
+        siblings = map(str, file.parent.glob("*"))
         raise FileNotFoundError(f"{name}: no such file of weights{did_you_mean(str(file), siblings)}")
 
 

@@ -50,7 +50,7 @@ def library_of(model: str) -> tuple[str, str]:
 
 def _names_like(path: Path) -> list[str]:
     """What somebody may have meant who wrote it: what lies beside it, and models by their name alone."""
-    beside = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+    beside = list(map(str, path.parent.glob("*")))
     models = [f"timm:{name}" for name in timm.list_models()]
     if importlib.util.find_spec("open_clip"):
         import open_clip

@@ -29,11 +29,9 @@ def confusion(predictions: list[Prediction]) -> Confusion:
     """Over the classes that are right for any image or were answered for one; those that are confused lie side by
     side.
     """
-    classes = sorted({row.truth for row in predictions} | {row.predicted for row in predictions})
-    index = {name: i for i, name in enumerate(classes)}
-    count_CC = np.zeros((len(classes), len(classes)), np.int64)
-    for row in predictions:
-        count_CC[index[row.truth], index[row.predicted]] += 1
+    names, places = np.unique([(row.truth, row.predicted) for row in predictions], return_inverse=True)
+    classes, count_CC = names.tolist(), np.zeros((len(names), len(names)), np.int64)
+    np.add.at(count_CC, tuple(places.reshape(-1, 2).T), 1)
     order = _order(count_CC)
     return Confusion([classes[i] for i in order], count_CC[np.ix_(order, order)])
 
@@ -75,11 +73,11 @@ def pairs(found: Confusion) -> list[tuple[str, str]]:
 
 def most_confused(found: Confusion, most: int) -> Confusion:
     """The part of a few classes only, those in the worst pairs."""
-    kept: dict[str, None] = {}
+    kept: set[str] = set()
     for pair in pairs(found):
-        if len(kept | dict.fromkeys(pair)) > most:
+        if len(kept.union(pair)) > most:
             break
-        kept |= dict.fromkeys(pair)
+        kept.update(pair)
     chosen = [i for i, name in enumerate(found.classes) if name in kept]
     return Confusion([found.classes[i] for i in chosen], found.count_CC[np.ix_(chosen, chosen)])
 

@@ -67,10 +67,8 @@ def _table(result: Result, languages: Sequence[str]) -> Table:
             cells = [*map(_cell, scores), *(_probe_cell(found.get(card.key)) for found in probes)]
             chance = chance_of(scores)
             name = f"{card.card} [dim]*[/]" if card.part == PROCEDURAL else card.card
-            metric, said = (
-                NAMES["short_metrics"].get(card.metric, card.metric),
-                "" if chance is None else f"{chance:.3f}",
-            )
+            metric = NAMES["short_metrics"].get(card.metric, card.metric)
+            said = "" if chance is None else f"{chance:.3f}"
             table.add_row(name, metric, f"{card.num_images:,}", said, *cells)
     return table
 
@@ -106,8 +104,7 @@ def _probes(result: Result, protocol: str) -> dict[tuple[str, str], Score]:
     return {
         score.key: score
         for score in result.scores
-        if (score.protocol, score.language, score.metric, score.subset) == (protocol, IMAGES, "acc1", "")
-        and result.is_main_setting(score)
+        if (score.protocol, score.metric, score.subset) == (protocol, "acc1", "") and result.is_main_setting(score)
     }
 
 

@@ -32,19 +32,17 @@ class Pictures:
 
     def __init__(self, every: Sequence[Items], max_side: int = 240) -> None:
         self.max_side = max_side
-        self._items = {(items.card.id, part_of(items.procedural)): items for items in every}
-        self._places: dict[tuple[str, str], dict[str, int]] = {}
+        self._places = {
+            (items.card.id, part_of(items.procedural), key): (items.images, place)
+            for items in every
+            for place, key in enumerate(items.keys)
+        }
 
     def __call__(self, card: str, part: str, key: str) -> np.ndarray | None:
-        items = self._items.get((card, part))
-        if items is None:
+        if (card, part, key) not in self._places:
             return None
-        if (card, part) not in self._places:
-            self._places[card, part] = {name: place for place, name in enumerate(items.keys)}
-        place = self._places[card, part].get(key)
-        if place is None:
-            return None
+        images, place = self._places[card, part, key]
         try:
-            return thumbnail(items.images[place], self.max_side)
+            return thumbnail(images[place], self.max_side)
         except UnreadableSample:
             return None

@@ -128,7 +128,6 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
 
 
 def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
@@ -151,5 +150,5 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     if len(names) <= 24:
         axes.legend(fontsize=7 if len(names) <= 8 else 5, ncols=1 if len(names) <= 8 else 2)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+    figure.savefig(buffer, format="png")
     return data_uri(buffer.getvalue(), "png")

@@ -21,17 +21,16 @@ def haversine_km(one_N2: np.ndarray, other_N2: np.ndarray) -> np.ndarray:
     Returns:
         float64 (N,), kilometres on a sphere: within 0.6% of the ellipsoid.
     """
-    one, other = np.radians(np.asarray(one_N2, np.float64)), np.radians(np.asarray(other_N2, np.float64))
+    one, other = np.radians(one_N2), np.radians(other_N2)
     half_lat, half_lon = (one[..., 0] - other[..., 0]) / 2, (one[..., 1] - other[..., 1]) / 2
     chord = np.sin(half_lat) ** 2 + np.cos(one[..., 0]) * np.cos(other[..., 0]) * np.sin(half_lon) ** 2
     return np.asarray(2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
 
 
-def within_km(distance_N: np.ndarray, thresholds: tuple[float, ...] = THRESHOLDS_KM) -> dict[float, np.ndarray]:
-    """Which pictures were placed within each distance: hits for `metrics.hit_rate`.
+def within_km(distance_N: np.ndarray) -> dict[int, np.ndarray]:
+    """Which pictures were placed within each of `THRESHOLDS_KM`: hits for `metrics.hit_rate`.
 
     Args:
         distance_N: Kilometres; NaN is within none.
-        thresholds: Kilometres.
     """
-    return {threshold: np.asarray(distance_N) <= threshold for threshold in thresholds}
+    return {threshold: distance_N <= threshold for threshold in THRESHOLDS_KM}

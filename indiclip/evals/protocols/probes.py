@@ -43,9 +43,8 @@ def knn(
     is_train_N: np.ndarray | None = None,
     lengths: Sequence[int] | None = None,
     k: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
 ) -> Predictions:
-    """The class with most votes among the nearest neighbours, each weighing exp(cosine / temperature).
+    """The class with most votes among the nearest neighbours, each weighing exp(cosine / `TEMPERATURE`).
 
     Args:
         image_NE: Images, of any norm.
@@ -53,7 +52,6 @@ def knn(
         is_train_N: bool, the gallery; None has each image ask all others.
         lengths: Embedding lengths, ascending; None is the full one.
         k: Neighbours, or as many as the gallery has.
-        temperature: > 0.
     """
     task = _Task(image_NE, label_N, is_train_N, lengths)
     k = min(k, len(task.index_G) - task.leave_one_out)
@@ -62,7 +60,7 @@ def knn(
         for part in chunks(len(task.asked_A), len(task.index_G)):
             own = part.start if task.leave_one_out else None
             for place, (cosine_BK, near_BK) in enumerate(gallery.nearest(task.asked_AE[part], k, own)):
-                weight_BK = ((cosine_BK - cosine_BK[:, :1]) / temperature).exp()  # of the nearest 1: no overflow
+                weight_BK = ((cosine_BK - cosine_BK[:, :1]) / TEMPERATURE).exp()  # of the nearest 1: no overflow
                 votes_BC = torch.zeros(len(weight_BK), len(task.class_C))
                 task.answer(place, part, votes_BC.scatter_add_(1, task.index_G[near_BK], weight_BK))
     return task.predictions()
@@ -103,18 +101,18 @@ def linear_probe(
     return task.predictions()
 
 
-def folds(label_N: np.ndarray, keys: Sequence[str], num_folds: int = FOLDS) -> Tensor:
+def folds(label_N: np.ndarray, keys: Sequence[str]) -> Tensor:
     """Stratified folds that depend on labels and keys alone, not on the order of the images.
 
     The images of a class are dealt out in the order of their keys' hashes, each class beginning where the one before
     it ended: two images of a class are in two folds, and the folds differ by one image at most.
 
     Returns:
-        int64 (N,), 0 to num_folds - 1.
+        int64 (N,), 0 to `FOLDS` - 1.
     """
     hashes = np.array([stable_hash(key) for key in keys], dtype=np.uint64)
     fold_N = np.empty(len(label_N), dtype=np.int64)
-    fold_N[np.lexsort((hashes, label_N))] = np.arange(len(label_N)) % num_folds
+    fold_N[np.lexsort((hashes, label_N))] = np.arange(len(label_N)) % FOLDS
     return torch.from_numpy(fold_N)
 
 
