@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from indiclip import optim
+from indiclip.distributed import gathered
 from indiclip.encoder import Encoder
 from indiclip.head import Head, Metrics, Prediction
 from indiclip.lightning_internals import batches_done, estimated_steps
@@ -158,11 +159,7 @@ class MultiTask(L.LightningModule):
         """What any rank has scored, in the same order on all of them."""
         parts = {name: metric.modules() for name, metric in self._scored.items()}
         names = [name for name, of in parts.items() if any(getattr(part, "update_called", False) for part in of)]
-        if self.trainer.world_size == 1:
-            return sorted(names)
-        of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(of_ranks, names)
-        return sorted(set().union(*of_ranks))
+        return sorted(set().union(*gathered(names)))
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
