@@ -71,8 +71,8 @@ ARROWS = {
         " generated loading"
     ),
     "training": (
-        "types names strict_yaml old_names json_lines checkpoint distributed lightning_internals encoder head module datasets"
-        " loading evals"
+        "types names strict_yaml old_names json_lines checkpoint distributed lightning_internals encoder head module"
+        " datasets loading evals"
     ),
     "commands": "names images patches text datasets webdataset loading evals training",
 }

@@ -19,8 +19,6 @@ from indiclip.generated.lettering_words import PARTS, Script, distractors, load_
 from indiclip.names import check_choice
 from indiclip.types import Sample
 
-__all__ = ["INDIAN", "SCRIPTS", "Lettering"]
-
 SCRIPTS: dict[str, Script] = load_scripts()
 # The twelve scripts of India's own. Assamese is written in the Bengali script and is no script beside it.
 INDIAN = [script for script in SCRIPTS if script != "latin"]

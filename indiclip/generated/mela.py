@@ -14,21 +14,9 @@ from numpy.random import Generator, default_rng
 
 from indiclip.generated.base import Generated, must_be_at_least, pick
 from indiclip.generated.mela_scene import MIN_SIDE, Scene, draw_scene, kinds_in
-from indiclip.generated.mela_things import COLOURS, THINGS
 from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names
 from indiclip.names import check_choice
 from indiclip.types import Sample
-
-__all__ = [
-    "CLASSES",
-    "COLOURS",
-    "LANGUAGES",
-    "THINGS",
-    "Mela",
-    "Scene",
-    "class_names",
-    "draw_scene",
-]
 
 ABSENT = 0.15  # share of samples that ask for the points of a class which is not there
 

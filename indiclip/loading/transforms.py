@@ -173,15 +173,11 @@ def _read_region(image: Any, full: Size, region: Region, size: Size) -> Tensor:
     if isinstance(image, EncodedImage):
         # So large that the part still has the pixels that it is shown with.
         needed = (-(-full[0] * size[0] // region[2]), -(-full[1] * size[1] // region[3]))
-        smaller = needed if needed[0] <= full[0] and needed[1] <= full[1] else full
-        pixels, orientation = image.decode(smaller if image.orientation < 5 else smaller[::-1]), image.orientation
+        pixels, orientation = image.decode(needed if image.orientation < 5 else needed[::-1]), image.orientation
     else:
         pixels, orientation = np.require(image, requirements=["C", "W"]), 1  # PIL's are read-only
     image_CHW = turn(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), orientation)
     found = image_CHW.shape[-2:]
-    if region[2:] != full:
-        top, left, height, width = (
-            round(place * found[i % 2] / full[i % 2]) for i, place in enumerate((*region[:2], *region[2:]))
-        )
-        image_CHW = image_CHW[:, top : top + max(height, 1), left : left + max(width, 1)]
+    top, left, height, width = (round(place * found[i % 2] / full[i % 2]) for i, place in enumerate(region))
+    image_CHW = image_CHW[:, top : top + max(height, 1), left : left + max(width, 1)]
     return patches.resize(plain(image_CHW), size)
