@@ -29,8 +29,8 @@ def rgb_of_hex(colour: str) -> RGB:
     """
     if not re.fullmatch("#[0-9A-Fa-f]{6}", colour):
         raise ValueError(f"colour: expected #RRGGBB; found {colour!r}")
-    value = int(colour[1:], 16)
-    return value >> 16, value >> 8 & 255, value & 255
+    red, green, blue = bytes.fromhex(colour[1:])
+    return red, green, blue
 
 
 def srgb_to_lab(rgb: ArrayLike) -> Floats:

@@ -69,8 +69,7 @@ class Mela(Generated):
 
     def scene(self, index: int) -> Scene:
         """The scene behind sample `index`: image, instance, part and UV maps, captions in all languages."""
-        height, width = self.size_hw
-        return draw_scene(self.seed, index, height, width, self.layout, self.people, self.kinds, self.difficulty)
+        return draw_scene(self.seed, index, *self.size_hw, self.layout, self.people, self.kinds, self.difficulty)
 
     def __getitem__(self, index: int) -> Sample:
         self.must_have(index)

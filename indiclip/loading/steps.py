@@ -161,11 +161,13 @@ def _keys(sources: list[Source], train: bool) -> list[str]:
     if train:
         return tasks
     keys: list[str] = []
-    for i, (task, source) in enumerate(zip(tasks, sources, strict=True)):
-        name = source.name or tasks[:i].count(task)
-        keys.append(task if tasks.count(task) == 1 else f"{task}/{name}")
-        if keys[-1] in keys[:-1]:
-            raise ValueError(f"data.val[{i}].name: {keys[-1]} is the name of an earlier source too")
+    for i, source in enumerate(sources):
+        key = source.task
+        if tasks.count(key) > 1:
+            key += f"/{source.name or tasks[:i].count(key)}"
+        if key in keys:
+            raise ValueError(f"data.val[{i}].name: {key} is the name of an earlier source too")
+        keys.append(key)
     return keys
 
 

@@ -205,11 +205,12 @@ class Checkpoints(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """As ModelCheckpoint's, with no instant without a link."""
-        if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
-            made = Path(linkpath).with_name(f".{Path(linkpath).name}.part")
+        link = Path(linkpath)
+        if trainer.is_global_zero and Path(filepath).absolute() != link.absolute():
+            made = link.with_name(f".{link.name}.part")
             made.unlink(missing_ok=True)
-            made.symlink_to(os.path.relpath(filepath, Path(linkpath).parent))
-            made.replace(linkpath)
+            made.symlink_to(os.path.relpath(filepath, link.parent))
+            made.replace(link)
         trainer.strategy.barrier()
 
 
