@@ -15,7 +15,7 @@ from indiclip.backbone import Backbone
 from indiclip.names import check_choice, shorten
 from indiclip.patches import AnyImage, batch_images
 from indiclip.text import TextTower, describe
-from indiclip.types import Features, Images
+from indiclip.types import Features, Images, on_device
 
 
 class Encoder(nn.Module):
@@ -123,8 +123,7 @@ class Encoder(nn.Module):
         if len(distinct) == len(many):
             return text_BE
         position = {text: i for i, text in enumerate(distinct)}
-        order = torch.tensor([position[text] for text in many])
-        return text_BE[order.to(text_BE.device, non_blocking=True)]
+        return text_BE[on_device([position[text] for text in many], text_BE.device)]
 
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this encoder without a network, weights aside (plain types only)."""

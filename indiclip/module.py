@@ -98,6 +98,7 @@ class MultiTask(L.LightningModule):
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         _count_in_float32()
         features: dict[str, Features] = {}
+        zero = torch.zeros((), device=self.device)
         self.head_losses = {}
         for head in self.each_head():
             if head.task not in batches:
@@ -106,10 +107,10 @@ class MultiTask(L.LightningModule):
             if head.task not in features:  # heads of one task share its features
                 features[head.task] = self.encoder.features(batch["images"])
             terms, logged = head.loss(features[head.task], batch, self.encoder)
-            self.head_losses[head.name] = self._weighted(head, sum(terms.values(), torch.zeros((), device=self.device)))
+            self.head_losses[head.name] = self._weighted(head, sum(terms.values(), zero))
             values = {name: loss.detach() for name, loss in terms.items()} | dict(logged)
             self.log_dict({f"train/{head.name}/{name}": value for name, value in values.items()}, batch_size=1)
-        total = sum(self.head_losses.values(), torch.zeros((), device=self.device))
+        total = sum(self.head_losses.values(), zero)
         self.log("train/loss", total.detach(), batch_size=1)
         return total
 

@@ -66,6 +66,10 @@ class Steps(Dataset[dict[str, Batch]]):
         weights, window = [source.weight for source in group], max(source.window for source in group)
         return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
+    def __len__(self) -> int:
+        """Steps until the source that takes longest has been gone through."""
+        return max(plan.steps_per_epoch for plan in self.plans.values())
+
     def __getitem__(self, step: int) -> dict[str, Batch]:
         batches: dict[str, Batch] = {}
         for task in self.plans:
