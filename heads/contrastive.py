@@ -82,11 +82,10 @@ class Contrastive(Head):
         # Not blocking: else the CPU would wait here until the GPU has embedded everything.
         ids_B = caption_ids(captions).to(image_BE.device, non_blocking=True)
         loss = self.criterion(image_BE, text_BE, labels_B=_labels(batch, image_BE), caption_ids_B=ids_B)
-        return Losses({"loss": loss}, self._loss_by_language(batch["targets"].get("language", [])))
+        return Losses({"loss": loss}, self._loss_by_language(_drawn_languages(batch)))
 
-    def _loss_by_language(self, languages: list[str | None]) -> dict[str, Tensor]:
+    def _loss_by_language(self, codes: list[str]) -> dict[str, Tensor]:
         """`loss/<language>` of the batch's languages, where the run has more than one."""
-        codes = [_code(language) for language in languages]
         names = sorted({*codes} - {""})
         self._languages.update(names)
         if len(self._languages) < 2 or not names:

@@ -113,8 +113,7 @@ class NaFlexViT(Backbone):
             if pretrained:
                 raise ValueError("backbone.pretrained: needs `name`, a timm model; a size alone is from scratch")
             self.vit = _new_naflex(size, width, depth, num_heads, patch_size, options)
-        own = {"name": name, "patch_size": patch_size, "max_tokens": max_tokens, "options": options}
-        self._args = given | own
+        self._args = given | {"name": name, "patch_size": patch_size, "max_tokens": max_tokens, "options": options}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
         self.width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
@@ -164,8 +163,13 @@ class TimmBackbone(Backbone):
                 f"backbone.canvas_hw: {list(canvas_hw)} must be multiples of backbone.patch_size {patch_size}"
             )
         check_timm_name(name)
-        self._args = {"name": name, "canvas_hw": list(canvas_hw), "patch_size": patch_size}
-        self._args |= {"feature_index": feature_index, "options": options}
+        self._args = {
+            "name": name,
+            "canvas_hw": list(canvas_hw),
+            "patch_size": patch_size,
+            "feature_index": feature_index,
+            "options": options,
+        }
         self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
         self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
         self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))

@@ -40,7 +40,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
     translate_checkpoint(checkpoint)
     encoder = Encoder(**{name: _build(value, trust_code, file) for name, value in checkpoint["encoder"].items()})
     prefix = "encoder."
-    weights = {name[len(prefix) :]: w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
     encoder.load_state_dict(weights)
     return encoder.to(device).eval().requires_grad_(False)
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 import torchmetrics
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from indiclip.distributed import gathered
 from indiclip.names import check_range
 from indiclip.types import Batch, Features, Rows
 
@@ -160,11 +160,7 @@ class ListMetric(torchmetrics.Metric):
 
     def rows_of_all_ranks(self) -> list[tuple[Any, ...]]:
         """One rank's after the other's."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.rows
-        of_ranks: list[list[tuple[Any, ...]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(of_ranks, self.rows)
-        return [row for rows in of_ranks for row in rows]
+        return [row for rows in gathered(self.rows) for row in rows]
 
 
 def same_classes(task: str, datasets: Datasets) -> None:

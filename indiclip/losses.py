@@ -27,6 +27,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from indiclip.distributed import rank_and_world
+
 # Logits are at most 100 times the cosines (CLIP, arXiv 2103.00020, section 2.5).
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -146,7 +148,7 @@ class SoftmaxLoss(ContrastiveLoss):
         super().__init__(math.log(1 / 0.07), lengths, length_weights)
 
     def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> "_Total":
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         first = rank * len(image_BE)  # the column of this rank's first pair
         positive_BG = _positives(keys_KB, _all_gather(keys_KB.T).T, first)
         total = _Total(image_BE, text_BE, _gather(text_BE), _gather(image_BE), self._scale(image_BE.dtype))
@@ -176,7 +178,7 @@ class SigmoidLoss(ContrastiveLoss):
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
     def _total(self, image_BE: Tensor, text_BE: Tensor, keys_KB: Tensor) -> "_Total":
-        world = _rank_and_world()[1]
+        world = rank_and_world()[1]
         total = _Total(image_BE, text_BE, self._scale(image_BE.dtype), self.logit_bias.to(image_BE.dtype))
         chunk_BE, chunk_keys_KB = text_BE.detach(), keys_KB
         # In step s this rank holds the texts of rank (own - s) while the next ones are under way. The gradient of
@@ -305,7 +307,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_GE: Tensor) -> Tensor:
-        gradient_BE = gradient_GE.new_empty(len(gradient_GE) // _rank_and_world()[1], *gradient_GE.shape[1:])
+        gradient_BE = gradient_GE.new_empty(len(gradient_GE) // rank_and_world()[1], *gradient_GE.shape[1:])
         dist.reduce_scatter_tensor(gradient_BE, gradient_GE.contiguous())
         return gradient_BE
 
@@ -314,7 +316,7 @@ class _Shift:
     """Tensors under way to the next rank of the ring; `wait` returns those of the rank before."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         self.sent = [tensor.contiguous() for tensor in tensors]
         self.received = [torch.empty_like(tensor) for tensor in self.sent]
         sends = [dist.P2POp(dist.isend, tensor, (rank + 1) % world) for tensor in self.sent]
@@ -328,22 +330,16 @@ class _Shift:
 
 
 def _gather(x_BE: Tensor) -> Tensor:
-    return x_BE if _rank_and_world()[1] == 1 else cast(Tensor, _AllGather.apply(x_BE))
+    return x_BE if rank_and_world()[1] == 1 else cast(Tensor, _AllGather.apply(x_BE))
 
 
 def _all_gather(x: Tensor) -> Tensor:
-    world = _rank_and_world()[1]
+    world = rank_and_world()[1]
     if world == 1:
         return x
     all_ranks = x.new_empty(world * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(all_ranks, x.contiguous())
     return all_ranks
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from indiclip import optim
+from indiclip.distributed import gathered
 from indiclip.encoder import Encoder
 from indiclip.head import Head, Metrics, Prediction
 from indiclip.lightning_internals import batches_done, estimated_steps
@@ -97,6 +98,7 @@ class MultiTask(L.LightningModule):
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         _count_in_float32()
         features: dict[str, Features] = {}
+        zero = torch.zeros((), device=self.device)
         self.head_losses = {}
         for head in self.each_head():
             if head.task not in batches:
@@ -105,10 +107,10 @@ class MultiTask(L.LightningModule):
             if head.task not in features:  # heads of one task share its features
                 features[head.task] = self.encoder.features(batch["images"])
             terms, logged = head.loss(features[head.task], batch, self.encoder)
-            self.head_losses[head.name] = self._weighted(head, sum(terms.values(), torch.zeros((), device=self.device)))
+            self.head_losses[head.name] = self._weighted(head, sum(terms.values(), zero))
             values = {name: loss.detach() for name, loss in terms.items()} | dict(logged)
             self.log_dict({f"train/{head.name}/{name}": value for name, value in values.items()}, batch_size=1)
-        total = sum(self.head_losses.values(), torch.zeros((), device=self.device))
+        total = sum(self.head_losses.values(), zero)
         self.log("train/loss", total.detach(), batch_size=1)
         return total
 
@@ -158,11 +160,7 @@ class MultiTask(L.LightningModule):
         """What any rank has scored, in the same order on all of them."""
         parts = {name: metric.modules() for name, metric in self._scored.items()}
         names = [name for name, of in parts.items() if any(getattr(part, "update_called", False) for part in of)]
-        if self.trainer.world_size == 1:
-            return sorted(names)
-        of_ranks: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(of_ranks, names)
-        return sorted(set().union(*of_ranks))
+        return sorted(set().union(*gathered(names)))
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

@@ -21,12 +21,23 @@ AnyImage = Image.Image | np.ndarray | Tensor
 
 
 @lru_cache(maxsize=4096)
-def fit_hw(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
+def fit_hw(
+    height: int, width: int, patch_size: int, max_tokens: int, canvas_hw: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """The size, in whole patches, to which an image is resized: aspect kept, never enlarged by a patch or more.
 
+    Args:
+        height: Of the image in pixels.
+        width: Of the image in pixels.
+        patch_size: Side of a patch in pixels.
+        max_tokens: Most patches.
+        canvas_hw: Of a backbone of one size, instead of `max_tokens`; see `fit_canvas_hw`.
+
     Returns:
-        (height, width) in pixels, multiples of `patch_size`, of at most `max_tokens` patches.
+        (height, width) in pixels, multiples of `patch_size`.
     """
+    if canvas_hw is not None:
+        return fit_canvas_hw(height, width, patch_size, canvas_hw)
     _, (new_height, new_width) = get_image_size_for_seq((height, width), patch_size, max_tokens, max_ratio=1.0)
     return int(new_height), int(new_width)
 
@@ -111,11 +122,7 @@ def batch_images(
         height, width = pixels_CHW.shape[-2:]
         if height * width == 0:
             raise ValueError(f"image {position}: found {width}x{height} pixels; expected at least 1x1")
-        size = (
-            fit_canvas_hw(height, width, patch_size, canvas_hw)
-            if canvas_hw
-            else fit_hw(height, width, patch_size, max_tokens)
-        )
+        size = fit_hw(height, width, patch_size, max_tokens, canvas_hw)
         patches.append(patchify(resize(pixels_CHW, size), patch_size))
         sizes.append(size)
         scale.append((size[0] / height, size[1] / width))

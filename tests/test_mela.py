@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from indiclip.generated.mela import CLASSES, COLOURS, LANGUAGES, THINGS, Mela, Scene, class_names, draw_scene
+from indiclip.generated.mela import Mela
 from indiclip.generated.mela_hard import _look_alikes
 from indiclip.generated.mela_layout import Item, draw_background
 from indiclip.generated.mela_people import GARMENTS, NUM_PARTS, draw_person
-from indiclip.generated.mela_scene import DIFFICULTIES, LAYOUTS, _assemble, _visible_only, place_of
-from indiclip.generated.mela_things import Sprite, draw_thing, rgb_of
-from indiclip.generated.mela_words import PERSON, Group, captions, words
+from indiclip.generated.mela_scene import DIFFICULTIES, LAYOUTS, Scene, _assemble, _visible_only, draw_scene, place_of
+from indiclip.generated.mela_things import COLOURS, THINGS, Sprite, draw_thing, rgb_of
+from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, Group, captions, class_names, words
 
 SIZES_HW = [(64, 64), (96, 160), (200, 64), (33, 47)]
 

@@ -188,7 +188,7 @@ def test_a_run_that_is_ended_amid_a_step_saves_nothing_there(tmp_path):
 
 
 def test_ranks_that_go_on_from_different_steps_end_together(monkeypatch):
-    monkeypatch.setattr("indiclip.training.fault_tolerance.step_sync.gathered", lambda trainer, step: [step, step + 3])
+    monkeypatch.setattr("indiclip.training.fault_tolerance.step_sync.gathered", lambda step: [step, step + 3])
     trainer = SimpleNamespace(global_step=2, local_rank=0, is_global_zero=True, strategy=SimpleNamespace(launcher=None))
     with pytest.raises(AgreedStop, match=r"--ckpt_path: the ranks go on from different steps: \[2, 5\]"):
         StepSync().on_train_start(trainer, None)

@@ -53,14 +53,15 @@ ARROWS = {
     "patches.py": "types images",
     "backbone.py": "types names",
     "text.py": "names",
-    "losses.py": "",
+    "distributed.py": "",
+    "losses.py": "distributed",
     "fcos.py": "types",
     "surface_charts.py": "types",
-    "head.py": "types names",
+    "head.py": "types names distributed",
     "encoder.py": "types names backbone text patches",
     "checkpoint.py": "backbone encoder names old_names text",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim lightning_internals",
+    "module.py": "encoder head types names optim lightning_internals distributed",
     "datasets": "types names images",
     "webdataset": "types names images datasets",
     "generated": "types names images datasets",
@@ -70,8 +71,8 @@ ARROWS = {
         " generated loading"
     ),
     "training": (
-        "types names strict_yaml old_names json_lines checkpoint lightning_internals encoder head module datasets"
-        " loading evals"
+        "types names strict_yaml old_names json_lines checkpoint distributed lightning_internals encoder head module"
+        " datasets loading evals"
     ),
     "commands": "names images patches text datasets webdataset loading evals training",
 }
@@ -122,7 +123,7 @@ def test_protocols_are_functions_of_numbers():
 
 
 def test_fault_tolerance_knows_of_data_the_workers_only():
-    names = ("module", "json_lines", "types", "names", "old_names", "checkpoint", "lightning_internals")
+    names = ("module", "json_lines", "types", "names", "old_names", "checkpoint", "distributed", "lightning_internals")
     allowed = {f"indiclip.{name}" for name in (*names, "loading.workers")}
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):

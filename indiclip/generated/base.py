@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from indiclip.datasets.base import SampleDataset
 
+PARTS = ("train", "test")  # of the data sets that train and test reading and colours
 T = TypeVar("T")
 Floats = NDArray[np.float64]
 Float32s = NDArray[np.float32]
@@ -29,6 +30,12 @@ def must_be_at_least(least: int, **arguments: int) -> None:
 def pick(rng: Generator, choices: Sequence[T]) -> T:
     """One of the choices, each as likely."""
     return choices[int(rng.integers(len(choices)))]
+
+
+def grainy(rng: Generator, image: UInt8, most: float) -> UInt8:
+    """An image with a camera's noise, of a deviation up to `most`."""
+    noise = rng.normal(0, rng.uniform(0, most), (*image.shape[:2], 1))
+    return np.rint(image + noise).clip(0, 255).astype(np.uint8)
 
 
 def load_table(name: str) -> Any:

@@ -29,8 +29,8 @@ def rgb_of_hex(colour: str) -> RGB:
     """
     if not re.fullmatch("#[0-9A-Fa-f]{6}", colour):
         raise ValueError(f"colour: expected #RRGGBB; found {colour!r}")
-    value = int(colour[1:], 16)
-    return value >> 16, value >> 8 & 255, value & 255
+    red, green, blue = bytes.fromhex(colour[1:])
+    return red, green, blue
 
 
 def srgb_to_lab(rgb: ArrayLike) -> Floats:
@@ -39,15 +39,15 @@ def srgb_to_lab(rgb: ArrayLike) -> Floats:
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     xyz = linear @ _TO_XYZ.T / _WHITE
     f = np.where(xyz > _KNEE**3, np.cbrt(xyz), xyz / (3 * _KNEE**2) + 4 / 29)
-    x, y, z = f[..., 0], f[..., 1], f[..., 2]
+    x, y, z = np.moveaxis(f, -1, 0)
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
 def lab_to_srgb(lab: ArrayLike) -> UInt8:
     """L, a, b -> sRGB, 0..255, rounded; what no screen can show is clipped per channel."""
-    lab_ = np.asarray(lab, np.float64)
-    y = (lab_[..., 0] + 16) / 116
-    f = np.stack([y + lab_[..., 1] / 500, y, y - lab_[..., 2] / 200], axis=-1)
+    lightness, a, b = np.moveaxis(np.asarray(lab, np.float64), -1, 0)
+    y = (lightness + 16) / 116
+    f = np.stack([y + a / 500, y, y - b / 200], axis=-1)
     xyz = np.where(f > _KNEE, f**3, 3 * _KNEE**2 * (f - 4 / 29)) * _WHITE
     linear = (xyz @ _FROM_XYZ.T).clip(0, 1)
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 
 from numpy.random import Generator, default_rng
 
-from indiclip.generated.base import Generated
+from indiclip.generated.base import PARTS, Generated
 from indiclip.generated.fonts import check_shaping, find_face
 from indiclip.generated.lettering_draw import MIN_SIDE, draw_word
-from indiclip.generated.lettering_words import PARTS, Script, distractors, load_scripts, made_up_word
+from indiclip.generated.lettering_words import Script, distractors, load_scripts, made_up_word
 from indiclip.names import check_choice
 from indiclip.types import Sample
-
-__all__ = ["INDIAN", "SCRIPTS", "Lettering"]
 
 SCRIPTS: dict[str, Script] = load_scripts()
 # The twelve scripts of India's own. Assamese is written in the Bengali script and is no script beside it.

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
-from indiclip.generated.base import Floats, SizeHW, UInt8
+from indiclip.generated.base import Floats, SizeHW, UInt8, grainy
 from indiclip.generated.cielab import lab_to_srgb
 from indiclip.generated.fonts import Face
 
@@ -38,8 +38,7 @@ def draw_word(rng: Generator, text: str, face: Face, size_hw: SizeHW) -> UInt8:
     mask.paste(ink, (left, top))
     mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.006) * min(size_hw)))
     image.paste(tuple(lab_to_srgb(ink_lab).tolist()), mask=mask)
-    noisy = np.asarray(image) + rng.normal(0, rng.uniform(0, 4), (*size_hw, 1))
-    return np.rint(noisy).clip(0, 255).astype(np.uint8)
+    return grainy(rng, np.asarray(image), 4)
 
 
 def _colours(rng: Generator) -> tuple[Floats, Floats]:

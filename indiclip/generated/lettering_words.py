@@ -16,9 +16,8 @@ from unicodedata import category, combining, normalize
 from numpy.random import Generator
 
 from indiclip.datasets.tables import stable_hash
-from indiclip.generated.base import load_table, pick
+from indiclip.generated.base import PARTS, load_table, pick
 
-PARTS = ("train", "test")
 MAX_DISTANCE = 2
 _TRIES = 5000  # for a word with many neighbours some dozens are enough
 _VIRAMA = 9  # Unicode's combining class of the signs that join consonants

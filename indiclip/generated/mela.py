@@ -14,21 +14,9 @@ from numpy.random import Generator, default_rng
 
 from indiclip.generated.base import Generated, must_be_at_least, pick
 from indiclip.generated.mela_scene import MIN_SIDE, Scene, draw_scene, kinds_in
-from indiclip.generated.mela_things import COLOURS, THINGS
 from indiclip.generated.mela_words import CLASSES, LANGUAGES, PERSON, class_names
 from indiclip.names import check_choice
 from indiclip.types import Sample
-
-__all__ = [
-    "CLASSES",
-    "COLOURS",
-    "LANGUAGES",
-    "THINGS",
-    "Mela",
-    "Scene",
-    "class_names",
-    "draw_scene",
-]
 
 ABSENT = 0.15  # share of samples that ask for the points of a class which is not there
 
@@ -81,8 +69,7 @@ class Mela(Generated):
 
     def scene(self, index: int) -> Scene:
         """The scene behind sample `index`: image, instance, part and UV maps, captions in all languages."""
-        height, width = self.size_hw
-        return draw_scene(self.seed, index, height, width, self.layout, self.people, self.kinds, self.difficulty)
+        return draw_scene(self.seed, index, *self.size_hw, self.layout, self.people, self.kinds, self.difficulty)
 
     def __getitem__(self, index: int) -> Sample:
         self.must_have(index)

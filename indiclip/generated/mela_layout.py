@@ -113,9 +113,10 @@ def place_people(rng: Generator, size_hw: SizeHW, same: bool, shortest: float = 
     height, width = size_hw
     count = pick(rng, (1, 1, 1, 2, 2, 3))
     looks = [(pick(rng, GARMENTS), pick(rng, COLOUR_NAMES)) for _ in range(count)]
+    if same:
+        looks = looks[:1] * count
     items = []
     for i, (garment, colour) in enumerate(looks):
-        garment, colour = looks[0] if same else (garment, colour)
         tall = min(rng.uniform(shortest, 0.9) * height, 1.6 * width)
         sprite = draw_person(rng, garment, jittered(rng, colour), tall)
         h, w = sprite.mask.shape

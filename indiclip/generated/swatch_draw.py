@@ -9,7 +9,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from indiclip.generated.base import Floats, Mask, SizeHW, UInt8, load_table
+from indiclip.generated.base import Floats, Mask, SizeHW, UInt8, grainy, load_table
 from indiclip.generated.cielab import RGB, delta_e76, lab_to_srgb, srgb_to_lab
 from indiclip.generated.mela_shapes import CLOTHES, THINGS
 from indiclip.generated.mela_things import draw_thing
@@ -19,6 +19,7 @@ TABLE: dict[str, dict[str, Any]] = load_table("swatches.yaml")
 _DRAFTS: dict[str, list[str]] = TABLE["weaves"]["train"] | TABLE["weaves"]["test"]
 WEAVES = list(_DRAFTS)
 _ZARI: RGB = (232, 172, 36)
+_NOISE = 3
 _GROUND_AWAY = 30.0  # CIE76 between a thing's colour and what it lies on
 
 
@@ -41,7 +42,7 @@ def draw_patch(rng: Generator, rgb: RGB, size_hw: SizeHW) -> tuple[UInt8, Mask]:
     relief = 1 + rng.uniform(0, 0.08) * _slope(rng, size_hw)
     image = _ground(rng, rgb, size_hw)
     image[own] = _lit(rgb, relief, own)
-    return _grainy(rng, image), own
+    return grainy(rng, image, _NOISE), own
 
 
 def draw_cloth(rng: Generator, rgb: RGB, size_hw: SizeHW, weave: str) -> tuple[UInt8, Mask]:
@@ -61,7 +62,7 @@ def draw_cloth(rng: Generator, rgb: RGB, size_hw: SizeHW, weave: str) -> tuple[U
         own = (rows < edge) | (rows > edge + wide)
         image[~own] = _lit(_ZARI, relief, ~own)
     image[own] = _lit(rgb, relief, own)
-    return _grainy(rng, image), own
+    return grainy(rng, image, _NOISE), own
 
 
 def draw_object(rng: Generator, rgb: RGB, size_hw: SizeHW, kind: str) -> tuple[UInt8, Mask]:
@@ -81,19 +82,13 @@ def draw_object(rng: Generator, rgb: RGB, size_hw: SizeHW, kind: str) -> tuple[U
     own[window] = sprite.mask & (sprite.rgb == rgb).all(axis=-1)
     depth = rng.uniform(0.05, 0.2) if kind in CLOTHES else rng.uniform(0.02, 0.08)
     image[own] = _lit(rgb, _folds(rng, size_hw, depth), own)
-    return _grainy(rng, image), own
+    return grainy(rng, image, _NOISE), own
 
 
 def _lit(rgb: RGB, relief: Floats, own: Mask) -> UInt8:
     """The colour times the relief, at the pixels of `own`."""
     shade = relief[own] / np.median(relief[own])
     return np.asarray(np.rint((shade[:, None] * rgb).clip(0, 255)), np.uint8)
-
-
-def _grainy(rng: Generator, image: UInt8) -> UInt8:
-    """The image with a camera's noise."""
-    noise = rng.normal(0, rng.uniform(0, 3), (*image.shape[:2], 1))
-    return np.rint(image + noise).clip(0, 255).astype(np.uint8)
 
 
 def _ground(rng: Generator, rgb: RGB, size_hw: SizeHW) -> UInt8:

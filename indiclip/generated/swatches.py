@@ -11,14 +11,13 @@ Training and testing have other weaves and other things.
 import numpy as np
 from numpy.random import Generator, default_rng
 
-from indiclip.generated.base import Floats, Generated, Mask, UInt8, pick
+from indiclip.generated.base import PARTS, Floats, Generated, Mask, UInt8, pick
 from indiclip.generated.cielab import RGB, delta_e76, delta_e2000, lab_to_srgb, rgb_of_hex, srgb_to_lab
 from indiclip.generated.swatch_draw import TABLE, draw_cloth, draw_object, draw_patch
 from indiclip.names import check_choice
 from indiclip.types import Sample
 
 KINDS = ("patch", "cloth", "thing")
-PARTS = ("train", "test")
 WEAVES = {part: list(drafts) for part, drafts in TABLE["weaves"].items()}
 THINGS: dict[str, list[str]] = TABLE["things"]
 MIN_SIDE = 32

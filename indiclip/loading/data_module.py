@@ -87,7 +87,7 @@ class MultiTaskData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Batch]]:
         """Steps from where the run stands to the end of the epoch."""
         steps = self.steps(self.train, train=True)
-        length = self.steps_per_epoch or max(plan.steps_per_epoch for plan in steps.plans.values())
+        length = self.steps_per_epoch or len(steps)
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]  # the same steps in each epoch
             return self._loader(steps, SequentialSampler(range(length)))
         return self._loader(steps, StepSampler(length, self.trainer))
@@ -97,8 +97,7 @@ class MultiTaskData(L.LightningDataModule):
         if not self.val:
             return []
         steps = self.steps(self.val, train=False)
-        # A sampler, for Lightning replaces anything else under `overfit_batches`.
-        return self._loader(steps, SequentialSampler(range(max(plan.steps_per_epoch for plan in steps.plans.values()))))
+        return self._loader(steps, SequentialSampler(steps))  # Lightning replaces anything else under `overfit_batches`
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -89,13 +89,13 @@ def _wrap(name: str, value: Any, canvas: Size, key: str) -> Any:
     if field.kind in ("text", "scalar"):
         return value
     tensor = torch.from_numpy(value)
-    if field.kind == "boxes":
-        return tv_tensors.BoundingBoxes(tensor.reshape(-1, 4), format="XYXY", canvas_size=canvas)  # type: ignore[call-overload]
-    if field.kind == "points":
-        # As boxes without an extent: v2's KeyPoints count from the pixel's middle, boxes and our points from its edge.
-        # Without clamping, because a clamped point would lie on the border instead of outside.
-        corners = tensor.reshape(-1, 2).repeat(1, 2)
-        return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas, clamping_mode=None)  # type: ignore[call-overload]
+    if field.kind in ("boxes", "points"):
+        # Points are boxes without an extent: v2's KeyPoints count from the pixel's middle, boxes and our points from
+        # its edge. They are not clamped, because a clamped point would lie on the border instead of outside.
+        is_box = field.kind == "boxes"
+        corners = tensor.reshape(-1, 4) if is_box else tensor.reshape(-1, 2).repeat(1, 2)
+        clamping = "soft" if is_box else None
+        return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas, clamping_mode=clamping)  # type: ignore[call-overload]
     if field.kind == "rows":
         return tensor
     expected = (*value.shape[:1], *canvas) if field.kind == "masks" else canvas
@@ -132,13 +132,12 @@ def drop_outside(fields: Fields, size: Size) -> Fields:
     """Remove what an augmentation moved out of the image, from all fields that have a row for it."""
     edge = torch.tensor([size[1], size[0]])
     kept: dict[str, Tensor] = {}
+    # Of a point, which has no extent, the far edge is inside: mirroring moves the near one there, `unwrap` it back.
+    shows = {"boxes": torch.lt, "points": torch.le}
     for name, value in fields.items():
-        if FIELDS[name].kind in ("boxes", "points"):
+        if is_shown := shows.get(FIELDS[name].kind):
             low, high = plain(value)[:, :2], plain(value)[:, 2:]
-            if FIELDS[name].kind == "boxes":
-                kept[name] = (low.clamp(min=0) < torch.minimum(high, edge)).all(1)
-            else:  # the far edge is inside, because mirroring moves the near edge there; `unwrap` has the last word
-                kept[name] = ((low >= 0) & (low <= edge)).all(1)
+            kept[name] = is_shown(low.clamp(min=0), torch.minimum(high, edge)).all(1)
     for name, value in fields.items():
         field = FIELDS[name]
         if field.into:

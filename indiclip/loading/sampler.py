@@ -58,9 +58,10 @@ class SourceSampler:
         self._windows = [order[first : first + window].tolist() for first in range(0, len(order), window)]
         sizes = np.diff(self._starts)
         self._sizes = np.array([sizes[shards].sum() for shards in self._windows])
-        self._epoch_at: tuple[int, np.ndarray, np.ndarray] = (-1, self._sizes, self._sizes)
+        # What was made last, by epoch, or by epoch and window.
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._shuffled: dict[tuple[int, int], np.ndarray] = {}
-        self._made: tuple[tuple[int, int], tuple[np.ndarray, ...]] | None = None
+        self._made: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
         if spec.tokens is not None:
             self._needed = np.array([self._batches_needed(number) for number in range(len(self._windows))])
             self._first_batch = [0]  # of each epoch that has been asked for
@@ -78,9 +79,9 @@ class SourceSampler:
     def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The indices of a batch's samples, and their positions."""
         epoch, ordinal, first = self._place_of(number)
-        if self._made is None or self._made[0] != (epoch, ordinal):
-            self._made = (epoch, ordinal), self._batches(epoch, ordinal)
-        indices, positions, edges, order = self._made[1]
+        if (epoch, ordinal) not in self._made:
+            self._made = {(epoch, ordinal): self._batches(epoch, ordinal)}
+        indices, positions, edges, order = self._made[epoch, ordinal]
         at = order[number - first]
         return indices[edges[at] : edges[at + 1]], positions[edges[at] : edges[at + 1]]
 
@@ -146,10 +147,10 @@ class SourceSampler:
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The windows in the order of an epoch, and where each begins in it, the end included."""
-        if self._epoch_at[0] != epoch:
+        if epoch not in self._orders:
             order = self._rng(1, epoch).permutation(len(self._windows))
-            self._epoch_at = epoch, order, np.cumsum([0, *self._sizes[order]])
-        return self._epoch_at[1], self._epoch_at[2]
+            self._orders = {epoch: (order, np.cumsum([0, *self._sizes[order]]))}
+        return self._orders[epoch]
 
     def _window_at(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.info.size)

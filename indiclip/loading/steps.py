@@ -66,6 +66,10 @@ class Steps(Dataset[dict[str, Batch]]):
         weights, window = [source.weight for source in group], max(source.window for source in group)
         return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
+    def __len__(self) -> int:
+        """Steps until the source that takes longest has been gone through."""
+        return max(plan.steps_per_epoch for plan in self.plans.values())
+
     def __getitem__(self, step: int) -> dict[str, Batch]:
         batches: dict[str, Batch] = {}
         for task in self.plans:
@@ -161,11 +165,13 @@ def _keys(sources: list[Source], train: bool) -> list[str]:
     if train:
         return tasks
     keys: list[str] = []
-    for i, (task, source) in enumerate(zip(tasks, sources, strict=True)):
-        name = source.name or tasks[:i].count(task)
-        keys.append(task if tasks.count(task) == 1 else f"{task}/{name}")
-        if keys[-1] in keys[:-1]:
-            raise ValueError(f"data.val[{i}].name: {keys[-1]} is the name of an earlier source too")
+    for i, source in enumerate(sources):
+        key = source.task
+        if tasks.count(key) > 1:
+            key += f"/{source.name or tasks[:i].count(key)}"
+        if key in keys:
+            raise ValueError(f"data.val[{i}].name: {key} is the name of an earlier source too")
+        keys.append(key)
     return keys
 
 

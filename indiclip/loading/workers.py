@@ -35,6 +35,7 @@ _TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ASK_FOR_STACKS = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _GONE_SECONDS = 2.0  # until a killed process is gone
+_ANSWER_SECONDS = 1.0  # until asked workers have written their stacks
 _NOTE = struct.Struct("=d248s")  # since when (`time.monotonic`, 0: nothing is read), and what, cut to 248 bytes
 _LIKELY = {
     signal.SIGKILL: "most likely the machine ran out of memory (fewer data.num_workers need less)",
@@ -146,18 +147,14 @@ class Workers:
         """Of a worker in messages."""
         return f"{self.name} worker {worker_id} (pid {self.processes[worker_id].pid})"
 
-    def stacks(self, seconds: float = 1.0) -> list[str]:
-        """The stacks of each worker's threads as faulthandler writes them; empty where a worker does not answer.
-
-        Args:
-            seconds: How long to wait for the answers.
-        """
+    def stacks(self) -> list[str]:
+        """The stacks of each worker's threads as faulthandler writes them; empty where a worker does not answer."""
         self._answers()  # to an earlier question
         for process in self.processes:
             if process.is_alive():
                 with contextlib.suppress(ProcessLookupError):  # it ended just now
                     os.kill(process.pid, _ASK_FOR_STACKS)
-        time.sleep(seconds)
+        time.sleep(_ANSWER_SECONDS)
         return self._answers()
 
     def _answers(self) -> list[str]:

@@ -101,21 +101,22 @@ class TaskProgress(ProgressBar):
         self.is_enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._samples, self._since, self._shown = 0, time.monotonic(), time.monotonic()
-        if not self.is_enabled or not trainer.is_global_zero:
+        self._samples = 0
+        self._since = self._shown = time.monotonic()
+        if not self.is_enabled:  # as on all ranks but the first
             return
-        self._console = Console()
+        console = Console()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24 if self._console.width >= 120 else 4),
+            BarColumn(bar_width=24 if console.width >= 120 else 4),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[losses]}", table_column=Column()),  # one below the other where it is narrow
-            console=self._console,
-            disable=not self._console.is_terminal,
+            console=console,
+            disable=not console.is_terminal,
         )
         total = int(trainer.estimated_stepping_batches) if trainer.max_steps != -1 or trainer.max_epochs != -1 else None
         self._bar = self._progress.add_task("train", total=total, completed=trainer.global_step, rate="", losses="")
@@ -124,22 +125,21 @@ class TaskProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
+        if self._progress is None:
+            return
         self._samples += sum(len(part["keys"]) for part in batch.values()) * trainer.world_size
-        now = time.monotonic()
-        terminal = self._progress is not None and self._console.is_terminal
-        if self._progress is None or now - self._shown < (self.refresh_seconds if terminal else self.plain_seconds):
+        console, now = self._progress.console, time.monotonic()
+        if now - self._shown < (self.refresh_seconds if console.is_terminal else self.plain_seconds):
             return
         self._shown = now
         assert isinstance(pl_module, MultiTask)
         losses = "  ".join(f"{name}\N{NO-BREAK SPACE}{loss.item():.3f}" for name, loss in pl_module.head_losses.items())
         rate = f"{self._samples / (now - self._since):.0f} samples/s"
         self._progress.update(self._bar, completed=trainer.global_step, rate=rate, losses=losses)
-        if not terminal:
+        if not console.is_terminal:
             task = self._progress.tasks[0]
             left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
-            self._console.print(
-                f"step {trainer.global_step}/{task.total or '?'}  {rate}  {losses}  {left}", soft_wrap=True
-            )
+            console.print(f"step {trainer.global_step}/{task.total or '?'}  {rate}  {losses}  {left}", soft_wrap=True)
         if now - self._since > 10:  # a moving rate: what happened long ago does not count
             self._samples, self._since = 0, now
 

@@ -1,14 +1,13 @@
 """Heads, sources and the backbone fit together: found out before training starts."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import SampleRef
 from indiclip.loading.source import Source, keyed
-from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
 
@@ -24,13 +23,13 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     """
     if stage != "fit" and not data.val:
         raise ValueError(f"data.val: found no source; {stage} reads it")
-    heads = model.each_head()
-    tasks = {head.task for head in heads}
+    heads, scores = model.each_head(), stage != "predict"
+    heads_of = {head.task: [other for other in heads if other.task == head.task] for head in heads}
     parts = [keyed("data.train", data.train if stage == "fit" else []), keyed("data.val", data.val)]
     budget = model.encoder.backbone.max_tokens
     for key, source in (parts[0] | parts[1]).items():
-        if source.task not in tasks:
-            raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, tasks)}")
+        if source.task not in heads_of:
+            raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, heads_of)}")
         source.dataset.inventory.check_used(key)
         if source.max_tokens > budget:
             raise ValueError(
@@ -51,24 +50,21 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
                 )
     for sources in parts:
         for key, sample in _first_samples(data, sources):
-            for head in heads:
-                if head.task == sources[key].task:
-                    _check_sample(key, sources[key], sample, head, stage == "predict")
-        for source in sources.values():
-            scored = [head for head in heads if head.task == source.task and stage != "predict"]
-            source.required_fields = tuple({name: 0 for head in scored for name in head.required_fields})
-    if stage != "predict":
-        for head in heads:
-            of_task: list[dict[str, Any]] = [
-                {key: source.dataset for key, source in sources.items() if source.task == head.task}
-                for sources in parts
-            ]
-            head.check(*of_task)
+            for head in heads_of[sources[key].task]:
+                _check_sample(key, sources[key], sample, head, head.required_fields if scores else head.predict_fields)
+        for source in sources.values() if scores else ():
+            names = [name for head in heads_of[source.task] for name in head.required_fields]
+            source.required_fields = tuple(dict.fromkeys(names))
+    for head in heads if scores else ():
+        of_task: list[dict[str, Any]] = [
+            {key: source.dataset for key, source in sources.items() if source.task == head.task} for sources in parts
+        ]
+        head.check(*of_task)
 
 
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
-    steps = Steps([*sources.values()], data.seed, data.patch_size, data.canvas_hw, train=True)
+    steps = data.steps([*sources.values()], train=True)
     for task in steps.plans:
         of_task = [key for key, source in sources.items() if source.task == task]
         for number, key in enumerate(of_task):
@@ -82,8 +78,8 @@ def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[
                 yield key, sample
 
 
-def _check_sample(key: str, source: Source, sample: dict[str, Any], head: Head, predicting: bool) -> None:
-    for name in head.predict_fields if predicting else head.required_fields:
+def _check_sample(key: str, source: Source, sample: dict[str, Any], head: Head, fields: Sequence[str]) -> None:
+    for name in fields:
         if name not in sample:
             raise ValueError(
                 f"{key}: {head.name} needs {name}, which the samples of {type(source.dataset).__name__} do not have; "

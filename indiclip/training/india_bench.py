@@ -72,8 +72,8 @@ class IndiaBench(Callback):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        check_range({"IndiaBench.every_n_steps": every_n_steps, "IndiaBench.every_n_epochs": every_n_epochs}, 1)
-        check_range({"IndiaBench.batch_size": batch_size}, 1)
+        numbers = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs, "batch_size": batch_size}
+        check_range({f"IndiaBench.{name}": number for name, number in numbers.items()}, 1)
         if every_n_steps and every_n_epochs:
             raise ValueError(
                 f"IndiaBench: found every_n_steps {every_n_steps} and every_n_epochs {every_n_epochs}; expected one"

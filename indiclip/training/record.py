@@ -169,7 +169,7 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             Console().print(f"predictions [bold]{self._folder}[/]", soft_wrap=True)
-            _print_quarantined(self._folder)
+            _print_listed("unreadable samples", self._folder / "quarantine.jsonl")
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -196,10 +196,9 @@ def finite(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _print_quarantined(folder: Path) -> None:
-    if rows := json_lines.read(folder / "quarantine.jsonl"):
-        listed = f"listed in [bold]{folder / 'quarantine.jsonl'}[/]"
-        Console().print(f"unreadable samples: {len(rows):,}, {listed}", soft_wrap=True)
+def _print_listed(what: str, file: Path) -> None:
+    if rows := json_lines.read(file):
+        Console().print(f"{what}: {len(rows):,}, listed in [bold]{file}[/]", soft_wrap=True)
 
 
 def _print_summary(folder: Path, record: dict[str, Any]) -> None:
@@ -216,8 +215,6 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
         for language, values in languages.items():
             table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
         console.print(table)
-    _print_quarantined(folder)
-    if record["nonfinite_steps"]:
-        many = f"steps that were not finite and were skipped: {record['nonfinite_steps']:,}"
-        console.print(f"{many}, listed in [bold]{folder / 'nonfinite.jsonl'}[/]", soft_wrap=True)
+    _print_listed("unreadable samples", folder / "quarantine.jsonl")
+    _print_listed("steps that were not finite and were skipped", folder / "nonfinite.jsonl")
     console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)

@@ -20,10 +20,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from indiclip.checkpoint import unreadable
+from indiclip.distributed import gathered
 from indiclip.lightning_internals import accumulating, epoch_ends, validation_due
 from indiclip.old_names import translate_checkpoint
 from indiclip.training.fault_tolerance import manifest
-from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of, gathered
+from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 
 _HEADROOM = 1 << 20  # bytes beside the tensors, and that a file system takes for itself
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
@@ -187,7 +188,7 @@ class Checkpoints(ModelCheckpoint):
         except NotSaved as error:  # on the rank that writes
             failure = error
             trainer.strategy.barrier()  # where the others wait in `Trainer.save_checkpoint`
-        if messages := [text for text in gathered(trainer, str(failure or "")) if text]:
+        if messages := [text for text in gathered(str(failure or "")) if text]:
             raise AgreedStop(trainer, messages[0]) from failure
         if self.save_last == "link" and self.dirpath:
             # At once: ModelCheckpoint removes the file that the link leads to before it makes a new link.
@@ -204,11 +205,12 @@ class Checkpoints(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """As ModelCheckpoint's, with no instant without a link."""
-        if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
-            made = Path(linkpath).with_name(f".{Path(linkpath).name}.part")
+        link = Path(linkpath)
+        if trainer.is_global_zero and Path(filepath).absolute() != link.absolute():
+            made = link.with_name(f".{link.name}.part")
             made.unlink(missing_ok=True)
-            made.symlink_to(os.path.relpath(filepath, Path(linkpath).parent))
-            made.replace(linkpath)
+            made.symlink_to(os.path.relpath(filepath, link.parent))
+            made.replace(link)
         trainer.strategy.barrier()
 
 

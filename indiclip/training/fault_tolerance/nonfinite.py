@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from indiclip import json_lines
+from indiclip.distributed import gathered
 from indiclip.module import MultiTask
-from indiclip.training.fault_tolerance.ranks import AgreedStop, gathered
+from indiclip.training.fault_tolerance.ranks import AgreedStop
 
 
 class NonFinite:
@@ -83,7 +84,7 @@ class NonFinite:
         assert isinstance(module, MultiTask)
         tasks = {head.name: head.task for head in module.each_head()}
         mine = {"heads": [name for name, bad in losses.items() if bad], "keys": keys}
-        ranks = [{"rank": rank, **found} for rank, found in enumerate(gathered(trainer, mine))]
+        ranks = [{"rank": rank, **found} for rank, found in enumerate(gathered(mine))]
         heads = sorted({head for found in ranks for head in found["heads"]})
         named = [head if head == tasks[head] else f"{head} (task {tasks[head]})" for head in heads]
         what = f"the loss of {', '.join(named)}" if heads else "the gradient"

@@ -6,8 +6,9 @@ from pathlib import Path
 from lightning import Trainer
 
 from indiclip import json_lines
+from indiclip.distributed import gathered
 from indiclip.module import Batches
-from indiclip.training.fault_tolerance.ranks import AgreedStop, gathered
+from indiclip.training.fault_tolerance.ranks import AgreedStop
 from indiclip.types import Quarantined
 
 
@@ -48,7 +49,7 @@ class Quarantine:
             AgreedStop: A task has more than the data allows.
         """
         mine, self._new = self._new, []
-        rows = {(row.task, row.key): row for of_rank in gathered(trainer, mine) for row in of_rank}
+        rows = {(row.task, row.key): row for of_rank in gathered(mine) for row in of_rank}
         if rows and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             json_lines.append(folder / "quarantine.jsonl", [row._asdict() for row in rows.values()])

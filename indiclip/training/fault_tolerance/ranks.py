@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning import Trainer
 
+from indiclip.distributed import gathered
 from indiclip.lightning_internals import started_by_lightning
 
 _Kind = TypeVar("_Kind")
@@ -44,15 +44,6 @@ def callbacks_of(trainer: Trainer, kind: type[_Kind]) -> list[_Kind]:
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
-def gathered(trainer: Trainer, value: Any) -> list[Any]:
-    """The `value` of each rank, on every rank. A collective: for rare things."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 class Interrupted(Exception):
     """A signal came during work that takes long.
 
@@ -85,7 +76,7 @@ def together(trainer: Trainer, what: str) -> Iterator[Callable[[Any], list[Any]]
     def exchange(value: Any, failure: Interrupted | str | None = None) -> list[Any]:
         nonlocal told
         told = True
-        found = gathered(trainer, (failure, value))
+        found = gathered((failure, value))
         failures = [failure for failure, _ in found if failure is not None]
         if failures:
             first = failures[0]

@@ -7,14 +7,13 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from indiclip.distributed import gathered
 from indiclip.lightning_internals import accumulating, replace_signal_handlers
 from indiclip.module import Batches, MultiTask
 from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses
 from indiclip.training.fault_tolerance.preemption import SIGNALS, Preemption
 from indiclip.training.fault_tolerance.quarantine import Quarantine
-from indiclip.training.fault_tolerance.ranks import AgreedStop, folder_of, gathered
-
-_BALLOT = 2 + len(SIGNALS)  # non-finite, newly quarantined, and each signal
+from indiclip.training.fault_tolerance.ranks import AgreedStop, folder_of
 
 
 class _Count(NamedTuple):
@@ -61,7 +60,7 @@ class StepSync(Callback):
         self._agreed = number
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps = gathered(trainer, trainer.global_step)  # before anything else that the ranks do together
+        steps = gathered(trainer.global_step)  # before anything else that the ranks do together
         if len(set(steps)) > 1:
             raise AgreedStop(trainer, f"--ckpt_path: the ranks go on from different steps: {steps}", 2)
         # Not in `setup`, where it is not known yet whether the run goes on from a checkpoint.
@@ -146,6 +145,7 @@ class StepSync(Callback):
             self.preemption.act(trainer, self._folder, self._agreed)
 
     def _reduced(self, trainer: Trainer, module: LightningModule, found: Tensor) -> Tensor:
+        """What the ranks `found` not to be finite, newly quarantined and got as signals, counted over all of them."""
         others = [float(self.quarantine.pending), *(float(self.preemption.received == number) for number in SIGNALS)]
         ballots = torch.cat([found.reshape(1), torch.tensor(others).to(found.device, non_blocking=True)])
         if trainer.world_size == 1:
