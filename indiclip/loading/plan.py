@@ -96,11 +96,14 @@ class Plan:
 
         Of held-out data every sample comes once: the last steps are shorter, then empty.
         """
-        parts = [
-            np.stack([np.full_like(indices, source), indices, positions], axis=1)
-            for source, indices, positions in self._parts(step)
-        ]
-        return [SampleRef(*row) for row in np.concatenate(parts)[rank::world_size].tolist()]
+        refs: list[SampleRef] = []
+        before = 0  # samples of the step from earlier sources
+        for source, indices, positions in self._parts(step):
+            mine = slice((rank - before) % world_size, None, world_size)
+            pairs = zip(indices[mine].tolist(), positions[mine].tolist(), strict=True)
+            refs += [SampleRef(source, *pair) for pair in pairs]
+            before += len(indices)
+        return refs
 
     def next_shards(self, step: int) -> list[tuple[int, list[int]]]:
         """(source, its shards) that are read after those of this step, to be fetched in time."""
