@@ -1,7 +1,7 @@
 """What the optimizer steps with: parameter groups, schedules, and what a resumed run takes from its checkpoint."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any, Literal, cast
 
@@ -28,13 +28,11 @@ class Schedule:
     """
 
     kind: str
-
-    def __init__(self) -> None:
-        self.options: dict[str, Any] = {}
+    options: Mapping[str, Any] = {}
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
         """torch's scheduler for a run of `num_steps`, to be stepped after each of them."""
-        made = get_scheduler(self.kind, optimizer, warmup_steps, num_steps, self.options)  # type: ignore[no-untyped-call]
+        made = get_scheduler(self.kind, optimizer, warmup_steps, num_steps, dict(self.options))  # type: ignore[no-untyped-call]
         return cast(LambdaLR, made)
 
 

@@ -127,5 +127,5 @@ def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:
 
 def _saves_one_file(strategy: Any) -> bool:
     """Whether a strategy saves through Lightning's plug-in."""
-    name = str(getattr(strategy, "class_path", strategy) if isinstance(strategy, str) else type(strategy).__name__)
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
     return not any(word in name.lower() for word in _SHARDED)

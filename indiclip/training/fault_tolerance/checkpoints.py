@@ -151,10 +151,8 @@ class Checkpoints(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.global_step == self._goes_on_from:  # see ResumeValidation
             return
-        if accumulating(trainer):
-            self._due = True
-        else:
-            self._due = False
+        self._due = accumulating(trainer)  # then it comes with the end of the step
+        if not self._due:
             super().on_validation_end(trainer, pl_module)
             if trainer.global_step == trainer.max_steps:
                 self.save_now(trainer)  # where the last is none of the best
