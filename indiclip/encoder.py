@@ -95,6 +95,10 @@ class Encoder(nn.Module):
         images = cast(Images, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in images.items()})
         return self.embed_features(self.features(images), length)
 
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and their mask (B, T), on the encoder's device."""
+        return self._on_device(*self.text.tokenizer(texts))
+
     def embed_text(self, texts: str | list[str], length: int | None = None, batch_statistics: bool = True) -> Tensor:
         """Unit-length embeddings (B, length) of strings in any language; equal strings are encoded once.
 
@@ -115,8 +119,7 @@ class Encoder(nn.Module):
             return torch.zeros(0, length or self.embed_dim, device=self.device)
         distinct = list(dict.fromkeys(many))
         rows = self.text.tokenizer.encode(distinct)
-        # Not blocking: else the CPU would wait for what the GPU has still to do.
-        ids_BT, valid_BT = (part.to(self.device, non_blocking=True) for part in self.text.tokenizer.pad(rows))
+        ids_BT, valid_BT = self._on_device(*self.text.tokenizer.pad(rows))
         tokens_BTD = self.text(ids_BT, valid_BT, padded=len(set(map(len, rows))) > 1)
         pooled_BD = self.text_pool(tokens_BTD, valid_BT, batch_statistics)
         text_BE = self._cut(self.text_projection(pooled_BD), length)
@@ -135,6 +138,10 @@ class Encoder(nn.Module):
             "pool": self.image_pool.kind,
             "batch_norm": self.image_pool.norm is not None,
         }
+
+    def _on_device(self, ids_BT: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
+        # Not blocking: else the CPU would wait for what the GPU has still to do.
+        return ids_BT.to(self.device, non_blocking=True), valid_BT.to(self.device, non_blocking=True)
 
     def _check_length(self, length: int | None) -> None:
         if length is not None and length not in self.lengths:

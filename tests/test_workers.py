@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from threading import Timer
 
@@ -206,7 +207,8 @@ def test_errors_of_any_shape_survive_the_way_from_the_worker():
 
 
 def trouble(kind, **changes):
-    tree = config(data__num_workers=2, trainer__max_steps=50, data__steps_per_epoch=50, **changes)
+    settings = {"data__num_workers": 2, "trainer__max_steps": 50, "data__steps_per_epoch": 50}
+    tree = config(**settings | changes)
     tree["data"]["train"][0]["dataset"] = {"class_path": "trouble_reading.Troubles", "init_args": {"kind": kind}}
     return tree
 
@@ -241,17 +243,18 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_named(monkeypatc
     assert re.match(r"x worker 0 \(pid \d+\) was killed by SIGKILL", explain(caught.value))
 
 
-def test_a_datasets_error_ends_the_run_with_one_line(tmp_path, capsys, monkeypatch):
-    tree = trouble("error")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_datasets_error_ends_the_run_with_one_line(num_workers, tmp_path, capsys, monkeypatch):
+    tree = trouble("error", data__num_workers=num_workers)
     assert fit(tmp_path, tree) == 1
-    assert re.search(
-        r"^indiclip: worker \d: KeyError: 'captoin' \(while reading contrastive sample mela-0-5\)",
-        capsys.readouterr().err,
-        re.MULTILINE,
-    )
+    error = capsys.readouterr().err
+    assert re.search(r"^indiclip: (worker \d: )?KeyError: 'captoin' \(", error, re.MULTILINE)
+    assert "(while reading contrastive sample mela-0-5)" in error
+    assert "(INDICLIP_TRACEBACK=1 shows where)" in error
     monkeypatch.setenv("INDICLIP_TRACEBACK", "1")
-    with pytest.raises(KeyError, match="in bring"):
+    with pytest.raises(KeyError) as caught:
         fit(tmp_path, tree)
+    assert "in bring" in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_killed_worker_of_one_rank_ends_both(tmp_path):

@@ -23,7 +23,7 @@ class Troubles(Mela):
     Args:
         kind: `wait`: sleeps until the file `flag` is there; `stuck`: reads from a pipe that stays empty, in C code
             that holds the GIL; `killed`: SIGKILL to the process that reads; `error`: a KeyError; `collect`: collects
-            garbage; `fine`: nothing. All but the first two in workers only.
+            garbage; `fine`: nothing. `killed` and `collect` in workers only.
         flag: A file; while it is there nothing happens.
     """
 
@@ -42,14 +42,14 @@ class Troubles(Mela):
                 time.sleep(0.05)
         if self.kind == "stuck":
             ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+        if self.kind == "error":
+            raise KeyError("captoin")
         if multiprocessing.parent_process() is None:
             return  # the command reads a sample itself before it starts any worker
         if self.kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "collect":
             gc.collect()
-        if self.kind == "error":
-            raise KeyError("captoin")
 
 
 class Own(SampleDataset):

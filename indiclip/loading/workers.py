@@ -35,6 +35,7 @@ _TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ASK_FOR_STACKS = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _GONE_SECONDS = 2.0  # until a killed process is gone
+_WHILE_READING = "(while reading"
 _ANSWER_SECONDS = 1.0  # until asked workers have written their stacks
 _NOTE = struct.Struct("=d248s")  # since when (`time.monotonic`, 0: nothing is read), and what, cut to 248 bytes
 _LIKELY = {
@@ -58,8 +59,7 @@ def reading(task: str, dataset: SampleDataset, index: int) -> Iterator[str]:
     try:
         yield key
     except Exception as error:
-        if multiprocessing.parent_process() is not None:  # the traceback says so to the main process, see `explain`
-            error.add_note(f"(while reading {name})")
+        error.add_note(f"{_WHILE_READING} {name})")  # of a worker the traceback says so to the main process
         raise
     finally:
         _NOTE.pack_into(_note, 0, 0.0, b"")
@@ -242,13 +242,15 @@ atexit.register(kill_workers)  # before multiprocessing's own, which would kill 
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error that came of a worker; None for any other.
+    """One line for an error that came of a worker, or of a dataset; None for any other.
 
     Args:
         error: As torch raises it in the main process: for a worker that was killed, or with the worker's traceback as
-            its text.
+            its text; where `num_workers` is 0, as the dataset raises it.
     """
     text = str(error)
+    if any(note.startswith(_WHILE_READING) for note in getattr(error, "__notes__", [])):
+        return f"{type(error).__name__}: {text} (INDICLIP_TRACEBACK=1 shows where)"
     if killed := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text):
         pids = {int(pid) for pid in killed[1].split(",")}
         found = [(w, i) for w in _all for i, process in enumerate(w.processes) if process.pid in pids]
