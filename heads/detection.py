@@ -122,7 +122,8 @@ class Detection(Head):
         crowd_R = torch.zeros_like(classes_R, dtype=torch.bool) if crowd is None else crowd.values
         if self.classes is not None or "origin" in batch:
             number_C = self._numbers(class_names(batch), f"the source of task {self.task!r}")
-            classes_R = on_device(number_C, classes_R.device)[classes_R]
+            if self.classes is not None:
+                classes_R = on_device(number_C, classes_R.device)[classes_R]
         return boxes, classes_R, crowd_R
 
     def forward(self, features: Features) -> tuple[FCOSOutputs, Locations]:

@@ -61,10 +61,11 @@ def test_images_without_any_truth_can_be_predicted(tmp_path, capsys):
     [
         ("fine", ""),
         ("none", "TypeError: unsupported operand type(s) for |: 'dict' and 'NoneType'"),
-        ("error", "KeyError: 'captoin' (INDICLIP_TRACEBACK=1 shows where)"),
+        ("error", "KeyError: 'captoin' (while reading contrastive sample own-0) (INDICLIP_TRACEBACK=1 shows where)"),
         ("tensor", "image of sample 'own-0': found torch.float32 torch.Size([3, 32, 32]); expected an EncodedImage or"),
         ("text", "caption of sample 'own-0': found 5; expected str"),
-        ("texts", "captions of sample 'own-0': found 'grey'; expected a list of texts"),
+        ("texts", "captions of sample 'own-0': found {'en': 'grey'}; expected lists of texts by language"),
+        ("list", "captions of sample 'own-0': found ['grey']; expected lists of texts by language"),
     ],
 )
 def test_a_dataset_of_ones_own_needs_no_key_in_its_samples_and_is_named_where_it_fails(kind, message, tmp_path, capsys):

@@ -72,10 +72,11 @@ def same(first, second):
     return first == second
 
 
-def test_three_kills_lose_nothing(tmp_path):
-    whole, run, scratch = (tmp_path / name for name in ("whole", "run", "scratch"))
-    for folder in (whole, run, scratch):
+def test_three_kills_lose_nothing(tmp_path, tmp_path_factory):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for folder in (whole, run):
         folder.mkdir()
+    scratch = tmp_path_factory.mktemp("scratch")  # a short path, for the sockets of workers
     started(whole, scratch)
     at = run / "runs" / "experiment" / "checkpoints"
 

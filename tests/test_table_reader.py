@@ -79,6 +79,13 @@ def test_a_quote_that_a_later_row_closes_swallows_none(folder, order, ending):
     assert [found.captions(i)["en"][0] for i in range(3)] == ["ant", "cat", "emu\nand so, on"]
 
 
+def test_a_caption_of_several_lines_beside_a_name_without_an_ending(folder):
+    for name in ("101", "102"):
+        (folder / name).write_bytes((folder / "a.png").read_bytes())
+    found = read(folder, 'file,en\n101,"A dog.\nBrown, of course.\nSure, yes"\n102,y\n')[1]
+    assert [found.captions(i)["en"][0] for i in range(2)] == ["A dog.\nBrown, of course.\nSure, yes", "y"]
+
+
 def test_a_cell_may_hold_lines_commas_and_quotes(folder):
     rows = [["file", "en"], ["a.png", "one\ntwo, three\n\nfour"], ["b.png", 'a "b", c'], ["c.png", '6" tall']]
     for name, dialect in (("t.csv", "excel"), ("t.csv", "unix"), ("t.tsv", "excel-tab")):

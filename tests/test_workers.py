@@ -1,9 +1,11 @@
 """Loader processes: what they note, signals to the group, how they end, and what is said of one that was killed."""
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -255,6 +257,18 @@ def test_a_datasets_error_ends_the_run_with_one_line(num_workers, tmp_path, caps
     with pytest.raises(KeyError) as caught:
         fit(tmp_path, tree)
     assert "in bring" in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("length", [75, 76])
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_refused(length, tmp_path, capsys, monkeypatch):
+    """It would hang in the first step: torch hands over tensors through such sockets."""
+    with tempfile.TemporaryDirectory() as short:
+        folder = Path(short, "x" * (length - len(short) - 1))
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
+        assert fit(tmp_path, config(data__num_workers=1)) == (2 if length > 75 else 0)
+    assert (f"TMPDIR: {folder}: expected at most 75 bytes" in capsys.readouterr().err) == (length > 75)
 
 
 def test_a_killed_worker_of_one_rank_ends_both(tmp_path):

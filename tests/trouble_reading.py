@@ -75,6 +75,7 @@ class Own(SampleDataset):
             "tensor": {"image": torch.zeros(3, 32, 32)},
             "text": {"caption": 5},
             "texts": {"captions": {"en": "grey"}},
+            "list": {"captions": ["grey"]},
         }
         return sample | wrong[self.kind]
 

@@ -66,7 +66,8 @@ class CaptionColumns:
 class CaptionTable(SampleDataset):
     """Images with `captions` in the languages that a table has them in; cells may be empty.
 
-    Rows of one image make one sample with all their captions.
+    Rows of one image make one sample with all their captions. Images that a .parquet holds without a path of their own
+    are read once at the start, which tells the rows of one image.
 
     Args:
         images: Folder of the image files; None where a .parquet holds the images themselves.

@@ -77,12 +77,13 @@ def draw_caption(sample: Sample, stream: str, epoch: int = 0) -> Sample:
     captions = sample.get("captions")
     if not captions:
         return sample
+    if not isinstance(captions, dict) or any(isinstance(texts, str) for texts in captions.values()):
+        found = shorten(captions)  # a text would be taken for a list of letters
+        raise ValueError(f"captions of sample {sample['key']!r}: found {found}; expected lists of texts by language")
     rounds, turn = divmod(epoch, len(captions))
     # By a hash for each language: another language moves only the images that get it.
     order = sorted(captions, key=lambda language: stable_hash(f"{stream}:{rounds}:{language}"))
     language, texts = order[turn], captions[order[turn]]
-    if isinstance(texts, str):  # which would be taken for a list of letters
-        raise ValueError(f"captions of sample {sample['key']!r}: found {shorten(texts)}; expected a list of texts")
     cycle, turn = divmod(rounds, len(texts))
     texts = sorted(texts, key=lambda text: stable_hash(f"{stream}:{cycle}:{language}:{text}"))
     drawn = sample | Sample(caption=texts[turn])

@@ -8,6 +8,7 @@ unquoted: a cell in quotes with doubled quotes inside, or with a tab or line end
 """
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -72,7 +73,8 @@ def _quoted(feed: _Lines, delimiter: str) -> tuple[list[str] | None, str]:
 def _row_test(lines: list[str], header: list[str], is_csv: bool, image_column: str) -> Callable[[str], bool]:
     """Whether a line is a row by itself: its columns are the header's, and one names an image (or a .tsv has none).
 
-    A name ends as an image's; where the first of `lines` does not, a name is what has no space.
+    A name ends as an image's; where the first of `lines` does not, it is a name with the signs, letters and digits in
+    the same places as the first. A caption may have lines with a comma too.
     """
     place = [name.strip() for name in header].index(image_column) if header.count(image_column) == 1 else -1
 
@@ -83,8 +85,15 @@ def _row_test(lines: list[str], header: list[str], is_csv: bool, image_column: s
                 return cells[place].rstrip(' "').lstrip('"') if place >= 0 else "" if is_csv else "-"
         return ""
 
-    has_ending = is_image_name(next(filter(None, map(name_in, lines)), ""))
-    return lambda line: is_image_name(name := name_in(line)) or bool(name and " " not in name and not has_ending)
+    first = next(filter(None, map(name_in, lines)), "")
+    return lambda line: (
+        bool(name := name_in(line))
+        and (is_image_name(name) or (not is_image_name(first) and _shape(name) == _shape(first)))
+    )
+
+
+def _shape(name: str) -> str:
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", name))
 
 
 def _unquoted(cell: str, always: bool) -> str:

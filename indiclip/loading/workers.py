@@ -16,6 +16,7 @@ import re
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -36,6 +37,8 @@ _ASK_FOR_STACKS = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _GONE_SECONDS = 2.0  # until a killed process is gone
 _WHILE_READING = "(while reading"
+# multiprocessing makes `pymp-12345678/listener-12345678` in it, and the path of a socket has at most 107 bytes.
+_LONGEST_TMPDIR = 75
 _ANSWER_SECONDS = 1.0  # until asked workers have written their stacks
 _NOTE = struct.Struct("=d248s")  # since when (`time.monotonic`, 0: nothing is read), and what, cut to 248 bytes
 _LIKELY = {
@@ -91,9 +94,17 @@ class Workers:
 
     Attributes:
         processes: Of the newest iteration; empty before the first.
+
+    Raises:
+        ValueError: The path of the temporary folder is so long that no worker could hand over what it has read.
     """
 
     def __init__(self, name: str, num_workers: int) -> None:
+        folder = tempfile.gettempdir()
+        if len(os.fsencode(folder)) > _LONGEST_TMPDIR:
+            raise ValueError(
+                f"TMPDIR: {folder}: expected at most {_LONGEST_TMPDIR} bytes, since loader processes make sockets in it"
+            )
         self.name = name
         self.processes: list[Any] = []
         self._notes = multiprocessing.RawArray(ctypes.c_char, num_workers * _NOTE.size)

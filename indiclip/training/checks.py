@@ -8,6 +8,7 @@ from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import SampleRef
 from indiclip.loading.source import Source, keyed
+from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
 
@@ -52,8 +53,8 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         for key, sample in _first_samples(data, sources):
             for head in heads_of[sources[key].task]:
                 _check_sample(key, sources[key], sample, head, head.required_fields if scores else head.predict_fields)
-        for source in sources.values() if scores else ():
-            names = [name for head in heads_of[source.task] for name in head.required_fields]
+        for source in sources.values():
+            names = [name for head in heads_of[source.task] if scores for name in head.required_fields]
             source.required_fields = tuple(dict.fromkeys(names))
     for head in heads if scores else ():
         of_task: list[dict[str, Any]] = [
@@ -64,7 +65,8 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
 
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
-    steps = data.steps([*sources.values()], train=True)
+    # Of one rank, whatever the run has: of held-out sources too, whose batches need not be shared out evenly.
+    steps = Steps([*sources.values()], data.seed, data.patch_size, data.canvas_hw, train=True)
     for task in steps.plans:
         of_task = [key for key, source in sources.items() if source.task == task]
         for number, key in enumerate(of_task):
@@ -72,7 +74,8 @@ def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[
                 sample = steps.read(task, SampleRef(number, 0, 0))
             except Exception as error:
                 own = isinstance(error, ValueError | OSError)
-                found = error if own else f"{type(error).__name__}: {error} (INDICLIP_TRACEBACK=1 shows where)"
+                where = [*getattr(error, "__notes__", []), "(INDICLIP_TRACEBACK=1 shows where)"]
+                found = str(error) if own else " ".join([f"{type(error).__name__}: {error}", *where])
                 raise ValueError(f"{key}: {found}") from error
             if sample:
                 yield key, sample
