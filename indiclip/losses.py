@@ -245,13 +245,15 @@ class _Total:
 
 def _cross_entropy(logits_BG: Tensor, positive_BG: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Cross entropies along each of `dims`, added up per pair (B,), and the gradient of their sum."""
-    loss_B, gradient_BG = logits_BG.new_zeros(len(logits_BG)), torch.zeros_like(logits_BG)
+    loss_B, gradient_BG = logits_BG.new_zeros(len(logits_BG)), None
     for dim in dims:
         log_probs_BG = logits_BG.log_softmax(dim)
         target_BG = positive_BG.to(logits_BG.dtype)
         target_BG /= target_BG.sum(dim, keepdim=True)
         loss_B -= (target_BG * log_probs_BG).sum(dim)
-        gradient_BG += log_probs_BG.exp_().sub_(target_BG)
+        part_BG = log_probs_BG.exp_().sub_(target_BG)
+        gradient_BG = part_BG if gradient_BG is None else gradient_BG.add_(part_BG)
+    assert gradient_BG is not None
     return loss_B, gradient_BG
 
 
