@@ -148,8 +148,8 @@ class _Sample:
         sound = all(finding.kind in _KINDS["warnings"] for finding in self.found)
         if not captions and label == -1 and "annotations" not in entry and sound:
             self._say("nothing to learn", "neither text (.txt, .json) nor label (.cls) nor boxes beside the image")
-        words = f"{label}:{captions}".encode(errors="replace")
-        self.hashes = _hash(parts["image"]), _hash(parts["image"] + words)
+        of_image = _hash(parts["image"])
+        self.hashes = of_image, _hash(f"{of_image}:{label}:{captions}".encode(errors="replace"))
 
     def _check_caption(self, text: str, max_characters: int) -> None:
         if text.casefold() in _KINDS["placeholders"]:

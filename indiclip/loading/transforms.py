@@ -105,8 +105,8 @@ class Transform:
         canvas = full if orientation < 5 else full[::-1]
         fields = {name: turn(value, orientation) for name, value in wrap(sample, canvas).items()}
         steps = self.augment if random_seed is not None else []
-        with torch.random.fork_rng(devices=[], enabled=random_seed is not None):
-            if random_seed is not None:
+        with torch.random.fork_rng(devices=[], enabled=bool(steps)):
+            if steps and random_seed is not None:
                 torch.default_generator.manual_seed(random_seed)  # torch.manual_seed seeds every GPU too, in 0.3 ms
             region, size, left = _plan_reading(full, steps, fit)
             fields = {name: move(value, region, size) for name, value in fields.items()}
