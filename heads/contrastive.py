@@ -63,6 +63,7 @@ class Contrastive(Head):
     def bind(self, encoder: "Encoder") -> None:
         make = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}[self.loss_name]
         self.criterion: ContrastiveLoss = make(lengths=encoder.lengths, length_weights=self.length_weights)
+        self.criterion.begin_with(encoder.initial_logits)
         self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
 
     def check(self, train: Datasets, held_out: Datasets) -> None:

@@ -7,10 +7,13 @@ Shape letters: see `indiclip.types`; C channels of a feature map.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import timm
 import torch
+from timm.layers.norm import LayerNorm
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
@@ -33,6 +36,7 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         width: Token width D.
+        pooled_width: Width of what `pool` gives.
         stride: Image pixels between neighbouring tokens of `Features`.
         patch_size: Side of the patches that the data pipeline cuts, in pixels.
         max_tokens: The token budget per image: no source may ask for more patches.
@@ -40,6 +44,7 @@ class Backbone(nn.Module, ABC):
     """
 
     width: int
+    pooled_width: int
     stride: int
     patch_size: int
     max_tokens: int
@@ -48,11 +53,11 @@ class Backbone(nn.Module, ABC):
     std_P: Tensor
     _args: dict[str, Any]  # of the constructor
 
-    def _set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def _set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Keep the pixel statistics in the layout of a patch (channel last, so the three numbers repeat)."""
         pixels = self.patch_size**2
-        self.register_buffer("mean_P", torch.tensor(mean).repeat(pixels) * 255, persistent=False)
-        self.register_buffer("std_P", torch.tensor(std).repeat(pixels) * 255, persistent=False)
+        self.register_buffer("mean_P", torch.tensor(list(mean)).repeat(pixels) * 255, persistent=False)
+        self.register_buffer("std_P", torch.tensor(list(std)).repeat(pixels) * 255, persistent=False)
 
     def normalise(self, images: Images) -> Tensor:
         """uint8 patches -> zero mean and unit variance, (B, N, P).
@@ -68,6 +73,18 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Images) -> Features: ...
+
+    @abstractmethod
+    def pool(self, features: Features) -> Tensor:
+        """One vector per image (B, pooled_width), by the model's own pooling and what it has behind that.
+
+        Raises:
+            ValueError: The model has none.
+        """
+
+    @abstractmethod
+    def remove_pool(self) -> None:
+        """Drop what only `pool` uses, for an encoder that pools by itself. A norm behind the pooling goes before it."""
 
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this backbone without a network, weights aside."""
@@ -86,7 +103,10 @@ class NaFlexViT(Backbone):
         patch_size: Side of a patch in pixels (from scratch only; a named model has its own).
         pretrained: Load the named model's weights (from the hub or its local cache).
         max_tokens: Token budget per image.
-        options: More arguments of timm's NaFlexVit, e.g. `{reg_tokens: 4, qk_norm: true, drop_path_rate: 0.1}`.
+        options: More arguments of timm's NaFlexVit, e.g. `{reg_tokens: 4, qk_norm: true, drop_path_rate: 0.1}`; and
+            `norm_eps`, of all its norms.
+        mean: Of the pixels' channels in 0..1; None is the named model's, else 0.5.
+        std: As `mean`.
     """
 
     def __init__(
@@ -100,9 +120,14 @@ class NaFlexViT(Backbone):
         pretrained: bool = False,
         max_tokens: int = 1024,
         options: dict[str, Any] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        self._args: dict[str, Any] = {"options": dict(options or {}), "mean": mean, "std": std}
         options = dict(options or {})
+        if (eps := options.pop("norm_eps", None)) is not None:
+            options["norm_layer"] = partial(LayerNorm, eps=eps)
         given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
         if name is not None:
             for key, value in given.items():
@@ -113,12 +138,13 @@ class NaFlexViT(Backbone):
             if pretrained:
                 raise ValueError("backbone.pretrained: needs `name`, a timm model; a size alone is from scratch")
             self.vit = _new_naflex(size, width, depth, num_heads, patch_size, options)
-        self._args = given | {"name": name, "patch_size": patch_size, "max_tokens": max_tokens, "options": options}
+        self._args |= given | {"name": name, "patch_size": patch_size, "max_tokens": max_tokens}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
-        self.width = int(self.vit.embed_dim)
+        self.width = self.pooled_width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
         config: dict[str, Any] = cast(Any, getattr(self.vit, "pretrained_cfg", None)) or {}
-        self._set_normalisation(config.get("mean", (0.5, 0.5, 0.5)), config.get("std", (0.5, 0.5, 0.5)))
+        grey = (0.5, 0.5, 0.5)
+        self._set_normalisation(mean or config.get("mean", grey), std or config.get("std", grey))
 
     def forward(self, images: Images) -> Features:
         p = self.patch_size
@@ -128,9 +154,23 @@ class NaFlexViT(Backbone):
         valid_BN = None if full else images["valid_BN"]  # attention without a mask is the faster kernel
         pixels_BNP = self.normalise(images)
         out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))
-        tokens_BND = out["patches"][:, self.vit.num_prefix_tokens :]
+        prefix_BKD, tokens_BND = _split_prefix(out["patches"], self.vit.num_prefix_tokens)
         grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
-        return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride)
+        return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride, prefix_BKD)
+
+    def pool(self, features: Features) -> Tensor:
+        if not self.vit.global_pool:
+            raise ValueError(
+                "encoder.pool: the backbone has no pooling of its own; backbone.options.global_pool names one"
+            )
+        return self.vit.forward_head(_join_prefix(features), pre_logits=True, patch_valid=features.valid_BN)
+
+    def remove_pool(self) -> None:
+        vit = self.vit
+        if isinstance(vit.norm, nn.Identity):
+            vit.norm = vit.fc_norm
+        vit.fc_norm = nn.Identity()
+        vit.reset_classifier(0, "")
 
 
 class TimmBackbone(Backbone):
@@ -175,10 +215,15 @@ class TimmBackbone(Backbone):
         self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
         self.patch_size = patch_size
         self.max_tokens = canvas_hw[0] * canvas_hw[1] // patch_size**2
-        info = self.net.feature_info[feature_index]
-        self.width, self.stride = int(info["num_chs"]), int(info["reduction"])
-        self._index = feature_index % len(self.net.feature_info)
-        self.net.prune_intermediate_layers([self._index], prune_head=True)  # stages behind it would get no gradient
+        stages = self.net.feature_info
+        self._index = feature_index % len(stages)
+        self._is_last = self._index == len(stages) - 1
+        self.width, self.stride = int(stages[self._index]["num_chs"]), int(stages[self._index]["reduction"])
+        self.pooled_width = self.width
+        if self._is_last:  # what comes behind the last stage (a norm, a wider convolution) is of its features
+            self.width, self.pooled_width = int(self.net.num_features), int(self.net.head_hidden_size)
+        else:
+            self.remove_pool()
         self._set_normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
 
     def _canvas(self, images: Images) -> Tensor:
@@ -193,15 +238,62 @@ class TimmBackbone(Backbone):
 
     def forward(self, images: Images) -> Features:
         pixels = self._canvas(images)
-        (map_BCHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
-        B, _, H, W = map_BCHW.shape
+        raw = self._last_stage(pixels) if self._is_last else self._earlier_stage(pixels)
+        prefix_BKD = None
+        if raw.ndim == 3:
+            prefix_BKD, tokens_BND = _split_prefix(raw, self.net.num_prefix_tokens)
+            assert self.canvas_hw is not None
+            H, W = (side // self.stride for side in self.canvas_hw)
+        else:
+            H, W = raw.shape[1:3]
+            tokens_BND = raw.flatten(1, 2)
         rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
-        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(B, -1, -1)
+        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(len(raw), -1, -1)
         valid_BN = None
         if any(size != self.canvas_hw for size in images["sizes_hw"]):
             sizes_B2 = on_device(images["sizes_hw"], pixels.device)
             valid_BN = (coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
-        return Features(map_BCHW.flatten(2).transpose(1, 2), coords_BN2, valid_BN, (H, W), self.stride)
+        return Features(tokens_BND, coords_BN2, valid_BN, (H, W), self.stride, prefix_BKD)
+
+    def _last_stage(self, pixels: Tensor) -> Tensor:
+        """All of the model before its pooling: tokens (B, K + N, D), or a map (B, H, W, D)."""
+        raw: Tensor = self.net.forward_features(pixels)
+        return raw.permute(0, 2, 3, 1) if raw.ndim == 4 and self._is_channels_first else raw
+
+    def _earlier_stage(self, pixels: Tensor) -> Tensor:
+        (map_BDHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
+        map_BHWD: Tensor = map_BDHW.permute(0, 2, 3, 1)
+        return map_BHWD
+
+    @property
+    def _is_channels_first(self) -> bool:
+        return getattr(self.net, "output_fmt", "NCHW") == "NCHW"
+
+    def pool(self, features: Features) -> Tensor:
+        if not self._is_last:
+            raise ValueError(
+                "encoder.pool: a backbone with feature_index has no pooling of its own; expected mean or attention"
+            )
+        raw = _join_prefix(features)
+        if features.prefix_BKD is None and not hasattr(self.net, "num_prefix_tokens"):
+            raw = raw.reshape(len(raw), *features.grid_hw, -1)
+            raw = raw.permute(0, 3, 1, 2) if self._is_channels_first else raw
+        pooled_BD: Tensor = self.net.forward_head(raw, pre_logits=True)
+        return pooled_BD
+
+    def remove_pool(self) -> None:
+        self.net.prune_intermediate_layers([self._index], prune_head=True)  # stages behind it would get no gradient
+
+
+def _split_prefix(tokens: Tensor, num_prefix: int) -> tuple[Tensor | None, Tensor]:
+    """Class and register tokens, and those of the patches."""
+    return (tokens[:, :num_prefix] if num_prefix else None), tokens[:, num_prefix:]
+
+
+def _join_prefix(features: Features) -> Tensor:
+    if features.prefix_BKD is None:
+        return features.tokens_BND
+    return torch.cat([features.prefix_BKD, features.tokens_BND], 1)
 
 
 def check_timm_name(name: str) -> None:
@@ -229,26 +321,18 @@ def _new_naflex(
         raise ValueError(f"backbone.num_heads: {num_heads} does not divide the width {width}")
     # Grid sampling reads the position table at each token without waiting for the GPU. timm's plain start (normal,
     # 0.02) is made for wide models and learns several times slower in narrow ones than Xavier's, which big_vision uses.
-    options |= {"pos_embed_use_grid_sample": True, "weight_init": "jax"} | options
+    ours = {"pos_embed_use_grid_sample": True, "weight_init": "jax", "global_pool": "", "fc_norm": False}
+    options |= ours | options
     return NaFlexVit(
-        patch_size=patch_size,
-        embed_dim=width,
-        depth=depth,
-        num_heads=num_heads,
-        num_classes=0,
-        global_pool="",
-        fc_norm=False,
-        **cast(Any, options),
+        patch_size=patch_size, embed_dim=width, depth=depth, num_heads=num_heads, num_classes=0, **cast(Any, options)
     )
 
 
 def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:
-    """A timm ViT by name as a NaFlexVit (timm converts the weights), without its pooling and classifier."""
+    """A timm ViT by name as a NaFlexVit (timm converts the weights), without its classifier."""
     check_timm_name(name)
     try:
-        model = timm.create_model(
-            name, pretrained=pretrained, use_naflex=True, num_classes=0, global_pool="", fc_norm=False, **options
-        )
+        model = timm.create_model(name, pretrained=pretrained, use_naflex=True, num_classes=0, **options)
     except TypeError as error:
         raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.backbone.TimmBackbone") from error
     if not isinstance(model, NaFlexVit):

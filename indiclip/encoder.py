@@ -4,18 +4,32 @@ It knows no head, no Lightning and no config. Shape letters: see `indiclip.types
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from dataclasses import asdict
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
 from indiclip.names import check_choice, shorten
 from indiclip.patches import AnyImage, batch_images
+from indiclip.pooling import ImagePool, Pool, Projection, TextPool
+from indiclip.pretrained.init_from import InitFrom, InitialWeights
 from indiclip.text import TextTower, describe
 from indiclip.types import Features, Images, on_device
+
+_DEFAULTS: dict[str, Any] = {
+    "backbone": None,
+    "text": None,
+    "embed_dim": 512,
+    "lengths": (64, 128, 256),
+    "pool": "attention",
+    "text_pool": None,
+    "batch_norm": False,
+    "image_projection": Projection(),
+    "text_projection": Projection(),
+}
 
 
 class Encoder(nn.Module):
@@ -24,39 +38,83 @@ class Encoder(nn.Module):
     Args:
         backbone: Images -> features.
         text: Token ids -> token vectors.
-        embed_dim: Length E of the full embedding.
-        lengths: The lengths that embeddings are trained to be cut to (Matryoshka), ascending. The full length is
-            always one of them.
-        pool: How tokens become one vector, on both sides: see `Pool`.
+        embed_dim: Length E of the full embedding, 512 by default.
+        lengths: The lengths that embeddings are trained to be cut to (Matryoshka), ascending; 64, 128 and 256 by
+            default. The full length is always one of them.
+        pool: How the tokens of an image become one vector, `attention` by default, see `Pool`.
+        text_pool: How those of a text do; None is as `pool`, and the mean where that is `tower`.
         batch_norm: Normalise what was pooled, on both sides: see `Pool`.
+        image_projection: What brings an image's vector into the common space, see `Projection`; None is a matrix.
+        text_projection: As `image_projection`.
+        init_from: Pretrained weights, the last of which counts for each part. What is left out above is theirs, too.
+
+    Attributes:
+        initial_logits: `logit_scale` (a logarithm) and `logit_bias` with which a contrastive loss is to begin, where
+            `init_from` has them.
+        initialised: What `init_from` gave, a line for each of its weights.
+
+    Raises:
+        ValueError: A part is missing, or `init_from` does not fit, see `InitialWeights`.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
-        text: TextTower,
-        embed_dim: int = 512,
-        lengths: Sequence[int] = (64, 128, 256),
-        pool: Literal["attention", "mean"] = "attention",
-        batch_norm: bool = False,
+        backbone: Backbone | None = None,
+        text: TextTower | None = None,
+        embed_dim: int | None = None,
+        lengths: Sequence[int] | None = None,
+        pool: ImagePool | None = None,
+        text_pool: TextPool | None = None,
+        batch_norm: bool | None = None,
+        image_projection: Projection | None = None,
+        text_projection: Projection | None = None,
+        init_from: list[InitFrom] | None = None,
     ) -> None:
         super().__init__()
+        initial = InitialWeights(init_from or [])
+        given = {name: value for name, value in locals().items() if value is not None and name in _DEFAULTS}
+        chosen = _DEFAULTS | initial.parts(_DEFAULTS.keys() - given.keys()) | given
+        for name, side in {"backbone": "image", "text": "text"}.items():
+            if chosen[name] is None:
+                raise ValueError(f"model.encoder.{name}: name one, or weights in init_from that have the part {side}")
+        self._build(**chosen)
+        self.initial_logits = initial.logits()
+        self.initialised = initial.fill(self) if init_from else []
+
+    def _build(
+        self,
+        backbone: Backbone,
+        text: TextTower,
+        embed_dim: int,
+        lengths: Sequence[int],
+        pool: ImagePool,
+        text_pool: TextPool | None,
+        batch_norm: bool,
+        image_projection: Projection,
+        text_projection: Projection,
+    ) -> None:
+        check_choice("encoder.pool", pool, get_args(ImagePool))
+        check_choice("encoder.text_pool", text_pool or "mean", get_args(TextPool))
         self.backbone = backbone
         self.text = text
         self.embed_dim = embed_dim
         self.lengths = sorted({*lengths, embed_dim})
         if self.lengths[0] < 1 or self.lengths[-1] > embed_dim:
             raise ValueError(f"encoder.lengths: {list(lengths)} must lie between 1 and embed_dim {embed_dim}")
-        self.image_pool = Pool(backbone.width, pool, batch_norm)
-        self.text_pool = Pool(text.width, pool, batch_norm)
-        self.image_projection = nn.Linear(backbone.width, embed_dim, bias=False)
-        self.text_projection = nn.Linear(text.width, embed_dim, bias=False)
-        for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        if pool != "tower":
+            backbone.remove_pool()
+        self.image_pool = Pool(backbone.pooled_width, pool, batch_norm)
+        self.text_pool = Pool(text.width, text_pool or ("mean" if pool == "tower" else pool), batch_norm)
+        self._projections = (image_projection, text_projection)
+        self.image_projection = image_projection.module(backbone.pooled_width, embed_dim)
+        self.text_projection = text_projection.module(text.width, embed_dim)
+        for matrix in [*self.image_projection.modules(), *self.text_projection.modules()]:
+            if isinstance(matrix, nn.Linear):
+                nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
 
     @property
     def device(self) -> torch.device:
-        return self.image_projection.weight.device
+        return next(self.parameters()).device
 
     def features(self, images: Images) -> Features:
         """Backbone features of a batch of images."""
@@ -64,7 +122,11 @@ class Encoder(nn.Module):
 
     def embed_features(self, features: Features, length: int | None = None) -> Tensor:
         """Unit-length image embeddings (B, length) of features."""
-        pooled_BD = self.image_pool(features.tokens_BND, features.valid_BN)
+        if self.image_pool.kind == "tower":
+            pooled_BD = self.backbone.pool(features)
+        else:
+            pooled_BD = self.image_pool.reduce(features.tokens_BND, features.valid_BN)
+        pooled_BD = self.image_pool.normalise(pooled_BD)
         return self._cut(self.image_projection(pooled_BD), length)
 
     def embed_image(
@@ -97,7 +159,7 @@ class Encoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and their mask (B, T), on the encoder's device."""
-        return self._on_device(*self.text.tokenizer(texts))
+        return self._on_device(*self.text.padded(self.text.tokenizer.encode(texts)))
 
     def embed_text(self, texts: str | list[str], length: int | None = None, batch_statistics: bool = True) -> Tensor:
         """Unit-length embeddings (B, length) of strings in any language; equal strings are encoded once.
@@ -119,7 +181,7 @@ class Encoder(nn.Module):
             return torch.zeros(0, length or self.embed_dim, device=self.device)
         distinct = list(dict.fromkeys(many))
         rows = self.text.tokenizer.encode(distinct)
-        ids_BT, valid_BT = self._on_device(*self.text.tokenizer.pad(rows))
+        ids_BT, valid_BT = self._on_device(*self.text.padded(rows))
         tokens_BTD = self.text(ids_BT, valid_BT, padded=len(set(map(len, rows))) > 1)
         pooled_BD = self.text_pool(tokens_BTD, valid_BT, batch_statistics)
         text_BE = self._cut(self.text_projection(pooled_BD), length)
@@ -130,13 +192,17 @@ class Encoder(nn.Module):
 
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this encoder without a network, weights aside (plain types only)."""
+        image, text = self._projections
         return {
             "backbone": describe(self.backbone),
             "text": describe(self.text),
             "embed_dim": self.embed_dim,
             "lengths": list(self.lengths),
             "pool": self.image_pool.kind,
+            "text_pool": self.text_pool.kind,
             "batch_norm": self.image_pool.norm is not None,
+            "image_projection": asdict(image),
+            "text_projection": asdict(text),
         }
 
     def _on_device(self, ids_BT: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,41 +216,3 @@ class Encoder(nn.Module):
     @staticmethod
     def _cut(embedding_BE: Tensor, length: int | None) -> Tensor:
         return F.normalize(embedding_BE[:, :length].float(), dim=-1)
-
-
-class Pool(nn.Module):
-    """Valid tokens -> one vector.
-
-    Args:
-        width: Of the tokens.
-        kind: `attention` lets one learned query attend to them (timm's attention pooling); `mean` is their mean.
-        batch_norm: Normalise each channel over the batch. New towers give nearly the same vector for everything
-            (cosines above 0.9), and short training from scratch spends most of its steps on leaving that; batch norm
-            takes what is common away. `trainer.sync_batchnorm` makes the statistics those of all ranks.
-    """
-
-    def __init__(self, width: int, kind: Literal["attention", "mean"] = "attention", batch_norm: bool = False) -> None:
-        super().__init__()
-        check_choice("encoder.pool", kind, ("attention", "mean"))
-        self.kind = kind
-        num_heads = max(1, width // 64)
-        num_heads = num_heads if width % num_heads == 0 else 1
-        self.pool = AttentionPoolLatent(width, num_heads=num_heads) if kind == "attention" else None
-        self.norm = nn.BatchNorm1d(width, affine=False) if batch_norm else None
-
-    def forward(self, tokens_BND: Tensor, valid_BN: Tensor | None, batch_statistics: bool = True) -> Tensor:
-        if self.pool is not None:
-            mask = None if valid_BN is None else valid_BN[:, None, None, :]
-            pooled_BD = cast(Tensor, self.pool(tokens_BND, attn_mask=mask))
-        elif valid_BN is None:
-            pooled_BD = tokens_BND.mean(1)
-        else:
-            share_BN = valid_BN / valid_BN.sum(1, keepdim=True)
-            pooled_BD = torch.einsum("bnd,bn->bd", tokens_BND, share_BN.to(tokens_BND.dtype))
-        if self.norm is None:
-            return pooled_BD
-        # One vector has no variance. Over ranks it has, and there all must take part in their exchange.
-        alone = len(pooled_BD) == 1 and not isinstance(self.norm, nn.SyncBatchNorm)
-        if self.training and batch_statistics and not alone:
-            return cast(Tensor, self.norm(pooled_BD))
-        return F.batch_norm(pooled_BD, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)

@@ -18,7 +18,7 @@ keys (labels, caption ids).
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -79,6 +79,20 @@ class ContrastiveLoss(nn.Module, ABC):
             expected = f"{count} weight(s) >= 0, not all 0: one per length"
             raise ValueError(f"length_weights={weights} for lengths={lengths}: expected {expected}")
         self.length_weights = [weight / sum(weights) for weight in weights]
+
+    def begin_with(self, logits: Mapping[str, float]) -> None:
+        """Take `logit_scale` and `logit_bias` of a pretrained model, those that are given.
+
+        Raises:
+            ValueError: This loss has no such parameter.
+        """
+        for name, value in logits.items():
+            if not hasattr(self, name):
+                raise ValueError(
+                    f"model.encoder.init_from: gives a {name}, which {type(self).__name__} lacks; name `parts` without "
+                    "logit_scale, or another loss"
+                )
+            nn.init.constant_(getattr(self, name), value)
 
     def forward(
         self,

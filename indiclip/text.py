@@ -5,18 +5,21 @@ Shape letters: T tokens of the longest text in the batch (never a constant), D w
 
 import base64
 import json
+import string
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Tokenizer(ABC):
@@ -52,9 +55,10 @@ class Tokenizer(ABC):
         """
         return self.pad(self.encode(texts))
 
-    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """As `__call__`, of what `encode` gives."""
+    def pad(self, rows: list[list[int]], least: int = 0) -> tuple[Tensor, Tensor]:
+        """As `__call__`, of what `encode` gives; padded to at least so many tokens."""
         longest = max(map(len, rows), default=0)
+        longest = max(longest, least) if rows else 0
         ids_BT = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows]).reshape(len(rows), longest)
         lengths_B1 = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
         return ids_BT, torch.arange(longest) < lengths_B1
@@ -191,6 +195,22 @@ class SentencePieceTokenizer(Tokenizer):
         return {"context_length": self.context_length, "serialized": proto}
 
 
+class SiglipTokenizer(SentencePieceTokenizer):
+    """A SentencePiece model read as SigLIP reads it: lower case, no ASCII punctuation, `</s>` ends and fills texts."""
+
+    def __init__(self, source: str | None = None, context_length: int = 64, serialized: str | None = None) -> None:
+        super().__init__(source, context_length, serialized)
+        self.pad_id = self._processor.eos_id()
+        self._prefix = self._processor.id_to_piece(self._processor.unk_id())
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        # SentencePiece drops a space at the beginning, so texts are read behind another token.
+        skip = len(self._processor.encode(self._prefix))
+        plain = [" ".join(text.lower().translate(_NO_PUNCTUATION).split()) for text in texts]
+        rows = self._processor.encode([f"{self._prefix}\N{LOWER ONE EIGHTH BLOCK}{text}" for text in plain])
+        return [[*row[skip:][: self.context_length - 1], self.pad_id] for row in rows]
+
+
 def _hub_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
@@ -213,6 +233,8 @@ class TextTower(nn.Module):
             intermediate_size: 768}`.
         pretrained: A folder or hub name with a configuration and weights, instead of `architecture`. A model that
             has a text tower of its own (CLIP, SigLIP) gives that.
+        pad: `longest` fills short texts up to the longest of the batch and reads no padding; `context` fills all to the
+            tokenizer's context length and reads padding as any other token, as SigLIP does.
 
     Attributes:
         width: Width D of the vectors.
@@ -221,12 +243,17 @@ class TextTower(nn.Module):
     model: Any  # transformers models share no type that has a config
 
     def __init__(
-        self, tokenizer: Tokenizer, architecture: dict[str, Any] | None = None, pretrained: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        architecture: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        pad: Literal["longest", "context"] = "longest",
     ) -> None:
         super().__init__()
         if (architecture is None) == (pretrained is None):
             raise ValueError("text: give exactly one of `architecture` (from scratch) and `pretrained`")
-        self.tokenizer = tokenizer
+        check_choice("text.pad", pad, ("longest", "context"))
+        self.tokenizer, self.pad = tokenizer, pad
         if pretrained is not None:
             self.model = _text_part(_pretrained_model(pretrained))
         else:
@@ -247,18 +274,26 @@ class TextTower(nn.Module):
             valid_BT: False on padding.
             padded: Whether any is, where the host knows. Else transformers asks the device, and waits for it.
         """
+        if self.pad == "context":
+            padded = False
         with _mask_unread() if padded and not torch.compiler.is_compiling() else nullcontext():
             out = self.model(input_ids=ids_BT, attention_mask=None if padded is False else valid_BT.long())
         return cast(Tensor, out.last_hidden_state)
 
+    def padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """`(ids_BT, valid_BT)` of what the tokenizer's `encode` gives."""
+        return self.tokenizer.pad(rows, self.tokenizer.context_length if self.pad == "context" else 0)
+
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this tower without a network, weights aside."""
         plain = self.model.config.to_diff_dict() | {"model_type": self.model.config.model_type}
-        return {"architecture": plain, "tokenizer": describe(self.tokenizer)}
+        return {"architecture": plain, "tokenizer": describe(self.tokenizer), "pad": self.pad}
 
     @torch.no_grad()
     def _read_a_long_text(self) -> None:
         """Raise ValueError unless a text of `context_length` tokens goes through."""
+        if next(self.parameters()).is_meta:
+            return
         length = self.tokenizer.context_length
         ids_1T = torch.full((1, length), (self.tokenizer.pad_id + 1) % self.tokenizer.vocab_size)
         self.eval()
@@ -294,6 +329,7 @@ def describe(part: Any) -> dict[str, Any]:
 
 
 def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
+    import transformers
     from transformers import CONFIG_MAPPING, AutoModel
 
     model_type = architecture.pop("model_type", None)
@@ -309,7 +345,9 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
             f"text.architecture.max_position_embeddings: {longest} is less than the tokenizer's context_length "
             f"{tokenizer.context_length}"
         )
-    return AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    # AutoModel knows whole models only. A text tower's class is called as its configuration: SiglipTextModel.
+    own = getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
+    return own(config) if own else AutoModel.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def _pretrained_model(name: str) -> Any:
@@ -328,6 +366,9 @@ def _text_part(model: Any) -> Any:
     model = getattr(model, "text_model", model)
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
+    # Parameters that would never get a gradient: BERT's pooler, SigLIP's projection.
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # its parameters would never get a gradient
+        model.pooler = None
+    if isinstance(getattr(model, "head", None), nn.Linear):
+        model.head = nn.Identity()
     return model

@@ -2,7 +2,7 @@
 
 Shape letters used in the whole project:
     B images, N patches (tokens) of the longest image in the batch, P numbers in a patch (patch_size ** 2 * 3),
-    D token width, H W rows and columns of patches, E embedding length, T text tokens.
+    D token width, K class and register tokens, H W rows and columns of patches, E embedding length, T text tokens.
 """
 
 from collections.abc import Sequence
@@ -216,6 +216,7 @@ class Features:
         valid_BN: False on padding; None where every token of the batch is valid.
         grid_hw: Rows and columns of the largest image of the batch (on the host, so that no GPU is waited for).
         stride: Image pixels between neighbouring tokens.
+        prefix_BKD: Class and register tokens, in this order; None where the backbone has none.
     """
 
     tokens_BND: Tensor
@@ -223,6 +224,7 @@ class Features:
     valid_BN: Tensor | None
     grid_hw: tuple[int, int]
     stride: int
+    prefix_BKD: Tensor | None = None
 
     def map(self) -> tuple[Tensor, Tensor]:
         """Lay the tokens out as an image for convolutional heads.

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
+from foreign_models import folders, spiece  # noqa: F401
 from PIL import Image
 
 

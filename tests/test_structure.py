@@ -53,13 +53,15 @@ ARROWS = {
     "patches.py": "types images",
     "backbone.py": "types names",
     "text.py": "names",
+    "pooling.py": "names",
     "distributed.py": "",
     "losses.py": "distributed",
     "fcos.py": "types",
     "surface_charts.py": "types",
     "head.py": "types names distributed",
-    "encoder.py": "types names backbone text patches",
-    "checkpoint.py": "backbone encoder names old_names text",
+    "pretrained": "names old_names backbone text pooling datasets.tables",
+    "encoder.py": "types names backbone text patches pooling pretrained",
+    "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
     "module.py": "encoder head types names optim lightning_internals distributed",
     "datasets": "types names images",
@@ -67,12 +69,12 @@ ARROWS = {
     "generated": "types names images datasets",
     "loading": "types names images patches datasets lightning_internals",
     "evals": (
-        "types names strict_yaml images patches json_lines text backbone encoder checkpoint datasets webdataset"
-        " generated loading"
+        "types names strict_yaml images patches json_lines text backbone encoder checkpoint pretrained datasets"
+        " webdataset generated loading"
     ),
     "training": (
-        "types names strict_yaml old_names json_lines checkpoint distributed lightning_internals encoder head module"
-        " datasets loading evals"
+        "types names strict_yaml old_names json_lines checkpoint pretrained distributed lightning_internals encoder"
+        " head module datasets loading evals"
     ),
     "commands": "names images patches text datasets webdataset loading evals training",
 }
@@ -123,8 +125,8 @@ def test_protocols_are_functions_of_numbers():
 
 
 def test_fault_tolerance_knows_of_data_the_workers_only():
-    names = ("module", "json_lines", "types", "names", "old_names", "checkpoint", "distributed", "lightning_internals")
-    allowed = {f"indiclip.{name}" for name in (*names, "loading.workers")}
+    names = ("module", "json_lines", "types", "names", "old_names", "distributed", "lightning_internals")
+    allowed = {f"indiclip.{name}" for name in (*names, "pretrained.weights", "loading.workers")}
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):
         assert of(file, "indiclip") <= allowed | of(file, here), file.name

@@ -33,6 +33,8 @@ class StartupTable(Callback):
         for key, inventory in data.inventories().items():
             console.print(f"{key}: {'; '.join(inventory.lines())}", markup=False, soft_wrap=True)
         console.print(_parts_table(pl_module))
+        for line in pl_module.encoder.initialised:
+            console.print(f"init_from: {line}", markup=False, soft_wrap=True)
         device = trainer.strategy.root_device
         shown = "none (fast_dev_run)" if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
         threads = f"   threads {torch.get_num_threads()}" if device.type == "cpu" else ""

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from indiclip import checkpoint
 from indiclip.encoder import Encoder
-from indiclip.evals.models.model_names import library_of
 from indiclip.images import EncodedImage
 from indiclip.loading.transforms import read_upright, upright_hw
 from indiclip.names import check_choice, check_range
 from indiclip.patches import fit_canvas_hw, fit_hw, patchify, stack
+from indiclip.pretrained.model_names import library_of
 from indiclip.types import Images
 
 NATIVE_TOKENS = 256  # `Encoder.embed_image`'s own budget

@@ -12,8 +12,8 @@ import timm.models
 import torch
 
 from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
-from indiclip.evals.models.model_names import read_config
 from indiclip.names import check_choice, did_you_mean
+from indiclip.pretrained.model_names import read_config
 
 HUB = "hf-hub:"  # what comes behind is downloaded
 MODEL_TYPES = ("clip", "siglip", "siglip2", "metaclip_2")  # of transformers

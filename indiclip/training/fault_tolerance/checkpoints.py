@@ -19,10 +19,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.apply_func import apply_to_collection
 
-from indiclip.checkpoint import unreadable
 from indiclip.distributed import gathered
 from indiclip.lightning_internals import accumulating, epoch_ends, validation_due
 from indiclip.old_names import translate_checkpoint
+from indiclip.pretrained.weights import unreadable
 from indiclip.training.fault_tolerance import manifest
 from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 

@@ -1,0 +1,145 @@
+"""Pretrained weights into an encoder: strict, counted, and with a word for whatever is converted."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from indiclip.names import check_choice
+from indiclip.pretrained.build import build
+from indiclip.pretrained.convert import fit_tensor
+from indiclip.pretrained.read import read_weights
+from indiclip.pretrained.traits import differing_traits
+from indiclip.pretrained.weights import PARTS, Weights, of_part
+
+# Argument of `Encoder` -> the part that it comes along with.
+_PART_OF = {
+    "backbone": "image",
+    "pool": "image",
+    "text": "text",
+    "text_pool": "text",
+    "embed_dim": "projections",
+    "lengths": "projections",
+    "batch_norm": "projections",
+    "image_projection": "projections",
+    "text_projection": "projections",
+}
+
+
+@dataclass
+class InitFrom:
+    """Weights that an encoder begins with.
+
+    Args:
+        weights: A run or checkpoint of ours, a folder, file or name of another library; see
+            `indiclip.pretrained.read.read_weights`.
+        parts: Which of `image`, `text`, `projections` and `logit_scale` to take; None is all that it has.
+        allow: Names of tensors (with `*`) that may stay as they were initialised, by our names, or be left unused, by
+            the source's or ours. Any other such tensor is an error.
+    """
+
+    weights: str
+    parts: list[str] | None = None
+    allow: list[str] = field(default_factory=list)
+
+
+class InitialWeights:
+    """All of `model.encoder.init_from`, read once. Of a part that several have, the last counts.
+
+    Raises:
+        FileNotFoundError, ValueError: One cannot be read, or lacks a part.
+    """
+
+    def __init__(self, items: Sequence[InitFrom]) -> None:
+        self._of: dict[str, tuple[InitFrom, Weights]] = {}
+        for number, item in enumerate(items):
+            key = f"model.encoder.init_from[{number}]"
+            weights = read_weights(item.weights)
+            for part in item.parts or weights.parts:
+                check_choice(f"{key}.parts", part, PARTS)
+                if part not in weights.parts:
+                    raise ValueError(f"{key}: {item.weights} has no {part}; it has {', '.join(weights.parts)}")
+                self._of[part] = item, weights
+
+    def config(self) -> dict[str, Any]:
+        """The encoder's arguments that come along; objects are `{class_path, init_args}`."""
+        found = {}
+        for name, part in _PART_OF.items():
+            if part in self._of and name in (config := self._of[part][1].config):
+                found[name] = config[name]
+        return found
+
+    def parts(self, names: Iterable[str]) -> dict[str, Any]:
+        """These arguments, as objects."""
+        config = self.config()
+        return build({name: config[name] for name in names if name in config}, "model.encoder.init_from")
+
+    def fill(self, encoder: nn.Module) -> list[str]:
+        """Load them. Returns what was done, a line for each source.
+
+        Raises:
+            ValueError: A tensor stayed initial or unused that `allow` does not name, or the model computes something
+                else than the source's: another activation, epsilon, number of heads.
+        """
+        own = encoder.state_dict()
+        lines = []
+        for item, weights in {id(weights): (item, weights) for item, weights in self._of.values()}.values():
+            parts = [part for part, (_, other) in self._of.items() if other is weights]
+            lines.append(_fill(encoder, own, weights, parts, item.allow))
+        encoder.load_state_dict(own)
+        return lines
+
+    def logits(self) -> dict[str, float]:
+        """`logit_scale` (a logarithm) and `logit_bias`, where `logit_scale` is one of the parts."""
+        if "logit_scale" not in self._of:
+            return {}
+        tensors = self._of["logit_scale"][1].tensors
+        return {name: float(tensors[name].reshape(())) for name in of_part("logit_scale", tensors)}
+
+
+def fill(encoder: nn.Module, weights: Weights) -> None:
+    """Load all of a model into the encoder that was built from its configuration.
+
+    Raises:
+        ValueError: A tensor is missing, has no place or another shape.
+    """
+    own = encoder.state_dict()
+    _fill(encoder, own, weights, [part for part in PARTS if part != "logit_scale"], [])
+    encoder.load_state_dict(own)
+
+
+def _fill(
+    encoder: nn.Module, own: dict[str, Tensor], weights: Weights, parts: Sequence[str], allow: Sequence[str]
+) -> str:
+    """Put a source's tensors into `own`; for the errors see `InitialWeights.fill`."""
+    targets = [name for part in parts for name in of_part(part, own)]
+    sources = [name for part in parts for name in of_part(part, weights.tensors) if part != "logit_scale"]
+    notes = list(weights.notes)
+    missing = [name for name in targets if name not in weights.tensors]
+    unused = [*weights.unused, *(name for name in sources if name not in own)]
+    for name in sources:
+        if name in own:
+            own[name], note = fit_tensor(name, weights.tensors[name], own[name])
+            notes += [note] if note else []
+    for kind, names in {"stay initial": missing, "are unused": unused}.items():
+        wrong = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allow)]
+        if wrong:
+            raise ValueError(
+                f"model.encoder.init_from: {weights.origin}: {len(wrong)} tensors {kind}: {_listed(wrong)}; `allow` "
+                "names those that may"
+            )
+    differing = differing_traits(encoder, weights.config, parts)
+    if differing:
+        raise ValueError(f"model.encoder.init_from: {weights.origin}: computes something else: {'; '.join(differing)}")
+    taken = len(sources) - len([name for name in sources if name not in own])
+    said = [f"{taken} tensors ({', '.join(parts)}) from {weights.origin}"]
+    said += [f"{len(missing)} stay initial ({_listed(missing)})"] if missing else []
+    said += [f"{len(unused)} unused ({_listed(unused)})"] if unused else []
+    said += [f"{len(weights.ignored)} left out ({_listed(weights.ignored)})"] if weights.ignored else []
+    return "; ".join(said + notes)
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
