@@ -45,15 +45,17 @@ def image_tower(
         options: Arguments of the architecture.
         overlay: What differs from its `pretrained_cfg`: `mean`, `std`, ...
     """
+    backbone: NaFlexViT | TimmBackbone
     try:
-        backbone: NaFlexViT | TimmBackbone = NaFlexViT(name=name, options=options)
-        tensors = naflexvit.checkpoint_filter_fn(tensors, backbone.vit)
-        prefix = "backbone.vit."
+        backbone = naflex = NaFlexViT(name=name, options=options)
+        tensors, prefix = naflexvit.checkpoint_filter_fn(tensors, naflex.vit), "backbone.vit."
     except ValueError:
-        backbone = TimmBackbone(name, options=options)
-        prefix = "backbone.net."
+        backbone, prefix = TimmBackbone(name, options=options), "backbone.net."
     own = backbone.state_dict()
-    classifier = timm.get_pretrained_cfg(name).classifier or ""
-    ignored = [key for key in tensors if f"backbone.{key}" not in own and key.startswith(str(classifier))]
+    config = timm.get_pretrained_cfg(name)
+    classifier = str(config.classifier if config else None)
+    ignored = [
+        key for key in tensors if f"{prefix.removeprefix('backbone.')}{key}" not in own and key.startswith(classifier)
+    ]
     kept = {f"{prefix}{key}": tensor for key, tensor in tensors.items() if key not in ignored}
     return Weights(origin, {"backbone": describe(backbone), "pool": "tower"}, kept, ignored=ignored)

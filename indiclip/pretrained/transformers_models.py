@@ -88,9 +88,8 @@ def _vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tupl
     patch_size = config.patch_size
     table = tensors["embeddings.position_embedding.weight"]
     side = isqrt(len(table) - is_clip)
-    images: Any = transformers.AutoImageProcessor.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    reader: Any = transformers.AutoImageProcessor
+    images = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     backbone = NaFlexViT(
         width=config.hidden_size,
         depth=config.num_hidden_layers,
