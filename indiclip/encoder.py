@@ -212,7 +212,7 @@ class Encoder(nn.Module):
         if not classes or not templates:
             raise ValueError("zero_shot: expected at least one class and one template")
         prompts = [template.replace("{}", name) for name in classes for template in templates]
-        text_CTE = self.embed_text(prompts, length).unflatten(0, (len(classes), len(templates)))
+        text_CTE = self.embed_text(prompts, length).reshape(len(classes), len(templates), -1)
         class_CE = F.normalize(text_CTE.mean(1), dim=-1)
         logits_BC = math.exp(self.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE)) * (
             self.embed_image(images, length) @ class_CE.T
