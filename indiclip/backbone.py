@@ -7,7 +7,8 @@ Shape letters: see `indiclip.types`; C channels of a feature map.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, cast, get_args
 
 import timm
 import torch
@@ -15,6 +16,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, did_you_mean
+from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.types import Features, Images, on_device
 
 # (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
@@ -37,6 +39,7 @@ class Backbone(nn.Module, ABC):
         patch_size: Side of the patches that the data pipeline cuts, in pixels.
         max_tokens: The token budget per image: no source may ask for more patches.
         canvas_hw: The one image size this backbone takes; None where any size goes.
+        interpolation: How its images are resized.
     """
 
     width: int
@@ -44,9 +47,22 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     max_tokens: int
     canvas_hw: tuple[int, int] | None = None
+    interpolation: Interpolation = "bilinear"
     mean_P: Tensor
     std_P: Tensor
     _args: dict[str, Any]  # of the constructor
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the patches that this backbone takes."""
+        return Preprocessing(self.patch_size, self.canvas_hw, self.interpolation)
+
+    def _set_interpolation(self, chosen: Interpolation | None, config: Mapping[str, Any]) -> None:
+        """Keep the chosen one, or else that of timm's config of a named model."""
+        found = chosen or config.get("interpolation", "bilinear")
+        check_choice("backbone.interpolation", found, get_args(Interpolation))
+        self.interpolation = found
+        self._args["interpolation"] = found  # a later version of timm may say another one
 
     def _set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Keep the pixel statistics in the layout of a patch (channel last, so the three numbers repeat)."""
@@ -87,6 +103,7 @@ class NaFlexViT(Backbone):
         pretrained: Load the named model's weights (from the hub or its local cache).
         max_tokens: Token budget per image.
         options: More arguments of timm's NaFlexVit, e.g. `{reg_tokens: 4, qk_norm: true, drop_path_rate: 0.1}`.
+        interpolation: How images are resized; None is the named model's own, or bilinear.
     """
 
     def __init__(
@@ -100,6 +117,7 @@ class NaFlexViT(Backbone):
         pretrained: bool = False,
         max_tokens: int = 1024,
         options: dict[str, Any] | None = None,
+        interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
         options = dict(options or {})
@@ -118,6 +136,7 @@ class NaFlexViT(Backbone):
         self.width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
         config: dict[str, Any] = cast(Any, getattr(self.vit, "pretrained_cfg", None)) or {}
+        self._set_interpolation(interpolation, config)
         self._set_normalisation(config.get("mean", (0.5, 0.5, 0.5)), config.get("std", (0.5, 0.5, 0.5)))
 
     def forward(self, images: Images) -> Features:
@@ -144,6 +163,7 @@ class TimmBackbone(Backbone):
         pretrained: Load the named model's weights (from the hub or its local cache).
         feature_index: Which of the model's stages gives the features, -1 the last.
         options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`.
+        interpolation: How images are resized; None is the model's own.
     """
 
     net: Any  # timm models share no type that has what is used here
@@ -156,6 +176,7 @@ class TimmBackbone(Backbone):
         pretrained: bool = False,
         feature_index: int = -1,
         options: dict[str, Any] | None = None,
+        interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
         if any(side % patch_size for side in canvas_hw):
@@ -179,6 +200,7 @@ class TimmBackbone(Backbone):
         self.width, self.stride = int(info["num_chs"]), int(info["reduction"])
         self._index = feature_index % len(self.net.feature_info)
         self.net.prune_intermediate_layers([self._index], prune_head=True)  # stages behind it would get no gradient
+        self._set_interpolation(interpolation, self.net.pretrained_cfg)
         self._set_normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
 
     def _canvas(self, images: Images) -> Tensor:

@@ -22,6 +22,11 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "jpe")  # what files of the 
 EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kind of an image -> what its file is called
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
 HEAD_BYTES = 1 << 18  # of a file hold its header, mostly
+# EXIF orientation -> transpose, then mirror left-right, then mirror top-bottom.
+TURNS = {
+    **{1: (0, 0, 0), 2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1)},
+    **{5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)},
+}
 
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names for 16-bit grey
 _PNG_EXIF = (b"eXIf", b"Raw profile type exif")
@@ -105,6 +110,14 @@ class EncodedImage:
                 return np.array(to_rgb(image))
         except Exception as error:
             raise self._unreadable(error) from error
+
+    def decode_upright(self, min_hw: tuple[int, int] = (0, 0)) -> np.ndarray:
+        """The pixels turned as EXIF asks; see `decode`, with `min_hw` of what is upright."""
+        pixels = self.decode(min_hw if self.orientation < 5 else min_hw[::-1])
+        transpose, left_right, top_bottom = TURNS[self.orientation]
+        pixels = pixels.transpose(1, 0, 2) if transpose else pixels
+        pixels = pixels[:, ::-1] if left_right else pixels
+        return np.ascontiguousarray(pixels[::-1] if top_bottom else pixels)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.decode(), dtype)

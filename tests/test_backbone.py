@@ -3,10 +3,9 @@
 import pytest
 import timm
 import torch
-from helpers import noise
+from helpers import batch_images, noise
 
 from indiclip.backbone import NaFlexViT, TimmBackbone
-from indiclip.patches import batch_images
 
 
 def test_padding_does_not_change_an_image():

@@ -50,31 +50,32 @@ ARROWS = {
     "old_names.py": "",
     "optim.py": "names",
     "images.py": "",
-    "patches.py": "types images",
-    "backbone.py": "types names",
+    "patches.py": "types",
+    "preprocessing.py": "types names images patches",
+    "backbone.py": "types names preprocessing",
     "text.py": "names",
     "distributed.py": "",
     "losses.py": "distributed",
     "fcos.py": "types",
     "surface_charts.py": "types",
     "head.py": "types names distributed",
-    "encoder.py": "types names backbone text patches",
+    "encoder.py": "types names backbone text preprocessing",
     "checkpoint.py": "backbone encoder names old_names text",
     "lightning_internals.py": "",
     "module.py": "encoder head types names optim lightning_internals distributed",
     "datasets": "types names images",
     "webdataset": "types names images datasets",
     "generated": "types names images datasets",
-    "loading": "types names images patches datasets lightning_internals",
+    "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
-        "types names strict_yaml images patches json_lines text backbone encoder checkpoint datasets webdataset"
-        " generated loading"
+        "types names strict_yaml images patches preprocessing json_lines text backbone encoder checkpoint datasets"
+        " webdataset generated loading"
     ),
     "training": (
         "types names strict_yaml old_names json_lines checkpoint distributed lightning_internals encoder head module"
         " datasets loading evals"
     ),
-    "commands": "names images patches text datasets webdataset loading evals training",
+    "commands": "names images preprocessing text datasets webdataset loading evals training",
 }
 
 
