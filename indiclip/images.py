@@ -29,7 +29,8 @@ TURNS = {
 }
 
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names for 16-bit grey
-_PNG_EXIF = (b"eXIf", b"Raw profile type exif")
+_XMP_TURN = b"tiff:Orientation"
+_PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _JPEG_MARKER = re.compile(rb"\xff+([^\xff])")  # any number of 0xff may come before it
 _ORIENTATION = 0x0112  # EXIF tag
 # Of the machine or its network, which no sample is to blame for.
@@ -187,13 +188,17 @@ class EncodedImage:
 
 
 def _has_exif(jpeg: bytes) -> bool:
-    """Whether a JPEG has EXIF data before its pixels; PIL takes twenty times as long to say so."""
+    """Whether a JPEG may say before its pixels how to turn it, in EXIF data or, which PIL reads as well, in XMP's.
+
+    PIL takes twenty times as long to say so.
+    """
     place = 2
     while (marker := _JPEG_MARKER.match(jpeg, place)) and marker[1] != b"\xda":
         place = marker.end()
-        if marker[1] == b"\xe1" and jpeg[place + 2 : place + 8] == b"Exif\0\0":
+        end = place + int.from_bytes(jpeg[place : place + 2], "big")
+        if marker[1] == b"\xe1" and (jpeg[place + 2 : place + 8] == b"Exif\0\0" or _XMP_TURN in jpeg[place:end]):
             return True
-        place += int.from_bytes(jpeg[place : place + 2], "big")
+        place = end
     return False
 
 

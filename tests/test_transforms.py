@@ -201,7 +201,7 @@ def test_the_augmentation_is_a_function_of_the_seed_alone():
 
 
 def test_validation_is_not_augmented():
-    prepared = Transform(100_000, [v2.RandomHorizontalFlip(1.0)])(scene(), 2, None, None)
+    prepared = Transform(100_000, [v2.RandomHorizontalFlip(1.0)])(scene(), Preprocessing(2), None)
     assert prepared["boxes_xyxy"].tolist() == BOXES.tolist()
 
 
@@ -225,7 +225,7 @@ def test_a_transform_that_would_lose_points_is_refused(step):
 
 def test_an_image_must_stay_of_bytes():
     with pytest.raises(ValueError, match=r"augment: gives an image of torch\.float32; expected torch\.uint8"):
-        Transform(augment=[v2.ToDtype(torch.float32, scale=True)])(scene(), 8, None, 0)
+        Transform(augment=[v2.ToDtype(torch.float32, scale=True)])(scene(), Preprocessing(8), 0)
 
 
 def test_a_batch_packs_the_targets_of_every_image():
