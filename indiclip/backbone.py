@@ -179,6 +179,8 @@ class TimmBackbone(Backbone):
         self.width, self.stride = int(info["num_chs"]), int(info["reduction"])
         self._index = feature_index % len(self.net.feature_info)
         self.net.prune_intermediate_layers([self._index], prune_head=True)  # stages behind it would get no gradient
+        # The final norm, where there is one: a part of the features, and without use it would get no gradient.
+        self._norm = isinstance(getattr(self.net, "norm", None), nn.Module)
         self._set_normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
 
     def _canvas(self, images: Images) -> Tensor:
@@ -193,7 +195,9 @@ class TimmBackbone(Backbone):
 
     def forward(self, images: Images) -> Features:
         pixels = self._canvas(images)
-        (map_BCHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
+        (map_BCHW,) = self.net.forward_intermediates(
+            pixels, indices=[self._index], norm=self._norm, intermediates_only=True
+        )
         B, _, H, W = map_BCHW.shape
         rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
         coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(B, -1, -1)

@@ -295,6 +295,7 @@ def describe(part: Any) -> dict[str, Any]:
 
 def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
     from transformers import CONFIG_MAPPING, AutoModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     model_type = architecture.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
@@ -309,7 +310,13 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
             f"text.architecture.max_position_embeddings: {longest} is less than the tokenizer's context_length "
             f"{tokenizer.context_length}"
         )
-    return AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    if model_type in MODEL_MAPPING_NAMES:
+        return AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    # The text tower of a two-tower model, SiglipTextConfig and the like, which AutoModel does not know.
+    made = getattr(import_module("transformers"), type(config).__name__.replace("Config", "Model"), None)
+    if made is None:
+        raise ValueError(f"text.architecture.model_type: transformers has no text model of {model_type!r}")
+    return made(config)
 
 
 def _pretrained_model(name: str) -> Any:
@@ -330,4 +337,6 @@ def _text_part(model: Any) -> Any:
         model = model.get_encoder()
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # its parameters would never get a gradient
+    if model.config.model_type in ("siglip_text_model", "siglip2_text_model"):
+        model.head = nn.Identity()  # likewise
     return model
