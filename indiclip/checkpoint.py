@@ -22,8 +22,8 @@ def load(
         trust_code: A checkpoint names the classes it is made of. Others than IndiCLIP's backbones, text towers and
             tokenizers are imported and called only if this is True, and only then may it name weights or files to
             fetch.
-        weights: Of a run: `ema`, the averages that `indiclip.training.ema.EMA` kept; `last`, the trained weights; `auto`,
-            the averages where there are any; `best`, of the checkpoint with the best score.
+        weights: Of a run: `ema`, the averages that `indiclip.training.ema.EMA` kept; `last`, the trained weights;
+            `auto`, the averages where there are any; `best`, of the checkpoint with the best score.
 
     Returns:
         Its `initialised` says in words what was read.
