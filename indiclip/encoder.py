@@ -4,6 +4,7 @@ It knows no head, no Lightning and no config. Shape letters: see `indiclip.types
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import torch
@@ -12,6 +13,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
+from indiclip.lora import LoRA, add_lora, merge_lora
 from indiclip.names import check_choice, shorten
 from indiclip.patches import AnyImage, batch_images
 from indiclip.text import TextTower, describe
@@ -29,6 +31,7 @@ class Encoder(nn.Module):
             always one of them.
         pool: How tokens become one vector, on both sides: see `Pool`.
         batch_norm: Normalise what was pooled, on both sides: see `Pool`.
+        lora: Adapters for the towers, whose own weights are then frozen; see `indiclip.lora.LoRA`.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Encoder(nn.Module):
         lengths: Sequence[int] = (64, 128, 256),
         pool: Literal["attention", "mean"] = "attention",
         batch_norm: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -53,6 +57,17 @@ class Encoder(nn.Module):
         self.text_projection = nn.Linear(text.width, embed_dim, bias=False)
         for projection in (self.image_projection, self.text_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.lora = LoRA(**lora) if isinstance(lora, dict) else lora  # a dict is what `to_config` gives
+        if self.lora is not None:  # last: the towers' weights must be there under their own names before
+            add_lora({"image": self.backbone, "text": self.text}, self.lora)
+
+    def merged(self) -> "Encoder":
+        """This encoder, or where it has LoRA's adapters a copy in which they are part of the weights."""
+        if self.lora is None:
+            return self
+        merged = merge_lora(self)
+        merged.lora = None
+        return merged
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +152,7 @@ class Encoder(nn.Module):
             "lengths": list(self.lengths),
             "pool": self.image_pool.kind,
             "batch_norm": self.image_pool.norm is not None,
-        }
+        } | ({"lora": asdict(self.lora)} if self.lora is not None else {})
 
     def _on_device(self, ids_BT: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         # Not blocking: else the CPU would wait for what the GPU has still to do.
