@@ -184,6 +184,8 @@ class TimmBackbone(Backbone):
         pretrained: Load the named model's weights (from the hub or its local cache).
         feature_index: Which of the model's stages gives the features, -1 the last.
         options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`.
+        mean: Of the pixels' channels in 0..1; None is the model's.
+        std: As `mean`.
     """
 
     net: Any  # timm models share no type that has what is used here
@@ -196,6 +198,8 @@ class TimmBackbone(Backbone):
         pretrained: bool = False,
         feature_index: int = -1,
         options: dict[str, Any] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if any(side % patch_size for side in canvas_hw):
@@ -209,6 +213,8 @@ class TimmBackbone(Backbone):
             "patch_size": patch_size,
             "feature_index": feature_index,
             "options": options,
+            "mean": mean,
+            "std": std,
         }
         self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
         self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
@@ -224,7 +230,7 @@ class TimmBackbone(Backbone):
             self.width, self.pooled_width = int(self.net.num_features), int(self.net.head_hidden_size)
         else:
             self.remove_pool()
-        self._set_normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
+        self._set_normalisation(mean or self.net.pretrained_cfg["mean"], std or self.net.pretrained_cfg["std"])
 
     def _canvas(self, images: Images) -> Tensor:
         """Patches -> (B, 3, height, width), zeros (the mean colour) outside the images."""

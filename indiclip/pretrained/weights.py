@@ -18,6 +18,8 @@ PARTS = {
     "projections": ("image_pool.", "text_pool.", "image_projection.", "text_projection."),
     "logit_scale": ("logit_scale", "logit_bias"),
 }
+_ENTRIES = ("state_dict", "model")  # of Lightning, OpenCLIP; of DeiT, ConvNeXt
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 @dataclass
@@ -74,6 +76,18 @@ def read_tensors(file: Path) -> dict[str, Any]:
     return found
 
 
+def state_dict(found: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of what a training script saved: out of their entry, without what wrappers put before each name."""
+    for entry in _ENTRIES:
+        if isinstance(inner := found.get(entry), dict):
+            found = inner
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return tensors
+
+
 def check_tensors(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     """The same in float32. Raises ValueError for one that is not finite, naming it."""
     for name, tensor in tensors.items():
@@ -88,4 +102,6 @@ def unreadable(file: str | Path, error: Exception) -> Exception:
         return error
     foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
     reason = f"it holds {foreign[1]}, and reading that can run code" if foreign else "another kind of file, or damaged"
+    if "TorchScript" in str(error):
+        reason = "a TorchScript program; save its state_dict() as safetensors, and name that"
     return ValueError(f"{file}: not a readable checkpoint ({reason})")
