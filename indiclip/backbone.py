@@ -343,4 +343,6 @@ def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFle
         raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.backbone.TimmBackbone") from error
     if not isinstance(model, NaFlexVit):
         raise ValueError(f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.backbone.TimmBackbone")
+    if model.attn_pool is not None and timm.models.is_model_in_modules(name, ["eva"]):
+        model.pool_include_prefix = True  # as timm's Eva does; its conversion to NaFlexVit forgets it
     return model
