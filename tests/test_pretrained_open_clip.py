@@ -1,15 +1,15 @@
 """OpenCLIP's models come in: every family's embeddings are those of open_clip's own classes."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
-
 import torch
 import transformers
 from foreign_models import TOWER, letter_tokenizer
 from helpers import noise
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models import _registry
 
 import indiclip
@@ -50,7 +50,10 @@ FAMILIES = {
         "vision_cfg": IMAGE | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
         "text_cfg": READS_PADDING | {"pool_type": "last", "ls_init_value": 0.1},
     },
-    "average": {"vision_cfg": IMAGE | {"pool_type": "avg", "mlp_ratio": 2.3}, "text_cfg": TEXT | {"pool_type": "first"}},
+    "average": {
+        "vision_cfg": IMAGE | {"pool_type": "avg", "mlp_ratio": 2.3},
+        "text_cfg": TEXT | {"pool_type": "first"},
+    },
     "resnet": {
         "quick_gelu": True,
         "vision_cfg": {"image_size": 64, "layers": [3, 4, 6, 3], "width": 8, "patch_size": None},
@@ -116,7 +119,7 @@ def make_folder(folder, kind):
         text = text_folder(folder / "text", OF_TRANSFORMERS[kind])
         config = json.loads(json.dumps(config).replace("{text}", str(text)))
         for file in text.glob("tokenizer*"):
-            file.copy(folder / file.name) if hasattr(file, "copy") else (folder / file.name).write_bytes(file.read_bytes())
+            shutil.copy(file, folder)
     pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pixels}))
     model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False, load_weights=False).eval()
@@ -124,15 +127,17 @@ def make_folder(folder, kind):
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             torch.nn.init.uniform_(tensor, 0.5, 1.5) if "var" in name else torch.nn.init.normal_(tensor, std=0.2)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
     return folder, model, open_clip.get_tokenizer(f"local-dir:{folder}")
 
 
 @torch.no_grad()
 def compare(encoder, model, tokenizer, texts=TEXTS):
     """Both sides, on an image of the model's size."""
-    height, width = (model.visual.image_size,) * 2 if isinstance(model.visual.image_size, int) else model.visual.image_size
-    images = batch_images([noise(height, width, 1), noise(height, width, 2)], encoder.backbone.patch_size, 10**6)
+    size = model.visual.image_size
+    size_hw = (size, size) if isinstance(size, int) else size
+    images = batch_images([noise(*size_hw, seed) for seed in (1, 2)], encoder.backbone.patch_size, 10**6)
     pixels = torch.stack([torch.from_numpy(unpatchify(images, i)).permute(2, 0, 1) for i in range(2)]) / 255
     mean, std = (torch.tensor(getattr(model.visual, f"image_{what}"))[:, None, None] for what in ("mean", "std"))
     theirs = model.encode_image((pixels - mean) / std, normalize=True)

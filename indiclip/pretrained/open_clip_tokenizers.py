@@ -11,26 +11,13 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from indiclip.names import check_choice
 from indiclip.pretrained.open_clip_source import OpenClipSource
+from indiclip.pretrained.transformers_files import check_tokenizer
 from indiclip.text import FastTokenizer, SiglipTokenizer, Tokenizer
 
 _START, _END = "<start_of_text>", "<end_of_text>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _NUM_MERGES = 49152 - 256 - 2  # of the lines of its vocabulary, as OpenCLIP reads it
 _ARGUMENTS = ("clean", "strip_sep_token", "language")
-TOKENIZER_FILES = (
-    ("tokenizer.json",),
-    ("vocab.json", "merges.txt"),
-    ("spiece.model",),
-    ("tokenizer.model",),
-    ("sentencepiece.bpe.model",),
-)
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Raise FileNotFoundError where there is none: transformers would make up one of three words."""
-    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
-        expected = ", or ".join(" with ".join(names) for names in TOKENIZER_FILES)
-        raise FileNotFoundError(f"{folder}: found no tokenizer; expected {expected}")
 
 
 def open_clip_tokenizer(source: OpenClipSource, context_length: int) -> Tokenizer:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 # Part of an encoder -> the beginnings of its tensors' names.
 PARTS = {
-    "image": ("backbone.",),
-    "text": ("text.",),
-    "projections": ("image_pool.", "text_pool.", "image_projection.", "text_projection."),
+    "image": ("backbone.", "image_pool."),
+    "text": ("text.", "text_pool."),
+    "projections": ("image_projection.", "text_projection."),
     "logit_scale": ("logit_scale", "logit_bias"),
 }
 _ENTRIES = ("state_dict", "model")  # of Lightning, OpenCLIP; of DeiT, ConvNeXt
@@ -51,6 +51,17 @@ class Weights:
     def logits(self) -> dict[str, float]:
         """`logit_scale` (a logarithm) and `logit_bias` of the contrastive loss, those that it has."""
         return {name: float(self.tensors[name].reshape(())) for name in of_part("logit_scale", self.tensors)}
+
+
+def to_fill(weights: Weights, part: str, own: Iterable[str]) -> list[str]:
+    """Those of an encoder's names that a source is to fill: of the towers, pools and projections that it has."""
+    config = weights.config
+    modules = {name.partition(".")[0] for name in weights.tensors} | (config.keys() & {"backbone", "text"})
+    for side in ("image_projection", "text_projection"):
+        modules |= {side} if config.get(side, {"kind": "none"})["kind"] != "none" else set()
+    for module, pool in {"image_pool": "pool", "text_pool": "text_pool"}.items():
+        modules |= {module} if config.get(pool) in ("attention", "pooler") else set()
+    return [name for name in of_part(part, own) if name.partition(".")[0] in modules]
 
 
 def of_part(part: str, names: Iterable[str]) -> list[str]:
