@@ -1,13 +1,20 @@
 """Text and image towers of transformers alone: their vectors are those of the library's own classes."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
 from foreign_models import TOWER, letter_tokenizer
+from helpers import noise
+from safetensors.torch import load_file, save_file
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.patches import batch_images
+from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import InitFrom
+from indiclip.pretrained.read import read_weights
 
 TEXTS = ["a photo of a kite", "a kite", "x" * 400, "~{}"]
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
@@ -51,8 +58,14 @@ def make_text_folder(folder, family, **save):
     config = transformers.CONFIG_MAPPING[kind](**sizes | ids)
     model = random_tensors(getattr(transformers, name)(config))
     model.save_pretrained(folder, **save)
-    letter_tokenizer(transformers.PreTrainedTokenizerFast) if False else tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model, tokenizer
+
+
+def with_image_tower(folder, **arguments):
+    """An encoder whose text comes from a folder."""
+    backbone = NaFlexViT(width=16, depth=1, num_heads=2, patch_size=8)
+    return Encoder(backbone, init_from=[InitFrom(str(folder))], **arguments).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,3 +97,83 @@ def test_token_vectors_and_pooled_texts_are_those_of_transformers(tmp_path, fami
     if family == "clip_projection":
         expected = model(input_ids=ids, attention_mask=valid.long()).text_embeds
         torch.testing.assert_close(encoder.text_projection(pooled), expected, atol=1e-5, rtol=0)
+
+
+def test_a_model_in_several_files(tmp_path):
+    make_text_folder(tmp_path / "one", "t5")
+    make_text_folder(tmp_path / "many", "t5", max_shard_size="5KB")
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
+    one, many = with_image_tower(tmp_path / "one"), with_image_tower(tmp_path / "many")
+    for name, tensor in one.text.state_dict().items():
+        assert torch.equal(tensor, many.text.state_dict()[name])
+
+
+def test_names_that_bert_had_in_2018(tmp_path):
+    make_text_folder(tmp_path / "new", "mbert")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(renamed | {"bert.embeddings.position_ids": torch.arange(8)}, tmp_path / "old" / "model.safetensors")
+    new, old = (with_image_tower(tmp_path / name) for name in ("new", "old"))
+    ids, valid = new.tokenize(TEXTS)
+    torch.testing.assert_close(old.text(ids, valid), new.text(ids, valid))
+    weights = read_weights(str(tmp_path / "old"))
+    assert weights.unused == []
+    assert {"cls.predictions.bias", "bert.embeddings.position_ids"} <= set(weights.ignored)
+
+
+SQUARE = TOWER | {"image_size": 32, "patch_size": 8}
+DINO = SQUARE | {"mlp_ratio": 2}
+IMAGES = {
+    "clip": ("CLIPVisionModel", "clip_vision_model", SQUARE),
+    "clip_projection": (
+        "CLIPVisionModelWithProjection",
+        "clip_vision_model",
+        TOWER | {"image_size": 32, "patch_size": 8},
+    ),
+    "siglip": ("SiglipVisionModel", "siglip_vision_model", SQUARE),
+    "siglip2": ("Siglip2VisionModel", "siglip2_vision_model", TOWER | {"num_patches": 16, "patch_size": 8}),
+    "dinov2": ("Dinov2Model", "dinov2", DINO),
+    "dinov2_registers": ("Dinov2WithRegistersModel", "dinov2_with_registers", DINO | {"num_register_tokens": 2}),
+    "dinov3": ("DINOv3ViTModel", "dinov3_vit", SQUARE | {"num_register_tokens": 2}),
+    "vit": ("ViTModel", "vit", SQUARE),
+}
+
+
+@pytest.mark.parametrize("family", IMAGES)
+@torch.no_grad()
+def test_image_towers_alone(tmp_path, family):
+    name, kind, sizes = IMAGES[family]
+    model = random_tensors(getattr(transformers, name)(transformers.CONFIG_MAPPING[kind](**sizes)))
+    model.save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    weights = read_weights(str(tmp_path))
+    backbone = build(weights.config, "x")["backbone"].eval()
+    backbone.load_state_dict(
+        {n.removeprefix("backbone."): t for n, t in weights.tensors.items() if n.startswith("backbone.")}
+    )
+    images = batch_images([noise(32, 32, 1), noise(32, 32, 2)], 8, 16)
+    cells = backbone.normalise(images)
+    seen = {"pixel_values": cells.reshape(2, 4, 4, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 32, 32)}
+    if family == "siglip2":
+        mask = images["valid_BN"].long()
+        seen = {"pixel_values": cells, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([[4, 4], [4, 4]])}
+    out = model(**seen)
+    features = backbone(images)
+    tokens = out.last_hidden_state
+    theirs = tokens[:, -16:]
+    if family.startswith("clip"):
+        tower = getattr(model, "vision_model", model)
+        theirs = tower.post_layernorm(theirs)
+    torch.testing.assert_close(features.tokens_BND, theirs, atol=1e-5, rtol=0)
+    pooled = backbone.pool(features)
+    if family == "clip_projection":
+        torch.testing.assert_close(
+            pooled @ weights.tensors["image_projection.weight"].T, out.image_embeds, atol=1e-5, rtol=0
+        )
+    else:
+        expected = tokens[:, 0] if family == "vit" else out.pooler_output
+        torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=0)

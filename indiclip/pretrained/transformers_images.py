@@ -145,6 +145,7 @@ def _plain_tower(
     if turns:
         options |= {"pos_embed": "none", "attn_type": "rope", "rope_type": "dinov3", "rope_rotate_half": True}
         options |= {"rope_temperature": config.rope_theta}
+        found = _renamed(found, [(r"blocks\.(\d+)\.ls(\d)\.gamma", r"blocks.\1.gamma_\2")])
         if not config.key_bias:
             notes.append("the keys have a bias of zeros, which training may move")
     else:
