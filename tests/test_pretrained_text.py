@@ -2,6 +2,7 @@
 
 import shutil
 
+import lightning as L
 import pytest
 import torch
 import transformers
@@ -9,8 +10,14 @@ from foreign_models import TOWER, letter_tokenizer
 from helpers import noise
 from safetensors.torch import load_file, save_file
 
+import indiclip
+from heads.contrastive import Contrastive
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.generated.mela import Mela
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import Source
+from indiclip.module import MultiTask
 from indiclip.patches import batch_images
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import InitFrom
@@ -177,3 +184,24 @@ def test_image_towers_alone(tmp_path, family):
     else:
         expected = tokens[:, 0] if family == "vit" else out.pooler_output
         torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "t5", "labse"])
+def test_a_run_with_it_trains_and_loads_again(tmp_path, family):
+    make_text_folder(tmp_path / "model", family)
+    backbone = NaFlexViT(width=16, depth=1, num_heads=2, patch_size=8)
+    encoder = Encoder(backbone, init_from=[InitFrom(str(tmp_path / "model"))], embed_dim=24, lengths=[24])
+    before = {name: tensor.clone() for name, tensor in encoder.text.state_dict().items()}
+    source = Source("contrastive", Mela(12, 32, "single"), batch_size=4, max_tokens=16)
+    module = MultiTask(encoder, [Contrastive()])
+    data = MultiTaskData([source], steps_per_epoch=2, num_workers=0, patch_size=8)
+    run = L.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert not any(torch.equal(before[name], tensor) for name, tensor in encoder.text.named_parameters())
+    loaded = indiclip.load(tmp_path / "run.ckpt")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.embed_text(TEXTS), module.eval().encoder.embed_text(TEXTS), atol=0, rtol=0)
