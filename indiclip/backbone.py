@@ -208,6 +208,8 @@ class TimmBackbone(Backbone):
         feature_index: Which of the model's stages gives the features, -1 the last.
         options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`.
         interpolation: How images are resized; None is the model's own.
+        mean: Of the pixels' channels in 0..1; None is the model's.
+        std: As `mean`.
     """
 
     net: Any  # timm models share no type that has what is used here
@@ -221,6 +223,8 @@ class TimmBackbone(Backbone):
         feature_index: int = -1,
         options: dict[str, Any] | None = None,
         interpolation: Interpolation | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if any(side % patch_size for side in canvas_hw):
@@ -234,6 +238,8 @@ class TimmBackbone(Backbone):
             "patch_size": patch_size,
             "feature_index": feature_index,
             "options": options,
+            "mean": mean,
+            "std": std,
         }
         self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
         self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
@@ -250,7 +256,7 @@ class TimmBackbone(Backbone):
         else:
             self.remove_pool()
         self._set_interpolation(interpolation, self.net.pretrained_cfg)
-        self._set_normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
+        self._set_normalisation(mean or self.net.pretrained_cfg["mean"], std or self.net.pretrained_cfg["std"])
 
     def _canvas(self, images: Images) -> Tensor:
         """Patches -> (B, 3, height, width), zeros (the mean colour) outside the images."""
@@ -363,4 +369,6 @@ def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFle
         raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.backbone.TimmBackbone") from error
     if not isinstance(model, NaFlexVit):
         raise ValueError(f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.backbone.TimmBackbone")
+    if model.attn_pool is not None and timm.models.is_model_in_modules(name, ["eva"]):
+        model.pool_include_prefix = True  # as timm's Eva does; its conversion to NaFlexVit forgets it
     return model

@@ -1,12 +1,13 @@
 """From a path or name to a pretrained model, whatever library it is of."""
 
 from indiclip.pretrained.model_names import library_of
+from indiclip.pretrained.open_clip_models import read_open_clip
 from indiclip.pretrained.runs import read_run
 from indiclip.pretrained.timm_models import read_timm
 from indiclip.pretrained.transformers_models import read_transformers
 from indiclip.pretrained.weights import Weights, check_tensors
 
-READERS = {"transformers": read_transformers, "timm": read_timm}
+READERS = {"transformers": read_transformers, "timm": read_timm, "open_clip": read_open_clip}
 
 
 def read_weights(name: str, which: str = "auto") -> Weights:
