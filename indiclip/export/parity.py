@@ -24,7 +24,7 @@ TEXTS = [
     "மூன்று பட்டங்கள்",
     "ایک پتنگ",
     "",
-    "a long row of small clay lamps on the steps of a river bank at dusk " * 8,
+    " ".join(["a long row of small clay lamps on the steps of a river bank at dusk"] * 8),
 ]
 _SEED = 0
 

@@ -1,6 +1,5 @@
 """Towers of SigLIP's kind by transformers' names: what does not fit, and tensors and configurations of what does."""
 
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.export.fold import linear_projection
+from indiclip.export.renaming import renamed
 from indiclip.export.target import Loss, Model
 from indiclip.export.tokenizer_files import tokenizer_losses
 from indiclip.pretrained.weights import check_tensors
@@ -58,7 +58,8 @@ def vision_losses(encoder: Encoder) -> list[Loss]:
         losses.append(Loss("backbone.options.pos_embed: SigLIP learns positions on a square grid"))
     if vit.rope is not None:
         losses.append(Loss("backbone.options.rope_type: SigLIP has no rotary positions"))
-    unplaced = [name for name in _vision_names(vit) if not any(re.match(pattern, name) for pattern, _ in _VISION)]
+    names = _vision_names(vit)
+    unplaced = [name for name in names if name not in renamed(names, _VISION)]
     if unplaced:
         losses.append(Loss(f"backbone: SigLIP has no place for {', '.join(unplaced[:3])}"))
     return losses or _block_losses(vit)
@@ -172,10 +173,7 @@ def _vision_names(vit: Any) -> list[str]:
 def _vision_tensors(encoder: Encoder, conv: bool) -> dict[str, Tensor]:
     vit: Any = cast(NaFlexViT, encoder.backbone).vit
     own, p = vit.state_dict(), encoder.backbone.patch_size
-    found = {}
-    for name in _vision_names(vit):
-        pattern, theirs = next(pair for pair in _VISION if re.match(pair[0], name))
-        found[re.sub(f"^{pattern}", theirs, name)] = own[name]
+    found = {theirs: own[ours] for ours, theirs in renamed(_vision_names(vit), _VISION).items()}
     found["embeddings.position_embedding.weight"] = own["embeds.pos_embed"].flatten(0, 2)
     if conv:
         kernel = own["embeds.proj.weight"].reshape(-1, p, p, 3)

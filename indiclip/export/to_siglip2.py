@@ -26,7 +26,7 @@ from indiclip.export.siglip_towers import (
 )
 from indiclip.export.target import Loss, Model, Reloaded
 from indiclip.export.to_timm import pixel_statistics
-from indiclip.export.tokenizer_files import transformers_tokenizer
+from indiclip.export.tokenizer_files import gemma_losses, gemma_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.types import Images
 
@@ -63,7 +63,7 @@ print(torch.softmax(model(**inputs).logits_per_image, -1))"""
         if isinstance(encoder.backbone, NaFlexViT) and encoder.backbone.patch_size != _PATCH_SIZE:
             found = encoder.backbone.patch_size
             losses.append(Loss(f"backbone.patch_size: found {found}; SigLIP 2's processor cuts {_PATCH_SIZE}"))
-        return losses + text_losses(encoder)
+        return losses + text_losses(encoder) + gemma_losses(encoder.text.tokenizer)
 
     def write(self, model: Model, folder: Path, place: Path) -> None:
         encoder = model.encoder
@@ -76,7 +76,7 @@ print(torch.softmax(model(**inputs).logits_per_image, -1))"""
         images = transformers.Siglip2ImageProcessor(
             patch_size=_PATCH_SIZE, max_num_patches=most, image_mean=mean, image_std=std
         )
-        processor = transformers.Siglip2Processor(images, transformers_tokenizer(encoder.text, folder))
+        processor = transformers.Siglip2Processor(images, gemma_tokenizer(encoder.text))
         write_model(model, folder, config, processor, conv=False)
 
     def reload(self, model: Model, folder: Path) -> Reloaded:

@@ -80,7 +80,10 @@ maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True)
         return []
 
     def write(self, model: Model, folder: Path, place: Path) -> None:
-        write_folder(model.encoder, folder)
+        described = describe(model.encoder)
+        write_config(described, model.encoder, folder)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in described.tensors.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
     def reload(self, model: Model, folder: Path) -> Reloaded:
         theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -112,9 +115,8 @@ maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True)
         return Reloaded(image, ours=ours, notes=describe(model.encoder).notes)
 
 
-def write_folder(encoder: Encoder, folder: Path) -> None:
-    """`config.json` and `model.safetensors` of `describe`."""
-    model = describe(encoder)
+def write_config(model: TimmModel, encoder: Encoder, folder: Path) -> None:
+    """`config.json`, by which timm builds the model."""
     backbone = encoder.backbone
     H, W = own_grid(encoder)
     any_size = isinstance(backbone, NaFlexViT)
@@ -141,8 +143,6 @@ def write_folder(encoder: Encoder, folder: Path) -> None:
         "model_args": model.args,
     }
     folder.joinpath("config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.tensors.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def pixel_statistics(backbone: Backbone) -> tuple[list[float], list[float]]:
@@ -151,8 +151,12 @@ def pixel_statistics(backbone: Backbone) -> tuple[list[float], list[float]]:
     return [round(number, 6) for number in mean], [round(number, 6) for number in std]
 
 
-def describe(encoder: Encoder) -> TimmModel:
+def describe(encoder: Encoder, classifier: bool = True) -> TimmModel:
     """The image side as a model of timm.
+
+    Args:
+        encoder: What `check` let pass.
+        classifier: Whether a linear projection goes along.
 
     Raises:
         ValueError: timm's model has other tensors.
@@ -175,7 +179,7 @@ def describe(encoder: Encoder) -> TimmModel:
     elif projection is None:
         notes.append("the projection, an MLP, is not in it")
     num_classes = 0
-    if projection is not None and not isinstance(encoder.image_projection, nn.Identity):
+    if classifier and projection is not None and not isinstance(encoder.image_projection, nn.Identity):
         num_classes = encoder.embed_dim
     with torch.device("meta"):
         empty: Any = timm.create_model(name, num_classes=num_classes, **args)

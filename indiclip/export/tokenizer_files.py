@@ -1,6 +1,7 @@
 """Our tokenizers as those of transformers, which also write their files."""
 
 import base64
+import json
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -58,6 +59,37 @@ def transformers_tokenizer(text: TextTower, folder: Any) -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=rust, pad_token=pad_token, padding_side="right", truncation_side="right", **common
     )
+
+
+def gemma_losses(tokenizer: Tokenizer) -> list[Loss]:
+    """Why transformers would read a tokenizer otherwise in a folder of SigLIP 2, whose class it makes of any."""
+    reason = Loss(
+        f"text.tokenizer: found {type(tokenizer).__name__}; transformers opens that of a SigLIP 2 folder as Gemma's, "
+        "which tools/train_tokenizer.py --siglip2 makes"
+    )
+    if not isinstance(tokenizer, FastTokenizer):
+        return [reason]
+    own, theirs = json.loads(tokenizer.to_config()["serialized"]), json.loads(_gemma(tokenizer).backend_tokenizer.to_str())
+    same = all(own[part] == theirs[part] for part in ("normalizer", "pre_tokenizer"))
+    models = ({key: value for key, value in one["model"].items() if key != "ignore_merges"} for one in (own, theirs))
+    return [] if same and next(models) == next(models) else [reason]
+
+
+def gemma_tokenizer(text: TextTower) -> Any:
+    """As `transformers_tokenizer`, of the class that transformers makes of it in a folder of SigLIP 2."""
+    assert isinstance(text.tokenizer, FastTokenizer)
+    found = _gemma(text.tokenizer, model_max_length=text.tokenizer.context_length, model_input_names=["input_ids"])
+    own = RustTokenizer.from_str(text.tokenizer.to_config()["serialized"])
+    found.backend_tokenizer.post_processor = own.post_processor
+    return found
+
+
+def _gemma(tokenizer: FastTokenizer, **options: Any) -> Any:
+    import transformers
+
+    model = json.loads(tokenizer.to_config()["serialized"])["model"]
+    merges = [tuple(pair) for pair in model.get("merges", [])]
+    return transformers.Siglip2Tokenizer(vocab=dict(model["vocab"]), merges=merges, padding_side="right", **options)
 
 
 def _of_bytes(tokenizer: ByteTokenizer) -> RustTokenizer:
