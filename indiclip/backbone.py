@@ -41,6 +41,8 @@ class Backbone(nn.Module, ABC):
         patch_size: Side of the patches that the data pipeline cuts, in pixels.
         max_tokens: The token budget per image: no source may ask for more patches.
         canvas_hw: The one image size this backbone takes; None where any size goes.
+        mean: Of the channels red, green and blue, in 0..1; pixels are normalised with it.
+        std: As `mean`.
     """
 
     width: int
@@ -49,12 +51,15 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     max_tokens: int
     canvas_hw: tuple[int, int] | None = None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     mean_P: Tensor
     std_P: Tensor
     _args: dict[str, Any]  # of the constructor
 
     def _set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Keep the pixel statistics in the layout of a patch (channel last, so the three numbers repeat)."""
+        self.mean, self.std = tuple(mean), tuple(std)
         pixels = self.patch_size**2
         self.register_buffer("mean_P", torch.tensor(list(mean)).repeat(pixels) * 255, persistent=False)
         self.register_buffer("std_P", torch.tensor(list(std)).repeat(pixels) * 255, persistent=False)

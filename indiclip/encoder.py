@@ -3,6 +3,7 @@
 It knows no head, no Lightning and no config. Shape letters: see `indiclip.types`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast, get_args
@@ -30,6 +31,9 @@ _DEFAULTS: dict[str, Any] = {
     "image_projection": Projection(),
     "text_projection": Projection(),
 }
+
+
+_CLIP_LOGIT_SCALE = math.log(100)  # that of trained CLIP models, where a model brings none
 
 
 class Encoder(nn.Module):
@@ -189,6 +193,32 @@ class Encoder(nn.Module):
             return text_BE
         position = {text: i for i, text in enumerate(distinct)}
         return text_BE[on_device([position[text] for text in many], text_BE.device)]
+
+    def zero_shot(
+        self,
+        images: AnyImage | Sequence[AnyImage] | Images,
+        classes: Sequence[str],
+        templates: Sequence[str] = ("{}",),
+        length: int | None = None,
+    ) -> list[dict[str, float]]:
+        """For each image the classes and their probabilities, the most probable first.
+
+        Args:
+            images: As of `embed_image`.
+            classes: Names, in any language.
+            templates: Prompts in which `{}` stands for the name; a class is the mean of its prompts' embeddings.
+            length: As of `embed_image`.
+        """
+        if not classes or not templates:
+            raise ValueError("zero_shot: expected at least one class and one template")
+        prompts = [template.replace("{}", name) for name in classes for template in templates]
+        text_CTE = self.embed_text(prompts, length).unflatten(0, (len(classes), len(templates)))
+        class_CE = F.normalize(text_CTE.mean(1), dim=-1)
+        logits_BC = math.exp(self.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE)) * (
+            self.embed_image(images, length) @ class_CE.T
+        )
+        rows = [dict(zip(classes, row, strict=True)) for row in logits_BC.softmax(1).tolist()]
+        return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]
 
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this encoder without a network, weights aside (plain types only)."""

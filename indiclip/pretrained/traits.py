@@ -8,8 +8,17 @@ from torch import nn
 
 from indiclip.pretrained.build import build
 
-# What differs by design or only while training.
-_IGNORED = {"training", "p", "drop_prob", "scale_by_keep", "fused_attn", "grad_checkpointing", "gradient_checkpointing"}
+# What differs by design, shows in a tensor's shape (and is converted), or matters in training only.
+_IGNORED = {"patch_size", "stride", "max_tokens", "in_features"}
+_IGNORED |= {
+    "training",
+    "p",
+    "drop_prob",
+    "scale_by_keep",
+    "fused_attn",
+    "grad_checkpointing",
+    "gradient_checkpointing",
+}
 _MODULES = {"image": "backbone", "text": "text"}
 _SHOWN = 4
 
@@ -42,5 +51,5 @@ def _traits(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if not list(module.children()):
             yield f"{path} (kind)", type(module).__name__
         for key, value in vars(module).items():
-            if not key.startswith("_") and key not in _IGNORED and isinstance(value, bool | int | float | str):
+            if not key.startswith("_") and key not in _IGNORED and isinstance(value, bool | int | float | str | tuple):
                 yield f"{path}.{key}".lstrip("."), value
