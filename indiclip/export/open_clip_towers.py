@@ -94,7 +94,7 @@ def text_losses(encoder: Encoder) -> list[Loss]:
     if config.model_type not in _POOLS:
         return [
             Loss(
-                f"text.architecture.model_type: found {config.model_type!r}, which OpenCLIP looks for on the hub, not in "
+                f"text.architecture.model_type: found {config.model_type!r}, which OpenCLIP seeks on the hub, not in "
                 f"the folder; expected {' or '.join(_POOLS)}"
             )
         ]

@@ -243,13 +243,9 @@ def as_pixels(patches_BNP: Tensor, images: Images) -> Tensor:
 
 
 def _valid(tokens_BKD: Tensor, images: Images) -> Tensor:
-    """Tokens that are no padding, one below the other, over the largest number among them."""
+    """Tokens that are no padding, one below the other."""
     num_prefix = tokens_BKD.shape[1] - images["valid_BN"].shape[1]
     if len(set(images["sizes_hw"])) == 1:
-        return _scaled(tokens_BKD.flatten(0, 1))
+        return tokens_BKD.flatten(0, 1)
     valid_BN = F.pad(images["valid_BN"], (num_prefix, 0), value=True)
-    return _scaled(tokens_BKD[valid_BN])
-
-
-def _scaled(vectors: Tensor) -> Tensor:
-    return vectors / vectors.abs().max().clamp(min=1)
+    return tokens_BKD[valid_BN]
