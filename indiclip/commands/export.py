@@ -2,7 +2,11 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from transformers.utils import logging
 
 from indiclip.export.exporter import Refused, export
 from indiclip.export.source import open_source
@@ -23,8 +27,7 @@ def run(
 ) -> int:
     """Returns the exit status."""
     find_target(to)  # before anything is read
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other libraries
+    with _quiet():
         opened = open_source(source, weights, length, trust_code)
         print(f"weights: {opened.chosen}")
         try:
@@ -42,6 +45,20 @@ def run(
     kept = "within" if record["within_bound"] else "MORE THAN"
     print(f"{out}: {to}, {record['largest_difference']:.1e} at most, {kept} the bound of {record['bound']:.0e}")
     return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what other libraries say; what matters is measured."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _in_words(measured: dict[str, object]) -> str:
