@@ -92,7 +92,7 @@ def _compare(
 
 
 def _row(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """Largest difference of a number (over the largest number, where that is more than 1), smallest cosine of a vector."""
+    """Largest difference of a number (over the largest one, where that is more than 1), smallest cosine of a vector."""
     difference = (ours.float() - theirs.float()).abs().max() / ours.abs().max().clamp(min=1)
     cosine = F.cosine_similarity(ours.double(), theirs.double(), dim=-1).min()
     return {"difference": float(difference), "cosine": float(cosine)}
