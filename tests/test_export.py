@@ -109,20 +109,24 @@ def test_a_difference_of_degree_is_refused_or_measured(tmp_path, capsys):
     assert len(record["losses"]) == 1
 
 
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+
+def far_off(*_):
+    return {"within_bound": False, "largest_difference": float("nan"), "bound": 1e-6, "losses": [], "notes": []}
+
+
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("place", "name", "fault", "words"),
     [
-        (lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device", "model")), "No space left"),
-        (to_timm.Target.check, "differs by inf"),
+        (to_timm, "save_file", full_disk, "model.safetensors: No space left on device"),
+        (exporter, "measure", far_off, "--to timm: differs by nan; expected at most 1e-06"),
     ],
 )
-def test_nothing_is_left_where_it_fails(runs, tmp_path, monkeypatch, capsys, fault, words):  # noqa: F811
-    if "space" in words:
-        monkeypatch.setattr(to_timm, "save_file", fault)
-    else:
-        monkeypatch.setattr(exporter, "measure", lambda *_: {"within_bound": False, "largest_difference": float("inf")})
-        monkeypatch.setattr(exporter, "write_card", lambda *_: None)
-    assert main(["export", runs["portable"], "--to", "timm", str(tmp_path / "out")]) in (1, 2)
+def test_nothing_is_left_where_it_fails(runs, tmp_path, monkeypatch, capsys, place, name, fault, words):  # noqa: F811
+    monkeypatch.setattr(place, name, fault)
+    assert main(["export", runs["portable"], "--to", "timm", str(tmp_path / "out")]) != 0
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     assert list(tmp_path.iterdir()) == []

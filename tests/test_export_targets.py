@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import indiclip
-from indiclip.backbone import TimmBackbone
+from indiclip.backbone import NaFlexViT, TimmBackbone
 from indiclip.encoder import Encoder
 from indiclip.export.exporter import Refused, export
 from indiclip.export.parity import measure
@@ -189,7 +189,8 @@ def test_towers_of_fixed_size_leave_by_their_names(tmp_path):
     text = clip().text
     backbone = TimmBackbone("test_convnext", (64, 96))
     encoder = filled(Encoder(backbone, text, 16, [16], "tower", "eos", image_projection=Projection("mlp", True, 32)))
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for name in "abc":
+        (tmp_path / name).mkdir()
     record = proved(encoder, "open_clip", tmp_path / "a")
     assert record["within_bound"]
     config = json.loads((tmp_path / "a" / "open_clip_config.json").read_text())
@@ -197,6 +198,9 @@ def test_towers_of_fixed_size_leave_by_their_names(tmp_path):
     record = proved(encoder, "timm", tmp_path / "b")
     assert record["within_bound"]
     assert "an MLP" in record["notes"][0]
+    swin = {"img_size": 64, "window_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+    backbone = TimmBackbone("swin_tiny_patch4_window7_224", (64, 64), options=swin)
+    assert proved(filled(Encoder(backbone, text, 16, [16], "mean", "eos")), "timm", tmp_path / "c")["within_bound"]
     earlier = Encoder(TimmBackbone("test_convnext", feature_index=1), text, 16, [16], "mean", "eos")
     assert "feature_index: found 1" in find_target("timm").check(earlier)[0].reason
 
@@ -262,3 +266,10 @@ def test_a_model_that_came_in_leaves_as_it_was(folders, tmp_path, kind, target):
         theirs, back = (load_file(f"{folder}/model.safetensors") for folder in (folders[kind], tmp_path / "out"))
         assert theirs.keys() == back.keys()
         assert all(torch.equal(theirs[name].flatten(), back[name].flatten()) for name in theirs)
+
+
+def test_an_epsilon_that_timm_cannot_set_is_refused():
+    for backbone in (vit(norm_eps=1e-4), NaFlexViT(name="test_vit", options={"norm_eps": 1e-4, "img_size": 32})):
+        encoder = Encoder(backbone, clip().text, 16, [16], "mean", "eos")
+        (loss,) = find_target("timm").check(encoder)
+        assert "options.norm_eps: found 0.0001; timm" in loss.reason

@@ -58,7 +58,7 @@ def export(source: Source, to: str, out: Path, allow_loss: bool = False, licence
         record = _write(target, to, source, part, out, losses, licence)
         if not record["within_bound"] and not allow_loss:
             raise ValueError(
-                f"--to {to}: differs by {record['largest_difference']:.1e}; expected at most {target.bound:.0e} "
+                f"--to {to}: differs by {record['largest_difference']:.1e}; expected at most {record['bound']:.0e} "
                 "(--allow-loss writes it nevertheless)"
             )
         part.chmod(0o755)
