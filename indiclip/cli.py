@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = ("check", "shards", "tokenizer", "bench")
+_COMMANDS = ("check", "shards", "tokenizer", "bench", "export")
 
 _HELP = """\
 IndiCLIP {version}: trains vision encoders that understand India and the world.
@@ -25,6 +25,7 @@ usage: indiclip <command> [--config FILE]... [options]
   shards     index, check, pack and count data        indiclip shards --help
   tokenizer  tokens per word in every language        indiclip tokenizer --help
   bench      score an encoder on India's benchmark    indiclip bench --help
+  export     write an encoder for another library     indiclip export --help
 
   --config FILE            an experiment; several are stacked, later ones win
   --name NAME              the run's folder, runs/NAME (default: the first config's name)

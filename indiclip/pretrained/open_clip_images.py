@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,6 +15,7 @@ from torch import Tensor
 from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
 from indiclip.names import check_choice
 from indiclip.pooling import Projection
+from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.open_clip_source import OpenClipSource
 from indiclip.pretrained.open_clip_texts import activation, norm_eps
 from indiclip.pretrained.timm_models import image_tower
@@ -32,6 +34,7 @@ _NAMES = [
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"blocks.\1.mlp.fc1"),
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"blocks.\1.mlp.fc2"),
 ]
+_LOCAL = "local-dir:"
 _HEADS = {
     "head.proj.": "image_projection.",
     "head.mlp.fc1.": "image_projection.0.",
@@ -138,6 +141,10 @@ def _of_timm(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
     config, origin = source.model["vision_cfg"], f"{source.origin}: vision_cfg"
     name, pool, embed_dim = config["timm_model_name"], config["timm_pool"], source.model["embed_dim"]
     kind = config["timm_proj"] or ""
+    options = {"global_pool": pool} if pool else {}
+    if name.startswith(_LOCAL) and source.folder is not None:  # a folder of timm's inside, wherever both lie now
+        described = read_config(source.folder / Path(name.removeprefix(_LOCAL)).name / "config.json")
+        name, options = described["architecture"], (described.get("model_args") or {}) | options
     check_choice(f"{origin}.timm_model_name", name, timm.list_models())
     check_choice(f"{origin}.timm_proj", kind, ("linear", "mlp", "none", ""))
     if pool in ("abs_attn", "rot_attn") or (not pool and kind in ("none", "")):
@@ -149,7 +156,7 @@ def _of_timm(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
         for part in ("weight", "bias"):
             if (tensor := trunk.pop(f"{classifier}.{part}", None)) is not None:
                 moved[f"image_projection.{part}"] = tensor
-    tower = image_tower(source.origin, name, trunk, {"global_pool": pool} if pool else {}, {})
+    tower = image_tower(source.origin, name, trunk, options, {})
     arguments = tower.config["backbone"]["init_args"]
     arguments |= {key: source.pixels[key] for key in ("mean", "std", "interpolation")}
     if "canvas_hw" in arguments:
