@@ -68,6 +68,7 @@ ARROWS = {
     "webdataset": "types names images datasets",
     "generated": "types names images datasets",
     "loading": "types names images patches datasets lightning_internals",
+    "export": "types patches backbone encoder",
     "evals": (
         "types names strict_yaml images patches json_lines text backbone encoder checkpoint pretrained datasets"
         " webdataset generated loading"
