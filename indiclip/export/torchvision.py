@@ -7,6 +7,8 @@ and `torchvision_backbone.py`, which reads them; see there.
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ from indiclip.export.torchvision_backbone import PyramidBackbone, build_tower, l
 from indiclip.patches import patchify, stack
 from indiclip.types import Images
 
-__all__ = ["TOLERANCE", "as_torchvision", "check_parity", "load", "write"]
+__all__ = ["TOLERANCE", "as_torchvision", "check_parity", "load", "write", "write_detector"]
 
 TOLERANCE = 1e-6  # largest difference of a feature, relative to the largest feature
 _POOLING = ("attn_pool.", "fc_norm.", "head.", "norm_head.", "final_conv.")  # weights that no feature map comes from
@@ -34,25 +36,54 @@ def write(encoder: Encoder, folder: Path) -> None:
         FileExistsError: The folder holds something.
         ValueError: A backbone that torchvision cannot have without a loss.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: the folder is not empty")
     config, weights = _described(encoder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_file(weights, part / "model.safetensors")
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copyfile(torchvision_backbone.__file__, part / "torchvision_backbone.py")
+    with _new_folder(folder) as part:
+        _fill(part, config, weights)
         parity = check_parity(encoder, load(part))
         worst = max(parity, key=lambda case: parity[case])
         if not parity[worst] <= TOLERANCE:
             raise ValueError(
                 f"torchvision: the features differ by {parity[worst]:.1e} ({worst}); expected at most {TOLERANCE:.0e}"
             )
+
+
+def write_detector(encoder: Encoder, detector: nn.Module, spec: dict[str, Any], folder: Path) -> None:
+    """Write a trained detector, which `torchvision_backbone.load_detector` opens, into a new or empty folder.
+
+    Args:
+        encoder: Whose backbone it has.
+        detector: Made by `build_detector` from `as_torchvision`.
+        spec: `kind`, `num_classes`, `out_channels`, `scales` and `options` it was made with, and names of `classes`.
+        folder: Where to.
+
+    Raises:
+        FileExistsError: The folder holds something.
+    """
+    config, _ = _described(encoder)
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in detector.state_dict().items()}
+    with _new_folder(folder) as part:
+        _fill(part, config | {"detector": spec}, weights)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside it, which takes its place when all is written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: the folder is not empty")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield part
         part.chmod(0o755)
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _fill(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copyfile(torchvision_backbone.__file__, folder / "torchvision_backbone.py")
 
 
 def check_parity(encoder: Encoder, backbone: PyramidBackbone) -> dict[str, float]:

@@ -14,10 +14,12 @@ counts as padding here: no patch of it is seen by others, and its features are z
 Shape letters: B images, N patches, P numbers in a patch, D width, H W rows and columns.
 """
 
+import difflib
 import inspect
 import json
 import math
 from collections import OrderedDict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import LayerNorm2d  # type: ignore[attr-defined]
+from timm.layers import LayerNorm, LayerNorm2d  # type: ignore[attr-defined]
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
+from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOS, FCOSHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
@@ -37,6 +41,8 @@ from torchvision.ops.poolers import initLevelMapper
 NUM_LEVELS = 4  # and one more by max-pooling, as in torchvision's own detectors with five
 FINEST_STRIDE = 4  # pixels
 RPN_ANCHOR = 8  # side of an anchor in strides: 32 to 512 pixels at strides 4 to 64, which are torchvision's
+
+_OF_TRANSFORM = {"size_divisible", "fixed_size"}  # options that the detectors hand on to their transform
 
 
 class PyramidBackbone(nn.Module):
@@ -240,11 +246,19 @@ def build_detector(kind: type[nn.Module], backbone: Any, num_classes: int, **opt
 
     Args:
         kind: `FasterRCNN`, `MaskRCNN`, `KeypointRCNN` or `FCOS` of `torchvision.models.detection`.
-        backbone: A `PyramidBackbone`, or whatever has its `strides`, `image_mean` and `image_std`.
+        backbone: A `PyramidBackbone`, or what has its `strides`, `out_channels`, `image_mean` and `image_std`.
         num_classes: Those of the R-CNNs count the background, which is class 0; FCOS has none.
-        **options: More arguments of `kind`, such as `min_size` and `max_size`; they win over those here.
+        **options: More arguments of `kind`, such as `min_size` and `max_size`; they win over those here. And
+            `num_convs`, of the towers of FCOS.
+
+    Raises:
+        ValueError: An option that `kind` does not have; torchvision itself would say nothing.
     """
     names = {name for base in kind.__mro__ for name in inspect.signature(base).parameters}
+    known = (names | _OF_TRANSFORM | ({"num_convs"} if kind is FCOS else set())) - {"self", "kwargs", "args"}
+    for name in options.keys() - known:
+        nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise ValueError(f"{kind.__name__}: no option {name!r}; nearest is {nearest!r}")
     strides = backbone.strides
     # The coarsest stride divides each batch, so that torchvision reads the exact strides off the maps' sizes.
     ours: dict[str, Any] = {"image_mean": backbone.image_mean, "image_std": backbone.image_std}
@@ -254,6 +268,8 @@ def build_detector(kind: type[nn.Module], backbone: Any, num_classes: int, **opt
         ours["rpn_anchor_generator"] = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(strides))
     else:
         ours["anchor_generator"] = AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides))
+        if "num_convs" in options:
+            ours["head"] = FCOSHead(backbone.out_channels, 1, num_classes, options.pop("num_convs"))
     for name, size in (("box_roi_pool", 7), ("mask_roi_pool", 14), ("keypoint_roi_pool", 14)):
         if name in names:
             ours[name] = roi_align(strides[:-1], size)
@@ -273,6 +289,8 @@ def build_tower(config: dict[str, Any]) -> "NaFlexTower | StageTower":
     arguments = dict(config["arguments"])
     if config["kind"] == "NaFlexVit":
         name = arguments.pop("name", None)
+        if (eps := arguments.pop("norm_eps", None)) is not None:
+            arguments["norm_layer"] = partial(LayerNorm, eps=eps)
         vit: Any = timm.create_model(name, use_naflex=True, **arguments) if name else NaFlexVit(**arguments)
         return NaFlexTower(vit)
     net: Any = timm.create_model(**arguments)
@@ -293,16 +311,43 @@ def load(
         FileNotFoundError: No such folder, or a file of it is missing.
         ValueError: Another kind of folder, or weights that are not those of its config.
     """
-    file = Path(folder) / "config.json"
-    config = json.loads(file.read_text())
+    config = _read_config(Path(folder))
+    tower = build_tower(config["tower"])
+    _load_weights(tower, Path(folder))
+    return PyramidBackbone(tower, config["image_mean"], config["image_std"], out_channels, scales, stages)
+
+
+def load_detector(folder: str | Path) -> nn.Module:
+    """The trained detector of a folder that `tools/finetune_torchvision.py` wrote, in evaluation mode.
+
+    `config.json` names its classes, in the order of its labels: from 0 on with FCOS, from 1 on with the R-CNNs.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load`; and a folder of a backbone alone.
+    """
+    config = _read_config(Path(folder))
+    if "detector" not in config:
+        raise ValueError(f"{folder}: holds a backbone and no detector; load() opens it")
+    spec, tower = config["detector"], build_tower(config["tower"])
+    mean, std = config["image_mean"], config["image_std"]
+    backbone = PyramidBackbone(tower, mean, std, spec["out_channels"], spec["scales"])
+    detector = build_detector(getattr(detection, spec["kind"]), backbone, spec["num_classes"], **spec["options"])
+    _load_weights(detector, Path(folder))
+    return detector.eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text())
     if config.get("format") != "indiclip-torchvision" or config.get("version") != 1:
         found = f"{config.get('format')} {config.get('version')}"
         raise ValueError(f"{file}: found the format {found}; expected indiclip-torchvision 1")
-    tower = build_tower(config["tower"])
-    weights = load_file(Path(folder) / "model.safetensors")
+    return config
+
+
+def _load_weights(module: nn.Module, folder: Path) -> None:
     try:
-        tower.load_state_dict(weights)
+        module.load_state_dict(load_file(folder / "model.safetensors"))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: the weights are not those of config.json's model: {reason}") from error
-    return PyramidBackbone(tower, config["image_mean"], config["image_std"], out_channels, scales, stages)
