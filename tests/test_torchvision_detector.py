@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import noise, packed, tiny_encoder
+from helpers import ARCHITECTURE, noise, packed, tiny_encoder
 from PIL import Image
 from torchvision.models import detection
 
 from heads.torchvision_detector import TorchvisionDetector
+from indiclip.backbone import TimmBackbone
+from indiclip.encoder import Encoder
 from indiclip.export.torchvision import as_torchvision
 from indiclip.export.torchvision_backbone import build_detector, load_detector
 from indiclip.generated.mela import Mela
 from indiclip.json_lines import read
 from indiclip.patches import batch_images
+from indiclip.text import ByteTokenizer, TextTower
 from indiclip.types import Batch
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +93,25 @@ def test_losses_and_predictions_are_torchvisions(kind):
     assert head.metric.compute()["ap"] >= 0
 
 
+def test_a_backbone_of_one_canvas_size_has_the_same_maps():
+    """Also where the image does not fill it: what torchvision pads, and what the head's features leave out."""
+    net = TimmBackbone("convnext_atto", (64, 64), 8, options={"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]})
+    encoder = Encoder(net, TextTower(ByteTokenizer(), ARCHITECTURE), 32, (16,)).eval()
+    head = head_of(encoder, "FCOS").eval()
+    assert head.pyramid.strides == [4, 8, 16, 32, 64]
+    backbone = as_torchvision(encoder, 32).eval()
+    backbone.pyramid.load_state_dict(head.pyramid.state_dict())
+    image = noise(40, 64)
+    with torch.no_grad():
+        features = encoder.features(batch_images([image], 8, 64, (64, 64)))
+        head(features, [(40, 64)])
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(each)[:, None, None] for each in (backbone.image_mean, backbone.image_std))
+        theirs = backbone(torch.nn.functional.pad((pixels - mean) / std, (0, 0, 0, 24)))
+    for name, level in theirs.items():
+        torch.testing.assert_close(head._maps.given[name], level, atol=1e-5, rtol=1e-4)
+
+
 def test_crowds_and_flat_boxes_are_no_targets():
     encoder, batch = tiny_encoder(), batch_of()
     head = head_of(encoder, "FasterRCNN")
@@ -136,7 +158,7 @@ def coco(folder, count=6):
         for x1, y1, x2, y2 in sample["boxes_xyxy"].tolist():
             box = [x1, y1, x2 - x1, y2 - y1]
             row = {"id": len(annotations) + 1, "image_id": index, "category_id": 1, "bbox": box, "iscrowd": 0}
-            annotations.append(row | {"area": box[2] * box[3]})
+            annotations.append(row | {"area": box[2] * box[3], "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]]})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     for name in ("train.json", "held_out.json"):
         (folder / name).write_text(json.dumps(content))
@@ -175,11 +197,31 @@ def test_files_that_are_missing_are_said_before_anything(tmp_path, capsys):
     assert "x.json: no such file or folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "conf" / "downstream").glob("*.yaml")), ids=lambda path: path.stem)
+PAGES = [ROOT / "conf" / "downstream" / f"{name}.yaml" for name in ("fcos", "faster_rcnn", "mask_rcnn")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_page_says_its_command(page):
     opening = [line for line in page.read_text().splitlines() if line.startswith("#")]
-    assert any(f"--config conf/downstream/{page.name} --model" in line for line in opening) or page.stem == "densepose"
+    assert any(f"--config conf/downstream/{page.name} --model" in line for line in opening)
     assert yaml.safe_load(page.read_text())["model"]["layer_decay"] < 1
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda path: path.stem)
+def test_every_other_page_trains_too(page, tmp_path):
+    """Again with `last`, it has nothing left to train, and the detector is written anew."""
+    from test_cli import config, fit
+
+    coco(tmp_path, 2)
+    assert fit(tmp_path, config()) == 0
+    words = ["--config", str(page), "--model", str(tmp_path / "runs" / "experiment"), "--max_tokens", "36"]
+    words += ["--train", str(tmp_path / "train.json"), "--images", str(tmp_path / "photos")]
+    words += ["--val", str(tmp_path / "held_out.json"), "--runs", str(tmp_path / "runs"), "--name", "x"]
+    words += ["--ckpt_path", "last", "--batch_size", "2", *SHORT.replace("max_steps 2", "max_steps 1").split()]
+    for _ in range(2 if page.stem == "faster_rcnn" else 1):
+        assert finetune_torchvision.main(words) == 0
+    assert "boxes" in load_detector(tmp_path / "runs" / "x" / "torchvision")([torch.rand(3, 48, 48)])[0]
+    assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()].count("x-2") == 0
 
 
 def test_the_benchmark_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ import indiclip
 from indiclip import json_lines
 from indiclip.datasets.coco import CocoDetection
 from indiclip.detection_metric import DetectionMetric
+from indiclip.encoder import Encoder
 from indiclip.export.torchvision import as_torchvision, write_detector
 from indiclip.export.torchvision_backbone import build_detector
 from indiclip.loading.transforms import read_upright
@@ -61,18 +64,18 @@ def page_for(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def newest_run(runs: Path, name: str) -> Path:
-    """The folder of the run that ended last among those of a name."""
-    ended = sorted(runs.glob(f"{name}*/metrics.json"), key=lambda file: file.stat().st_mtime)
-    if not ended:
-        raise SystemExit(f"{runs / name}: the fit left no metrics.json")
-    return ended[-1].parent
+    """The folder of the run that ended last among those of a name: `name`, `name-2`, ..."""
+    own = [folder for folder in runs.iterdir() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", folder.name)]
+    ended = [folder for folder in own if (folder / "metrics.json").exists()]
+    return max(ended, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
 
 
-def detector_of(folder: Path, sizes_hw: np.ndarray) -> tuple[torch.nn.Module, dict[str, Any]]:
+def detector_of(folder: Path, encoder: Encoder, sizes_hw: np.ndarray) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The detector that a run trained, and how it is built.
 
     Args:
         folder: The run's.
+        encoder: Which it trained.
         sizes_hw: Of the images that it will get, as they are resized here: torchvision resizes to the median.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -83,7 +86,7 @@ def detector_of(folder: Path, sizes_hw: np.ndarray) -> tuple[torch.nn.Module, di
     kind, scales = head["detector"], head.get("scales")
     num_classes = head["num_classes"] + (kind != "FCOS")  # the R-CNNs count the background
     spec = {"kind": kind, "num_classes": num_classes, "out_channels": head["out_channels"], "scales": scales}
-    backbone = as_torchvision(indiclip.load(folder), head["out_channels"], scales)
+    backbone = as_torchvision(encoder, head["out_channels"], scales)
     detector = build_detector(getattr(detection, kind), backbone, num_classes, **options)
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     prefix = f"heads.{HEAD}."
@@ -110,6 +113,9 @@ def score(detector: torch.nn.Module, dataset: CocoDetection, first_label: int) -
 
 def main(argv: list[str] | None = None) -> int:
     """Fit, write, score. Returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["fit"]:  # one of the other processes, which Lightning starts with the words of `fit`
+        return run(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "conf" / "downstream" / "fcos.yaml")
     parser.add_argument(
@@ -123,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, help="images per step (default: the page's)")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--name", default="")
-    arguments, options = parser.parse_known_args(argv)
+    arguments, options = parser.parse_known_args(words)
     for file in (arguments.config, arguments.train, arguments.val, arguments.images):
         if not file.exists():
             parser.error(f"{file}: no such file or folder")
@@ -136,15 +142,17 @@ def main(argv: list[str] | None = None) -> int:
         return status
 
     folder = newest_run(arguments.runs, name)
+    encoder = indiclip.load(folder)
+    own = encoder.backbone
     held_out = CocoDetection(str(arguments.val_images or arguments.images), str(arguments.val))
-    source = yaml.safe_load((folder / "config.yaml").read_text())["data"]["val"][0]
-    patch_size = indiclip.load(folder).backbone.patch_size
-    resized = [fit_hw(int(h), int(w), patch_size, source["max_tokens"]) for h, w in held_out.sizes_hw]
-    detector, spec = detector_of(folder, np.array(resized))
-    write_detector(indiclip.load(folder), detector, spec | {"classes": list(held_out.classes)}, folder / "torchvision")
+    max_tokens = yaml.safe_load((folder / "config.yaml").read_text())["data"]["val"][0]["max_tokens"]
+    sizes_hw = [fit_hw(int(h), int(w), own.patch_size, max_tokens, own.canvas_hw) for h, w in held_out.sizes_hw]
+    detector, spec = detector_of(folder, encoder, np.array(sizes_hw))
+    shutil.rmtree(folder / "torchvision", ignore_errors=True)  # of fewer steps, where the run went on
+    write_detector(encoder, detector, spec | {"classes": list(held_out.classes)}, folder / "torchvision")
     ap = score(detector, held_out, int(spec["kind"] != "FCOS"))
-    own = json.loads((folder / "metrics.json").read_text())["metrics"]
-    parity = {"torchvision": ap, "run": {key: own.get(f"val/{HEAD}/{key}") for key in ap}}
+    in_run = json.loads((folder / "metrics.json").read_text())["metrics"]
+    parity = {"torchvision": ap, "run": {key: in_run.get(f"val/{HEAD}/{key}") for key in ap}}
     json_lines.write_whole(folder / "torchvision" / "parity.json", (json.dumps(parity, indent=2) + "\n").encode())
     aps = [parity[where].get("ap") or 0.0 for where in ("torchvision", "run")]
     print(f"detector {folder / 'torchvision'}: AP {aps[0]:.4f} as torchvision runs it, {aps[1]:.4f} in the run")
