@@ -103,13 +103,13 @@ def test_a_backbone_of_one_canvas_size_has_the_same_maps():
     backbone.pyramid.load_state_dict(head.pyramid.state_dict())
     image = noise(40, 64)
     with torch.no_grad():
-        features = encoder.features(batch_images([image], 8, 64, (64, 64)))
-        head(features, [(40, 64)])
+        features = encoder.features(batch_images([image] * 2, 8, 64, (64, 64)))
+        head(features, [(40, 64)] * 2)
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
         mean, std = (torch.tensor(each)[:, None, None] for each in (backbone.image_mean, backbone.image_std))
         theirs = backbone(torch.nn.functional.pad((pixels - mean) / std, (0, 0, 0, 24)))
     for name, level in theirs.items():
-        torch.testing.assert_close(head._maps.given[name], level, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(head._maps.given[name][:1], level, atol=1e-5, rtol=1e-4)
 
 
 def test_crowds_and_flat_boxes_are_no_targets():
