@@ -165,7 +165,12 @@ def finetuning(weights: Path, arm: str, seed: int, lr: float, changes: dict[str,
 
     config: dict[str, Any] = yaml.safe_load((ROOT / "conf" / "downstream" / "fcos.yaml").read_text())
     encoder = {"init_from": [{"weights": str(weights), "parts": ["image", "text", "projections"]}]}
-    config["model"]["encoder"] = encoder if arm != "random" else read_weights(str(weights)).config
+    plain = read_weights(str(weights)).config
+    if num_blocks := changes.get("num_blocks"):  # the last ones are left away
+        plain["backbone"]["init_args"]["depth"] = num_blocks
+        encoder["backbone"] = plain["backbone"]
+        encoder["init_from"][0]["allow"] = ["backbone.vit.blocks.*"]
+    config["model"]["encoder"] = encoder if arm != "random" else plain
     config["model"] |= {"lr": lr} | changes.get("model", {})
     config["model"]["heads"][0]["init_args"] |= changes["head"]
     for part in ("train", "val"):
@@ -229,7 +234,7 @@ class Bench:
                 return row
         weights = self.pretrained(arm, 0 if data == "photos" else seed % RATES_SEED)
         changes = on_photos(self.data_root, seed) if data == "photos" else on_scenes(self.folder, size, seed)
-        changes["model"] = VARIANTS[variant]
+        changes |= VARIANTS[variant]
         name = "-".join(str(value) for value in key.values() if value != "")
         metrics = fit(finetuning(weights, arm, seed, lr, changes), self.folder / "finetune", name, 100)
         scores = {name: metrics["metrics"].get(f"val/torchvision_detector/{name}") for name in ("ap", "ap50", "ap75")}
@@ -251,9 +256,11 @@ class Bench:
 # What is changed to find the reason of a result.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
-    "frozen": {"lr_scale": {"encoder.backbone": 0.0}},
-    "no_decay": {"layer_decay": 1.0},
-    "decay_0.6": {"layer_decay": 0.6},
+    "frozen": {"model": {"lr_scale": {"encoder.backbone": 0.0}}},
+    "no_decay": {"model": {"layer_decay": 1.0}},
+    "decay_0.6": {"model": {"layer_decay": 0.6}},
+    "three_blocks": {"num_blocks": 3},
+    "two_blocks": {"num_blocks": 2},
 }
 
 

@@ -201,22 +201,37 @@ def _stages(encoder: Encoder, backbone: TimmBackbone) -> dict[str, Any]:
     assert backbone.canvas_hw is not None
     arguments = {"model_name": own["name"], "num_classes": 0} | (own["options"] or {})
     last = own["feature_index"] % len(backbone.net.feature_info)
-    described = {"kind": "stages", "arguments": arguments, "last": last, "canvas_hw": list(backbone.canvas_hw)}
-    # Encoders of early versions read the last stage before the model's final norm.
-    for normed in (True, False):
-        tower = described | {"normed": normed}
-        try:
-            weights = _weights_for(tower, nn.ModuleDict({"net": backbone.net}))
-        except ValueError:
-            continue
-        module = build_tower(tower)
-        module.load_state_dict(weights)
-        mean, std = ((buffer[:3] / 255).tolist() for buffer in (backbone.mean_P, backbone.std_P))
-        grid = (backbone.canvas_hw[0] // backbone.patch_size, backbone.canvas_hw[1] // backbone.patch_size)
-        candidate = PyramidBackbone(module.eval(), mean, std, 32)
-        was_training = encoder.training
-        same = _difference(encoder.eval(), candidate, [grid]) <= TOLERANCE
+    grid = (backbone.canvas_hw[0] // backbone.patch_size, backbone.canvas_hw[1] // backbone.patch_size)
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        # Where pooling is the encoder's own, what only the model's pooling needs may be gone from the last stage.
+        for normed in (True, False):
+            tower = {"kind": "stages", "arguments": arguments, "last": last, "normed": normed}
+            tower |= {"width": _map_width(encoder, grid), "canvas_hw": list(backbone.canvas_hw)}
+            if _is_same(encoder, backbone, tower, grid):
+                return tower
+    finally:
         encoder.train(was_training)
-        if same:
-            return tower
     raise ValueError(f"torchvision: {own['name']} gives other features in timm than in the encoder")
+
+
+@torch.no_grad()
+def _map_width(encoder: Encoder, grid: tuple[int, int]) -> int:
+    p = encoder.backbone.patch_size
+    pixels = torch.zeros(3, grid[0] * p, grid[1] * p, dtype=torch.uint8)
+    return encoder.features(_on_device([pixels], encoder)).tokens_BND.shape[-1]
+
+
+def _is_same(encoder: Encoder, backbone: TimmBackbone, tower: dict[str, Any], grid: tuple[int, int]) -> bool:
+    try:
+        weights = _weights_for(tower, nn.ModuleDict({"net": backbone.net}))
+    except ValueError:
+        return False
+    module = build_tower(tower)
+    module.load_state_dict(weights)
+    mean, std = ((buffer[:3] / 255).tolist() for buffer in (backbone.mean_P, backbone.std_P))
+    try:
+        return _difference(encoder, PyramidBackbone(module.eval(), mean, std, 32), [grid]) <= TOLERANCE
+    except RuntimeError:  # maps of other sizes
+        return False

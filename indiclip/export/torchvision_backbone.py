@@ -135,17 +135,18 @@ class StageTower(nn.Module):
     Args:
         net: The timm model.
         last: Which of its stages gives the last map.
-        normed: Whether that is the map after the model's final norm.
+        normed: Whether that is the map after all that the model has before its pooling: a norm, a wider convolution.
+        width: Of the last map.
         canvas_hw: What batches are padded to. Larger ones go in as they are, where the model takes any size.
     """
 
-    def __init__(self, net: Any, last: int, normed: bool, canvas_hw: tuple[int, int]) -> None:
+    def __init__(self, net: Any, last: int, normed: bool, width: int, canvas_hw: tuple[int, int]) -> None:
         super().__init__()
         self.net, self.last, self.normed, self.canvas_hw = net, last, normed, canvas_hw
         stages = net.feature_info[: last + 1]
-        self.widths = [int(stage["num_chs"]) for stage in stages]
+        self.widths = [*(int(stage["num_chs"]) for stage in stages[:-1]), width]
         self.strides = [int(stage["reduction"]) for stage in stages]
-        self.width, self.stride = self.widths[-1], self.strides[-1]
+        self.width, self.stride = width, self.strides[-1]
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[list[Tensor], Tensor]:
         height, width = pixels_B3HW.shape[-2:]
@@ -161,7 +162,7 @@ class StageTower(nn.Module):
                 "(min_size, max_size)"
             ) from error
         if self.normed:
-            maps[-1] = final if final.shape == maps[-1].shape else final.permute(0, 3, 1, 2)
+            maps[-1] = self._as_map(final, maps[-1].shape[-2:])
         mask_BHW = unpadded(pad_to(pixels_B3HW, self.stride, self.stride), self.stride)
         # torchvision reads a map's stride off its size, so it gets none of what was added.
         maps = [
@@ -170,6 +171,11 @@ class StageTower(nn.Module):
         ]
         maps[-1] = torch.where(mask_BHW[:, None], maps[-1], 0)
         return maps, mask_BHW
+
+    def _as_map(self, final: Tensor, size_hw: Any) -> Tensor:
+        if final.ndim == 3:  # tokens
+            return final[:, self.net.num_prefix_tokens :].transpose(1, 2).unflatten(2, tuple(size_hw))
+        return final if getattr(self.net, "output_fmt", "NCHW") == "NCHW" else final.permute(0, 3, 1, 2)
 
 
 class Pyramid(nn.Module):
@@ -299,7 +305,7 @@ def build_tower(config: dict[str, Any]) -> "NaFlexTower | StageTower":
     else:
         net.reset_classifier(0, "")
     net.to(memory_format=torch.channels_last)  # the same kernels as in training, to the last bits
-    return StageTower(net, config["last"], config["normed"], tuple(config["canvas_hw"]))
+    return StageTower(net, config["last"], config["normed"], config["width"], tuple(config["canvas_hw"]))
 
 
 def load(
