@@ -53,29 +53,38 @@ def run(**options: Any) -> int:
 class _Job(NamedTuple):
     """What there is to do."""
 
+    words: argparse.Namespace
     sources: Sources
     model: Embedder
     view: View
     length: int
     folder: EmbeddingFolder
-    num_parts: int
+
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self.sources) // int(self.words.part_size))
+
+    def samples(self, number: int) -> range:
+        """The samples of a part."""
+        size = int(self.words.part_size)
+        return range(number * size, min((number + 1) * size, len(self.sources)))
 
 
 def _run(words: argparse.Namespace) -> int:
     job = all_or_none(lambda: _prepare(words))
     rank, world = rank_and_world()
-    missing = [number for number in range(job.num_parts) if not job.folder.is_whole(number)]
-    missing = [] if job.folder.is_done() else gathered(missing)[0]
+    parts = range(0) if job.folder.is_done() else range(job.num_parts)
+    missing = gathered([number for number in parts if not job.folder.is_whole(number)])[0]  # as the first one sees it
     started = time.monotonic()
     if rank == 0:
-        _show_sources(job, len(missing), words.as_json)
+        _show_sources(job, len(missing))
     mine = missing[rank::world]
-    samples = sum(_last(words, job, number) - number * words.part_size for number in mine)
-    batches = _batches(words, job, mine)  # starts its processes before the bar starts a thread
+    samples = sum(len(job.samples(number)) for number in mine)
+    batches = _batches(job, mine)  # starts its processes before the bar starts a thread
     what = "samples" if world == 1 else f"samples of process 1 of {world}"
     with progress_bar(samples, what) if rank == 0 else nullcontext(lambda _: None) as advance:
         for number, of_part in groupby(batches, key=lambda batch: batch.first // words.part_size):
-            _write(words, job, number, of_part, advance)
+            _write(job, number, of_part, advance)
     done = sum(gathered(samples))
     if rank == 0:
         record = job.folder.record()
@@ -107,7 +116,7 @@ def _prepare(words: argparse.Namespace) -> _Job:
         _make(folder.path)
         lock(folder.path)
         folder.begin(_record(words, sources, model, view, length), words.overwrite)
-    return _Job(sources, model, view, length, folder, -(-len(sources) // words.part_size))
+    return _Job(words, sources, model, view, length, folder)
 
 
 def _make(folder: Path) -> None:
@@ -135,15 +144,14 @@ def _record(words: argparse.Namespace, sources: Sources, model: Embedder, view: 
     }
 
 
-def _batches(words: argparse.Namespace, job: _Job, parts: list[int]) -> Iterator[Batch]:
+def _batches(job: _Job, parts: list[int]) -> Iterator[Batch]:
     """The batches of some parts, in order. No batch has samples of two parts."""
-    size = words.batch_size
+    words, num_workers = job.words, _num_workers(job.words)
     spans = [
-        (first, min(first + size, _last(words, job, number)))
+        (first, min(first + words.batch_size, job.samples(number).stop))
         for number in parts
-        for first in range(number * words.part_size, _last(words, job, number), size)
+        for first in job.samples(number)[:: words.batch_size]
     ]
-    num_workers = _num_workers(words)
     loader: StepLoader[Any] = StepLoader(
         Batches(job.sources, job.model, job.view, words.what, spans),
         batch_size=None,
@@ -160,26 +168,23 @@ def _or_raise(batch: Batch | Exception) -> Batch:
     return batch
 
 
-def _write(words: argparse.Namespace, job: _Job, number: int, batches: Iterator[Batch], advance: Callable[[int], None]) -> None:
+def _write(job: _Job, number: int, batches: Iterator[Batch], advance: Callable[[int], None]) -> None:
+    """Embed and write a part."""
     vectors, rows, quarantined = [np.zeros((0, job.length), np.float32)], list[dict[str, Any]](), list[dict[str, Any]]()
     for batch in batches:
-        vectors.append(embed(job.model, batch, words.what, job.length))
+        vectors.append(embed(job.model, batch, job.words.what, job.length))
         rows += batch.rows
         quarantined += batch.quarantined
         advance(batch.last - batch.first)
-    found, losses = stored(np.concatenate(vectors), words.dtype)
-    samples = _last(words, job, number) - number * words.part_size
-    part = Part(samples, len(rows), quarantined, float(losses.sum()), float(losses.max(initial=0)))
-    job.folder.write(number, found, rows, words.what, part)
-
-
-def _last(words: argparse.Namespace, job: _Job, number: int) -> int:
-    return min((number + 1) * words.part_size, len(job.sources))
+    found, losses = stored(np.concatenate(vectors), job.words.dtype)
+    part = Part(len(job.samples(number)), len(rows), quarantined, float(losses.sum()), float(losses.max(initial=0)))
+    job.folder.write(number, found, rows, job.words.what, part)
 
 
 def _num_workers(words: argparse.Namespace) -> int:
-    if words.workers is not None:
-        return int(words.workers)
+    chosen: int | None = words.workers
+    if chosen is not None:
+        return chosen
     if not str(local_device(words.device)).startswith("cuda"):
         return 0  # loading and computing share the processors
     return min(_MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) // rank_and_world()[1]))
@@ -225,8 +230,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _show_sources(job: _Job, missing: int, as_json: bool) -> None:
-    if as_json:
+def _show_sources(job: _Job, missing: int) -> None:
+    if job.words.as_json:
         return
     for source in job.sources.sources:
         print(f"{source.name}: {len(source):,} samples")
@@ -253,7 +258,9 @@ def _show(words: argparse.Namespace, record: dict[str, Any], done: int, seconds:
         print(f"  every one of them: {Path(out) / 'quarantine.jsonl'}")
     if record["dtype"] != "fp32":
         loss = summary["cosine_loss"]
-        print(f"  lost by {record['dtype']}: 1 - cosine is {loss['mean']:.1e} on average, {loss['largest']:.1e} at most")
+        print(
+            f"  lost by {record['dtype']}: 1 - cosine is {loss['mean']:.1e} on average, {loss['largest']:.1e} at most"
+        )
     if done:
         print(f"  {done:,} samples in {seconds:,.1f} s, {done / max(seconds, 1e-9):,.0f} a second")
 

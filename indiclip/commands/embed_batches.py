@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """The samples `first` to `last - 1`.
 
     Attributes:
-        inputs: What the embedder takes, one after the other: prepared images, or texts. None where there are none.
+        inputs: What the embedder takes: a batch of prepared images, or texts.
         rows: Of the keys' table, one for each embedding.
         quarantined: Samples that cannot be read, and why.
     """
@@ -83,9 +83,8 @@ class Batches(Dataset[Batch | Exception]):
                     rows.append(sample | known)
             except UnreadableSample as error:
                 quarantined.append(sample | {"reason": storable(error.reason)})
-        if self.what == "images":
-            inputs = self.embedder.collate(inputs) if inputs else None
-        return Batch(first, last, inputs, rows, quarantined)
+        batch = self.embedder.collate(inputs) if self.what == "images" and inputs else inputs
+        return Batch(first, last, batch, rows, quarantined)
 
 
 def embed(embedder: Embedder, batch: Batch, what: What, length: int) -> np.ndarray:

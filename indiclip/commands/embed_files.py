@@ -5,8 +5,8 @@
     embed.json              model, options, sources; `done` and the rows of each part where it is finished
     quarantine.jsonl        what could not be read, where there is any
 
-Part k holds the samples `k * part_size` to `(k + 1) * part_size - 1` of all sources, those without a row left out. While
-parts are missing, `.parts/00000.json` says that part 0 is whole: it is written last.
+Part k has the rows of the samples `k * part_size` to `(k + 1) * part_size - 1` of all sources, one after the other.
+While parts are missing, `.parts/00000.json` says that part 0 is whole: it is written last.
 """
 
 import io
@@ -65,7 +65,9 @@ class EmbeddingFolder:
         others = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
         if others and not file.is_file():
             found = f"holds other files ({others[0]})"
-            raise ValueError(f"--out {self.path}: {found}; expected a new or an empty folder, or one of `indiclip embed`")
+            raise ValueError(
+                f"--out {self.path}: {found}; expected a new or an empty folder, or one of `indiclip embed`"
+            )
         if file.is_file() and not overwrite:
             self._check(self.record(), record)
         else:
@@ -137,7 +139,9 @@ class EmbeddingFolder:
         if lines:
             raise ValueError(f"--out {self.path}: was begun with other options: {'; '.join(lines)}; {_OVERWRITE}")
         if old["done"]:
-            missing = [file for number in range(len(old["parts"])) for file in self._files(number) if not file.is_file()]
+            missing = [
+                file for number in range(len(old["parts"])) for file in self._files(number) if not file.is_file()
+            ]
             if missing:
                 raise FileNotFoundError(f"{missing[0]}: is missing; {_OVERWRITE}")
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -45,7 +45,9 @@ def ranks() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "onnection" in str(error):  # gloo's words for a process that is gone, which has said why
-            raise RuntimeError("another process has ended before its parts were done; the same command goes on") from error
+            raise RuntimeError(
+                "another process has ended before its parts were done; the same command goes on"
+            ) from error
         raise
     finally:
         dist.destroy_process_group()
@@ -102,7 +104,7 @@ def launch(run: Callable[..., int], options: dict[str, Any], num_processes: int)
             process.kill()
 
 
-def _join(processes: list[BaseProcess]) -> int:
+def _join(processes: Sequence[BaseProcess]) -> int:
     running = list(processes)
     while running:
         wait([process.sentinel for process in running])

@@ -109,6 +109,5 @@ def _found(trainer: Trainer) -> dict[str, dict[str, int]]:
     return {name: fingerprint(source.dataset) for name, source in sources.items()}
 
 
-
 def _is_under(key: str, paths: Iterable[str]) -> bool:
     return any(key == path or key.startswith((f"{path}.", f"{path}[")) for path in paths)
