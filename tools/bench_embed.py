@@ -1,10 +1,10 @@
 """`indiclip embed` beside decoding and the forward pass alone, and killed again and again.
 
-    python tools/bench_embed.py [--images 100000] [--sample 10000] [--kills 3] [--dtype fp16] [--out FOLDER]
+    python tools/bench_embed.py [--images 100000] [--kills 3] [--dtype fp16] [--out FOLDER]
 
 CIFAR-10's training images (`INDICLIP_DATA`; else noise), mirrored in every second pass, in shards; a tower of about 10
-million parameters that sees four patches of each. Decoding (read, decode, cut into patches, pad) and the forward pass
-are timed alone on a sample of the images, before and after the command, which embeds all of them. Times are
+million parameters that sees four patches of each. The command embeds all of them. Every ten seconds it is stopped, and
+decoding (read, decode, cut into patches, pad) and the forward pass of some of the images are timed alone. Times are
 CPU-seconds, which other work on the machine disturbs least, and seconds. Then the command is killed at random moments,
 started again, and its files are compared with those of the first time.
 """
@@ -24,8 +24,9 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from indiclip.text import ByteTokenizer, TextTower
 from indiclip.webdataset.shards import Shards
 
 _BATCH, _PER_SHARD = 64, 10_000
+_STRETCH_SECONDS, _SLICE = 10, 1280  # of the command, and the images between two stretches of it
 _TEXT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -115,20 +117,44 @@ def write_model(file: Path) -> int:
     return sum(weight.numel() for weight in backbone.parameters())
 
 
-def alone(shards: str, model: EncoderEmbedder, count: int) -> tuple[Cost, Cost]:
-    """Decoding and the forward pass of some images, in milliseconds of each."""
-    images = ShardImages(Shards(shards))
-    (view,) = model.views(["native"])
-    batches = []
+class Alone:
+    """Decoding and the forward pass of the images, one slice after the other."""
 
-    def decode() -> None:
-        for first in range(0, count, _BATCH):
-            prepared = [model.prepare(images[i], view) for i in range(first, min(first + _BATCH, count))]
-            batches.append(model.collate(prepared))
+    def __init__(self, shards: str, model: EncoderEmbedder) -> None:
+        self.images, self.model, self.done = ShardImages(Shards(shards)), model, 0
+        self.decoding = self.forward = Cost(0, 0)
 
-    decoding = timed(decode)
-    forward = timed(lambda: [model.embed_images(batch) for batch in batches])
-    return decoding.per(count), forward.per(count)
+    def slice(self) -> None:
+        """Time the next images."""
+        (view,) = self.model.views(["native"])
+        last = min(self.done + _SLICE, len(self.images))
+        batches: list[Any] = []
+
+        def decode() -> None:
+            for first in range(self.done, last, _BATCH):
+                prepared = [self.model.prepare(self.images[i], view) for i in range(first, min(first + _BATCH, last))]
+                batches.append(self.model.collate(prepared))
+
+        self.decoding += timed(decode)
+        self.forward += timed(lambda: [self.model.embed_images(batch) for batch in batches])
+        self.done = last
+
+    def beside(self, words: list[str]) -> Cost:
+        """Run a command, which is stopped every few seconds while a slice is timed. Returns what the command took."""
+        before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), 0.0
+        with subprocess.Popen(words) as process:
+            while process.poll() is None:
+                since = time.perf_counter()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_STRETCH_SECONDS)
+                wall += time.perf_counter() - since
+                if process.poll() is None and self.done < len(self.images):
+                    process.send_signal(signal.SIGSTOP)
+                    self.slice()
+                    process.send_signal(signal.SIGCONT)
+            assert process.returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return Cost(sum(after[:2]) - sum(before[:2]), wall)
 
 
 def command(shards: str, model: Path, out: Path, dtype: str) -> list[str]:
@@ -163,7 +189,6 @@ def keys_of(folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--sample", type=int, default=10_000, help="images that are decoded and encoded alone")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--dtype", default="fp16", choices=["fp32", "fp16", "int8"])
     parser.add_argument("--out", type=Path, help="where shards and embeddings go (default: a temporary folder)")
@@ -182,17 +207,14 @@ def bench(options: argparse.Namespace, folder: Path) -> None:
     assert isinstance(model, EncoderEmbedder)
     few = folder / "few"
     few.mkdir(exist_ok=True)
-    start = timed(
-        lambda: subprocess.run(command(write_shards(few, 64), file, folder / "start", options.dtype), check=True)
-    )
-    before = alone(shards, model, options.sample)
-    words = command(shards, file, folder / "whole", options.dtype)
-    whole = timed(lambda: subprocess.run(words, check=True))
-    after = alone(shards, model, options.sample)
+    start_words = command(write_shards(few, 64), file, folder / "start", options.dtype)
+    start = timed(lambda: subprocess.run(start_words, check=True))
+    alone = Alone(shards, model)
+    whole = alone.beside(command(shards, file, folder / "whole", options.dtype))
     load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
     print(f"\n{options.images:,} images, a tower of {parameters / 1e6:.1f}M parameters, load {load}")
     print("| ms per image | CPU | seconds passed |\n|---|---|---|")
-    decode, forward = (Cost(*((a + b).per(2000))) for a, b in zip(before, after, strict=True))
+    decode, forward = alone.decoding.per(alone.done), alone.forward.per(alone.done)
     both, every, starting = decode + forward, whole.per(options.images), start.per(options.images)
     steady = Cost(every.cpu - starting.cpu, every.wall - starting.wall)
     rows = {

@@ -107,13 +107,13 @@ def embed(embedder: Embedder, batch: Batch, what: What, length: int) -> np.ndarr
 
 
 def stored(vectors_NE: np.ndarray, dtype: DType) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors as they are stored, and what that loses.
+    """Unit-length vectors as they are stored, and what that loses.
 
     int8 scales each row so that its largest number is 127 or -127. Whatever the type, `row / norm(row)` in float32 is
     the unit-length vector again, so that no scale has to be kept.
 
     Returns:
-        `(stored_NE, loss_N)`, the latter 1 - cosine of each row to what is made of it again.
+        `(stored_NE, loss_N)`, the latter float32, 1 - cosine of each row to what is made of it again.
     """
     if dtype == "int8":
         largest_N1 = np.abs(vectors_NE).max(1, keepdims=True, initial=0)
@@ -121,11 +121,12 @@ def stored(vectors_NE: np.ndarray, dtype: DType) -> tuple[np.ndarray, np.ndarray
     else:
         found = vectors_NE.astype({"fp16": np.float16, "fp32": np.float32}[dtype])
     if dtype == "fp32":
-        return found, np.zeros(len(found))
-    again_NE, before_NE = found.astype(np.float64), vectors_NE.astype(np.float64)
-    norms_N = np.linalg.norm(again_NE, axis=1) * np.linalg.norm(before_NE, axis=1)
-    cosine_N = (again_NE * before_NE).sum(1) / np.maximum(norms_N, 1e-30)
-    return found, np.where(norms_N > 0, np.maximum(1 - cosine_N, 0), 0)
+        return found, np.zeros(len(found), np.float32)
+    again_NE = found.astype(np.float32)
+    again_NE /= np.maximum(np.linalg.norm(again_NE, axis=1, keepdims=True), 1e-30)
+    again_NE -= vectors_NE
+    # Of unit vectors 1 - cosine is half of the squared distance, which float32 has exactly enough where it is small.
+    return found, np.einsum("ne,ne->n", again_NE, again_NE) / 2
 
 
 def storable(text: str) -> str:

@@ -98,13 +98,13 @@ def _of_files(words: argparse.Namespace) -> Iterator[Source]:
     """A source for each word; shards that follow each other are one, so that their indexes are read together."""
     group: dict[str, str] = {}  # shard by name, which begins its samples' keys
     for word in words.sources:
-        is_shard = bool(cache.SUFFIX.search(word)) or cache.is_remote(word)
-        for url in find(word) if is_shard else []:
+        is_shards = _is_shards(word)
+        for url in find(word) if is_shards else []:
             if cache.stem(url) in group:
                 yield _ShardSource(list(group.values()))
                 group = {}
             group[cache.stem(url)] = url
-        if is_shard:
+        if is_shards:
             continue
         if group:
             yield _ShardSource(list(group.values()))
@@ -112,6 +112,12 @@ def _of_files(words: argparse.Namespace) -> Iterator[Source]:
         yield _of_file(word, words)
     if group:
         yield _ShardSource(list(group.values()))
+
+
+def _is_shards(word: str) -> bool:
+    """Whether a word names shards: what is no other file that is there, or that could be."""
+    is_other = Path(word).expanduser().exists() or Path(word).suffix.lower() in (*KINDS, ".json", ".txt")
+    return bool(cache.SUFFIX.search(word)) or cache.is_remote(word) or not is_other
 
 
 def _of_file(word: str, words: argparse.Namespace) -> Source:
@@ -279,5 +285,5 @@ class _TextSource:
 def _captions(parts: dict[str, Any]) -> Captions:
     """The captions beside an image, which is not lost where they cannot be read."""
     with suppress(ValueError):
-        return read_captions(parts, read_entry(parts))
+        return read_captions(parts, read_entry(parts)) if "txt" in parts or "json" in parts else {}
     return {}
