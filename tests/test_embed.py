@@ -15,14 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from helpers import noise, tiny_encoder
 from PIL import Image
 from pyarrow import parquet
+from test_cli import config
 
 from indiclip import json_lines
 from indiclip.cli import main
 from indiclip.commands import embed as embed_command
 from indiclip.commands.embed_batches import stored
+from indiclip.generated.mela import Mela
 
 SIZES = [(24, 16), (16, 40), (32, 32), (8, 24)]
 NUM_IMAGES = 23
@@ -65,7 +68,7 @@ def photos(tmp_path_factory):
 
 
 def embed(encoder, out, *words):
-    return main(["embed", *map(str, words), "--model", str(encoder.file), "--out", str(out), "--device", "cpu"])
+    return main(["embed", "--device", "cpu", *map(str, words), "--model", str(encoder.file), "--out", str(out)])
 
 
 def read(out):
@@ -223,28 +226,22 @@ def test_a_coco_file(encoder, photos, tmp_path):
     assert record["summary"]["quarantined"] == 1
 
 
-@pytest.mark.parametrize("what", ["images", "captions"])
-def test_the_sources_of_a_config(encoder, tmp_path, capsys, what):
-    words = ["data.val[0]", "--config", "conf/mela.yaml", "--what", what, "--part_size", 300]
-    assert embed(encoder, tmp_path / "out", *words) == 0
-    vectors, rows, record = read(tmp_path / "out")
-    from indiclip.commands.config_samples import build_config
-
-    source = build_config(["--config", "conf/mela.yaml"])[1].val[0]
+def test_the_sources_of_a_config(encoder, tmp_path, capsys):
+    file, out = tmp_path / "experiment.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(config()))
+    dataset = Mela(num_scenes=12, size=32, layout="single")
+    assert embed(encoder, out, "data.val", "--config", file, "--part_size", 5) == 0
+    vectors, rows, record = read(out)
     assert record["sources"][0]["source"] == "data.val[0]"
-    assert record["summary"]["samples"] == len(source.dataset)
-    sample = source.dataset[17]
-    places = [place for place, row in enumerate(rows) if row["row"] == 17]
-    assert {rows[place]["key"] for place in places} == {sample["key"]}
-    if what == "images":
-        assert len(rows) == len(source.dataset)
-        np.testing.assert_allclose(vectors[places], expected(encoder, [sample["image"]]), atol=1e-5)
-    else:
-        texts = [text for of_language in sample["captions"].values() for text in of_language]
-        assert [rows[place]["text"] for place in places] == texts
-        with torch.no_grad():
-            np.testing.assert_allclose(vectors[places], encoder.embed_text(texts).numpy(), atol=1e-5)
-    assert embed(encoder, tmp_path / "other", "photos", "--config", "conf/mela.yaml") == 2
+    assert [row["key"] for row in rows] == [dataset.key(index) for index in range(12)]
+    np.testing.assert_allclose(vectors, expected(encoder, [sample["image"] for sample in dataset]), atol=1e-5)
+    assert embed(encoder, out, "--config", file, "--what", "captions", "--overwrite") == 0
+    vectors, rows, record = read(out)
+    texts = [text for sample in dataset for of_language in sample["captions"].values() for text in of_language]
+    assert [row["text"] for row in rows] == 2 * texts  # data.train[0] and data.val[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(vectors, encoder.embed_text(2 * texts).numpy(), atol=1e-5)
+    assert embed(encoder, tmp_path / "other", "photos", "--config", file) == 2
     assert "photos: no source of the config; expected data.train, data.val, data.train[0]" in capsys.readouterr().err
 
 
@@ -561,7 +558,12 @@ def test_mistakes_are_one_line_and_leave_nothing(encoder, photos, tmp_path, caps
         ([photos, "--length", 65], "out", "--length: found 65; expected 1 to 64"),
         ([photos, "--dtype", "fp8"], "out", "--dtype: invalid choice: 'fp8'"),
         ([photos, "--part-sise", 8], "out", "--part-sise: no such option; nearest is '--part-size'"),
-        ([photos, "--images", photos], "out", "--images: the images are those in the folder"),
+        (
+            [photos, "--images", photos],
+            "out",
+            "--images: no SOURCE that it could belong to; expected one of .csv, .tsv, .parquet, .json",
+        ),
+        ([photos, "--workers", 0, photos], "out", "found '"),
         ([photos, "--device", "tpu"], "out", "device: 'tpu' is not available here"),
         ([photos], "mine", "holds other files (thesis.tex); expected a new or an empty folder, or one of"),
         ([photos, "--overwrite"], "mine", "holds other files (thesis.tex)"),

@@ -87,6 +87,9 @@ def open_sources(words: argparse.Namespace) -> Sources:
         FileNotFoundError: One is missing.
         ValueError: Another kind of file, one without samples, or no source at all.
     """
+    for name, kinds in {"images": (*KINDS, ".json"), "captions": (".json",)}.items():
+        if getattr(words, name) and not any(Path(word).suffix.lower() in kinds for word in words.sources):
+            raise ValueError(f"--{name}: no SOURCE that it could belong to; expected one of {', '.join(kinds)}")
     if words.config:
         return Sources(list(_of_config(words.config, words.sources)))
     if not words.sources:
@@ -137,19 +140,24 @@ def _of_file(word: str, words: argparse.Namespace) -> Source:
 
 
 def _of_config(files: list[str], chosen: list[str]) -> Iterator[Source]:
-    """The sources of a config, or those whose keys begin with one of the words: `data.train`, `data.val[0]`."""
+    """The sources of a config, or those that the words name: `data.train`, `data.val[0]`."""
     from indiclip.commands.config_samples import build_config  # imports Lightning, which takes seconds
 
     _, data = build_config([word for file in files for word in ("--config", file)])
     found = keyed("data.train", data.train) | keyed("data.val", data.val)
     for word in chosen:
-        if not any(key.startswith(word) for key in found):
+        if not any(_is_of(key, [word]) for key in found):
             names = ["data.train", "data.val", *found]
             expected = f"expected {', '.join(names)}"
             raise ValueError(f"{word}: no source of the config{did_you_mean(word, names)}; {expected}")
     for key, source in found.items():
-        if not chosen or any(key.startswith(word) for word in chosen):
+        if not chosen or _is_of(key, chosen):
             yield _DatasetSource(key, source.dataset)
+
+
+def _is_of(key: str, words: list[str]) -> bool:
+    """Whether a source's key is one of the words, or in a list that is."""
+    return key in words or key.partition("[")[0] in words
 
 
 class _ShardSource:

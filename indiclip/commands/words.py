@@ -52,8 +52,11 @@ def _run(title: str, command: dict[str, Any], argv: list[str]) -> int:
         options.others = others
     elif others:
         if not others[0].startswith("-"):
-            expected = " ".join(str(action.metavar) for action in parser._positionals._group_actions)
-            parser.error(f"found {others[0]!r} too; expected {f'one {expected}' if expected else 'options alone'}")
+            named = parser._positionals._group_actions
+            expected = " ".join(str(action.metavar) for action in named)
+            many = any(action.nargs in ("*", "+") for action in named)
+            how = f"every {expected} in one place, not among the options" if many else f"one {expected}"
+            parser.error(f"found {others[0]!r} too; expected {how if expected else 'options alone'}")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         parser.error(f"{others[0]}: no such option{did_you_mean(others[0], flags)}")
     with leaving_at_once():
