@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = ("check", "shards", "tokenizer", "bench", "export")
+_COMMANDS = ("check", "shards", "tokenizer", "embed", "bench", "export")
 
 _HELP = """\
 IndiCLIP {version}: trains vision encoders that understand India and the world.
@@ -24,6 +24,7 @@ usage: indiclip <command> [--config FILE]... [options]
   check      read what a config would train on        indiclip check --config conf/real_small.yaml
   shards     index, check, pack and count data        indiclip shards --help
   tokenizer  tokens per word in every language        indiclip tokenizer --help
+  embed      any data to embeddings and their keys    indiclip embed --help
   bench      score an encoder on India's benchmark    indiclip bench --help
   export     write an encoder for another library     indiclip export --help
 

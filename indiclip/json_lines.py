@@ -44,7 +44,7 @@ def rewrite(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_whole(file, _encoded(rows))
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes | memoryview) -> None:
     """Write any file as a whole or not at all, also where the machine stops.
 
     Raises:

@@ -84,7 +84,7 @@ ARROWS = {
         " head module datasets loading evals"
     ),
     "export": "types names patches preprocessing backbone text pooling encoder pretrained",
-    "commands": "names images preprocessing text datasets webdataset loading evals training export",
+    "commands": "names distributed images preprocessing text datasets webdataset loading evals training export",
 }
 
 

@@ -6,8 +6,7 @@ stays, or `--override` says that it may change. The optimizer's values, which ta
 fast and where a run trains may change. Every change is listed at the start.
 """
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from indiclip import json_lines
+from indiclip.datasets.base import fingerprint
 from indiclip.loading.source import keyed
-from indiclip.names import shorten
+from indiclip.names import differences
 from indiclip.old_names import translate_config
 from indiclip.training.fault_tolerance.ranks import folder_of
 
@@ -43,7 +43,7 @@ class ConfigHistory(SaveConfigCallback):
             ValueError: They are not those of the checkpoint's run, and `override` is not set.
         """
         now = _found(trainer)
-        lines = [line for _, line in _changes(checkpoint.get(_FOUND, now), now)]
+        lines = [line for _, line in differences(checkpoint.get(_FOUND, now), now)]
         if lines and not self.config["override"]:
             raise ValueError(f"--ckpt_path: its run read other samples: {'; '.join(lines)}; {_OVERRIDE}")
         if lines and trainer.is_global_zero:
@@ -92,7 +92,7 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
     before, now = ((tree["model"]["optimizer"] or _DEFAULT_OPTIMIZER)["class_path"] for tree in (old, new))
     if before != now:
         raise ValueError(f"model.optimizer: {now} cannot go on from the moments of {before}")
-    changes = {key: line for key, line in _changes(old, new) if not _is_under(key, _RULE["of_this_start"])}
+    changes = {key: line for key, line in differences(old, new) if not _is_under(key, _RULE["of_this_start"])}
     lines = list(changes.values())
     refused = [key for key in changes if _is_under(key, _RULE["step"]) and not _is_under(key, _RULE["not_of_step"])]
     if refused and not config["override"]:
@@ -104,25 +104,9 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
 
 
 def _found(trainer: Trainer) -> dict[str, dict[str, int]]:
-    """How many samples each source trains on, and a sum over the keys of about a thousand of them."""
-    found = {}
-    for name, source in keyed("data.train", trainer.datamodule.train).items():  # type: ignore[attr-defined]
-        size, key_of = len(source.dataset), source.dataset.key
-        keys = [key_of(index) for index in range(0, size, 1 + size // 1000)]
-        found[name] = {"samples": size, "crc32_of_keys": zlib.crc32(repr(keys).encode())}
-    return found
-
-
-def _changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Where two configs differ, as deep as they are of the same classes: the dotted key, and a line about it."""
-    if isinstance(old, dict) and isinstance(new, dict) and old.get("class_path") == new.get("class_path"):
-        for name in [*old, *(new.keys() - old.keys())]:
-            yield from _changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for number, pair in enumerate(zip(old, new, strict=True)):
-            yield from _changes(*pair, f"{key}[{number}]")
-    elif old != new:
-        yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
+    """The samples that each source trains on, see `fingerprint`."""
+    sources = keyed("data.train", trainer.datamodule.train)  # type: ignore[attr-defined]
+    return {name: fingerprint(source.dataset) for name, source in sources.items()}
 
 
 def _is_under(key: str, paths: Iterable[str]) -> bool:
