@@ -27,8 +27,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
             without a text tower.
     """
     weights = read_weights(str(path))
-    if not {"backbone", "text"} <= weights.config.keys():
-        raise ValueError(f"{path}: has no text tower; model.encoder.init_from trains one for it")
-    encoder = Encoder(**build(weights.config, weights.origin, trust_code))
+    arguments = build(weights.config, weights.origin, trust_code)
+    if not {"backbone", "text"} <= arguments.keys():
+        raise ValueError(f"{path}: is no dual encoder; model.encoder.init_from trains with what it has")
+    encoder = Encoder(**arguments)
     fill(encoder, weights)
+    encoder.initial_logits = weights.logits()
     return encoder.to(device).eval().requires_grad_(False)

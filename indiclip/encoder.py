@@ -3,6 +3,7 @@
 It knows no head, no Lightning and no config. Shape letters: see `indiclip.types`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast, get_args
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
 from indiclip.names import check_choice, shorten
-from indiclip.patches import AnyImage, batch_images
 from indiclip.pooling import ImagePool, Pool, Projection, TextPool
+from indiclip.preprocessing import AnyImage
 from indiclip.pretrained.init_from import InitFrom, InitialWeights
 from indiclip.text import TextTower, describe
 from indiclip.types import Features, Images, on_device
@@ -30,6 +31,9 @@ _DEFAULTS: dict[str, Any] = {
     "image_projection": Projection(),
     "text_projection": Projection(),
 }
+
+
+_CLIP_LOGIT_SCALE = math.log(100)  # that of trained CLIP models, where a model brings none
 
 
 class Encoder(nn.Module):
@@ -138,8 +142,8 @@ class Encoder(nn.Module):
         """Unit-length embeddings of images of any size.
 
         Args:
-            images: A PIL image, a uint8 array (height, width, 3), a uint8 or 0..1 float tensor (3, height, width), a
-                list of any of these, or a batch of patches.
+            images: A path, the bytes of an image file, a PIL image, a uint8 array (height, width, 3), a uint8 or 0..1
+                float tensor (3, height, width), a list of any of these, or a batch of patches.
             length: Cut to this many numbers: one of `lengths`. None is the full length.
             max_tokens: Larger images are scaled down, aspect kept, to this many patches.
 
@@ -147,13 +151,14 @@ class Encoder(nn.Module):
             (B, length) on the encoder's device; B is 1 for a single image.
 
         Raises:
-            ValueError: An image of another type, or a length that was not trained.
+            ValueError: An image of another type or that cannot be read, or a length that was not trained.
+            FileNotFoundError: A path that is no file.
         """
         self._check_length(length)
         if not isinstance(images, dict):
             many = cast(list[AnyImage], list(images) if isinstance(images, list | tuple) else [images])
             budget = min(max_tokens, self.backbone.max_tokens)
-            images = batch_images(many, self.backbone.patch_size, budget, self.backbone.canvas_hw)
+            images = self.backbone.preprocessing.batch(many, budget)
         images = cast(Images, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in images.items()})
         return self.embed_features(self.features(images), length)
 
@@ -189,6 +194,32 @@ class Encoder(nn.Module):
             return text_BE
         position = {text: i for i, text in enumerate(distinct)}
         return text_BE[on_device([position[text] for text in many], text_BE.device)]
+
+    def zero_shot(
+        self,
+        images: AnyImage | Sequence[AnyImage] | Images,
+        classes: Sequence[str],
+        templates: Sequence[str] = ("{}",),
+        length: int | None = None,
+    ) -> list[dict[str, float]]:
+        """For each image the classes and their probabilities, the most probable first.
+
+        Args:
+            images: As of `embed_image`.
+            classes: Names, in any language.
+            templates: Prompts in which `{}` stands for the name; a class is the mean of its prompts' embeddings.
+            length: As of `embed_image`.
+        """
+        if not classes or not templates:
+            raise ValueError("zero_shot: expected at least one class and one template")
+        prompts = [template.replace("{}", name) for name in classes for template in templates]
+        text_CTE = self.embed_text(prompts, length).reshape(len(classes), len(templates), -1)
+        class_CE = F.normalize(text_CTE.mean(1), dim=-1)
+        logits_BC = math.exp(self.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE)) * (
+            self.embed_image(images, length) @ class_CE.T
+        )
+        rows = [dict(zip(classes, row, strict=True)) for row in logits_BC.softmax(1).tolist()]
+        return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]
 
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this encoder without a network, weights aside (plain types only)."""

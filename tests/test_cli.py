@@ -341,7 +341,7 @@ def test_load_does_not_import_lightning(tmp_path):
 
 
 def test_load_says_what_is_wrong_and_imports_no_foreign_code(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such run or checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no such run, checkpoint or folder"):
         indiclip.load(tmp_path / "nothing")
     (tmp_path / "x.ckpt").write_bytes(b"junk")
     with pytest.raises(ValueError, match="x.ckpt: not a readable checkpoint"):

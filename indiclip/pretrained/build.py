@@ -1,15 +1,32 @@
-"""From an encoder's configuration to its parts, without a network and without foreign code."""
+"""From an encoder's configuration to its parts, without a network and without foreign code.
+
+A checkpoint is data, but what it names is built: classes, architectures, and options that timm and transformers could
+take for files, repositories or kernels to load. Only what is listed here gets through.
+"""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
+import timm
+from huggingface_hub import constants
+from timm.models import build_model_with_cfg
+
 from indiclip.backbone import Backbone
+from indiclip.names import shorten
 from indiclip.pooling import Projection
 from indiclip.text import TextTower, Tokenizer
 
 _ROOMS = ("indiclip.backbone", "indiclip.text")
 _FETCHED = ("pretrained", "source")  # arguments that name weights or files
+# What timm reads itself before it makes a model: weights, their place, wrappers.
+_OF_TIMM = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
+# Keys of a transformers configuration beside those that its own type declares.
+_SHARED = {"model_type", "is_encoder_decoder", "tie_word_embeddings", "dense_act_fn", "is_gated_act", "dtype"}
+_SHARED |= {"scale_decoder_outputs", "architectures", "transformers_version", "_sliding_window_pattern"}
+_PLAIN = (str, int, float, bool, type(None))
 
 
 def build(config: Mapping[str, Any], origin: str, trust_code: bool = False) -> dict[str, Any]:
@@ -23,7 +40,8 @@ def build(config: Mapping[str, Any], origin: str, trust_code: bool = False) -> d
     Raises:
         ValueError: It names foreign classes, weights or files.
     """
-    arguments = {name: _build(value, origin, trust_code) for name, value in config.items()}
+    with _offline(not trust_code):
+        arguments = {name: _build(value, origin, trust_code) for name, value in config.items()}
     for name in ("image_projection", "text_projection"):
         if isinstance(value := arguments.get(name), Mapping):
             arguments[name] = Projection(**value)
@@ -43,5 +61,50 @@ def _build(value: Any, origin: str, trust_code: bool) -> Any:
         for key in _FETCHED:
             if arguments.get(key):
                 raise ValueError(f"{origin}: asks for {key} {arguments[key]!r}; pass trust_code=True to fetch it")
+        _check_options(arguments.get("options") or {}, origin)
+        _check_architecture(arguments.get("architecture") or {}, origin)
     arguments = {key: _build(item, origin, trust_code) for key, item in arguments.items()}
     return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def _check_options(options: Mapping[str, Any], origin: str) -> None:
+    """Raise ValueError for an option of a timm model that is not the model's own."""
+    for key, value in options.items():
+        if key in _OF_TIMM or not _is_plain(value):
+            expected = "expected a plain option of the model itself"
+            raise ValueError(f"{origin}: backbone.options.{key}: found {shorten(value)}; {expected}")
+
+
+def _check_architecture(architecture: Mapping[str, Any], origin: str) -> None:
+    """Raise ValueError for a transformers configuration with keys that its type does not declare."""
+    if not architecture:
+        return
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    kind = str(architecture.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{origin}: text.architecture.model_type: transformers has no {kind!r}")
+    own = signature(CONFIG_MAPPING[kind]).parameters.keys() - signature(PreTrainedConfig).parameters.keys()
+    for key, value in architecture.items():
+        if (key not in own and key not in _SHARED) or not _is_plain(value):
+            expected = f"expected a plain key of {kind}"
+            raise ValueError(f"{origin}: text.architecture.{key}: found {shorten(value)}; {expected}")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    return isinstance(value, _PLAIN)
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """Keep the hub out of it."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or wanted
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

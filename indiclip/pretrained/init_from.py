@@ -92,11 +92,8 @@ class InitialWeights:
         return lines
 
     def logits(self) -> dict[str, float]:
-        """`logit_scale` (a logarithm) and `logit_bias`, where `logit_scale` is one of the parts."""
-        if "logit_scale" not in self._of:
-            return {}
-        tensors = self._of["logit_scale"][1].tensors
-        return {name: float(tensors[name].reshape(())) for name in of_part("logit_scale", tensors)}
+        """Those of the source of `logit_scale`, see `Weights.logits`."""
+        return self._of["logit_scale"][1].logits() if "logit_scale" in self._of else {}
 
 
 def fill(encoder: nn.Module, weights: Weights) -> None:

@@ -1,15 +1,25 @@
 """What weights of equal shapes do not show: activations, epsilons, numbers of heads, normalisation of pixels."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from indiclip.backbone import Backbone
 from indiclip.pretrained.build import build
 
-# What differs by design or only while training.
-_IGNORED = {"training", "p", "drop_prob", "scale_by_keep", "fused_attn", "grad_checkpointing", "gradient_checkpointing"}
+# What differs by design, shows in a tensor's shape (and is converted), or matters in training only.
+_IGNORED = {"patch_size", "stride", "max_tokens", "in_features"}
+_IGNORED |= {
+    "training",
+    "p",
+    "drop_prob",
+    "scale_by_keep",
+    "fused_attn",
+    "grad_checkpointing",
+    "gradient_checkpointing",
+}
 _MODULES = {"image": "backbone", "text": "text"}
 _SHOWN = 4
 
@@ -30,6 +40,8 @@ def differing_traits(encoder: nn.Module, config: Mapping[str, Any], parts: Seque
         if (name := _MODULES.get(part)) and name in config:
             with torch.device("meta"):
                 theirs = build({name: config[name]}, part)[name]
+            if isinstance(theirs, Backbone) and cast(Any, encoder).image_pool.kind != "tower":
+                theirs.remove_pool()
             own = dict(_traits(getattr(encoder, name)))
             for where, trait in _traits(theirs):
                 if own.get(where, trait) != trait:
@@ -42,5 +54,5 @@ def _traits(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if not list(module.children()):
             yield f"{path} (kind)", type(module).__name__
         for key, value in vars(module).items():
-            if not key.startswith("_") and key not in _IGNORED and isinstance(value, bool | int | float | str):
+            if not key.startswith("_") and key not in _IGNORED and isinstance(value, bool | int | float | str | tuple):
                 yield f"{path}.{key}".lstrip("."), value

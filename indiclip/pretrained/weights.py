@@ -46,6 +46,10 @@ class Weights:
         """Which of `PARTS` it has."""
         return [part for part in PARTS if any(of_part(part, self.tensors))]
 
+    def logits(self) -> dict[str, float]:
+        """`logit_scale` (a logarithm) and `logit_bias` of the contrastive loss, those that it has."""
+        return {name: float(self.tensors[name].reshape(())) for name in of_part("logit_scale", self.tensors)}
+
 
 def of_part(part: str, names: Iterable[str]) -> list[str]:
     """Those of the names that belong to a part."""

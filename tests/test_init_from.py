@@ -1,0 +1,190 @@
+"""An encoder begins with pretrained weights: strict, counted, and never with anything else than it says."""
+
+import copy
+
+import pytest
+import torch
+from helpers import ARCHITECTURE, noise, tiny_encoder
+
+import indiclip
+from indiclip.backbone import NaFlexViT
+from indiclip.encoder import Encoder
+from indiclip.pretrained.init_from import InitFrom
+from indiclip.text import ByteTokenizer, TextTower
+
+
+def save(encoder, file, heads=()):
+    weights = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    torch.save({"encoder": encoder.to_config(), "state_dict": weights | dict(heads)}, file)
+    return str(file)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    logits = {"heads.contrastive.criterion.logit_scale": torch.tensor([3.0])}
+    return save(tiny_encoder(seed=7), tmp_path / "run.ckpt", logits)
+
+
+def tower(**options):
+    return NaFlexViT(**{"width": 32, "depth": 1, "num_heads": 2, "patch_size": 8} | options)
+
+
+def texts():
+    return TextTower(ByteTokenizer(), ARCHITECTURE)
+
+
+def test_what_is_left_out_comes_along(checkpoint):
+    encoder = Encoder(init_from=[InitFrom(checkpoint)])
+    assert encoder.to_config() == tiny_encoder().to_config()
+    assert encoder.initial_logits == {"logit_scale": 3.0}
+    picture = noise(24, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encoder.eval().embed_image(picture), tiny_encoder(seed=7).eval().embed_image(picture)
+        )
+    (line,) = encoder.initialised
+    assert line.startswith(
+        f"{len(encoder.state_dict())} tensors (image, text, projections, logit_scale) from {checkpoint}"
+    )
+
+
+def test_the_last_source_of_a_part_wins(checkpoint, tmp_path):
+    other = save(tiny_encoder(seed=8), tmp_path / "other.ckpt")
+    encoder = Encoder(init_from=[InitFrom(checkpoint), InitFrom(other, ["image"])])
+    first, second, own = tiny_encoder(seed=7).state_dict(), tiny_encoder(seed=8).state_dict(), encoder.state_dict()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, (second if name.startswith("backbone.") else first)[name])
+    assert [line.partition(" from ")[0] for line in encoder.initialised] == [
+        f"{sum(name.startswith('backbone.') for name in own)} tensors (image)",
+        f"{sum(not name.startswith('backbone.') for name in own)} tensors (text, projections, logit_scale)",
+    ]
+
+
+def test_what_stays_initial_or_unused_is_an_error_unless_it_is_allowed(checkpoint):
+    deeper = {"backbone": tower(depth=2), "text": texts(), "embed_dim": 64, "lengths": [16, 32]}
+    with pytest.raises(
+        ValueError, match=r"run.ckpt: 12 tensors stay initial: backbone.vit.blocks.1.norm1.weight, .*allow"
+    ):
+        Encoder(**deeper, init_from=[InitFrom(checkpoint)])
+    encoder = Encoder(**deeper, init_from=[InitFrom(checkpoint, allow=["backbone.vit.blocks.1.*"])])
+    assert "12 stay initial (backbone.vit.blocks.1.norm1.weight" in encoder.initialised[0]
+    with pytest.raises(ValueError, match="tensors are unused: image_pool.pool.latent"):
+        Encoder(tower(), texts(), 64, [16, 32], pool="mean", init_from=[InitFrom(checkpoint)])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "words"),
+    [
+        (lambda: tower(num_heads=4), r"backbone.vit.blocks.0.attn.num_heads: found 4, the source has 2"),
+        (lambda: tower(options={"norm_eps": 1e-3}), r"norm1.eps: found 0.001, the source has 1e-06"),
+        (lambda: tower(options={"act_layer": "quick_gelu"}), "QuickGELU, the source has GELU"),
+        (lambda: tower(mean=[0.48, 0.46, 0.41]), "mean"),
+        (lambda: tower(width=64), r"found shape \(1, 16, 16, 32\), expected \(1, 16, 16, 64\)"),
+    ],
+)
+def test_equal_shapes_do_not_hide_another_computation(checkpoint, backbone, words):
+    with pytest.raises(ValueError, match=words):
+        Encoder(backbone(), texts(), 64, [16, 32], init_from=[InitFrom(checkpoint)])
+
+
+def test_position_tables_and_patches_are_resampled_with_a_word(checkpoint):
+    options = {"pos_embed_grid_size": [8, 8]}
+    encoder = Encoder(tower(patch_size=16, options=options), texts(), 64, [16, 32], init_from=[InitFrom(checkpoint)])
+    assert "position table resampled from 16x16 to 8x8" in encoder.initialised[0]
+    assert "patches resampled from 8 to 16 pixels" in encoder.initialised[0]
+    # Oracle: timm's own resampling of both.
+    from timm.layers import resample_abs_pos_embed_nhwc, resample_patch_embed
+
+    source, own = tiny_encoder(seed=7).backbone.vit, encoder.backbone.vit
+    torch.testing.assert_close(own.embeds.pos_embed, resample_abs_pos_embed_nhwc(source.embeds.pos_embed, [8, 8]))
+    kernel = source.embeds.proj.weight.reshape(32, 8, 8, 3).permute(0, 3, 1, 2)
+    expected = resample_patch_embed(kernel, [16, 16]).permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(own.embeds.proj.weight, expected)
+
+
+def test_a_source_without_the_part_is_said(checkpoint):
+    with pytest.raises(ValueError, match=r"init_from\[0\].parts: found 'images'; nearest is 'image'"):
+        Encoder(init_from=[InitFrom(checkpoint, ["images"])])
+    with pytest.raises(
+        ValueError, match="model.encoder.backbone: name one, or weights in init_from that have the part image"
+    ):
+        Encoder(init_from=[InitFrom(checkpoint, ["text"])])
+
+
+def test_weights_that_are_not_finite_are_said(tmp_path):
+    encoder = tiny_encoder()
+    encoder.image_projection.weight.data[0, 0] = torch.nan
+    file = save(encoder, tmp_path / "nan.ckpt")
+    with pytest.raises(ValueError, match="nan.ckpt: image_projection.weight has values that are not finite"):
+        indiclip.load(file)
+
+
+def test_weights_in_half_precision_are_read_as_single(tmp_path, checkpoint):
+    half = tiny_encoder(seed=7).half()
+    loaded = indiclip.load(save(half, tmp_path / "half.ckpt"))
+    assert loaded.image_projection.weight.dtype == torch.float32
+    torch.testing.assert_close(loaded.image_projection.weight, half.image_projection.weight.float())
+
+
+HOSTILE = [
+    (("backbone", "options"), {"checkpoint_path": "/etc/passwd"}, "backbone.options.checkpoint_path"),
+    (("backbone", "options"), {"pretrained_cfg": {"hf_hub_id": "evil/model"}}, "backbone.options.pretrained_cfg"),
+    (("backbone", "options"), {"pretrained_cfg_overlay": {"file": "x"}}, "backbone.options.pretrained_cfg_overlay"),
+    (("backbone", "options"), {"cache_dir": "x"}, "backbone.options.cache_dir"),
+    (("backbone", "init_args"), {"name": "hf-hub:evil/model"}, "timm has no model 'hf-hub:evil/model'"),
+    (("backbone", "init_args"), {"name": "local-dir:/tmp"}, "timm has no model 'local-dir:/tmp'"),
+    (("backbone", "pretrained"), True, "asks for pretrained"),
+    (("text", "pretrained"), "evil/model", "asks for pretrained"),
+    (("text", "architecture"), {"attn_implementation": "evil/kernel"}, "text.architecture.attn_implementation"),
+    (("text", "architecture"), {"_attn_implementation": "evil/kernel"}, "text.architecture._attn_implementation"),
+    (("text", "architecture"), {"auto_map": {"AutoModel": "evil/model--x.Y"}}, "text.architecture.auto_map"),
+    (
+        ("text", "architecture"),
+        {"quantization_config": {"quant_method": "awq"}},
+        "text.architecture.quantization_config",
+    ),
+    (("text", "architecture"), {"model_type": "evil"}, "transformers has no 'evil'"),
+    (
+        ("text", "tokenizer"),
+        {"class_path": "indiclip.text.FastTokenizer", "init_args": {"source": "evil/model"}},
+        "source",
+    ),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "words"), HOSTILE)
+def test_a_checkpoint_reaches_no_network_and_no_code(tmp_path, monkeypatch, place, value, words):
+    def reached(*_, **__):
+        raise AssertionError("the network was reached")
+
+    monkeypatch.setattr("socket.socket.connect", reached)
+    config = copy.deepcopy(tiny_encoder().to_config())
+    arguments = config[place[0]]["init_args"]
+    if place[1] == "init_args":
+        config[place[0]]["init_args"] = value
+    elif place[1] in ("options", "architecture"):
+        arguments[place[1]] = (arguments[place[1]] or {}) | value
+    else:
+        arguments[place[1]] = value
+    torch.save({"encoder": config, "state_dict": {}}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=words):
+        indiclip.load(tmp_path / "evil.ckpt")
+
+
+def test_zero_shot_names_the_nearest_class_first(checkpoint):
+    """By hand: a softmax over the scaled cosines with the mean of each class's prompts."""
+    encoder = indiclip.load(checkpoint)
+    pictures = [noise(24, 24, seed) for seed in range(3)]
+    classes, templates = ["kite", "drum", "पतंग"], ["a photo of a {}", "{}"]
+    rows = encoder.zero_shot(pictures, classes, templates)
+    image_BE = encoder.embed_image(pictures)
+    for row, image_E in zip(rows, image_BE, strict=True):
+        logits = []
+        for name in classes:
+            mean_E = encoder.embed_text([template.format(name) for template in templates]).mean(0)
+            logits.append(20.085536923 * (image_E @ (mean_E / mean_E.norm())))  # e ** 3
+        expected = torch.stack(logits).softmax(0)
+        assert list(row) == [classes[i] for i in expected.argsort(descending=True)]
+        torch.testing.assert_close(torch.tensor([row[name] for name in classes]), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="at least one class"):
+        encoder.zero_shot(pictures, [])
