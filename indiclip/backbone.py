@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 import timm
 import torch
 from timm.layers.norm import LayerNorm
+from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
@@ -243,7 +244,7 @@ class TimmBackbone(Backbone):
             "std": std,
         }
         self.net = _at_canvas(name, (canvas_hw[0], canvas_hw[1]), pretrained, dict(options or {}))
-        if not timm.is_model_in_modules(name, ["fastvit"]):  # whose backward pass crashes in this layout on the CPU
+        if not is_model_in_modules(name, ["fastvit"]):  # whose backward pass crashes in this layout on the CPU
             self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
         self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
         self.patch_size = patch_size
@@ -366,7 +367,7 @@ def _new_naflex(
 def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:
     """A timm ViT by name as a NaFlexVit (timm converts the weights), without its classifier."""
     check_timm_name(name)
-    if not timm.is_model_in_modules(name, ["naflexvit"]):
+    if not is_model_in_modules(name, ["naflexvit"]):
         options = {"use_naflex": True} | options
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from indiclip.backbone import Backbone, TimmBackbone, join_prefix
-from indiclip.patches import batch_images
 from indiclip.pretrained.build import build
 from indiclip.pretrained.timm_models import image_tower
 
@@ -130,7 +129,7 @@ def compare(backbone: Backbone, model: Any, name: str) -> dict[str, Any]:
     with torch.no_grad():
         theirs = model.forward_features(pixels.double())
         pooled = model.forward_head(theirs, pre_logits=True)
-        features = backbone(batch_images([picture], p, height * width // p**2, backbone.canvas_hw))
+        features = backbone(backbone.preprocessing.batch([picture], height * width // p**2))
         own = backbone.pool(features)
     if isinstance(theirs, dict):
         theirs = theirs["patches"]
@@ -155,7 +154,7 @@ def without_gradient(backbone: Backbone) -> dict[str, Any]:
     found = {}
     height, width = backbone.canvas_hw or (4 * backbone.patch_size,) * 2
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    images = batch_images([picture] * 2, backbone.patch_size, backbone.max_tokens, backbone.canvas_hw)
+    images = backbone.preprocessing.batch([picture] * 2, backbone.max_tokens)
     for pool in ("tower", "mean"):
         if pool == "mean":
             backbone.remove_pool()
