@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 import timm
 import torch
 from timm.layers.norm import LayerNorm
+from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
@@ -186,7 +187,7 @@ class NaFlexViT(Backbone):
             raise ValueError(
                 "encoder.pool: the backbone has no pooling of its own; backbone.options.global_pool names one"
             )
-        return self.vit.forward_head(_join_prefix(features), pre_logits=True, patch_valid=features.valid_BN)
+        return self.vit.forward_head(join_prefix(features), pre_logits=True, patch_valid=features.valid_BN)
 
     def remove_pool(self) -> None:
         vit = self.vit
@@ -206,10 +207,11 @@ class TimmBackbone(Backbone):
             model.
         pretrained: Load the named model's weights (from the hub or its local cache).
         feature_index: Which of the model's stages gives the features, -1 the last.
-        options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`.
-        interpolation: How images are resized; None is the model's own.
-        mean: Of the pixels' channels in 0..1; None is the model's.
+        options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`. `img_size`
+            is the canvas where the model takes one.
+        mean: Of the pixels' channels in 0..1; None is the named model's.
         std: As `mean`.
+        interpolation: How images are resized; None is the model's own.
     """
 
     net: Any  # timm models share no type that has what is used here
@@ -222,9 +224,9 @@ class TimmBackbone(Backbone):
         pretrained: bool = False,
         feature_index: int = -1,
         options: dict[str, Any] | None = None,
-        interpolation: Interpolation | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
         if any(side % patch_size for side in canvas_hw):
@@ -241,8 +243,10 @@ class TimmBackbone(Backbone):
             "mean": mean,
             "std": std,
         }
-        self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
-        self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
+        self.net = _at_canvas(name, (canvas_hw[0], canvas_hw[1]), pretrained, dict(options or {}))
+        if not is_model_in_modules(name, ["fastvit"]):  # whose backward pass crashes in this layout on the CPU
+            self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
+        self._gives_tokens = hasattr(self.net, "num_prefix_tokens") or is_model_in_modules(name, ["hiera"])
         self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
         self.patch_size = patch_size
         self.max_tokens = canvas_hw[0] * canvas_hw[1] // patch_size**2
@@ -255,8 +259,9 @@ class TimmBackbone(Backbone):
             self.width, self.pooled_width = int(self.net.num_features), int(self.net.head_hidden_size)
         else:
             self.remove_pool()
-        self._set_interpolation(interpolation, self.net.pretrained_cfg)
-        self._set_normalisation(mean or self.net.pretrained_cfg["mean"], std or self.net.pretrained_cfg["std"])
+        config = self.net.pretrained_cfg
+        self._set_interpolation(interpolation, config)
+        self._set_normalisation(mean or config["mean"], std or config["std"])
 
     def _canvas(self, images: Images) -> Tensor:
         """Patches -> (B, 3, height, width), zeros (the mean colour) outside the images."""
@@ -273,7 +278,7 @@ class TimmBackbone(Backbone):
         raw = self._last_stage(pixels) if self._is_last else self._earlier_stage(pixels)
         prefix_BKD = None
         if raw.ndim == 3:
-            prefix_BKD, tokens_BND = _split_prefix(raw, self.net.num_prefix_tokens)
+            prefix_BKD, tokens_BND = _split_prefix(raw, getattr(self.net, "num_prefix_tokens", 0))
             assert self.canvas_hw is not None
             H, W = (side // self.stride for side in self.canvas_hw)
         else:
@@ -290,7 +295,7 @@ class TimmBackbone(Backbone):
     def _last_stage(self, pixels: Tensor) -> Tensor:
         """All of the model before its pooling: tokens (B, K + N, D), or a map (B, H, W, D)."""
         raw: Tensor = self.net.forward_features(pixels)
-        return raw.permute(0, 2, 3, 1) if raw.ndim == 4 and self._is_channels_first else raw
+        return raw.permute(0, 2, 3, 1) if raw.ndim == 4 and self.is_channels_first else raw
 
     def _earlier_stage(self, pixels: Tensor) -> Tensor:
         (map_BDHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
@@ -298,7 +303,7 @@ class TimmBackbone(Backbone):
         return map_BHWD
 
     @property
-    def _is_channels_first(self) -> bool:
+    def is_channels_first(self) -> bool:
         return getattr(self.net, "output_fmt", "NCHW") == "NCHW"
 
     def pool(self, features: Features) -> Tensor:
@@ -306,10 +311,10 @@ class TimmBackbone(Backbone):
             raise ValueError(
                 "encoder.pool: a backbone with feature_index has no pooling of its own; expected mean or attention"
             )
-        raw = _join_prefix(features)
-        if features.prefix_BKD is None and not hasattr(self.net, "num_prefix_tokens"):
+        raw = join_prefix(features)
+        if features.prefix_BKD is None and not self._gives_tokens:
             raw = raw.reshape(len(raw), *features.grid_hw, -1)
-            raw = raw.permute(0, 3, 1, 2) if self._is_channels_first else raw
+            raw = raw.permute(0, 3, 1, 2) if self.is_channels_first else raw
         pooled_BD: Tensor = self.net.forward_head(raw, pre_logits=True)
         return pooled_BD
 
@@ -322,7 +327,7 @@ def _split_prefix(tokens: Tensor, num_prefix: int) -> tuple[Tensor | None, Tenso
     return (tokens[:, :num_prefix] if num_prefix else None), tokens[:, num_prefix:]
 
 
-def _join_prefix(features: Features) -> Tensor:
+def join_prefix(features: Features) -> Tensor:
     if features.prefix_BKD is None:
         return features.tokens_BND
     return torch.cat([features.prefix_BKD, features.tokens_BND], 1)
@@ -363,8 +368,10 @@ def _new_naflex(
 def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:
     """A timm ViT by name as a NaFlexVit (timm converts the weights), without its classifier."""
     check_timm_name(name)
+    if not is_model_in_modules(name, ["naflexvit"]):
+        options = {"use_naflex": True} | options
     try:
-        model = timm.create_model(name, pretrained=pretrained, use_naflex=True, num_classes=0, **options)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except TypeError as error:
         raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.backbone.TimmBackbone") from error
     if not isinstance(model, NaFlexVit):
@@ -372,3 +379,24 @@ def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFle
     if model.attn_pool is not None and timm.models.is_model_in_modules(name, ["eva"]):
         model.pool_include_prefix = True  # as timm's Eva does; its conversion to NaFlexVit forgets it
     return model
+
+
+def _at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options: dict[str, Any]) -> Any:
+    """A timm model without classifier, for images of the canvas's size.
+
+    Raises:
+        ValueError: Its images have another size, which it cannot change.
+    """
+    config = timm.get_pretrained_cfg(name)
+    own_hw = config.input_size[1:] if config else canvas_hw
+    create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
+    if "img_size" in options or canvas_hw == own_hw:
+        return create(**options)
+    try:
+        return create(img_size=canvas_hw, **options)
+    except TypeError as error:
+        if config and config.fixed_input_size:
+            raise ValueError(
+                f"backbone.canvas_hw: found {list(canvas_hw)}; {name} takes only {list(own_hw)}"
+            ) from error
+        return create(**options)

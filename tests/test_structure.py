@@ -84,7 +84,9 @@ ARROWS = {
         " head module datasets loading evals"
     ),
     "export": "types names patches preprocessing backbone text pooling encoder pretrained",
-    "commands": "names distributed images preprocessing text datasets webdataset loading evals training export",
+    "commands": (
+        "types names distributed json_lines images preprocessing text datasets webdataset loading evals training export"
+    ),
 }
 
 

@@ -1,42 +1,57 @@
-"""Image models of timm: names, and folders as `timm.models.push_to_hf_hub` and `save_for_hf` write them."""
+"""Image models of timm: names, files, and folders as `timm.models.push_to_hf_hub` and `save_for_hf` write them."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import timm.models
-from timm.models import naflexvit
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from timm.models import adapt_input_conv, clean_state_dict
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
 from indiclip.names import did_you_mean
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.weights import Weights, read_tensors
 from indiclip.text import describe
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the order in which timm looks, too
+_PIXELS = ("mean", "std", "interpolation")
+_NOT_OURS = ("num_classes", "in_chans", "use_naflex")  # options that are ours to choose
+_EMBEDDINGS = ("patch_embed.", "pos_embed", "cls_token", "reg_token")
 
 
 def read_timm(what: str) -> Weights:
-    """`NAME:FILE` or a folder; see `indiclip.pretrained.read.read_weights`."""
+    """`NAME`, `NAME:FILE` or a folder; see `indiclip.pretrained.read.read_weights`.
+
+    Raises:
+        FileNotFoundError: No such file; without a network, a name whose weights were not downloaded before.
+    """
     folder = Path(what)
+    options: dict[str, Any] = {}
+    overlay: dict[str, Any] = {}
     if folder.is_dir():
         config = read_config(folder / "config.json")
-        name, options, overlay = config["architecture"], dict(config.get("model_args") or {}), config["pretrained_cfg"]
+        name = _architecture(config, folder)
+        options, overlay = dict(config.get("model_args") or {}), dict(config.get("pretrained_cfg") or config)
         file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / _FILES[0])
     else:
-        name, _, weights = what.partition(":")
-        options, overlay, file = {}, {}, Path(weights)
-    if not timm.is_model(name):
-        raise ValueError(f"timm:{what}: timm has no {name!r}{did_you_mean(name, timm.list_models())}")
-    tensors = read_tensors(file)
-    return image_tower(f"timm:{what}", name, tensors, options, overlay)
+        name, _, path = what.partition(":")
+        if not timm.is_model(name):
+            raise ValueError(f"timm:{what}: timm has no {name!r}{did_you_mean(name, timm.list_models())}")
+        file = Path(path) if path else _downloaded(name)
+    return image_tower(f"timm:{what}", name, _unwrapped(read_tensors(file), file), options, overlay)
 
 
 def image_tower(
     origin: str, name: str, tensors: dict[str, Tensor], options: dict[str, Any], overlay: dict[str, Any]
 ) -> Weights:
-    """A timm model's weights as a backbone that pools by itself.
+    """A timm model's weights as a backbone that pools by itself: a NaFlexViT, else a TimmBackbone.
 
     Args:
         origin: For messages.
@@ -45,18 +60,141 @@ def image_tower(
         options: Arguments of the architecture.
         overlay: What differs from its `pretrained_cfg`: `mean`, `std`, ...
     """
-    backbone: NaFlexViT | TimmBackbone
-    options = {key: value for key, value in options.items() if key != "use_naflex"}  # which NaFlexViT always does
-    try:
-        backbone = naflex = NaFlexViT(name=name, options=options, mean=overlay.get("mean"), std=overlay.get("std"))
-        tensors, prefix = naflexvit.checkpoint_filter_fn(tensors, naflex.vit), "backbone.vit."
-    except ValueError:
-        backbone, prefix = TimmBackbone(name, options=options), "backbone.net."
-    own = backbone.state_dict()
+    is_naflex = bool(options.get("use_naflex"))
+    options = {key: value for key, value in options.items() if key not in _NOT_OURS}
+    pixels = {key: overlay[key] for key in _PIXELS if key in overlay}
+    with torch.device("meta"):
+        naflex = _naflex(name, options, pixels)
+        if is_naflex and naflex is not None:
+            converted, ignored, notes = _by_own_names(naflex.vit, tensors)
+            return _tower(origin, naflex, "backbone.vit.", converted, ignored, notes)
+        fixed = TimmBackbone(name, **_canvas(name, options, overlay), options=options, **pixels)
+    converted, ignored, notes = _by_own_names(fixed.net, tensors)
+    backbone: NaFlexViT | TimmBackbone = fixed
+    if naflex is not None:
+        moved = _naflex_names(fixed.net, converted)
+        if moved.keys() == naflex.vit.state_dict().keys():
+            backbone, converted = naflex, moved
+    prefix = "backbone.net." if backbone is fixed else "backbone.vit."
+    return _tower(origin, backbone, prefix, converted, ignored, notes)
+
+
+def _tower(
+    origin: str, backbone: Backbone, prefix: str, tensors: dict[str, Tensor], ignored: list[str], notes: list[str]
+) -> Weights:
+    kept = {f"{prefix}{key}": tensor for key, tensor in tensors.items()}
+    return Weights(origin, {"backbone": describe(backbone), "pool": "tower"}, kept, ignored=ignored, notes=notes)
+
+
+def _canvas(name: str, options: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """Size of a model's images, and of the patches in which they travel: the largest of up to 16 pixels that fits."""
     config = timm.get_pretrained_cfg(name)
-    classifier = str(config.classifier if config else None)
-    ignored = [
-        key for key in tensors if f"{prefix.removeprefix('backbone.')}{key}" not in own and key.startswith(classifier)
-    ]
-    kept = {f"{prefix}{key}": tensor for key, tensor in tensors.items() if key not in ignored}
-    return Weights(origin, {"backbone": describe(backbone), "pool": "tower"}, kept, ignored=ignored)
+    size = options.get("img_size") or overlay.get("input_size") or (config.input_size if config else (3, 224, 224))
+    height, width = (size, size) if isinstance(size, int) else size[-2:]
+    patch_size = next(side for side in range(16, 0, -1) if height % side == 0 and width % side == 0)
+    return {"canvas_hw": (height, width), "patch_size": patch_size}
+
+
+def _naflex(name: str, options: dict[str, Any], pixels: dict[str, Any]) -> NaFlexViT | None:
+    """None where the architecture is no plain ViT."""
+    try:
+        return NaFlexViT(name=name, options=options, **pixels)
+    except ValueError:
+        return None
+
+
+def _by_own_names(net: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors as this model has them, which were left out, and what was converted, in words."""
+    config = net.pretrained_cfg
+    found = dict(tensors)
+    if (convert := getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)) is not None:
+        found = dict(convert(found, net))
+    notes = []
+    own = net.state_dict()
+    for name in _several(config.get("first_conv")):
+        kernel, target = found.get(f"{name}.weight"), own.get(f"{name}.weight")
+        if kernel is not None and target is not None and kernel.ndim == 4 and kernel.shape[1] != target.shape[1]:
+            found[f"{name}.weight"] = adapt_input_conv(target.shape[1], kernel, base_chans=kernel.shape[1])
+            notes.append(f"{name} converted from {kernel.shape[1]} to {target.shape[1]} channels")
+    for name, tensor in tensors.items():
+        if (
+            name in found
+            and tensor.numel() != found[name].numel()
+            and not name.startswith(tuple(_several(config.get("first_conv"))))
+        ):
+            notes.append(f"{name} resampled from {tuple(tensor.shape)} to {tuple(found[name].shape)}")
+    heads = tuple(f"{name}." for name in _several(config.get("classifier")))
+    ignored = [name for name in found if name not in own and name.startswith(heads)]
+    return {name: tensor for name, tensor in found.items() if name not in ignored}, ignored, notes
+
+
+def _several(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def _naflex_names(plain: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a plain ViT by the names of timm's NaFlexVit, whose position table has no place for prefix tokens."""
+    if isinstance(plain, NaFlexVit):
+        return tensors
+    moved = {}
+    for name, tensor in tensors.items():
+        if name == "pos_embed":
+            H, W = plain.patch_embed.grid_size
+            num_prefix = tensor.shape[1] - H * W
+            table_BKD, tensor = tensor[:, :num_prefix], tensor[:, num_prefix:].reshape(1, H, W, -1)
+            num_classes = 1 if "cls_token" in tensors else 0
+            if num_prefix:
+                moved["embeds.cls_token"] = tensors["cls_token"] + table_BKD[:, :num_classes]
+            if num_prefix > num_classes:
+                moved["embeds.reg_token"] = tensors["reg_token"] + table_BKD[:, num_classes:]
+        if name == "patch_embed.proj.weight":
+            tensor = tensor.permute(0, 2, 3, 1).flatten(1)
+        if name.startswith(_EMBEDDINGS):
+            moved.setdefault(f"embeds.{name.removeprefix('patch_embed.')}", tensor)
+        else:
+            moved[name] = tensor
+    return moved
+
+
+def _architecture(config: dict[str, Any], folder: Path) -> str:
+    name = str(config.get("architecture"))
+    if not timm.is_model(name):
+        raise ValueError(
+            f"{folder / 'config.json'}: architecture: timm has no {name!r}{did_you_mean(name, timm.list_models())}"
+        )
+    return name
+
+
+def _unwrapped(found: dict[str, Any], file: Path) -> dict[str, Tensor]:
+    """The tensors of a training checkpoint, averaged ones first, without the prefixes of wrappers."""
+    for key in _WRAPPERS:
+        if isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    tensors = {name: tensor for name, tensor in clean_state_dict(found).items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"{file}: holds no tensors; found the entries {', '.join(map(str, list(found)[:5]))}")
+    return tensors
+
+
+def _downloaded(name: str) -> Path:
+    """The file of a name's pretrained weights, from the hub or its local cache."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}*")
+        raise ValueError(f"timm:{name}: no such weights on the hub{did_you_mean(name, tags)}")
+    files = [config.hf_hub_filename] if config.hf_hub_filename else list(_FILES)
+    for file in files:
+        try:
+            return Path(huggingface_hub.hf_hub_download(config.hf_hub_id, file))
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"timm:{name}: the hub cannot be reached, and its cache has no {config.hf_hub_id}; download {file} of "
+                f"https://huggingface.co/{config.hf_hub_id} elsewhere, bring it here and write timm:{name}:{file}"
+            ) from error
+        except EntryNotFoundError:
+            continue
+        except OSError as error:
+            said = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(f"timm:{name}: {config.hf_hub_id} cannot be downloaded ({said})") from error
+    raise FileNotFoundError(f"timm:{name}: {config.hf_hub_id} has none of {', '.join(files)}")
