@@ -11,7 +11,11 @@ from indiclip.pretrained.model_names import read_config
 
 PIXELS = ("mean", "std", "interpolation", "resize_mode")
 _CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+_FILES: tuple[str, ...] = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 _FILES += ("model.safetensors", "pytorch_model.bin")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 

@@ -106,6 +106,14 @@ def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple
             "pos_embed_use_grid_sample": False,
         },
     )
+    return backbone, tensors_by_timm(tensors)
+
+
+def tensors_by_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a vision tower of CLIP's or SigLIP's kind by timm's names."""
+    is_clip = "embeddings.class_embedding" in tensors
+    table = tensors["embeddings.position_embedding.weight"]
+    side = isqrt(len(table) - is_clip)
     found = _renamed(tensors, _VISION)
     if is_clip:  # timm's class token has its position already
         found["embeds.cls_token"] = (found["embeds.cls_token"] + table[0]).reshape(1, 1, -1)
@@ -118,7 +126,7 @@ def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple
         for kind in ("weight", "bias"):
             joined = found.pop(f"attn_pool.in_proj_{kind}")
             found[f"attn_pool.q.{kind}"], found[f"attn_pool.kv.{kind}"] = joined.tensor_split([len(joined) // 3])
-    return backbone, found
+    return found
 
 
 def _plain_tower(
