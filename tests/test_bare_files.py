@@ -188,7 +188,7 @@ def test_half_precision_is_read_as_single_with_a_word(open_clip_folder, tmp_path
 def config_with(folder, **changes):
     file = next(folder.glob("*config.json"))
     said = json.loads(file.read_text())
-    node = said["model_cfg"] if "model_cfg" in said else said
+    node = said.get("model_cfg", said)
     for key, value in changes.items():
         *path, last = key.split("__")
         inner = node

@@ -15,10 +15,10 @@ from indiclip.pretrained.open_clip_texts import hf_tensors
 from indiclip.pretrained.open_clip_texts import transformer_tensors as text_tensors
 from indiclip.pretrained.transformers_images import tensors_by_timm
 from indiclip.pretrained.transformers_texts import LEFT_OUT, tower_tensors
-from indiclip.pretrained.weights import Weights, read_tensors, state_dict
+from indiclip.pretrained.weights import PARTS, Weights, of_part, read_tensors, state_dict
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-_OURS = re.compile(r"(backbone\.(vit|net)|text\.model|image_projection|text_projection|image_pool|text_pool)\.")
+_OURS = re.compile(r"(backbone\.(vit|net)|text\.model)\.")
 _TIMM = re.compile(r"(patch_embed|blocks|stages|stem|layer[1-4]|layers\.\d+\.blocks|conv_stem|conv1|embeds|norm_pre)\.")
 _TEXT = re.compile(r".*(word_embeddings|token_embedding|embed_tokens|wte)\.|(.*\.)?shared\.weight")
 _CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.")
@@ -41,8 +41,11 @@ class BareFile(Weights):
     def parts(self) -> list[str]:
         if self.library == "indiclip":
             return super().parts
-        if self.library in ("timm", "text"):
-            return ["image" if self.library == "timm" else "text"]
+        if self.library == "timm":
+            return ["image"]
+        if self.library == "text":
+            projects = any(re.match(r"(text_model\.)?(head|text_projection)\.", name) for name in self.tensors)
+            return ["text", "projections"] if projects else ["text"]
         logits = [part for part in ("logit_scale",) if part in self.tensors]
         return ["image", "text", "projections", *logits]
 
@@ -53,7 +56,7 @@ class BareFile(Weights):
             ValueError: They are not those of its towers.
         """
         convert = {"timm": _of_timm, "text": _of_text, "open_clip": _of_open_clip, "transformers": _of_dual}
-        found = Weights(self.origin, {}, dict(self.tensors), ignored=[*self.ignored], notes=[*self.notes, _UNKNOWN])
+        found = Weights(self.origin, {}, dict(self.tensors), [*self.unused], [*self.ignored], [*self.notes, _UNKNOWN])
         if self.library in convert:
             try:
                 convert[self.library](found, encoder)
@@ -77,7 +80,10 @@ def read_bare_file(file: Path, origin: str) -> BareFile:
         heads = [name for name in tensors if not name.startswith("encoder.")]
         ours = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
         return BareFile(origin, {}, ours, ignored=heads, library="indiclip")
-    return BareFile(origin, {}, tensors, library=_library(tensors, origin))
+    library = _library(tensors, origin)
+    known = [name for part in PARTS for name in of_part(part, tensors)]
+    unused = [name for name in tensors if library == "indiclip" and name not in known]
+    return BareFile(origin, {}, tensors, unused, library=library)
 
 
 def _library(tensors: dict[str, Tensor], origin: str) -> str:

@@ -144,7 +144,8 @@ def _of_transformers(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weig
         pool = "class"
     architecture = theirs.to_diff_dict() | {"model_type": theirs.model_type}
     tower = TextTower(open_clip_tokenizer(source, config["context_length"]), architecture)
-    kind, embed_dim = config["hf_proj_type"] or "none", source.model["embed_dim"]
+    kind: Any = config["hf_proj_type"] or "none"
+    embed_dim = source.model["embed_dim"]
     check_choice(f"{origin}.hf_proj_type", kind, ("linear", "mlp", "none"))
     projection = Projection(kind)
     if kind == "mlp":
