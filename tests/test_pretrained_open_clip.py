@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 from foreign_models import TOWER, letter_tokenizer
-from helpers import noise
+from helpers import batch_images, noise
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from timm.models import _registry
 
 import indiclip
-from indiclip.patches import batch_images, unpatchify
+from indiclip.patches import unpatchify
 from indiclip.pretrained.open_clip_source import OpenClipSource
 from indiclip.pretrained.open_clip_tokenizers import open_clip_tokenizer
 from indiclip.pretrained.read import read_weights

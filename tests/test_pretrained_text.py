@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from foreign_models import TOWER, letter_tokenizer
-from helpers import noise
+from helpers import batch_images, noise
 from safetensors.torch import load_file, save_file
 
 import indiclip
@@ -18,7 +18,6 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
 from indiclip.module import MultiTask
-from indiclip.patches import batch_images
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.pretrained.read import read_weights

@@ -83,6 +83,7 @@ def _transformer(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
         patch_size=patch_hw[0],
         mean=source.pixels["mean"],
         std=source.pixels["std"],
+        interpolation=source.pixels["interpolation"],
         options={
             "mlp_ratio": (int(config["width"] * config["mlp_ratio"]) + 0.5) / config["width"],  # timm rounds down
             "norm_eps": norm_eps(config, origin),
@@ -138,6 +139,7 @@ def _resnet(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
         options=options,
         mean=source.pixels["mean"],
         std=source.pixels["std"],
+        interpolation=source.pixels["interpolation"],
     )
     return _weights(source, backbone, resnet_tensors(tensors, backbone.net), Projection(bias=True))
 
@@ -170,6 +172,7 @@ def _of_timm(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
     tower = image_tower(source.origin, name, trunk, {"global_pool": pool} if pool else {}, {})
     arguments = tower.config["backbone"]["init_args"]
     arguments |= {"mean": source.pixels["mean"], "std": source.pixels["std"]}
+    arguments["interpolation"] = source.pixels["interpolation"]
     if "canvas_hw" in arguments:
         canvas_hw = _pair(config["image_size"])
         arguments |= {"canvas_hw": list(canvas_hw), "patch_size": _cell(canvas_hw)}

@@ -10,27 +10,32 @@ from indiclip.pretrained.timm_models import read_timm
 from indiclip.pretrained.transformers_models import read_transformers
 from indiclip.pretrained.weights import Weights, check_tensors, precision_notes
 
-READERS = {"indiclip": read_run, "transformers": read_transformers, "timm": read_timm, "open_clip": read_open_clip}
+READERS = {"transformers": read_transformers, "timm": read_timm, "open_clip": read_open_clip}
 
 
-def read_weights(name: str) -> Weights:
+def read_weights(name: str, which: str = "auto") -> Weights:
     """The configuration and the tensors of a pretrained model, from local files.
 
     Args:
         name: `runs/quickstart`, `x.ckpt`: ours. A folder as transformers, timm or OpenCLIP save one. Their names and
             files: `timm:NAME`, `transformers:FOLDER`, `open_clip:NAME:FILE`. A `.safetensors`, `.pt`, `.pth` or `.bin`
             alone gives a `BareFile`, which names no architecture.
+        which: Of a run's weights, see `read_run`.
 
     Raises:
         FileNotFoundError: No such file or folder, or one that the model lacks.
         ValueError: Anything else that is no model, or one with values that are not finite.
     """
     file = Path(name)
-    if file.is_file() and file.suffix in SUFFIXES:
-        weights: Weights = read_bare_file(file, name)
+    is_bare = file.is_file() and file.suffix in SUFFIXES
+    library, what = ("", name) if is_bare else library_of(name)
+    if library != "indiclip" and which not in ("auto", "last"):
+        raise ValueError(f"{name}: is no run of ours and has one set of weights; expected last, found {which!r}")
+    weights: Weights
+    if is_bare:
+        weights = read_bare_file(file, name)
     else:
-        library, what = library_of(name)
-        weights = _of_library(library, what)
+        weights = read_run(what, which) if library == "indiclip" else _of_library(library, what)
     weights.notes += precision_notes(weights.tensors)
     weights.tensors = check_tensors(weights.tensors, weights.origin)
     return weights

@@ -13,6 +13,7 @@ from torch import Tensor
 from indiclip.backbone import NaFlexViT
 from indiclip.names import check_choice
 from indiclip.pooling import Projection
+from indiclip.preprocessing import Interpolation
 from indiclip.pretrained.transformers_files import read_transformers_tensors
 from indiclip.pretrained.weights import Weights
 from indiclip.text import describe
@@ -54,6 +55,7 @@ _CONTRASTIVE = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_mode
 _OTHERS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
 IMAGE_TYPES = (*_CONTRASTIVE, *_OTHERS)
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _LEFT_OUT = ("embeddings.mask_token", "pooler.", "classifier.", "decoder.")
 
 
@@ -86,7 +88,7 @@ def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple
     patch_size = config.patch_size
     table = tensors["embeddings.position_embedding.weight"]
     side = isqrt(len(table) - is_clip)
-    mean, std = _pixels(folder)
+    mean, std, interpolation = _pixels(folder)
     backbone = NaFlexViT(
         width=config.hidden_size,
         depth=config.num_hidden_layers,
@@ -94,6 +96,7 @@ def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple
         patch_size=patch_size,
         mean=mean,
         std=std,
+        interpolation=interpolation,
         options={
             "mlp_ratio": (config.intermediate_size + 0.5) / config.hidden_size,  # timm rounds down
             "norm_eps": config.layer_norm_eps,
@@ -137,7 +140,7 @@ def _plain_tower(
         raise ValueError(f"{folder}: found a gated MLP; expected one of the sizes with a plain MLP, or timm's model")
     turns = config.model_type == "dinov3_vit"
     found = _renamed(tensors, _PLAIN)
-    mean, std = _pixels(folder)
+    mean, std, interpolation = _pixels(folder)
     registers = getattr(config, "num_register_tokens", 0)
     hidden = config.hidden_size * config.mlp_ratio if hasattr(config, "mlp_ratio") else config.intermediate_size
     options = {
@@ -173,6 +176,7 @@ def _plain_tower(
         patch_size=config.patch_size,
         mean=mean,
         std=std,
+        interpolation=interpolation,
         options=options,
     )
     return backbone, found, notes
@@ -201,14 +205,15 @@ def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _pixels(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the folder's image processor."""
+def _pixels(folder: Path) -> tuple[list[float], list[float], Interpolation]:
+    """Mean and standard deviation of the folder's image processor, and how it resizes."""
     reader: Any = transformers.AutoImageProcessor
     try:
         images = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{folder}: found no image processor; expected preprocessor_config.json") from error
-    return list(images.image_mean), list(images.image_std)
+    check_choice(f"{folder / 'preprocessor_config.json'}: resample", int(images.resample), _RESAMPLE)
+    return list(images.image_mean), list(images.image_std), _RESAMPLE[int(images.resample)]
 
 
 def _activation(config: Any, folder: Path) -> str:
