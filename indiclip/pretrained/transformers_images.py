@@ -212,8 +212,10 @@ def _pixels(folder: Path) -> tuple[list[float], list[float], Interpolation]:
         images = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{folder}: found no image processor; expected preprocessor_config.json") from error
-    check_choice(f"{folder / 'preprocessor_config.json'}: resample", int(images.resample), _RESAMPLE)
-    return list(images.image_mean), list(images.image_std), _RESAMPLE[int(images.resample)]
+    number = int(images.resample)
+    if number not in _RESAMPLE:
+        raise ValueError(f"{folder / 'preprocessor_config.json'}: resample: found {number}; expected 2 or 3")
+    return list(images.image_mean), list(images.image_std), _RESAMPLE[number]
 
 
 def _activation(config: Any, folder: Path) -> str:
