@@ -7,6 +7,7 @@ import torch
 from indiclip.encoder import Encoder
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import fill
+from indiclip.pretrained.model_names import library_of
 from indiclip.pretrained.read import read_weights
 
 
@@ -34,6 +35,8 @@ def load(
             without a text tower.
     """
     found = read_weights(str(path), weights)
+    if not found.config:
+        library_of(str(path))  # raises: weights alone name no architecture
     arguments = build(found.config, found.origin, trust_code)
     if not {"backbone", "text"} <= arguments.keys():
         raise ValueError(f"{path}: is no dual encoder; model.encoder.init_from trains with what it has")

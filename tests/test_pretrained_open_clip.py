@@ -3,17 +3,22 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from foreign_models import TOWER, letter_tokenizer
 from helpers import batch_images, noise
-from safetensors.torch import save_file
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from timm.models import _registry
 
 import indiclip
 from indiclip.patches import unpatchify
+from indiclip.pretrained.open_clip_source import OpenClipSource
+from indiclip.pretrained.open_clip_tokenizers import open_clip_tokenizer
+from indiclip.pretrained.read import read_weights
 
 open_clip = pytest.importorskip("open_clip")
 TEXTS = ["a photo of a kite", "मसाला डोसा", "“a Photo”, of: a_kite &amp; 🪁!", "", "x" * 400]
@@ -152,3 +157,73 @@ def test_embeddings_are_those_of_open_clip(tmp_path, kind):
     encoder = indiclip.load(folder)
     compare(encoder, model, tokenizer)
     assert encoder.text.tokenizer.context_length == 12
+
+
+def test_a_file_for_one_of_its_architectures(tmp_path, monkeypatch):
+    """A file that open_clip saved gives all of its tensors; one that lacks or has another is an error."""
+    folder, model, tokenizer = make_folder(tmp_path / "model", "vit")
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "ViT-Of-A-File.json").write_text(json.dumps(config))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {**open_clip.factory._MODEL_CONFIGS})
+    open_clip.add_model_config(tmp_path / "ViT-Of-A-File.json")
+    tensors = load_file(folder / "open_clip_model.safetensors")
+    torch.save(
+        {"epoch": 1, "state_dict": {f"module.{name}": t for name, t in tensors.items()}}, tmp_path / "epoch_1.pt"
+    )
+    name = f"open_clip:ViT-Of-A-File:{tmp_path}/epoch_1.pt"
+    weights = read_weights(name)
+    assert (weights.unused, weights.ignored) == ([], [])
+    assert "mean and std of its pixels are CLIP's" in weights.notes[0]
+    encoder = indiclip.load(name)
+    with torch.no_grad():
+        theirs = model.encode_text(tokenizer(TEXTS), normalize=True)
+        torch.testing.assert_close(encoder.embed_text(TEXTS), theirs, atol=1e-5, rtol=0)
+    assert encoder.initial_logits == {"logit_scale": float(tensors["logit_scale"])}
+    for wrong, words in {
+        "open_clip:ViT-Of-A-Fil:x": "OpenCLIP has no 'ViT-Of-A-Fil'; nearest is 'ViT-Of-A-File'",
+        "open_clip:ViT-Of-A-File": "names no weights; expected open_clip:ViT-Of-A-File:FILE",
+        f"open_clip:ViT-Of-A-File:{tmp_path}/epoch_2.pt": "no such file of weights; nearest is 'epoch_1.pt'",
+        "open_clip:ViT-B-32:hf-hub:openia": "OpenCLIP has no weights 'openia' of ViT-B-32; nearest is 'openai'",
+        "open_clip:ViT-B-32:hf-hub:openai": "expected open_clip:ViT-B-32-quickgelu:hf-hub:openai",
+        "open_clip:ViT-B-32:openai": "openai is on the hub",
+    }.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            read_weights(wrong)
+
+
+def test_published_weights_without_a_network_say_what_to_bring(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"fetch its weights from .*, bring that file here and name open_clip:"):
+        read_weights("open_clip:ViT-B-16-SigLIP:hf-hub:webli")
+
+
+def test_its_own_tokenizer_gives_equal_ids():
+    texts = [
+        *TEXTS, "தமிழ் বাংলা ಕನ್ನಡ", "don't I'LL ½ ²\n 1234", "<end_of_text> hi <START_OF_TEXT>", "schÃ¶n ＦＵＬＬ İ",
+        "a\u200db\u200c c", "🪁🇮🇳👨‍👩‍👧", "\ud83d half", "long words " * 200,
+    ]  # fmt: skip
+    for clean in ("lower", "whitespace", "canonicalize"):
+        theirs = open_clip.SimpleTokenizer(clean=clean)
+        text_cfg = {"tokenizer_kwargs": {"clean": clean}}
+        ours = open_clip_tokenizer(OpenClipSource("x", {"text_cfg": text_cfg}, {}, Path("x")), 77)
+        assert ours.pad(ours.encode(texts), 77)[0].tolist() == theirs(texts).tolist()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"clean": "canonicalize"}, {"strip_sep_token": True}])
+def test_tokenizers_of_transformers_give_equal_ids(tmp_path, arguments):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "kite", "##s", ",", "!"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    theirs = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=12, **arguments)
+    text_cfg = {"hf_tokenizer_name": "x", "tokenizer_kwargs": arguments}
+    source = OpenClipSource("x", {"text_cfg": text_cfg}, {}, tmp_path / "x", tmp_path)
+    ours = open_clip_tokenizer(source, 12)
+    assert ours.pad(ours.encode(TEXTS), 12)[0].tolist() == theirs(TEXTS).tolist()
+
+
+def test_preprocessing_comes_along(tmp_path):
+    folder, *_ = make_folder(tmp_path / "model", "mobileclip_s")
+    backbone = indiclip.load(folder).backbone
+    assert (backbone.mean_P[:3] / 255).tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert backbone.canvas_hw == (64, 64)

@@ -111,6 +111,7 @@ def _fill(
     encoder: nn.Module, own: dict[str, Tensor], weights: Weights, parts: Sequence[str], allow: Sequence[str]
 ) -> str:
     """Put a source's tensors into `own`; for the errors see `InitialWeights.fill`."""
+    weights = weights.for_encoder(encoder)
     targets = [name for part in parts for name in to_fill(weights, part, own)]
     sources = [name for part in parts for name in of_part(part, weights.tensors) if part != "logit_scale"]
     notes = list(weights.notes)

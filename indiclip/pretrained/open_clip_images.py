@@ -72,19 +72,12 @@ def _transformer(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
     patch_hw, image_hw = _pair(config["patch_size"]), _pair(config["image_size"])
     if patch_hw[0] != patch_hw[1]:
         raise ValueError(f"{origin}.patch_size: found {patch_hw}; expected squares")
-    grid_hw = _grid(len(tensors["positional_embedding"]) - 1, (image_hw[0] // patch_hw[0], image_hw[1] // patch_hw[1]))
-    found = {}
-    for name, tensor in tensors.items():
-        for theirs, ours in _NAMES:
-            name = re.sub(f"^{theirs}", ours, name)
-        found[name.replace("ln_post", "fc_norm" if config["final_ln_after_pool"] else "norm")] = tensor
-    table = found["embeds.pos_embed"]
-    found["embeds.cls_token"] = (found["embeds.cls_token"] + table[0]).reshape(1, 1, -1)
-    found["embeds.pos_embed"] = table[1:].reshape(1, *grid_hw, -1)
-    found["embeds.proj.weight"] = found["embeds.proj.weight"].permute(0, 2, 3, 1).flatten(1)
+    cells_hw = (image_hw[0] // patch_hw[0], image_hw[1] // patch_hw[1])
+    grid_hw = _grid(len(tensors["positional_embedding"]) - 1, cells_hw)
+    moved = transformer_tensors(tensors, grid_hw, config["final_ln_after_pool"])
     notes = []
     if config["no_ln_pre"]:  # timm leaves the bias of the patches out only where a norm follows them
-        found["embeds.proj.bias"] = torch.zeros(config["width"])
+        moved["backbone.vit.embeds.proj.bias"] = torch.zeros(config["width"])
         notes.append("the patches have a bias of zeros, which training may move")
     backbone = NaFlexViT(
         width=config["width"],
@@ -107,9 +100,31 @@ def _transformer(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
             "pos_embed_use_grid_sample": False,
         },
     )
-    moved = {f"backbone.vit.{name}": tensor for name, tensor in found.items() if name != "proj"}
-    moved["image_projection.weight"] = found["proj"].T
     return _weights(source, backbone, moved, Projection(), notes)
+
+
+def transformer_tensors(
+    tensors: dict[str, Tensor], grid_hw: tuple[int, int] | None = None, norm_is_last: bool = False
+) -> dict[str, Tensor]:
+    """Those of OpenCLIP's or OpenAI's VisionTransformer by our names.
+
+    Args:
+        tensors: By the names behind `visual.`.
+        grid_hw: Of the table of positions; None where it is square.
+        norm_is_last: Whether the last norm comes behind the pooling.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in _NAMES:
+            name = re.sub(f"^{theirs}", ours, name)
+        found[name.replace("ln_post", "fc_norm" if norm_is_last else "norm")] = tensor
+    table = found["embeds.pos_embed"]
+    side = isqrt(len(table) - 1)
+    found["embeds.cls_token"] = (found["embeds.cls_token"] + table[0]).reshape(1, 1, -1)
+    found["embeds.pos_embed"] = table[1:].reshape(1, *(grid_hw or (side, side)), -1)
+    found["embeds.proj.weight"] = found["embeds.proj.weight"].permute(0, 2, 3, 1).flatten(1)
+    moved = {f"backbone.vit.{name}": tensor for name, tensor in found.items() if name != "proj"}
+    return moved | {"image_projection.weight": found["proj"].T}
 
 
 def _resnet(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
@@ -129,11 +144,16 @@ def _resnet(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
         std=source.pixels["std"],
         interpolation=source.pixels["interpolation"],
     )
-    by_timm = byobnet.checkpoint_filter_fn({f"visual.{name}": t for name, t in tensors.items()}, backbone.net)
+    return _weights(source, backbone, resnet_tensors(tensors, backbone.net), Projection(bias=True))
+
+
+def resnet_tensors(tensors: dict[str, Tensor], net: Any) -> dict[str, Tensor]:
+    """Those of OpenCLIP's or OpenAI's ModifiedResNet, by the names behind `visual.`, by our names."""
+    by_timm = byobnet.checkpoint_filter_fn({f"visual.{name}": t for name, t in tensors.items()}, net)
     moved = {f"backbone.net.{name}": tensor for name, tensor in by_timm.items()}
     for kind in ("weight", "bias"):
         moved[f"image_projection.{kind}"] = moved.pop(f"backbone.net.head.proj.{kind}")
-    return _weights(source, backbone, moved, Projection(bias=True))
+    return moved
 
 
 def _of_timm(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
@@ -162,8 +182,7 @@ def _of_timm(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
     if "canvas_hw" in arguments:
         canvas_hw = _pair(config["image_size"])
         arguments |= {"canvas_hw": list(canvas_hw), "patch_size": _cell(canvas_hw)}
-    for theirs, ours in _HEADS.items():
-        moved |= {n.replace(theirs, ours, 1): t for n, t in tensors.items() if n.startswith(theirs)}
+    moved |= head_tensors(tensors)
     bias = config["timm_proj_bias"]
     projection = {
         "none": Projection("none"),
@@ -175,6 +194,14 @@ def _of_timm(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
     tower.config["image_projection"] = asdict(projection)
     tower.unused += [n for n in tensors if not n.startswith(("trunk.", *_HEADS))]
     return tower
+
+
+def head_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The projection behind a timm tower of OpenCLIP by our names."""
+    found: dict[str, Tensor] = {}
+    for theirs, ours in _HEADS.items():
+        found |= {n.replace(theirs, ours, 1): t for n, t in tensors.items() if n.startswith(theirs)}
+    return found
 
 
 def _weights(

@@ -12,22 +12,41 @@ from indiclip.pretrained.open_clip_texts import text_weights
 from indiclip.pretrained.weights import Weights, read_tensors, state_dict
 
 # Key of its configurations -> the value that means nothing special; the keys of its three dataclasses.
-_MODEL = {"embed_dim": None, "vision_cfg": {}, "text_cfg": {}, "quick_gelu": False, "custom_text": False}
+_MODEL: dict[str, Any] = {
+    "embed_dim": None,
+    "vision_cfg": {},
+    "text_cfg": {},
+    "quick_gelu": False,
+    "custom_text": False,
+}
 _MODEL |= {"init_logit_scale": None, "init_logit_bias": None, "nonscalar_logit_scale": False, "multimodal_cfg": None}
-_BLOCK = {"ls_init_value": None, "act_kwargs": None, "norm_kwargs": None, "block_type": None, "qk_norm": False}
+_BLOCK: dict[str, Any] = {
+    "ls_init_value": None,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "block_type": None,
+    "qk_norm": False,
+}
 _BLOCK |= {"scaled_cosine_attn": False, "scale_heads": False, "scale_attn_inner": False, "scale_attn": False}
 _BLOCK |= {"scale_fc": False, "mlp_ratio": 4.0, "output_tokens": False, "final_ln_after_pool": False}
-VISION = _BLOCK | {"layers": 12, "width": 768, "head_width": 64, "patch_size": 16, "image_size": 224}
+VISION: dict[str, Any] = _BLOCK | {"layers": 12, "width": 768, "head_width": 64, "patch_size": 16, "image_size": 224}
 VISION |= {"patch_dropout": 0.0, "attentional_pool": False, "attn_pooler_queries": 256, "attn_pooler_heads": 8}
 VISION |= {"no_ln_pre": False, "pos_embed_type": "learnable", "pool_type": "tok", "timm_model_name": None}
 VISION |= {"timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": False}
 VISION |= {"timm_drop": 0.0, "timm_drop_path": None}
-TEXT = _BLOCK | {"layers": 12, "width": 512, "heads": 8, "context_length": 77, "vocab_size": 49408}
+TEXT: dict[str, Any] = _BLOCK | {"layers": 12, "width": 512, "heads": 8, "context_length": 77, "vocab_size": 49408}
 TEXT |= {"hf_tokenizer_name": None, "tokenizer_mode": None, "tokenizer_kwargs": None, "embed_cls": False, "pad_id": 0}
 TEXT |= {"eos_id": 2, "no_causal_mask": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear"}
 TEXT |= {"hf_model_name": None, "hf_model_pretrained": True, "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"}
 # What no tower of ours computes.
-_REFUSED = ("multimodal_cfg", "attentional_pool", "embed_cls", "block_type", "qk_norm", "scaled_cosine_attn")
+_REFUSED: tuple[str, ...] = (
+    "multimodal_cfg",
+    "attentional_pool",
+    "embed_cls",
+    "block_type",
+    "qk_norm",
+    "scaled_cosine_attn",
+)
 _REFUSED += ("scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 _OF_OPENAI = ("input_resolution", "context_length", "vocab_size")
 _LOGITS = ("logit_scale", "logit_bias")

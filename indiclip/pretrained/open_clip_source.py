@@ -10,9 +10,16 @@ from indiclip.pretrained.hub import HUB, hub_folder
 from indiclip.pretrained.model_names import read_config
 
 PIXELS = ("mean", "std", "interpolation", "resize_mode")
-_CLIP: dict[str, Any] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-_CLIP |= {"interpolation": "bicubic"}
-_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+_CLIP = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "interpolation": "bicubic",
+}
+_FILES: tuple[str, ...] = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 _FILES += ("model.safetensors", "pytorch_model.bin")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 

@@ -64,19 +64,12 @@ def text_weights(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
         "layer_norm_eps": norm_eps(config, origin),
     }
     tower = TextTower(tokenizer, architecture, pad="context" if pads else "longest")
-    moved = {f"text.model.{name}": tensor for name, tensor in _renamed(tensors).items()}
-    projection = moved.pop("text.model.text_projection", None)
-    if projection is not None:
-        moved["text_projection.weight"] = projection.T
-    for kind in ("weight", "bias"):
-        if (tensor := moved.pop(f"text.model.text_projection.{kind}", None)) is not None:
-            moved[f"text_projection.{kind}"] = tensor
     kind = Projection("none") if config["proj_type"] == "none" else Projection(bias=config["proj_bias"])
     notes = ["layer scales of the text are part of its matrices"] if any(".ls_" in name for name in tensors) else []
     return Weights(
         source.origin,
         {"text": describe(tower), "text_pool": _POOLS[config["pool_type"]], "text_projection": asdict(kind)},
-        moved,
+        transformer_tensors(tensors),
         notes=notes,
     )
 
@@ -112,8 +105,18 @@ def _check_end(tokenizer: Tokenizer, config: dict[str, Any], origin: str) -> Non
         )
 
 
+def transformer_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of OpenCLIP's or OpenAI's text tower by our names: those of transformers' CLIP and SigLIP, which agree."""
+    moved = {}
+    for name, tensor in _renamed(tensors).items():
+        if name == "text_projection":  # a matrix without a module
+            moved["text_projection.weight"] = tensor.T
+        else:
+            moved[name if name.startswith("text_projection.") else f"text.model.{name}"] = tensor
+    return moved
+
+
 def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names of transformers' CLIP and SigLIP, which agree."""
     found = {}
     for name, tensor in tensors.items():
         for theirs, ours in _NAMES:
@@ -141,19 +144,27 @@ def _of_transformers(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weig
         pool = "class"
     architecture = theirs.to_diff_dict() | {"model_type": theirs.model_type}
     tower = TextTower(open_clip_tokenizer(source, config["context_length"]), architecture)
-    moved = {name.replace("transformer.", "text.model.", 1): tensor for name, tensor in tensors.items()}
-    for name in [name for name in moved if name.startswith("text.model.pooler.")]:
-        moved[name.replace("text.model.pooler.", "text_pool.")] = moved.pop(name)
-    for name in [name for name in moved if name.startswith("proj.")]:
-        moved[name.replace("proj.", "text_projection.", 1)] = moved.pop(name)
-    kind, embed_dim = config["hf_proj_type"], source.model["embed_dim"]
-    check_choice(f"{origin}.hf_proj_type", kind, ("linear", "mlp", None))
-    projection = Projection("none") if kind is None else Projection(kind)
+    kind: Any = config["hf_proj_type"] or "none"
+    embed_dim = source.model["embed_dim"]
+    check_choice(f"{origin}.hf_proj_type", kind, ("linear", "mlp", "none"))
+    projection = Projection(kind)
     if kind == "mlp":
         projection = Projection("mlp", hidden=(tower.width + embed_dim) // 2)
     return Weights(
-        source.origin, {"text": describe(tower), "text_pool": pool, "text_projection": asdict(projection)}, moved
+        source.origin,
+        {"text": describe(tower), "text_pool": pool, "text_projection": asdict(projection)},
+        hf_tensors(tensors),
     )
+
+
+def hf_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of OpenCLIP's `HFTextEncoder` by our names."""
+    names = {"transformer.pooler.": "text_pool.", "transformer.": "text.model.", "proj.": "text_projection."}
+    moved = {}
+    for name, tensor in tensors.items():
+        theirs = next((prefix for prefix in names if name.startswith(prefix)), "")
+        moved[names.get(theirs, "") + name.removeprefix(theirs)] = tensor
+    return moved
 
 
 def _text_config(source: OpenClipSource, name: str) -> Any:

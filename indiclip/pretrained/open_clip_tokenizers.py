@@ -15,7 +15,7 @@ from indiclip.pretrained.transformers_files import check_tokenizer
 from indiclip.text import FastTokenizer, SiglipTokenizer, Tokenizer
 
 _START, _END = "<start_of_text>", "<end_of_text>"
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_WORDS = rf"(?i:{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d)|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"
 _NUM_MERGES = 49152 - 256 - 2  # of the lines of its vocabulary, as OpenCLIP reads it
 _ARGUMENTS = ("clean", "strip_sep_token", "language")
 

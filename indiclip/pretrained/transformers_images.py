@@ -54,8 +54,8 @@ _PLAIN = [
 _CONTRASTIVE = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "metaclip_2_vision_model")
 _OTHERS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
 IMAGE_TYPES = (*_CONTRASTIVE, *_OTHERS)
-_RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _LEFT_OUT = ("embeddings.mask_token", "pooler.", "classifier.", "decoder.")
 
 
@@ -88,12 +88,15 @@ def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple
     patch_size = config.patch_size
     table = tensors["embeddings.position_embedding.weight"]
     side = isqrt(len(table) - is_clip)
+    mean, std, interpolation = _pixels(folder)
     backbone = NaFlexViT(
         width=config.hidden_size,
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         patch_size=patch_size,
-        **_pixels(folder),
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
         options={
             "mlp_ratio": (config.intermediate_size + 0.5) / config.hidden_size,  # timm rounds down
             "norm_eps": config.layer_norm_eps,
@@ -106,6 +109,14 @@ def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple
             "pos_embed_use_grid_sample": False,
         },
     )
+    return backbone, tensors_by_timm(tensors)
+
+
+def tensors_by_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a vision tower of CLIP's or SigLIP's kind by timm's names."""
+    is_clip = "embeddings.class_embedding" in tensors
+    table = tensors["embeddings.position_embedding.weight"]
+    side = isqrt(len(table) - is_clip)
     found = _renamed(tensors, _VISION)
     if is_clip:  # timm's class token has its position already
         found["embeds.cls_token"] = (found["embeds.cls_token"] + table[0]).reshape(1, 1, -1)
@@ -118,7 +129,7 @@ def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple
         for kind in ("weight", "bias"):
             joined = found.pop(f"attn_pool.in_proj_{kind}")
             found[f"attn_pool.q.{kind}"], found[f"attn_pool.kv.{kind}"] = joined.tensor_split([len(joined) // 3])
-    return backbone, found
+    return found
 
 
 def _plain_tower(
@@ -129,6 +140,7 @@ def _plain_tower(
         raise ValueError(f"{folder}: found a gated MLP; expected one of the sizes with a plain MLP, or timm's model")
     turns = config.model_type == "dinov3_vit"
     found = _renamed(tensors, _PLAIN)
+    mean, std, interpolation = _pixels(folder)
     registers = getattr(config, "num_register_tokens", 0)
     hidden = config.hidden_size * config.mlp_ratio if hasattr(config, "mlp_ratio") else config.intermediate_size
     options = {
@@ -162,7 +174,9 @@ def _plain_tower(
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         patch_size=config.patch_size,
-        **_pixels(folder),
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
         options=options,
     )
     return backbone, found, notes
@@ -191,16 +205,17 @@ def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _pixels(folder: Path) -> dict[str, Any]:
-    """Mean, standard deviation and interpolation of the folder's image processor, as a backbone's arguments."""
+def _pixels(folder: Path) -> tuple[list[float], list[float], Interpolation]:
+    """Mean and standard deviation of the folder's image processor, and how it resizes."""
     reader: Any = transformers.AutoImageProcessor
     try:
         images = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{folder}: found no image processor; expected preprocessor_config.json") from error
-    resample = int(images.resample)
-    check_choice(f"{folder}: resample of its image processor", str(resample), map(str, _RESAMPLE))
-    return {"mean": list(images.image_mean), "std": list(images.image_std), "interpolation": _RESAMPLE[resample]}
+    number = int(images.resample)
+    if number not in _RESAMPLE:
+        raise ValueError(f"{folder / 'preprocessor_config.json'}: resample: found {number}; expected 2 or 3")
+    return list(images.image_mean), list(images.image_std), _RESAMPLE[number]
 
 
 def _activation(config: Any, folder: Path) -> str:

@@ -21,7 +21,7 @@ _POOLS = {"siglip_text_model": "last", "siglip2_text_model": "last", "clip_text_
 _POOLS |= {"metaclip_2_text_model": "eos"}
 _PROJECTIONS = {"head.": "text_projection.", "text_projection.": "text_projection."}
 # Of no use to anybody's encoder: heads of language models, the decoder of two, tables of numbers.
-_LEFT_OUT = re.compile(
+LEFT_OUT = re.compile(
     r"(cls\.|lm_head|(model\.)?decoder\.|(model\.)?shared\.|classifier\.|qa_outputs\.|vocab_|generator_|"
     r"mlm_head|predictions\.|logits)|.*position_ids$|.*(sim|relative)_attn_bias$"
 )
@@ -38,7 +38,7 @@ def read_text_model(folder: Path, origin: str) -> Weights:
     config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = config.model_type
     whole = transformers.CONFIG_MAPPING[kind]
-    tensors = {_new_name(name): tensor for name, tensor in read_transformers_tensors(folder).items()}
+    tensors = read_transformers_tensors(folder)
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     architecture = {key: value for key, value in config.to_diff_dict().items() if key in signature(whole).parameters}
     architecture |= {"model_type": kind, "vocab_size": config.vocab_size}
@@ -49,7 +49,7 @@ def read_text_model(folder: Path, origin: str) -> Weights:
     with torch.device("meta"):
         tower = TextTower(tokenizer, dict(architecture), pad="context" if pads else "longest")
     tokenizer = read_tokenizer(folder, _context_length(folder, tower.model), any_side=causal)
-    moved, left = _moved(tower, tensors)
+    moved, left = tower_tensors(tower.model, tensors)
     pool = _POOLS.get(kind) or ("eos" if causal else "mean")
     if "text_pool.dense.weight" in moved:
         pool = "pooler"
@@ -60,13 +60,14 @@ def read_text_model(folder: Path, origin: str) -> Weights:
         found |= {"text_projection": asdict(projection), "embed_dim": embed_dim, "lengths": [embed_dim]}
     text = describe(tower)
     text["init_args"]["tokenizer"] = describe(tokenizer)
-    ignored = [name for name in left if _LEFT_OUT.match(name)]
+    ignored = [name for name in left if LEFT_OUT.match(name)]
     return Weights(origin, {"text": text} | found, moved, [n for n in left if n not in ignored], ignored)
 
 
-def _moved(tower: TextTower, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors by our names, and the names of those that are none of the tower's."""
-    wanted = tower.model.state_dict().keys()
+def tower_tensors(model: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a text tower's model by our names, and the names of those that are none of its."""
+    tensors = {_new_name(name): tensor for name, tensor in tensors.items()}
+    wanted = model.state_dict().keys()
     prefix = _prefix(wanted, tensors)
     moved = {f"text.model.{name}": tensors[prefix + name] for name in wanted if prefix + name in tensors}
     taken = {prefix + name for name in wanted}

@@ -48,6 +48,10 @@ class Weights:
         """Which of `PARTS` it has."""
         return [part for part in PARTS if any(of_part(part, self.tensors))]
 
+    def for_encoder(self, encoder: Any) -> "Weights":
+        """With tensors by the encoder's names; this one has them."""
+        return self
+
     def logits(self) -> dict[str, float]:
         """`logit_scale` (a logarithm) and `logit_bias` of the contrastive loss, those that it has."""
         return {name: float(self.tensors[name].reshape(())) for name in of_part("logit_scale", self.tensors)}
@@ -109,6 +113,13 @@ def check_tensors(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{origin}: {name} has values that are not finite (NaN or infinity)")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def precision_notes(tensors: dict[str, Tensor]) -> list[str]:
+    """A word where tensors are not in float32."""
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    others = sorted(kinds - {"float32"})
+    return [f"{' and '.join(others)} read as float32"] if others else []
 
 
 def unreadable(file: str | Path, error: Exception) -> Exception:
