@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
+from indiclip.lora import LoRA, add_lora, merge_lora
 from indiclip.names import check_choice, shorten
-from indiclip.patches import AnyImage, batch_images
 from indiclip.pooling import ImagePool, Pool, Projection, TextPool
+from indiclip.preprocessing import AnyImage
 from indiclip.pretrained.init_from import InitFrom, InitialWeights
 from indiclip.text import TextTower, describe
 from indiclip.types import Features, Images, on_device
@@ -50,6 +51,7 @@ class Encoder(nn.Module):
         batch_norm: Normalise what was pooled, on both sides: see `Pool`.
         image_projection: What brings an image's vector into the common space, see `Projection`; None is a matrix.
         text_projection: As `image_projection`.
+        lora: Adapters for the towers, whose own weights are then frozen; see `indiclip.lora.LoRA`.
         init_from: Pretrained weights, the last of which counts for each part. What is left out above is theirs, too.
 
     Attributes:
@@ -72,6 +74,7 @@ class Encoder(nn.Module):
         batch_norm: bool | None = None,
         image_projection: Projection | None = None,
         text_projection: Projection | None = None,
+        lora: LoRA | None = None,
         init_from: list[InitFrom] | None = None,
     ) -> None:
         super().__init__()
@@ -84,6 +87,9 @@ class Encoder(nn.Module):
         self._build(**chosen)
         self.initial_logits = initial.logits()
         self.initialised = initial.fill(self) if init_from else []
+        self.lora = lora
+        if lora is not None:  # last: the towers' weights must be there under their own names before
+            add_lora({"image": self.backbone, "text": self.text}, lora)
 
     def _build(
         self,
@@ -116,6 +122,14 @@ class Encoder(nn.Module):
             if isinstance(matrix, nn.Linear):
                 nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
 
+    def merged(self) -> "Encoder":
+        """This encoder, or where it has LoRA's adapters a copy in which they are part of the weights."""
+        if self.lora is None:
+            return self
+        merged = merge_lora(self)
+        merged.lora = None
+        return merged
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -142,8 +156,8 @@ class Encoder(nn.Module):
         """Unit-length embeddings of images of any size.
 
         Args:
-            images: A PIL image, a uint8 array (height, width, 3), a uint8 or 0..1 float tensor (3, height, width), a
-                list of any of these, or a batch of patches.
+            images: A path, the bytes of an image file, a PIL image, a uint8 array (height, width, 3), a uint8 or 0..1
+                float tensor (3, height, width), a list of any of these, or a batch of patches.
             length: Cut to this many numbers: one of `lengths`. None is the full length.
             max_tokens: Larger images are scaled down, aspect kept, to this many patches.
 
@@ -151,13 +165,14 @@ class Encoder(nn.Module):
             (B, length) on the encoder's device; B is 1 for a single image.
 
         Raises:
-            ValueError: An image of another type, or a length that was not trained.
+            ValueError: An image of another type or that cannot be read, or a length that was not trained.
+            FileNotFoundError: A path that is no file.
         """
         self._check_length(length)
         if not isinstance(images, dict):
             many = cast(list[AnyImage], list(images) if isinstance(images, list | tuple) else [images])
             budget = min(max_tokens, self.backbone.max_tokens)
-            images = batch_images(many, self.backbone.patch_size, budget, self.backbone.canvas_hw)
+            images = self.backbone.preprocessing.batch(many, budget)
         images = cast(Images, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in images.items()})
         return self.embed_features(self.features(images), length)
 
@@ -212,7 +227,7 @@ class Encoder(nn.Module):
         if not classes or not templates:
             raise ValueError("zero_shot: expected at least one class and one template")
         prompts = [template.replace("{}", name) for name in classes for template in templates]
-        text_CTE = self.embed_text(prompts, length).unflatten(0, (len(classes), len(templates)))
+        text_CTE = self.embed_text(prompts, length).reshape(len(classes), len(templates), -1)
         class_CE = F.normalize(text_CTE.mean(1), dim=-1)
         logits_BC = math.exp(self.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE)) * (
             self.embed_image(images, length) @ class_CE.T
@@ -233,7 +248,7 @@ class Encoder(nn.Module):
             "batch_norm": self.image_pool.norm is not None,
             "image_projection": asdict(image),
             "text_projection": asdict(text),
-        }
+        } | ({"lora": asdict(self.lora)} if self.lora is not None else {})
 
     def _on_device(self, ids_BT: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         # Not blocking: else the CPU would wait for what the GPU has still to do.

@@ -49,9 +49,12 @@ ARROWS = {
     "json_lines.py": "",
     "old_names.py": "",
     "optim.py": "names",
+    "freezing.py": "names",
+    "lora.py": "names",
     "images.py": "",
-    "patches.py": "types images",
-    "backbone.py": "types names",
+    "patches.py": "types",
+    "preprocessing.py": "types names images patches",
+    "backbone.py": "types names preprocessing",
     "text.py": "names",
     "pooling.py": "names",
     "distributed.py": "",
@@ -59,17 +62,18 @@ ARROWS = {
     "fcos.py": "types",
     "surface_charts.py": "types",
     "head.py": "types names distributed",
-    "pretrained": "names old_names backbone text pooling datasets.tables",
-    "encoder.py": "types names backbone text patches pooling pretrained",
+    "pretrained": "names lora old_names backbone text pooling preprocessing datasets.tables",
+    "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim lightning_internals distributed",
+    "module.py": "encoder head types names optim freezing lightning_internals distributed",
     "datasets": "types names images",
     "webdataset": "types names images datasets",
     "generated": "types names images datasets",
-    "loading": "types names images patches datasets lightning_internals",
+    "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
-        "types names strict_yaml images patches json_lines text backbone encoder checkpoint pretrained datasets"
+        "types names strict_yaml images patches preprocessing json_lines text backbone encoder checkpoint pretrained"
+        " datasets"
         " webdataset generated loading"
     ),
     "training": (
@@ -77,7 +81,7 @@ ARROWS = {
         " head module datasets loading evals"
     ),
     "export": "types names patches backbone text pooling encoder pretrained",
-    "commands": "names images patches text datasets webdataset loading evals training export",
+    "commands": "names images preprocessing text datasets webdataset loading evals training export",
 }
 
 

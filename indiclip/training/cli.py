@@ -42,6 +42,7 @@ _NOISE = (
     "does not have many workers",
     "It is recommended to use `self.log",  # with sync_dist: torchmetrics has already put the ranks together
     "your dataloader is not resumable",  # it is: the position is the step number
+    r"Found .* module\(s\) in eval mode at the start of training",  # the start-up table says what is frozen
     "The dirpath has changed from",  # a run's folder works wherever it is moved
     "Checkpoint directory .*/checkpoints exists and is not empty",  # a run goes on in its folder, a new one has its own
 )
@@ -86,6 +87,7 @@ class IndiCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
         parser.link_arguments("model.encoder", "data.patch_size", lambda e: e.backbone.patch_size, "instantiate")
         parser.link_arguments("model.encoder", "data.canvas_hw", lambda e: e.backbone.canvas_hw, "instantiate")
+        parser.link_arguments("model.encoder", "data.interpolation", lambda e: e.backbone.interpolation, "instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the experiment is the config's, and a checkpoint is read after it has been checked, once."""
