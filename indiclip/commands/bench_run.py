@@ -46,8 +46,15 @@ def _run(options: argparse.Namespace) -> int:
     bench = find_bench(options.images, options.cards, not options.no_procedural, options.seed)
     check_languages(bench, options.languages)
     model = embedder.load_embedder(
-        options.model, device, precision=options.precision, lengths=options.lengths, trust_code=options.trust_code
+        options.model,
+        device,
+        precision=options.precision,
+        lengths=options.lengths,
+        trust_code=options.trust_code,
+        weights=options.weights,
     )
+    if model.weights:
+        print(f"weights: {model.weights}", file=sys.stderr)
     model.views(views)  # what it cannot do shows before the shards are read
     folder = _folder(options)
     lock(folder)

@@ -102,7 +102,11 @@ def _prepare(words: argparse.Namespace) -> _Job:
     torch.set_flush_denormal(True)
     torch.manual_seed(0)  # of a model without weights; it must be the same when the command goes on
     model = embedder.load_embedder(
-        words.model, local_device(words.device), precision=words.precision, trust_code=words.trust_code
+        words.model,
+        local_device(words.device),
+        precision=words.precision,
+        trust_code=words.trust_code,
+        weights=words.weights,
     )
     (view,) = model.views([words.view])
     if words.what == "captions" and not model.embeds_text:
@@ -116,6 +120,8 @@ def _prepare(words: argparse.Namespace) -> _Job:
         _make(folder.path)
         lock(folder.path)
         folder.begin(_record(words, sources, model, view, length), words.overwrite)
+        if model.weights and not words.json:
+            print(f"weights: {model.weights}")
     return _Job(words, sources, model, view, length, folder)
 
 
