@@ -1,6 +1,7 @@
 """Config files: the shipped ones by name, and paths in them that hold wherever the file lies.
 
-In a config, `${here:PATH}` is relative to the file it stands in, and `${shipped:PATH}` to the folder of shipped configs.
+In a config, `${here:PATH}` is relative to the folder of the file it stands in, and `${shipped:PATH}` to that of the
+shipped configs.
 """
 
 import re

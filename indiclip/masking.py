@@ -10,7 +10,9 @@ from collections.abc import Iterable
 MASK = "***"
 _LEAST = 6  # characters; a shorter value is a number or a word, and may be part of any text
 _END = r"[^\s'\"<>]"
-_URL = re.compile(rf"\b(?P<scheme>\w[\w+.-]*)://(?P<user>[^/\s?#'\"<>]*@)?(?P<path>[^\s?#'\"<>]*)(?P<query>[?#]{_END}+)?")
+_URL = re.compile(
+    rf"\b(?P<scheme>\w[\w+.-]*)://(?P<user>[^/\s?#'\"<>]*@)?(?P<path>[^\s?#'\"<>]*)(?P<query>[?#]{_END}+)?"
+)
 _SIGNED = re.compile(r"[?&#][^=&]*(sig|token|key|secret|pass|credential)[^=&]*=", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 _known: dict[str, str] = {}  # value -> how a config names it
@@ -39,7 +41,7 @@ def mask_written(written: str, value: str) -> str:
         value: What it stands for.
     """
     masked = _URL.sub(_masked, written)
-    start, mark, query = value.partition("?")
+    _, mark, query = value.partition("?")
     if mark and query and masked.endswith(mark + query) and mask(value) != value:  # `${oc.env:SERVER}/a.tar?sig=...`
         return masked.removesuffix(query) + MASK
     return masked

@@ -46,8 +46,10 @@ ARROWS = {
     "types.py": "",
     "names.py": "",
     "strict_yaml.py": "",
-    "json_lines.py": "",
+    "masking.py": "",
+    "json_lines.py": "masking",
     "old_names.py": "",
+    "config_files.py": "names old_names",
     "optim.py": "names",
     "images.py": "",
     "patches.py": "types images",
@@ -63,18 +65,18 @@ ARROWS = {
     "lightning_internals.py": "",
     "module.py": "encoder head types names optim lightning_internals distributed",
     "datasets": "types names images",
-    "webdataset": "types names images datasets",
+    "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
     "loading": "types names images patches datasets lightning_internals",
     "evals": (
-        "types names strict_yaml images patches json_lines text backbone encoder checkpoint datasets webdataset"
+        "types names strict_yaml masking images patches json_lines text backbone encoder checkpoint datasets webdataset"
         " generated loading"
     ),
     "training": (
-        "types names strict_yaml old_names json_lines checkpoint distributed lightning_internals encoder head module"
-        " datasets loading evals"
+        "types names strict_yaml old_names masking config_files json_lines checkpoint distributed lightning_internals"
+        " encoder head module datasets loading evals"
     ),
-    "commands": "names images patches text datasets webdataset loading evals training",
+    "commands": "names masking config_files images patches text datasets webdataset loading evals training",
 }
 
 
@@ -123,7 +125,17 @@ def test_protocols_are_functions_of_numbers():
 
 
 def test_fault_tolerance_knows_of_data_the_workers_only():
-    names = ("module", "json_lines", "types", "names", "old_names", "checkpoint", "distributed", "lightning_internals")
+    names = (
+        "module",
+        "json_lines",
+        "masking",
+        "types",
+        "names",
+        "old_names",
+        "checkpoint",
+        "distributed",
+        "lightning_internals",
+    )
     allowed = {f"indiclip.{name}" for name in (*names, "loading.workers")}
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):

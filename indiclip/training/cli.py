@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,7 @@ def _load(text: str) -> Any:
 def _quieten() -> None:
     """A line for each warning, and none for what the libraries say in every run."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {mask(' '.join(str(message).split()))}\n"
+    sys.excepthook = lambda *error: print(mask("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,7 +1,7 @@
-"""A run's config as it is written into its folder, so that it holds wherever the folder is moved and whoever reads it.
+"""A run's config as it is written into its folder: it holds wherever the folder is moved, and whoever reads it.
 
-Files that the model needs (tokenizer, class names) are copied to `files/` of the folder and named by `${here:...}`. Data
-and weights to begin with stay where they are and are named by whole paths. What the user wrote as a reference
+Files that the model needs (tokenizer, class names) are copied to `files/` of the folder and named by `${here:...}`.
+Data and weights to begin with stay where they are and are named by whole paths. What the user wrote as a reference
 (`${oc.env:NAME}`) stays one, and passwords and signatures of URLs are masked.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from indiclip.masking import mask, mask_written
+from indiclip.masking import mask_written
 
 FILES = "files"
 _PATHS = {"urls", "images", "classes", "source", "pretrained", "weights"}  # also where it is a bare word: `photos`

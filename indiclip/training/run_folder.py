@@ -103,10 +103,11 @@ def remove_unused(folder: Path, trial: bool, is_new: bool) -> None:
 
 
 def _root_and_name(config: Any, subcommand: str) -> tuple[Path, str]:
-    """The folder of all runs, and the run's name: those of the first config, where it lies in a run's folder."""
+    """The folder of all runs, and the run's name: those of the run whose folder the first config lies in, if any."""
     files = [Path(file).resolve() for file in config_files(sys.argv[1:])]
     root, name = Path(config["runs"]), str(config.get("name") or (files[0].stem if files else subcommand))
-    if files and not config.get("name") and _SAVED.fullmatch(files[0].name):
+    is_of_run = files and _SAVED.fullmatch(files[0].name) and (files[0].parent / "checkpoints").is_dir()
+    if is_of_run and not config.get("name"):
         name = files[0].parent.name
         if config.get("ckpt_path") == "last" and config["runs"] == "runs":
             root = files[0].parent.parent
