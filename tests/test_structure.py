@@ -47,8 +47,10 @@ ARROWS = {
     "types.py": "",
     "names.py": "",
     "strict_yaml.py": "",
-    "json_lines.py": "",
+    "masking.py": "",
+    "json_lines.py": "masking",
     "old_names.py": "",
+    "config_files.py": "names old_names",
     "optim.py": "names",
     "freezing.py": "names",
     "lora.py": "names",
@@ -71,21 +73,21 @@ ARROWS = {
     "lightning_internals.py": "",
     "module.py": "encoder head types names optim freezing lightning_internals distributed",
     "datasets": "types names images",
-    "webdataset": "types names images datasets",
+    "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
     "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
-        "types names strict_yaml images patches preprocessing json_lines text backbone encoder checkpoint pretrained"
-        " datasets"
-        " webdataset generated loading"
+        "types names strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
+        " pretrained datasets webdataset generated loading"
     ),
     "training": (
-        "types names strict_yaml old_names json_lines checkpoint pretrained distributed lightning_internals encoder"
-        " head module datasets loading evals"
+        "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
+        " lightning_internals encoder head module datasets loading evals"
     ),
     "export": "types names patches preprocessing backbone text pooling encoder pretrained",
     "commands": (
-        "types names distributed json_lines images preprocessing text datasets webdataset loading evals training export"
+        "types names masking config_files distributed json_lines images preprocessing text datasets webdataset loading"
+        " evals training export"
     ),
 }
 
@@ -135,7 +137,7 @@ def test_protocols_are_functions_of_numbers():
 
 
 def test_fault_tolerance_knows_of_data_the_workers_only():
-    names = ("module", "json_lines", "types", "names", "old_names", "distributed", "lightning_internals")
+    names = ("module", "json_lines", "masking", "types", "names", "old_names", "distributed", "lightning_internals")
     allowed = {f"indiclip.{name}" for name in (*names, "pretrained.weights", "loading.workers")}
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):

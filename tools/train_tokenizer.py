@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from indiclip.config_files import read_config
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.corpora import read_texts
 from indiclip.images import UnreadableSample
@@ -96,7 +97,7 @@ def captions_of(config: Path, samples: int) -> Iterator[str]:
     """The captions of the first `samples` samples of each training source of a config."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MultiTaskData, "data")
-    data = OmegaConf.to_container(OmegaConf.load(config), resolve=True)["data"]  # type: ignore[index,call-overload]
+    data = OmegaConf.to_container(OmegaConf.create(read_config(config)), resolve=True)["data"]  # type: ignore[index,call-overload]
     built = parser.instantiate(parser.parse_object(Namespace(data=data)))
     for source in built.data.train:
         for i in track(range(min(samples, len(source.dataset))), source.task, transient=True):

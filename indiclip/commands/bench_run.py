@@ -22,6 +22,7 @@ from indiclip.evals.pages.bench_report import write_bench_report
 from indiclip.evals.pages.console import print_result
 from indiclip.evals.pages.pictures import Pictures
 from indiclip.evals.results import check_parquet
+from indiclip.masking import mask
 from indiclip.training.run_folder import lock, unlock
 
 _OUT = Path("runs/bench")
@@ -30,7 +31,7 @@ _OUT = Path("runs/bench")
 def run(**options: Any) -> int:
     """Returns the exit status."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"indiclip bench: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(mask(f"indiclip bench: {message}"), file=sys.stderr)
         try:
             return _run(argparse.Namespace(**options))
         finally:

@@ -120,7 +120,7 @@ def _prepare(words: argparse.Namespace) -> _Job:
         _make(folder.path)
         lock(folder.path)
         folder.begin(_record(words, sources, model, view, length), words.overwrite)
-        if model.weights and not words.json:
+        if model.weights and not words.as_json:
             print(f"weights: {model.weights}")
     return _Job(words, sources, model, view, length, folder)
 
