@@ -7,9 +7,9 @@ Shape letters: see `indiclip.types`; C channels of a feature map.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import timm
 import torch
@@ -18,6 +18,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, did_you_mean
+from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.types import Features, Images, on_device
 
 # (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
@@ -43,6 +44,7 @@ class Backbone(nn.Module, ABC):
         canvas_hw: The one image size this backbone takes; None where any size goes.
         mean: Of the channels red, green and blue, in 0..1; pixels are normalised with it.
         std: As `mean`.
+        interpolation: How its images are resized.
     """
 
     width: int
@@ -53,9 +55,22 @@ class Backbone(nn.Module, ABC):
     canvas_hw: tuple[int, int] | None = None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: Interpolation = "bilinear"
     mean_P: Tensor
     std_P: Tensor
     _args: dict[str, Any]  # of the constructor
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the patches that this backbone takes."""
+        return Preprocessing(self.patch_size, self.canvas_hw, self.interpolation)
+
+    def _set_interpolation(self, chosen: Interpolation | None, config: Mapping[str, Any]) -> None:
+        """Keep the chosen one, or else that of timm's config of a named model."""
+        found = chosen or config.get("interpolation", "bilinear")
+        check_choice("backbone.interpolation", found, get_args(Interpolation))
+        self.interpolation = found
+        self._args["interpolation"] = found  # a later version of timm may say another one
 
     def _set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Keep the pixel statistics in the layout of a patch (channel last, so the three numbers repeat)."""
@@ -112,6 +127,7 @@ class NaFlexViT(Backbone):
             `norm_eps`, of all its norms.
         mean: Of the pixels' channels in 0..1; None is the named model's, else 0.5.
         std: As `mean`.
+        interpolation: How images are resized; None is the named model's own, or bilinear.
     """
 
     def __init__(
@@ -127,6 +143,7 @@ class NaFlexViT(Backbone):
         options: dict[str, Any] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
         self._args: dict[str, Any] = {"options": dict(options or {}), "mean": mean, "std": std}
@@ -148,6 +165,7 @@ class NaFlexViT(Backbone):
         self.width = self.pooled_width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
         config: dict[str, Any] = cast(Any, getattr(self.vit, "pretrained_cfg", None)) or {}
+        self._set_interpolation(interpolation, config)
         grey = (0.5, 0.5, 0.5)
         self._set_normalisation(mean or config.get("mean", grey), std or config.get("std", grey))
 
@@ -189,6 +207,7 @@ class TimmBackbone(Backbone):
         pretrained: Load the named model's weights (from the hub or its local cache).
         feature_index: Which of the model's stages gives the features, -1 the last.
         options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`.
+        interpolation: How images are resized; None is the model's own.
     """
 
     net: Any  # timm models share no type that has what is used here
@@ -201,6 +220,7 @@ class TimmBackbone(Backbone):
         pretrained: bool = False,
         feature_index: int = -1,
         options: dict[str, Any] | None = None,
+        interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
         if any(side % patch_size for side in canvas_hw):
@@ -229,6 +249,7 @@ class TimmBackbone(Backbone):
             self.width, self.pooled_width = int(self.net.num_features), int(self.net.head_hidden_size)
         else:
             self.remove_pool()
+        self._set_interpolation(interpolation, self.net.pretrained_cfg)
         self._set_normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
 
     def _canvas(self, images: Images) -> Tensor:

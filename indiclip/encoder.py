@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
 from indiclip.names import check_choice, shorten
-from indiclip.patches import AnyImage, batch_images
 from indiclip.pooling import ImagePool, Pool, Projection, TextPool
+from indiclip.preprocessing import AnyImage
 from indiclip.pretrained.init_from import InitFrom, InitialWeights
 from indiclip.text import TextTower, describe
 from indiclip.types import Features, Images, on_device
@@ -142,8 +142,8 @@ class Encoder(nn.Module):
         """Unit-length embeddings of images of any size.
 
         Args:
-            images: A PIL image, a uint8 array (height, width, 3), a uint8 or 0..1 float tensor (3, height, width), a
-                list of any of these, or a batch of patches.
+            images: A path, the bytes of an image file, a PIL image, a uint8 array (height, width, 3), a uint8 or 0..1
+                float tensor (3, height, width), a list of any of these, or a batch of patches.
             length: Cut to this many numbers: one of `lengths`. None is the full length.
             max_tokens: Larger images are scaled down, aspect kept, to this many patches.
 
@@ -151,13 +151,14 @@ class Encoder(nn.Module):
             (B, length) on the encoder's device; B is 1 for a single image.
 
         Raises:
-            ValueError: An image of another type, or a length that was not trained.
+            ValueError: An image of another type or that cannot be read, or a length that was not trained.
+            FileNotFoundError: A path that is no file.
         """
         self._check_length(length)
         if not isinstance(images, dict):
             many = cast(list[AnyImage], list(images) if isinstance(images, list | tuple) else [images])
             budget = min(max_tokens, self.backbone.max_tokens)
-            images = batch_images(many, self.backbone.patch_size, budget, self.backbone.canvas_hw)
+            images = self.backbone.preprocessing.batch(many, budget)
         images = cast(Images, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in images.items()})
         return self.embed_features(self.features(images), length)
 
@@ -212,7 +213,7 @@ class Encoder(nn.Module):
         if not classes or not templates:
             raise ValueError("zero_shot: expected at least one class and one template")
         prompts = [template.replace("{}", name) for name in classes for template in templates]
-        text_CTE = self.embed_text(prompts, length).unflatten(0, (len(classes), len(templates)))
+        text_CTE = self.embed_text(prompts, length).reshape(len(classes), len(templates), -1)
         class_CE = F.normalize(text_CTE.mean(1), dim=-1)
         logits_BC = math.exp(self.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE)) * (
             self.embed_image(images, length) @ class_CE.T

@@ -22,9 +22,15 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "jpe")  # what files of the 
 EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # kind of an image -> what its file is called
 MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb
 HEAD_BYTES = 1 << 18  # of a file hold its header, mostly
+# EXIF orientation -> transpose, then mirror left-right, then mirror top-bottom.
+TURNS = {
+    **{1: (0, 0, 0), 2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1)},
+    **{5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)},
+}
 
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names for 16-bit grey
-_PNG_EXIF = (b"eXIf", b"Raw profile type exif")
+_XMP_TURN = b"tiff:Orientation"
+_PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _JPEG_MARKER = re.compile(rb"\xff+([^\xff])")  # any number of 0xff may come before it
 _ORIENTATION = 0x0112  # EXIF tag
 # Of the machine or its network, which no sample is to blame for.
@@ -106,6 +112,14 @@ class EncodedImage:
         except Exception as error:
             raise self._unreadable(error) from error
 
+    def decode_upright(self, min_hw: tuple[int, int] = (0, 0)) -> np.ndarray:
+        """The pixels turned as EXIF asks; see `decode`, with `min_hw` of what is upright."""
+        pixels = self.decode(min_hw if self.orientation < 5 else min_hw[::-1])
+        transpose, left_right, top_bottom = TURNS[self.orientation]
+        pixels = pixels.transpose(1, 0, 2) if transpose else pixels
+        pixels = pixels[:, ::-1] if left_right else pixels
+        return np.ascontiguousarray(pixels[::-1] if top_bottom else pixels)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.decode(), dtype)
 
@@ -174,13 +188,17 @@ class EncodedImage:
 
 
 def _has_exif(jpeg: bytes) -> bool:
-    """Whether a JPEG has EXIF data before its pixels; PIL takes twenty times as long to say so."""
+    """Whether a JPEG may say before its pixels how to turn it, in EXIF data or, which PIL reads as well, in XMP's.
+
+    PIL takes twenty times as long to say so.
+    """
     place = 2
     while (marker := _JPEG_MARKER.match(jpeg, place)) and marker[1] != b"\xda":
         place = marker.end()
-        if marker[1] == b"\xe1" and jpeg[place + 2 : place + 8] == b"Exif\0\0":
+        end = place + int.from_bytes(jpeg[place : place + 2], "big")
+        if marker[1] == b"\xe1" and (jpeg[place + 2 : place + 8] == b"Exif\0\0" or _XMP_TURN in jpeg[place:end]):
             return True
-        place += int.from_bytes(jpeg[place : place + 2], "big")
+        place = end
     return False
 
 

@@ -13,6 +13,8 @@ MODULES = _TABLES["modules"]
 _NAMES = _TABLES["classes"] | MODULES
 _OLD_BETAS = [0.9, 0.98]  # AdamW's, when `betas` was a key of the model
 _OLD_SOURCE = {"group_by_length": True}  # of every source, when there was no such option
+_OLD_BACKBONES = {name: set(arguments) for name, arguments in _TABLES["backbones"].items()}
+_OLD_INTERPOLATION = {"interpolation": "bilinear"}  # of every backbone, when it was no argument
 
 
 def translated(name: str) -> str:
@@ -31,7 +33,12 @@ def translate_config(value: Any) -> Any:
     batches: a run that goes on must see the samples that it would have seen.
     """
     found = _renamed(value)
-    if found == value:
+    is_old = found != value
+    for backbone in _named_backbones(found):
+        # All arguments of that time are there: a run wrote it. In what a user writes, none is the model's own.
+        if backbone["init_args"].keys() >= _OLD_BACKBONES[backbone["class_path"]]:
+            backbone["init_args"] = {**_OLD_INTERPOLATION, **backbone["init_args"]}
+    if not is_old:
         return found
     old = [source for source in _sources(found) if not _OLD_SOURCE.keys() <= source.keys()]
     for source in old:
@@ -57,6 +64,18 @@ def _renamed(value: Any) -> Any:
         arguments = {"lr": 1e-3, "betas": betas, "weight_decay": 0.05, "fused": True}
         model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": arguments}
     return found
+
+
+def _named_backbones(value: Any) -> Iterator[dict[str, Any]]:
+    """Backbones by the name of a timm model, which has an interpolation of its own."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _named_backbones(item)
+    elif isinstance(value, dict):
+        arguments = value.get("init_args")
+        if str(value.get("class_path")) in _OLD_BACKBONES and isinstance(arguments, dict) and arguments.get("name"):
+            yield value
+        yield from _named_backbones(list(value.values()))
 
 
 def _sources(value: Any) -> Iterator[dict[str, Any]]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.loading.collate import pack
-from indiclip.patches import batch_images
+from indiclip.preprocessing import Preprocessing
 from indiclip.text import ByteTokenizer, TextTower
-from indiclip.types import Batch, Features
+from indiclip.types import Batch, Features, Images
 
 ARCHITECTURE = {
     "model_type": "bert",
@@ -32,6 +32,13 @@ def tiny_encoder(seed: int = 0, embed_dim: int = 64, lengths: tuple[int, ...] = 
     torch.manual_seed(seed)
     backbone = NaFlexViT(width=32, depth=1, num_heads=2, patch_size=8)
     return Encoder(backbone, TextTower(ByteTokenizer(), ARCHITECTURE), embed_dim, lengths, **options)
+
+
+def batch_images(
+    images: list[Any], patch_size: int, max_tokens: int, canvas_hw: tuple[int, int] | None = None
+) -> Images:
+    """What a backbone of this patch size gets of images."""
+    return Preprocessing(patch_size, canvas_hw).batch(images, max_tokens)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

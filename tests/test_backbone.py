@@ -3,10 +3,9 @@
 import pytest
 import timm
 import torch
-from helpers import noise
+from helpers import batch_images, noise
 
 from indiclip.backbone import NaFlexViT, TimmBackbone
-from indiclip.patches import batch_images
 
 
 def test_padding_does_not_change_an_image():
@@ -110,3 +109,23 @@ def test_canvas_holds_the_normalised_pixels():
 def test_mistakes_name_the_key(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda **options: NaFlexViT(width=32, depth=1, num_heads=2, **options), "bilinear"),
+        (lambda **options: NaFlexViT(name="test_vit", **options), "bicubic"),
+        (lambda **options: TimmBackbone("test_efficientnet", (64, 64), **options), "bicubic"),
+        (lambda **options: TimmBackbone("test_resnet", (64, 64), **options), "bilinear"),
+    ],
+)
+def test_interpolation_is_the_named_models_own_and_is_kept_in_checkpoints(make, expected):
+    backbone = make()
+    assert backbone.preprocessing.interpolation == expected
+    assert backbone.to_config()["interpolation"] == expected
+    other = make(interpolation="bilinear" if expected == "bicubic" else "bicubic")
+    again = type(other)(**other.to_config())
+    assert again.preprocessing == other.preprocessing != backbone.preprocessing
+    with pytest.raises(ValueError, match=r"backbone\.interpolation: found 'cubic'; nearest is 'bicubic'"):
+        make(interpolation="cubic")

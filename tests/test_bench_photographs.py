@@ -22,7 +22,7 @@ class MeanColour:
         return [View(name, None, "square") for name in names]
 
     def prepare(self, image, view):
-        from indiclip.loading.transforms import read_upright
+        from indiclip.preprocessing import read_upright
 
         return read_upright(image).float().mean((1, 2))
 

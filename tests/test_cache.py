@@ -27,6 +27,7 @@ from indiclip.images import UnreadableSample
 from indiclip.loading import steps as loading_steps
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
+from indiclip.preprocessing import Preprocessing
 from indiclip.webdataset import cache, tar_index
 from indiclip.webdataset.shards import Shards
 
@@ -441,7 +442,7 @@ def test_the_next_windows_shards_are_fetched_while_this_ones_are_read(tmp_path, 
     shards = Shards(f"file://{tmp_path}/*.tar")
     for copy in place.glob("*.tar"):  # made to index them
         copy.unlink()
-    steps = Steps([Source("t", shards, window=2, **budget)], 0, 2, None, train=True)
+    steps = Steps([Source("t", shards, window=2, **budget)], 0, Preprocessing(2), train=True)
     seen = []
     for step in range(24 // len(steps[0]["t"]["keys"])):
         seen += [key.split("/")[0] for key in steps[step]["t"]["keys"]]

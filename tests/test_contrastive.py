@@ -4,13 +4,12 @@ import sys
 
 import pytest
 import torch
-from helpers import caption_batch, noise, on_ranks, packed, tiny_encoder
+from helpers import batch_images, caption_batch, noise, on_ranks, packed, tiny_encoder
 
 from heads.contrastive import Contrastive, EmbeddingMetric
 from indiclip.datasets.base import SampleDataset
 from indiclip.evals.protocols import cosines
 from indiclip.evals.protocols.retrieval import pair_ranks
-from indiclip.patches import batch_images
 from indiclip.types import Batch, Origin
 
 

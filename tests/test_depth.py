@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import packed, tiny_encoder
+from helpers import batch_images, packed, tiny_encoder
 from test_head import NoWaits, moved, on_fake_gpu
 from torch._subclasses import FakeTensorMode
 
@@ -14,7 +14,7 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
-from indiclip.patches import batch_images
+from indiclip.preprocessing import Preprocessing
 from indiclip.types import Batch, targets_of
 
 SIZES = [(40, 24), (16, 48), (32, 32)]
@@ -123,7 +123,10 @@ def test_it_learns_the_paint_order_of_scenes():
     """In a hundred steps it explains a good part of the depth of scenes that it has not seen."""
     source = Source("depth", Mela(64, 48, people=0.0, depth=True, seed=3), 16, max_tokens=36)
     held_out = Source("depth", Mela(32, 48, people=0.0, depth=True, seed=4), 32, max_tokens=36)
-    steps, unseen = Steps([source], 0, 8, None, train=True), Steps([held_out], 0, 8, None, train=False)
+    steps, unseen = (
+        Steps([source], 0, Preprocessing(8), train=True),
+        Steps([held_out], 0, Preprocessing(8), train=False),
+    )
     encoder = tiny_encoder()
     head = depth_head(encoder, channels=32)
     optimizer = torch.optim.AdamW([*encoder.backbone.parameters(), *head.parameters()], lr=3e-3)

@@ -57,9 +57,9 @@ def test_large_images_are_scaled_into_the_budget():
     assert width / height == pytest.approx(2, rel=0.2)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((8, 8)), "picture.jpg", torch.zeros(3, 8, 8) + 7.0, np.zeros((8, 8, 3))])
+@pytest.mark.parametrize("wrong", [np.zeros((8, 8)), None, torch.zeros(3, 8, 8) + 7.0, np.zeros((8, 8, 3))])
 def test_what_is_no_image_is_said(wrong):
-    with pytest.raises(ValueError, match="image 0: found .*; expected a PIL image"):
+    with pytest.raises(ValueError, match="image 0: found .*; expected a path, a PIL image"):
         tiny_encoder().embed_image(wrong)
 
 

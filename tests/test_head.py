@@ -21,6 +21,7 @@ from indiclip.head import Head
 from indiclip.loading.collate import collate
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
+from indiclip.preprocessing import Preprocessing
 from indiclip.types import Batch, Origin, Rows
 
 DETECTION = {"out_channels": 16, "num_convs": 1, "scales": [2.0, 1.0, 0.5]}
@@ -38,7 +39,7 @@ HEADS = {
 def step_batch() -> Batch:
     """Scenes of several sizes, so that there is padding, with captions in three languages."""
     mela = [Mela(2, size, people=1.0, languages=["en", "hi", "ta"], seed=i) for i, size in enumerate([48, [64, 32]])]
-    steps = [Steps([Source("t", dataset, 2, max_tokens=40)], 0, 8, None, train=True) for dataset in mela]
+    steps = [Steps([Source("t", dataset, 2, max_tokens=40)], 0, Preprocessing(8), train=True) for dataset in mela]
     samples = [steps[i].read("t", ref) for i in (0, 1) for ref in steps[i].plans["t"].batch(0)]
     return collate(samples) | {"origin": Origin("t", classes=mela[0].classes)}
 

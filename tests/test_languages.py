@@ -14,6 +14,7 @@ from indiclip.datasets.split import Split
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
+from indiclip.preprocessing import Preprocessing
 from indiclip.types import Sample
 
 LANGUAGES = ("en", "hi", "ta", "sat-Olck")
@@ -52,7 +53,7 @@ def drawn(steps, first, last):
 
 @pytest.mark.parametrize("batch", [{"batch_size": 10}, {"batch_tokens": 10, "batch_multiple": 2, "max_tokens": 1}])
 def test_in_as_many_epochs_as_it_has_languages_an_image_is_seen_once_in_each(batch):
-    steps, data = Steps([Source("t", Captioned(), **batch)], 3, 8, None, train=True), Captioned()
+    steps, data = Steps([Source("t", Captioned(), **batch)], 3, Preprocessing(8), train=True), Captioned()
     seen = {}
     for key, language, caption in drawn(steps, 0, 3 * 12):  # three steps are an epoch
         assert caption == (f"{language} {key[1:]}" if language else "own")
@@ -82,7 +83,7 @@ def test_shares_of_one_epoch_and_of_all_are_even():
 def test_no_language_sees_other_crops():
     """Every bit of the augmentation's seed is set as often in one language as in another."""
     seeds, languages = [], []
-    steps = Steps([Source("t", Captioned(2000), 100)], 3, 8, None, train=True)
+    steps = Steps([Source("t", Captioned(2000), 100)], 3, Preprocessing(8), train=True)
     for place in [place for step in range(20) for place in steps.plans["t"].batch(step)]:
         if place.index % 15 and place.index != 7:
             seeds.append(zlib.crc32(repr((3, "t", place)).encode()))
@@ -97,17 +98,17 @@ def test_no_language_sees_other_crops():
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_draw_is_the_same_with_any_workers_ranks_and_after_a_restart():
     sources = [Source("t", Captioned(), 10)]
-    whole = drawn(Steps(sources, 3, 8, None, train=True), 0, 20)
+    whole = drawn(Steps(sources, 3, Preprocessing(8), train=True), 0, 20)
     for num_workers in (0, 2):
         data = MultiTaskData(sources, seed=3, num_workers=num_workers, steps_per_epoch=20, patch_size=8)
         batches = [{i: step} for i, step in enumerate(data.train_dataloader())]
         assert [row for i, step in enumerate(batches) for row in drawn(step, i, i + 1)] == whole
-    ranks = [Steps(sources, 3, 8, None, True, rank, 2) for rank in range(2)]
+    ranks = [Steps(sources, 3, Preprocessing(8), True, rank, 2) for rank in range(2)]
     parts = [[drawn(rank, step, step + 1) for step in range(20)] for rank in ranks]
     assert [row for pair in zip(*parts, strict=True) for rows in zip(*pair, strict=True) for row in rows] == whole
     # 70 samples on, in the midst of an epoch, by objects that have read nothing before
-    assert drawn(Steps(sources, 3, 8, None, train=True), 7, 20) == whole[70:]
-    other = drawn(Steps(sources, 4, 8, None, train=True), 0, 3)  # another seed, an epoch
+    assert drawn(Steps(sources, 3, Preprocessing(8), train=True), 7, 20) == whole[70:]
+    other = drawn(Steps(sources, 4, Preprocessing(8), train=True), 0, 3)  # another seed, an epoch
     assert set(other) != set(whole[:30])
 
 
@@ -126,7 +127,8 @@ def test_the_plan_and_the_augmentation_are_those_without_captions():
 
     augment = [v2.RandomResizedCrop([16, 16]), v2.ColorJitter(0.4)]
     ours, theirs = (
-        Steps([Source("t", data, 10, augment=augment)], 3, 8, None, train=True) for data in (Plain(), Uncaptioned())
+        Steps([Source("t", data, 10, augment=augment)], 3, Preprocessing(8), train=True)
+        for data in (Plain(), Uncaptioned())
     )
     for step in (0, 4):
         a, b = ours[step]["t"], theirs[step]["t"]
@@ -135,8 +137,8 @@ def test_the_plan_and_the_augmentation_are_those_without_captions():
 
 
 def test_held_out_images_keep_all_captions_and_draw_one_by_their_key():
-    steps = Steps([Source("t", Split(Captioned(200), "val"), 10)], 3, 8, None, train=False)
-    other = Steps([Source("t", Split(Captioned(100), "val"), 7)], 5, 8, None, train=False)
+    steps = Steps([Source("t", Split(Captioned(200), "val"), 10)], 3, Preprocessing(8), train=False)
+    other = Steps([Source("t", Split(Captioned(100), "val"), 7)], 5, Preprocessing(8), train=False)
     batch = steps[0]["t"]
     assert batch["targets"]["captions"] == [Captioned().captions(int(key[1:])) for key in batch["keys"]]
     # Another seed of the run, other batches and less data change nothing.
@@ -146,7 +148,7 @@ def test_held_out_images_keep_all_captions_and_draw_one_by_their_key():
 
 
 def test_training_batches_carry_one_caption_each():
-    batch = Steps([Source("t", Captioned(), 10)], 3, 8, None, train=True)[0]["t"]
+    batch = Steps([Source("t", Captioned(), 10)], 3, Preprocessing(8), train=True)[0]["t"]
     assert "captions" not in batch["targets"]
 
 

@@ -23,6 +23,7 @@ from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
+from indiclip.preprocessing import Preprocessing
 from indiclip.text import ByteTokenizer, TextTower
 
 SMALL = {"task": "scenes", "out_channels": 32, "num_convs": 1, "scales": [1.0, 0.5], "num_classes": 17}
@@ -334,7 +335,7 @@ def test_ranks_that_saw_other_sources_agree(tmp_path):
 
     def work(rank):
         data = MultiTaskData([], [Source("contrastive", Fair(n, n), 4, max_tokens=16) for n in (5, 1)], patch_size=8)
-        steps, written = Steps(data.val, 0, 8, None, train=False, rank=rank, world_size=2), {}
+        steps, written = Steps(data.val, 0, Preprocessing(8), train=False, rank=rank, world_size=2), {}
         module.log_dict = written.update
         module._trainer = SimpleNamespace(world_size=2)
         module.eval()

@@ -37,6 +37,12 @@ OLD = {
 }
 
 
+NAFLEX = {"size": None, "width": None, "depth": None, "num_heads": None, "patch_size": 16, "pretrained": False}
+NAFLEX |= {"max_tokens": 64, "options": None}
+TIMM = {"name": "test_vit", "canvas_hw": [64, 64], "patch_size": 16, "pretrained": False, "feature_index": -1}
+TIMM |= {"options": None}
+
+
 @pytest.mark.parametrize("old", OLD)
 def test_old_class_paths_lead_to_classes(old):
     assert old_names.translated(old) == OLD[old]
@@ -69,6 +75,7 @@ def old_checkpoint(new):
         for name, weight in old["state_dict"].items()
     }
     old["encoder"] = as_of_67a1ab8(old["encoder"])
+    del old["encoder"]["backbone"]["init_args"]["interpolation"]
     old["callbacks"]["OwedValidation"] = {"owed": old["callbacks"].pop("ResumeValidation")["due"]}
     for group in old["optimizer_states"][0]["param_groups"]:
         for name in ("param_names", "lr_scale", "use_fallback"):
@@ -88,7 +95,7 @@ def test_an_old_run_goes_on_exactly_and_its_encoder_is_the_same(tmp_path):
     ]
     for head in heads[1:]:
         head["init_args"]["task"] = "contrastive"
-    backbone = {"name": "convnext_atto", "canvas_hw": [64, 64], "patch_size": 8}
+    backbone = {"name": "convnext_atto", "canvas_hw": [64, 64], "patch_size": 8, "interpolation": "bilinear"}
     backbone["options"] = {"depths": [1, 1, 1, 1], "dims": [16, 16, 24, 32]}
     tree = config(
         model__heads=heads,
@@ -116,6 +123,7 @@ def test_an_old_run_goes_on_exactly_and_its_encoder_is_the_same(tmp_path):
         del then["model"][name]
     for part in ("train", "val"):
         del then["data"][part][0]["group_by_length"]
+    del then["model"]["encoder"]["init_args"]["backbone"]["init_args"]["interpolation"]
     then["model"]["betas"] = [0.9, 0.98]
     (old.parent / "config.yaml").write_text(yaml.safe_dump(then))
     assert "indiclip.backbone.FixedSize" in (old.parent / "config.yaml").read_text()
@@ -131,6 +139,30 @@ def test_old_betas_become_the_optimizers():
     assert model["optimizer"]["init_args"]["betas"] == [0.9, 0.95]
     assert "betas" not in model
     assert old_names.translate_config({"model": {"betas": [0.9, 0.98]}}) == {"model": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "old"),
+    [
+        ("NaFlexViT", dict(name="test_vit", **NAFLEX), True),
+        ("NaFlexViT", dict(name="test_vit", **NAFLEX, interpolation=None), False),  # of today
+        ("NaFlexViT", {"name": "test_vit", "patch_size": 16}, False),  # a user's: the model's own
+        ("NaFlexViT", dict(name=None, **NAFLEX), False),  # from scratch, it is bilinear anyway
+        ("TimmBackbone", TIMM, True),
+        ("TimmBackbone", {"name": "test_vit"}, False),
+    ],
+)
+def test_a_named_backbone_of_an_old_run_stays_bilinear(kind, arguments, old):
+    backbone = {"class_path": f"indiclip.backbone.{kind}", "init_args": arguments}
+    for tree in ({"model": {"encoder": {"init_args": {"backbone": backbone}}}}, {"backbone": backbone}):
+        found = old_names.translate_config(tree)
+        made = found["backbone"] if "backbone" in found else found["model"]["encoder"]["init_args"]["backbone"]
+        assert made["init_args"] == arguments | ({"interpolation": "bilinear"} if old else {})
+        assert old_names.translate_config(found) == found
+        assert (found == tree) is not old
+    checkpoint = {"encoder": {"backbone": backbone}}
+    old_names.translate_checkpoint(checkpoint)
+    assert (checkpoint["encoder"]["backbone"]["init_args"].get("interpolation") == "bilinear") is old
 
 
 def source(class_path, **options):

@@ -15,7 +15,7 @@ from indiclip.loading.plan import Plan, SampleRef, apportion
 from indiclip.loading.sampler import BatchSpec, SourceInfo, scatter
 from indiclip.loading.source import Source, TokenCounts
 from indiclip.loading.steps import Steps
-from indiclip.patches import fit_hw
+from indiclip.preprocessing import Preprocessing
 from indiclip.types import Sample
 
 
@@ -142,7 +142,9 @@ def test_grouped_batches_are_hardly_padded_and_use_the_budget(num_sources):
         sizes = rng.integers(low, high, (10_000, 2))  # aspects from 1:17 to 17:1
         count = TokenCounts(sizes, 16, 256)
         tokens = count(np.arange(len(sizes)))
-        assert tokens.tolist()[:50] == [np.prod(fit_hw(h, w, 16, 256)) // 256 for h, w in sizes[:50].tolist()]
+        assert tokens.tolist()[:50] == [
+            np.prod(Preprocessing(16).fit_hw(h, w, 256)) // 256 for h, w in sizes[:50].tolist()
+        ]
         sources.append(SourceInfo(len(sizes), np.arange(0, 10_001, 250), count))
         lengths.append(Lengths(tokens))
     spec = BatchSpec(8, 64 * 256, 256)
@@ -179,13 +181,13 @@ def test_a_source_smaller_than_batch_multiple_is_trained_on(size):
 def test_a_fixed_size_backbone_has_the_tokens_of_its_canvas():
     """Its images fill the canvas whatever `max_tokens` says."""
     source = Source("t", Numbers("a", 64), batch_tokens=640, batch_multiple=2, max_tokens=4)
-    canvas = Steps([source], 0, 8, (32, 64), train=True)
+    canvas = Steps([source], 0, Preprocessing(8, (32, 64)), train=True)
     assert [len(canvas[step]["t"]["keys"]) for step in range(4)] == [20] * 4  # of 4 x 8 tokens
-    assert len(Steps([source], 0, 8, None, train=True)[0]["t"]["keys"]) == 64
+    assert len(Steps([source], 0, Preprocessing(8), train=True)[0]["t"]["keys"]) == 64
     with pytest.raises(
         ValueError, match=r"batch_tokens 640 .* hold 2 images \(batch_multiple\) of 512 tokens \(canvas_hw"
     ):
-        Steps([source], 0, 8, (128, 256), train=True)
+        Steps([source], 0, Preprocessing(8, (128, 256)), train=True)
 
 
 def test_a_window_bounds_the_shards_that_are_read_at_a_time():
@@ -253,7 +255,7 @@ class Numbers(SampleDataset):
 
 
 def keys_of(sources: list[Source], train: bool, step: int, rank: int = 0, world: int = 1) -> list[str]:
-    batches = Steps(sources, 5, 8, None, train, rank, world)[step]
+    batches = Steps(sources, 5, Preprocessing(8), train, rank, world)[step]
     return batches["t"]["keys"] if batches else []
 
 
@@ -275,24 +277,24 @@ def test_a_batch_that_ranks_cannot_share_is_said():
     with pytest.raises(
         ValueError, match=r"batch_size 12 of task 't' is over all ranks and must be a multiple of the 5"
     ):
-        Steps([Source("t", Numbers("a", 13), 12)], 0, 8, None, True, 0, 5)
+        Steps([Source("t", Numbers("a", 13), 12)], 0, Preprocessing(8), True, 0, 5)
     with pytest.raises(ValueError, match=r"sources of task 't' differ in batch_size"):
-        Steps([Source("t", Numbers("a", 13), 12), Source("t", Numbers("b", 13), 6)], 0, 8, None, True)
+        Steps([Source("t", Numbers("a", 13), 12), Source("t", Numbers("b", 13), 6)], 0, Preprocessing(8), True)
 
 
 def test_an_unreadable_sample_is_replaced_in_training_and_counted():
-    steps = Steps([Source("t", Numbers("a", 6, torn=(1, 2)), 6)], 0, 8, None, True)
+    steps = Steps([Source("t", Numbers("a", 6, torn=(1, 2)), 6)], 0, Preprocessing(8), True)
     batch = steps[0]["t"]
     assert sorted(batch["keys"]) == ["a0", "a3", "a3", "a3", "a4", "a5"]
     assert sorted(found.key for found in batch["quarantined"]) == ["a1", "a2", "a2"]
     with pytest.raises(
         ValueError, match=r"data: 3 samples in a row of task 't' are unreadable, the last one a\d: torn"
     ):
-        Steps([Source("t", Numbers("a", 3, torn=(0, 1, 2)), 3)], 0, 8, None, True)[0]
+        Steps([Source("t", Numbers("a", 3, torn=(0, 1, 2)), 3)], 0, Preprocessing(8), True)[0]
 
 
 def test_a_held_out_step_without_a_readable_sample_counts_what_is_unreadable():
-    steps = Steps([Source("t", Numbers("a", 3, torn=(2,)), 1)], 0, 8, None, False)
+    steps = Steps([Source("t", Numbers("a", 3, torn=(2,)), 1)], 0, Preprocessing(8), False)
     assert [steps[i]["t"]["keys"] for i in range(3)] == [["a0"], ["a1"], []]
     assert [steps[i]["t"]["quarantined"] for i in range(3)] == [[], [], [("t", "a2", "", "torn")]]
 
@@ -362,7 +364,7 @@ def test_sizes_do_not_decide_the_batches_unless_a_source_asks_for_it():
             data, options = Numbers("a", 500), {} if grouped is None else {"group_by_length": grouped}
             sized = Numbers("a", 500, sizes_hw=sizes)
             steps = [
-                Steps([Source("t", each, max_tokens=80, **budget, **options)], 0, 16, None, True)
+                Steps([Source("t", each, max_tokens=80, **budget, **options)], 0, Preprocessing(16), True)
                 for each in (data, sized)
             ]
             orders[grouped] = [[each.plans["t"].batch(step) for step in range(50)] for each in steps]
@@ -376,7 +378,7 @@ def test_a_budget_is_of_the_longest_image_that_there_is():
     small = Source(
         "t", Numbers("a", 500, sizes_hw=np.full((500, 2), 32)), batch_tokens=64 * 4, batch_multiple=1, max_tokens=64
     )
-    plans = [Steps([small], 0, 16, canvas, True).plans["t"] for canvas in (None, (32, 64))]
+    plans = [Steps([small], 0, Preprocessing(16, canvas), True).plans["t"] for canvas in (None, (32, 64))]
     assert [len(each.batch(0)) for each in plans] == [64, 32]
 
 

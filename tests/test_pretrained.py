@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import noise
+from helpers import batch_images, noise
 
 import indiclip
-from indiclip.patches import batch_images
 
 TEXTS = ["a photo of a kite", "मसाला डोसा", "a Photo, of: a kite!", "", "x" * 400]
 

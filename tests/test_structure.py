@@ -50,8 +50,9 @@ ARROWS = {
     "old_names.py": "",
     "optim.py": "names",
     "images.py": "",
-    "patches.py": "types images",
-    "backbone.py": "types names",
+    "patches.py": "types",
+    "preprocessing.py": "types names images patches",
+    "backbone.py": "types names preprocessing",
     "text.py": "names",
     "pooling.py": "names",
     "distributed.py": "",
@@ -59,24 +60,25 @@ ARROWS = {
     "fcos.py": "types",
     "surface_charts.py": "types",
     "head.py": "types names distributed",
-    "pretrained": "names old_names backbone text pooling datasets.tables",
-    "encoder.py": "types names backbone text patches pooling pretrained",
+    "pretrained": "names old_names backbone text pooling preprocessing datasets.tables",
+    "encoder.py": "types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
     "module.py": "encoder head types names optim lightning_internals distributed",
     "datasets": "types names images",
     "webdataset": "types names images datasets",
     "generated": "types names images datasets",
-    "loading": "types names images patches datasets lightning_internals",
+    "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
-        "types names strict_yaml images patches json_lines text backbone encoder checkpoint pretrained datasets"
+        "types names strict_yaml images patches preprocessing json_lines text backbone encoder checkpoint pretrained"
+        " datasets"
         " webdataset generated loading"
     ),
     "training": (
         "types names strict_yaml old_names json_lines checkpoint pretrained distributed lightning_internals encoder"
         " head module datasets loading evals"
     ),
-    "commands": "names images patches text datasets webdataset loading evals training",
+    "commands": "names images preprocessing text datasets webdataset loading evals training",
 }
 
 

@@ -12,6 +12,7 @@ from indiclip import patches
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
+from indiclip.preprocessing import Preprocessing
 from indiclip.types import FIELDS, Field, targets_of
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
@@ -37,7 +38,7 @@ def scene(boxes=BOXES):
 
 
 def prepare(sample, *augment, max_tokens=100_000, patch_size=2, seed=0, canvas_hw=None):
-    prepared = Transform(max_tokens, list(augment))(sample, patch_size, canvas_hw, seed)
+    prepared = Transform(max_tokens, list(augment))(sample, Preprocessing(patch_size, canvas_hw), seed)
     return prepared, patches.unpatchify(collate([prepared])["images"], 0)
 
 
@@ -100,7 +101,7 @@ def test_a_flip_and_its_repetition_are_nothing():
 def test_resizing_into_a_budget_moves_everything_along(max_tokens, patch_size):
     for flips in ([], [v2.RandomHorizontalFlip(1.0)]):
         prepared, image = prepare(scene(), *flips, max_tokens=max_tokens, patch_size=patch_size)
-        assert image.shape[:2] == prepared["size_hw"] == patches.fit_hw(*SIZE_HW, patch_size, max_tokens)
+        assert image.shape[:2] == prepared["size_hw"] == Preprocessing(patch_size).fit_hw(*SIZE_HW, max_tokens)
         assert prepared["scale"] == pytest.approx((image.shape[0] / SIZE_HW[0], image.shape[1] / SIZE_HW[1]))
         check(prepared, image, 1)  # a pixel: edges fall between pixels
 
@@ -128,7 +129,7 @@ def test_random_crops_leave_targets_on_what_they_belong_to():
 def test_another_interpolation_of_a_random_crop_is_torchvisions(options):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     crop = v2.RandomResizedCrop((64, 96), **options)
-    found = Transform(100, [crop])({"image": pixels, "key": "k"}, 32, None, 5)["patches"][0]
+    found = Transform(100, [crop])({"image": pixels, "key": "k"}, Preprocessing(32), 5)["patches"][0]
     torch.manual_seed(5)
     expected = crop(torch.from_numpy(pixels).permute(2, 0, 1))
     assert torch.equal(found, patches.patchify(expected, 32)[0])
@@ -200,7 +201,7 @@ def test_the_augmentation_is_a_function_of_the_seed_alone():
 
 
 def test_validation_is_not_augmented():
-    prepared = Transform(100_000, [v2.RandomHorizontalFlip(1.0)])(scene(), 2, None, None)
+    prepared = Transform(100_000, [v2.RandomHorizontalFlip(1.0)])(scene(), Preprocessing(2), None)
     assert prepared["boxes_xyxy"].tolist() == BOXES.tolist()
 
 
@@ -224,7 +225,7 @@ def test_a_transform_that_would_lose_points_is_refused(step):
 
 def test_an_image_must_stay_of_bytes():
     with pytest.raises(ValueError, match=r"augment: gives an image of torch\.float32; expected torch\.uint8"):
-        Transform(augment=[v2.ToDtype(torch.float32, scale=True)])(scene(), 8, None, 0)
+        Transform(augment=[v2.ToDtype(torch.float32, scale=True)])(scene(), Preprocessing(8), 0)
 
 
 def test_a_batch_packs_the_targets_of_every_image():

@@ -35,6 +35,7 @@ from indiclip.loading.sampler import BatchSpec, SourceInfo
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.transforms import Transform
+from indiclip.preprocessing import Preprocessing
 from indiclip.webdataset.shards import Shards
 
 SIDE, PATCH, TOKENS = 224, 16, 196
@@ -146,7 +147,7 @@ def bench_resume(folder: Path) -> None:
     for share in (0.0, 0.3, 0.9, 2.5):
         start = time.perf_counter()
         source = Source("t", Shards(urls), batch_tokens=64 * 12, max_tokens=12)
-        steps = Steps([source], 0, PATCH, None, train=True)
+        steps = Steps([source], 0, Preprocessing(PATCH), train=True)
         step = int(share * steps.plans["t"].steps_per_epoch)
         batch = next(iter(DataLoader(steps, batch_size=None, sampler=range(step, step + 9), num_workers=2)))
         took = time.perf_counter() - start

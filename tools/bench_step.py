@@ -30,6 +30,7 @@ from indiclip.encoder import Encoder
 from indiclip.generated.mela import Mela
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
+from indiclip.preprocessing import Preprocessing
 from indiclip.text import ByteTokenizer, FastTokenizer, TextTower, Tokenizer
 
 WIDTH, DEPTH, HEADS, PATCH, PIXELS = 192, 6, 3, 8, 96
@@ -103,7 +104,7 @@ def contrastive(batch_size: int, tokenizer: Tokenizer, rounds: int, device: str)
     torch.manual_seed(0)
     scenes = Mela(batch_size, PIXELS, "single", languages=["en"], seed=0)
     source = Source("contrastive", scenes, batch_size, max_tokens=(PIXELS // PATCH) ** 2)
-    batch: Any = Steps([source], 0, PATCH, None, train=False)[0]["contrastive"]
+    batch: Any = Steps([source], 0, Preprocessing(PATCH), train=False)[0]["contrastive"]
     batch["targets"].pop("label")  # the peer knows no labels
     pixels = torch.stack([torch.from_numpy(scenes[i]["image"]).permute(2, 0, 1) for i in range(batch_size)])
     captions = [scenes[i]["captions"]["en"][0] for i in range(batch_size)]
@@ -134,7 +135,7 @@ def four_tasks(rounds: int, device: str) -> None:
     config = parser.parse_path(str(Path(__file__).parent.parent / "conf" / "quickstart.yaml"))
     parts = parser.instantiate(config)
     module, data = parts.model.to(device), parts.data
-    data.patch_size = module.encoder.backbone.patch_size
+    data.preprocessing = module.encoder.backbone.preprocessing
     module.log = module.log_dict = lambda *_, **__: None
     batches = module.transfer_batch_to_device(data.steps(data.train, train=True)[0], torch.device(device), 0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)

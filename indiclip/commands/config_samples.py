@@ -85,7 +85,7 @@ class _Reader:
 
     def __init__(self, source: Any, data: Any, most: int | None) -> None:
         self.dataset, size = source.dataset, len(source.dataset)
-        self._steps = Steps([source], data.seed, data.patch_size, data.canvas_hw, train=False)
+        self._steps = Steps([source], data.seed, data.preprocessing, train=False)
         self.chosen = np.linspace(0, size - 1, min(size, most or size)).round().astype(np.int64).tolist()
 
     def read(self, first: int, last: int) -> Inventory:

@@ -12,7 +12,7 @@ from indiclip.commands.reading import Range, opened, ranges
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.scripts import language, scripts
 from indiclip.images import EncodedImage, UnreadableSample
-from indiclip.patches import fit_hw
+from indiclip.preprocessing import Preprocessing
 from indiclip.webdataset import cache
 from indiclip.webdataset.shards import expand, read_captions, read_classes, read_entry
 
@@ -110,11 +110,11 @@ def _summarise(counts: Counts, patch_size: int, max_tokens: int, classes: list[s
 
 def _sizes(sizes_hw: Counter[tuple[int, int]], patch_size: int, max_tokens: int) -> dict[str, Any]:
     """Width, height and tokens as their spread, and how many images have which aspect."""
-    found = Counts(Counter)
+    found, preprocessing = Counts(Counter), Preprocessing(patch_size)
     for (height, width), count in sizes_hw.items():
         if not height:  # its header cannot be read
             continue
-        rows, columns = (side // patch_size for side in fit_hw(height, width, patch_size, max_tokens))
+        rows, columns = (side // patch_size for side in preprocessing.fit_hw(height, width, max_tokens))
         for name, value in (("width", width), ("height", height), ("tokens", rows * columns)):
             found[name][value] += count
         found["aspects"][next(name for name, limit in _ASPECTS.items() if width / height < limit)] += count

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from indiclip import patches
+from indiclip.patches import stack
 from indiclip.types import FIELDS, Batch, Rows
 
 Prepared = dict[str, Any]
@@ -14,8 +14,7 @@ Prepared = dict[str, Any]
 
 def collate(samples: list[Prepared]) -> Batch:
     """Prepared samples -> `Batch`: patches padded to the longest, targets packed."""
-    images = patches.stack(*([sample[name] for sample in samples] for name in ("patches", "size_hw", "scale")))
-    return Batch(images=images, targets=pack(samples), keys=[sample["key"] for sample in samples])
+    return Batch(images=stack(samples), targets=pack(samples), keys=[sample["key"] for sample in samples])
 
 
 def pack(samples: list[Prepared]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from indiclip.loading.source import Source, keyed
 from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader, Workers
 from indiclip.names import check_range
+from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.types import Batch
 
 _ALWAYS_ALLOWED = 10  # unreadable samples of a task, however small its sources
@@ -31,6 +32,7 @@ class MultiTaskData(L.LightningDataModule):
         steps_per_epoch: Steps between validations; None goes once through the source that takes longest.
         patch_size: Linked to the backbone's by the command.
         canvas_hw: Linked to the backbone's by the command.
+        interpolation: Linked to the backbone's by the command.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class MultiTaskData(L.LightningDataModule):
         quarantine: float = 0.01,
         patch_size: int = 16,
         canvas_hw: tuple[int, int] | None = None,
+        interpolation: Interpolation = "bilinear",
     ) -> None:
         super().__init__()
         check_range({"data.quarantine": quarantine}, 0, 1)
@@ -52,7 +55,7 @@ class MultiTaskData(L.LightningDataModule):
         self.train, self.val = train, list(val or [])
         self.seed, self.num_workers = seed, num_workers
         self.steps_per_epoch = steps_per_epoch
-        self.patch_size, self.canvas_hw = patch_size, canvas_hw
+        self.preprocessing = Preprocessing(patch_size, canvas_hw, interpolation)
 
     @property
     def train_sizes(self) -> Counter[str]:
@@ -77,7 +80,7 @@ class MultiTaskData(L.LightningDataModule):
     def steps(self, sources: list[Source], train: bool) -> Steps:
         """The steps of this rank."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Steps(sources, self.seed, self.patch_size, self.canvas_hw, train, rank, world)
+        return Steps(sources, self.seed, self.preprocessing, train, rank, world)
 
     def setup(self, stage: str) -> None:
         """Tell Lightning that nothing is held out; it would wait for the end of a validation that never begins."""
@@ -104,7 +107,7 @@ class MultiTaskData(L.LightningDataModule):
 
     def first_val_batches(self, num_samples: int) -> list[dict[str, Batch]]:
         """Held-out steps with the first `num_samples` of every source, read in this process (for pictures)."""
-        steps = Steps(self.val, self.seed, self.patch_size, self.canvas_hw, train=False)
+        steps = Steps(self.val, self.seed, self.preprocessing, train=False)
         smallest = min((sum(plan.counts) for plan in steps.plans.values()), default=1)
         return [steps[i] for i in range(-(-num_samples // smallest) if self.val else 0)]
 

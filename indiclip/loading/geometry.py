@@ -13,10 +13,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from indiclip.images import TURNS
 from indiclip.names import did_you_mean, shorten
+from indiclip.preprocessing import Size
 from indiclip.types import FIELDS, Sample
 
-Size = tuple[int, int]
 Region = tuple[int, int, int, int]  # top, left, height, width
 Fields = dict[str, Any]
 
@@ -25,8 +26,6 @@ _TYPES: dict[str, Any] = {
     name: {Any: np.ndarray, int: Integral}.get(hint, get_origin(hint) or hint)
     for name, hint in get_type_hints(Sample).items()
 }
-# EXIF orientation -> transpose, then mirror left-right, then mirror top-bottom.
-_TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
 
 
 class ExactMask(tv_tensors.Mask):  # type: ignore[misc]
@@ -105,10 +104,10 @@ def _wrap(name: str, value: Any, canvas: Size, key: str) -> Any:
 
 
 def turn(value: Any, orientation: int) -> Any:
-    """Turn an image or what moves with it upright, from EXIF's `orientation`."""
+    """Turn what moves with an image upright, from EXIF's `orientation`."""
     if orientation == 1 or not isinstance(value, tv_tensors.TVTensor):
         return value
-    transpose, left_right, top_bottom = _TURNS[orientation]
+    transpose, left_right, top_bottom = TURNS[orientation]
     if transpose and isinstance(value, tv_tensors.BoundingBoxes):
         swapped = plain(value)[:, [1, 0, 3, 2]]
         value = tv_tensors.wrap(swapped, like=value, canvas_size=value.canvas_size[::-1])

@@ -1,6 +1,5 @@
 """A source: which dataset a task reads, how much of it in a step, and how its images are prepared."""
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.transforms import Transform
 from indiclip.names import check_range
-from indiclip.patches import count_tokens
+from indiclip.preprocessing import Preprocessing, count_tokens
 
 
 @dataclass
@@ -80,13 +79,12 @@ class Source:
             return BatchSpec(self.batch_size)
         return BatchSpec(self.batch_multiple, self.batch_tokens, self.max_tokens)
 
-    def info(self, patch_size: int, canvas_hw: tuple[int, int] | None) -> SourceInfo:
+    def info(self, preprocessing: Preprocessing) -> SourceInfo:
         """What a plan has to know of the source."""
         size, starts = len(self.dataset), self.dataset.starts
-        max_tokens, sizes_hw = self.max_tokens, None
-        if canvas_hw is not None:
-            max_tokens = math.prod(canvas_hw) // patch_size**2
-        elif self.transform.keeps_size:
+        patch_size, sizes_hw = preprocessing.patch_size, None
+        max_tokens = preprocessing.canvas_tokens or self.max_tokens
+        if preprocessing.canvas_hw is None and self.transform.keeps_size:
             sizes_hw = self.dataset.sizes_hw
         if self.group_by_length:
             return SourceInfo(size, starts, TokenCounts(sizes_hw, patch_size, max_tokens))

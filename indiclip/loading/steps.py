@@ -1,6 +1,5 @@
 """Step number -> this rank's samples of every task, read and prepared."""
 
-import math
 import threading
 import warnings
 import zlib
@@ -14,6 +13,7 @@ from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import Plan, SampleRef
 from indiclip.loading.source import Source
 from indiclip.loading.workers import reading
+from indiclip.preprocessing import Preprocessing
 from indiclip.types import Batch, Origin, Quarantined, Sample
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
@@ -26,13 +26,12 @@ class Steps(Dataset[dict[str, Batch]]):
         self,
         sources: list[Source],
         seed: int,
-        patch_size: int,
-        canvas_hw: tuple[int, int] | None,
+        preprocessing: Preprocessing,
         train: bool,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.seed, self.patch_size, self.canvas_hw = seed, patch_size, canvas_hw
+        self.seed, self.preprocessing = seed, preprocessing
         self.train, self.rank, self.world_size = train, rank, world_size
         # In training the sources of a task share their batches; held-out ones are scored each by itself.
         self.sources: dict[str, list[Source]] = {}
@@ -59,10 +58,9 @@ class Steps(Dataset[dict[str, Batch]]):
                 f"data: {name} {spec.samples} of task {task!r} is over all ranks and must be a multiple of the "
                 f"{self.world_size} ranks"
             )
-        if self.canvas_hw is not None:  # the backbone's one size, whatever max_tokens says
-            canvas = math.prod(self.canvas_hw) // self.patch_size**2
+        if canvas := self.preprocessing.canvas_tokens:  # the backbone's one size, whatever max_tokens says
             spec = spec._replace(max_tokens=canvas, option="canvas_hw")
-        infos = [source.info(self.patch_size, self.canvas_hw) for source in group]
+        infos = [source.info(self.preprocessing) for source in group]
         weights, window = [source.weight for source in group], max(source.window for source in group)
         return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
@@ -121,7 +119,7 @@ class Steps(Dataset[dict[str, Batch]]):
                     sample = self._draw_caption(task, ref, sample)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
-                    return source.transform(sample, self.patch_size, self.canvas_hw, random_seed)
+                    return source.transform(sample, self.preprocessing, random_seed)
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(source.task, error.key, error.file, error.reason))
         if self.train:

@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from indiclip import patches
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import Prepared
-from indiclip.loading.geometry import Region, Size, drop_outside, move, plain, turn, unwrap, wrap
+from indiclip.loading.geometry import Region, drop_outside, move, plain, turn, unwrap, wrap
 from indiclip.names import shorten
+from indiclip.preprocessing import Preprocessing, Size, read_upright, resize, upright_hw
 from indiclip.types import Sample
 
 # These take the first boxes of a sample for all that it has, but points and people are boxes too (see `geometry`).
@@ -70,16 +70,15 @@ class Transform:
     def __call__(
         self,
         sample: Sample,
-        patch_size: int,
-        canvas_hw: Size | None,
+        preprocessing: Preprocessing,
         random_seed: int | None,
     ) -> Prepared:
         """Prepare one sample.
 
         Args:
-            patch_size: Side of a patch in pixels.
-            canvas_hw: The one image size of a fixed-size backbone, or None.
-            random_seed: Seeds the augmentation; None leaves it out (validation).
+            preprocessing: The backbone's.
+            random_seed: Seeds the augmentation. None (validation) leaves it out and decodes the whole image, so that
+                pixels are those of `Encoder.embed_image`.
 
         Returns:
             `patches`, `size_hw`, `scale`, and the sample's annotations in the resized image's pixels, as tensors.
@@ -90,7 +89,7 @@ class Transform:
         """
 
         def fit(size: Size) -> Size:
-            return patches.fit_hw(*size, patch_size, self.max_tokens, canvas_hw)
+            return preprocessing.fit_hw(*size, self.max_tokens)
 
         image: Any = sample.get("image")
         if not isinstance(image, EncodedImage) and (getattr(image, "dtype", "") != np.uint8 or image.shape[2:] != (3,)):
@@ -110,7 +109,12 @@ class Transform:
                 torch.default_generator.manual_seed(random_seed)  # torch.manual_seed seeds every GPU too, in 0.3 ms
             region, size, left = _plan_reading(full, steps, fit)
             fields = {name: move(value, region, size) for name, value in fields.items()}
-            fields["image"] = tv_tensors.Image(_read_region(image, full, region, size))
+            # So large that the region still has the pixels that it is shown with.
+            needed = (-(-full[0] * size[0] // region[2]), -(-full[1] * size[1] // region[3]))
+            pixels_CHW = _crop(read_upright(image, (0, 0) if random_seed is None else needed), full, region)
+            cropped = len(left) < len(steps)  # by the first step, which is bilinear
+            pixels_CHW = resize(pixels_CHW, size, "bilinear" if cropped else preprocessing.interpolation)
+            fields["image"] = tv_tensors.Image(pixels_CHW)
             fields = v2.Compose(left)(fields) if left else fields
         if fields["image"].dtype != torch.uint8:
             raise ValueError(f"augment: gives an image of {fields['image'].dtype}; expected torch.uint8")
@@ -118,33 +122,11 @@ class Transform:
         scale = (size[0] / region[2], size[1] / region[3])
         size = fit((height, width))
         fields = drop_outside(fields, (height, width)) if steps else fields
+        cut = preprocessing.cut(plain(fields.pop("image")), size)
         if size != (height, width):
             fields = {name: move(value, (0, 0, height, width), size) for name, value in fields.items()}
-        prepared = unwrap(fields, size)
-        prepared["patches"] = patches.patchify(prepared.pop("image"), patch_size)
-        prepared["size_hw"] = size
-        prepared["scale"] = (scale[0] * size[0] / height, scale[1] * size[1] / width)
-        return prepared
-
-
-def read_upright(image: EncodedImage | np.ndarray, size: Size | None = None) -> Tensor:
-    """A whole picture, turned as its EXIF orientation asks: uint8 (3, height, width).
-
-    Args:
-        image: An encoded one, or uint8 (height, width, 3).
-        size: (height, width) to resize it to, a JPEG decoded no larger than that needs. None leaves it as large as
-            it is.
-
-    Raises:
-        UnreadableSample: The image cannot be decoded.
-    """
-    full = upright_hw(image)
-    return _read_region(image, full, (0, 0, *full), size or full)
-
-
-def upright_hw(image: EncodedImage | np.ndarray) -> Size:
-    """(height, width) of a picture after the turn that EXIF asks for."""
-    return image.upright_hw if isinstance(image, EncodedImage) else (image.shape[0], image.shape[1])
+        cut["scale"] = (scale[0] * cut["scale"][0], scale[1] * cut["scale"][1])
+        return unwrap(fields, size) | cut
 
 
 def _each(steps: Iterable[Any]) -> Iterator[Any]:
@@ -168,16 +150,8 @@ def _plan_reading(full: Size, steps: list[Any], fit: Callable[[Size], Size]) -> 
     return (0, 0, *full), fit(full) if late else full, steps
 
 
-def _read_region(image: Any, full: Size, region: Region, size: Size) -> Tensor:
-    """A part of an image, decoded no larger than needed, as uint8 (3, *size)."""
-    if isinstance(image, EncodedImage):
-        # So large that the part still has the pixels that it is shown with.
-        needed = (-(-full[0] * size[0] // region[2]), -(-full[1] * size[1] // region[3]))
-        pixels, orientation = image.decode(needed if image.orientation < 5 else needed[::-1]), image.orientation
-    else:
-        pixels, orientation = np.require(image, requirements=["C", "W"]), 1  # PIL's are read-only
-    image_CHW = turn(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), orientation)
+def _crop(image_CHW: Tensor, full: Size, region: Region) -> Tensor:
+    """A region, given in the pixels of the full image, of one that may have been decoded smaller."""
     found = image_CHW.shape[-2:]
     top, left, height, width = (round(place * found[i % 2] / full[i % 2]) for i, place in enumerate(region))
-    image_CHW = image_CHW[:, top : top + max(height, 1), left : left + max(width, 1)]
-    return patches.resize(plain(image_CHW), size)
+    return image_CHW[:, top : top + max(height, 1), left : left + max(width, 1)]

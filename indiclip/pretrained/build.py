@@ -81,7 +81,7 @@ def _check_architecture(architecture: Mapping[str, Any], origin: str) -> None:
         return
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-    kind = architecture.get("model_type")
+    kind = str(architecture.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{origin}: text.architecture.model_type: transformers has no {kind!r}")
     own = signature(CONFIG_MAPPING[kind]).parameters.keys() - signature(PreTrainedConfig).parameters.keys()

@@ -1,11 +1,12 @@
 """What weights of equal shapes do not show: activations, epsilons, numbers of heads, normalisation of pixels."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from indiclip.backbone import Backbone
 from indiclip.pretrained.build import build
 
 # What differs by design, shows in a tensor's shape (and is converted), or matters in training only.
@@ -39,6 +40,8 @@ def differing_traits(encoder: nn.Module, config: Mapping[str, Any], parts: Seque
         if (name := _MODULES.get(part)) and name in config:
             with torch.device("meta"):
                 theirs = build({name: config[name]}, part)[name]
+            if isinstance(theirs, Backbone) and cast(Any, encoder).image_pool.kind != "tower":
+                theirs.remove_pool()
             own = dict(_traits(getattr(encoder, name)))
             for where, trait in _traits(theirs):
                 if own.get(where, trait) != trait:

@@ -15,6 +15,7 @@ from torch import Tensor
 from indiclip.backbone import NaFlexViT
 from indiclip.names import check_choice
 from indiclip.pooling import Projection
+from indiclip.preprocessing import Interpolation
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.weights import Weights, read_tensors
 from indiclip.text import FastTokenizer, SiglipTokenizer, TextTower, Tokenizer, describe
@@ -40,6 +41,7 @@ _VISION = [
 ]
 _PROJECTIONS = {"visual_projection": "image_projection", "text_projection": "text_projection"}
 _KNOWN = ("vision_model.", "text_model.", "logit_", "visual_projection.", "text_projection.")
+_RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -97,6 +99,7 @@ def _vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tupl
         patch_size=patch_size,
         mean=images.image_mean,
         std=images.image_std,
+        interpolation=_RESAMPLE[int(images.resample)],
         options={
             "mlp_ratio": (config.intermediate_size + 0.5) / config.hidden_size,  # timm rounds down
             "norm_eps": config.layer_norm_eps,

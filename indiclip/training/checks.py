@@ -66,7 +66,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
     # Of one rank, whatever the run has: of held-out sources too, whose batches need not be shared out evenly.
-    steps = Steps([*sources.values()], data.seed, data.patch_size, data.canvas_hw, train=True)
+    steps = Steps([*sources.values()], data.seed, data.preprocessing, train=True)
     for task in steps.plans:
         of_task = [key for key, source in sources.items() if source.task == task]
         for number, key in enumerate(of_task):

@@ -6,19 +6,16 @@ Shape letters: see `indiclip.types`.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from math import isqrt
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from indiclip import checkpoint
 from indiclip.encoder import Encoder
-from indiclip.images import EncodedImage
-from indiclip.loading.transforms import read_upright, upright_hw
 from indiclip.names import check_choice, check_range
-from indiclip.patches import fit_canvas_hw, fit_hw, patchify, stack
+from indiclip.patches import stack
+from indiclip.preprocessing import Picture, read_upright
 from indiclip.pretrained.model_names import library_of
 from indiclip.types import Images
 
@@ -27,7 +24,6 @@ TEXT_CHUNK = 256  # texts in one forward pass; fixed, so that a number does not 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Picture = EncodedImage | np.ndarray  # the latter uint8 (height, width, 3)
 
 
 class View(NamedTuple):
@@ -101,9 +97,7 @@ class EncoderEmbedder:
         check_choice("precision", precision, _AUTOCAST)
         self.encoder, self.name, self.precision = encoder, name, precision
         self.lengths = encoder.lengths if lengths is None else with_full_length(lengths, encoder.embed_dim)
-        backbone = encoder.backbone
-        self._patch_size, self._max_tokens = backbone.patch_size, backbone.max_tokens
-        self._canvas_hw = backbone.canvas_hw
+        self._preprocessing, self._max_tokens = encoder.backbone.preprocessing, encoder.backbone.max_tokens
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "encoder"}
@@ -112,13 +106,15 @@ class EncoderEmbedder:
         return [self._view(name) for name in names]
 
     def prepare(self, image: Picture, view: View) -> dict[str, Any]:
-        full = upright_hw(image)
-        size = self._size(full, view)
-        patches = patchify(read_upright(image, size), self._patch_size)
-        return {"patches": patches, "size_hw": size, "scale": (size[0] / full[0], size[1] / full[1])}
+        assert view.tokens is not None
+        pixels_CHW = read_upright(image)
+        height, width = pixels_CHW.shape[-2:]
+        stretched = view.aspect == "square"
+        fit = self._preprocessing
+        return fit.cut(pixels_CHW, fit.square_hw(view.tokens) if stretched else fit.fit_hw(height, width, view.tokens))
 
     def collate(self, prepared: list[dict[str, Any]]) -> Images:
-        return stack(*([one[field] for one in prepared] for field in ("patches", "size_hw", "scale")))
+        return stack(prepared)
 
     def embed_images(self, batch: Images) -> Tensor:
         with self._evaluating():
@@ -130,7 +126,7 @@ class EncoderEmbedder:
 
     def _view(self, name: str) -> View:
         found = re.fullmatch(r"(native|[1-9][0-9]*)(-square)?", name)
-        if found is None or (self._canvas_hw is not None and found[1] != "native"):
+        if found is None or (not self._any_size and found[1] != "native"):
             expected = "native, native-square" + (", or a number of patches such as 64 or 64-square" * self._any_size)
             raise ValueError(f"{self.name}: has no view {name!r}; expected {expected}")
         most = min(NATIVE_TOKENS, self._max_tokens) if self._any_size else self._max_tokens
@@ -141,17 +137,7 @@ class EncoderEmbedder:
 
     @property
     def _any_size(self) -> bool:
-        return self._canvas_hw is None
-
-    def _size(self, full: tuple[int, int], view: View) -> tuple[int, int]:
-        assert view.tokens is not None
-        if self._canvas_hw is not None:
-            stretched = view.aspect == "square"
-            return self._canvas_hw if stretched else fit_canvas_hw(*full, self._patch_size, self._canvas_hw)
-        if view.aspect == "square":
-            side = isqrt(view.tokens) * self._patch_size
-            return side, side
-        return fit_hw(*full, self._patch_size, view.tokens)
+        return self._preprocessing.canvas_hw is None
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -18,14 +18,13 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from indiclip.evals.models.embedder import (
-    Picture,
     Precision,
     View,
     autocast,
     embed_distinct,
     with_full_length,
 )
-from indiclip.loading.transforms import read_upright
+from indiclip.preprocessing import Picture, read_upright
 
 # Shortest-side resizing makes a line of pixels enormous; past this the long side is squeezed.
 _MAX_ASPECT = 100

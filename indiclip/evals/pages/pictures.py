@@ -8,7 +8,7 @@ import numpy as np
 from indiclip.evals.images.items import Items
 from indiclip.evals.results import part_of
 from indiclip.images import UnreadableSample
-from indiclip.loading.transforms import read_upright, upright_hw
+from indiclip.preprocessing import read_upright, resize, upright_hw
 
 
 def thumbnail(image: Any, max_side: int) -> np.ndarray:
@@ -19,7 +19,8 @@ def thumbnail(image: Any, max_side: int) -> np.ndarray:
     """
     height, width = upright_hw(image)
     scale = min(1.0, max_side / max(height, width))
-    return read_upright(image, (max(1, round(height * scale)), max(1, round(width * scale)))).permute(1, 2, 0).numpy()
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    return resize(read_upright(image, size), size).permute(1, 2, 0).numpy()
 
 
 class Pictures:
