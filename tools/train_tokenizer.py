@@ -8,8 +8,8 @@ signs, viramas and joiners (ZWJ, ZWNJ) belong to them. A config reads it with
 `tokenizer: {class_path: indiclip.text.FastTokenizer, init_args: {source: <out>}}`, and transformers reads the folder
 with `AutoTokenizer.from_pretrained`, the file with `PreTrainedTokenizerFast(tokenizer_file=...)`.
 
-With `--siglip2` it is of the kind that SigLIP 2 reads (and transformers from any folder that calls itself one): lower
-case, a BPE of letters with bytes for those that were not seen, and one end token. `indiclip export --to siglip2` needs it.
+With `--siglip2` it is of SigLIP 2's kind: lower case, a BPE of letters with bytes for those that were not seen, and an
+end token. `indiclip export --to siglip2` needs it: transformers reads the tokenizer of a SigLIP 2 folder as such a one.
 
 Text files are tables with a column per language (`hi`, `ta`, `hi-Latn`), tables with the columns `lang` and `text`, or
 .txt. A share of their rows is held out, in all languages at once; `indiclip tokenizer report --held_out_only` measures

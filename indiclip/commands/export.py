@@ -12,7 +12,14 @@ _MISTAKE = 2
 
 
 def run(
-    source: str, to: str, out: Path, weights: str | None, length: int | None, allow_loss: bool, licence: str, trust_code: bool
+    source: str,
+    to: str,
+    out: Path,
+    weights: str | None,
+    length: int | None,
+    allow_loss: bool,
+    licence: str,
+    trust_code: bool,
 ) -> int:
     """Returns the exit status."""
     find_target(to)  # before anything is read

@@ -14,7 +14,8 @@ import yaml
 from indiclip.export.source import Source
 
 _UNKNOWN_LICENCE = "Not stated. It depends on the data below and on the weights that the run began with."
-_SHOWN = 40  # scores
+_PLAIN_METRIC = re.compile(r"(val|eval)/[^/]+/[^/]+")  # without those by language
+_SHOWN = 40
 _CARD = """\
 ---
 library_name: {library}
@@ -89,7 +90,9 @@ def _data(run: Path | None) -> Iterator[str]:
     train = (config.get("data") or {}).get("train") or []
     for source in train:
         dataset = source.get("dataset") or {}
-        settings = ", ".join(f"{key} {_plain(value)}" for key, value in (dataset.get("init_args") or {}).items() if value)
+        settings = ", ".join(
+            f"{key} {_plain(value)}" for key, value in (dataset.get("init_args") or {}).items() if value
+        )
         kind = str(dataset.get("class_path", "?")).rpartition(".")[2]
         yield f"- {source.get('task')}: {kind}" + (f" ({settings})" if settings else "")
     if not train:
@@ -106,7 +109,7 @@ def _scores(run: Path | None) -> Iterator[str]:
     rows = {
         name: value
         for name, value in (record.get("metrics") or {}).items()
-        if name.startswith(("val/", "eval/")) and isinstance(value, int | float)
+        if _PLAIN_METRIC.fullmatch(name) and isinstance(value, int | float)
     }
     yield f"On held-out data, after step {record.get('step')}:"
     yield ""
@@ -115,7 +118,7 @@ def _scores(run: Path | None) -> Iterator[str]:
     for name in list(rows)[:_SHOWN]:
         yield f"| {name} | {rows[name]:.4g} |"
     if len(rows) > _SHOWN:
-        yield f"| and {len(rows) - _SHOWN} more in metrics.json | |"
+        yield f"| {len(rows) - _SHOWN} more in the run's metrics.json | |"
 
 
 def _plain(value: Any) -> str:

@@ -48,7 +48,7 @@ def export(source: Source, to: str, out: Path, allow_loss: bool = False, licence
     target = find_target(to)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise FileExistsError(f"{out}: is there already and holds something; expected a new or empty folder")
-    losses = target.check(source.model.encoder)
+    losses = target.check(source.encoder)
     refusing = [loss for loss in losses if not (loss.is_degree and allow_loss)]
     if refusing:
         raise Refused(_reasons(source, to, refusing))
@@ -73,10 +73,11 @@ def export(source: Source, to: str, out: Path, allow_loss: bool = False, licence
 def _write(
     target: Target, to: str, source: Source, part: Path, out: Path, losses: list[Loss], licence: str
 ) -> dict[str, Any]:
-    target.write(source.model, part, out)
-    reloaded = target.reload(source.model, part)
+    target.write(source.encoder, part, out)
     record = {"to": to, "from": source.origin, "weights": source.chosen}
-    record |= measure(target, source.model, reloaded) | {"losses": [loss.reason for loss in losses]}
+    record |= measure(target, source.encoder, target.reload(source.encoder, part)) | {
+        "losses": [loss.reason for loss in losses]
+    }
     part.joinpath("parity.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     write_card(part, source, target.usage.format(out=out.name), record, licence)
     return record
@@ -86,4 +87,4 @@ def _reasons(source: Source, to: str, losses: list[Loss]) -> list[str]:
     lines = [f"--to {to}: {loss.reason}" + (" (--allow-loss)" if loss.is_degree else "") for loss in losses]
     if all(loss.is_degree for loss in losses):
         return [*lines, "--allow-loss writes it and measures the loss"]
-    return [*lines, who_could(source.model.encoder, to)]
+    return [*lines, who_could(source.encoder, to)]

@@ -47,7 +47,9 @@ def cut_length(weights: Weights, length: int | None) -> Weights:
     if length is None or length == weights.config["embed_dim"]:
         return weights
     if length not in lengths:
-        raise ValueError(f"--length: found {length}; expected one of {', '.join(map(str, lengths))}, which were trained")
+        raise ValueError(
+            f"--length: found {length}; expected one of {', '.join(map(str, lengths))}, which were trained"
+        )
     config = weights.config | {"embed_dim": length, "lengths": [one for one in lengths if one <= length]}
     tensors = dict(weights.tensors)
     for side in _SIDES:

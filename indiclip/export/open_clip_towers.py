@@ -94,8 +94,8 @@ def text_losses(encoder: Encoder) -> list[Loss]:
     if config.model_type not in _POOLS:
         return [
             Loss(
-                f"text.architecture.model_type: found {config.model_type!r}, which OpenCLIP looks for on the hub and not "
-                f"in the folder; expected {' or '.join(_POOLS)}"
+                f"text.architecture.model_type: found {config.model_type!r}, which OpenCLIP looks for on the hub, not in "
+                f"the folder; expected {' or '.join(_POOLS)}"
             )
         ]
     expected = _POOLS[config.model_type]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indiclip.encoder import Encoder
-from indiclip.export.target import Model, Reloaded, Target
+from indiclip.export.target import Reloaded, Target
 from indiclip.patches import patchify, stack
 from indiclip.types import Images
 
@@ -60,9 +60,8 @@ def noise(sizes: list[tuple[int, int]], patch_size: int) -> Images:
 
 
 @torch.no_grad()
-def measure(target: Target, model: Model, reloaded: Reloaded) -> dict[str, Any]:
+def measure(target: Target, encoder: Encoder, reloaded: Reloaded) -> dict[str, Any]:
     """What `parity.json` holds: a row for each case, and whether all are within the bound."""
-    encoder = model.encoder
     ours = reloaded.ours or (lambda images: {"embedding": encoder.embed_image(images)})
     image: dict[str, Any] = {}
     for case, sizes in grids(encoder).items():

@@ -12,7 +12,7 @@ from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.export.fold import linear_projection
 from indiclip.export.renaming import renamed
-from indiclip.export.target import Loss, Model
+from indiclip.export.target import Loss
 from indiclip.export.tokenizer_files import tokenizer_losses
 from indiclip.pretrained.weights import check_tensors
 
@@ -77,7 +77,9 @@ def _block_losses(vit: Any) -> list[Loss]:
         "epsilon": {norm.eps for norm in [*(block.norm1 for block in vit.blocks), vit.norm, pool.norm]},
     }.items():
         if len(found) > 1:
-            losses.append(Loss(f"backbone: {what}: found {sorted(map(str, found))}; SigLIP has one for blocks and pool"))
+            losses.append(
+                Loss(f"backbone: {what}: found {sorted(map(str, found))}; SigLIP has one for blocks and pool")
+            )
     if type(first).__name__ != "Block" or activation(first.mlp.act) is None:
         losses.append(Loss(f"backbone: SigLIP has no {type(first).__name__} with {type(first.mlp.act).__name__}"))
     return losses
@@ -96,11 +98,15 @@ def text_losses(encoder: Encoder) -> list[Loss]:
     if linear_projection(encoder.text_projection, text.width) is None:
         losses.append(Loss("text_projection: found an mlp; SigLIP has one matrix"))
     if encoder.embed_dim != encoder.backbone.pooled_width and isinstance(encoder.image_projection, nn.Identity):
-        losses.append(Loss(f"embed_dim: found {encoder.embed_dim}; expected the tower's {encoder.backbone.pooled_width}"))
+        losses.append(
+            Loss(f"embed_dim: found {encoder.embed_dim}; expected the tower's {encoder.backbone.pooled_width}")
+        )
     context = text.tokenizer.context_length
     if context != CONTEXT:
         losses.append(
-            Loss(f"text.tokenizer.context_length: found {context}; the zero-shot pipeline pads texts to {CONTEXT}", True)
+            Loss(
+                f"text.tokenizer.context_length: found {context}; the zero-shot pipeline pads texts to {CONTEXT}", True
+            )
         )
     return losses + tokenizer_losses(text.tokenizer)
 
@@ -127,7 +133,7 @@ def vision_config(encoder: Encoder) -> dict[str, Any]:
 
 def text_config(encoder: Encoder) -> dict[str, Any]:
     """The text tower's own, with as many positions as texts have tokens."""
-    config = encoder.text.model.config.to_diff_dict()
+    config: dict[str, Any] = encoder.text.model.config.to_diff_dict()
     for name in ("transformers_version", "architectures", "model_type", "dtype"):
         config.pop(name, None)
     tokenizer = encoder.text.tokenizer
@@ -136,17 +142,16 @@ def text_config(encoder: Encoder) -> dict[str, Any]:
     return config | special | lengths
 
 
-def write_model(model: Model, folder: Path, config: Any, processor: Any, conv: bool) -> None:
+def write_model(encoder: Encoder, folder: Path, config: Any, processor: Any, conv: bool) -> None:
     """Configuration, processor and weights.
 
     Args:
-        model: What is exported.
+        encoder: What is exported.
         folder: Where to.
         config: transformers' configuration of the whole model.
         processor: Its processor.
         conv: Whether the patch embedding is a convolution, as in SigLIP, and no matrix, as in SigLIP 2.
     """
-    encoder = model.encoder
     config.architectures = [type(config).__name__.replace("Config", "Model")]
     config.dtype = torch.float32
     config.save_pretrained(folder)
@@ -154,14 +159,14 @@ def write_model(model: Model, folder: Path, config: Any, processor: Any, conv: b
     tensors = {f"vision_model.{name}": tensor for name, tensor in _vision_tensors(encoder, conv).items()}
     tensors |= {f"text_model.{name}": tensor for name, tensor in _text_tensors(encoder).items()}
     for name, initial in {"logit_scale": 0.0, "logit_bias": 0.0}.items():
-        tensors[name] = torch.tensor([model.logits.get(name, initial)])
+        tensors[name] = torch.tensor([encoder.initial_logits.get(name, initial)])
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(check_tensors(whole, str(folder)), folder / "model.safetensors", {"format": "pt"})
 
 
-def logit_notes(model: Model) -> list[str]:
+def logit_notes(encoder: Encoder) -> list[str]:
     """What to know of the probabilities that the other library gives."""
-    if "logit_bias" in model.logits:
+    if "logit_bias" in encoder.initial_logits:
         return []
     return ["the run's loss has no bias: rank by the logits, its sigmoid is no probability"]
 

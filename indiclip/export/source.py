@@ -7,14 +7,13 @@ from torch import Tensor
 
 from indiclip.encoder import Encoder
 from indiclip.export.fold import cut_length, fold_batch_norm
-from indiclip.export.target import Model
 from indiclip.names import check_choice
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import fill
 from indiclip.pretrained.model_names import library_of
 from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.runs import checkpoint_file
-from indiclip.pretrained.weights import Weights, of_part, read_tensors
+from indiclip.pretrained.weights import Weights, read_tensors
 
 CHOICES = ("ema", "last", "best")
 
@@ -23,14 +22,14 @@ class Source(NamedTuple):
     """A model that is to leave.
 
     Attributes:
-        model: What is exported.
+        encoder: What is exported.
         origin: Its run, checkpoint, folder or name.
         chosen: Which of a run's weights they are, in words.
         step: After which they were saved; None where they are none of a run.
         run: The run's folder, if there is one.
     """
 
-    model: Model
+    encoder: Encoder
     origin: str
     chosen: str
     step: int | None
@@ -59,12 +58,12 @@ def open_source(run: str, which: str | None, length: int | None, trust_code: boo
         weights, chosen, step, folder = read_weights(run), f"the weights of {run}", None, None
     if not {"backbone", "text"} <= weights.config.keys():
         raise ValueError(f"{run}: has no text tower; it is a model of {library} already")
-    logits = {name: float(weights.tensors[name].reshape(())) for name in of_part("logit_scale", weights.tensors)}
     weights = cut_length(fold_batch_norm(weights), length)
     encoder = Encoder(**build(weights.config, weights.origin, trust_code))
     fill(encoder, weights)
+    encoder.initial_logits = weights.logits()
     encoder.eval().requires_grad_(False)
-    return Source(Model(encoder, logits), run, chosen, step, folder)
+    return Source(encoder, run, chosen, step, folder)
 
 
 def _of_run(path: Path, which: str | None) -> tuple[Weights, str, int, Path | None]:

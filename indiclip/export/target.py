@@ -34,19 +34,6 @@ class Loss(NamedTuple):
 
 
 @dataclass
-class Model:
-    """What is exported.
-
-    Args:
-        encoder: In evaluation mode, without batch norm of embeddings, see `indiclip.export.fold`.
-        logits: `logit_scale` (a logarithm) and `logit_bias` of its contrastive loss, where it has them.
-    """
-
-    encoder: Encoder
-    logits: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
 class Reloaded:
     """The written folder, opened by the other library.
 
@@ -83,17 +70,18 @@ class Target(ABC):
         """What would be lost; nothing where the way is lossless."""
 
     @abstractmethod
-    def write(self, model: Model, folder: Path, place: Path) -> None:
+    def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
         """Write all files but the card and the proof.
 
         Args:
-            model: What `check` let pass.
+            encoder: What `check` let pass: in evaluation mode, without batch norm of embeddings (see `fold.py`). Its
+                `initial_logits` are those of its contrastive loss.
             folder: Exists and is empty.
             place: Where the folder will be in the end.
         """
 
     @abstractmethod
-    def reload(self, model: Model, folder: Path) -> Reloaded:
+    def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         """Open the folder with the other library. Neither the network nor what is in memory is used for it."""
 
 

@@ -1,7 +1,7 @@
-"""To OpenCLIP: a tower of CLIP's shape becomes its own ViT, any other one a tower of timm; texts by its TextTransformer.
+"""To OpenCLIP: a tower of CLIP's shape becomes its own ViT, any other a tower of timm; the text tower its own.
 
-OpenCLIP builds timm's towers by name. Where timm has no name for the run's, `timm/config.json` in the folder describes it,
-and OpenCLIP finds that by its absolute path.
+OpenCLIP builds timm's towers by name. Where timm has no name for the run's, `timm/config.json` in the folder describes
+it, and OpenCLIP finds that by its absolute path.
 """
 
 import json
@@ -19,7 +19,7 @@ from indiclip.encoder import Encoder
 from indiclip.export import open_clip_towers, target, to_timm
 from indiclip.export.fold import linear_projection
 from indiclip.export.parity import own_grid
-from indiclip.export.target import Loss, Model, Reloaded
+from indiclip.export.target import Loss, Reloaded
 from indiclip.export.tokenizer_files import tokenizer_losses, transformers_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.types import Images
@@ -43,8 +43,7 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         losses = [] if open_clip_towers.is_clip_vision(encoder) else _timm_losses(encoder)
         return losses + open_clip_towers.text_losses(encoder) + tokenizer_losses(encoder.text.tokenizer)
 
-    def write(self, model: Model, folder: Path, place: Path) -> None:
-        encoder = model.encoder
+    def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
         text_cfg, words = open_clip_towers.text_tower(encoder)
         if open_clip_towers.is_clip_vision(encoder):
             vision_cfg, image = open_clip_towers.vision_tower(encoder)
@@ -54,15 +53,15 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         size = [H * encoder.backbone.patch_size, W * encoder.backbone.patch_size]
         vision_cfg["image_size"] = size[0] if size[0] == size[1] else size
         text_cfg["hf_tokenizer_name"] = place.name  # any name: OpenCLIP reads the tokenizer of the folder
-        mean, std = to_timm.pixel_statistics(encoder.backbone)
+        mean, std = list(encoder.backbone.mean), list(encoder.backbone.std)
         model_cfg: dict[str, Any] = {"embed_dim": encoder.embed_dim, "custom_text": True}
         model_cfg |= {"quick_gelu": text_cfg.pop("quick_gelu"), "vision_cfg": vision_cfg, "text_cfg": text_cfg}
         tensors = {f"visual.{name}": tensor for name, tensor in image.items()}
         tensors |= {f"text.{name}": tensor for name, tensor in words.items()}
-        tensors["logit_scale"] = torch.tensor(model.logits.get("logit_scale", 0.0))
-        if "logit_bias" in model.logits:
+        tensors["logit_scale"] = torch.tensor(encoder.initial_logits.get("logit_scale", 0.0))
+        if "logit_bias" in encoder.initial_logits:
             model_cfg["init_logit_bias"] = 0.0
-            tensors["logit_bias"] = torch.tensor(model.logits["logit_bias"])
+            tensors["logit_bias"] = torch.tensor(encoder.initial_logits["logit_bias"])
         preprocess = {"mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "squash"}
         config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
         folder.joinpath(_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -70,10 +69,10 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         save_file(whole, folder / _WEIGHTS, {"format": "pt"})
         transformers_tokenizer(encoder.text, folder).save_pretrained(folder)
 
-    def reload(self, model: Model, folder: Path) -> Reloaded:
+    def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         import open_clip
 
-        encoder, name = model.encoder, f"local-dir:{folder}"
+        name = f"local-dir:{folder}"
         vision_cfg = json.loads(folder.joinpath(_CONFIG).read_text())["model_cfg"]["vision_cfg"]
         notes = ["OpenCLIP repairs a text's encoding and joins its white space before it is read (ftfy)"]
         if vision_cfg.get("timm_model_name", "").startswith("local-dir:"):

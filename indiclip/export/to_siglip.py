@@ -20,8 +20,7 @@ from indiclip.export.siglip_towers import (
     vision_losses,
     write_model,
 )
-from indiclip.export.target import Loss, Model, Reloaded
-from indiclip.export.to_timm import pixel_statistics
+from indiclip.export.target import Loss, Reloaded
 from indiclip.export.tokenizer_files import transformers_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.types import Images
@@ -42,24 +41,24 @@ model, processor = AutoModel.from_pretrained("{out}"), AutoProcessor.from_pretra
     def check(self, encoder: Encoder) -> list[Loss]:
         return vision_losses(encoder) + text_losses(encoder)
 
-    def write(self, model: Model, folder: Path, place: Path) -> None:
-        encoder = model.encoder
+    def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
         side = own_grid(encoder)[0] * encoder.backbone.patch_size
-        mean, std = pixel_statistics(encoder.backbone)
+        mean, std = list(encoder.backbone.mean), list(encoder.backbone.std)
         config = transformers.SiglipConfig(
             text_config=text_config(encoder), vision_config=vision_config(encoder) | {"image_size": side}
         )
         images = transformers.SiglipImageProcessor(
             size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=Image.Resampling.BILINEAR
         )
-        processor = transformers.SiglipProcessor(images, transformers_tokenizer(encoder.text, folder))
-        write_model(model, folder, config, processor, conv=True)
+        made: Any = transformers.SiglipProcessor
+        processor = made(images, transformers_tokenizer(encoder.text, folder))
+        write_model(encoder, folder, config, processor, conv=True)
 
-    def reload(self, model: Model, folder: Path) -> Reloaded:
+    def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         theirs: Any = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
         reader: Any = transformers.AutoProcessor
         processor = reader.from_pretrained(folder, local_files_only=True)
-        own_hw = tuple(side * model.encoder.backbone.patch_size for side in own_grid(model.encoder))
+        own_hw = tuple(side * encoder.backbone.patch_size for side in own_grid(encoder))
 
         def image(images: Images) -> dict[str, Tensor]:
             pictures = [Image.fromarray(unpatchify(images, i)) for i in range(len(images["sizes_hw"]))]
@@ -71,10 +70,10 @@ model, processor = AutoModel.from_pretrained("{out}"), AutoProcessor.from_pretra
             return {"embedding": F.normalize(pooled, dim=-1)}
 
         cannot = {"mixed sizes, padded": "a batch of SigLIP has one size; siglip2 takes any"}
-        if not _reads_positions(model.encoder):
+        if not _reads_positions(encoder):
             why = "SigLIP resamples positions by bicubic interpolation, the run otherwise: use its own size"
             cannot |= dict.fromkeys(("smaller", "larger", "not square"), why)
-        return Reloaded(image, text_embedder(theirs, processor.tokenizer), cannot, notes=logit_notes(model))
+        return Reloaded(image, text_embedder(theirs, processor.tokenizer), cannot, notes=logit_notes(encoder))
 
 
 def _reads_positions(encoder: Encoder) -> bool:

@@ -24,8 +24,7 @@ from indiclip.export.siglip_towers import (
     vision_losses,
     write_model,
 )
-from indiclip.export.target import Loss, Model, Reloaded
-from indiclip.export.to_timm import pixel_statistics
+from indiclip.export.target import Loss, Reloaded
 from indiclip.export.tokenizer_files import gemma_losses, gemma_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.types import Images
@@ -65,9 +64,8 @@ print(torch.softmax(model(**inputs).logits_per_image, -1))"""
             losses.append(Loss(f"backbone.patch_size: found {found}; SigLIP 2's processor cuts {_PATCH_SIZE}"))
         return losses + text_losses(encoder) + gemma_losses(encoder.text.tokenizer)
 
-    def write(self, model: Model, folder: Path, place: Path) -> None:
-        encoder = model.encoder
-        mean, std = pixel_statistics(encoder.backbone)
+    def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
+        mean, std = list(encoder.backbone.mean), list(encoder.backbone.std)
         config = transformers.Siglip2Config(
             text_config=text_config(encoder),
             vision_config=vision_config(encoder) | {"num_patches": prod(own_grid(encoder))},
@@ -76,10 +74,11 @@ print(torch.softmax(model(**inputs).logits_per_image, -1))"""
         images = transformers.Siglip2ImageProcessor(
             patch_size=_PATCH_SIZE, max_num_patches=most, image_mean=mean, image_std=std
         )
-        processor = transformers.Siglip2Processor(images, gemma_tokenizer(encoder.text))
-        write_model(model, folder, config, processor, conv=False)
+        made: Any = transformers.Siglip2Processor
+        processor = made(images, gemma_tokenizer(encoder.text))
+        write_model(encoder, folder, config, processor, conv=False)
 
-    def reload(self, model: Model, folder: Path) -> Reloaded:
+    def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         theirs: Any = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
         reader: Any = transformers.AutoProcessor
         processor = reader.from_pretrained(folder, local_files_only=True)
@@ -98,4 +97,4 @@ print(torch.softmax(model(**inputs).logits_per_image, -1))"""
             pooled = theirs.get_image_features(**batch, spatial_shapes=shapes).pooler_output
             return {"embedding": F.normalize(pooled, dim=-1)}
 
-        return Reloaded(image, text_embedder(theirs, processor.tokenizer), notes=logit_notes(model))
+        return Reloaded(image, text_embedder(theirs, processor.tokenizer), notes=logit_notes(encoder))

@@ -1,7 +1,6 @@
 """To timm: the backbone under an architecture's name, its pooling, and a linear projection as the classifier.
 
-The folder is what `timm.models.push_to_hf_hub` writes, so transformers' TimmWrapper opens it too. Positions are read as in
-training; without grid sampling a table is resampled as timm does it for whole images.
+The folder is of the kind that `timm.models.push_to_hf_hub` writes, so transformers' TimmWrapper opens it too.
 
 Shape letters: see `indiclip.types`.
 """
@@ -9,21 +8,21 @@ Shape letters: see `indiclip.types`.
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.naflexvit import NaFlexVitCfg
 from torch import Tensor, nn
 
-from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT, TimmBackbone
 from indiclip.encoder import Encoder
 from indiclip.export import target
 from indiclip.export.fold import linear_projection
 from indiclip.export.parity import own_grid
-from indiclip.export.target import Loss, Model, Reloaded
+from indiclip.export.target import Loss, Reloaded
 from indiclip.types import Images
 
 # Epsilon of the norms -> an architecture that has it, which no argument of timm's sets.
@@ -79,40 +78,40 @@ maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True)
             return [Loss(f"backbone.options.norm_eps: found {eps}; timm has {' and '.join(map(str, _BASES))}")]
         return []
 
-    def write(self, model: Model, folder: Path, place: Path) -> None:
-        described = describe(model.encoder)
-        write_config(described, model.encoder, folder)
+    def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
+        described = describe(encoder)
+        write_config(described, encoder, folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in described.tensors.items()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-    def reload(self, model: Model, folder: Path) -> Reloaded:
+    def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
         theirs.eval()
-        backbone = model.encoder.backbone
-        pools = pools_by_itself(model.encoder)
+        backbone = encoder.backbone
+        pools = pools_by_itself(encoder)
 
         def ours(images: Images) -> dict[str, Tensor]:
-            features = model.encoder.features(images)
+            features = encoder.features(images)
             tokens_BKD = features.tokens_BND
             if features.prefix_BKD is not None:
                 tokens_BKD = torch.cat([features.prefix_BKD, tokens_BKD], 1)
             found = {"tokens": _valid(tokens_BKD, images)}
-            if pools and model.encoder.image_pool.kind == "tower":
+            if pools and encoder.image_pool.kind == "tower":
                 found["pooled"] = backbone.pool(features)
             if pools:
-                found["embedding"] = model.encoder.embed_features(features)
+                found["embedding"] = encoder.embed_features(features)
             return found
 
         def image(images: Images) -> dict[str, Tensor]:
             tokens, forward_head = _forward(theirs, backbone, images)
             found = {"tokens": _valid(tokens.flatten(2).mT if tokens.ndim == 4 else tokens, images)}
-            if pools and model.encoder.image_pool.kind == "tower":
+            if pools and encoder.image_pool.kind == "tower":
                 found["pooled"] = forward_head(pre_logits=True)
-            if pools and (theirs.num_classes or isinstance(model.encoder.image_projection, nn.Identity)):
+            if pools and (theirs.num_classes or isinstance(encoder.image_projection, nn.Identity)):
                 found["embedding"] = F.normalize(forward_head(), dim=-1)
             return found
 
-        return Reloaded(image, ours=ours, notes=describe(model.encoder).notes)
+        return Reloaded(image, ours=ours, notes=describe(encoder).notes)
 
 
 def write_config(model: TimmModel, encoder: Encoder, folder: Path) -> None:
@@ -120,7 +119,6 @@ def write_config(model: TimmModel, encoder: Encoder, folder: Path) -> None:
     backbone = encoder.backbone
     H, W = own_grid(encoder)
     any_size = isinstance(backbone, NaFlexViT)
-    mean, std = pixel_statistics(backbone)
     own = timm.get_pretrained_cfg(model.name)
     pretrained = {
         "custom_load": False,
@@ -129,8 +127,8 @@ def write_config(model: TimmModel, encoder: Encoder, folder: Path) -> None:
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "crop_mode": "squash",
-        "mean": mean,
-        "std": std,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
         "num_classes": model.num_classes,
     }
     pretrained["classifier"] = "head" if any_size else own.classifier if own else None
@@ -143,12 +141,6 @@ def write_config(model: TimmModel, encoder: Encoder, folder: Path) -> None:
         "model_args": model.args,
     }
     folder.joinpath("config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def pixel_statistics(backbone: Backbone) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the pixels' channels in 0..1."""
-    mean, std = ((buffer[:3] / 255).tolist() for buffer in (backbone.mean_P, backbone.std_P))
-    return [round(number, 6) for number in mean], [round(number, 6) for number in std]
 
 
 def describe(encoder: Encoder, classifier: bool = True) -> TimmModel:
@@ -191,7 +183,9 @@ def describe(encoder: Encoder, classifier: bool = True) -> TimmModel:
         tensors[f"{head}.bias"] = torch.zeros(len(weight_ED)) if bias_E is None else bias_E
     expected = {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()}
     for key in sorted(expected.keys() ^ tensors.keys()):
-        raise ValueError(f"timm's {name} {'has' if key in expected else 'lacks'} {key}, the run's does not; cannot export")
+        raise ValueError(
+            f"timm's {name} {'has' if key in expected else 'lacks'} {key}, the run's does not; cannot export"
+        )
     for key, shape in expected.items():
         if shape != tuple(tensors[key].shape):
             raise ValueError(f"timm's {name} has {key} of shape {shape}; the run's is {tuple(tensors[key].shape)}")
@@ -206,7 +200,8 @@ def pools_by_itself(encoder: Encoder) -> bool:
 
 def _naflex(backbone: NaFlexViT, pooling: str) -> tuple[str, dict[str, Any]]:
     """Architecture and arguments of a NaFlexViT that pools as the encoder does."""
-    vit, config = backbone.vit, backbone.to_config()
+    vit: Any = backbone.vit
+    config = backbone.to_config()
     given = {key: value for key, value in config["options"].items() if key not in _TRAINING and value is not None}
     pool = {"tower": vit.global_pool, "mean": "avg"}.get(pooling, "")
     always = {"use_naflex": True, "global_pool": pool, "fc_norm": not isinstance(vit.fc_norm, nn.Identity)}
@@ -224,8 +219,8 @@ def _naflex(backbone: NaFlexViT, pooling: str) -> tuple[str, dict[str, Any]]:
     return _BASES[_eps(vit)], written | shape | given | always
 
 
-def _eps(vit: NaFlexVit) -> float:
-    return float(cast(Any, vit.blocks[0]).norm1.eps)
+def _eps(vit: Any) -> float:
+    return float(vit.blocks[0].norm1.eps)
 
 
 def _forward(theirs: Any, backbone: NaFlexViT | TimmBackbone | Any, images: Images) -> tuple[Tensor, Any]:

@@ -55,10 +55,9 @@ def transformers_tokenizer(text: TextTower, folder: Any) -> Any:
         # We normalise before the tokenizer sees a text.
         first: list[Any] = [normalizers.NFC()]
         rust.normalizer = normalizers.Sequence(first + ([rust.normalizer] if rust.normalizer else []))  # type: ignore[assignment]
-        pad_token = tokenizer.pad_token or rust.id_to_token(tokenizer.pad_id)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=rust, pad_token=pad_token, padding_side="right", truncation_side="right", **common
-    )
+        pad_token = str(tokenizer.pad_token or rust.id_to_token(tokenizer.pad_id))
+    made: Any = transformers.PreTrainedTokenizerFast
+    return made(tokenizer_object=rust, pad_token=pad_token, padding_side="right", truncation_side="right", **common)
 
 
 def gemma_losses(tokenizer: Tokenizer) -> list[Loss]:
@@ -69,7 +68,10 @@ def gemma_losses(tokenizer: Tokenizer) -> list[Loss]:
     )
     if not isinstance(tokenizer, FastTokenizer):
         return [reason]
-    own, theirs = json.loads(tokenizer.to_config()["serialized"]), json.loads(_gemma(tokenizer).backend_tokenizer.to_str())
+    own, theirs = (
+        json.loads(tokenizer.to_config()["serialized"]),
+        json.loads(_gemma(tokenizer).backend_tokenizer.to_str()),
+    )
     same = all(own[part] == theirs[part] for part in ("normalizer", "pre_tokenizer"))
     models = ({key: value for key, value in one["model"].items() if key != "ignore_merges"} for one in (own, theirs))
     return [] if same and next(models) == next(models) else [reason]
@@ -87,9 +89,10 @@ def gemma_tokenizer(text: TextTower) -> Any:
 def _gemma(tokenizer: FastTokenizer, **options: Any) -> Any:
     import transformers
 
+    made: Any = transformers.Siglip2Tokenizer
     model = json.loads(tokenizer.to_config()["serialized"])["model"]
     merges = [tuple(pair) for pair in model.get("merges", [])]
-    return transformers.Siglip2Tokenizer(vocab=dict(model["vocab"]), merges=merges, padding_side="right", **options)
+    return made(vocab=dict(model["vocab"]), merges=merges, padding_side="right", **options)
 
 
 def _of_bytes(tokenizer: ByteTokenizer) -> RustTokenizer:

@@ -46,8 +46,9 @@ def image_tower(
         overlay: What differs from its `pretrained_cfg`: `mean`, `std`, ...
     """
     backbone: NaFlexViT | TimmBackbone
+    options = {key: value for key, value in options.items() if key != "use_naflex"}  # which NaFlexViT always does
     try:
-        backbone = naflex = NaFlexViT(name=name, options=options)
+        backbone = naflex = NaFlexViT(name=name, options=options, mean=overlay.get("mean"), std=overlay.get("std"))
         tensors, prefix = naflexvit.checkpoint_filter_fn(tensors, naflex.vit), "backbone.vit."
     except ValueError:
         backbone, prefix = TimmBackbone(name, options=options), "backbone.net."
