@@ -78,6 +78,7 @@ def measure(target: Target, encoder: Encoder, reloaded: Reloaded) -> dict[str, A
     # `not <=`, so that NaN is outside.
     record["largest_difference"] = max((row["difference"] for row in rows), key=lambda one: (one != one, one))
     record["within_bound"] = record["largest_difference"] <= target.bound
+    record |= reloaded.measured
     record["notes"] = reloaded.notes
     record["versions"] = {name: version(name) for name in ("torch", "indiclip", *target.libraries)}
     record["versions"]["python"] = platform.python_version()
