@@ -78,7 +78,8 @@ ARROWS = {
         "types names strict_yaml old_names json_lines checkpoint pretrained distributed lightning_internals encoder"
         " head module datasets loading evals"
     ),
-    "commands": "names images preprocessing text datasets webdataset loading evals training",
+    "export": "types names patches backbone text pooling encoder pretrained",
+    "commands": "names images preprocessing text datasets webdataset loading evals training export",
 }
 
 

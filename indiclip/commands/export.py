@@ -2,7 +2,11 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from transformers.utils import logging
 
 from indiclip.export.exporter import Refused, export
 from indiclip.export.source import open_source
@@ -28,8 +32,7 @@ def run(
     given = {"classes": classes, "templates": templates, "int8": int8}
     options = {name: value for name, value in given.items() if value}
     find_target(to, options)  # before anything is read
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other libraries
+    with _quiet():
         opened = open_source(source, weights, length, trust_code)
         print(f"weights: {opened.chosen}")
         try:
@@ -47,6 +50,20 @@ def run(
     kept = "within" if record["within_bound"] else "MORE THAN"
     print(f"{out}: {to}, {record['largest_difference']:.1e} at most, {kept} the bound of {record['bound']:.0e}")
     return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what other libraries say; what matters is measured."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _in_words(measured: dict[str, object]) -> str:

@@ -28,7 +28,12 @@ class Refused(ValueError):
 
 
 def export(
-    source: Source, to: str, out: Path, allow_loss: bool = False, licence: str = "", options: dict[str, Any] | None = None
+    source: Source,
+    to: str,
+    out: Path,
+    allow_loss: bool = False,
+    licence: str = "",
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a model for another library.
 
@@ -61,7 +66,7 @@ def export(
         record = _write(target, to, source, part, out, losses, licence)
         if not record["within_bound"] and not allow_loss:
             raise ValueError(
-                f"--to {to}: differs by {record['largest_difference']:.1e}; expected at most {target.bound:.0e} "
+                f"--to {to}: differs by {record['largest_difference']:.1e}; expected at most {record['bound']:.0e} "
                 "(--allow-loss writes it nevertheless)"
             )
         part.chmod(0o755)

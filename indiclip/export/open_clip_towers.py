@@ -35,7 +35,9 @@ _TEXT = [
     (r"encoder\.layers\.(\d+)\.mlp\.fc1", f"{_BLOCKS}mlp.c_fc"),
     (r"encoder\.layers\.(\d+)\.mlp\.fc2", f"{_BLOCKS}mlp.c_proj"),
 ]
-_POOLS = {"clip_text_model": "eos", "siglip_text_model": "last", "siglip2_text_model": "last"}
+# Text towers of transformers that it has -> where it takes their vector from.
+_POOLS = {"clip_text_model": "eos", "metaclip_2_text_model": "eos"}
+_POOLS |= {"siglip_text_model": "last", "siglip2_text_model": "last"}
 
 
 def is_clip_vision(encoder: Encoder) -> bool:
@@ -94,7 +96,7 @@ def text_losses(encoder: Encoder) -> list[Loss]:
     if config.model_type not in _POOLS:
         return [
             Loss(
-                f"text.architecture.model_type: found {config.model_type!r}, which OpenCLIP looks for on the hub, not in "
+                f"text.architecture.model_type: found {config.model_type!r}, which OpenCLIP seeks on the hub, not in "
                 f"the folder; expected {' or '.join(_POOLS)}"
             )
         ]
@@ -137,7 +139,7 @@ def text_tower(encoder: Encoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "layers": config.num_hidden_layers,
         "mlp_ratio": _mlp_ratio(config.intermediate_size, config.hidden_size),
         "pool_type": _POOLS[config.model_type],
-        "no_causal_mask": config.model_type != "clip_text_model",
+        "no_causal_mask": _POOLS[config.model_type] == "last",
         "pad_id": text.tokenizer.pad_id,
         "eos_id": _end_id(encoder),
         "proj_type": kind,

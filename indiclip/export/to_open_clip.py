@@ -70,8 +70,10 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         transformers_tokenizer(encoder.text, folder).save_pretrained(folder)
 
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
-        import open_clip
-
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ValueError("--to open_clip: OpenCLIP has to prove it: pip install open_clip_torch") from error
         name = f"local-dir:{folder}"
         vision_cfg = json.loads(folder.joinpath(_CONFIG).read_text())["model_cfg"]["vision_cfg"]
         notes = ["OpenCLIP repairs a text's encoding and joins its white space before it is read (ftfy)"]

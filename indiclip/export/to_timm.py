@@ -70,12 +70,12 @@ maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True)
                 return [
                     Loss(f"backbone.feature_index: found {found}; timm needs all stages, and those behind it are gone")
                 ]
-            return []
-        if not isinstance(backbone, NaFlexViT):
+        elif not isinstance(backbone, NaFlexViT):
             return [Loss(f"backbone: found {type(backbone).__name__}; expected NaFlexViT or TimmBackbone")]
-        eps = _eps(backbone.vit)
-        if backbone.to_config()["name"] is None and eps not in _BASES:
-            return [Loss(f"backbone.options.norm_eps: found {eps}; timm has {' and '.join(map(str, _BASES))}")]
+        try:
+            describe(encoder)
+        except (ValueError, TypeError, AssertionError) as error:  # timm raises all of them
+            return [Loss(f"backbone: {error}")]
         return []
 
     def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
@@ -104,7 +104,10 @@ maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True)
 
         def image(images: Images) -> dict[str, Tensor]:
             tokens, forward_head = _forward(theirs, backbone, images)
-            found = {"tokens": _valid(tokens.flatten(2).mT if tokens.ndim == 4 else tokens, images)}
+            if tokens.ndim == 4:  # a map
+                channels_first = getattr(theirs, "output_fmt", "NCHW") == "NCHW"
+                tokens = (tokens.permute(0, 2, 3, 1) if channels_first else tokens).flatten(1, 2)
+            found = {"tokens": _valid(tokens, images)}
             if pools and encoder.image_pool.kind == "tower":
                 found["pooled"] = forward_head(pre_logits=True)
             if pools and (theirs.num_classes or isinstance(encoder.image_projection, nn.Identity)):
@@ -151,7 +154,7 @@ def describe(encoder: Encoder, classifier: bool = True) -> TimmModel:
         classifier: Whether a linear projection goes along.
 
     Raises:
-        ValueError: timm's model has other tensors.
+        ValueError: timm has no such model.
     """
     backbone, pooling = encoder.backbone, encoder.image_pool.kind
     notes = []
@@ -181,15 +184,19 @@ def describe(encoder: Encoder, classifier: bool = True) -> TimmModel:
         head = next(path for path, module in empty.named_modules() if module is empty.get_classifier())
         tensors[f"{head}.weight"] = weight_ED.reshape(empty.state_dict()[f"{head}.weight"].shape)
         tensors[f"{head}.bias"] = torch.zeros(len(weight_ED)) if bias_E is None else bias_E
-    expected = {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()}
-    for key in sorted(expected.keys() ^ tensors.keys()):
-        raise ValueError(
-            f"timm's {name} {'has' if key in expected else 'lacks'} {key}, the run's does not; cannot export"
-        )
-    for key, shape in expected.items():
-        if shape != tuple(tensors[key].shape):
-            raise ValueError(f"timm's {name} has {key} of shape {shape}; the run's is {tuple(tensors[key].shape)}")
+    _check_same(name, empty.state_dict(), tensors)
+    if isinstance(backbone, NaFlexViT) and _eps(empty) != _eps(backbone.vit):
+        raise ValueError(f"options.norm_eps: found {_eps(backbone.vit)}; timm's {name} has {_eps(empty)}")
     return TimmModel(name, args, tensors, num_classes, notes)
+
+
+def _check_same(name: str, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors have the same names and shapes."""
+    for key in sorted(theirs.keys() ^ ours.keys()):
+        raise ValueError(f"timm's {name} {'has' if key in theirs else 'lacks'} {key}, unlike the run's")
+    for key, tensor in theirs.items():
+        if tensor.shape != ours[key].shape:
+            raise ValueError(f"timm's {name} has {key} of {tuple(tensor.shape)}; the run's is {tuple(ours[key].shape)}")
 
 
 def pools_by_itself(encoder: Encoder) -> bool:
@@ -205,6 +212,8 @@ def _naflex(backbone: NaFlexViT, pooling: str) -> tuple[str, dict[str, Any]]:
     given = {key: value for key, value in config["options"].items() if key not in _TRAINING and value is not None}
     pool = {"tower": vit.global_pool, "mean": "avg"}.get(pooling, "")
     always = {"use_naflex": True, "global_pool": pool, "fc_norm": not isinstance(vit.fc_norm, nn.Identity)}
+    if pooling == "mean":
+        always["pool_include_prefix"] = False
     # Grid sampling, as in training, never smooths; timm does where it resamples the table for whole images.
     if vit.embeds.pos_embed_use_grid_sample:
         always |= {"pos_embed_antialias": False, "pos_embed_use_grid_sample": True}
@@ -216,7 +225,10 @@ def _naflex(backbone: NaFlexViT, pooling: str) -> tuple[str, dict[str, Any]]:
     shape = {"embed_dim": vit.embed_dim, "depth": len(vit.blocks), "num_heads": vit.blocks[0].attn.num_heads}
     defaults = {field.name: field.default for field in fields(NaFlexVitCfg) if field.default is not MISSING}
     written = {key: defaults[key] for key in _ALWAYS} | {"act_layer": "gelu", "patch_size": backbone.patch_size}
-    return _BASES[_eps(vit)], written | shape | given | always
+    eps = _eps(vit)
+    if eps not in _BASES:
+        raise ValueError(f"options.norm_eps: found {eps}; timm has {' and '.join(map(str, _BASES))}")
+    return _BASES[eps], written | shape | given | always
 
 
 def _eps(vit: Any) -> float:
@@ -243,13 +255,9 @@ def as_pixels(patches_BNP: Tensor, images: Images) -> Tensor:
 
 
 def _valid(tokens_BKD: Tensor, images: Images) -> Tensor:
-    """Tokens that are no padding, one below the other, over the largest number among them."""
+    """Tokens that are no padding, one below the other."""
     num_prefix = tokens_BKD.shape[1] - images["valid_BN"].shape[1]
     if len(set(images["sizes_hw"])) == 1:
-        return _scaled(tokens_BKD.flatten(0, 1))
+        return tokens_BKD.flatten(0, 1)
     valid_BN = F.pad(images["valid_BN"], (num_prefix, 0), value=True)
-    return _scaled(tokens_BKD[valid_BN])
-
-
-def _scaled(vectors: Tensor) -> Tensor:
-    return vectors / vectors.abs().max().clamp(min=1)
+    return tokens_BKD[valid_BN]
