@@ -16,7 +16,7 @@ from indiclip.export.source import Source
 _UNKNOWN_LICENCE = "Not stated. It depends on the data below and on the weights that the run began with."
 _PLAIN_METRIC = re.compile(r"(val|eval)/[^/]+/[^/]+")  # without those by language
 _SHOWN = 40
-_LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "onnx": "onnx", "vitdet": "detectron2"}
+_LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "onnx": "onnx"}
 _CARD = """\
 ---
 library_name: {library}

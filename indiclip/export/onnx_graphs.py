@@ -1,7 +1,7 @@
 """Both sides of an encoder as modules of plain tensors, which torch exports with free sizes.
 
-One override touches a private part of timm's NaFlexVit, tried with timm 1.0.31: its positions for whole images, where the
-run samples the table instead of resizing it.
+One override touches a private part of timm's NaFlexVit, tried with timm 1.0.31: its positions for whole images, where
+the run samples the table instead of resizing it.
 
 Shape letters: see `indiclip.types`; C classes.
 """

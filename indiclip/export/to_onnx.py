@@ -57,7 +57,7 @@ class Target(target.Target):
     """See the module.
 
     Args:
-        classes: A text file with the name of a class in each line: `classes.onnx` gives their cosines and probabilities.
+        classes: A text file with a class in each line: `classes.onnx` gives their cosines and probabilities.
         templates: A text file with a prompt in each line, in which `{}` stands for the name.
         int8: Also write files of 8-bit weights, and measure what they lose.
     """
@@ -94,7 +94,7 @@ class Target(target.Target):
         pixels = torch.zeros(2, 3, grid[0] * p, grid[1] * p, dtype=torch.uint8)
         sizes = {0: _FREE, 2: _FREE, 3: _FREE} if free else {0: _FREE}
         with positions_as_trained(encoder.backbone):
-            _export(ImageGraph(encoder), {"pixels": pixels}, {"pixels": sizes}, ["embedding"], folder / "image.onnx")
+            _export(ImageGraph(encoder), {"pixels": pixels}, {"pixels": sizes}, ["image_embedding"], folder / "image.onnx")
             if self._classes:
                 graph = ClassGraph(encoder, self._class_matrix(encoder), _logit_scale(encoder))
                 outputs = ["cosines", "probabilities"]
@@ -113,7 +113,7 @@ class Target(target.Target):
         ids_BT, valid_BT = encoder.text.padded(encoder.text.tokenizer.encode(["a kite in the wind", "a drum"]))
         tokens = {"input_ids": ids_BT, "attention_mask": valid_BT.long()}
         sizes = {0: _FREE} if encoder.text.pad == "context" else {0: _FREE, 1: _FREE}
-        _export(TextGraph(encoder), tokens, dict.fromkeys(tokens, sizes), ["embedding"], folder / "text.onnx")
+        _export(TextGraph(encoder), tokens, dict.fromkeys(tokens, sizes), ["text_embedding"], folder / "text.onnx")
 
     def _class_matrix(self, encoder: Encoder) -> Tensor:
         prompts = [template.replace("{}", name) for name in self._classes for template in self._templates]
