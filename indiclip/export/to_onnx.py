@@ -94,7 +94,9 @@ class Target(target.Target):
         pixels = torch.zeros(2, 3, grid[0] * p, grid[1] * p, dtype=torch.uint8)
         sizes = {0: _FREE, 2: _FREE, 3: _FREE} if free else {0: _FREE}
         with positions_as_trained(encoder.backbone):
-            _export(ImageGraph(encoder), {"pixels": pixels}, {"pixels": sizes}, ["image_embedding"], folder / "image.onnx")
+            _export(
+                ImageGraph(encoder), {"pixels": pixels}, {"pixels": sizes}, ["image_embedding"], folder / "image.onnx"
+            )
             if self._classes:
                 graph = ClassGraph(encoder, self._class_matrix(encoder), _logit_scale(encoder))
                 outputs = ["cosines", "probabilities"]
