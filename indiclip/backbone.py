@@ -274,7 +274,14 @@ class TimmBackbone(Backbone):
         return map_BPHW.reshape(B, p, p, 3, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, 3, H * p, W * p)
 
     def forward(self, images: Images) -> Features:
-        pixels = self._canvas(images)
+        features = self.read_pixels(self._canvas(images))
+        if any(size != self.canvas_hw for size in images["sizes_hw"]):
+            sizes_B2 = on_device(images["sizes_hw"], features.coords_BN2.device)
+            features.valid_BN = (features.coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
+        return features
+
+    def read_pixels(self, pixels: Tensor) -> Features:
+        """Features of normalised pixels (B, 3, height, width) that fill the canvas."""
         raw = self._last_stage(pixels) if self._is_last else self._earlier_stage(pixels)
         prefix_BKD = None
         if raw.ndim == 3:
@@ -285,12 +292,8 @@ class TimmBackbone(Backbone):
             H, W = raw.shape[1:3]
             tokens_BND = raw.flatten(1, 2)
         rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
-        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(len(raw), -1, -1)
-        valid_BN = None
-        if any(size != self.canvas_hw for size in images["sizes_hw"]):
-            sizes_B2 = on_device(images["sizes_hw"], pixels.device)
-            valid_BN = (coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
-        return Features(tokens_BND, coords_BN2, valid_BN, (H, W), self.stride, prefix_BKD)
+        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(raw.shape[0], -1, -1)
+        return Features(tokens_BND, coords_BN2, None, (H, W), self.stride, prefix_BKD)
 
     def _last_stage(self, pixels: Tensor) -> Tensor:
         """All of the model before its pooling: tokens (B, K + N, D), or a map (B, H, W, D)."""
@@ -313,7 +316,7 @@ class TimmBackbone(Backbone):
             )
         raw = join_prefix(features)
         if features.prefix_BKD is None and not self._gives_tokens:
-            raw = raw.reshape(len(raw), *features.grid_hw, -1)
+            raw = raw.reshape(raw.shape[0], *features.grid_hw, -1)
             raw = raw.permute(0, 3, 1, 2) if self.is_channels_first else raw
         pooled_BD: Tensor = self.net.forward_head(raw, pre_logits=True)
         return pooled_BD
