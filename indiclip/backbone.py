@@ -9,6 +9,7 @@ Shape letters: see `indiclip.types`; C channels of a feature map.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import ceil
 from typing import Any, cast, get_args
 
 import timm
@@ -286,7 +287,7 @@ class TimmBackbone(Backbone):
         else:
             prefix_BKD, tokens_BND = _split_prefix(raw, getattr(self.net, "num_prefix_tokens", 0))
             assert self.canvas_hw is not None
-            H, W = (side // self.stride for side in self.canvas_hw)
+            H, W = (ceil(side / self.stride) for side in self.canvas_hw)
         rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
         coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(len(raw), -1, -1)
         valid_BN = None
@@ -300,7 +301,9 @@ class TimmBackbone(Backbone):
         raw: Tensor = self.net.forward_features(pixels)
         if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
             found = type(raw).__name__ if not isinstance(raw, Tensor) else f"a tensor of {raw.ndim} dimensions"
-            raise ValueError(f"backbone.name: {self._args['name']} gives {found}; expected one map, or one row of tokens")
+            raise ValueError(
+                f"backbone.name: {self._args['name']} gives {found}; expected one map, or one row of tokens"
+            )
         raw = raw.permute(0, 2, 3, 1) if raw.ndim == 4 and self.is_channels_first else raw
         return raw if self._is_pooled else self._normalised(raw)
 
@@ -321,13 +324,11 @@ class TimmBackbone(Backbone):
         assert self.canvas_hw is not None
         height, width = self.canvas_hw
         raw = self._last_stage(torch.zeros(1, 3, height, width, device=self.mean_P.device))
-        num_tokens = (height // self.stride) * (width // self.stride)
-        expected = (1, num_tokens + getattr(self.net, "num_prefix_tokens", 0), self.width)
-        found = (1, raw.shape[1] * raw.shape[2], raw.shape[3]) if raw.ndim == 4 else tuple(raw.shape)
-        if found != expected:
+        num_tokens = ceil(height / self.stride) * ceil(width / self.stride) + getattr(self.net, "num_prefix_tokens", 0)
+        if raw.shape[-1] != self.width or (raw.ndim == 3 and raw.shape[1] != num_tokens):
             raise ValueError(
-                f"backbone.name: {self._args['name']} gives features of shape {list(found)}; expected {list(expected)} by "
-                f"its stride {self.stride} and width {self.width}"
+                f"backbone.name: {self._args['name']} gives features of shape {list(raw.shape[1:])}; expected "
+                f"{[num_tokens, self.width]} by its stride {self.stride} and width {self.width}"
             )
 
     def _check_kind(self) -> None:
@@ -444,13 +445,14 @@ def _at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options:
     config = timm.get_pretrained_cfg(name)
     own_hw = config.input_size[1:] if config else canvas_hw
     create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
-    if "img_size" in options or canvas_hw == own_hw:
-        return create(**options)
     try:
-        return create(img_size=canvas_hw, **options)
-    except TypeError as error:
-        if config and config.fixed_input_size:
-            raise ValueError(
-                f"backbone.canvas_hw: found {list(canvas_hw)}; {name} takes only {list(own_hw)}"
-            ) from error
+        if "img_size" not in options and canvas_hw != own_hw:
+            try:
+                return create(img_size=canvas_hw, **options)
+            except TypeError as error:
+                if config and config.fixed_input_size:
+                    takes = f"{name} takes only {list(own_hw)}"
+                    raise ValueError(f"backbone.canvas_hw: found {list(canvas_hw)}; {takes}") from error
         return create(**options)
+    except NotImplementedError as error:
+        raise ValueError(f"backbone.name: {name} is no image model to pool from ({error})") from error

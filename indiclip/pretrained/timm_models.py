@@ -72,6 +72,9 @@ def image_tower(
     backbone: NaFlexViT | TimmBackbone = fixed
     if naflex is not None:
         moved = _naflex_names(fixed.net, converted)
+        if (table := moved.get("embeds.pos_embed")) is not None and table.shape != naflex.vit.embeds.pos_embed.shape:
+            with torch.device("meta"):
+                naflex = NaFlexViT(name=name, options=options | {"pos_embed_grid_size": [*table.shape[1:3]]}, **pixels)
         if moved.keys() == naflex.vit.state_dict().keys():
             backbone, converted = naflex, moved
     prefix = "backbone.net." if backbone is fixed else "backbone.vit."
