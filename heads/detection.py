@@ -4,31 +4,26 @@ Shape letters: see `indiclip.types`; A cells of all scales, C classes, R boxes o
 detections of an image.
 """
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 from torchvision import ops
-from torchvision.utils import draw_bounding_boxes
 
+from indiclip.detection_metric import DetectionMetric, draw_detections, hits_at_half
 from indiclip.fcos import FCOSHead, FCOSOutputs, Locations, Pyramid, assign, fcos_losses, make_locations
-from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Head, Losses, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, Rows, class_names, on_device
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
 
+__all__ = ["Detection", "DetectionMetric", "hits_at_half"]
+
 _SCALES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
-_DRAWN_SCORE = 0.3  # detections below are left out of pictures,
-_DRAWN_OVERLAP = 0.5  # and those that overlap a better one of any class more than this (IoU)
-_DRAWN_SIDE = 320  # pixels that a picture's shorter side has at least
-_ABSENT = -1.0  # what COCO's evaluation says where there is no such object
 
 
 class Detection(Head):
@@ -54,7 +49,7 @@ class Detection(Head):
         ValueError: `scales` is no such list, or not one of `num_classes` and `classes` is given.
     """
 
-    metric: "DetectionMetric"
+    metric: DetectionMetric
     required_fields = ("boxes_xyxy", "classes")
     embeds_images = embeds_text = False
 
@@ -176,74 +171,4 @@ class Detection(Head):
         shown_M = (gt_classes_M >= 0) & ~target.get("crowd", torch.zeros_like(gt_classes_M).bool())
         gt_M4, gt_classes_M = target["boxes_xyxy"][shown_M], gt_classes_M[shown_M]
 
-        best_K = ops.nms(prediction["boxes_xyxy"], prediction["scores"], _DRAWN_OVERLAP)
-        best_K = best_K[prediction["scores"][best_K] >= _DRAWN_SCORE]
-        boxes_K4, scores_K, labels_K = (prediction[name][best_K] for name in ("boxes_xyxy", "scores", "labels"))
-        hits = sum(hits_at_half(boxes_K4, labels_K, gt_M4, gt_classes_M))
-
-        zoom = max(1, -(-_DRAWN_SIDE // min(image_HW3.shape[:2])))
-        picture_3HW = torch.from_numpy(image_HW3.repeat(zoom, 0).repeat(zoom, 1)).permute(2, 0, 1)
-        words = [f"{own[k]} {score:.2f}" for k, score in zip(labels_K.tolist(), scores_K.tolist(), strict=True)]
-        for boxes_4, labels, colour in ((gt_M4, None, "white"), (boxes_K4, words, "#ff3d7f")):
-            if len(boxes_4):
-                picture_3HW = draw_bounding_boxes(picture_3HW, boxes_4 * zoom, labels, colour, width=2)
-        present = [own[k] for k in gt_classes_M.tolist()]
-        return picture_3HW.permute(1, 2, 0).numpy(), (
-            f"{hits} of {len(present)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
-            f"white is the truth: {', '.join(sorted(present)) or 'nothing'}"
-        )
-
-
-class DetectionMetric(ListMetric):
-    """COCO's average precision, in the original images' pixels (COCO's small, medium, large are in those).
-
-    The area of an object is its box's; COCO's own is its mask's.
-    """
-
-    def update(self, prediction: Prediction, target: Sequence[Tensor], scale_hw: tuple[float, float]) -> None:
-        """Add an image.
-
-        Args:
-            prediction: Of `Detection.predict`.
-            target: Boxes (M, 4) in resized pixels, classes (M,), whether each is a crowd (M,).
-            scale_hw: Of the resized image to the original one.
-        """
-        boxes_M4, classes_M, crowd_M = target
-        scale_4 = boxes_M4.new_tensor([scale_hw[1], scale_hw[0]] * 2)
-        boxes_K4 = prediction["boxes_xyxy"] / scale_4
-        self.add(
-            {"boxes": boxes_K4, "scores": prediction["scores"], "labels": prediction["labels"].long()},
-            {"boxes": boxes_M4 / scale_4, "labels": classes_M, "iscrowd": crowd_M.long()},
-        )
-
-    def compute(self) -> dict[str, Tensor]:
-        """`ap` (IoU 0.50:0.95), `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` and the recalls `ar1`, `ar10`,
-        `ar100`, `ar_small`, `ar_medium`, `ar_large`; without those that have no object.
-        """
-        # COCO's thresholds in float64: torchmetrics' own are float32, so that a recall of just 0.6 misses "0.6".
-        coco = MeanAveragePrecision(
-            backend="faster_coco_eval",
-            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=np.linspace(0, 1, 101).tolist(),
-            sync_on_compute=False,
-        )
-        for prediction, truth in self.rows_of_all_ranks():
-            coco.update([prediction], [truth])
-        return {
-            re.sub(r"_(\d+)$", r"\1", name.removeprefix("m")): value  # map_50 -> ap50
-            for name, value in coco.compute().items()
-            if name != "classes" and value.numel() == 1 and value != _ABSENT
-        }
-
-
-def hits_at_half(boxes_K4: Tensor, labels_K: Tensor, gt_M4: Tensor, gt_classes_M: Tensor) -> list[bool]:
-    """For each detection, best first, whether it finds an object that none before it has: same class, IoU >= 0.5."""
-    same_KM = labels_K[:, None] == gt_classes_M
-    iou_KM = F.pad(ops.box_iou(boxes_K4, gt_M4) * same_KM, (0, 1))  # one more, so that there is a best without any
-    hits = []
-    for iou_M in iou_KM:
-        best = iou_M.argmax()
-        hits.append(bool(iou_M[best] >= 0.5))
-        if hits[-1]:
-            iou_KM[:, best] = 0
-    return hits
+        return draw_detections(image_HW3, prediction, gt_M4, gt_classes_M, own)

@@ -368,7 +368,7 @@ class TimmBackbone(Backbone):
             self.net.reset_classifier(0, "")
         if isinstance(head, nn.Module) and not isinstance(head, nn.Linear | nn.Identity):
             kept = nn.Module()  # of the head only its norm, by the same name
-            kept.norm = getattr(head, "norm", None)
+            kept.add_module("norm", getattr(head, "norm", None))
             self.net.head = kept
         if self._is_last and fc_norm is not None:
             self.net.fc_norm = fc_norm

@@ -7,10 +7,13 @@ import torch
 from indiclip.encoder import Encoder
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import fill
+from indiclip.pretrained.model_names import library_of
 from indiclip.pretrained.read import read_weights
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool = False) -> Encoder:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", trust_code: bool = False, weights: str = "auto"
+) -> Encoder:
     """A pretrained encoder, in evaluation mode and without gradients.
 
     Args:
@@ -20,17 +23,24 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust_code: bool 
         trust_code: A checkpoint names the classes it is made of. Others than IndiCLIP's backbones, text towers and
             tokenizers are imported and called only if this is True, and only then may it name weights or files to
             fetch.
+        weights: Of a run: `ema`, the averages that `indiclip.training.ema.EMA` kept; `last`, the trained weights;
+            `auto`, the averages where there are any; `best`, of the checkpoint with the best score.
+
+    Returns:
+        Its `initialised` says in words what was read.
 
     Raises:
         FileNotFoundError: No such model.
         ValueError: A file that is no checkpoint of IndiCLIP, one that names foreign classes, or an image model
             without a text tower.
     """
-    weights = read_weights(str(path))
-    arguments = build(weights.config, weights.origin, trust_code)
+    found = read_weights(str(path), weights)
+    if not found.config:
+        library_of(str(path))  # raises: weights alone name no architecture
+    arguments = build(found.config, found.origin, trust_code)
     if not {"backbone", "text"} <= arguments.keys():
         raise ValueError(f"{path}: is no dual encoder; model.encoder.init_from trains with what it has")
     encoder = Encoder(**arguments)
-    fill(encoder, weights)
-    encoder.initial_logits = weights.logits()
+    fill(encoder, found)
+    encoder.initial_logits, encoder.initialised = found.logits(), found.notes
     return encoder.to(device).eval().requires_grad_(False)

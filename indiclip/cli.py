@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = ("check", "shards", "tokenizer", "bench")
+_COMMANDS = ("check", "shards", "tokenizer", "embed", "bench", "export")
 
 _HELP = """\
 IndiCLIP {version}: trains vision encoders that understand India and the world.
@@ -24,7 +24,9 @@ usage: indiclip <command> [--config FILE]... [options]
   check      read what a config would train on        indiclip check --config conf/real_small.yaml
   shards     index, check, pack and count data        indiclip shards --help
   tokenizer  tokens per word in every language        indiclip tokenizer --help
+  embed      any data to embeddings and their keys    indiclip embed --help
   bench      score an encoder on India's benchmark    indiclip bench --help
+  export     write an encoder for another library     indiclip export --help
 
   --config FILE            an experiment; several are stacked, later ones win
   --name NAME              the run's folder, runs/NAME (default: the first config's name)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
+from indiclip.lora import LoRA, add_lora, merge_lora
 from indiclip.names import check_choice, shorten
 from indiclip.pooling import ImagePool, Pool, Projection, TextPool
 from indiclip.preprocessing import AnyImage
@@ -50,6 +51,7 @@ class Encoder(nn.Module):
         batch_norm: Normalise what was pooled, on both sides: see `Pool`.
         image_projection: What brings an image's vector into the common space, see `Projection`; None is a matrix.
         text_projection: As `image_projection`.
+        lora: Adapters for the towers, whose own weights are then frozen; see `indiclip.lora.LoRA`.
         init_from: Pretrained weights, the last of which counts for each part. What is left out above is theirs, too.
 
     Attributes:
@@ -72,6 +74,7 @@ class Encoder(nn.Module):
         batch_norm: bool | None = None,
         image_projection: Projection | None = None,
         text_projection: Projection | None = None,
+        lora: LoRA | None = None,
         init_from: list[InitFrom] | None = None,
     ) -> None:
         super().__init__()
@@ -84,6 +87,9 @@ class Encoder(nn.Module):
         self._build(**chosen)
         self.initial_logits = initial.logits()
         self.initialised = initial.fill(self) if init_from else []
+        self.lora = lora
+        if lora is not None:  # last: the towers' weights must be there under their own names before
+            add_lora({"image": self.backbone, "text": self.text}, lora)
 
     def _build(
         self,
@@ -115,6 +121,14 @@ class Encoder(nn.Module):
         for matrix in [*self.image_projection.modules(), *self.text_projection.modules()]:
             if isinstance(matrix, nn.Linear):
                 nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
+
+    def merged(self) -> "Encoder":
+        """This encoder, or where it has LoRA's adapters a copy in which they are part of the weights."""
+        if self.lora is None:
+            return self
+        merged = merge_lora(self)
+        merged.lora = None
+        return merged
 
     @property
     def device(self) -> torch.device:
@@ -234,7 +248,7 @@ class Encoder(nn.Module):
             "batch_norm": self.image_pool.norm is not None,
             "image_projection": asdict(image),
             "text_projection": asdict(text),
-        }
+        } | ({"lora": asdict(self.lora)} if self.lora is not None else {})
 
     def _on_device(self, ids_BT: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         # Not blocking: else the CPU would wait for what the GPU has still to do.

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from indiclip.masking import mask
+
 
 def read(file: Path) -> list[dict[str, Any]]:
     """The rows; none where there is no such file. A line that a kill tore is left out."""
@@ -20,7 +22,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows, all of them or none.
+    """Add rows, all of them or none, without secrets.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
@@ -40,11 +42,11 @@ def append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def rewrite(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Replace the file as a whole."""
+    """Replace the file as a whole, without secrets."""
     write_whole(file, _encoded(rows))
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes | memoryview) -> None:
     """Write any file as a whole or not at all, also where the machine stops.
 
     Raises:
@@ -65,4 +67,4 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def _encoded(rows: Iterable[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="surrogatepass")
+    return mask("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)).encode(errors="surrogatepass")

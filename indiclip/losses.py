@@ -134,13 +134,14 @@ class ContrastiveLoss(nn.Module, ABC):
         """Computes `forward` from unit vectors and the keys of `_stack_keys`."""
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
-        """Returns the factor on the cosines (1,), at most 100.
+        """Returns the factor on the cosines (1,), at most 100 unless it is frozen.
 
         The parameter itself is clamped, outside of autograd: a clamp in the graph would zero the gradient
         above the bound, and one on the value alone would let the parameter run far above it.
         """
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        if self.logit_scale.requires_grad:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         return self.logit_scale.to(dtype).exp()
 
     def _weighted_lengths(self, full_length: int) -> list[tuple[int, float]]:

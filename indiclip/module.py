@@ -5,7 +5,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
@@ -15,6 +15,8 @@ from torch.optim import AdamW, Optimizer
 from indiclip import optim
 from indiclip.distributed import gathered
 from indiclip.encoder import Encoder
+from indiclip.freezing import freeze as freeze_paths
+from indiclip.freezing import frozen_paths, keep_frozen
 from indiclip.head import Head, Metrics, Prediction
 from indiclip.lightning_internals import batches_done, estimated_steps
 from indiclip.names import check_range
@@ -41,9 +43,15 @@ class MultiTask(L.LightningModule):
         layer_decay: Factor of the learning rate from each block of a tower to the block below.
         uncertainty_weighting: Learn each head's weight (Kendall, Gal, Cipolla, CVPR 2018, arXiv:1705.07115, eq. 10
             with s = log sigma^2): exp(-s) * loss + s instead of the loss. The head's `weight` stays a factor.
+        freeze: What is not trained: `image` or `text` (a tower and its pooling; LiT is `[image]`), `projections`,
+            `logit_scale` (with its bias), or paths such as `encoder.backbone.vit.blocks.0`. It stays in evaluation
+            mode, gets no gradients, and the optimizer does not know it.
+
+    Attributes:
+        frozen: Paths of what is not trained, of `freeze` and of what no head uses.
 
     Raises:
-        ValueError: No head, the same head twice, or a rate below 0.
+        ValueError: No head, the same head twice, a rate below 0, or a part that is not there.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class MultiTask(L.LightningModule):
         lr_scale: dict[str, float] | None = None,
         layer_decay: float = 1.0,
         uncertainty_weighting: bool = False,
+        freeze: list[str] | None = None,
     ) -> None:
         super().__init__()
         _check_heads(heads)
@@ -65,10 +74,6 @@ class MultiTask(L.LightningModule):
         check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
         check_range({"model.layer_decay": layer_decay}, 0, 1)
         self.encoder = encoder
-        if not any(head.embeds_images for head in heads):
-            nn.ModuleList([encoder.image_pool, encoder.image_projection]).requires_grad_(False)
-        if not any(head.embeds_text for head in heads):
-            nn.ModuleList([encoder.text, encoder.text_pool, encoder.text_projection]).requires_grad_(False)
         for head in heads:
             head.bind(encoder)
         self.heads = nn.ModuleDict({head.name: head for head in heads})
@@ -82,6 +87,19 @@ class MultiTask(L.LightningModule):
             {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
         )
         self.head_losses: dict[str, Tensor] = {}  # each head's part of this step's total, for callbacks
+        self.unused = _unused_parts(heads)
+        self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
+        freeze_paths(self, self.frozen)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(f"model.freeze: {', '.join(freeze or [])} leaves nothing to train")
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode:
+            keep_frozen(self, self.frozen)
+        return self
 
     def each_head(self) -> list[Head]:
         """The heads, typed."""
@@ -222,6 +240,16 @@ def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         f"--ckpt_path: {len(apart)} tensors are not those of the config's model, such as {apart[0]}: "
         f"found shape {shapes.get(apart[0], 'missing')}, expected {own_shapes.get(apart[0], 'missing')}"
     )
+
+
+def _unused_parts(heads: list[Head]) -> list[str]:
+    """What no head's loss uses: distributed training waits for a gradient of everything that is not frozen."""
+    paths: list[str] = []
+    if not any(head.embeds_images for head in heads):
+        paths += ["encoder.image_pool", "encoder.image_projection"]
+    if not any(head.embeds_text for head in heads):
+        paths += ["encoder.text", "encoder.text_pool", "encoder.text_projection"]
+    return paths
 
 
 def _check_heads(heads: list[Head]) -> None:

@@ -2,8 +2,9 @@
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -30,6 +31,18 @@ def check_range(found: Mapping[str, float | None], least: float = 0, most: float
         if number is not None and not least <= number <= most:  # as NaN
             expected = f"{least} or more" if most == sys.float_info.max else f"{least} to {most}"
             raise ValueError(f"{key}: found {number}; expected {expected}")
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Where two trees of plain values differ, as deep as they are of the same classes: the dotted key, and a line."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("class_path") == new.get("class_path"):
+        for name in [*old, *(new.keys() - old.keys())]:
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, pair in enumerate(zip(old, new, strict=True)):
+            yield from differences(*pair, f"{key}[{number}]")
+    elif old != new:
+        yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
 
 
 def shorten(value: object, most: int = 60) -> str:

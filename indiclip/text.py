@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, did_you_mean
+from indiclip.text_cleaning import Cleaning, check_cleaning, clean_text
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -93,6 +94,7 @@ class FastTokenizer(Tokenizer):
         context_length: Longest text in tokens.
         serialized: The content of a `tokenizer.json` (what a checkpoint carries).
         pad_token: Its id fills short texts; where it is None, the first of the usual names that the vocabulary has.
+        clean: What OpenCLIP does to a text first, see `indiclip.text_cleaning.clean_text`; None is NFC alone.
     """
 
     def __init__(
@@ -101,8 +103,12 @@ class FastTokenizer(Tokenizer):
         context_length: int = 64,
         serialized: str | None = None,
         pad_token: str | None = None,
+        clean: Cleaning | None = None,
     ) -> None:
         from tokenizers import Tokenizer as RustTokenizer
+
+        if clean is not None:
+            check_cleaning(clean)
 
         if serialized is not None:
             tokenizer = RustTokenizer.from_str(serialized)
@@ -113,7 +119,7 @@ class FastTokenizer(Tokenizer):
             tokenizer = RustTokenizer.from_file(str(path)) if path.is_file() else _hub_tokenizer(source)
         tokenizer.no_padding()
         tokenizer.enable_truncation(context_length)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._clean = tokenizer, clean
         self.context_length = context_length
         self.vocab_size = tokenizer.get_vocab_size()
         if pad_token is not None and tokenizer.token_to_id(pad_token) is None:
@@ -135,13 +141,16 @@ class FastTokenizer(Tokenizer):
         for text, encoding in zip(texts, self._encodings(texts), strict=True):
             # A BPE without an unknown token leaves out what it does not know; such a letter is in no token's span.
             read = {place for start, end in encoding.offsets for place in range(start, end)}
-            letters = enumerate(unicodedata.normalize("NFC", text))
+            letters = enumerate(self._prepared(text))
             dropped = sum(not letter.isspace() for place, letter in letters if place not in read)
             count += encoding.ids.count(unknown_id) + dropped
         return count
 
+    def _prepared(self, text: str) -> str:
+        return clean_text(text, self._clean) if self._clean else unicodedata.normalize("NFC", text)
+
     def _encodings(self, texts: list[str]) -> list[Any]:
-        whole = [unicodedata.normalize("NFC", text) for text in texts]
+        whole = [self._prepared(text) for text in texts]
         try:
             return cast(list[Any], self._tokenizer.encode_batch(whole))
         except TypeError as error:  # half of a surrogate pair is no Unicode text
@@ -153,6 +162,7 @@ class FastTokenizer(Tokenizer):
             "context_length": self.context_length,
             "serialized": self._tokenizer.to_str(),
             "pad_token": self.pad_token,
+            "clean": self._clean,
         }
 
 

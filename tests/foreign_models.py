@@ -53,11 +53,11 @@ def make_siglip(folder, spiece):
     return save(folder, config, transformers.SiglipProcessor(images, tokenizer))
 
 
-def letter_tokenizer(kind):
+def letter_tokenizer(kind, **arguments):
     letters = [chr(code) for code in range(32, 127)]
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters, *(f"<0x{i:02X}>" for i in range(256))]
     as_released = {"model_input_names": ["input_ids"], "padding_side": "right"}
-    return kind(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], **as_released)
+    return kind(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], **as_released, **arguments)
 
 
 def make_siglip2(folder):

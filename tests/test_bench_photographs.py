@@ -16,6 +16,8 @@ from indiclip.evals.pages.bench_report import write_bench_report
 class MeanColour:
     """Images are their mean colour, texts a number of their letters."""
 
+    weights = ""
+
     name, lengths, embeds_text = "colour", [2, 3], True
 
     def views(self, names):

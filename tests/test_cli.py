@@ -79,6 +79,8 @@ def fit(folder, tree, *flags):
         ("tokenizer --help", "indiclip tokenizer report tokenizers/india clip"),
         ("tokenizer report --help", "example: indiclip tokenizer report"),
         ("bench --help", "indiclip bench import photos/edibles"),
+        ("export --help", "indiclip export runs/portable --to timm OUT"),
+        ("embed --help", "indiclip embed photos/ --model runs/mela"),
         *((f"bench {command} --help", f"example: indiclip bench {command}") for command in ("cards", "import")),
     ],
 )

@@ -51,12 +51,13 @@ def test_what_is_left_out_comes_along(checkpoint):
 def test_the_last_source_of_a_part_wins(checkpoint, tmp_path):
     other = save(tiny_encoder(seed=8), tmp_path / "other.ckpt")
     encoder = Encoder(init_from=[InitFrom(checkpoint), InitFrom(other, ["image"])])
+    image = ("backbone.", "image_pool.")
     first, second, own = tiny_encoder(seed=7).state_dict(), tiny_encoder(seed=8).state_dict(), encoder.state_dict()
     for name, tensor in own.items():
-        assert torch.equal(tensor, (second if name.startswith("backbone.") else first)[name])
+        assert torch.equal(tensor, (second if name.startswith(image) else first)[name])
     assert [line.partition(" from ")[0] for line in encoder.initialised] == [
-        f"{sum(name.startswith('backbone.') for name in own)} tensors (image)",
-        f"{sum(not name.startswith('backbone.') for name in own)} tensors (text, projections, logit_scale)",
+        f"{sum(name.startswith(image) for name in own)} tensors (image)",
+        f"{sum(not name.startswith(image) for name in own)} tensors (text, projections, logit_scale)",
     ]
 
 

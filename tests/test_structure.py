@@ -36,7 +36,8 @@ def test_indiclip_never_imports_heads():
 def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
     ranks = "indiclip.evals.protocols.retrieval"  # a function of numbers, so that training and benchmark rank alike
-    parts = {"indiclip.losses", "indiclip.fcos", "indiclip.surface_charts"}
+    parts = {"indiclip.losses", "indiclip.fcos", "indiclip.surface_charts", "indiclip.detection_metric"}
+    parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
     assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
 
 
@@ -46,39 +47,48 @@ ARROWS = {
     "types.py": "",
     "names.py": "",
     "strict_yaml.py": "",
-    "json_lines.py": "",
+    "masking.py": "",
+    "json_lines.py": "masking",
     "old_names.py": "",
+    "config_files.py": "names old_names",
     "optim.py": "names",
+    "freezing.py": "names",
+    "lora.py": "names",
     "images.py": "",
     "patches.py": "types",
     "preprocessing.py": "types names images patches",
     "backbone.py": "types names preprocessing",
-    "text.py": "names",
+    "text.py": "names text_cleaning",
+    "text_cleaning.py": "names",
     "pooling.py": "names",
     "distributed.py": "",
     "losses.py": "distributed",
     "fcos.py": "types",
     "surface_charts.py": "types",
     "head.py": "types names distributed",
-    "pretrained": "names old_names backbone text pooling preprocessing datasets.tables",
-    "encoder.py": "types names backbone text preprocessing pooling pretrained",
+    "detection_metric.py": "head",
+    "pretrained": "names lora old_names backbone text pooling preprocessing datasets.tables",
+    "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim lightning_internals distributed",
+    "module.py": "encoder head types names optim freezing lightning_internals distributed",
     "datasets": "types names images",
-    "webdataset": "types names images datasets",
+    "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
     "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
-        "types names strict_yaml images patches preprocessing json_lines text backbone encoder checkpoint pretrained"
-        " datasets"
-        " webdataset generated loading"
+        "types names strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
+        " pretrained datasets webdataset generated loading"
     ),
     "training": (
-        "types names strict_yaml old_names json_lines checkpoint pretrained distributed lightning_internals encoder"
-        " head module datasets loading evals"
+        "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
+        " lightning_internals encoder head module datasets loading evals"
     ),
-    "commands": "names images preprocessing text datasets webdataset loading evals training",
+    "export": "types names patches preprocessing backbone text pooling encoder pretrained",
+    "commands": (
+        "types names masking config_files distributed json_lines images preprocessing text datasets webdataset loading"
+        " evals training export"
+    ),
 }
 
 
@@ -127,7 +137,7 @@ def test_protocols_are_functions_of_numbers():
 
 
 def test_fault_tolerance_knows_of_data_the_workers_only():
-    names = ("module", "json_lines", "types", "names", "old_names", "distributed", "lightning_internals")
+    names = ("module", "json_lines", "masking", "types", "names", "old_names", "distributed", "lightning_internals")
     allowed = {f"indiclip.{name}" for name in (*names, "pretrained.weights", "loading.workers")}
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Siglip2Tokenizer
 
 from indiclip.datasets.corpora import Text
 from indiclip.datasets.split import Split
@@ -142,3 +142,19 @@ def test_mistakes_in_the_words(words, message, capsys, tmp_path):
         train_tokenizer.main([*words, "--out", str(tmp_path / "x.json")])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_of_siglip_2s_kind_is_read_the_same_by_its_class_in_transformers(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    train_tokenizer.main(
+        ["--text", str(table(tmp_path / "a.tsv")), "--siglip2", "--vocab-size", "500", "--out", str(file)]
+    )
+    ours = FastTokenizer(str(file), context_length=64)
+    state = json.loads(file.read_text())
+    assert [token["content"] for token in state["added_tokens"]] == ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    assert not any("\u2581" in token[1:] for token in state["model"]["vocab"])  # no token goes on into another word
+    theirs = Siglip2Tokenizer.from_pretrained(tmp_path, padding_side="right")
+    texts = ["Red KITE, don't", "हिन्दी पतंग", "日本 <0x41> qz", "", "  two  spaces "]
+    assert ours.encode(texts) == theirs(texts)["input_ids"]
+    assert [row[-1] for row in ours.encode(texts)] == [1] * len(texts)
+    assert theirs.decode(ours.encode(["Red 日本"])[0], skip_special_tokens=True) == "red 日本"

@@ -125,6 +125,7 @@ def four_tasks(rounds: int, device: str) -> None:
     """Print the quickstart's step beside its tasks alone."""
     from jsonargparse import ArgumentParser
 
+    from indiclip.config_files import find_config, read_config
     from indiclip.loading.data_module import MultiTaskData
     from indiclip.module import MultiTask
 
@@ -132,7 +133,7 @@ def four_tasks(rounds: int, device: str) -> None:
     parser.add_class_arguments(MultiTask, "model")
     parser.add_class_arguments(MultiTaskData, "data")
     parser.add_argument("--trainer", type=dict)
-    config = parser.parse_path(str(Path(__file__).parent.parent / "conf" / "quickstart.yaml"))
+    config = parser.parse_object(read_config(find_config("quickstart")))
     parts = parser.instantiate(config)
     module, data = parts.model.to(device), parts.data
     data.preprocessing = module.encoder.backbone.preprocessing

@@ -35,10 +35,10 @@ from indiclip.backbone import Backbone, TimmBackbone, join_prefix
 from indiclip.pretrained.build import build
 from indiclip.pretrained.timm_models import image_tower
 
-VIT_MODULES = (
-    "beit deit eva naflexvit vision_transformer vision_transformer_hybrid vision_transformer_relpos "
-    "vision_transformer_sam"
-).split()
+VIT_MODULES = [
+    *("beit", "deit", "eva", "naflexvit", "vision_transformer", "vision_transformer_hybrid"),
+    *("vision_transformer_relpos", "vision_transformer_sam"),
+]
 TOLERANCE = 1e-5
 _CUTS: tuple[dict[str, Any], ...] = (
     {"depth": 2},
@@ -51,7 +51,7 @@ _CUTS: tuple[dict[str, Any], ...] = (
 class NoInitialisation(TorchFunctionMode):
     """Leaves out the random numbers of new models, which all get others."""
 
-    _RANDOM = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, nn.init.trunc_normal_, nn.init.normal_}
+    _RANDOM = frozenset({Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, nn.init.trunc_normal_, nn.init.normal_})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func in self._RANDOM and args else func(*args, **(kwargs or {}))
@@ -120,7 +120,7 @@ def survey(name: str, cut_above: float, gradients: bool) -> dict[str, Any]:
 def compare(backbone: Backbone, model: Any, name: str) -> dict[str, Any]:
     """Tokens and pooled vector of both for one picture, in float64."""
     backbone, model = backbone.double(), model.double()
-    config = model.pretrained_cfg
+    config = vars(timm.get_pretrained_cfg(name))  # the model's own may be another name's
     _, height, width = config["input_size"]
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     mean, std = ((torch.tensor(config[key]) * 255).double()[:, None, None] for key in ("mean", "std"))

@@ -8,6 +8,9 @@ signs, viramas and joiners (ZWJ, ZWNJ) belong to them. A config reads it with
 `tokenizer: {class_path: indiclip.text.FastTokenizer, init_args: {source: <out>}}`, and transformers reads the folder
 with `AutoTokenizer.from_pretrained`, the file with `PreTrainedTokenizerFast(tokenizer_file=...)`.
 
+With `--siglip2` it is of SigLIP 2's kind: lower case, a BPE of letters with bytes for those that were not seen, and an
+end token. `indiclip export --to siglip2` needs it: transformers reads the tokenizer of a SigLIP 2 folder as such a one.
+
 Text files are tables with a column per language (`hi`, `ta`, `hi-Latn`), tables with the columns `lang` and `text`, or
 .txt. A share of their rows is held out, in all languages at once; `indiclip tokenizer report --held_out_only` measures
 on those.
@@ -16,7 +19,10 @@ on those.
 from __future__ import annotations
 
 import argparse
+import json
+import string
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -26,6 +32,7 @@ from omegaconf import OmegaConf
 from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from indiclip.config_files import read_config
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.corpora import read_texts
 from indiclip.images import UnreadableSample
@@ -33,6 +40,7 @@ from indiclip.loading.data_module import MultiTaskData
 
 HOLDOUT = 0.1  # share of the text files' rows that nothing is trained on
 SPECIAL = ["<pad>", "<s>", "</s>"]
+SIGLIP2_SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]  # the order of Gemma's
 # Words, punctuation, white space. An apostrophe inside a word is a part of it: English contractions, Assamese vowels.
 # Not \w: it lacks the joiners, and GPT-2's \p{L} lacks the vowel signs.
 PIECES = r" ?[^\s\p{P}]+(?:['’][^\s\p{P}]+)*| ?\p{P}+|\s+"
@@ -59,11 +67,37 @@ def train(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def train_siglip2(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The same of SigLIP 2's kind; no less than 261 ids."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    # While training only: no token may hold the end of a word and the beginning of the next.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split(Regex(r"\p{P}"), "isolated")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SIGLIP2_SPECIAL, *bytes_],
+        initial_alphabet=[*string.ascii_lowercase, *string.digits, *string.punctuation],
+        limit_alphabet=1000,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((unicodedata.normalize("NFC", text) for text in captions), trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in SIGLIP2_SPECIAL]
+    tokenizer = Tokenizer.from_str(json.dumps(state))  # a text may spell "<0x41>", which is no byte then
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    return tokenizer
+
+
 def captions_of(config: Path, samples: int) -> Iterator[str]:
     """The captions of the first `samples` samples of each training source of a config."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MultiTaskData, "data")
-    data = OmegaConf.to_container(OmegaConf.load(config), resolve=True)["data"]  # type: ignore[index,call-overload]
+    data = OmegaConf.to_container(OmegaConf.create(read_config(config)), resolve=True)["data"]  # type: ignore[index,call-overload]
     built = parser.instantiate(parser.parse_object(Namespace(data=data)))
     for source in built.data.train:
         for i in track(range(min(samples, len(source.dataset))), source.task, transient=True):
@@ -115,7 +149,8 @@ def save(tokenizer: Tokenizer, out: Path) -> None:
         return
     from transformers import PreTrainedTokenizerFast
 
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    special = SPECIAL if tokenizer.token_to_id(SPECIAL[1]) is not None else [SIGLIP2_SPECIAL[i] for i in (0, 2, 1)]
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(out)
 
 
@@ -125,13 +160,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, help="its data.train is read; nothing of it is held out")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help=".tsv, .csv or .txt files")
     parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--siglip2", action="store_true", help="of the kind that SigLIP 2 reads")
     parser.add_argument("--samples", type=int, default=20_000, help="of each of the config's sources")
     parser.add_argument("--holdout", type=float, default=HOLDOUT, help="share of the text files' rows (default: 0.1)")
     parser.add_argument("--exponent", type=float, default=0.5, help="0: all languages alike, 1: as they come")
     parser.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write, or a folder")
     arguments = parser.parse_args(argv)
-    if arguments.vocab_size < 256 + len(SPECIAL):
-        parser.error(f"--vocab-size: found {arguments.vocab_size}, expected at least {256 + len(SPECIAL)}")
+    least = 256 + len(SIGLIP2_SPECIAL if arguments.siglip2 else SPECIAL)
+    if arguments.vocab_size < least:
+        parser.error(f"--vocab-size: found {arguments.vocab_size}, expected at least {least}")
     if not arguments.config and not arguments.text:
         parser.error("give --config, --text, or both")
     if arguments.config and not arguments.config.is_file():
@@ -146,7 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.text and not texts:
         parser.error(f"--text: no text to train on in {', '.join(arguments.text)} (--holdout {arguments.holdout})")
     captions = captions_of(arguments.config, arguments.samples) if arguments.config else ()
-    tokenizer = train(chain(captions, balanced(texts, arguments.exponent)), arguments.vocab_size)
+    make = train_siglip2 if arguments.siglip2 else train
+    tokenizer = make(chain(captions, balanced(texts, arguments.exponent)), arguments.vocab_size)
     save(tokenizer, arguments.out)
     print(f"{arguments.out}: {tokenizer.get_vocab_size()} tokens")
 

@@ -22,6 +22,7 @@ from indiclip.evals.pages.bench_report import write_bench_report
 from indiclip.evals.pages.console import print_result
 from indiclip.evals.pages.pictures import Pictures
 from indiclip.evals.results import check_parquet
+from indiclip.masking import mask
 from indiclip.training.run_folder import lock, unlock
 
 _OUT = Path("runs/bench")
@@ -30,7 +31,7 @@ _OUT = Path("runs/bench")
 def run(**options: Any) -> int:
     """Returns the exit status."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"indiclip bench: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(mask(f"indiclip bench: {message}"), file=sys.stderr)
         try:
             return _run(argparse.Namespace(**options))
         finally:
@@ -46,8 +47,15 @@ def _run(options: argparse.Namespace) -> int:
     bench = find_bench(options.images, options.cards, not options.no_procedural, options.seed)
     check_languages(bench, options.languages)
     model = embedder.load_embedder(
-        options.model, device, precision=options.precision, lengths=options.lengths, trust_code=options.trust_code
+        options.model,
+        device,
+        precision=options.precision,
+        lengths=options.lengths,
+        trust_code=options.trust_code,
+        weights=options.weights,
     )
+    if model.weights:
+        print(f"weights: {model.weights}", file=sys.stderr)
     model.views(views)  # what it cannot do shows before the shards are read
     folder = _folder(options)
     lock(folder)

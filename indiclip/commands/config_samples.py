@@ -29,7 +29,7 @@ def run(config: list[str], samples: int, read_all: bool, workers: int | None, as
     for word in others:  # of `fit`, which does not know these
         if near := get_close_matches(word.partition("=")[0], ["--samples", "--all", "--workers", "--json"], 1, 0.8):
             raise ValueError(f"{word}: no such option; nearest is {near[0]!r} (indiclip check --help)")
-    model, data = _built([word for file in config for word in ("--config", file)] + others)
+    model, data = build_config([word for file in config for word in ("--config", file)] + others)
     sources = keyed("data.train", data.train) | keyed("data.val", data.val)
     totals = {key: _held(key, source.dataset) for key, source in sources.items()}
     readers = {key: _Reader(source, data, None if read_all else samples) for key, source in sources.items()}
@@ -46,7 +46,7 @@ def run(config: list[str], samples: int, read_all: bool, workers: int | None, as
     return 1 if stops else 0
 
 
-def _built(words: list[str]) -> tuple[Any, Any]:
+def build_config(words: list[str]) -> tuple[Any, Any]:
     """The model and the data of a config, as `indiclip fit` builds them."""
 
     class Built(Exception):

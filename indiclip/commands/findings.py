@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, TextIO
 
 from indiclip.datasets.inventory import Inventory
+from indiclip.masking import mask
 
 _EXAMPLES = 3  # of each kind that are printed
 _LONGEST = 160  # characters of a reason that are printed
@@ -68,15 +69,15 @@ class Findings:
                     reason = " ".join(example["reason"].split())
                     shown = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
                     line = f"             {example['shard']}: {example['key']}: {shown}"
-                    print(line.replace(": : ", ": ").encode(errors="backslashreplace").decode())
+                    print(mask(line.replace(": : ", ": ")).encode(errors="backslashreplace").decode())
 
 
 def show_lines(inventory: Inventory) -> None:
     """Print what is used of everything, and what is left out."""
     for line in inventory.lines():
-        print(f"  {line}".encode(errors="backslashreplace").decode())
+        print(mask(f"  {line}").encode(errors="backslashreplace").decode())
 
 
 def json_line(entry: dict[str, Any]) -> str:
-    """One line of JSON, in which Indian scripts can be read and broken names can be stored."""
-    return json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
+    """One line of JSON, without secrets, in which Indian scripts can be read and broken names can be stored."""
+    return mask(json.dumps(entry, ensure_ascii=False)).encode(errors="backslashreplace").decode() + "\n"

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from indiclip.commands.findings import json_line, show_lines
 from indiclip.commands.parallel import results
-from indiclip.commands.sources import Items, open_source
+from indiclip.commands.sources import Items, image_bytes, open_source
 from indiclip.datasets.coco_file import check_unique
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.table_reader import OnBadRow
-from indiclip.datasets.tables import is_text, stable_hash, text_lines, why_missing
-from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample, read_file
+from indiclip.datasets.tables import is_text, stable_hash, text_lines
+from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
 from indiclip.webdataset.box_shards import check_boxes
 from indiclip.webdataset.shard_writer import ShardWriter
 from indiclip.webdataset.shards import read_captions, read_classes, read_entry
@@ -120,7 +120,7 @@ def read_sample(source: Items, index: int) -> Packed:
     try:
         item = source[index]
         held, kind = _held(item.texts), _NO_FILE
-        data = item.image if isinstance(item.image, bytes) else _read(source.folder, item.image)
+        data = image_bytes(source.folder, item)
         kind = "with an unreadable image"
         image = EncodedImage(data, "")
         image.decode()
@@ -131,14 +131,6 @@ def read_sample(source: Items, index: int) -> Packed:
     except (OSError, ValueError) as error:
         return Packed(index, {}, held, kind, str(error))
     return Packed(index, {EXTENSION_OF[image.kind]: data, **item.texts}, held)
-
-
-def _read(folder: Path, name: str) -> bytes:
-    if not name:
-        raise ValueError("no image is named")
-    if why := why_missing(folder, name):
-        raise ValueError(why)
-    return read_file(folder / name, MAX_BYTES["jpg"] + 1)
 
 
 def _held(texts: dict[str, bytes]) -> dict[str, int]:

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch.utils.data import Dataset
 
 from indiclip.loading.workers import StepLoader
 
-Task = TypeVar("Task")
+Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
@@ -32,7 +33,7 @@ class _Results(Dataset[Any]):
             return error
 
 
-def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, what: str) -> Iterator[Result]:
+def results(work: Callable[[Job], Result], tasks: Sequence[Job], workers: int | None, what: str) -> Iterator[Result]:
     """`work(task)` of every task, in order; a few are done ahead of the one that is asked for.
 
     A DataLoader does it, because its processes end with this one, and it notices when one of them is killed.
@@ -61,11 +62,18 @@ def results(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int 
 @contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, where that is a terminal; what it gives is called with how many more are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda number: bar.advance(task, number)
+
+
+class _Rate(ProgressColumn):
+    """How many are done in a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
 def _start(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Any:

@@ -17,8 +17,9 @@ from indiclip.datasets.folders import list_images, stem
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import language_tag
 from indiclip.datasets.table_reader import KINDS, OnBadRow, Table
-from indiclip.datasets.tables import Strings, existing
+from indiclip.datasets.tables import Strings, existing, why_missing
 from indiclip.images import EXTENSIONS, read_file
+from indiclip.webdataset.tar_members import MAX_BYTES
 
 _UNSAFE = re.compile(r"[\x00-\x20\x7f./\\:*?\"<>|\ud800-\udfff]+")  # in a file name on some system, or in a key
 
@@ -36,6 +37,7 @@ class Items(Protocol):
     Attributes:
         keys: One per sample, fit for shards.
         names: What to call each sample in messages.
+        images: The name of each sample's image, below `folder` where it is a file; "" where none is named.
         classes: Class names, where the source has classes.
         folder: Where the images' files are.
         inventory: What the source holds, all samples used; of captions and boxes only those that are in no sample.
@@ -44,6 +46,7 @@ class Items(Protocol):
     folder: Path
     keys: Strings
     names: Strings
+    images: Strings
     classes: list[str]
     inventory: Inventory
 
@@ -62,6 +65,7 @@ def open_source(
     caption_column: str = "",
     classes: list[str] | None = None,
     on_bad_row: OnBadRow = "error",
+    captioned: bool = True,
 ) -> Items:
     """The source at a path.
 
@@ -73,6 +77,7 @@ def open_source(
         caption_column: Of a table; "" takes all columns that training does.
         classes: The names that a folder's classes are numbered by; None takes them in alphabetical order.
         on_bad_row: Of a table: `skip` leaves out and counts malformed rows, `error` raises.
+        captioned: Whether the samples of a table must have captions.
 
     Raises:
         FileNotFoundError: It is not there.
@@ -90,7 +95,7 @@ def open_source(
     if kind == ".json":
         return CocoItems(found, folder, existing(captions) if captions else None)
     if kind in KINDS:
-        return TableItems(found, folder, image_column, caption_column, on_bad_row)
+        return TableItems(found, folder, image_column, caption_column, on_bad_row, captioned)
     raise ValueError(f"{found}: expected a folder, a .csv, .tsv or .parquet table, or a COCO .json file")
 
 
@@ -111,7 +116,8 @@ class FolderItems:
         self.classes = [] if found else list(classes or in_classes)
         if unknown := sorted({*in_classes} - {*self.classes}):
             raise ValueError(f"{folder}: {unknown[0]!r} is not among the {len(self.classes)} classes of classes.txt")
-        self.names, self._num_images = Strings(images), Counter(map(stem, images))
+        self.names = self.images = Strings(images)
+        self._num_images = Counter(map(stem, images))
         self.keys = unique_keys(map(stem, images))
 
     def __getitem__(self, index: int) -> Item:
@@ -134,21 +140,29 @@ class TableItems:
     The captions are those that training takes, see `CaptionTable`, or those of the column that is named.
     """
 
-    def __init__(self, file: Path, folder: Path, image_column: str, caption_column: str, on_bad_row: OnBadRow) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        file: Path,
+        folder: Path,
+        image_column: str,
+        caption_column: str,
+        on_bad_row: OnBadRow,
+        captioned: bool = True,
+    ) -> None:
+        self.folder, self._captioned = folder, captioned
         self.classes: list[str] = []
         table = Table(file, on_bad_row, image_column)
         images, self._embedded = table.images(image_column, folder)
         named = {table.place(caption_column): language_tag(caption_column)} if caption_column else {}
-        columns = named or table.caption_columns()
+        columns = named or table.caption_columns(required=captioned)
         captions = CaptionColumns(table, columns)
         for rows in table.rows_by_image(images).values():
             empty = [row for row in rows if captions.is_empty(row)]
-            for row in empty if len(empty) < len(rows) else []:  # else `pack` lists the image
+            for row in empty if captioned and len(empty) < len(rows) else []:  # else `pack` lists the image
                 table.leave_out(row, "without a caption", "no caption", always=True)
         rows_of = table.rows_by_image(images)
         firsts = [rows[0] for rows in rows_of.values()]
-        self._images = Strings(images[row] for row in firsts)
+        self.images = Strings(images[row] for row in firsts)
         self._captions = Strings(_dumps(captions.of_rows(rows)) for rows in rows_of.values())
         self._rows, self._num_rows = np.array(firsts), np.array(list(map(len, rows_of.values())))
         self.names = Strings(table.where(row).removeprefix(f"{file.parent}/") for row in firsts)
@@ -160,7 +174,7 @@ class TableItems:
 
     def __getitem__(self, index: int) -> Item:
         captions, texts = json.loads(self._captions[index]), dict[str, bytes]()
-        if not captions:
+        if self._captioned and not captions:
             raise ValueError("the caption is empty; expected text")
         if sum(map(len, captions.values())) > 1:
             texts["json"] = _dumps({"captions": captions}).encode()
@@ -170,7 +184,7 @@ class TableItems:
                 if language:
                     texts["json"] = _dumps({"language": language}).encode()
         data = self._embedded[int(self._rows[index])] if self._embedded else None
-        return Item(self._images[index] if data is None else data, texts)
+        return Item(self.images[index] if data is None else data, texts)
 
     def leave_out(self, index: int) -> dict[str, int]:
         return {"rows": int(self._num_rows[index])}
@@ -205,15 +219,31 @@ class CocoItems:
             )
             for entry, of_image, annotations in zip(coco.images.entries, different, of_row, strict=True)
         )
-        self._files = Strings(coco.images.names)
+        self.images = Strings(coco.images.names)
         self.names = Strings(f"image {key}" for key in coco.images.id_texts())
         self.keys = unique_keys(coco.images.groups())
 
     def __getitem__(self, index: int) -> Item:
-        return Item(self._files[index], {"json": self._entries[index].encode()})
+        return Item(self.images[index], {"json": self._entries[index].encode()})
 
     def leave_out(self, index: int) -> dict[str, int]:
         return {}
+
+
+def image_bytes(folder: Path, item: Item) -> bytes:
+    """The file of an item's image, up to one byte more than is allowed.
+
+    Raises:
+        ValueError: There is none in the folder.
+        OSError: It cannot be read.
+    """
+    if isinstance(item.image, bytes):
+        return item.image
+    if not item.image:
+        raise ValueError("no image is named")
+    if why := why_missing(folder, item.image):
+        raise ValueError(why)
+    return read_file(folder / item.image, MAX_BYTES["jpg"] + 1)
 
 
 def unique_keys(names: Iterable[str]) -> Strings:

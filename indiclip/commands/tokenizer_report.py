@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from indiclip.config_files import read_config
 from indiclip.datasets.corpora import read_texts
 from indiclip.datasets.tables import existing
 from indiclip.names import did_you_mean
@@ -12,6 +13,7 @@ from indiclip.text import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, 
 
 _UNCUT = 10**9  # a context length that no text reaches
 _NAMES = ("bytes", "clip")
+_KEYS = ("text.tokenizer", "init_args.text.init_args.tokenizer")  # of the encoder, by hand and in a run's config.yaml
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ def _of_config(path: Path) -> Tokenizer:
     from jsonargparse import ArgumentParser
     from omegaconf import OmegaConf
 
-    node = OmegaConf.select(OmegaConf.load(path), "model.encoder.text.tokenizer")
+    config = OmegaConf.create(read_config(path))
+    node = next(filter(None, (OmegaConf.select(config, f"model.encoder.{key}") for key in _KEYS)), None)
     if node is None:
         raise ValueError(f"{path}: no key model.encoder.text.tokenizer")
     parser = ArgumentParser(exit_on_error=False)

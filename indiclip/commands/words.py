@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from indiclip.masking import mask
 from indiclip.names import did_you_mean
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -22,7 +23,7 @@ _ASKING = {"-h", "--help"}
 
 
 def run_command(words: list[str]) -> int:
-    """Runs `indiclip COMMAND ...` or `indiclip GROUP COMMAND ...`. Returns the exit status, as `_guarded` does."""
+    """Runs `indiclip COMMAND ...` or `indiclip GROUP COMMAND ...`. Returns the exit status, as `guarded` does."""
     group, *argv = words
     commands = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text("utf-8"))[group]
     about = commands.pop("help", "")
@@ -39,7 +40,7 @@ def run_command(words: list[str]) -> int:
         print(f"indiclip {group}: no command {name!r}{near} (indiclip {group} --help)", file=sys.stderr)
         return 2
     title = f"indiclip {group} {name}".rstrip()
-    return _guarded(title, lambda: _run(title, commands[name], argv))
+    return guarded(title, lambda: _run(title, commands[name], argv))
 
 
 def _run(title: str, command: dict[str, Any], argv: list[str]) -> int:
@@ -52,8 +53,11 @@ def _run(title: str, command: dict[str, Any], argv: list[str]) -> int:
         options.others = others
     elif others:
         if not others[0].startswith("-"):
-            expected = " ".join(str(action.metavar) for action in parser._positionals._group_actions)
-            parser.error(f"found {others[0]!r} too; expected {f'one {expected}' if expected else 'options alone'}")
+            named = parser._positionals._group_actions
+            expected = " ".join(str(action.metavar) for action in named)
+            many = any(action.nargs in ("*", "+") for action in named)
+            how = f"every {expected} in one place, not among the options" if many else f"one {expected}"
+            parser.error(f"found {others[0]!r} too; expected {how if expected else 'options alone'}")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         parser.error(f"{others[0]}: no such option{did_you_mean(others[0], flags)}")
     with leaving_at_once():
@@ -121,7 +125,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _guarded(name: str, command: Callable[[], int]) -> int:
+def guarded(name: str, command: Callable[[], int]) -> int:
     """Runs a command with a line per mistake. Returns the exit status: that of the command, 2 for a mistake in the
     words, 1 for what breaks on the way, 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -139,7 +143,7 @@ def _guarded(name: str, command: Callable[[], int]) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename:  # Python's own begins with a number
             text = f"{error.filename}: {error.strerror}"
-        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+        print(mask(f"{name}: {' '.join(text.split())}"), file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError | ImportError) else 1
     finally:
         signal.signal(signal.SIGTERM, before)

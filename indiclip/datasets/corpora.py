@@ -40,7 +40,7 @@ def read_texts(files: Iterable[str]) -> Iterator[Text]:
     """
     for name in files:
         file = existing(name)
-        for row in _lines(file) if file.suffix == ".txt" else _table(file):
+        for row in read_rows(file):
             texts = [
                 (language, text)
                 for language, found in row.items()
@@ -49,6 +49,11 @@ def read_texts(files: Iterable[str]) -> Iterator[Text]:
             ]
             key = next((text for language, text in texts if language == "en"), "")
             yield from (Text(language, text, key or text) for language, text in texts)
+
+
+def read_rows(file: Path) -> Iterator[dict[str, list[str]]]:
+    """Language -> texts of each row of a file; see `read_texts`."""
+    return _lines(file) if file.suffix.lower() == ".txt" else _table(file)
 
 
 def _lines(file: Path) -> Iterator[dict[str, list[str]]]:

@@ -135,17 +135,17 @@ class Table:
             rows.setdefault(names[row] or f"\0{row}", []).append(row)
         return rows
 
-    def caption_columns(self) -> dict[int, str]:
+    def caption_columns(self, required: bool = True) -> dict[int, str]:
         """The columns with captions: place -> language.
 
         They are called by a language, see `caption_language`, or `caption`, whose language is "".
 
         Raises:
-            ValueError: There are none.
+            ValueError: There are none, and they are required.
         """
         tags = {place: caption_language(name) for place, name in enumerate(self.header)}
         columns = {place: tag for place, tag in tags.items() if tag or self.header[place] == "caption"}
-        if not columns:
+        if required and not columns:
             expected = "expected `caption`, or codes or names of languages such as hi, hi-Latn, Tamil"
             raise ValueError(f"{self.file}: no column of captions; found {self.header}; {expected}")
         return columns

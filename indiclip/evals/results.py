@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from indiclip import json_lines
 from indiclip.evals.cards.card import SUITES, packaged
+from indiclip.masking import mask
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
@@ -179,7 +180,7 @@ class Result:
             "about": self.about,
         }
         json_lines.write_whole(
-            folder / "metrics.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+            folder / "metrics.json", (mask(json.dumps(content, indent=1, ensure_ascii=False)) + "\n").encode()
         )
 
 

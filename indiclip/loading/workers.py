@@ -109,7 +109,7 @@ class Workers:
         self.processes: list[Any] = []
         self._notes = multiprocessing.RawArray(ctypes.c_char, num_workers * _NOTE.size)
         self._pipes = [multiprocessing.Pipe(duplex=False) for _ in range(num_workers)]  # stacks come through them
-        self._thread_lives = True  # as long as the process: see _end_with_the_parent
+        self._thread_lives = True  # as long as the process: see end_with_the_parent
         _all.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Workers:
         os.set_blocking(to_main.fileno(), False)  # where nobody reads, stacks are cut and nothing waits
         faulthandler.register(_ASK_FOR_STACKS, to_main, all_threads=True)  # in C: answers while C code holds the GIL
         if self._thread_lives:
-            _end_with_the_parent()
+            end_with_the_parent()
         sys.excepthook = _unless_unconnected
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_TO_THE_GROUP, _ASK_FOR_STACKS))
 
@@ -293,7 +293,7 @@ def _unless_unconnected(kind: type[BaseException], error: BaseException, traceba
         sys.__excepthook__(kind, error, traceback)
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """Have the kernel kill this process when its parent ends, however it ends and whatever this process does then.
 
     The kernel means the thread that started this process. Without Linux, and where that thread may end earlier, torch's

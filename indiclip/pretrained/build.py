@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from timm.models import build_model_with_cfg
 
 from indiclip.backbone import Backbone
+from indiclip.lora import LoRA
 from indiclip.names import shorten
 from indiclip.pooling import Projection
 from indiclip.text import TextTower, Tokenizer
@@ -45,6 +46,8 @@ def build(config: Mapping[str, Any], origin: str, trust_code: bool = False) -> d
     for name in ("image_projection", "text_projection"):
         if isinstance(value := arguments.get(name), Mapping):
             arguments[name] = Projection(**value)
+    if isinstance(value := arguments.get("lora"), Mapping):
+        arguments["lora"] = LoRA(**value)
     return arguments
 
 

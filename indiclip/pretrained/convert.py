@@ -8,13 +8,14 @@ from torch import Tensor
 _TEXT_TABLES = ("position_embedding.weight", "position_embeddings.weight")
 
 
-def fit_tensor(name: str, source: Tensor, target: Tensor) -> tuple[Tensor, str]:
+def fit_tensor(name: str, source: Tensor, target: Tensor, origin: str) -> tuple[Tensor, str]:
     """A tensor with the shape of the target, and what was done in a few words; nothing where they agree.
 
     Args:
         name: By our names.
         source: Of the pretrained model.
         target: Of the encoder.
+        origin: Of the pretrained model, for messages.
 
     Raises:
         ValueError: No conversion is known.
@@ -37,5 +38,6 @@ def fit_tensor(name: str, source: Tensor, target: Tensor) -> tuple[Tensor, str]:
         longer = F.interpolate(source.T[None], size=len(target), mode="linear", align_corners=True)[0].T
         return longer, f"text positions stretched from {len(source)} to {len(target)}"
     raise ValueError(
-        f"model.encoder.init_from: {name}: found shape {tuple(source.shape)}, expected {tuple(target.shape)}"
+        f"model.encoder.init_from: {origin}: {name}: found shape {tuple(source.shape)}, expected "
+        f"{tuple(target.shape)}, the encoder's; only position tables and patches of one width are converted"
     )

@@ -12,7 +12,7 @@ from indiclip.pretrained.build import build
 from indiclip.pretrained.convert import fit_tensor
 from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.traits import differing_traits
-from indiclip.pretrained.weights import PARTS, Weights, of_part
+from indiclip.pretrained.weights import PARTS, Weights, of_part, to_fill
 
 # Argument of `Encoder` -> the part that it comes along with.
 _PART_OF = {
@@ -111,14 +111,15 @@ def _fill(
     encoder: nn.Module, own: dict[str, Tensor], weights: Weights, parts: Sequence[str], allow: Sequence[str]
 ) -> str:
     """Put a source's tensors into `own`; for the errors see `InitialWeights.fill`."""
-    targets = [name for part in parts for name in of_part(part, own)]
+    weights = weights.for_encoder(encoder)
+    targets = [name for part in parts for name in to_fill(weights, part, own)]
     sources = [name for part in parts for name in of_part(part, weights.tensors) if part != "logit_scale"]
     notes = list(weights.notes)
     missing = [name for name in targets if name not in weights.tensors]
     unused = [*weights.unused, *(name for name in sources if name not in own)]
     for name in sources:
         if name in own:
-            own[name], note = fit_tensor(name, weights.tensors[name], own[name])
+            own[name], note = fit_tensor(name, weights.tensors[name], own[name], weights.origin)
             notes += [note] if note else []
     for kind, names in {"stay initial": missing, "are unused": unused}.items():
         wrong = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allow)]

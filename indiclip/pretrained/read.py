@@ -1,26 +1,48 @@
 """From a path or name to a pretrained model, whatever library it is of."""
 
+from pathlib import Path
+
+from indiclip.pretrained.bare_files import SUFFIXES, read_bare_file
 from indiclip.pretrained.model_names import library_of
+from indiclip.pretrained.open_clip_models import read_open_clip
 from indiclip.pretrained.runs import read_run
 from indiclip.pretrained.timm_models import read_timm
 from indiclip.pretrained.transformers_models import read_transformers
-from indiclip.pretrained.weights import Weights, check_tensors
+from indiclip.pretrained.weights import Weights, check_tensors, precision_notes
 
-READERS = {"indiclip": read_run, "transformers": read_transformers, "timm": read_timm}
+READERS = {"transformers": read_transformers, "timm": read_timm, "open_clip": read_open_clip}
 
 
-def read_weights(name: str) -> Weights:
+def read_weights(name: str, which: str = "auto") -> Weights:
     """The configuration and the tensors of a pretrained model, from local files.
 
     Args:
         name: `runs/quickstart`, `x.ckpt`: ours. A folder as transformers, timm or OpenCLIP save one. Their names and
-            files: `timm:NAME`, `transformers:FOLDER`, `open_clip:NAME:FILE`.
+            files: `timm:NAME`, `transformers:FOLDER`, `open_clip:NAME:FILE`. A `.safetensors`, `.pt`, `.pth` or `.bin`
+            alone gives a `BareFile`, which names no architecture.
+        which: Of a run's weights, see `read_run`.
 
     Raises:
         FileNotFoundError: No such file or folder, or one that the model lacks.
         ValueError: Anything else that is no model, or one with values that are not finite.
     """
-    library, what = library_of(name)
-    weights = READERS[library](what)
+    file = Path(name)
+    is_bare = file.is_file() and file.suffix in SUFFIXES
+    library, what = ("", name) if is_bare else library_of(name)
+    if library != "indiclip" and which not in ("auto", "last"):
+        raise ValueError(f"{name}: is no run of ours and has one set of weights; expected last, found {which!r}")
+    weights: Weights
+    if is_bare:
+        weights = read_bare_file(file, name)
+    else:
+        weights = read_run(what, which) if library == "indiclip" else _of_library(library, what)
+    weights.notes += precision_notes(weights.tensors)
     weights.tensors = check_tensors(weights.tensors, weights.origin)
     return weights
+
+
+def _of_library(library: str, what: str) -> Weights:
+    try:
+        return READERS[library](what)
+    except KeyError as error:  # converters take the tensors and keys that the configuration promises
+        raise ValueError(f"{what}: lacks {error.args[0]!r}, which its configuration promises; is it whole?") from error

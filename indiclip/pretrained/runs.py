@@ -5,30 +5,60 @@ from typing import Any
 
 from torch import Tensor
 
-from indiclip.names import nearest_beside
+from indiclip.names import check_choice, nearest_beside
 from indiclip.old_names import translate_checkpoint
 from indiclip.pretrained.weights import Weights, read_tensors
 
+AVERAGES = "averages"  # entry of a checkpoint: `state_dict` and `num_updates` of `indiclip.training.ema.EMA`
+CHOICES = ("auto", "ema", "last", "best")
 _ENCODER = "encoder."
 _LOGITS = ("logit_scale", "logit_bias")
 
 
-def read_run(path: str) -> Weights:
-    """A run's folder (its last checkpoint) or a checkpoint file.
+def read_run(path: str, which: str = "auto") -> Weights:
+    """A run's folder or a checkpoint file. The first of its notes says which of its weights were read.
+
+    Args:
+        path: Of a folder, its last checkpoint.
+        which: `ema` are the averaged weights, `last` the trained ones, `auto` the averaged ones where there are any;
+            `best` are those of the checkpoint with the best score, averaged where there are any.
 
     Raises:
         FileNotFoundError: No checkpoint there.
-        ValueError: A file that is not a checkpoint of IndiCLIP.
+        ValueError: A file that is not a checkpoint of IndiCLIP, or it has no such weights.
     """
+    check_choice("weights", which, CHOICES)
     file = checkpoint_file(Path(path))
     checkpoint = read_tensors(file)
     if "encoder" not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError(f"{file}: not a checkpoint of IndiCLIP; expected the entries 'encoder' and 'state_dict'")
+    if which == "best":
+        file = _best(file, checkpoint)
+        checkpoint = read_tensors(file)
     translate_checkpoint(checkpoint)
     weights: dict[str, Tensor] = checkpoint["state_dict"]
+    said = f"{file}, step {checkpoint.get('global_step') or 0}"
+    if which != "last" and AVERAGES in checkpoint:
+        weights |= checkpoint[AVERAGES]["state_dict"]
+        said += f", averaged weights of {checkpoint[AVERAGES]['num_updates']:,} updates"
+    elif which == "ema":
+        raise ValueError(
+            f"{file}: has no averaged weights (indiclip.training.ema.EMA keeps some); expected last or best"
+        )
     tensors = {name.removeprefix(_ENCODER): weight for name, weight in weights.items() if name.startswith(_ENCODER)}
     heads = [name for name in weights if not name.startswith(_ENCODER)]
-    return Weights(str(file), checkpoint["encoder"], tensors | _logits(weights), ignored=heads)
+    return Weights(str(file), checkpoint["encoder"], tensors | _logits(weights), ignored=heads, notes=[said])
+
+
+def _best(last: Path, checkpoint: dict[str, Any]) -> Path:
+    """The checkpoint with the best score, as the run's checkpoint callback has recorded it."""
+    for state in (checkpoint.get("callbacks") or {}).values():
+        if isinstance(state, dict) and state.get("best_model_path") and state.get("monitor"):
+            best = last.parent / Path(state["best_model_path"]).name  # the folder may have been moved
+            if not best.is_file():
+                raise FileNotFoundError(f"{best}: is gone; it was the best by {state['monitor']}")
+            return best
+    raise ValueError(f"{last}: its run kept no best checkpoint (no `monitor`); expected last")
 
 
 def checkpoint_file(path: Path) -> Path:

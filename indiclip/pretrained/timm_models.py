@@ -14,7 +14,7 @@ from timm.models import adapt_input_conv, clean_state_dict
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
 from indiclip.names import did_you_mean
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.weights import Weights, read_tensors
@@ -61,24 +61,37 @@ def image_tower(
         options: Arguments of the architecture.
         overlay: What differs from its `pretrained_cfg`: `mean`, `std`, ...
     """
+    is_naflex = bool(options.get("use_naflex"))
     options = {key: value for key, value in options.items() if key not in _NOT_OURS}
     pixels = {key: overlay[key] for key in _PIXELS if key in overlay}
     with torch.device("meta"):
-        fixed = TimmBackbone(name, **_canvas(name, options, overlay), options=options, **pixels)
         naflex = _naflex(name, options, pixels)
+        if is_naflex and naflex is not None:
+            classifying = timm.create_model(name, num_classes=1, use_naflex=True, **options).state_dict()
+            converted, ignored, notes = _by_own_names(naflex.vit, tensors, classifying)
+            return _tower(origin, naflex, "backbone.vit.", converted, ignored, notes)
+        fixed = TimmBackbone(name, **_canvas(name, options, overlay), options=options, **pixels)
         classifying = timm.create_model(name, num_classes=1, **options).state_dict()
-    fixed.check_features()
     converted, ignored, notes = _by_own_names(fixed.net, tensors, classifying)
     backbone: NaFlexViT | TimmBackbone = fixed
     if naflex is not None:
         moved = _naflex_names(fixed.net, converted)
-        if (table := moved.get("embeds.pos_embed")) is not None and table.shape != naflex.vit.embeds.pos_embed.shape:
+        own, table = naflex.vit.embeds.pos_embed, moved.get("embeds.pos_embed")
+        if own is not None and table is not None and table.shape != own.shape:
             with torch.device("meta"):
                 naflex = NaFlexViT(name=name, options=options | {"pos_embed_grid_size": [*table.shape[1:3]]}, **pixels)
         if moved.keys() == naflex.vit.state_dict().keys():
             backbone, converted = naflex, moved
+    if backbone is fixed:
+        fixed.check_features()
     prefix = "backbone.net." if backbone is fixed else "backbone.vit."
-    kept = {f"{prefix}{key}": tensor for key, tensor in converted.items()}
+    return _tower(origin, backbone, prefix, converted, ignored, notes)
+
+
+def _tower(
+    origin: str, backbone: Backbone, prefix: str, tensors: dict[str, Tensor], ignored: list[str], notes: list[str]
+) -> Weights:
+    kept = {f"{prefix}{key}": tensor for key, tensor in tensors.items()}
     return Weights(origin, {"backbone": describe(backbone), "pool": "tower"}, kept, ignored=ignored, notes=notes)
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 # Part of an encoder -> the beginnings of its tensors' names.
 PARTS = {
-    "image": ("backbone.",),
-    "text": ("text.",),
-    "projections": ("image_pool.", "text_pool.", "image_projection.", "text_projection."),
+    "image": ("backbone.", "image_pool."),
+    "text": ("text.", "text_pool."),
+    "projections": ("image_projection.", "text_projection."),
     "logit_scale": ("logit_scale", "logit_bias"),
 }
+_ENTRIES = ("state_dict", "model")  # of Lightning, OpenCLIP; of DeiT, ConvNeXt
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 @dataclass
@@ -46,9 +48,24 @@ class Weights:
         """Which of `PARTS` it has."""
         return [part for part in PARTS if any(of_part(part, self.tensors))]
 
+    def for_encoder(self, encoder: Any) -> "Weights":
+        """With tensors by the encoder's names; this one has them."""
+        return self
+
     def logits(self) -> dict[str, float]:
         """`logit_scale` (a logarithm) and `logit_bias` of the contrastive loss, those that it has."""
         return {name: float(self.tensors[name].reshape(())) for name in of_part("logit_scale", self.tensors)}
+
+
+def to_fill(weights: Weights, part: str, own: Iterable[str]) -> list[str]:
+    """Those of an encoder's names that a source is to fill: of the towers, pools and projections that it has."""
+    config = weights.config
+    modules = {name.partition(".")[0] for name in weights.tensors} | (config.keys() & {"backbone", "text"})
+    for side in ("image_projection", "text_projection"):
+        modules |= {side} if config.get(side, {"kind": "none"})["kind"] != "none" else set()
+    for module, pool in {"image_pool": "pool", "text_pool": "text_pool"}.items():
+        modules |= {module} if config.get(pool) in ("attention", "pooler") else set()
+    return [name for name in of_part(part, own) if name.partition(".")[0] in modules]
 
 
 def of_part(part: str, names: Iterable[str]) -> list[str]:
@@ -78,6 +95,18 @@ def read_tensors(file: Path) -> dict[str, Any]:
     return found
 
 
+def state_dict(found: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of what a training script saved: out of their entry, without what wrappers put before each name."""
+    for entry in _ENTRIES:
+        if isinstance(inner := found.get(entry), dict):
+            found = inner
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return tensors
+
+
 def check_tensors(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     """The same in float32. Raises ValueError for one that is not finite, naming it."""
     for name, tensor in tensors.items():
@@ -86,10 +115,19 @@ def check_tensors(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
+def precision_notes(tensors: dict[str, Tensor]) -> list[str]:
+    """A word where tensors are not in float32."""
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    others = sorted(kinds - {"float32"})
+    return [f"{' and '.join(others)} read as float32"] if others else []
+
+
 def unreadable(file: str | Path, error: Exception) -> Exception:
     """What to raise where `torch.load` fails, which may advise to run the code that a file holds."""
     if isinstance(error, OSError):
         return error
     foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
     reason = f"it holds {foreign[1]}, and reading that can run code" if foreign else "another kind of file, or damaged"
+    if "TorchScript" in str(error):
+        reason = "a TorchScript program; save its state_dict() as safetensors, and name that"
     return ValueError(f"{file}: not a readable checkpoint ({reason})")

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class StartupTable(Callback):
         console.print(_parts_table(pl_module))
         for line in pl_module.encoder.initialised:
             console.print(f"init_from: {line}", markup=False, soft_wrap=True)
+        if line := _frozen_line(pl_module):
+            console.print(line, markup=False, soft_wrap=True)
         device = trainer.strategy.root_device
         shown = "none (fast_dev_run)" if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
         threads = f"   threads {torch.get_num_threads()}" if device.type == "cpu" else ""
@@ -69,17 +72,30 @@ def _sources_table(data: MultiTaskData) -> Table:
 
 
 def _parts_table(module: MultiTask) -> Table:
-    table = Table("part", "class", "parameters", "task", "weight", title="Model", title_justify="left")
+    columns = ("part", "class", "parameters", "trained", "task", "weight")
+    table = Table(*columns, title="Model", title_justify="left")
     encoder = module.encoder
     for name, part in (("encoder", encoder), ("- backbone", encoder.backbone), ("- text", encoder.text)):
-        table.add_row(name, type(part).__name__, _size(part), "", "")
+        table.add_row(name, type(part).__name__, *_sizes(part), "", "")
     for head in module.each_head():
-        table.add_row(f"head: {head.name}", type(head).__name__, _size(head), head.task, f"{head.weight:g}")
+        table.add_row(f"head: {head.name}", type(head).__name__, *_sizes(head), head.task, f"{head.weight:g}")
     return table
 
 
-def _size(module: torch.nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in module.parameters()):,}"
+def _sizes(module: torch.nn.Module) -> tuple[str, str]:
+    """How many parameters there are, and how many of them are trained."""
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return f"{whole:,}", "all" if trained == whole else f"{trained:,}"
+
+
+def _frozen_line(module: MultiTask) -> str:
+    """What is not trained, and why; empty where everything is."""
+    asked = [path for path in module.frozen if path not in module.unused]
+    parts = [f"frozen: {', '.join(asked)}"] * bool(asked)
+    parts += [f"used by no head, and not trained: {', '.join(module.unused)}"] * bool(module.unused)
+    whole, trained = _sizes(module)
+    return f"{'; '.join(parts)}; {trained} of {whole} parameters are trained" if parts else ""
 
 
 class TaskProgress(ProgressBar):
@@ -167,7 +183,8 @@ class TaskGradients(Callback):
     """Logs what each task asks of the backbone: its gradient's norm, and the cosine between every two tasks.
 
     A cosine below zero says that two tasks pull against each other. Costs one more backward pass per task in the
-    steps where it runs; what it reads is this rank's gradient, before any averaging.
+    steps where it runs; what it reads is this rank's gradient, before any averaging. Of a backbone that is trained in
+    part only that part counts; of a frozen one there is nothing to log.
 
     Args:
         every_n_steps: Steps between two readings.
@@ -179,6 +196,9 @@ class TaskGradients(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
+        assert isinstance(pl_module, MultiTask)
+        if stage == "fit" and not any(parameter.requires_grad for parameter in pl_module.encoder.backbone.parameters()):
+            warnings.warn("TaskGradients: the backbone is frozen, so there is nothing to log", stacklevel=2)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         step = trainer.global_step
@@ -187,6 +207,8 @@ class TaskGradients(Callback):
         self._last = step
         assert isinstance(pl_module, MultiTask)
         values = gradient_numbers(pl_module)
+        if not values:
+            return
         # Not by `pl_module.log`, which would repeat them as if they were measured at every logging step.
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
@@ -195,10 +217,12 @@ class TaskGradients(Callback):
 
 
 def gradient_numbers(module: MultiTask) -> dict[str, float]:
-    """Norm of each head's gradient on the backbone, and cosines between them, from `module.head_losses`."""
+    """Norm of each head's gradient on what is trained of the backbone, and cosines, from `module.head_losses`."""
     parameters = [p for p in module.encoder.backbone.parameters() if p.requires_grad]
     gradients: dict[str, Tensor] = {}
-    for name, part in module.head_losses.items():
+    for name, part in module.head_losses.items() if parameters else []:
+        if not part.requires_grad:  # of a head that is frozen, on what is frozen
+            continue
         parts = torch.autograd.grad(part, parameters, retain_graph=True, materialize_grads=True)
         gradients[name] = torch.cat([gradient.float().flatten() for gradient in parts])
     numbers = {f"train/{name}/backbone_grad_norm": float(gradient.norm()) for name, gradient in gradients.items()}

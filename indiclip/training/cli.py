@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,19 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from indiclip.config_files import anchored, find_configs, strings_of
 from indiclip.loading import workers
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.masking import mask, remember_variables
 from indiclip.module import MultiTask
 from indiclip.old_names import translate_config
 from indiclip.training.checks import check
-from indiclip.training.config_errors import ConfigError, OneLineParser, check_yaml, one_line
-from indiclip.training.config_history import ConfigHistory, check_changes
+from indiclip.training.config_errors import ConfigError, OneLineParser, check_unmasked, check_yaml, one_line
+from indiclip.training.config_history import ConfigHistory, check_changes, plain
 from indiclip.training.fault_tolerance import local_ranks
 from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
+from indiclip.training.initial_weights import leave_out_initial_weights
+from indiclip.training.portable_config import PortableConfig
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
 from indiclip.training.trainer_setup import check_trainer, place_outputs, trainer_options
@@ -42,6 +47,7 @@ _NOISE = (
     "does not have many workers",
     "It is recommended to use `self.log",  # with sync_dist: torchmetrics has already put the ranks together
     "your dataloader is not resumable",  # it is: the position is the step number
+    r"Found .* module\(s\) in eval mode at the start of training",  # the start-up table says what is frozen
     "The dirpath has changed from",  # a run's folder works wherever it is moved
     "Checkpoint directory .*/checkpoints exists and is not empty",  # a run goes on in its folder, a new one has its own
 )
@@ -56,10 +62,11 @@ class IndiCLI(LightningCLI):
 
     def __init__(self) -> None:
         _quieten()
+        sys.argv[1:] = find_configs(sys.argv[1:])  # also for the other processes, which Lightning starts with it
         check_yaml(config_files(sys.argv[1:]))
         # Lightning's Timer has an enum for a default.
         yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
-        set_loader("omegaconf+", lambda text: translate_config(get_loader("yaml")(text)), (yaml.YAMLError,))
+        set_loader("omegaconf+", _load, (yaml.YAMLError,))
         failed = True
         try:
             super().__init__(
@@ -99,17 +106,31 @@ class IndiCLI(LightningCLI):
         self.trial = bool(config.trainer.fast_dev_run)
         self.folder = run_folder(config, self.subcommand, self.trial)
         self.is_new = self.folder.is_dir() and not any(self.folder.iterdir())
-        place_outputs(config.trainer, self.folder)
+        tree, written = plain(self._parser(self.subcommand), config), self._written()
+        check_unmasked(tree)
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
             self.save_config_callback = None  # the folder keeps the configuration that it was trained with
             if not config.get("ckpt_path"):
                 warnings.warn("no --ckpt_path: the weights are the config's own, before any training", stacklevel=2)
-        elif Path(config.get("ckpt_path") or "").is_file():
+        else:
+            self.save_config_kwargs = {"portable": PortableConfig(tree, written, self.folder)}
+        checkpoint = Path(config.get("ckpt_path") or "none")
+        if self.subcommand == "fit" and checkpoint.is_file():
             changes = check_changes(self._parser("fit"), config)
             if changes and is_first_process():
                 print("changed since the checkpoint:", *changes, sep="\n  ")
+        place_outputs(config.trainer, self.folder)
+        if checkpoint.exists():
+            leave_out_initial_weights(config.model, checkpoint)
+
+    def _written(self) -> Any:
+        """The subcommand's config with references as the user wrote them."""
+        assert isinstance(self.parser, OneLineParser)
+        written = self.parser.written[self.subcommand].as_dict()
+        remember_variables(strings_of(written))
+        return written
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.folder is not None
@@ -152,7 +173,7 @@ def run(argv: list[str]) -> int:
         raise
     except AgreedStop as stop:
         if stop.first:
-            print(f"indiclip: {stop}", file=sys.stderr)
+            print(mask(f"indiclip: {stop}"), file=sys.stderr)
         return stop.status
     except Exception as error:
         if os.environ.get("INDICLIP_TRACEBACK"):
@@ -164,9 +185,15 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _load(text: str) -> Any:
+    """YAML of a config file, or a value on the command line; jsonargparse has gone to the file's folder meanwhile."""
+    return anchored(translate_config(get_loader("yaml")(text)), Path.cwd())
+
+
 def _quieten() -> None:
     """A line for each warning, and none for what the libraries say in every run."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {mask(' '.join(str(message).split()))}\n"
+    sys.excepthook = lambda *error: print(mask("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -204,7 +231,7 @@ def _say(error: Exception) -> int:
     of_users = isinstance(error, OSError | ImportError | MisconfigurationException)
     if not (broken or of_users or (isinstance(error, ValueError) and not notes)):
         raise error
-    print(f"indiclip: {' '.join([broken or one_line(error), *notes])}", file=sys.stderr)
+    print(mask(f"indiclip: {' '.join([broken or one_line(error), *notes])}"), file=sys.stderr)
     return 1 if broken or notes else 2
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from indiclip import old_names
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.masking import is_masked, mask
 from indiclip.module import MultiTask
-from indiclip.names import did_you_mean, nearest_beside
+from indiclip.names import did_you_mean
 from indiclip.strict_yaml import UniqueKeys
 
 _GROUPS: dict[str, Any] = {"trainer": Trainer, "model": MultiTask, "data": MultiTaskData}
@@ -38,7 +40,22 @@ class ConfigError(ValueError):
 
 
 class OneLineParser(LightningArgumentParser):
-    """Raises `ConfigError` where the base class prints its usage, hundreds of lines, and then the error."""
+    """Raises `ConfigError` where the base class prints its usage, hundreds of lines, and then the error.
+
+    Attributes:
+        written: What was parsed last, with references as the user wrote them.
+    """
+
+    written: Any = None
+
+    def _parse_common(self, cfg: Namespace, *args: Any, **options: Any) -> Namespace:
+        """As the base class, which replaces references by what they stand for and keeps nothing of them.
+
+        The only private part of jsonargparse that is touched; tried with 4.53.0.
+        """
+        parsed: Namespace = super()._parse_common(cfg, *args, **options)
+        self.written = cfg
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a nested parser, whose caller adds the key and the class to the message
@@ -47,11 +64,11 @@ class OneLineParser(LightningArgumentParser):
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, where it may be the parser's, on one line."""
+    """What an error says, where it may be the parser's, on one line and without secrets."""
     message = str(error)
     if isinstance(error, ConfigError) or "of the Union subtypes" in message:  # what builds objects raises plain ones
         message = explain(message)
-    return " ".join(message.split())
+    return mask(" ".join(message.split()))
 
 
 def explain(message: str) -> str:
@@ -93,18 +110,27 @@ def explain(message: str) -> str:
 
 
 def check_yaml(files: Iterable[str]) -> None:
-    """Raise ConfigError or FileNotFoundError unless each file is there and parses."""
+    """Raise ConfigError unless each file parses."""
     for name in files:
-        file = Path(name)
-        if not file.is_file():
-            raise FileNotFoundError(f"--config: no file {name}{nearest_beside(file, '*.y*ml')}")
         try:
-            with file.open(encoding="utf-8") as opened:
+            with Path(name).open(encoding="utf-8") as opened:
                 content = yaml.load(opened, UniqueKeys)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{name}: not a YAML file: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{name}: expected the keys {', '.join(_GROUPS)}, found {type(content).__name__}")
+
+
+def check_unmasked(tree: Any, key: str = "") -> None:
+    """Raise ConfigError for a URL of a run's config.yaml without the password or signature that it had."""
+    if isinstance(tree, dict | list):
+        for name, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            check_unmasked(item, f"{key}[{name}]" if isinstance(tree, list) else f"{key}.{name}".lstrip("."))
+    elif isinstance(tree, str) and is_masked(tree):
+        raise ConfigError(
+            f"{key}: found {tree}, whose password or signature was not written down; give it again, or write "
+            "${oc.env:NAME} in its place"
+        )
 
 
 def _parameters(made: Any) -> list[str]:

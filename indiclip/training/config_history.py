@@ -6,8 +6,7 @@ stays, or `--override` says that it may change. The optimizer's values, which ta
 fast and where a run trains may change. Every change is listed at the start.
 """
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,41 @@ import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
-from indiclip import json_lines
+from indiclip import __version__, json_lines
+from indiclip.config_files import read_config
+from indiclip.datasets.base import fingerprint
 from indiclip.loading.source import keyed
-from indiclip.names import shorten
-from indiclip.old_names import translate_config
+from indiclip.masking import mask
+from indiclip.names import differences
 from indiclip.training.fault_tolerance.ranks import folder_of
+from indiclip.training.portable_config import PortableConfig
 
 _RULE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 _DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW"}
 _OVERRIDE = "--override true trains on with the new ones"
 _FOUND = "train_samples"  # in a checkpoint
+_HEADER = f"# indiclip=={__version__}\n"
 
 
 class ConfigHistory(SaveConfigCallback):
-    """Saves the config after the first step that it made, and in checkpoints what it found to train on."""
+    """Saves the config after the first step that it made, and in checkpoints what it found to train on.
+
+    Args:
+        parser: Of the command.
+        config: As it was parsed.
+        portable: The config for the run's folder.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, portable: PortableConfig) -> None:
+        super().__init__(parser, config)
+        self.portable = portable
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.portable.copy_files()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_FOUND] = _found(trainer)
@@ -43,7 +60,7 @@ class ConfigHistory(SaveConfigCallback):
             ValueError: They are not those of the checkpoint's run, and `override` is not set.
         """
         now = _found(trainer)
-        lines = [line for _, line in _changes(checkpoint.get(_FOUND, now), now)]
+        lines = [line for _, line in differences(checkpoint.get(_FOUND, now), now)]
         if lines and not self.config["override"]:
             raise ValueError(f"--ckpt_path: its run read other samples: {'; '.join(lines)}; {_OVERRIDE}")
         if lines and trainer.is_global_zero:
@@ -57,7 +74,7 @@ class ConfigHistory(SaveConfigCallback):
             return
         self.already_saved = True
         file, before = self._folder / "config.yaml", self._folder / f"config-{self._began}.yaml"
-        saved = dump(self.parser, self.config)
+        saved = _HEADER + yaml.safe_dump(self.portable.tree, sort_keys=False, allow_unicode=True)
         if file.is_file() and self._began and not before.exists():  # else it made no step that counts
             if file.read_text(encoding="utf-8") == saved:
                 return
@@ -65,11 +82,13 @@ class ConfigHistory(SaveConfigCallback):
         json_lines.write_whole(file, saved.encode())
 
 
-def dump(parser: LightningArgumentParser, config: Any) -> str:
-    """The config as YAML, without what is of one start only."""
+def plain(parser: LightningArgumentParser, config: Any) -> Any:
+    """The config as mappings, lists and values, without what is of one start only."""
     kept = config.clone()
-    kept["ckpt_path"], kept["override"] = None, False
-    return str(parser.dump(kept, skip_none=False))
+    for key in _RULE["of_this_start"]:
+        if key in kept:
+            kept[key] = parser.get_default(key)
+    return yaml.safe_load(parser.dump(kept, skip_none=False))
 
 
 def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
@@ -81,18 +100,20 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
     Raises:
         ValueError: A value that makes up a training step has changed, and `override` is not set.
     """
-    file = Path(config["ckpt_path"]).resolve().parent.parent / "config.yaml"
+    folder = Path(config["ckpt_path"]).resolve().parent.parent
+    file = folder / "config.yaml"
     if not file.is_file():
         return []
     try:
-        was = parser.parse_object(translate_config(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        was = parser.parse_object(read_config(file))
     except Exception as error:
         raise ValueError(f"{file}: not a config of this version, so nothing can be compared: {error}") from error
-    old, new = (yaml.safe_load(dump(parser, tree)) for tree in (was, config))
+    # Both as that run's folder would hold them, so that a path written in another way is no change.
+    old, new = (PortableConfig(plain(parser, tree), None, folder).tree for tree in (was, config))
     before, now = ((tree["model"]["optimizer"] or _DEFAULT_OPTIMIZER)["class_path"] for tree in (old, new))
     if before != now:
         raise ValueError(f"model.optimizer: {now} cannot go on from the moments of {before}")
-    changes = {key: line for key, line in _changes(old, new) if not _is_under(key, _RULE["of_this_start"])}
+    changes = {key: mask(line) for key, line in differences(old, new) if not _is_under(key, _RULE["of_this_start"])}
     lines = list(changes.values())
     refused = [key for key in changes if _is_under(key, _RULE["step"]) and not _is_under(key, _RULE["not_of_step"])]
     if refused and not config["override"]:
@@ -104,25 +125,9 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
 
 
 def _found(trainer: Trainer) -> dict[str, dict[str, int]]:
-    """How many samples each source trains on, and a sum over the keys of about a thousand of them."""
-    found = {}
-    for name, source in keyed("data.train", trainer.datamodule.train).items():  # type: ignore[attr-defined]
-        size, key_of = len(source.dataset), source.dataset.key
-        keys = [key_of(index) for index in range(0, size, 1 + size // 1000)]
-        found[name] = {"samples": size, "crc32_of_keys": zlib.crc32(repr(keys).encode())}
-    return found
-
-
-def _changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Where two configs differ, as deep as they are of the same classes: the dotted key, and a line about it."""
-    if isinstance(old, dict) and isinstance(new, dict) and old.get("class_path") == new.get("class_path"):
-        for name in [*old, *(new.keys() - old.keys())]:
-            yield from _changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for number, pair in enumerate(zip(old, new, strict=True)):
-            yield from _changes(*pair, f"{key}[{number}]")
-    elif old != new:
-        yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
+    """The samples that each source trains on, see `fingerprint`."""
+    sources = keyed("data.train", trainer.datamodule.train)  # type: ignore[attr-defined]
+    return {name: fingerprint(source.dataset) for name, source in sources.items()}
 
 
 def _is_under(key: str, paths: Iterable[str]) -> bool:

@@ -17,6 +17,7 @@ from indiclip.evals.pages.page import readable
 from indiclip.evals.pages.report import held_out, held_out_pictures, metric_names, write_report
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.masking import mask
 from indiclip.module import Batches, MultiTask
 from indiclip.training.fault_tolerance.ranks import folder_of
 
@@ -119,7 +120,7 @@ class RunRecord(Callback):
             "quarantined": len(quarantined),
             "nonfinite_steps": len(json_lines.read(self._folder / "nonfinite.jsonl")),
         }
-        metrics = (json.dumps(record, indent=2) + "\n").encode()
+        metrics = (mask(json.dumps(record, indent=2)) + "\n").encode()
         record |= {"history": read_history(self._folder), "quarantined": quarantined, "data": data.inventories()}
         batches = data.first_val_batches(self.pictures)
         write_report(self._folder, self._folder.name, record, held_out_pictures(pl_module, batches, self.pictures))

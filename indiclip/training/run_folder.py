@@ -17,6 +17,7 @@ from indiclip.names import nearest_beside
 from indiclip.training.fault_tolerance.manifest import NAME, last_saved, newest_good, saved_at, unlisted, what_is_wrong
 
 _locks: list[IO[str]] = []  # open while a run goes on
+_SAVED = re.compile(r"config(-\d+)?\.yaml")  # of a run, see `config_history`
 _CHECKPOINT_WORDS = ("best", "hpc", "registry")  # which Lightning looks up itself
 
 
@@ -40,7 +41,7 @@ def run_folder(config: Any, subcommand: str, trial: bool = False) -> Path:
         return Path(tempfile.mkdtemp(prefix="indiclip-"))
     if folder is not None:
         return folder
-    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    root, name = _root_and_name(config, subcommand)
     if starts_or_goes_on:
         return _begin(root, name)
     return _new_folder(root, name)
@@ -101,12 +102,18 @@ def remove_unused(folder: Path, trial: bool, is_new: bool) -> None:
             folder.rmdir()  # if it is empty
 
 
-def _run_name(config: Any, subcommand: str) -> str:
-    files = config_files(sys.argv[1:])
-    name = config.get("name") or (Path(files[0]).stem if files else subcommand)
+def _root_and_name(config: Any, subcommand: str) -> tuple[Path, str]:
+    """The folder of all runs, and the run's name: those of the run whose folder the first config lies in, if any."""
+    files = [Path(file).resolve() for file in config_files(sys.argv[1:])]
+    root, name = Path(config["runs"]), str(config.get("name") or (files[0].stem if files else subcommand))
+    is_of_run = files and _SAVED.fullmatch(files[0].name) and (files[0].parent / "checkpoints").is_dir()
+    if is_of_run and not config.get("name"):
+        name = files[0].parent.name
+        if config.get("ckpt_path") == "last" and config["runs"] == "runs":
+            root = files[0].parent.parent
     if "/" in name or name in ("", ".", ".."):
         raise ValueError(f"--name: {name!r} must be a plain folder name")
-    return str(name)
+    return root, name
 
 
 def _folder_of_checkpoint(config: Any, subcommand: str) -> Path | None:
@@ -148,7 +155,7 @@ def _newest_run(config: Any, subcommand: str) -> Path | None:
     Raises:
         ValueError: There are checkpoints, but none is provably whole.
     """
-    root, name = Path(config["runs"]), _run_name(config, subcommand)
+    root, name = _root_and_name(config, subcommand)
     torn: list[str] = []
     for folder in _runs(root, name):
         file, step, passed_over = newest_good(folder / "checkpoints")

@@ -7,7 +7,13 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning import Callback
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    ProgressBar,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from indiclip.names import check_range
@@ -86,6 +92,7 @@ def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins) and _saves_one_file(config.get("strategy")):
         options["plugins"] = [*plugins, DurableCheckpointIO()]
     given = listed(config.get("callbacks"))
+    _check_callbacks(given)
     _place_checkpoints(given, folder / "checkpoints")
     # CheckMonitors before the callbacks that look for their monitor. RunRecord before StepSync, which may end the run
     # after a step that is to be recorded.
@@ -105,6 +112,16 @@ def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial
         if not any(isinstance(other, kind) for other in given):
             options["callbacks"].append(callback)
     return options
+
+
+def _check_callbacks(callbacks: list[Callback]) -> None:
+    """Refuse those of Lightning that know nothing of the optimizer's groups here."""
+    for callback in callbacks:
+        if isinstance(callback, BaseFinetuning):
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__} adds groups to the optimizer, which schedule and resume "
+                "do not know; expected model.freeze, and for what is trained later another run from the weights"
+            )
 
 
 def listed(value: Any) -> list[Any]:

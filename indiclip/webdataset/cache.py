@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from urllib.parse import urlsplit
 
 from indiclip.datasets.tables import stable_hash
+from indiclip.masking import mask, without_secrets
 from indiclip.names import shorten
 
 SUFFIX = re.compile(r"\.(tar|tar\.gz|tgz)$")
@@ -59,10 +59,7 @@ def is_copied(url: str) -> bool:
 
 def shown(url: str) -> str:
     """A URL for messages, without a password or a signature."""
-    if not is_remote(url):
-        return url
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return without_secrets(url) if is_remote(url) else url
 
 
 def stem(url: str) -> str:
@@ -102,7 +99,7 @@ def _reason(error: FileNotFoundError) -> str:
     cause = error.__cause__
     if status := getattr(cause, "status", None):  # the answer's own text has the whole URL, a signature too
         return f"the server answers {status} {getattr(cause, 'message', '')}"
-    return str(cause or error.strerror or "no such file")
+    return mask(str(cause or error.strerror or "no such file"))
 
 
 def folder() -> Path:
@@ -147,7 +144,9 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
     except (NoCopy, ValueError, FileNotFoundError):
         raise
     except OSError as error:  # of the folder, as when it is another user's
-        raise NoCopy(f"{shown(url)}: no copy could be made in {target.parent} (INDICLIP_CACHE): {error}") from error
+        raise NoCopy(
+            f"{shown(url)}: no copy could be made in {target.parent} (INDICLIP_CACHE): {mask(str(error))}"
+        ) from error
     return target
 
 
@@ -218,7 +217,7 @@ def _copy(url: str, version: Stat, part: Path) -> None:
             is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             if wait is None or is_full or not is_remote(url):
                 raise NoCopy(
-                    f"{shown(url)}: no copy could be made in {part.parent} (INDICLIP_CACHE): {error}"
+                    f"{shown(url)}: no copy could be made in {part.parent} (INDICLIP_CACHE): {mask(str(error))}"
                 ) from error
             time.sleep(wait)
 
@@ -233,7 +232,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:  # the package of a protocol is not installed; an unknown protocol
-        raise ValueError(f"{shown(url)}: {error}") from error
+        raise ValueError(f"{shown(url)}: {mask(str(error))}") from error
     return filesystem, path
 
 

@@ -49,9 +49,11 @@ class Embedder(Protocol):
         name: For tables.
         lengths: Embedding lengths to score, ascending; the last is the full one.
         embeds_text: Whether `embed_texts` works.
+        weights: Which weights of a run they are, in words; empty where there is nothing to choose.
     """
 
     name: str
+    weights: str
     lengths: list[int]
     embeds_text: bool
 
@@ -95,6 +97,7 @@ class EncoderEmbedder:
         self, encoder: Encoder, name: str, precision: Precision = "fp32", lengths: Sequence[int] | None = None
     ) -> None:
         check_choice("precision", precision, _AUTOCAST)
+        self.weights = next(iter(encoder.initialised), "")
         self.encoder, self.name, self.precision = encoder, name, precision
         self.lengths = encoder.lengths if lengths is None else with_full_length(lengths, encoder.embed_dim)
         self._preprocessing, self._max_tokens = encoder.backbone.preprocessing, encoder.backbone.max_tokens
@@ -181,6 +184,7 @@ def load_embedder(
     precision: Precision = "fp32",
     lengths: Sequence[int] | None = None,
     trust_code: bool = False,
+    weights: str = "auto",
 ) -> Embedder:
     """The model that `--model` names, from local files.
 
@@ -202,6 +206,7 @@ def load_embedder(
         precision: `bf16` or `fp16` compute under autocast.
         lengths: Embedding lengths to score beside the full one, instead of those that our models were trained for.
         trust_code: See `indiclip.checkpoint.load`.
+        weights: Of a run, see `indiclip.checkpoint.load`.
 
     Raises:
         FileNotFoundError: No such file or folder, or one that a model lacks.
@@ -211,7 +216,9 @@ def load_embedder(
     place = _device(device)
     library, name = library_of(model)
     if library == "indiclip":
-        return EncoderEmbedder(checkpoint.load(name, place, trust_code), model, precision, lengths)
+        return EncoderEmbedder(checkpoint.load(name, place, trust_code, weights), model, precision, lengths)
+    if weights not in ("auto", "last"):
+        raise ValueError(f"--weights {weights}: {model} is no run of ours and has one set of weights; expected last")
     from indiclip.evals.models.external_loading import LOADERS
     from indiclip.evals.models.external_models import Options
 

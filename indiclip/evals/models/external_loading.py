@@ -13,17 +13,11 @@ import torch
 
 from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
 from indiclip.names import check_choice, did_you_mean
+from indiclip.pretrained.hub import HUB
 from indiclip.pretrained.model_names import read_config
-
-HUB = "hf-hub:"  # what comes behind is downloaded
-MODEL_TYPES = ("clip", "siglip", "siglip2", "metaclip_2")  # of transformers
-_TOKENIZER_FILES = (
-    ("tokenizer.json",),
-    ("vocab.json", "merges.txt"),
-    ("spiece.model",),
-    ("tokenizer.model",),
-    ("sentencepiece.bpe.model",),
-)
+from indiclip.pretrained.open_clip_source import check_open_clip_folder
+from indiclip.pretrained.transformers_files import check_tokenizer
+from indiclip.pretrained.transformers_models import MODEL_TYPES
 
 
 def load_open_clip(what: str, name: str, options: Options) -> ExternalModel:
@@ -68,14 +62,8 @@ def _hub_parts(source: str) -> list[str]:
 
 
 def _check_open_clip_folder(folder: Path) -> None:
-    file = folder / "open_clip_config.json"
-    config = read_config(file)
-    if "text_cfg" not in config.get("model_cfg", {}):
-        raise ValueError(f"{file}: expected `model_cfg` with `vision_cfg` and `text_cfg`")
-    if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
-        raise FileNotFoundError(f"{folder}: found no weights; expected open_clip_model.safetensors")
-    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
-        _check_tokenizer(folder)
+    if check_open_clip_folder(folder)["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        check_tokenizer(folder)
 
 
 def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, Any]:
@@ -142,14 +130,7 @@ def _check_transformers_folder(folder: Path, name: str) -> None:
         raise FileNotFoundError(f"{folder}: found {pickled or 'no weights'}; expected model.safetensors")
     if not names & {"preprocessor_config.json", "processor_config.json"}:
         raise FileNotFoundError(f"{folder}: found no image processor; expected preprocessor_config.json")
-    _check_tokenizer(folder)
-
-
-def _check_tokenizer(folder: Path) -> None:
-    """Raise FileNotFoundError where there is none: transformers would make up one of three words."""
-    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
-        expected = ", or ".join(" with ".join(names) for names in _TOKENIZER_FILES)
-        raise FileNotFoundError(f"{folder}: found no tokenizer; expected {expected}")
+    check_tokenizer(folder)
 
 
 def load_timm(what: str, name: str, options: Options) -> ExternalModel:

@@ -49,6 +49,7 @@ class ExternalModel(ABC):
     """
 
     embeds_text = True
+    weights = ""
 
     def __init__(self, name: str, model: Any, transform: Any, options: Options) -> None:
         self.name, self._transform = name, transform

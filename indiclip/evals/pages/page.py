@@ -12,6 +12,7 @@ from PIL import Image
 
 from indiclip import json_lines
 from indiclip.evals.pages import formatting
+from indiclip.masking import mask
 
 
 def write_page(file: Path, template: str, **values: Any) -> Path:
@@ -29,7 +30,8 @@ def write_page(file: Path, template: str, **values: Any) -> Path:
         OSError: The disk is full, or the folder cannot be written to.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    json_lines.write_whole(file, TEMPLATES.get_template(template).render(values).encode(errors="replace"))
+    page = mask(TEMPLATES.get_template(template).render(values))
+    json_lines.write_whole(file, page.encode(errors="replace"))
     return file
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from indiclip.loading.workers import Workers, kill_workers, living_workers, own_reading
+from indiclip.masking import mask
 from indiclip.training.fault_tolerance.ranks import folder_of
 
 _FRAMES = 5  # innermost ones that a line on stderr shows; the file has all
@@ -132,7 +133,7 @@ class Watchdog(Callback):
             since = self._since
             if time.monotonic() - since < self.timeout_seconds * 2**self._reports:
                 continue
-            brief, whole = self._report()
+            brief, whole = map(mask, self._report())
             with self._lock:
                 if since != self._since:  # a step ended while the workers were asked
                     continue

@@ -1,0 +1,69 @@
+"""`indiclip export`: an encoder for another library, with a proof."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.utils import logging
+
+from indiclip.export.exporter import Refused, export
+from indiclip.export.source import open_source
+from indiclip.export.target import find_target
+
+_MISTAKE = 2
+
+
+def run(
+    source: str,
+    to: str,
+    out: Path,
+    weights: str,
+    length: int | None,
+    allow_loss: bool,
+    licence: str,
+    trust_code: bool,
+) -> int:
+    """Returns the exit status."""
+    find_target(to)  # before anything is read
+    with _quiet():
+        opened = open_source(source, weights, length, trust_code)
+        print(f"weights: {opened.chosen}")
+        try:
+            record = export(opened, to, out, allow_loss, licence)
+        except Refused as refused:
+            for line in refused.lines:
+                print(f"indiclip export: {line}", file=sys.stderr)
+            return _MISTAKE
+    for case, measured in record["image"].items():
+        print(f"  image, {case}: {_in_words(measured)}")
+    if "text" in record:
+        print(f"  texts: {_in_words({'embedding': record['text']})}")
+    for note in (*record["losses"], *record["notes"]):
+        print(f"  note: {note}")
+    kept = "within" if record["within_bound"] else "MORE THAN"
+    print(f"{out}: {to}, {record['largest_difference']:.1e} at most, {kept} the bound of {record['bound']:.0e}")
+    return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what other libraries say; what matters is measured."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _in_words(measured: dict[str, object]) -> str:
+    if "cannot" in measured:
+        return f"not compared: {measured['cannot']}"
+    rows = [row for row in measured.values() if isinstance(row, dict)]
+    difference, cosine = max(row["difference"] for row in rows), min(row["cosine"] for row in rows)
+    return f"{difference:.1e} apart, cosine {cosine:.7f}"

@@ -1,0 +1,126 @@
+"""The model card of an exported folder, `README.md`.
+
+Its words are ours. What is not known is said to be unknown.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from indiclip.export.source import Source
+
+_UNKNOWN_LICENCE = "Not stated. It depends on the data below and on the weights that the run began with."
+_PLAIN_METRIC = re.compile(r"(val|eval)/[^/]+/[^/]+")  # without those by language
+_SHOWN = 40
+_CARD = """\
+---
+library_name: {library}
+tags: [indiclip, vision-encoder]
+---
+
+# {title}
+
+An image{sides} encoder trained with IndiCLIP, written for {to}. From {weights}.
+
+## How to load
+
+```python
+{usage}
+```
+
+## How close it is
+
+`parity.json` compares this folder, opened by the other library, with the encoder that was trained: at most
+{difference:.1e} apart ({bound}), by case.
+{notes}
+## Data
+
+{data}
+
+## Scores
+
+{scores}
+
+## Licence
+
+{licence}
+"""
+
+
+def write_card(folder: Path, source: Source, usage: str, record: dict[str, Any], licence: str) -> None:
+    """Write `README.md`.
+
+    Args:
+        folder: That is exported.
+        source: What is exported.
+        usage: Python lines that load it.
+        record: What `parity.json` holds.
+        licence: As the user named it.
+    """
+    title = source.run.name if source.run else Path(source.origin).name
+    notes = [f"- {note}" for note in (*record["losses"], *record["notes"])]
+    bound = "the bound is {bound:.0e}" if record["within_bound"] else "more than the bound of {bound:.0e}"
+    card = _CARD.format(
+        library="timm" if record["to"] == "timm" else "open_clip" if record["to"] == "open_clip" else "transformers",
+        title=title,
+        sides=" and text" if "text" in record else "",
+        to=record["to"],
+        weights=_plain(source.chosen),
+        usage=usage,
+        difference=record["largest_difference"],
+        bound=bound.format(bound=record["bound"]),
+        notes="\n" + "\n".join(notes) + "\n" if notes else "",
+        data="\n".join(_data(source.run)),
+        scores="\n".join(_scores(source.run)),
+        licence=licence or _UNKNOWN_LICENCE,
+    )
+    folder.joinpath("README.md").write_text(card, "utf-8")
+
+
+def _data(run: Path | None) -> Iterator[str]:
+    """A line for each source that the run trained on."""
+    if run is None:
+        yield "Unknown: these are no weights of a run."
+        return
+    config = yaml.safe_load((run / "config.yaml").read_text("utf-8")) or {}
+    train = (config.get("data") or {}).get("train") or []
+    for source in train:
+        dataset = source.get("dataset") or {}
+        settings = ", ".join(
+            f"{key} {_plain(value)}" for key, value in (dataset.get("init_args") or {}).items() if value
+        )
+        kind = str(dataset.get("class_path", "?")).rpartition(".")[2]
+        yield f"- {source.get('task')}: {kind}" + (f" ({settings})" if settings else "")
+    if not train:
+        yield "The run's config.yaml names none."
+
+
+def _scores(run: Path | None) -> Iterator[str]:
+    """A table of what the run scored on held-out data."""
+    file = run / "metrics.json" if run else None
+    if file is None or not file.is_file():
+        yield "None: the run left no metrics.json."
+        return
+    record = json.loads(file.read_text("utf-8"))
+    rows = {
+        name: value
+        for name, value in (record.get("metrics") or {}).items()
+        if _PLAIN_METRIC.fullmatch(name) and isinstance(value, int | float)
+    }
+    yield f"On held-out data, after step {record.get('step')}:"
+    yield ""
+    yield "| metric | value |"
+    yield "|---|---|"
+    for name in list(rows)[:_SHOWN]:
+        yield f"| {name} | {rows[name]:.4g} |"
+    if len(rows) > _SHOWN:
+        yield f"| {len(rows) - _SHOWN} more in the run's metrics.json | |"
+
+
+def _plain(value: Any) -> str:
+    """Without folders of this machine, queries and user names of addresses."""
+    return " ".join(re.split(r"[?#]", word)[0].rpartition("/")[2] or word for word in str(value).split())

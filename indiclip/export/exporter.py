@@ -1,0 +1,90 @@
+"""From an encoder to a folder of another library: written beside its place, proved, and put in it, or nothing."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from indiclip.export.card import write_card
+from indiclip.export.parity import measure
+from indiclip.export.source import Source
+from indiclip.export.target import Loss, Target, find_target, who_could
+
+
+class Refused(ValueError):
+    """An encoder that does not fit a target.
+
+    Args:
+        lines: A line for each reason.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = list(lines)
+
+
+def export(source: Source, to: str, out: Path, allow_loss: bool = False, licence: str = "") -> dict[str, Any]:
+    """Write a model for another library.
+
+    Args:
+        source: What is exported.
+        to: A target, see `indiclip.export.target.target_names`.
+        out: The folder; not there, or empty.
+        allow_loss: Also where the other library computes something else, as far as that is measured.
+        licence: For the card; empty is said to be unknown.
+
+    Returns:
+        What `parity.json` holds.
+
+    Raises:
+        Refused: It does not fit.
+        ValueError: The other library gives other numbers than the bound allows.
+        OSError: The folder holds something, or cannot be written.
+    """
+    target = find_target(to)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FileExistsError(f"{out}: is there already and holds something; expected a new or empty folder")
+    losses = target.check(source.encoder)
+    refusing = [loss for loss in losses if not (loss.is_degree and allow_loss)]
+    if refusing:
+        raise Refused(_reasons(source, to, refusing))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        record = _write(target, to, source, part, out, losses, licence)
+        if not record["within_bound"] and not allow_loss:
+            raise ValueError(
+                f"--to {to}: differs by {record['largest_difference']:.1e}; expected at most {record['bound']:.0e} "
+                "(--allow-loss writes it nevertheless)"
+            )
+        part.chmod(0o755)
+        part.replace(out)
+    except SafetensorError as error:  # a full disk, mostly
+        raise OSError(f"{out}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return record
+
+
+def _write(
+    target: Target, to: str, source: Source, part: Path, out: Path, losses: list[Loss], licence: str
+) -> dict[str, Any]:
+    target.write(source.encoder, part, out)
+    record = {"to": to, "from": source.origin, "weights": source.chosen}
+    record |= measure(target, source.encoder, target.reload(source.encoder, part)) | {
+        "losses": [loss.reason for loss in losses]
+    }
+    part.joinpath("parity.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_card(part, source, target.usage.format(out=out.name), record, licence)
+    return record
+
+
+def _reasons(source: Source, to: str, losses: list[Loss]) -> list[str]:
+    lines = [f"--to {to}: {loss.reason}" + (" (--allow-loss)" if loss.is_degree else "") for loss in losses]
+    if all(loss.is_degree for loss in losses):
+        return [*lines, "--allow-loss writes it and measures the loss"]
+    return [*lines, who_could(source.encoder, to)]

@@ -1,0 +1,87 @@
+"""LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): adapters beside frozen weights of a tower, through `peft`."""
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from indiclip.names import check_choice, check_range, did_you_mean
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
+
+
+@dataclass
+class LoRA:
+    """Which adapters a tower gets.
+
+    Args:
+        r: Rank of the adapters.
+        alpha: The adapters' product is scaled by alpha / r.
+        dropout: Of the adapters' input, in training.
+        towers: `image`, `text` or both.
+        targets: Last parts of the names of the linear layers that get one, e.g. `[qkv, proj]`; None is every linear
+            layer of the towers' blocks.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    towers: list[str] = field(default_factory=lambda: ["image", "text"])
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_range({"encoder.lora.r": self.r}, 1)
+        check_range({"encoder.lora.alpha": self.alpha})
+        check_range({"encoder.lora.dropout": self.dropout}, 0, 1)
+        for tower in self.towers:
+            check_choice("encoder.lora.towers", tower, ("image", "text"))
+
+
+def add_lora(towers: dict[str, nn.Module], lora: LoRA) -> None:
+    """Give the towers adapters, which alone of them are trained from now on. The output stays what it was.
+
+    Args:
+        towers: `image` and `text`.
+        lora: What to add.
+
+    Raises:
+        ModuleNotFoundError: There is no `peft`.
+        ValueError: A target that no layer has.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("encoder.lora: needs the package peft (pip install peft)") from error
+    layers = {tower: _linear_layers(towers[tower]) for tower in lora.towers}
+    last_parts = {path.rpartition(".")[2] for paths in layers.values() for path in paths}
+    for target in lora.targets or []:
+        if target not in last_parts:
+            raise ValueError(f"encoder.lora.targets: no linear layer {target!r}{did_you_mean(target, last_parts)}")
+    for tower, paths in layers.items():
+        chosen = [path for path in paths if lora.targets is None or path.rpartition(".")[2] in lora.targets]
+        if not chosen:
+            raise ValueError(f"encoder.lora.towers: the blocks of {tower} have none of the linear layers asked for")
+        options = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen)  # type: ignore[arg-type]
+        inject_adapter_in_model(options, towers[tower])
+
+
+def merge_lora(module: _Module) -> _Module:
+    """A copy in which the adapters are added to the weights: plain layers, the same output, no `peft`."""
+    from peft.tuners.lora import LoraLayer
+
+    merged = copy.deepcopy(module)
+    for path, layer in [*merged.named_modules()]:
+        if isinstance(layer, LoraLayer):
+            layer.merge(safe_merge=True)  # type: ignore[operator]
+            parent, _, name = path.rpartition(".")
+            setattr(merged.get_submodule(parent), name, layer.get_base_layer())
+    return merged
+
+
+def _linear_layers(tower: nn.Module) -> list[str]:
+    return [
+        path for path, part in tower.named_modules() if isinstance(part, nn.Linear) and _IN_A_BLOCK.search(f".{path}.")
+    ]

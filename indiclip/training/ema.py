@@ -1,0 +1,161 @@
+"""An exponential moving average of the weights, beside those that are trained.
+
+Shape letters: none; every tensor is one rank's own shard of a weight.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from indiclip.lightning_internals import accumulating
+from indiclip.names import check_range
+from indiclip.pretrained.runs import AVERAGES
+
+
+class EMA(Callback):
+    """Keeps an average of every trained weight, and scores that instead of the weights.
+
+    After an optimizer step, average = decay * average + (1 - decay) * weight, in float32, of each rank's own shard;
+    nothing is gathered but for a checkpoint. The running statistics of batch norm are averaged likewise. The decay
+    grows with the number of updates t, min(decay, (1 + t) / (10 + t)), so that a short run's average is not of its
+    beginning (TensorFlow's `tf.train.ExponentialMovingAverage`, `num_updates`).
+
+    Validation, test and predict see the averages. A checkpoint has the trained weights in `state_dict`, so that a
+    resumed run is the uninterrupted one, and the averages apart; `indiclip.load` reads these, unless it is told to read
+    the `last`. A step that was skipped because it was not finite changes no weight, and counts as an update.
+
+    Args:
+        decay: Share of the old average, 0 to below 1.
+        every_n_steps: Optimizer steps from one update to the next.
+        start_step: The averages begin with the weights after this step.
+    """
+
+    def __init__(self, decay: float = 0.9999, every_n_steps: int = 1, start_step: int = 0) -> None:
+        check_range({"trainer.callbacks.EMA.decay": decay}, 0, 1)
+        check_range({"trainer.callbacks.EMA.every_n_steps": every_n_steps}, 1)
+        check_range({"trainer.callbacks.EMA.start_step": start_step})
+        self.decay, self.every_n_steps, self.start_step = decay, every_n_steps, start_step
+        self.num_updates = 0
+        self._averages: dict[str, Tensor] = {}
+        self._trained: dict[str, Tensor] | None = None  # while the averages are in the model
+        self._loaded: dict[str, Tensor] = {}
+        self._step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_loaded(pl_module)
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if accumulating(trainer) or step == self._step:
+            return
+        self._step = step
+        if step >= self.start_step and step % self.every_n_steps == 0:
+            self.update(pl_module)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the averages towards the module's weights; the first time they begin there."""
+        weights = {name: shard.float() for name, shard in _shards(module)}
+        if not self._averages:
+            self._averages = {name: weight.clone() for name, weight in weights.items()}
+            return
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        names = list(self._averages)
+        torch._foreach_lerp_([self._averages[name] for name in names], [weights[name] for name in names], 1 - decay)
+        self.num_updates += 1
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._take_loaded(pl_module)
+            if self._averages and trainer.is_global_zero:
+                print(f"scored are the averaged weights, of {self.num_updates:,} updates")
+        self._swap_in(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """On all ranks, which put their shards together."""
+        weights = pl_module.state_dict()
+        if self._trained is not None:  # a checkpoint in the middle of a validation
+            for name, trained in self._trained.items():
+                checkpoint["state_dict"][name] = _whole(trained, weights[name])
+        if self._averages:
+            averages = {name: _whole(average, weights[name]) for name, average in self._averages.items()}
+            checkpoint[AVERAGES] = {"num_updates": self.num_updates, "state_dict": averages}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if AVERAGES in checkpoint:
+            self._loaded = checkpoint[AVERAGES]["state_dict"]
+            self.num_updates = checkpoint[AVERAGES]["num_updates"]
+
+    def _take_loaded(self, module: nn.Module) -> None:
+        """The averages of a checkpoint, of those weights that are averaged now."""
+        if not self._loaded:
+            return
+        weights = module.state_dict()
+        self._averages = {
+            name: _shard_like(self._loaded[name], weights[name]).to(shard.device, torch.float32).clone()
+            for name, shard in _shards(module)
+            if name in self._loaded
+        }
+        self._averages |= {n: s.float().clone() for n, s in _shards(module) if n not in self._averages}
+        self._loaded = {}
+
+    @torch.no_grad()
+    def _swap_in(self, module: nn.Module) -> None:
+        if not self._averages or self._trained is not None:
+            return
+        self._trained = {name: shard.clone() for name, shard in _shards(module)}
+        for name, shard in _shards(module):
+            shard.copy_(self._averages[name])
+
+    @torch.no_grad()
+    def _swap_out(self, module: nn.Module) -> None:
+        if self._trained is None:
+            return
+        for name, shard in _shards(module):
+            shard.copy_(self._trained[name])
+        self._trained = None
+
+
+def _shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of each trained weight and of batch norm's statistics; writing to it changes the module."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+    for path, part in module.named_modules():
+        if isinstance(part, _BatchNorm) and part.track_running_stats and part.running_mean is not None:
+            yield f"{path}.running_mean", part.running_mean
+            assert part.running_var is not None
+            yield f"{path}.running_var", part.running_var
+
+
+def _whole(shard: Tensor, like: Tensor) -> Tensor:
+    """All ranks' shards of a weight as one tensor, on the CPU."""
+    if isinstance(like, DTensor):
+        shard = DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+        shard = shard.full_tensor()
+    return shard.detach().cpu()
+
+
+def _shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor."""
+    if isinstance(like, DTensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements).to_local()
+    return whole

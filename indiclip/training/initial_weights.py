@@ -1,0 +1,48 @@
+"""Weights to begin with are not needed again where a checkpoint gives all of them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from indiclip.old_names import translate_config
+
+
+def leave_out_initial_weights(model: Any, checkpoint: Path) -> None:
+    """Make the encoder's config, in place, one that builds the same architecture from nothing but itself.
+
+    Args:
+        model: The config's `model`.
+        checkpoint: What the weights come from: a file, or a folder of shards.
+    """
+    encoder = model["encoder"]["init_args"]
+    if encoder.get("init_from"):
+        encoder["init_from"] = None
+        for name, value in _saved_encoder(checkpoint).items():
+            if encoder.get(name) is None:  # which came along with the weights
+                encoder[name] = value
+    backbone, text = (_arguments(encoder, part) for part in ("backbone", "text"))
+    if backbone.get("pretrained"):
+        backbone["pretrained"] = False  # the architecture goes by the model's name
+    if text.get("pretrained"):
+        text["pretrained"], text["architecture"] = None, _architecture(checkpoint)
+
+
+def _arguments(encoder: Any, part: str) -> Any:
+    return (encoder.get(part) or {}).get("init_args") or {}
+
+
+def _architecture(checkpoint: Path) -> dict[str, Any]:
+    """Of the text tower that a checkpoint holds."""
+    architecture: dict[str, Any] = _saved_encoder(checkpoint)["text"]["init_args"]["architecture"]
+    return architecture
+
+
+def _saved_encoder(checkpoint: Path) -> dict[str, Any]:
+    """The arguments of a checkpoint's encoder."""
+    file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if "encoder" not in saved:
+        raise ValueError(f"--ckpt_path: {file} is no checkpoint of IndiCLIP; expected the entry 'encoder'")
+    found: dict[str, Any] = translate_config(saved["encoder"])
+    return found

@@ -1,0 +1,140 @@
+"""The average of the weights: its numbers, what is scored and kept, and that training goes on exactly."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import on_ranks
+from test_cli import config, fit
+from torch import nn
+
+import indiclip
+from indiclip.training.cli import run
+from indiclip.training.ema import EMA
+
+CALLBACK = {"class_path": "indiclip.training.ema.EMA", "init_args": {"decay": 0.5}}
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).requires_grad_(False))
+
+
+def moved(module, seed):
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.copy_(torch.randn_like(parameter))
+    module[1].running_mean.copy_(torch.randn(4))
+
+
+def test_the_average_is_that_of_the_formula():
+    """By hand, in float64: decays 1/10, 2/11, 3/12, then the bound of 0.25; frozen weights are not averaged."""
+    module, ema = model(), EMA(decay=0.24)
+    names = ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
+    ema.update(module)
+    expected = {name: module.state_dict()[name].double().clone() for name in names}
+    for step, decay in enumerate([1 / 10, 2 / 11, 0.24, 0.24]):
+        moved(module, step)
+        ema.update(module)
+        for name in names:
+            expected[name] = decay * expected[name] + (1 - decay) * module.state_dict()[name].double()
+    assert sorted(ema._averages) == sorted(names)
+    for name in names:
+        torch.testing.assert_close(ema._averages[name].double(), expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_averages_of_half_precision_weights_are_in_single():
+    module, ema = model().to(torch.bfloat16), EMA(decay=0.9999)
+    ema.update(module)
+    ema.num_updates = 10**6
+    module[0].weight.data += 1
+    before = ema._averages["0.weight"].clone()
+    ema.update(module)
+    assert ema._averages["0.weight"].dtype == torch.float32
+    assert (ema._averages["0.weight"] != before).all()  # bfloat16 would have lost a change of 1e-4
+
+
+def run_config(steps=4):
+    tree = config(model__lr_schedule={"class_path": "indiclip.optim.Constant"}, model__warmup_steps=1)
+    tree["trainer"]["callbacks"] = [copy.deepcopy(CALLBACK)]
+    tree["trainer"]["max_steps"] = steps
+    return tree
+
+
+def test_a_run_scores_and_keeps_the_averages_and_trains_as_without_them(tmp_path, capsys):
+    with_ema, plain = run_config(), run_config()
+    del plain["trainer"]["callbacks"]
+    for name, tree in (("ema", with_ema), ("plain", plain)):
+        assert fit(tmp_path, tree, "--name", name) == 0
+    saved = {
+        name: torch.load(tmp_path / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("ema", "plain")
+    }
+    for name, tensor in saved["plain"]["state_dict"].items():
+        assert torch.equal(tensor, saved["ema"]["state_dict"][name]), name
+    averages = saved["ema"]["averages"]["state_dict"]
+    averaged, last = (indiclip.load(tmp_path / "runs" / "ema", weights=which) for which in ("auto", "last"))
+    assert torch.equal(averaged.image_projection.weight, averages["encoder.image_projection.weight"])
+    assert torch.equal(last.image_projection.weight, saved["ema"]["state_dict"]["encoder.image_projection.weight"])
+    assert not torch.equal(averaged.image_projection.weight, last.image_projection.weight)
+    assert averaged.initialised[0].endswith("step 4, averaged weights of 3 updates")
+    scores = {name: json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["metrics"] for name in saved}
+    assert any(scores["ema"][name] != scores["plain"][name] for name in scores["plain"] if name.startswith("val/"))
+    with pytest.raises(ValueError, match="has no averaged weights"):
+        indiclip.load(tmp_path / "runs" / "plain", weights="ema")
+    capsys.readouterr()
+    folder = tmp_path / "runs" / "ema"
+    assert run(["validate", "--config", str(folder / "config.yaml"), "--ckpt_path", str(folder)]) == 0
+    assert "scored are the averaged weights, of 3 updates" in capsys.readouterr().out
+
+
+def test_a_resumed_run_has_the_weights_and_averages_of_the_uninterrupted_one(tmp_path):
+    assert fit(tmp_path, run_config(6), "--name", "whole") == 0
+    for steps in (3, 6):
+        assert fit(tmp_path, run_config(steps), "--name", "parts", "--ckpt_path", "last") == 0
+    files = [tmp_path / "runs" / name / "checkpoints" / "last.ckpt" for name in ("whole", "parts")]
+    one, other = (torch.load(file, weights_only=True) for file in files)
+    assert one["averages"]["num_updates"] == other["averages"]["num_updates"]
+    for part in ("state_dict", "averages"):
+        left, right = (saved[part] if part == "state_dict" else saved[part]["state_dict"] for saved in (one, other))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_shards_are_averaged_apart_and_saved_whole(tmp_path):
+    """Two gloo ranks with a DTensor each: the sum of their work is that of one process."""
+
+    def work(rank):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+        mesh = init_device_mesh("cpu", (2,))
+        module = nn.Linear(3, 4, bias=False)
+        torch.manual_seed(1)
+        weights = [torch.randn(4, 3) for _ in range(3)]
+        module.weight = nn.Parameter(distribute_tensor(weights[0], mesh, [Shard(0)]))
+        ema = EMA(decay=0.5)
+        for weight in weights:
+            with torch.no_grad():
+                module.weight.copy_(distribute_tensor(weight, mesh, [Shard(0)]))
+            ema.update(module)
+        shape = tuple(ema._averages["weight"].shape)
+        checkpoint = {"state_dict": {}}
+        module.state_dict()
+        ema.on_save_checkpoint(None, module, checkpoint)
+        whole = checkpoint["averages"]["state_dict"]["weight"]
+        again = EMA(decay=0.5)
+        again.on_load_checkpoint(None, module, checkpoint)
+        again._take_loaded(module)
+        assert torch.equal(again._averages["weight"], ema._averages["weight"])
+        assert not isinstance(whole, DTensor)
+        return shape, whole.tolist()
+
+    plain, alone = nn.Linear(3, 4, bias=False), EMA(decay=0.5)
+    torch.manual_seed(1)
+    for weight in [torch.randn(4, 3) for _ in range(3)]:
+        plain.weight.data = weight
+        alone.update(plain)
+    for shape, whole in on_ranks(2, work, tmp_path):
+        assert shape == (2, 3)
+        torch.testing.assert_close(torch.tensor(whole), alone._averages["weight"])
