@@ -334,9 +334,9 @@ class TimmBackbone(Backbone):
     def _check_kind(self) -> None:
         for part in ("feature_info", "forward_features", "forward_head", "num_features", "head_hidden_size"):
             if not hasattr(self.net, part):
+                kind = type(self.net).__name__
                 raise ValueError(
-                    f"backbone.name: {self._args['name']} is a {type(self.net).__name__} without {part}; expected a model "
-                    "of images with one map of features"
+                    f"backbone.name: {self._args['name']} is a {kind} without {part}; expected an image model with it"
                 )
 
     def _earlier_stage(self, pixels: Tensor) -> Tensor:

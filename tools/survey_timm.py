@@ -167,9 +167,9 @@ def without_gradient(backbone: Backbone) -> dict[str, Any]:
 
 def names_of(kind: str) -> Iterator[str]:
     """The names to look at, see the file's docstring."""
-    vits = {name for module in VIT_MODULES for name in timm.list_models(module=module)} | set(timm.list_models("*vit*"))
+    plain = sorted(name for module in VIT_MODULES for name in timm.list_models(module=module))
     if kind == "vit":
-        yield from sorted(vits)
+        yield from [*plain, *sorted(set(timm.list_models("*vit*")) - set(plain))]
         return
     for module in sorted(set(timm.list_modules()) - set(VIT_MODULES)):
         sizes = {}

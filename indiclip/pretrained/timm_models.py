@@ -67,11 +67,11 @@ def image_tower(
     with torch.device("meta"):
         naflex = _naflex(name, options, pixels)
         if is_naflex and naflex is not None:
-            classifying = timm.create_model(name, num_classes=1, use_naflex=True, **options).state_dict()
+            classifying = _with_classifier(name, options | {"use_naflex": True})
             converted, ignored, notes = _by_own_names(naflex.vit, tensors, classifying)
             return _tower(origin, naflex, "backbone.vit.", converted, ignored, notes)
         fixed = TimmBackbone(name, **_canvas(name, options, overlay), options=options, **pixels)
-        classifying = timm.create_model(name, num_classes=1, **options).state_dict()
+        classifying = _with_classifier(name, options)
     converted, ignored, notes = _by_own_names(fixed.net, tensors, classifying)
     backbone: NaFlexViT | TimmBackbone = fixed
     if naflex is not None:
@@ -110,6 +110,14 @@ def _naflex(name: str, options: dict[str, Any], pixels: dict[str, Any]) -> NaFle
         return NaFlexViT(name=name, options=options, **pixels)
     except ValueError:
         return None
+
+
+def _with_classifier(name: str, options: dict[str, Any]) -> set[str]:
+    """Names of the architecture's tensors with its classifier; none where it is never one."""
+    try:
+        return set(timm.create_model(name, num_classes=1, **options).state_dict())
+    except NotImplementedError:
+        return set()
 
 
 def _by_own_names(
