@@ -9,11 +9,12 @@ Shape letters: see `indiclip.types`; C channels of a feature map.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import ceil
 from typing import Any, cast, get_args
 
 import timm
 import torch
-from timm.layers.norm import LayerNorm
+from timm.layers.norm import LayerNorm, LayerNorm2d
 from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
@@ -246,15 +247,17 @@ class TimmBackbone(Backbone):
         self.net = _at_canvas(name, (canvas_hw[0], canvas_hw[1]), pretrained, dict(options or {}))
         if not is_model_in_modules(name, ["fastvit"]):  # whose backward pass crashes in this layout on the CPU
             self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
-        self._gives_tokens = hasattr(self.net, "num_prefix_tokens") or is_model_in_modules(name, ["hiera"])
         self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
         self.patch_size = patch_size
         self.max_tokens = canvas_hw[0] * canvas_hw[1] // patch_size**2
+        self._check_kind()
         stages = self.net.feature_info
         self._index = feature_index % len(stages)
         self._is_last = self._index == len(stages) - 1
         self.width, self.stride = int(stages[self._index]["num_chs"]), int(stages[self._index]["reduction"])
         self.pooled_width = self.width
+        self._is_map = True  # else a sequence of tokens
+        self._is_pooled = True
         if self._is_last:  # what comes behind the last stage (a norm, a wider convolution) is of its features
             self.width, self.pooled_width = int(self.net.num_features), int(self.net.head_hidden_size)
         else:
@@ -284,13 +287,14 @@ class TimmBackbone(Backbone):
         """Features of normalised pixels (B, 3, height, width) that fill the canvas."""
         raw = self._last_stage(pixels) if self._is_last else self._earlier_stage(pixels)
         prefix_BKD = None
-        if raw.ndim == 3:
-            prefix_BKD, tokens_BND = _split_prefix(raw, getattr(self.net, "num_prefix_tokens", 0))
-            assert self.canvas_hw is not None
-            H, W = (side // self.stride for side in self.canvas_hw)
-        else:
+        self._is_map = raw.ndim == 4
+        if self._is_map:
             H, W = raw.shape[1:3]
             tokens_BND = raw.flatten(1, 2)
+        else:
+            prefix_BKD, tokens_BND = _split_prefix(raw, getattr(self.net, "num_prefix_tokens", 0))
+            assert self.canvas_hw is not None
+            H, W = (ceil(side / self.stride) for side in self.canvas_hw)
         rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
         coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(raw.shape[0], -1, -1)
         return Features(tokens_BND, coords_BN2, None, (H, W), self.stride, prefix_BKD)
@@ -298,7 +302,45 @@ class TimmBackbone(Backbone):
     def _last_stage(self, pixels: Tensor) -> Tensor:
         """All of the model before its pooling: tokens (B, K + N, D), or a map (B, H, W, D)."""
         raw: Tensor = self.net.forward_features(pixels)
-        return raw.permute(0, 2, 3, 1) if raw.ndim == 4 and self.is_channels_first else raw
+        if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
+            found = type(raw).__name__ if not isinstance(raw, Tensor) else f"a tensor of {raw.ndim} dimensions"
+            raise ValueError(
+                f"backbone.name: {self._args['name']} gives {found}; expected one map, or one row of tokens"
+            )
+        raw = raw.permute(0, 2, 3, 1) if raw.ndim == 4 and self.is_channels_first else raw
+        return raw if self._is_pooled else self._normalised(raw)
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        """With the norms that the model has behind its pooling, for an encoder that pools by itself."""
+        for norm in (getattr(self.net, "fc_norm", None), getattr(getattr(self.net, "head", None), "norm", None)):
+            if isinstance(norm, LayerNorm2d):
+                raw = norm(raw.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            elif isinstance(norm, nn.LayerNorm):
+                raw = norm(raw)
+        return raw
+
+    def check_features(self) -> None:
+        """Raise ValueError where the model's features are neither a map nor tokens of its stride and width.
+
+        Runs the whole model: cheap on the meta device.
+        """
+        assert self.canvas_hw is not None
+        height, width = self.canvas_hw
+        raw = self._last_stage(torch.zeros(1, 3, height, width, device=self.mean_P.device))
+        num_tokens = ceil(height / self.stride) * ceil(width / self.stride) + getattr(self.net, "num_prefix_tokens", 0)
+        if raw.shape[-1] != self.width or (raw.ndim == 3 and raw.shape[1] != num_tokens):
+            raise ValueError(
+                f"backbone.name: {self._args['name']} gives features of shape {list(raw.shape[1:])}; expected "
+                f"{[num_tokens, self.width]} by its stride {self.stride} and width {self.width}"
+            )
+
+    def _check_kind(self) -> None:
+        for part in ("feature_info", "forward_features", "forward_head", "num_features", "head_hidden_size"):
+            if not hasattr(self.net, part):
+                kind = type(self.net).__name__
+                raise ValueError(
+                    f"backbone.name: {self._args['name']} is a {kind} without {part}; expected an image model with it"
+                )
 
     def _earlier_stage(self, pixels: Tensor) -> Tensor:
         (map_BDHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
@@ -315,14 +357,27 @@ class TimmBackbone(Backbone):
                 "encoder.pool: a backbone with feature_index has no pooling of its own; expected mean or attention"
             )
         raw = join_prefix(features)
-        if features.prefix_BKD is None and not self._gives_tokens:
+        if self._is_map:
             raw = raw.reshape(raw.shape[0], *features.grid_hw, -1)
             raw = raw.permute(0, 3, 1, 2) if self.is_channels_first else raw
         pooled_BD: Tensor = self.net.forward_head(raw, pre_logits=True)
         return pooled_BD
 
     def remove_pool(self) -> None:
-        self.net.prune_intermediate_layers([self._index], prune_head=True)  # stages behind it would get no gradient
+        head, fc_norm = getattr(self.net, "head", None), getattr(self.net, "fc_norm", None)
+        if hasattr(self.net, "prune_intermediate_layers"):  # stages behind it would get no gradient
+            self.net.prune_intermediate_layers([self._index], prune_head=True)
+        else:
+            self.net.reset_classifier(0, "")
+        if isinstance(head, nn.Module) and not isinstance(head, nn.Linear | nn.Identity):
+            kept = nn.Module()  # of the head only its norm, by the same name
+            kept.add_module("norm", getattr(head, "norm", None))
+            self.net.head = kept
+        if self._is_last and fc_norm is not None:
+            self.net.fc_norm = fc_norm
+        elif not self._is_last and head is not None:
+            self.net.head = nn.Identity()
+        self._is_pooled = False
 
 
 def _split_prefix(tokens: Tensor, num_prefix: int) -> tuple[Tensor | None, Tensor]:
@@ -379,8 +434,8 @@ def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFle
         raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.backbone.TimmBackbone") from error
     if not isinstance(model, NaFlexVit):
         raise ValueError(f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.backbone.TimmBackbone")
-    if model.attn_pool is not None and timm.models.is_model_in_modules(name, ["eva"]):
-        model.pool_include_prefix = True  # as timm's Eva does; its conversion to NaFlexVit forgets it
+    if model.attn_pool is not None and is_model_in_modules(name, ["eva"]):
+        model.pool_include_prefix = True  # Perception Encoder's pool attends to the class token, which timm leaves out
     return model
 
 
@@ -393,13 +448,14 @@ def _at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options:
     config = timm.get_pretrained_cfg(name)
     own_hw = config.input_size[1:] if config else canvas_hw
     create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
-    if "img_size" in options or canvas_hw == own_hw:
-        return create(**options)
     try:
-        return create(img_size=canvas_hw, **options)
-    except TypeError as error:
-        if config and config.fixed_input_size:
-            raise ValueError(
-                f"backbone.canvas_hw: found {list(canvas_hw)}; {name} takes only {list(own_hw)}"
-            ) from error
+        if "img_size" not in options and canvas_hw != own_hw:
+            try:
+                return create(img_size=canvas_hw, **options)
+            except TypeError as error:
+                if config and config.fixed_input_size:
+                    takes = f"{name} takes only {list(own_hw)}"
+                    raise ValueError(f"backbone.canvas_hw: found {list(canvas_hw)}; {takes}") from error
         return create(**options)
+    except NotImplementedError as error:
+        raise ValueError(f"backbone.name: {name} is no image model to pool from ({error})") from error

@@ -1,6 +1,7 @@
 """Image models of timm: names, files, and folders as `timm.models.push_to_hf_hub` and `save_for_hf` write them."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,23 @@ def image_tower(
     with torch.device("meta"):
         naflex = _naflex(name, options, pixels)
         if is_naflex and naflex is not None:
-            converted, ignored, notes = _by_own_names(naflex.vit, tensors)
+            classifying = _with_classifier(name, options | {"use_naflex": True})
+            converted, ignored, notes = _by_own_names(naflex.vit, tensors, classifying)
             return _tower(origin, naflex, "backbone.vit.", converted, ignored, notes)
         fixed = TimmBackbone(name, **_canvas(name, options, overlay), options=options, **pixels)
-    converted, ignored, notes = _by_own_names(fixed.net, tensors)
+        classifying = _with_classifier(name, options)
+    converted, ignored, notes = _by_own_names(fixed.net, tensors, classifying)
     backbone: NaFlexViT | TimmBackbone = fixed
     if naflex is not None:
         moved = _naflex_names(fixed.net, converted)
+        own, table = naflex.vit.embeds.pos_embed, moved.get("embeds.pos_embed")
+        if own is not None and table is not None and table.shape != own.shape:
+            with torch.device("meta"):
+                naflex = NaFlexViT(name=name, options=options | {"pos_embed_grid_size": [*table.shape[1:3]]}, **pixels)
         if moved.keys() == naflex.vit.state_dict().keys():
             backbone, converted = naflex, moved
+    if backbone is fixed:
+        fixed.check_features()
     prefix = "backbone.net." if backbone is fixed else "backbone.vit."
     return _tower(origin, backbone, prefix, converted, ignored, notes)
 
@@ -103,28 +112,39 @@ def _naflex(name: str, options: dict[str, Any], pixels: dict[str, Any]) -> NaFle
         return None
 
 
-def _by_own_names(net: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """The tensors as this model has them, which were left out, and what was converted, in words."""
-    config = net.pretrained_cfg
+def _with_classifier(name: str, options: dict[str, Any]) -> set[str]:
+    """Names of the architecture's tensors with its classifier; none where it is never one."""
+    try:
+        return set(timm.create_model(name, num_classes=1, **options).state_dict())
+    except NotImplementedError:
+        return set()
+
+
+def _by_own_names(
+    net: Any, tensors: dict[str, Tensor], classifying: Iterable[str]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors as this model has them, which were left out, and what was converted, in words.
+
+    Args:
+        net: Without classifier.
+        tensors: By timm's names, in whatever shapes.
+        classifying: Names of tensors of the model with its classifier.
+    """
     found = dict(tensors)
     if (convert := getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)) is not None:
         found = dict(convert(found, net))
     notes = []
     own = net.state_dict()
-    for name in _several(config.get("first_conv")):
-        kernel, target = found.get(f"{name}.weight"), own.get(f"{name}.weight")
+    stems = [f"{name}.weight" for name in _several(net.pretrained_cfg.get("first_conv"))]
+    for name in stems:
+        kernel, target = found.get(name), own.get(name)
         if kernel is not None and target is not None and kernel.ndim == 4 and kernel.shape[1] != target.shape[1]:
-            found[f"{name}.weight"] = adapt_input_conv(target.shape[1], kernel, base_chans=kernel.shape[1])
+            found[name] = adapt_input_conv(target.shape[1], kernel, base_chans=kernel.shape[1])
             notes.append(f"{name} converted from {kernel.shape[1]} to {target.shape[1]} channels")
     for name, tensor in tensors.items():
-        if (
-            name in found
-            and tensor.numel() != found[name].numel()
-            and not name.startswith(tuple(_several(config.get("first_conv"))))
-        ):
+        if name in found and name not in stems and tensor.numel() != found[name].numel():
             notes.append(f"{name} resampled from {tuple(tensor.shape)} to {tuple(found[name].shape)}")
-    heads = tuple(f"{name}." for name in _several(config.get("classifier")))
-    ignored = [name for name in found if name not in own and name.startswith(heads)]
+    ignored = [name for name in found if name in classifying and name not in own]
     return {name: tensor for name, tensor in found.items() if name not in ignored}, ignored, notes
 
 
@@ -141,12 +161,13 @@ def _naflex_names(plain: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if name == "pos_embed":
             H, W = plain.patch_embed.grid_size
             num_prefix = tensor.shape[1] - H * W
-            table_BKD, tensor = tensor[:, :num_prefix], tensor[:, num_prefix:].reshape(1, H, W, -1)
-            num_classes = 1 if "cls_token" in tensors else 0
-            if num_prefix:
-                moved["embeds.cls_token"] = tensors["cls_token"] + table_BKD[:, :num_classes]
-            if num_prefix > num_classes:
-                moved["embeds.reg_token"] = tensors["reg_token"] + table_BKD[:, num_classes:]
+            prefix_1KD, tensor = tensor[:, :num_prefix], tensor[:, num_prefix:].reshape(1, H, W, -1)
+            for token in ("cls_token", "reg_token"):
+                if token in tensors and num_prefix:
+                    count = tensors[token].shape[1]
+                    moved[f"embeds.{token}"] = tensors[token] + prefix_1KD[:, :count]
+                    prefix_1KD = prefix_1KD[:, count:]
+                    num_prefix -= count
         if name == "patch_embed.proj.weight":
             tensor = tensor.permute(0, 2, 3, 1).flatten(1)
         if name.startswith(_EMBEDDINGS):
