@@ -85,9 +85,7 @@ class ConfigHistory(SaveConfigCallback):
 def plain(parser: LightningArgumentParser, config: Any) -> Any:
     """The config as mappings, lists and values, without what is of one start only."""
     kept = config.clone()
-    for key in _RULE["of_this_start"]:
-        if key in kept:
-            kept[key] = parser.get_default(key)
+    kept["ckpt_path"], kept["override"] = None, False
     return yaml.safe_load(parser.dump(kept, skip_none=False))
 
 
