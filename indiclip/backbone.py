@@ -257,7 +257,6 @@ class TimmBackbone(Backbone):
         self.width, self.stride = int(stages[self._index]["num_chs"]), int(stages[self._index]["reduction"])
         self.pooled_width = self.width
         self._is_map = True  # else a sequence of tokens
-        self._has_pool = True
         self._is_pooled = True
         if self._is_last:  # what comes behind the last stage (a norm, a wider convolution) is of its features
             self.width, self.pooled_width = int(self.net.num_features), int(self.net.head_hidden_size)
@@ -365,9 +364,8 @@ class TimmBackbone(Backbone):
         return pooled_BD
 
     def remove_pool(self) -> None:
-        if not self._has_pool:
+        if not self._is_pooled:
             return
-        self._has_pool = False
         head, fc_norm = getattr(self.net, "head", None), getattr(self.net, "fc_norm", None)
         if hasattr(self.net, "prune_intermediate_layers"):  # stages behind it would get no gradient
             self.net.prune_intermediate_layers([self._index], prune_head=True)

@@ -215,8 +215,9 @@ def test_an_installed_wheel_trains_the_quickstart_without_a_checkout(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "empty").mkdir()
     words = ["fit", "--config", "quickstart", "--config", "evals/mela_hard", "--trainer.fast_dev_run", "true"]
+    code = f"import indiclip, sys; print(indiclip.__file__); from indiclip.cli import main; sys.exit(main({words}))"
     done = subprocess.run(
-        [sys.executable, "-c", f"import indiclip, sys; print(indiclip.__file__); from indiclip.cli import main; sys.exit(main({words}))"],
+        [sys.executable, "-c", code],
         cwd=tmp_path / "empty",
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -85,7 +85,9 @@ class ConfigHistory(SaveConfigCallback):
 def plain(parser: LightningArgumentParser, config: Any) -> Any:
     """The config as mappings, lists and values, without what is of one start only."""
     kept = config.clone()
-    kept["ckpt_path"], kept["override"] = None, False
+    for key in _RULE["of_this_start"]:
+        if key in kept:
+            kept[key] = parser.get_default(key)
     return yaml.safe_load(parser.dump(kept, skip_none=False))
 
 
