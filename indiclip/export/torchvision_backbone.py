@@ -174,7 +174,8 @@ class StageTower(nn.Module):
 
     def _as_map(self, final: Tensor, size_hw: Any) -> Tensor:
         if final.ndim == 3:  # tokens
-            return final[:, self.net.num_prefix_tokens :].transpose(1, 2).unflatten(2, tuple(size_hw))
+            tokens_BND = final[:, self.net.num_prefix_tokens :]
+            return tokens_BND.transpose(1, 2).reshape(len(final), -1, *size_hw)
         return final if getattr(self.net, "output_fmt", "NCHW") == "NCHW" else final.permute(0, 3, 1, 2)
 
 
