@@ -111,17 +111,17 @@ def survey(name: str, cut_above: float, gradients: bool) -> dict[str, Any]:
     except (ValueError, FileNotFoundError) as error:
         return row | {"result": "refused", "line": str(error)}
     row |= {"class": type(backbone).__name__, "notes": weights.notes}
-    row |= compare(backbone.eval(), model, name)
+    own: Any = timm.get_pretrained_cfg(name)  # the model's may be another name's
+    row |= compare(backbone.eval(), model, own.input_size[1:])
     if gradients:
         row |= without_gradient(backbone.float())
     return row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def compare(backbone: Backbone, model: Any, name: str) -> dict[str, Any]:
+def compare(backbone: Backbone, model: Any, size_hw: tuple[int, int]) -> dict[str, Any]:
     """Tokens and pooled vector of both for one picture, in float64."""
     backbone, model = backbone.double(), model.double()
-    config = vars(timm.get_pretrained_cfg(name))  # the model's own may be another name's
-    _, height, width = config["input_size"]
+    config, (height, width) = model.pretrained_cfg, size_hw
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     mean, std = ((torch.tensor(config[key]) * 255).double()[:, None, None] for key in ("mean", "std"))
     pixels = (torch.from_numpy(picture).permute(2, 0, 1)[None] - mean) / std

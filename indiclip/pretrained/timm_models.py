@@ -1,5 +1,6 @@
 """Image models of timm: names, files, and folders as `timm.models.push_to_hf_hub` and `save_for_hf` write them."""
 
+import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,18 +11,17 @@ import timm
 import timm.models
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import adapt_input_conv
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
 from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
 from indiclip.names import did_you_mean
 from indiclip.pretrained.model_names import read_config
-from indiclip.pretrained.weights import Weights, read_tensors
+from indiclip.pretrained.weights import Weights, read_tensors, state_dict
 from indiclip.text import describe
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the order in which timm looks, too
 _PIXELS = ("mean", "std", "interpolation")
 _NOT_OURS = ("num_classes", "in_chans", "use_naflex")  # options that are ours to choose
 _EMBEDDINGS = ("patch_embed.", "pos_embed", "cls_token", "reg_token")
@@ -46,7 +46,7 @@ def read_timm(what: str) -> Weights:
         if not timm.is_model(name):
             raise ValueError(f"timm:{what}: timm has no {name!r}{did_you_mean(name, timm.list_models())}")
         file = Path(path) if path else _downloaded(name)
-    return image_tower(f"timm:{what}", name, _unwrapped(read_tensors(file), file), options, overlay)
+    return image_tower(f"timm:{what}", name, _read(file), options, overlay)
 
 
 def image_tower(
@@ -186,13 +186,11 @@ def _architecture(config: dict[str, Any], folder: Path) -> str:
     return name
 
 
-def _unwrapped(found: dict[str, Any], file: Path) -> dict[str, Tensor]:
-    """The tensors of a training checkpoint, averaged ones first, without the prefixes of wrappers."""
-    for key in _WRAPPERS:
-        if isinstance(found.get(key), dict):
-            found = found[key]
-            break
-    tensors = {name: tensor for name, tensor in clean_state_dict(found).items() if isinstance(tensor, Tensor)}
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, also of a checkpoint of timm's training script, whose averaged weights come first."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the script's options; it runs no code
+        found = read_tensors(file)
+    tensors = state_dict(found)
     if not tensors:
         raise ValueError(f"{file}: holds no tensors; found the entries {', '.join(map(str, list(found)[:5]))}")
     return tensors
