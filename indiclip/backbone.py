@@ -388,10 +388,20 @@ def join_prefix(features: Features) -> Tensor:
     return torch.cat([features.prefix_BKD, features.tokens_BND], 1)
 
 
-def check_timm_name(name: str) -> None:
-    """Raise ValueError with the nearest name unless timm knows the model."""
+def check_timm_name(name: str, where: str = "backbone.name") -> None:
+    """Raise ValueError with the nearest name unless timm knows the model, and the tag of its weights, if there is one.
+
+    Args:
+        name: `ARCHITECTURE` or `ARCHITECTURE.TAG`.
+        where: What names it, for the message.
+    """
     if not timm.is_model(name):
-        raise ValueError(f"backbone.name: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+        raise ValueError(f"{where}: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = timm.list_models(f"{name.partition('.')[0]}*", pretrained=True)
+        raise ValueError(f"{where}: timm has no weights {name!r}{did_you_mean(name, known)}") from error
 
 
 def _new_naflex(

@@ -25,7 +25,7 @@ from indiclip.text import ByteTokenizer, TextTower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-import survey_timm  # noqa: E402
+import survey_timm
 
 SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 64}
 VITS = {
@@ -55,7 +55,7 @@ OTHERS = {
     "resnet": ("test_resnet", {}),
     "efficientnet": ("test_efficientnet", {}),
     "mobilenet": ("mobilenetv3_small_050", {}),
-    "focalnet": ("focalnet_tiny_srf", {"depths": (1, 1, 1, 1), "embed_dim": 16}),
+    "focalnet": ("focalnet_tiny_srf", {}),
     "fastvit": ("fastvit_t8", {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64)}),
     "hiera": ("hiera_tiny_224", {"stages": (1, 1, 1, 1), "embed_dim": 16}),
     "levit": ("levit_128s", {"depth": (1, 1, 1)}),
@@ -104,14 +104,9 @@ def test_other_families_equal_timms_own_and_leave_no_parameter_without_gradient(
     assert survey_timm.without_gradient(backbone.float()) == {"unused_tower": [], "unused_mean": []}
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("crossvit_tiny_240", r"crossvit_tiny_240 gives list; expected one map, or one row of tokens"),
-    ],
-)
-def test_what_has_no_map_is_refused_in_a_line(name, words):
-    with pytest.raises(ValueError, match=words) as raised:
+def test_what_has_no_map_is_refused_in_a_line():
+    name = "crossvit_tiny_240"
+    with pytest.raises(ValueError, match="crossvit_tiny_240 gives list; expected one map, or one row") as raised:
         image_tower(name, name, timm.create_model(name).state_dict(), {}, {})
     assert "\n" not in str(raised.value)
 
@@ -169,7 +164,7 @@ def test_a_folder_brings_its_arguments_and_pixels(tmp_path):
     assert (encoder.backbone.mean, encoder.backbone.std) == (pixels["mean"], pixels["std"])
     assert encoder.backbone.interpolation == "bilinear"
     assert survey_timm.compare(encoder.backbone, model, (64, 64))["result"] == "equal"
-    assert "2 left out (head.weight, head.bias)" in encoder.initialised[0]
+    assert "2 left out (head.bias, head.weight)" in encoder.initialised[0]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "plain", "wrapped", "averaged"])
@@ -228,5 +223,7 @@ def test_a_name_without_a_network_says_which_file_to_bring(monkeypatch, tmp_path
         ) as raised:
             read_weights(name)
         assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match="no such weights on the hub; nearest is 'vit_base_patch16_clip_224.openai'"):
+    with pytest.raises(ValueError, match="openia'; nearest is 'vit_base_patch16_clip_224.openai'"):
         read_weights("timm:vit_base_patch16_clip_224.openia")
+    with pytest.raises(ValueError, match="test_vit4 has no weights on the hub"):
+        read_weights("timm:test_vit4")

@@ -152,6 +152,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def without_gradient(backbone: Backbone) -> dict[str, Any]:
     """Parameters that a backward pass does not reach, where the tower pools and where the tokens' mean does."""
     found = {}
+    backbone.train()  # LeViT keeps tables of its evaluation mode, with their graph
     height, width = backbone.canvas_hw or (4 * backbone.patch_size,) * 2
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     images = backbone.preprocessing.batch([picture] * 2, backbone.max_tokens)

@@ -15,8 +15,7 @@ from timm.models import adapt_input_conv
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
-from indiclip.names import did_you_mean
+from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone, check_timm_name
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.weights import Weights, read_tensors, state_dict
 from indiclip.text import describe
@@ -38,13 +37,13 @@ def read_timm(what: str) -> Weights:
     overlay: dict[str, Any] = {}
     if folder.is_dir():
         config = read_config(folder / "config.json")
-        name = _architecture(config, folder)
+        name = str(config.get("architecture"))
+        check_timm_name(name, f"{folder / 'config.json'}: architecture")
         options, overlay = dict(config.get("model_args") or {}), dict(config.get("pretrained_cfg") or config)
         file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / _FILES[0])
     else:
         name, _, path = what.partition(":")
-        if not timm.is_model(name):
-            raise ValueError(f"timm:{what}: timm has no {name!r}{did_you_mean(name, timm.list_models())}")
+        check_timm_name(name, f"timm:{what}")
         file = Path(path) if path else _downloaded(name)
     return image_tower(f"timm:{what}", name, _read(file), options, overlay)
 
@@ -177,15 +176,6 @@ def _naflex_names(plain: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return moved
 
 
-def _architecture(config: dict[str, Any], folder: Path) -> str:
-    name = str(config.get("architecture"))
-    if not timm.is_model(name):
-        raise ValueError(
-            f"{folder / 'config.json'}: architecture: timm has no {name!r}{did_you_mean(name, timm.list_models())}"
-        )
-    return name
-
-
 def _read(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, also of a checkpoint of timm's training script, whose averaged weights come first."""
     with torch.serialization.safe_globals([argparse.Namespace]):  # the script's options; it runs no code
@@ -200,8 +190,7 @@ def _downloaded(name: str) -> Path:
     """The file of a name's pretrained weights, from the hub or its local cache."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
-        tags = timm.list_pretrained(f"{name.partition('.')[0]}*")
-        raise ValueError(f"timm:{name}: no such weights on the hub{did_you_mean(name, tags)}")
+        raise ValueError(f"timm:{name}: {name} has no weights on the hub; expected timm:{name}:FILE")
     files = [config.hf_hub_filename] if config.hf_hub_filename else list(_FILES)
     for file in files:
         try:
