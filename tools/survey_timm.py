@@ -75,17 +75,21 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 def create(name: str, cut_above: float) -> tuple[Any, dict[str, Any]]:
     """timm's model with random tensors, and the options that cut it."""
-    with torch.device("meta"):
-        whole = timm.create_model(name)
     options: dict[str, Any] = {}
+    with torch.device("meta"):
+        try:
+            whole = timm.create_model(name)
+        except NotImplementedError:  # an encoder that never classifies
+            options = {"num_classes": 0}
+            whole = timm.create_model(name, **options)
     if sum(parameter.numel() for parameter in whole.parameters()) > cut_above * 1e6:
         for cut in _CUTS:
             try:
                 with torch.device("meta"):
-                    timm.create_model(name, **cut)
+                    timm.create_model(name, **options, **cut)
             except Exception:  # which arguments a model takes shows only in the attempt
                 continue
-            options = cut
+            options |= cut
             break
     with NoInitialisation():
         model = timm.create_model(name, **options)

@@ -82,7 +82,7 @@ def image_tower(
         if moved.keys() == naflex.vit.state_dict().keys():
             backbone, converted = naflex, moved
     if backbone is fixed:
-        fixed.check_features()
+        fixed.eval().check_features()  # batch norm in training wants more than one value
     prefix = "backbone.net." if backbone is fixed else "backbone.vit."
     return _tower(origin, backbone, prefix, converted, ignored, notes)
 
