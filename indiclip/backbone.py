@@ -277,7 +277,14 @@ class TimmBackbone(Backbone):
         return map_BPHW.reshape(B, p, p, 3, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, 3, H * p, W * p)
 
     def forward(self, images: Images) -> Features:
-        pixels = self._canvas(images)
+        features = self.read_pixels(self._canvas(images))
+        if any(size != self.canvas_hw for size in images["sizes_hw"]):
+            sizes_B2 = on_device(images["sizes_hw"], features.coords_BN2.device)
+            features.valid_BN = (features.coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
+        return features
+
+    def read_pixels(self, pixels: Tensor) -> Features:
+        """Features of normalised pixels (B, 3, height, width) that fill the canvas."""
         raw = self._last_stage(pixels) if self._is_last else self._earlier_stage(pixels)
         prefix_BKD = None
         self._is_map = raw.ndim == 4
@@ -289,12 +296,8 @@ class TimmBackbone(Backbone):
             assert self.canvas_hw is not None
             H, W = (ceil(side / self.stride) for side in self.canvas_hw)
         rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
-        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(len(raw), -1, -1)
-        valid_BN = None
-        if any(size != self.canvas_hw for size in images["sizes_hw"]):
-            sizes_B2 = on_device(images["sizes_hw"], pixels.device)
-            valid_BN = (coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
-        return Features(tokens_BND, coords_BN2, valid_BN, (H, W), self.stride, prefix_BKD)
+        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(raw.shape[0], -1, -1)
+        return Features(tokens_BND, coords_BN2, None, (H, W), self.stride, prefix_BKD)
 
     def _last_stage(self, pixels: Tensor) -> Tensor:
         """All of the model before its pooling: tokens (B, K + N, D), or a map (B, H, W, D)."""
@@ -359,12 +362,14 @@ class TimmBackbone(Backbone):
             )
         raw = join_prefix(features)
         if self._is_map:
-            raw = raw.reshape(len(raw), *features.grid_hw, -1)
+            raw = raw.reshape(raw.shape[0], *features.grid_hw, -1)
             raw = raw.permute(0, 3, 1, 2) if self.is_channels_first else raw
         pooled_BD: Tensor = self.net.forward_head(raw, pre_logits=True)
         return pooled_BD
 
     def remove_pool(self) -> None:
+        if not self._is_pooled:
+            return
         head, fc_norm = getattr(self.net, "head", None), getattr(self.net, "fc_norm", None)
         if hasattr(self.net, "prune_intermediate_layers"):  # stages behind it would get no gradient
             self.net.prune_intermediate_layers([self._index], prune_head=True)

@@ -28,7 +28,7 @@ usage: indiclip <command> [--config FILE]... [options]
   bench      score an encoder on India's benchmark    indiclip bench --help
   export     write an encoder for another library     indiclip export --help
 
-  --config FILE            an experiment; several are stacked, later ones win
+  --config FILE            an experiment, a file or a shipped one (quickstart); several are stacked, later ones win
   --name NAME              the run's folder, runs/NAME (default: the first config's name)
   --ckpt_path FILE         go on from a checkpoint; `last`: from the newest whole one of --name, or from the beginning
   --trainer.max_steps N    any key of the YAML can be set so; lists append with `+:` in a second --config
@@ -46,7 +46,8 @@ usage: indiclip {command} --config FILE [--config FILE]... [options]
 
 example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 100
 
-  --config FILE                   an experiment; several are stacked, later ones win, lists grow with `+:`
+  --config FILE                   an experiment, a file or a shipped one (quickstart, evals/india); several are
+                                  stacked, later ones win, lists grow with `+:`
   --name NAME, --runs FOLDER      the run's folder is FOLDER/NAME (default: runs/<the first config's name>)
   --ckpt_path FILE                go on from, or score, a checkpoint
   --ckpt_path last                the newest whole checkpoint of --name; `fit` starts from the beginning without one

@@ -90,7 +90,7 @@ class Pool(nn.Module):
             return tokens_BND[:, -1]
         if self.kind == "eos":
             assert valid_BN is not None
-            return tokens_BND[torch.arange(len(tokens_BND), device=tokens_BND.device), valid_BN.sum(1) - 1]
+            return tokens_BND[torch.arange(tokens_BND.shape[0], device=tokens_BND.device), valid_BN.sum(1) - 1]
         if valid_BN is None:
             return tokens_BND.mean(1)
         share_BN = valid_BN / valid_BN.sum(1, keepdim=True)

@@ -496,14 +496,13 @@ def test_two_ranks_as_torchrun_starts_them(encoder, photos, tmp_path, monkeypatc
     assert content(out) == whole
 
 
-def test_processes_of_its_own(encoder, photos, tmp_path, whole):
-    """And a mistake in them is said once."""
-    command = [sys.executable, "-m", "indiclip", "embed", str(photos), "--device", "cpu", "--processes", "2"]
-    command += [*map(str, WORDS), "--out", str(tmp_path / "out"), "--model"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*command, str(encoder.file)], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "23 embeddings of 64 numbers, int8, in 4 parts" in done.stdout
+def test_processes_of_its_own(encoder, photos, tmp_path, monkeypatch, capfd, whole):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert embed(encoder, tmp_path / "out", photos, *WORDS, "--processes", 2) == 0
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    assert shown.out.count("23 embeddings of 64 numbers, int8, in 4 parts") == 1
     assert content(tmp_path / "out") == whole
 
 

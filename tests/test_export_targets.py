@@ -25,8 +25,9 @@ from indiclip.pretrained.init_from import InitFrom
 from indiclip.pretrained.read import READERS
 from indiclip.text import ByteTokenizer, FastTokenizer, SiglipTokenizer, TextTower
 
-TARGETS = ("timm", "siglip", "siglip2", "open_clip")
-LOSSLESS = {"portable": {*TARGETS}, "quickstart": {"timm"}, "clip": {"timm", "open_clip"}}
+TARGETS = ("timm", "siglip", "siglip2", "open_clip", "torchvision")
+IMAGES_ONLY = ("timm", "torchvision")
+LOSSLESS = {"portable": {*TARGETS}, "quickstart": {*IMAGES_ONLY}, "clip": {*IMAGES_ONLY, "open_clip"}}
 REASONS = {
     ("quickstart", "siglip"): "pool: found 'mean'",
     ("quickstart", "siglip2"): "backbone.patch_size: found 8",
@@ -56,7 +57,7 @@ def test_every_arrow_is_within_its_bound_or_refused(runs, exported, tmp_path, ru
         record = json.loads((exported(run, target) / "parity.json").read_text())
         assert record["within_bound"]
         assert record["largest_difference"] <= record["bound"] <= 1e-5
-        assert ("text" in record) == (target != "timm")
+        assert ("text" in record) == (target not in IMAGES_ONLY)
     else:
         with pytest.raises(Refused, match=REASONS[run, target]):
             export(open_source(runs[run], "auto", None), target, tmp_path / "out")

@@ -1,16 +1,20 @@
 """An encoder begins with pretrained weights: strict, counted, and never with anything else than it says."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ARCHITECTURE, noise, tiny_encoder
+from test_cli import config, fit
 
 import indiclip
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.text import ByteTokenizer, TextTower
+from indiclip.training.cli import run
 
 
 def save(encoder, file, heads=()):
@@ -189,3 +193,22 @@ def test_zero_shot_names_the_nearest_class_first(checkpoint):
         torch.testing.assert_close(torch.tensor([row[name] for name in classes]), expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="at least one class"):
         encoder.zero_shot(pictures, [])
+
+
+def test_a_run_begins_with_weights_and_needs_them_no_more(tmp_path, capsys):
+    """Through the command: with the whole of another run, then on, and scored, after that is gone."""
+    source = save(
+        tiny_encoder(seed=7), tmp_path / "source.ckpt", {"heads.c.criterion.logit_scale": torch.tensor([3.0])}
+    )
+    tree = config(model__encoder={"init_from": [{"weights": source}]})
+    tree["model"]["heads"][0]["init_args"] = {"loss": "softmax"}
+    assert fit(tmp_path, tree) == 0
+    assert re.search(
+        r"init_from: \d+ tensors \(image, text, projections, logit_scale\) from .*source.ckpt", capsys.readouterr().out
+    )
+    Path(source).unlink()
+    folder = tmp_path / "runs" / "experiment"
+    words = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(folder)]
+    assert run(["validate", *words]) == 0
+    assert run(["fit", *words, "--trainer.max_steps", "4"]) == 0
+    assert indiclip.load(folder).to_config() == tiny_encoder().to_config()

@@ -163,16 +163,24 @@ def command(shards: str, model: Path, out: Path, dtype: str) -> list[str]:
     return [sys.executable, "-m", "indiclip", *words, "--device", "cpu"]
 
 
-def killed(words: list[str], seconds: float, kills: int, out: Path) -> list[int]:
-    """Kill the command at random moments, then let it end. Returns how many parts were there at each kill."""
+def killed(words: list[str], num_parts: int, kills: int, out: Path) -> list[int]:
+    """Kill the command at random moments while it works, then let it end. Returns how many parts each kill found."""
     found = []
-    for _ in range(kills):
+    for number in range(kills):
+        until = random.randint(1, 3) + number * num_parts // max(kills, 1)
         with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
-            time.sleep(random.uniform(0.2, 0.5) * seconds)
+            while process.poll() is None and _num_whole(out) < until:
+                time.sleep(0.1)
+            time.sleep(random.uniform(0, 2))
+            assert process.poll() is None, "it ended before it could be killed; embed more images"
             process.send_signal(signal.SIGKILL)
-        found.append(len(list(out.glob(".parts/0*.json"))))
+        found.append(_num_whole(out))
     subprocess.run(words, check=True)
     return found
+
+
+def _num_whole(out: Path) -> int:
+    return len(list(out.glob(".parts/0*.json")))
 
 
 def keys_of(folder: Path) -> list[str]:
@@ -229,12 +237,13 @@ def bench(options: argparse.Namespace, folder: Path) -> None:
     for name, cost in (("without its start", steady), ("with it", every)):
         print(f"speed of the command beside both, {name}: {both.cpu / cost.cpu:.1%} (CPU), {both.wall / cost.wall:.1%}")
     again = folder / "killed"
-    parts = killed(command(shards, file, again, options.dtype), whole.wall, options.kills, again)
+    num_parts = -(-options.images // 8192)  # the command's own --part_size
+    parts = killed(command(shards, file, again, options.dtype), num_parts, options.kills, again)
     keys, expected = keys_of(again), list(map(Shards(shards).key, range(options.images)))
     names = sorted(entry.name for entry in (folder / "whole").iterdir() if entry.name != ".lock")
     _, different, missing = filecmp.cmpfiles(folder / "whole", again, names, shallow=False)
     lost, double, others = len({*expected} - {*keys}), len(keys) - len({*keys}), len(different) + len(missing)
-    print(f"killed {options.kills} times, with {parts} of {-(-options.images // 8192)} parts there:")
+    print(f"killed {options.kills} times, with {parts} of {num_parts} parts there:")
     print(f"{lost} rows lost, {double} double, {others} of {len(names)} files different")
     assert keys == expected
     assert not different + missing

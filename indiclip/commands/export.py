@@ -24,14 +24,19 @@ def run(
     allow_loss: bool,
     licence: str,
     trust_code: bool,
+    classes: Path | None,
+    templates: Path | None,
+    int8: bool,
 ) -> int:
     """Returns the exit status."""
-    find_target(to)  # before anything is read
+    given = {"classes": classes, "templates": templates, "int8": int8}
+    options = {name: value for name, value in given.items() if value}
+    find_target(to, options)  # before anything is read
     with _quiet():
         opened = open_source(source, weights, length, trust_code)
         print(f"weights: {opened.chosen}")
         try:
-            record = export(opened, to, out, allow_loss, licence)
+            record = export(opened, to, out, allow_loss, licence, options)
         except Refused as refused:
             for line in refused.lines:
                 print(f"indiclip export: {line}", file=sys.stderr)

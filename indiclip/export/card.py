@@ -16,6 +16,7 @@ from indiclip.export.source import Source
 _UNKNOWN_LICENCE = "Not stated. It depends on the data below and on the weights that the run began with."
 _PLAIN_METRIC = re.compile(r"(val|eval)/[^/]+/[^/]+")  # without those by language
 _SHOWN = 40
+_LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "onnx": "onnx"}
 _CARD = """\
 ---
 library_name: {library}
@@ -65,7 +66,7 @@ def write_card(folder: Path, source: Source, usage: str, record: dict[str, Any],
     notes = [f"- {note}" for note in (*record["losses"], *record["notes"])]
     bound = "the bound is {bound:.0e}" if record["within_bound"] else "more than the bound of {bound:.0e}"
     card = _CARD.format(
-        library="timm" if record["to"] == "timm" else "open_clip" if record["to"] == "open_clip" else "transformers",
+        library=_LIBRARIES.get(record["to"], "transformers"),
         title=title,
         sides=" and text" if "text" in record else "",
         to=record["to"],

@@ -27,7 +27,14 @@ class Refused(ValueError):
         self.lines = list(lines)
 
 
-def export(source: Source, to: str, out: Path, allow_loss: bool = False, licence: str = "") -> dict[str, Any]:
+def export(
+    source: Source,
+    to: str,
+    out: Path,
+    allow_loss: bool = False,
+    licence: str = "",
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write a model for another library.
 
     Args:
@@ -36,6 +43,7 @@ def export(source: Source, to: str, out: Path, allow_loss: bool = False, licence
         out: The folder; not there, or empty.
         allow_loss: Also where the other library computes something else, as far as that is measured.
         licence: For the card; empty is said to be unknown.
+        options: Of the target alone.
 
     Returns:
         What `parity.json` holds.
@@ -45,7 +53,7 @@ def export(source: Source, to: str, out: Path, allow_loss: bool = False, licence
         ValueError: The other library gives other numbers than the bound allows.
         OSError: The folder holds something, or cannot be written.
     """
-    target = find_target(to)
+    target = find_target(to, options)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise FileExistsError(f"{out}: is there already and holds something; expected a new or empty folder")
     losses = target.check(source.encoder)

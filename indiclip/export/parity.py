@@ -56,10 +56,12 @@ def grids(encoder: Encoder) -> dict[str, list[tuple[int, int]]]:
 def noise(sizes: list[tuple[int, int]], patch_size: int) -> Images:
     """Images of noise, of so many rows and columns of patches."""
     generator = torch.Generator().manual_seed(_SEED)
-    sizes_hw = [(H * patch_size, W * patch_size) for H, W in sizes]
-    pixels = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes_hw]
-    rows = zip(pixels, sizes_hw, strict=True)
-    return stack([{"patches": patchify(image, patch_size), "size_hw": hw, "scale": (1.0, 1.0)} for image, hw in rows])
+    prepared = []
+    for H, W in sizes:
+        size_hw = (H * patch_size, W * patch_size)
+        pixels = torch.randint(0, 256, (3, *size_hw), dtype=torch.uint8, generator=generator)
+        prepared.append({"patches": patchify(pixels, patch_size), "size_hw": size_hw, "scale": (1.0, 1.0)})
+    return stack(prepared)
 
 
 def bound(target: Target, encoder: Encoder) -> float:
@@ -87,6 +89,7 @@ def measure(target: Target, encoder: Encoder, reloaded: Reloaded) -> dict[str, A
     # `not <=`, so that NaN is outside.
     record["largest_difference"] = max((row["difference"] for row in rows), key=lambda one: (one != one, one))
     record["within_bound"] = record["largest_difference"] <= record["bound"]
+    record |= reloaded.measured
     record["notes"] = reloaded.notes
     record["versions"] = {"indiclip": __version__, "python": platform.python_version()}
     record["versions"] |= {name: version(name) for name in ("torch", *target.libraries)}

@@ -4,12 +4,13 @@ Shape letters: see `indiclip.types`.
 """
 
 import importlib
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -43,6 +44,7 @@ class Reloaded:
         cannot: Case of `indiclip.export.parity` -> why the library cannot read such a batch.
         ours: What `image` is compared with; None is the encoder's embeddings, as `embedding`.
         notes: What a user of the folder should know.
+        measured: More of what `parity.json` is to hold, outside of the bound.
     """
 
     image: Callable[[Images], dict[str, Tensor]]
@@ -50,6 +52,7 @@ class Reloaded:
     cannot: dict[str, str] = field(default_factory=dict)
     ours: Callable[[Images], dict[str, Tensor]] | None = None
     notes: list[str] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 class Target(ABC):
@@ -91,11 +94,15 @@ def target_names() -> list[str]:
     return sorted(name.removeprefix(_PREFIX) for name in files if name.startswith(_PREFIX))
 
 
-def find_target(name: str) -> Target:
-    """Raises ValueError, with the nearest name, for one that there is not."""
+def find_target(name: str, options: dict[str, Any] | None = None) -> Target:
+    """Raises ValueError, with the nearest name, for one that there is not, or that has no such option."""
     check_choice("--to", name, target_names())
     found: type[Target] = importlib.import_module(f"indiclip.export.{_PREFIX}{name}").Target
-    return found()
+    takes = inspect.signature(found).parameters
+    for option in options or {}:
+        if option not in takes:
+            raise ValueError(f"--{option}: {name} has no such option")
+    return found(**(options or {}))
 
 
 def who_could(encoder: Encoder, but: str) -> str:

@@ -36,9 +36,9 @@ def write(encoder: Encoder, folder: Path) -> None:
         FileExistsError: The folder holds something.
         ValueError: A backbone that torchvision cannot have without a loss.
     """
-    config, weights = _described(encoder)
+    config, weights = described(encoder)
     with _new_folder(folder) as part:
-        _fill(part, config, weights)
+        fill_folder(part, config, weights)
         parity = check_parity(encoder, load(part))
         worst = max(parity, key=lambda case: parity[case])
         if not parity[worst] <= TOLERANCE:
@@ -59,10 +59,10 @@ def write_detector(encoder: Encoder, detector: nn.Module, spec: dict[str, Any], 
     Raises:
         FileExistsError: The folder holds something.
     """
-    config, _ = _described(encoder)
+    config, _ = described(encoder)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in detector.state_dict().items()}
     with _new_folder(folder) as part:
-        _fill(part, config | {"detector": spec}, weights)
+        fill_folder(part, config | {"detector": spec}, weights)
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _fill(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def fill_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copyfile(torchvision_backbone.__file__, folder / "torchvision_backbone.py")
@@ -118,12 +118,7 @@ def _difference(encoder: Encoder, backbone: PyramidBackbone, grids: list[tuple[i
     features = encoder.features(_on_device(pixels, encoder))
     map_BDHW, mask_BHW = features.map()
 
-    mean_311, std_311 = (torch.tensor(numbers)[:, None, None] for numbers in (backbone.image_mean, backbone.image_std))
-    height, width = (max(image.shape[side] for image in pixels) for side in (1, 2))
-    batch_B3HW = torch.zeros(len(pixels), 3, height, width)
-    for row, image in enumerate(pixels):
-        batch_B3HW[row, :, : image.shape[1], : image.shape[2]] = (image / 255 - mean_311) / std_311
-    theirs_BDHW, their_mask_BHW = backbone.features(batch_B3HW.to(next(backbone.parameters()).device))
+    theirs_BDHW, their_mask_BHW = read_pixels(backbone, pixels)
 
     H, W = (min(a, b) for a, b in zip(mask_BHW.shape[1:], their_mask_BHW.shape[1:], strict=True))
     mask_BHW, their_mask_BHW = mask_BHW[:, :H, :W].cpu(), their_mask_BHW[:, :H, :W].cpu()
@@ -132,6 +127,16 @@ def _difference(encoder: Encoder, backbone: PyramidBackbone, grids: list[tuple[i
     ours_BDHW = map_BDHW[..., :H, :W].cpu().float() * mask_BHW[:, None]
     apart = (ours_BDHW - theirs_BDHW[..., :H, :W].cpu().float()).abs().max()
     return float(apart / ours_BDHW.abs().max())
+
+
+def read_pixels(backbone: PyramidBackbone, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Map and mask of the tower's features of uint8 images, normalised and padded as torchvision does it."""
+    mean_311, std_311 = (torch.tensor(numbers)[:, None, None] for numbers in (backbone.image_mean, backbone.image_std))
+    height, width = (max(image.shape[side] for image in pixels) for side in (1, 2))
+    batch_B3HW = torch.zeros(len(pixels), 3, height, width)
+    for row, image in enumerate(pixels):
+        batch_B3HW[row, :, : image.shape[1], : image.shape[2]] = (image / 255 - mean_311) / std_311
+    return backbone.features(batch_B3HW.to(next(backbone.parameters()).device))
 
 
 def _on_device(pixels: list[Tensor], encoder: Encoder) -> Images:
@@ -148,13 +153,13 @@ def _grid_side(backbone: Any) -> int:
 
 def as_torchvision(encoder: Encoder, out_channels: int = 256, scales: list[float] | None = None) -> PyramidBackbone:
     """A copy of the encoder's backbone with a new pyramid, without a folder."""
-    config, weights = _described(encoder)
+    config, weights = described(encoder)
     tower = build_tower(config["tower"])
     tower.load_state_dict(weights)
     return PyramidBackbone(tower, config["image_mean"], config["image_std"], out_channels, scales)
 
 
-def _described(encoder: Encoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def described(encoder: Encoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json, and the weights by the tower's names."""
     backbone = encoder.backbone
     if isinstance(backbone, NaFlexViT):

@@ -1,9 +1,10 @@
-"""Weights to begin with are not needed again where a checkpoint gives all of them."""
+"""Weights to begin with, and tokenizers of the hub, are not needed again: a checkpoint has all of them."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import dict_to_namespace
 
 from indiclip.old_names import translate_config
 
@@ -24,22 +25,20 @@ def leave_out_initial_weights(model: Any, checkpoint: Path) -> None:
     backbone, text = (_arguments(encoder, part) for part in ("backbone", "text"))
     if backbone.get("pretrained"):
         backbone["pretrained"] = False  # the architecture goes by the model's name
-    if text.get("pretrained"):
-        text["pretrained"], text["architecture"] = None, _architecture(checkpoint)
+    source = _arguments(text, "tokenizer").get("source")
+    if text.get("pretrained") or (source and not Path(source).expanduser().exists()):  # a name on the hub
+        saved = _saved_encoder(checkpoint)["text"]["init_args"]
+        if text.get("pretrained"):
+            text["pretrained"], text["architecture"] = None, saved["architecture"]
+        text["tokenizer"] = dict_to_namespace(saved["tokenizer"])
 
 
 def _arguments(encoder: Any, part: str) -> Any:
     return (encoder.get(part) or {}).get("init_args") or {}
 
 
-def _architecture(checkpoint: Path) -> dict[str, Any]:
-    """Of the text tower that a checkpoint holds."""
-    architecture: dict[str, Any] = _saved_encoder(checkpoint)["text"]["init_args"]["architecture"]
-    return architecture
-
-
 def _saved_encoder(checkpoint: Path) -> dict[str, Any]:
-    """The arguments of a checkpoint's encoder."""
+    """The arguments of a checkpoint's encoder; the tokenizer's content is among them."""
     file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
     saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if "encoder" not in saved:

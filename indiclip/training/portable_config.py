@@ -59,6 +59,8 @@ class PortableConfig:
             return self._reference(value, written, key)
         if isinstance(value, dict):
             of = written if isinstance(written, dict) else {}
+            if "class_path" in of and "class_path" not in value:  # jsonargparse's inner form of a dataclass
+                of = of.get("init_args") or {}
             return {name: self._portable(item, of.get(name), (*key, name)) for name, item in value.items()}
         if isinstance(value, list):
             of_items = written if isinstance(written, list) and len(written) == len(value) else [None] * len(value)

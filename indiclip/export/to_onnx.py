@@ -1,0 +1,294 @@
+"""To ONNX: both towers as files for ONNX Runtime, whose batch, height, width and length of text are free.
+
+The pixels that go in are uint8, as an image decoder gives them; their mean and deviation are inside the file.
+
+Shape letters: see `indiclip.types`.
+"""
+
+import base64
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as RustTokenizer
+from torch import Tensor
+
+from indiclip.backbone import NaFlexViT
+from indiclip.encoder import _CLIP_LOGIT_SCALE, Encoder
+from indiclip.export import target
+from indiclip.export.onnx_graphs import ClassGraph, ImageGraph, TextGraph, positions_as_trained
+from indiclip.export.parity import TEXTS, noise, own_grid
+from indiclip.export.target import Loss, Reloaded
+from indiclip.export.to_timm import as_pixels
+from indiclip.export.tokenizer_files import transformers_tokenizer
+from indiclip.text import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer, TextTower
+from indiclip.types import Images
+
+_FREE: Any = torch.export.Dim.DYNAMIC
+_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+# What stands in <> is filled in below, `{out}` by the card.
+_USAGE = """\
+import numpy as np, onnxruntime
+from PIL import Image
+image = onnxruntime.InferenceSession("{out}/image.onnx")
+pixels = np.asarray(Image.open("photo.jpg").convert("RGB").resize((<width>, <height>))).transpose(2, 0, 1)[None]
+(image_embedding,) = image.run(None, {{"pixels": pixels}})  # uint8 (batch, 3, height, width)
+<tokenizer>
+text = onnxruntime.InferenceSession("{out}/text.onnx")
+(text_embedding,) = text.run(None, {{one.name: tokens[one.name] for one in text.get_inputs()}})
+print(image_embedding @ text_embedding.T)  # cosines"""
+_TOKENIZERS = {
+    "tokenizer.json": """\
+from tokenizers import Tokenizer
+read = Tokenizer.from_file("{out}/tokenizer.json").encode_batch(["a kite", "a drum"])
+ids, mask = (np.array([getattr(one, name) for one in read]) for name in ("ids", "attention_mask"))
+tokens = {{"input_ids": ids, "attention_mask": mask}}""",
+    "spiece.model": """\
+from transformers import SiglipTokenizer
+tokenizer = SiglipTokenizer("{out}/spiece.model")
+tokens = tokenizer(["a kite", "a drum"], padding="max_length", max_length=<context>, return_tensors="np")""",
+}
+
+
+class Target(target.Target):
+    """See the module.
+
+    Args:
+        classes: A text file with a class in each line: `classes.onnx` gives their cosines and probabilities.
+        templates: A text file with a prompt in each line, in which `{}` stands for the name.
+        int8: Also write files of 8-bit weights, and measure what they lose.
+    """
+
+    bound = 1e-5
+    libraries = _LIBRARIES
+
+    def __init__(self, classes: Path | None = None, templates: Path | None = None, int8: bool = False) -> None:
+        if templates and not classes:
+            raise ValueError("--templates: needs --classes, whose names stand in them")
+        self._classes = _lines(classes, "--classes") if classes else []
+        self._templates = _lines(templates, "--templates") if templates else ["{}"]
+        if no_place := [line for line in self._templates if "{}" not in line]:
+            raise ValueError(f"{templates}: found {no_place[0]!r}; expected a prompt with {{}} for the name of a class")
+        self._int8 = int8
+
+    def check(self, encoder: Encoder) -> list[Loss]:
+        losses = []
+        if isinstance(encoder.backbone, NaFlexViT) and not encoder.backbone.vit.embeds.is_linear:
+            losses.append(Loss("backbone.options.embed_proj_type: found conv; expected linear"))
+        tokenizer = encoder.text.tokenizer
+        if not isinstance(tokenizer, ByteTokenizer | FastTokenizer | SiglipTokenizer):
+            expected = "FastTokenizer or SiglipTokenizer, which have a file that others read as it is"
+            losses.append(Loss(f"text.tokenizer: found {type(tokenizer).__name__}; expected {expected}"))
+        return losses
+
+    def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
+        _require_libraries()
+        p = encoder.backbone.patch_size
+        H, W = own_grid(encoder)
+        free = encoder.backbone.canvas_hw is None
+        # Sizes of an example must be none of the model's own, or they are taken for constants.
+        grid = (H + 1, W + 2) if free else (H, W)
+        pixels = torch.zeros(2, 3, grid[0] * p, grid[1] * p, dtype=torch.uint8)
+        sizes = {0: _FREE, 2: _FREE, 3: _FREE} if free else {0: _FREE}
+        with positions_as_trained(encoder.backbone):
+            _export(
+                ImageGraph(encoder), {"pixels": pixels}, {"pixels": sizes}, ["image_embedding"], folder / "image.onnx"
+            )
+            if self._classes:
+                graph = ClassGraph(encoder, self._class_matrix(encoder), _logit_scale(encoder))
+                outputs = ["cosines", "probabilities"]
+                _export(graph, {"pixels": pixels}, {"pixels": sizes}, outputs, folder / "classes.onnx")
+                folder.joinpath("classes.txt").write_text("\n".join(self._classes) + "\n", "utf-8")
+        self._write_text(encoder, folder)
+        if self._int8:
+            for file in sorted(folder.glob("*.onnx")):
+                _quantise(file)
+        usage = _USAGE.replace("<tokenizer>", _TOKENIZERS[_write_tokenizer(encoder.text, folder)])
+        for name, number in {"height": H * p, "width": W * p, "context": encoder.text.tokenizer.context_length}.items():
+            usage = usage.replace(f"<{name}>", str(number))
+        self.usage = usage
+
+    def _write_text(self, encoder: Encoder, folder: Path) -> None:
+        ids_BT, valid_BT = encoder.text.padded(encoder.text.tokenizer.encode(["a kite in the wind", "a drum"]))
+        tokens = {"input_ids": ids_BT, "attention_mask": valid_BT.long()}
+        sizes = {0: _FREE} if encoder.text.pad == "context" else {0: _FREE, 1: _FREE}
+        _export(TextGraph(encoder), tokens, dict.fromkeys(tokens, sizes), ["text_embedding"], folder / "text.onnx")
+
+    def _class_matrix(self, encoder: Encoder) -> Tensor:
+        prompts = [template.replace("{}", name) for name in self._classes for template in self._templates]
+        text_CTE = encoder.embed_text(prompts).reshape(len(self._classes), len(self._templates), -1)
+        return F.normalize(text_CTE.mean(1), dim=-1)
+
+    def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
+        encode = _tokenizer(encoder.text, folder)
+
+        def image(file: str, images: Images) -> dict[str, Tensor]:
+            run = _session(folder / file)
+            names = ["embedding"] if "image" in file else ["cosines", "probabilities"]
+            found: dict[str, list[Tensor]] = {name: [] for name in names}
+            for pixels in _whole_images(images):
+                for name, value in zip(names, run({"pixels": pixels}), strict=True):
+                    found[name].append(value)
+            return {name: torch.cat(values) for name, values in found.items()}
+
+        def text(file: str, texts: list[str]) -> Tensor:
+            embedding: Tensor = _session(folder / file)(encode(texts))[0]
+            return embedding
+
+        def theirs(images: Images) -> dict[str, Tensor]:
+            found = image("image.onnx", images)
+            return found | image("classes.onnx", images) if self._classes else found
+
+        def ours(images: Images) -> dict[str, Tensor]:
+            embedding_BE = encoder.embed_image(images)
+            if not self._classes:
+                return {"embedding": embedding_BE}
+            cosines_BC = embedding_BE @ self._class_matrix(encoder).T
+            probabilities_BC = (_logit_scale(encoder) * cosines_BC).softmax(1)
+            return {"embedding": embedding_BE, "cosines": cosines_BC, "probabilities": probabilities_BC}
+
+        reloaded = Reloaded(theirs, lambda texts: text("text.onnx", texts), ours=ours, notes=_notes(encoder))
+        if self._int8:
+            images = noise([own_grid(encoder)] * 8, encoder.backbone.patch_size)
+            losses = {
+                "image": _loss(encoder.embed_image(images), image("image.int8.onnx", images)["embedding"]),
+                "text": _loss(encoder.embed_text(TEXTS), text("text.int8.onnx", TEXTS)),
+            }
+            reloaded.measured["int8"] = losses | {"images": "noise"}
+            for side, loss in losses.items():
+                reloaded.notes.append(f"{side}.int8.onnx: smallest cosine {loss['cosine']:.4f} to the full one")
+        return reloaded
+
+
+def _require_libraries() -> None:
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--to onnx: {', '.join(missing)} is not installed; pip install 'indiclip[onnx]'")
+
+
+def _export(
+    graph: torch.nn.Module,
+    inputs: dict[str, Tensor],
+    free: dict[str, dict[int, Any]],
+    outputs: list[str],
+    file: Path,
+) -> None:
+    """Write a graph. Weights of more than 2 GB lie in a file of their own beside it."""
+    program: Any = torch.onnx.export(
+        graph.eval(),
+        kwargs=inputs,
+        dynamo=True,
+        dynamic_shapes=free,
+        input_names=[*inputs],
+        output_names=outputs,
+        verbose=False,
+    )
+    program.save(file)
+
+
+def _quantise(file: Path) -> None:
+    """Write the file of 8-bit weights beside it: `image.int8.onnx`."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(file, file.with_suffix(".int8.onnx"), weight_type=QuantType.QUInt8, per_channel=True)
+
+
+def _session(file: Path) -> Any:
+    """What runs a file on the CPU: arrays by name -> tensors."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    read = {one.name for one in session.get_inputs()}
+
+    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
+        arrays = {name: value.numpy() for name, value in inputs.items() if name in read}
+        return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+    return run
+
+
+def _whole_images(images: Images) -> list[Tensor]:
+    """uint8 pixels: one batch where all have one size, else image by image."""
+    if len(set(images["sizes_hw"])) == 1:
+        return [as_pixels(images["patches_BNP"], images)]
+    found = []
+    for i, size_hw in enumerate(images["sizes_hw"]):
+        one = images | {"sizes_hw": [size_hw]}
+        patches_1NP = images["patches_BNP"][i : i + 1, images["valid_BN"][i]]
+        found.append(as_pixels(patches_1NP, one))  # type: ignore[arg-type]
+    return found
+
+
+def _write_tokenizer(text: TextTower, folder: Path) -> str:
+    """The name of what it wrote."""
+    if isinstance(text.tokenizer, SentencePieceTokenizer):
+        proto = base64.b64decode(text.tokenizer.to_config()["serialized"])
+        folder.joinpath("spiece.model").write_bytes(proto)
+        return "spiece.model"
+    found = transformers_tokenizer(text, folder)
+    rust: RustTokenizer = found.backend_tokenizer
+    length = text.tokenizer.context_length
+    rust.enable_truncation(length)
+    fill = {"pad_id": text.tokenizer.pad_id, "pad_token": str(found.pad_token)}
+    rust.enable_padding(**fill, length=length if text.pad == "context" else None)  # type: ignore[arg-type]
+    rust.save(str(folder / "tokenizer.json"))
+    return "tokenizer.json"
+
+
+def _tokenizer(text: TextTower, folder: Path) -> Any:
+    """Strings -> inputs of the text's file, by the tokenizer of the folder."""
+    if (file := folder / "tokenizer.json").is_file():
+        rust = RustTokenizer.from_file(str(file))
+
+        def encode(texts: list[str]) -> dict[str, Tensor]:
+            read = rust.encode_batch(texts)
+            ids_BT, mask_BT = (torch.tensor([getattr(one, name) for one in read]) for name in ("ids", "attention_mask"))
+            return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+        return encode
+    import transformers
+
+    tokenizer: Any = transformers.SiglipTokenizer(str(folder / "spiece.model"))
+    length = text.tokenizer.context_length
+
+    def encode_siglip(texts: list[str]) -> dict[str, Tensor]:
+        whole = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        ids_BT = tokenizer(texts, **whole)["input_ids"]
+        return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+
+    return encode_siglip
+
+
+def _logit_scale(encoder: Encoder) -> float:
+    return math.exp(encoder.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE))
+
+
+def _lines(file: Path, option: str) -> list[str]:
+    """Raises FileNotFoundError or ValueError, for one that is missing or empty."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{option}: {file} is no file; expected a text file, one in each line")
+    lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{option}: {file} is empty; expected one in each line")
+    return lines
+
+
+def _notes(encoder: Encoder) -> list[str]:
+    backbone = encoder.backbone
+    p = backbone.patch_size
+    if backbone.canvas_hw is not None:
+        size = f"{backbone.canvas_hw[0]} x {backbone.canvas_hw[1]} pixels"
+        return [f"pixels are uint8 (batch, 3, height, width), RGB, of {size}: images are resized to fill them"]
+    return [
+        f"pixels are uint8 (batch, 3, height, width), RGB, of any height and width that {p} divides; "
+        "a batch has one size, images of several go one by one"
+    ]
+
+
+def _loss(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    cosines_B = F.cosine_similarity(ours.double(), theirs.double(), dim=-1)
+    difference = float((ours - theirs).abs().max())
+    return {"difference": difference, "cosine": float(cosines_B.min()), "mean_cosine": float(cosines_B.mean())}
