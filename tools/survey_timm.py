@@ -1,8 +1,9 @@
 """Every image model of timm, all tensors random, against what IndiCLIP makes of it.
 
 `vit`: each name of the modules of plain ViTs, and each name with "vit" in it. `families`: the smallest model of every
-other module. A model of more than `--cut-above` million parameters keeps two blocks (of a stage, if it has stages), or is
-compared by keys and shapes alone where it stays too large.
+other module. A model of more than `--cut-above` million parameters keeps two blocks (of a stage, if it has stages); one
+that stays too large is compared by keys and shapes alone.
+
 Compared in float64, in evaluation mode, at the model's own image size: the tokens (class and register tokens too) and
 the pooled vector, from random uint8 pixels that go through our patches and normalisation. What counts as equal is a
 largest difference of 1e-5 of the largest value: constants such as means and rotary frequencies are kept in float32
