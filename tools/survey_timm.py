@@ -48,6 +48,7 @@ _CUTS: tuple[dict[str, Any], ...] = (
     {"depth": 2, "num_kv_heads": 8},  # where else each block has its number
     {"depths": (2, 2, 2, 2)},
     {"depths": (1, 1, 1, 1)},
+    {"layers": (1, 1, 1, 1, 1)},  # the first four, where there are no more
     {"layers": (1, 1, 1, 1)},
 )
 
@@ -91,17 +92,18 @@ def create(name: str, cut_above: float) -> tuple[Any, dict[str, Any]]:
         except NotImplementedError:  # an encoder that never classifies
             options = {"num_classes": 0}
             whole = timm.create_model(name, **options)
-    size = _size(whole)
+    size, chosen = _size(whole), dict(options)
     for cut in _CUTS if size > cut_above else ():
         try:
             with torch.device("meta"):
                 size = _size(timm.create_model(name, **options, **cut))
         except Exception:  # which arguments a model takes shows only in the attempt
             continue
-        options |= cut
+        chosen |= cut
         break
     if size > _MOST:
         return whole.eval(), options
+    options = chosen
     with NoInitialisation():
         model = timm.create_model(name, **options)
     randomise(model, zlib.crc32(name.encode()))
@@ -146,6 +148,7 @@ def compare(backbone: Backbone, model: Any, size_hw: tuple[int, int]) -> dict[st
     mean, std = ((torch.tensor(config[key]) * 255).double()[:, None, None] for key in ("mean", "std"))
     pixels = (torch.from_numpy(picture).permute(2, 0, 1)[None] - mean) / std
     p = backbone.patch_size
+    picture = picture[: height // p * p, : width // p * p]  # timm's patch embedding leaves out what is beyond
     with torch.no_grad():
         theirs = model.forward_features(pixels.double())
         pooled = model.forward_head(theirs, pre_logits=True)

@@ -81,6 +81,8 @@ def image_tower(
                 naflex = NaFlexViT(name=name, options=options | {"pos_embed_grid_size": [*table.shape[1:3]]}, **pixels)
         if moved.keys() == naflex.vit.state_dict().keys():
             backbone, converted = naflex, moved
+            if any(side % naflex.patch_size for side in fixed.canvas_hw or ()):
+                notes.append(f"images are resized to whole patches of {naflex.patch_size} pixels, which timm cuts off")
     if backbone is fixed:
         fixed.eval().check_features()  # batch norm in training wants more than one value
     prefix = "backbone.net." if backbone is fixed else "backbone.vit."
