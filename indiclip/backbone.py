@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 import timm
 import torch
-from timm.layers.norm import LayerNorm, LayerNorm2d
+from timm.layers.norm import LayerNorm, LayerNorm2d, RmsNorm
 from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
@@ -315,12 +315,12 @@ class TimmBackbone(Backbone):
         for norm in (getattr(self.net, "fc_norm", None), getattr(getattr(self.net, "head", None), "norm", None)):
             if isinstance(norm, LayerNorm2d):
                 raw = norm(raw.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            elif isinstance(norm, nn.LayerNorm):
+            elif isinstance(norm, nn.LayerNorm | RmsNorm):
                 raw = norm(raw)
         return raw
 
     def check_features(self) -> None:
-        """Raise ValueError where the model's features are neither a map nor tokens of its stride and width.
+        """Raise ValueError where the model's features are no map or tokens of its stride and width, or it has no pool.
 
         Runs the whole model: cheap on the meta device.
         """
@@ -333,6 +333,10 @@ class TimmBackbone(Backbone):
                 f"backbone.name: {self._args['name']} gives features of shape {list(raw.shape[1:])}; expected "
                 f"{[num_tokens, self.width]} by its stride {self.stride} and width {self.width}"
             )
+        try:
+            self.net.forward_head(raw.permute(0, 3, 1, 2) if raw.ndim == 4 and self.is_channels_first else raw)
+        except NotImplementedError as error:
+            raise ValueError(f"backbone.name: {self._args['name']} has no pooling of its own ({error})") from error
 
     def _check_kind(self) -> None:
         for part in ("feature_info", "forward_features", "forward_head", "num_features", "head_hidden_size"):
@@ -393,10 +397,20 @@ def join_prefix(features: Features) -> Tensor:
     return torch.cat([features.prefix_BKD, features.tokens_BND], 1)
 
 
-def check_timm_name(name: str) -> None:
-    """Raise ValueError with the nearest name unless timm knows the model."""
+def check_timm_name(name: str, where: str = "backbone.name") -> None:
+    """Raise ValueError with the nearest name unless timm knows the model, and the tag of its weights, if there is one.
+
+    Args:
+        name: `ARCHITECTURE` or `ARCHITECTURE.TAG`.
+        where: What names it, for the message.
+    """
     if not timm.is_model(name):
-        raise ValueError(f"backbone.name: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+        raise ValueError(f"{where}: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = timm.list_models(f"{name.partition('.')[0]}*", pretrained=True)
+        raise ValueError(f"{where}: timm has no weights {name!r}{did_you_mean(name, known)}") from error
 
 
 def _new_naflex(

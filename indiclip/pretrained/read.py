@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import timm
+
 from indiclip.pretrained.bare_files import SUFFIXES, read_bare_file
 from indiclip.pretrained.model_names import library_of
 from indiclip.pretrained.open_clip_models import read_open_clip
@@ -18,8 +20,8 @@ def read_weights(name: str, which: str = "auto") -> Weights:
 
     Args:
         name: `runs/quickstart`, `x.ckpt`: ours. A folder as transformers, timm or OpenCLIP save one. Their names and
-            files: `timm:NAME`, `transformers:FOLDER`, `open_clip:NAME:FILE`. A `.safetensors`, `.pt`, `.pth` or `.bin`
-            alone gives a `BareFile`, which names no architecture.
+            files: `timm:NAME` (or that name alone), `transformers:FOLDER`, `open_clip:NAME:FILE`. A `.safetensors`,
+            `.pt`, `.pth` or `.bin` alone gives a `BareFile`, which names no architecture.
         which: Of a run's weights, see `read_run`.
 
     Raises:
@@ -28,6 +30,8 @@ def read_weights(name: str, which: str = "auto") -> Weights:
     """
     file = Path(name)
     is_bare = file.is_file() and file.suffix in SUFFIXES
+    if timm.is_model(name) and not file.exists():
+        name = f"timm:{name}"
     library, what = ("", name) if is_bare else library_of(name)
     if library != "indiclip" and which not in ("auto", "last"):
         raise ValueError(f"{name}: is no run of ours and has one set of weights; expected last, found {which!r}")

@@ -1,5 +1,6 @@
 """Image models of timm: names, files, and folders as `timm.models.push_to_hf_hub` and `save_for_hf` write them."""
 
+import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,18 +11,16 @@ import timm
 import timm.models
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import adapt_input_conv
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
-from indiclip.names import did_you_mean
+from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone, check_timm_name
 from indiclip.pretrained.model_names import read_config
-from indiclip.pretrained.weights import Weights, read_tensors
+from indiclip.pretrained.weights import Weights, read_tensors, state_dict
 from indiclip.text import describe
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the order in which timm looks, too
 _PIXELS = ("mean", "std", "interpolation")
 _NOT_OURS = ("num_classes", "in_chans", "use_naflex")  # options that are ours to choose
 _EMBEDDINGS = ("patch_embed.", "pos_embed", "cls_token", "reg_token")
@@ -38,15 +37,15 @@ def read_timm(what: str) -> Weights:
     overlay: dict[str, Any] = {}
     if folder.is_dir():
         config = read_config(folder / "config.json")
-        name = _architecture(config, folder)
+        name = str(config.get("architecture"))
+        check_timm_name(name, f"{folder / 'config.json'}: architecture")
         options, overlay = dict(config.get("model_args") or {}), dict(config.get("pretrained_cfg") or config)
         file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / _FILES[0])
     else:
         name, _, path = what.partition(":")
-        if not timm.is_model(name):
-            raise ValueError(f"timm:{what}: timm has no {name!r}{did_you_mean(name, timm.list_models())}")
+        check_timm_name(name, f"timm:{what}")
         file = Path(path) if path else _downloaded(name)
-    return image_tower(f"timm:{what}", name, _unwrapped(read_tensors(file), file), options, overlay)
+    return image_tower(f"timm:{what}", name, _read(file), options, overlay)
 
 
 def image_tower(
@@ -82,8 +81,10 @@ def image_tower(
                 naflex = NaFlexViT(name=name, options=options | {"pos_embed_grid_size": [*table.shape[1:3]]}, **pixels)
         if moved.keys() == naflex.vit.state_dict().keys():
             backbone, converted = naflex, moved
+            if any(side % naflex.patch_size for side in fixed.canvas_hw or ()):
+                notes.append(f"images are resized to whole patches of {naflex.patch_size} pixels, which timm cuts off")
     if backbone is fixed:
-        fixed.check_features()
+        fixed.eval().check_features()  # batch norm in training wants more than one value
     prefix = "backbone.net." if backbone is fixed else "backbone.vit."
     return _tower(origin, backbone, prefix, converted, ignored, notes)
 
@@ -177,22 +178,11 @@ def _naflex_names(plain: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return moved
 
 
-def _architecture(config: dict[str, Any], folder: Path) -> str:
-    name = str(config.get("architecture"))
-    if not timm.is_model(name):
-        raise ValueError(
-            f"{folder / 'config.json'}: architecture: timm has no {name!r}{did_you_mean(name, timm.list_models())}"
-        )
-    return name
-
-
-def _unwrapped(found: dict[str, Any], file: Path) -> dict[str, Tensor]:
-    """The tensors of a training checkpoint, averaged ones first, without the prefixes of wrappers."""
-    for key in _WRAPPERS:
-        if isinstance(found.get(key), dict):
-            found = found[key]
-            break
-    tensors = {name: tensor for name, tensor in clean_state_dict(found).items() if isinstance(tensor, Tensor)}
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, also of a checkpoint of timm's training script, whose averaged weights come first."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the script's options; it runs no code
+        found = read_tensors(file)
+    tensors = state_dict(found)
     if not tensors:
         raise ValueError(f"{file}: holds no tensors; found the entries {', '.join(map(str, list(found)[:5]))}")
     return tensors
@@ -202,8 +192,7 @@ def _downloaded(name: str) -> Path:
     """The file of a name's pretrained weights, from the hub or its local cache."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
-        tags = timm.list_pretrained(f"{name.partition('.')[0]}*")
-        raise ValueError(f"timm:{name}: no such weights on the hub{did_you_mean(name, tags)}")
+        raise ValueError(f"timm:{name}: {name} has no weights on the hub; expected timm:{name}:FILE")
     files = [config.hf_hub_filename] if config.hf_hub_filename else list(_FILES)
     for file in files:
         try:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ PARTS = {
     "projections": ("image_projection.", "text_projection."),
     "logit_scale": ("logit_scale", "logit_bias"),
 }
-_ENTRIES = ("state_dict", "model")  # of Lightning, OpenCLIP; of DeiT, ConvNeXt
+# Averaged weights first, as timm takes them; of Lightning, OpenCLIP; of DeiT, ConvNeXt.
+_ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+_NORMS = ("backbone.vit.fc_norm", "backbone.vit.norm")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
@@ -49,8 +51,15 @@ class Weights:
         return [part for part in PARTS if any(of_part(part, self.tensors))]
 
     def for_encoder(self, encoder: Any) -> "Weights":
-        """With tensors by the encoder's names; this one has them."""
-        return self
+        """With tensors by the encoder's names.
+
+        They differ in one place: where an encoder pools by itself, a ViT's norm behind the pooling went before it.
+        """
+        own, kinds = encoder.state_dict(), ("weight", "bias")
+        if f"{_NORMS[1]}.weight" not in own or f"{_NORMS[0]}.weight" in own or f"{_NORMS[1]}.weight" in self.tensors:
+            return self
+        names = {f"{_NORMS[0]}.{kind}": f"{_NORMS[1]}.{kind}" for kind in kinds}
+        return replace(self, tensors={names.get(name, name): tensor for name, tensor in self.tensors.items()})
 
     def logits(self) -> dict[str, float]:
         """`logit_scale` (a logarithm) and `logit_bias` of the contrastive loss, those that it has."""
