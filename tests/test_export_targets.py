@@ -9,7 +9,7 @@ import timm
 import torch
 import transformers
 from export_runs import CLIP_OPTIONS, clip, filled, portable, runs, siglip_text, vit  # noqa: F401
-from helpers import ARCHITECTURE, noise
+from helpers import ARCHITECTURE, batch_images, noise
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,7 +20,6 @@ from indiclip.export.exporter import Refused, export
 from indiclip.export.parity import measure
 from indiclip.export.source import open_source
 from indiclip.export.target import find_target
-from indiclip.patches import batch_images
 from indiclip.pooling import Projection
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.pretrained.read import READERS

@@ -58,7 +58,11 @@ def noise(sizes: list[tuple[int, int]], patch_size: int) -> Images:
     generator = torch.Generator().manual_seed(_SEED)
     sizes_hw = [(H * patch_size, W * patch_size) for H, W in sizes]
     pixels = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes_hw]
-    return stack([patchify(image, patch_size) for image in pixels], sizes_hw, [(1.0, 1.0)] * len(sizes))
+    prepared = [
+        {"patches": patchify(image, patch_size), "size_hw": size, "scale": (1.0, 1.0)}
+        for image, size in zip(pixels, sizes_hw, strict=True)
+    ]
+    return stack(prepared)
 
 
 def bound(target: Target, encoder: Encoder) -> float:

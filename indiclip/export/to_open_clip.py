@@ -62,7 +62,12 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         if "logit_bias" in encoder.initial_logits:
             model_cfg["init_logit_bias"] = 0.0
             tensors["logit_bias"] = torch.tensor(encoder.initial_logits["logit_bias"])
-        preprocess = {"mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "squash"}
+        preprocess = {
+            "mean": mean,
+            "std": std,
+            "interpolation": encoder.backbone.interpolation,
+            "resize_mode": "squash",
+        }
         config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
         folder.joinpath(_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

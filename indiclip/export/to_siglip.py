@@ -48,7 +48,10 @@ model, processor = AutoModel.from_pretrained("{out}"), AutoProcessor.from_pretra
             text_config=text_config(encoder), vision_config=vision_config(encoder) | {"image_size": side}
         )
         images = transformers.SiglipImageProcessor(
-            size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=Image.Resampling.BILINEAR
+            size={"height": side, "width": side},
+            image_mean=mean,
+            image_std=std,
+            resample=Image.Resampling[encoder.backbone.interpolation.upper()],
         )
         made: Any = transformers.SiglipProcessor
         processor = made(images, transformers_tokenizer(encoder.text, folder))

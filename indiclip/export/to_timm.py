@@ -127,7 +127,7 @@ def write_config(model: TimmModel, encoder: Encoder, folder: Path) -> None:
         "custom_load": False,
         "input_size": [3, H * backbone.patch_size, W * backbone.patch_size],
         "fixed_input_size": not any_size and bool(own and own.fixed_input_size),
-        "interpolation": "bilinear",
+        "interpolation": backbone.interpolation,
         "crop_pct": 1.0,
         "crop_mode": "squash",
         "mean": list(backbone.mean),
