@@ -76,7 +76,7 @@ ARROWS = {
         "types names strict_yaml old_names json_lines checkpoint pretrained distributed lightning_internals encoder"
         " head module datasets loading evals"
     ),
-    "commands": "names images patches text datasets webdataset loading evals training",
+    "commands": "types names images patches text json_lines distributed datasets webdataset loading evals training",
 }
 
 
