@@ -14,6 +14,7 @@ from heads.densepose import KAPPA, DensePose, SurfaceMetric, average_precision, 
 from indiclip.generated.mela import Mela
 from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
+from indiclip.preprocessing import Preprocessing
 from indiclip.surface_charts import NUM_PARTS, Charts, People, chart_losses, read_at
 from indiclip.types import Batch, Features, targets_of
 
@@ -39,14 +40,14 @@ def features_of(batch: Batch) -> Features:
 def mela_batch(sizes_hw: list[tuple[int, int]], seed: int = 3, people: float = 1.0) -> Batch:
     transform = Transform(max_tokens=256)
     sources = [Mela(len(sizes_hw), list(size), people=people, seed=seed) for size in sizes_hw]
-    return collate([transform(source[i], STRIDE, None, None) for i, source in enumerate(sources)])
+    return collate([transform(source[i], Preprocessing(STRIDE), None) for i, source in enumerate(sources)])
 
 
 def hand_batch(targets: dict[str, list[Any]], size: int = 32) -> Batch:
     """Images of noise, one per entry of each list."""
     count = len(next(iter(targets.values())))
     noise = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    batch = collate([Transform()({"image": image, "key": "x"}, STRIDE, None, None) for image in noise])
+    batch = collate([Transform()({"image": image, "key": "x"}, Preprocessing(STRIDE), None) for image in noise])
     return batch | {"targets": packed(targets), "keys": [str(i) for i in range(count)]}
 
 
@@ -349,7 +350,7 @@ class TestAnyBatch:
             charts = head(features_of(batch), boxes.values, boxes.image_R)
             together = torch.cat([charts.coarse_logits, charts.part_logits, charts.u, charts.v], 1)
             for i, size in enumerate(sizes):
-                alone = collate([transform(Mela(3, list(size), people=1.0, seed=3)[i], STRIDE, None, None)])
+                alone = collate([transform(Mela(3, list(size), people=1.0, seed=3)[i], Preprocessing(STRIDE), None)])
                 rows = boxes.rows_of(i)
                 charts = head(features_of(alone), boxes.values[rows], torch.zeros(boxes.counts[i], dtype=torch.long))
                 own = torch.cat([charts.coarse_logits, charts.part_logits, charts.u, charts.v], 1)
@@ -475,7 +476,7 @@ class TestLearning:
         """On people who were seen, part, place on it and mask are found; before training they are not."""
         sample = Mela(8, 96, people=1.0, seed=11)
         first = next(i for i in range(8) if len(sample[i]["dp_boxes_xyxy"]) >= 2)
-        batch = collate([Transform()(sample[first], STRIDE, None, None)])
+        batch = collate([Transform()(sample[first], Preprocessing(STRIDE), None)])
         head = make_head(192, roi_size=14, channels=48, num_convs=1)
         features = features_of(batch)
 

@@ -16,7 +16,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 def exported(run, out, **options):
-    return export(open_source(run, None, None), "onnx", out, options=options)
+    return export(open_source(run, "auto", None), "onnx", out, options=options)
 
 
 @pytest.mark.parametrize("kind", ["portable", "clip"])  # resized table, map pool, SigLIP; class token, CLIP
@@ -38,7 +38,7 @@ def test_classes_and_8_bit_weights(runs, tmp_path):  # noqa: F811
     session = onnxruntime.InferenceSession(out / "classes.onnx", providers=["CPUExecutionProvider"])
     pixels = torch.randint(0, 256, (3, 3, 24, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     _, probabilities = session.run(None, {"pixels": pixels.numpy()})
-    encoder = open_source(runs["quickstart"], None, None).encoder
+    encoder = open_source(runs["quickstart"], "auto", None).encoder
     classes = out.joinpath("classes.txt").read_text("utf-8").splitlines()
     expected = encoder.zero_shot(list(pixels), classes, ("a photo of {}", "{}"))
     for row, one in zip(probabilities, expected, strict=True):

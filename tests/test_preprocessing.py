@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 from indiclip import patches
-from indiclip.commands.config_samples import _built
+from indiclip.commands.config_samples import build_config
 from indiclip.datasets.base import SampleDataset
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.images import EncodedImage, UnreadableSample, to_rgb
@@ -268,7 +268,7 @@ def test_the_command_hands_the_backbones_interpolation_to_the_data(tmp_path):
         backbone = {"class_path": "indiclip.backbone.NaFlexViT", "init_args": init_args | given}
         file = tmp_path / "experiment.yaml"
         file.write_text(yaml.safe_dump(config(model__encoder__backbone=backbone)))
-        model, data = _built(["--config", str(file)])
+        model, data = build_config(["--config", str(file)])
         assert data.preprocessing == model.encoder.backbone.preprocessing
         assert data.preprocessing == Preprocessing(16, None, expected)
 
