@@ -208,6 +208,16 @@ def test_a_shipped_config_is_found_by_its_name_and_the_nearest_is_said(tmp_path,
     assert find_config("quickstart") == Path("quickstart")  # a file of the user's own comes first
 
 
+def test_shipped_configs_name_their_files_wherever_they_are_read():
+    def words(value):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return [value] if isinstance(value, str) else [word for part in parts for word in words(part)]
+
+    for file in SHIPPED.rglob("*.yaml"):
+        beside_the_checkout = [word for word in words(read_config(file)) if "/" in word and (ROOT / word).exists()]
+        assert all(Path(word).is_absolute() for word in beside_the_checkout), file
+
+
 def test_an_installed_wheel_trains_the_quickstart_without_a_checkout(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
