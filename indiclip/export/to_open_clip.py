@@ -30,6 +30,7 @@ _CONFIG, _WEIGHTS, _TIMM = "open_clip_config.json", "open_clip_model.safetensors
 class Target(target.Target):
     """See the module."""
 
+    library_name = "open_clip"
     bound = 1e-5
     libraries = ("open_clip_torch", "timm", "transformers")
     usage = """\

@@ -29,6 +29,7 @@ from indiclip.types import Images
 class Target(target.Target):
     """See the module."""
 
+    library_name = "transformers"
     bound = 1e-5
     libraries = ("transformers",)
     usage = """\

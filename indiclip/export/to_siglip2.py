@@ -43,6 +43,7 @@ _POSITIONS = {
 class Target(target.Target):
     """See the module."""
 
+    library_name = "transformers"
     bound = 1e-5
     libraries = ("transformers",)
     usage = """\

@@ -53,6 +53,7 @@ class TimmModel(NamedTuple):
 class Target(target.Target):
     """See the module."""
 
+    library_name = "timm"
     bound = 1e-6
     libraries = ("timm", "transformers")
     usage = """\
@@ -60,7 +61,7 @@ import timm
 model = timm.create_model("local-dir:{out}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 embedding = model(transform(image).unsqueeze(0))  # of a PIL image; not of unit length
-maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True)"""
+maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True, out_indices=(-1,))"""
 
     def check(self, encoder: Encoder) -> list[Loss]:
         backbone = encoder.backbone
