@@ -47,5 +47,7 @@ detector = build_detector(FasterRCNN, load("{out}"), num_classes=91)"""
 
         notes = ["text and the encoder's pooling do not travel"]
         if encoder.backbone.interpolation != "bilinear":
-            notes.append(f"torchvision's detectors resize images bilinearly; the run was trained on {encoder.backbone.interpolation}")
+            notes.append(
+                f"torchvision's detectors resize images bilinearly; the run was trained on {encoder.backbone.interpolation}"
+            )
         return Reloaded(theirs, ours=ours, notes=notes, reads_smaller=True)
