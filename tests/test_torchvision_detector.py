@@ -213,7 +213,7 @@ def test_every_page_says_its_command(page):
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda path: path.stem)
 def test_every_other_page_trains_too(page, pretrained, tmp_path):
-    """With averaged weights and adapters. Again with `last`, nothing is left to train, and the detector written anew."""
+    """With averaged weights and adapters. Again with `last`, the detector is written anew."""
     coco(tmp_path, 2)
     narrow = yaml.safe_load(page.read_text())
     narrow["model"]["heads"][0]["init_args"] |= {"out_channels": 32, "options": FEW}

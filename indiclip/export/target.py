@@ -44,8 +44,8 @@ class Reloaded:
         cannot: Case of `indiclip.export.parity` -> why the library cannot read such a batch.
         ours: What `image` is compared with; None is the encoder's embeddings, as `embedding`.
         notes: What a user of the folder should know.
-        reads_smaller: Whether images smaller than the canvas of a fixed tower are read as the encoder reads them, padded
-            in its corner; else the canvas alone is compared.
+        reads_smaller: Whether images smaller than the canvas of a fixed tower are padded, as the encoder does it; else
+            the canvas alone is compared.
         measured: More of what `parity.json` is to hold, outside of the bound.
     """
 
