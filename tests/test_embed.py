@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import resource
 import signal
@@ -24,6 +26,7 @@ from test_cli import config
 from indiclip import json_lines
 from indiclip.cli import main
 from indiclip.commands import embed as embed_command
+from indiclip.commands import embed_ranks
 from indiclip.commands.embed_batches import stored
 from indiclip.generated.mela import Mela
 
@@ -374,6 +377,7 @@ def test_names_that_are_no_utf8(encoder, tmp_path):
 
 # Whatever happens on the way.
 
+FORK = multiprocessing.get_context("fork")
 WORDS = ("--batch_size", 4, "--part_size", 7, "--dtype", "int8")  # 4 parts
 
 
@@ -496,7 +500,15 @@ def test_two_ranks_as_torchrun_starts_them(encoder, photos, tmp_path, monkeypatc
     assert content(out) == whole
 
 
+class Forked:
+    """In place of a context that spawns, whose processes import everything again; what those get is pickled, too."""
+
+    def Process(self, target, args):
+        return FORK.Process(target=target, args=pickle.loads(pickle.dumps(args)))
+
+
 def test_processes_of_its_own(encoder, photos, tmp_path, monkeypatch, capfd, whole):
+    monkeypatch.setattr(embed_ranks.multiprocessing, "get_context", {"spawn": Forked()}.get)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert embed(encoder, tmp_path / "out", photos, *WORDS, "--processes", 2) == 0
