@@ -136,9 +136,13 @@ def _record(words: argparse.Namespace, sources: Sources, model: Embedder, view: 
     """Everything that makes up the rows, of plain types."""
     return {
         "what": words.what,
-        "model": {"name": words.model, "crc32_of_weights": _crc32_of_weights(model)},
+        "model": {"name": words.model, "weights": model.weights, "crc32_of_weights": _crc32_of_weights(model)},
         "precision": words.precision,
-        "preprocessing": {**view._asdict(), "crc32_of_a_plain_picture": _crc32_of_prepared(model, view)},
+        "preprocessing": {
+            **view._asdict(),
+            **model.preprocessing,
+            "crc32_of_a_plain_picture": _crc32_of_prepared(model, view),
+        },
         "length": length,
         "full_length": model.lengths[-1],
         "dtype": words.dtype,

@@ -45,9 +45,7 @@ detector = build_detector(FasterRCNN, load("{out}"), num_classes=91)"""
         def ours(images: Images) -> dict[str, Tensor]:
             return {"features": valid_vectors(*encoder.features(images).map())}
 
-        notes = ["text and the encoder's pooling do not travel"]
-        if encoder.backbone.interpolation != "bilinear":
-            notes.append(
-                f"torchvision's detectors resize images bilinearly; the run was trained on {encoder.backbone.interpolation}"
-            )
+        notes, interpolation = ["text and the encoder's pooling do not travel"], encoder.backbone.interpolation
+        if interpolation != "bilinear":
+            notes.append(f"torchvision's detectors resize images bilinearly; the run was trained on {interpolation}")
         return Reloaded(theirs, ours=ours, notes=notes, reads_smaller=True)
