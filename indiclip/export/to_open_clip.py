@@ -22,9 +22,27 @@ from indiclip.export.parity import own_grid
 from indiclip.export.target import Loss, Reloaded
 from indiclip.export.tokenizer_files import tokenizer_losses, transformers_tokenizer
 from indiclip.patches import unpatchify
+from indiclip.pretrained.open_clip_source import LOCAL, vision_cfg_of
 from indiclip.types import Images
 
 _CONFIG, _WEIGHTS, _TIMM = "open_clip_config.json", "open_clip_model.safetensors", "timm"
+
+
+_LOAD = """\
+import open_clip
+model, _, transform = open_clip.create_model_and_transforms("local-dir:{out}")
+"""
+# Where timm has no name for the tower: its description is then found wherever the folder lies.
+_LOAD_ANYWHERE = """\
+import json, open_clip
+vision = json.load(open("{out}/open_clip_config.json"))["model_cfg"]["vision_cfg"]
+vision["timm_model_name"] = "local-dir:{out}/timm"
+model, _, transform = open_clip.create_model_and_transforms("local-dir:{out}", vision_cfg=vision)
+"""
+_USE = """\
+tokenizer = open_clip.get_tokenizer("local-dir:{out}")
+image = model.eval().encode_image(transform(picture).unsqueeze(0), normalize=True)  # of a PIL image
+print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True).T)"""
 
 
 class Target(target.Target):
@@ -33,12 +51,7 @@ class Target(target.Target):
     library_name = "open_clip"
     bound = 1e-5
     libraries = ("open_clip_torch", "timm", "transformers")
-    usage = """\
-import open_clip
-model, _, transform = open_clip.create_model_and_transforms("local-dir:{out}")
-tokenizer = open_clip.get_tokenizer("local-dir:{out}")
-image = model.eval().encode_image(transform(picture).unsqueeze(0), normalize=True)  # of a PIL image
-print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True).T)"""
+    usage = _LOAD + _USE
 
     def check(self, encoder: Encoder) -> list[Loss]:
         losses = [] if open_clip_towers.is_clip_vision(encoder) else _timm_losses(encoder)
@@ -74,6 +87,8 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(whole, folder / _WEIGHTS, {"format": "pt"})
         transformers_tokenizer(encoder.text, folder).save_pretrained(folder)
+        if (folder / _TIMM).is_dir():
+            self.usage = _LOAD_ANYWHERE + _USE
 
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         try:
@@ -81,16 +96,15 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         except ImportError as error:
             raise ValueError("--to open_clip: OpenCLIP has to prove it: pip install open_clip_torch") from error
         name = f"local-dir:{folder}"
-        vision_cfg = json.loads(folder.joinpath(_CONFIG).read_text())["model_cfg"]["vision_cfg"]
+        config = json.loads(folder.joinpath(_CONFIG).read_text())
         notes = ["OpenCLIP repairs a text's encoding and joins its white space before it is read (ftfy)"]
-        if vision_cfg.get("timm_model_name", "").startswith("local-dir:"):
+        if (folder / _TIMM).is_dir():
             notes.append(
-                f"timm has no name for the image tower: after moving the folder, write its new path into {_CONFIG} "
-                "(vision_cfg.timm_model_name)"
+                f"timm has no name for the image tower, and {_CONFIG} says where the folder is: after moving it, load "
+                "it by the card's lines, or write its new path there (vision_cfg.timm_model_name)"
             )
-            vision_cfg["timm_model_name"] = f"local-dir:{folder.absolute() / _TIMM}"  # not yet where it will be
         theirs, _, transform = open_clip.create_model_and_transforms(
-            name, require_pretrained=True, vision_cfg=vision_cfg
+            name, require_pretrained=True, vision_cfg=vision_cfg_of(folder, config)
         )
         theirs.eval()
         tokenizer = open_clip.get_tokenizer(name)
@@ -148,7 +162,7 @@ def _timm_tower(encoder: Encoder, folder: Path, place: Path) -> tuple[dict[str, 
     if isinstance(encoder.backbone, NaFlexViT) or described.args:
         (folder / _TIMM).mkdir()
         to_timm.write_config(described, encoder, folder / _TIMM)
-        name = f"local-dir:{place.absolute() / _TIMM}"
+        name = f"{LOCAL}{place.absolute() / _TIMM}"
     pool = ""
     if kind == "none":  # OpenCLIP names the pooling then, else it leaves the tower's
         pool = described.args.get("global_pool") or _own_pool(encoder)
