@@ -258,10 +258,13 @@ def _show(words: argparse.Namespace, record: dict[str, Any], done: int, seconds:
         print(json_line(record), end="")
         return
     summary, out = record["summary"], words.out
-    shown = f"{summary['rows']:,} embeddings of {record['length']} numbers, {record['dtype']}"
-    print(f"{out}: {shown}, in {len(record['parts']):,} parts" + ("" if done else "; it was complete already"))
+    parts = f"{len(record['parts']):,} part{'s' * (len(record['parts']) != 1)}"
+    shown = f"{summary['rows']:,} embeddings of {record['length']} numbers, {record['dtype']}, in {parts}"
+    print(f"{out}: {shown}" + ("" if done else "; it was complete already"))
     readable = summary["samples"] - summary["quarantined"]
     print(f"  {readable:,} of {summary['samples']:,} samples; quarantined: {summary['quarantined']:,}")
+    if readable and not summary["rows"]:
+        print("  not one of the samples has a caption")
     if summary["damaged"]:
         print(f"  lost to all samples: {summary['damaged']:,} damaged places of the files")
     if summary["quarantined"] or summary["damaged"]:

@@ -110,6 +110,11 @@ def find_target(name: str, options: dict[str, Any] | None = None) -> Target:
     return found(**(options or {}))
 
 
+def stretching_note(height: int, width: int) -> str:
+    """What to know of the pixels that a folder's own preprocessing gives."""
+    return f"its preprocessing stretches every image to {height} x {width} pixels; the run keeps the aspect"
+
+
 def who_could(encoder: Encoder, but: str) -> str:
     """Which other targets take the encoder without a loss, in words."""
     names = [name for name in target_names() if name != but and not find_target(name).check(encoder)]

@@ -6,7 +6,6 @@ Shape letters: see `indiclip.types`.
 """
 
 import base64
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from indiclip.backbone import NaFlexViT
 from indiclip.datasets.tables import decode_text, existing, is_text, text_lines
-from indiclip.encoder import _CLIP_LOGIT_SCALE, Encoder
+from indiclip.encoder import Encoder
 from indiclip.export import target
 from indiclip.export.onnx_graphs import ClassGraph, ImageGraph, TextGraph, positions_as_trained
 from indiclip.export.parity import TEXTS, noise, own_grid
@@ -100,7 +99,7 @@ class Target(target.Target):
                 ImageGraph(encoder), {"pixels": pixels}, {"pixels": sizes}, ["image_embedding"], folder / "image.onnx"
             )
             if self._classes:
-                graph = ClassGraph(encoder, self._class_matrix(encoder), _logit_scale(encoder))
+                graph = ClassGraph(encoder, self._class_matrix(encoder), encoder.logit_factor)
                 outputs = ["cosines", "probabilities"]
                 _export(graph, {"pixels": pixels}, {"pixels": sizes}, outputs, folder / "classes.onnx")
                 folder.joinpath("classes.txt").write_text("\n".join(self._classes) + "\n", "utf-8")
@@ -149,7 +148,7 @@ class Target(target.Target):
             if not self._classes:
                 return {"embedding": embedding_BE}
             cosines_BC = embedding_BE @ self._class_matrix(encoder).T
-            probabilities_BC = (_logit_scale(encoder) * cosines_BC).softmax(1)
+            probabilities_BC = (encoder.logit_factor * cosines_BC).softmax(1)
             return {"embedding": embedding_BE, "cosines": cosines_BC, "probabilities": probabilities_BC}
 
         reloaded = Reloaded(theirs, lambda texts: text("text.onnx", texts), ours=ours, notes=_notes(encoder))
@@ -265,10 +264,6 @@ def _tokenizer(text: TextTower, folder: Path) -> Any:
         return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
 
     return encode_siglip
-
-
-def _logit_scale(encoder: Encoder) -> float:
-    return math.exp(encoder.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE))
 
 
 def _lines(file: Path, option: str) -> list[str]:

@@ -19,7 +19,7 @@ from indiclip.encoder import Encoder
 from indiclip.export import open_clip_towers, target, to_timm
 from indiclip.export.fold import linear_projection
 from indiclip.export.parity import own_grid
-from indiclip.export.target import Loss, Reloaded
+from indiclip.export.target import Loss, Reloaded, stretching_note
 from indiclip.export.tokenizer_files import tokenizer_losses, transformers_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.pretrained.open_clip_source import LOCAL, vision_cfg_of
@@ -108,7 +108,8 @@ class Target(target.Target):
         )
         theirs.eval()
         tokenizer = open_clip.get_tokenizer(name)
-        own_hw = tuple(side * encoder.backbone.patch_size for side in own_grid(encoder))
+        H, W = own_grid(encoder)
+        own_hw = (H * encoder.backbone.patch_size, W * encoder.backbone.patch_size)
 
         def image(images: Images) -> dict[str, Tensor]:
             if images["sizes_hw"][0] == own_hw:
@@ -124,7 +125,7 @@ class Target(target.Target):
         cannot = {"mixed sizes, padded": "a batch of OpenCLIP has one size"}
         if open_clip_towers.is_clip_vision(encoder):
             cannot |= dict.fromkeys(("smaller", "larger", "not square"), "OpenCLIP's own ViT takes one size")
-        return Reloaded(image, text, cannot, notes=notes)
+        return Reloaded(image, text, cannot, notes=[*notes, stretching_note(*own_hw)])
 
 
 def _timm_losses(encoder: Encoder) -> list[Loss]:
