@@ -134,6 +134,11 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def logit_factor(self) -> float:
+        """By which `zero_shot` multiplies cosines before the softmax."""
+        return math.exp(self.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE))
+
     def features(self, images: Images) -> Features:
         """Backbone features of a batch of images."""
         return cast(Features, self.backbone(images))
@@ -229,9 +234,7 @@ class Encoder(nn.Module):
         prompts = [template.replace("{}", name) for name in classes for template in templates]
         text_CTE = self.embed_text(prompts, length).reshape(len(classes), len(templates), -1)
         class_CE = F.normalize(text_CTE.mean(1), dim=-1)
-        logits_BC = math.exp(self.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE)) * (
-            self.embed_image(images, length) @ class_CE.T
-        )
+        logits_BC = self.logit_factor * (self.embed_image(images, length) @ class_CE.T)
         rows = [dict(zip(classes, row, strict=True)) for row in logits_BC.softmax(1).tolist()]
         return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]
 

@@ -24,8 +24,8 @@ CLIP_OPTIONS = {"class_token": True, "pre_norm": True, "global_pool": "token", "
 CLIP_OPTIONS |= {"pos_embed_grid_size": [4, 4]}
 
 
-def vit(patch_size=8, **options):
-    return NaFlexViT(width=32, depth=2, num_heads=2, patch_size=patch_size, options=options)
+def vit(patch_size=8, depth=2, **options):
+    return NaFlexViT(width=32, depth=depth, num_heads=2, patch_size=patch_size, options=options)
 
 
 def gemma_tokenizer():

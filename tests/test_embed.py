@@ -3,13 +3,16 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import resource
 import signal
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +27,7 @@ from test_cli import config
 from indiclip import json_lines
 from indiclip.cli import main
 from indiclip.commands import embed as embed_command
+from indiclip.commands import embed_ranks
 from indiclip.commands.embed_batches import stored
 from indiclip.generated.mela import Mela
 
@@ -45,6 +49,14 @@ def save_model(file, seed=0):
     state = {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
     torch.save({"encoder": encoder.to_config(), "state_dict": state}, file)
     return encoder
+
+
+def save_as_bicubic(file, other):
+    """The same weights of a model that resizes images otherwise."""
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["encoder"]["backbone"]["init_args"]["interpolation"] = "bicubic"
+    torch.save(checkpoint, other)
+    return other
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +135,9 @@ def test_a_folder_of_classes(encoder, photos, tmp_path, capsys):
     assert [(row["height"], row["width"]) for row in rows] == [SIZES[int(name[5:7]) % 4] for name in names]
     np.testing.assert_allclose(vectors, of_files(encoder, photos, names), atol=1e-5)
     assert record["parts"] == [10, 10, 3]
+    assert record["model"]["weights"] == f"{encoder.file}, step 0"
+    read_as = {"name": "native", "patch_size": 8, "interpolation": "bilinear", "mean": [0.5] * 3, "antialias": True}
+    assert record["preprocessing"].items() >= read_as.items()
     assert record["summary"] | {"cosine_loss": 0} == {
         "samples": 23, "rows": 23, "quarantined": 0, "damaged": 0, "cosine_loss": 0,
     }  # fmt: skip
@@ -374,6 +389,7 @@ def test_names_that_are_no_utf8(encoder, tmp_path):
 
 # Whatever happens on the way.
 
+FORK = multiprocessing.get_context("fork")
 WORDS = ("--batch_size", 4, "--part_size", 7, "--dtype", "int8")  # 4 parts
 
 
@@ -496,7 +512,15 @@ def test_two_ranks_as_torchrun_starts_them(encoder, photos, tmp_path, monkeypatc
     assert content(out) == whole
 
 
+class Forked:
+    """In place of a context that spawns, whose processes import everything again; what those get is pickled, too."""
+
+    def Process(self, target, args):
+        return FORK.Process(target=target, args=pickle.loads(pickle.dumps(args)))
+
+
 def test_processes_of_its_own(encoder, photos, tmp_path, monkeypatch, capfd, whole):
+    monkeypatch.setattr(embed_ranks.multiprocessing, "get_context", {"spawn": Forked()}.get)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert embed(encoder, tmp_path / "out", photos, *WORDS, "--processes", 2) == 0
@@ -515,6 +539,7 @@ def test_other_words_are_not_mixed_in(encoder, photos, tmp_path, capsys):
     before = content(out)
     other = save_model(tmp_path / "other.ckpt", seed=1)
     other.file = tmp_path / "other.ckpt"
+    bicubic = SimpleNamespace(file=save_as_bicubic(encoder.file, tmp_path / "bicubic.ckpt"))
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     Image.fromarray(noise(16, 16)).save(fewer / "0.png")
@@ -523,6 +548,7 @@ def test_other_words_are_not_mixed_in(encoder, photos, tmp_path, capsys):
         (encoder, [photos, *WORDS[:-1], "fp16"], "dtype: 'int8' -> 'fp16'"),
         (encoder, [photos, *WORDS, "--view", "64-square"], "preprocessing.name: 'native' -> '64-square'"),
         (encoder, [photos, photos, *WORDS], "sources: [{"),
+        (bicubic, [photos, *WORDS], "preprocessing.interpolation: 'bilinear' -> 'bicubic'"),
         (encoder, [fewer, *WORDS], "sources[0].samples: 23 -> 1"),
         (other, [photos, *WORDS], f"holds embeddings of other weights: {encoder.file} -> {other.file}; --overwrite"),
     ):

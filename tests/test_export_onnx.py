@@ -1,49 +1,87 @@
 """The way to ONNX: ONNX Runtime gives the encoder's numbers at any size."""
 
+import contextlib
+import io
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from export_runs import runs  # noqa: F401
+from export_runs import CLIP_OPTIONS, SIGLIP_OPTIONS, TEXT, filled, siglip_text, vit
+from helpers import ARCHITECTURE
+from PIL import Image
 
+from indiclip.backbone import TimmBackbone
+from indiclip.encoder import Encoder
 from indiclip.export.exporter import export
-from indiclip.export.source import open_source
+from indiclip.export.source import Source
 from indiclip.export.target import find_target
+from indiclip.pooling import Projection
+from indiclip.text import ByteTokenizer, TextTower
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
+CLIP_TEXT = {"model_type": "clip_text_model", "hidden_act": "gelu", **TEXT}
+NAMES, PROMPTS = ["a kite", "मसाला डोसा", "a drum"], ["a photo of {}", "{}"]
 
 
-def exported(run, out, **options):
-    return export(open_source(run, "auto", None), "onnx", out, options=options)
+def siglip():
+    """A table that is resized, the tower's own pool, a text tower that reads padding."""
+    projections = {"image_projection": Projection("none"), "text_projection": Projection(bias=True)}
+    return Encoder(vit(16, depth=1, **SIGLIP_OPTIONS), siglip_text(), 32, [16], "tower", "last", **projections)
 
 
-@pytest.mark.parametrize("kind", ["portable", "clip"])  # resized table, map pool, SigLIP; class token, CLIP
-def test_both_towers_agree_at_every_size(kind, runs, tmp_path):  # noqa: F811
-    record = exported(runs[kind], tmp_path / "out")
+def clip():
+    """A class token, a table that is sampled, a text tower that reads its own end."""
+    return Encoder(vit(depth=1, **CLIP_OPTIONS), TextTower(ByteTokenizer(64), CLIP_TEXT), 24, [16], "tower", "eos")
+
+
+def fixed():
+    """timm's model of one size, a text tower of BERT's kind."""
+    text = TextTower(ByteTokenizer(), ARCHITECTURE)
+    return Encoder(TimmBackbone("test_convnext", (64, 96)), text, 16, [16], "mean", batch_norm=False)
+
+
+def exported(encoder, out, **options):
+    return export(Source(filled(encoder), "it", "its weights", None), "onnx", out, options=options)
+
+
+@pytest.mark.parametrize("kind", [clip, fixed])
+def test_both_towers_agree_at_every_size(kind, tmp_path):
+    encoder = kind()
+    record = exported(encoder, tmp_path / "out")
     assert record["within_bound"]
-    assert not any("cannot" in case for case in record["image"].values())
+    compared = [case for case, row in record["image"].items() if "cannot" not in row]
+    assert compared == ([*record["image"]] if kind is clip else ["own grid"])
     assert record["text"]["difference"] < 1e-5
 
 
-def test_classes_and_8_bit_weights(runs, tmp_path):  # noqa: F811
+def test_classes_and_8_bit_weights(tmp_path):
+    """Also of a list as Windows saves it, with a byte order mark."""
     names, prompts = tmp_path / "names.txt", tmp_path / "prompts.txt"
-    names.write_text("a kite\nमसाला डोसा\na drum\n", "utf-8")
-    prompts.write_text("a photo of {}\n{}\n")
-    out = tmp_path / "out"
-    record = exported(runs["quickstart"], out, classes=names, templates=prompts, int8=True)
+    names.write_text("\ufeff" + "\r\n".join(NAMES), "utf-8")
+    prompts.write_text("\n".join(PROMPTS))
+    out, encoder = tmp_path / "out", siglip()
+    record = exported(encoder, out, classes=names, templates=prompts, int8=True)
     assert record["within_bound"]
+    assert not any("cannot" in case for case in record["image"].values())
+    assert record["int8"].keys() == {"image", "text", "classes", "images"}
     assert 0.5 < record["int8"]["image"]["cosine"] < 1
+    assert 0 < record["int8"]["classes"]["difference"] < 1
     session = onnxruntime.InferenceSession(out / "classes.onnx", providers=["CPUExecutionProvider"])
-    pixels = torch.randint(0, 256, (3, 3, 24, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randint(0, 256, (3, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     _, probabilities = session.run(None, {"pixels": pixels.numpy()})
-    encoder = open_source(runs["quickstart"], "auto", None).encoder
-    classes = out.joinpath("classes.txt").read_text("utf-8").splitlines()
-    expected = encoder.zero_shot(list(pixels), classes, ("a photo of {}", "{}"))
-    for row, one in zip(probabilities, expected, strict=True):
-        np.testing.assert_allclose(row, [one[name] for name in classes], atol=1e-5)
+    assert out.joinpath("classes.txt").read_text("utf-8").splitlines() == NAMES
+    for row, one in zip(probabilities, encoder.zero_shot(list(pixels), NAMES, PROMPTS), strict=True):
+        np.testing.assert_allclose(row, [one[name] for name in NAMES], atol=1e-5)
     assert json.loads((out / "parity.json").read_text("utf-8"))["int8"]["images"] == "noise"
+    card = (out / "README.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    Image.new("RGB", (90, 60)).save(tmp_path / "photo.jpg")
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(code, {})
+    assert said.getvalue().startswith("[[")
 
 
 @pytest.mark.parametrize(("options", "words"), [({"templates": "t"}, "needs --classes"), ({"classes": "gone"}, "gone")])

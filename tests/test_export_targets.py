@@ -1,6 +1,9 @@
 """Every arrow from three small runs is within its bound or refused, and opens as the other library's users open it."""
 
 import json
+import re
+import shutil
+import sys
 from functools import cache
 
 import numpy as np
@@ -16,6 +19,7 @@ from safetensors.torch import load_file
 import indiclip
 from indiclip.backbone import NaFlexViT, TimmBackbone
 from indiclip.encoder import Encoder
+from indiclip.evals.models.embedder import load_embedder
 from indiclip.export.exporter import Refused, export
 from indiclip.export.parity import measure
 from indiclip.export.source import open_source
@@ -191,6 +195,44 @@ def test_open_clip_opens_its_folder(runs, exported, run):  # noqa: F811
         torch.testing.assert_close(image, ours.embed_image(picture), atol=1e-5, rtol=0)
         torch.testing.assert_close(text, ours.embed_text(texts), atol=1e-5, rtol=0)
     assert model.logit_scale.item() == 2.5
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_cards_lines_load_the_folder(exported, tmp_path, monkeypatch, target):
+    folder = exported("portable", target)
+    picture = Image.fromarray(noise(90, 120))
+    picture.save(tmp_path / "photo.jpg")
+    (tmp_path / folder.name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = {"image": picture, "picture": picture}
+    exec(lines_of_card(folder), names)
+    shown = {"timm": "embedding", "torchvision": "detector", "open_clip": "image"}.get(target, "model")
+    assert names[shown] is not None
+
+
+def lines_of_card(folder):
+    card = (folder / "README.md").read_text("utf-8")
+    assert f"library_name: {find_target(json.loads((folder / 'parity.json').read_text())['to']).library_name}" in card
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+def test_an_open_clip_folder_may_be_moved(exported, tmp_path, monkeypatch):
+    """By the lines of its card, and as a model of ours and of the benchmark."""
+    moved = shutil.copytree(exported("portable", "open_clip"), tmp_path / "portable-open_clip")
+    exported("portable", "open_clip").rename(tmp_path / "gone")
+    monkeypatch.chdir(tmp_path)
+    try:
+        picture = Image.fromarray(noise(64, 64, 5))
+        found = {"picture": picture}
+        exec(lines_of_card(moved), found)
+        theirs = load_embedder(str(moved))
+        pixels = theirs.collate([theirs.prepare(noise(64, 64, 5), theirs.views(["native"])[0])])
+        expected = indiclip.load(moved).embed_image(picture)
+        for image_BE in (found["image"], theirs.embed_images(pixels)):
+            torch.testing.assert_close(image_BE, expected, atol=1e-5, rtol=0)
+    finally:
+        (tmp_path / "gone").rename(exported("portable", "open_clip"))
 
 
 def proved(encoder, target, tmp_path):

@@ -15,8 +15,11 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 
 from indiclip.backbone import NaFlexViT, TimmBackbone
 from indiclip.encoder import Encoder
-from indiclip.export.torchvision import TOLERANCE, check_parity, load, write
-from indiclip.export.torchvision_backbone import build_detector, unpadded
+from indiclip.export.exporter import export
+from indiclip.export.parity import grids, measure
+from indiclip.export.source import Source
+from indiclip.export.target import find_target
+from indiclip.export.torchvision_backbone import build_detector, load, unpadded
 from indiclip.text import ByteTokenizer, TextTower
 
 
@@ -53,27 +56,32 @@ def encoder_of(backbone, scale=0.2, pool="mean"):
     return encoder
 
 
+def write(encoder, folder):
+    return export(Source(encoder.eval(), "it", "its weights", None), "torchvision", folder)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_features_equal_the_encoders(name, tmp_path):
     torch.manual_seed(0)
     encoder = encoder_of(BACKBONES[name](), pool="tower" if name == "wider convolution" else "mean")
-    write(encoder, tmp_path / "out")
-    parity = check_parity(encoder, load(tmp_path / "out"))
-    any_size = encoder.backbone.canvas_hw is None
-    assert set(parity) == {"own grid", "smaller", "not square", "padded batch of mixed sizes"} | (
-        {"larger"} if any_size else set()
-    )
-    assert max(parity.values()) <= TOLERANCE
+    record = write(encoder, tmp_path / "out")
+    assert record["largest_difference"] <= record["bound"] == 1e-6
+    not_compared = {case for case, row in record["image"].items() if "cannot" in row}
+    assert record["image"].keys() == grids(encoder).keys()
+    assert not_compared == (set() if encoder.backbone.canvas_hw is None else {"larger"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_wrong_weight_is_seen(tmp_path):
     encoder = tiny_encoder()
     write(encoder, tmp_path / "out")
-    backbone = load(tmp_path / "out")
-    with torch.no_grad():
-        backbone.tower.vit.norm.bias[0] += 1e-3
-    assert min(check_parity(encoder, backbone).values()) > 1e-4
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["vit.norm.bias"][0] += 1e-3
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    target = find_target("torchvision")
+    record = measure(target, encoder, target.reload(encoder, tmp_path / "out"))
+    assert min(row["features"]["difference"] for row in record["image"].values()) > 1e-4
+    assert not record["within_bound"]
 
 
 @pytest.mark.parametrize("patch_size", [8, 14, 16])
@@ -216,7 +224,7 @@ def test_bad_folders_are_one_line(tmp_path):
     encoder = tiny_encoder()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(FileExistsError, match="full: the folder is not empty"):
+    with pytest.raises(FileExistsError, match="full: is there already and holds something"):
         write(encoder, tmp_path / "full")
     write(encoder, tmp_path / "out")
     with pytest.raises(ValueError, match="scales: found .*expected powers of two"):
@@ -239,7 +247,7 @@ def test_nothing_is_left_of_a_failed_export(tmp_path):
     encoder = tiny_encoder()
     with torch.no_grad():
         encoder.backbone.vit.norm.bias[0] = float("nan")
-    with pytest.raises(ValueError, match="features differ by nan"):
+    with pytest.raises(ValueError, match="--to torchvision: differs by nan"):
         write(encoder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,9 +1,12 @@
 """OpenCLIP's models come in: every family's embeddings are those of open_clip's own classes."""
 
+import gzip
+import io
 import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +19,13 @@ from timm.models import _registry
 
 import indiclip
 from indiclip.patches import unpatchify
+from indiclip.pretrained import open_clip_tokenizers
 from indiclip.pretrained.open_clip_source import OpenClipSource
 from indiclip.pretrained.open_clip_tokenizers import open_clip_tokenizer
 from indiclip.pretrained.read import read_weights
 
 open_clip = pytest.importorskip("open_clip")
+NUM_MERGES = 1000
 TEXTS = ["a photo of a kite", "मसाला डोसा", "“a Photo”, of: a_kite &amp; 🪁!", "", "x" * 400]
 IMAGE = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2}
@@ -101,9 +106,14 @@ OF_TRANSFORMERS = {
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
+    """Also of OpenCLIP's byte pairs the first alone, which both sides read in no time."""
     for name, arguments in CUT.items():
         entry = partial(_registry._model_entrypoints[name], **arguments)
         monkeypatch.setitem(_registry._model_entrypoints, name, entry)
+    monkeypatch.setattr(open_clip_tokenizers, "_NUM_MERGES", NUM_MERGES)
+    lines = gzip.decompress(Path(open_clip.tokenizer.default_bpe()).read_bytes()).split(b"\n")[: NUM_MERGES + 1]
+    packed = SimpleNamespace(open=lambda _: io.BytesIO(b"\n".join(lines)))
+    monkeypatch.setattr(open_clip.tokenizer, "gzip", packed)
 
 
 def text_folder(folder, architecture):
@@ -157,6 +167,10 @@ def test_embeddings_are_those_of_open_clip(tmp_path, kind):
     encoder = indiclip.load(folder)
     compare(encoder, model, tokenizer)
     assert encoder.text.tokenizer.context_length == 12
+    assert encoder.backbone.mean == pytest.approx([0.1, 0.2, 0.3])
+    assert encoder.backbone.interpolation == "bilinear"
+    if kind == "mobileclip_s":
+        assert encoder.backbone.canvas_hw == (64, 64)
 
 
 def test_a_file_for_one_of_its_architectures(tmp_path, monkeypatch):
@@ -198,13 +212,15 @@ def test_published_weights_without_a_network_say_what_to_bring(monkeypatch):
         read_weights("open_clip:ViT-B-16-SigLIP:hf-hub:webli")
 
 
-def test_its_own_tokenizer_gives_equal_ids():
+def test_its_own_tokenizer_gives_equal_ids(monkeypatch):
     texts = [
         *TEXTS, "தமிழ் বাংলা ಕನ್ನಡ", "don't I'LL ½ ²\n 1234", "<end_of_text> hi <START_OF_TEXT>", "schÃ¶n ＦＵＬＬ İ",
         "a\u200db\u200c c", "🪁🇮🇳👨‍👩‍👧", "\ud83d half", "long words " * 200,
     ]  # fmt: skip
+    monkeypatch.undo()  # all byte pairs
+    theirs = open_clip.SimpleTokenizer()
     for clean in ("lower", "whitespace", "canonicalize"):
-        theirs = open_clip.SimpleTokenizer(clean=clean)
+        theirs.clean_fn = open_clip.tokenizer.get_clean_fn(clean)
         text_cfg = {"tokenizer_kwargs": {"clean": clean}}
         ours = open_clip_tokenizer(OpenClipSource("x", {"text_cfg": text_cfg}, {}, Path("x")), 77)
         assert ours.pad(ours.encode(texts), 77)[0].tolist() == theirs(texts).tolist()
@@ -220,10 +236,3 @@ def test_tokenizers_of_transformers_give_equal_ids(tmp_path, arguments):
     source = OpenClipSource("x", {"text_cfg": text_cfg}, {}, tmp_path / "x", tmp_path)
     ours = open_clip_tokenizer(source, 12)
     assert ours.pad(ours.encode(TEXTS), 12)[0].tolist() == theirs(TEXTS).tolist()
-
-
-def test_preprocessing_comes_along(tmp_path):
-    folder, *_ = make_folder(tmp_path / "model", "mobileclip_s")
-    backbone = indiclip.load(folder).backbone
-    assert (backbone.mean_P[:3] / 255).tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert backbone.canvas_hw == (64, 64)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from export_runs import save_run
 from helpers import ARCHITECTURE, batch_images, noise, packed, tiny_encoder
 from PIL import Image
 from torchvision.models import detection
 
+import indiclip
 from heads.torchvision_detector import TorchvisionDetector
 from indiclip.backbone import TimmBackbone
 from indiclip.encoder import Encoder
@@ -163,18 +165,21 @@ def coco(folder, count=6):
         (folder / name).write_text(json.dumps(content))
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A run to begin with."""
+    return save_run(tiny_encoder(), tmp_path_factory.mktemp("run"))
+
+
 SHORT = "--trainer.max_steps 2 --data.steps_per_epoch 1 --model.warmup_steps 0 --trainer.limit_val_batches 1"
 
 
-def test_the_readmes_command_goes_from_a_run_to_a_detector(tmp_path, monkeypatch):
+def test_the_readmes_command_goes_from_a_run_to_a_detector(pretrained, tmp_path, monkeypatch):
     """In two steps; AP over time is in the report, and the folder opens as a torchvision detector."""
-    from test_cli import config, fit
-
     coco(tmp_path)
-    assert fit(tmp_path, config()) == 0
     command = re.search(r"python tools/finetune_torchvision.py ((?:.*\\\n)*.*)", (ROOT / "README.md").read_text())[1]
     words = shlex.split(command.replace("\\\n", " "))
-    words[words.index("--model") + 1] = str(tmp_path / "runs" / "experiment")
+    words[words.index("--model") + 1] = pretrained
     monkeypatch.chdir(tmp_path)
     assert finetune_torchvision.main([*words, "--max_tokens", "64", *SHORT.split()]) == 0
     folder = tmp_path / "runs" / "fcos"
@@ -207,20 +212,29 @@ def test_every_page_says_its_command(page):
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda path: path.stem)
-def test_every_other_page_trains_too(page, tmp_path):
-    """Again with `last`, it has nothing left to train, and the detector is written anew."""
-    from test_cli import config, fit
-
+def test_every_other_page_trains_too(page, pretrained, tmp_path):
+    """With averaged weights and adapters. Again with `last`, the detector is written anew."""
     coco(tmp_path, 2)
-    assert fit(tmp_path, config()) == 0
-    words = ["--config", str(page), "--model", str(tmp_path / "runs" / "experiment"), "--max_tokens", "36"]
+    narrow = yaml.safe_load(page.read_text())
+    narrow["model"]["heads"][0]["init_args"] |= {"out_channels": 32, "options": FEW}
+    (tmp_path / page.name).write_text(yaml.safe_dump(narrow))
+    words = ["--config", str(tmp_path / page.name), "--model", str(pretrained), "--max_tokens", "36"]
     words += ["--train", str(tmp_path / "train.json"), "--images", str(tmp_path / "photos")]
     words += ["--val", str(tmp_path / "held_out.json"), "--runs", str(tmp_path / "runs"), "--name", "x"]
-    words += ["--ckpt_path", "last", "--batch_size", "2", *SHORT.replace("max_steps 2", "max_steps 1").split()]
+    words += ["--ckpt_path", "last", "--batch_size", "2", *SHORT.split()]
+    words += ["--trainer.callbacks+=indiclip.training.ema.EMA", "--model.encoder.lora.r", "2"]
     for _ in range(2 if page.stem == "faster_rcnn" else 1):
         assert finetune_torchvision.main(words) == 0
-    assert "boxes" in load_detector(tmp_path / "runs" / "x" / "torchvision")([torch.rand(3, 48, 48)])[0]
-    assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()].count("x-2") == 0
+    assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()] == ["x"]
+    detector = load_detector(tmp_path / "runs" / "x" / "torchvision")
+    assert "boxes" in detector([torch.rand(3, 48, 48)])[0]
+    checkpoint = torch.load(tmp_path / "runs" / "x" / "checkpoints" / "last.ckpt", weights_only=True)
+    name, averages = "rpn.head.bbox_pred.weight", checkpoint["averages"]["state_dict"]
+    ours = f"heads.torchvision_detector.detector.{name}"
+    assert torch.equal(detector.state_dict()[name], averages[ours])
+    assert not torch.equal(averages[ours], checkpoint["state_dict"][ours])
+    tower = indiclip.load(tmp_path / "runs" / "x").merged().backbone.vit
+    assert torch.equal(detector.backbone.tower.vit.blocks[0].mlp.fc1.weight, tower.blocks[0].mlp.fc1.weight)
 
 
 def test_the_benchmark_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):

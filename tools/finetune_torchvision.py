@@ -37,6 +37,8 @@ from indiclip.encoder import Encoder
 from indiclip.export.torchvision import as_torchvision, write_detector
 from indiclip.export.torchvision_backbone import build_detector
 from indiclip.preprocessing import read_upright
+from indiclip.pretrained.runs import AVERAGES
+from indiclip.pretrained.weights import read_tensors
 from indiclip.training.cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -73,8 +75,8 @@ def detector_of(folder: Path, encoder: Encoder, sizes_hw: np.ndarray) -> tuple[t
     """The detector that a run trained, and how it is built.
 
     Args:
-        folder: The run's.
-        encoder: Which it trained.
+        folder: The run's. Its averaged weights are taken where it has some, as `indiclip.load` does.
+        encoder: Which it trained, without adapters.
         sizes_hw: Of the images that it will get, as they are resized here: torchvision resizes to the median.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -87,9 +89,10 @@ def detector_of(folder: Path, encoder: Encoder, sizes_hw: np.ndarray) -> tuple[t
     spec = {"kind": kind, "num_classes": num_classes, "out_channels": head["out_channels"], "scales": scales}
     backbone = as_torchvision(encoder, head["out_channels"], scales)
     detector = build_detector(getattr(detection, kind), backbone, num_classes, **options)
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    checkpoint = read_tensors(folder / "checkpoints" / "last.ckpt")
+    found = checkpoint["state_dict"] | checkpoint.get(AVERAGES, {}).get("state_dict", {})
     prefix = f"heads.{HEAD}."
-    trained = {name.removeprefix(prefix): w for name, w in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    trained = {name.removeprefix(prefix): weight for name, weight in found.items() if name.startswith(prefix)}
     weights = {f"backbone.{name}": weight for name, weight in backbone.state_dict().items()}
     for name, weight in trained.items():
         weights[f"backbone.{name}" if name.startswith("pyramid.") else name.removeprefix("detector.")] = weight
@@ -141,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
 
     folder = newest_run(arguments.runs, name)
-    encoder = indiclip.load(folder)
+    encoder = indiclip.load(folder).merged()
     own = encoder.backbone
     held_out = CocoDetection(str(arguments.val_images or arguments.images), str(arguments.val))
     max_tokens = yaml.safe_load((folder / "config.yaml").read_text())["data"]["val"][0]["max_tokens"]

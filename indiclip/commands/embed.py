@@ -136,9 +136,13 @@ def _record(words: argparse.Namespace, sources: Sources, model: Embedder, view: 
     """Everything that makes up the rows, of plain types."""
     return {
         "what": words.what,
-        "model": {"name": words.model, "crc32_of_weights": _crc32_of_weights(model)},
+        "model": {"name": words.model, "weights": model.weights, "crc32_of_weights": _crc32_of_weights(model)},
         "precision": words.precision,
-        "preprocessing": {**view._asdict(), "crc32_of_a_plain_picture": _crc32_of_prepared(model, view)},
+        "preprocessing": {
+            **view._asdict(),
+            **model.preprocessing,
+            "crc32_of_a_plain_picture": _crc32_of_prepared(model, view),
+        },
         "length": length,
         "full_length": model.lengths[-1],
         "dtype": words.dtype,
@@ -254,10 +258,13 @@ def _show(words: argparse.Namespace, record: dict[str, Any], done: int, seconds:
         print(json_line(record), end="")
         return
     summary, out = record["summary"], words.out
-    shown = f"{summary['rows']:,} embeddings of {record['length']} numbers, {record['dtype']}"
-    print(f"{out}: {shown}, in {len(record['parts']):,} parts" + ("" if done else "; it was complete already"))
+    parts = f"{len(record['parts']):,} part{'s' * (len(record['parts']) != 1)}"
+    shown = f"{summary['rows']:,} embeddings of {record['length']} numbers, {record['dtype']}, in {parts}"
+    print(f"{out}: {shown}" + ("" if done else "; it was complete already"))
     readable = summary["samples"] - summary["quarantined"]
     print(f"  {readable:,} of {summary['samples']:,} samples; quarantined: {summary['quarantined']:,}")
+    if readable and not summary["rows"]:
+        print("  not one of the samples has a caption")
     if summary["damaged"]:
         print(f"  lost to all samples: {summary['damaged']:,} damaged places of the files")
     if summary["quarantined"] or summary["damaged"]:

@@ -24,7 +24,7 @@ from indiclip.names import differences
 _RECORD, _QUARANTINE, _PARTS = "embed.json", "quarantine.jsonl", ".parts"
 _OWN = ("embeddings-*.npy", "keys-*.parquet", _QUARANTINE)
 _OVERWRITE = "--overwrite starts anew"
-_MAY_CHANGE = ("model.name", "versions", "done", "summary", "parts")  # between two starts
+_MAY_CHANGE = ("model.name", "model.weights", "versions", "done", "summary", "parts")  # between two starts
 
 
 class Part(NamedTuple):

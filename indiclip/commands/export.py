@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from indiclip.export.exporter import Refused, export
+from indiclip.export.new_folder import check_new
 from indiclip.export.source import open_source
 from indiclip.export.target import find_target
 
@@ -31,7 +32,7 @@ def run(
     """Returns the exit status."""
     given = {"classes": classes, "templates": templates, "int8": int8}
     options = {name: value for name, value in given.items() if value}
-    find_target(to, options)  # before anything is read
+    find_target(to, options), check_new(out)  # before anything is read
     with _quiet():
         opened = open_source(source, weights, length, trust_code)
         print(f"weights: {opened.chosen}")

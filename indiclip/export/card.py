@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 
 from indiclip.export.source import Source
+from indiclip.export.target import Target
+from indiclip.masking import mask
 
 _UNKNOWN_LICENCE = "Not stated. It depends on the data below and on the weights that the run began with."
 _PLAIN_METRIC = re.compile(r"(val|eval)/[^/]+/[^/]+")  # without those by language
 _SHOWN = 40
-_LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "onnx": "onnx"}
 _CARD = """\
 ---
 library_name: {library}
@@ -52,13 +53,14 @@ An image{sides} encoder trained with IndiCLIP, written for {to}. From {weights}.
 """
 
 
-def write_card(folder: Path, source: Source, usage: str, record: dict[str, Any], licence: str) -> None:
+def write_card(folder: Path, name: str, source: Source, target: Target, record: dict[str, Any], licence: str) -> None:
     """Write `README.md`.
 
     Args:
-        folder: That is exported.
+        folder: Where to.
+        name: What the folder will be called.
         source: What is exported.
-        usage: Python lines that load it.
+        target: Which has written it, and knows how it is loaded.
         record: What `parity.json` holds.
         licence: As the user named it.
     """
@@ -66,12 +68,12 @@ def write_card(folder: Path, source: Source, usage: str, record: dict[str, Any],
     notes = [f"- {note}" for note in (*record["losses"], *record["notes"])]
     bound = "the bound is {bound:.0e}" if record["within_bound"] else "more than the bound of {bound:.0e}"
     card = _CARD.format(
-        library=_LIBRARIES.get(record["to"], "transformers"),
+        library=target.library_name,
         title=title,
         sides=" and text" if "text" in record else "",
         to=record["to"],
-        weights=_plain(source.chosen),
-        usage=usage,
+        weights=record["weights"],
+        usage=target.usage.format(out=json.dumps(name, ensure_ascii=False)[1:-1]),  # within quotes
         difference=record["largest_difference"],
         bound=bound.format(bound=record["bound"]),
         notes="\n" + "\n".join(notes) + "\n" if notes else "",
@@ -92,7 +94,7 @@ def _data(run: Path | None) -> Iterator[str]:
     for source in train:
         dataset = source.get("dataset") or {}
         settings = ", ".join(
-            f"{key} {_plain(value)}" for key, value in (dataset.get("init_args") or {}).items() if value
+            f"{key} {plain(value)}" for key, value in (dataset.get("init_args") or {}).items() if value
         )
         kind = str(dataset.get("class_path", "?")).rpartition(".")[2]
         yield f"- {source.get('task')}: {kind}" + (f" ({settings})" if settings else "")
@@ -122,6 +124,6 @@ def _scores(run: Path | None) -> Iterator[str]:
         yield f"| {len(rows) - _SHOWN} more in the run's metrics.json | |"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """Without folders of this machine, queries and user names of addresses."""
-    return " ".join(re.split(r"[?#]", word)[0].rpartition("/")[2] or word for word in str(value).split())
+    return " ".join(re.split(r"[?#]", word)[0].rpartition("/")[2] or word for word in mask(str(value)).split())

@@ -1,15 +1,13 @@
 """From an encoder to a folder of another library: written beside its place, proved, and put in it, or nothing."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from indiclip.export.card import write_card
+from indiclip.export.card import plain, write_card
+from indiclip.export.new_folder import new_folder
 from indiclip.export.parity import measure
 from indiclip.export.source import Source
 from indiclip.export.target import Loss, Target, find_target, who_could
@@ -54,27 +52,16 @@ def export(
         OSError: The folder holds something, or cannot be written.
     """
     target = find_target(to, options)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise FileExistsError(f"{out}: is there already and holds something; expected a new or empty folder")
     losses = target.check(source.encoder)
     refusing = [loss for loss in losses if not (loss.is_degree and allow_loss)]
     if refusing:
         raise Refused(_reasons(source, to, refusing))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        record = _write(target, to, source, part, out, losses, licence)
-        if not record["within_bound"] and not allow_loss:
-            raise ValueError(
-                f"--to {to}: differs by {record['largest_difference']:.1e}; expected at most {record['bound']:.0e} "
-                "(--allow-loss writes it nevertheless)"
-            )
-        part.chmod(0o755)
-        part.replace(out)
-    except SafetensorError as error:  # a full disk, mostly
-        raise OSError(f"{out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with new_folder(out) as part:
+        record = _write(target, to, source, part, out.resolve(), losses, licence)
+        largest = record["largest_difference"]
+        if not (record["within_bound"] or (allow_loss and isfinite(largest))):
+            hint = " (--allow-loss writes it nevertheless)" if isfinite(largest) else ""
+            raise ValueError(f"--to {to}: differs by {largest:.1e}; expected at most {record['bound']:.0e}{hint}")
     return record
 
 
@@ -82,12 +69,12 @@ def _write(
     target: Target, to: str, source: Source, part: Path, out: Path, losses: list[Loss], licence: str
 ) -> dict[str, Any]:
     target.write(source.encoder, part, out)
-    record = {"to": to, "from": source.origin, "weights": source.chosen}
+    record = {"to": to, "from": plain(source.origin), "weights": plain(source.chosen)}
     record |= measure(target, source.encoder, target.reload(source.encoder, part)) | {
         "losses": [loss.reason for loss in losses]
     }
     part.joinpath("parity.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    write_card(part, source, target.usage.format(out=out.name), record, licence)
+    write_card(part, out.name, source, target, record, licence)
     return record
 
 

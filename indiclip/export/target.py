@@ -44,6 +44,8 @@ class Reloaded:
         cannot: Case of `indiclip.export.parity` -> why the library cannot read such a batch.
         ours: What `image` is compared with; None is the encoder's embeddings, as `embedding`.
         notes: What a user of the folder should know.
+        reads_smaller: Whether images smaller than the canvas of a fixed tower are padded, as the encoder does it; else
+            the canvas alone is compared.
         measured: More of what `parity.json` is to hold, outside of the bound.
     """
 
@@ -52,6 +54,7 @@ class Reloaded:
     cannot: dict[str, str] = field(default_factory=dict)
     ours: Callable[[Images], dict[str, Tensor]] | None = None
     notes: list[str] = field(default_factory=list)
+    reads_smaller: bool = False
     measured: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,11 +62,13 @@ class Target(ABC):
     """A way out.
 
     Attributes:
+        library_name: The Hugging Face hub's word for the library that opens it.
         bound: Largest difference between the two sides; an export that is further off is no export.
         libraries: Distributions whose versions the proof names.
         usage: Python lines that open the folder; `{out}` is its path.
     """
 
+    library_name: str
     bound: float
     libraries: tuple[str, ...]
     usage: str
@@ -103,6 +108,11 @@ def find_target(name: str, options: dict[str, Any] | None = None) -> Target:
         if option not in takes:
             raise ValueError(f"--{option}: {name} has no such option")
     return found(**(options or {}))
+
+
+def stretching_note(height: int, width: int) -> str:
+    """What to know of the pixels that a folder's own preprocessing gives."""
+    return f"its preprocessing stretches every image to {height} x {width} pixels; the run keeps the aspect"
 
 
 def who_could(encoder: Encoder, but: str) -> str:

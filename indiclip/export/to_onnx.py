@@ -6,7 +6,6 @@ Shape letters: see `indiclip.types`.
 """
 
 import base64
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from torch import Tensor
 
 from indiclip.backbone import NaFlexViT
-from indiclip.encoder import _CLIP_LOGIT_SCALE, Encoder
+from indiclip.datasets.tables import decode_text, existing, is_text, text_lines
+from indiclip.encoder import Encoder
 from indiclip.export import target
 from indiclip.export.onnx_graphs import ClassGraph, ImageGraph, TextGraph, positions_as_trained
 from indiclip.export.parity import TEXTS, noise, own_grid
@@ -62,6 +62,7 @@ class Target(target.Target):
         int8: Also write files of 8-bit weights, and measure what they lose.
     """
 
+    library_name = "onnx"
     bound = 1e-5
     libraries = _LIBRARIES
 
@@ -98,7 +99,7 @@ class Target(target.Target):
                 ImageGraph(encoder), {"pixels": pixels}, {"pixels": sizes}, ["image_embedding"], folder / "image.onnx"
             )
             if self._classes:
-                graph = ClassGraph(encoder, self._class_matrix(encoder), _logit_scale(encoder))
+                graph = ClassGraph(encoder, self._class_matrix(encoder), encoder.logit_factor)
                 outputs = ["cosines", "probabilities"]
                 _export(graph, {"pixels": pixels}, {"pixels": sizes}, outputs, folder / "classes.onnx")
                 folder.joinpath("classes.txt").write_text("\n".join(self._classes) + "\n", "utf-8")
@@ -147,16 +148,19 @@ class Target(target.Target):
             if not self._classes:
                 return {"embedding": embedding_BE}
             cosines_BC = embedding_BE @ self._class_matrix(encoder).T
-            probabilities_BC = (_logit_scale(encoder) * cosines_BC).softmax(1)
+            probabilities_BC = (encoder.logit_factor * cosines_BC).softmax(1)
             return {"embedding": embedding_BE, "cosines": cosines_BC, "probabilities": probabilities_BC}
 
         reloaded = Reloaded(theirs, lambda texts: text("text.onnx", texts), ours=ours, notes=_notes(encoder))
         if self._int8:
             images = noise([own_grid(encoder)] * 8, encoder.backbone.patch_size)
+            own = ours(images)
             losses = {
-                "image": _loss(encoder.embed_image(images), image("image.int8.onnx", images)["embedding"]),
+                "image": _loss(own["embedding"], image("image.int8.onnx", images)["embedding"]),
                 "text": _loss(encoder.embed_text(TEXTS), text("text.int8.onnx", TEXTS)),
             }
+            if self._classes:
+                losses["classes"] = _loss(own["cosines"], image("classes.int8.onnx", images)["cosines"])
             reloaded.measured["int8"] = losses | {"images": "noise"}
             for side, loss in losses.items():
                 reloaded.notes.append(f"{side}.int8.onnx: smallest cosine {loss['cosine']:.4f} to the full one")
@@ -262,17 +266,12 @@ def _tokenizer(text: TextTower, folder: Path) -> Any:
     return encode_siglip
 
 
-def _logit_scale(encoder: Encoder) -> float:
-    return math.exp(encoder.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE))
-
-
 def _lines(file: Path, option: str) -> list[str]:
-    """Raises FileNotFoundError or ValueError, for one that is missing or empty."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{option}: {file} is no file; expected a text file, one in each line")
-    lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    """Raises FileNotFoundError or ValueError, for one that is missing, empty or no text."""
+    text = decode_text(existing(str(file)).read_bytes(), f"{option} {file}")
+    lines = [line.strip() for line in text_lines(text) if is_text(line)]
     if not lines:
-        raise ValueError(f"{option}: {file} is empty; expected one in each line")
+        raise ValueError(f"{option} {file}: is empty; expected a name or prompt in each line")
     return lines
 
 

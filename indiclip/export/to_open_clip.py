@@ -19,25 +19,39 @@ from indiclip.encoder import Encoder
 from indiclip.export import open_clip_towers, target, to_timm
 from indiclip.export.fold import linear_projection
 from indiclip.export.parity import own_grid
-from indiclip.export.target import Loss, Reloaded
+from indiclip.export.target import Loss, Reloaded, stretching_note
 from indiclip.export.tokenizer_files import tokenizer_losses, transformers_tokenizer
 from indiclip.patches import unpatchify
+from indiclip.pretrained.open_clip_source import LOCAL, vision_cfg_of
 from indiclip.types import Images
 
 _CONFIG, _WEIGHTS, _TIMM = "open_clip_config.json", "open_clip_model.safetensors", "timm"
 
 
-class Target(target.Target):
-    """See the module."""
-
-    bound = 1e-5
-    libraries = ("open_clip_torch", "timm", "transformers")
-    usage = """\
+_LOAD = """\
 import open_clip
 model, _, transform = open_clip.create_model_and_transforms("local-dir:{out}")
+"""
+# Where timm has no name for the tower: its description is then found wherever the folder lies.
+_LOAD_ANYWHERE = """\
+import json, open_clip
+vision = json.load(open("{out}/open_clip_config.json"))["model_cfg"]["vision_cfg"]
+vision["timm_model_name"] = "local-dir:{out}/timm"
+model, _, transform = open_clip.create_model_and_transforms("local-dir:{out}", vision_cfg=vision)
+"""
+_USE = """\
 tokenizer = open_clip.get_tokenizer("local-dir:{out}")
 image = model.eval().encode_image(transform(picture).unsqueeze(0), normalize=True)  # of a PIL image
 print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True).T)"""
+
+
+class Target(target.Target):
+    """See the module."""
+
+    library_name = "open_clip"
+    bound = 1e-5
+    libraries = ("open_clip_torch", "timm", "transformers")
+    usage = _LOAD + _USE
 
     def check(self, encoder: Encoder) -> list[Loss]:
         losses = [] if open_clip_towers.is_clip_vision(encoder) else _timm_losses(encoder)
@@ -73,6 +87,8 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(whole, folder / _WEIGHTS, {"format": "pt"})
         transformers_tokenizer(encoder.text, folder).save_pretrained(folder)
+        if (folder / _TIMM).is_dir():
+            self.usage = _LOAD_ANYWHERE + _USE
 
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         try:
@@ -80,20 +96,20 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         except ImportError as error:
             raise ValueError("--to open_clip: OpenCLIP has to prove it: pip install open_clip_torch") from error
         name = f"local-dir:{folder}"
-        vision_cfg = json.loads(folder.joinpath(_CONFIG).read_text())["model_cfg"]["vision_cfg"]
+        config = json.loads(folder.joinpath(_CONFIG).read_text())
         notes = ["OpenCLIP repairs a text's encoding and joins its white space before it is read (ftfy)"]
-        if vision_cfg.get("timm_model_name", "").startswith("local-dir:"):
+        if (folder / _TIMM).is_dir():
             notes.append(
-                f"timm has no name for the image tower: after moving the folder, write its new path into {_CONFIG} "
-                "(vision_cfg.timm_model_name)"
+                f"timm has no name for the image tower, and {_CONFIG} says where the folder is: after moving it, load "
+                "it by the card's lines, or write its new path there (vision_cfg.timm_model_name)"
             )
-            vision_cfg["timm_model_name"] = f"local-dir:{folder.absolute() / _TIMM}"  # not yet where it will be
         theirs, _, transform = open_clip.create_model_and_transforms(
-            name, require_pretrained=True, vision_cfg=vision_cfg
+            name, require_pretrained=True, vision_cfg=vision_cfg_of(folder, config)
         )
         theirs.eval()
         tokenizer = open_clip.get_tokenizer(name)
-        own_hw = tuple(side * encoder.backbone.patch_size for side in own_grid(encoder))
+        H, W = own_grid(encoder)
+        own_hw = (H * encoder.backbone.patch_size, W * encoder.backbone.patch_size)
 
         def image(images: Images) -> dict[str, Tensor]:
             if images["sizes_hw"][0] == own_hw:
@@ -109,7 +125,7 @@ print(image @ model.encode_text(tokenizer(["a kite", "a drum"]), normalize=True)
         cannot = {"mixed sizes, padded": "a batch of OpenCLIP has one size"}
         if open_clip_towers.is_clip_vision(encoder):
             cannot |= dict.fromkeys(("smaller", "larger", "not square"), "OpenCLIP's own ViT takes one size")
-        return Reloaded(image, text, cannot, notes=notes)
+        return Reloaded(image, text, cannot, notes=[*notes, stretching_note(*own_hw)])
 
 
 def _timm_losses(encoder: Encoder) -> list[Loss]:
@@ -147,7 +163,7 @@ def _timm_tower(encoder: Encoder, folder: Path, place: Path) -> tuple[dict[str, 
     if isinstance(encoder.backbone, NaFlexViT) or described.args:
         (folder / _TIMM).mkdir()
         to_timm.write_config(described, encoder, folder / _TIMM)
-        name = f"local-dir:{place.absolute() / _TIMM}"
+        name = f"{LOCAL}{place.absolute() / _TIMM}"
     pool = ""
     if kind == "none":  # OpenCLIP names the pooling then, else it leaves the tower's
         pool = described.args.get("global_pool") or _own_pool(encoder)

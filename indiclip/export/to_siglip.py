@@ -20,7 +20,7 @@ from indiclip.export.siglip_towers import (
     vision_losses,
     write_model,
 )
-from indiclip.export.target import Loss, Reloaded
+from indiclip.export.target import Loss, Reloaded, stretching_note
 from indiclip.export.tokenizer_files import transformers_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.types import Images
@@ -29,6 +29,7 @@ from indiclip.types import Images
 class Target(target.Target):
     """See the module."""
 
+    library_name = "transformers"
     bound = 1e-5
     libraries = ("transformers",)
     usage = """\
@@ -61,7 +62,8 @@ model, processor = AutoModel.from_pretrained("{out}"), AutoProcessor.from_pretra
         theirs: Any = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
         reader: Any = transformers.AutoProcessor
         processor = reader.from_pretrained(folder, local_files_only=True)
-        own_hw = tuple(side * encoder.backbone.patch_size for side in own_grid(encoder))
+        H, W = own_grid(encoder)
+        own_hw = (H * encoder.backbone.patch_size, W * encoder.backbone.patch_size)
 
         def image(images: Images) -> dict[str, Tensor]:
             pictures = [Image.fromarray(unpatchify(images, i)) for i in range(len(images["sizes_hw"]))]
@@ -76,7 +78,8 @@ model, processor = AutoModel.from_pretrained("{out}"), AutoProcessor.from_pretra
         if not _reads_positions(encoder):
             why = "SigLIP resamples positions by bicubic interpolation, the run otherwise: use its own size"
             cannot |= dict.fromkeys(("smaller", "larger", "not square"), why)
-        return Reloaded(image, text_embedder(theirs, processor.tokenizer), cannot, notes=logit_notes(encoder))
+        notes = [*logit_notes(encoder), stretching_note(*own_hw)]
+        return Reloaded(image, text_embedder(theirs, processor.tokenizer), cannot, notes=notes)
 
 
 def _reads_positions(encoder: Encoder) -> bool:

@@ -43,6 +43,7 @@ _POSITIONS = {
 class Target(target.Target):
     """See the module."""
 
+    library_name = "transformers"
     bound = 1e-5
     libraries = ("transformers",)
     usage = """\
@@ -101,4 +102,6 @@ print(torch.softmax(model(**inputs).logits_per_image, -1))"""
             pooled = theirs.get_image_features(**batch, spatial_shapes=shapes).pooler_output
             return {"embedding": F.normalize(pooled, dim=-1)}
 
-        return Reloaded(image, text_embedder(theirs, processor.tokenizer), notes=logit_notes(encoder))
+        most = processor.image_processor.max_num_patches
+        enlarged = f"its processor enlarges smaller images, too, to {most} patches; the run reads those as they are"
+        return Reloaded(image, text_embedder(theirs, processor.tokenizer), notes=[*logit_notes(encoder), enlarged])

@@ -22,7 +22,7 @@ from indiclip.encoder import Encoder
 from indiclip.export import target
 from indiclip.export.fold import linear_projection
 from indiclip.export.parity import own_grid
-from indiclip.export.target import Loss, Reloaded
+from indiclip.export.target import Loss, Reloaded, stretching_note
 from indiclip.types import Images
 
 # Epsilon of the norms -> an architecture that has it, which no argument of timm's sets.
@@ -53,6 +53,7 @@ class TimmModel(NamedTuple):
 class Target(target.Target):
     """See the module."""
 
+    library_name = "timm"
     bound = 1e-6
     libraries = ("timm", "transformers")
     usage = """\
@@ -60,7 +61,7 @@ import timm
 model = timm.create_model("local-dir:{out}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 embedding = model(transform(image).unsqueeze(0))  # of a PIL image; not of unit length
-maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True)"""
+maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True, out_indices=(-1,))"""
 
     def check(self, encoder: Encoder) -> list[Loss]:
         backbone = encoder.backbone
@@ -114,7 +115,8 @@ maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True)
                 found["embedding"] = F.normalize(forward_head(), dim=-1)
             return found
 
-        return Reloaded(image, ours=ours, notes=describe(encoder).notes)
+        height, width = (side * backbone.patch_size for side in own_grid(encoder))
+        return Reloaded(image, ours=ours, notes=[*describe(encoder).notes, stretching_note(height, width)])
 
 
 def write_config(model: TimmModel, encoder: Encoder, folder: Path) -> None:

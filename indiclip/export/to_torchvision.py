@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from indiclip.encoder import Encoder
 from indiclip.export import target
 from indiclip.export.target import Loss, Reloaded
-from indiclip.export.torchvision import TOLERANCE, described, fill_folder, load, read_pixels
-from indiclip.patches import unpatchify
+from indiclip.export.torchvision import TOLERANCE, described, features_of, fill_folder, valid_vectors
+from indiclip.export.torchvision_backbone import load
 from indiclip.types import Images
 
 
 class Target(target.Target):
     """See the module."""
 
+    library_name = "torchvision"
     bound = TOLERANCE
     libraries = ("torchvision", "timm")
     usage = """\
@@ -40,16 +40,12 @@ detector = build_detector(FasterRCNN, load("{out}"), num_classes=91)"""
         backbone = load(folder).eval()
 
         def theirs(images: Images) -> dict[str, Tensor]:
-            pixels = [torch.from_numpy(unpatchify(images, i)).permute(2, 0, 1) for i in range(len(images["sizes_hw"]))]
-            map_BDHW, mask_BHW = read_pixels(backbone, pixels)
-            return {"features": _valid(map_BDHW, mask_BHW)}
+            return {"features": features_of(backbone, images)}
 
         def ours(images: Images) -> dict[str, Tensor]:
-            return {"features": _valid(*encoder.features(images).map())}
+            return {"features": valid_vectors(*encoder.features(images).map())}
 
-        return Reloaded(theirs, ours=ours, notes=["Text and the encoder's pooling do not travel."])
-
-
-def _valid(map_BDHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """The vectors (M, D) where there are images."""
-    return map_BDHW.permute(0, 2, 3, 1)[mask_BHW]
+        notes, interpolation = ["text and the encoder's pooling do not travel"], encoder.backbone.interpolation
+        if interpolation != "bilinear":
+            notes.append(f"torchvision's detectors resize images bilinearly; the run was trained on {interpolation}")
+        return Reloaded(theirs, ours=ours, notes=notes, reads_smaller=True)

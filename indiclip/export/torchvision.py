@@ -6,9 +6,6 @@ and `torchvision_backbone.py`, which reads them; see there.
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,32 +16,14 @@ from torch import Tensor, nn
 from indiclip.backbone import NaFlexViT, TimmBackbone
 from indiclip.encoder import Encoder
 from indiclip.export import torchvision_backbone
-from indiclip.export.torchvision_backbone import PyramidBackbone, build_tower, load
-from indiclip.patches import stack
+from indiclip.export.new_folder import new_folder
+from indiclip.export.parity import noise, own_grid
+from indiclip.export.torchvision_backbone import PyramidBackbone, build_tower
+from indiclip.patches import unpatchify
 from indiclip.types import Images
-
-__all__ = ["TOLERANCE", "as_torchvision", "check_parity", "load", "write", "write_detector"]
 
 TOLERANCE = 1e-6  # largest difference of a feature, relative to the largest feature
 _POOLING = ("attn_pool.", "fc_norm.", "head.", "norm_head.", "final_conv.")  # weights that no feature map comes from
-
-
-def write(encoder: Encoder, folder: Path) -> None:
-    """Write the backbone of an encoder into a new or empty folder, and check that it gives the same features.
-
-    Raises:
-        FileExistsError: The folder holds something.
-        ValueError: A backbone that torchvision cannot have without a loss.
-    """
-    config, weights = described(encoder)
-    with _new_folder(folder) as part:
-        fill_folder(part, config, weights)
-        parity = check_parity(encoder, load(part))
-        worst = max(parity, key=lambda case: parity[case])
-        if not parity[worst] <= TOLERANCE:
-            raise ValueError(
-                f"torchvision: the features differ by {parity[worst]:.1e} ({worst}); expected at most {TOLERANCE:.0e}"
-            )
 
 
 def write_detector(encoder: Encoder, detector: nn.Module, spec: dict[str, Any], folder: Path) -> None:
@@ -61,23 +40,8 @@ def write_detector(encoder: Encoder, detector: nn.Module, spec: dict[str, Any], 
     """
     config, _ = described(encoder)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in detector.state_dict().items()}
-    with _new_folder(folder) as part:
+    with new_folder(folder) as part:
         fill_folder(part, config | {"detector": spec}, weights)
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside it, which takes its place when all is written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: the folder is not empty")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield part
-        part.chmod(0o755)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def fill_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -86,69 +50,20 @@ def fill_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]
     shutil.copyfile(torchvision_backbone.__file__, folder / "torchvision_backbone.py")
 
 
-def check_parity(encoder: Encoder, backbone: PyramidBackbone) -> dict[str, float]:
-    """Largest difference between the encoder's features and the tower's, relative to the largest feature, by case.
-
-    The cases are batches of noise: at the model's own grid, smaller, larger, not square, and of mixed sizes, padded.
-    """
-    own, p = encoder.backbone, encoder.backbone.patch_size
-    if own.canvas_hw is not None:  # no image is larger than the canvas
-        rows, columns = (side // p for side in own.canvas_hw)
-    else:
-        rows = columns = _grid_side(own)
-    small = (max(rows // 2, 1), max(columns // 2, 1))
-    cases = {"own grid": [(rows, columns)], "smaller": [small], "not square": [(small[0], columns)]}
-    if own.canvas_hw is None:
-        cases["larger"] = [(rows + 3, columns + 3)]
-    cases["padded batch of mixed sizes"] = [*cases["not square"], *cases["smaller"], (rows, small[1])]
-    was_training = encoder.training
-    encoder.eval(), backbone.eval()
-    try:
-        return {case: _difference(encoder, backbone, grids) for case, grids in cases.items()}
-    finally:
-        encoder.train(was_training)
-
-
-@torch.no_grad()
-def _difference(encoder: Encoder, backbone: PyramidBackbone, grids: list[tuple[int, int]]) -> float:
-    """Of one batch of images with so many rows and columns of patches."""
-    p = encoder.backbone.patch_size
-    noise = torch.Generator().manual_seed(len(grids))
-    pixels = [torch.randint(256, (3, H * p, W * p), generator=noise, dtype=torch.uint8) for H, W in grids]
-    features = encoder.features(_on_device(pixels, encoder))
-    map_BDHW, mask_BHW = features.map()
-
-    theirs_BDHW, their_mask_BHW = read_pixels(backbone, pixels)
-
-    H, W = (min(a, b) for a, b in zip(mask_BHW.shape[1:], their_mask_BHW.shape[1:], strict=True))
-    mask_BHW, their_mask_BHW = mask_BHW[:, :H, :W].cpu(), their_mask_BHW[:, :H, :W].cpu()
-    if not torch.equal(mask_BHW, their_mask_BHW):
-        return float("inf")
-    ours_BDHW = map_BDHW[..., :H, :W].cpu().float() * mask_BHW[:, None]
-    apart = (ours_BDHW - theirs_BDHW[..., :H, :W].cpu().float()).abs().max()
-    return float(apart / ours_BDHW.abs().max())
-
-
-def read_pixels(backbone: PyramidBackbone, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Map and mask of the tower's features of uint8 images, normalised and padded as torchvision does it."""
+def features_of(backbone: PyramidBackbone, images: Images) -> Tensor:
+    """The tower's vectors (M, D) where there are images, of pixels normalised and padded as torchvision does it."""
     mean_311, std_311 = (torch.tensor(numbers)[:, None, None] for numbers in (backbone.image_mean, backbone.image_std))
-    height, width = (max(image.shape[side] for image in pixels) for side in (1, 2))
-    batch_B3HW = torch.zeros(len(pixels), 3, height, width)
-    for row, image in enumerate(pixels):
-        batch_B3HW[row, :, : image.shape[1], : image.shape[2]] = (image / 255 - mean_311) / std_311
-    return backbone.features(batch_B3HW.to(next(backbone.parameters()).device))
+    height, width = (max(sides) for sides in zip(*images["sizes_hw"], strict=True))
+    batch_B3HW = torch.zeros(len(images["sizes_hw"]), 3, height, width)
+    for row, (h, w) in enumerate(images["sizes_hw"]):
+        pixels_3HW = torch.from_numpy(unpatchify(images, row)).permute(2, 0, 1)
+        batch_B3HW[row, :, :h, :w] = (pixels_3HW / 255 - mean_311) / std_311
+    return valid_vectors(*backbone.features(batch_B3HW))
 
 
-def _on_device(pixels: list[Tensor], encoder: Encoder) -> Images:
-    preprocessing = encoder.backbone.preprocessing
-    images = stack([preprocessing.cut(image, (image.shape[1], image.shape[2])) for image in pixels])
-    return cast(Images, {k: v.to(encoder.device) if isinstance(v, Tensor) else v for k, v in images.items()})
-
-
-def _grid_side(backbone: Any) -> int:
-    """Rows of the table of positions; 16 where there is none."""
-    table = getattr(backbone.vit.embeds, "pos_embed", None)
-    return int(table.shape[1]) if table is not None and table.ndim == 4 else 16
+def valid_vectors(map_BDHW: Tensor, mask_BHW: Tensor) -> Tensor:
+    """The vectors (M, D) where there are images."""
+    return map_BDHW.permute(0, 2, 3, 1)[mask_BHW]
 
 
 def as_torchvision(encoder: Encoder, out_channels: int = 256, scales: list[float] | None = None) -> PyramidBackbone:
@@ -169,9 +84,9 @@ def described(encoder: Encoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     else:
         found = type(backbone).__name__
         raise ValueError(f"torchvision: the backbone is a {found}; expected NaFlexViT or TimmBackbone")
-    mean, std = ((buffer[:3] / 255).tolist() for buffer in (backbone.mean_P, backbone.std_P))
-    config = {"format": "indiclip-torchvision", "version": 1, "tower": tower}
-    config |= {"image_mean": mean, "image_std": std, "patch_size": backbone.patch_size}
+    config = {"format": "indiclip-torchvision", "version": 1, "tower": tower, "patch_size": backbone.patch_size}
+    config |= {"image_mean": list(backbone.mean), "image_std": list(backbone.std)}
+    config["interpolation"] = backbone.interpolation  # of the run; torchvision's own detectors resize bilinearly
     return config, _weights_for(tower, module)
 
 
@@ -200,43 +115,39 @@ def _naflex(backbone: NaFlexViT) -> dict[str, Any]:
     return {"kind": "NaFlexVit", "arguments": arguments}
 
 
+@torch.no_grad()
 def _stages(encoder: Encoder, backbone: TimmBackbone) -> dict[str, Any]:
     """The timm arguments of a model with stages."""
     own = backbone.to_config()
     assert backbone.canvas_hw is not None
     arguments = {"model_name": own["name"], "num_classes": 0} | (own["options"] or {})
     last = own["feature_index"] % len(backbone.net.feature_info)
-    grid = (backbone.canvas_hw[0] // backbone.patch_size, backbone.canvas_hw[1] // backbone.patch_size)
+    images = noise([own_grid(encoder)], backbone.patch_size)
     was_training = encoder.training
     encoder.eval()
     try:
-        # Where pooling is the encoder's own, what only the model's pooling needs may be gone from the last stage.
-        for normed in (True, False):
-            tower = {"kind": "stages", "arguments": arguments, "last": last, "normed": normed}
-            tower |= {"width": _map_width(encoder, grid), "canvas_hw": list(backbone.canvas_hw)}
-            if _is_same(encoder, backbone, tower, grid):
-                return tower
+        map_BDHW, mask_BHW = encoder.features(images).map()
     finally:
         encoder.train(was_training)
+    own_MD = valid_vectors(map_BDHW, mask_BHW)
+    # Where pooling is the encoder's own, what only the model's pooling needs may be gone from the last stage.
+    for normed in (True, False):
+        tower = {"kind": "stages", "arguments": arguments, "last": last, "normed": normed}
+        tower |= {"width": own_MD.shape[-1], "canvas_hw": list(backbone.canvas_hw)}
+        if _gives(tower, backbone, images, own_MD):
+            return tower
     raise ValueError(f"torchvision: {own['name']} gives other features in timm than in the encoder")
 
 
-@torch.no_grad()
-def _map_width(encoder: Encoder, grid: tuple[int, int]) -> int:
-    p = encoder.backbone.patch_size
-    pixels = torch.zeros(3, grid[0] * p, grid[1] * p, dtype=torch.uint8)
-    return encoder.features(_on_device([pixels], encoder)).tokens_BND.shape[-1]
-
-
-def _is_same(encoder: Encoder, backbone: TimmBackbone, tower: dict[str, Any], grid: tuple[int, int]) -> bool:
+def _gives(tower: dict[str, Any], backbone: TimmBackbone, images: Images, own_MD: Tensor) -> bool:
+    """Whether the described tower has the same features."""
     try:
         weights = _weights_for(tower, nn.ModuleDict({"net": backbone.net}))
     except ValueError:
         return False
     module = build_tower(tower)
     module.load_state_dict(weights)
-    mean, std = ((buffer[:3] / 255).tolist() for buffer in (backbone.mean_P, backbone.std_P))
-    try:
-        return _difference(encoder, PyramidBackbone(module.eval(), mean, std, 32), [grid]) <= TOLERANCE
-    except RuntimeError:  # maps of other sizes
+    their_MD = features_of(PyramidBackbone(module.eval(), list(backbone.mean), list(backbone.std), 32), images)
+    if their_MD.shape != own_MD.shape:
         return False
+    return bool((their_MD - own_MD).abs().max() <= TOLERANCE * own_MD.abs().max())

@@ -16,7 +16,7 @@ from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
 from indiclip.names import check_choice
 from indiclip.pooling import Projection
 from indiclip.pretrained.model_names import read_config
-from indiclip.pretrained.open_clip_source import OpenClipSource
+from indiclip.pretrained.open_clip_source import LOCAL, OpenClipSource, vision_cfg_of
 from indiclip.pretrained.open_clip_texts import activation, norm_eps
 from indiclip.pretrained.timm_models import image_tower
 from indiclip.pretrained.weights import Weights
@@ -34,7 +34,6 @@ _NAMES = [
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"blocks.\1.mlp.fc1"),
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"blocks.\1.mlp.fc2"),
 ]
-_LOCAL = "local-dir:"
 _HEADS = {
     "head.proj.": "image_projection.",
     "head.mlp.fc1.": "image_projection.0.",
@@ -162,8 +161,9 @@ def _of_timm(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
     name, pool, embed_dim = config["timm_model_name"], config["timm_pool"], source.model["embed_dim"]
     kind = config["timm_proj"] or ""
     options = {"global_pool": pool} if pool else {}
-    if name.startswith(_LOCAL) and source.folder is not None:  # a folder of timm's inside, wherever both lie now
-        described = read_config(source.folder / Path(name.removeprefix(_LOCAL)).name / "config.json")
+    if name.startswith(LOCAL) and source.folder is not None:
+        here = vision_cfg_of(source.folder, {"model_cfg": source.model})["timm_model_name"].removeprefix(LOCAL)
+        described = read_config(Path(here) / "config.json")
         name, options = described["architecture"], (described.get("model_args") or {}) | options
     check_choice(f"{origin}.timm_model_name", name, timm.list_models())
     check_choice(f"{origin}.timm_proj", kind, ("linear", "mlp", "none", ""))

@@ -9,6 +9,7 @@ from indiclip.names import did_you_mean, nearest_beside
 from indiclip.pretrained.hub import HUB, hub_folder
 from indiclip.pretrained.model_names import read_config
 
+LOCAL = "local-dir:"  # before a folder, in the names that OpenCLIP and timm take
 PIXELS = ("mean", "std", "interpolation", "resize_mode")
 _CLIP = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -99,6 +100,18 @@ def check_open_clip_folder(folder: Path) -> dict[str, Any]:
     if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
         raise FileNotFoundError(f"{folder}: found no weights; expected open_clip_model.safetensors")
     return config
+
+
+def vision_cfg_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The folder's `vision_cfg`; timm's description of a tower without a name is taken from the folder itself.
+
+    OpenCLIP finds such a description by an absolute path, which is wrong as soon as the folder was moved.
+    """
+    vision: dict[str, Any] = config["model_cfg"]["vision_cfg"]
+    name = vision.get("timm_model_name") or ""
+    if not name.startswith(LOCAL):
+        return vision
+    return vision | {"timm_model_name": f"{LOCAL}{folder.resolve() / Path(name.removeprefix(LOCAL)).name}"}
 
 
 def check_file(file: Path, origin: str) -> None:

@@ -50,10 +50,12 @@ class Embedder(Protocol):
         lengths: Embedding lengths to score, ascending; the last is the full one.
         embeds_text: Whether `embed_texts` works.
         weights: Which weights of a run they are, in words; empty where there is nothing to choose.
+        preprocessing: How it reads images, of plain types: for the record.
     """
 
     name: str
     weights: str
+    preprocessing: dict[str, Any]
     lengths: list[int]
     embeds_text: bool
 
@@ -100,7 +102,11 @@ class EncoderEmbedder:
         self.weights = next(iter(encoder.initialised), "")
         self.encoder, self.name, self.precision = encoder, name, precision
         self.lengths = encoder.lengths if lengths is None else with_full_length(lengths, encoder.embed_dim)
-        self._preprocessing, self._max_tokens = encoder.backbone.preprocessing, encoder.backbone.max_tokens
+        backbone = encoder.backbone
+        self._preprocessing, self._max_tokens = backbone.preprocessing, backbone.max_tokens
+        canvas_hw = backbone.canvas_hw and list(backbone.canvas_hw)
+        pixels = {"mean": list(backbone.mean), "std": list(backbone.std), "antialias": True, "canvas_hw": canvas_hw}
+        self.preprocessing = {**self._preprocessing._asdict(), **pixels}
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "encoder"}

@@ -15,7 +15,12 @@ from indiclip.evals.models.external_models import ExternalModel, OpenClip, Optio
 from indiclip.names import check_choice, did_you_mean
 from indiclip.pretrained.hub import HUB
 from indiclip.pretrained.model_names import read_config
-from indiclip.pretrained.open_clip_source import check_open_clip_folder
+from indiclip.pretrained.open_clip_source import (
+    check_open_clip_folder,
+    published_pixels,
+    published_tag,
+    vision_cfg_of,
+)
 from indiclip.pretrained.transformers_files import check_tokenizer
 from indiclip.pretrained.transformers_models import MODEL_TYPES
 
@@ -38,7 +43,8 @@ def load_open_clip(what: str, name: str, options: Options) -> ExternalModel:
         source = what
     elif _is_folder(what, name, what in open_clip.list_models()):
         source = f"local-dir:{what}"
-        _check_open_clip_folder(Path(what))
+        config = _check_open_clip_folder(Path(what))
+        arguments["vision_cfg"] = vision_cfg_of(Path(what), config)
     else:
         source, _, weights = what.partition(":")
         if source not in open_clip.list_models():
@@ -61,41 +67,29 @@ def _hub_parts(source: str) -> list[str]:
     return sorted({text[field] for field in fields if text.get(field)})
 
 
-def _check_open_clip_folder(folder: Path) -> None:
-    if check_open_clip_folder(folder)["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+def _check_open_clip_folder(folder: Path) -> dict[str, Any]:
+    config = check_open_clip_folder(folder)
+    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
         check_tokenizer(folder)
+    return config
 
 
 def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, Any]:
     """Arguments of `create_model_and_transforms` for one of OpenCLIP's architectures."""
-    import open_clip
-
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if weights.startswith(HUB):
-        tag = weights.removeprefix(HUB)
-        if tag not in tags:
-            raise ValueError(f"{name}: OpenCLIP has no weights {tag!r} of {architecture}{did_you_mean(tag, tags)}")
+    if tag := published_tag(architecture, weights, name):
         return {"pretrained": tag, "download": True, "require_pretrained": True}
-    if weights in tags and not Path(weights).is_file():
-        raise ValueError(f"{name}: {weights} is on the hub; {name.replace(weights, HUB + weights)} downloads it")
-    if weights:
-        _check_file(Path(weights), name)
-    # OpenCLIP keeps the preprocessing of its published weights with their tags, and for a file falls back to CLIP's.
-    configs = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
-    fields = ("mean", "std", "interpolation", "resize_mode")
-    distinct = {tuple(config.get(field) for field in fields) for config in configs}
     arguments: dict[str, Any] = {}
     if weights:
+        _check_file(Path(weights), name)
         arguments = {"pretrained": str(Path(weights).resolve()), "require_pretrained": True}
-    if len(distinct) == 1:
-        return arguments | dict(zip((f"image_{field}" for field in fields), distinct.pop(), strict=True))
-    if distinct and weights:
+    pixels = published_pixels(architecture)
+    if pixels is None and weights:
         warnings.warn(
             f"{name}: published weights of {architecture} differ in their preprocessing, and this takes CLIP's; "
             "a folder with open_clip_config.json says which is right",
             stacklevel=4,
         )
-    return arguments
+    return arguments | {f"image_{field}": value for field, value in (pixels or {}).items()}
 
 
 def load_transformers(what: str, name: str, options: Options) -> ExternalModel:

@@ -5,6 +5,7 @@ the library's documented use gives. Only the picture that goes in is ours for al
 white.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ class ExternalModel(ABC):
 
     def __init__(self, name: str, model: Any, transform: Any, options: Options) -> None:
         self.name, self._transform = name, transform
+        words = re.sub(r" at 0x\w+", "", str(transform))  # where a function lies in memory
+        self.preprocessing = {"transform": " ".join(words.split())}
         self.model = model.to(options.device).eval().requires_grad_(False)
         self._device, self._precision = options.device, options.precision
         blank = self.prepare(np.zeros((32, 32, 3), np.uint8), self.views(["native"])[0])

@@ -1,0 +1,49 @@
+"""A folder that is written as a whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def check_new(out: Path) -> Path:
+    """The folder's own path, behind links.
+
+    Raises:
+        FileExistsError: It holds something, or is a file.
+    """
+    place = out.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise FileExistsError(f"{out}: is there already and holds something; expected a new or empty folder")
+    return place
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside it, which takes its place when all is written.
+
+    Raises:
+        FileExistsError: See `check_new`.
+        OSError: It cannot be written; names what would have been written.
+    """
+    place = check_new(out)
+    part = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        yield part
+        part.chmod(0o755)
+        part.replace(place)
+    except SafetensorError as error:  # a full disk, mostly
+        raise OSError(f"{out}: cannot be written ({error})") from error
+    except OSError as error:
+        if part is None or str(error.filename or "").startswith(str(part)):  # nobody knows that name
+            within = "" if part is None else str(error.filename).removeprefix(str(part))
+            raise OSError(error.errno, error.strerror, f"{out}{within}") from error
+        raise
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
