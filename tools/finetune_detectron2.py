@@ -4,9 +4,9 @@
 
 The encoder goes to `RUN/vitdet` as by `indiclip export --to vitdet`; `--model` may also be such a folder. ViTDet's Mask
 R-CNN (or `--detector cascade_mask_rcnn`) is trained on it with layer-wise decay; without masks where the annotations
-have only boxes. AP over time is in `RUN/report.html`, the detector in `RUN/model_final.pth`, built by `RUN/config.yaml`.
-The same line goes on after a kill. What follows are settings of the LazyConfig in `RUN/vitdet`: `optimizer.lr=3e-4`,
-`optimizer.params.lr_factor_func.lr_decay_rate=0.7`, `dataloader.train.num_workers=0`.
+have only boxes. AP over time is in `RUN/report.html`, the detector in `RUN/model_final.pth`, and `RUN/config.yaml` builds
+it. The same line goes on after a kill. Settings of the LazyConfig in `RUN/vitdet` may follow: `optimizer.lr=3e-4`,
+`dataloader.train.num_workers=0`.
 
 One process trains. On several GPUs detectron2's own `tools/lazyconfig_train_net.py` does, by the same configuration.
 """

@@ -62,8 +62,8 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
         if not isinstance(backbone, NaFlexViT):
             return [Loss(f"backbone: found {type(backbone).__name__}; detectron2 has a plain ViT (NaFlexViT)")]
         vit: Any = backbone.vit
-        names = [name for name in vit.state_dict() if not name.startswith(_BEHIND) and not name.endswith(tuple(_SCALED))]
-        unplaced = [name for name in names if name not in renamed(names, _NAMES)]
+        placed = renamed(vit.state_dict(), [*_NAMES, (r".*\.ls[12]\.gamma$", "")])
+        unplaced = [name for name in vit.state_dict() if name not in placed and not name.startswith(_BEHIND)]
         losses = []
         if unplaced:
             losses.append(Loss(f"backbone: detectron2's ViT has no place for {', '.join(unplaced[:3])}"))
@@ -94,30 +94,31 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
         final = {"final_norm": {name: w.detach().cpu() for name, w in backbone.vit.norm.state_dict().items()}}
         torch.save({"model": _tensors(backbone)} | final, folder / "model.pth")
 
+    @torch.no_grad()
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         model = _load(folder)
-        backbone = cast(NaFlexViT, encoder.backbone)
 
         def theirs(images: Images) -> dict[str, Tensor]:
-            return {"features": model.backbone.net(_pixels(model, images))["last_feat"].permute(0, 2, 3, 1).flatten(0, 2)}
+            return {"features": _rows(model.backbone.net(_pixels(model, images))["last_feat"])}
 
         def ours(images: Images) -> dict[str, Tensor]:
-            map_BDHW, _ = _before_norm(encoder, _on_canvas(images, backbone)).map()
-            return {"features": map_BDHW.permute(0, 2, 3, 1).flatten(0, 2)}
+            map_BDHW, _ = _before_norm(encoder, _on_canvas(encoder, images)).map()
+            return {"features": _rows(map_BDHW)}
 
-        mixed = noise(grids(encoder)[_MIXED], backbone.patch_size)
-        map_BDHW, mask_BHW = _before_norm(encoder, mixed).map()
-        alone_MD = map_BDHW.permute(0, 2, 3, 1)[mask_BHW]
-        beside = float((theirs(mixed)["features"][mask_BHW.flatten()] - alone_MD).abs().max() / alone_MD.abs().max())
+        mixed = noise(grids(encoder)[_MIXED], encoder.backbone.patch_size)
+        alone_BDHW, mask_BHW = _before_norm(encoder, mixed).map()
+        beside = (theirs(mixed)["features"] - _rows(alone_BDHW))[
+            mask_BHW.flatten()
+        ].abs().max() / alone_BDHW.abs().max()
         notes = [
-            "detectron2's ViT ends before the final norm, and so does what is compared; its pyramid has norms of its own.",
+            "detectron2's ViT ends before the final norm, and so does what is compared; the pyramid has norms of its own.",
             "Text and the encoder's pooling do not travel.",
-            f"detectron2 pads images to a square, and its ViT takes the padding for a part of the image: `{_MIXED}` "
-            "compares with our encoder on the same square. Without the padding it is as far as `padding` says.",
+            f"detectron2 pads images to a square, and its ViT takes the padding for a part of the image. `{_MIXED}` is "
+            f"compared with our encoder on the padded images; on each image alone it gives features {beside:.2g} apart.",
             "All patches see each other, as in training. Windows save memory on large images and give other features: "
             "model.backbone.net.window_size=14 model.backbone.net.window_block_indexes=[0,1,3,4,6,7,9,10].",
         ]
-        return Reloaded(theirs, ours=ours, notes=notes, measured={"padding": {"difference": beside}})
+        return Reloaded(theirs, ours=ours, notes=notes, measured={"padding": {"difference": float(beside)}})
 
 
 def _block_losses(vit: Any) -> list[Loss]:
@@ -159,15 +160,14 @@ def _config(backbone: NaFlexViT) -> dict[str, Any]:
         "antialias": embeds.pos_embed_antialias and not embeds.pos_embed_use_grid_sample,
         "align_corners": embeds.pos_embed_align_corners,
     }
-    pixels = {name: [255 * value for value in getattr(backbone, name)] for name in ("mean", "std")}
     return {
         "format": "indiclip-vitdet",
         "version": 1,
         "vit": described,
         "positions": positions,
         "grid_sample": embeds.pos_embed_use_grid_sample,
-        "pixel_mean": pixels["mean"],
-        "pixel_std": pixels["std"],
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
         "interpolation": backbone.interpolation,
     }
 
@@ -245,13 +245,13 @@ def _pixels(model: Any, images: Images) -> Tensor:
             size = (height // own * p, width // own * p)
             pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
         whole.append((pixels - model.pixel_mean) / model.pixel_std)
-    return ImageList.from_tensors(whole, size_divisibility=p).tensor
+    batch: Tensor = ImageList.from_tensors(whole, size_divisibility=p).tensor
+    return batch
 
 
-def _on_canvas(images: Images, backbone: NaFlexViT) -> Images:
-    """Images of one size, with their mean colour to the right and below."""
-    if len(set(images["sizes_hw"])) == 1:
-        return images
+def _on_canvas(encoder: Encoder, images: Images) -> Images:
+    """Images of one size, with the mean colour to the right and below."""
+    backbone = encoder.backbone
     height, width = (max(sizes) for sizes in zip(*images["sizes_hw"], strict=True))
     prepared = []
     for index, (h, w) in enumerate(images["sizes_hw"]):
@@ -260,6 +260,11 @@ def _on_canvas(images: Images, backbone: NaFlexViT) -> Images:
         patches = patchify(canvas, backbone.patch_size)
         prepared.append({"patches": patches, "size_hw": (height, width), "scale": (1.0, 1.0)})
     return stack(prepared)
+
+
+def _rows(map_BDHW: Tensor) -> Tensor:
+    """A vector for each patch, (B * H * W, D)."""
+    return map_BDHW.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _before_norm(encoder: Encoder, images: Images) -> Features:

@@ -14,8 +14,10 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
-from timm.layers import get_act_layer
+from timm.layers import get_act_layer  # type: ignore[attr-defined]
 from torch import nn
+
+__all__ = ["base", "dataloader", "image_size", "lr_multiplier", "model", "optimizer", "train"]
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER))
@@ -29,7 +31,8 @@ _activation = get_act_layer(_vit.pop("activation"))
 image_size = 64 * _vit["patch_size"]  # 4,096 patches, as in ViTDet: all of them see each other, in every block
 
 model = base("common/models/mask_rcnn_vitdet.py").model
-model.pixel_mean, model.pixel_std, model.input_format = _config["pixel_mean"], _config["pixel_std"], "RGB"
+model.input_format = "RGB"
+model.pixel_mean, model.pixel_std = ([255 * value for value in _config[name]] for name in ("mean", "std"))
 model.backbone.net = L(ViT)(
     positions=_config["positions"],
     norm_layer=_norm,

@@ -31,7 +31,7 @@ _DENSEPOSE = {
 }
 
 
-class ViT(modeling.ViT):
+class ViT(modeling.ViT):  # type: ignore[misc]
     """detectron2's ViT; its positions are resampled as they were in training, and not always bicubically.
 
     Args:
@@ -54,7 +54,7 @@ class ViT(modeling.ViT):
     def _positions(self, H: int, W: int) -> Tensor:
         side = round(self.pos_embed.shape[1] ** 0.5)
         table_1HWD: Tensor = self.pos_embed.unflatten(1, (side, side))
-        if (H, W) == (side, side):
+        if (side, side) == (H, W):
             return table_1HWD
         return F.interpolate(table_1HWD.permute(0, 3, 1, 2), (H, W), **self.positions).permute(0, 2, 3, 1)
 
@@ -69,9 +69,9 @@ def base(name: str) -> Any:
 
 def densepose_roi_heads(channels: int) -> nn.Module:
     """Boxes and body surfaces of detectron2's DensePose project, on maps of so many channels."""
-    return build_roi_heads(
-        _densepose_settings(), {name: ShapeSpec(channels=channels, stride=stride) for name, stride in _STRIDES.items()}
-    )
+    maps = {name: ShapeSpec(channels=channels, stride=stride) for name, stride in _STRIDES.items()}
+    heads: nn.Module = build_roi_heads(_densepose_settings(), maps)
+    return heads
 
 
 def densepose_mapper(dataset: str, image_size: int, is_train: bool) -> Any:
