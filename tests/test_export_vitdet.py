@@ -72,9 +72,9 @@ def test_detectron2_gives_the_encoders_features(exported, run):
 @pytest.mark.parametrize(
     "options",
     [
-        {"init_values": 0.1, "mlp_ratio": 2.7, "act_layer": "gelu_tanh", "qkv_bias": False, "norm_eps": 1e-5},
+        {"init_values": 0.1, "mlp_ratio": 2.7, "act_layer": "gelu_tanh", "qkv_bias": False, "norm_eps": 1e-5}
+        | {"pos_embed_align_corners": True},
         {"act_layer": "quick_gelu", "pos_embed": "none", "proj_bias": False},
-        {"embed_proj_type": "conv", "pos_embed_interp_mode": "bilinear", "pos_embed_align_corners": True},
     ],
 )
 def test_other_vits_travel_too(tmp_path, options):
@@ -103,7 +103,7 @@ def test_patches_of_14_pixels_become_16_where_a_loss_is_allowed(tmp_path):
         ({"rope_type": "axial"}, "no rotary positions"),
         ({"pos_embed_grid_size": [4, 6]}, "found [4, 6]; detectron2's is square"),
         ({"act_layer": "relu"}, "act_layer: found ReLU"),
-        ({"swiglu_mlp": True}, "no place for blocks.0.mlp"),
+        ({"swiglu_mlp": True, "act_layer": "silu"}, "no place for blocks.0.attn.q_bias"),
         ({"norm_layer": "rmsnorm"}, "norm: found RmsNorm"),
         ({"pos_embed_ar_preserving": True}, "detectron2 stretches positions"),
     ],
@@ -145,26 +145,27 @@ def test_out_and_in_again_is_bit_equal(runs, exported, run):  # noqa: F811
 @needs_detectron2
 @pytest.mark.parametrize("run", LOSSLESS)
 @pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_configurations_build_detectors_with_the_weights(exported, run, name):
-    """Five maps of strides 4 to 64, whatever the patch size, and a rate for each block."""
-    from detectron2.checkpoint import DetectionCheckpointer
+def test_configurations_build_detectors_around_the_backbone(exported, run, name):
+    """Maps of strides 4 to 64 whatever the patch size, a rate for each block, and all weights in their places."""
     from detectron2.config import instantiate
 
     config = config_of(exported(run), name)
-    model = instantiate(config.model).eval()
-    DetectionCheckpointer(model).load(config.train.init_checkpoint)
-    tensors = torch.load(exported(run) / "model.pth", weights_only=True)["model"]
-    own = model.state_dict()
-    assert {name for name in own if name.startswith("backbone.net.")} == tensors.keys()
-    assert all(torch.equal(own[name], tensors[name]) for name in tensors)
-    assert [shape.stride for shape in model.backbone.output_shape().values()] == [4, 8, 16, 32, 64]
+    backbone = instantiate(config.model.backbone)
+    with torch.device("meta"):  # nothing of them is read
+        heads = instantiate(config.model.roi_heads)
+    assert type(heads).__name__ == ("StandardROIHeads" if name == "mask_rcnn" else "CascadeROIHeads")
+    assert heads.box_in_features == heads.mask_in_features == ["p2", "p3", "p4", "p5"]
     with torch.no_grad():
-        maps = model.backbone(torch.zeros(1, 3, 64, 128))
+        maps = backbone(torch.zeros(1, 3, 64, 128))
     assert [tuple(each.shape[-2:]) for each in maps.values()] == [(64 // s, 128 // s) for s in (4, 8, 16, 32, 64)]
-    config.optimizer.params.model = model
+    assert [shape.stride for shape in backbone.output_shape().values()] == [4, 8, 16, 32, 64]
+    tensors = torch.load(config.train.init_checkpoint, weights_only=True)["model"]
+    own = {f"backbone.net.{name}": tensor.shape for name, tensor in backbone.net.state_dict().items()}
+    assert own == {name: tensor.shape for name, tensor in tensors.items()}
+    config.optimizer.params.model = torch.nn.ModuleDict({"backbone": backbone, "roi_heads": heads})
     groups = instantiate(config.optimizer).param_groups
     assert {round(group["lr"] / config.optimizer.lr, 3) for group in groups} == {0.512, 0.64, 0.8, 1.0}  # two blocks
-    assert config.dataloader.train.mapper.image_format == model.input_format == "RGB"
+    assert config.dataloader.train.mapper.image_format == config.model.input_format == "RGB"
 
 
 @needs_detectron2
@@ -190,7 +191,7 @@ def test_densepose_waits_for_its_project_alone(exported):
 
 SHORT = "--image_size 64 --batch_size 2 --every 1 --max_steps 2 dataloader.train.num_workers=0"
 SHORT += " dataloader.test.num_workers=0 model.roi_heads.batch_size_per_image=4"
-SHORT += " model.proposal_generator.post_nms_topk=[8,4]"
+SHORT += " model.proposal_generator.post_nms_topk=[8,4] model.roi_heads.box_head.conv_dims=[16]"
 
 
 @needs_detectron2

@@ -4,8 +4,8 @@
 
 The encoder goes to `RUN/vitdet` as by `indiclip export --to vitdet`; `--model` may also be such a folder. ViTDet's Mask
 R-CNN (or `--detector cascade_mask_rcnn`) is trained on it with layer-wise decay; without masks where the annotations
-have only boxes. AP over time is in `RUN/report.html`, the detector in `RUN/model_final.pth`, and `RUN/config.yaml` builds
-it. The same line goes on after a kill. Settings of the LazyConfig in `RUN/vitdet` may follow: `optimizer.lr=3e-4`,
+have only boxes. AP over time is in `RUN/report.html`; the detector is `RUN/model_final.pth`, which `RUN/config.yaml`
+builds. The same line goes on after a kill. Settings of the LazyConfig in `RUN/vitdet` may follow: `optimizer.lr=3e-4`,
 `dataloader.train.num_workers=0`.
 
 One process trains. On several GPUs detectron2's own `tools/lazyconfig_train_net.py` does, by the same configuration.

@@ -8,6 +8,7 @@ Shape letters: see `indiclip.types`.
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,7 @@ from indiclip.types import Features, Images
 _STRIDES = (8, 16)  # whose pyramids have strides of 4 to 64 pixels
 _LIKE_PATCHES = 16  # what others are resampled to
 _PREFIX = "backbone.net."
+_CODE = "indiclip_vitdet"  # module of the folder
 _MIXED = "mixed sizes, padded"
 
 # timm's name of a tensor -> detectron2's. What none of them matches has no place there.
@@ -107,14 +109,13 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
 
         mixed = noise(grids(encoder)[_MIXED], encoder.backbone.patch_size)
         alone_BDHW, mask_BHW = _before_norm(encoder, mixed).map()
-        beside = (theirs(mixed)["features"] - _rows(alone_BDHW))[
-            mask_BHW.flatten()
-        ].abs().max() / alone_BDHW.abs().max()
+        difference_MD = (theirs(mixed)["features"] - _rows(alone_BDHW))[mask_BHW.flatten()]
+        beside = difference_MD.abs().max() / alone_BDHW.abs().max()
         notes = [
-            "detectron2's ViT ends before the final norm, and so does what is compared; the pyramid has norms of its own.",
+            "detectron2's ViT lacks the final norm: features before it are compared. The pyramid has norms of its own.",
             "Text and the encoder's pooling do not travel.",
-            f"detectron2 pads images to a square, and its ViT takes the padding for a part of the image. `{_MIXED}` is "
-            f"compared with our encoder on the padded images; on each image alone it gives features {beside:.2g} apart.",
+            f"detectron2 pads images to a square, and its ViT takes the padding for a part of the image. `{_MIXED}` "
+            f"compares with our encoder on the padded images; its features of each image alone are {beside:.2g} apart.",
             "All patches see each other, as in training. Windows save memory on large images and give other features: "
             "model.backbone.net.window_size=14 model.backbone.net.window_block_indexes=[0,1,3,4,6,7,9,10].",
         ]
@@ -141,6 +142,8 @@ def _config(backbone: NaFlexViT) -> dict[str, Any]:
     """config.json."""
     vit: Any = backbone.vit
     embeds, block = vit.embeds, vit.blocks[0]
+    hidden = block.mlp.fc1.out_features
+    ratio = hidden / vit.embed_dim
     p = backbone.patch_size if backbone.patch_size in _STRIDES else _LIKE_PATCHES
     side = 0 if embeds.pos_embed is None else embeds.pos_embed.shape[1]
     described = {
@@ -148,7 +151,7 @@ def _config(backbone: NaFlexViT) -> dict[str, Any]:
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": (block.mlp.fc1.out_features + 0.5) / vit.embed_dim,  # which is rounded down
+        "mlp_ratio": ratio if int(ratio * vit.embed_dim) == hidden else (hidden + 0.5) / vit.embed_dim,
         "qkv_bias": block.attn.qkv.bias is not None,
         "norm_eps": block.norm1.eps,
         "activation": "gelu_tanh" if (name := activation(block.mlp.act)) == "gelu_pytorch_tanh" else name,
@@ -183,8 +186,6 @@ def _tensors(backbone: NaFlexViT) -> dict[str, Tensor]:
             own[f"{layer}.bias"] = own[f"{layer}.bias"] * gamma_D
     found = {theirs: own[ours] for ours, theirs in renamed(own, _NAMES).items()}
     kernel = found["patch_embed.proj.weight"]
-    if kernel.ndim == 4:
-        kernel = kernel.permute(0, 2, 3, 1).flatten(1)
     p = backbone.patch_size if backbone.patch_size in _STRIDES else _LIKE_PATCHES
     kernel, _ = fit_tensor("embeds.proj.weight", kernel, kernel.new_empty(len(kernel), 3 * p * p), "the run")
     found["patch_embed.proj.weight"] = kernel.reshape(-1, p, p, 3).permute(0, 3, 1, 2)
@@ -209,7 +210,7 @@ def _load(folder: Path) -> Any:
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import LazyConfig, instantiate
 
-    with _without_warnings():  # of the heads, which are to be trained
+    with _alone():
         config = LazyConfig.load(str(folder / "mask_rcnn.py"))
         model = instantiate(config.model).eval()
         DetectionCheckpointer(model).load(config.train.init_checkpoint)
@@ -221,12 +222,17 @@ def _load(folder: Path) -> Any:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def _alone() -> Iterator[None]:
+    """Without the code of another such folder, and without warnings of the heads, which are to be trained."""
+    path = list(sys.path)
+    sys.modules.pop(_CODE, None)
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(logging.NOTSET)
+        sys.path[:] = path
+        sys.modules.pop(_CODE, None)
 
 
 def _pixels(model: Any, images: Images) -> Tensor:
