@@ -69,6 +69,8 @@ def _library_of_folder(folder: Path) -> str:
             found.append("transformers")
         elif "architecture" in config:
             found.append("timm")
+        elif config.get("format") == "indiclip-vitdet":
+            found.append("vitdet")
         elif not found:
             raise ValueError(f"{file}: found neither transformers' `model_type` nor timm's `architecture`")
     if len(found) > 1:

@@ -10,16 +10,18 @@ from indiclip.pretrained.open_clip_models import read_open_clip
 from indiclip.pretrained.runs import read_run
 from indiclip.pretrained.timm_models import read_timm
 from indiclip.pretrained.transformers_models import read_transformers
+from indiclip.pretrained.vitdet import read_vitdet
 from indiclip.pretrained.weights import Weights, check_tensors, precision_notes
 
-READERS = {"transformers": read_transformers, "timm": read_timm, "open_clip": read_open_clip}
+READERS = {"transformers": read_transformers, "timm": read_timm, "open_clip": read_open_clip, "vitdet": read_vitdet}
 
 
 def read_weights(name: str, which: str = "auto") -> Weights:
     """The configuration and the tensors of a pretrained model, from local files.
 
     Args:
-        name: `runs/quickstart`, `x.ckpt`: ours. A folder as transformers, timm or OpenCLIP save one. Their names and
+        name: `runs/quickstart`, `x.ckpt`: ours. A folder as transformers, timm or OpenCLIP save one, or of
+            `indiclip export --to vitdet`. Their names and
             files: `timm:NAME` (or that name alone), `transformers:FOLDER`, `open_clip:NAME:FILE`. A `.safetensors`,
             `.pt`, `.pth` or `.bin` alone gives a `BareFile`, which names no architecture.
         which: Of a run's weights, see `read_run`.

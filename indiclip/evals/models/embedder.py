@@ -221,6 +221,8 @@ def load_embedder(
     check_choice("precision", precision, _AUTOCAST)
     place = _device(device)
     library, name = library_of(model)
+    if library == "vitdet":
+        raise ValueError(f"{model}: is a backbone for detectron2, without embeddings")
     if library == "indiclip":
         return EncoderEmbedder(checkpoint.load(name, place, trust_code, weights), model, precision, lengths)
     if weights not in ("auto", "last"):
