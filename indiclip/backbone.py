@@ -371,13 +371,14 @@ class TimmBackbone(Backbone):
         if not self._is_pooled:
             return
         head, fc_norm = getattr(self.net, "head", None), getattr(self.net, "fc_norm", None)
+        head_norm = getattr(head, "norm", None)  # now: ConvNeXt's head drops it together with the classifier
         if hasattr(self.net, "prune_intermediate_layers"):  # stages behind it would get no gradient
             self.net.prune_intermediate_layers([self._index], prune_head=True)
         else:
             self.net.reset_classifier(0, "")
         if isinstance(head, nn.Module) and not isinstance(head, nn.Linear | nn.Identity):
             kept = nn.Module()  # of the head only its norm, by the same name
-            kept.add_module("norm", getattr(head, "norm", None))
+            kept.add_module("norm", head_norm)
             self.net.head = kept
         if self._is_last and fc_norm is not None:
             self.net.fc_norm = fc_norm

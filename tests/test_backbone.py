@@ -129,3 +129,14 @@ def test_interpolation_is_the_named_models_own_and_is_kept_in_checkpoints(make, 
     assert again.preprocessing == other.preprocessing != backbone.preprocessing
     with pytest.raises(ValueError, match=r"backbone\.interpolation: found 'cubic'; nearest is 'bicubic'"):
         make(interpolation="cubic")
+
+
+def test_convnexts_norm_behind_the_pooling_goes_before_it():
+    backbone = TimmBackbone("test_convnext", (64, 64)).eval()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = backbone.net.head.norm(backbone.net.forward_features(pixels)).flatten(2).transpose(1, 2)
+        backbone.remove_pool()
+        torch.testing.assert_close(backbone.read_pixels(pixels).tokens_BND, expected)
