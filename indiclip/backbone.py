@@ -208,8 +208,8 @@ class TimmBackbone(Backbone):
             model.
         pretrained: Load the named model's weights (from the hub or its local cache).
         feature_index: Which of the model's stages gives the features, -1 the last.
-        options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`. `img_size`
-            is the canvas where the model takes one.
+        options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`, or
+            `{drop_path_rate: 0.1}` for stochastic depth. `img_size` is the canvas where the model takes one.
         mean: Of the pixels' channels in 0..1; None is the named model's.
         std: As `mean`.
         interpolation: How images are resized; None is the model's own.

@@ -95,9 +95,12 @@ def test_a_run_scores_and_keeps_the_averages_and_trains_as_without_them(tmp_path
 
 
 def test_a_resumed_run_has_the_weights_and_averages_of_the_uninterrupted_one(tmp_path):
-    assert fit(tmp_path, run_config(6), "--name", "whole") == 0
-    for steps in (3, 6):
-        assert fit(tmp_path, run_config(steps), "--name", "parts", "--ckpt_path", "last") == 0
+    """With stochastic depth, whose draws are those of the uninterrupted run."""
+    depth = ["--model.encoder.backbone.init_args.depth", "2"]
+    depth += ["--model.encoder.backbone.init_args.options", "{drop_path_rate: 0.5}"]
+    assert fit(tmp_path, run_config(4), "--name", "whole", *depth) == 0
+    for steps in (3, 4):
+        assert fit(tmp_path, run_config(steps), "--name", "parts", "--ckpt_path", "last", *depth) == 0
     files = [tmp_path / "runs" / name / "checkpoints" / "last.ckpt" for name in ("whole", "parts")]
     one, other = (torch.load(file, weights_only=True) for file in files)
     assert one["averages"]["num_updates"] == other["averages"]["num_updates"]
