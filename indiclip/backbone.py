@@ -208,8 +208,8 @@ class TimmBackbone(Backbone):
             model.
         pretrained: Load the named model's weights (from the hub or its local cache).
         feature_index: Which of the model's stages gives the features, -1 the last.
-        options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`. `img_size`
-            is the canvas where the model takes one.
+        options: More arguments of `timm.create_model`, e.g. `{depths: [2, 2, 6], dims: [48, 96, 192]}`, or
+            `{drop_path_rate: 0.1}` for stochastic depth. `img_size` is the canvas where the model takes one.
         mean: Of the pixels' channels in 0..1; None is the named model's.
         std: As `mean`.
         interpolation: How images are resized; None is the model's own.
@@ -371,13 +371,14 @@ class TimmBackbone(Backbone):
         if not self._is_pooled:
             return
         head, fc_norm = getattr(self.net, "head", None), getattr(self.net, "fc_norm", None)
+        head_norm = getattr(head, "norm", None)  # now: ConvNeXt's head drops it together with the classifier
         if hasattr(self.net, "prune_intermediate_layers"):  # stages behind it would get no gradient
             self.net.prune_intermediate_layers([self._index], prune_head=True)
         else:
             self.net.reset_classifier(0, "")
         if isinstance(head, nn.Module) and not isinstance(head, nn.Linear | nn.Identity):
             kept = nn.Module()  # of the head only its norm, by the same name
-            kept.add_module("norm", getattr(head, "norm", None))
+            kept.add_module("norm", head_norm)
             self.net.head = kept
         if self._is_last and fc_norm is not None:
             self.net.fc_norm = fc_norm

@@ -6,14 +6,16 @@ It knows no head, no Lightning and no config. Shape letters: see `indiclip.types
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, cast, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
-from indiclip.lora import LoRA, add_lora, merge_lora
+from indiclip.lora import LoRA, add_lora, check_adapters, merge_lora
 from indiclip.names import check_choice, shorten
 from indiclip.pooling import ImagePool, Pool, Projection, TextPool
 from indiclip.preprocessing import AnyImage
@@ -90,6 +92,7 @@ class Encoder(nn.Module):
         self.lora = lora
         if lora is not None:  # last: the towers' weights must be there under their own names before
             add_lora({"image": self.backbone, "text": self.text}, lora)
+            self._check_adapters(lora.towers)
 
     def _build(
         self,
@@ -121,6 +124,16 @@ class Encoder(nn.Module):
         for matrix in [*self.image_projection.modules(), *self.text_projection.modules()]:
             if isinstance(matrix, nn.Linear):
                 nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
+
+    def _check_adapters(self, towers: list[str]) -> None:
+        if next(self.parameters()).is_meta:
+            return
+        if "image" in towers:
+            patch = np.zeros((self.backbone.patch_size, self.backbone.patch_size, 3), np.uint8)
+            images = self.backbone.preprocessing.batch([patch], self.backbone.max_tokens)
+            check_adapters("image", self.backbone, partial(self.backbone, images))
+        if "text" in towers:
+            check_adapters("text", self.text, partial(self.text, *self.tokenize(["a"])))
 
     def merged(self) -> "Encoder":
         """This encoder, or where it has LoRA's adapters a copy in which they are part of the weights."""

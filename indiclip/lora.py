@@ -2,10 +2,12 @@
 
 import copy
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from indiclip.names import check_choice, check_range, did_you_mean
 
@@ -68,6 +70,35 @@ def add_lora(towers: dict[str, nn.Module], lora: LoRA) -> None:
         inject_adapter_in_model(options, towers[tower])
 
 
+def check_adapters(tower: str, model: nn.Module, try_out: Callable[[], Any]) -> None:
+    """Raise ValueError where an adapter has no effect: the layer's owner reads its weight and never calls it.
+
+    Args:
+        tower: `image` or `text`, for the message.
+        model: The tower, with adapters.
+        try_out: Runs it once, on any input.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    called: set[str] = set()
+    hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        try_out()
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    if unused := [path for path in layers if path not in called]:
+        wrong = {path.rpartition(".")[2] for path in unused}
+        others = sorted({path.rpartition(".")[2] for path in layers} - wrong)
+        raise ValueError(
+            f"encoder.lora.targets: the {tower} tower reads the weights of {', '.join(sorted(wrong))} past their "
+            f"adapters (such as {unused[0]}), which would have no effect; expected some of [{', '.join(others)}]"
+        )
+
+
 def merge_lora(module: _Module) -> _Module:
     """A copy in which the adapters are added to the weights: plain layers, the same output, no `peft`."""
     from peft.tuners.lora import LoraLayer
@@ -78,6 +109,25 @@ def merge_lora(module: _Module) -> _Module:
             layer.merge(safe_merge=True)  # type: ignore[operator]
             parent, _, name = path.rpartition(".")
             setattr(merged.get_submodule(parent), name, layer.get_base_layer())
+    return merged
+
+
+def merged_tensors(tensors: Mapping[str, Tensor], lora: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An adapted encoder's tensors by the names of a plain one: each adapter is added to the weight of its layer.
+
+    Args:
+        tensors: By the names of its `state_dict()`.
+        lora: The fields of its `LoRA`.
+    """
+    merged = {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix("base_layer.weight")
+            down, up = (tensors[f"{layer}lora_{letter}.default.weight"] for letter in "AB")
+            tensor = tensor + lora["alpha"] / lora["r"] * (up @ down)
+        merged[name.replace(".base_layer.", ".")] = tensor
     return merged
 
 

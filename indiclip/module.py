@@ -92,7 +92,18 @@ class MultiTask(L.LightningModule):
         freeze_paths(self, self.frozen)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"model.freeze: {', '.join(freeze or [])} leaves nothing to train")
+        self._check_adapters_train()
         self.train(self.training)
+
+    def _check_adapters_train(self) -> None:
+        for tower in self.encoder.lora.towers if self.encoder.lora else ():
+            path = "encoder.backbone" if tower == "image" else "encoder.text"
+            trained = [name for name, p in self.get_submodule(path).named_parameters() if p.requires_grad]
+            if path not in self.unused and not trained:
+                raise ValueError(
+                    f"model.freeze: freezes all of LoRA's adapters in the {tower} tower, whose own weights are frozen "
+                    f"by model.encoder.lora already; expected either without {tower}"
+                )
 
     def train(self, mode: bool = True) -> Self:
         """As of every module, but what is frozen stays in evaluation mode."""

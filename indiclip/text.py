@@ -350,7 +350,7 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
     architecture.setdefault("pad_token_id", tokenizer.pad_id)
     config = CONFIG_MAPPING[model_type](**architecture)
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and longest < tokenizer.context_length:
+    if longest is not None and 0 < longest < tokenizer.context_length:  # XLNet's -1 is no bound
         raise ValueError(
             f"text.architecture.max_position_embeddings: {longest} is less than the tokenizer's context_length "
             f"{tokenizer.context_length}"

@@ -129,3 +129,33 @@ def test_interpolation_is_the_named_models_own_and_is_kept_in_checkpoints(make, 
     assert again.preprocessing == other.preprocessing != backbone.preprocessing
     with pytest.raises(ValueError, match=r"backbone\.interpolation: found 'cubic'; nearest is 'bicubic'"):
         make(interpolation="cubic")
+
+
+def test_convnexts_norm_behind_the_pooling_goes_before_it():
+    backbone = TimmBackbone("test_convnext", (64, 64)).eval()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = backbone.net.head.norm(backbone.net.forward_features(pixels)).flatten(2).transpose(1, 2)
+        backbone.remove_pool()
+        torch.testing.assert_close(backbone.read_pixels(pixels).tokens_BND, expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NaFlexViT(width=32, depth=2, num_heads=2, patch_size=8, options={"drop_path_rate": 0.5}),
+        lambda: TimmBackbone("test_convnext", (32, 32), patch_size=8, options={"drop_path_rate": 0.5}),
+    ],
+)
+def test_stochastic_depth_is_an_option_that_counts_in_training_alone(make):
+    torch.manual_seed(0)
+    backbone = make()
+    for parameter in backbone.parameters():  # ConvNeXt's branches begin at 1e-6
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = batch_images([noise(32, 32, seed) for seed in range(8)], 8, 16, backbone.canvas_hw)
+    for training in (True, False):
+        backbone.train(training)
+        first, second = (backbone(images).tokens_BND for _ in range(2))
+        assert torch.equal(first, second) != training

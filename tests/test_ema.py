@@ -2,16 +2,21 @@
 
 import copy
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import on_ranks
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from test_cli import config, fit
 from torch import nn
 
 import indiclip
 from indiclip.training.cli import run
 from indiclip.training.ema import EMA
+from indiclip.training.trainer_setup import trainer_options
 
 CALLBACK = {"class_path": "indiclip.training.ema.EMA", "init_args": {"decay": 0.5}}
 
@@ -90,9 +95,12 @@ def test_a_run_scores_and_keeps_the_averages_and_trains_as_without_them(tmp_path
 
 
 def test_a_resumed_run_has_the_weights_and_averages_of_the_uninterrupted_one(tmp_path):
-    assert fit(tmp_path, run_config(6), "--name", "whole") == 0
-    for steps in (3, 6):
-        assert fit(tmp_path, run_config(steps), "--name", "parts", "--ckpt_path", "last") == 0
+    """With stochastic depth, whose draws are those of the uninterrupted run."""
+    depth = ["--model.encoder.backbone.init_args.depth", "2"]
+    depth += ["--model.encoder.backbone.init_args.options", "{drop_path_rate: 0.5}"]
+    assert fit(tmp_path, run_config(4), "--name", "whole", *depth) == 0
+    for steps in (3, 4):
+        assert fit(tmp_path, run_config(steps), "--name", "parts", "--ckpt_path", "last", *depth) == 0
     files = [tmp_path / "runs" / name / "checkpoints" / "last.ckpt" for name in ("whole", "parts")]
     one, other = (torch.load(file, weights_only=True) for file in files)
     assert one["averages"]["num_updates"] == other["averages"]["num_updates"]
@@ -101,40 +109,72 @@ def test_a_resumed_run_has_the_weights_and_averages_of_the_uninterrupted_one(tmp
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_shards_are_averaged_apart_and_saved_whole(tmp_path):
-    """Two gloo ranks with a DTensor each: the sum of their work is that of one process."""
+def learner():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def learn(module, ema, steps=3):
+    """Average while it learns, with an evaluation before the last update. Returns what the averages answer."""
+    optimizer, inputs = torch.optim.SGD(module.parameters(), 0.5), torch.linspace(-1, 1, 6).reshape(2, 3)
+    for _ in range(steps):
+        module(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            module(inputs)  # after which FSDP keeps the outermost module's weights whole
+        ema.update(module)
+    with torch.no_grad():
+        module(inputs)
+        ema._swap_in(module)
+        return module(inputs)
+
+
+def test_averages_of_a_sharded_model_are_shards_and_those_of_one_process(tmp_path):
+    """FSDP2 on two gloo ranks: averaged, swapped in and out, saved whole and loaded again."""
 
     def work(rank):
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
 
         mesh = init_device_mesh("cpu", (2,))
-        module = nn.Linear(3, 4, bias=False)
-        torch.manual_seed(1)
-        weights = [torch.randn(4, 3) for _ in range(3)]
-        module.weight = nn.Parameter(distribute_tensor(weights[0], mesh, [Shard(0)]))
-        ema = EMA(decay=0.5)
-        for weight in weights:
-            with torch.no_grad():
-                module.weight.copy_(distribute_tensor(weight, mesh, [Shard(0)]))
-            ema.update(module)
-        shape = tuple(ema._averages["weight"].shape)
-        checkpoint = {"state_dict": {}}
-        module.state_dict()
+        module, ema = learner(), EMA(decay=0.5)
+        for part in (module[0], module):
+            fully_shard(part, mesh=mesh)
+        answers = learn(module, ema)
+        placements = {name: tensor.placements for name, tensor in module.state_dict().items()}
+        checkpoint = {"state_dict": module.state_dict()}
         ema.on_save_checkpoint(None, module, checkpoint)
-        whole = checkpoint["averages"]["state_dict"]["weight"]
+        assert all(isinstance(tensor, DTensor) for tensor in checkpoint["state_dict"].values())
+        ema._swap_out(module)
+        trained = {name: tensor.full_tensor() for name, tensor in module.state_dict().items()}
+        for name, tensor in checkpoint["state_dict"].items():  # made while the averages were in the model
+            assert torch.equal(tensor.full_tensor(), trained[name])
+        assert placements == {name: tensor.placements for name, tensor in module.state_dict().items()}
         again = EMA(decay=0.5)
         again.on_load_checkpoint(None, module, checkpoint)
         again._take_loaded(module)
-        assert torch.equal(again._averages["weight"], ema._averages["weight"])
-        assert not isinstance(whole, DTensor)
-        return shape, whole.tolist()
+        assert all(torch.equal(average, ema._averages[name]) for name, average in again._averages.items())
+        shape = tuple(ema._averages["0.weight"].shape)
+        whole = {name: tensor.tolist() for name, tensor in checkpoint["averages"]["state_dict"].items()}
+        return shape, answers.tolist(), whole, {name: tensor.tolist() for name, tensor in trained.items()}
 
-    plain, alone = nn.Linear(3, 4, bias=False), EMA(decay=0.5)
-    torch.manual_seed(1)
-    for weight in [torch.randn(4, 3) for _ in range(3)]:
-        plain.weight.data = weight
-        alone.update(plain)
-    for shape, whole in on_ranks(2, work, tmp_path):
+    module, alone = learner(), EMA(decay=0.5)
+    expected = learn(module, alone)
+    alone._swap_out(module)
+    for shape, answers, whole, trained in on_ranks(2, work, tmp_path):
         assert shape == (2, 3)
-        torch.testing.assert_close(torch.tensor(whole), alone._averages["weight"])
+        torch.testing.assert_close(torch.tensor(answers), expected)
+        for found, own in ((whole, alone._averages), (trained, module.state_dict())):
+            assert found.keys() == own.keys()
+            for name, value in found.items():
+                torch.testing.assert_close(torch.tensor(value), own[name])
+
+
+def test_averages_that_a_strategy_does_not_allow_are_refused():
+    options = {"callbacks": [EMAWeightAveraging()], "strategy": ModelParallelStrategy()}
+    with pytest.raises(ValueError, match="EMAWeightAveraging copies whole models, .* indiclip.training.ema.EMA$"):
+        trainer_options(options, Path("run"), "fit", True)
+    with pytest.raises(ValueError, match="FSDPStrategy flattens the weights, .* expected ddp or ModelPar"):
+        EMA().setup(SimpleNamespace(strategy=FSDPStrategy()), None, "fit")

@@ -72,7 +72,7 @@ def test_every_parameter_of_a_text_tower_gets_a_gradient(family):
     assert without_gradient(tower) == []
 
 
-def test_such_towers_train_on_two_ranks_also_where_a_part_is_frozen(tmp_path):
+def test_such_towers_train_on_two_ranks_also_where_a_part_is_frozen_or_adapted(tmp_path):
     tree = config()
     encoder = tree["model"]["encoder"]
     encoder["backbone"] = {
@@ -80,6 +80,7 @@ def test_such_towers_train_on_two_ranks_also_where_a_part_is_frozen(tmp_path):
         "init_args": {"name": "swin_tiny_patch4_window7_224", "canvas_hw": [64, 64], "patch_size": 8, "options": SWIN},
     }
     encoder["text"]["architecture"] = {"model_type": "siglip_text_model"} | SMALL
+    encoder["lora"] = {"r": 2, "towers": ["text"]}
     tree["model"]["freeze"] = ["encoder.backbone.net.patch_embed", "encoder.text.model.embeddings"]
     tree["trainer"]["callbacks"] = [
         {"class_path": "indiclip.training.callbacks.TaskGradients", "init_args": {"every_n_steps": 1}}

@@ -119,7 +119,7 @@ def test_two_ranks_score_what_one_does_to_the_last_digit(tmp_path, cards):
     """In the fit, amid of it, where each rank has running statistics of its own; and from the checkpoint on both."""
     done, folder = two_ranks(tmp_path, experiment(india_bench(cards, every_n_steps=4)))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("step 4: benchmark in") == 1
+    assert done.stdout.count("step 4: benchmark of the trained weights in") == 1
     two = load_result(folder / "bench")
     assert scored_steps(folder) == [4]
     threads = torch.get_num_threads()
@@ -154,8 +154,9 @@ def test_when_it_scores(tmp_path, cards, options, changes, steps):
 
 
 def test_validate_and_test_score_a_checkpoint_once_whatever_the_schedule_and_precision(tmp_path, cards, capsys):
-    """The fit autocasts to bfloat16; the benchmark does not."""
-    tree = experiment(india_bench(cards, every_n_steps=2), trainer__max_steps=2)
+    """The fit autocasts to bfloat16; the benchmark does not. Scored are the averages, of the last step too."""
+    ema = {"class_path": "indiclip.training.ema.EMA", "init_args": {"decay": 0.5}}
+    tree = experiment(india_bench(cards, every_n_steps=2), ema, trainer__max_steps=2)
     assert fit(tmp_path, tree, "--trainer.precision", "bf16-mixed") == 0
     folder = tmp_path / "runs" / "experiment"
     fitted, history = load_result(folder / "bench"), read_history(folder)
@@ -164,7 +165,7 @@ def test_validate_and_test_score_a_checkpoint_once_whatever_the_schedule_and_pre
         capsys.readouterr()
         found = validate(tmp_path, folder, folder / "checkpoints" / "last.ckpt", command)
         assert (found.scores, found.about["step"]) == (fitted.scores, 2)
-        assert capsys.readouterr().out.count("step 2: benchmark in") == 1
+        assert capsys.readouterr().out.count("step 2: benchmark of the averaged weights of 1 updates in") == 1
     assert read_history(folder) == history
 
 

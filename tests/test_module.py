@@ -7,16 +7,15 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from helpers import ARCHITECTURE, caption_batch, on_ranks, tiny_encoder
+from helpers import caption_batch, on_ranks, tiny_encoder
 
 from heads.contrastive import Contrastive
 from heads.counting import Counting
 from heads.densepose import DensePose
 from heads.detection import Detection
 from indiclip import optim
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import TimmBackbone
 from indiclip.datasets.base import SampleDataset
-from indiclip.encoder import Encoder
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
@@ -151,24 +150,6 @@ def test_swins_bias_tables_do_not_decay():
     decaying = [name for group in groups if "weight_decay" not in group for name in group["param_names"]]
     assert decaying
     assert not any("relative_position_bias_table" in name for name in decaying)
-
-
-def test_layer_decay_by_hand():
-    """Two blocks: 0.5 at the upper one, 0.25 at the lower one, 0.125 at the stem; heads and pools are not scaled."""
-    torch.manual_seed(0)
-    backbone = NaFlexViT(width=32, depth=2, num_heads=2, patch_size=8)
-    text = TextTower(ByteTokenizer(), ARCHITECTURE | {"num_hidden_layers": 2})
-    module = MultiTask(Encoder(backbone, text, 32, (16,)), [Contrastive()])
-    groups = parameter_groups(module, {"encoder.text": 0.1}, layer_decay=0.5)
-    scales = {name: group["lr_scale"] for group in groups for name in group["param_names"]}
-    vit, bert = "encoder.backbone.vit", "encoder.text.model.encoder.layer"
-    assert scales[f"{vit}.embeds.proj.weight"] == 0.125
-    assert scales[f"{vit}.blocks.0.attn.qkv.weight"] == 0.25
-    assert scales[f"{vit}.blocks.1.attn.qkv.weight"] == 0.5
-    assert scales["encoder.image_projection.weight"] == 1
-    assert scales[f"{bert}.0.attention.self.query.weight"] == pytest.approx(0.025)
-    assert scales[f"{bert}.1.attention.self.query.weight"] == pytest.approx(0.05)
-    assert scales["encoder.text.model.embeddings.word_embeddings.weight"] == pytest.approx(0.0125)
 
 
 def test_schedules_by_hand():

@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     assert result is not None
     if not result.scores:
         raise ValueError(f"nothing could be scored: {'; '.join(note for card in result.cards for note in card.notes)}")
-    result.about |= _about(options, device)
+    result.about |= _about(options, device) | {"weights": model.weights}
     if overlap is not None:
         result.about["contamination"] = overlap
     result.save(folder)

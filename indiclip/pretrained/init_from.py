@@ -56,7 +56,7 @@ class InitialWeights:
         self._of: dict[str, tuple[InitFrom, Weights]] = {}
         for number, item in enumerate(items):
             key = f"model.encoder.init_from[{number}]"
-            weights = read_weights(item.weights)
+            weights = read_weights(item.weights).merged()
             for part in item.parts or weights.parts:
                 check_choice(f"{key}.parts", part, PARTS)
                 if part not in weights.parts:

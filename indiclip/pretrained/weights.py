@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from indiclip.lora import merged_tensors
+
 # Part of an encoder -> the beginnings of its tensors' names.
 PARTS = {
     "image": ("backbone.", "image_pool."),
@@ -60,6 +62,14 @@ class Weights:
             return self
         names = {f"{_NORMS[0]}.{kind}": f"{_NORMS[1]}.{kind}" for kind in kinds}
         return replace(self, tensors={names.get(name, name): tensor for name, tensor in self.tensors.items()})
+
+    def merged(self) -> "Weights":
+        """With LoRA's adapters, where it has some, added to the weights."""
+        if not (lora := self.config.get("lora")):
+            return self
+        config = {name: value for name, value in self.config.items() if name != "lora"}
+        notes = [*self.notes, "LoRA's adapters are added to the weights"]
+        return replace(self, config=config, tensors=merged_tensors(self.tensors, lora), notes=notes)
 
     def logits(self) -> dict[str, float]:
         """`logit_scale` (a logarithm) and `logit_bias` of the contrastive loss, those that it has."""

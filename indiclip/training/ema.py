@@ -4,11 +4,14 @@ Shape letters: none; every tensor is one rank's own shard of a weight.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,9 +28,10 @@ class EMA(Callback):
     grows with the number of updates t, min(decay, (1 + t) / (10 + t)), so that a short run's average is not of its
     beginning (TensorFlow's `tf.train.ExponentialMovingAverage`, `num_updates`).
 
-    Validation, test and predict see the averages. A checkpoint has the trained weights in `state_dict`, so that a
-    resumed run is the uninterrupted one, and the averages apart; `indiclip.load` reads these, unless it is told to read
-    the `last`. A step that was skipped because it was not finite changes no weight, and counts as an update.
+    Validation, test, predict and the benchmark see the averages. A checkpoint has the trained weights in
+    `state_dict`, so that a resumed run is the uninterrupted one, and the averages apart; `indiclip.load` reads these,
+    unless it is told to read the `last`. A step that was skipped because it was not finite changes no weight, and
+    counts as an update.
 
     Args:
         decay: Share of the old average, 0 to below 1.
@@ -45,6 +49,14 @@ class EMA(Callback):
         self._trained: dict[str, Tensor] | None = None  # while the averages are in the model
         self._loaded: dict[str, Tensor] = {}
         self._step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            kind = type(trainer.strategy).__name__
+            raise ValueError(
+                f"trainer.strategy: {kind} flattens the weights, which EMA averages one by one; expected ddp or "
+                "ModelParallelStrategy"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_loaded(pl_module)
@@ -84,6 +96,22 @@ class EMA(Callback):
 
     on_test_end = on_predict_end = on_validation_end
 
+    @contextmanager
+    def averaged(self, trainer: Trainer, module: LightningModule) -> Iterator[int | None]:
+        """The averages, those of this step too, in place of the weights; gives their number of updates.
+
+        None, and nothing is replaced, where there are no averages yet.
+        """
+        if trainer.training:
+            self.on_train_batch_end(trainer, module)  # which may have been called already, or not
+        mine = self._trained is None
+        self._swap_in(module)
+        try:
+            yield self.num_updates if self._averages else None
+        finally:
+            if mine:
+                self._swap_out(module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap_out(pl_module)
 
@@ -92,7 +120,9 @@ class EMA(Callback):
         weights = pl_module.state_dict()
         if self._trained is not None:  # a checkpoint in the middle of a validation
             for name, trained in self._trained.items():
-                checkpoint["state_dict"][name] = _whole(trained, weights[name])
+                is_sharded = isinstance(checkpoint["state_dict"][name], DTensor)
+                like = weights[name]
+                checkpoint["state_dict"][name] = _shards_of(trained, like) if is_sharded else _whole(trained, like)
         if self._averages:
             averages = {name: _whole(average, weights[name]) for name, average in self._averages.items()}
             checkpoint[AVERAGES] = {"num_updates": self.num_updates, "state_dict": averages}
@@ -134,6 +164,9 @@ class EMA(Callback):
 
 def _shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of each trained weight and of batch norm's statistics; writing to it changes the module."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # the outermost one has whole weights after an evaluation, until it is called again
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
@@ -147,9 +180,12 @@ def _shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _whole(shard: Tensor, like: Tensor) -> Tensor:
     """All ranks' shards of a weight as one tensor, on the CPU."""
     if isinstance(like, DTensor):
-        shard = DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-        shard = shard.full_tensor()
+        shard = _shards_of(shard, like).full_tensor()
     return shard.detach().cpu()
+
+
+def _shards_of(shard: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def _shard_like(whole: Tensor, like: Tensor) -> Tensor:

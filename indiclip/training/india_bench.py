@@ -9,7 +9,7 @@ trainer:
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.module import MultiTask
 from indiclip.names import check_range
+from indiclip.training.ema import EMA
 from indiclip.training.fault_tolerance.ranks import Interrupted, callbacks_of, folder_of, together
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.fault_tolerance.watchdog import Watchdog
@@ -35,9 +36,10 @@ class IndiaBench(Callback):
     """Scores the encoder on the benchmark while it trains, at the last of `max_steps`, and once in `validate` and
     `test`.
 
-    Images and prompts are encoded once each, shared out over the ranks, and the numbers are those of one rank, in
-    float32 whatever `trainer.precision` autocasts to. They are logged as `eval/india/<category>/<language>/<metric>`,
-    so that any of them can be a `monitor`; the newest run's `metrics.json` and `predictions.parquet` are in `bench/` of
+    Scored are the averaged weights where an `EMA` keeps some. Images and prompts are encoded once each, shared out
+    over the ranks, and the numbers are those of one rank, in float32 whatever `trainer.precision` autocasts to. They
+    are logged as `eval/india/<category>/<language>/<metric>`, so that any of them can be a `monitor`; the newest run's
+    `metrics.json` and `predictions.parquet` are in `bench/` of
     the run's folder. Training is not changed by it. A signal ends it at once, and the run that goes on scores first. A
     `fast_dev_run` looks for the images and scores nothing.
 
@@ -185,6 +187,7 @@ class IndiaBench(Callback):
 
         with (
             together(trainer, f"the benchmark after step {step}") as exchange,
+            _averaged(trainer, module) as weights,
             torch.inference_mode(False),  # in which validations are: what a module keeps could not be trained with
             isolate_rng(include_cuda=False),
             _buffers_of_the_first(trainer, module),
@@ -194,18 +197,18 @@ class IndiaBench(Callback):
             embedder = self._embedder(module)
             result = run_bench(embedder, self.bench, self.options, ranks, self.batch_size, self.num_workers, progress)
             if result is not None:
-                self._save(result, trainer, step)
+                self._save(result, trainer, step, weights)
             values: dict[str, float] = exchange(result and result.logged())[0]  # all log what rank 0 found
         return values
 
-    def _save(self, result: Result, trainer: Trainer, step: int) -> None:
-        result.about |= {"step": step}
+    def _save(self, result: Result, trainer: Trainer, step: int, weights: str) -> None:
+        result.about |= {"step": step, "weights": weights}
         result.save(self._folder / "bench")
         for record in callbacks_of(trainer, RunRecord):
             record.add(trainer, result.logged())
         numbers = [f"{card} {score.value:.3f}" for (card, _), score in result.main().items()]
         seconds = sum(result.about["seconds"].values())
-        print(f"step {step}: benchmark in {seconds:.0f} s: {', '.join(numbers)}", flush=True)
+        print(f"step {step}: benchmark of {weights} in {seconds:.0f} s: {', '.join(numbers)}", flush=True)
 
     def _embedder(self, module: MultiTask) -> EncoderEmbedder:
         return EncoderEmbedder(module.encoder, self._folder.resolve().name, lengths=self.lengths)
@@ -224,6 +227,15 @@ class IndiaBench(Callback):
         for items in self.bench.items:
             for note in items.notes if not items.procedural else []:
                 print(f"  {items.card.id}: {note}")
+
+
+@contextmanager
+def _averaged(trainer: Trainer, module: MultiTask) -> Iterator[str]:
+    """The averages that an `EMA` keeps in place of the weights; gives in words which they are."""
+    with ExitStack() as stack:
+        updates = [stack.enter_context(ema.averaged(trainer, module)) for ema in callbacks_of(trainer, EMA)]
+        averages = [f"the averaged weights of {number:,} updates" for number in updates if number is not None]
+        yield next(iter(averages), "the trained weights")
 
 
 @contextmanager

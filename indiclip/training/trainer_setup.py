@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
     ProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -92,7 +94,7 @@ def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins) and _saves_one_file(config.get("strategy")):
         options["plugins"] = [*plugins, DurableCheckpointIO()]
     given = listed(config.get("callbacks"))
-    _check_callbacks(given)
+    _check_callbacks(given, config.get("strategy"))
     _place_checkpoints(given, folder / "checkpoints")
     # CheckMonitors before the callbacks that look for their monitor. RunRecord before StepSync, which may end the run
     # after a step that is to be recorded.
@@ -114,9 +116,14 @@ def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial
     return options
 
 
-def _check_callbacks(callbacks: list[Callback]) -> None:
-    """Refuse those of Lightning that know nothing of the optimizer's groups here."""
+def _check_callbacks(callbacks: list[Callback], strategy: Any) -> None:
+    """Refuse those of Lightning that know nothing of the optimizer's groups here, or of shards."""
     for callback in callbacks:
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging) and not _saves_one_file(strategy):
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__} copies whole models, and this trainer.strategy shares "
+                "out the weights; expected indiclip.training.ema.EMA"
+            )
         if isinstance(callback, BaseFinetuning):
             raise ValueError(
                 f"trainer.callbacks: {type(callback).__name__} adds groups to the optimizer, which schedule and resume "
