@@ -131,7 +131,8 @@ class Target(target.Target):
             return found | _of_images(folder / "classes.onnx", images) if self._classes else found
 
         def text(texts: list[str]) -> Tensor:
-            return _session(folder / "text.onnx")(encode(texts))["text_embedding"]
+            text_BE: Tensor = _session(folder / "text.onnx")(encode(texts))["text_embedding"]
+            return text_BE
 
         def ours(images: Images) -> dict[str, Tensor]:
             return self._ours(encoder, images)
