@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,30 @@ def test_a_card_names_data_scores_licence_and_how_to_load(runs, tmp_path, capsys
     assert {"timm", "torch"} <= record["versions"].keys()
 
 
+def test_a_card_of_a_broken_run_is_one_line(tmp_path, capsys):
+    run, out = Path(save_run(portable(), tmp_path / "run")), tmp_path / "out"
+    shards = {"urls": ["/home/me/fairs/a.tar", "https://me:word@host.in/b.tar?sig=abc"]}
+    train = [{"task": "contrastive", "dataset": {"class_path": "a.Shards", "init_args": shards}}]
+    whole = json.dumps({"data": {"train": train}})
+    metrics = (run / "metrics.json").read_text()
+    for config, scores, words in (
+        ("{a: [", metrics, "config.yaml: is no readable YAML"),
+        (json.dumps({"data": {"train": ["fair.csv"]}}), metrics, "config.yaml: found a str, expected an object"),
+        (whole, '{"step"', "metrics.json: broken JSON"),
+        (whole, "[]", "metrics.json: found a list, expected an object"),
+    ):
+        (run / "config.yaml").write_text(config)
+        (run / "metrics.json").write_text(scores)
+        assert main(["export", str(run), "--to", "torchvision", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+        assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+    (run / "metrics.json").unlink()
+    assert main(["export", str(run), "--to", "torchvision", str(out)]) == 0
+    assert "- contrastive: Shards (urls a.tar, b.tar)\n" in (out / "README.md").read_text()
+    assert str(tmp_path) not in (out / "parity.json").read_text()
+
+
 def test_reasons_are_a_line_each_with_who_could(runs, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
     assert main(["export", runs["quickstart"], "--to", "siglip", str(out)]) == 2
@@ -138,6 +163,15 @@ def test_a_folder_that_holds_something_is_left_alone(runs, tmp_path, capsys):  #
     (line,) = capsys.readouterr().err.splitlines()
     assert "is there already and holds something; expected a new or empty folder" in line
     assert [file.name for file in tmp_path.iterdir()] == ["note"]
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(runs, tmp_path):  # noqa: F811
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    assert main(["export", runs["portable"], "--to", "torchvision", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "out"]
 
 
 def test_which_weights_of_a_run(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from indiclip.datasets.tables import load_json
 from indiclip.export.source import Source
 from indiclip.export.target import Target
 from indiclip.masking import mask
@@ -89,9 +90,13 @@ def _data(run: Path | None) -> Iterator[str]:
     if run is None:
         yield "Unknown: these are no weights of a run."
         return
-    config = yaml.safe_load((run / "config.yaml").read_text("utf-8")) or {}
-    train = (config.get("data") or {}).get("train") or []
-    for source in train:
+    file = run / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: is no readable YAML ({error})") from error
+    train = (_object(config, file).get("data") or {}).get("train") or []
+    for source in (_object(one, file) for one in train):
         dataset = source.get("dataset") or {}
         settings = ", ".join(
             f"{key} {plain(value)}" for key, value in (dataset.get("init_args") or {}).items() if value
@@ -108,7 +113,7 @@ def _scores(run: Path | None) -> Iterator[str]:
     if file is None or not file.is_file():
         yield "None: the run left no metrics.json."
         return
-    record = json.loads(file.read_text("utf-8"))
+    record = _object(load_json(file), file)
     rows = {
         name: value
         for name, value in (record.get("metrics") or {}).items()
@@ -124,6 +129,14 @@ def _scores(run: Path | None) -> Iterator[str]:
         yield f"| {len(rows) - _SHOWN} more in the run's metrics.json | |"
 
 
+def _object(found: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: found a {type(found).__name__}, expected an object")
+    return found
+
+
 def plain(value: Any) -> str:
     """Without folders of this machine, queries and user names of addresses."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
     return " ".join(re.split(r"[?#]", word)[0].rpartition("/")[2] or word for word in mask(str(value)).split())

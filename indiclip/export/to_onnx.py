@@ -126,45 +126,45 @@ class Target(target.Target):
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         encode = _tokenizer(encoder.text, folder)
 
-        def image(file: str, images: Images) -> dict[str, Tensor]:
-            run = _session(folder / file)
-            names = ["embedding"] if "image" in file else ["cosines", "probabilities"]
-            found: dict[str, list[Tensor]] = {name: [] for name in names}
-            for pixels in _whole_images(images):
-                for name, value in zip(names, run({"pixels": pixels}), strict=True):
-                    found[name].append(value)
-            return {name: torch.cat(values) for name, values in found.items()}
+        def image(images: Images) -> dict[str, Tensor]:
+            found = _of_images(folder / "image.onnx", images)
+            return found | _of_images(folder / "classes.onnx", images) if self._classes else found
 
-        def text(file: str, texts: list[str]) -> Tensor:
-            embedding: Tensor = _session(folder / file)(encode(texts))[0]
-            return embedding
-
-        def theirs(images: Images) -> dict[str, Tensor]:
-            found = image("image.onnx", images)
-            return found | image("classes.onnx", images) if self._classes else found
+        def text(texts: list[str]) -> Tensor:
+            text_BE: Tensor = _session(folder / "text.onnx")(encode(texts))["text_embedding"]
+            return text_BE
 
         def ours(images: Images) -> dict[str, Tensor]:
-            embedding_BE = encoder.embed_image(images)
-            if not self._classes:
-                return {"embedding": embedding_BE}
-            cosines_BC = embedding_BE @ self._class_matrix(encoder).T
-            probabilities_BC = (encoder.logit_factor * cosines_BC).softmax(1)
-            return {"embedding": embedding_BE, "cosines": cosines_BC, "probabilities": probabilities_BC}
+            return self._ours(encoder, images)
 
-        reloaded = Reloaded(theirs, lambda texts: text("text.onnx", texts), ours=ours, notes=_notes(encoder))
+        reloaded = Reloaded(image, text, ours=ours, notes=_notes(encoder))
         if self._int8:
-            images = noise([own_grid(encoder)] * 8, encoder.backbone.patch_size)
-            own = ours(images)
-            losses = {
-                "image": _loss(own["embedding"], image("image.int8.onnx", images)["embedding"]),
-                "text": _loss(encoder.embed_text(TEXTS), text("text.int8.onnx", TEXTS)),
-            }
-            if self._classes:
-                losses["classes"] = _loss(own["cosines"], image("classes.int8.onnx", images)["cosines"])
+            losses = self._int8_losses(encoder, folder, encode)
             reloaded.measured["int8"] = losses | {"images": "noise"}
             for side, loss in losses.items():
                 reloaded.notes.append(f"{side}.int8.onnx: smallest cosine {loss['cosine']:.4f} to the full one")
         return reloaded
+
+    def _ours(self, encoder: Encoder, images: Images) -> dict[str, Tensor]:
+        """What the files are to give for images."""
+        embedding_BE = encoder.embed_image(images)
+        if not self._classes:
+            return {"image_embedding": embedding_BE}
+        cosines_BC = embedding_BE @ self._class_matrix(encoder).T
+        probabilities_BC = (encoder.logit_factor * cosines_BC).softmax(1)
+        return {"image_embedding": embedding_BE, "cosines": cosines_BC, "probabilities": probabilities_BC}
+
+    def _int8_losses(self, encoder: Encoder, folder: Path, encode: Any) -> dict[str, dict[str, float]]:
+        """File -> how far its 8-bit weights are from the encoder."""
+        images = noise([own_grid(encoder)] * 8, encoder.backbone.patch_size)
+        own = self._ours(encoder, images)
+        image_BE = _of_images(folder / "image.int8.onnx", images)["image_embedding"]
+        text_BE = _session(folder / "text.int8.onnx")(encode(TEXTS))["text_embedding"]
+        losses = {"image": _loss(own["image_embedding"], image_BE), "text": _loss(encoder.embed_text(TEXTS), text_BE)}
+        if self._classes:
+            cosines_BC = _of_images(folder / "classes.int8.onnx", images)["cosines"]
+            losses["classes"] = _loss(own["cosines"], cosines_BC)
+        return losses
 
 
 def _require_libraries() -> None:
@@ -201,17 +201,25 @@ def _quantise(file: Path) -> None:
 
 
 def _session(file: Path) -> Any:
-    """What runs a file on the CPU: arrays by name -> tensors."""
+    """What runs a file on the CPU: tensors by name -> tensors by name."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     read = {one.name for one in session.get_inputs()}
+    given = [one.name for one in session.get_outputs()]
 
-    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         arrays = {name: value.numpy() for name, value in inputs.items() if name in read}
-        return [torch.from_numpy(array) for array in session.run(None, arrays)]
+        return dict(zip(given, map(torch.from_numpy, session.run(None, arrays)), strict=True))
 
     return run
+
+
+def _of_images(file: Path, images: Images) -> dict[str, Tensor]:
+    """What a file gives for images, by name."""
+    run = _session(file)
+    found = [run({"pixels": pixels}) for pixels in _whole_images(images)]
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
 def _whole_images(images: Images) -> list[Tensor]:
