@@ -131,6 +131,34 @@ def test_weights_in_half_precision_are_read_as_single(tmp_path, checkpoint):
     torch.testing.assert_close(loaded.image_projection.weight, half.image_projection.weight.float())
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: config.update(attention_sinks=4), "its encoder has 'attention_sinks'.* newer IndiCLIP"),
+        (lambda config: config["backbone"]["init_args"].update(windows=4), "NaFlexViT has no 'windows'.* newer"),
+        (lambda config: config["image_projection"].update(rank=4), "Projection has no 'rank'.* newer"),
+        (lambda config: config.update(pool="slots"), "encoder.pool: found 'slots'"),
+        (lambda config: config["text"].update(init_args=None), "expected the name of a class and its arguments"),
+    ],
+)
+def test_a_checkpoint_of_a_newer_version_is_one_line(tmp_path, change, words):
+    encoder = tiny_encoder()
+    change(config := copy.deepcopy(encoder.to_config()))
+    encoder.to_config = lambda: config
+    file = save(encoder, tmp_path / "newer.ckpt")
+    for read in (indiclip.load, lambda name: Encoder(init_from=[InitFrom(name)])):
+        with pytest.raises(ValueError, match=words):
+            read(file)
+
+
+def test_a_truncated_checkpoint_is_one_line(checkpoint):
+    content = Path(checkpoint).read_bytes()
+    for size in (0, 5000, len(content) - 100):
+        Path(checkpoint).write_bytes(content[:size])
+        with pytest.raises(ValueError, match="run.ckpt: not a readable checkpoint"):
+            indiclip.load(checkpoint)
+
+
 HOSTILE = [
     (("backbone", "options"), {"checkpoint_path": "/etc/passwd"}, "backbone.options.checkpoint_path"),
     (("backbone", "options"), {"pretrained_cfg": {"hf_hub_id": "evil/model"}}, "backbone.options.pretrained_cfg"),

@@ -12,20 +12,7 @@ from indiclip.pretrained.build import build
 from indiclip.pretrained.convert import fit_tensor
 from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.traits import differing_traits
-from indiclip.pretrained.weights import PARTS, Weights, of_part, to_fill
-
-# Argument of `Encoder` -> the part that it comes along with.
-_PART_OF = {
-    "backbone": "image",
-    "pool": "image",
-    "text": "text",
-    "text_pool": "text",
-    "embed_dim": "projections",
-    "lengths": "projections",
-    "batch_norm": "projections",
-    "image_projection": "projections",
-    "text_projection": "projections",
-}
+from indiclip.pretrained.weights import PART_OF, PARTS, Weights, of_part, to_fill
 
 
 @dataclass
@@ -66,7 +53,7 @@ class InitialWeights:
     def config(self) -> dict[str, Any]:
         """The encoder's arguments that come along; objects are `{class_path, init_args}`."""
         found = {}
-        for name, part in _PART_OF.items():
+        for name, part in PART_OF.items():
             if part in self._of and name in (config := self._of[part][1].config):
                 found[name] = config[name]
         return found

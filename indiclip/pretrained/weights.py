@@ -18,6 +18,18 @@ PARTS = {
     "projections": ("image_projection.", "text_projection."),
     "logit_scale": ("logit_scale", "logit_bias"),
 }
+# Argument of `Encoder` -> the part that it comes along with.
+PART_OF = {
+    "backbone": "image",
+    "pool": "image",
+    "text": "text",
+    "text_pool": "text",
+    "embed_dim": "projections",
+    "lengths": "projections",
+    "batch_norm": "projections",
+    "image_projection": "projections",
+    "text_projection": "projections",
+}
 # Averaged weights first, as timm takes them; of Lightning, OpenCLIP; of DeiT, ConvNeXt.
 _ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 _NORMS = ("backbone.vit.fc_norm", "backbone.vit.norm")
@@ -133,7 +145,7 @@ def precision_notes(tensors: dict[str, Tensor]) -> list[str]:
 
 def unreadable(file: str | Path, error: Exception) -> Exception:
     """What to raise where `torch.load` fails, which may advise to run the code that a file holds."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename is not None:  # torch gives one without where a file is cut short
         return error
     foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
     reason = f"it holds {foreign[1]}, and reading that can run code" if foreign else "another kind of file, or damaged"
