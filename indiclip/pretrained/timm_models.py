@@ -65,6 +65,9 @@ def image_tower(
     options = {key: value for key, value in options.items() if key not in _NOT_OURS}
     check_options(options, origin)
     pixels = {key: overlay[key] for key in _PIXELS if key in overlay}
+    for key in ("mean", "std"):
+        if len(pixels.get(key) or ()) == 1:  # of a model of grey images
+            pixels[key] = [*pixels[key]] * 3
     with torch.device("meta"):
         naflex = _naflex(name, options, pixels)
         if is_naflex and naflex is not None:

@@ -15,7 +15,7 @@ from indiclip.evals.models.external_models import ExternalModel, OpenClip, Optio
 from indiclip.names import check_choice, did_you_mean
 from indiclip.pretrained.hub import HUB
 from indiclip.pretrained.model_names import read_config
-from indiclip.pretrained.open_clip_source import check_open_clip_folder
+from indiclip.pretrained.open_clip_source import check_file, check_open_clip_folder, published_pixels, published_tag
 from indiclip.pretrained.transformers_files import check_tokenizer
 from indiclip.pretrained.transformers_models import MODEL_TYPES
 
@@ -68,34 +68,20 @@ def _check_open_clip_folder(folder: Path) -> None:
 
 def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, Any]:
     """Arguments of `create_model_and_transforms` for one of OpenCLIP's architectures."""
-    import open_clip
-
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if weights.startswith(HUB):
-        tag = weights.removeprefix(HUB)
-        if tag not in tags:
-            raise ValueError(f"{name}: OpenCLIP has no weights {tag!r} of {architecture}{did_you_mean(tag, tags)}")
+    if tag := published_tag(architecture, weights, name):
         return {"pretrained": tag, "download": True, "require_pretrained": True}
-    if weights in tags and not Path(weights).is_file():
-        raise ValueError(f"{name}: {weights} is on the hub; {name.replace(weights, HUB + weights)} downloads it")
-    if weights:
-        _check_file(Path(weights), name)
-    # OpenCLIP keeps the preprocessing of its published weights with their tags, and for a file falls back to CLIP's.
-    configs = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
-    fields = ("mean", "std", "interpolation", "resize_mode")
-    distinct = {tuple(config.get(field) for field in fields) for config in configs}
     arguments: dict[str, Any] = {}
     if weights:
+        check_file(Path(weights), name)
         arguments = {"pretrained": str(Path(weights).resolve()), "require_pretrained": True}
-    if len(distinct) == 1:
-        return arguments | dict(zip((f"image_{field}" for field in fields), distinct.pop(), strict=True))
-    if distinct and weights:
+    pixels = published_pixels(architecture)
+    if pixels is None and weights:
         warnings.warn(
             f"{name}: published weights of {architecture} differ in their preprocessing, and this takes CLIP's; "
             "a folder with open_clip_config.json says which is right",
             stacklevel=4,
         )
-    return arguments
+    return arguments | {f"image_{field}": value for field, value in (pixels or {}).items()}
 
 
 def load_transformers(what: str, name: str, options: Options) -> ExternalModel:
@@ -145,7 +131,7 @@ def load_timm(what: str, name: str, options: Options) -> ExternalModel:
     elif not timm.is_model(architecture):
         raise ValueError(f"{name}: timm has no {architecture!r}{did_you_mean(architecture, timm.list_models())}")
     elif weights:
-        _check_file(Path(weights), name)
+        check_file(Path(weights), name)
         with _loading(name, "timm"):
             model = _timm_with_weights(architecture, weights)
     else:
@@ -182,12 +168,6 @@ def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
         prefix = name.removesuffix(what)
         raise ValueError(f"{name}: is a folder here and an architecture; expected {prefix}./{what} or {name}:")
     return found
-
-
-def _check_file(file: Path, name: str) -> None:
-    if not file.is_file():
-        siblings = map(str, file.parent.glob("*"))
-        raise FileNotFoundError(f"{name}: no such file of weights{did_you_mean(str(file), siblings)}")
 
 
 @contextmanager
