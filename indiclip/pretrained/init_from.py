@@ -65,7 +65,8 @@ class InitialWeights:
 
     def parts(self, names: Iterable[str]) -> dict[str, Any]:
         """These arguments, as objects."""
-        config, found = self.config(), {}
+        config = self.config()
+        found: dict[str, Any] = {}
         for name in names:
             if name in config:
                 found |= build({name: config[name]}, self._of[PART_OF[name]][1].origin)
