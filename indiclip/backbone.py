@@ -76,6 +76,8 @@ class Backbone(nn.Module, ABC):
 
     def _set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Keep the pixel statistics in the layout of a patch (channel last, so the three numbers repeat)."""
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"backbone.mean, backbone.std: found {list(mean)} and {list(std)}; expected three numbers")
         self.mean, self.std = tuple(mean), tuple(std)
         pixels = self.patch_size**2
         self.register_buffer("mean_P", torch.tensor(list(mean)).repeat(pixels) * 255, persistent=False)

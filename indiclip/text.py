@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from indiclip.names import check_choice, did_you_mean
 from indiclip.text_cleaning import Cleaning, check_cleaning, clean_text
 
+# Of transformers configurations, beside the keys that their types declare.
+_SHARED_KEYS = {"model_type", "is_encoder_decoder", "tie_word_embeddings", "dense_act_fn", "is_gated_act", "dtype"}
+_SHARED_KEYS |= {"scale_decoder_outputs", "architectures", "transformers_version", "_sliding_window_pattern"}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -296,8 +300,8 @@ class TextTower(nn.Module):
 
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this tower without a network, weights aside."""
-        plain = self.model.config.to_diff_dict() | {"model_type": self.model.config.model_type}
-        return {"architecture": plain, "tokenizer": describe(self.tokenizer), "pad": self.pad}
+        architecture = architecture_of(self.model.config)
+        return {"architecture": architecture, "tokenizer": describe(self.tokenizer), "pad": self.pad}
 
     @torch.no_grad()
     def _read_a_long_text(self) -> None:
@@ -336,6 +340,24 @@ def _mask_unread() -> Iterator[None]:
 def describe(part: Any) -> dict[str, Any]:
     """`{class_path, init_args}` of an object that has a `to_config()`, in the words a YAML uses."""
     return {"class_path": f"{type(part).__module__}.{type(part).__qualname__}", "init_args": part.to_config()}
+
+
+def architecture_of(config: Any) -> dict[str, Any]:
+    """What `TextTower.architecture` says of a transformers configuration.
+
+    Released folders have many keys more, of older versions and of text generation.
+    """
+    found = {name: getattr(config, name, None) for name in ("model_type", "vocab_size", "pad_token_id")}
+    known = architecture_keys(config.model_type)
+    return {name: value for name, value in (found | config.to_diff_dict()).items() if name in known}
+
+
+def architecture_keys(model_type: str) -> set[str]:
+    """The keys that a transformers configuration declares itself, and plain ones that several types share."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    own = signature(CONFIG_MAPPING[model_type]).parameters.keys() - signature(PreTrainedConfig).parameters.keys()
+    return own | _SHARED_KEYS
 
 
 def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:

@@ -54,7 +54,7 @@ def given(folder):
     return build(read_weights(str(folder)).config, "x")
 
 
-@pytest.mark.parametrize("wrapper", ["", "module.", "state_dict"])
+@pytest.mark.parametrize("wrapper", ["", "_orig_mod.module.", "state_dict"])
 def test_a_file_by_open_clip_s_names(open_clip_folder, tmp_path, wrapper):
     tensors = load_file(open_clip_folder / "open_clip_model.safetensors")
     if wrapper == "state_dict":
@@ -104,7 +104,8 @@ def test_a_text_tower_by_transformers_names_and_our_own(tmp_path):
     )
     tensors = random_file(transformers.BertForMaskedLM(config), tmp_path / "bert.pt")
     backbone = NaFlexViT(width=32, depth=1, num_heads=2, patch_size=8)
-    encoder = Encoder(backbone, given_text(), 24, [24], init_from=[InitFrom(str(tmp_path / "bert.pt"))])
+    initial = [InitFrom(str(tmp_path / "bert.pt"), allow=["text_pool.*"])]
+    encoder = Encoder(backbone, given_text(), 24, [24], init_from=initial)
     name = "encoder.layer.0.output.dense.weight"
     assert torch.equal(encoder.state_dict()[f"text.model.{name}"], tensors[f"bert.{name}"])
     ours = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
@@ -136,6 +137,12 @@ def spoil(file):
     save_file(tensors, file)
 
 
+def quantise(file):
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(("mlp.c_fc.weight", "mlp.fc1.weight")))
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
+
+
 def halve(file):
     save_file(
         {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()},
@@ -165,6 +172,7 @@ def pickled(file):
     [
         (truncate, "no readable safetensors file"),
         (spoil, "values that are not finite"),
+        (quantise, "found torch.int8; expected torch.float32"),
         (drop, "1 tensors stay initial|tensors stay initial"),
         (grow, "tensors are unused: .*extra"),
         (pickled, "not a readable checkpoint|expected model.safetensors"),
@@ -185,8 +193,8 @@ def test_half_precision_is_read_as_single_with_a_word(open_clip_folder, tmp_path
     assert "float16 read as float32" in weights.notes
 
 
-def config_with(folder, **changes):
-    file = next(folder.glob("*config.json"))
+def config_with(folder, file=None, **changes):
+    file = folder / file if file else next(folder.glob("*config.json"))
     said = json.loads(file.read_text())
     node = said.get("model_cfg", said)
     for key, value in changes.items():
@@ -221,12 +229,33 @@ def test_an_open_clip_that_we_cannot_follow_is_one_line(open_clip_folder, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_type_of_the_future_is_one_line(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config.json", {"model_type": "clipp"}, "has no 'clipp'; nearest is 'clip'.*written by"),
+        ("config.json", {"model_type": ["clip"]}, "has no \\['clip'\\]"),
+        ("config.json", {"model_type": "dinat"}, "model_type: found 'dinat'; expected one of clip, .* or a text model"),
+        ("config.json", {"vision_config__num_channels": 1}, "num_channels: found 1; expected 3"),
+        ("config.json", {"vision_config__layer_norm_eps": "small"}, "cannot read it .*'layer_norm_eps' expected float"),
+        ("tokenizer.json", {"added_tokens": 3}, "cannot read it"),
+        ("processor_config.json", {"image_processor__image_mean": None}, "cannot read it"),
+        ("processor_config.json", {"image_processor__do_rescale": False}, "multiplies pixels by 1; expected 1/255"),
+    ],
+)
+def test_a_transformers_folder_that_we_cannot_follow_is_one_line(folders, tmp_path, file, changes, words):
     shutil.copytree(folders["clip"], tmp_path / "model")
-    file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps({"model_type": "clipp", "transformers_version": "9.9"}))
-    with pytest.raises(ValueError, match="has no 'clipp'; nearest is 'clip'.*written by 9.9"):
-        read_weights(str(tmp_path / "model"))
+    config_with(tmp_path / "model", file, **changes)
+    with pytest.raises(ValueError, match=words) as caught:
+        indiclip.load(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_pixels_that_are_not_normalised(folders, tmp_path):
+    shutil.copytree(folders["clip"], tmp_path / "model")
+    config_with(tmp_path / "model", "processor_config.json", image_processor__do_normalize=False)
+    backbone = indiclip.load(tmp_path / "model").backbone
+    assert (backbone.mean, backbone.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("name", ["transformers:hf-hub:nobody/nothing", "open_clip:hf-hub:nobody/nothing"])

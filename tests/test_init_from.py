@@ -48,7 +48,7 @@ def test_what_is_left_out_comes_along(checkpoint):
         )
     (line,) = encoder.initialised
     assert line.startswith(
-        f"{len(encoder.state_dict())} tensors (image, text, projections, logit_scale) from {checkpoint}"
+        f"{len(encoder.state_dict()) + 1} tensors (image, text, projections, logit_scale) from {checkpoint}"
     )
 
 
@@ -60,8 +60,16 @@ def test_the_last_source_of_a_part_wins(checkpoint, tmp_path):
     for name, tensor in own.items():
         assert torch.equal(tensor, (second if name.startswith(image) else first)[name])
     assert [line.partition(" from ")[0] for line in encoder.initialised] == [
+        f"{sum(not name.startswith(image) for name in own) + 1} tensors (text, projections, logit_scale)",
         f"{sum(name.startswith(image) for name in own)} tensors (image)",
-        f"{sum(not name.startswith(image) for name in own)} tensors (text, projections, logit_scale)",
+    ]
+    assert Encoder(init_from=[InitFrom(other), InitFrom(checkpoint)]).initialised[0] == (
+        f"nothing from {other}: later weights have all of its parts"
+    )
+    alone = Encoder(text=texts(), init_from=[InitFrom(checkpoint, ["image"])])
+    assert [line.partition(":")[0] for line in alone.initialised[1:]] == [
+        f"{sum(name.startswith(('text.', 'text_pool.')) for name in alone.state_dict())} tensors (text) stay initial",
+        "2 tensors (projections) stay initial",
     ]
 
 
@@ -73,6 +81,12 @@ def test_what_stays_initial_or_unused_is_an_error_unless_it_is_allowed(checkpoin
         Encoder(**deeper, init_from=[InitFrom(checkpoint)])
     encoder = Encoder(**deeper, init_from=[InitFrom(checkpoint, allow=["backbone.vit.blocks.1.*"])])
     assert "12 stay initial (backbone.vit.blocks.1.norm1.weight" in encoder.initialised[0]
+    with pytest.raises(ValueError, match=r"pool: found mean, the source has attention \(`allow: \[image_pool\*\]`\)"):
+        Encoder(tower(), texts(), 64, [16, 32], pool="mean", init_from=[InitFrom(checkpoint, allow=["image_pool.*"])])
+    mean = save(tiny_encoder(pool="mean"), f"{checkpoint}.mean.ckpt")
+    with pytest.raises(ValueError, match="11 tensors stay initial: image_pool.pool.latent"):
+        Encoder(pool="attention", init_from=[InitFrom(mean)])
+    assert Encoder(pool="attention", init_from=[InitFrom(mean, allow=["image_pool*"])]).image_pool.kind == "attention"
     with pytest.raises(ValueError, match="tensors are unused: image_pool.pool.latent"):
         Encoder(tower(), texts(), 64, [16, 32], pool="mean", init_from=[InitFrom(checkpoint)])
 
@@ -110,6 +124,8 @@ def test_position_tables_and_patches_are_resampled_with_a_word(checkpoint):
 def test_a_source_without_the_part_is_said(checkpoint):
     with pytest.raises(ValueError, match=r"init_from\[0\].parts: found 'images'; nearest is 'image'"):
         Encoder(init_from=[InitFrom(checkpoint, ["images"])])
+    with pytest.raises(ValueError, match=r"init_from\[0\].parts: found none; expected some of image, text"):
+        Encoder(init_from=[InitFrom(checkpoint, [])])
     with pytest.raises(
         ValueError, match="model.encoder.backbone: name one, or weights in init_from that have the part image"
     ):
@@ -129,6 +145,34 @@ def test_weights_in_half_precision_are_read_as_single(tmp_path, checkpoint):
     loaded = indiclip.load(save(half, tmp_path / "half.ckpt"))
     assert loaded.image_projection.weight.dtype == torch.float32
     torch.testing.assert_close(loaded.image_projection.weight, half.image_projection.weight.float())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: config.update(attention_sinks=4), "its encoder has 'attention_sinks'.* newer IndiCLIP"),
+        (lambda config: config["backbone"]["init_args"].update(windows=4), "NaFlexViT has no 'windows'.* newer"),
+        (lambda config: config["image_projection"].update(rank=4), "Projection has no 'rank'.* newer"),
+        (lambda config: config.update(pool="slots"), "encoder.pool: found 'slots'"),
+        (lambda config: config["text"].update(init_args=None), "expected the name of a class and its arguments"),
+    ],
+)
+def test_a_checkpoint_of_a_newer_version_is_one_line(tmp_path, change, words):
+    encoder = tiny_encoder()
+    change(config := copy.deepcopy(encoder.to_config()))
+    encoder.to_config = lambda: config
+    file = save(encoder, tmp_path / "newer.ckpt")
+    for read in (indiclip.load, lambda name: Encoder(init_from=[InitFrom(name)])):
+        with pytest.raises(ValueError, match=words):
+            read(file)
+
+
+def test_a_truncated_checkpoint_is_one_line(checkpoint):
+    content = Path(checkpoint).read_bytes()
+    for size in (0, 5000, len(content) - 100):
+        Path(checkpoint).write_bytes(content[:size])
+        with pytest.raises(ValueError, match="run.ckpt: not a readable checkpoint"):
+            indiclip.load(checkpoint)
 
 
 HOSTILE = [

@@ -1,5 +1,9 @@
 """Dual encoders of other libraries come in: their embeddings are those of the library's own classes."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,3 +36,15 @@ def test_transformers_embeddings_are_those_of_its_own_classes(folders, kind):
         text_BE = F.normalize(theirs.get_text_features(**tokens).pooler_output, dim=-1)
         torch.testing.assert_close(encoder.embed_image(images), image_BE, atol=1e-5, rtol=0)
         torch.testing.assert_close(encoder.embed_text(TEXTS), text_BE, atol=1e-5, rtol=0)
+
+
+def test_a_configuration_of_an_older_version_has_keys_that_nobody_reads(folders, tmp_path):
+    """As the released ones of CLIP: of text generation, and what older versions wrote."""
+    shutil.copytree(folders["clip"], tmp_path / "clip")
+    file = Path(tmp_path / "clip" / "config.json")
+    config = json.loads(file.read_text())
+    config["text_config"] |= {"add_cross_attention": False, "bad_words_ids": None, "num_beams": 1, "top_p": 1.0}
+    config["text_config"] |= {"id2label": {"0": "LABEL_0"}, "gradient_checkpointing": False, "torchscript": False}
+    file.write_text(json.dumps(config | {"text_config_dict": None}))
+    encoder = indiclip.load(tmp_path / "clip")
+    assert encoder.to_config() == indiclip.load(folders["clip"]).to_config()

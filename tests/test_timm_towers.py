@@ -167,6 +167,15 @@ def test_a_folder_brings_its_arguments_and_pixels(tmp_path):
     assert "2 left out (head.bias, head.weight)" in encoder.initialised[0]
 
 
+@pytest.mark.parametrize(
+    "options", [{"pretrained": True}, {"checkpoint_path": "/etc/passwd"}, {"pretrained_cfg": {"hf_hub_id": "evil/x"}}]
+)
+def test_a_folder_reaches_no_network_and_no_other_file(tmp_path, options):
+    save_for_hf(random_model("test_vit", {}), str(tmp_path), model_args=options, safe_serialization=True)
+    with pytest.raises(ValueError, match=f"backbone.options.{next(iter(options))}: found .* expected a plain option"):
+        read_weights(str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "plain", "wrapped", "averaged"])
 def test_files_of_every_kind_are_read(tmp_path, kind):
     model, other = random_model("test_vit", {}), timm.create_model("test_vit")
@@ -204,7 +213,7 @@ def test_the_final_norm_comes_along_when_the_encoder_pools(tmp_path, mechanism):
     name, options = VITS[mechanism]
     model = random_model(name, options)
     save_for_hf(model, str(tmp_path), model_args=dict(options), safe_serialization=True)
-    encoder = Encoder(text=texts(), pool="mean", init_from=[InitFrom(str(tmp_path))]).eval()
+    encoder = Encoder(text=texts(), pool="mean", init_from=[InitFrom(str(tmp_path), allow=["image_pool*"])]).eval()
     picture = noise(64, 64)
     pixels = encoder.backbone.normalise(encoder.backbone.preprocessing.batch([picture], 16))
     pixels = pixels.reshape(1, 4, 4, 16, 16, 3).permute(0, 5, 1, 3, 2, 4).reshape(1, 3, 64, 64)

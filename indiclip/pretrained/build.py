@@ -16,17 +16,15 @@ from timm.models import build_model_with_cfg
 
 from indiclip.backbone import Backbone
 from indiclip.lora import LoRA
-from indiclip.names import shorten
+from indiclip.names import did_you_mean, shorten
 from indiclip.pooling import Projection
-from indiclip.text import TextTower, Tokenizer
+from indiclip.text import TextTower, Tokenizer, architecture_keys
 
 _ROOMS = ("indiclip.backbone", "indiclip.text")
 _FETCHED = ("pretrained", "source")  # arguments that name weights or files
 # What timm reads itself before it makes a model: weights, their place, wrappers.
 _OF_TIMM = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
-# Keys of a transformers configuration beside those that its own type declares.
-_SHARED = {"model_type", "is_encoder_decoder", "tie_word_embeddings", "dense_act_fn", "is_gated_act", "dtype"}
-_SHARED |= {"scale_decoder_outputs", "architectures", "transformers_version", "_sliding_window_pattern"}
+NEWER = "was it written by a newer IndiCLIP?"
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -43,11 +41,9 @@ def build(config: Mapping[str, Any], origin: str, trust_code: bool = False) -> d
     """
     with _offline(not trust_code):
         arguments = {name: _build(value, origin, trust_code) for name, value in config.items()}
-    for name in ("image_projection", "text_projection"):
+    for name, made in {"image_projection": Projection, "text_projection": Projection, "lora": LoRA}.items():
         if isinstance(value := arguments.get(name), Mapping):
-            arguments[name] = Projection(**value)
-    if isinstance(value := arguments.get("lora"), Mapping):
-        arguments["lora"] = LoRA(**value)
+            arguments[name] = _call(made, value, origin)
     return arguments
 
 
@@ -55,23 +51,34 @@ def _build(value: Any, origin: str, trust_code: bool) -> Any:
     """`{class_path, init_args}` -> object, innermost first; anything else as it is."""
     if not (isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}):
         return value
-    module, _, name = value["class_path"].rpartition(".")
-    arguments = value["init_args"]
+    path, arguments = value["class_path"], value["init_args"]
+    if not (isinstance(path, str) and isinstance(arguments, Mapping)):
+        raise ValueError(f"{origin}: found {shorten(value)}; expected the name of a class and its arguments")
+    module, _, name = path.rpartition(".")
     if not trust_code:
         made = getattr(importlib.import_module(module), name, None) if module in _ROOMS else None
         if not (isinstance(made, type) and issubclass(made, (Backbone, TextTower, Tokenizer))):
-            raise ValueError(f"{origin}: names {value['class_path']}; pass trust_code=True to import and call it")
+            raise ValueError(f"{origin}: names {path}; pass trust_code=True to import and call it")
         for key in _FETCHED:
             if arguments.get(key):
                 raise ValueError(f"{origin}: asks for {key} {arguments[key]!r}; pass trust_code=True to fetch it")
-        _check_options(arguments.get("options") or {}, origin)
+        check_options(arguments.get("options") or {}, origin)
         _check_architecture(arguments.get("architecture") or {}, origin)
     arguments = {key: _build(item, origin, trust_code) for key, item in arguments.items()}
-    return getattr(importlib.import_module(module), name)(**arguments)
+    return _call(getattr(importlib.import_module(module), name), arguments, origin)
 
 
-def _check_options(options: Mapping[str, Any], origin: str) -> None:
-    """Raise ValueError for an option of a timm model that is not the model's own."""
+def _call(made: Any, arguments: Mapping[str, Any], origin: str) -> Any:
+    for key in arguments:
+        if key not in (known := signature(made).parameters):
+            raise ValueError(f"{origin}: {made.__name__} has no {key!r}{did_you_mean(key, known)}; {NEWER}")
+    return made(**arguments)
+
+
+def check_options(options: Any, origin: str) -> None:
+    """Raise ValueError for an option of a timm model that is not the model's own, but may name files."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{origin}: found {shorten(options)}; expected the options of a model by their names")
     for key, value in options.items():
         if key in _OF_TIMM or not _is_plain(value):
             expected = "expected a plain option of the model itself"
@@ -82,14 +89,14 @@ def _check_architecture(architecture: Mapping[str, Any], origin: str) -> None:
     """Raise ValueError for a transformers configuration with keys that its type does not declare."""
     if not architecture:
         return
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
+    from transformers import CONFIG_MAPPING
 
     kind = str(architecture.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{origin}: text.architecture.model_type: transformers has no {kind!r}")
-    own = signature(CONFIG_MAPPING[kind]).parameters.keys() - signature(PreTrainedConfig).parameters.keys()
+    known = architecture_keys(kind)
     for key, value in architecture.items():
-        if (key not in own and key not in _SHARED) or not _is_plain(value):
+        if key not in known or not _is_plain(value):
             expected = f"expected a plain key of {kind}"
             raise ValueError(f"{origin}: text.architecture.{key}: found {shorten(value)}; {expected}")
 

@@ -18,8 +18,10 @@ def fit_tensor(name: str, source: Tensor, target: Tensor, origin: str) -> tuple[
         origin: Of the pretrained model, for messages.
 
     Raises:
-        ValueError: No conversion is known.
+        ValueError: No conversion is known, or these are the whole numbers of a quantised model.
     """
+    if source.is_floating_point() != target.is_floating_point():
+        raise ValueError(f"model.encoder.init_from: {origin}: {name}: found {source.dtype}; expected {target.dtype}")
     source = source.to(target.dtype)
     if source.shape == target.shape:
         return source, ""

@@ -12,20 +12,7 @@ from indiclip.pretrained.build import build
 from indiclip.pretrained.convert import fit_tensor
 from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.traits import differing_traits
-from indiclip.pretrained.weights import PARTS, Weights, of_part, to_fill
-
-# Argument of `Encoder` -> the part that it comes along with.
-_PART_OF = {
-    "backbone": "image",
-    "pool": "image",
-    "text": "text",
-    "text_pool": "text",
-    "embed_dim": "projections",
-    "lengths": "projections",
-    "batch_norm": "projections",
-    "image_projection": "projections",
-    "text_projection": "projections",
-}
+from indiclip.pretrained.weights import PART_OF, PARTS, POOLS, Weights, of_part, to_fill
 
 
 @dataclass
@@ -37,7 +24,8 @@ class InitFrom:
             `indiclip.pretrained.read.read_weights`.
         parts: Which of `image`, `text`, `projections` and `logit_scale` to take; None is all that it has.
         allow: Names of tensors (with `*`) that may stay as they were initialised, by our names, or be left unused, by
-            the source's or ours. Any other such tensor is an error.
+            the source's or ours. Any other such tensor is an error. `image_pool*` and `text_pool*` are also what allows
+            the encoder to pool in another way than the source.
     """
 
     weights: str
@@ -54,9 +42,13 @@ class InitialWeights:
 
     def __init__(self, items: Sequence[InitFrom]) -> None:
         self._of: dict[str, tuple[InitFrom, Weights]] = {}
+        self._read: list[Weights] = []
         for number, item in enumerate(items):
             key = f"model.encoder.init_from[{number}]"
             weights = read_weights(item.weights).merged()
+            self._read.append(weights)
+            if item.parts is not None and not item.parts:
+                raise ValueError(f"{key}.parts: found none; expected some of {', '.join(weights.parts)}")
             for part in item.parts or weights.parts:
                 check_choice(f"{key}.parts", part, PARTS)
                 if part not in weights.parts:
@@ -66,7 +58,7 @@ class InitialWeights:
     def config(self) -> dict[str, Any]:
         """The encoder's arguments that come along; objects are `{class_path, init_args}`."""
         found = {}
-        for name, part in _PART_OF.items():
+        for name, part in PART_OF.items():
             if part in self._of and name in (config := self._of[part][1].config):
                 found[name] = config[name]
         return found
@@ -74,7 +66,11 @@ class InitialWeights:
     def parts(self, names: Iterable[str]) -> dict[str, Any]:
         """These arguments, as objects."""
         config = self.config()
-        return build({name: config[name] for name in names if name in config}, "model.encoder.init_from")
+        found: dict[str, Any] = {}
+        for name in names:
+            if name in config:
+                found |= build({name: config[name]}, self._of[PART_OF[name]][1].origin)
+        return found
 
     def fill(self, encoder: nn.Module) -> list[str]:
         """Load them. Returns what was done, a line for each source.
@@ -85,9 +81,16 @@ class InitialWeights:
         """
         own = encoder.state_dict()
         lines = []
-        for item, weights in {id(weights): (item, weights) for item, weights in self._of.values()}.values():
+        for weights in self._read:
             parts = [part for part, (_, other) in self._of.items() if other is weights]
-            lines.append(_fill(encoder, own, weights, parts, item.allow))
+            if parts:
+                item, _ = self._of[parts[0]]
+                lines.append(_fill(encoder, own, weights, parts, item.allow))
+            else:
+                lines.append(f"nothing from {weights.origin}: later weights have all of its parts")
+        for part in PARTS:
+            if part not in self._of and (names := of_part(part, own)):
+                lines.append(f"{len(names)} tensors ({part}) stay initial: no weights have them")
         encoder.load_state_dict(own)
         return lines
 
@@ -128,15 +131,26 @@ def _fill(
                 f"model.encoder.init_from: {weights.origin}: {len(wrong)} tensors {kind}: {_listed(wrong)}; `allow` "
                 "names those that may"
             )
-    differing = differing_traits(encoder, weights.config, parts)
+    differing = differing_traits(encoder, weights.config, parts) + _other_pools(encoder, weights, parts, allow)
     if differing:
         raise ValueError(f"model.encoder.init_from: {weights.origin}: computes something else: {'; '.join(differing)}")
-    taken = len(sources) - len([name for name in sources if name not in own])
+    taken = len([name for name in sources if name in own]) + len(weights.logits() if "logit_scale" in parts else ())
     said = [f"{taken} tensors ({', '.join(parts)}) from {weights.origin}"]
     said += [f"{len(missing)} stay initial ({_listed(missing)})"] if missing else []
     said += [f"{len(unused)} unused ({_listed(unused)})"] if unused else []
     said += [f"{len(weights.ignored)} left out ({_listed(weights.ignored)})"] if weights.ignored else []
     return "; ".join(said + notes)
+
+
+def _other_pools(encoder: nn.Module, weights: Weights, parts: Sequence[str], allow: Sequence[str]) -> list[str]:
+    """In words, where the encoder pools in another way than the source and `allow` does not say that it may."""
+    found = []
+    for pool, argument in POOLS.items():
+        own, theirs = getattr(encoder, pool).kind, weights.config.get(argument)
+        is_allowed = any(fnmatchcase(pool, pattern) for pattern in allow)
+        if PART_OF[argument] in parts and theirs not in (None, own) and not is_allowed:
+            found.append(f"{argument}: found {own}, the source has {theirs} (`allow: [{pool}*]`)")
+    return found
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:

@@ -13,7 +13,7 @@ from indiclip.pooling import Projection
 from indiclip.pretrained.open_clip_source import OpenClipSource
 from indiclip.pretrained.open_clip_tokenizers import open_clip_tokenizer
 from indiclip.pretrained.weights import Weights
-from indiclip.text import TextTower, Tokenizer, describe
+from indiclip.text import TextTower, Tokenizer, architecture_of, describe
 
 _NAMES = [
     (r"token_embedding", "embeddings.token_embedding"),
@@ -142,8 +142,7 @@ def _of_transformers(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weig
     pool = _HF_POOLS[pooler]
     if pool == "pooler" and not any(name.startswith("transformer.pooler.") for name in tensors):
         pool = "class"
-    architecture = theirs.to_diff_dict() | {"model_type": theirs.model_type}
-    tower = TextTower(open_clip_tokenizer(source, config["context_length"]), architecture)
+    tower = TextTower(open_clip_tokenizer(source, config["context_length"]), architecture_of(theirs))
     kind: Any = config["hf_proj_type"] or "none"
     embed_dim = source.model["embed_dim"]
     check_choice(f"{origin}.hf_proj_type", kind, ("linear", "mlp", "none"))

@@ -1,5 +1,6 @@
 """From a path or name to a pretrained model, whatever library it is of."""
 
+import re
 from pathlib import Path
 
 import timm
@@ -30,6 +31,10 @@ def read_weights(name: str, which: str = "auto") -> Weights:
         FileNotFoundError: No such file or folder, or one that the model lacks.
         ValueError: Anything else that is no model, or one with values that are not finite.
     """
+    if not name:
+        raise ValueError("found an empty name of weights; expected a run, a folder, a file or a model's name")
+    # `~` is the shell's, which sees none in a YAML or behind `timm:NAME:`.
+    name = re.sub(r"(?:^|(?<=:))~[^:]*", lambda path: str(Path(path[0]).expanduser()), name)
     file = Path(name)
     is_bare = file.is_file() and file.suffix in SUFFIXES
     if timm.is_model(name) and not file.exists():
@@ -48,7 +53,17 @@ def read_weights(name: str, which: str = "auto") -> Weights:
 
 
 def _of_library(library: str, what: str) -> Weights:
+    """What its reader gives. On files that are not what they say, libraries raise anything, and name no file."""
     try:
         return READERS[library](what)
-    except KeyError as error:  # converters take the tensors and keys that the configuration promises
-        raise ValueError(f"{what}: lacks {error.args[0]!r}, which its configuration promises; is it whole?") from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, KeyError):  # converters take the tensors and keys that the configuration promises
+            said = f"lacks {error.args[0]!r}, which its configuration promises; is it whole?"
+        elif type(error) is not ValueError:
+            said = f"{library} cannot read it ({type(error).__name__}: {said[:300]})"
+        elif what in said:
+            raise
+        raise ValueError(f"{what}: {said}") from error

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from indiclip.names import check_choice, nearest_beside
 from indiclip.old_names import translate_checkpoint
-from indiclip.pretrained.weights import Weights, read_tensors
+from indiclip.pretrained.build import NEWER
+from indiclip.pretrained.weights import PART_OF, Weights, read_tensors
 
 AVERAGES = "averages"  # entry of a checkpoint: `state_dict` and `num_updates` of `indiclip.training.ema.EMA`
 CHOICES = ("auto", "ema", "last", "best")
@@ -30,12 +31,15 @@ def read_run(path: str, which: str = "auto") -> Weights:
     check_choice("weights", which, CHOICES)
     file = checkpoint_file(Path(path))
     checkpoint = read_tensors(file)
-    if "encoder" not in checkpoint or "state_dict" not in checkpoint:
+    if not all(isinstance(checkpoint.get(entry), dict) for entry in ("encoder", "state_dict")):
         raise ValueError(f"{file}: not a checkpoint of IndiCLIP; expected the entries 'encoder' and 'state_dict'")
     if which == "best":
         file = _best(file, checkpoint)
         checkpoint = read_tensors(file)
     translate_checkpoint(checkpoint)
+    for name in checkpoint["encoder"]:
+        if name not in (*PART_OF, "lora"):
+            raise ValueError(f"{file}: its encoder has {name!r}, which ours has not; {NEWER}")
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     said = f"{file}, step {checkpoint.get('global_step') or 0}"
     if which != "last" and AVERAGES in checkpoint:

@@ -16,6 +16,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
 from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone, check_timm_name
+from indiclip.pretrained.build import check_options
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.weights import Weights, read_tensors, state_dict
 from indiclip.text import describe
@@ -39,7 +40,7 @@ def read_timm(what: str) -> Weights:
         config = read_config(folder / "config.json")
         name = str(config.get("architecture"))
         check_timm_name(name, f"{folder / 'config.json'}: architecture")
-        options, overlay = dict(config.get("model_args") or {}), dict(config.get("pretrained_cfg") or config)
+        options, overlay = config.get("model_args") or {}, dict(config.get("pretrained_cfg") or config)
         file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / _FILES[0])
     else:
         name, _, path = what.partition(":")
@@ -62,7 +63,11 @@ def image_tower(
     """
     is_naflex = bool(options.get("use_naflex"))
     options = {key: value for key, value in options.items() if key not in _NOT_OURS}
+    check_options(options, origin)
     pixels = {key: overlay[key] for key in _PIXELS if key in overlay}
+    for key in ("mean", "std"):
+        if len(pixels.get(key) or ()) == 1:  # of a model of grey images
+            pixels[key] = [*pixels[key]] * 3
     with torch.device("meta"):
         naflex = _naflex(name, options, pixels)
         if is_naflex and naflex is not None:

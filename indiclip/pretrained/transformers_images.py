@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict
-from math import isqrt
+from math import isclose, isqrt
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +215,17 @@ def _pixels(folder: Path) -> tuple[list[float], list[float], Interpolation]:
     number = int(images.resample)
     if number not in _RESAMPLE:
         raise ValueError(f"{folder / 'preprocessor_config.json'}: resample: found {number}; expected 2 or 3")
+    factor = images.rescale_factor if images.do_rescale else 1
+    if not isclose(factor, 1 / 255):
+        raise ValueError(f"{folder}: its image processor multiplies pixels by {factor}; expected 1/255")
+    if not images.do_normalize:
+        return [0.0] * 3, [1.0] * 3, _RESAMPLE[number]
     return list(images.image_mean), list(images.image_std), _RESAMPLE[number]
 
 
 def _activation(config: Any, folder: Path) -> str:
+    """timm's name. Raises ValueError where it has none, or for images of other channels than three."""
+    if config.num_channels != 3:
+        raise ValueError(f"{folder / 'config.json'}: num_channels: found {config.num_channels}; expected 3")
     check_choice(f"{folder / 'config.json'}: hidden_act", config.hidden_act, _ACTIVATIONS)
     return _ACTIVATIONS[config.hidden_act]

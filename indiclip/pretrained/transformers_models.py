@@ -1,6 +1,7 @@
 """Dual encoders and text towers of transformers: folders with `config.json` and safetensors."""
 
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from indiclip.pretrained.transformers_files import read_tokenizer, read_transfor
 from indiclip.pretrained.transformers_images import IMAGE_TYPES, read_image_model, vision_tower
 from indiclip.pretrained.transformers_texts import read_text_model
 from indiclip.pretrained.weights import Weights
-from indiclip.text import TextTower, describe
+from indiclip.text import TextTower, architecture_of, describe
 
 MODEL_TYPES = ("clip", "siglip", "siglip2", "metaclip_2")
 
@@ -41,10 +42,13 @@ def read_transformers(what: str) -> Weights:
         return _dual(folder, origin)
     if kind in IMAGE_TYPES:
         return read_image_model(folder, origin)
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         near = did_you_mean(str(kind), transformers.CONFIG_MAPPING)
         written = f" (the folder was written by {version})" if (version := said.get("transformers_version")) else ""
         raise ValueError(f"{file}: model_type: transformers {transformers.__version__} has no {kind!r}{near}{written}")
+    if "vocab_size" not in signature(transformers.CONFIG_MAPPING[kind]).parameters:
+        known = ", ".join((*MODEL_TYPES, *IMAGE_TYPES))
+        raise ValueError(f"{file}: model_type: found {kind!r}; expected one of {known}, or a text model alone")
     return read_text_model(folder, origin)
 
 
@@ -88,5 +92,4 @@ def _text_tower(
     config: Any, tensors: dict[str, Tensor], folder: Path, pads: bool
 ) -> tuple[TextTower, dict[str, Tensor]]:
     tokenizer = read_tokenizer(folder, config.max_position_embeddings)
-    architecture = config.to_diff_dict() | {"model_type": config.model_type}
-    return TextTower(tokenizer, architecture, pad="context" if pads else "longest"), tensors
+    return TextTower(tokenizer, architecture_of(config), pad="context" if pads else "longest"), tensors

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import asdict
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from indiclip.pooling import Projection
 from indiclip.pretrained.transformers_files import read_tokenizer, read_transformers_tensors
 from indiclip.pretrained.weights import Weights
-from indiclip.text import TextTower, describe
+from indiclip.text import TextTower, architecture_of, describe
 
 # Of the towers of dual encoders; other encoders pool as BERT does where they can, else the mean, and decoders the end.
 _POOLS = {"siglip_text_model": "last", "siglip2_text_model": "last", "clip_text_model": "eos"}
@@ -37,12 +36,10 @@ def read_text_model(folder: Path, origin: str) -> Weights:
     """
     config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = config.model_type
-    whole = transformers.CONFIG_MAPPING[kind]
     tensors = read_transformers_tensors(folder)
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    architecture = {key: value for key, value in config.to_diff_dict().items() if key in signature(whole).parameters}
-    architecture |= {"model_type": kind, "vocab_size": config.vocab_size}
-    if whole().is_encoder_decoder:  # the folder of an encoder alone says that it is none
+    architecture = architecture_of(config)
+    if transformers.CONFIG_MAPPING[kind]().is_encoder_decoder:  # the folder of an encoder alone says that it is none
         architecture |= {"is_encoder_decoder": True}
     pads = kind.startswith("siglip")
     tokenizer = read_tokenizer(folder, 1, any_side=causal)

@@ -20,6 +20,19 @@ PARTS = {
     "projections": ("image_projection.", "text_projection."),
     "logit_scale": ("logit_scale", "logit_bias"),
 }
+POOLS = {"image_pool": "pool", "text_pool": "text_pool"}  # module of an encoder -> the argument that says its kind
+# Argument of `Encoder` -> the part that it comes along with.
+PART_OF = {
+    "backbone": "image",
+    "pool": "image",
+    "text": "text",
+    "text_pool": "text",
+    "embed_dim": "projections",
+    "lengths": "projections",
+    "batch_norm": "projections",
+    "image_projection": "projections",
+    "text_projection": "projections",
+}
 # Averaged weights first, as timm takes them; of Lightning, OpenCLIP; of DeiT, ConvNeXt.
 _ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 _NORMS = ("backbone.vit.fc_norm", "backbone.vit.norm")
@@ -82,9 +95,10 @@ def to_fill(weights: Weights, part: str, own: Iterable[str]) -> list[str]:
     modules = {name.partition(".")[0] for name in weights.tensors} | (config.keys() & {"backbone", "text"})
     for side in ("image_projection", "text_projection"):
         modules |= {side} if config.get(side, {"kind": "none"})["kind"] != "none" else set()
-    for module, pool in {"image_pool": "pool", "text_pool": "text_pool"}.items():
-        modules |= {module} if config.get(pool) in ("attention", "pooler") else set()
-    return [name for name in of_part(part, own) if name.partition(".")[0] in modules]
+    modules |= POOLS.keys()  # also one that the source has not: it would stay initial
+    statistics = () if config.get("batch_norm") else tuple(f"{pool}.norm." for pool in POOLS)
+    names = of_part(part, own)
+    return [name for name in names if name.partition(".")[0] in modules and not name.startswith(statistics)]
 
 
 def of_part(part: str, names: Iterable[str]) -> list[str]:
@@ -120,9 +134,8 @@ def state_dict(found: dict[str, Any]) -> dict[str, Tensor]:
         if isinstance(inner := found.get(entry), dict):
             found = inner
     tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    for wrapper in _WRAPPERS:
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    while tensors and (wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in tensors)), "")):
+        tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
     return tensors
 
 
@@ -143,7 +156,7 @@ def precision_notes(tensors: dict[str, Tensor]) -> list[str]:
 
 def unreadable(file: str | Path, error: Exception) -> Exception:
     """What to raise where `torch.load` fails, which may advise to run the code that a file holds."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename is not None:  # torch gives one without where a file is cut short
         return error
     foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
     reason = f"it holds {foreign[1]}, and reading that can run code" if foreign else "another kind of file, or damaged"

@@ -68,6 +68,9 @@ class PortableConfig:
             return [self._portable(item, of, (*key, name)) for item, of in zip(value, of_items, strict=True)]
         if not isinstance(value, str):
             return value
+        model, colon, file = value.rpartition(":")
+        if key[-1] == "weights" and colon and file and os.path.exists(_whole(file)):  # noqa: PTH110 (any text)
+            return f"{model}:{_whole(file)}"  # timm:NAME:FILE
         if not _is_path(value, key):
             return mask_written(value, value)
         return self._copied(value) if _is_needed(value, key) else _whole(value)

@@ -16,6 +16,7 @@ from indiclip.names import check_choice, did_you_mean
 from indiclip.pretrained.hub import HUB
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.open_clip_source import (
+    check_file,
     check_open_clip_folder,
     published_pixels,
     published_tag,
@@ -80,7 +81,7 @@ def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, 
         return {"pretrained": tag, "download": True, "require_pretrained": True}
     arguments: dict[str, Any] = {}
     if weights:
-        _check_file(Path(weights), name)
+        check_file(Path(weights), name)
         arguments = {"pretrained": str(Path(weights).resolve()), "require_pretrained": True}
     pixels = published_pixels(architecture)
     if pixels is None and weights:
@@ -139,7 +140,7 @@ def load_timm(what: str, name: str, options: Options) -> ExternalModel:
     elif not timm.is_model(architecture):
         raise ValueError(f"{name}: timm has no {architecture!r}{did_you_mean(architecture, timm.list_models())}")
     elif weights:
-        _check_file(Path(weights), name)
+        check_file(Path(weights), name)
         with _loading(name, "timm"):
             model = _timm_with_weights(architecture, weights)
     else:
@@ -176,12 +177,6 @@ def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
         prefix = name.removesuffix(what)
         raise ValueError(f"{name}: is a folder here and an architecture; expected {prefix}./{what} or {name}:")
     return found
-
-
-def _check_file(file: Path, name: str) -> None:
-    if not file.is_file():
-        siblings = map(str, file.parent.glob("*"))
-        raise FileNotFoundError(f"{name}: no such file of weights{did_you_mean(str(file), siblings)}")
 
 
 @contextmanager
