@@ -65,7 +65,17 @@ def test_detectron2_gives_the_encoders_features(exported, run):
     assert record["largest_difference"] <= record["bound"] == 1e-5
     assert record["padding"]["difference"] > 0.01  # images alone: what padding does to them is said
     assert any("lacks the final norm" in note for note in record["notes"])
-    assert "mask_rcnn.py" in (exported(run) / "README.md").read_text()
+    assert "library_name: detectron2" in (exported(run) / "README.md").read_text()
+
+
+@needs_detectron2
+def test_the_cards_lines_load_the_folder(exported, monkeypatch):
+    monkeypatch.chdir(exported("portable").parent)
+    card, found = Path("portable/README.md").read_text(), {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], found)
+    tensors = torch.load("portable/model.pth", weights_only=True)["model"]
+    own = found["model"].state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in tensors.items())
 
 
 @needs_detectron2

@@ -50,6 +50,7 @@ _BEHIND = ("norm.", "attn_pool.", "fc_norm.", "head.")  # the last block, at whi
 class Target(target.Target):
     """See the module."""
 
+    library_name = "detectron2"
     bound = 1e-5
     libraries = ("detectron2", "timm")
     usage = """\
@@ -94,7 +95,8 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
         backbone = cast(NaFlexViT, encoder.backbone)
         folder.joinpath("config.json").write_text(json.dumps(_config(backbone), indent=2) + "\n")
         final = {"final_norm": {name: w.detach().cpu() for name, w in backbone.vit.norm.state_dict().items()}}
-        torch.save({"model": _tensors(backbone)} | final, folder / "model.pth")
+        with (folder / "model.pth").open("wb") as file:  # so that a full disk is an OSError
+            torch.save({"model": _tensors(backbone)} | final, file)
 
     @torch.no_grad()
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
