@@ -241,3 +241,12 @@ def test_missing_files_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         finetune_detectron2.main(words.split())
     assert "x.json: no such file or folder" in capsys.readouterr().err
+
+
+@needs_detectron2
+def test_a_run_that_does_not_fit_is_one_line(runs, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "x.json").write_text('{"images": [], "categories": [], "annotations": [{"id": 1}]}')
+    words = f"--model {runs['clip']} --train {tmp_path}/x.json --images {tmp_path} --val {tmp_path}/x.json"
+    with pytest.raises(SystemExit):
+        finetune_detectron2.main([*words.split(), "--runs", str(tmp_path / "runs")])
+    assert "--to vitdet: backbone: detectron2's ViT has no place for embeds.cls_token" in capsys.readouterr().err

@@ -117,7 +117,8 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
             "detectron2's ViT lacks the final norm: features before it are compared. The pyramid has norms of its own.",
             "Text and the encoder's pooling do not travel.",
             f"detectron2 pads images to a square, and its ViT takes the padding for a part of the image. `{_MIXED}` "
-            f"compares with our encoder on the padded images. Each image alone: {beside:.2g} of the largest feature apart.",
+            "compares with our encoder on the padded images; on each image alone they are "
+            f"{beside:.2g} of the largest feature apart.",
             "All patches see each other, as in training. Windows save memory on large images and give other features: "
             "model.backbone.net.window_size=14 model.backbone.net.window_block_indexes=[0,1,3,4,6,7,9,10].",
         ]
