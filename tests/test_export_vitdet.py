@@ -65,7 +65,17 @@ def test_detectron2_gives_the_encoders_features(exported, run):
     assert record["largest_difference"] <= record["bound"] == 1e-5
     assert record["padding"]["difference"] > 0.01  # images alone: what padding does to them is said
     assert any("lacks the final norm" in note for note in record["notes"])
-    assert "mask_rcnn.py" in (exported(run) / "README.md").read_text()
+    assert "library_name: detectron2" in (exported(run) / "README.md").read_text()
+
+
+@needs_detectron2
+def test_the_cards_lines_load_the_folder(exported, monkeypatch):
+    monkeypatch.chdir(exported("portable").parent)
+    card, found = Path("portable/README.md").read_text(), {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], found)
+    tensors = torch.load("portable/model.pth", weights_only=True)["model"]
+    own = found["model"].state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in tensors.items())
 
 
 @needs_detectron2
@@ -231,3 +241,12 @@ def test_missing_files_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         finetune_detectron2.main(words.split())
     assert "x.json: no such file or folder" in capsys.readouterr().err
+
+
+@needs_detectron2
+def test_a_run_that_does_not_fit_is_one_line(runs, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "x.json").write_text('{"images": [], "categories": [], "annotations": [{"id": 1}]}')
+    words = f"--model {runs['clip']} --train {tmp_path}/x.json --images {tmp_path} --val {tmp_path}/x.json"
+    with pytest.raises(SystemExit):
+        finetune_detectron2.main([*words.split(), "--runs", str(tmp_path / "runs")])
+    assert "--to vitdet: backbone: detectron2's ViT has no place for embeds.cls_token" in capsys.readouterr().err

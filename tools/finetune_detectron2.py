@@ -184,7 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     run.mkdir(parents=True, exist_ok=True)
     vitdet = Path(arguments.model) if (Path(arguments.model) / f"{arguments.detector}.py").is_file() else run / "vitdet"
     if not vitdet.is_dir():
-        export(open_source(arguments.model, "auto", None), "vitdet", vitdet)
+        try:
+            export(open_source(arguments.model, "auto", None), "vitdet", vitdet)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
     setup_logger(str(run))
     logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # which names all that is to be trained
     seed_all_rng(arguments.seed)

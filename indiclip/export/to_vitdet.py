@@ -50,6 +50,7 @@ _BEHIND = ("norm.", "attn_pool.", "fc_norm.", "head.")  # the last block, at whi
 class Target(target.Target):
     """See the module."""
 
+    library_name = "detectron2"
     bound = 1e-5
     libraries = ("detectron2", "timm")
     usage = """\
@@ -94,7 +95,8 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
         backbone = cast(NaFlexViT, encoder.backbone)
         folder.joinpath("config.json").write_text(json.dumps(_config(backbone), indent=2) + "\n")
         final = {"final_norm": {name: w.detach().cpu() for name, w in backbone.vit.norm.state_dict().items()}}
-        torch.save({"model": _tensors(backbone)} | final, folder / "model.pth")
+        with (folder / "model.pth").open("wb") as weights:  # so that a full disk is an OSError
+            torch.save({"model": _tensors(backbone)} | final, weights)
 
     @torch.no_grad()
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
@@ -115,7 +117,8 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
             "detectron2's ViT lacks the final norm: features before it are compared. The pyramid has norms of its own.",
             "Text and the encoder's pooling do not travel.",
             f"detectron2 pads images to a square, and its ViT takes the padding for a part of the image. `{_MIXED}` "
-            f"compares with our encoder on the padded images; its features of each image alone are {beside:.2g} apart.",
+            "compares with our encoder on the padded images; on each image alone they are "
+            f"{beside:.2g} of the largest feature apart.",
             "All patches see each other, as in training. Windows save memory on large images and give other features: "
             "model.backbone.net.window_size=14 model.backbone.net.window_block_indexes=[0,1,3,4,6,7,9,10].",
         ]

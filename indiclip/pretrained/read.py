@@ -21,10 +21,10 @@ def read_weights(name: str, which: str = "auto") -> Weights:
     """The configuration and the tensors of a pretrained model, from local files.
 
     Args:
-        name: `runs/quickstart`, `x.ckpt`: ours. A folder as transformers, timm or OpenCLIP save one, or of
-            `indiclip export --to vitdet`. Their names and
-            files: `timm:NAME` (or that name alone), `transformers:FOLDER`, `open_clip:NAME:FILE`. A `.safetensors`,
-            `.pt`, `.pth` or `.bin` alone gives a `BareFile`, which names no architecture.
+        name: `runs/quickstart`, `x.ckpt`: ours. A folder as transformers, timm or OpenCLIP save one, or
+            `indiclip export --to vitdet`. Names and files of the libraries: `timm:NAME` (or that name alone),
+            `transformers:FOLDER`, `open_clip:NAME:FILE`. A `.safetensors`, `.pt`, `.pth` or `.bin` alone gives a
+            `BareFile`, which names no architecture.
         which: Of a run's weights, see `read_run`.
 
     Raises:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from indiclip.backbone import NaFlexViT
@@ -26,7 +27,8 @@ def read_vitdet(what: str) -> Weights:
     tensors = {"backbone.vit.norm." + name: tensor for name, tensor in content["final_norm"].items()}
     for name, tensor in content["model"].items():
         tensors["backbone.vit." + _own_name(name.removeprefix("backbone.net."))] = _own_shape(name, tensor)
-    backbone = _backbone(config, bool(content["final_norm"]))
+    with torch.device("meta"):
+        backbone = _backbone(config, bool(content["final_norm"]))
     return Weights(f"vitdet:{what}", {"backbone": describe(backbone)}, tensors)
 
 
