@@ -80,7 +80,7 @@ def check_adapters(tower: str, model: nn.Module, try_out: Callable[[], Any]) -> 
     """
     from peft.tuners.lora import LoraLayer
 
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    layers: dict[str, Any] = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     called: set[str] = set()
     hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
     training = model.training
