@@ -200,7 +200,7 @@ def on_photos(data_root: Path, fold: int) -> dict[str, Any]:
     for part in ("train", "val"):
         arguments = {"dataset": photos, "part": part, "fold": fold, "fraction": 1 / FOLDS}
         dataset = {"class_path": "indiclip.datasets.split.Split", "init_args": arguments}
-        changes[part] = {"dataset": dataset, "max_tokens": 324, "batch_size": 8}
+        changes[part] = {"dataset": dataset, "max_tokens": 256, "batch_size": 8}
     return changes
 
 
