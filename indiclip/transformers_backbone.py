@@ -52,7 +52,7 @@ class TransformersBackbone(CanvasBackbone):
         super().__init__()
         self._set_canvas(canvas_hw, patch_size)
         self._args = {"canvas_hw": list(canvas_hw), "patch_size": patch_size, "mean": list(mean), "std": list(std)}
-        kind = architecture.get("model_type")
+        kind = str(architecture.get("model_type"))
         check_choice("backbone.architecture.model_type", kind, KINDS)
         fields = {name: value for name, value in architecture.items() if name != "model_type"}
         config: Any = transformers.CONFIG_MAPPING[kind](**fields)
