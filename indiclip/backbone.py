@@ -1,7 +1,7 @@
 """Backbones: `Images` in, `Features` out.
 
 `NaFlexViT` takes any width and height (padding and a mask). `TimmBackbone` wraps every other timm family at one canvas
-size; the smaller image lies in the canvas's upper left corner.
+size, `indiclip.transformers_backbone` some of transformers.
 
 Shape letters: see `indiclip.types`; C channels of a feature map.
 """
@@ -115,6 +115,48 @@ class Backbone(nn.Module, ABC):
         return self._args | {"pretrained": False}
 
 
+class CanvasBackbone(Backbone):
+    """A backbone that reads whole images of one size; a smaller one lies in the canvas's upper left corner."""
+
+    canvas_hw: tuple[int, int]
+
+    def _set_canvas(self, canvas_hw: Sequence[int], patch_size: int) -> None:
+        """Keep the size of the canvas and of the patches in which images travel here."""
+        if any(side % patch_size for side in canvas_hw):
+            raise ValueError(
+                f"backbone.canvas_hw: {list(canvas_hw)} must be multiples of backbone.patch_size {patch_size}"
+            )
+        self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
+        self.patch_size = patch_size
+        self.max_tokens = canvas_hw[0] * canvas_hw[1] // patch_size**2
+
+    def _whole_grid(self, tokens_BND: Tensor, grid_hw: tuple[int, int], prefix_BKD: Tensor | None = None) -> Features:
+        """Features of the tokens of all of the canvas, row by row."""
+        rows_H, columns_W = (torch.arange(size, device=tokens_BND.device) for size in grid_hw)
+        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(tokens_BND.shape[0], -1, -1)
+        return Features(tokens_BND, coords_BN2, None, grid_hw, self.stride, prefix_BKD)
+
+    @abstractmethod
+    def read_pixels(self, pixels: Tensor) -> Features:
+        """Features of normalised pixels (B, 3, height, width) that fill the canvas."""
+
+    def _canvas(self, images: Images) -> Tensor:
+        """Patches -> (B, 3, height, width), zeros (the mean colour) outside the images."""
+        p = self.patch_size
+        grid_hw = (self.canvas_hw[0] // p, self.canvas_hw[1] // p)
+        cells = Features(self.normalise(images), images["coords_BN2"], images["valid_BN"], grid_hw, p)
+        map_BPHW, _ = cells.map()
+        B, _, H, W = map_BPHW.shape
+        return map_BPHW.reshape(B, p, p, 3, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, 3, H * p, W * p)
+
+    def forward(self, images: Images) -> Features:
+        features = self.read_pixels(self._canvas(images))
+        if any(size != self.canvas_hw for size in images["sizes_hw"]):
+            sizes_B2 = on_device(images["sizes_hw"], features.coords_BN2.device)
+            features.valid_BN = (features.coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
+        return features
+
+
 class NaFlexViT(Backbone):
     """timm's NaFlexVit: any width and height within a token budget, aspect kept.
 
@@ -200,7 +242,7 @@ class NaFlexViT(Backbone):
         vit.reset_classifier(0, "")
 
 
-class TimmBackbone(Backbone):
+class TimmBackbone(CanvasBackbone):
     """Any timm image model (ConvNeXt, Swin, FocalNet, hybrids with a convolutional stem) at one canvas size.
 
     Args:
@@ -232,10 +274,7 @@ class TimmBackbone(Backbone):
         interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
-        if any(side % patch_size for side in canvas_hw):
-            raise ValueError(
-                f"backbone.canvas_hw: {list(canvas_hw)} must be multiples of backbone.patch_size {patch_size}"
-            )
+        self._set_canvas(canvas_hw, patch_size)
         check_timm_name(name)
         self._args = {
             "name": name,
@@ -249,9 +288,6 @@ class TimmBackbone(Backbone):
         self.net = _at_canvas(name, (canvas_hw[0], canvas_hw[1]), pretrained, dict(options or {}))
         if not is_model_in_modules(name, ["fastvit"]):  # whose backward pass crashes in this layout on the CPU
             self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
-        self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
-        self.patch_size = patch_size
-        self.max_tokens = canvas_hw[0] * canvas_hw[1] // patch_size**2
         self._check_kind()
         stages = self.net.feature_info
         self._index = feature_index % len(stages)
@@ -268,23 +304,6 @@ class TimmBackbone(Backbone):
         self._set_interpolation(interpolation, config)
         self._set_normalisation(mean or config["mean"], std or config["std"])
 
-    def _canvas(self, images: Images) -> Tensor:
-        """Patches -> (B, 3, height, width), zeros (the mean colour) outside the images."""
-        assert self.canvas_hw is not None
-        p = self.patch_size
-        grid_hw = (self.canvas_hw[0] // p, self.canvas_hw[1] // p)
-        cells = Features(self.normalise(images), images["coords_BN2"], images["valid_BN"], grid_hw, p)
-        map_BPHW, _ = cells.map()
-        B, _, H, W = map_BPHW.shape
-        return map_BPHW.reshape(B, p, p, 3, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, 3, H * p, W * p)
-
-    def forward(self, images: Images) -> Features:
-        features = self.read_pixels(self._canvas(images))
-        if any(size != self.canvas_hw for size in images["sizes_hw"]):
-            sizes_B2 = on_device(images["sizes_hw"], features.coords_BN2.device)
-            features.valid_BN = (features.coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
-        return features
-
     def read_pixels(self, pixels: Tensor) -> Features:
         """Features of normalised pixels (B, 3, height, width) that fill the canvas."""
         raw = self._last_stage(pixels) if self._is_last else self._earlier_stage(pixels)
@@ -295,11 +314,8 @@ class TimmBackbone(Backbone):
             tokens_BND = raw.flatten(1, 2)
         else:
             prefix_BKD, tokens_BND = _split_prefix(raw, getattr(self.net, "num_prefix_tokens", 0))
-            assert self.canvas_hw is not None
             H, W = (ceil(side / self.stride) for side in self.canvas_hw)
-        rows_H, columns_W = (torch.arange(size, device=pixels.device) for size in (H, W))
-        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(raw.shape[0], -1, -1)
-        return Features(tokens_BND, coords_BN2, None, (H, W), self.stride, prefix_BKD)
+        return self._whole_grid(tokens_BND, (H, W), prefix_BKD)
 
     def _last_stage(self, pixels: Tensor) -> Tensor:
         """All of the model before its pooling: tokens (B, K + N, D), or a map (B, H, W, D)."""
@@ -326,7 +342,6 @@ class TimmBackbone(Backbone):
 
         Runs the whole model: cheap on the meta device.
         """
-        assert self.canvas_hw is not None
         height, width = self.canvas_hw
         raw = self._last_stage(torch.zeros(1, 3, height, width, device=self.mean_P.device))
         num_tokens = ceil(height / self.stride) * ceil(width / self.stride) + getattr(self.net, "num_prefix_tokens", 0)

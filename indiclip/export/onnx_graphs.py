@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
+from indiclip.backbone import Backbone, CanvasBackbone, NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.types import Features
 
@@ -63,7 +63,7 @@ class ClassGraph(nn.Module):
 
 def _read(backbone: Backbone, pixels: Tensor) -> Features:
     """Features of normalised pixels, whose height and width may be free."""
-    if isinstance(backbone, TimmBackbone):
+    if isinstance(backbone, CanvasBackbone):
         return backbone.read_pixels(pixels)
     vit: Any = backbone.vit
     tokens_BKD = vit.forward_features(pixels)

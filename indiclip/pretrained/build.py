@@ -20,7 +20,7 @@ from indiclip.names import did_you_mean, shorten
 from indiclip.pooling import Projection
 from indiclip.text import TextTower, Tokenizer, architecture_keys
 
-_ROOMS = ("indiclip.backbone", "indiclip.text")
+_ROOMS = ("indiclip.backbone", "indiclip.text", "indiclip.transformers_backbone")
 _FETCHED = ("pretrained", "source")  # arguments that name weights or files
 # What timm reads itself before it makes a model: weights, their place, wrappers.
 _OF_TIMM = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
@@ -93,12 +93,12 @@ def _check_architecture(architecture: Mapping[str, Any], origin: str) -> None:
 
     kind = str(architecture.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"{origin}: text.architecture.model_type: transformers has no {kind!r}")
+        raise ValueError(f"{origin}: architecture.model_type: transformers has no {kind!r}")
     known = architecture_keys(kind)
     for key, value in architecture.items():
         if key not in known or not _is_plain(value):
             expected = f"expected a plain key of {kind}"
-            raise ValueError(f"{origin}: text.architecture.{key}: found {shorten(value)}; {expected}")
+            raise ValueError(f"{origin}: architecture.{key}: found {shorten(value)}; {expected}")
 
 
 def _is_plain(value: Any) -> bool:

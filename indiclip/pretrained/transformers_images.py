@@ -1,6 +1,8 @@
-"""Image towers of transformers as timm's models: CLIP's and SigLIP's, DINOv2, DINOv3, ViT."""
+"""Image towers of transformers: CLIP's and SigLIP's, DINOv2, DINOv3, ViT as timm's models; staged ones as they are."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from math import isclose, isqrt
 from pathlib import Path
@@ -16,7 +18,8 @@ from indiclip.pooling import Projection
 from indiclip.preprocessing import Interpolation
 from indiclip.pretrained.transformers_files import read_transformers_tensors
 from indiclip.pretrained.weights import Weights
-from indiclip.text import describe
+from indiclip.text import architecture_of, describe
+from indiclip.transformers_backbone import KINDS, TransformersBackbone
 
 # transformers' name of a vision tower's tensor -> timm's NaFlexVit.
 _VISION = [
@@ -53,7 +56,7 @@ _PLAIN = [
 ]
 _CONTRASTIVE = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "metaclip_2_vision_model")
 _OTHERS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
-IMAGE_TYPES = (*_CONTRASTIVE, *_OTHERS)
+IMAGE_TYPES = (*_CONTRASTIVE, *_OTHERS, *KINDS)
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _LEFT_OUT = ("embeddings.mask_token", "pooler.", "classifier.", "decoder.")
@@ -63,6 +66,8 @@ def read_image_model(folder: Path, origin: str) -> Weights:
     """A folder whose `config.json` is that of one of `IMAGE_TYPES`."""
     config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tensors = read_transformers_tensors(folder)
+    if config.model_type in KINDS:
+        return _staged_model(config, tensors, folder, origin)
     found: dict[str, Any] = {"pool": "tower"}
     projection = tensors.pop("visual_projection.weight", None)
     ignored: list[str] = []
@@ -80,6 +85,40 @@ def read_image_model(folder: Path, origin: str) -> Weights:
         weights["image_projection.weight"] = projection
         found |= {"image_projection": asdict(Projection()), "embed_dim": embed_dim, "lengths": [embed_dim]}
     return Weights(origin, {"backbone": describe(backbone)} | found, weights, ignored=ignored, notes=notes)
+
+
+def _staged_model(config: Any, tensors: dict[str, Tensor], folder: Path, origin: str) -> Weights:
+    """Loaded by transformers itself, whose names of today are not those in the files."""
+    mean, std, interpolation = _pixels(folder)
+    side = getattr(config, "image_size", 224)
+    canvas_hw = (side, side) if isinstance(side, int) else (side[0], side[1])
+    step = next(step for step in (16, 8, 4, 2, 1) if not any(length % step for length in canvas_hw))
+    backbone = TransformersBackbone(architecture_of(config), canvas_hw, step, mean, std, interpolation)
+    with _quiet():
+        model, found = type(backbone.net).from_pretrained(
+            None, config=backbone.net.config, state_dict=tensors, output_loading_info=True
+        )
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in found["missing_keys"]}
+    weights = {f"backbone.net.{name}": tensor for name, tensor in own.items()}
+    others = [name.removeprefix(f"{config.model_type}.") for name in found["unexpected_keys"]]
+    ignored = [name for name in others if name.startswith(_LEFT_OUT)]
+    unused = [name for name in others if name not in ignored]
+    return Weights(origin, {"backbone": describe(backbone), "pool": "tower"}, weights, unused=unused, ignored=ignored)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of tensors, which we count ourselves."""
+    logging: Any = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple[NaFlexViT, dict[str, Tensor]]:
