@@ -126,13 +126,15 @@ def run_peer(python: str, model: list[str], card: str, data: Path, folder: Path)
 
 
 def run_ours(model: list[str], card: str, folder: Path) -> dict[str, float]:
-    """Metric -> value of our English scores."""
+    """Metric -> value of our English scores, of the full length."""
     out = folder / f"ours-{card}"
     command = [sys.executable, "-m", "indiclip.cli", "bench", *model]
     command += ["--images", str(folder / "images"), "--cards", card, "--languages", "en", "--out", str(out)]
     subprocess.run([*command, "--no_probes", "--device", "cpu"], check=True, stdout=subprocess.DEVNULL)
     scores = json.loads((out / "metrics.json").read_text())["scores"]
-    return {row["metric"]: row["value"] for row in scores if row["protocol"] in ("zero_shot", "retrieval")}
+    full = max(row["length"] for row in scores)
+    rows = [row for row in scores if row["protocol"] in ("zero_shot", "retrieval") and row["length"] == full]
+    return {row["metric"]: row["value"] for row in rows}
 
 
 if __name__ == "__main__":

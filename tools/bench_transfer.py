@@ -204,7 +204,9 @@ def on_photos(folder: Path, data_root: Path, fold: int) -> dict[str, Any]:
         json_lines.write_whole(file, json.dumps(content).encode())
     files = {"images": str(photos / "images"), "annotations": str(file)}
     boxes = {"class_path": "indiclip.datasets.coco.CocoDetection", "init_args": files}
-    changes: dict[str, Any] = {"head": {"num_classes": 1, "scales": [2.0, 1.0, 0.5]}, "steps": 200}
+    # torchvision keeps boxes of a score from 0.2 on, which so short a training on photos does not reach.
+    head = {"num_classes": 1, "scales": [2.0, 1.0, 0.5], "options": {"score_thresh": 0.01}}
+    changes: dict[str, Any] = {"head": head, "steps": 200}
     for part in ("train", "val"):
         arguments = {"dataset": boxes, "part": part, "fold": fold, "fraction": 1 / FOLDS}
         dataset = {"class_path": "indiclip.datasets.split.Split", "init_args": arguments}
