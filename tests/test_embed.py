@@ -450,6 +450,7 @@ def test_a_signal_ends_it_and_it_goes_on(encoder, photos, tmp_path, monkeypatch,
         at_write(5, lambda: os.kill(os.getpid(), number), patched)
 
         def work():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which what starts in the background ignores
             try:
                 return embed(encoder, out, photos, *WORDS)
             except SystemExit as end:

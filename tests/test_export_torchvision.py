@@ -65,7 +65,7 @@ def test_features_equal_the_encoders(name, tmp_path):
     torch.manual_seed(0)
     encoder = encoder_of(BACKBONES[name](), pool="tower" if name == "wider convolution" else "mean")
     record = write(encoder, tmp_path / "out")
-    assert record["largest_difference"] <= record["bound"] == 1e-6
+    assert record["largest_difference"] <= record["bound"] == pytest.approx(1e-6, rel=0.03)
     not_compared = {case for case, row in record["image"].items() if "cannot" in row}
     assert record["image"].keys() == grids(encoder).keys()
     assert not_compared == (set() if encoder.backbone.canvas_hw is None else {"larger"})

@@ -113,5 +113,6 @@ class Inventory:
             )
             said = f"{found['used']:,} of {found['present']:,} {unit}" if left_out else f"{found['present']:,} {unit}"
             said += f", {altered}" if altered else ""
-            lines.append(f"{said}; left out: {left_out}" if left_out else said)
+            said = f"{said}; left out: {left_out}" if left_out else said
+            lines.append("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in said))
         return lines

@@ -130,9 +130,10 @@ def _stages(encoder: Encoder, backbone: TimmBackbone) -> dict[str, Any]:
     finally:
         encoder.train(was_training)
     own_MD = valid_vectors(map_BDHW, mask_BHW)
-    # Where pooling is the encoder's own, what only the model's pooling needs may be gone from the last stage.
-    for normed in (True, False):
-        tower = {"kind": "stages", "arguments": arguments, "last": last, "normed": normed}
+    # Where pooling is the encoder's own, what only the model's pooling needs may be gone from the last stage, and the
+    # norm behind it comes first.
+    for normed, norm_behind in ((True, False), (True, True), (False, False)):
+        tower = {"kind": "stages", "arguments": arguments, "last": last, "normed": normed, "norm_behind": norm_behind}
         tower |= {"width": own_MD.shape[-1], "canvas_hw": list(backbone.canvas_hw)}
         if _gives(tower, backbone, images, own_MD):
             return tower

@@ -28,7 +28,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import LayerNorm, LayerNorm2d  # type: ignore[attr-defined]
+from timm.layers import LayerNorm, LayerNorm2d, RmsNorm  # type: ignore[attr-defined]
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 from torchvision.models import detection
@@ -138,11 +138,15 @@ class StageTower(nn.Module):
         normed: Whether that is the map after all that the model has before its pooling: a norm, a wider convolution.
         width: Of the last map.
         canvas_hw: What batches are padded to. Larger ones go in as they are, where the model takes any size.
+        norm_behind: Whether that map also gets the norms which the model has behind its pooling.
     """
 
-    def __init__(self, net: Any, last: int, normed: bool, width: int, canvas_hw: tuple[int, int]) -> None:
+    def __init__(
+        self, net: Any, last: int, normed: bool, width: int, canvas_hw: tuple[int, int], norm_behind: bool = False
+    ) -> None:
         super().__init__()
         self.net, self.last, self.normed, self.canvas_hw = net, last, normed, canvas_hw
+        self.norm_behind = norm_behind
         stages = net.feature_info[: last + 1]
         self.widths = [*(int(stage["num_chs"]) for stage in stages[:-1]), width]
         self.strides = [int(stage["reduction"]) for stage in stages]
@@ -163,6 +167,8 @@ class StageTower(nn.Module):
             ) from error
         if self.normed:
             maps[-1] = self._as_map(final, maps[-1].shape[-2:])
+        if self.norm_behind:
+            maps[-1] = self._normalised(maps[-1])
         mask_BHW = unpadded(pad_to(pixels_B3HW, self.stride, self.stride), self.stride)
         # torchvision reads a map's stride off its size, so it gets none of what was added.
         maps = [
@@ -177,6 +183,14 @@ class StageTower(nn.Module):
             tokens_BDN = final[:, self.net.num_prefix_tokens :].transpose(1, 2)
             return tokens_BDN.reshape(*tokens_BDN.shape[:2], *size_hw)
         return final if getattr(self.net, "output_fmt", "NCHW") == "NCHW" else final.permute(0, 3, 1, 2)
+
+    def _normalised(self, map_BDHW: Tensor) -> Tensor:
+        for norm in (getattr(self.net, "fc_norm", None), getattr(getattr(self.net, "head", None), "norm", None)):
+            if isinstance(norm, LayerNorm2d):
+                map_BDHW = norm(map_BDHW)
+            elif isinstance(norm, nn.LayerNorm | RmsNorm):
+                map_BDHW = norm(map_BDHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return map_BDHW
 
 
 class Pyramid(nn.Module):
@@ -301,12 +315,13 @@ def build_tower(config: dict[str, Any]) -> "NaFlexTower | StageTower":
         vit: Any = timm.create_model(name, use_naflex=True, **arguments) if name else NaFlexVit(**arguments)
         return NaFlexTower(vit)
     net: Any = timm.create_model(**arguments)
+    norm_behind = config.get("norm_behind", False)
     if not config["normed"]:
         net.prune_intermediate_layers([config["last"]], prune_head=True)
-    else:
+    elif not norm_behind:
         net.reset_classifier(0, "")
     net.to(memory_format=torch.channels_last)  # the same kernels as in training, to the last bits
-    return StageTower(net, config["last"], config["normed"], config["width"], tuple(config["canvas_hw"]))
+    return StageTower(net, config["last"], config["normed"], config["width"], tuple(config["canvas_hw"]), norm_behind)
 
 
 def load(
