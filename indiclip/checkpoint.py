@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from indiclip.encoder import Encoder
-from indiclip.pretrained.build import build
+from indiclip.pretrained.build import build, naming
 from indiclip.pretrained.init_from import fill
 from indiclip.pretrained.model_names import library_of
 from indiclip.pretrained.read import read_weights
@@ -40,7 +40,8 @@ def load(
     arguments = build(found.config, found.origin, trust_code)
     if not {"backbone", "text"} <= arguments.keys():
         raise ValueError(f"{path}: is no dual encoder; model.encoder.init_from trains with what it has")
-    encoder = Encoder(**arguments)
+    with naming(found.origin):
+        encoder = Encoder(**arguments)
     fill(encoder, found)
     encoder.initial_logits, encoder.initialised = found.logits(), found.notes
     return encoder.to(device).eval().requires_grad_(False)

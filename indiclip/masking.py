@@ -3,6 +3,8 @@
 Every writer of URLs, messages and config values calls `mask`; `mask_written` is for what a config keeps.
 """
 
+import html
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -15,7 +17,7 @@ _URL = re.compile(
 )
 _SIGNED = re.compile(r"[?&#][^=&]*(sig|token|key|secret|pass|credential)[^=&]*=", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
-_known: dict[str, str] = {}  # value -> how a config names it
+_known: dict[str, str] = {}  # a spelling of a value -> how a config names it
 
 
 def remember_variables(written: Iterable[str]) -> None:
@@ -23,7 +25,7 @@ def remember_variables(written: Iterable[str]) -> None:
     for name in {name for text in written for name in _VARIABLE.findall(text)}:
         value = os.environ.get(name, "")
         if len(value) >= _LEAST and not os.path.exists(value):  # noqa: PTH110 (any text, also one too long for a path)
-            _known[value] = f"${{oc.env:{name}}}"
+            _known.update(dict.fromkeys(_spellings(value), f"${{oc.env:{name}}}"))
 
 
 def mask(text: str) -> str:
@@ -55,6 +57,14 @@ def is_masked(text: str) -> bool:
 def without_secrets(url: str) -> str:
     """The part of a URL that names the file: no password, no signature, no mark in their place."""
     return mask(url).replace(f"://{MASK}@", "://").partition("?")[0].partition("#")[0]
+
+
+def _spellings(value: str) -> set[str]:
+    """A value as text, HTML and JSON have it."""
+    in_json = {json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (True, False)}
+    in_html = html.escape(value)
+    in_jinja = in_html.replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+    return {value, in_html, in_jinja, *in_json}
 
 
 def _masked(found: re.Match[str]) -> str:

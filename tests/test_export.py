@@ -58,6 +58,8 @@ def test_batch_norm_is_folded_into_the_projection_and_a_length_cut_off_exactly(p
 
 def test_a_target_is_found_by_its_file():
     assert {"timm", "siglip", "siglip2", "open_clip"} <= {*target_names()}
+    command_help = (Path(indiclip.__file__).parent / "commands" / "commands.yaml").read_text().partition("--to: ")[2]
+    assert not [name for name in target_names() if name not in command_help.partition("\n")[0]]
     for name in target_names():
         assert find_target(name).bound <= 1e-5
     with pytest.raises(ValueError, match="--to: found 'open-clip'; nearest is 'open_clip'"):

@@ -120,7 +120,7 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
             "compares with our encoder on the padded images; on each image alone they are "
             f"{beside:.2g} of the largest feature apart.",
             "All patches see each other, as in training. Windows save memory on large images and give other features: "
-            "model.backbone.net.window_size=14 model.backbone.net.window_block_indexes=[0,1,3,4,6,7,9,10].",
+            "model.backbone.net.window_size=14 model.backbone.net.window_block_indexes=[0,1,3,4,6,7,9,10] (of 12).",
         ]
         return Reloaded(theirs, ours=ours, notes=notes, measured={"padding": {"difference": float(beside)}})
 

@@ -24,6 +24,13 @@ _ROOMS = ("indiclip.backbone", "indiclip.text", "indiclip.transformers_backbone"
 _FETCHED = ("pretrained", "source")  # arguments that name weights or files
 # What timm reads itself before it makes a model: weights, their place, wrappers.
 _OF_TIMM = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
+_OF_ENCODER: dict[str, type] = {
+    "backbone": Backbone,
+    "text": TextTower,
+    "image_projection": Projection,
+    "text_projection": Projection,
+    "lora": LoRA,
+}
 NEWER = "was it written by a newer IndiCLIP?"
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -39,12 +46,29 @@ def build(config: Mapping[str, Any], origin: str, trust_code: bool = False) -> d
     Raises:
         ValueError: It names foreign classes, weights or files.
     """
-    with _offline(not trust_code):
+    with naming(origin), _offline(not trust_code):
         arguments = {name: _build(value, origin, trust_code) for name, value in config.items()}
-    for name, made in {"image_projection": Projection, "text_projection": Projection, "lora": LoRA}.items():
-        if isinstance(value := arguments.get(name), Mapping):
-            arguments[name] = _call(made, value, origin)
+        for name, made in _OF_ENCODER.items():
+            value = arguments.get(name)
+            if made in (Projection, LoRA) and isinstance(value, Mapping):
+                arguments[name] = _call(made, value, origin)
+            elif value is not None and not isinstance(value, made):
+                raise ValueError(f"{origin}: {name}: found {shorten(value)}; expected a {made.__name__}")
     return arguments
+
+
+@contextmanager
+def naming(origin: str) -> Iterator[None]:
+    """Whatever a model's configuration makes other code raise, as a ValueError of one line that names the model."""
+    try:
+        yield
+    except (ImportError, FileNotFoundError):  # these name what is to be installed or brought
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and origin in str(error):
+            raise
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{origin}: its encoder cannot be built: {words}") from error
 
 
 def _build(value: Any, origin: str, trust_code: bool) -> Any:

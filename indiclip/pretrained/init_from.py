@@ -124,14 +124,15 @@ def _fill(
         if name in own:
             own[name], note = fit_tensor(name, weights.tensors[name], own[name], weights.origin)
             notes += [note] if note else []
+    pools = _other_pools(encoder, weights, parts, allow)
     for kind, names in {"stay initial": missing, "are unused": unused}.items():
         wrong = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allow)]
         if wrong:
             raise ValueError(
-                f"model.encoder.init_from: {weights.origin}: {len(wrong)} tensors {kind}: {_listed(wrong)}; `allow` "
-                "names those that may"
+                f"model.encoder.init_from: {weights.origin}: {len(wrong)} tensors {kind}: {_listed(wrong)}; "
+                + "; ".join(["`allow` names those that may", *pools])
             )
-    differing = differing_traits(encoder, weights.config, parts) + _other_pools(encoder, weights, parts, allow)
+    differing = differing_traits(encoder, weights.config, parts) + pools
     if differing:
         raise ValueError(f"model.encoder.init_from: {weights.origin}: computes something else: {'; '.join(differing)}")
     taken = len([name for name in sources if name in own]) + len(weights.logits() if "logit_scale" in parts else ())
