@@ -87,7 +87,8 @@ def _build(value: Any, origin: str, trust_code: bool) -> Any:
             if arguments.get(key):
                 raise ValueError(f"{origin}: asks for {key} {arguments[key]!r}; pass trust_code=True to fetch it")
         check_options(arguments.get("options") or {}, origin)
-        _check_architecture(arguments.get("architecture") or {}, origin)
+        side = "text" if issubclass(made, TextTower) else "backbone"
+        _check_architecture(arguments.get("architecture") or {}, f"{origin}: {side}.architecture")
     arguments = {key: _build(item, origin, trust_code) for key, item in arguments.items()}
     return _call(getattr(importlib.import_module(module), name), arguments, origin)
 
@@ -109,7 +110,7 @@ def check_options(options: Any, origin: str) -> None:
             raise ValueError(f"{origin}: backbone.options.{key}: found {shorten(value)}; {expected}")
 
 
-def _check_architecture(architecture: Mapping[str, Any], origin: str) -> None:
+def _check_architecture(architecture: Mapping[str, Any], where: str) -> None:
     """Raise ValueError for a transformers configuration with keys that its type does not declare."""
     if not architecture:
         return
@@ -117,12 +118,12 @@ def _check_architecture(architecture: Mapping[str, Any], origin: str) -> None:
 
     kind = str(architecture.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"{origin}: architecture.model_type: transformers has no {kind!r}")
+        raise ValueError(f"{where}.model_type: transformers has no {kind!r}")
     known = architecture_keys(kind)
     for key, value in architecture.items():
         if key not in known or not _is_plain(value):
             expected = f"expected a plain key of {kind}"
-            raise ValueError(f"{origin}: architecture.{key}: found {shorten(value)}; {expected}")
+            raise ValueError(f"{where}.{key}: found {shorten(value)}; {expected}")
 
 
 def _is_plain(value: Any) -> bool:
