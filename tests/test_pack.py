@@ -192,6 +192,7 @@ def test_nothing_is_overwritten_and_mistakes_are_one_line(pairs, tmp_path, capsy
         (pairs, ["--name", "a/b"], "--name: found 'a/b'"),
         (pairs, ["--name", "x", "--size", "5 apples"], "argument --size: found '5 apples'; expected a size such as"),
         (pairs, ["--name", "x", "--smaples", "5"], "--smaples: no such option; nearest is '--samples'"),
+        (pairs, ["--nmae", "x"], "--nmae: no such option; nearest is '--name'"),  # an option that must be there
     ):
         assert pack(source, tmp_path / "out", *words) == 2, message
         error = capsys.readouterr().err

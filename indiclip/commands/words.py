@@ -48,6 +48,10 @@ def _run(title: str, command: dict[str, Any], argv: list[str]) -> int:
     if _ASKING & {*argv}:  # also behind an option, which argparse would give it as a value
         parser.print_help()
         return 0
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for word in [] if command.get("passes_on") else argv:  # before argparse misses what the word should have been
+        if word.startswith("--") and (flag := word.partition("=")[0]) not in flags:
+            parser.error(f"{flag}: no such option{did_you_mean(flag, flags)}")
     options, others = parser.parse_known_args(argv)
     if command.get("passes_on"):
         options.others = others
@@ -58,7 +62,6 @@ def _run(title: str, command: dict[str, Any], argv: list[str]) -> int:
             many = any(action.nargs in ("*", "+") for action in named)
             how = f"every {expected} in one place, not among the options" if many else f"one {expected}"
             parser.error(f"found {others[0]!r} too; expected {how if expected else 'options alone'}")
-        flags = [flag for action in parser._actions for flag in action.option_strings]
         parser.error(f"{others[0]}: no such option{did_you_mean(others[0], flags)}")
     with leaving_at_once():
         function = pkgutil.resolve_name(command["run"])  # imported now, so that nobody waits for a help or a mistake
