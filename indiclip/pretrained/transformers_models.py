@@ -10,7 +10,6 @@ from torch import Tensor
 
 from indiclip.names import did_you_mean
 from indiclip.pooling import Projection
-from indiclip.pretrained.build import naming
 from indiclip.pretrained.hub import HUB, hub_folder
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.transformers_files import read_tokenizer, read_transformers_tensors
@@ -40,8 +39,7 @@ def read_transformers(what: str) -> Weights:
     said = read_config(file)
     kind = said.get("model_type")
     if kind in MODEL_TYPES:
-        with naming(origin):  # of values that the configuration's class lets through
-            return _dual(folder, origin)
+        return _dual(folder, origin)
     if kind in IMAGE_TYPES:
         return read_image_model(folder, origin)
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
