@@ -75,6 +75,8 @@ class TorchvisionDetector(Head):
             self.detector = build_detector(kind, self._maps, self.num_classes + self.first_label, **self.options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"heads.{self.name}.options: {error}") from error
+        if self.kind == "FCOS":  # its distances, in sizes of anchors, go through a ReLU: at 0 some never come alive
+            nn.init.ones_(cast(Any, self.detector).head.regression_head.bbox_reg.bias)
         self._images = _GivenImages()
         cast(Any, self.detector).transform = self._images
         self.metric = DetectionMetric()

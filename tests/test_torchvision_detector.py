@@ -113,6 +113,15 @@ def test_a_backbone_of_one_canvas_size_has_the_same_maps():
         torch.testing.assert_close(head._maps.given[name][:1], level, atol=1e-5, rtol=1e-4)
 
 
+def test_every_distance_of_fcos_has_a_gradient_at_the_start():
+    """torchvision's begin on both sides of a ReLU: where all are 0, as after some steps on photos, they stay so."""
+    encoder, batch = tiny_encoder(), batch_of()
+    head = head_of(encoder, "FCOS")
+    head.loss(encoder.features(batch["images"]), batch, encoder)  # leaves the maps
+    towers = head.detector.head(list(head._maps.given.values()))
+    assert (towers["bbox_regression"] > 0).all()
+
+
 def test_crowds_and_flat_boxes_are_no_targets():
     encoder, batch = tiny_encoder(), batch_of()
     head = head_of(encoder, "FasterRCNN")
