@@ -22,6 +22,7 @@ from PIL import Image
 
 from indiclip.cli import main
 from indiclip.commands.sources import unique_keys
+from indiclip.commands.words import run_command
 from indiclip.datasets.captions import CaptionTable
 from indiclip.webdataset import cache, tar_index
 from indiclip.webdataset.box_shards import BoxShards
@@ -486,3 +487,10 @@ def test_words_that_make_no_sense_are_one_line(tmp_path, capsys):
     pairs.write_bytes(b"a\0kite")
     assert pack(pairs.parent, tmp_path / "out") == 1
     assert r"the caption is 'a\x00kite'; expected text" in capsys.readouterr().out
+
+
+def test_behind_two_dashes_nothing_is_an_option(tmp_path, capsys):
+    assert run_command(["shards", "pack", "--out", str(tmp_path / "out"), "--name", "x", "--", "--odd"]) == 2
+    error = capsys.readouterr().err
+    assert "--odd" in error
+    assert "no such option" not in error

@@ -32,7 +32,8 @@ def run(
     """Returns the exit status."""
     given = {"classes": classes, "templates": templates, "int8": int8}
     options = {name: value for name, value in given.items() if value}
-    find_target(to, options), check_new(out)  # before anything is read
+    find_target(to, options)  # before anything is read
+    check_new(out)
     with _quiet():
         opened = open_source(source, weights, length, trust_code)
         print(f"weights: {opened.chosen}")

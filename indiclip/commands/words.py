@@ -49,7 +49,8 @@ def _run(title: str, command: dict[str, Any], argv: list[str]) -> int:
         parser.print_help()
         return 0
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    for word in [] if command.get("passes_on") else argv:  # before argparse misses what the word should have been
+    words = [] if command.get("passes_on") else argv[: argv.index("--")] if "--" in argv else argv
+    for word in words:  # before argparse misses what the word should have been
         if word.startswith("--") and (flag := word.partition("=")[0]) not in flags:
             parser.error(f"{flag}: no such option{did_you_mean(flag, flags)}")
     options, others = parser.parse_known_args(argv)
