@@ -1,4 +1,4 @@
-"""Names of commit 67a1ab8 and what they are called now, so that old configs and checkpoints go on working."""
+"""Names of earlier versions and what they are called now, so that old configs and checkpoints go on working."""
 
 import re
 import warnings
@@ -10,30 +10,36 @@ import yaml
 
 _TABLES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 MODULES = _TABLES["modules"]
-_NAMES = _TABLES["classes"] | MODULES
+_MOVED = _TABLES["moved"]
+_NAMES = _MOVED | _TABLES["classes"] | MODULES
 _OLD_BETAS = [0.9, 0.98]  # AdamW's, when `betas` was a key of the model
 _OLD_SOURCE = {"group_by_length": True}  # of every source, when there was no such option
 _OLD_BACKBONES = {name: set(arguments) for name, arguments in _TABLES["backbones"].items()}
 _OLD_INTERPOLATION = {"interpolation": "bilinear"}  # of every backbone, when it was no argument
 
 
-def translated(name: str) -> str:
+def translated(name: str, names: dict[str, str] = _NAMES) -> str:
     """Today's path of a class or module; a path that never changed, and any other string, as it is."""
     first, rest = name, ""
-    while first and first not in _NAMES:
+    while first and first not in names:
         first, dot, last = first.rpartition(".")
         rest = f"{dot}{last}{rest}"
-    return _NAMES.get(first, first) + rest
+    return names.get(first, first) + rest
 
 
 def translate_config(value: Any) -> Any:
     """A config as read from a YAML, or a part of one, with today's names and keys.
 
-    Where any of them was another one, the config is of that commit, and its sources get the options that make the same
-    batches: a run that goes on must see the samples that it would have seen.
+    Where any of them was one of that commit alone, the config is of it, and its sources get the options that make the
+    same batches: a run that goes on must see the samples that it would have seen.
     """
-    found = _renamed(value)
-    is_old = found != value
+    today = _renamed(value, _MOVED)
+    found = _renamed(today, _NAMES)
+    model = found.get("model") if isinstance(found, dict) else None
+    if isinstance(model, dict) and (betas := model.pop("betas", None)) not in (None, _OLD_BETAS):
+        arguments = {"lr": 1e-3, "betas": betas, "weight_decay": 0.05, "fused": True}
+        model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": arguments}
+    is_old = found != today
     for backbone in _named_backbones(found):
         # All arguments of that time are there: a run wrote it. In what a user writes, none is the model's own.
         if backbone["init_args"].keys() >= _OLD_BACKBONES[backbone["class_path"]]:
@@ -52,18 +58,12 @@ def translate_config(value: Any) -> Any:
     return found
 
 
-def _renamed(value: Any) -> Any:
+def _renamed(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, str):
-        return translated(value)
+        return translated(value, names)
     if isinstance(value, list):
-        return [_renamed(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {key: _renamed(item) for key, item in value.items()}
-    if isinstance(model := found.get("model"), dict) and (betas := model.pop("betas", None)) not in (None, _OLD_BETAS):
-        arguments = {"lr": 1e-3, "betas": betas, "weight_decay": 0.05, "fused": True}
-        model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": arguments}
-    return found
+        return [_renamed(item, names) for item in value]
+    return {key: _renamed(item, names) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _named_backbones(value: Any) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,8 @@ from helpers import ARCHITECTURE
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.pooling import Projection
-from indiclip.text import ByteTokenizer, FastTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 TEXT |= {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 80}

@@ -13,7 +13,8 @@ from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.loading.collate import pack
 from indiclip.preprocessing import Preprocessing
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.types import Batch, Features, Images
 
 ARCHITECTURE = {

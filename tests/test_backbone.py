@@ -5,7 +5,8 @@ import timm
 import torch
 from helpers import batch_images, noise
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
+from indiclip.timm_backbone import TimmBackbone
 
 
 def test_padding_does_not_change_an_image():
@@ -101,7 +102,7 @@ def test_canvas_holds_the_normalised_pixels():
         (lambda: NaFlexViT(width=64), "give `size`, `name`, or all of"),
         (lambda: NaFlexViT(width=64, depth=1, num_heads=3), "backbone.num_heads: 3 does not divide the width 64"),
         (lambda: NaFlexViT(name="vit_tiny_patch16_225"), "no model 'vit_tiny_patch16_225'; nearest is"),
-        (lambda: NaFlexViT(name="convnext_atto"), "no plain ViT; use indiclip.backbone.TimmBackbone"),
+        (lambda: NaFlexViT(name="convnext_atto"), "no plain ViT; use indiclip.timm_backbone.TimmBackbone"),
         (lambda: NaFlexViT(size="tiny", pretrained=True), "backbone.pretrained: needs `name`"),
         (lambda: TimmBackbone("convnext_atto", (33, 32), 8), "must be multiples of backbone.patch_size 8"),
     ],

@@ -12,11 +12,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import indiclip
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.pretrained.read import read_weights
+from indiclip.timm_backbone import TimmBackbone
 
 VIT = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 TEXT_CFG = {"context_length": 12, "width": 32, "heads": 2, "layers": 1}
@@ -93,7 +94,8 @@ def test_an_image_tower_by_timm_s_names(tmp_path, name):
 def given_text():
     from helpers import ARCHITECTURE
 
-    from indiclip.text import ByteTokenizer, TextTower
+    from indiclip.text import TextTower
+    from indiclip.tokenizers import ByteTokenizer
 
     return TextTower(ByteTokenizer(), ARCHITECTURE)
 

@@ -28,7 +28,7 @@ ENCODER = {
         "init_args": {"width": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "max_tokens": 64},
     },
     "text": {
-        "tokenizer": {"class_path": "indiclip.text.ByteTokenizer"},
+        "tokenizer": {"class_path": "indiclip.tokenizers.ByteTokenizer"},
         "architecture": {
             "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
             "intermediate_size": 64,
@@ -375,8 +375,8 @@ def test_load_says_what_is_wrong_and_imports_no_foreign_code(tmp_path):
         ("indiclip.checkpoint.load", {"path": "inner.ckpt", "trust_code": True}, "names indiclip.checkpoint.load"),
         ("indiclip.text.describe", {"part": 1}, "names indiclip.text.describe"),
         ("indiclip.text.importlib", {}, "names indiclip.text.importlib"),
-        ("indiclip.text.FastTokenizer", {"source": "someone/theirs"}, "asks for source 'someone/theirs'"),
-        ("indiclip.backbone.TimmBackbone", {"name": "x", "pretrained": True}, "asks for pretrained True"),
+        ("indiclip.tokenizers.FastTokenizer", {"source": "someone/theirs"}, "asks for source 'someone/theirs'"),
+        ("indiclip.timm_backbone.TimmBackbone", {"name": "x", "pretrained": True}, "asks for pretrained True"),
     ],
 )
 def test_a_checkpoint_calls_nothing_but_parts_of_an_encoder(class_path, arguments, message, tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ from helpers import features_of, on_ranks, packed, tiny_encoder
 from heads.counting import Counting, CountMetric, CountQueries, count_losses, heat_map
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.types import Batch, Features, Origin
 
 WIDTH = 32

@@ -11,11 +11,12 @@ import torch
 from helpers import ARCHITECTURE, noise, tiny_encoder
 from PIL import Image
 
-from indiclip.backbone import TimmBackbone
 from indiclip.encoder import Encoder
 from indiclip.evals.models.embedder import TEXT_CHUNK, EncoderEmbedder, View, load_embedder
 from indiclip.images import EncodedImage
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 
 
 def encoded(image, kind="PNG", **options):

@@ -20,7 +20,8 @@ from indiclip.pooling import Projection
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import fill
 from indiclip.pretrained.weights import Weights
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 
 TEXTS = ["a kite", "मसाला डोसा", ""]
 

@@ -12,13 +12,14 @@ from export_runs import CLIP_OPTIONS, SIGLIP_OPTIONS, TEXT, filled, siglip_text,
 from helpers import ARCHITECTURE
 from PIL import Image
 
-from indiclip.backbone import TimmBackbone
 from indiclip.encoder import Encoder
 from indiclip.export.exporter import export
 from indiclip.export.source import Source
 from indiclip.export.target import find_target
 from indiclip.pooling import Projection
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")

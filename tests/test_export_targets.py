@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import indiclip
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.evals.models.embedder import load_embedder
 from indiclip.export.exporter import Refused, export
@@ -27,7 +27,9 @@ from indiclip.export.target import find_target
 from indiclip.pooling import Projection
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.pretrained.read import READERS
-from indiclip.text import ByteTokenizer, FastTokenizer, SiglipTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SiglipTokenizer
 
 TARGETS = ("timm", "siglip", "siglip2", "open_clip", "torchvision")
 IMAGES_ONLY = ("timm", "torchvision")

@@ -13,14 +13,16 @@ from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.export.exporter import export
 from indiclip.export.parity import grids, measure
 from indiclip.export.source import Source
 from indiclip.export.target import find_target
 from indiclip.export.torchvision_backbone import build_detector, load, unpadded
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 
 
 def vit(**options):

@@ -21,7 +21,8 @@ from indiclip.export.source import Source, open_source
 from indiclip.export.target import find_target
 from indiclip.json_lines import read
 from indiclip.pretrained.init_from import InitFrom
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))

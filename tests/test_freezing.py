@@ -8,11 +8,13 @@ from test_module import four_tasks, mela_data, trainer
 
 from heads.contrastive import Contrastive
 from heads.detection import Detection
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.training.callbacks import gradient_numbers
 
 

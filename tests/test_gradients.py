@@ -6,8 +6,10 @@ from helpers import batch_images, noise
 from test_cli import config
 from test_step_sync import two_ranks
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.backbone import NaFlexViT
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 
 VIT = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 SWIN = {"img_size": 64, "depths": [1, 1, 1, 1], "embed_dim": 16, "num_heads": [1, 1, 2, 2]}
@@ -76,7 +78,7 @@ def test_such_towers_train_on_two_ranks_also_where_a_part_is_frozen_or_adapted(t
     tree = config()
     encoder = tree["model"]["encoder"]
     encoder["backbone"] = {
-        "class_path": "indiclip.backbone.TimmBackbone",
+        "class_path": "indiclip.timm_backbone.TimmBackbone",
         "init_args": {"name": "swin_tiny_patch4_window7_224", "canvas_hw": [64, 64], "patch_size": 8, "options": SWIN},
     }
     encoder["text"]["architecture"] = {"model_type": "siglip_text_model"} | SMALL

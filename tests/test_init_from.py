@@ -13,7 +13,8 @@ import indiclip
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.pretrained.init_from import InitFrom
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.training.cli import run
 
 
@@ -195,7 +196,7 @@ HOSTILE = [
     (("text", "architecture"), {"model_type": "evil"}, "transformers has no 'evil'"),
     (
         ("text", "tokenizer"),
-        {"class_path": "indiclip.text.FastTokenizer", "init_args": {"source": "evil/model"}},
+        {"class_path": "indiclip.tokenizers.FastTokenizer", "init_args": {"source": "evil/model"}},
         "source",
     ),
 ]

@@ -7,11 +7,13 @@ from helpers import ARCHITECTURE
 from timm.optim import param_groups_layer_decay
 
 from heads.contrastive import Contrastive
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 
 
 def scales_of(module, layer_decay=0.5, **options):

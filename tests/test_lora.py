@@ -8,12 +8,14 @@ from test_gradients import BACKBONES, TEXTS, without_gradient
 
 import indiclip
 from heads.contrastive import Contrastive
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.lora import LoRA
 from indiclip.module import MultiTask
 from indiclip.pretrained.init_from import InitFrom
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 
 TEXTS_TO_READ = ["a kite", "पतंग"]
 

@@ -14,7 +14,6 @@ from heads.counting import Counting
 from heads.densepose import DensePose
 from heads.detection import Detection
 from indiclip import optim
-from indiclip.backbone import TimmBackbone
 from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
@@ -23,7 +22,9 @@ from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
 from indiclip.preprocessing import Preprocessing
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 
 SMALL = {"task": "scenes", "out_channels": 32, "num_convs": 1, "scales": [1.0, 0.5], "num_classes": 17}
 

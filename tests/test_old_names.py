@@ -17,7 +17,7 @@ from indiclip.training.cli import run
 
 # Dotted names of that commit that YAMLs, checkpoints and messages could hold.
 OLD = {
-    "indiclip.backbone.FixedSize": "indiclip.backbone.TimmBackbone",
+    "indiclip.backbone.FixedSize": "indiclip.timm_backbone.TimmBackbone",
     "indiclip.callbacks.TaskGradients": "indiclip.training.callbacks.TaskGradients",
     "indiclip.data.captions.CaptionTable": "indiclip.datasets.captions.CaptionTable",
     "indiclip.data.coco.CocoDetection": "indiclip.datasets.coco.CocoDetection",
@@ -48,6 +48,12 @@ def test_old_class_paths_lead_to_classes(old):
     assert old_names.translated(old) == OLD[old]
     module, _, name = OLD[old].rpartition(".")
     assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+@pytest.mark.parametrize("path", old_names._MOVED.values())
+def test_moved_classes_are_there(path):
+    module, _, name = path.rpartition(".")
+    assert getattr(importlib.import_module(module), name).__module__ == module
 
 
 def test_every_module_of_the_table_is_there():
@@ -99,7 +105,7 @@ def test_an_old_run_goes_on_exactly_and_its_encoder_is_the_same(tmp_path):
     backbone["options"] = {"depths": [1, 1, 1, 1], "dims": [16, 16, 24, 32]}
     tree = config(
         model__heads=heads,
-        model__encoder__backbone={"class_path": "indiclip.backbone.TimmBackbone", "init_args": backbone},
+        model__encoder__backbone={"class_path": "indiclip.timm_backbone.TimmBackbone", "init_args": backbone},
     )
     for part in ("train", "val"):
         tree["data"][part][0]["dataset"]["init_args"] |= {"layout": "mixed"}
@@ -144,16 +150,16 @@ def test_old_betas_become_the_optimizers():
 @pytest.mark.parametrize(
     ("kind", "arguments", "old"),
     [
-        ("NaFlexViT", dict(name="test_vit", **NAFLEX), True),
-        ("NaFlexViT", dict(name="test_vit", **NAFLEX, interpolation=None), False),  # of today
-        ("NaFlexViT", {"name": "test_vit", "patch_size": 16}, False),  # a user's: the model's own
-        ("NaFlexViT", dict(name=None, **NAFLEX), False),  # from scratch, it is bilinear anyway
-        ("TimmBackbone", TIMM, True),
-        ("TimmBackbone", {"name": "test_vit"}, False),
+        ("backbone.NaFlexViT", dict(name="test_vit", **NAFLEX), True),
+        ("backbone.NaFlexViT", dict(name="test_vit", **NAFLEX, interpolation=None), False),  # of today
+        ("backbone.NaFlexViT", {"name": "test_vit", "patch_size": 16}, False),  # a user's: the model's own
+        ("backbone.NaFlexViT", dict(name=None, **NAFLEX), False),  # from scratch, it is bilinear anyway
+        ("timm_backbone.TimmBackbone", TIMM, True),
+        ("timm_backbone.TimmBackbone", {"name": "test_vit"}, False),
     ],
 )
 def test_a_named_backbone_of_an_old_run_stays_bilinear(kind, arguments, old):
-    backbone = {"class_path": f"indiclip.backbone.{kind}", "init_args": arguments}
+    backbone = {"class_path": f"indiclip.{kind}", "init_args": arguments}
     for tree in ({"model": {"encoder": {"init_args": {"backbone": backbone}}}}, {"backbone": backbone}):
         found = old_names.translate_config(tree)
         made = found["backbone"] if "backbone" in found else found["model"]["encoder"]["init_args"]["backbone"]
@@ -178,6 +184,7 @@ def source(class_path, **options):
         ([source("indiclip.data.coco.CocoDetection")], True),  # `--data.train`
         ({"data": {"train": [source("indiclip.data.coco.CocoDetection", group_by_length=False)]}}, False),
         ({"data": {"train": [source("indiclip.datasets.coco.CocoDetection")]}}, None),
+        ({"x": "indiclip.backbone.TimmBackbone", "data": {"train": [source("my.Own")]}}, None),  # moved later
     ],
 )
 def test_sources_of_an_old_config_make_batches_of_similar_length(tree, grouped):

@@ -49,7 +49,7 @@ def of_shards(urls, classes=None, tokenizer=None):
     dataset = {"class_path": "indiclip.webdataset.shards.Shards", "init_args": {"urls": urls, "classes": classes}}
     tree = config(data__train__0__dataset=dataset, data__val__0__dataset=dataset)
     if tokenizer:
-        fast = {"class_path": "indiclip.text.FastTokenizer", "init_args": {"source": tokenizer}}
+        fast = {"class_path": "indiclip.tokenizers.FastTokenizer", "init_args": {"source": tokenizer}}
         tree["model"]["encoder"]["text"]["tokenizer"] = fast
     return tree
 
@@ -121,12 +121,12 @@ def read_config_of(tree, folder):
 def test_weights_to_begin_with_are_not_needed_again(tmp_path, monkeypatch):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=2000, **sizes)).save_pretrained(tmp_path / "bert")
-    tokenizer = {"class_path": "indiclip.text.FastTokenizer", "init_args": {"source": "me/on-the-hub"}}
+    tokenizer = {"class_path": "indiclip.tokenizers.FastTokenizer", "init_args": {"source": "me/on-the-hub"}}
     tree = config()
     text = {"pretrained": str(tmp_path / "bert"), "architecture": None, "tokenizer": tokenizer}
     tree["model"]["encoder"]["text"] |= text
     with monkeypatch.context() as patch:
-        patch.setattr("indiclip.text._hub_tokenizer", lambda _: RustTokenizer.from_file(MELA))
+        patch.setattr("indiclip.tokenizers._hub_tokenizer", lambda _: RustTokenizer.from_file(MELA))
         assert fit(tmp_path, tree) == 0
     shutil.rmtree(tmp_path / "bert")
     folder = tmp_path / "runs" / "experiment"

@@ -19,7 +19,8 @@ from indiclip.encoder import Encoder
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData, Source
 from indiclip.module import MultiTask
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.training import run_folder
 from indiclip.training.cli import run
 from indiclip.training.fault_tolerance.checkpoints import Checkpoints, DurableCheckpointIO

@@ -58,7 +58,9 @@ ARROWS = {
     "patches.py": "types",
     "preprocessing.py": "types names images patches",
     "backbone.py": "types names preprocessing",
-    "text.py": "names text_cleaning",
+    "timm_backbone.py": "types names preprocessing backbone",
+    "tokenizers.py": "names text_cleaning",
+    "text.py": "names tokenizers",
     "text_cleaning.py": "names",
     "transformers_backbone.py": "types names preprocessing backbone text",
     "pooling.py": "names",
@@ -68,7 +70,10 @@ ARROWS = {
     "surface_charts.py": "types",
     "head.py": "types names distributed",
     "detection_metric.py": "head",
-    "pretrained": "names lora old_names backbone text transformers_backbone pooling preprocessing datasets.tables",
+    "pretrained": (
+        "names lora old_names backbone timm_backbone transformers_backbone tokenizers text pooling preprocessing"
+        " datasets.tables"
+    ),
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
@@ -85,10 +90,13 @@ ARROWS = {
         "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
         " lightning_internals encoder head module datasets loading evals"
     ),
-    "export": "types names masking datasets.tables patches preprocessing backbone text pooling encoder pretrained",
+    "export": (
+        "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"
+        " encoder pretrained"
+    ),
     "commands": (
-        "types names masking config_files distributed json_lines images preprocessing text datasets webdataset loading"
-        " evals training export"
+        "types names masking config_files distributed json_lines images preprocessing tokenizers text datasets"
+        " webdataset loading evals training export"
     ),
 }
 

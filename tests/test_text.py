@@ -8,7 +8,8 @@ from helpers import ARCHITECTURE
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, pre_tokenizers
 
-from indiclip.text import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, TextTower, describe
+from indiclip.text import TextTower, describe
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer
 
 
 def test_bytes_are_utf8_between_start_and_end():

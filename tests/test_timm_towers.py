@@ -15,13 +15,15 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.timm_models import image_tower
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

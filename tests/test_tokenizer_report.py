@@ -150,7 +150,7 @@ def test_held_out_only(capsys, tmp_path):
 
 
 def test_a_config_has_its_own_tokenizer_and_context_length(capsys, texts, tmp_path):
-    bytes_of_200 = "{class_path: indiclip.text.ByteTokenizer, init_args: {context_length: 200}}"
+    bytes_of_200 = "{class_path: indiclip.tokenizers.ByteTokenizer, init_args: {context_length: 200}}"
     (tmp_path / "x.yaml").write_text(f"model: {{encoder: {{text: {{tokenizer: {bytes_of_200}}}}}}}")
     _, out, _ = report(capsys, tmp_path / "x.yaml", "--text", texts)
     assert "x.yaml (259 ids)" in out

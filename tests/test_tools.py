@@ -19,7 +19,7 @@ from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.coco import CocoDetection
 from indiclip.datasets.points import CountingPoints
 from indiclip.generated.mela import Mela
-from indiclip.text import ByteTokenizer, FastTokenizer
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer
 from indiclip.webdataset.shards import Shards
 
 TOOLS = Path(__file__).parents[1] / "tools"

@@ -17,13 +17,14 @@ from torchvision.models import detection
 
 import indiclip
 from heads.torchvision_detector import TorchvisionDetector
-from indiclip.backbone import TimmBackbone
 from indiclip.encoder import Encoder
 from indiclip.export.torchvision import as_torchvision
 from indiclip.export.torchvision_backbone import build_detector, load_detector
 from indiclip.generated.mela import Mela
 from indiclip.json_lines import read
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.types import Batch
 
 ROOT = Path(__file__).parent.parent

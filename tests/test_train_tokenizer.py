@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Siglip2Tokenize
 from indiclip.datasets.corpora import Text
 from indiclip.datasets.split import Split
 from indiclip.generated.mela import Mela
-from indiclip.text import FastTokenizer
+from indiclip.tokenizers import FastTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

@@ -37,7 +37,8 @@ from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.evals.images.items import ShardImages
 from indiclip.evals.models.embedder import EncoderEmbedder, load_embedder
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.webdataset.shards import Shards
 
 _BATCH, _PER_SHARD = 64, 10_000

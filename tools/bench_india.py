@@ -19,7 +19,8 @@ from indiclip.encoder import Encoder
 from indiclip.evals.bench import find_bench, run_bench
 from indiclip.evals.card_scorer import Options
 from indiclip.evals.models.embedder import EncoderEmbedder
-from indiclip.text import ByteTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 
 # Width, depth, heads, patch size.
 ENCODERS = {

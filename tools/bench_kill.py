@@ -74,7 +74,7 @@ def experiment(folder: Path, micro_batches: int) -> dict[str, Any]:
         )
     encoder = {
         "backbone": {"class_path": "indiclip.backbone.NaFlexViT", "init_args": backbone},
-        "text": {"tokenizer": {"class_path": "indiclip.text.ByteTokenizer"}, "architecture": text},
+        "text": {"tokenizer": {"class_path": "indiclip.tokenizers.ByteTokenizer"}, "architecture": text},
         "embed_dim": 32,
         "lengths": [16],
         "batch_norm": True,

@@ -31,7 +31,8 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.preprocessing import Preprocessing
-from indiclip.text import ByteTokenizer, FastTokenizer, TextTower, Tokenizer
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer, Tokenizer
 
 WIDTH, DEPTH, HEADS, PATCH, PIXELS = 192, 6, 3, 8, 96
 TEXT_WIDTH, TEXT_DEPTH, TEXT_HEADS, EMBED = 192, 4, 3, 256

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from indiclip.backbone import Backbone, TimmBackbone, join_prefix
+from indiclip.backbone import Backbone, join_prefix
 from indiclip.pretrained.build import build
 from indiclip.pretrained.timm_models import image_tower
+from indiclip.timm_backbone import TimmBackbone
 
 VIT_MODULES = [
     *("beit", "deit", "eva", "naflexvit", "vision_transformer", "vision_transformer_hybrid"),

@@ -5,8 +5,8 @@
 
 A byte-level BPE, so that no text is unknown to it. Words keep their leading space and are split nowhere else: vowel
 signs, viramas and joiners (ZWJ, ZWNJ) belong to them. A config reads it with
-`tokenizer: {class_path: indiclip.text.FastTokenizer, init_args: {source: <out>}}`, and transformers reads the folder
-with `AutoTokenizer.from_pretrained`, the file with `PreTrainedTokenizerFast(tokenizer_file=...)`.
+`tokenizer: {class_path: indiclip.tokenizers.FastTokenizer, init_args: {source: <out>}}`, and transformers reads the
+folder with `AutoTokenizer.from_pretrained`, the file with `PreTrainedTokenizerFast(tokenizer_file=...)`.
 
 With `--siglip2` it is of SigLIP 2's kind: lower case, a BPE of letters with bytes for those that were not seen, and an
 end token. `indiclip export --to siglip2` needs it: transformers reads the tokenizer of a SigLIP 2 folder as such a one.

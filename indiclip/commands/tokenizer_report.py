@@ -9,7 +9,7 @@ from indiclip.config_files import read_config
 from indiclip.datasets.corpora import read_texts
 from indiclip.datasets.tables import existing
 from indiclip.names import did_you_mean
-from indiclip.text import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, Tokenizer
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, Tokenizer
 
 _UNCUT = 10**9  # a context length that no text reaches
 _NAMES = ("bytes", "clip")

@@ -24,7 +24,8 @@ from indiclip.export.parity import TEXTS, noise, own_grid
 from indiclip.export.target import Loss, Reloaded
 from indiclip.export.to_timm import as_pixels
 from indiclip.export.tokenizer_files import transformers_tokenizer
-from indiclip.text import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer, TextTower
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer
 from indiclip.types import Images
 
 _FREE: Any = torch.export.Dim.DYNAMIC

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.export import open_clip_towers, target, to_timm
 from indiclip.export.fold import linear_projection
@@ -23,6 +23,7 @@ from indiclip.export.target import Loss, Reloaded, stretching_note
 from indiclip.export.tokenizer_files import tokenizer_losses, transformers_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.pretrained.open_clip_source import LOCAL, vision_cfg_of
+from indiclip.timm_backbone import TimmBackbone
 from indiclip.types import Images
 
 _CONFIG, _WEIGHTS, _TIMM = "open_clip_config.json", "open_clip_model.safetensors", "timm"

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from timm.models.naflexvit import NaFlexVitCfg
 from torch import Tensor, nn
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.export import target
 from indiclip.export.fold import linear_projection
 from indiclip.export.parity import own_grid
 from indiclip.export.target import Loss, Reloaded, stretching_note
+from indiclip.timm_backbone import TimmBackbone
 from indiclip.types import Images
 
 # Epsilon of the norms -> an architecture that has it, which no argument of timm's sets.

@@ -8,7 +8,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from indiclip.export.target import Loss
-from indiclip.text import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer, TextTower, Tokenizer
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer, Tokenizer
 
 # Names of the byte tokenizer's special tokens, which no text has.
 _BYTE_SPECIAL = ("<|byte_pad|>", "<|byte_start|>", "<|byte_end|>")

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from indiclip.backbone import NaFlexViT, TimmBackbone
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.export import torchvision_backbone
 from indiclip.export.new_folder import new_folder
 from indiclip.export.parity import noise, own_grid
 from indiclip.export.torchvision_backbone import PyramidBackbone, build_tower
 from indiclip.patches import unpatchify
+from indiclip.timm_backbone import TimmBackbone
 from indiclip.types import Images
 
 TOLERANCE = 1e-6  # largest difference of a feature, relative to the largest feature

@@ -18,9 +18,11 @@ from indiclip.backbone import Backbone
 from indiclip.lora import LoRA
 from indiclip.names import did_you_mean, shorten
 from indiclip.pooling import Projection
-from indiclip.text import TextTower, Tokenizer, architecture_keys
+from indiclip.text import TextTower, architecture_keys
+from indiclip.tokenizers import Tokenizer
 
-_ROOMS = ("indiclip.backbone", "indiclip.text", "indiclip.transformers_backbone")
+# Modules whose classes a checkpoint may name.
+_TRUSTED = {f"indiclip.{name}" for name in ("backbone", "timm_backbone", "transformers_backbone", "tokenizers", "text")}
 _FETCHED = ("pretrained", "source")  # arguments that name weights or files
 # What timm reads itself before it makes a model: weights, their place, wrappers.
 _OF_TIMM = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
@@ -80,7 +82,7 @@ def _build(value: Any, origin: str, trust_code: bool) -> Any:
         raise ValueError(f"{origin}: found {shorten(value)}; expected the name of a class and its arguments")
     module, _, name = path.rpartition(".")
     if not trust_code:
-        made = getattr(importlib.import_module(module), name, None) if module in _ROOMS else None
+        made = getattr(importlib.import_module(module), name, None) if module in _TRUSTED else None
         if not (isinstance(made, type) and issubclass(made, (Backbone, TextTower, Tokenizer))):
             raise ValueError(f"{origin}: names {path}; pass trust_code=True to import and call it")
         for key in _FETCHED:

@@ -12,7 +12,7 @@ import torch
 from timm.models import byobnet
 from torch import Tensor
 
-from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone
+from indiclip.backbone import Backbone, NaFlexViT
 from indiclip.names import check_choice
 from indiclip.pooling import Projection
 from indiclip.pretrained.model_names import read_config
@@ -21,6 +21,7 @@ from indiclip.pretrained.open_clip_texts import activation, norm_eps
 from indiclip.pretrained.timm_models import image_tower
 from indiclip.pretrained.weights import Weights
 from indiclip.text import describe
+from indiclip.timm_backbone import TimmBackbone
 
 _NAMES = [
     (r"class_embedding", "embeds.cls_token"),

@@ -13,7 +13,8 @@ from indiclip.pooling import Projection
 from indiclip.pretrained.open_clip_source import OpenClipSource
 from indiclip.pretrained.open_clip_tokenizers import open_clip_tokenizer
 from indiclip.pretrained.weights import Weights
-from indiclip.text import TextTower, Tokenizer, architecture_of, describe
+from indiclip.text import TextTower, architecture_of, describe
+from indiclip.tokenizers import Tokenizer
 
 _NAMES = [
     (r"token_embedding", "embeddings.token_embedding"),

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from indiclip.names import check_choice
 from indiclip.pretrained.open_clip_source import OpenClipSource
 from indiclip.pretrained.transformers_files import check_tokenizer
-from indiclip.text import FastTokenizer, SiglipTokenizer, Tokenizer
+from indiclip.tokenizers import FastTokenizer, SiglipTokenizer, Tokenizer
 
 _START, _END = "<start_of_text>", "<end_of_text>"
 _WORDS = rf"(?i:{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d)|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"

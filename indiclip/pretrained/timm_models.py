@@ -15,11 +15,12 @@ from timm.models import adapt_input_conv
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from indiclip.backbone import Backbone, NaFlexViT, TimmBackbone, check_timm_name
+from indiclip.backbone import Backbone, NaFlexViT, check_timm_name
 from indiclip.pretrained.build import check_options
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.weights import Weights, read_tensors, state_dict
 from indiclip.text import describe
+from indiclip.timm_backbone import TimmBackbone
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _PIXELS = ("mean", "std", "interpolation")

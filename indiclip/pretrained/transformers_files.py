@@ -10,7 +10,7 @@ from tokenizers import normalizers
 from torch import Tensor
 
 from indiclip.pretrained.weights import read_tensors
-from indiclip.text import FastTokenizer, SiglipTokenizer, Tokenizer
+from indiclip.tokenizers import FastTokenizer, SiglipTokenizer, Tokenizer
 
 TOKENIZER_FILES = (
     ("tokenizer.json",),
