@@ -72,13 +72,15 @@ def _sources_table(data: MultiTaskData) -> Table:
 
 
 def _parts_table(module: MultiTask) -> Table:
-    columns = ("part", "class", "parameters", "trained", "task", "weight")
-    table = Table(*columns, title="Model", title_justify="left")
     encoder = module.encoder
-    for name, part in (("encoder", encoder), ("- backbone", encoder.backbone), ("- text", encoder.text)):
-        table.add_row(name, type(part).__name__, *_sizes(part), "", "")
-    for head in module.each_head():
-        table.add_row(f"head: {head.name}", type(head).__name__, *_sizes(head), head.task, f"{head.weight:g}")
+    parts = [("encoder", encoder, "", ""), ("- backbone", encoder.backbone, "", ""), ("- text", encoder.text, "", "")]
+    parts += [(f"head: {head.name}", head, head.task, f"{head.weight:g}") for head in module.each_head()]
+    partly = _sizes(module)[1] != "all"
+    columns = ("parameters", "trained") if partly else ("parameters",)
+    table = Table("part", "class", *columns, "task", "weight", title="Model", title_justify="left")
+    for name, part, task, weight in parts:
+        sizes = _sizes(part)
+        table.add_row(name, type(part).__name__, *(sizes if partly else sizes[:1]), task, weight)
     return table
 
 
