@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -98,6 +99,7 @@ def test_files_of_one_name_are_told_apart_and_words_are_no_paths(tmp_path, monke
         (tmp_path / name).write_text("other" if name.startswith("b") else "same")
     model = {"x": "a/t.json", "y": "b/t.json", "z": "c/t.json", "pool": "mean", "teacher": "weights.pt"}
     model["weights"] = "timm:test_vit:weights.pt"
+    model["serialized"] = json.dumps({"split": "/", "vocabulary": "longer than any path " * 300})
     data = {"classes": ["mean", "photos"], "images": "photos", "part": "photos", "urls": "photos/*.tar", "n": 3}
     made = PortableConfig({"model": model, "data": data}, None, tmp_path / "run")
     (tmp_path / "run").mkdir()
@@ -106,6 +108,7 @@ def test_files_of_one_name_are_told_apart_and_words_are_no_paths(tmp_path, monke
     assert made.tree["model"] == {
         "x": f"{here}t.json}}", "y": f"{here}t-2.json}}", "z": f"{here}t.json}}",
         "pool": "mean", "teacher": f"{tmp_path}/weights.pt", "weights": f"timm:test_vit:{tmp_path}/weights.pt",
+        "serialized": model["serialized"],
     }  # fmt: skip
     assert made.tree["data"] == data | {"images": f"{tmp_path}/photos", "urls": f"{tmp_path}/photos/*.tar"}
     assert (tmp_path / "run/files/t-2.json").read_text() == "other"

@@ -69,7 +69,7 @@ class PortableConfig:
         if not isinstance(value, str):
             return value
         model, colon, file = value.rpartition(":")
-        if key[-1] == "weights" and colon and file and os.path.exists(_whole(file)):  # noqa: PTH110 (any text)
+        if key[-1] == "weights" and colon and file and _exists(file):
             return f"{model}:{_whole(file)}"  # timm:NAME:FILE
         if not _is_path(value, key):
             return mask_written(value, value)
@@ -108,14 +108,17 @@ def _is_path(value: str, key: tuple[str, ...]) -> bool:
     if "://" in value or key[-1] in _OF_RUN or not looks_like_one:
         return False
     start, *pattern = re.split(r"[*?\[{]", value, maxsplit=1)
-    return os.path.exists(_whole(value)) or bool(pattern and os.path.isdir(_whole(os.path.dirname(start))))  # noqa: PTH110, PTH112, PTH120 (also a text that is too long for a path)
+    return _exists(value) or bool(pattern and os.path.isdir(_whole(os.path.dirname(start))))  # noqa: PTH112, PTH120 (see `_exists`)
 
 
 def _is_needed(value: str, key: tuple[str, ...]) -> bool:
     """Whether the run's model or the names of its classes are made of it."""
-    path = Path(_whole(value))
-    of_model = key[0] == "model" and key[-1] not in _INITIAL and path.suffix not in _WEIGHTS
-    return path.exists() and (of_model or key[-1] == "classes")
+    of_model = key[0] == "model" and key[-1] not in _INITIAL and Path(value).suffix not in _WEIGHTS
+    return _exists(value) and (of_model or key[-1] == "classes")
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(_whole(path))  # noqa: PTH110 (any text: also one too long for a path, which pathlib refuses)
 
 
 def _whole(path: str) -> str:
