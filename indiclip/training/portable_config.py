@@ -104,7 +104,8 @@ class PortableConfig:
 
 def _is_path(value: str, key: tuple[str, ...]) -> bool:
     """Whether a value names something on the disk: a file, a folder, or a pattern of files in a folder."""
-    looks_like_one = key[-1] in _PATHS or os.sep in value or bool(Path(value).suffix)
+    is_json = value.startswith(("{", "["))  # or a pattern, which only an option for paths begins with a bracket
+    looks_like_one = key[-1] in _PATHS or (not is_json and (os.sep in value or bool(Path(value).suffix)))
     if "://" in value or key[-1] in _OF_RUN or not looks_like_one:
         return False
     start, *pattern = re.split(r"[*?\[{]", value, maxsplit=1)
