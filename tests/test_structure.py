@@ -55,6 +55,7 @@ ARROWS = {
     "freezing.py": "names",
     "lora.py": "names",
     "images.py": "",
+    "quiet.py": "",
     "patches.py": "types",
     "preprocessing.py": "types names images patches",
     "backbone.py": "types names preprocessing",
@@ -68,7 +69,9 @@ ARROWS = {
     "surface_charts.py": "types",
     "head.py": "types names distributed",
     "detection_metric.py": "head",
-    "pretrained": "names lora old_names backbone text transformers_backbone pooling preprocessing datasets.tables",
+    "pretrained": (
+        "names quiet lora old_names backbone text transformers_backbone pooling preprocessing datasets.tables"
+    ),
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
@@ -78,7 +81,7 @@ ARROWS = {
     "generated": "types names images datasets",
     "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
-        "types names strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
+        "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
         " pretrained datasets webdataset generated loading"
     ),
     "training": (
@@ -87,8 +90,8 @@ ARROWS = {
     ),
     "export": "types names masking datasets.tables patches preprocessing backbone text pooling encoder pretrained",
     "commands": (
-        "types names masking config_files distributed json_lines images preprocessing text datasets webdataset loading"
-        " evals training export"
+        "types names quiet masking config_files distributed json_lines images preprocessing text datasets webdataset"
+        " loading evals training export"
     ),
 }
 
