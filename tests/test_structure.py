@@ -88,7 +88,9 @@ ARROWS = {
         "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
         " lightning_internals encoder head module datasets loading evals"
     ),
-    "export": "types names masking datasets.tables patches preprocessing backbone text pooling encoder pretrained",
+    "export": (
+        "types names masking datasets.tables patches preprocessing backbone text pooling encoder checkpoint pretrained"
+    ),
     "commands": (
         "types names quiet masking config_files distributed json_lines images preprocessing text datasets webdataset"
         " loading evals training export"
