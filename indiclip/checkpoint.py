@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from indiclip.encoder import Encoder
-from indiclip.pretrained.build import build, naming
+from indiclip.pretrained.build import NOT_BUILT, build, naming
 from indiclip.pretrained.init_from import fill
 from indiclip.pretrained.model_names import library_of
 from indiclip.pretrained.read import read_weights
+from indiclip.pretrained.weights import Weights
 
 
 def load(
@@ -37,11 +38,16 @@ def load(
     found = read_weights(str(path), weights)
     if not found.config:
         library_of(str(path))  # raises: weights alone name no architecture
-    arguments = build(found.config, found.origin, trust_code)
-    if not {"backbone", "text"} <= arguments.keys():
+    if not {"backbone", "text"} <= found.config.keys():
         raise ValueError(f"{path}: is no dual encoder; model.encoder.init_from trains with what it has")
-    with naming(found.origin):
+    return encoder_of(found, trust_code).to(device)
+
+
+def encoder_of(weights: Weights, trust_code: bool = False) -> Encoder:
+    """The encoder that a dual encoder's weights are for, filled with them; see `load`."""
+    arguments = build(weights.config, weights.origin, trust_code)
+    with naming(weights.origin, NOT_BUILT):
         encoder = Encoder(**arguments)
-    fill(encoder, found)
-    encoder.initial_logits, encoder.initialised = found.logits(), found.notes
-    return encoder.to(device).eval().requires_grad_(False)
+    fill(encoder, weights)
+    encoder.initial_logits, encoder.initialised = weights.logits(), weights.notes
+    return encoder.eval().requires_grad_(False)

@@ -92,7 +92,6 @@ class Encoder(nn.Module):
         self.lora = lora
         if lora is not None:  # last: the towers' weights must be there under their own names before
             add_lora({"image": self.backbone, "text": self.text}, lora)
-            self._check_adapters(lora.towers)
 
     def _build(
         self,
@@ -125,9 +124,9 @@ class Encoder(nn.Module):
             if isinstance(matrix, nn.Linear):
                 nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
 
-    def _check_adapters(self, towers: list[str]) -> None:
-        if next(self.parameters()).is_meta:
-            return
+    def check_adapters(self) -> None:
+        """Raise ValueError where one of LoRA's adapters would have no effect. Runs the adapted towers once."""
+        towers = self.lora.towers if self.lora and not next(self.parameters()).is_meta else []
         if "image" in towers:
             patch = np.zeros((self.backbone.patch_size, self.backbone.patch_size, 3), np.uint8)
             images = self.backbone.preprocessing.batch([patch], self.backbone.max_tokens)

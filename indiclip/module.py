@@ -92,6 +92,7 @@ class MultiTask(L.LightningModule):
         freeze_paths(self, self.frozen)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"model.freeze: {', '.join(freeze or [])} leaves nothing to train")
+        encoder.check_adapters()  # here, as a model that is only loaded need not run
         self._check_adapters_train()
         self.train(self.training)
 

@@ -348,16 +348,16 @@ def test_load_says_what_is_wrong_and_imports_no_foreign_code(tmp_path):
     (tmp_path / "x.ckpt").write_bytes(b"junk")
     with pytest.raises(ValueError, match="x.ckpt: not a readable checkpoint"):
         indiclip.load(tmp_path / "x.ckpt")
-    spec = {"backbone": {"class_path": "evil.Backbone", "init_args": {}}}
+    spec = {"backbone": {"class_path": "evil.Backbone", "init_args": {}}, "text": {}}
     torch.save({"encoder": spec, "state_dict": {}}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="names evil.Backbone; pass trust_code=True"):
         indiclip.load(tmp_path / "evil.ckpt")
     torch.save({"encoder": {"backbone": 3, "text": {}}, "state_dict": {}}, tmp_path / "three.ckpt")
-    with pytest.raises(ValueError, match="three.ckpt: backbone: found 3; expected a Backbone"):
+    with pytest.raises(ValueError, match="three.ckpt: backbone: found 3; expected Backbone"):
         indiclip.load(tmp_path / "three.ckpt")
     backbone = {"class_path": "indiclip.backbone.NaFlexViT", "init_args": {"size": "tiny", "patch_size": []}}
-    torch.save({"encoder": {"backbone": backbone}, "state_dict": {}}, tmp_path / "patch.ckpt")
-    with pytest.raises(ValueError, match="patch.ckpt: its encoder cannot be built: [^\n]+$"):
+    torch.save({"encoder": {"backbone": backbone, "text": {}}, "state_dict": {}}, tmp_path / "patch.ckpt")
+    with pytest.raises(ValueError, match="patch.ckpt: its encoder cannot be built [^\n]+$"):
         indiclip.load(tmp_path / "patch.ckpt")
     (tmp_path / "empty.ckpt").touch()
     with pytest.raises(ValueError, match="empty.ckpt: not a readable checkpoint"):

@@ -12,6 +12,7 @@ from test_cli import config, fit
 import indiclip
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.export.source import open_source
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
@@ -155,6 +156,8 @@ def test_weights_in_half_precision_are_read_as_single(tmp_path, checkpoint):
         (lambda config: config["backbone"]["init_args"].update(windows=4), "NaFlexViT has no 'windows'.* newer"),
         (lambda config: config["image_projection"].update(rank=4), "Projection has no 'rank'.* newer"),
         (lambda config: config.update(pool="slots"), "encoder.pool: found 'slots'"),
+        (lambda config: config.update(embed_dim="wide"), "newer.ckpt: .*('wide'|'str')"),
+        (lambda config: config["image_projection"].update(kind=None), "None"),
         (lambda config: config["text"].update(init_args=None), "expected the name of a class and its arguments"),
     ],
 )
@@ -163,9 +166,13 @@ def test_a_checkpoint_of_a_newer_version_is_one_line(tmp_path, change, words):
     change(config := copy.deepcopy(encoder.to_config()))
     encoder.to_config = lambda: config
     file = save(encoder, tmp_path / "newer.ckpt")
-    for read in (indiclip.load, lambda name: Encoder(init_from=[InitFrom(name)])):
-        with pytest.raises(ValueError, match=words):
+    for read in (indiclip.load, lambda name: open_source(name, "auto", None)):
+        with pytest.raises(ValueError, match=words) as caught:
             read(file)
+        assert "newer.ckpt" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=words):
+        Encoder(init_from=[InitFrom(file)])
 
 
 def test_a_truncated_checkpoint_is_one_line(checkpoint):

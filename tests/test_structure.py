@@ -55,6 +55,7 @@ ARROWS = {
     "freezing.py": "names",
     "lora.py": "names",
     "images.py": "",
+    "quiet.py": "",
     "patches.py": "types",
     "preprocessing.py": "types names images patches",
     "backbone.py": "types names preprocessing",
@@ -71,7 +72,7 @@ ARROWS = {
     "head.py": "types names distributed",
     "detection_metric.py": "head",
     "pretrained": (
-        "names lora old_names backbone timm_backbone transformers_backbone tokenizers text pooling preprocessing"
+        "names quiet lora old_names backbone timm_backbone transformers_backbone tokenizers text pooling preprocessing"
         " datasets.tables"
     ),
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
@@ -83,7 +84,7 @@ ARROWS = {
     "generated": "types names images datasets",
     "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
-        "types names strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
+        "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
         " pretrained datasets webdataset generated loading"
     ),
     "training": (
@@ -92,10 +93,10 @@ ARROWS = {
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"
-        " encoder pretrained"
+        " encoder checkpoint pretrained"
     ),
     "commands": (
-        "types names masking config_files distributed json_lines images preprocessing tokenizers text datasets"
+        "types names quiet masking config_files distributed json_lines images preprocessing tokenizers text datasets"
         " webdataset loading evals training export"
     ),
 }

@@ -2,16 +2,13 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from transformers.utils import logging
 
 from indiclip.export.exporter import Refused, export
 from indiclip.export.new_folder import check_new
 from indiclip.export.source import open_source
 from indiclip.export.target import find_target
+from indiclip.quiet import quiet_transformers
 
 _MISTAKE = 2
 
@@ -34,7 +31,8 @@ def run(
     options = {name: value for name, value in given.items() if value}
     find_target(to, options)  # before anything is read
     check_new(out)
-    with _quiet():
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters is measured
         opened = open_source(source, weights, length, trust_code)
         print(f"weights: {opened.chosen}")
         try:
@@ -52,20 +50,6 @@ def run(
     kept = "within" if record["within_bound"] else "MORE THAN"
     print(f"{out}: {to}, {record['largest_difference']:.1e} at most, {kept} the bound of {record['bound']:.0e}")
     return 0
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what other libraries say; what matters is measured."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _in_words(measured: dict[str, object]) -> str:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from indiclip.checkpoint import encoder_of
 from indiclip.encoder import Encoder
 from indiclip.export.fold import cut_length, fold_batch_norm
-from indiclip.pretrained.build import build
-from indiclip.pretrained.init_from import fill
+from indiclip.pretrained.build import NOT_BUILT, naming
 from indiclip.pretrained.model_names import library_of
 from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.runs import checkpoint_file
@@ -50,9 +50,7 @@ def open_source(run: str, which: str, length: int | None, trust_code: bool = Fal
         folder = parent if (parent / "config.yaml").is_file() else None
     if not {"backbone", "text"} <= weights.config.keys():
         raise ValueError(f"{run}: has no text tower; it is a model of {library} already")
-    weights = cut_length(fold_batch_norm(weights), length)
-    encoder = Encoder(**build(weights.config, weights.origin, trust_code))
-    fill(encoder, weights)
-    encoder.initial_logits = weights.logits()
-    encoder = encoder.merged().eval().requires_grad_(False)
-    return Source(encoder, run, chosen, folder)
+    with naming(weights.origin, NOT_BUILT):
+        weights = cut_length(fold_batch_norm(weights), length)
+    encoder = encoder_of(weights, trust_code)
+    return Source(encoder.merged(), run, chosen, folder)

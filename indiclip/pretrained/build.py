@@ -32,7 +32,10 @@ _OF_ENCODER: dict[str, type] = {
     "image_projection": Projection,
     "text_projection": Projection,
     "lora": LoRA,
+    "embed_dim": int,
+    "lengths": list,
 }
+NOT_BUILT = "its encoder cannot be built"
 NEWER = "was it written by a newer IndiCLIP?"
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -48,29 +51,38 @@ def build(config: Mapping[str, Any], origin: str, trust_code: bool = False) -> d
     Raises:
         ValueError: It names foreign classes, weights or files.
     """
-    with naming(origin), _offline(not trust_code):
+    with naming(origin, NOT_BUILT), _offline(not trust_code):
         arguments = {name: _build(value, origin, trust_code) for name, value in config.items()}
         for name, made in _OF_ENCODER.items():
             value = arguments.get(name)
             if made in (Projection, LoRA) and isinstance(value, Mapping):
                 arguments[name] = _call(made, value, origin)
             elif value is not None and not isinstance(value, made):
-                raise ValueError(f"{origin}: {name}: found {shorten(value)}; expected a {made.__name__}")
+                raise ValueError(f"{origin}: {name}: found {shorten(value)}; expected {made.__name__}")
     return arguments
 
 
 @contextmanager
-def naming(origin: str) -> Iterator[None]:
-    """Whatever a model's configuration makes other code raise, as a ValueError of one line that names the model."""
+def naming(origin: str, failed: str) -> Iterator[None]:
+    """Whatever a model's files or configuration make other code raise, as a ValueError of one line that names it.
+
+    Args:
+        origin: The model, as the user wrote it or its file.
+        failed: What did not work, such as `timm cannot read it`.
+    """
     try:
         yield
     except (ImportError, FileNotFoundError):  # these name what is to be installed or brought
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and origin in str(error):
+        said = " ".join(str(error).split())
+        if isinstance(error, ValueError) and origin in said:
             raise
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{origin}: its encoder cannot be built: {words}") from error
+        if isinstance(error, KeyError):  # a tensor or key that the configuration promises
+            said = f"{failed}: it lacks {said}; is it whole?"
+        elif type(error) is not ValueError:
+            said = f"{failed} ({type(error).__name__}: {said[:300]})"
+        raise ValueError(f"{origin}: {said}") from error
 
 
 def _build(value: Any, origin: str, trust_code: bool) -> Any:

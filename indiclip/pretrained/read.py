@@ -6,6 +6,7 @@ from pathlib import Path
 import timm
 
 from indiclip.pretrained.bare_files import SUFFIXES, read_bare_file
+from indiclip.pretrained.build import naming
 from indiclip.pretrained.model_names import library_of
 from indiclip.pretrained.open_clip_models import read_open_clip
 from indiclip.pretrained.runs import read_run
@@ -43,27 +44,11 @@ def read_weights(name: str, which: str = "auto") -> Weights:
     if library != "indiclip" and which not in ("auto", "last"):
         raise ValueError(f"{name}: is no run of ours and has one set of weights; expected last, found {which!r}")
     weights: Weights
-    if is_bare:
-        weights = read_bare_file(file, name)
-    else:
-        weights = read_run(what, which) if library == "indiclip" else _of_library(library, what)
+    with naming(what, f"{library or 'torch'} cannot read it"):  # libraries raise anything, and name no file
+        if is_bare:
+            weights = read_bare_file(file, name)
+        else:
+            weights = read_run(what, which) if library == "indiclip" else READERS[library](what)
     weights.notes += precision_notes(weights.tensors)
     weights.tensors = check_tensors(weights.tensors, weights.origin)
     return weights
-
-
-def _of_library(library: str, what: str) -> Weights:
-    """What its reader gives. On files that are not what they say, libraries raise anything, and name no file."""
-    try:
-        return READERS[library](what)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())
-        if isinstance(error, KeyError):  # converters take the tensors and keys that the configuration promises
-            said = f"lacks {error.args[0]!r}, which its configuration promises; is it whole?"
-        elif type(error) is not ValueError:
-            said = f"{library} cannot read it ({type(error).__name__}: {said[:300]})"
-        elif what in said:
-            raise
-        raise ValueError(f"{what}: {said}") from error

@@ -1,8 +1,6 @@
 """Image towers of transformers: CLIP's and SigLIP's, DINOv2, DINOv3, ViT as timm's models; staged ones as they are."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from math import isclose, isqrt
 from pathlib import Path
@@ -18,6 +16,7 @@ from indiclip.pooling import Projection
 from indiclip.preprocessing import Interpolation
 from indiclip.pretrained.transformers_files import read_transformers_tensors
 from indiclip.pretrained.weights import Weights
+from indiclip.quiet import quiet_transformers
 from indiclip.text import architecture_of, describe
 from indiclip.transformers_backbone import KINDS, TransformersBackbone
 
@@ -94,7 +93,7 @@ def _staged_model(config: Any, tensors: dict[str, Tensor], folder: Path, origin:
     canvas_hw = (side, side) if isinstance(side, int) else (side[0], side[1])
     step = next(step for step in (16, 8, 4, 2, 1) if not any(length % step for length in canvas_hw))
     backbone = TransformersBackbone(architecture_of(config), canvas_hw, step, mean, std, interpolation)
-    with _quiet():
+    with quiet_transformers():  # what is missing and unexpected is counted
         model, found = type(backbone.net).from_pretrained(
             None, config=backbone.net.config, state_dict=tensors, output_loading_info=True
         )
@@ -104,21 +103,6 @@ def _staged_model(config: Any, tensors: dict[str, Tensor], folder: Path, origin:
     ignored = [name for name in others if name.startswith(_LEFT_OUT)]
     unused = [name for name in others if name not in ignored]
     return Weights(origin, {"backbone": describe(backbone), "pool": "tower"}, weights, unused=unused, ignored=ignored)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own report of tensors, which we count ourselves."""
-    logging: Any = transformers.utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def vision_tower(config: Any, tensors: dict[str, Tensor], folder: Path) -> tuple[NaFlexViT, dict[str, Tensor]]:

@@ -24,6 +24,7 @@ from indiclip.pretrained.open_clip_source import (
 )
 from indiclip.pretrained.transformers_files import check_tokenizer
 from indiclip.pretrained.transformers_models import MODEL_TYPES
+from indiclip.quiet import quiet_transformers
 
 
 def load_open_clip(what: str, name: str, options: Options) -> ExternalModel:
@@ -100,8 +101,7 @@ def load_transformers(what: str, name: str, options: Options) -> ExternalModel:
     download, source = what.startswith(HUB), what.removeprefix(HUB)
     if not download:
         _check_transformers_folder(Path(source), name)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with _loading(name, "transformers", download):
+    with _loading(name, "transformers", download), quiet_transformers():
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
