@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.utils import logging
-
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' warnings and progress bars; both are afterwards as before."""
+    from transformers.utils import logging
+
     own: Any = logging
     level, shows_progress = own.get_verbosity(), own.is_progress_bar_enabled()
     own.set_verbosity_error()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, did_you_mean
+from indiclip.quiet import quiet_transformers
 from indiclip.tokenizers import Tokenizer
 
 # Of transformers configurations, beside the keys that their types declare.
@@ -132,7 +133,9 @@ def architecture_of(config: Any) -> dict[str, Any]:
     """
     found = {name: getattr(config, name, None) for name in ("model_type", "vocab_size", "pad_token_id")}
     known = architecture_keys(config.model_type)
-    return {name: value for name, value in (found | config.to_diff_dict()).items() if name in known}
+    with quiet_transformers():  # it compares with its own defaults, and warns of those: SigLIP's end token is no word
+        found |= config.to_diff_dict()
+    return {name: value for name, value in found.items() if name in known}
 
 
 def architecture_keys(model_type: str) -> set[str]:

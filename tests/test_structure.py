@@ -61,7 +61,7 @@ ARROWS = {
     "backbone.py": "types names preprocessing",
     "timm_backbone.py": "types names preprocessing backbone",
     "tokenizers.py": "names text_cleaning",
-    "text.py": "names tokenizers",
+    "text.py": "names quiet tokenizers",
     "text_cleaning.py": "names",
     "transformers_backbone.py": "types names preprocessing backbone text",
     "pooling.py": "names",

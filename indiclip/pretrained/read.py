@@ -14,6 +14,7 @@ from indiclip.pretrained.timm_models import read_timm
 from indiclip.pretrained.transformers_models import read_transformers
 from indiclip.pretrained.vitdet import read_vitdet
 from indiclip.pretrained.weights import Weights, check_tensors, precision_notes
+from indiclip.quiet import quiet_transformers
 
 READERS = {"transformers": read_transformers, "timm": read_timm, "open_clip": read_open_clip, "vitdet": read_vitdet}
 
@@ -44,7 +45,8 @@ def read_weights(name: str, which: str = "auto") -> Weights:
     if library != "indiclip" and which not in ("auto", "last"):
         raise ValueError(f"{name}: is no run of ours and has one set of weights; expected last, found {which!r}")
     weights: Weights
-    with naming(what, f"{library or 'torch'} cannot read it"):  # libraries raise anything, and name no file
+    # Libraries raise anything, and name no file; what transformers finds missing or unexpected is counted by us.
+    with naming(what, f"{library or 'torch'} cannot read it"), quiet_transformers():
         if is_bare:
             weights = read_bare_file(file, name)
         else:

@@ -16,7 +16,6 @@ from indiclip.pooling import Projection
 from indiclip.preprocessing import Interpolation
 from indiclip.pretrained.transformers_files import read_transformers_tensors
 from indiclip.pretrained.weights import Weights
-from indiclip.quiet import quiet_transformers
 from indiclip.text import architecture_of, describe
 from indiclip.transformers_backbone import KINDS, TransformersBackbone
 
@@ -93,10 +92,9 @@ def _staged_model(config: Any, tensors: dict[str, Tensor], folder: Path, origin:
     canvas_hw = (side, side) if isinstance(side, int) else (side[0], side[1])
     step = next(step for step in (16, 8, 4, 2, 1) if not any(length % step for length in canvas_hw))
     backbone = TransformersBackbone(architecture_of(config), canvas_hw, step, mean, std, interpolation)
-    with quiet_transformers():  # what is missing and unexpected is counted
-        model, found = type(backbone.net).from_pretrained(
-            None, config=backbone.net.config, state_dict=tensors, output_loading_info=True
-        )
+    model, found = type(backbone.net).from_pretrained(
+        None, config=backbone.net.config, state_dict=tensors, output_loading_info=True
+    )
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in found["missing_keys"]}
     weights = {f"backbone.net.{name}": tensor for name, tensor in own.items()}
     others = [name.removeprefix(f"{config.model_type}.") for name in found["unexpected_keys"]]
