@@ -5,6 +5,7 @@ detectron2 reads `model.pth`, tensors alone; it reads no safetensors. The config
 Shape letters: see `indiclip.types`.
 """
 
+import io
 import json
 import logging
 import shutil
@@ -95,8 +96,9 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
         backbone = cast(NaFlexViT, encoder.backbone)
         folder.joinpath("config.json").write_text(json.dumps(_config(backbone), indent=2) + "\n")
         final = {"final_norm": {name: w.detach().cpu() for name, w in backbone.vit.norm.state_dict().items()}}
-        with (folder / "model.pth").open("wb") as weights:  # so that a full disk is an OSError
-            torch.save({"model": _tensors(backbone)} | final, weights)
+        weights = io.BytesIO()  # torch.save into a file would hide that the disk is full
+        torch.save({"model": _tensors(backbone)} | final, weights)
+        folder.joinpath("model.pth").write_bytes(weights.getbuffer())
 
     @torch.no_grad()
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: history, metrics, the report, predictions."""
 
+import io
 import json
 import math
 import time
@@ -165,7 +166,9 @@ class PredictionWriter(Callback):
     ) -> None:
         on_cpu = move_data_to_device(outputs, torch.device("cpu"))
         keys = {task: part["keys"] for task, part in batch.items()}
-        torch.save({"keys": keys, "predictions": on_cpu}, self._folder / f"{batch_idx:06}-{trainer.global_rank}.pt")
+        content = io.BytesIO()  # torch.save into a file would hide that the disk is full
+        torch.save({"keys": keys, "predictions": on_cpu}, content)
+        json_lines.write_whole(self._folder / f"{batch_idx:06}-{trainer.global_rank}.pt", content.getbuffer())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
