@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -76,6 +77,24 @@ def test_a_file_by_transformers_names(folders, kind):
     encoder = Encoder(**given(folders[kind]), init_from=[InitFrom(file)])
     for name, tensor in indiclip.load(folders[kind]).state_dict().items():
         assert torch.equal(encoder.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "open_clip"])
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_one_tower_of_a_dual_file_whatever_the_other_is(folders, open_clip_folder, kind, part):
+    folder = str(open_clip_folder if kind == "open_clip" else folders[kind])
+    file = next(str(file) for file in Path(folder).glob("*.safetensors"))
+    own = {name: value for name, value in given(folder).items() if not name.endswith("_projection")}
+    if part == "image":
+        own |= {"text": given_text(), "text_pool": "mean"}
+    else:
+        own |= {"backbone": TimmBackbone("test_convnext", (64, 64)), "pool": "mean"}
+    encoder = Encoder(**own, init_from=[InitFrom(file, [part])])
+    expected = indiclip.load(folder).state_dict()
+    prefix = {"image": "backbone.", "text": "text."}[part]
+    found = [name for name in encoder.state_dict() if name.startswith(prefix)]
+    assert found
+    assert all(torch.equal(encoder.state_dict()[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])

@@ -1,6 +1,7 @@
 """Files of weights alone, for an encoder whose architecture is given: whose names they are is told by the names."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,17 @@ class BareFile(Weights):
         logits = [part for part in ("logit_scale",) if part in self.tensors]
         return ["image", "text", "projections", *logits]
 
-    def for_encoder(self, encoder: Any) -> Weights:
-        """The tensors by the encoder's names.
+    def for_encoder(self, encoder: Any, parts: Sequence[str] = PARTS) -> Weights:
+        """The tensors of these parts by the encoder's names.
 
         Raises:
             ValueError: They are not those of its towers.
         """
         convert = {"timm": _of_timm, "text": _of_text, "open_clip": _of_open_clip, "transformers": _of_dual}
-        found = Weights(self.origin, {}, dict(self.tensors), [*self.unused], [*self.ignored], [*self.notes, _UNKNOWN])
+        tensors = dict(self.tensors)
+        if self.library in ("open_clip", "transformers"):  # the other tower need not fit
+            tensors = {name: tensor for name, tensor in tensors.items() if {_side(name), "projections"} & {*parts}}
+        found = Weights(self.origin, {}, tensors, [*self.unused], [*self.ignored], [*self.notes, _UNKNOWN])
         if self.library in convert:
             try:
                 convert[self.library](found, encoder)
@@ -101,6 +105,13 @@ def _library(tensors: dict[str, Tensor], origin: str) -> str:
         return "timm"
     found = ", ".join(names[:3]) or "no tensors"
     raise ValueError(f"{origin}: found {found}; expected names of ours, timm, OpenCLIP or transformers")
+
+
+def _side(name: str) -> str:
+    """Of which part a dual encoder's tensor is, by OpenCLIP's or transformers' name; both sides have projections."""
+    if name in _LOGITS:
+        return "logit_scale"
+    return "image" if name.startswith(("visual.", "vision_model.", "visual_projection.")) else "text"
 
 
 def _of_timm(found: Weights, encoder: Any) -> None:
@@ -151,7 +162,7 @@ def _of_open_clip(found: Weights, encoder: Any) -> None:
 def _of_dual(found: Weights, encoder: Any) -> None:
     tensors = found.tensors
     image = {n.removeprefix("vision_model."): t for n, t in tensors.items() if n.startswith("vision_model.")}
-    moved = {f"backbone.vit.{name}": tensor for name, tensor in tensors_by_timm(image).items()}
+    moved = {f"backbone.vit.{name}": tensor for name, tensor in (tensors_by_timm(image) if image else {}).items()}
     words = {name: tensor for name, tensor in tensors.items() if name.startswith("text_")}
     text, others = tower_tensors(encoder.text.model, words)
     found.unused += others

@@ -114,7 +114,7 @@ def _fill(
     encoder: nn.Module, own: dict[str, Tensor], weights: Weights, parts: Sequence[str], allow: Sequence[str]
 ) -> str:
     """Put a source's tensors into `own`; for the errors see `InitialWeights.fill`."""
-    weights = weights.for_encoder(encoder)
+    weights = weights.for_encoder(encoder, parts)
     targets = [name for part in parts for name in to_fill(weights, part, own)]
     sources = [name for part in parts for name in of_part(part, weights.tensors) if part != "logit_scale"]
     notes = list(weights.notes)
