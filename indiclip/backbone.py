@@ -8,6 +8,7 @@ Shape letters: see `indiclip.types`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, cast, get_args
 
@@ -15,10 +16,10 @@ import timm
 import torch
 from timm.layers.norm import LayerNorm
 from timm.models import is_model_in_modules
-from timm.models.naflexvit import NaFlexVit
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
-from indiclip.names import check_choice, did_you_mean
+from indiclip.names import check_choice, check_range, did_you_mean
 from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.types import Features, Images, on_device
 
@@ -207,6 +208,7 @@ class NaFlexViT(Backbone):
             self.vit = _new_naflex(size, width, depth, num_heads, patch_size, options)
         self._args |= given | {"name": name, "patch_size": patch_size, "max_tokens": max_tokens}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
+        self._check_embedding()
         self.width = self.pooled_width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
         config: dict[str, Any] = cast(Any, getattr(self.vit, "pretrained_cfg", None)) or {}
@@ -232,6 +234,20 @@ class NaFlexViT(Backbone):
                 "encoder.pool: the backbone has no pooling of its own; backbone.options.global_pool names one"
             )
         return self.vit.forward_head(join_prefix(features), pre_logits=True, patch_valid=features.valid_BN)
+
+    def _check_embedding(self) -> None:
+        """Raise ValueError unless the model reads patches as they come here, keeps all of them, and can train."""
+        rates = ("drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate")
+        check_range({f"backbone.options.{rate}": self._args["options"].get(rate) for rate in rates}, 0, 1)
+        if self.vit.patch_drop is not None:
+            raise ValueError("backbone.options.patch_drop_rate: expected 0: a token is needed of each patch")
+        if next(self.parameters()).is_meta:
+            return
+        coords_122 = torch.tensor([[[0, 0], [0, 1]]])
+        try:
+            self.vit.embeds(torch.zeros(1, 2, 3 * self.patch_size**2), coords_122)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"backbone.options: timm's NaFlexVit cannot read patches: {error}") from error
 
     def remove_pool(self) -> None:
         vit = self.vit
@@ -276,7 +292,7 @@ def _new_naflex(
     patch_size: int,
     options: dict[str, Any],
 ) -> NaFlexVit:
-    """From scratch; adds to `options` what is ours."""
+    """From scratch."""
     if size is not None:
         check_choice("backbone.size", size, SIZES)
     of_size = SIZES[size] if size else (None, None, None)
@@ -288,10 +304,16 @@ def _new_naflex(
     # Grid sampling reads the position table at each token without waiting for the GPU. timm's plain start (normal,
     # 0.02) is made for wide models and learns several times slower in narrow ones than Xavier's, which big_vision uses.
     ours = {"pos_embed_use_grid_sample": True, "weight_init": "jax", "global_pool": "", "fc_norm": False}
-    options |= ours | options
-    return NaFlexVit(
-        patch_size=patch_size, embed_dim=width, depth=depth, num_heads=num_heads, num_classes=0, **cast(Any, options)
-    )
+    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": num_heads, "num_classes": 0}
+    known = {option.name for option in fields(NaFlexVitCfg)} - sizes.keys() | {"img_size"}
+    for option in options:
+        if option not in known:
+            raise ValueError(f"backbone.options: timm's NaFlexVit has no {option!r}{did_you_mean(option, known)}")
+    try:
+        return NaFlexVit(**cast(Any, sizes | ours | options))
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = str(error) or type(error).__name__  # many of its checks say nothing
+        raise ValueError(f"backbone.options: timm's NaFlexVit cannot be made of {options}: {said}") from error
 
 
 def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:
@@ -302,6 +324,9 @@ def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFle
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except TypeError as error:
+        if options.keys() - {"use_naflex"}:
+            _named_naflex(name, False, {})  # is it without them?
+            raise ValueError(f"backbone.options: {name} cannot be made of {options}: {error}") from error
         raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.timm_backbone.TimmBackbone") from error
     if not isinstance(model, NaFlexVit):
         raise ValueError(

@@ -95,6 +95,10 @@ def test_canvas_holds_the_normalised_pixels():
     torch.testing.assert_close(canvas[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def naflex(**options):
+    return NaFlexViT(width=32, depth=1, num_heads=2, options=options)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -104,6 +108,15 @@ def test_canvas_holds_the_normalised_pixels():
         (lambda: NaFlexViT(name="vit_tiny_patch16_225"), "no model 'vit_tiny_patch16_225'; nearest is"),
         (lambda: NaFlexViT(name="convnext_atto"), "no plain ViT; use indiclip.timm_backbone.TimmBackbone"),
         (lambda: NaFlexViT(size="tiny", pretrained=True), "backbone.pretrained: needs `name`"),
+        (lambda: naflex(cls_token=True), "NaFlexVit has no 'cls_token'; nearest is 'class_token'"),
+        (lambda: naflex(num_classes=3), "NaFlexVit has no 'num_classes'"),
+        (lambda: naflex(pos_embed="rope"), "NaFlexVit cannot be made of {'pos_embed': 'rope'}: AssertionError"),
+        (lambda: naflex(embed_proj_type="conv"), "cannot read patches: Convolutional input must be 4D"),
+        (lambda: naflex(pos_embed_interp_mode="cubic"), "cannot read patches: .*got: 'cubic'"),
+        (lambda: naflex(patch_drop_rate=0.5), "backbone.options.patch_drop_rate: expected 0"),
+        (lambda: naflex(drop_path_rate=2.0), "backbone.options.drop_path_rate: found 2.0; expected 0 to 1"),
+        (lambda: NaFlexViT(name="test_vit", options={"in_chans": 1}), "cannot read patches"),
+        (lambda: NaFlexViT(name="test_vit", options={"cls_token": True}), "test_vit cannot be made of .*'cls_token'"),
         (lambda: TimmBackbone("convnext_atto", (33, 32), 8), "must be multiples of backbone.patch_size 8"),
     ],
 )

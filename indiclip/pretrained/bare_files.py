@@ -1,7 +1,7 @@
 """Files of weights alone, for an encoder whose architecture is given: whose names they are is told by the names."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class BareFile(Weights):
         logits = [part for part in ("logit_scale",) if part in self.tensors]
         return ["image", "text", "projections", *logits]
 
-    def for_encoder(self, encoder: Any, parts: Sequence[str] = PARTS) -> Weights:
+    def for_encoder(self, encoder: Any, parts: Collection[str] = PARTS) -> Weights:
         """The tensors of these parts by the encoder's names.
 
         Raises:

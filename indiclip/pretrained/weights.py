@@ -1,7 +1,7 @@
 """What a pretrained model is to us: an encoder's configuration, tensors by our names, and what has no place in it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Weights:
         """Which of `PARTS` it has."""
         return [part for part in PARTS if any(of_part(part, self.tensors))]
 
-    def for_encoder(self, encoder: Any, parts: Sequence[str] = PARTS) -> "Weights":
+    def for_encoder(self, encoder: Any, parts: Collection[str] = PARTS) -> "Weights":
         """With tensors by the encoder's names, those of these parts at least.
 
         They differ in one place: where an encoder pools by itself, a ViT's norm behind the pooling went before it.
