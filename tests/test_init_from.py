@@ -81,7 +81,8 @@ def test_what_stays_initial_or_unused_is_an_error_unless_it_is_allowed(checkpoin
         ValueError, match=r"run.ckpt: 12 tensors stay initial: backbone.vit.blocks.1.norm1.weight, .*allow"
     ):
         Encoder(**deeper, init_from=[InitFrom(checkpoint)])
-    encoder = Encoder(**deeper, init_from=[InitFrom(checkpoint, allow=["backbone.vit.blocks.1.*"])])
+    encoder = Encoder(**deeper, init_from=[InitFrom(checkpoint, allow=["backbone.vit.blocks.1.*", "text.modle.*"])])
+    assert "`allow` matches nothing by text.modle.*" in encoder.initialised[0]
     assert "12 stay initial (backbone.vit.blocks.1.norm1.weight" in encoder.initialised[0]
     with pytest.raises(ValueError, match=r"pool: found mean, the source has attention \(`allow: \[image_pool\*\]`\)"):
         Encoder(tower(), texts(), 64, [16, 32], pool="mean", init_from=[InitFrom(checkpoint, allow=["image_pool.*"])])

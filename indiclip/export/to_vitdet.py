@@ -115,15 +115,22 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
         alone_BDHW, mask_BHW = _before_norm(encoder, mixed).map()
         difference_MD = (theirs(mixed)["features"] - _rows(alone_BDHW))[mask_BHW.flatten()]
         beside = difference_MD.abs().max() / alone_BDHW.abs().max()
+        depth = len(cast(NaFlexViT, encoder.backbone).vit.blocks)
+        whole = {round(quarter * depth / 4) - 1 for quarter in (1, 2, 3, 4)}  # blocks without windows, as in ViTDet
+        windowed = ",".join(str(block) for block in range(depth) if block not in whole)
         notes = [
             "detectron2's ViT lacks the final norm: features before it are compared. The pyramid has norms of its own.",
             "Text and the encoder's pooling do not travel.",
             f"detectron2 pads images to a square, and its ViT takes the padding for a part of the image. `{_MIXED}` "
             "compares with our encoder on the padded images; on each image alone they are "
             f"{beside:.2g} of the largest feature apart.",
-            "All patches see each other, as in training. Windows save memory on large images and give other features: "
-            "model.backbone.net.window_size=14 model.backbone.net.window_block_indexes=[0,1,3,4,6,7,9,10] (of 12).",
+            "All patches see each other, as in training.",
         ]
+        if windowed:
+            notes[-1] += (
+                " Windows save memory on large images and give other features: model.backbone.net.window_size=14 "
+                f"model.backbone.net.window_block_indexes=[{windowed}]."
+            )
         return Reloaded(theirs, ours=ours, notes=notes, measured={"padding": {"difference": float(beside)}})
 
 

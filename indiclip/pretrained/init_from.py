@@ -139,6 +139,8 @@ def _fill(
     said = [f"{taken} tensors ({', '.join(parts)}) from {weights.origin}"]
     said += [f"{len(missing)} stay initial ({_listed(missing)})"] if missing else []
     said += [f"{len(unused)} unused ({_listed(unused)})"] if unused else []
+    idle = [pattern for pattern in allow if not any(fnmatchcase(name, pattern) for name in (*missing, *unused, *POOLS))]
+    said += [f"`allow` matches nothing by {', '.join(idle)}"] if idle else []
     said += [f"{len(weights.ignored)} left out ({_listed(weights.ignored)})"] if weights.ignored else []
     return "; ".join(said + notes)
 
