@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from indiclip.names import check_choice, did_you_mean
 from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.types import Features, Images, on_device
+from indiclip.vit_options import check_option_names, check_vit_options
 
 # (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
 SIZES = {
@@ -194,6 +195,7 @@ class NaFlexViT(Backbone):
         super().__init__()
         self._args: dict[str, Any] = {"options": dict(options or {}), "mean": mean, "std": std}
         options = dict(options or {})
+        check_vit_options(options)
         if (eps := options.pop("norm_eps", None)) is not None:
             options["norm_layer"] = partial(LayerNorm, eps=eps)
         given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
@@ -452,9 +454,12 @@ def _new_naflex(
     # 0.02) is made for wide models and learns several times slower in narrow ones than Xavier's, which big_vision uses.
     ours = {"pos_embed_use_grid_sample": True, "weight_init": "jax", "global_pool": "", "fc_norm": False}
     options |= ours | options
-    return NaFlexVit(
-        patch_size=patch_size, embed_dim=width, depth=depth, num_heads=num_heads, num_classes=0, **cast(Any, options)
-    )
+    check_option_names(options)
+    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": num_heads, "num_classes": 0}
+    try:
+        return NaFlexVit(**cast(Any, sizes | options))
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # timm asserts what a user may write
+        raise ValueError(f"backbone.options: timm's NaFlexVit cannot be built with them: {error!r}") from error
 
 
 def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:

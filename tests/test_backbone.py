@@ -159,3 +159,26 @@ def test_stochastic_depth_is_an_option_that_counts_in_training_alone(make):
         backbone.train(training)
         first, second = (backbone(images).tokens_BND for _ in range(2))
         assert torch.equal(first, second) != training
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"embed_proj_type": "conv"}, r"options\.embed_proj_type: found 'conv'; expected one of 'linear'"),
+        (
+            {"pos_embed_interp_mode": "area"},
+            r"interp_mode: found 'area'.* 'bilinear', 'bicubic', 'nearest'",
+        ),
+        ({"norm_layer": "batchnorm"}, r"options\.norm_layer: found 'batchnorm'.*'layernorm', "),
+        ({"in_chans": 1}, r"options\.in_chans: found '1'; expected one of 3"),
+        ({"patch_drop_rate": 0.5}, r"options\.patch_drop_rate: found '0.5'; expected one of 0"),
+        ({"drop_path_rate": 2.0}, r"options\.drop_path_rate: found 2.0; expected 0 to 1"),
+        ({"reg_token": 2}, "takes no 'reg_token' here; nearest is 'reg_tokens'"),
+        ({"embed_dim": 16}, "takes no 'embed_dim' here"),
+        ({"global_pool": "token"}, "cannot be built with them: .*Token pooling needs the class token"),
+    ],
+)
+def test_options_that_cannot_run_are_refused_in_a_line(options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        NaFlexViT(width=32, depth=1, num_heads=2, patch_size=8, options=options)
+    assert "\n" not in str(caught.value)
