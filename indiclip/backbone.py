@@ -15,6 +15,7 @@ from typing import Any, cast, get_args
 import timm
 import torch
 from timm.layers.norm import LayerNorm
+from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
@@ -208,7 +209,7 @@ class NaFlexViT(Backbone):
             self.vit = _new_naflex(size, width, depth, num_heads, patch_size, options)
         self._args |= given | {"name": name, "patch_size": patch_size, "max_tokens": max_tokens}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
-        self._check_embedding()
+        self._check_options()
         self.width = self.pooled_width = int(self.vit.embed_dim)
         self.max_tokens = max_tokens
         config: dict[str, Any] = cast(Any, getattr(self.vit, "pretrained_cfg", None)) or {}
@@ -235,19 +236,23 @@ class NaFlexViT(Backbone):
             )
         return self.vit.forward_head(join_prefix(features), pre_logits=True, patch_valid=features.valid_BN)
 
-    def _check_embedding(self) -> None:
+    def _check_options(self) -> None:
         """Raise ValueError unless the model reads patches as they come here, keeps all of them, and can train."""
+        options = self._args["options"]
         rates = ("drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate")
-        check_range({f"backbone.options.{rate}": self._args["options"].get(rate) for rate in rates}, 0, 1)
-        if self.vit.patch_drop is not None:
-            raise ValueError("backbone.options.patch_drop_rate: expected 0: a token is needed of each patch")
+        check_range({f"backbone.options.{rate}": options.get(rate) for rate in rates}, 0, 1)
+        check_keeps_patches(self.vit)
+        if not self.vit.embeds.channels_last:
+            raise ValueError("backbone.options.patchify_channels_last: found False; expected True, as patches are cut")
         if next(self.parameters()).is_meta:
             return
-        coords_122 = torch.tensor([[[0, 0], [0, 1]]])
+        self.eval()
         try:
-            self.vit.embeds(torch.zeros(1, 2, 3 * self.patch_size**2), coords_122)
+            with torch.no_grad():
+                self.vit.forward_features(torch.zeros(1, 2, 3 * self.patch_size**2), torch.tensor([[[0, 0], [0, 1]]]))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"backbone.options: timm's NaFlexVit cannot read patches: {error}") from error
+        self.train()
 
     def remove_pool(self) -> None:
         vit = self.vit
@@ -266,6 +271,12 @@ def join_prefix(features: Features) -> Tensor:
     if features.prefix_BKD is None:
         return features.tokens_BND
     return torch.cat([features.prefix_BKD, features.tokens_BND], 1)
+
+
+def check_keeps_patches(model: nn.Module) -> None:
+    """Raise ValueError where a timm model leaves out patches while it trains: features have a token of each."""
+    if isinstance(getattr(model, "patch_drop", None), PatchDropout | PatchDropoutWithIndices):
+        raise ValueError("backbone.options.patch_drop_rate: expected 0: heads need a token of each patch")
 
 
 def check_timm_name(name: str, where: str = "backbone.name") -> None:

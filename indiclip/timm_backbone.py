@@ -14,7 +14,7 @@ from timm.layers.norm import LayerNorm2d, RmsNorm
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from indiclip.backbone import CanvasBackbone, check_timm_name, join_prefix, split_prefix
+from indiclip.backbone import CanvasBackbone, check_keeps_patches, check_timm_name, join_prefix, split_prefix
 from indiclip.preprocessing import Interpolation
 from indiclip.types import Features
 
@@ -66,6 +66,7 @@ class TimmBackbone(CanvasBackbone):
         if not is_model_in_modules(name, ["fastvit"]):  # whose backward pass crashes in this layout on the CPU
             self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
         self._check_kind()
+        check_keeps_patches(self.net)
         stages = self.net.feature_info
         self._index = feature_index % len(stages)
         self._is_last = self._index == len(stages) - 1
