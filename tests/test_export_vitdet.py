@@ -114,6 +114,7 @@ def test_patches_of_14_pixels_become_16_where_a_loss_is_allowed(tmp_path):
         ({"rope_type": "axial"}, "no rotary positions"),
         ({"pos_embed_grid_size": [4, 6]}, "found [4, 6]; detectron2's is square"),
         ({"act_layer": "relu"}, "act_layer: found ReLU"),
+        ({"act_layer": "relu", "pos_embed_ar_preserving": True}, "act_layer: found ReLU"),
         ({"swiglu_mlp": True, "act_layer": "silu"}, "no place for blocks.0.attn.q_bias"),
         ({"norm_layer": "rmsnorm"}, "norm: found RmsNorm"),
         ({"pos_embed_ar_preserving": True}, "detectron2 stretches positions"),

@@ -203,6 +203,17 @@ HOSTILE = [
     ),
     (("text", "architecture"), {"model_type": "evil"}, "transformers has no 'evil'"),
     (
+        ("text", "architecture"),
+        {"model_type": "timm_wrapper", "architecture": "x"},
+        "found timm_wrapper; expected a text",
+    ),
+    (
+        ("text", "architecture"),
+        {"model_type": "t5gemma", "encoder": {"_attn_implementation": "evil/kernel"}},
+        "text.architecture.encoder: found",
+    ),
+    (("text", "architecture"), "model_type: bert", "text.architecture: found .*; expected a configuration"),
+    (
         ("text", "tokenizer"),
         {"class_path": "indiclip.tokenizers.FastTokenizer", "init_args": {"source": "evil/model"}},
         "source",
@@ -220,7 +231,7 @@ def test_a_checkpoint_reaches_no_network_and_no_code(tmp_path, monkeypatch, plac
     arguments = config[place[0]]["init_args"]
     if place[1] == "init_args":
         config[place[0]]["init_args"] = value
-    elif place[1] in ("options", "architecture"):
+    elif place[1] in ("options", "architecture") and "model_type" not in value:
         arguments[place[1]] = (arguments[place[1]] or {}) | value
     else:
         arguments[place[1]] = value

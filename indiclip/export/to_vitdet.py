@@ -87,7 +87,7 @@ DetectionCheckpointer(model).load(config.train.init_checkpoint)"""
                     True,
                 )
             )
-        return losses or _block_losses(vit)
+        return losses + _block_losses(vit)
 
     def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
         _require_detectron2("--to vitdet")

@@ -101,8 +101,8 @@ def _build(value: Any, origin: str, trust_code: bool) -> Any:
             if arguments.get(key):
                 raise ValueError(f"{origin}: asks for {key} {arguments[key]!r}; pass trust_code=True to fetch it")
         check_options(arguments.get("options") or {}, origin)
-        side = "text" if issubclass(made, TextTower) else "backbone"
-        _check_architecture(arguments.get("architecture") or {}, f"{origin}: {side}.architecture")
+        if (architecture := arguments.get("architecture")) is not None:
+            _check_architecture(architecture, "text" if issubclass(made, TextTower) else "backbone", origin)
     arguments = {key: _build(item, origin, trust_code) for key, item in arguments.items()}
     return _call(getattr(importlib.import_module(module), name), arguments, origin)
 
@@ -124,16 +124,22 @@ def check_options(options: Any, origin: str) -> None:
             raise ValueError(f"{origin}: backbone.options.{key}: found {shorten(value)}; {expected}")
 
 
-def _check_architecture(architecture: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for a transformers configuration with keys that its type does not declare."""
-    if not architecture:
-        return
+def _check_architecture(architecture: Any, side: str, origin: str) -> None:
+    """Raise ValueError for a transformers configuration with keys that its type does not declare, or with others in it.
+
+    A configuration in another may name code and files as that one may; no text or image model alone has any.
+    """
     from transformers import CONFIG_MAPPING
 
+    where = f"{origin}: {side}.architecture"
+    if not isinstance(architecture, Mapping):
+        raise ValueError(f"{where}: found {shorten(architecture)}; expected a configuration of transformers")
     kind = str(architecture.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{where}.model_type: transformers has no {kind!r}")
-    known = architecture_keys(kind)
+    known = architecture_keys(kind) - CONFIG_MAPPING[kind].sub_configs.keys()
+    if side == "text" and "vocab_size" not in known:
+        raise ValueError(f"{where}.model_type: found {kind}; expected a text model")
     for key, value in architecture.items():
         if key not in known or not _is_plain(value):
             expected = f"expected a plain key of {kind}"
