@@ -121,8 +121,8 @@ def _scores(source: Source, weights: str) -> Iterator[str]:
         if _PLAIN_METRIC.fullmatch(name) and isinstance(value, int | float)
     }
     yield f"Of the run on held-out data, after step {record.get('step')}: of its averaged weights where it keeps some,"
-    yield "at the full length where the metric's name ends in no other. They were not scored again for this folder, which"
-    yield f"has {weights}; embeddings of {source.encoder.embed_dim} numbers."
+    yield "at the full length where the metric's name ends in no other. They were not scored again for this folder;"
+    yield f"it has {weights}, and embeddings of {source.encoder.embed_dim} numbers."
     yield ""
     yield "| metric | value |"
     yield "|---|---|"
