@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 import re
 
@@ -206,7 +207,17 @@ def test_what_is_no_model_is_said(tmp_path):
     (tmp_path / "odd" / "config.json").write_text("{}")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[]")
+    for target in ("torchvision", "onnx"):
+        (tmp_path / target).mkdir()
+        (tmp_path / target / "parity.json").write_text(json.dumps({"to": target}))
+    (tmp_path / "torchvision" / "config.json").write_text('{"format": "indiclip-torchvision"}')
+    for run in ("a", "b"):
+        (tmp_path / "runs" / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / "runs" / run / "checkpoints" / "last.ckpt").touch()
     wrong = {
+        tmp_path / "torchvision": (ValueError, "was exported for torchvision, and is not read back; expected the run"),
+        tmp_path / "onnx": (ValueError, "was exported for onnx, and is not read back; expected the run"),
+        tmp_path / "runs": (ValueError, "holds checkpoints in 2 folders; expected a run, such as .*runs/[ab]$"),
         tmp_path / "quikstart": (FileNotFoundError, f"no such run, .*nearest is '{tmp_path}/quickstart'"),
         tmp_path / "quickstart": (FileNotFoundError, "holds no checkpoint"),
         tmp_path / "x.ckpt": (FileNotFoundError, "no such run or checkpoint"),

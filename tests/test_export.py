@@ -74,7 +74,14 @@ def test_a_card_names_data_scores_licence_and_how_to_load(runs, tmp_path, capsys
     assert f"weights: {runs['portable']}/checkpoints/last.ckpt, step 7" in said
     assert "within the bound of 1e-06" in said
     card = (out / "README.md").read_text()
-    for words in ("timm.create_model", "Captions (file fair.csv)", "zero_shot | 0.75", "CC0", "last.ckpt, step 7"):
+    for words in (
+        "timm.create_model",
+        "Captions (file fair.csv)",
+        "zero_shot | 0.75",
+        "CC0",
+        "last.ckpt, step 7",
+        "not scored again",
+    ):
         assert words in card
     assert "/home/me" not in card
     assert "zero_shot/hi" not in card

@@ -12,6 +12,7 @@ import pytest
 import torch
 from export_runs import filled, portable, runs, siglip_text, vit  # noqa: F401
 from helpers import ARCHITECTURE, batch_images, noise
+from omegaconf import OmegaConf
 from test_torchvision_detector import coco
 
 import indiclip
@@ -214,12 +215,7 @@ def test_the_readmes_command_goes_from_a_run_to_a_detector(runs, tmp_path, monke
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import LazyConfig, instantiate
 
-    coco(tmp_path, 4)
-    for name in ("train.json", "held_out.json"):  # cropping masks needs shapely
-        content = json.loads((tmp_path / name).read_text())
-        for row in content["annotations"]:
-            del row["segmentation"]
-        (tmp_path / name).write_text(json.dumps(content))
+    boxes_alone(tmp_path, 4)
     command = re.search(r"python tools/finetune_detectron2.py ((?:.*\\\n)*.*)", (ROOT / "README.md").read_text())[1]
     words = shlex.split(command.replace("\\\n", " "))
     words[words.index("--model") + 1] = runs["quickstart"]
@@ -240,17 +236,44 @@ def test_the_readmes_command_goes_from_a_run_to_a_detector(runs, tmp_path, monke
     assert found["instances"].image_size == (48, 64)
 
 
-def test_missing_files_are_one_line(tmp_path, capsys):
-    words = f"--model random --train {tmp_path / 'x.json'} --images {tmp_path} --val {tmp_path}"
-    with pytest.raises(SystemExit):
-        finetune_detectron2.main(words.split())
-    assert "x.json: no such file or folder" in capsys.readouterr().err
+def boxes_alone(folder, count):
+    """COCO files without masks: to crop these, detectron2 needs shapely."""
+    coco(folder, count)
+    for name in ("train.json", "held_out.json"):
+        content = json.loads((folder / name).read_text())
+        for row in content["annotations"]:
+            del row["segmentation"]
+        (folder / name).write_text(json.dumps(content))
+
+
+@needs_detectron2
+def test_bad_data_and_options_are_one_line_before_anything(tmp_path, capsys):
+    boxes_alone(tmp_path, 1)
+    content = json.loads((tmp_path / "train.json").read_text())
+    content["categories"][0]["name"] = "kite"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    (tmp_path / "list.json").write_text("[1]")
+    words = f"--model random --images {tmp_path}/photos --runs {tmp_path}/runs"
+    for train, val, said in (
+        ("x.json", "train.json", "x.json: no such file or folder"),
+        ("list.json", "train.json", "list.json: no list 'images'"),
+        ("train.json", "other.json", "--val has 1, class 0 is 'thing' and 'kite'"),
+        (f"train.json --val_images {tmp_path}", "train.json", "0.png"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            finetune_detectron2.main(f"{words} --train {tmp_path}/{train} --val {tmp_path}/{val}".split())
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError, match=r"optimizer.lrr=3: found no such KEY=VALUE .*; nearest is 'lr'"):
+        finetune_detectron2.check_options(OmegaConf.create({"optimizer": {"lr": 1}}), ["optimizer.lrr=3"])
 
 
 @needs_detectron2
 def test_a_run_that_does_not_fit_is_one_line(runs, tmp_path, capsys):  # noqa: F811
-    (tmp_path / "x.json").write_text('{"images": [], "categories": [], "annotations": [{"id": 1}]}')
-    words = f"--model {runs['clip']} --train {tmp_path}/x.json --images {tmp_path} --val {tmp_path}/x.json"
+    boxes_alone(tmp_path, 1)
+    words = f"--model {runs['clip']} --train {tmp_path}/train.json --images {tmp_path}/photos"
+    words += f" --val {tmp_path}/train.json"
     with pytest.raises(SystemExit):
         finetune_detectron2.main([*words.split(), "--runs", str(tmp_path / "runs")])
     assert "--to vitdet: backbone: detectron2's ViT has no place for embeds.cls_token" in capsys.readouterr().err

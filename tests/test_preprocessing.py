@@ -283,6 +283,9 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
         encoder.embed_image([noise(8, 8), str(tmp_path)])
     with pytest.raises(UnreadableSample, match=r"photo\.jpg: damaged JPEG"):
         encoder.embed_image(str(tmp_path / "photo.jpg"))
+    for end in range(4, 900, 40):  # where a header breaks off, libraries say a number alone
+        with pytest.raises(UnreadableSample, match="image 0: damaged JPEG: .*[a-z]{4}"):
+            encoder.embed_image(FILES["jpeg"][:end])
     with pytest.raises(UnreadableSample, match=r"notes\.jpg: expected the bytes of a JPEG, PNG or WebP"):
         encoder.embed_image(tmp_path / "notes.jpg")
     with pytest.raises(UnreadableSample, match="image 0: expected the bytes of"):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from export_runs import save_run
 from helpers import ARCHITECTURE, batch_images, noise, packed, tiny_encoder
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.models import detection
 
 import indiclip
@@ -211,6 +213,30 @@ def test_files_that_are_missing_are_said_before_anything(tmp_path, capsys):
     assert "x.json: no such file or folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["[1]", "{", '{"images": [], "annotations": []}', "\0"])
+def test_files_of_another_kind_are_one_line(content, tmp_path, capsys):
+    (tmp_path / "x.json").write_text(content)
+    words = f"--model random --train {tmp_path / 'x.json'} --images {tmp_path} --val {tmp_path} --runs {tmp_path}/runs"
+    with pytest.raises(SystemExit, match="2"):
+        finetune_torchvision.main(words.split())
+    with pytest.raises(SystemExit, match="2"):
+        finetune_torchvision.main([*words.split(), "--config", "methods/ema"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert "x.json: " in first
+    assert "methods/ema.yaml: expected a page as conf/downstream/fcos.yaml" in second
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_image_model_trains_too_and_a_trial_leaves_nothing(tmp_path, capsys):
+    coco(tmp_path, 2)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    words = f"--model timm:test_vit:{tmp_path}/vit.safetensors --train {tmp_path}/train.json --images {tmp_path}/photos"
+    words += f" --val {tmp_path}/held_out.json --runs {tmp_path}/runs --max_tokens 36 --trainer.fast_dev_run true"
+    assert finetune_torchvision.main(words.split()) == 0
+    assert "tensors (image) from timm:test_vit" in " ".join(capsys.readouterr().out.split())
+    assert not [*(tmp_path / "runs").glob("*")]
+
+
 PAGES = [ROOT / "conf" / "downstream" / f"{name}.yaml" for name in ("fcos", "faster_rcnn", "mask_rcnn")]
 
 
@@ -232,7 +258,7 @@ def test_every_other_page_trains_too(page, pretrained, tmp_path):
     words += ["--train", str(tmp_path / "train.json"), "--images", str(tmp_path / "photos")]
     words += ["--val", str(tmp_path / "held_out.json"), "--runs", str(tmp_path / "runs"), "--name", "x"]
     words += ["--ckpt_path", "last", "--batch_size", "2", *SHORT.split()]
-    words += ["--trainer.callbacks+=indiclip.training.ema.EMA", "--model.encoder.lora.r", "2"]
+    words += ["--config", "methods/ema", "--model.encoder.lora.r", "2", "--model.heads.init_args.name", "own"]
     for _ in range(2 if page.stem == "faster_rcnn" else 1):
         assert finetune_torchvision.main(words) == 0
     assert [folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()] == ["x"]
@@ -240,7 +266,7 @@ def test_every_other_page_trains_too(page, pretrained, tmp_path):
     assert "boxes" in detector([torch.rand(3, 48, 48)])[0]
     checkpoint = torch.load(tmp_path / "runs" / "x" / "checkpoints" / "last.ckpt", weights_only=True)
     name, averages = "rpn.head.bbox_pred.weight", checkpoint["averages"]["state_dict"]
-    ours = f"heads.torchvision_detector.detector.{name}"
+    ours = f"heads.own.detector.{name}"
     assert torch.equal(detector.state_dict()[name], averages[ours])
     assert not torch.equal(averages[ours], checkpoint["state_dict"][ours])
     tower = indiclip.load(tmp_path / "runs" / "x").merged().backbone.vit

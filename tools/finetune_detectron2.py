@@ -26,9 +26,13 @@ from typing import Any
 import torch
 
 from indiclip import json_lines
+from indiclip.datasets.coco import CocoDetection
 from indiclip.evals.pages.report import write_report
 from indiclip.export.exporter import export
 from indiclip.export.source import open_source
+from indiclip.head import same_classes
+from indiclip.masking import mask
+from indiclip.names import did_you_mean
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn")
 NAMES = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm": "ap_medium", "APl": "ap_large"}
@@ -59,7 +63,42 @@ def config_for(arguments: argparse.Namespace, vitdet: Path, options: list[str]) 
     config.train.device = "cuda" if torch.cuda.is_available() else "cpu"
     config.train.amp.enabled = torch.cuda.is_available()
     config.train.log_period = 1 if arguments.max_steps < 100 else config.train.log_period
+    check_options(config, options)
     return LazyConfig.apply_overrides(config, options)
+
+
+def check_options(config: Any, options: list[str]) -> None:
+    """Raise ValueError for one that the config does not have, which detectron2 would add to it."""
+    from omegaconf import OmegaConf
+
+    for option in options:
+        key, equals, _ = option.partition("=")
+        parent, _, last = key.rpartition(".")
+        own = OmegaConf.select(config, parent) if parent else config
+        if not equals or (key[0] not in "+~" and (not OmegaConf.is_dict(own) or last not in own)):
+            near = did_you_mean(last, map(str, own)) if OmegaConf.is_dict(own) else ""
+            raise ValueError(f"{option}: found no such KEY=VALUE of the LazyConfig{near} (+KEY=VALUE adds one)")
+
+
+def check_data(arguments: argparse.Namespace) -> None:
+    """Raise ValueError or OSError for what detectron2 would say in mid-training, or not at all: images that are
+    missing, boxes out of their image, held-out classes that are not those of training."""
+    files = {"--train": (arguments.train, None), "--val": (arguments.val, arguments.val_images)}
+    datasets = {
+        option: CocoDetection(str(images or arguments.images), str(file)) for option, (file, images) in files.items()
+    }
+    same_classes("detection", datasets)
+    if has_masks(arguments.train) and find_spec("shapely") is None:
+        raise ImportError(f"{arguments.train}: has masks, which detectron2 crops by shapely; pip install shapely")
+
+
+def vitdet_of(arguments: argparse.Namespace, run: Path) -> Path:
+    """The folder of ViTDet's configurations: the model itself, or the run's, which is written the first time."""
+    if (Path(arguments.model) / f"{arguments.detector}.py").is_file():
+        return Path(arguments.model)
+    if not (run / "vitdet").is_dir():
+        export(open_source(arguments.model, "auto", None), "vitdet", run / "vitdet")
+    return run / "vitdet"
 
 
 def has_masks(file: Path) -> bool:
@@ -169,29 +208,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default="vitdet")
     parser.add_argument("options", nargs="*", help="KEY=VALUE of the LazyConfig")
     arguments = parser.parse_args(argv)
-    for file in (arguments.train, arguments.val, arguments.images):
-        if not file.exists():
-            parser.error(f"{file}: no such file or folder")
     if find_spec("detectron2") is None:
         parser.error("needs detectron2, which is built from its source: README.md says how")
-    if has_masks(arguments.train) and find_spec("shapely") is None:
-        parser.error(f"{arguments.train}: has masks, which detectron2 crops by shapely; pip install shapely")
+    run = arguments.runs / arguments.name
+    try:
+        check_data(arguments)
+        vitdet = vitdet_of(arguments, run)
+        config = config_for(arguments, vitdet, arguments.options)
+    except (ImportError, OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {mask(' '.join(str(error).split()))}\n")
     from detectron2.config import LazyConfig
     from detectron2.utils.env import seed_all_rng
     from detectron2.utils.logger import setup_logger
 
-    run = arguments.runs / arguments.name
     run.mkdir(parents=True, exist_ok=True)
-    vitdet = Path(arguments.model) if (Path(arguments.model) / f"{arguments.detector}.py").is_file() else run / "vitdet"
-    if not vitdet.is_dir():
-        try:
-            export(open_source(arguments.model, "auto", None), "vitdet", vitdet)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
     setup_logger(str(run))
     logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)  # which names all that is to be trained
     seed_all_rng(arguments.seed)
-    config = config_for(arguments, vitdet, arguments.options)
     LazyConfig.save(config, str(run / "config.yaml"))
     train(config, run, arguments.detector)
     record = report(run, arguments.detector)

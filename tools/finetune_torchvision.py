@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,44 +31,72 @@ from torchvision.models import detection
 
 import indiclip
 from indiclip import json_lines
+from indiclip.config_files import SHIPPED, find_config, read_config
 from indiclip.datasets.coco import CocoDetection
+from indiclip.datasets.coco_file import read_coco
+from indiclip.datasets.tables import existing
 from indiclip.detection_metric import DetectionMetric
 from indiclip.encoder import Encoder
 from indiclip.export.torchvision import as_torchvision, write_detector
 from indiclip.export.torchvision_backbone import build_detector
+from indiclip.masking import mask
 from indiclip.preprocessing import read_upright
+from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.runs import AVERAGES
 from indiclip.pretrained.weights import read_tensors
 from indiclip.training.cli import run
+from indiclip.training.config_errors import one_line
 
-ROOT = Path(__file__).parent.parent
-HEAD = "torchvision_detector"
+HEAD = "heads.torchvision_detector.TorchvisionDetector"
+PARTS = ("image", "text", "projections")  # the loss of a detector has no temperature
 
 
 def page_for(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The page with the model and the files in their places."""
-    page: dict[str, Any] = yaml.safe_load(arguments.config.read_text())
-    page["model"]["encoder"] = (
-        yaml.safe_load((ROOT / "conf" / "quickstart.yaml").read_text())["model"]["encoder"]
-        if arguments.model == "random"
-        else {"init_from": [{"weights": arguments.model, "parts": ["image", "text", "projections"]}]}
-    )
+    """The page with the model and the files in their places.
+
+    Raises:
+        FileNotFoundError, ValueError: A file is missing or not what it should be, or the model cannot be read.
+    """
+    file = find_config(arguments.config[0])
+    page: dict[str, Any] = read_config(file)
+    head = detector_head(page, file)
+    head["num_classes"] = len(read_coco(existing(str(arguments.train)), arguments.images).classes)
+    page["model"]["encoder"] = encoder_for(arguments.model)
     files = {"train": (arguments.train, arguments.images), "val": (arguments.val, arguments.val_images)}
-    for part, (file, images) in files.items():
-        own = {"annotations": str(file), "images": str(images or arguments.images)}
-        page["data"][part][0]["dataset"]["init_args"] |= own
+    for part, (labels, images) in files.items():
+        source = page["data"][part][0]
+        source["dataset"]["init_args"] |= {"annotations": str(labels), "images": str(images or arguments.images)}
         own_sizes = {"max_tokens": arguments.max_tokens, "batch_size": arguments.batch_size}
-        page["data"][part][0] |= {key: value for key, value in own_sizes.items() if value}
-    head = page["model"]["heads"][0]["init_args"]
-    head["num_classes"] = len(json.loads(arguments.train.read_text())["categories"])
+        source |= {key: value for key, value in own_sizes.items() if value}
     return page
 
 
-def newest_run(runs: Path, name: str) -> Path:
-    """The folder of the run that ended last among those of a name: `name`, `name-2`, ..."""
-    own = [folder for folder in runs.iterdir() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", folder.name)]
-    ended = [folder for folder in own if (folder / "metrics.json").exists()]
-    return max(ended, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
+def detector_head(config: Any, file: Path) -> dict[str, Any]:
+    """The arguments of a config's detector.
+
+    Raises:
+        ValueError: It has none, or several, or other data than a page of conf/downstream.
+    """
+    try:
+        (head,) = (head["init_args"] for head in config["model"]["heads"] if head["class_path"] == HEAD)
+        for part in ("train", "val"):
+            assert isinstance(config["data"][part][0]["dataset"]["init_args"], dict)
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        expected = f"a page as conf/downstream/fcos.yaml: one head {HEAD}, and a source in data.train and data.val"
+        raise ValueError(f"--config {file}: expected {expected}") from error
+    return head
+
+
+def encoder_for(model: str) -> dict[str, Any]:
+    """What `model.encoder` says. An image model gets a small text tower and a pool, which no detector uses."""
+    quickstart = read_config(SHIPPED / "quickstart.yaml")["model"]["encoder"]
+    if model == "random":
+        return quickstart
+    has = read_weights(model).parts
+    weights: dict[str, Any] = {"weights": model, "parts": [part for part in PARTS if part in has]}
+    if "text" in has:
+        return {"init_from": [weights]}
+    return {"init_from": [weights | {"allow": ["image_pool*"]}], "text": quickstart["text"]}
 
 
 def detector_of(folder: Path, encoder: Encoder, sizes_hw: np.ndarray) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -80,7 +108,7 @@ def detector_of(folder: Path, encoder: Encoder, sizes_hw: np.ndarray) -> tuple[t
         sizes_hw: Of the images that it will get, as they are resized here: torchvision resizes to the median.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    head = config["model"]["heads"][0]["init_args"]
+    head = detector_head(config, folder / "config.yaml")
     options = dict(head.get("options") or {})
     options.setdefault("min_size", int(np.median(sizes_hw.min(1))))
     options.setdefault("max_size", int(sizes_hw.max()))
@@ -91,13 +119,18 @@ def detector_of(folder: Path, encoder: Encoder, sizes_hw: np.ndarray) -> tuple[t
     detector = build_detector(getattr(detection, kind), backbone, num_classes, **options)
     checkpoint = read_tensors(folder / "checkpoints" / "last.ckpt")
     found = checkpoint["state_dict"] | checkpoint.get(AVERAGES, {}).get("state_dict", {})
-    prefix = f"heads.{HEAD}."
+    prefix = f"heads.{name_of(head)}."
     trained = {name.removeprefix(prefix): weight for name, weight in found.items() if name.startswith(prefix)}
     weights = {f"backbone.{name}": weight for name, weight in backbone.state_dict().items()}
     for name, weight in trained.items():
         weights[f"backbone.{name}" if name.startswith("pyramid.") else name.removeprefix("detector.")] = weight
     detector.load_state_dict(weights)
     return detector.eval(), spec | {"options": options}
+
+
+def name_of(head: dict[str, Any]) -> str:
+    """By which its weights and metrics are called."""
+    return str(head.get("name") or HEAD.split(".")[1])
 
 
 @torch.no_grad()
@@ -119,7 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     if words[:1] == ["fit"]:  # one of the other processes, which Lightning starts with the words of `fit`
         return run(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "conf" / "downstream" / "fcos.yaml")
+    parser.add_argument(
+        "--config",
+        action="append",
+        help="a page as those of conf/downstream (default: downstream/fcos); others are stacked on it",
+    )
     parser.add_argument(
         "--model", required=True, help="whatever init_from reads: a run, a folder, a timm name; or random"
     )
@@ -132,33 +169,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--name", default="")
     arguments, options = parser.parse_known_args(words)
-    for file in (arguments.config, arguments.train, arguments.val, arguments.images):
-        if not file.exists():
-            parser.error(f"{file}: no such file or folder")
-    name = arguments.name or arguments.config.stem
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    page = arguments.runs / f"{name}.yaml"
-    page.write_text(yaml.safe_dump(page_for(arguments), sort_keys=False))
-    status = run(["fit", "--config", str(page), "--runs", str(arguments.runs), "--name", name, *options])
-    if status:
-        return status
+    arguments.config = arguments.config or ["downstream/fcos"]
+    name = arguments.name or Path(arguments.config[0]).stem
+    try:
+        page = page_for(arguments)
+    except (ImportError, OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {mask(one_line(error))}\n")
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(page, sort_keys=False))
+        stacked = [word for other in arguments.config[1:] for word in ("--config", other)]
+        fit = ["fit", "--config", str(file), *stacked, "--runs", str(arguments.runs), "--name", name, *options]
+        return run(fit, lambda folder: write(folder, arguments))
 
-    folder = newest_run(arguments.runs, name)
+
+def write(folder: Path, arguments: argparse.Namespace) -> None:
+    """The detector of a run that has ended, and its score."""
     encoder = indiclip.load(folder).merged()
-    own = encoder.backbone
     held_out = CocoDetection(str(arguments.val_images or arguments.images), str(arguments.val))
-    max_tokens = yaml.safe_load((folder / "config.yaml").read_text())["data"]["val"][0]["max_tokens"]
-    sizes_hw = [own.preprocessing.fit_hw(int(h), int(w), max_tokens) for h, w in held_out.sizes_hw]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    max_tokens = config["data"]["val"][0]["max_tokens"]
+    fit_hw = encoder.backbone.preprocessing.fit_hw
+    sizes_hw = [fit_hw(int(h), int(w), max_tokens) for h, w in held_out.sizes_hw]
     detector, spec = detector_of(folder, encoder, np.array(sizes_hw))
     shutil.rmtree(folder / "torchvision", ignore_errors=True)  # of fewer steps, where the run went on
     write_detector(encoder, detector, spec | {"classes": list(held_out.classes)}, folder / "torchvision")
     ap = score(detector, held_out, int(spec["kind"] != "FCOS"))
     in_run = json.loads((folder / "metrics.json").read_text())["metrics"]
-    parity = {"torchvision": ap, "run": {key: in_run.get(f"val/{HEAD}/{key}") for key in ap}}
+    head = name_of(detector_head(config, folder / "config.yaml"))
+    parity = {"torchvision": ap, "run": {key: in_run.get(f"val/{head}/{key}") for key in ap}}
     json_lines.write_whole(folder / "torchvision" / "parity.json", (json.dumps(parity, indent=2) + "\n").encode())
     aps = [parity[where].get("ap") or 0.0 for where in ("torchvision", "run")]
     print(f"detector {folder / 'torchvision'}: AP {aps[0]:.4f} as torchvision runs it, {aps[1]:.4f} in the run")
-    return 0
 
 
 if __name__ == "__main__":

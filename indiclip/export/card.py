@@ -79,7 +79,7 @@ def write_card(folder: Path, name: str, source: Source, target: Target, record: 
         bound=bound.format(bound=record["bound"]),
         notes="\n" + "\n".join(notes) + "\n" if notes else "",
         data="\n".join(_data(source.run)),
-        scores="\n".join(_scores(source.run)),
+        scores="\n".join(_scores(source, record["weights"])),
         licence=licence or _UNKNOWN_LICENCE,
     )
     folder.joinpath("README.md").write_text(card, "utf-8")
@@ -107,8 +107,9 @@ def _data(run: Path | None) -> Iterator[str]:
         yield "The run's config.yaml names none."
 
 
-def _scores(run: Path | None) -> Iterator[str]:
-    """A table of what the run scored on held-out data."""
+def _scores(source: Source, weights: str) -> Iterator[str]:
+    """A table of what the run scored on held-out data, which may be with other weights, and at another length."""
+    run = source.run
     file = run / "metrics.json" if run else None
     if file is None or not file.is_file():
         yield "None: the run left no metrics.json."
@@ -119,7 +120,9 @@ def _scores(run: Path | None) -> Iterator[str]:
         for name, value in (record.get("metrics") or {}).items()
         if _PLAIN_METRIC.fullmatch(name) and isinstance(value, int | float)
     }
-    yield f"On held-out data, after step {record.get('step')}:"
+    yield f"Of the run on held-out data, after step {record.get('step')}: of its averaged weights where it keeps some,"
+    yield "at the full length where the metric's name ends in no other. They were not scored again for this folder;"
+    yield f"it has {weights}, and embeddings of {source.encoder.embed_dim} numbers."
     yield ""
     yield "| metric | value |"
     yield "|---|---|"

@@ -71,12 +71,23 @@ def _library_of_folder(folder: Path) -> str:
             found.append("timm")
         elif config.get("format") == "indiclip-vitdet":
             found.append("vitdet")
-        elif not found:
+        elif not found and not _exported_to(folder):
             raise ValueError(f"{file}: found neither transformers' `model_type` nor timm's `architecture`")
+    if not found and (to := _exported_to(folder)):
+        raise ValueError(
+            f"{folder}: was exported for {to}, and is not read back; expected the run that it was made of, or an "
+            "export for another library"
+        )
     if len(found) > 1:
         which = " or ".join(f"{library}:{folder}" for library in found)
         raise ValueError(f"{folder}: holds the files of {' and '.join(found)}; expected {which}")
     return found[0] if found else "indiclip"
+
+
+def _exported_to(folder: Path) -> str:
+    """The target of `indiclip export` that wrote the folder; empty where it wrote none."""
+    file = folder / "parity.json"
+    return str(read_config(file).get("to", "")) if file.is_file() else ""
 
 
 def read_config(file: Path) -> dict[str, Any]:

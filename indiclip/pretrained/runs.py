@@ -75,6 +75,9 @@ def checkpoint_file(path: Path) -> Path:
     found = [last] if last.is_file() else sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"{path}: holds no checkpoint (*.ckpt)")
+    if len(folders := {file.parent for file in found}) > 1:
+        newest = found[-1].parent if found[-1].parent.name != "checkpoints" else found[-1].parent.parent
+        raise ValueError(f"{path}: holds checkpoints in {len(folders)} folders; expected a run, such as {newest}")
     return found[-1]
 
 

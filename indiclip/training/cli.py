@@ -156,15 +156,22 @@ class IndiCLI(LightningCLI):
             record.after_fit(self.trainer, self.model, self.datamodule)
 
 
-def run(argv: list[str]) -> int:
-    """Run one of LightningCLI's commands. Returns the exit status."""
+def run(argv: list[str], then: Callable[[Path], None] | None = None) -> int:
+    """Run one of LightningCLI's commands. Returns the exit status.
+
+    Args:
+        argv: Its words.
+        then: Called with the run's folder where it ended, not after a `fast_dev_run`. Its errors are told as a run's.
+    """
     sys.argv[1:] = argv  # the first stays: Lightning starts the other processes of this machine with it
     stdout, sys.stdout = sys.stdout, cast(TextIO, _Pipe(sys.stdout))
     # A CPU takes a hundred times longer over numbers below 1e-38, which the gradients of a saturated GELU are. Threads
     # take the setting over from the one that starts them, so it must come before any of torch's.
     torch.set_flush_denormal(True)
     try:
-        IndiCLI()
+        cli = IndiCLI()
+        if then is not None and cli.folder is not None and not cli.trial:
+            then(cli.folder)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as stop:

@@ -42,6 +42,7 @@ class ConfigHistory(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Any, portable: PortableConfig) -> None:
         super().__init__(parser, config)
         self.portable = portable
+        self._began: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
@@ -52,6 +53,8 @@ class ConfigHistory(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_FOUND] = _found(trainer)
+        if self._began is not None and trainer.global_step > self._began:
+            self._keep(trainer)  # a run that is stopped in its first step has not come to `on_train_batch_end`
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare the samples, which may be others under the same config.
@@ -70,6 +73,9 @@ class ConfigHistory(SaveConfigCallback):
         self._began = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._keep(trainer)
+
+    def _keep(self, trainer: Trainer) -> None:
         if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True
