@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 from foreign_models import folders, spiece  # noqa: F401
 from PIL import Image
+
+# The libraries' million objects stay until the end; the garbage collector need not search them in each test.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(scope="session")
