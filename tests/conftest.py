@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import atexit
 import gc
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from PIL import Image
 # The libraries' million objects stay until the end; the garbage collector need not search them in each test.
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session")

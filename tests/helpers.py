@@ -1,6 +1,13 @@
 """Small models and batches for tests."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,3 +109,57 @@ def on_ranks(world: int, function: Callable[[int], Any], folder: Path) -> list[A
     for process in processes:
         process.join(30)
     return [answers[rank] for rank in range(world)]
+
+
+def forked(work: Callable[[], int], folder: Path, variables: dict[str, str]) -> int:
+    """The id of a process of its own session that exits with what `work` gives: no imports to wait for.
+
+    What it writes is added to `out` and `err` of the folder.
+    """
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        os.setsid()
+        for name, number in (("out", 1), ("err", 2)):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        os.environ.update(variables)
+        torch.set_num_threads(1)
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def waited(processes: list[int], seconds: float = 240.0) -> list[int]:
+    """The statuses of forked processes, as `subprocess` gives them; those that take too long are killed."""
+    statuses: dict[int, int] = {}
+    end = time.monotonic() + seconds
+    while len(statuses) < len(processes):
+        for process in set(processes) - statuses.keys():
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                statuses[process] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.killpg(process, signal.SIGKILL)
+        time.sleep(0.02)
+    return [statuses[process] for process in processes]
+
+
+def as_ranks(work: Callable[[], int], folder: Path, world: int = 2) -> subprocess.CompletedProcess[str]:
+    """What processes did that were started as torchrun starts those of one machine; the status is the first one's."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_PORT": port}
+    names = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RUN_ID": "none"}
+    output = Path(tempfile.mkdtemp(prefix="ranks", dir=folder))
+    ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
+    processes = [forked(work, output, names | {key: str(value) for key, value in rank.items()}) for rank in ranks]
+    first, *_ = waited(processes)
+    out, error = ((output / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess([], first, out, error)

@@ -46,8 +46,17 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
-@pytest.mark.parametrize(("moment", "step"), [(2, 2), (0, 3), (-1, 1)])
+@pytest.mark.parametrize(
+    ("number", "status", "moment", "step"),
+    [
+        (signal.SIGTERM, 143, 2, 2),
+        (signal.SIGTERM, 143, 0, 3),
+        (signal.SIGTERM, 143, -1, 1),
+        (signal.SIGUSR1, 138, 2, 2),
+        (signal.SIGINT, 130, 0, 3),  # Lightning has its own way with Ctrl-C
+        (signal.SIGINT, 130, -1, 1),
+    ],
+)
 def test_a_signal_saves_and_the_resumed_run_ends_with_the_same_weights(
     tmp_path, capfd, monkeypatch, uninterrupted, number, status, moment, step
 ):
@@ -160,9 +169,10 @@ def test_a_signal_in_the_middle_of_a_step_of_two_micro_batches_waits_for_its_end
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
 
 
-@pytest.mark.parametrize(("moment", "step"), [(2, 2), (-1, 1)])
-def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step):
-    done, folder = two_ranks(tmp_path, experiment(tmp_path, signal.SIGTERM, moment, steps=50, rank=1))
+@pytest.mark.parametrize(("moment", "step", "started_by"), [(2, 2, "lightning"), (-1, 1, "torchrun")])
+def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step, started_by):
+    tree = experiment(tmp_path, signal.SIGTERM, moment, steps=50, rank=1)
+    done, folder = two_ranks(tmp_path, tree, started_by=started_by)
     assert done.returncode == 143, done.stderr[-3000:]
     assert diary(tmp_path, 0)[1] == diary(tmp_path, 1)[1] == list(range(step))
     lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
