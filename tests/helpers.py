@@ -1,15 +1,16 @@
 """Small models and batches for tests."""
 
+import gc
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.loading import workers
 from indiclip.loading.collate import pack
 from indiclip.preprocessing import Preprocessing
 from indiclip.text import TextTower
@@ -120,6 +122,8 @@ def forked(work: Callable[[], int], folder: Path, variables: dict[str, str]) -> 
     if process:
         return process
     status = 1
+    gc.freeze()  # an old loader, were it collected here, would end the workers of the parent
+    workers._all.clear()
     try:
         os.setsid()
         for name, number in (("out", 1), ("err", 2)):
@@ -150,16 +154,20 @@ def waited(processes: list[int], seconds: float = 240.0) -> list[int]:
     return [statuses[process] for process in processes]
 
 
-def as_ranks(work: Callable[[], int], folder: Path, world: int = 2) -> subprocess.CompletedProcess[str]:
-    """What processes did that were started as torchrun starts those of one machine; the status is the first one's."""
+def in_processes(work: Callable[[], int], folder: Path, variables: list[dict[str, str]]) -> CompletedProcess[str]:
+    """What forked processes did together, one for each of `variables`: the first one's status; `args` are their ids."""
+    output = Path(tempfile.mkdtemp(prefix="output", dir=folder))
+    processes = [forked(work, output, own) for own in variables]
+    first, *_ = waited(processes)
+    out, error = ((output / name).read_text() for name in ("out", "err"))
+    return CompletedProcess(processes, first, out, error)
+
+
+def as_ranks(work: Callable[[], int], folder: Path, world: int = 2) -> CompletedProcess[str]:
+    """As `in_processes`, with what torchrun tells the processes of one machine."""
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         port = chosen.getsockname()[1]
-    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_PORT": port}
     names = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RUN_ID": "none"}
-    output = Path(tempfile.mkdtemp(prefix="ranks", dir=folder))
-    ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
-    processes = [forked(work, output, names | {key: str(value) for key, value in rank.items()}) for rank in ranks]
-    first, *_ = waited(processes)
-    out, error = ((output / name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess([], first, out, error)
+    names |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "MASTER_PORT": str(port)}
+    return in_processes(work, folder, [names | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)])
