@@ -94,7 +94,7 @@ def _run(argv: list[str]) -> int:
     if word in ("-V", "--version", "version"):
         print(f"indiclip {__version__}")
         return 0
-    from indiclip.commands.words import leaving_at_once, run_command
+    from indiclip.commands.words import importing, run_command
 
     if word in _COMMANDS:
         return run_command(argv)
@@ -107,7 +107,7 @@ def _run(argv: list[str]) -> int:
     if any(flag in argv for flag in ("-h", "--help")):
         print(_COMMAND_HELP.format(command=word))
         return 0
-    with leaving_at_once():
+    with importing():
         from indiclip.training.cli import run
 
     return run(["--help" if flag == "--help=all" else flag for flag in argv])

@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
-from transformers.optimization import get_scheduler
 
 from indiclip.names import check_range
 
@@ -32,6 +31,10 @@ class Schedule:
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
         """torch's scheduler for a run of `num_steps`, to be stepped after each of them."""
+        from transformers.optimization import (
+            get_scheduler,  # which imports peft, half a second that only training needs
+        )
+
         made = get_scheduler(self.kind, optimizer, warmup_steps, num_steps, dict(self.options))  # type: ignore[no-untyped-call]
         return cast(LambdaLR, made)
 

@@ -1,5 +1,7 @@
 """What the tests share."""
 
+import atexit
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,11 @@ import numpy as np
 import pytest
 from foreign_models import folders, spiece  # noqa: F401
 from PIL import Image
+
+# The libraries' million objects stay until the end; the garbage collector need not search them in each test.
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session")

@@ -4,21 +4,19 @@
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import tempfile
 import zipfile
 from collections import Counter
-from pathlib import Path
 
 import torch
 import yaml
+from helpers import in_processes
 from test_cli import config
 
 from indiclip.generated.mela import Mela
+from indiclip.training.cli import run
 
-TESTS = Path(__file__).parent
 SCENES, BATCH = 12, 4  # an epoch of the source is three steps
 
 
@@ -45,11 +43,13 @@ def started(folder, scratch, kill=None, workers=0):
     """
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(experiment(folder, kill, workers)))
-    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(folder / "runs")]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
-    command += ["--ckpt_path", "last"]
-    done = subprocess.run(command, env=environment, start_new_session=True, capture_output=True, text=True, timeout=240)
+    words = ["fit", "--config", str(file), "--runs", str(folder / "runs"), "--ckpt_path", "last"]
+
+    def work():
+        tempfile.tempdir = str(scratch)
+        return run(words)
+
+    done = in_processes(work, folder, [{"TMPDIR": str(scratch)}])
     assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr[-3000:]
     return done.stdout
 
@@ -73,31 +73,31 @@ def same(first, second):
 
 
 def test_three_kills_lose_nothing(tmp_path, tmp_path_factory):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    for folder in (whole, run):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
         folder.mkdir()
     scratch = tmp_path_factory.mktemp("scratch")  # a short path, for the sockets of workers
     started(whole, scratch)
-    at = run / "runs" / "experiment" / "checkpoints"
+    at = killed / "runs" / "experiment" / "checkpoints"
 
     # In the middle of writing the second checkpoint.
-    started(run, scratch, {"step": 5, "function": "write", "call": 3}, workers=2)
+    started(killed, scratch, {"step": 5, "function": "write", "call": 3}, workers=2)
     assert content(at) == {"3.ckpt", "last.ckpt", "manifest.json", ".6.ckpt.part"}
     # It is written again and listed, but not yet in its place.
-    out = started(run, scratch, {"step": 5, "function": "replace", "call": 2}, workers=1)
+    out = started(killed, scratch, {"step": 5, "function": "replace", "call": 2}, workers=1)
     assert f"going on from {at}/3.ckpt: step 3" in out
     assert content(at) == {"3.ckpt", "last.ckpt", "manifest.json", ".6.ckpt.part"}
     assert any(row["name"] == "6.ckpt" for row in json.loads((at / "manifest.json").read_text())["files"])
     # In the middle of an epoch, steps after a checkpoint, with batches waiting in the workers.
-    out = started(run, scratch, {"step": 11}, workers=3)
+    out = started(killed, scratch, {"step": 11}, workers=3)
     assert f"going on from {at}/3.ckpt: step 3" in out
     assert content(at) == {"9.ckpt", "last.ckpt", "manifest.json"}
 
-    assert f"going on from {at}/9.ckpt: step 9" in started(run, scratch)
+    assert f"going on from {at}/9.ckpt: step 9" in started(killed, scratch)
     assert content(at) == {"12.ckpt", "last.ckpt", "manifest.json"}
     assert [file.name for file in scratch.rglob("*.ckpt*")] == []
 
-    rows = [json.loads(line) for line in (run / "keys-0.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (killed / "keys-0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [*range(6), *range(3, 6), *range(3, 12), *range(9, 12)]
     counted = {row["step"]: row["keys"]["contrastive"] for row in rows}  # a step that is done again replaces itself
     scenes = Mela(SCENES, 32, "single")
@@ -107,6 +107,6 @@ def test_three_kills_lose_nothing(tmp_path, tmp_path_factory):
         assert Counter(key for step in steps for key in counted[step]) == once
     lines = (whole / "keys-0.jsonl").read_text().splitlines()
     assert [json.loads(line)["keys"]["contrastive"] for line in lines] == list(counted.values())
-    ends = [torch.load(f / "runs/experiment/checkpoints/last.ckpt", weights_only=True) for f in (whole, run)]
+    ends = [torch.load(f / "runs/experiment/checkpoints/last.ckpt", weights_only=True) for f in (whole, killed)]
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
         assert same(ends[0][part], ends[1][part]), part

@@ -4,14 +4,13 @@ import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
-import yaml
+from helpers import forked, waited
 from test_cli import config, fit
-from test_step_sync import TESTS, two_ranks
+from test_step_sync import two_ranks
+from test_workers import wait_until
 
 from indiclip.training.fault_tolerance.preemption import requeue
 from indiclip.training.record import read_history
@@ -46,8 +45,17 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
-@pytest.mark.parametrize(("moment", "step"), [(2, 2), (0, 3), (-1, 1)])
+@pytest.mark.parametrize(
+    ("number", "status", "moment", "step"),
+    [
+        (signal.SIGTERM, 143, 2, 2),
+        (signal.SIGTERM, 143, 0, 3),
+        (signal.SIGTERM, 143, -1, 1),
+        (signal.SIGUSR1, 138, 2, 2),
+        (signal.SIGINT, 130, 0, 3),  # Lightning has its own way with Ctrl-C
+        (signal.SIGINT, 130, -1, 1),
+    ],
+)
 def test_a_signal_saves_and_the_resumed_run_ends_with_the_same_weights(
     tmp_path, capfd, monkeypatch, uninterrupted, number, status, moment, step
 ):
@@ -160,9 +168,10 @@ def test_a_signal_in_the_middle_of_a_step_of_two_micro_batches_waits_for_its_end
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
 
 
-@pytest.mark.parametrize(("moment", "step"), [(2, 2), (-1, 1)])
-def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step):
-    done, folder = two_ranks(tmp_path, experiment(tmp_path, signal.SIGTERM, moment, steps=50, rank=1))
+@pytest.mark.parametrize(("moment", "step", "started_by"), [(2, 2, "lightning"), (-1, 1, "torchrun")])
+def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step, started_by):
+    tree = experiment(tmp_path, signal.SIGTERM, moment, steps=50, rank=1)
+    done, folder = two_ranks(tmp_path, tree, started_by=started_by)
     assert done.returncode == 143, done.stderr[-3000:]
     assert diary(tmp_path, 0)[1] == diary(tmp_path, 1)[1] == list(range(step))
     lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
@@ -173,21 +182,19 @@ def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step):
 def test_a_second_ctrl_c_leaves_a_step_that_never_ends(tmp_path):
     tree = experiment(tmp_path)
     tree["trainer"]["callbacks"].append({"class_path": "trouble.Stuck", "init_args": {"step": 2}})
-    file = tmp_path / "experiment.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    seen = ""
-    while "stuck\n" not in seen:
-        seen += run.stderr.readline()
-    run.send_signal(signal.SIGINT)
-    while "SIGINT: finishing the step" not in seen:
-        seen += run.stderr.readline()
-    assert run.poll() is None
-    run.send_signal(signal.SIGINT)
-    run.communicate(timeout=60)
-    assert run.returncode == 130
+    error = tmp_path / "err"
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
+        return fit(tmp_path, tree)
+
+    process = forked(work, tmp_path, {})
+    wait_until(lambda: error.is_file() and "stuck\n" in error.read_text())
+    os.kill(process, signal.SIGINT)
+    wait_until(lambda: "SIGINT: finishing the step" in error.read_text())
+    assert os.waitpid(process, os.WNOHANG) == (0, 0)
+    os.kill(process, signal.SIGINT)
+    assert waited([process]) == [130]
     assert not (tmp_path / "runs" / "experiment" / "checkpoints").exists()
 
 

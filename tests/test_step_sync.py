@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from helpers import tiny_encoder
+from helpers import as_ranks, tiny_encoder
 from test_cli import config, fit
 from trouble import BadLoss, Unreadable
 
@@ -18,6 +18,7 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
 from indiclip.module import MultiTask
+from indiclip.training.cli import run
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.record import read_history
@@ -111,15 +112,18 @@ def test_too_many_in_a_row_stop_the_run_and_say_who(tmp_path):
     assert caught.value.status == 1
 
 
-def two_ranks(folder, tree, *flags):
+def two_ranks(folder, tree, *flags, started_by="torchrun"):
     """Run the command with two processes. Returns what it did and the run's folder."""
     tree["trainer"] |= {"devices": 2, "accelerator": "cpu"}
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(tree))
-    command = ["-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(folder / "runs"), *flags]
+    words = ["fit", "--config", str(file), "--runs", str(folder / "runs"), *flags]
+    if started_by == "torchrun":
+        return as_ranks(lambda: run(words), folder), folder / "runs" / "experiment"
+    command = [sys.executable, "-m", "indiclip.cli", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(
         [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     return done, folder / "runs" / "experiment"
 
 

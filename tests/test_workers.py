@@ -12,8 +12,8 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
-import yaml
 from test_cli import config, fit
+from test_step_sync import two_ranks
 from torch.utils.data import Dataset
 from trouble_reading import Troubles, loader
 
@@ -272,19 +272,14 @@ def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_refused(length
 
 
 def test_a_killed_worker_of_one_rank_ends_both(tmp_path):
-    file = tmp_path / "experiment.yaml"
-    tree = trouble("killed", trainer__devices=2)
-    file.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True) as done:
-        _, error = done.communicate(timeout=240)
-    assert done.returncode == 1, error
-    lines = sorted(line for line in error.splitlines() if line.startswith("indiclip: "))
-    assert len(lines) == 2, error
+    done, _ = two_ranks(tmp_path, trouble("killed"))
+    assert done.returncode == 1, done.stderr
+    lines = sorted(line for line in done.stderr.splitlines() if line.startswith("indiclip: "))
+    assert len(lines) == 2, done.stderr
     assert "another rank is gone" in lines[0]
     assert "was killed by SIGKILL" in lines[1]
-    assert "Traceback" not in error, error
-    wait_until(lambda: not _group(done.pid))
+    assert "Traceback" not in done.stderr
+    wait_until(lambda: not any(_group(leader) for leader in done.args))
 
 
 def _group(leader):
