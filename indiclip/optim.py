@@ -31,9 +31,8 @@ class Schedule:
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
         """torch's scheduler for a run of `num_steps`, to be stepped after each of them."""
-        from transformers.optimization import (
-            get_scheduler,  # which imports peft, half a second that only training needs
-        )
+        # Imports peft: half a second, which only training needs.
+        from transformers.optimization import get_scheduler
 
         made = get_scheduler(self.kind, optimizer, warmup_steps, num_steps, dict(self.options))  # type: ignore[no-untyped-call]
         return cast(LambdaLR, made)
