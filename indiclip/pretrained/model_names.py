@@ -38,7 +38,7 @@ def library_of(model: str) -> tuple[str, str]:
     if prefix == "hf-hub":
         expected = ", ".join(f"{library}:{model}" for library in LIBRARIES)
         raise ValueError(f"{model}: which library is to download it? Expected one of {expected}")
-    if colon:
+    if colon and not path.parent.name:
         raise ValueError(
             f"{model}: no library {prefix!r}{did_you_mean(prefix, LIBRARIES)}; expected one of {', '.join(LIBRARIES)}"
         )

@@ -50,8 +50,9 @@ def read_run(path: str, which: str = "auto") -> Weights:
             f"{file}: has no averaged weights (indiclip.training.ema.EMA keeps some); expected last or best"
         )
     tensors = {name.removeprefix(_ENCODER): weight for name, weight in weights.items() if name.startswith(_ENCODER)}
-    heads = [name for name in weights if not name.startswith(_ENCODER)]
-    return Weights(str(file), checkpoint["encoder"], tensors | _logits(weights), ignored=heads, notes=[said])
+    logits = _logits(weights)
+    heads = [name for name in weights if not name.startswith(_ENCODER) and name.rpartition(".")[2] not in logits]
+    return Weights(str(file), checkpoint["encoder"], tensors | logits, ignored=heads, notes=[said])
 
 
 def _best(last: Path, checkpoint: dict[str, Any]) -> Path:
