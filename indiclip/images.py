@@ -146,7 +146,7 @@ class EncodedImage:
         if self.kind == "JPEG":
             try:
                 height, width, colorspace, _ = simplejpeg.decode_jpeg_header(self.data, strict=False)
-            except ValueError:
+            except (ValueError, KeyError):  # of a colour space it does not know, as where the header breaks off
                 colorspace = "CMYK"
             if colorspace not in ("CMYK", "YCCK"):  # those are PIL's
                 self._turbo = True

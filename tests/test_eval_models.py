@@ -206,7 +206,14 @@ def test_what_is_no_model_is_said(tmp_path):
     (tmp_path / "odd" / "config.json").write_text("{}")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[]")
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "checkpoints" / "1.ckpt").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "parity.json").write_text('{"to": "onnx"}')
     wrong = {
+        tmp_path / "runs": (FileNotFoundError, f"holds no checkpoint .*; runs in it are {tmp_path}/runs/a$"),
+        tmp_path / "out": (ValueError, "out: is an export to onnx, which is not read back; expected the run"),
+        f"{tmp_path}/list:ema": (FileNotFoundError, "list:ema: no such run, .*nearest is '.*/list'"),
         tmp_path / "quikstart": (FileNotFoundError, f"no such run, .*nearest is '{tmp_path}/quickstart'"),
         tmp_path / "quickstart": (FileNotFoundError, "holds no checkpoint"),
         tmp_path / "x.ckpt": (FileNotFoundError, "no such run or checkpoint"),

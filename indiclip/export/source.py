@@ -20,12 +20,14 @@ class Source(NamedTuple):
         origin: Its run, checkpoint, folder or name.
         chosen: Which of a run's weights they are, in words.
         run: The run's folder, if there is one.
+        length: To which its embeddings were cut; None where they are as they were trained.
     """
 
     encoder: Encoder
     origin: str
     chosen: str
     run: Path | None
+    length: int | None = None
 
 
 def open_source(run: str, which: str, length: int | None, trust_code: bool = False) -> Source:
@@ -54,5 +56,6 @@ def open_source(run: str, which: str, length: int | None, trust_code: bool = Fal
     encoder = Encoder(**build(weights.config, weights.origin, trust_code))
     fill(encoder, weights)
     encoder.initial_logits = weights.logits()
+    chosen += ", with LoRA's adapters added" if encoder.lora else ""
     encoder = encoder.merged().eval().requires_grad_(False)
-    return Source(encoder, run, chosen, folder)
+    return Source(encoder, run, chosen, folder, length)

@@ -45,6 +45,8 @@ def read_run(path: str, which: str = "auto") -> Weights:
     if which != "last" and AVERAGES in checkpoint:
         weights |= checkpoint[AVERAGES]["state_dict"]
         said += f", averaged weights of {checkpoint[AVERAGES]['num_updates']:,} updates"
+    elif AVERAGES in checkpoint:
+        said += ", not averaged"
     elif which == "ema":
         raise ValueError(
             f"{file}: has no averaged weights (indiclip.training.ema.EMA keeps some); expected last or best"
@@ -73,9 +75,12 @@ def checkpoint_file(path: Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such run or checkpoint{nearest_beside(path)}")
     last = path / "checkpoints" / "last.ckpt"
-    found = [last] if last.is_file() else sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
+    mine = [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")]
+    found = [last] if last.is_file() else sorted(mine, key=lambda file: file.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"{path}: holds no checkpoint (*.ckpt)")
+        below = sorted({str(folder.parent) for folder in path.glob("*/checkpoints") if any(folder.glob("*.ckpt"))})
+        runs = f"; runs in it are {', '.join(below[:5])}{', ...' if len(below) > 5 else ''}" if below else ""
+        raise FileNotFoundError(f"{path}: holds no checkpoint (*.ckpt){runs}")
     return found[-1]
 
 
