@@ -43,9 +43,8 @@ def check_range(
         if number is not None and (number == without or not least <= number <= most):  # as NaN
             lowest = f"above {least}" if without == least else f"{least}"
             highest = f"below {most}" if without == most else f"{most}"
-            expected = (
-                f"{lowest} to {highest}" if most < sys.float_info.max else lowest + " or more" * (without is None)
-            )
+            unbounded = lowest if without == least else f"{least} or more"
+            expected = unbounded if most == sys.float_info.max else f"{lowest} to {highest}"
             raise ValueError(f"{key}: found {number}; expected {expected}")
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from indiclip import json_lines
+from indiclip.datasets.coco import CocoDetection
 from indiclip.evals.pages.report import write_report
 from indiclip.export.exporter import export
 from indiclip.export.source import open_source
@@ -39,9 +40,9 @@ def config_for(arguments: argparse.Namespace, vitdet: Path, options: list[str]) 
     from detectron2.config import LazyConfig
 
     config = LazyConfig.load(str(vitdet / f"{arguments.detector}.py"))
-    config.dataloader.train.dataset.names = register(arguments.train, arguments.images)
-    config.dataloader.test.dataset.names = register(arguments.val, arguments.val_images or arguments.images)
-    config.model.roi_heads.num_classes = len(json.loads(arguments.train.read_text())["categories"])
+    learned, held_out = (register(*files) for files in files_of(arguments))
+    config.dataloader.train.dataset.names, config.dataloader.test.dataset.names = learned, held_out
+    config.model.roi_heads.num_classes = len(CocoDetection(str(arguments.images), str(arguments.train)).classes)
     if not has_masks(arguments.train):
         heads, mapper = config.model.roi_heads, config.dataloader.train.mapper
         heads.mask_in_features = heads.mask_pooler = heads.mask_head = None
@@ -60,6 +61,12 @@ def config_for(arguments: argparse.Namespace, vitdet: Path, options: list[str]) 
     config.train.amp.enabled = torch.cuda.is_available()
     config.train.log_period = 1 if arguments.max_steps < 100 else config.train.log_period
     return LazyConfig.apply_overrides(config, options)
+
+
+def files_of(arguments: argparse.Namespace) -> list[tuple[Path, Path]]:
+    """Annotations and folder of images, of training and of what is held out."""
+    held_out = arguments.val_images or arguments.images
+    return [(arguments.train, arguments.images), (arguments.val, held_out)]
 
 
 def has_masks(file: Path) -> bool:
@@ -174,6 +181,14 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{file}: no such file or folder")
     if find_spec("detectron2") is None:
         parser.error("needs detectron2, which is built from its source: README.md says how")
+    try:
+        read = [CocoDetection(str(images), str(file)).classes for file, images in files_of(arguments)]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if read[0] != read[1]:
+        parser.error(
+            f"{arguments.val}: has the classes {', '.join(read[1])}; {arguments.train} has {', '.join(read[0])}"
+        )
     if has_masks(arguments.train) and find_spec("shapely") is None:
         parser.error(f"{arguments.train}: has masks, which detectron2 crops by shapely; pip install shapely")
     from detectron2.config import LazyConfig

@@ -60,7 +60,9 @@ def page_for(arguments: argparse.Namespace) -> dict[str, Any]:
         own_sizes = {"max_tokens": arguments.max_tokens, "batch_size": arguments.batch_size}
         page["data"][part][0] |= {key: value for key, value in own_sizes.items() if value}
     head = page["model"]["heads"][0]["init_args"]
-    head["num_classes"] = len(json.loads(arguments.train.read_text())["categories"])
+    if "num_classes" not in head:
+        raise ValueError(f"{arguments.config}: its first head has no num_classes; expected a page of conf/downstream")
+    head["num_classes"] = len(CocoDetection(str(arguments.images), str(arguments.train)).classes)
     return page
 
 
@@ -138,7 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     name = arguments.name or arguments.config.stem
     arguments.runs.mkdir(parents=True, exist_ok=True)
     page = arguments.runs / f"{name}.yaml"
-    page.write_text(yaml.safe_dump(page_for(arguments), sort_keys=False))
+    try:
+        page.write_text(yaml.safe_dump(page_for(arguments), sort_keys=False))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     status = run(["fit", "--config", str(page), "--runs", str(arguments.runs), "--name", name, *options])
     if status:
         return status

@@ -62,9 +62,7 @@ def _names_like(path: Path) -> list[str]:
 def _library_of_folder(folder: Path) -> str:
     found = []
     if (proof := folder / "parity.json").is_file() and (to := read_config(proof).get("to")) in ("onnx", "torchvision"):
-        raise ValueError(
-            f"{folder}: is an export to {to}, which is not read back; expected the run that it was made of"
-        )
+        raise ValueError(f"{folder}: is an export to {to}, which is not read back; expected the run that it is of")
     if (folder / "open_clip_config.json").is_file():
         found.append("open_clip")
     if (file := folder / "config.json").is_file():

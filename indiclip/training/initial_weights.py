@@ -47,8 +47,8 @@ def warn_of_random_towers(model: Any) -> None:
         keys = [key for key, towers in still.items() if tower in (towers or [])]
         if keys and tower not in given and not _arguments(encoder, name).get("pretrained"):
             warnings.warn(
-                f"{keys[0]}: the weights of the {tower} tower are random and not trained; model.encoder.init_from gives "
-                "it others",
+                f"{keys[0]}: the weights of the {tower} tower are random and not trained; model.encoder.init_from "
+                "gives it others",
                 stacklevel=2,
             )
 
