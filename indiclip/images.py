@@ -146,7 +146,7 @@ class EncodedImage:
         if self.kind == "JPEG":
             try:
                 height, width, colorspace, _ = simplejpeg.decode_jpeg_header(self.data, strict=False)
-            except ValueError:
+            except (ValueError, KeyError):  # of a colour space it does not know, as where the header breaks off
                 colorspace = "CMYK"
             if colorspace not in ("CMYK", "YCCK"):  # those are PIL's
                 self._turbo = True
@@ -183,8 +183,6 @@ class EncodedImage:
     def _unreadable(self, error: Exception) -> UnreadableSample:
         reason = " ".join(str(error).split()).partition(" <_io.")[0]  # where PIL names an object
         if not isinstance(error, Image.DecompressionBombError):  # PIL has a limit of its own
-            if not re.search("[A-Za-z]{2}", reason):  # as where a header breaks off, of which PIL says -1
-                reason = f"it breaks off or its bytes are no image ({type(error).__name__} {reason})"
             reason = f"damaged {self.kind}: {reason}"
         return UnreadableSample(self._key, reason, self._file)
 

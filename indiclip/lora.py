@@ -36,8 +36,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         check_range({"encoder.lora.r": self.r}, 1)
-        check_range({"encoder.lora.alpha": self.alpha})
-        check_range({"encoder.lora.dropout": self.dropout}, 0, 1)
+        check_range({"encoder.lora.alpha": self.alpha}, without=0)
+        check_range({"encoder.lora.dropout": self.dropout}, 0, 1, without=1)
+        for name, listed in {"towers": self.towers, "targets": self.targets}.items():
+            if listed == []:
+                raise ValueError(f"encoder.lora.{name}: found none, with which there are no adapters")
         for tower in self.towers:
             check_choice("encoder.lora.towers", tower, ("image", "text"))
 

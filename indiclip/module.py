@@ -72,7 +72,7 @@ class MultiTask(L.LightningModule):
         _check_heads(heads)
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
         check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
-        check_range({"model.layer_decay": layer_decay}, 0, 1)
+        check_range({"model.layer_decay": layer_decay}, 0, 1, without=0)
         self.encoder = encoder
         for head in heads:
             head.bind(encoder)

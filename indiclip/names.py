@@ -25,11 +25,26 @@ def check_choice(what: str, found: object, valid: Iterable[str]) -> None:
         raise ValueError(f"{what}: found {found!r}{hint}; expected one of {', '.join(valid)}")
 
 
-def check_range(found: Mapping[str, float | None], least: float = 0, most: float = sys.float_info.max) -> None:
-    """Raise ValueError for the first number that does not lie from `least` to `most`, naming its key; None may be."""
+def check_range(
+    found: Mapping[str, float | None],
+    least: float = 0,
+    most: float = sys.float_info.max,
+    without: float | None = None,
+) -> None:
+    """Raise ValueError for the first number that does not lie from `least` to `most`, naming its key; None may be.
+
+    Args:
+        found: The numbers by their keys.
+        least: Allowed itself, as `most` is.
+        most: See there.
+        without: One of the two that is not allowed after all.
+    """
     for key, number in found.items():
-        if number is not None and not least <= number <= most:  # as NaN
-            expected = f"{least} or more" if most == sys.float_info.max else f"{least} to {most}"
+        if number is not None and (number == without or not least <= number <= most):  # as NaN
+            lowest = f"above {least}" if without == least else f"{least}"
+            highest = f"below {most}" if without == most else f"{most}"
+            unbounded = lowest if without == least else f"{least} or more"
+            expected = unbounded if most == sys.float_info.max else f"{lowest} to {highest}"
             raise ValueError(f"{key}: found {number}; expected {expected}")
 
 

@@ -249,7 +249,7 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
                 ("lr", float("inf"), "found inf; expected 0 or more"),
                 ("weight_decay", -1, "found -1.0; expected 0 or more"),
                 ("warmup_steps", -5, "found -5; expected 0 or more"),
-                ("layer_decay", 2, "found 2.0; expected 0 to 1"),
+                ("layer_decay", 2, "found 2.0; expected above 0 to 1"),
                 ("lr_scale", {"encoder.backbone": "x"}, "expected float; found x"),
                 ("lr_scale", {"encoder.backbone": -1}, "found -1.0; expected 0 or more"),
                 (

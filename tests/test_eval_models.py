@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import pickle
 import re
 
@@ -207,17 +206,14 @@ def test_what_is_no_model_is_said(tmp_path):
     (tmp_path / "odd" / "config.json").write_text("{}")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[]")
-    for target in ("torchvision", "onnx"):
-        (tmp_path / target).mkdir()
-        (tmp_path / target / "parity.json").write_text(json.dumps({"to": target}))
-    (tmp_path / "torchvision" / "config.json").write_text('{"format": "indiclip-torchvision"}')
-    for run in ("a", "b"):
-        (tmp_path / "runs" / run / "checkpoints").mkdir(parents=True)
-        (tmp_path / "runs" / run / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "checkpoints" / "1.ckpt").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "parity.json").write_text('{"to": "onnx"}')
     wrong = {
-        tmp_path / "torchvision": (ValueError, "was exported for torchvision, and is not read back; expected the run"),
-        tmp_path / "onnx": (ValueError, "was exported for onnx, and is not read back; expected the run"),
-        tmp_path / "runs": (ValueError, "holds checkpoints in 2 folders; expected a run, such as .*runs/[ab]$"),
+        tmp_path / "runs": (FileNotFoundError, f"holds no checkpoint .*; runs in it are {tmp_path}/runs/a$"),
+        tmp_path / "out": (ValueError, "out: is an export to onnx, which is not read back; expected the run"),
+        f"{tmp_path}/list:ema": (FileNotFoundError, "list:ema: no such run, .*nearest is '.*/list'"),
         tmp_path / "quikstart": (FileNotFoundError, f"no such run, .*nearest is '{tmp_path}/quickstart'"),
         tmp_path / "quickstart": (FileNotFoundError, "holds no checkpoint"),
         tmp_path / "x.ckpt": (FileNotFoundError, "no such run or checkpoint"),

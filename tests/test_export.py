@@ -80,7 +80,7 @@ def test_a_card_names_data_scores_licence_and_how_to_load(runs, tmp_path, capsys
         "zero_shot | 0.75",
         "CC0",
         "last.ckpt, step 7",
-        "not scored again",
+        "Of the run, on held-out data, after step ",
     ):
         assert words in card
     assert "/home/me" not in card

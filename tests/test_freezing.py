@@ -171,8 +171,9 @@ def test_a_locked_image_tower_through_the_command(tmp_path, capsys):
     tree["trainer"]["callbacks"] = [
         {"class_path": "indiclip.training.callbacks.TaskGradients", "init_args": {"every_n_steps": 1}}
     ]
-    with pytest.warns(UserWarning, match="TaskGradients: the backbone is frozen, so there is nothing to log"):
+    with pytest.warns(UserWarning, match="TaskGradients: the backbone is frozen, so there is nothing to log") as said:
         assert fit(tmp_path, tree) == 0
+    assert any(str(one.message).startswith("model.freeze: the weights of the image tower are random") for one in said)
     out = capsys.readouterr().out
     assert "frozen: encoder.backbone, encoder.image_pool.pool; " in out
     assert "parameters are trained" in out

@@ -171,6 +171,13 @@ def test_truncated_files_are_unreadable(kind, share):
     assert "\n" not in str(caught.value)
 
 
+def test_a_jpeg_that_breaks_off_in_its_header_is_said(picture):
+    data = encoded(Image.fromarray(picture(32, 32)), "JPEG")
+    for most in (12, 300):
+        with pytest.raises(UnreadableSample, match="damaged JPEG: Truncated File Read"):
+            decode(data[:most], "shard/7")
+
+
 def test_random_damage_gives_pixels_or_unreadable_never_another_error(picture):
     rng = np.random.default_rng(3)
     for kind in ("JPEG", "PNG", "WEBP"):

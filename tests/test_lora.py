@@ -146,3 +146,17 @@ def test_a_run_with_adapters_goes_on_and_loads_without_running_its_tower(tmp_pat
 def test_a_target_that_no_layer_has_is_said():
     with pytest.raises(ValueError, match="encoder.lora.targets: no linear layer 'qkw'; nearest is 'qkv'"):
         tiny_encoder(lora=LoRA(targets=["qkw"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"towers": []}, "encoder.lora.towers: found none, with which there are no adapters"),
+        ({"targets": []}, "encoder.lora.targets: found none"),
+        ({"alpha": 0}, "encoder.lora.alpha: found 0; expected above 0"),
+        ({"dropout": 1}, "encoder.lora.dropout: found 1; expected 0 to below 1"),
+    ],
+)
+def test_adapters_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoRA(**options)

@@ -1,12 +1,30 @@
 """indiclip/names.py: a hint names what is near, or nothing."""
 
-from indiclip.names import did_you_mean, nearest_beside
+import pytest
+
+from indiclip.names import check_range, did_you_mean, nearest_beside
 
 
 def test_the_nearest_name():
     assert did_you_mean("captoin", ["url", "caption"]) == "; nearest is 'caption'"
     assert did_you_mean("x", []) == ""
     assert did_you_mean("softmax", ["sigmoid", "attention"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("limits", "good", "bad", "expected"),
+    [
+        ({"most": 1, "without": 1}, (0, 0.5), (1, -0.1), "0 to below 1"),
+        ({"most": 1, "without": 0}, (0.5, 1), (0, 1.1), "above 0 to 1"),
+        ({"without": 0}, (0.1, 9.0), (0, -1), "above 0"),
+        ({"least": 1}, (1, 9), (0, float("nan")), "1 or more"),
+    ],
+)
+def test_a_range_with_an_open_end(limits, good, bad, expected):
+    check_range({"x": None} | {f"x{number}": number for number in good}, **limits)
+    for number in bad:
+        with pytest.raises(ValueError, match=f"^x: found {number}; expected {expected}$"):
+            check_range({"x": number}, **limits)
 
 
 def test_of_files_only_their_own_names_count_and_hidden_ones_do_not(tmp_path):

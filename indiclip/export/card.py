@@ -16,7 +16,7 @@ from indiclip.export.source import Source
 from indiclip.export.target import Target
 from indiclip.masking import mask
 
-_UNKNOWN_LICENCE = "Not stated. It depends on the data below and on the weights that the run began with."
+_UNKNOWN_LICENCE = "Not stated. It depends on the data above and on the weights that the run began with."
 _PLAIN_METRIC = re.compile(r"(val|eval)/[^/]+/[^/]+")  # without those by language
 _SHOWN = 40
 _CARD = """\
@@ -79,7 +79,7 @@ def write_card(folder: Path, name: str, source: Source, target: Target, record: 
         bound=bound.format(bound=record["bound"]),
         notes="\n" + "\n".join(notes) + "\n" if notes else "",
         data="\n".join(_data(source.run)),
-        scores="\n".join(_scores(source, record["weights"])),
+        scores="\n".join(_scores(source)),
         licence=licence or _UNKNOWN_LICENCE,
     )
     folder.joinpath("README.md").write_text(card, "utf-8")
@@ -107,10 +107,9 @@ def _data(run: Path | None) -> Iterator[str]:
         yield "The run's config.yaml names none."
 
 
-def _scores(source: Source, weights: str) -> Iterator[str]:
-    """A table of what the run scored on held-out data, which may be with other weights, and at another length."""
-    run = source.run
-    file = run / "metrics.json" if run else None
+def _scores(source: Source) -> Iterator[str]:
+    """A table of what the run scored on held-out data, and where these weights are not those that it scored."""
+    file = source.run / "metrics.json" if source.run else None
     if file is None or not file.is_file():
         yield "None: the run left no metrics.json."
         return
@@ -120,9 +119,12 @@ def _scores(source: Source, weights: str) -> Iterator[str]:
         for name, value in (record.get("metrics") or {}).items()
         if _PLAIN_METRIC.fullmatch(name) and isinstance(value, int | float)
     }
-    yield f"Of the run on held-out data, after step {record.get('step')}: of its averaged weights where it keeps some,"
-    yield "at the full length where the metric's name ends in no other. They were not scored again for this folder;"
-    yield f"it has {weights}, and embeddings of {source.encoder.embed_dim} numbers."
+    step = record.get("step")
+    others = [] if re.search(rf", step {step}(,|$)", source.chosen) else ["of another step"]
+    others += ["not the averages that were scored"] if "not averaged" in source.chosen else []
+    others += [f"cut to a length of {source.length}"] if source.length else []
+    apart = f"; not of this folder's weights, which are {', '.join(others)}" if others else ""
+    yield f"Of the run, on held-out data, after step {step}{apart}:"
     yield ""
     yield "| metric | value |"
     yield "|---|---|"

@@ -20,12 +20,14 @@ class Source(NamedTuple):
         origin: Its run, checkpoint, folder or name.
         chosen: Which of a run's weights they are, in words.
         run: The run's folder, if there is one.
+        length: To which its embeddings were cut; None where they are as they were trained.
     """
 
     encoder: Encoder
     origin: str
     chosen: str
     run: Path | None
+    length: int | None = None
 
 
 def open_source(run: str, which: str, length: int | None, trust_code: bool = False) -> Source:
@@ -53,4 +55,5 @@ def open_source(run: str, which: str, length: int | None, trust_code: bool = Fal
     with naming(weights.origin, NOT_BUILT):
         weights = cut_length(fold_batch_norm(weights), length)
     encoder = encoder_of(weights, trust_code)
-    return Source(encoder.merged(), run, chosen, folder)
+    chosen += ", with LoRA's adapters added" if encoder.lora else ""
+    return Source(encoder.merged(), run, chosen, folder, length)

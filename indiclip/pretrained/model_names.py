@@ -38,7 +38,7 @@ def library_of(model: str) -> tuple[str, str]:
     if prefix == "hf-hub":
         expected = ", ".join(f"{library}:{model}" for library in LIBRARIES)
         raise ValueError(f"{model}: which library is to download it? Expected one of {expected}")
-    if colon:
+    if colon and not path.parent.name:
         raise ValueError(
             f"{model}: no library {prefix!r}{did_you_mean(prefix, LIBRARIES)}; expected one of {', '.join(LIBRARIES)}"
         )
@@ -61,6 +61,8 @@ def _names_like(path: Path) -> list[str]:
 
 def _library_of_folder(folder: Path) -> str:
     found = []
+    if (proof := folder / "parity.json").is_file() and (to := read_config(proof).get("to")) in ("onnx", "torchvision"):
+        raise ValueError(f"{folder}: is an export to {to}, which is not read back; expected the run that it is of")
     if (folder / "open_clip_config.json").is_file():
         found.append("open_clip")
     if (file := folder / "config.json").is_file():
@@ -71,23 +73,12 @@ def _library_of_folder(folder: Path) -> str:
             found.append("timm")
         elif config.get("format") == "indiclip-vitdet":
             found.append("vitdet")
-        elif not found and not _exported_to(folder):
+        elif not found:
             raise ValueError(f"{file}: found neither transformers' `model_type` nor timm's `architecture`")
-    if not found and (to := _exported_to(folder)):
-        raise ValueError(
-            f"{folder}: was exported for {to}, and is not read back; expected the run that it was made of, or an "
-            "export for another library"
-        )
     if len(found) > 1:
         which = " or ".join(f"{library}:{folder}" for library in found)
         raise ValueError(f"{folder}: holds the files of {' and '.join(found)}; expected {which}")
     return found[0] if found else "indiclip"
-
-
-def _exported_to(folder: Path) -> str:
-    """The target of `indiclip export` that wrote the folder; empty where it wrote none."""
-    file = folder / "parity.json"
-    return str(read_config(file).get("to", "")) if file.is_file() else ""
 
 
 def read_config(file: Path) -> dict[str, Any]:

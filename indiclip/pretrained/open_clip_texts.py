@@ -63,6 +63,8 @@ def text_weights(source: OpenClipSource, tensors: dict[str, Tensor]) -> Weights:
         "max_position_embeddings": len(tensors.get("positional_embedding", ())) or config["context_length"],
         "hidden_act": activation(source, config)[1],
         "layer_norm_eps": norm_eps(config, origin),
+        "bos_token_id": None,  # the defaults are ids of CLIP's vocabulary, about which transformers warns
+        "eos_token_id": None if config["no_causal_mask"] else tokenizer.encode(["a"])[0][-1],
     }
     tower = TextTower(tokenizer, architecture, pad="context" if pads else "longest")
     kind = Projection("none") if config["proj_type"] == "none" else Projection(bias=config["proj_bias"])

@@ -45,13 +45,16 @@ def read_run(path: str, which: str = "auto") -> Weights:
     if which != "last" and AVERAGES in checkpoint:
         weights |= checkpoint[AVERAGES]["state_dict"]
         said += f", averaged weights of {checkpoint[AVERAGES]['num_updates']:,} updates"
+    elif AVERAGES in checkpoint:
+        said += ", not averaged"
     elif which == "ema":
         raise ValueError(
             f"{file}: has no averaged weights (indiclip.training.ema.EMA keeps some); expected last or best"
         )
     tensors = {name.removeprefix(_ENCODER): weight for name, weight in weights.items() if name.startswith(_ENCODER)}
-    heads = [name for name in weights if not name.startswith(_ENCODER)]
-    return Weights(str(file), checkpoint["encoder"], tensors | _logits(weights), ignored=heads, notes=[said])
+    logits = _logits(weights)
+    heads = [name for name in weights if not name.startswith(_ENCODER) and name.rpartition(".")[2] not in logits]
+    return Weights(str(file), checkpoint["encoder"], tensors | logits, ignored=heads, notes=[said])
 
 
 def _best(last: Path, checkpoint: dict[str, Any]) -> Path:
@@ -72,12 +75,12 @@ def checkpoint_file(path: Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such run or checkpoint{nearest_beside(path)}")
     last = path / "checkpoints" / "last.ckpt"
-    found = [last] if last.is_file() else sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
+    mine = [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")]
+    found = [last] if last.is_file() else sorted(mine, key=lambda file: file.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"{path}: holds no checkpoint (*.ckpt)")
-    if len(folders := {file.parent for file in found}) > 1:
-        newest = found[-1].parent if found[-1].parent.name != "checkpoints" else found[-1].parent.parent
-        raise ValueError(f"{path}: holds checkpoints in {len(folders)} folders; expected a run, such as {newest}")
+        below = sorted({str(folder.parent) for folder in path.glob("*/checkpoints") if any(folder.glob("*.ckpt"))})
+        runs = f"; runs in it are {', '.join(below[:5])}{', ...' if len(below) > 5 else ''}" if below else ""
+        raise FileNotFoundError(f"{path}: holds no checkpoint (*.ckpt){runs}")
     return found[-1]
 
 

@@ -28,7 +28,7 @@ from indiclip.training.config_errors import ConfigError, OneLineParser, check_un
 from indiclip.training.config_history import ConfigHistory, check_changes, plain
 from indiclip.training.fault_tolerance import local_ranks
 from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
-from indiclip.training.initial_weights import leave_out_initial_weights
+from indiclip.training.initial_weights import leave_out_initial_weights, warn_of_random_towers
 from indiclip.training.portable_config import PortableConfig
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
@@ -131,6 +131,8 @@ class IndiCLI(LightningCLI):
         place_outputs(config.trainer, self.folder)
         if checkpoint.exists():
             leave_out_initial_weights(config.model, checkpoint)
+        elif self.subcommand == "fit":
+            warn_of_random_towers(config.model)
 
     def _written(self) -> Any:
         """The subcommand's config with references as the user wrote them."""

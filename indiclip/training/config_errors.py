@@ -87,8 +87,8 @@ def explain(message: str) -> str:
     if option := re.search(r"(?:[Oo]ption '|unrecognized arguments: -*)([\w.]+)", reason):
         name = option[1].partition(".")[0]
         if classes:
-            near = did_you_mean(name, _parameters(pkgutil.resolve_name(classes[-1])))
-            return f"{key}.{name}: {classes[-1]} has no such option{near}".lstrip(".")
+            near = did_you_mean(name, _parameters(pkgutil.resolve_name(owner := _innermost(classes))))
+            return f"{key}.{name}: {owner} has no such option{near}".lstrip(".")
         known = [f"{group}.{parameter}" for group, made in _GROUPS.items() for parameter in _parameters(made)]
         name = option[1] if name in _GROUPS else name
         return f"{name}: no such option{did_you_mean(name, [*_TOP_LEVEL, *known])}"
@@ -138,6 +138,14 @@ def _parameters(made: Any) -> list[str]:
     functions = [vars(base).get("__init__") for base in getattr(made, "__mro__", ())] or [made]
     signatures = [inspect.signature(function) for function in functions if inspect.isfunction(function)]
     return [name for signature in signatures for name in signature.parameters if name != "self"]
+
+
+def _innermost(classes: list[str]) -> str:
+    """The last one that is not the base of another, which a union of a class and a list of them is tried with too."""
+    made = [pkgutil.resolve_name(name) for name in classes]
+    types = [item for item in made if isinstance(item, type)]
+    is_base = [any(item in other.__mro__[1:] for other in types) for item in made]
+    return [name for name, base in zip(classes, is_base, strict=True) if not base][-1]
 
 
 def _modules(name: str) -> list[str]:

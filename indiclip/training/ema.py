@@ -40,7 +40,7 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.9999, every_n_steps: int = 1, start_step: int = 0) -> None:
-        check_range({"trainer.callbacks.EMA.decay": decay}, 0, 1)
+        check_range({"trainer.callbacks.EMA.decay": decay}, 0, 1, without=1)
         check_range({"trainer.callbacks.EMA.every_n_steps": every_n_steps}, 1)
         check_range({"trainer.callbacks.EMA.start_step": start_step})
         self.decay, self.every_n_steps, self.start_step = decay, every_n_steps, start_step
@@ -57,6 +57,10 @@ class EMA(Callback):
                 f"trainer.strategy: {kind} flattens the weights, which EMA averages one by one; expected ddp or "
                 "ModelParallelStrategy"
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            print(f"scored is an average of the weights: EMA, decay {self.decay:g}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_loaded(pl_module)

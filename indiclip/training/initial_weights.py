@@ -1,5 +1,6 @@
 """Weights to begin with, and tokenizers of the hub, are not needed again: a checkpoint has all of them."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,25 @@ def leave_out_initial_weights(model: Any, checkpoint: Path) -> None:
         if text.get("pretrained"):
             text["pretrained"], text["architecture"] = None, saved["architecture"]
         text["tokenizer"] = dict_to_namespace(saved["tokenizer"])
+
+
+def warn_of_random_towers(model: Any) -> None:
+    """A warning for each tower that is frozen, or gets LoRA's adapters, and whose weights nothing gives.
+
+    Args:
+        model: The config's `model`, of a run that begins.
+    """
+    encoder = model["encoder"]["init_args"]
+    given = {part for item in encoder.get("init_from") or [] for part in item.get("parts") or ("image", "text")}
+    still = {"model.freeze": model.get("freeze"), "model.encoder.lora": (encoder.get("lora") or {}).get("towers")}
+    for tower, name in {"image": "backbone", "text": "text"}.items():
+        keys = [key for key, towers in still.items() if tower in (towers or [])]
+        if keys and tower not in given and not _arguments(encoder, name).get("pretrained"):
+            warnings.warn(
+                f"{keys[0]}: the weights of the {tower} tower are random and not trained; model.encoder.init_from "
+                "gives it others",
+                stacklevel=2,
+            )
 
 
 def _arguments(encoder: Any, part: str) -> Any:
