@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a forked process would wait for threads it has not
+
 # First, as in `indiclip fit`: typing keeps one order of Union[int, float], by which jsonargparse reads a config's 1.
 import lightning.pytorch  # noqa: F401
 import numpy as np
