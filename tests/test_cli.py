@@ -384,7 +384,7 @@ def test_a_checkpoint_calls_nothing_but_parts_of_an_encoder(class_path, argument
     (tmp_path / "canary.py").write_text("open('sung', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    spec = {"backbone": {"class_path": class_path, "init_args": arguments}}
+    spec = {"backbone": {"class_path": class_path, "init_args": arguments}, "text": {}}
     torch.save({"encoder": spec, "state_dict": {}}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match=message):
         indiclip.load(tmp_path / "evil.ckpt")
