@@ -148,6 +148,10 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
 
+def full_disk_without_a_name(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def far_off(*_):
     return {"within_bound": False, "largest_difference": float("nan"), "bound": 1e-6, "losses": [], "notes": []}
 
@@ -156,6 +160,7 @@ def far_off(*_):
     ("place", "name", "fault", "words"),
     [
         (to_timm, "save_file", full_disk, "model.safetensors: No space left on device"),
+        (to_timm, "save_file", full_disk_without_a_name, "{out}: No space left on device"),
         (exporter, "measure", far_off, "--to timm: differs by nan; expected at most 1e-06"),
     ],
 )
@@ -163,7 +168,7 @@ def test_nothing_is_left_where_it_fails(runs, tmp_path, monkeypatch, capsys, pla
     monkeypatch.setattr(place, name, fault)
     assert main(["export", runs["portable"], "--to", "timm", str(tmp_path / "out")]) != 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
+    assert words.format(out=tmp_path / "out") in line
     assert list(tmp_path.iterdir()) == []
 
 

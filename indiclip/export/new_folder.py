@@ -40,10 +40,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     except SafetensorError as error:  # a full disk, mostly
         raise OSError(f"{out}: cannot be written ({error})") from error
     except OSError as error:
-        if part is None or str(error.filename or "").startswith(str(part)):  # nobody knows that name
-            within = "" if part is None else str(error.filename).removeprefix(str(part))
-            raise OSError(error.errno, error.strerror, f"{out}{within}") from error
-        raise
+        file = str(error.filename or part)  # a full disk names none
+        if part is not None and (error.errno is None or not file.startswith(str(part))):
+            raise
+        within = "" if part is None else file.removeprefix(str(part))  # nobody knows that name
+        raise OSError(error.errno, error.strerror, f"{out}{within}") from error
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
