@@ -101,6 +101,10 @@ def test_a_resumed_run_has_the_weights_and_averages_of_the_uninterrupted_one(tmp
     assert fit(tmp_path, run_config(4), "--name", "whole", *depth) == 0
     for steps in (3, 4):
         assert fit(tmp_path, run_config(steps), "--name", "parts", "--ckpt_path", "last", *depth) == 0
+    record = json.loads((tmp_path / "runs" / "whole" / "metrics.json").read_text())
+    assert record["weights"] == "the averaged weights of 3 updates"
+    report = (tmp_path / "runs" / "whole" / "report.html").read_text()
+    assert "Scored, and shown in the pictures, are the averaged weights of 3 updates." in report
     files = [tmp_path / "runs" / name / "checkpoints" / "last.ckpt" for name in ("whole", "parts")]
     one, other = (torch.load(file, weights_only=True) for file in files)
     assert one["averages"]["num_updates"] == other["averages"]["num_updates"]

@@ -4,7 +4,7 @@ Shape letters: none; every tensor is one rank's own shard of a weight.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from indiclip.lightning_internals import accumulating
 from indiclip.names import check_range
 from indiclip.pretrained.runs import AVERAGES
+from indiclip.training.fault_tolerance.ranks import callbacks_of
 
 
 class EMA(Callback):
@@ -164,6 +165,15 @@ class EMA(Callback):
         for name, shard in _shards(module):
             shard.copy_(self._trained[name])
         self._trained = None
+
+
+@contextmanager
+def scored_weights(trainer: Trainer, module: LightningModule) -> Iterator[str]:
+    """The averages that an `EMA` keeps in place of the weights; gives in words which they are."""
+    with ExitStack() as stack:
+        updates = [stack.enter_context(ema.averaged(trainer, module)) for ema in callbacks_of(trainer, EMA)]
+        averages = [f"the averaged weights of {number:,} updates" for number in updates if number is not None]
+        yield next(iter(averages), "the trained weights")
 
 
 def _shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

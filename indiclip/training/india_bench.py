@@ -9,7 +9,7 @@ trainer:
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.module import MultiTask
 from indiclip.names import check_range
-from indiclip.training.ema import EMA
+from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import Interrupted, callbacks_of, folder_of, together
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.fault_tolerance.watchdog import Watchdog
@@ -187,7 +187,7 @@ class IndiaBench(Callback):
 
         with (
             together(trainer, f"the benchmark after step {step}") as exchange,
-            _averaged(trainer, module) as weights,
+            scored_weights(trainer, module) as weights,
             torch.inference_mode(False),  # in which validations are: what a module keeps could not be trained with
             isolate_rng(include_cuda=False),
             _buffers_of_the_first(trainer, module),
@@ -227,15 +227,6 @@ class IndiaBench(Callback):
         for items in self.bench.items:
             for note in items.notes if not items.procedural else []:
                 print(f"  {items.card.id}: {note}")
-
-
-@contextmanager
-def _averaged(trainer: Trainer, module: MultiTask) -> Iterator[str]:
-    """The averages that an `EMA` keeps in place of the weights; gives in words which they are."""
-    with ExitStack() as stack:
-        updates = [stack.enter_context(ema.averaged(trainer, module)) for ema in callbacks_of(trainer, EMA)]
-        averages = [f"the averaged weights of {number:,} updates" for number in updates if number is not None]
-        yield next(iter(averages), "the trained weights")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.masking import mask
 from indiclip.module import Batches, MultiTask
+from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
 
 
@@ -113,18 +114,20 @@ class RunRecord(Callback):
         assert self._began is not None
         quarantined = json_lines.read(self._folder / "quarantine.jsonl")
         data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
+        with scored_weights(trainer, pl_module) as weights:
+            pictures = held_out_pictures(pl_module, data.first_val_batches(self.pictures), self.pictures)
         record: dict[str, Any] = {
             "step": trainer.global_step,
             "seconds": round(time.monotonic() - self._began, 1),
             "data": {key: inventory.summary() for key, inventory in data.inventories().items()},
+            "weights": weights,
             "metrics": finite(trainer.callback_metrics),
             "quarantined": len(quarantined),
             "nonfinite_steps": len(json_lines.read(self._folder / "nonfinite.jsonl")),
         }
         metrics = (mask(json.dumps(record, indent=2)) + "\n").encode()
         record |= {"history": read_history(self._folder), "quarantined": quarantined, "data": data.inventories()}
-        batches = data.first_val_batches(self.pictures)
-        write_report(self._folder, self._folder.name, record, held_out_pictures(pl_module, batches, self.pictures))
+        write_report(self._folder, self._folder.name, record, pictures)
         json_lines.write_whole(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
         _print_summary(self._folder, record)
 

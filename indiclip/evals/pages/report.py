@@ -29,7 +29,8 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
         folder: The run's folder; `config.yaml` in it is shown, if there.
         title: Heading.
         record: `step`, `seconds`, `metrics` (name -> number, None if not finite), `history` (rows with `step`),
-            `quarantined` (rows of task, key, shard, reason), `data` (YAML key of each source -> `Inventory`).
+            `quarantined` (rows of task, key, shard, reason), `data` (YAML key of each source -> `Inventory`), and
+            `weights` (what was scored, in words), if known.
         sections: Head name -> pictures.
 
     Returns:
