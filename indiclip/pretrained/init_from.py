@@ -126,7 +126,7 @@ def _fill(
             notes += [note] if note else []
     pools = _other_pools(encoder, weights, parts, allow)
     for kind, names in {"stay initial": missing, "are unused": unused}.items():
-        wrong = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allow)]
+        wrong = [name for name in names if not _is_allowed(name, allow)]
         if wrong:
             raise ValueError(
                 f"model.encoder.init_from: {weights.origin}: {len(wrong)} tensors {kind}: {_listed(wrong)}; "
@@ -139,7 +139,7 @@ def _fill(
     said = [f"{taken} tensors ({', '.join(parts)}) from {weights.origin}"]
     said += [f"{len(missing)} stay initial ({_listed(missing)})"] if missing else []
     said += [f"{len(unused)} unused ({_listed(unused)})"] if unused else []
-    idle = [pattern for pattern in allow if not any(fnmatchcase(name, pattern) for name in (*missing, *unused, *POOLS))]
+    idle = [pattern for pattern in allow if not any(_is_allowed(n, [pattern]) for n in (*missing, *unused, *POOLS))]
     said += [f"`allow` matches nothing by {', '.join(idle)}"] if idle else []
     said += [f"{len(weights.ignored)} left out ({_listed(weights.ignored)})"] if weights.ignored else []
     return "; ".join(said + notes)
@@ -150,10 +150,13 @@ def _other_pools(encoder: nn.Module, weights: Weights, parts: Sequence[str], all
     found = []
     for pool, argument in POOLS.items():
         own, theirs = getattr(encoder, pool).kind, weights.config.get(argument)
-        is_allowed = any(fnmatchcase(pool, pattern) for pattern in allow)
-        if PART_OF[argument] in parts and theirs not in (None, own) and not is_allowed:
+        if PART_OF[argument] in parts and theirs not in (None, own) and not _is_allowed(pool, allow):
             found.append(f"{argument}: found {own}, the source has {theirs} (`allow: [{pool}*]`)")
     return found
+
+
+def _is_allowed(name: str, allow: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in allow)
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:
