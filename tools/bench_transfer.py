@@ -30,6 +30,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 
 from indiclip import json_lines
@@ -246,7 +247,7 @@ class Bench:
         changes = (
             on_photos(self.folder, self.data_root, seed) if data == "photos" else on_scenes(self.folder, size, seed)
         )
-        changes |= VARIANTS[variant]
+        changes = OmegaConf.to_container(OmegaConf.merge(changes, VARIANTS[variant]))
         name = "-".join(str(value) for value in key.values() if value != "")
         metrics = fit(finetuning(weights, arm, seed, lr, changes), self.folder / "finetune", name, 100)
         scores = {name: metrics["metrics"].get(f"val/torchvision_detector/{name}") for name in ("ap", "ap50", "ap75")}
@@ -273,6 +274,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay_0.6": {"model": {"layer_decay": 0.6}},
     "three_blocks": {"num_blocks": 3},
     "two_blocks": {"num_blocks": 2},
+    "steps_800": {"steps": 800},
+    "tokens_576": {part: {"max_tokens": 576} for part in ("train", "val")},
 }
 
 

@@ -120,8 +120,8 @@ def _scores(source: Source) -> Iterator[str]:
         if _PLAIN_METRIC.fullmatch(name) and isinstance(value, int | float)
     }
     step = record.get("step")
-    others = [] if re.search(rf", step {step}(,|$)", source.chosen) else ["of another step"]
-    others += ["not the averages that were scored"] if "not averaged" in source.chosen else []
+    others = [] if source.step == step else ["of another step"]
+    others += ["not the averages that were scored"] if source.averaged is False else []
     others += [f"cut to a length of {source.length}"] if source.length else []
     apart = f"; not of this folder's weights, which are {', '.join(others)}" if others else ""
     yield f"Of the run, on held-out data, after step {step}{apart}:"

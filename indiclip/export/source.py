@@ -21,6 +21,7 @@ class Source(NamedTuple):
         chosen: Which of a run's weights they are, in words.
         run: The run's folder, if there is one.
         length: To which its embeddings were cut; None where they are as they were trained.
+        step, averaged: See `indiclip.pretrained.weights.Weights`.
     """
 
     encoder: Encoder
@@ -28,6 +29,8 @@ class Source(NamedTuple):
     chosen: str
     run: Path | None
     length: int | None = None
+    step: int | None = None
+    averaged: bool | None = None
 
 
 def open_source(run: str, which: str, length: int | None, trust_code: bool = False) -> Source:
@@ -56,4 +59,4 @@ def open_source(run: str, which: str, length: int | None, trust_code: bool = Fal
         weights = cut_length(fold_batch_norm(weights), length)
     encoder = encoder_of(weights, trust_code)
     chosen += ", with LoRA's adapters added" if encoder.lora else ""
-    return Source(encoder.merged(), run, chosen, folder, length)
+    return Source(encoder.merged(), run, chosen, folder, length, weights.step, weights.averaged)

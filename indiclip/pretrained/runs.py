@@ -41,11 +41,13 @@ def read_run(path: str, which: str = "auto") -> Weights:
         if name not in (*PART_OF, "lora"):
             raise ValueError(f"{file}: its encoder has {name!r}, which ours has not; {NEWER}")
     weights: dict[str, Tensor] = checkpoint["state_dict"]
-    said = f"{file}, step {checkpoint.get('global_step') or 0}"
-    if which != "last" and AVERAGES in checkpoint:
+    step = checkpoint.get("global_step") or 0
+    said = f"{file}, step {step}"
+    averaged = which != "last" if AVERAGES in checkpoint else None
+    if averaged:
         weights |= checkpoint[AVERAGES]["state_dict"]
         said += f", averaged weights of {checkpoint[AVERAGES]['num_updates']:,} updates"
-    elif AVERAGES in checkpoint:
+    elif averaged is not None:
         said += ", not averaged"
     elif which == "ema":
         raise ValueError(
@@ -54,7 +56,8 @@ def read_run(path: str, which: str = "auto") -> Weights:
     tensors = {name.removeprefix(_ENCODER): weight for name, weight in weights.items() if name.startswith(_ENCODER)}
     logits = _logits(weights)
     heads = [name for name in weights if not name.startswith(_ENCODER) and name.rpartition(".")[2] not in logits]
-    return Weights(str(file), checkpoint["encoder"], tensors | logits, ignored=heads, notes=[said])
+    encoder = checkpoint["encoder"]
+    return Weights(str(file), encoder, tensors | logits, ignored=heads, notes=[said], step=step, averaged=averaged)
 
 
 def _best(last: Path, checkpoint: dict[str, Any]) -> Path:

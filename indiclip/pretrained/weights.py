@@ -51,6 +51,8 @@ class Weights:
         unused: The model's tensors that have no place in an encoder, by its own names.
         ignored: As `unused`, but of no use to anybody's encoder: classifiers, counters.
         notes: What was converted, in words.
+        step: After how many optimizer steps of our own run they are.
+        averaged: Whether they are the averages that the run kept; None where it kept none.
     """
 
     origin: str
@@ -59,6 +61,8 @@ class Weights:
     unused: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    step: int | None = None
+    averaged: bool | None = None
 
     @property
     def parts(self) -> list[str]:

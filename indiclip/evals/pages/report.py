@@ -1,6 +1,7 @@
 """`report.html`: one self-contained page with a run's curves, every metric, and pictures from held-out data."""
 
 import io
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,8 +131,10 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
 
 def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.6, 3.0), dpi=110, layout="constrained")
+    named = names if len(names) <= 24 else []
+    figure = Figure(figsize=(4.6, 3.0 + 0.16 * math.ceil(len(named) / 3)), dpi=110, layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(names):
         measured = [row for row in history if row.get(name) is not None]
@@ -148,8 +151,9 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    if len(names) <= 24:
-        axes.legend(fontsize=7 if len(names) <= 8 else 5, ncols=1 if len(names) <= 8 else 2)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if named:
+        figure.legend(loc="outside lower center", fontsize=7, ncols=3, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return data_uri(buffer.getvalue(), "png")
