@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 _CLIP_LOGIT_SCALE = math.log(100)  # that of trained CLIP models, where a model brings none
+_PROMPTS = 1024  # of classes, embedded at a time
 
 
 class Encoder(nn.Module):
@@ -226,6 +227,17 @@ class Encoder(nn.Module):
         position = {text: i for i, text in enumerate(distinct)}
         return text_BE[on_device([position[text] for text in many], text_BE.device)]
 
+    def embed_classes(
+        self, classes: Sequence[str], templates: Sequence[str] = ("{}",), length: int | None = None
+    ) -> Tensor:
+        """(C, E) unit-length embeddings of classes, each the mean of its prompts' embeddings; see `zero_shot`."""
+        if not classes or not templates:
+            raise ValueError("expected at least one class and one template")
+        prompts = [template.replace("{}", name) for name in classes for template in templates]
+        chunks = [self.embed_text(prompts[i : i + _PROMPTS], length) for i in range(0, len(prompts), _PROMPTS)]
+        text_CTE = torch.cat(chunks).reshape(len(classes), len(templates), -1)
+        return F.normalize(text_CTE.mean(1), dim=-1)
+
     def zero_shot(
         self,
         images: AnyImage | Sequence[AnyImage] | Images,
@@ -238,14 +250,10 @@ class Encoder(nn.Module):
         Args:
             images: As of `embed_image`.
             classes: Names, in any language.
-            templates: Prompts in which `{}` stands for the name; a class is the mean of its prompts' embeddings.
+            templates: Prompts in which `{}` stands for the name.
             length: As of `embed_image`.
         """
-        if not classes or not templates:
-            raise ValueError("zero_shot: expected at least one class and one template")
-        prompts = [template.replace("{}", name) for name in classes for template in templates]
-        text_CTE = self.embed_text(prompts, length).reshape(len(classes), len(templates), -1)
-        class_CE = F.normalize(text_CTE.mean(1), dim=-1)
+        class_CE = self.embed_classes(classes, templates, length)
         logits_BC = self.logit_factor * (self.embed_image(images, length) @ class_CE.T)
         rows = [dict(zip(classes, row, strict=True)) for row in logits_BC.softmax(1).tolist()]
         return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]

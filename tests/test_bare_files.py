@@ -1,5 +1,6 @@
 """Files of weights alone, and bad input of every library: one line each."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import indiclip
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.pretrained import hub
 from indiclip.pretrained.build import build
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.pretrained.read import read_weights
@@ -284,6 +286,23 @@ def test_a_hub_name_without_a_network_says_what_to_bring(monkeypatch, tmp_path, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"hf download nobody/nothing --local-dir FOLDER.*\.safetensors.*bring"):
         read_weights(name)
+
+
+def test_why_the_hub_gives_nothing_is_said(monkeypatch):
+    def fails(error):
+        def download(*_, **__):
+            raise error
+
+        monkeypatch.setattr(hub, "snapshot_download", download)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    fails(OSError("Access to nobody/nothing is restricted.\nRequest it on its page."))
+    with pytest.raises(FileNotFoundError, match=r"\(OSError: Access to nobody/nothing is restricted\.\); where there"):
+        read_weights("transformers:hf-hub:nobody/nothing")
+    fails(OSError(errno.ENOSPC, "No space left on device", "/cache/model.safetensors"))
+    with pytest.raises((OSError, ValueError), match="No space left on device") as caught:
+        read_weights("transformers:hf-hub:nobody/nothing")
+    assert "bring FOLDER" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", ["pt", "bin"])

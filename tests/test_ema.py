@@ -14,6 +14,7 @@ from test_cli import config, fit
 from torch import nn
 
 import indiclip
+from indiclip.training import record as record_module
 from indiclip.training.cli import run
 from indiclip.training.ema import EMA
 from indiclip.training.trainer_setup import trainer_options
@@ -94,13 +95,23 @@ def test_a_run_scores_and_keeps_the_averages_and_trains_as_without_them(tmp_path
     assert "scored are the averaged weights, of 3 updates" in capsys.readouterr().out
 
 
-def test_a_resumed_run_has_the_weights_and_averages_of_the_uninterrupted_one(tmp_path):
+def test_a_resumed_run_has_the_weights_and_averages_of_the_uninterrupted_one(tmp_path, monkeypatch):
     """With stochastic depth, whose draws are those of the uninterrupted run."""
+    shown, pictures = [], record_module.held_out_pictures
+
+    def noted(module, *arguments):
+        shown.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+        return pictures(module, *arguments)
+
+    monkeypatch.setattr(record_module, "held_out_pictures", noted)
     depth = ["--model.encoder.backbone.init_args.depth", "2"]
     depth += ["--model.encoder.backbone.init_args.options", "{drop_path_rate: 0.5}"]
     assert fit(tmp_path, run_config(4), "--name", "whole", *depth) == 0
     for steps in (3, 4):
         assert fit(tmp_path, run_config(steps), "--name", "parts", "--ckpt_path", "last", *depth) == 0
+    averages = torch.load(tmp_path / "runs" / "whole" / "checkpoints" / "last.ckpt")["averages"]["state_dict"]
+    assert len(shown) == 3  # runs
+    assert all(torch.equal(shown[0][name], average) for name, average in averages.items())
     record = json.loads((tmp_path / "runs" / "whole" / "metrics.json").read_text())
     assert record["weights"] == "the averaged weights of 3 updates"
     report = (tmp_path / "runs" / "whole" / "report.html").read_text()

@@ -210,9 +210,12 @@ def test_what_is_no_model_is_said(tmp_path):
     (tmp_path / "runs" / "a" / "checkpoints" / "1.ckpt").touch()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "parity.json").write_text('{"to": "onnx"}')
+    (tmp_path / "detector").mkdir()
+    (tmp_path / "detector" / "config.json").write_text('{"format": "indiclip-torchvision"}')
     wrong = {
         tmp_path / "runs": (FileNotFoundError, f"holds no checkpoint .*; runs in it are {tmp_path}/runs/a$"),
         tmp_path / "out": (ValueError, "out: is an export to onnx, which is not read back; expected the run"),
+        tmp_path / "detector": (ValueError, "detector: is an export to torchvision, which is not read back"),
         f"{tmp_path}/list:ema": (FileNotFoundError, "list:ema: no such run, .*nearest is '.*/list'"),
         tmp_path / "quikstart": (FileNotFoundError, f"no such run, .*nearest is '{tmp_path}/quickstart'"),
         tmp_path / "quickstart": (FileNotFoundError, "holds no checkpoint"),

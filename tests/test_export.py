@@ -2,6 +2,10 @@
 
 import errno
 import json
+import os
+import stat
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,8 @@ from helpers import ARCHITECTURE, noise
 import indiclip
 from indiclip.cli import main
 from indiclip.encoder import Encoder
-from indiclip.export import exporter, to_timm
+from indiclip.export import exporter, parity, to_timm
+from indiclip.export.card import plain
 from indiclip.export.fold import cut_length, fold_batch_norm
 from indiclip.export.source import open_source
 from indiclip.export.target import find_target, target_names
@@ -41,7 +46,7 @@ def embedded(encoder, length=None):
 PROJECTIONS = [Projection(), Projection(bias=True), Projection("mlp", hidden=40), Projection("mlp", True, 40, True)]
 
 
-@pytest.mark.parametrize("projection", [*PROJECTIONS, Projection("none")], ids=str)
+@pytest.mark.parametrize("projection", [*PROJECTIONS, Projection("none"), Projection("none", bias=True)], ids=str)
 def test_batch_norm_is_folded_into_the_projection_and_a_length_cut_off_exactly(projection):
     text = TextTower(ByteTokenizer(), ARCHITECTURE)
     both = {"image_projection": projection, "text_projection": projection}
@@ -101,6 +106,8 @@ def test_a_card_of_a_broken_run_is_one_line(tmp_path, capsys):
     for config, scores, words in (
         ("{a: [", metrics, "config.yaml: is no readable YAML"),
         (json.dumps({"data": {"train": ["fair.csv"]}}), metrics, "config.yaml: found a str, expected an object"),
+        (json.dumps({"data": [1]}), metrics, "config.yaml: found a list, expected an object"),
+        (json.dumps({"data": {"train": [{"dataset": "fair"}]}}), metrics, "config.yaml: found a str, expected"),
         (whole, '{"step"', "metrics.json: broken JSON"),
         (whole, "[]", "metrics.json: found a list, expected an object"),
     ):
@@ -202,6 +209,59 @@ def test_which_weights_of_a_run(tmp_path):
         open_source(run, "ema", None)
     with pytest.raises(ValueError, match="kept no best checkpoint"):
         open_source(str(tmp_path / "run" / "checkpoints" / "epoch=3.ckpt"), "best", None)
+
+
+def test_a_checkpoint_beside_its_config_is_of_that_run(tmp_path):
+    save_run(portable(), tmp_path / "run")
+    flat = tmp_path / "run" / "last.ckpt"
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(flat)
+    assert open_source(str(flat), "auto", None).run == open_source(str(flat.parent), "auto", None).run == flat.parent
+
+
+def test_the_home_folder_is_known_also_where_no_shell_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_run(portable(), tmp_path / "run")
+    assert open_source("~/run", "auto", None).run == tmp_path / "run"
+    assert indiclip.load("~/run").embed_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("weights", "length", "step", "words"),
+    [
+        ("auto", None, 7, "after step 7:"),
+        ("auto", 32, 7, "after step 7:"),  # the full one
+        ("auto", 16, 7, "which are cut to a length of 16:"),
+        ("auto", None, 9, "after step 9; not of this folder's weights, which are of another step:"),
+        ("last", None, 7, "which are not the averages that were scored:"),
+    ],
+)
+def test_a_card_says_whether_its_weights_were_scored(tmp_path, weights, length, step, words):
+    averages = {"num_updates": 3, "state_dict": {}}
+    run = save_run(portable(), tmp_path / "run", **({"averages": averages} if weights == "last" else {}))
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"step": step, "metrics": {"val/a/b": 0.5}}))
+    exporter.export(open_source(run, weights, length), "timm", tmp_path / "out")
+    assert words in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_has_no_folders_of_the_machine():
+    said = plain({"images": "/home/anna/photos/", "urls": ["https://me:word@host.in/a/b.tar?sig=abc"], "depth": 3})
+    assert said == "images photos, urls b.tar, depth 3"
+
+
+def test_a_folder_has_the_users_own_permissions(runs, tmp_path):  # noqa: F811
+    before = os.umask(0o077)
+    try:
+        assert main(["export", runs["portable"], "--to", "torchvision", str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
+
+
+def test_a_library_that_another_distribution_brings_has_a_version(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime_of_a_test", types.SimpleNamespace(__version__="1.2"))
+    assert parity.version_of("onnxruntime_of_a_test") == "1.2"
+    assert parity.version_of("nobody-has-this") == "unknown"
+    assert torch.__version__.startswith(parity.version_of("torch"))
 
 
 def test_a_shorter_embedding_leaves(runs, tmp_path):  # noqa: F811

@@ -10,9 +10,11 @@ from helpers import ARCHITECTURE, noise, tiny_encoder
 from test_cli import config, fit
 
 import indiclip
+from indiclip import encoder as encoder_module
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.export.source import open_source
+from indiclip.pretrained.convert import fit_tensor
 from indiclip.pretrained.init_from import InitFrom
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
@@ -52,6 +54,48 @@ def test_what_is_left_out_comes_along(checkpoint):
     assert line.startswith(
         f"{len(encoder.state_dict()) + 1} tensors (image, text, projections, logit_scale) from {checkpoint}"
     )
+
+
+def test_what_cannot_be_loaded_is_said_in_words_of_who_loads(tmp_path):
+    encoder = tiny_encoder()
+    lacking = save(encoder, tmp_path / "lacking.ckpt")
+    checkpoint = torch.load(lacking)
+    del checkpoint["state_dict"]["encoder.backbone.vit.norm.weight"]
+    torch.save(checkpoint, lacking)
+    wrong = save(encoder, tmp_path / "wrong.ckpt", {"heads.a.logit_scale": torch.tensor([3.0, 2.0])})
+    for file, words in (
+        (lacking, "1 tensors stay initial: backbone.vit.norm.weight"),
+        (wrong, "logit_scale: found 2 numbers; expected one"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(file)) as caught:
+            indiclip.load(file)
+        assert words in str(caught.value)
+        assert "init_from" not in str(caught.value)
+        assert "allow" not in str(caught.value)
+
+
+def test_patches_that_are_not_square_are_one_line(tmp_path):
+    file = save(tiny_encoder(), tmp_path / "run.ckpt")
+    checkpoint = torch.load(file)
+    checkpoint["state_dict"]["encoder.backbone.vit.embeds.proj.weight"] = torch.zeros(32, 8 * 16 * 3)
+    torch.save(checkpoint, file)
+    with pytest.raises(ValueError, match=r"run.ckpt: backbone.vit.embeds.proj.weight does not fit") as caught:
+        indiclip.load(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_temperature_is_that_of_the_one_contrastive_loss(tmp_path):
+    first = {"heads.a.criterion.logit_scale": torch.tensor([3.0]), "heads.a.criterion.logit_bias": torch.tensor([-9.0])}
+    second = {"heads.b.criterion.logit_scale": torch.tensor([1.0])}
+    for heads, expected in ((first, {"logit_scale": 3.0, "logit_bias": -9.0}), (first | second, {})):
+        assert indiclip.load(save(tiny_encoder(), tmp_path / "run.ckpt", heads)).initial_logits == expected
+
+
+def test_a_text_towers_positions_are_cut_for_a_shorter_context():
+    table = torch.arange(8.0)[:, None].repeat(1, 3)
+    name = "text.model.embeddings.position_embedding.weight"
+    cut, said = fit_tensor(name, table, torch.zeros(4, 3), "it")
+    assert (cut[:, 0].tolist(), said) == ([0, 1, 2, 3], "text positions cut from 8 to 4")
 
 
 def test_the_last_source_of_a_part_wins(checkpoint, tmp_path):
@@ -240,7 +284,7 @@ def test_a_checkpoint_reaches_no_network_and_no_code(tmp_path, monkeypatch, plac
         indiclip.load(tmp_path / "evil.ckpt")
 
 
-def test_zero_shot_names_the_nearest_class_first(checkpoint):
+def test_zero_shot_names_the_nearest_class_first(checkpoint, monkeypatch):
     """By hand: a softmax over the scaled cosines with the mean of each class's prompts."""
     encoder = indiclip.load(checkpoint)
     pictures = [noise(24, 24, seed) for seed in range(3)]
@@ -257,6 +301,9 @@ def test_zero_shot_names_the_nearest_class_first(checkpoint):
         torch.testing.assert_close(torch.tensor([row[name] for name in classes]), expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="at least one class"):
         encoder.zero_shot(pictures, [])
+    monkeypatch.setattr(encoder_module, "_PROMPTS", 4)  # of the six, which are then embedded in two parts
+    for row, whole in zip(encoder.zero_shot(pictures, classes, templates), rows, strict=True):
+        assert row == pytest.approx(whole, abs=1e-5)
 
 
 def test_a_run_begins_with_weights_and_needs_them_no_more(tmp_path, capsys):

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def batch_of(sizes=((48, 64), (40, 32))):
 
 def head_of(encoder, kind, **options):
     torch.manual_seed(1)
-    options = {} if kind == "FCOS" else FEW | options
+    options = ({"score_thresh": 0.0} if kind == "FCOS" else FEW) | options  # weights are random
     head = TorchvisionDetector(num_classes=3, detector=kind, out_channels=32, options=options, task="detection")
     head.bind(encoder)
     return head
@@ -91,7 +92,9 @@ def test_losses_and_predictions_are_torchvisions(kind):
     with torch.no_grad():
         found, expected = head.eval().predict(features, batch, encoder), theirs.eval()(pixels)
     for one, other in zip(found, expected, strict=True):
+        assert len(one["scores"])
         torch.testing.assert_close(one["scores"], other["scores"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one["boxes_xyxy"], other["boxes"], atol=1e-3, rtol=1e-4)
         assert torch.equal(one["labels"] + head.first_label, other["labels"])
     head.update_metric(found, features, batch)
     assert head.metric.compute()["ap"] >= 0
@@ -291,6 +294,55 @@ def test_the_benchmark_goes_on_and_does_nothing_twice(tmp_path, monkeypatch):
     assert [bench.finetune("scenes", arm, 64, 0, 1e-3) for arm in bench_transfer.ARMS] == rows
     assert len(started) == count
     assert "| scenes | 64 | 0.001 |" in bench_transfer.table(bench.rows())
+
+
+def test_the_random_arm_has_the_same_architecture_and_no_weights(tmp_path):
+    run, changes = save_run(tiny_encoder(), tmp_path / "run"), {"head": {}, "train": {}, "val": {}}
+    pretrained, random = (
+        bench_transfer.finetuning(Path(run), arm, 0, 1e-3, changes)["model"]["encoder"]
+        for arm in ("four_tasks", "random")
+    )
+    assert pretrained["init_from"][0]["weights"] == run
+    assert random == tiny_encoder().to_config()
+
+
+def test_a_variant_changes_only_what_it_says(tmp_path, monkeypatch):
+    """Also deep in what the data set's changes say."""
+    monkeypatch.setattr(bench_transfer, "fit", lambda *_: {"step": 2, "metrics": {}})
+    monkeypatch.setattr(bench_transfer, "finetuning", lambda *arguments: given.append(arguments[-1]) or {})
+    bench, given = bench_transfer.Bench(tmp_path, tmp_path), []
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "instances.json").write_text(json.dumps({"annotations": []}))
+    for variant in ("", "tokens_576"):
+        bench.finetune("photos", "random", 0, 0, 1e-3, variant)
+    assert given[0]["train"]["max_tokens"] == 256
+    for part in ("train", "val"):
+        given[0][part]["max_tokens"] = 576
+    assert given[0] == given[1]
+
+
+def test_cpu_seconds_are_those_of_all_training_steps(tmp_path, monkeypatch):
+    """Each step is one second; a validation of ten comes between two lines."""
+    clock, now = bench_transfer.CPUClock(every_n_steps=4), [0.0]
+    monkeypatch.setattr(bench_transfer.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(bench_transfer, "folder_of", lambda _: tmp_path)
+    trainer = SimpleNamespace(global_step=0, max_steps=10)
+
+    def validate():
+        clock.on_validation_start(trainer, None)
+        now[0] += 10
+        clock.on_validation_end(trainer, None)
+
+    validate()  # before training
+    clock.on_train_start(trainer, None)
+    for step in range(1, 11):
+        now[0] += 1
+        trainer.global_step = step
+        clock.on_train_batch_end(trainer)
+        if step in (3, 6, 10):
+            validate()
+    assert bench_transfer.cpu_seconds(tmp_path) == 10
+    assert [row["step"] for row in read(tmp_path / "cpu_seconds.jsonl")] == [4, 8, 10]
 
 
 def test_pretraining_never_sees_the_held_out_kinds():

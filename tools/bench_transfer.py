@@ -11,8 +11,8 @@ are all of one class.
 
 A seed draws the pretraining's weights and samples, the labelled subset and the detector's weights. Everything is done
 by `indiclip fit`, with one thread, and goes on after a kill; results.jsonl has a row per fine-tuning. All arms are
-fine-tuned with the same options, at the learning rate that has the best mean AP over the arms at 256 images of a seed
-that the table does not have (`--rates`).
+fine-tuned with the same options, at the learning rate that has the best mean AP over the arms (`--rates`): of the first
+seed's pretraining and 256 images of a seed that the table does not have, on the table's held-out scenes.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class CPUClock(L.Callback):
 
     def __init__(self, every_n_steps: int = 10) -> None:
         self.every = every_n_steps
+        self._since, self._done, self._validating = 0.0, 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since, self._done = time.process_time(), trainer.global_step
+        self._since, self._done = time.process_time(), trainer.global_step  # after the validation before training
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
@@ -70,8 +71,11 @@ class CPUClock(L.Callback):
         json_lines.append(folder_of(trainer) / "cpu_seconds.jsonl", [row])
         self._since, self._done = time.process_time(), step
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = time.process_time()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since = time.process_time()
+        self._since += time.process_time() - self._validating
 
 
 def cpu_seconds(run: Path) -> float:

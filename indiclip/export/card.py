@@ -95,12 +95,11 @@ def _data(run: Path | None) -> Iterator[str]:
         config = yaml.safe_load(file.read_text("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: is no readable YAML ({error})") from error
-    train = (_object(config, file).get("data") or {}).get("train") or []
+    train = _object(_object(config, file).get("data") or {}, file).get("train") or []
     for source in (_object(one, file) for one in train):
-        dataset = source.get("dataset") or {}
-        settings = ", ".join(
-            f"{key} {plain(value)}" for key, value in (dataset.get("init_args") or {}).items() if value
-        )
+        dataset = _object(source.get("dataset") or {}, file)
+        arguments = _object(dataset.get("init_args") or {}, file)
+        settings = ", ".join(f"{key} {plain(value)}" for key, value in arguments.items() if value)
         kind = str(dataset.get("class_path", "?")).rpartition(".")[2]
         yield f"- {source.get('task')}: {kind}" + (f" ({settings})" if settings else "")
     if not train:
@@ -144,4 +143,6 @@ def plain(value: Any) -> str:
     """Without folders of this machine, queries and user names of addresses."""
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value))
-    return " ".join(re.split(r"[?#]", word)[0].rpartition("/")[2] or word for word in mask(str(value)).split())
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(one)}" for key, one in value.items())
+    return " ".join(re.split(r"[?#]", word)[0].rstrip("/").rpartition("/")[2] for word in mask(str(value)).split())

@@ -44,7 +44,7 @@ def cut_length(weights: Weights, length: int | None) -> Weights:
         ValueError: Another length.
     """
     lengths = sorted({*weights.config["lengths"], weights.config["embed_dim"]})
-    if length is None or length == weights.config["embed_dim"]:
+    if length is None:
         return weights
     if length not in lengths:
         raise ValueError(
@@ -57,10 +57,12 @@ def cut_length(weights: Weights, length: int | None) -> Weights:
         last = f"{side}_projection" + (".2" if kind.kind == "mlp" else "")
         full_DD = torch.eye(weights.config["embed_dim"])
         cut = {f"{last}.weight": tensors.get(f"{last}.weight", full_DD)[:length].contiguous()}
+        if kind.kind == "none":
+            kind = Projection("linear")
         if kind.bias:
             cut[f"{last}.bias"] = tensors[f"{last}.bias"][:length].contiguous()
         tensors |= cut
-        config[f"{side}_projection"] = asdict(replace(kind, kind="linear") if kind.kind == "none" else kind)
+        config[f"{side}_projection"] = asdict(kind)
     return replace(weights, config=config, tensors=tensors)
 
 

@@ -1,7 +1,7 @@
 """A folder that is written as a whole or not at all."""
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +33,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     part = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        part = place.parent / f".{place.name}-{secrets.token_hex(4)}"
+        part.mkdir()
         yield part
-        part.chmod(0o755)
         part.replace(place)
     except SafetensorError as error:  # a full disk, mostly
         raise OSError(f"{out}: cannot be written ({error})") from error

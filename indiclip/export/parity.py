@@ -4,8 +4,9 @@ Shape letters: see `indiclip.types`.
 """
 
 import platform
+import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -103,8 +104,16 @@ def measure(target: Target, encoder: Encoder, reloaded: Reloaded) -> dict[str, A
     record |= reloaded.measured
     record["notes"] = reloaded.notes
     record["versions"] = {"indiclip": __version__, "python": platform.python_version()}
-    record["versions"] |= {name: version(name) for name in ("torch", *target.libraries)}
+    record["versions"] |= {name: version_of(name) for name in ("torch", *target.libraries)}
     return record
+
+
+def version_of(library: str) -> str:
+    """Of a distribution; of its module where that is another's (onnxruntime-gpu) or nobody's (a checkout)."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return str(getattr(sys.modules.get(library.removesuffix("_torch")), "__version__", "unknown"))
 
 
 def _compare(

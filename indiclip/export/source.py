@@ -51,10 +51,11 @@ def open_source(run: str, which: str, length: int | None, trust_code: bool = Fal
     folder: Path | None = None
     if library == "indiclip":
         chosen = weights.notes[0]
-        parent = checkpoint_file(Path(what)).resolve().parent.parent
-        folder = parent if (parent / "config.yaml").is_file() else None
+        file = checkpoint_file(Path(what)).resolve()
+        folder = next((one for one in file.parents[:2] if (one / "config.yaml").is_file()), None)
     if not {"backbone", "text"} <= weights.config.keys():
         raise ValueError(f"{run}: has no text tower; it is a model of {library} already")
+    length = None if length == weights.config["embed_dim"] else length
     with naming(weights.origin, NOT_BUILT):
         weights = cut_length(fold_batch_norm(weights), length)
     encoder = encoder_of(weights, trust_code)

@@ -75,6 +75,7 @@ class Target(target.Target):
         if no_place := [line for line in self._templates if "{}" not in line]:
             raise ValueError(f"{templates}: found {no_place[0]!r}; expected a prompt with {{}} for the name of a class")
         self._int8 = int8
+        self._class_CE = torch.zeros(0)
 
     def check(self, encoder: Encoder) -> list[Loss]:
         losses = []
@@ -100,7 +101,8 @@ class Target(target.Target):
                 ImageGraph(encoder), {"pixels": pixels}, {"pixels": sizes}, ["image_embedding"], folder / "image.onnx"
             )
             if self._classes:
-                graph = ClassGraph(encoder, self._class_matrix(encoder), encoder.logit_factor)
+                self._class_CE = encoder.embed_classes(self._classes, self._templates)
+                graph = ClassGraph(encoder, self._class_CE, encoder.logit_factor)
                 outputs = ["cosines", "probabilities"]
                 _export(graph, {"pixels": pixels}, {"pixels": sizes}, outputs, folder / "classes.onnx")
                 folder.joinpath("classes.txt").write_text("\n".join(self._classes) + "\n", "utf-8")
@@ -118,11 +120,6 @@ class Target(target.Target):
         tokens = {"input_ids": ids_BT, "attention_mask": valid_BT.long()}
         sizes = {0: _FREE} if encoder.text.pad == "context" else {0: _FREE, 1: _FREE}
         _export(TextGraph(encoder), tokens, dict.fromkeys(tokens, sizes), ["text_embedding"], folder / "text.onnx")
-
-    def _class_matrix(self, encoder: Encoder) -> Tensor:
-        prompts = [template.replace("{}", name) for name in self._classes for template in self._templates]
-        text_CTE = encoder.embed_text(prompts).reshape(len(self._classes), len(self._templates), -1)
-        return F.normalize(text_CTE.mean(1), dim=-1)
 
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
         encode = _tokenizer(encoder.text, folder)
@@ -151,7 +148,7 @@ class Target(target.Target):
         embedding_BE = encoder.embed_image(images)
         if not self._classes:
             return {"image_embedding": embedding_BE}
-        cosines_BC = embedding_BE @ self._class_matrix(encoder).T
+        cosines_BC = embedding_BE @ self._class_CE.T
         probabilities_BC = (encoder.logit_factor * cosines_BC).softmax(1)
         return {"image_embedding": embedding_BE, "cosines": cosines_BC, "probabilities": probabilities_BC}
 

@@ -27,6 +27,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import LayerNorm, LayerNorm2d, RmsNorm  # type: ignore[attr-defined]
 from timm.models.naflexvit import NaFlexVit
@@ -370,6 +371,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _load_weights(module: nn.Module, folder: Path) -> None:
     try:
         module.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: the weights are not those of config.json's model: {reason}") from error

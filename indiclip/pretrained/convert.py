@@ -21,7 +21,7 @@ def fit_tensor(name: str, source: Tensor, target: Tensor, origin: str) -> tuple[
         ValueError: No conversion is known, or these are the whole numbers of a quantised model.
     """
     if source.is_floating_point() != target.is_floating_point():
-        raise ValueError(f"model.encoder.init_from: {origin}: {name}: found {source.dtype}; expected {target.dtype}")
+        raise ValueError(f"{origin}: {name}: found {source.dtype}; expected {target.dtype}")
     source = source.to(target.dtype)
     if source.shape == target.shape:
         return source, ""
@@ -37,9 +37,11 @@ def fit_tensor(name: str, source: Tensor, target: Tensor, origin: str) -> tuple[
         resized: Tensor = resample_patch_embed(kernel, [new, new])
         return resized.permute(0, 2, 3, 1).flatten(1), f"patches resampled from {old} to {new} pixels"
     if name.startswith("text.") and name.endswith(_TEXT_TABLES) and source.shape[1:] == target.shape[1:]:
+        if len(target) < len(source):
+            return source[: len(target)], f"text positions cut from {len(source)} to {len(target)}"
         longer = F.interpolate(source.T[None], size=len(target), mode="linear", align_corners=True)[0].T
         return longer, f"text positions stretched from {len(source)} to {len(target)}"
     raise ValueError(
-        f"model.encoder.init_from: {origin}: {name}: found shape {tuple(source.shape)}, expected "
+        f"{origin}: {name}: found shape {tuple(source.shape)}, expected "
         f"{tuple(target.shape)}, the encoder's; only position tables and patches of one width are converted"
     )

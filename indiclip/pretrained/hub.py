@@ -1,6 +1,7 @@
 """Files of the Hugging Face hub, for a name that asks for them: `hf-hub:OWNER/NAME`."""
 
 from collections.abc import Sequence
+from errno import ENOSPC
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -25,7 +26,10 @@ def hub_folder(repository: str, origin: str, patterns: Sequence[str] = _PLAIN) -
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            raise
+        said = next(iter(str(error).splitlines()), "")
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {said}"
         raise FileNotFoundError(
             f"{origin}: cannot download {repository} ({reason}); where there is a network, run `hf download "
             f"{repository} --local-dir FOLDER` (it needs {', '.join(patterns)}), bring FOLDER here and name it instead"

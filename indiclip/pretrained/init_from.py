@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from indiclip.names import check_choice
-from indiclip.pretrained.build import build
+from indiclip.pretrained.build import build, naming
 from indiclip.pretrained.convert import fit_tensor
 from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.traits import differing_traits
@@ -76,8 +76,8 @@ class InitialWeights:
         """Load them. Returns what was done, a line for each source.
 
         Raises:
-            ValueError: A tensor stayed initial or unused that `allow` does not name, or the model computes something
-                else than the source's: another activation, epsilon, number of heads.
+            ValueError: A tensor does not fit, stayed initial or unused and `allow` does not name it, or the model
+                computes something else than the source's: another activation, epsilon, number of heads.
         """
         own = encoder.state_dict()
         lines = []
@@ -85,7 +85,10 @@ class InitialWeights:
             parts = [part for part, (_, other) in self._of.items() if other is weights]
             if parts:
                 item, _ = self._of[parts[0]]
-                lines.append(_fill(encoder, own, weights, parts, item.allow))
+                try:
+                    lines.append(_fill(encoder, own, weights, parts, item.allow))
+                except ValueError as error:
+                    raise ValueError(f"model.encoder.init_from: {error}") from error
             else:
                 lines.append(f"nothing from {weights.origin}: later weights have all of its parts")
         for part in PARTS:
@@ -106,14 +109,22 @@ def fill(encoder: nn.Module, weights: Weights) -> None:
         ValueError: A tensor is missing, has no place or another shape.
     """
     own = encoder.state_dict()
-    _fill(encoder, own, weights, [part for part in PARTS if part != "logit_scale"], [])
+    _fill(encoder, own, weights, [part for part in PARTS if part != "logit_scale"])
     encoder.load_state_dict(own)
 
 
 def _fill(
-    encoder: nn.Module, own: dict[str, Tensor], weights: Weights, parts: Sequence[str], allow: Sequence[str]
+    encoder: nn.Module,
+    own: dict[str, Tensor],
+    weights: Weights,
+    parts: Sequence[str],
+    allow: Sequence[str] | None = None,
 ) -> str:
-    """Put a source's tensors into `own`; for the errors see `InitialWeights.fill`."""
+    """Put a source's tensors into `own`; for the errors see `InitialWeights.fill`. Of `allow`, None is where nobody can
+    say it: where the encoder is the source's own.
+    """
+    hints = ["`allow` names those that may"] if allow is not None else []
+    allow = allow or ()
     weights = weights.for_encoder(encoder, parts)
     targets = [name for part in parts for name in to_fill(weights, part, own)]
     sources = [name for part in parts for name in of_part(part, weights.tensors) if part != "logit_scale"]
@@ -122,19 +133,19 @@ def _fill(
     unused = [*weights.unused, *(name for name in sources if name not in own)]
     for name in sources:
         if name in own:
-            own[name], note = fit_tensor(name, weights.tensors[name], own[name], weights.origin)
+            with naming(weights.origin, f"{name} does not fit"):
+                own[name], note = fit_tensor(name, weights.tensors[name], own[name], weights.origin)
             notes += [note] if note else []
     pools = _other_pools(encoder, weights, parts, allow)
     for kind, names in {"stay initial": missing, "are unused": unused}.items():
         wrong = [name for name in names if not _is_allowed(name, allow)]
         if wrong:
             raise ValueError(
-                f"model.encoder.init_from: {weights.origin}: {len(wrong)} tensors {kind}: {_listed(wrong)}; "
-                + "; ".join(["`allow` names those that may", *pools])
+                "; ".join([f"{weights.origin}: {len(wrong)} tensors {kind}: {_listed(wrong)}", *hints, *pools])
             )
     differing = differing_traits(encoder, weights.config, parts) + pools
     if differing:
-        raise ValueError(f"model.encoder.init_from: {weights.origin}: computes something else: {'; '.join(differing)}")
+        raise ValueError(f"{weights.origin}: computes something else: {'; '.join(differing)}")
     taken = len([name for name in sources if name in own]) + len(weights.logits() if "logit_scale" in parts else ())
     said = [f"{taken} tensors ({', '.join(parts)}) from {weights.origin}"]
     said += [f"{len(missing)} stay initial ({_listed(missing)})"] if missing else []

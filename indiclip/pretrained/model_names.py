@@ -11,6 +11,12 @@ from indiclip.datasets.tables import load_json
 from indiclip.names import did_you_mean
 
 LIBRARIES = ("open_clip", "transformers", "timm")
+_NOT_READ_BACK = "{folder}: is an export to {to}, which is not read back; expected the run that it is of"
+
+
+def expand_user(model: str) -> str:
+    """With the home folder for `~`, which the shell does not see in a YAML or behind `timm:NAME:`."""
+    return re.sub(r"(?:^|(?<=:))~[^:]*", lambda path: str(Path(path[0]).expanduser()), model)
 
 
 def library_of(model: str) -> tuple[str, str]:
@@ -20,6 +26,7 @@ def library_of(model: str) -> tuple[str, str]:
         FileNotFoundError: No such file or folder.
         ValueError: Unclear; names what would be clear.
     """
+    model = expand_user(model)
     prefix, colon, rest = model.partition(":")
     if colon and prefix in LIBRARIES:
         if not rest:
@@ -61,8 +68,8 @@ def _names_like(path: Path) -> list[str]:
 
 def _library_of_folder(folder: Path) -> str:
     found = []
-    if (proof := folder / "parity.json").is_file() and (to := read_config(proof).get("to")) in ("onnx", "torchvision"):
-        raise ValueError(f"{folder}: is an export to {to}, which is not read back; expected the run that it is of")
+    if (proof := folder / "parity.json").is_file() and read_config(proof).get("to") == "onnx":
+        raise ValueError(_NOT_READ_BACK.format(folder=folder, to="onnx"))
     if (folder / "open_clip_config.json").is_file():
         found.append("open_clip")
     if (file := folder / "config.json").is_file():
@@ -73,6 +80,8 @@ def _library_of_folder(folder: Path) -> str:
             found.append("timm")
         elif config.get("format") == "indiclip-vitdet":
             found.append("vitdet")
+        elif config.get("format") == "indiclip-torchvision":
+            raise ValueError(_NOT_READ_BACK.format(folder=folder, to="torchvision"))
         elif not found:
             raise ValueError(f"{file}: found neither transformers' `model_type` nor timm's `architecture`")
     if len(found) > 1:

@@ -1,13 +1,12 @@
 """From a path or name to a pretrained model, whatever library it is of."""
 
-import re
 from pathlib import Path
 
 import timm
 
 from indiclip.pretrained.bare_files import SUFFIXES, read_bare_file
 from indiclip.pretrained.build import naming
-from indiclip.pretrained.model_names import library_of
+from indiclip.pretrained.model_names import expand_user, library_of
 from indiclip.pretrained.open_clip_models import read_open_clip
 from indiclip.pretrained.runs import read_run
 from indiclip.pretrained.timm_models import read_timm
@@ -35,8 +34,7 @@ def read_weights(name: str, which: str = "auto") -> Weights:
     """
     if not name:
         raise ValueError("found an empty name of weights; expected a run, a folder, a file or a model's name")
-    # `~` is the shell's, which sees none in a YAML or behind `timm:NAME:`.
-    name = re.sub(r"(?:^|(?<=:))~[^:]*", lambda path: str(Path(path[0]).expanduser()), name)
+    name = expand_user(name)
     file = Path(name)
     is_bare = file.is_file() and file.suffix in SUFFIXES
     if timm.is_model(name) and not file.exists():

@@ -1,5 +1,6 @@
 """Our own runs and checkpoints."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,7 @@ def checkpoint_file(path: Path) -> Path:
 
 def _logits(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Temperature and bias of the run's contrastive loss; none where it has several such heads or none."""
-    found = {}
-    for name in _LOGITS:
-        values = [weight for key, weight in weights.items() if key.startswith("heads.") and key.endswith(f".{name}")]
-        if len(values) == 1:
-            found[name] = values[0]
-    return found
+    losses = [key.removesuffix(_LOGITS[0]) for key in weights if re.fullmatch(rf"heads\..*\.{_LOGITS[0]}", key)]
+    if len(losses) != 1:
+        return {}
+    return {name: weights[losses[0] + name] for name in _LOGITS if losses[0] + name in weights}

@@ -90,7 +90,11 @@ class Weights:
 
     def logits(self) -> dict[str, float]:
         """`logit_scale` (a logarithm) and `logit_bias` of the contrastive loss, those that it has."""
-        return {name: float(self.tensors[name].reshape(())) for name in of_part("logit_scale", self.tensors)}
+        found = {name: self.tensors[name] for name in of_part("logit_scale", self.tensors)}
+        for name, tensor in found.items():
+            if tensor.numel() != 1:
+                raise ValueError(f"{self.origin}: {name}: found {tensor.numel()} numbers; expected one")
+        return {name: float(tensor) for name, tensor in found.items()}
 
 
 def to_fill(weights: Weights, part: str, own: Iterable[str]) -> list[str]:
