@@ -4,6 +4,7 @@ Shape letters: see `indiclip.types`; M boxes of an image, K detections of an ima
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -100,8 +101,9 @@ def draw_detections(
     for boxes_4, labels, colour in ((gt_M4, None, "white"), (boxes_K4, words, "#ff3d7f")):
         if len(boxes_4):
             picture_3HW = draw_bounding_boxes(picture_3HW, boxes_4 * zoom, labels, colour, width=2)
-    present = [names[k] for k in gt_classes_M.tolist()]
+    counts = sorted(Counter(names[k] for k in gt_classes_M.tolist()).items())
+    present = ", ".join(name if count == 1 else f"{name} x {count}" for name, count in counts)
     return picture_3HW.permute(1, 2, 0).numpy(), (
-        f"{hits} of {len(present)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
-        f"white is the truth: {', '.join(sorted(present)) or 'nothing'}"
+        f"{hits} of {len(gt_M4)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
+        f"white is the truth: {present or 'nothing'}"
     )
