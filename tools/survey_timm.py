@@ -9,7 +9,7 @@ the pooled vector, from random uint8 pixels that go through our patches and norm
 largest difference of 1e-5 of the largest value: constants such as means and rotary frequencies are kept in float32
 (6e-8), which some towers amplify; a real difference is above 1e-4.
 
-Each name's row is written as it is done; started again, it goes on where it was.
+Each name's row is written as it is done; started again, it goes on where it was, and tries again what had raised.
 
     python tools/survey_timm.py vit runs/timm_vit.jsonl
     python tools/survey_timm.py families runs/timm_families.jsonl
@@ -231,13 +231,13 @@ def main() -> None:
     parser.add_argument("--names", nargs="*", help="only these")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()] if arguments.rows.is_file() else []
-    done = {row["name"] for row in rows}
+    lines = arguments.rows.read_text().splitlines() if arguments.rows.is_file() else []
+    rows = {row["name"]: row for row in map(json.loads, lines)}  # of a name that was tried again the last
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     names = arguments.names or ([] if arguments.table else names_of(arguments.kind))
     for name in names:
-        if name in done:
+        if rows.get(name, {"result": "raised"})["result"] != "raised":
             continue
         try:
             row = survey(name, arguments.cut_above, gradients=arguments.kind == "families")
@@ -247,8 +247,8 @@ def main() -> None:
         arguments.rows.parent.mkdir(parents=True, exist_ok=True)
         with arguments.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        rows.append(row)
-    print(table(rows))
+        rows[name] = row
+    print(table(list(rows.values())))
 
 
 if __name__ == "__main__":
