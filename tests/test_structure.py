@@ -153,3 +153,15 @@ def test_fault_tolerance_knows_of_data_the_workers_only():
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):
         assert of(file, "indiclip") <= allowed | of(file, here), file.name
+
+
+def test_transformers_is_nowhere_let_to_ask_whether_to_run_code():
+    """Without the argument it asks, and runs what comes with a model where the answer is y."""
+    for part in ("indiclip", "heads", "tools"):
+        for file in (ROOT / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                    continue
+                if node.func.attr in ("from_pretrained", "from_config"):
+                    options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                    assert options.get("trust_remote_code") == "False", f"{file}:{node.lineno}"
