@@ -181,12 +181,19 @@ def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
 
 @contextmanager
 def _loading(name: str, library: str, download: bool = False, hub_parts: Sequence[str] = ()) -> Iterator[None]:
-    """Say in one line what a library cannot load, keep it from the network, and from logging what we check."""
+    """Say in one line what a library cannot load, keep it from the network, and from logging what we check.
+
+    OpenCLIP lets transformers ask the user whether to run code that comes with a model; without the seconds to answer
+    in, transformers refuses.
+    """
     from huggingface_hub import constants
+    from transformers import dynamic_module_utils
 
     offline, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     logging.disable(logging.WARNING)
     constants.HF_HUB_OFFLINE = offline or not download
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
     except Exception as error:  # they raise anything: RuntimeError, OSError, UnpicklingError, KeyError
@@ -196,6 +203,7 @@ def _loading(name: str, library: str, download: bool = False, hub_parts: Sequenc
         raise ValueError(f"{name}: {library} cannot load it ({reason})") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
         logging.disable(disabled)
 
 
