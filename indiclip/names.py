@@ -60,6 +60,11 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
 
 
+def one_line(error: Exception, most: int = 200) -> str:
+    """What an error of another library says, without its line breaks, cut where it is long."""
+    return " ".join(str(error).split())[:most]
+
+
 def shorten(value: object, most: int = 60) -> str:
     """A value for an error message: its `repr`, cut where it is long."""
     text = repr(value)

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from indiclip.names import check_choice, did_you_mean
+from indiclip.names import check_choice, did_you_mean, one_line
 from indiclip.quiet import quiet_transformers
 from indiclip.tokenizers import Tokenizer
 
@@ -165,17 +165,22 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
         )
     # AutoModel knows whole models only. A text tower's class is called as its configuration: SiglipTextModel.
     own = getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
-    return own(config) if own else AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    return own(config) if own else AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
 
 
 def _pretrained_model(name: str) -> Any:
     from transformers import AutoModel
 
     try:
-        return AutoModel.from_pretrained(name, use_safetensors=True)
+        return AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"text.pretrained: {name!r} is no folder with a transformers model in safetensors, and not found on the hub"
+        ) from error
+    except ValueError as error:
+        reason = one_line(error)
+        raise ValueError(
+            f"text.pretrained: transformers cannot load {name!r} (code that comes with it is not run): {reason}"
         ) from error
 
 

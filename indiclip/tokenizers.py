@@ -8,14 +8,14 @@ import json
 import string
 import unicodedata
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from indiclip.names import did_you_mean
+from indiclip.names import check_range, did_you_mean
 from indiclip.text_cleaning import Cleaning, check_cleaning, clean_text
+from indiclip.tokenizer_sources import fast_tokenizer, sentencepiece_model
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -24,7 +24,7 @@ class Tokenizer(ABC):
     """Strings to ids.
 
     Attributes:
-        vocab_size: Number of ids.
+        vocab_size: The largest id + 1; ids may be left out.
         pad_id: The id that fills short texts.
         context_length: Longer texts are cut to this many tokens, the end token kept.
     """
@@ -35,7 +35,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, at most `context_length` of them."""
+        """Ids of each text, at most `context_length` of them.
+
+        Raises:
+            ValueError: A text has half of a surrogate pair.
+        """
 
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
@@ -54,12 +58,28 @@ class Tokenizer(ABC):
         return self.pad(self.encode(texts))
 
     def pad(self, rows: list[list[int]], least: int = 0) -> tuple[Tensor, Tensor]:
-        """As `__call__`, of what `encode` gives; padded to at least so many tokens."""
+        """As `__call__`, of what `encode` gives; padded to at least so many tokens.
+
+        A text without a token becomes one valid padding token, so that a tower has something to read.
+        """
+        rows = [row or [self.pad_id] for row in rows]
         longest = max(map(len, rows), default=0)
         longest = max(longest, least) if rows else 0
-        ids_BT = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows]).reshape(len(rows), longest)
+        padded = [row + [self.pad_id] * (longest - len(row)) for row in rows]
+        ids_BT = torch.tensor(padded, dtype=torch.long).reshape(len(rows), longest)
         lengths_B1 = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
         return ids_BT, torch.arange(longest) < lengths_B1
+
+    @staticmethod
+    def check_unicode(texts: list[str]) -> None:
+        """Raise ValueError for half of a surrogate pair, which is no Unicode text and which no library encodes."""
+        try:
+            for text in texts:
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"tokenizer: {error.object!r} has half of a surrogate pair; expected Unicode text"
+            ) from error
 
 
 class ByteTokenizer(Tokenizer):
@@ -72,9 +92,11 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256 + num_special
 
     def __init__(self, context_length: int = 256) -> None:
+        check_range({"tokenizer.context_length": context_length}, 3)
         self.context_length = context_length
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        self.check_unicode(texts)
         keep = self.context_length - 2
         rows = [unicodedata.normalize("NFC", text).encode()[:keep] for text in texts]
         return [[self.start_id, *(byte + self.num_special for byte in row), self.end_id] for row in rows]
@@ -102,23 +124,16 @@ class FastTokenizer(Tokenizer):
         pad_token: str | None = None,
         clean: Cleaning | None = None,
     ) -> None:
-        from tokenizers import Tokenizer as RustTokenizer
-
         if clean is not None:
             check_cleaning(clean)
 
-        if serialized is not None:
-            tokenizer = RustTokenizer.from_str(serialized)
-        elif source is None:
-            raise ValueError("tokenizer.source: give a tokenizer.json, its folder, or a hub name")
-        else:
-            path = Path(source) / "tokenizer.json" if Path(source).is_dir() else Path(source)
-            tokenizer = RustTokenizer.from_file(str(path)) if path.is_file() else _hub_tokenizer(source)
+        tokenizer = fast_tokenizer(source, serialized)
+        check_range({"tokenizer.context_length": context_length}, tokenizer.num_special_tokens_to_add(False) + 1)
         tokenizer.no_padding()
         tokenizer.enable_truncation(context_length)
         self._tokenizer, self._clean = tokenizer, clean
         self.context_length = context_length
-        self.vocab_size = tokenizer.get_vocab_size()
+        self.vocab_size = _vocab_size(tokenizer)
         if pad_token is not None and tokenizer.token_to_id(pad_token) is None:
             near = did_you_mean(pad_token, tokenizer.get_vocab())
             raise ValueError(f"tokenizer.pad_token: the vocabulary has no {pad_token!r}{near}")
@@ -150,9 +165,9 @@ class FastTokenizer(Tokenizer):
         whole = [self._prepared(text) for text in texts]
         try:
             return cast(list[Any], self._tokenizer.encode_batch(whole))
-        except TypeError as error:  # half of a surrogate pair is no Unicode text
-            broken = next(text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text))
-            raise ValueError(f"tokenizer: {broken!r} has half of a surrogate pair; expected Unicode text") from error
+        except TypeError:  # cleaning mends half of a surrogate pair, so that not every one is too many
+            self.check_unicode(whole)
+            raise
 
     def to_config(self) -> dict[str, Any]:
         return {
@@ -173,25 +188,24 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, source: str | None = None, context_length: int = 64, serialized: str | None = None) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        if serialized is not None:
-            proto = base64.b64decode(serialized)
-        elif source is None or not Path(source).is_file():
-            raise FileNotFoundError(f"tokenizer.source: no SentencePiece model at {source!r}")
-        else:
-            proto = Path(source).read_bytes()
-        self._processor = SentencePieceProcessor(model_proto=proto)
+        self._processor = sentencepiece_model(source, serialized)
+        prefix, suffix = self._frame()
+        check_range({"tokenizer.context_length": context_length}, len(prefix) + len(suffix) + 1)
         self.context_length = context_length
         self.vocab_size = self._processor.vocab_size()
         self.pad_id = max(self._processor.pad_id(), 0)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        start, end = self._processor.bos_id(), self._processor.eos_id()
-        prefix, suffix = [start] * (start >= 0), [end] * (end >= 0)
+        self.check_unicode(texts)
+        prefix, suffix = self._frame()
         keep = self.context_length - len(prefix) - len(suffix)
         rows = self._processor.encode([unicodedata.normalize("NFC", text) for text in texts])
         return [[*prefix, *row[:keep], *suffix] for row in rows]
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The ids before and behind every text."""
+        start, end = self._processor.bos_id(), self._processor.eos_id()
+        return [start] * (start >= 0), [end] * (end >= 0)
 
     def count_unknown(self, texts: list[str]) -> int:
         rows = self.encode(texts)
@@ -211,20 +225,20 @@ class SiglipTokenizer(SentencePieceTokenizer):
         self._prefix = self._processor.id_to_piece(self._processor.unk_id())
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        self.check_unicode(texts)
         # SentencePiece drops a space at the beginning, so texts are read behind another token.
         skip = len(self._processor.encode(self._prefix))
         plain = [" ".join(text.lower().translate(_NO_PUNCTUATION).split()) for text in texts]
         rows = self._processor.encode([f"{self._prefix}\N{LOWER ONE EIGHTH BLOCK}{text}" for text in plain])
         return [[*row[skip:][: self.context_length - 1], self.pad_id] for row in rows]
 
+    def _frame(self) -> tuple[list[int], list[int]]:
+        return [], [self._processor.eos_id()]
 
-def _hub_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"tokenizer.source: {name!r} is no file, no folder with a tokenizer.json, and not found on the hub"
-        ) from error
-    return tokenizer.backend_tokenizer
+def _vocab_size(tokenizer: Any) -> int:
+    """The tokenizers library counts entries, and ids may be larger than that."""
+    ids = tokenizer.get_vocab().values()
+    if not ids:
+        raise ValueError("tokenizer.source: found an empty vocabulary")
+    return int(max(ids)) + 1

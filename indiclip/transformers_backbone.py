@@ -56,7 +56,7 @@ class TransformersBackbone(CanvasBackbone):
         check_choice("backbone.architecture.model_type", kind, KINDS)
         fields = {name: value for name, value in architecture.items() if name != "model_type"}
         config: Any = transformers.CONFIG_MAPPING[kind](**fields)
-        self.net = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        self.net = transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
         last = len(config.depths) - 1
         self.stride = getattr(config, "patch_size", 4) * 2**last  # ResNet's stem has 4
         self.width = int(config.embed_dim * 2**last if hasattr(config, "embed_dim") else config.hidden_sizes[last])

@@ -287,6 +287,23 @@ def test_a_tokenizer_that_would_be_downloaded_is_said(monkeypatch):
         load_embedder("open_clip:ViT-B-16-SigLIP")
 
 
+@pytest.mark.filterwarnings("ignore:open_clip.*random")
+def test_openclip_cannot_let_transformers_ask_whether_to_run_code(monkeypatch, tmp_path):
+    """OpenCLIP reads the text tower that its configuration names like this."""
+    code = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(code))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+
+    def create(*_, **options):
+        return transformers.AutoConfig.from_pretrained(tmp_path)
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    with pytest.raises(ValueError, match=r"OpenCLIP cannot load it \(ValueError: Loading this model requires"):
+        load_embedder("open_clip:ViT-B-32")
+    assert asked == []
+
+
 class Malicious:
     def __reduce__(self):
         return (pytest.fail, ("was unpickled",))

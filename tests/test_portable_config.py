@@ -129,7 +129,7 @@ def test_weights_to_begin_with_are_not_needed_again(tmp_path, monkeypatch):
     text = {"pretrained": str(tmp_path / "bert"), "architecture": None, "tokenizer": tokenizer}
     tree["model"]["encoder"]["text"] |= text
     with monkeypatch.context() as patch:
-        patch.setattr("indiclip.tokenizers._hub_tokenizer", lambda _: RustTokenizer.from_file(MELA))
+        patch.setattr("indiclip.tokenizer_sources._hub_tokenizer", lambda _: RustTokenizer.from_file(MELA))
         assert fit(tmp_path, tree) == 0
     shutil.rmtree(tmp_path / "bert")
     folder = tmp_path / "runs" / "experiment"

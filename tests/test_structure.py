@@ -60,7 +60,8 @@ ARROWS = {
     "preprocessing.py": "types names images patches",
     "backbone.py": "types names preprocessing",
     "timm_backbone.py": "types names preprocessing backbone",
-    "tokenizers.py": "names text_cleaning",
+    "tokenizers.py": "names text_cleaning tokenizer_sources",
+    "tokenizer_sources.py": "names",
     "text.py": "names quiet tokenizers",
     "text_cleaning.py": "names",
     "transformers_backbone.py": "types names preprocessing backbone text",
@@ -73,7 +74,7 @@ ARROWS = {
     "detection_metric.py": "head",
     "pretrained": (
         "names quiet lora old_names backbone timm_backbone transformers_backbone tokenizers text pooling preprocessing"
-        " datasets.tables"
+        " tokenizer_sources datasets.tables"
     ),
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
@@ -85,7 +86,7 @@ ARROWS = {
     "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
-        " pretrained datasets webdataset generated loading"
+        " pretrained tokenizer_sources datasets webdataset generated loading"
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
@@ -152,3 +153,15 @@ def test_fault_tolerance_knows_of_data_the_workers_only():
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):
         assert of(file, "indiclip") <= allowed | of(file, here), file.name
+
+
+def test_transformers_is_nowhere_let_to_ask_whether_to_run_code():
+    """Without the argument it asks, and runs what comes with a model where the answer is y."""
+    for part in ("indiclip", "heads", "tools"):
+        for file in (ROOT / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                    continue
+                if node.func.attr in ("from_pretrained", "from_config"):
+                    options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                    assert options.get("trust_remote_code") == "False", f"{file}:{node.lineno}"

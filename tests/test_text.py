@@ -1,15 +1,20 @@
 """Tokenizers and text towers."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ARCHITECTURE
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
+from indiclip.backbone import NaFlexViT
+from indiclip.encoder import Encoder
 from indiclip.text import TextTower, describe
-from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer
+from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_bytes_are_utf8_between_start_and_end():
@@ -53,7 +58,8 @@ def test_fast_tokenizer_from_file_folder_and_checkpoint(tokenizer_file):
         assert (tokenizer.vocab_size, tokenizer.pad_id) == (5, 0)
 
 
-def test_sentencepiece_round_trip(tmp_path):
+@pytest.fixture
+def spiece(tmp_path):
     import sentencepiece
 
     (tmp_path / "text.txt").write_text("लाल पतंग\nपीला गेंदा\na red kite\na yellow marigold\n" * 20, encoding="utf-8")
@@ -64,12 +70,130 @@ def test_sentencepiece_round_trip(tmp_path):
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    tokenizer = SentencePieceTokenizer(str(tmp_path / "sp.model"), context_length=16)
+    return str(tmp_path / "sp.model")
+
+
+def test_sentencepiece_round_trip(spiece):
+    tokenizer = SentencePieceTokenizer(spiece, context_length=16)
     rebuilt = SentencePieceTokenizer(**tokenizer.to_config())
     rows = tokenizer.encode(["लाल पतंग", "a red kite"])
     assert rebuilt.encode(["लाल पतंग", "a red kite"]) == rows
     assert rows[0][-1] == tokenizer._processor.eos_id()
     assert tokenizer._processor.decode(rows[1]) == "a red kite"
+
+
+def words(vocabulary, frame=True):
+    """The content of a tokenizer.json of whole words; `[CLS]` and `[SEP]` around every text, or nothing."""
+    tokenizer = RustTokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if frame:
+        special = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    return tokenizer.to_str()
+
+
+FRAMED = words({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "red": 4, "kite": 5})
+BARE = words({"[UNK]": 0, "red": 1, "kite": 2}, frame=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"), [("bytes", 3), ("framed", 3), ("bare", 1), ("sentencepiece", 3), ("siglip", 2)]
+)
+def test_no_text_is_longer_than_the_context_which_holds_a_token_at_least(spiece, kind, least):
+    def make(context_length):
+        if kind == "bytes":
+            return ByteTokenizer(context_length)
+        if kind in ("framed", "bare"):
+            return FastTokenizer(serialized=FRAMED if kind == "framed" else BARE, context_length=context_length)
+        return (SentencePieceTokenizer if kind == "sentencepiece" else SiglipTokenizer)(spiece, context_length)
+
+    whole, empty = make(100).encode(["red kite " * 9, ""])
+    for context_length in range(least, least + 3):
+        row = make(context_length).encode(["red kite " * 9])[0]
+        assert len(row) == context_length > len(empty)
+        keep = context_length - len(empty)
+        start = len(empty) - (len(empty) > 0)  # the frame's last token stands behind
+        assert row[: start + keep] == whole[: start + keep]
+        assert row[start + keep :] == whole[-1:] * (len(empty) > 0)
+    for context_length in (least - 1, 0, -1):
+        message = rf"^tokenizer\.context_length: found {context_length}; expected {least} or more$"
+        with pytest.raises(ValueError, match=message):
+            make(context_length)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "framed", "sentencepiece", "siglip"])
+def test_half_of_a_surrogate_pair_is_refused_in_the_same_words_by_all(spiece, kind):
+    tokenizer = {
+        "bytes": ByteTokenizer,
+        "framed": lambda: FastTokenizer(serialized=FRAMED),
+        "sentencepiece": lambda: SentencePieceTokenizer(spiece),
+        "siglip": lambda: SiglipTokenizer(spiece),
+    }[kind]()
+    message = r"^tokenizer: 'a\\ud83d' has half of a surrogate pair; expected Unicode text$"
+    with pytest.raises(ValueError, match=message):
+        tokenizer(["kite", "a\ud83d"])
+    if kind != "bytes":
+        with pytest.raises(ValueError, match=message):
+            tokenizer.count_unknown(["kite", "a\ud83d"])
+    assert tokenizer(["kite", "👩🏽‍🚀"])[0].shape[0] == 2
+
+
+def test_a_text_without_tokens_is_one_padding_token():
+    """Alone and beside others alike: what a tower makes of the padding token, and finite."""
+    tokenizer = FastTokenizer(serialized=BARE)
+    ids_BT, valid_BT = tokenizer(["", ""])
+    assert (ids_BT.dtype, ids_BT.tolist(), valid_BT.tolist()) == (torch.long, [[0], [0]], [[True], [True]])
+    assert [part.tolist() for part in tokenizer(["", "red kite"])] == [[[0, 0], [1, 2]], [[True, False], [True, True]]]
+    ids_BT, valid_BT = tokenizer([])
+    assert (ids_BT.dtype, ids_BT.shape, valid_BT.shape) == (torch.long, (0, 0), (0, 0))
+
+
+@pytest.mark.parametrize("text_pool", ["attention", "mean", "class", "eos", "last", "pooler"])
+@pytest.mark.parametrize("pad", ["longest", "context"])
+def test_a_text_without_tokens_has_an_embedding(text_pool, pad):
+    torch.manual_seed(0)
+    tower = TextTower(FastTokenizer(serialized=BARE, context_length=4), ARCHITECTURE, pad=pad)
+    backbone = NaFlexViT(width=32, depth=1, num_heads=2, patch_size=8)
+    encoder = Encoder(backbone, tower, 32, (16,), "mean", text_pool).eval()
+    with torch.no_grad():
+        alone, beside = encoder.embed_text([""]), encoder.embed_text(["red kite", "", "kite"])
+        # The unknown word has id 0, with which this tokenizer fills, having no padding token.
+        unknown = encoder.embed_text(["drum"])
+    assert alone.isfinite().all()
+    torch.testing.assert_close(alone.norm(dim=-1), torch.ones(1))
+    torch.testing.assert_close(alone, unknown)
+    if text_pool != "last":  # which reads the last position, padding or not
+        torch.testing.assert_close(beside[1:2], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_vocabulary_that_skips_ids_has_room_for_the_largest():
+    tokenizer = FastTokenizer(serialized=words({"a": 0, "b": 1, "[UNK]": 5}, frame=False))
+    assert tokenizer.vocab_size == 6
+    tower = TextTower(tokenizer, ARCHITECTURE)
+    assert tower.model.config.vocab_size == 6
+    assert tower(*tokenizer(["a drum"])).shape == (1, 2, 32)
+    with pytest.raises(ValueError, match=r"tokenizer\.source: found an empty vocabulary"):
+        FastTokenizer(serialized=RustTokenizer(models.BPE()).to_str())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "tokenizers").glob("*.json")), ids=lambda file: file.stem)
+def test_a_vocabulary_without_gaps_is_as_large_as_its_library_says(file):
+    """Else embedding tables of saved checkpoints would no longer fit."""
+    assert FastTokenizer(str(file)).vocab_size == RustTokenizer.from_file(str(file)).get_vocab_size()
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    code = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": code}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    message = r"^text\.pretrained: transformers cannot load .*code that comes with it is not run\): The repository"
+    with pytest.raises(ValueError, match=message) as found:
+        TextTower(ByteTokenizer(), pretrained=str(tmp_path))
+    assert "\n" not in str(found.value)
+    assert asked == []
+    assert not (tmp_path / "ran").exists()
 
 
 def test_any_transformers_architecture_and_a_local_pretrained_folder(tmp_path):

@@ -164,8 +164,12 @@ def test_a_config_has_its_own_tokenizer_and_context_length(capsys, texts, tmp_pa
     ("words", "message"),
     [
         (["byte", "--text", "{texts}"], "byte: no such file or folder.*expected a file, a folder.*nearest is 'bytes'"),
-        (["{texts}", "--text", "{texts}"], r"texts\.tsv: not a tokenizer\.json, a folder with one"),
-        (["{folder}", "--text", "{texts}"], "not a tokenizer.json, a folder with one"),
+        (["{texts}", "--text", "{texts}"], r"tokenizer\.source: .*texts\.tsv is not a tokenizer\.json: expected"),
+        (["{folder}", "--text", "{texts}"], r"tokenizer\.source: .*empty has no tokenizer\.json; bring it"),
+        (
+            ["bytes", "--text", "{texts}", "--context_length", "2"],
+            r"tokenizer\.context_length: found 2; expected 3 or more",
+        ),
         (["bytes", "--text", "gone.tsv"], "gone.tsv: no such file or folder"),
         (["bytes", "--text", "{texts}", "--max_tokens_per_word", "hii=1"], "no language 'hii'; nearest is 'hi'"),
         (["bytes", "--text", "{texts}", "--max_tokens_per_word", "hi"], "found 'hi'; expected a number, or such as hi"),

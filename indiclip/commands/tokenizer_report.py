@@ -8,7 +8,7 @@ from typing import Any
 from indiclip.config_files import read_config
 from indiclip.datasets.corpora import read_texts
 from indiclip.datasets.tables import existing
-from indiclip.names import did_you_mean
+from indiclip.names import check_range, did_you_mean
 from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, Tokenizer
 
 _UNCUT = 10**9  # a context length that no text reaches
@@ -43,6 +43,7 @@ class ClipTokenizer(Tokenizer):
             from open_clip import SimpleTokenizer
         except ImportError as error:
             raise ValueError("clip: its tokenizer comes with OpenCLIP: pip install open_clip_torch") from error
+        check_range({"tokenizer.context_length": context_length}, 3)
         self._tokenizer: Any = SimpleTokenizer()
         self.context_length = context_length
         self.vocab_size = self._tokenizer.vocab_size
@@ -61,8 +62,8 @@ def load(name: str, context_length: int) -> Tokenizer:
     """The tokenizer that a word of the command names.
 
     Raises:
-        FileNotFoundError: No such file; names the nearest.
-        ValueError: The file is no tokenizer, or `clip` without OpenCLIP.
+        FileNotFoundError: No such file, and names the nearest; or a folder without a tokenizer.json.
+        ValueError: The file is no tokenizer, `context_length` leaves no room for a token, or `clip` without OpenCLIP.
     """
     if name == "bytes":
         return ByteTokenizer(context_length)
@@ -76,15 +77,9 @@ def load(name: str, context_length: int) -> Tokenizer:
         ) from error
     if path.suffix in (".yaml", ".yml"):
         return _of_config(path)
-    try:
-        if path.suffix == ".model":
-            return SentencePieceTokenizer(str(path), context_length)
-        # A folder without the file would be looked for on the hub.
-        return FastTokenizer(str(path / "tokenizer.json" if path.is_dir() else path), context_length)
-    except Exception as error:  # the libraries raise bare `Exception` and RuntimeError for what they cannot read
-        raise ValueError(
-            f"{path}: not a tokenizer.json, a folder with one, or a SentencePiece .model: {error}"
-        ) from error
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(str(path), context_length)
+    return FastTokenizer(str(path), context_length)
 
 
 def measure(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str, Counts]:

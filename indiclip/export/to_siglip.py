@@ -59,9 +59,11 @@ model, processor = AutoModel.from_pretrained("{out}"), AutoProcessor.from_pretra
         write_model(encoder, folder, config, processor, conv=True)
 
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
-        theirs: Any = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        theirs: Any = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).eval()
         reader: Any = transformers.AutoProcessor
-        processor = reader.from_pretrained(folder, local_files_only=True)
+        processor = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         H, W = own_grid(encoder)
         own_hw = (H * encoder.backbone.patch_size, W * encoder.backbone.patch_size)
 

@@ -84,9 +84,11 @@ print(torch.softmax(model(**inputs).logits_per_image, -1))"""
         write_model(encoder, folder, config, processor, conv=False)
 
     def reload(self, encoder: Encoder, folder: Path) -> Reloaded:
-        theirs: Any = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        theirs: Any = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).eval()
         reader: Any = transformers.AutoProcessor
-        processor = reader.from_pretrained(folder, local_files_only=True)
+        processor = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
         def image(images: Images) -> dict[str, Tensor]:
             seen = []

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from indiclip.names import check_choice
 from indiclip.pretrained.open_clip_source import OpenClipSource
-from indiclip.pretrained.transformers_files import check_tokenizer
+from indiclip.tokenizer_sources import check_tokenizer
 from indiclip.tokenizers import FastTokenizer, SiglipTokenizer, Tokenizer
 
 _START, _END = "<start_of_text>", "<end_of_text>"

@@ -10,24 +10,10 @@ from tokenizers import normalizers
 from torch import Tensor
 
 from indiclip.pretrained.weights import read_tensors
+from indiclip.tokenizer_sources import check_tokenizer
 from indiclip.tokenizers import FastTokenizer, SiglipTokenizer, Tokenizer
 
-TOKENIZER_FILES = (
-    ("tokenizer.json",),
-    ("vocab.json", "merges.txt"),
-    ("vocab.txt",),
-    ("spiece.model",),
-    ("tokenizer.model",),
-    ("sentencepiece.bpe.model",),
-)
 _PICKLES = (".bin", ".pt", ".h5", ".msgpack")
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Raise FileNotFoundError where there is none: transformers would make up one of three words."""
-    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
-        expected = ", or ".join(" with ".join(names) for names in TOKENIZER_FILES)
-        raise FileNotFoundError(f"{folder}: found no tokenizer; expected {expected}")
 
 
 def read_transformers_tensors(folder: Path) -> dict[str, Tensor]:

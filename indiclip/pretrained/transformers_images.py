@@ -93,7 +93,7 @@ def _staged_model(config: Any, tensors: dict[str, Tensor], folder: Path, origin:
     step = next(step for step in (16, 8, 4, 2, 1) if not any(length % step for length in canvas_hw))
     backbone = TransformersBackbone(architecture_of(config), canvas_hw, step, mean, std, interpolation)
     model, found = type(backbone.net).from_pretrained(
-        None, config=backbone.net.config, state_dict=tensors, output_loading_info=True
+        None, config=backbone.net.config, state_dict=tensors, output_loading_info=True, trust_remote_code=False
     )
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in found["missing_keys"]}
     weights = {f"backbone.net.{name}": tensor for name, tensor in own.items()}

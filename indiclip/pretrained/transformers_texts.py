@@ -25,6 +25,7 @@ LEFT_OUT = re.compile(
     r"mlm_head|predictions\.|logits)|.*position_ids$|.*(sim|relative)_attn_bias$"
 )
 _LONGEST = 512  # tokens, of a tokenizer or tower that names no limit
+_SHORTEST = 8  # tokens, that hold the start and end of any tokenizer and that any tower reads
 
 
 def read_text_model(folder: Path, origin: str) -> Weights:
@@ -42,7 +43,7 @@ def read_text_model(folder: Path, origin: str) -> Weights:
     if transformers.CONFIG_MAPPING[kind]().is_encoder_decoder:  # the folder of an encoder alone says that it is none
         architecture |= {"is_encoder_decoder": True}
     pads = kind.startswith("siglip")
-    tokenizer = read_tokenizer(folder, 1, any_side=causal)
+    tokenizer = read_tokenizer(folder, _SHORTEST, any_side=causal)
     with torch.device("meta"):
         tower = TextTower(tokenizer, dict(architecture), pad="context" if pads else "longest")
     tokenizer = read_tokenizer(folder, _context_length(folder, tower.model), any_side=causal)

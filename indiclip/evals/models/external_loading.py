@@ -12,7 +12,7 @@ import timm.models
 import torch
 
 from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
-from indiclip.names import check_choice, did_you_mean
+from indiclip.names import check_choice, did_you_mean, one_line
 from indiclip.pretrained.hub import HUB
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.open_clip_source import (
@@ -22,9 +22,9 @@ from indiclip.pretrained.open_clip_source import (
     published_tag,
     vision_cfg_of,
 )
-from indiclip.pretrained.transformers_files import check_tokenizer
 from indiclip.pretrained.transformers_models import MODEL_TYPES
 from indiclip.quiet import quiet_transformers
+from indiclip.tokenizer_sources import check_tokenizer
 
 
 def load_open_clip(what: str, name: str, options: Options) -> ExternalModel:
@@ -181,21 +181,29 @@ def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
 
 @contextmanager
 def _loading(name: str, library: str, download: bool = False, hub_parts: Sequence[str] = ()) -> Iterator[None]:
-    """Say in one line what a library cannot load, keep it from the network, and from logging what we check."""
+    """Say in one line what a library cannot load, keep it from the network, and from logging what we check.
+
+    OpenCLIP lets transformers ask the user whether to run code that comes with a model; without the seconds to answer
+    in, transformers refuses.
+    """
     from huggingface_hub import constants
+    from transformers import dynamic_module_utils
 
     offline, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     logging.disable(logging.WARNING)
     constants.HF_HUB_OFFLINE = offline or not download
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
     except Exception as error:  # they raise anything: RuntimeError, OSError, UnpicklingError, KeyError
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         if hub_parts and isinstance(error, OSError):
             reason = f"it needs {' and '.join(hub_parts)} of the hub, not in the local cache; only hf-hub: downloads"
         raise ValueError(f"{name}: {library} cannot load it ({reason})") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
         logging.disable(disabled)
 
 
