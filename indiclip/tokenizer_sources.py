@@ -37,11 +37,11 @@ def fast_tokenizer(source: str | None, serialized: str | None = None) -> Any:
     """A tokenizer of `tokenizers`.
 
     Args:
-        source: A `tokenizer.json`, a folder that holds one, or a name on the hub.
+        source: A `tokenizer.json`, a folder with one or with other files of a tokenizer, or a name on the hub.
         serialized: The content of a `tokenizer.json`, instead.
 
     Raises:
-        FileNotFoundError: A folder without the file, or a name that the hub does not have, or has without a tokenizer.
+        FileNotFoundError: A folder without such files, or a name that the hub does not have or has without them.
         ValueError: The file is damaged, or the hub's tokenizer is of a class that has no such file.
     """
     from tokenizers import Tokenizer as RustTokenizer
@@ -52,12 +52,11 @@ def fast_tokenizer(source: str | None, serialized: str | None = None) -> Any:
     if source is None:
         raise ValueError("tokenizer.source: give a tokenizer.json, its folder, or a hub name")
     path = Path(source)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"tokenizer.source: {source} has no tokenizer.json; bring it{_other_ways(path)}")
-    if not path.is_file():
-        return _hub_tokenizer(source)
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        return _converted(path, source)
+    if not path.exists():
+        return _converted(_from_hub(source), f"{source} of the hub")
+    path = path / "tokenizer.json" if path.is_dir() else path
     with _named(f"tokenizer.source: {path} is not a tokenizer.json"):
         return RustTokenizer.from_file(str(path))
 
@@ -103,31 +102,29 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
 
 
-def _other_ways(file: Path) -> str:
-    """What else helps, where a folder has a tokenizer in other files."""
-    folder = file.parent
-    if model := next(iter(sorted(folder.glob("*.model"))), None):
-        return f", or name {model} with SentencePieceTokenizer or SiglipTokenizer"
-    if _has_tokenizer(folder):
-        return f'; transformers makes it of what is there: AutoTokenizer.from_pretrained("{folder}").save_pretrained(…)'
-    return ""
-
-
-def _hub_tokenizer(name: str) -> Any:
+def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-    from transformers import AutoTokenizer
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*chain(*TOKENIZER_FILES), *_SETTINGS]))
+        return Path(snapshot_download(name, allow_patterns=[*chain(*TOKENIZER_FILES), *_SETTINGS]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"tokenizer.source: {name!r} is no file, no folder with a tokenizer.json, and not found on the hub"
+            f"tokenizer.source: {name!r} is no file, no folder with a tokenizer, and not found on the hub"
         ) from error
-    check_tokenizer(folder, f"tokenizer.source: {name} of the hub")
-    with _named(f"tokenizer.source: transformers cannot read {name} of the hub (code that comes with it is not run)"):
+
+
+def _converted(folder: Path, name: str) -> Any:
+    """What transformers makes of a folder's files, such as MuRIL's vocab.txt."""
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder, f"tokenizer.source: {name}")
+    with _named(f"tokenizer.source: transformers cannot read {name} (code that comes with it is not run)"):
         found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    read = sorted(set(type(found).vocab_files_names.values()))
+    if not any((folder / file).is_file() for file in read):
+        raise FileNotFoundError(f"tokenizer.source: {name}: {type(found).__name__} finds none of {', '.join(read)}")
     if not found.is_fast:
         kind = type(found).__name__
-        raise ValueError(f"tokenizer.source: {name} of the hub has a {kind}; expected one that has a tokenizer.json")
+        raise ValueError(f"tokenizer.source: {name} has a {kind}; expected one that has a tokenizer.json")
     return found.backend_tokenizer
