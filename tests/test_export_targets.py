@@ -281,8 +281,10 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(spiece):
     encoder.text = siglip_text(FastTokenizer("conf/tokenizers/mela.json", 64))
     assert len(find_target("siglip2").check(encoder)) == 1
     assert find_target("siglip").check(encoder) == []
-    encoder.text = siglip_text(FastTokenizer("conf/tokenizers/portable.json", 64))
+    encoder.text = siglip_text(FastTokenizer("conf/tokenizers/portable.json", 64, clean="nothing"))
     assert find_target("siglip2").check(encoder) == []
+    encoder.text = siglip_text(FastTokenizer("conf/tokenizers/portable.json", 64, pad_token="<eos>", clean="nothing"))
+    assert len(find_target("siglip2").check(encoder)) == 1
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,10 @@ def gemma_losses(tokenizer: Tokenizer) -> list[Loss]:
         return [Loss(f"text.tokenizer: found {type(tokenizer).__name__}; {reason}")]
     if tokenizer.clean == "nothing":
         return []
-    what = "none, which puts texts in NFC" if tokenizer.clean is None else repr(tokenizer.clean)
-    return [Loss(f"text.tokenizer.clean: found {what}; SigLIP 2's class in transformers does not (nothing)", True)]
+    found = "null, which puts texts in NFC" if tokenizer.clean is None else repr(tokenizer.clean)
+    return [
+        Loss(f"text.tokenizer.clean: found {found}; transformers' SigLIP 2 reads texts as they are (nothing)", True)
+    ]
 
 
 def gemma_tokenizer(text: TextTower) -> Any:
