@@ -100,13 +100,13 @@ def measure(target: Target, encoder: Encoder, reloaded: Reloaded) -> dict[str, A
     rows = [row for case in image.values() for row in case.values() if isinstance(row, dict)]
     record: dict[str, Any] = {"bound": bound(target, encoder), "image": image}
     if reloaded.text is not None:
-        record["text"] = {
-            case: {"cannot": reloaded.cannot[case]}
-            if case in reloaded.cannot
-            else _row(encoder.embed_text(texts), reloaded.text(texts))
-            for case, texts in ({"usual": TEXTS} | UNUSUAL_TEXTS).items()
-        }
-        rows += [row for row in record["text"].values() if "cannot" not in row]
+        record["text"] = {}
+        for case, texts in ({"usual": TEXTS} | UNUSUAL_TEXTS).items():
+            if case in cannot:
+                record["text"][case] = {"cannot": cannot[case]}
+            else:
+                rows.append(_row(encoder.embed_text(texts), reloaded.text(texts)))
+                record["text"][case] = {"embedding": rows[-1]}
     # `not <=`, so that NaN is outside.
     record["largest_difference"] = max((row["difference"] for row in rows), key=lambda one: (one != one, one))
     record["within_bound"] = record["largest_difference"] <= record["bound"]

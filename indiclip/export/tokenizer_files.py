@@ -17,7 +17,7 @@ _VOCABULARY = ("vocab", "merges", "ignore_merges")  # in which tokenizers of one
 
 
 def tokenizer_losses(tokenizer: Tokenizer) -> list[Loss]:
-    """Why a tokenizer cannot be written, or is read otherwise."""
+    """Why a tokenizer cannot be written, or what its file cannot say."""
     if isinstance(tokenizer, ByteTokenizer | SiglipTokenizer):
         return []
     if isinstance(tokenizer, FastTokenizer):
@@ -105,11 +105,9 @@ def gemma_losses(tokenizer: Tokenizer) -> list[Loss]:
         return [Loss(f"text.tokenizer: found {type(tokenizer).__name__}; {reason}")]
     import transformers
 
-    empty: Any = transformers.Siglip2Tokenizer
-    own, theirs = (
-        json.loads(tokenizer.to_config()["serialized"]),
-        json.loads(empty().backend_tokenizer.to_str()),
-    )
+    made: Any = transformers.Siglip2Tokenizer
+    own = json.loads(tokenizer.to_config()["serialized"])
+    theirs = json.loads(made().backend_tokenizer.to_str())
     kind = own["model"]["type"]
     if kind != theirs["model"]["type"]:
         return [Loss(f"text.tokenizer: found one of {kind}; {reason}")]
@@ -121,9 +119,8 @@ def gemma_losses(tokenizer: Tokenizer) -> list[Loss]:
     if tokenizer.clean == "nothing":
         return []
     found = "null, which puts texts in NFC" if tokenizer.clean is None else repr(tokenizer.clean)
-    return [
-        Loss(f"text.tokenizer.clean: found {found}; transformers' SigLIP 2 reads texts as they are (nothing)", True)
-    ]
+    expected = "transformers' SigLIP 2 reads texts as they are (clean: nothing)"
+    return [Loss(f"text.tokenizer.clean: found {found}; {expected}", True)]
 
 
 def gemma_tokenizer(text: TextTower) -> Any:
