@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from indiclip.names import check_range, did_you_mean
-from indiclip.text_cleaning import Cleaning, check_cleaning, clean_text
+from indiclip.text_cleaning import OPEN_CLIP, Cleaning, check_cleaning, clean_text, normalizers_of
 from indiclip.tokenizer_sources import fast_tokenizer, sentencepiece_model
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -113,7 +113,7 @@ class FastTokenizer(Tokenizer):
         context_length: Longest text in tokens.
         serialized: The content of a `tokenizer.json` (what a checkpoint carries).
         pad_token: Its id fills short texts; where it is None, the first of the usual names that the vocabulary has.
-        clean: What OpenCLIP does to a text first, see `indiclip.text_cleaning.clean_text`; None is NFC alone.
+        clean: What is done to a text first, see `indiclip.text_cleaning.clean_text`; None is NFC alone.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class FastTokenizer(Tokenizer):
         check_range({"tokenizer.context_length": context_length}, tokenizer.num_special_tokens_to_add(False) + 1)
         tokenizer.no_padding()
         tokenizer.enable_truncation(context_length)
-        self._tokenizer, self._clean = tokenizer, clean
+        self._tokenizer, self.clean = tokenizer, clean
         self.context_length = context_length
         self.vocab_size = _vocab_size(tokenizer)
         if pad_token is not None and tokenizer.token_to_id(pad_token) is None:
@@ -153,16 +153,22 @@ class FastTokenizer(Tokenizer):
         for text, encoding in zip(texts, self._encodings(texts), strict=True):
             # A BPE without an unknown token leaves out what it does not know; such a letter is in no token's span.
             read = {place for start, end in encoding.offsets for place in range(start, end)}
-            letters = enumerate(self._prepared(text))
+            letters = enumerate(clean_text(text, self.clean))
             dropped = sum(not letter.isspace() for place, letter in letters if place not in read)
             count += encoding.ids.count(unknown_id) + dropped
         return count
 
-    def _prepared(self, text: str) -> str:
-        return clean_text(text, self._clean) if self._clean else unicodedata.normalize("NFC", text)
+    @property
+    def open_clip_cleaning(self) -> Cleaning | None:
+        """What OpenCLIP calls what is done to a text first; None where OpenCLIP does no such thing."""
+        return self.clean if self.clean in OPEN_CLIP else None
+
+    def normalizers(self) -> list[Any]:
+        """What is done to a text first, for `tokenizers`; of OpenCLIP's cleaning not all, see `normalizers_of`."""
+        return normalizers_of(self.clean)
 
     def _encodings(self, texts: list[str]) -> list[Any]:
-        whole = [self._prepared(text) for text in texts]
+        whole = [clean_text(text, self.clean) for text in texts]
         try:
             return cast(list[Any], self._tokenizer.encode_batch(whole))
         except TypeError:  # cleaning mends half of a surrogate pair, so that not every one is too many
@@ -174,7 +180,7 @@ class FastTokenizer(Tokenizer):
             "context_length": self.context_length,
             "serialized": self._tokenizer.to_str(),
             "pad_token": self.pad_token,
-            "clean": self._clean,
+            "clean": self.clean,
         }
 
 

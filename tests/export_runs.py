@@ -34,7 +34,8 @@ def gemma_tokenizer():
     import transformers
 
     found = letter_tokenizer(transformers.Siglip2Tokenizer)
-    return FastTokenizer(context_length=64, serialized=found.backend_tokenizer.to_str(), pad_token="<pad>")
+    serialized = found.backend_tokenizer.to_str()
+    return FastTokenizer(context_length=64, serialized=serialized, pad_token="<pad>", clean="nothing")
 
 
 def siglip_text(tokenizer=None):

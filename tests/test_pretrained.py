@@ -13,6 +13,7 @@ from helpers import batch_images, noise
 import indiclip
 
 TEXTS = ["a photo of a kite", "मसाला डोसा", "a Photo, of: a kite!", "", "x" * 400]
+TEXTS += ["लड\u095cका", "cafe\u0301 ", "a  kite &amp; a\tdrum"]
 
 
 @pytest.mark.parametrize("kind", ["clip", "metaclip_2", "siglip", "siglip2"])

@@ -9,7 +9,8 @@ signs, viramas and joiners (ZWJ, ZWNJ) belong to them. A config reads it with
 folder with `AutoTokenizer.from_pretrained`, the file with `PreTrainedTokenizerFast(tokenizer_file=...)`.
 
 With `--siglip2` it is of SigLIP 2's kind: lower case, a BPE of letters with bytes for those that were not seen, and an
-end token. `indiclip export --to siglip2` needs it: transformers reads the tokenizer of a SigLIP 2 folder as such a one.
+end token. `indiclip export --to siglip2` needs it, read with `clean: nothing`: transformers reads the tokenizer of a
+SigLIP 2 folder as such a one, and does not put texts in NFC.
 
 Text files are tables with a column per language (`hi`, `ta`, `hi-Latn`), tables with the columns `lang` and `text`, or
 .txt. A share of their rows is held out, in all languages at once; `indiclip tokenizer report --held_out_only` measures

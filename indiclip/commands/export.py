@@ -43,8 +43,8 @@ def run(
             return _MISTAKE
     for case, measured in record["image"].items():
         print(f"  image, {case}: {_in_words(measured)}")
-    if "text" in record:
-        print(f"  texts: {_in_words({'embedding': record['text']})}")
+    for case, measured in record.get("text", {}).items():
+        print(f"  texts, {case}: {_in_words(measured)}")
     for note in (*record["losses"], *record["notes"]):
         print(f"  note: {note}")
     kept = "within" if record["within_bound"] else "MORE THAN"

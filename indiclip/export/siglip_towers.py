@@ -13,7 +13,6 @@ from indiclip.encoder import Encoder
 from indiclip.export.fold import linear_projection
 from indiclip.export.renaming import renamed
 from indiclip.export.target import Loss
-from indiclip.export.tokenizer_files import tokenizer_losses
 from indiclip.pretrained.weights import check_tensors
 
 CONTEXT = 64  # tokens to which transformers' zero-shot pipeline and SigLIP 2's processor pad a text
@@ -108,7 +107,7 @@ def text_losses(encoder: Encoder) -> list[Loss]:
                 f"text.tokenizer.context_length: found {context}; the zero-shot pipeline pads texts to {CONTEXT}", True
             )
         )
-    return losses + tokenizer_losses(text.tokenizer)
+    return losses
 
 
 def activation(module: nn.Module) -> str | None:

@@ -41,7 +41,7 @@ class Reloaded:
     Args:
         image: A batch of one size, or of several, as the other library's own use gives it: vectors or tokens by name.
         text: Unit-length embeddings; None where the target has no text tower.
-        cannot: Case of `indiclip.export.parity` -> why the library cannot read such a batch.
+        cannot: Case of `indiclip.export.parity` -> why the library cannot read such a batch, or changes such texts.
         ours: What `image` is compared with; None is the encoder's embeddings, as `embedding`.
         notes: What a user of the folder should know.
         reads_smaller: Whether images smaller than the canvas of a fixed tower are padded, as the encoder does it; else

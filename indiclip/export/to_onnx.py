@@ -23,9 +23,9 @@ from indiclip.export.onnx_graphs import ClassGraph, ImageGraph, TextGraph, posit
 from indiclip.export.parity import TEXTS, noise, own_grid
 from indiclip.export.target import Loss, Reloaded
 from indiclip.export.to_timm import as_pixels
-from indiclip.export.tokenizer_files import transformers_tokenizer
+from indiclip.export.tokenizer_files import rust_tokenizer, tokenizer_losses
 from indiclip.text import TextTower
-from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer
+from indiclip.tokenizers import SentencePieceTokenizer
 from indiclip.types import Images
 
 _FREE: Any = torch.export.Dim.DYNAMIC
@@ -81,11 +81,7 @@ class Target(target.Target):
         losses = []
         if isinstance(encoder.backbone, NaFlexViT) and not encoder.backbone.vit.embeds.is_linear:
             losses.append(Loss("backbone.options.embed_proj_type: found conv; expected linear"))
-        tokenizer = encoder.text.tokenizer
-        if not isinstance(tokenizer, ByteTokenizer | FastTokenizer | SiglipTokenizer):
-            expected = "FastTokenizer or SiglipTokenizer, which have a file that others read as it is"
-            losses.append(Loss(f"text.tokenizer: found {type(tokenizer).__name__}; expected {expected}"))
-        return losses
+        return losses + tokenizer_losses(encoder.text.tokenizer)
 
     def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
         _require_libraries()
@@ -238,11 +234,10 @@ def _write_tokenizer(text: TextTower, folder: Path) -> str:
         proto = base64.b64decode(text.tokenizer.to_config()["serialized"])
         folder.joinpath("spiece.model").write_bytes(proto)
         return "spiece.model"
-    found = transformers_tokenizer(text, folder)
-    rust: RustTokenizer = found.backend_tokenizer
+    rust, pad_token = rust_tokenizer(text.tokenizer)
     length = text.tokenizer.context_length
     rust.enable_truncation(length)
-    fill = {"pad_id": text.tokenizer.pad_id, "pad_token": str(found.pad_token)}
+    fill = {"pad_id": text.tokenizer.pad_id, "pad_token": pad_token}
     rust.enable_padding(**fill, length=length if text.pad == "context" else None)  # type: ignore[arg-type]
     rust.save(str(folder / "tokenizer.json"))
     return "tokenizer.json"

@@ -18,14 +18,18 @@ from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.export import open_clip_towers, target, to_timm
 from indiclip.export.fold import linear_projection
-from indiclip.export.parity import own_grid
+from indiclip.export.parity import UNUSUAL_TEXTS, own_grid
 from indiclip.export.target import Loss, Reloaded, stretching_note
-from indiclip.export.tokenizer_files import tokenizer_losses, transformers_tokenizer
+from indiclip.export.tokenizer_files import pad_losses, tokenizer_losses, transformers_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.pretrained.open_clip_source import LOCAL, vision_cfg_of
+from indiclip.pretrained.open_clip_tokenizers import is_own
+from indiclip.text import TextTower
 from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import FastTokenizer, Tokenizer
 from indiclip.types import Images
 
+_CLEANS = "OpenCLIP repairs a text's encoding, puts it in NFC and joins its white space before it is read (ftfy)"
 _CONFIG, _WEIGHTS, _TIMM = "open_clip_config.json", "open_clip_model.safetensors", "timm"
 
 
@@ -56,7 +60,7 @@ class Target(target.Target):
 
     def check(self, encoder: Encoder) -> list[Loss]:
         losses = [] if open_clip_towers.is_clip_vision(encoder) else _timm_losses(encoder)
-        return losses + open_clip_towers.text_losses(encoder) + tokenizer_losses(encoder.text.tokenizer)
+        return losses + open_clip_towers.text_losses(encoder) + _tokenizer_losses(encoder.text.tokenizer)
 
     def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
         text_cfg, words = open_clip_towers.text_tower(encoder)
@@ -67,7 +71,7 @@ class Target(target.Target):
         H, W = own_grid(encoder)
         size = [H * encoder.backbone.patch_size, W * encoder.backbone.patch_size]
         vision_cfg["image_size"] = size[0] if size[0] == size[1] else size
-        text_cfg["hf_tokenizer_name"] = place.name  # any name: OpenCLIP reads the tokenizer of the folder
+        text_cfg |= _write_tokenizer(encoder.text, folder, place)
         mean, std = list(encoder.backbone.mean), list(encoder.backbone.std)
         model_cfg: dict[str, Any] = {"embed_dim": encoder.embed_dim, "custom_text": True}
         model_cfg |= {"quick_gelu": text_cfg.pop("quick_gelu"), "vision_cfg": vision_cfg, "text_cfg": text_cfg}
@@ -87,7 +91,6 @@ class Target(target.Target):
         folder.joinpath(_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(whole, folder / _WEIGHTS, {"format": "pt"})
-        transformers_tokenizer(encoder.text, folder).save_pretrained(folder)
         if (folder / _TIMM).is_dir():
             self.usage = _LOAD_ANYWHERE + _USE
 
@@ -98,7 +101,8 @@ class Target(target.Target):
             raise ValueError("--to open_clip: OpenCLIP has to prove it: pip install open_clip_torch") from error
         name = f"local-dir:{folder}"
         config = json.loads(folder.joinpath(_CONFIG).read_text())
-        notes = ["OpenCLIP repairs a text's encoding and joins its white space before it is read (ftfy)"]
+        cleaning = {} if _clean(encoder.text.tokenizer) else dict.fromkeys(UNUSUAL_TEXTS, _CLEANS)
+        notes = [*set(cleaning.values())]
         if (folder / _TIMM).is_dir():
             notes.append(
                 f"timm has no name for the image tower, and {_CONFIG} says where the folder is: after moving it, load "
@@ -123,10 +127,31 @@ class Target(target.Target):
         def text(texts: list[str]) -> Tensor:
             return F.normalize(theirs.encode_text(tokenizer(texts)), dim=-1)
 
-        cannot = {"mixed sizes, padded": "a batch of OpenCLIP has one size"}
+        cannot = {"mixed sizes, padded": "a batch of OpenCLIP has one size"} | cleaning
         if open_clip_towers.is_clip_vision(encoder):
             cannot |= dict.fromkeys(("smaller", "larger", "not square"), "OpenCLIP's own ViT takes one size")
         return Reloaded(image, text, cannot, notes=[*notes, stretching_note(*own_hw)])
+
+
+def _clean(tokenizer: Tokenizer) -> str | None:
+    """How OpenCLIP is to clean texts; None where the run's are not cleaned as OpenCLIP does it."""
+    return tokenizer.open_clip_cleaning if isinstance(tokenizer, FastTokenizer) else None
+
+
+def _tokenizer_losses(tokenizer: Tokenizer) -> list[Loss]:
+    if is_own(tokenizer):
+        return []
+    return pad_losses(tokenizer) + ([] if _clean(tokenizer) else tokenizer_losses(tokenizer))
+
+
+def _write_tokenizer(text: TextTower, folder: Path, place: Path) -> dict[str, Any]:
+    """Its files, where it is not OpenCLIP's own. Returns what `text_cfg` says of it."""
+    clean = _clean(text.tokenizer)
+    cfg: dict[str, Any] = {"tokenizer_kwargs": {"clean": clean}} if clean else {}
+    if is_own(text.tokenizer):
+        return cfg
+    transformers_tokenizer(text, folder, cleans=clean is not None).save_pretrained(folder)
+    return cfg | {"hf_tokenizer_name": place.name}  # any name: OpenCLIP reads the tokenizer of the folder
 
 
 def _timm_losses(encoder: Encoder) -> list[Loss]:

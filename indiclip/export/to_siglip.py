@@ -21,7 +21,7 @@ from indiclip.export.siglip_towers import (
     write_model,
 )
 from indiclip.export.target import Loss, Reloaded, stretching_note
-from indiclip.export.tokenizer_files import transformers_tokenizer
+from indiclip.export.tokenizer_files import pad_losses, tokenizer_losses, transformers_tokenizer
 from indiclip.patches import unpatchify
 from indiclip.types import Images
 
@@ -40,7 +40,9 @@ from transformers import AutoModel, AutoProcessor
 model, processor = AutoModel.from_pretrained("{out}"), AutoProcessor.from_pretrained("{out}")"""
 
     def check(self, encoder: Encoder) -> list[Loss]:
-        return vision_losses(encoder) + text_losses(encoder)
+        tokenizer = encoder.text.tokenizer
+        losses = vision_losses(encoder) + text_losses(encoder)
+        return losses + tokenizer_losses(tokenizer) + pad_losses(tokenizer)
 
     def write(self, encoder: Encoder, folder: Path, place: Path) -> None:
         side = own_grid(encoder)[0] * encoder.backbone.patch_size

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ def open_clip_tokenizer(source: OpenClipSource, context_length: int) -> Tokenize
     serialized = _simple_tokenizer(source.origin).to_str()
     clean = arguments.get("clean", "lower")
     return FastTokenizer(context_length=context_length, serialized=serialized, pad_token="!", clean=clean)
+
+
+def is_own(tokenizer: Tokenizer) -> bool:
+    """Whether it is the one that comes with OpenCLIP, whatever cleans its texts."""
+    if not isinstance(tokenizer, FastTokenizer) or tokenizer.pad_token != "!" or not tokenizer.open_clip_cleaning:
+        return False
+    if importlib.util.find_spec("open_clip") is None:
+        return False
+    found, own = json.loads(tokenizer.to_config()["serialized"]), json.loads(_simple_tokenizer("").to_str())
+    return bool(found | {"truncation": None} == own)
 
 
 def _simple_tokenizer(origin: str) -> RustTokenizer:

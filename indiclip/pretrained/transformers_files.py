@@ -67,4 +67,6 @@ def read_tokenizer(folder: Path, context_length: int, any_side: bool = False) ->
         rust.normalizer = normalizers.Sequence(
             [normalizers.Lowercase(), *([rust.normalizer] if rust.normalizer else [])]
         )
-    return FastTokenizer(context_length=context_length, serialized=rust.to_str(), pad_token=found.pad_token)
+    return FastTokenizer(
+        context_length=context_length, serialized=rust.to_str(), pad_token=found.pad_token, clean="nothing"
+    )
