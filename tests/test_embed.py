@@ -696,7 +696,6 @@ def test_captions_by_another_tokenizer_are_not_mixed_in(encoder, photos, tmp_pat
     assert "crc32_of_token_ids" not in read(tmp_path / "images")[2]["model"]
 
 
-
 def test_other_words_are_not_mixed_in(encoder, photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert embed(encoder, out, photos, *WORDS) == 0
