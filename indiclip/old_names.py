@@ -4,11 +4,20 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
-_TABLES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+
+class _Tables(TypedDict):
+    classes: dict[str, str]
+    moved: dict[str, str]
+    modules: dict[str, str]
+    weights: dict[str, str]
+    backbones: dict[str, list[str]]
+
+
+_TABLES: _Tables = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 MODULES = _TABLES["modules"]
 _MOVED = _TABLES["moved"]
 _NAMES = _MOVED | _TABLES["classes"] | MODULES

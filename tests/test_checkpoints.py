@@ -22,7 +22,8 @@ from indiclip.training.fault_tolerance.manifest import newest_good, unlisted, wh
 
 
 def content(step, size=1000):
-    return {"global_step": step, "state_dict": {"w": torch.full((size,), float(step))}, "loops": {"a": [1, (2, None)]}}
+    weights, loops = {"w": torch.full((size,), float(step))}, {"a": [1, (2, None)]}
+    return {"pytorch-lightning_version": "2.6.6", "global_step": step, "state_dict": weights, "loops": loops}
 
 
 def save(folder, step, name=None):
@@ -256,7 +257,7 @@ def test_everything_that_is_let_through_can_be_read_again(tmp_path):
     ordered = OrderedDict(a=nn.Parameter(torch.ones(2)), b=torch.Size([3]))
     values = [ordered, {1, "2"}, (1.5, 2j, None, True), b"x", torch.float16, torch.device("cpu"), {(1, "a"): 10**30}]
     assert not list(foreign(values))
-    DurableCheckpointIO().save_checkpoint({"values": values}, tmp_path / "x.ckpt")
+    DurableCheckpointIO().save_checkpoint(content(1) | {"values": values}, tmp_path / "x.ckpt")
     assert DurableCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")["values"][1:] == values[1:]
 
 

@@ -1,10 +1,15 @@
 """A run that goes on with other settings: each is listed, and takes effect or is refused; no config is lost."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
 from PIL import Image
 from test_cli import config, fit
+
+from indiclip import json_lines
+from indiclip.training.config_history import ConfigHistory
 
 FOLDER = "runs/experiment"
 
@@ -132,6 +137,70 @@ def test_the_config_of_each_stretch_is_kept(tmp_path):
     assert fit(tmp_path, config(trainer__max_steps=7), "--ckpt_path", "last", "--model.lr", "2e-3") == 0
     assert fit(tmp_path, config(trainer__max_steps=7), "--ckpt_path", "last", "--model.lr", "2e-3") == 0
     assert len(list((tmp_path / FOLDER).glob("config*.yaml"))) == 4
+
+
+@pytest.mark.parametrize("failing", ["config-2.yaml", "config.yaml"])
+def test_a_full_disk_loses_no_config_and_changes_are_still_refused(failing, tmp_path, monkeypatch):
+    """At either of the two writes; what is on the disk then is what a kill leaves there."""
+    assert fit(tmp_path, config()) == 0
+    before = (tmp_path / FOLDER / "config.yaml").read_bytes()
+    write = json_lines.write_whole
+
+    def fail(file, content):
+        if file.name == failing:
+            raise OSError(28, "No space left on device", str(file))
+        write(file, content)
+
+    longer = config(trainer__max_steps=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(json_lines, "write_whole", fail)
+        assert going_on(tmp_path, longer, "--model.lr", "2e-3") != 0
+    assert (tmp_path / FOLDER / "config.yaml").read_bytes() == before
+    assert going_on(tmp_path, config(trainer__max_steps=4, data__train__0__batch_size=3)) == 2
+    assert going_on(tmp_path, longer, "--model.lr", "2e-3") == 0
+    assert (tmp_path / FOLDER / "config-2.yaml").read_bytes() == before
+    assert saved(tmp_path)["model"]["lr"] == 2e-3
+
+
+def history(folder, **tree):
+    """The callback at the start of a run, without one."""
+    found = ConfigHistory(None, {"override": False}, SimpleNamespace(tree=tree))
+    found._folder = folder
+    return found
+
+
+def at_step(step, rank=0):
+    return SimpleNamespace(global_step=step, is_global_zero=rank == 0, datamodule=SimpleNamespace(train=[]))
+
+
+@pytest.mark.parametrize("hook", ["on_save_checkpoint", "on_train_batch_end"])
+def test_a_config_is_kept_with_its_first_step_and_once(hook, tmp_path):
+    """Also by a checkpoint that is saved within that step, before the batch has ended."""
+    first = history(tmp_path, lr=1)
+    first.on_save_checkpoint(at_step(0), None, {})  # of a run that has not begun
+    first.on_train_start(at_step(0), None)
+    first.on_save_checkpoint(at_step(0), None, {})  # before any step
+    assert list(tmp_path.iterdir()) == []
+    getattr(first, hook)(at_step(1), None, {})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": 1}
+    second = history(tmp_path, lr=2)
+    second.on_train_start(at_step(5), None)
+    second.on_save_checkpoint(at_step(5), None, {})
+    getattr(second, hook)(at_step(6, rank=1), None, {})  # another rank
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": 1}
+    for step in (6, 7):
+        getattr(second, hook)(at_step(step), None, {})
+    found = {file.name: yaml.safe_load(file.read_text()) for file in tmp_path.iterdir()}
+    assert found == {"config.yaml": {"lr": 2}, "config-5.yaml": {"lr": 1}}
+
+
+def test_the_same_config_again_leaves_one(tmp_path):
+    for began in (0, 5):
+        same = history(tmp_path, lr=1)
+        same.on_train_start(at_step(began), None)
+        same.on_train_batch_end(at_step(began + 1))
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_what_does_not_change_the_step_may_change(tmp_path, capsys):

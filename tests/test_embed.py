@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_a_folder_of_classes(encoder, photos, tmp_path, capsys):
     read_as = {"name": "native", "patch_size": 8, "interpolation": "bilinear", "mean": [0.5] * 3, "antialias": True}
     assert record["preprocessing"].items() >= read_as.items()
     assert record["summary"] | {"cosine_loss": 0} == {
-        "samples": 23, "rows": 23, "quarantined": 0, "damaged": 0, "cosine_loss": 0,
+        "samples": 23, "rows": 23, "quarantined": 0, "unreadable_captions": 0, "damaged": 0, "cosine_loss": 0,
     }  # fmt: skip
     assert sorted(content(tmp_path / "out")) == sorted(
         ["embed.json", *(f"{name}" for k in range(3) for name in (f"embeddings-0000{k}.npy", f"keys-0000{k}.parquet"))]
@@ -378,6 +379,52 @@ def test_the_rest_of_a_truncated_shard_is_said(encoder, photos, tmp_path, capsys
     assert "lost to all samples: 1 damaged places" in capsys.readouterr().out
 
 
+def test_unreadable_captions_beside_an_image_are_counted_and_the_others_read(encoder, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    beside = [
+        {"txt": b"hello", "json": b"{bad"},
+        {"txt": b"\xff", "json": b'{"captions": {"en": ["a kite"]}}'},
+        {"txt": b"whole", "json": b'{"captions": {"en": ["a lamp"]}}'},
+        {"json": b"[1]"},
+        {},
+    ]
+    for number, parts in enumerate(beside):
+        Image.fromarray(noise(16, 16, number)).save(folder / f"{number}.png")
+        for extension, data in parts.items():
+            (folder / f"{number}.{extension}").write_bytes(data)
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for file in sorted(folder.iterdir()):
+            tar.add(file, file.name)
+    texts = [["hello"], ["a kite"], ["whole", "a lamp"], [], []]
+    shard_config = tmp_path / "shards.yaml"
+    shards = {"class_path": "indiclip.webdataset.shards.Shards", "init_args": {"urls": str(tmp_path / "s.tar")}}
+    shard_config.write_text(yaml.safe_dump(config(data__train__0__dataset=shards)))
+    for name, source in (("of_folder", folder), ("of_shard", tmp_path / "s.tar")):
+        out = tmp_path / name
+        assert embed(encoder, out, source, "--part_size", 2) == 0
+        _, rows, record = read(out)
+        assert [sorted(one["text"] for one in row["captions"]) for row in rows] == list(map(sorted, texts))
+        assert (record["summary"]["quarantined"], record["summary"]["unreadable_captions"]) == (0, 3)
+        listed = json_lines.read(out / "quarantine.jsonl")
+        assert [row["row"] for row in listed] == [0, 1, 3]
+        assert all(row["reason"].startswith("its captions alone: ") for row in listed)
+        assert "broken JSON" in listed[0]["reason"]
+        assert "the .txt" in listed[1]["reason"]
+        shown = capsys.readouterr().out
+        assert "5 of 5 samples; quarantined: 0" in shown
+        assert "embedded, but with captions that cannot be read: 3" in shown
+        assert f"every one of them: {out / 'quarantine.jsonl'}" in shown
+    # Where the captions are what is embedded, such a sample is unreadable as a whole, as in training.
+    for name, words in (("texts", [tmp_path / "s.tar"]), ("texts_of_config", ["data.train", "--config", shard_config])):
+        assert embed(encoder, tmp_path / name, *words, "--what", "captions") == 0
+        _, rows, record = read(tmp_path / name)
+        assert sorted(row["text"] for row in rows) == ["a lamp", "whole"]
+        lost = [row["row"] for row in json_lines.read(tmp_path / name / "quarantine.jsonl")]
+        assert lost == ([0, 1, 3] if name == "texts" else [0, 1, 3, 4])  # to train on needs a caption, or a class
+        assert record["summary"]["quarantined"] == len(lost)
+
+
 def test_names_that_are_no_utf8(encoder, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -531,7 +578,122 @@ def test_processes_of_its_own(encoder, photos, tmp_path, monkeypatch, capfd, who
     assert content(tmp_path / "out") == whole
 
 
+class SecondFails:
+    """In place of a context of which the second process cannot be started."""
+
+    def __init__(self):
+        self.made = []
+
+    def Process(self, target, args):
+        def start():
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        self.made.append(FORK.Process(target=time.sleep, args=(600,)))
+        if len(self.made) == 2:
+            self.made[1].start = start
+        return self.made[-1]
+
+
+def test_a_process_that_cannot_be_started_is_said_and_ends_the_others(monkeypatch):
+    context, before = SecondFails(), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    monkeypatch.setattr(embed_ranks.multiprocessing, "get_context", {"spawn": context}.get)
+    with pytest.raises(BlockingIOError, match="Resource temporarily unavailable"):
+        embed_ranks.launch(print, {}, 3)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    first, _, third = context.made
+    assert first.exitcode == -signal.SIGTERM
+    assert third.pid is None
+
+
+@pytest.mark.parametrize(
+    ("error", "is_gone"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer"), True),
+        (torch.distributed.DistNetworkError("Broken pipe"), True),
+        (RuntimeError("the model's skip connection has 3 channels; expected 4"), False),
+    ],
+)
+def test_only_a_process_that_is_gone_is_said_to_be(error, is_gone, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(embed_ranks.torch, "set_num_threads", lambda number: None)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(embed_ranks.dist, name, lambda *_, **__: None)
+    message = "another process has ended before its parts were done" if is_gone else "the model's skip connection"
+    with pytest.raises(RuntimeError, match=message), embed_ranks.ranks():
+        raise error
+
+
 # Words.
+
+
+def half_done(encoder, out, monkeypatch, *words):
+    """Killed with parts 0 and 1 whole."""
+    with monkeypatch.context() as patched:
+        at_write(8, kill, patched)
+        assert in_child(lambda: embed(encoder, out, *words)) == signal.SIGKILL
+    assert sorted(file.name for file in (out / ".parts").glob("*.json")) == ["00000.json", "00001.json"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_overwrite_forgets_every_part_of_the_old_weights(encoder, photos, tmp_path, monkeypatch, linked):
+    """Also where the folder of marks is a link to another place, in which nothing else is touched."""
+    out, there = tmp_path / "out", tmp_path / "there"
+    half_done(encoder, out, monkeypatch, photos, *WORDS)
+    if linked:
+        (out / ".parts").rename(there)
+        (there / "mine.json").touch()
+        (out / ".parts").symlink_to(there)
+    other = save_model(tmp_path / "other.ckpt", seed=1)
+    other.file = tmp_path / "other.ckpt"
+    assert embed(other, out, photos, *WORDS, "--overwrite") == 0
+    assert embed(other, tmp_path / "fresh", photos, *WORDS) == 0
+    assert np.array_equal(read(out)[0], read(tmp_path / "fresh")[0])
+    assert (there / "mine.json").exists() == linked
+
+
+def test_overwrite_stops_where_the_marks_of_old_parts_stay(encoder, photos, tmp_path, monkeypatch, capsys):
+    """The record of the old weights stays too."""
+    out = tmp_path / "out"
+    half_done(encoder, out, monkeypatch, photos, *WORDS)
+    before = (out / "embed.json").read_bytes()
+    (out / ".parts" / "00000.json").unlink()
+    (out / ".parts" / "00000.json").mkdir()  # which cannot be unlinked, whoever runs this
+    capsys.readouterr()
+    assert embed(encoder, out, photos, *WORDS[:-1], "fp16", "--overwrite") != 0
+    assert "00000.json" in capsys.readouterr().err
+    assert (out / "embed.json").read_bytes() == before
+
+
+def with_context_length(file, other, length):
+    """The same weights with a tokenizer that cuts elsewhere."""
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["encoder"]["text"]["init_args"]["tokenizer"]["init_args"]["context_length"] = length
+    torch.save(checkpoint, other)
+    return SimpleNamespace(file=other)
+
+
+def test_captions_by_another_tokenizer_are_not_mixed_in(encoder, photos, tmp_path, capsys):
+    (tmp_path / "en.txt").write_text("one\ntwo\n")
+    out, words = tmp_path / "out", (tmp_path / "en.txt", "--what", "captions")
+    assert embed(encoder, out, *words) == 0
+    assert embed(encoder, out, *words) == 0
+    before = content(out)
+    edited = with_context_length(encoder.file, tmp_path / "edited.ckpt", 99)
+    capsys.readouterr()
+    assert embed(edited, out, *words) == 2
+    names = f"{encoder.file} -> {edited.file}"
+    assert f"out: holds embeddings of another tokenizer: {names}; --overwrite" in capsys.readouterr().err
+    assert content(out) == before
+    record = json.loads((out / "embed.json").read_text())
+    del record["model"]["crc32_of_token_ids"]  # as an older version wrote it
+    (out / "embed.json").write_text(json.dumps(record))
+    assert embed(encoder, out, *words) == 2
+    assert "holds embeddings of an unknown tokenizer, begun by an older version: " in capsys.readouterr().err
+    assert embed(encoder, out, photos) == 2
+    assert "was begun with other options: what: 'captions' -> 'images'" in capsys.readouterr().err
+    assert embed(encoder, tmp_path / "images", photos) == 0
+    assert embed(edited, tmp_path / "images", photos) == 0  # no text is read there
+    assert "crc32_of_token_ids" not in read(tmp_path / "images")[2]["model"]
 
 
 def test_other_words_are_not_mixed_in(encoder, photos, tmp_path, capsys):

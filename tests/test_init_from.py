@@ -323,3 +323,28 @@ def test_a_run_begins_with_weights_and_needs_them_no_more(tmp_path, capsys):
     assert run(["validate", *words]) == 0
     assert run(["fit", *words, "--trainer.max_steps", "4"]) == 0
     assert indiclip.load(folder).to_config() == tiny_encoder().to_config()
+    # A checkpoint in torch's format before 1.6, which cannot be mapped into memory, is read as any other.
+    old = torch.load(folder / "checkpoints" / "4.ckpt", weights_only=True)
+    torch.save(old, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    capsys.readouterr()
+    assert fit(tmp_path, tree, "--ckpt_path", str(tmp_path / "old.ckpt"), "--trainer.max_steps", "4") == 0
+    assert "no step is left: 4 are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["text", "nothing", "pickle", "truncated", "foreign"])
+def test_what_is_no_checkpoint_is_said_alike_with_and_without_initial_weights(content, checkpoint, tmp_path, capsys):
+    """With them it is read once before the trainer does, for the architecture."""
+    file = tmp_path / "x.ckpt"
+    if content in ("pickle", "foreign"):
+        torch.save(torch.nn.Linear(2, 2) if content == "pickle" else {"epoch": 3}, file)
+    else:
+        data = {"text": b"file\ten\n", "nothing": b"", "truncated": Path(checkpoint).read_bytes()[:-100]}
+        file.write_bytes(data[content])
+    for encoder in ({"init_from": [{"weights": checkpoint}]}, None):
+        tree = config(model__encoder=encoder) if encoder else config()
+        assert fit(tmp_path, tree, "--ckpt_path", str(file)) == 2
+        (line,) = [one for one in capsys.readouterr().err.splitlines() if not one.startswith("warning: ")]
+        if content == "foreign":
+            assert "x.ckpt is no checkpoint of IndiCLIP; expected the entry '" in line
+        else:
+            assert re.search(r"^indiclip: .*x.ckpt: not a readable checkpoint \((another kind|it holds torch)", line)

@@ -35,6 +35,11 @@ from indiclip.training.run_folder import lock, unlock
 _MOST_WORKERS = 8  # of a process that feeds a GPU, where nothing else is said
 _LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch", "numpy", "simplejpeg", "pillow", "pyarrow")
 _DECODE = "float32(row) / norm(float32(row))"
+# What tokenizers differ in: scripts, capitals, digits, punctuation, composed letters, joiners, an emoji.
+_PLAIN_TEXT = (
+    "Three Kites, 25 lamps & a cafe\u0301! तीन पतंग और २५ दीये। ক্ষুদ্র প্রদীপ ૨૫ દીવા ਪਤੰਗ ପତଙ୍ଗ பட்டம் గాలిపటం ಗಾಳಿಪಟ "
+    "പട്ടം\u200d සරුංගලය پتنگ، چراغ ꯃꯩꯔꯥ ᱫᱤᱭᱟ \U0001fa81"
+)
 
 
 def run(**options: Any) -> int:
@@ -134,9 +139,12 @@ def _make(folder: Path) -> None:
 
 def _record(words: argparse.Namespace, sources: Sources, model: Embedder, view: View, length: int) -> dict[str, Any]:
     """Everything that makes up the rows, of plain types."""
+    known = {"name": words.model, "weights": model.weights, "crc32_of_weights": _crc32_of_weights(model)}
+    if words.what == "captions":
+        known["crc32_of_token_ids"] = _crc32_of_token_ids(model)
     return {
         "what": words.what,
-        "model": {"name": words.model, "weights": model.weights, "crc32_of_weights": _crc32_of_weights(model)},
+        "model": known,
         "precision": words.precision,
         "preprocessing": {
             **view._asdict(),
@@ -180,14 +188,17 @@ def _or_raise(batch: Batch | Exception) -> Batch:
 
 def _write(job: _Job, number: int, batches: Iterator[Batch], advance: Callable[[int], None]) -> None:
     """Embed and write a part."""
-    vectors, rows, quarantined = [np.zeros((0, job.length), np.float32)], list[dict[str, Any]](), list[dict[str, Any]]()
+    vectors, rows = [np.zeros((0, job.length), np.float32)], list[dict[str, Any]]()
+    quarantined, uncaptioned = list[dict[str, Any]](), list[dict[str, Any]]()
     for batch in batches:
         vectors.append(embed(job.model, batch, job.words.what, job.length))
         rows += batch.rows
         quarantined += batch.quarantined
+        uncaptioned += batch.unreadable_captions
         advance(batch.last - batch.first)
     found, losses = stored(np.concatenate(vectors), job.words.dtype)
-    part = Part(len(job.samples(number)), len(rows), quarantined, float(losses.sum()), float(losses.max(initial=0)))
+    lost = float(losses.sum()), float(losses.max(initial=0))
+    part = Part(len(job.samples(number)), len(rows), quarantined, *lost, uncaptioned)
     job.folder.write(number, found, rows, job.words.what, part)
 
 
@@ -230,6 +241,15 @@ def _crc32_of_prepared(model: Embedder, view: View) -> str:
     return f"{crc:08x}"
 
 
+def _crc32_of_token_ids(model: Embedder) -> str:
+    """Of a text in many scripts, and of one that is cut: a tokenizer may be edited while the weights stay."""
+    crc = 0
+    for name, tensor in sorted(model.tokenize([_PLAIN_TEXT, 100 * _PLAIN_TEXT]).items()):
+        ids = tensor.cpu().long().numpy()
+        crc = zlib.crc32(ids.tobytes(), zlib.crc32(f"{name} {ids.shape}".encode(), crc))
+    return f"{crc:08x}"
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in _LIBRARIES:
@@ -265,9 +285,12 @@ def _show(words: argparse.Namespace, record: dict[str, Any], done: int, seconds:
     print(f"  {readable:,} of {summary['samples']:,} samples; quarantined: {summary['quarantined']:,}")
     if readable and not summary["rows"]:
         print("  not one of the samples has a caption")
+    uncaptioned = summary.get("unreadable_captions", 0)  # older folders do not say
+    if uncaptioned:
+        print(f"  embedded, but with captions that cannot be read: {uncaptioned:,}")
     if summary["damaged"]:
         print(f"  lost to all samples: {summary['damaged']:,} damaged places of the files")
-    if summary["quarantined"] or summary["damaged"]:
+    if summary["quarantined"] or uncaptioned or summary["damaged"]:
         print(f"  every one of them: {Path(out) / 'quarantine.jsonl'}")
     if record["dtype"] != "fp32":
         loss = summary["cosine_loss"]

@@ -27,6 +27,7 @@ class Batch(NamedTuple):
         inputs: What the embedder takes: a batch of prepared images, or texts.
         rows: Of the keys' table, one for each embedding.
         quarantined: Samples that cannot be read, and why.
+        unreadable_captions: Images that have a row, but captions that cannot be read, and why.
     """
 
     first: int
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     inputs: Any
     rows: list[dict[str, Any]]
     quarantined: list[dict[str, Any]]
+    unreadable_captions: list[dict[str, Any]]
 
 
 class Batches(Dataset[Batch | Exception]):
@@ -65,6 +67,7 @@ class Batches(Dataset[Batch | Exception]):
         inputs: list[Any] = []
         rows: list[dict[str, Any]] = []
         quarantined: list[dict[str, Any]] = []
+        uncaptioned: list[dict[str, Any]] = []
         for index in range(first, last):
             source, place = self.sources.at(index)
             file, row = source.place(place)
@@ -81,10 +84,13 @@ class Batches(Dataset[Batch | Exception]):
                     label = None if example.label is None else storable(example.label)
                     known = {"label": label, "captions": _listed(example.captions), "height": height, "width": width}
                     rows.append(sample | known)
+                    if example.unreadable_captions:
+                        reason = f"its captions alone: {example.unreadable_captions}"
+                        uncaptioned.append(sample | {"reason": storable(reason)})
             except UnreadableSample as error:
                 quarantined.append(sample | {"reason": storable(error.reason)})
         batch = self.embedder.collate(inputs) if self.what == "images" and inputs else inputs
-        return Batch(first, last, batch, rows, quarantined)
+        return Batch(first, last, batch, rows, quarantined, uncaptioned)
 
 
 def embed(embedder: Embedder, batch: Batch, what: What, length: int) -> np.ndarray:

@@ -3,7 +3,8 @@
     embeddings-00000.npy    a row per image or caption; numpy.load(..., mmap_mode="r") opens it
     keys-00000.parquet      the same rows: key, source, row (the sample's number in the source), and what is known of it
     embed.json              model, options, sources; `done` and the rows of each part where it is finished
-    quarantine.jsonl        what could not be read, where there is any
+    quarantine.jsonl        what could not be read, where there is any: a sample has no row then, unless the reason
+                            is of its captions alone
 
 Part k has the rows of the samples `k * part_size` to `(k + 1) * part_size - 1` of all sources, one after the other.
 While parts are missing, `.parts/00000.json` says that part 0 is whole: it is written last.
@@ -12,6 +13,7 @@ While parts are missing, `.parts/00000.json` says that part 0 is whole: it is wr
 import io
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from indiclip.names import differences
 _RECORD, _QUARANTINE, _PARTS = "embed.json", "quarantine.jsonl", ".parts"
 _OWN = ("embeddings-*.npy", "keys-*.parquet", _QUARANTINE)
 _OVERWRITE = "--overwrite starts anew"
+_TOKENS = "crc32_of_token_ids"  # of a record's model, for captions
 _MAY_CHANGE = ("model.name", "model.weights", "versions", "done", "summary", "parts")  # between two starts
 
 
@@ -35,6 +38,7 @@ class Part(NamedTuple):
     quarantined: list[dict[str, Any]]
     loss_sum: float  # of 1 - cosine of what is stored to what the model gave
     loss_largest: float
+    unreadable_captions: Sequence[dict[str, Any]] = ()  # of images that have a row
 
 
 class EmbeddingFolder:
@@ -77,7 +81,8 @@ class EmbeddingFolder:
         self._remove_leftovers()
 
     def _start(self, record: dict[str, Any]) -> None:
-        shutil.rmtree(self.path / _PARTS, ignore_errors=True)  # first: they would count for the new record
+        for number in self._marked():  # first: they would count for the new record
+            self._mark(number).unlink()
         json_lines.write_whole(self.path / _RECORD, _as_json({"done": False, **record}))
 
     def is_done(self) -> bool:
@@ -111,19 +116,21 @@ class EmbeddingFolder:
         """Sum up the parts. Returns the record."""
         parts = [Part(**json.loads(self._mark(number).read_bytes())) for number in range(num_parts)]
         quarantined = [row for part in parts for row in part.quarantined]
+        uncaptioned = [row for part in parts for row in part.unreadable_captions]
         num_rows = sum(part.rows for part in parts)
         summary = {
             "samples": sum(part.samples for part in parts),
             "rows": num_rows,
             "quarantined": len(quarantined),
+            "unreadable_captions": len(uncaptioned),
             "damaged": len(damaged),
             "cosine_loss": {
                 "mean": sum(part.loss_sum for part in parts) / max(num_rows, 1),
                 "largest": max((part.loss_largest for part in parts), default=0.0),
             },
         }
-        if quarantined or damaged:
-            json_lines.rewrite(self.path / _QUARANTINE, [*quarantined, *damaged])
+        if quarantined or uncaptioned or damaged:
+            json_lines.rewrite(self.path / _QUARANTINE, [*quarantined, *uncaptioned, *damaged])
         record = self.record() | {"done": True, "summary": summary, "parts": [part.rows for part in parts]}
         json_lines.write_whole(self.path / _RECORD, _as_json(record))
         self._remove_leftovers()
@@ -132,9 +139,14 @@ class EmbeddingFolder:
     def _check(self, old: dict[str, Any], record: dict[str, Any]) -> None:
         if not isinstance(old, dict) or "done" not in old:
             raise ValueError(f"{self.path / _RECORD}: not a record of `indiclip embed`")
-        if old.get("model", {}).get("crc32_of_weights") != record["model"]["crc32_of_weights"]:
-            was, now = old.get("model", {}).get("name"), record["model"]["name"]
-            raise ValueError(f"--out {self.path}: holds embeddings of other weights: {was} -> {now}; {_OVERWRITE}")
+        was, now = old.get("model", {}), record["model"]
+        names = f"{was.get('name')} -> {now['name']}"
+        if was.get("crc32_of_weights") != now["crc32_of_weights"]:
+            raise ValueError(f"--out {self.path}: holds embeddings of other weights: {names}; {_OVERWRITE}")
+        if old.get("what") == record["what"] and was.get(_TOKENS) != now.get(_TOKENS):
+            # A record without it may be of any tokenizer: to go on could mix rows of two, which nobody could see later.
+            other = "another tokenizer" if _TOKENS in was else "an unknown tokenizer, begun by an older version"
+            raise ValueError(f"--out {self.path}: holds embeddings of {other}: {names}; {_OVERWRITE}")
         lines = [line for key, line in differences(old, record) if not key.startswith(_MAY_CHANGE)]
         if lines:
             raise ValueError(f"--out {self.path}: was begun with other options: {'; '.join(lines)}; {_OVERWRITE}")
@@ -159,7 +171,10 @@ class EmbeddingFolder:
             shutil.rmtree(self.path / _PARTS, ignore_errors=True)
 
     def _marked(self) -> list[int]:
-        return [int(mark.stem) for mark in (self.path / _PARTS).glob("[0-9]*.json")]
+        """The parts that are whole. Raises OSError where that cannot be read, which `glob` would take for none."""
+        folder = self.path / _PARTS
+        marks = [file for file in folder.iterdir() if file.suffix == ".json"] if folder.exists() else []
+        return [int(mark.stem) for mark in marks if mark.stem.isdecimal()]
 
     def _mark(self, number: int) -> Path:
         return self.path / _PARTS / f"{number:05}.json"

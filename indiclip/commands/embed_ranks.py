@@ -44,7 +44,8 @@ def ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "onnection" in str(error):  # gloo's words for a process that is gone, which has said why
+        # Of the store, or gloo's own, whose words begin with its file: a process is gone, and has said why.
+        if isinstance(error, dist.DistError) or "gloo/transport/" in str(error):
             raise RuntimeError(
                 "another process has ended before its parts were done; the same command goes on"
             ) from error
@@ -89,19 +90,28 @@ def launch(run: Callable[..., int], options: dict[str, Any], num_processes: int)
         context.Process(target=_rank, args=(run, options, method, {**numbers, "RANK": rank, "LOCAL_RANK": rank}))
         for rank in range(num_processes)
     ]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this one, which ends the others
+    started: list[BaseProcess] = []
+    try:
+        _start(processes, started)
+        return _join(started)
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.terminate()
+        for process in started:
+            process.join(_END_SECONDS)
+            process.kill()
+
+
+def _start(processes: Sequence[BaseProcess], started: list[BaseProcess]) -> None:
+    """Start them with Ctrl-C blocked: it is for this process, which ends the others."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for process in processes:
             process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return _join(processes)
+            started.append(process)
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-        for process in processes:
-            process.join(_END_SECONDS)
-            process.kill()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _join(processes: Sequence[BaseProcess]) -> int:

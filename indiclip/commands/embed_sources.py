@@ -34,6 +34,7 @@ class Example(NamedTuple):
     image: EncodedImage | np.ndarray
     label: str | None  # a class's name, or its number
     captions: Captions
+    unreadable_captions: str = ""  # why some are left out
 
 
 class Source(Protocol):
@@ -183,7 +184,7 @@ class _ShardSource:
             parts = self._shards.parts(index)
             image = EncodedImage(parts["image"], key, shard)
         label = int(self._shards.labels[index])
-        return Example(image, str(label) if label >= 0 else None, _captions(parts))
+        return Example(image, str(label) if label >= 0 else None, *_captions(parts))
 
     def captions(self, index: int) -> Captions:
         with unreadable(self._shards.key(index), self._shards.shard(index)):
@@ -214,7 +215,7 @@ class _ItemSource:
             item = self._items[index]
             image = EncodedImage(image_bytes(self._items.folder, item), self.key(index), self.name)
         label = item.texts.get("cls")
-        return Example(image, self._items.classes[int(label)] if label else None, _captions(item.texts))
+        return Example(image, self._items.classes[int(label)] if label else None, *_captions(item.texts))
 
     def captions(self, index: int) -> Captions:
         with self._unreadable(index):
@@ -258,7 +259,8 @@ class _DatasetSource:
         return Example(sample["image"], named, sample.get("captions", {}))
 
     def captions(self, index: int) -> Captions:
-        return self._dataset.captions(index) if self._knows_captions else self._dataset[index].get("captions", {})
+        found = self._dataset.captions(index) if self._knows_captions else {}
+        return found or self._dataset[index].get("captions", {})  # which says why where they cannot be read
 
 
 class _TextSource:
@@ -290,8 +292,17 @@ class _TextSource:
         return texts
 
 
-def _captions(parts: dict[str, Any]) -> Captions:
-    """The captions beside an image, which is not lost where they cannot be read."""
-    with suppress(ValueError):
-        return read_captions(parts, read_entry(parts)) if "txt" in parts or "json" in parts else {}
-    return {}
+def _captions(parts: dict[str, Any]) -> tuple[Captions, str]:
+    """The captions beside an image, which is not lost where they cannot be read, and why some cannot.
+
+    Where its `.txt` and `.json` cannot be read together, the one that can be read alone is.
+    """
+    try:
+        return read_captions(parts, read_entry(parts)), ""
+    except ValueError as error:
+        reason = str(error)
+    for name in ("txt", "json"):
+        alone = {key: part for key, part in parts.items() if key == name}
+        with suppress(ValueError):  # the reason is known
+            return read_captions(alone, read_entry(alone)), reason
+    return {}, reason

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -114,8 +115,12 @@ def of_part(part: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(PARTS[part])]
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
+def read_tensors(file: Path, mmap: bool = False) -> dict[str, Any]:
     """What a `.safetensors` holds, or any file of `torch.save` that has only tensors and plain values.
+
+    Args:
+        file: Of either kind.
+        mmap: Read a tensor's bytes only where they are used, if the format has them in one place.
 
     Raises:
         FileNotFoundError: No such file.
@@ -126,7 +131,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(file))
     except SafetensorError as error:
         raise ValueError(f"{file}: no readable safetensors file ({error}); is it whole?") from error
     except Exception as error:

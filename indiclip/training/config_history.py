@@ -80,12 +80,13 @@ class ConfigHistory(SaveConfigCallback):
             return
         self.already_saved = True
         file, before = self._folder / "config.yaml", self._folder / f"config-{self._began}.yaml"
-        saved = _HEADER + yaml.safe_dump(self.portable.tree, sort_keys=False, allow_unicode=True)
+        saved = (_HEADER + yaml.safe_dump(self.portable.tree, sort_keys=False, allow_unicode=True)).encode()
         if file.is_file() and self._began and not before.exists():  # else it made no step that counts
-            if file.read_text(encoding="utf-8") == saved:
+            kept = file.read_bytes()
+            if kept == saved:
                 return
-            file.replace(before)
-        json_lines.write_whole(file, saved.encode())
+            json_lines.write_whole(before, kept)  # a copy, so that at a kill or on a full disk `file` is there
+        json_lines.write_whole(file, saved)
 
 
 def plain(parser: LightningArgumentParser, config: Any) -> Any:

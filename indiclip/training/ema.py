@@ -36,8 +36,8 @@ class EMA(Callback):
 
     Args:
         decay: Share of the old average, 0 to below 1.
-        every_n_steps: Optimizer steps from one update to the next.
-        start_step: The averages begin with the weights after this step.
+        every_n_steps: Optimizer steps from one update to the next; updates come after its multiples.
+        start_step: The averages begin with the weights after the first such multiple that is not below this.
     """
 
     def __init__(self, decay: float = 0.9999, every_n_steps: int = 1, start_step: int = 0) -> None:

@@ -4,10 +4,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import dict_to_namespace
 
 from indiclip.old_names import translate_config
+from indiclip.pretrained.weights import read_tensors
 
 
 def leave_out_initial_weights(model: Any, checkpoint: Path) -> None:
@@ -60,7 +60,7 @@ def _arguments(encoder: Any, part: str) -> Any:
 def _saved_encoder(checkpoint: Path) -> dict[str, Any]:
     """The arguments of a checkpoint's encoder; the tokenizer's content is among them."""
     file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    saved = read_tensors(file, mmap=True)  # of a whole checkpoint little is needed
     if "encoder" not in saved:
         raise ValueError(f"--ckpt_path: {file} is no checkpoint of IndiCLIP; expected the entry 'encoder'")
     found: dict[str, Any] = translate_config(saved["encoder"])

@@ -4,7 +4,7 @@ Shape letters: see `indiclip.types`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -74,6 +74,9 @@ class Embedder(Protocol):
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Unit-length embeddings (len(texts), E), float32 on the CPU. Raises ValueError where there are none."""
 
+    def tokenize(self, texts: list[str]) -> Mapping[str, Tensor]:
+        """What the text tower gets of these texts, integers (len(texts), T). Raises as `embed_texts` does."""
+
 
 class EncoderEmbedder:
     """Our encoder, loaded or in the middle of its training; it stays on its device.
@@ -132,6 +135,10 @@ class EncoderEmbedder:
     def embed_texts(self, texts: list[str]) -> Tensor:
         with self._evaluating():
             return embed_distinct(texts, self.encoder.embed_text, self.encoder.embed_dim)
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        ids_BT, valid_BT = self.encoder.tokenize(texts)
+        return {"input_ids": ids_BT, "attention_mask": valid_BT}
 
     def _view(self, name: str) -> View:
         found = re.fullmatch(r"(native|[1-9][0-9]*)(-square)?", name)

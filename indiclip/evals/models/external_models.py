@@ -7,7 +7,7 @@ white.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +90,9 @@ class ExternalModel(ABC):
                 texts, lambda some: F.normalize(self._encode_texts(some).float(), dim=-1), self._length
             )
 
+    @abstractmethod
+    def tokenize(self, texts: list[str]) -> Mapping[str, Tensor]: ...
+
     def _prepare(self, image: Image.Image, view: View) -> Any:
         return self._transform(image)
 
@@ -107,12 +110,15 @@ class OpenClip(ExternalModel):
         self._tokenizer = tokenizer
         super().__init__(name, model, transform, options)
 
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        return {"input_ids": self._tokenizer(texts)}
+
     def _encode_images(self, batch: Any) -> Tensor:
         image_BE: Tensor = self.model.encode_image(batch.to(self._device))
         return image_BE
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
-        text_BE: Tensor = self.model.encode_text(self._tokenizer(texts).to(self._device))
+        text_BE: Tensor = self.model.encode_text(self.tokenize(texts)["input_ids"].to(self._device))
         return text_BE
 
 
@@ -142,6 +148,15 @@ class Transformers(ExternalModel):
                 raise ValueError(f"{self.name}: has no view {name!r}; expected {expected}")
         return [View(name, None if name == "native" else int(name), "kept") for name in names]
 
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        # SigLIP was trained on texts of one length. CLIP does not mind, and numbers no longer depend on the chunk.
+        texts = [text.lower() for text in texts] if self._lowers else texts
+        return dict(
+            self._tokenizer(
+                texts, padding="max_length", truncation=True, max_length=self._context_length, return_tensors="pt"
+            )
+        )
+
     def collate(self, prepared: list[Any]) -> Any:
         return {field: torch.cat([one[field] for one in prepared]) for field in prepared[0]}
 
@@ -153,12 +168,7 @@ class Transformers(ExternalModel):
         return self._pooled(self.model.get_image_features(**self._on_device(batch)))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
-        # SigLIP was trained on texts of one length. CLIP does not mind, and numbers no longer depend on the chunk.
-        texts = [text.lower() for text in texts] if self._lowers else texts
-        tokens = self._tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self._context_length, return_tensors="pt"
-        )
-        return self._pooled(self.model.get_text_features(**self._on_device(tokens)))
+        return self._pooled(self.model.get_text_features(**self._on_device(self.tokenize(texts))))
 
     def _on_device(self, tensors: Any) -> dict[str, Tensor]:
         return {field: tensor.to(self._device) for field, tensor in tensors.items()}
@@ -178,9 +188,14 @@ class Timm(ExternalModel):
         super().__init__(name, model, create_transform(**config, is_training=False), options)
 
     def embed_texts(self, texts: list[str]) -> Tensor:
-        raise ValueError(
-            f"{self.name}: an image model of timm embeds no text; it can be scored by kNN and linear probe"
-        )
+        raise self._no_text()
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        raise self._no_text()
+
+    def _no_text(self) -> ValueError:
+        words = "an image model of timm embeds no text; it can be scored by kNN and linear probe"
+        return ValueError(f"{self.name}: {words}")
 
     def _encode_images(self, batch: Any) -> Tensor:
         output = self.model(batch.to(self._device))

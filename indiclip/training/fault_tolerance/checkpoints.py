@@ -28,6 +28,7 @@ from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 
 _HEADROOM = 1 << 20  # bytes beside the tensors, and that a file system takes for itself
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
+_LIGHTNING = "pytorch-lightning_version"  # entry of every checkpoint of a run
 
 
 class NotSaved(OSError):
@@ -80,6 +81,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             translate_checkpoint(checkpoint)
         except Exception as error:
             raise unreadable(path, error) from error
+        if _LIGHTNING not in checkpoint:  # which Lightning reads next
+            raise ValueError(f"--ckpt_path: {path} is no checkpoint of IndiCLIP; expected the entry {_LIGHTNING!r}")
         return checkpoint
 
 
