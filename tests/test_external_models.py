@@ -18,6 +18,7 @@ from helpers import noise
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
+from indiclip.commands.embed import _crc32_of_token_ids
 from indiclip.evals.models.embedder import TEXT_CHUNK, load_embedder
 from indiclip.images import EncodedImage, to_rgb
 from indiclip.pretrained.model_names import library_of
@@ -101,6 +102,18 @@ def test_transformers_embeddings_are_those_of_its_documented_use(folders, kind):
     tokens = processor(text=TEXTS, truncation=True, return_tensors="pt", **padding)
     expected = model.get_image_features(**pixels), model.get_text_features(**tokens)
     check(load_embedder(folders[kind]), *(features.pooler_output for features in expected))
+
+
+@pytest.mark.parametrize("library", ["open_clip", "clip", "siglip2"])
+def test_an_edited_tokenizer_is_told_from_the_original(library, folders, architecture, monkeypatch):
+    """By what `embed` records of a model: the ids of a text in many scripts."""
+    name = f"open_clip:{architecture}" if library == "open_clip" else folders[library]
+    model, again = load_embedder(name), load_embedder(name)
+    assert _crc32_of_token_ids(model) == _crc32_of_token_ids(again)
+    where = (again._tokenizer, "context_length") if library == "open_clip" else (again, "_context_length")
+    monkeypatch.setattr(*where, 6)
+    assert again.tokenize(["kite"])["input_ids"].shape == (1, 6)
+    assert _crc32_of_token_ids(model) != _crc32_of_token_ids(again)
 
 
 @torch.no_grad()
@@ -356,6 +369,8 @@ def test_timm_embeddings_are_those_of_its_documented_use(tmp_path, name):
         check(load_embedder(f"timm:{what}"), expected)
     embedder = load_embedder(str(tmp_path / "folder"))
     assert not embedder.embeds_text
+    with pytest.raises(ValueError, match="an image model of timm embeds no text"):
+        embedder.tokenize(TEXTS)
     with pytest.raises(ValueError, match="an image model of timm embeds no text"):
         embedder.embed_texts(["kite"])
 
