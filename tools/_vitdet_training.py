@@ -51,7 +51,22 @@ class Training:
         kind = AMPTrainer if config.train.amp.enabled else SimpleTrainer
         self.trainer = kind(self.model, instantiate(config.dataloader.train), instantiate(config.optimizer))
         self.checkpointer = Checkpointer(self.model, str(run), trainer=self.trainer)
+        saves = hooks.PeriodicCheckpointer(
+            self.checkpointer, **config.train.checkpointer, max_iter=config.train.max_iter
+        )
+        self.trainer.register_hooks(
+            [
+                hooks.IterationTimer(),
+                hooks.LRScheduler(scheduler=instantiate(config.lr_multiplier)),
+                _Losses(self),
+                saves,
+                # Not after training: detectron2 would also do that after Ctrl-C in the last step.
+                hooks.EvalHook(config.train.eval_period, self._evaluate_once, eval_after_train=False),
+            ]
+        )
         self.checkpointer.resume_or_load(config.train.init_checkpoint, resume=True)
+        if self.checkpointer.step > 0:
+            saves.recent_checkpoints = [self.checkpointer.get_checkpoint_file()]  # which go when there is a newer one
 
         self.step = self.checkpointer.step
         rows = [row for row in json_lines.read(self.history) if row["step"] <= self.step]
@@ -66,25 +81,8 @@ class Training:
             logger.info(f"Going on from {self.checkpointer.get_checkpoint_file()}, step {self.step}")
             self._evaluate_once()
         if self.step < last:
-            self.trainer.register_hooks(self._hooks())
             self.trainer.train(self.step, last)
             self._evaluate_once()
-
-    def _hooks(self) -> list[HookBase]:
-        settings = self.config.train
-        printer = CommonMetricPrinter(settings.max_iter)
-        saves = hooks.PeriodicCheckpointer(self.checkpointer, **settings.checkpointer, max_iter=settings.max_iter)
-        if self.step > 0:
-            saves.recent_checkpoints = [self.checkpointer.get_checkpoint_file()]  # to be removed after the next
-        return [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(self.config.lr_multiplier)),
-            _Losses(self),
-            hooks.PeriodicWriter([printer], period=settings.log_period),
-            saves,
-            # Not after training: detectron2 would also do that after Ctrl-C in the last step.
-            hooks.EvalHook(settings.eval_period, self._evaluate_once, eval_after_train=False),
-        ]
 
     def _evaluate_once(self) -> None:
         if self.step in self._scored:
@@ -169,10 +167,11 @@ def _until_done() -> Iterator[None]:
 
 
 class _Losses(HookBase):  # type: ignore[misc]
-    """Counts the steps, and keeps the losses of some."""
+    """Counts the steps; of some the losses are kept and printed."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
+        self.printer = CommonMetricPrinter(training.config.train.max_iter)
 
     def after_step(self) -> None:
         self.training.step = self.trainer.iter + 1
@@ -180,6 +179,7 @@ class _Losses(HookBase):  # type: ignore[misc]
             latest = self.trainer.storage.latest()
             named = {name: value for name, (value, _) in latest.items() if "loss" in name}
             self.training.add({f"train/{self.training.detector}/{name}": value for name, value in named.items()})
+            self.printer.write()  # PeriodicWriter also writes after Ctrl-C, and fails where nothing is new
 
 
 def scores(found: dict[str, dict[str, float]]) -> dict[str, float]:
