@@ -379,7 +379,7 @@ GIVEN = "--model m --train t.json --images photos --val v.json"
     ("words", "said"),
     [
         (f"{GIVEN} --detector fcos", "--detector: invalid choice: 'fcos'"),
-        (f"{GIVEN} --every 0", "--every: found '0'; expected a whole number from 1"),
+        (f"{GIVEN} a.b=1 --every 0 c=2", "--every: found '0'; expected a whole number from 1"),
         (f"{GIVEN} --max_steps 0", "--max_steps: found '0'"),
         (f"{GIVEN} --image_size -3", "--image_size: found '-3'"),
         ("--model m", "the following arguments are required: --train"),
@@ -424,7 +424,9 @@ def test_a_run_of_fit_is_not_written_over(tmp_path):
 
 @needs_detectron2
 def test_masks_need_both_files(exported, tmp_path, capsys):
-    """A held-out file of boxes alone ends no run, and one without objects has no masks either."""
+    """A held-out file of boxes alone ends no run, and one without objects is refused. Masks may be run lengths."""
+    from detectron2.config import instantiate
+
     coco(tmp_path, 1)
     content = json.loads((tmp_path / "train.json").read_text())
     for row in content["annotations"][:1]:
@@ -438,6 +440,15 @@ def test_masks_need_both_files(exported, tmp_path, capsys):
     one = finetune_detectron2.config_for(parsed(f"{words}/boxes.json"), exported("portable"))
     assert one.model.roi_heads.mask_head is None
     assert f"boxes alone, no masks: not every object of {tmp_path}/boxes.json has one" in capsys.readouterr().out
+    for row in content["annotations"]:
+        row["segmentation"] = {"size": [48, 48], "counts": [96, 96, 2112]}
+    (tmp_path / "rle.json").write_text(json.dumps(content))
+    rle = finetune_detectron2.config_for(
+        parsed(f"{words}/held_out.json --train {tmp_path}/rle.json"), exported("portable")
+    )
+    rle.dataloader.train.update({"num_workers": 0, "total_batch_size": 1})
+    (image,) = next(iter(instantiate(rle.dataloader.train)))
+    assert type(image["instances"].gt_masks).__name__ == "BitMasks"
     with pytest.raises(ValueError, match=r"--val: .*none.json has no objects"):
         finetune_detectron2.check_data(parsed(f"{words}/none.json"))
 

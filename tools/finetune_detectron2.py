@@ -62,11 +62,14 @@ def config_for(arguments: argparse.Namespace, vitdet: Path) -> Any:
     config.dataloader.train.dataset.names = register(arguments.train, arguments.images)
     config.dataloader.test.dataset.names = register(arguments.val, arguments.val_images or arguments.images)
     config.model.roi_heads.num_classes = len(json.loads(arguments.train.read_text())["categories"])
+    mapper = config.dataloader.train.mapper
     if lacking := without_masks(arguments):
         print(f"boxes alone, no masks: not every object of {' and '.join(lacking)} has one")
-        heads, mapper = config.model.roi_heads, config.dataloader.train.mapper
+        heads = config.model.roi_heads
         heads.mask_in_features = heads.mask_pooler = heads.mask_head = None
         mapper.use_instance_mask = mapper.recompute_boxes = False
+    elif any(isinstance(row["segmentation"], dict) for row in objects(arguments.train)):
+        mapper.instance_mask_format = "bitmask"  # polygons, the default, cannot be made of run lengths
     if size := arguments.image_size:
         config.model.backbone.square_pad = size
         _, resize, crop = config.dataloader.train.mapper.augmentations
@@ -94,7 +97,8 @@ def with_options(config: Any, options: list[str]) -> Any:
         key, equals, _ = option.partition("=")
         parent, _, last = key.rpartition(".")
         own = OmegaConf.select(config, parent) if parent else config
-        if not equals or not (key.startswith("+") or (OmegaConf.is_dict(own) and last in own)):
+        adds = key.startswith("+") and last not in ("", "+")
+        if not equals or not (adds or (OmegaConf.is_dict(own) and last in own)):
             near = did_you_mean(last, map(str, own)) if OmegaConf.is_dict(own) else ""
             raise ValueError(f"{option}: found no such KEY=VALUE of the LazyConfig{near} (+KEY=VALUE adds one)")
         try:
@@ -113,11 +117,11 @@ def check_data(arguments: argparse.Namespace) -> None:
     }
     same_classes("detection", datasets)
     for option, (file, _) in files.items():
-        objects = [row for row in annotations(file) if not row.get("iscrowd")]
-        if not objects:
+        if not (found := len(objects(file))):
             raise ValueError(f"{option}: {file} has no objects (crowds are not counted)")
-        classes = len(datasets[option].classes)
-        print(f"{option}: {len(datasets[option]):,} images, {len(objects):,} objects of {classes} classes")
+        print(
+            f"{option}: {len(datasets[option]):,} images, {found:,} objects of {len(datasets[option].classes)} classes"
+        )
     if not without_masks(arguments) and find_spec("shapely") is None:
         raise ImportError(f"{arguments.train}: has masks, which detectron2 crops by shapely; pip install shapely")
 
@@ -164,12 +168,12 @@ def vitdet_of(arguments: argparse.Namespace, run: Path) -> Path:
 def without_masks(arguments: argparse.Namespace) -> list[str]:
     """The files of which not every object has a mask."""
     files = dict.fromkeys((arguments.train, arguments.val))
-    return [str(file) for file in files if not all(row.get("segmentation") for row in annotations(file))]
+    return [str(file) for file in files if not all(row.get("segmentation") for row in objects(file))]
 
 
-def annotations(file: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(file.read_text())["annotations"]
-    return rows
+def objects(file: Path) -> list[dict[str, Any]]:
+    """The annotations that are learned and scored: all but crowds."""
+    return [row for row in json.loads(file.read_text())["annotations"] if not row.get("iscrowd")]
 
 
 def register(file: Path, images: Path) -> str:
@@ -222,7 +226,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--name", default="vitdet")
     parser.add_argument("options", nargs="*", help="KEY=VALUE of the LazyConfig")
-    return parser, parser.parse_args(argv)
+    return parser, parser.parse_intermixed_args(argv)  # settings may stand anywhere
 
 
 def prepare(arguments: argparse.Namespace, run: Path) -> tuple[Path, Any]:
