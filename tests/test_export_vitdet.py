@@ -1,8 +1,11 @@
 """`--to vitdet` against detectron2 itself, and from a run to a detector of it."""
 
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -184,6 +187,27 @@ def test_configurations_build_detectors_around_the_backbone(exported, run, name)
 
 
 @needs_detectron2
+def test_denseposes_boxes_are_found_as_vitdets(exported):
+    """The same pooler and layers; detectron2's defaults, which the settings stand on, are those of another head."""
+    from detectron2.config import get_cfg, instantiate
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.roi_heads import build_roi_heads
+
+    heads = config_of(exported("portable"), "mask_rcnn").model.roi_heads
+    import indiclip_vitdet
+
+    settings = {name: value for name, value in indiclip_vitdet._DENSEPOSE.items() if "DENSEPOSE" not in name}
+    cfg = get_cfg()
+    cfg.merge_from_list([word for setting in settings.items() for word in setting])
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    shapes = {name: ShapeSpec(channels=256, stride=stride) for name, stride in indiclip_vitdet._STRIDES.items()}
+    with torch.device("meta"):
+        ours, vitdets = build_roi_heads(cfg, shapes), instantiate(heads)
+    assert str(ours.box_pooler) == str(vitdets.box_pooler)
+    assert str(ours.box_head) == str(vitdets.box_head)
+
+
+@needs_detectron2
 @pytest.mark.skipif(
     find_spec("densepose") is None or find_spec("av") is None,
     reason="detectron2's projects/DensePose is not on the path, or lacks av, opencv-python or scipy",
@@ -210,11 +234,8 @@ SHORT += " model.proposal_generator.post_nms_topk=[8,4] model.roi_heads.box_head
 
 
 @needs_detectron2
-def test_the_readmes_command_goes_from_a_run_to_a_detector(runs, tmp_path, monkeypatch):  # noqa: F811
-    """In two steps, on boxes; again, there is nothing left to do, and the detector opens from its folder."""
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import LazyConfig, instantiate
-
+def test_the_readmes_command_goes_from_a_run_to_a_detector(runs, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """In two steps, on boxes; again, there is nothing left to do, and a process of detectron2 alone opens it."""
     boxes_alone(tmp_path, 4)
     command = re.search(r"python tools/finetune_detectron2.py ((?:.*\\\n)*.*)", (ROOT / "README.md").read_text())[1]
     words = shlex.split(command.replace("\\\n", " "))
@@ -229,11 +250,73 @@ def test_the_readmes_command_goes_from_a_run_to_a_detector(runs, tmp_path, monke
     assert (
         json.loads((run / "metrics.json").read_text())["metrics"]["val/mask_rcnn/ap"] == scored[-1]["val/mask_rcnn/ap"]
     )
-    model = instantiate(LazyConfig.load(str(run / "config.yaml")).model).eval()
-    DetectionCheckpointer(model).load(str(run / "model_final.pth"))
-    with torch.no_grad():
-        (found,) = model([{"image": torch.zeros(3, 48, 64, dtype=torch.uint8)}])
-    assert found["instances"].image_size == (48, 64)
+    said = capsys.readouterr().out
+    assert "boxes alone, no masks: not every object of train.json and held_out.json has one" in said
+    last = said.splitlines()[-1]
+    assert last == f"runs/vitdet/config.yaml builds it with PYTHONPATH={Path('runs/vitdet/vitdet')}"
+    environment = os.environ | {"PYTHONPATH": last.rpartition("=")[2]}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", OPENS], check=True, env=environment)
+
+
+OPENS = """
+import sys, torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+model = instantiate(LazyConfig.load("runs/vitdet/config.yaml").model).eval()
+DetectionCheckpointer(model).load("runs/vitdet/model_final.pth")
+(found,) = model([{"image": torch.zeros(3, 48, 64, dtype=torch.uint8)}])
+assert found["instances"].image_size == (48, 64)
+assert not any(name.split(".")[0] == "indiclip" for name in sys.modules)
+"""
+
+
+@needs_detectron2
+def test_a_run_is_stopped_anywhere_and_goes_on(exported, tmp_path, capsys, monkeypatch):
+    """By Ctrl-C in the first evaluation, and in the second step while its checkpoint is written; then a full disk."""
+    import _vitdet_training
+
+    boxes_alone(tmp_path, 2)
+    words = f"--model {exported('portable')} --train {tmp_path}/train.json --images {tmp_path}/photos"
+    words = [*f"{words} --val {tmp_path}/held_out.json --runs {tmp_path}".split(), *SHORT.split(), "--max_steps", "3"]
+    run, save = tmp_path / "vitdet", torch.save
+
+    def interrupts(*_):
+        raise KeyboardInterrupt
+
+    def interrupted(data, file):
+        save(data, file)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def full(data, file):
+        file.write(b"some")
+        raise RuntimeError("[enforce fail at inline_container.cc]")
+
+    for place, name, replacement, status, line in (
+        (_vitdet_training, "scores", interrupts, 130, "stopped at step 1; the same line goes on from {}1.pth, step 1"),
+        (torch, "save", interrupted, 130, "stopped at step 2; the same line goes on from {}2.pth, step 2"),
+        (torch, "save", full, 2, "{}3.pth: cannot be written; is the disk full?"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, replacement)
+            assert main_status(words) == status
+        expected = line.format(f"{run}/model_000000").replace("1.pth", "0.pth")
+        expected = expected.replace("2.pth", "1.pth").replace("3.pth", "2.pth")  # detectron2 counts from 0
+        assert capsys.readouterr().err.strip().splitlines()[-1].endswith(expected)
+        assert not [*run.glob(".*.part")]
+    assert main_status(words) == 0
+    scored = [row["step"] for row in read(run / "history.jsonl") if "val/mask_rcnn/ap" in row]
+    assert scored == [1, 2, 3]
+
+    (run / finetune_detectron2.BEGUN).unlink()  # as of a run that is older than it: its weights' shapes are compared
+    assert main_status([*words, "model.roi_heads.box_head.conv_dims=[8]"]) == 2
+    assert "model_final.pth: is of another detector: " in capsys.readouterr().err
+
+
+def main_status(words):
+    try:
+        return finetune_detectron2.main(words)
+    except SystemExit as stop:
+        return stop.code
 
 
 def boxes_alone(folder, count):
@@ -265,8 +348,109 @@ def test_bad_data_and_options_are_one_line_before_anything(tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(ValueError, match=r"optimizer.lrr=3: found no such KEY=VALUE .*; nearest is 'lr'"):
-        finetune_detectron2.check_options(OmegaConf.create({"optimizer": {"lr": 1}}), ["optimizer.lrr=3"])
+
+
+@needs_detectron2
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("optimizer.lrr=3", r"optimizer.lrr=3: found no such KEY=VALUE .*; nearest is 'lr'"),
+        ("=3", "=3: found no such KEY=VALUE"),
+        ("=", "=: found no such KEY=VALUE"),
+        ("optimizer.lr", "optimizer.lr: found no such KEY=VALUE"),
+        ("~optimizer.lr=3", "~optimizer.lr=3: found no such KEY=VALUE"),
+        ("+=3", r"\+=3: "),
+        ("optimizer.lr=[1", r"optimizer.lr=\[1: "),
+    ],
+)
+def test_a_wrong_setting_is_one_line(option, said):
+    with pytest.raises(ValueError, match=said):
+        finetune_detectron2.with_options(OmegaConf.create({"optimizer": {"lr": 1}}), [option])
+
+
+def parsed(words):
+    return finetune_detectron2.parse(words.split())[1]
+
+
+GIVEN = "--model m --train t.json --images photos --val v.json"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"{GIVEN} --detector fcos", "--detector: invalid choice: 'fcos'"),
+        (f"{GIVEN} a.b=1 --every 0 c=2", "--every: found '0'; expected a whole number from 1"),
+        (f"{GIVEN} --max_steps 0", "--max_steps: found '0'"),
+        (f"{GIVEN} --image_size -3", "--image_size: found '-3'"),
+        ("--model m", "the following arguments are required: --train"),
+    ],
+)
+def test_wrong_words_are_one_line(words, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parsed(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_run_belongs_to_what_it_was_begun_with(tmp_path, monkeypatch):
+    """Whoever says the same by other paths, or only trains longer, goes on; another model or data needs a name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    begun = finetune_detectron2.begun_with(parsed(f"{GIVEN} model.roi_heads.num_classes=4 optimizer.lr=1"))
+    finetune_detectron2.check_begun(tmp_path, begun)  # there is none yet
+    (tmp_path / finetune_detectron2.BEGUN).write_text(json.dumps(begun))
+    same = f"--model m --train {tmp_path}/t.json --images photos/../photos --val v.json --val_images photos"
+    same += " --max_steps 9 --every 3 --batch_size 2 model.roi_heads.num_classes=4 optimizer.lr=2"
+    finetune_detectron2.check_begun(tmp_path, finetune_detectron2.begun_with(parsed(same)))
+    for other, said in (
+        ("--model n", "--model m, not n"),
+        ("--detector cascade_mask_rcnn", "--detector mask_rcnn, not cascade_mask_rcnn"),
+        ("--train u.json", f"--train {tmp_path}/t.json, not {tmp_path}/u.json"),
+        ("--image_size 64", "no --image_size, not 64"),
+        ("--val_images .", f"--val_images {tmp_path}/photos, not {tmp_path}"),
+    ):
+        words = finetune_detectron2.begun_with(parsed(f"{GIVEN} {other} model.roi_heads.num_classes=4"))
+        with pytest.raises(ValueError, match=f"{re.escape(said)}; --name NAME begins another"):
+            finetune_detectron2.check_begun(tmp_path, words)
+    with pytest.raises(ValueError, match="begun with model.roi_heads.num_classes 4, not None"):
+        finetune_detectron2.check_begun(tmp_path, finetune_detectron2.begun_with(parsed(GIVEN)))
+
+
+def test_a_run_of_fit_is_not_written_over(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="is a run of `indiclip fit`; --name NAME begins another"):
+        finetune_detectron2.check_begun(tmp_path, {})
+
+
+@needs_detectron2
+def test_masks_need_both_files(exported, tmp_path, capsys):
+    """A held-out file of boxes alone ends no run, and one without objects is refused. Masks may be run lengths."""
+    from detectron2.config import instantiate
+
+    coco(tmp_path, 1)
+    content = json.loads((tmp_path / "train.json").read_text())
+    for row in content["annotations"][:1]:
+        del row["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    (tmp_path / "none.json").write_text(json.dumps(content | {"annotations": []}))
+    words = f"--model m --images {tmp_path}/photos --train {tmp_path}/train.json --val {tmp_path}"
+    both = finetune_detectron2.config_for(parsed(f"{words}/held_out.json"), exported("portable"))
+    assert both.model.roi_heads.mask_head is not None
+    assert "boxes alone" not in capsys.readouterr().out
+    one = finetune_detectron2.config_for(parsed(f"{words}/boxes.json"), exported("portable"))
+    assert one.model.roi_heads.mask_head is None
+    assert f"boxes alone, no masks: not every object of {tmp_path}/boxes.json has one" in capsys.readouterr().out
+    for row in content["annotations"]:
+        row["segmentation"] = {"size": [48, 48], "counts": [96, 96, 2112]}
+    (tmp_path / "rle.json").write_text(json.dumps(content))
+    rle = finetune_detectron2.config_for(
+        parsed(f"{words}/held_out.json --train {tmp_path}/rle.json"), exported("portable")
+    )
+    rle.dataloader.train.update({"num_workers": 0, "total_batch_size": 1})
+    (image,) = next(iter(instantiate(rle.dataloader.train)))
+    assert type(image["instances"].gt_masks).__name__ == "BitMasks"
+    with pytest.raises(ValueError, match=r"--val: .*none.json has no objects"):
+        finetune_detectron2.check_data(parsed(f"{words}/none.json"))
 
 
 @needs_detectron2

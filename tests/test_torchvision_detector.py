@@ -21,6 +21,7 @@ from torchvision.models import detection
 import indiclip
 from heads.torchvision_detector import TorchvisionDetector
 from indiclip.encoder import Encoder
+from indiclip.export.new_folder import new_folder
 from indiclip.export.torchvision import as_torchvision
 from indiclip.export.torchvision_backbone import build_detector, load_detector
 from indiclip.generated.mela import Mela
@@ -206,6 +207,56 @@ def test_the_readmes_command_goes_from_a_run_to_a_detector(pretrained, tmp_path,
     detector = load_detector(folder / "torchvision")
     assert detector([torch.rand(3, 40, 56)])[0].keys() >= {"boxes", "scores", "labels"}
     assert json.loads((folder / "torchvision" / "config.json").read_text())["detector"]["classes"] == ["thing"]
+
+
+def test_a_detector_stays_until_the_next_one_is_scored(pretrained, tmp_path, monkeypatch):
+    """Ctrl-C while scoring and a full disk leave the old one; what a killed process left goes with the next."""
+    coco(tmp_path, 2)
+    words = f"--model {pretrained} --train {tmp_path}/train.json --images {tmp_path}/photos --max_tokens 36"
+    words += f" --val {tmp_path}/held_out.json --runs {tmp_path}/runs --name x --ckpt_path last {SHORT}"
+    assert finetune_torchvision.main(words.split()) == 0
+    run = tmp_path / "runs" / "x"
+    files = sorted(file.name for file in (run / "torchvision").iterdir())
+    assert "parity.json" in files
+    (run / "torchvision" / "old").touch()
+    (run / ".torchvision-killed").mkdir()
+
+    for error, status in ((KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune_torchvision, "score", raising(error))
+            assert finetune_torchvision.main(words.split()) == status
+        assert sorted(file.name for file in (run / "torchvision").iterdir()) == sorted([*files, "old"])
+    assert finetune_torchvision.main(words.split()) == 0
+    assert sorted(file.name for file in (run / "torchvision").iterdir()) == files
+    assert not [*run.glob(".torchvision-*")]
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_a_folder_takes_anothers_place_or_leaves_it(tmp_path, monkeypatch):
+    place = tmp_path / "out"
+    with new_folder(place, replaces=True) as part:
+        (part / "first").touch()
+    move = Path.replace
+
+    def fails(own, to):
+        return move(own, to) if own == place or own.name.endswith("-old") else raising(OSError(5, "I/O"))()
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="out"), new_folder(place, replaces=True):
+        pass
+    monkeypatch.undo()
+    assert [file.name for file in place.iterdir()] == ["first"]
+    with new_folder(place, replaces=True) as part:
+        (part / "second").touch()
+        assert [file.name for file in place.iterdir()] == ["first"]
+    assert [file.name for file in place.iterdir()] == ["second"]
+    assert [*tmp_path.iterdir()] == [place]
 
 
 def test_files_that_are_missing_are_said_before_anything(tmp_path, capsys):

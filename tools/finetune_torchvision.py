@@ -30,13 +30,13 @@ import yaml
 from torchvision.models import detection
 
 import indiclip
-from indiclip import json_lines
 from indiclip.config_files import SHIPPED, find_config, read_config
 from indiclip.datasets.coco import CocoDetection
 from indiclip.datasets.coco_file import read_coco
 from indiclip.datasets.tables import existing
 from indiclip.detection_metric import DetectionMetric
 from indiclip.encoder import Encoder
+from indiclip.export.new_folder import new_folder
 from indiclip.export.torchvision import as_torchvision, write_detector
 from indiclip.export.torchvision_backbone import build_detector
 from indiclip.masking import mask
@@ -192,13 +192,15 @@ def write(folder: Path, arguments: argparse.Namespace) -> None:
     fit_hw = encoder.backbone.preprocessing.fit_hw
     sizes_hw = [fit_hw(int(h), int(w), max_tokens) for h, w in held_out.sizes_hw]
     detector, spec = detector_of(folder, encoder, np.array(sizes_hw))
-    shutil.rmtree(folder / "torchvision", ignore_errors=True)  # of fewer steps, where the run went on
-    write_detector(encoder, detector, spec | {"classes": list(held_out.classes)}, folder / "torchvision")
-    ap = score(detector, held_out, int(spec["kind"] != "FCOS"))
-    in_run = json.loads((folder / "metrics.json").read_text())["metrics"]
-    head = name_of(detector_head(config, folder / "config.yaml"))
-    parity = {"torchvision": ap, "run": {key: in_run.get(f"val/{head}/{key}") for key in ap}}
-    json_lines.write_whole(folder / "torchvision" / "parity.json", (json.dumps(parity, indent=2) + "\n").encode())
+    with new_folder(folder / "torchvision", replaces=True) as part:  # of fewer steps, where the run went on
+        write_detector(encoder, detector, spec | {"classes": list(held_out.classes)}, part)
+        ap = score(detector, held_out, int(spec["kind"] != "FCOS"))
+        in_run = json.loads((folder / "metrics.json").read_text())["metrics"]
+        head = name_of(detector_head(config, folder / "config.yaml"))
+        parity = {"torchvision": ap, "run": {key: in_run.get(f"val/{head}/{key}") for key in ap}}
+        (part / "parity.json").write_text(json.dumps(parity, indent=2) + "\n")
+    for left in folder.glob(".torchvision-*"):  # of a process that was killed here; the run is locked
+        shutil.rmtree(left, ignore_errors=True)
     aps = [parity[where].get("ap") or 0.0 for where in ("torchvision", "run")]
     print(f"detector {folder / 'torchvision'}: AP {aps[0]:.4f} as torchvision runs it, {aps[1]:.4f} in the run")
 

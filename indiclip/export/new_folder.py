@@ -22,21 +22,28 @@ def check_new(out: Path) -> Path:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, replaces: bool = False) -> Iterator[Path]:
     """A folder beside it, which takes its place when all is written.
+
+    Args:
+        out: Where it goes.
+        replaces: What is there stays until then, and is removed afterwards.
 
     Raises:
         FileExistsError: See `check_new`.
         OSError: It cannot be written; names what would have been written.
     """
-    place = check_new(out)
+    place = out.resolve() if replaces else check_new(out)
     part = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.parent / f".{place.name}-{secrets.token_hex(4)}"
         part.mkdir()
         yield part
-        part.replace(place)
+        if replaces and place.exists():
+            _exchange(part, place)
+        else:
+            part.replace(place)
     except SafetensorError as error:  # a full disk, mostly
         raise OSError(f"{out}: cannot be written ({error})") from error
     except OSError as error:
@@ -48,3 +55,15 @@ def new_folder(out: Path) -> Iterator[Path]:
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _exchange(part: Path, place: Path) -> None:
+    """Put a folder in another's place, and remove that. Should the first not be possible, it is back there."""
+    old = part.with_name(f"{part.name}-old")
+    place.replace(old)
+    try:
+        part.replace(place)
+    except BaseException:
+        old.replace(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,7 @@ _DENSEPOSE = {
     "MODEL.ROI_HEADS.IN_FEATURES": list(_STRIDES),
     "MODEL.ROI_HEADS.NUM_CLASSES": 1,
     "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,  # detectron2's default, 14, is that of heads without an FPN
     "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
     "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
     "MODEL.ROI_BOX_HEAD.NORM": "LN",
