@@ -14,18 +14,10 @@ from timm.layers.norm import LayerNorm2d, RmsNorm
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from indiclip.backbone import (
-    CanvasBackbone,
-    check_keeps_patches,
-    check_rates,
-    check_timm_name,
-    join_prefix,
-    making,
-    reworded,
-    split_prefix,
-)
+from indiclip.backbone import CanvasBackbone, join_prefix, split_prefix
 from indiclip.names import check_range
 from indiclip.preprocessing import Interpolation
+from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
 from indiclip.types import Features
 
 
@@ -89,10 +81,7 @@ class TimmBackbone(CanvasBackbone):
         self._is_map = raw.ndim == 4  # else a sequence of tokens
         self.width = raw.shape[-1]
         self.pooled_width = int(self.net.head_hidden_size) if self.is_last_stage else self.width
-        if self._is_map:
-            self._grid_hw = (raw.shape[1], raw.shape[2])
-        else:
-            self._grid_hw = self._grid_of(raw)
+        self._grid_hw = (raw.shape[1], raw.shape[2]) if self._is_map else self._grid_of(raw)
         config = self.net.pretrained_cfg
         self._set_interpolation(interpolation, config)
         self._set_normalisation(mean or config["mean"], std or config["std"])
@@ -198,7 +187,7 @@ class TimmBackbone(CanvasBackbone):
             raw = raw.permute(0, 3, 1, 2) if self.is_channels_first else raw
         try:
             pooled_BD: Tensor = self.net.forward_head(raw, pre_logits=True)
-        except NotImplementedError as error:
+        except (NotImplementedError, TypeError) as error:  # MobileNetV5's takes no pre_logits, to say that it is none
             raise ValueError(f"encoder.pool: {self._args['name']} has no pooling of its own ({error})") from error
         return pooled_BD
 
@@ -234,7 +223,7 @@ def at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options: 
     refusal = None
     if "img_size" not in options and canvas_hw != own_hw:
         try:
-            with making(name, options):
+            with reworded(f"backbone.canvas_hw: {name} cannot be made for images of {list(canvas_hw)}"):
                 return create(img_size=canvas_hw, **options)
         except ValueError as error:
             refusal = error
@@ -242,8 +231,8 @@ def at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options: 
         net = create(**options)
     if refusal is None:
         return net
+    if not isinstance(refusal.__cause__, TypeError):  # it takes img_size
+        raise refusal
     if config and config.fixed_input_size:
         raise ValueError(f"backbone.canvas_hw: found {list(canvas_hw)}; {name} takes only {list(own_hw)}") from refusal
-    if not isinstance(refusal.__cause__, TypeError):  # it has the argument
-        raise ValueError(f"backbone.canvas_hw: found {list(canvas_hw)}; {refusal}") from refusal
     return net

@@ -15,12 +15,13 @@ from timm.models import adapt_input_conv
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from indiclip.backbone import Backbone, NaFlexViT, check_timm_name
+from indiclip.backbone import Backbone, NaFlexViT
 from indiclip.pretrained.build import check_options
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.weights import Weights, read_tensors, state_dict
 from indiclip.text import describe
 from indiclip.timm_backbone import TimmBackbone, at_canvas
+from indiclip.timm_errors import check_timm_name
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _PIXELS = ("mean", "std", "interpolation")
@@ -91,7 +92,7 @@ def image_tower(
             return _tower(origin, naflex, "backbone.vit.", moved, ignored, notes)
     with torch.device("meta"):
         fixed = TimmBackbone(name, **canvas, options=options, **pixels)
-        fixed.check_pool()
+        fixed.eval().check_pool()  # batch norm in training wants more than one value
     return _tower(origin, fixed, "backbone.net.", converted, ignored, notes)
 
 
