@@ -215,7 +215,7 @@ def at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options: 
     """A timm model without classifier, for images of the canvas's size.
 
     Raises:
-        ValueError: It cannot be made of the options; or its images have another size, which it cannot change.
+        ValueError: It cannot be made of the options, or not for that size.
     """
     config = timm.get_pretrained_cfg(name)
     own_hw = config.input_size[1:] if config else canvas_hw
@@ -229,10 +229,6 @@ def at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options: 
             refusal = error
     with making(name, options):  # which are at fault where it raises here too
         net = create(**options)
-    if refusal is None:
-        return net
-    if not isinstance(refusal.__cause__, TypeError):  # it takes img_size
+    if refusal is not None and not isinstance(refusal.__cause__, TypeError):  # it has the argument
         raise refusal
-    if config and config.fixed_input_size:
-        raise ValueError(f"backbone.canvas_hw: found {list(canvas_hw)}; {name} takes only {list(own_hw)}") from refusal
     return net
