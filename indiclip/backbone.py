@@ -15,13 +15,13 @@ from typing import Any, cast, get_args
 import timm
 import torch
 from timm.layers.norm import LayerNorm
-from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, check_range, did_you_mean
 from indiclip.preprocessing import Interpolation, Preprocessing
+from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
 from indiclip.types import Features, Images, on_device
 
 # (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
@@ -80,6 +80,7 @@ class Backbone(nn.Module, ABC):
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(f"backbone.mean, backbone.std: found {list(mean)} and {list(std)}; expected three numbers")
         self.mean, self.std = tuple(mean), tuple(std)
+        self._args |= {"mean": list(mean), "std": list(std)}  # a later version of timm may say others
         pixels = self.patch_size**2
         self.register_buffer("mean_P", torch.tensor(list(mean)).repeat(pixels) * 255, persistent=False)
         self.register_buffer("std_P", torch.tensor(list(std)).repeat(pixels) * 255, persistent=False)
@@ -123,6 +124,7 @@ class CanvasBackbone(Backbone):
 
     def _set_canvas(self, canvas_hw: Sequence[int], patch_size: int) -> None:
         """Keep the size of the canvas and of the patches in which images travel here."""
+        check_range({"backbone.patch_size": patch_size, "backbone.canvas_hw": min(canvas_hw)}, 1)
         if any(side % patch_size for side in canvas_hw):
             raise ValueError(
                 f"backbone.canvas_hw: {list(canvas_hw)} must be multiples of backbone.patch_size {patch_size}"
@@ -193,8 +195,9 @@ class NaFlexViT(Backbone):
         interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
-        self._args: dict[str, Any] = {"options": dict(options or {}), "mean": mean, "std": std}
+        self._args: dict[str, Any] = {"options": dict(options or {})}
         options = dict(options or {})
+        check_rates(options)
         if (eps := options.pop("norm_eps", None)) is not None:
             options["norm_layer"] = partial(LayerNorm, eps=eps)
         given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
@@ -237,21 +240,15 @@ class NaFlexViT(Backbone):
         return self.vit.forward_head(join_prefix(features), pre_logits=True, patch_valid=features.valid_BN)
 
     def _check_options(self) -> None:
-        """Raise ValueError unless the model reads patches as they come here, keeps all of them, and can train."""
-        options = self._args["options"]
-        rates = ("drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate")
-        check_range({f"backbone.options.{rate}": options.get(rate) for rate in rates}, 0, 1)
+        """Raise ValueError unless the model keeps all patches and, in evaluation, reads them as they come here."""
         check_keeps_patches(self.vit)
         if not self.vit.embeds.channels_last:
             raise ValueError("backbone.options.patchify_channels_last: found False; expected True, as patches are cut")
         if next(self.parameters()).is_meta:
             return
         self.eval()
-        try:
-            with torch.no_grad():
-                self.vit.forward_features(torch.zeros(1, 2, 3 * self.patch_size**2), torch.tensor([[[0, 0], [0, 1]]]))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ValueError(f"backbone.options: timm's NaFlexVit cannot read patches: {error}") from error
+        with torch.no_grad(), reworded("backbone.options: timm's NaFlexVit cannot read patches"):
+            self.vit.forward_features(torch.zeros(1, 2, 3 * self.patch_size**2), torch.tensor([[[0, 0], [0, 1]]]))
         self.train()
 
     def remove_pool(self) -> None:
@@ -273,28 +270,6 @@ def join_prefix(features: Features) -> Tensor:
     return torch.cat([features.prefix_BKD, features.tokens_BND], 1)
 
 
-def check_keeps_patches(model: nn.Module) -> None:
-    """Raise ValueError where a timm model leaves out patches while it trains: features have a token of each."""
-    if isinstance(getattr(model, "patch_drop", None), PatchDropout | PatchDropoutWithIndices):
-        raise ValueError("backbone.options.patch_drop_rate: expected 0: heads need a token of each patch")
-
-
-def check_timm_name(name: str, where: str = "backbone.name") -> None:
-    """Raise ValueError with the nearest name unless timm knows the model, and the tag of its weights, if there is one.
-
-    Args:
-        name: `ARCHITECTURE` or `ARCHITECTURE.TAG`.
-        where: What names it, for the message.
-    """
-    if not timm.is_model(name):
-        raise ValueError(f"{where}: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    try:
-        timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        known = timm.list_models(f"{name.partition('.')[0]}*", pretrained=True)
-        raise ValueError(f"{where}: timm has no weights {name!r}{did_you_mean(name, known)}") from error
-
-
 def _new_naflex(
     size: str | None,
     width: int | None,
@@ -310,6 +285,7 @@ def _new_naflex(
     width, depth, num_heads = width or of_size[0], depth or of_size[1], num_heads or of_size[2]
     if not (width and depth and num_heads):
         raise ValueError("backbone: give `size`, `name`, or all of `width`, `depth` and `num_heads`")
+    check_range({"backbone.patch_size": patch_size}, 1)
     if width % num_heads:
         raise ValueError(f"backbone.num_heads: {num_heads} does not divide the width {width}")
     # Grid sampling reads the position table at each token without waiting for the GPU. timm's plain start (normal,
@@ -320,25 +296,24 @@ def _new_naflex(
     for option in options:
         if option not in known:
             raise ValueError(f"backbone.options: timm's NaFlexVit has no {option!r}{did_you_mean(option, known)}")
-    try:
+    with making("timm's NaFlexVit", options):
         return NaFlexVit(**cast(Any, sizes | ours | options))
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = str(error) or type(error).__name__  # many of its checks say nothing
-        raise ValueError(f"backbone.options: timm's NaFlexVit cannot be made of {options}: {said}") from error
 
 
 def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:
     """A timm ViT by name as a NaFlexVit (timm converts the weights), without its classifier."""
     check_timm_name(name)
-    if not is_model_in_modules(name, ["naflexvit"]):
-        options = {"use_naflex": True} | options
+    ours = {} if is_model_in_modules(name, ["naflexvit"]) else {"use_naflex": True}
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except TypeError as error:
-        if options.keys() - {"use_naflex"}:
-            _named_naflex(name, False, {})  # is it without them?
-            raise ValueError(f"backbone.options: {name} cannot be made of {options}: {error}") from error
-        raise ValueError(f"backbone.name: {name!r} is no plain ViT; use indiclip.timm_backbone.TimmBackbone") from error
+        with making(name, options):
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **(ours | options))
+    except ValueError as error:
+        if options:
+            _named_naflex(name, False, {})  # is it one without them?
+        elif isinstance(error.__cause__, TypeError):
+            kind = "no plain ViT; use indiclip.timm_backbone.TimmBackbone"
+            raise ValueError(f"backbone.name: {name!r} is {kind}") from error
+        raise
     if not isinstance(model, NaFlexVit):
         raise ValueError(
             f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.timm_backbone.TimmBackbone"

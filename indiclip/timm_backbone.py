@@ -14,8 +14,10 @@ from timm.layers.norm import LayerNorm2d, RmsNorm
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from indiclip.backbone import CanvasBackbone, check_keeps_patches, check_timm_name, join_prefix, split_prefix
+from indiclip.backbone import CanvasBackbone, join_prefix, split_prefix
+from indiclip.names import check_range
 from indiclip.preprocessing import Interpolation
+from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
 from indiclip.types import Features
 
 
@@ -59,52 +61,92 @@ class TimmBackbone(CanvasBackbone):
             "patch_size": patch_size,
             "feature_index": feature_index,
             "options": options,
-            "mean": mean,
-            "std": std,
         }
-        self.net = _at_canvas(name, (canvas_hw[0], canvas_hw[1]), pretrained, dict(options or {}))
+        options = dict(options or {})
+        check_rates(options)
+        self.net = at_canvas(name, (canvas_hw[0], canvas_hw[1]), pretrained, options)
         if not is_model_in_modules(name, ["fastvit"]):  # whose backward pass crashes in this layout on the CPU
             self.net.to(memory_format=torch.channels_last)  # the layout of the fast convolutions, on CPU and GPU
         self._check_kind()
         check_keeps_patches(self.net)
         stages = self.net.feature_info
-        self._index = feature_index % len(stages)
-        self._is_last = self._index == len(stages) - 1
-        self.width, self.stride = int(stages[self._index]["num_chs"]), int(stages[self._index]["reduction"])
-        self.pooled_width = self.width
-        self._is_map = True  # else a sequence of tokens
+        check_range({"backbone.feature_index": feature_index}, -len(stages), len(stages) - 1)
+        self.stage_index = range(len(stages))[feature_index]
+        self.is_last_stage = self.stage_index == len(stages) - 1
+        self.stride = int(stages[self.stage_index]["reduction"])
         self._is_pooled = True
-        if self._is_last:  # what comes behind the last stage (a norm, a wider convolution) is of its features
-            self.width, self.pooled_width = int(self.net.num_features), int(self.net.head_hidden_size)
-        else:
+        if not self.is_last_stage:
             self.remove_pool()
+        raw = self._first_features(options)
+        self._is_map = raw.ndim == 4  # else a sequence of tokens
+        self.width = raw.shape[-1]
+        self.pooled_width = int(self.net.head_hidden_size) if self.is_last_stage else self.width
+        self._grid_hw = (raw.shape[1], raw.shape[2]) if self._is_map else self._grid_of(raw)
         config = self.net.pretrained_cfg
         self._set_interpolation(interpolation, config)
         self._set_normalisation(mean or config["mean"], std or config["std"])
 
     def read_pixels(self, pixels: Tensor) -> Features:
         """Features of normalised pixels (B, 3, height, width) that fill the canvas."""
-        raw = self._last_stage(pixels) if self._is_last else self._earlier_stage(pixels)
-        prefix_BKD = None
-        self._is_map = raw.ndim == 4
+        raw = self._read(pixels)
         if self._is_map:
-            H, W = raw.shape[1:3]
-            tokens_BND = raw.flatten(1, 2)
-        else:
-            prefix_BKD, tokens_BND = split_prefix(raw, getattr(self.net, "num_prefix_tokens", 0))
-            H, W = (ceil(side / self.stride) for side in self.canvas_hw)
-        return self._whole_grid(tokens_BND, (H, W), prefix_BKD)
+            return self._whole_grid(raw.flatten(1, 2), (raw.shape[1], raw.shape[2]))
+        prefix_BKD, tokens_BND = split_prefix(raw, self._num_prefix)
+        return self._whole_grid(tokens_BND, self._grid_hw, prefix_BKD)
 
-    def _last_stage(self, pixels: Tensor) -> Tensor:
-        """All of the model before its pooling: tokens (B, K + N, D), or a map (B, H, W, D)."""
-        raw: Tensor = self.net.forward_features(pixels)
+    def _read(self, pixels: Tensor) -> Any:
+        """What the model gives of pixels, before its pooling: tokens (B, K + N, D), or a map (B, H, W, D)."""
+        if not self.is_last_stage:
+            kept = [self.stage_index]
+            (map_BDHW,) = self.net.forward_intermediates(pixels, indices=kept, intermediates_only=True)
+            return map_BDHW.permute(0, 2, 3, 1)
+        raw = self.net.forward_features(pixels)
+        if isinstance(raw, Tensor) and raw.ndim == 4 and self.is_channels_first:
+            raw = raw.permute(0, 2, 3, 1)
+        return raw if self._is_pooled else self._normalised(raw)
+
+    def _first_features(self, options: dict[str, Any]) -> Tensor:
+        """Those of an empty canvas.
+
+        Raises:
+            ValueError: The model cannot read the canvas, or gives neither a map nor tokens.
+        """
+        name, canvas = self._args["name"], self._args["canvas_hw"]
+        problem = f"backbone.canvas_hw: {name} cannot read images of {canvas}"
+        if options:
+            problem = f"backbone.options, backbone.canvas_hw: {name} of {options} cannot read images of {canvas}"
+        self.eval()  # batch norm in training wants more than one value
+        with torch.no_grad(), reworded(problem):
+            raw = self._read(next(self.net.parameters()).new_zeros(1, 3, *self.canvas_hw))
+        self.train()
         if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
             found = type(raw).__name__ if not isinstance(raw, Tensor) else f"a tensor of {raw.ndim} dimensions"
+            raise ValueError(f"backbone.name: {name} gives {found}; expected one map, or one row of tokens")
+        return raw
+
+    def _grid_of(self, tokens_BKD: Tensor) -> tuple[int, int]:
+        """Rows and columns of the tokens, which do not show in them.
+
+        Raises:
+            ValueError: There are fewer or more, as where timm cuts off pixels at the right and below.
+        """
+        name, canvas, stride = self._args["name"], self._args["canvas_hw"], self.stride
+        H, W = (ceil(side / stride) for side in self.canvas_hw)
+        found, expected = tokens_BKD.shape[1] - self._num_prefix, H * W
+        if found == expected:
+            return H, W
+        if any(side % stride for side in self.canvas_hw):
             raise ValueError(
-                f"backbone.name: {self._args['name']} gives {found}; expected one map, or one row of tokens"
+                f"backbone.canvas_hw: found {canvas}, of which {name} gives {found} tokens; expected multiples of its "
+                f"stride {stride}"
             )
-        raw = raw.permute(0, 2, 3, 1) if raw.ndim == 4 and self.is_channels_first else raw
-        return raw if self._is_pooled else self._normalised(raw)
+        raise ValueError(
+            f"backbone.name: {name} gives {found} tokens of {canvas}; expected {expected}, by its stride {stride}"
+        )
+
+    @property
+    def _num_prefix(self) -> int:
+        return int(getattr(self.net, "num_prefix_tokens", 0))
 
     def _normalised(self, raw: Tensor) -> Tensor:
         """With the norms that the model has behind its pooling, for an encoder that pools by itself."""
@@ -115,23 +157,12 @@ class TimmBackbone(CanvasBackbone):
                 raw = norm(raw)
         return raw
 
-    def check_features(self) -> None:
-        """Raise ValueError where the model's features are no map or tokens of its stride and width, or it has no pool.
-
-        Runs the whole model: cheap on the meta device.
-        """
-        height, width = self.canvas_hw
-        raw = self._last_stage(torch.zeros(1, 3, height, width, device=self.mean_P.device))
-        num_tokens = ceil(height / self.stride) * ceil(width / self.stride) + getattr(self.net, "num_prefix_tokens", 0)
-        if raw.shape[-1] != self.width or (raw.ndim == 3 and raw.shape[1] != num_tokens):
-            raise ValueError(
-                f"backbone.name: {self._args['name']} gives features of shape {list(raw.shape[1:])}; expected "
-                f"{[num_tokens, self.width]} by its stride {self.stride} and width {self.width}"
-            )
-        try:
-            self.net.forward_head(raw.permute(0, 3, 1, 2) if raw.ndim == 4 and self.is_channels_first else raw)
-        except NotImplementedError as error:
-            raise ValueError(f"backbone.name: {self._args['name']} has no pooling of its own ({error})") from error
+    def check_pool(self) -> None:
+        """Raise ValueError where the model has no pooling of its own."""
+        H, W = self._grid_hw
+        raw = torch.zeros(1, self._num_prefix + H * W, self.width, device=self.mean_P.device)
+        prefix_BKD, tokens_BND = split_prefix(raw, self._num_prefix)
+        self.pool(self._whole_grid(tokens_BND, (H, W), prefix_BKD))
 
     def _check_kind(self) -> None:
         for part in ("feature_info", "forward_features", "forward_head", "num_features", "head_hidden_size"):
@@ -141,17 +172,12 @@ class TimmBackbone(CanvasBackbone):
                     f"backbone.name: {self._args['name']} is a {kind} without {part}; expected an image model with it"
                 )
 
-    def _earlier_stage(self, pixels: Tensor) -> Tensor:
-        (map_BDHW,) = self.net.forward_intermediates(pixels, indices=[self._index], intermediates_only=True)
-        map_BHWD: Tensor = map_BDHW.permute(0, 2, 3, 1)
-        return map_BHWD
-
     @property
     def is_channels_first(self) -> bool:
         return getattr(self.net, "output_fmt", "NCHW") == "NCHW"
 
     def pool(self, features: Features) -> Tensor:
-        if not self._is_last:
+        if not self.is_last_stage:
             raise ValueError(
                 "encoder.pool: a backbone with feature_index has no pooling of its own; expected mean or attention"
             )
@@ -159,7 +185,10 @@ class TimmBackbone(CanvasBackbone):
         if self._is_map:
             raw = raw.reshape(raw.shape[0], *features.grid_hw, -1)
             raw = raw.permute(0, 3, 1, 2) if self.is_channels_first else raw
-        pooled_BD: Tensor = self.net.forward_head(raw, pre_logits=True)
+        try:
+            pooled_BD: Tensor = self.net.forward_head(raw, pre_logits=True)
+        except (NotImplementedError, TypeError) as error:  # MobileNetV5's takes no pre_logits, to say that it is none
+            raise ValueError(f"encoder.pool: {self._args['name']} has no pooling of its own ({error})") from error
         return pooled_BD
 
     def remove_pool(self) -> None:
@@ -168,37 +197,38 @@ class TimmBackbone(CanvasBackbone):
         head, fc_norm = getattr(self.net, "head", None), getattr(self.net, "fc_norm", None)
         head_norm = getattr(head, "norm", None)  # now: ConvNeXt's head drops it together with the classifier
         if hasattr(self.net, "prune_intermediate_layers"):  # stages behind it would get no gradient
-            self.net.prune_intermediate_layers([self._index], prune_head=True)
+            self.net.prune_intermediate_layers([self.stage_index], prune_head=True)
         else:
             self.net.reset_classifier(0, "")
         if isinstance(head, nn.Module) and not isinstance(head, nn.Linear | nn.Identity):
             kept = nn.Module()  # of the head only its norm, by the same name
             kept.add_module("norm", head_norm)
             self.net.head = kept
-        if self._is_last and fc_norm is not None:
+        if self.is_last_stage and fc_norm is not None:
             self.net.fc_norm = fc_norm
-        elif not self._is_last and head is not None:
+        elif not self.is_last_stage and head is not None:
             self.net.head = nn.Identity()
         self._is_pooled = False
 
 
-def _at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options: dict[str, Any]) -> Any:
+def at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options: dict[str, Any]) -> Any:
     """A timm model without classifier, for images of the canvas's size.
 
     Raises:
-        ValueError: Its images have another size, which it cannot change.
+        ValueError: It cannot be made of the options, or not for that size.
     """
     config = timm.get_pretrained_cfg(name)
     own_hw = config.input_size[1:] if config else canvas_hw
     create = partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
-    try:
-        if "img_size" not in options and canvas_hw != own_hw:
-            try:
+    refusal = None
+    if "img_size" not in options and canvas_hw != own_hw:
+        try:
+            with reworded(f"backbone.canvas_hw: {name} cannot be made for images of {list(canvas_hw)}"):
                 return create(img_size=canvas_hw, **options)
-            except TypeError as error:
-                if config and config.fixed_input_size:
-                    takes = f"{name} takes only {list(own_hw)}"
-                    raise ValueError(f"backbone.canvas_hw: found {list(canvas_hw)}; {takes}") from error
-        return create(**options)
-    except NotImplementedError as error:
-        raise ValueError(f"backbone.name: {name} is no image model to pool from ({error})") from error
+        except ValueError as error:
+            refusal = error
+    with making(name, options):  # which are at fault where it raises here too
+        net = create(**options)
+    if refusal is not None and not isinstance(refusal.__cause__, TypeError):  # it has the argument
+        raise refusal
+    return net

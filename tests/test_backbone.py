@@ -117,15 +117,121 @@ def naflex(**options):
         (lambda: naflex(patchify_channels_last=False), "patchify_channels_last: found False; expected True"),
         (lambda: naflex(patch_drop_rate=0.5), "backbone.options.patch_drop_rate: expected 0"),
         (lambda: TimmBackbone("test_vit", options={"patch_drop_rate": 0.5}), "options.patch_drop_rate: expected 0"),
-        (lambda: naflex(drop_path_rate=2.0), "backbone.options.drop_path_rate: found 2.0; expected 0 to 1"),
+        (lambda: naflex(drop_path_rate=2.0), "backbone.options.drop_path_rate: found 2.0; expected 0 to below 1"),
         (lambda: NaFlexViT(name="test_vit", options={"in_chans": 1}), "cannot read patches"),
         (lambda: NaFlexViT(name="test_vit", options={"cls_token": True}), "test_vit cannot be made of .*'cls_token'"),
         (lambda: TimmBackbone("convnext_atto", (33, 32), 8), "must be multiples of backbone.patch_size 8"),
+        (lambda: TimmBackbone("convnext_atto", (32, 32), 0), "backbone.patch_size: found 0; expected 1 or more"),
+        (lambda: TimmBackbone("convnext_atto", (0, 32), 8), "backbone.canvas_hw: found 0; expected 1 or more"),
+        (lambda: NaFlexViT(size="tiny", patch_size=0), "backbone.patch_size: found 0; expected 1 or more"),
+        (lambda: TimmBackbone("test_convnext", feature_index=5), "backbone.feature_index: found 5; expected -4 to 3"),
+        (lambda: TimmBackbone("test_convnext", feature_index=-5), "backbone.feature_index: found -5; expected -4 to 3"),
     ],
 )
 def test_mistakes_name_the_key(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+KINDS = {
+    "from scratch": naflex,
+    "named": lambda **options: NaFlexViT(name="test_vit", options=options),
+    "timm": lambda **options: TimmBackbone("test_vit", (160, 160), options=options),
+    "timm at another size": lambda **options: TimmBackbone("test_vit", (64, 64), options=options),
+}
+IN_TIMMS_WORDS = {  # the middle of the line is timm's
+    "num_heads": (5, "cannot be made of {'num_heads': 5}: .*divi"),
+    "global_pool": ("nope", "cannot be made of {'global_pool': 'nope'}: Only avg"),
+    "bogus": (1, "'bogus'"),
+    "drop_path_rat": (0.1, "'drop_path_rat'.*; nearest is 'drop_path_rate'"),
+}
+
+
+REFUSED = [(kind, option) for kind in KINDS for option in IN_TIMMS_WORDS]
+REFUSED.remove(("from scratch", "num_heads"))  # an argument of its own
+
+
+@pytest.mark.parametrize(("kind", "option"), REFUSED)
+def test_options_that_timm_refuses_are_named_in_a_line(kind, option):
+    value, words = IN_TIMMS_WORDS[option]
+    with pytest.raises(ValueError, match=rf"^backbone\.options: .*{words}") as raised:
+        KINDS[kind](**{option: value})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", ["drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate"])
+def test_a_rate_at_which_nothing_is_left_is_refused(kind, rate):
+    KINDS[kind](**{rate: 0.1})
+    for value in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"backbone.options.{rate}: found {value}; expected 0 to below 1"):
+            KINDS[kind](**{rate: value})
+
+
+SMALL_SWIN = {"img_size": 64, "window_size": 4, "depths": (1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "canvas_hw", "options", "message"),
+    [
+        (  # 6 x 6 tokens, where 104 / 16 = 6.5
+            *("vit_tiny_patch16_224", (104, 104), {"depth": 1}),
+            r"^backbone\.canvas_hw: found \[104, 104\].* gives 36 tokens; expected multiples of its stride 16$",
+        ),
+        (
+            "pit_ti_224",
+            (224, 224),
+            {},
+            r"^backbone\.name: pit_ti_224 gives 1 tokens of .*; expected 49, by its",
+        ),
+        ("crossvit_tiny_240", (240, 240), {}, "^backbone.name: crossvit_tiny_240 gives list; expected one map, or one"),
+        ("levit_128s", (104, 104), {}, r"^backbone\.canvas_hw: levit_128s cannot read images of \[104, 104\]: "),
+        (
+            *("test_vit", (64, 64), {"norm_layer": "batchnorm2d"}),
+            r"^backbone\.options, backbone\.canvas_hw: test_vit of {'norm_layer'.* cannot read images of \[64, 64\]: ",
+        ),
+        ("nest_tiny", (64, 128), {}, r"^backbone\.canvas_hw: nest_tiny cannot be made for .*\[64, 128\]: .* square"),
+        ("mixer_s32_224", (64, 64), {"img_size": 224}, r"^backbone\.options, backbone\.canvas_hw: mixer_s32_224 of "),
+        ("convnext_atto", (64, 64), {"bogus": 1}, "^backbone.options: convnext_atto cannot be made of {'bogus': 1}"),
+    ],
+)
+def test_a_canvas_that_the_model_cannot_read_is_refused_when_it_is_made(name, canvas_hw, options, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        TimmBackbone(name, canvas_hw, 8, options=options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("test_resnet", {}, (4, 4)),  # rounded up, as padded convolutions do
+        ("test_convnext", {}, (3, 3)),  # and down
+        ("swin_tiny_patch4_window7_224", SMALL_SWIN | {"img_size": 104}, (4, 4)),  # which pads
+        ("test_vit_relpos", {"img_size": 96}, (6, 6)),
+    ],
+)
+def test_a_canvas_that_the_stride_does_not_divide_is_read_as_the_model_reads_it(name, options, expected):
+    side = options.get("img_size", 104)
+    backbone = TimmBackbone(name, (side, side), 8, options=options).eval()
+    images = batch_images([noise(side, side, 0), noise(side - 8, side, 1)], 8, backbone.max_tokens, (side, side))
+    with torch.no_grad():
+        features = backbone(images)
+    assert features.grid_hw == expected
+    assert features.tokens_BND.shape[1] == features.coords_BN2.shape[1] == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet", "levit_128s"])
+def test_trying_the_model_changes_nothing(name):
+    """No random numbers, no statistics of batch norm, no tables of the evaluation mode."""
+    torch.manual_seed(0)
+    expected = timm.create_model(name, num_classes=0)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, expected.pretrained_cfg["input_size"][1:])
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.testing.assert_close(backbone.net.state_dict(), expected.state_dict(), atol=0, rtol=0)
+    assert all(module.training for module in backbone.modules())
+    assert not any(getattr(module, "attention_bias_cache", None) for module in backbone.modules())
 
 
 @pytest.mark.parametrize(
@@ -146,6 +252,18 @@ def test_interpolation_is_the_named_models_own_and_is_kept_in_checkpoints(make, 
     assert again.preprocessing == other.preprocessing != backbone.preprocessing
     with pytest.raises(ValueError, match=r"backbone\.interpolation: found 'cubic'; nearest is 'bicubic'"):
         make(interpolation="cubic")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixel_statistics_are_kept_in_checkpoints(kind):
+    """timm may give a name other weights, with other pixels, by default."""
+    backbone = KINDS[kind]()
+    config = backbone.to_config()
+    assert (config["mean"], config["std"]) == (list(backbone.mean), list(backbone.std))
+    before = type(backbone)(**config | {"mean": None, "std": None})  # a checkpoint of before
+    assert (before.mean, before.std) == (backbone.mean, backbone.std)
+    other = type(backbone)(**config | {"mean": [0.1, 0.2, 0.3]})
+    assert type(backbone)(**other.to_config()).mean == (0.1, 0.2, 0.3)
 
 
 def test_convnexts_norm_behind_the_pooling_goes_before_it():

@@ -58,8 +58,9 @@ ARROWS = {
     "quiet.py": "",
     "patches.py": "types",
     "preprocessing.py": "types names images patches",
-    "backbone.py": "types names preprocessing",
-    "timm_backbone.py": "types names preprocessing backbone",
+    "timm_errors.py": "names",
+    "backbone.py": "types names preprocessing timm_errors",
+    "timm_backbone.py": "types names preprocessing timm_errors backbone",
     "tokenizers.py": "names text_cleaning tokenizer_sources",
     "tokenizer_sources.py": "names",
     "text.py": "names quiet tokenizers",
@@ -73,8 +74,8 @@ ARROWS = {
     "head.py": "types names distributed",
     "detection_metric.py": "head",
     "pretrained": (
-        "names quiet lora old_names backbone timm_backbone transformers_backbone tokenizers text pooling preprocessing"
-        " tokenizer_sources datasets.tables"
+        "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
+        " preprocessing tokenizer_sources datasets.tables"
     ),
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",

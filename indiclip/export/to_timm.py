@@ -67,7 +67,7 @@ maps = timm.create_model("local-dir:{out}", pretrained=True, features_only=True,
     def check(self, encoder: Encoder) -> list[Loss]:
         backbone = encoder.backbone
         if isinstance(backbone, TimmBackbone):
-            if not backbone._is_last:
+            if not backbone.is_last_stage:
                 found = backbone.to_config()["feature_index"]
                 return [
                     Loss(f"backbone.feature_index: found {found}; timm needs all stages, and those behind it are gone")

@@ -122,7 +122,6 @@ def _stages(encoder: Encoder, backbone: TimmBackbone) -> dict[str, Any]:
     own = backbone.to_config()
     assert backbone.canvas_hw is not None
     arguments = {"model_name": own["name"], "num_classes": 0} | (own["options"] or {})
-    last = own["feature_index"] % len(backbone.net.feature_info)
     images = noise([own_grid(encoder)], backbone.patch_size)
     was_training = encoder.training
     encoder.eval()
@@ -134,7 +133,13 @@ def _stages(encoder: Encoder, backbone: TimmBackbone) -> dict[str, Any]:
     # Where pooling is the encoder's own, what only the model's pooling needs may be gone from the last stage, and the
     # norm behind it comes first.
     for normed, norm_behind in ((True, False), (True, True), (False, False)):
-        tower = {"kind": "stages", "arguments": arguments, "last": last, "normed": normed, "norm_behind": norm_behind}
+        tower = {
+            "kind": "stages",
+            "arguments": arguments,
+            "last": backbone.stage_index,
+            "normed": normed,
+            "norm_behind": norm_behind,
+        }
         tower |= {"width": own_MD.shape[-1], "canvas_hw": list(backbone.canvas_hw)}
         if _gives(tower, backbone, images, own_MD):
             return tower

@@ -15,12 +15,13 @@ from timm.models import adapt_input_conv
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor
 
-from indiclip.backbone import Backbone, NaFlexViT, check_timm_name
+from indiclip.backbone import Backbone, NaFlexViT
 from indiclip.pretrained.build import check_options
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.weights import Weights, read_tensors, state_dict
 from indiclip.text import describe
-from indiclip.timm_backbone import TimmBackbone
+from indiclip.timm_backbone import TimmBackbone, at_canvas
+from indiclip.timm_errors import check_timm_name
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _PIXELS = ("mean", "std", "interpolation")
@@ -75,24 +76,24 @@ def image_tower(
             classifying = _with_classifier(name, options | {"use_naflex": True})
             converted, ignored, notes = _by_own_names(naflex.vit, tensors, classifying)
             return _tower(origin, naflex, "backbone.vit.", converted, ignored, notes)
-        fixed = TimmBackbone(name, **_canvas(name, options, overlay), options=options, **pixels)
+        canvas = _canvas(name, options, overlay)
+        net = at_canvas(name, canvas["canvas_hw"], False, options)
         classifying = _with_classifier(name, options)
-    converted, ignored, notes = _by_own_names(fixed.net, tensors, classifying)
-    backbone: NaFlexViT | TimmBackbone = fixed
+    converted, ignored, notes = _by_own_names(net, tensors, classifying)
     if naflex is not None:
-        moved = _naflex_names(fixed.net, converted)
+        moved = _naflex_names(net, converted)
         own, table = naflex.vit.embeds.pos_embed, moved.get("embeds.pos_embed")
         if own is not None and table is not None and table.shape != own.shape:
             with torch.device("meta"):
                 naflex = NaFlexViT(name=name, options=options | {"pos_embed_grid_size": [*table.shape[1:3]]}, **pixels)
         if moved.keys() == naflex.vit.state_dict().keys():
-            backbone, converted = naflex, moved
-            if any(side % naflex.patch_size for side in fixed.canvas_hw or ()):
+            if any(side % naflex.patch_size for side in canvas["canvas_hw"]):
                 notes.append(f"images are resized to whole patches of {naflex.patch_size} pixels, which timm cuts off")
-    if backbone is fixed:
-        fixed.eval().check_features()  # batch norm in training wants more than one value
-    prefix = "backbone.net." if backbone is fixed else "backbone.vit."
-    return _tower(origin, backbone, prefix, converted, ignored, notes)
+            return _tower(origin, naflex, "backbone.vit.", moved, ignored, notes)
+    with torch.device("meta"):
+        fixed = TimmBackbone(name, **canvas, options=options, **pixels)
+        fixed.eval().check_pool()  # batch norm in training wants more than one value
+    return _tower(origin, fixed, "backbone.net.", converted, ignored, notes)
 
 
 def _tower(
