@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import on_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from processes import on_ranks
 from test_cli import config, fit
 from torch import nn
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers import batch_images, noise
+from processes import two_ranks
 from test_cli import config
-from test_step_sync import two_ranks
 
 from indiclip.backbone import NaFlexViT
 from indiclip.text import TextTower

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import two_ranks
 from test_cli import ENCODER, config, fit
-from test_step_sync import two_ranks
 
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import CardResult, Result, Score, load_result

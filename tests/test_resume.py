@@ -10,8 +10,8 @@ import lightning as L
 import pytest
 import torch
 from helpers import ARCHITECTURE
+from processes import two_ranks
 from test_cli import ROOT, config, fit
-from test_step_sync import two_ranks
 
 from heads.contrastive import Contrastive
 from indiclip.backbone import NaFlexViT

@@ -1,16 +1,12 @@
 """Ranks agree in each step: a non-finite step changes nothing anywhere, and too many end the run with a report."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-import yaml
-from helpers import as_ranks, tiny_encoder
+from helpers import tiny_encoder
+from processes import two_ranks
 from test_cli import config, fit
 from trouble import BadLoss, Unreadable
 
@@ -18,13 +14,10 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
 from indiclip.module import MultiTask
-from indiclip.training.cli import run
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.record import read_history
 from indiclip.types import Quarantined
-
-TESTS = Path(__file__).parent
 
 
 class Watch(L.Callback):
@@ -110,21 +103,6 @@ def test_too_many_in_a_row_stop_the_run_and_say_who(tmp_path):
         f"{', '.join(keys[:3])}, ..."
     )
     assert caught.value.status == 1
-
-
-def two_ranks(folder, tree, *flags, started_by="torchrun"):
-    """Run the command with two processes. Returns what it did and the run's folder."""
-    tree["trainer"] |= {"devices": 2, "accelerator": "cpu"}
-    file = folder / "experiment.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    words = ["fit", "--config", str(file), "--runs", str(folder / "runs"), *flags]
-    if started_by == "torchrun":
-        return as_ranks(lambda: run(words), folder), folder / "runs" / "experiment"
-    command = [sys.executable, "-m", "indiclip.cli", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(
-        [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    return done, folder / "runs" / "experiment"
 
 
 def test_one_rank_of_two_is_enough(tmp_path):
