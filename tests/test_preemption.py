@@ -170,7 +170,7 @@ def test_a_signal_in_the_middle_of_a_step_of_two_micro_batches_waits_for_its_end
 def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step):
     tree = experiment(tmp_path, signal.SIGTERM, moment, steps=50, rank=1)
     done, folder = two_ranks(tmp_path, tree)
-    assert done.returncode == 143, done.stderr[-3000:]
+    assert done.statuses == [143, 0], done.stderr[-3000:]  # see AgreedStop
     assert diary(tmp_path, 0)[1] == diary(tmp_path, 1)[1] == list(range(step))
     lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
     assert lines == [f"indiclip: SIGTERM: saved {folder / 'checkpoints' / f'{step}.ckpt'}, step {step}"]

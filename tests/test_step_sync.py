@@ -131,7 +131,7 @@ def test_a_task_with_too_many_unreadable_samples_stops_all_ranks(tmp_path):
     tree["data"] |= {"quarantine": 0.05, "steps_per_epoch": 100, "num_workers": 1}
     tree["data"]["train"][0] |= {"dataset": dataset, "batch_size": 8}
     done, folder = two_ranks(tmp_path, tree)
-    assert done.returncode == 1, done.stderr[-3000:]
+    assert done.statuses == [1, 0], done.stderr[-3000:]  # see AgreedStop
     rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert 20 < len(rows) < 30  # the limit is 20 of 400; a step adds a few
     assert len({row["key"] for row in rows}) == len(rows)
