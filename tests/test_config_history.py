@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 import yaml
+from experiments import config, fit
 from PIL import Image
-from test_cli import config, fit
 
 FOLDER = "runs/experiment"
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from experiments import config, fit
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from processes import on_ranks
-from test_cli import config, fit
 from torch import nn
 
 import indiclip

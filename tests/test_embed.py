@@ -19,11 +19,11 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from experiments import config
 from helpers import noise, tiny_encoder
 from PIL import Image
 from processes import as_ranks, in_processes
 from pyarrow import parquet
-from test_cli import config
 
 from indiclip import json_lines
 from indiclip.cli import main

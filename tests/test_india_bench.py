@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from experiments import ENCODER, config, fit
 from PIL import Image
 from processes import two_ranks
-from test_cli import ENCODER, config, fit
 
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import CardResult, Result, Score, load_result

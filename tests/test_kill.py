@@ -12,8 +12,8 @@ from collections import Counter
 
 import torch
 import yaml
+from experiments import config
 from processes import in_processes
-from test_cli import config
 
 from indiclip.generated.mela import Mela
 from indiclip.training.cli import run

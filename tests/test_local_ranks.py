@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from experiments import config
 from processes import alive, as_they_end, command, forked, wait_until
-from test_cli import config
 
 from indiclip.training.fault_tolerance.local_ranks import explain
 

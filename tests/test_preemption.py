@@ -7,8 +7,8 @@ import stat
 
 import pytest
 import torch
+from experiments import config, fit
 from processes import as_they_end, forked, two_ranks, wait_until
-from test_cli import config, fit
 
 from indiclip.training.fault_tolerance.preemption import requeue
 from indiclip.training.record import read_history

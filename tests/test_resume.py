@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from experiments import ROOT, config, fit
 from helpers import ARCHITECTURE
 from processes import two_ranks
-from test_cli import ROOT, config, fit
 
 from heads.contrastive import Contrastive
 from indiclip.backbone import NaFlexViT

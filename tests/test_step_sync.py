@@ -5,9 +5,9 @@ import json
 import lightning as L
 import pytest
 import torch
+from experiments import config, fit
 from helpers import tiny_encoder
 from processes import two_ranks
-from test_cli import config, fit
 from trouble import BadLoss, Unreadable
 
 from indiclip.generated.mela import Mela

@@ -10,8 +10,8 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+from experiments import config, fit
 from processes import alive, environment, in_processes, two_ranks, wait_until
-from test_cli import config, fit
 from torch.utils.data import Dataset
 from trouble_reading import Troubles, loader
 
