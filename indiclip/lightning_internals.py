@@ -66,11 +66,6 @@ def replace_signal_handlers(trainer: Trainer, register: Callable[[], None] | Non
         trainer._signal_connector.register_signal_handlers = register  # type: ignore[method-assign]
 
 
-def started_by_lightning(trainer: Trainer) -> bool:
-    """Whether Lightning itself starts the other ranks of this machine, not torchrun or SLURM."""
-    return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
-
-
 def take_processes(trainer: Trainer) -> list[Popen[Any]]:
     """The ranks that this process has started, which Lightning's observer is made to watch no more."""
     launcher = trainer.strategy.launcher

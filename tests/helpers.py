@@ -1,16 +1,5 @@
 """Small models and batches for tests."""
 
-import gc
-import os
-import signal
-import socket
-import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable
-from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -19,7 +8,6 @@ from torch import Tensor
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
-from indiclip.loading import workers
 from indiclip.loading.collate import pack
 from indiclip.preprocessing import Preprocessing
 from indiclip.text import TextTower
@@ -89,85 +77,3 @@ def packed(lists: dict[str, list[Any]]) -> dict[str, Any]:
     """Targets of a batch from lists over its images, None where an image has none."""
     count = len(next(iter(lists.values())))
     return pack([{name: of[i] for name, of in lists.items() if of[i] is not None} for i in range(count)])
-
-
-def on_ranks(world: int, function: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What `function(rank)` gives in each of `world` processes of one gloo group (forked: no imports to wait for)."""
-
-    def work(rank: int, queue: Any) -> None:
-        torch.set_num_threads(1)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        address = f"file://{folder}/meet"
-        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-        queue.put((rank, function(rank)))
-        torch.distributed.destroy_process_group()
-
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=work, args=(rank, queue)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    answers = dict(queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(30)
-    return [answers[rank] for rank in range(world)]
-
-
-def forked(work: Callable[[], int], folder: Path, variables: dict[str, str]) -> int:
-    """The id of a process of its own session that exits with what `work` gives: no imports to wait for.
-
-    What it writes is added to `out` and `err` of the folder.
-    """
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    gc.freeze()  # an old loader, were it collected here, would end the workers of the parent
-    workers._all.clear()
-    try:
-        os.setsid()
-        for name, number in (("out", 1), ("err", 2)):
-            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-        os.environ.update(variables)
-        torch.set_num_threads(1)
-        status = work()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
-
-
-def waited(processes: list[int], seconds: float = 240.0) -> list[int]:
-    """The statuses of forked processes, as `subprocess` gives them; those that take too long are killed."""
-    statuses: dict[int, int] = {}
-    end = time.monotonic() + seconds
-    while len(statuses) < len(processes):
-        for process in set(processes) - statuses.keys():
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                statuses[process] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
-                os.killpg(process, signal.SIGKILL)
-        time.sleep(0.02)
-    return [statuses[process] for process in processes]
-
-
-def in_processes(work: Callable[[], int], folder: Path, variables: list[dict[str, str]]) -> CompletedProcess[str]:
-    """What forked processes did together, one for each of `variables`: the first one's status; `args` are their ids."""
-    output = Path(tempfile.mkdtemp(prefix="output", dir=folder))
-    processes = [forked(work, output, own) for own in variables]
-    first, *_ = waited(processes)
-    out, error = ((output / name).read_text() for name in ("out", "err"))
-    return CompletedProcess(processes, first, out, error)
-
-
-def as_ranks(work: Callable[[], int], folder: Path, world: int = 2) -> CompletedProcess[str]:
-    """As `in_processes`, with what torchrun tells the processes of one machine."""
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
-    names = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RUN_ID": "none"}
-    names |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "MASTER_PORT": str(port)}
-    return in_processes(work, folder, [names | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)])

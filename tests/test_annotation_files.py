@@ -6,8 +6,8 @@ import re
 
 import pytest
 import yaml
+from experiments import config, fit
 from PIL import Image
-from test_cli import config, fit
 from test_coco import CONTENT, image
 from test_points import CONTENT as POINTS
 

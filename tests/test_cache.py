@@ -18,9 +18,9 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from experiments import config, fit
 from helpers import only_caption
 from PIL import Image
-from test_cli import config, fit
 
 from indiclip.cli import main
 from indiclip.images import UnreadableSample

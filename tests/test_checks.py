@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from experiments import config, fit
 from PIL import Image
-from test_cli import config, fit
 
 from indiclip.training.cli import run
 

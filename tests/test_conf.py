@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_cli import config
+from experiments import config
 
 from indiclip.cli import main
 from indiclip.evals import procedural

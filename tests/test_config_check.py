@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from test_cli import config
+from experiments import config
 from test_shards import png, write_tar
 from trouble_reading import Broken
 

@@ -1,17 +1,31 @@
 """A run that goes on with other settings: each is listed, and takes effect or is refused; no config is lost."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from experiments import config, fit
 from PIL import Image
-from test_cli import config, fit
 
 from indiclip import json_lines
 from indiclip.training.config_history import ConfigHistory
 
 FOLDER = "runs/experiment"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert fit(folder, config()) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """One with a run of two steps."""
+    return shutil.copytree(trained, tmp_path / "folder", symlinks=True)
 
 
 def saved(folder, name="config.yaml"):
@@ -73,18 +87,20 @@ def test_new_rates_are_those_of_a_run_that_had_them_from_this_step_on(tmp_path):
         ({"trainer__accumulate_grad_batches": 2}, [], "trainer.accumulate_grad_batches: 1 -> 2"),
     ],
 )
-def test_another_training_step_is_refused_without_override(changes, flags, key, tmp_path, capsys):
-    assert fit(tmp_path, config()) == 0
-    before = {file.name: file.read_bytes() for file in (tmp_path / FOLDER).iterdir() if file.is_file()}
-    capsys.readouterr()
-    longer = config(trainer__max_steps=3, **changes)
-    assert going_on(tmp_path, longer, *flags) == 2
+def test_another_training_step_is_refused_without_override(changes, flags, key, folder, capsys):
+    before = {file.name: file.read_bytes() for file in (folder / FOLDER).iterdir() if file.is_file()}
+    assert going_on(folder, config(trainer__max_steps=3, **changes), *flags) == 2
     error = capsys.readouterr().err
     assert key in error
     assert "--override true trains on with the new ones" in error
-    assert {name: (tmp_path / FOLDER / name).read_bytes() for name in before} == before
-    assert going_on(tmp_path, longer, *flags, "--override", "true") == 0
-    assert saved(tmp_path)["trainer"]["max_steps"] == 3
+    assert {name: (folder / FOLDER / name).read_bytes() for name in before} == before
+
+
+def test_with_override_it_trains_on(folder):
+    longer = config(trainer__max_steps=3, data__train__0__batch_size=3)
+    assert going_on(folder, longer, "--override", "true") == 0
+    assert saved(folder)["trainer"]["max_steps"] == 3
+    assert saved(folder)["data"]["train"][0]["batch_size"] == 3
 
 
 @pytest.mark.parametrize(
@@ -203,9 +219,7 @@ def test_the_same_config_again_leaves_one(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_what_does_not_change_the_step_may_change(tmp_path, capsys):
-    assert fit(tmp_path, config()) == 0
-    capsys.readouterr()
+def test_what_does_not_change_the_step_may_change(folder, capsys):
     longer = config(trainer__max_steps=3, data__num_workers=1, trainer__log_every_n_steps=2, trainer__logger=False)
-    assert going_on(tmp_path, longer) == 0
+    assert going_on(folder, longer) == 0
     assert "data.num_workers: 0 -> 1" in capsys.readouterr().out

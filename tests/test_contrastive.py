@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from helpers import batch_images, caption_batch, noise, on_ranks, packed, tiny_encoder
+from helpers import batch_images, caption_batch, noise, packed, tiny_encoder
+from processes import on_ranks
 
 from heads.contrastive import Contrastive, EmbeddingMetric
 from indiclip.datasets.base import SampleDataset

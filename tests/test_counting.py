@@ -8,7 +8,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from helpers import features_of, on_ranks, packed, tiny_encoder
+from helpers import features_of, packed, tiny_encoder
+from processes import on_ranks
 
 from heads.counting import Counting, CountMetric, CountQueries, count_losses, heat_map
 from indiclip.backbone import NaFlexViT

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 import yaml
+from experiments import ROOT, config, fit
 from PIL import Image
-from test_cli import ROOT, config, fit
 
 import indiclip
 from indiclip import json_lines

@@ -11,7 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from helpers import features_of, on_ranks, packed
+from helpers import features_of, packed
+from processes import on_ranks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn

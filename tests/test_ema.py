@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import on_ranks
+from experiments import config, fit
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from test_cli import config, fit
+from processes import on_ranks
 from torch import nn
 
 import indiclip

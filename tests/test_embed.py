@@ -20,10 +20,11 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from experiments import config
 from helpers import noise, tiny_encoder
 from PIL import Image
+from processes import as_ranks, in_processes
 from pyarrow import parquet
-from test_cli import config
 
 from indiclip import json_lines
 from indiclip.cli import main
@@ -107,19 +108,6 @@ def expected(encoder, images):
 
 def of_files(encoder, folder, names):
     return expected(encoder, [Image.open(folder / name) for name in names])
-
-
-def in_child(work):
-    """The wait status of a forked process that does `work` and exits with what that gives."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            status = work()
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
 
 
 # Sources.
@@ -467,12 +455,14 @@ def kill():
 @pytest.mark.parametrize("moments", [(0, 1, 2), (3, 4, 2), (5, 5, 3), (11, 2, 0), (12, 13, 0), (4, 9, 1)])
 def test_killed_three_times_at_any_moment(encoder, photos, tmp_path, monkeypatch, whole, moments):
     """14 files are written: the record, 3 for each of 4 parts, the record again."""
-    out = tmp_path / "out"
+    out, statuses = tmp_path / "out", []
     for moment in moments:
         with monkeypatch.context() as patched:
             at_write(moment, kill, patched)
-            status = in_child(lambda: embed(encoder, out, photos, *WORDS))
-        assert status in (signal.SIGKILL, 0)
+            done = in_processes([lambda: embed(encoder, out, photos, *WORDS)], tmp_path)
+        statuses.append(done.returncode)
+    assert statuses[0] == -signal.SIGKILL
+    assert {*statuses} <= {-signal.SIGKILL, 0}  # a later start may have fewer files left to write
     assert embed(encoder, out, photos, *WORDS) == 0
     assert content(out) == whole
 
@@ -481,7 +471,8 @@ def test_what_was_whole_is_not_embedded_again(encoder, photos, tmp_path, monkeyp
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         at_write(8, kill, patched)  # parts 0 and 1 are there
-        assert in_child(lambda: embed(encoder, out, photos, *WORDS)) == signal.SIGKILL
+        done = in_processes([lambda: embed(encoder, out, photos, *WORDS)], tmp_path)
+    assert done.returncode == -signal.SIGKILL
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("*-0000[01].*")}
     assert embed(encoder, out, photos, *WORDS, "--workers", 2) == 0
     assert "going on: 2 of 4 parts are there" in (shown := capsys.readouterr().out)
@@ -498,18 +489,15 @@ def test_a_signal_ends_it_and_it_goes_on(encoder, photos, tmp_path, monkeypatch,
 
         def work():
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which what starts in the background ignores
-            try:
-                return embed(encoder, out, photos, *WORDS)
-            except SystemExit as end:
-                return end.code
+            return embed(encoder, out, photos, *WORDS)
 
-        assert os.waitstatus_to_exitcode(in_child(work)) == status
+        assert in_processes([work], tmp_path).returncode == status
     assert [file.name for file in out.rglob("*.part")] == []
     assert embed(encoder, out, photos, *WORDS) == 0
     assert content(out) == whole
 
 
-def test_a_full_disk_is_one_line(encoder, photos, tmp_path, capfd, whole):
+def test_a_full_disk_is_one_line(encoder, photos, tmp_path, whole):
     out = tmp_path / "out"
     out.mkdir()
 
@@ -517,46 +505,30 @@ def test_a_full_disk_is_one_line(encoder, photos, tmp_path, capfd, whole):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
         return embed(encoder, out, photos, "--batch_size", 4, "--part_size", 7, "--dtype", "int8")
 
-    assert os.waitstatus_to_exitcode(in_child(work)) == 1
-    assert re.fullmatch(r"indiclip embed: .*keys-00000.parquet: File too large\n", capfd.readouterr().err)
+    done = in_processes([work], tmp_path)
+    assert done.returncode == 1
+    assert re.fullmatch(r"indiclip embed: .*keys-00000.parquet: File too large\n", done.stderr)
     assert [file.name for file in out.rglob("*.part")] == []
     assert embed(encoder, out, photos, *WORDS) == 0
     assert content(out) == whole
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_two_ranks_as_torchrun_starts_them(encoder, photos, tmp_path, monkeypatch, capfd, whole, killed):
-    out, port = tmp_path / "out", 20_000 + os.getpid() % 20_000
+def test_two_ranks_as_torchrun_starts_them(encoder, photos, tmp_path, monkeypatch, whole, killed):
+    out = tmp_path / "out"
 
-    def rank(number):
-        numbers = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        for name, value in numbers.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        if killed and number:
+    def work():
+        if killed and os.environ["RANK"] == "1":
             at_write(1, kill, monkeypatch)
         return embed(encoder, out, photos, *WORDS)
 
-    children = []
-    for number in range(2):
-        child = os.fork()
-        if child == 0:
-            status = 99
-            try:
-                status = rank(number)
-            finally:
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    err = capfd.readouterr().err
+    done = as_ranks(work, tmp_path)
     if killed:
-        assert statuses[1] == signal.SIGKILL
-        assert os.waitstatus_to_exitcode(statuses[0]) == 1
-        assert "another process has ended before its parts were done; the same command goes on" in err
+        assert done.statuses == [1, -signal.SIGKILL]
+        assert "another process has ended before its parts were done; the same command goes on" in done.stderr
         assert embed(encoder, out, photos, *WORDS) == 0
     else:
-        assert statuses == [0, 0]
+        assert done.returncode == 0
     assert content(out) == whole
 
 

@@ -5,7 +5,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import noise, on_ranks, tiny_encoder
+from helpers import noise, tiny_encoder
+from processes import on_ranks
 
 from indiclip.evals.encode import ALONE, Ranks, encode_images, encode_texts
 from indiclip.evals.models.embedder import EncoderEmbedder

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import indiclip
 from indiclip.backbone import NaFlexViT
+from indiclip.config_files import SHIPPED
 from indiclip.encoder import Encoder
 from indiclip.evals.models.embedder import load_embedder
 from indiclip.export.exporter import Refused, export
@@ -26,7 +27,6 @@ from indiclip.export.source import open_source
 from indiclip.export.target import find_target
 from indiclip.pooling import Projection
 from indiclip.pretrained.init_from import InitFrom
-from indiclip.pretrained.read import READERS
 from indiclip.text import TextTower
 from indiclip.timm_backbone import TimmBackbone
 from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SiglipTokenizer
@@ -85,7 +85,6 @@ def test_out_and_in_again_is_bit_equal(runs, exported, target):  # noqa: F811
     assert torch.equal(ours.embed_text(texts), theirs.embed_text(texts))
 
 
-@pytest.mark.skipif("open_clip" not in READERS, reason="OpenCLIP's folders do not come in yet")
 @pytest.mark.parametrize("run", ["portable", "clip"])
 def test_an_open_clip_folder_comes_in_again_bit_equal(runs, exported, run):  # noqa: F811
     ours, theirs = indiclip.load(runs[run]), indiclip.load(exported(run, "open_clip"))
@@ -207,9 +206,13 @@ def test_the_cards_lines_load_the_folder(exported, tmp_path, monkeypatch, target
     (tmp_path / folder.name).symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    names = {"image": picture, "picture": picture}
+    given, shown = {
+        "timm": ("image", "embedding"),
+        "torchvision": ("image", "detector"),
+        "open_clip": ("picture", "image"),
+    }.get(target, ("image", "model"))
+    names = {given: picture}
     exec(lines_of_card(folder), names)
-    shown = {"timm": "embedding", "torchvision": "detector", "open_clip": "image"}.get(target, "model")
     assert names[shown] is not None
 
 
@@ -278,12 +281,13 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(spiece):
     encoder.text = siglip_text(ByteTokenizer(64))
     (loss,) = find_target("siglip2").check(encoder)
     assert "opens that of a SigLIP 2 folder as Gemma's" in loss.reason
-    encoder.text = siglip_text(FastTokenizer("conf/tokenizers/mela.json", 64))
+    encoder.text = siglip_text(FastTokenizer(str(SHIPPED / "tokenizers" / "mela.json"), 64))
     assert len(find_target("siglip2").check(encoder)) == 1
     assert find_target("siglip").check(encoder) == []
-    encoder.text = siglip_text(FastTokenizer("conf/tokenizers/portable.json", 64, clean="nothing"))
+    portable_file = str(SHIPPED / "tokenizers" / "portable.json")
+    encoder.text = siglip_text(FastTokenizer(portable_file, 64, clean="nothing"))
     assert find_target("siglip2").check(encoder) == []
-    encoder.text = siglip_text(FastTokenizer("conf/tokenizers/portable.json", 64, pad_token="<eos>", clean="nothing"))
+    encoder.text = siglip_text(FastTokenizer(portable_file, 64, pad_token="<eos>", clean="nothing"))
     assert len(find_target("siglip2").check(encoder)) == 1
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from experiments import config, fit
 from helpers import ARCHITECTURE, caption_batch, tiny_encoder
-from test_cli import config, fit
 from test_module import four_tasks, mela_data, trainer
 
 from heads.contrastive import Contrastive

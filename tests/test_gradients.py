@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from experiments import config
 from helpers import batch_images, noise
-from test_cli import config
-from test_step_sync import two_ranks
+from processes import two_ranks
 
 from indiclip.backbone import NaFlexViT
 from indiclip.text import TextTower

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from experiments import config, fit
 from helpers import only_caption
 from PIL import Image
-from test_cli import config, fit
 from test_shards import png, write_tar
 
 from indiclip.webdataset.shards import Shards

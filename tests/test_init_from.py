@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import config, fit
 from helpers import ARCHITECTURE, noise, tiny_encoder
-from test_cli import config, fit
 
 import indiclip
 from indiclip import encoder as encoder_module

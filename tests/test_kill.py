@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import signal
 import tempfile
 import zipfile
@@ -11,8 +12,8 @@ from collections import Counter
 
 import torch
 import yaml
-from helpers import in_processes
-from test_cli import config
+from experiments import config
+from processes import in_processes
 
 from indiclip.generated.mela import Mela
 from indiclip.training.cli import run
@@ -46,10 +47,11 @@ def started(folder, scratch, kill=None, workers=0):
     words = ["fit", "--config", str(file), "--runs", str(folder / "runs"), "--ckpt_path", "last"]
 
     def work():
+        os.environ["TMPDIR"] = str(scratch)
         tempfile.tempdir = str(scratch)
         return run(words)
 
-    done = in_processes(work, folder, [{"TMPDIR": str(scratch)}])
+    done = in_processes([work], folder)
     assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr[-3000:]
     return done.stdout
 

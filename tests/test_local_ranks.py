@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import config
-from test_workers import ENVIRONMENT, alive, wait_until
+from experiments import config
+from processes import alive, as_they_end, command, forked, wait_until
 
 from indiclip.training.fault_tolerance.local_ranks import explain
 
@@ -24,19 +22,17 @@ def test_a_rank_that_waits_for_one_that_was_killed_ends_too(killed, tmp_path):
         {"class_path": "indiclip.training.fault_tolerance.local_ranks.LocalRanks", "init_args": {"grace_seconds": 1.0}},
     ]
     file.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    seen = ""
-    while seen.count("stuck\n") < 2:
-        seen += first.stderr.readline()
-    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    second = next(int(pid) for pid in children if b"indiclip" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    os.kill([first.pid, second][killed], signal.SIGKILL)
-    _, error = first.communicate(timeout=60)  # both have closed it
-    assert first.returncode == [-signal.SIGKILL, 1][killed]
+    words = ["fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
+    error = tmp_path / "err"
+    with forked(lambda: command(*words), tmp_path) as first:
+        wait_until(lambda: error.is_file() and error.read_text().count("stuck\n") == 2, 240)
+        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        second = next(int(pid) for pid in children if b"indiclip" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill([first, second][killed], signal.SIGKILL)
+        assert dict(as_they_end([first])) == {first: [-signal.SIGKILL, 1][killed]}
+        wait_until(lambda: not alive(second))
     gone = ["the first process", f"process {second}, status -9"][killed]
-    assert f"indiclip: another rank is gone ({gone}), so this one ends too" in error
-    wait_until(lambda: not alive(second))
+    assert f"indiclip: another rank is gone ({gone}), so this one ends too" in error.read_text()
 
 
 def test_what_a_lost_rank_looks_like_to_the_others():

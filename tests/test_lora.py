@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from experiments import config, fit
 from helpers import ARCHITECTURE, caption_batch, noise, tiny_encoder
-from test_cli import config, fit
 from test_gradients import BACKBONES, TEXTS, without_gradient
 
 import indiclip

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from helpers import caption_batch, on_ranks, tiny_encoder
+from helpers import caption_batch, tiny_encoder
+from processes import on_ranks
 
 from heads.contrastive import Contrastive
 from heads.counting import Counting

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import yaml
-from test_cli import config, fit
+from experiments import config, fit
 
 import indiclip
 from indiclip import old_names

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from experiments import config, fit
 from PIL import Image
-from test_cli import config, fit
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import BertConfig, BertModel
 

@@ -261,7 +261,7 @@ def test_the_interpolation_reaches_loader_processes(num_workers):
 
 
 def test_the_command_hands_the_backbones_interpolation_to_the_data(tmp_path):
-    from test_cli import config
+    from experiments import config
 
     init_args = {"name": "test_vit", "options": {"depth": 1}}
     for given, expected in (({}, "bicubic"), ({"interpolation": "bilinear"}, "bilinear")):

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from helpers import on_ranks
+from processes import on_ranks
 
 from indiclip.training.fault_tolerance.ranks import AgreedStop, Interrupted, together
 

@@ -6,11 +6,11 @@ import re
 import pyarrow as pa
 import pytest
 import yaml
+from experiments import config, fit
 from helpers import only_caption
 from PIL import Image
 from pyarrow import parquet
 from test_annotation_files import annotation, folder, write  # noqa: F401 (a fixture)
-from test_cli import config, fit
 from test_coco import CONTENT, image
 from test_shards import png, write_tar
 

@@ -8,7 +8,7 @@ import types
 import lightning as L
 import pytest
 from helpers import tiny_encoder
-from test_workers import wait_until
+from processes import wait_until
 from trouble_reading import Troubles
 
 from heads.contrastive import Contrastive
@@ -104,7 +104,7 @@ def test_a_step_that_stands_still_is_reported_with_the_stacks_of_the_rank(tmp_pa
 
     fit(tmp_path, Mela(24, 32, "single"), Then("on_before_backward", stand))
     shown = capfd.readouterr().err
-    assert re.search(r"it has been running step 3 for \d+ s\n  rank 0 itself: wait_until \(test_workers.py", shown)
+    assert re.search(r"it has been running step 3 for \d+ s\n  rank 0 itself: wait_until \(processes.py", shown)
     assert "in sleep_until" in (tmp_path / "watchdog-0.txt").read_text()
 
 

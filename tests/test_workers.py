@@ -1,26 +1,21 @@
 """Loader processes: what they note, signals to the group, how they end, and what is said of one that was killed."""
 
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 from threading import Timer
 
 import pytest
-from test_cli import config, fit
-from test_step_sync import two_ranks
+from experiments import config, fit
+from processes import alive, environment, in_processes, two_ranks, wait_until
 from torch.utils.data import Dataset
 from trouble_reading import Troubles, loader
 
 from indiclip.loading.workers import StepLoader, Workers, explain, kill_workers, living_workers, own_reading, reading
-
-TESTS = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 _IMPORTS = """
 import multiprocessing, os, signal, subprocess, sys
@@ -33,22 +28,7 @@ def run_python(code, *arguments):
     """A new process, leader of its own group, with the tests' and our modules at hand."""
     command = [sys.executable, "-c", f"{_IMPORTS}\n{code}", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, env=ENVIRONMENT, start_new_session=True)
-
-
-def alive(pid):
-    """A process that has ended and waits to be asked for its status is not alive."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert true()
+    return subprocess.Popen(command, **pipes, env=environment(), start_new_session=True)
 
 
 def test_what_is_read_is_noted_for_as_long_as_it_is_read():
@@ -272,17 +252,29 @@ def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_refused(length
 
 
 def test_a_killed_worker_of_one_rank_ends_both(tmp_path):
-    done, _ = two_ranks(tmp_path, trouble("killed"))
+    """Both say so, though Lightning's thread that watches the second rank would end the run without a word.
+
+    And `two_ranks` looks that no worker outlives them.
+    """
+    done, _ = two_ranks(tmp_path, trouble("killed"), started_by="lightning")
     assert done.returncode == 1, done.stderr
     lines = sorted(line for line in done.stderr.splitlines() if line.startswith("indiclip: "))
     assert len(lines) == 2, done.stderr
     assert "another rank is gone" in lines[0]
     assert "was killed by SIGKILL" in lines[1]
     assert "Traceback" not in done.stderr
-    wait_until(lambda: not any(_group(leader) for leader in done.args))
 
 
-def _group(leader):
-    """Living processes of a process group."""
-    pids = [path.name for path in Path("/proc").iterdir() if path.name.isdecimal()]
-    return [pid for pid in pids if alive(pid) and os.getpgid(int(pid)) == leader]
+def test_a_forked_process_has_no_part_in_the_workers_of_its_parent(tmp_path):
+    """multiprocessing lets only the parent ask whether they are alive, as is done when Python exits."""
+    steps = iter(loader(Troubles("fine")))
+    next(steps)
+    assert len(living_workers()) == 1
+
+    def work():
+        kill_workers()
+        return len(living_workers())
+
+    done = in_processes([work], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list(steps)) == 23

@@ -51,6 +51,7 @@ T_co = TypeVar("T_co", covariant=True)
 # What this process reads. A worker's is a part of the memory that it shares with the main process.
 _note: Any = bytearray(_NOTE.size)
 _all: "weakref.WeakSet[Workers]" = weakref.WeakSet()
+os.register_at_fork(after_in_child=_all.clear)  # only the process that started workers may ask whether they are alive
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from lightning import Trainer
 
 from indiclip.distributed import gathered
-from indiclip.lightning_internals import started_by_lightning
 
 _Kind = TypeVar("_Kind")
 
@@ -23,13 +22,14 @@ class AgreedStop(Exception):
         status: Exit status of the command.
 
     Attributes:
-        status: 0 in a process that Lightning started: it kills the first one when another ends with an error.
+        status: 0 but for the first process of a machine, which torchrun and Lightning kill when another ends with an
+            error, while it may still have things to do.
         first: Whether this is the process that speaks for all.
     """
 
     def __init__(self, trainer: Trainer, message: str, status: int = 1) -> None:
         super().__init__(message)
-        self.status = 0 if started_by_lightning(trainer) and trainer.local_rank > 0 else status
+        self.status = 0 if trainer.local_rank > 0 else status
         self.first = trainer.is_global_zero
 
 
