@@ -602,7 +602,7 @@ def half_done(encoder, out, monkeypatch, *words):
     """Killed with parts 0 and 1 whole."""
     with monkeypatch.context() as patched:
         at_write(8, kill, patched)
-        assert in_child(lambda: embed(encoder, out, *words)) == signal.SIGKILL
+        assert in_processes([lambda: embed(encoder, out, *words)], out.parent).returncode == -signal.SIGKILL
     assert sorted(file.name for file in (out / ".parts").glob("*.json")) == ["00000.json", "00001.json"]
 
 

@@ -13,6 +13,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 import indiclip
+from indiclip.config_files import SHIPPED
 from indiclip.export.exporter import Refused, export
 from indiclip.export.source import Source
 from indiclip.export.target import find_target, target_names
@@ -20,7 +21,7 @@ from indiclip.pretrained.open_clip_source import OpenClipSource
 from indiclip.pretrained.open_clip_tokenizers import open_clip_tokenizer
 from indiclip.tokenizers import FastTokenizer
 
-PORTABLE = "conf/tokenizers/portable.json"
+PORTABLE = str(SHIPPED / "tokenizers" / "portable.json")
 CLEANINGS = ["whitespace", "lower", "canonicalize"]
 TEXTS = ["Two brass lamps, and a drum!", "a!!! b !c_d", "kite &amp;amp; a", "  two  spaces\t\n", "", "long words " * 80]
 TEXTS += [
@@ -82,7 +83,7 @@ def test_texts_that_open_clip_alone_cleans_are_said_to_differ(tmp_path, clean):
 
 
 @pytest.mark.parametrize("clean", [None, "nothing", *CLEANINGS])
-@pytest.mark.parametrize("file", [PORTABLE, "conf/tokenizers/mela.json"])
+@pytest.mark.parametrize("file", [PORTABLE, str(SHIPPED / "tokenizers" / "mela.json")])
 def test_a_siglip_folder_carries_all_but_what_ftfy_mends(tmp_path, file, clean):
     tokenizer = FastTokenizer(file, 64, clean=clean)
     encoder = portable()
