@@ -18,7 +18,6 @@ import torch
 import yaml
 from experiments import config, fit
 from PIL import Image
-from tokenizers import Tokenizer as RustTokenizer
 from transformers import BertConfig, BertModel
 
 from indiclip.cli import main
@@ -128,8 +127,11 @@ def test_weights_to_begin_with_are_not_needed_again(tmp_path, monkeypatch):
     tree = config()
     text = {"pretrained": str(tmp_path / "bert"), "architecture": None, "tokenizer": tokenizer}
     tree["model"]["encoder"]["text"] |= text
+    (tmp_path / "hub").mkdir()
+    shutil.copy(MELA, tmp_path / "hub" / "tokenizer.json")
+    (tmp_path / "hub" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with monkeypatch.context() as patch:
-        patch.setattr("indiclip.tokenizer_sources._hub_tokenizer", lambda _: RustTokenizer.from_file(MELA))
+        patch.setattr("indiclip.tokenizer_sources._from_hub", lambda _: tmp_path / "hub")
         assert fit(tmp_path, tree) == 0
     shutil.rmtree(tmp_path / "bert")
     folder = tmp_path / "runs" / "experiment"

@@ -165,7 +165,7 @@ def test_a_config_has_its_own_tokenizer_and_context_length(capsys, texts, tmp_pa
     [
         (["byte", "--text", "{texts}"], "byte: no such file or folder.*expected a file, a folder.*nearest is 'bytes'"),
         (["{texts}", "--text", "{texts}"], r"tokenizer\.source: .*texts\.tsv is not a tokenizer\.json: expected"),
-        (["{folder}", "--text", "{texts}"], r"tokenizer\.source: .*empty has no tokenizer\.json; bring it"),
+        (["{folder}", "--text", "{texts}"], r"tokenizer\.source: .*empty: found no tokenizer; expected tokenizer"),
         (
             ["bytes", "--text", "{texts}", "--context_length", "2"],
             r"tokenizer\.context_length: found 2; expected 3 or more",
