@@ -196,13 +196,15 @@ class TimmBackbone(CanvasBackbone):
             return
         head, fc_norm = getattr(self.net, "head", None), getattr(self.net, "fc_norm", None)
         head_norm = getattr(head, "norm", None)  # now: ConvNeXt's head drops it together with the classifier
-        if hasattr(self.net, "prune_intermediate_layers"):  # stages behind it would get no gradient
+        # HRNet's head joins its branches.
+        is_joined = self.is_last_stage and is_model_in_modules(self._args["name"], ["hrnet"])
+        if hasattr(self.net, "prune_intermediate_layers") and not is_joined:  # stages behind it would get no gradient
             self.net.prune_intermediate_layers([self.stage_index], prune_head=True)
         else:
             self.net.reset_classifier(0, "")
-        if isinstance(head, nn.Module) and not isinstance(head, nn.Linear | nn.Identity):
+        if hasattr(head, "global_pool") or hasattr(head, "norm"):  # SelecSLS calls its last convolutions a head
             kept = nn.Module()  # of the head only its norm, by the same name
-            kept.add_module("norm", head_norm)
+            kept.add_module("norm", None if hasattr(head, "fc1") else head_norm)  # InceptionNeXt's is behind an MLP
             self.net.head = kept
         if self.is_last_stage and fc_norm is not None:
             self.net.fc_norm = fc_norm

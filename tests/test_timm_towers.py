@@ -238,3 +238,19 @@ def test_a_name_without_a_network_says_which_file_to_bring(monkeypatch, tmp_path
         read_weights("timm:vit_base_patch16_clip_224.openia")
     with pytest.raises(ValueError, match="test_vit4 has no weights on the hub"):
         read_weights("timm:test_vit4")
+
+
+@pytest.mark.parametrize("name", ["selecsls42", "hrnet_w18_small", "inception_next_atto", "mobilenetv3_small_050"])
+def test_what_a_model_calls_its_head_may_be_a_part_of_its_features(name):
+    """Without its pooling the maps are those with it, and every weight that is left learns."""
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, (64, 64), 32).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = backbone.read_pixels(pixels).tokens_BND
+    backbone.remove_pool()
+    after = backbone.read_pixels(pixels).tokens_BND
+    if name != "mobilenetv3_small_050":  # whose last convolution is behind its pooling
+        torch.testing.assert_close(after, before)
+    after.square().sum().backward()
+    assert [path for path, weight in backbone.named_parameters() if weight.grad is None] == []
