@@ -60,8 +60,8 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
 
 
-def one_line(error: Exception, most: int = 200) -> str:
-    """What an error of another library says, without its line breaks, cut where it is long."""
+def reason_of(error: Exception, most: int | None = 200) -> str:
+    """What an error of another library says, without its line breaks, cut where it is longer than `most`."""
     return " ".join(str(error).split())[:most]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from indiclip.names import check_choice, did_you_mean, one_line
+from indiclip.names import check_choice, did_you_mean, reason_of
 from indiclip.quiet import quiet_transformers
 from indiclip.tokenizers import Tokenizer
 
@@ -178,7 +178,7 @@ def _pretrained_model(name: str) -> Any:
             f"text.pretrained: {name!r} is no folder with a transformers model in safetensors, and not found on the hub"
         ) from error
     except ValueError as error:
-        reason = one_line(error)
+        reason = reason_of(error)
         raise ValueError(
             f"text.pretrained: transformers cannot load {name!r} (code that comes with it is not run): {reason}"
         ) from error

@@ -10,7 +10,7 @@ import timm
 from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from torch import nn
 
-from indiclip.names import check_range, did_you_mean
+from indiclip.names import check_range, did_you_mean, reason_of
 
 
 def check_keeps_patches(model: nn.Module) -> None:
@@ -42,7 +42,7 @@ def reworded(problem: str) -> Iterator[None]:
     try:
         yield
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__  # many of its checks say nothing
+        said = reason_of(error, 300) or type(error).__name__  # many of its checks say nothing
         raise ValueError(f"{problem}: {said}{_nearest_argument(said)}") from error
 
 

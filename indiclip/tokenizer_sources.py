@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from indiclip.names import one_line
+from indiclip.names import reason_of
 
 TOKENIZER_FILES = (
     ("tokenizer.json",),
@@ -95,7 +95,7 @@ def _named(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {one_line(error)}") from error
+        raise ValueError(f"{what}: {reason_of(error)}") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:

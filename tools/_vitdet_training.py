@@ -6,7 +6,6 @@ Files are written whole, checkpoints come before evaluations, and an evaluation 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import time
@@ -23,6 +22,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils.events import CommonMetricPrinter
 
 from indiclip import json_lines
+from indiclip.training.record import finite
 
 NAMES = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm": "ap_medium", "APl": "ap_large"}
 logger = logging.getLogger("detectron2")  # which has its handlers
@@ -96,7 +96,7 @@ class Training:
         logger.info(f"Step {self.step}: {said}")
 
     def add(self, values: dict[str, float]) -> None:
-        """A line of the history."""
+        """A line of the history; detectron2 says NaN where there is no object of a kind."""
         row = {"step": self.step, "seconds": round(time.monotonic() - self._began, 1)}
         json_lines.append(self.history, [row | finite(values)])
 
@@ -190,8 +190,3 @@ def scores(found: dict[str, dict[str, float]]) -> dict[str, float]:
         for theirs, ours in NAMES.items()
         if theirs in found.get(task, {})
     }
-
-
-def finite(values: dict[str, float]) -> dict[str, float | None]:
-    """None is what JSON has no number for: detectron2 says NaN where there is no such object."""
-    return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}

@@ -15,7 +15,7 @@ from indiclip.datasets.languages import caption_language
 from indiclip.datasets.tables import decode_text, is_text, name_in
 from indiclip.datasets.text_rows import text_rows
 from indiclip.images import EncodedImage, UnreadableSample
-from indiclip.names import did_you_mean, shorten
+from indiclip.names import did_you_mean, reason_of, shorten
 
 KINDS = (".csv", ".tsv", ".parquet")
 OnBadRow = Literal["error", "skip"]
@@ -276,7 +276,7 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: broken Parquet: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{file}: broken Parquet: {reason_of(error)}") from error
 
 
 def _as_python(cell: Any) -> Any:

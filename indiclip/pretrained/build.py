@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg
 
 from indiclip.backbone import Backbone
 from indiclip.lora import LoRA
-from indiclip.names import did_you_mean, shorten
+from indiclip.names import did_you_mean, reason_of, shorten
 from indiclip.pooling import Projection
 from indiclip.text import TextTower, architecture_keys
 from indiclip.tokenizers import Tokenizer
@@ -75,7 +75,7 @@ def naming(origin: str, failed: str) -> Iterator[None]:
     except (ImportError, FileNotFoundError):  # these name what is to be installed or brought
         raise
     except Exception as error:
-        said = " ".join(str(error).split())
+        said = reason_of(error, None)
         if isinstance(error, ValueError) and origin in said:
             raise
         if isinstance(error, KeyError):  # a tensor or key that the configuration promises

@@ -17,7 +17,7 @@ from indiclip import old_names
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.masking import is_masked, mask
 from indiclip.module import MultiTask
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, reason_of
 from indiclip.strict_yaml import UniqueKeys
 
 _GROUPS: dict[str, Any] = {"trainer": Trainer, "model": MultiTask, "data": MultiTaskData}
@@ -116,7 +116,7 @@ def check_yaml(files: Iterable[str]) -> None:
             with Path(name).open(encoding="utf-8") as opened:
                 content = yaml.load(opened, UniqueKeys)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: not a YAML file: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{name}: not a YAML file: {reason_of(error, None)}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{name}: expected the keys {', '.join(_GROUPS)}, found {type(content).__name__}")
 

@@ -16,7 +16,7 @@ import yaml
 from indiclip.datasets.languages import OF_INDIA, language_tag
 from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
-from indiclip.names import check_choice, did_you_mean
+from indiclip.names import check_choice, did_you_mean, reason_of
 from indiclip.strict_yaml import UniqueKeys
 
 _KEYS = (
@@ -59,7 +59,7 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     try:
         tree = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file}: no YAML: {reason_of(error, None)}") from error
     tree = _mapping(tree, file, _KEYS)
     task = _text(tree.get("task"), f"{file}: task")
     check_choice(f"{file}: task", task, TASKS)

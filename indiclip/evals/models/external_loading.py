@@ -12,7 +12,7 @@ import timm.models
 import torch
 
 from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
-from indiclip.names import check_choice, did_you_mean, one_line
+from indiclip.names import check_choice, did_you_mean, reason_of
 from indiclip.pretrained.hub import HUB
 from indiclip.pretrained.model_names import read_config
 from indiclip.pretrained.open_clip_source import (
@@ -197,7 +197,7 @@ def _loading(name: str, library: str, download: bool = False, hub_parts: Sequenc
     try:
         yield
     except Exception as error:  # they raise anything: RuntimeError, OSError, UnpicklingError, KeyError
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         if hub_parts and isinstance(error, OSError):
             reason = f"it needs {' and '.join(hub_parts)} of the hub, not in the local cache; only hf-hub: downloads"
         raise ValueError(f"{name}: {library} cannot load it ({reason})") from error
