@@ -5,6 +5,7 @@ Shape letters: see `indiclip.types`; C classes, L trained embedding lengths, S t
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indiclip.evals.protocols.retrieval import pair_ranks
-from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, Ratio, WholeBatch, same_classes
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.types import Batch, Features, class_names
 
@@ -75,17 +76,24 @@ class Contrastive(Head):
                     "without a caption; `captioned: true` leaves them out"
                 )
 
-    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption")
         self._class_text.clear()  # the weights are about to change
-        image_BE = encoder.embed_features(features)
-        text_BE = encoder.embed_text(captions)
+        image_BD, text_BD = encoder.pool_features(features), encoder.pool_text(captions)
         # Not blocking: else the CPU would wait here until the GPU has embedded everything.
-        ids_B = caption_ids(captions).to(image_BE.device, non_blocking=True)
-        loss = self.criterion(image_BE, text_BE, labels_B=_labels(batch, image_BE), caption_ids_B=ids_B)
-        return Losses({"loss": loss}, self._loss_by_language(_drawn_languages(batch)))
+        ids_B = caption_ids(captions).to(image_BD.device, non_blocking=True)
+        rows = (image_BD, text_BD, _labels(batch, image_BD), ids_B, _drawn_languages(batch))
+        return WholeBatch(partial(self._losses, encoder), rows)
 
-    def _loss_by_language(self, codes: list[str]) -> dict[str, Tensor]:
+    def _losses(
+        self, encoder: "Encoder", image_BD: Tensor, text_BD: Tensor, labels_B: Tensor, ids_B: Tensor, codes: list[str]
+    ) -> Losses:
+        """Of the pooled vectors of all pairs of this rank."""
+        image_BE, text_BE = encoder.project_image(image_BD), encoder.project_text(text_BD)
+        loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)
+        return Losses({"loss": loss}, self._loss_by_language(codes))
+
+    def _loss_by_language(self, codes: list[str]) -> dict[str, Ratio]:
         """`loss/<language>` of the batch's languages, where the run has more than one."""
         names = sorted({*codes} - {""})
         self._languages.update(names)
@@ -96,8 +104,8 @@ class Contrastive(Head):
         of_KB = torch.from_numpy(np.array(names)[:, None] == np.array(codes))
         of_KB = of_KB.to(pair_losses_B.device, non_blocking=True)
         # No product with 0 and 1: a pair that is not finite would make all languages so.
-        loss_K = torch.where(of_KB, pair_losses_B, 0).sum(1) / of_KB.sum(1)
-        return dict(zip((f"loss/{name}" for name in names), loss_K, strict=True))
+        ratios = zip(torch.where(of_KB, pair_losses_B, 0).sum(1), of_KB.sum(1), strict=True)
+        return {f"loss/{name}": Ratio(*ratio) for name, ratio in zip(names, ratios, strict=True)}
 
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`image_E`, `text_E` (None without a caption), `hits_L` (zero-shot right at each length, where a class is

@@ -11,6 +11,7 @@ evaluation. H and W are rows and columns of tokens, or of cells where the name s
 import math
 from dataclasses import dataclass, replace
 from itertools import compress
+from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from torch import Tensor, nn
 
-from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, same_classes
-from indiclip.types import Batch, Features, class_names, on_device
+from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, Ratio, same_classes
+from indiclip.types import Batch, Features, class_names, in_float32, on_device, random_seeds
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
@@ -58,7 +59,7 @@ class Counting(Head):
         upsample: Cells along each side of a token: 2 where several things may fall into one patch.
         prompt: What is asked; `{}` stands for the class name.
         ask_boxes: In training, where an image has boxes with classes, ask for each of them too (their centres are the
-            points), and for those of the image before it in the batch: several questions for one pass of the backbone.
+            points), and for as many drawn from the source's classes: several questions for one pass of the backbone.
         **common: Of every `Head`.
 
     Raises:
@@ -123,7 +124,7 @@ class Counting(Head):
         mask_Q1HW = mask_QHW[:, None]
         x_QCHW = x_QCHW * (1 + scale_QC11) + shift_QC11
         x_QCHW = x_QCHW + self.compare(F.gelu(x_QCHW) * mask_Q1HW)
-        density_QSHW = F.softplus(self.density(self.layers(x_QCHW)).float()) * mask_Q1HW
+        density_QSHW = F.softplus(in_float32(self.density(self.layers(x_QCHW)))) * mask_Q1HW
         return F.pixel_shuffle(density_QSHW, self.upsample)[:, 0]
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
@@ -172,7 +173,7 @@ class Counting(Head):
         return queries
 
     def _ask_boxes(self, batch: Batch, queries: CountQueries) -> None:
-        """Add a query for each class of an image's boxes, and of those of the image before it."""
+        """Add a query for each class of an image's boxes, and for as many others, most of which it will not show."""
         boxes, classes = (self.target(batch, name, every=False) for name in ("boxes_xyxy", "classes"))
         labels, names = classes.on_host.tolist(), class_names(batch)
         if labels and max(labels) >= len(names):
@@ -182,8 +183,12 @@ class Counting(Head):
         in_crowd = batch["targets"]["crowd"].on_host.tolist() if "crowd" in batch["targets"] else []
         uncountable = set(compress(pairs, in_crowd))
 
-        followers = {((i + 1) % len(boxes.counts), label) for i, label in pairs}
-        asked = sorted(pair for pair in {*pairs, *followers} - uncountable if boxes.known[pair[0]])
+        others = {
+            (i, label)
+            for i, seed in enumerate(random_seeds(batch))
+            for label in Random(seed).choices(range(len(names)), k=max(1, len({own for j, own in pairs if j == i})))
+        }
+        asked = sorted(pair for pair in {*pairs, *others} - uncountable if boxes.known[pair[0]])
         query_of = {pair: number for number, pair in enumerate(asked, len(queries.images))}
         queries.images += [i for i, _ in asked]
         queries.names += [names[label] for _, label in asked]
@@ -209,14 +214,14 @@ class Counting(Head):
         return counts_L.reshape(-1, H, W)
 
 
-def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> dict[str, Tensor]:
+def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> dict[str, Ratio]:
     """Where the things are, and how many.
 
     `density`: the points are taken as a Poisson process with the predicted intensity, whose negative log-likelihood is
     the sum of the intensity less the sum of its logarithm at the points (Daley and Vere-Jones, An Introduction to the
     Theory of Point Processes, 2003, eq. 2.1.9), here without what the prediction does not change, so that 0 is
     perfect: sum of d - c - c log(d / c) over the cells. `count`: the absolute difference of the counts. Both
-    are sums over the batch, divided by its queries and points.
+    are sums over the batch, to be divided by the number of its queries and points.
 
     Args:
         density_QHW: Predicted, positive; 0 on padding.
@@ -227,8 +232,8 @@ def count_losses(density_QHW: Tensor, counts_QHW: Tensor, known_Q: Tensor) -> di
     deviance_Q = (density_QHW - counts_QHW - counts_QHW * log_ratio_QHW).sum((1, 2))
     counts_Q = counts_QHW.sum((1, 2))
     error_Q = (density_QHW.sum((1, 2)) - counts_Q).abs()
-    total = known_Q.sum().clamp(min=1) + (counts_Q * known_Q).sum()
-    return {"density": (deviance_Q * known_Q).sum() / total, "count": (error_Q * known_Q).sum() / total}
+    number = known_Q.sum() + (counts_Q * known_Q).sum()
+    return {"density": Ratio((deviance_Q * known_Q).sum(), number), "count": Ratio((error_Q * known_Q).sum(), number)}
 
 
 class CountMetric(ListMetric):

@@ -25,9 +25,9 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from indiclip.head import Head, ListMetric, Losses, Picture, Prediction
+from indiclip.head import Head, ListMetric, Losses, Picture, Prediction, Ratio
 from indiclip.surface_charts import NUM_PARTS, Charts, People, chart_losses, coarse_targets, points_of, to_window
-from indiclip.types import Batch, Features, Rows, on_device, targets_of
+from indiclip.types import Batch, Features, Rows, in_float32, on_device, random_seeds, targets_of
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
@@ -62,7 +62,6 @@ class DensePose(Head):
     """
 
     metric: "SurfaceMetric"
-    step: Tensor
 
     required_fields = predict_fields = ("dp_boxes_xyxy",)
     no_flip = "a mirrored body needs the symmetry table, which is not part of IndiCLIP"
@@ -90,8 +89,6 @@ class DensePose(Head):
         self.roi_size, self.channels, self.num_convs, self.upscale = roi_size, channels, num_convs, upscale
         self.coarse_classes, self.box_jitter = coarse_classes, box_jitter
         self.loss_weights = {"coarse": coarse_weight, "part": part_weight, "u": uv_weight, "v": uv_weight}
-        # Saved with the weights: the jitter of step n is the same after a resume. On the device, so never waited for.
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def bind(self, encoder: "Encoder") -> None:
         self.fine = nn.ConvTranspose2d(encoder.backbone.width, self.channels, self.upscale, stride=self.upscale)
@@ -115,13 +112,14 @@ class DensePose(Head):
             fine_BCHW = _extend(fine_BCHW, mask_BHW, self.upscale)
         scale = self.upscale / features.stride
         # In float32: pixel coordinates in bfloat16 would be off by whole patches.
-        rois_R5 = torch.cat([image_R[:, None], windows_R4], 1)
-        x_RChw = roi_align(fine_BCHW.float(), rois_R5, self.roi_size, scale, sampling_ratio=2, aligned=True)
+        maps_BCHW = in_float32(fine_BCHW)
+        rois_R5 = torch.cat([image_R[:, None], windows_R4], 1).to(maps_BCHW.dtype)
+        x_RChw = roi_align(maps_BCHW, rois_R5, self.roi_size, scale, sampling_ratio=2, aligned=True)
         x_RChw = x_RChw.to(fine_BCHW.dtype) + self.position_CHW
         x_RChw = x_RChw.contiguous(memory_format=torch.channels_last)
         for conv in self.convs:
             x_RChw = F.relu(conv(x_RChw))
-        return Charts.split(self.charts(x_RChw).float(), self.coarse_classes)
+        return Charts.split(in_float32(self.charts(x_RChw)), self.coarse_classes)
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         """`coarse`, `part`, `u`, `v`; zero, with zero gradients, where nothing is annotated.
@@ -130,11 +128,10 @@ class DensePose(Head):
         """
         boxes, windows_R4, size_R2 = self._windows(batch)
         if self.training and self.box_jitter:
-            windows_R4 = jitter(windows_R4, size_R2, self.box_jitter, self.step)
-            self.step += 1
+            windows_R4 = jitter(windows_R4, size_R2, self.box_jitter, _numbers(boxes, random_seeds(batch)))
         people = People.of(batch["targets"], windows_R4, size_R2, self.roi_size * 2)
         losses = chart_losses(self(features, windows_R4, boxes.image_R), people)
-        return Losses({name: self.loss_weights[name] * loss for name, loss in losses.items()})
+        return Losses({name: Ratio(self.loss_weights[name] * total, n) for name, (total, n) in losses.items()})
 
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`surfaces` of the ground-truth boxes."""
@@ -192,16 +189,21 @@ class DensePose(Head):
         return np.concatenate([left, right], axis=1), text
 
 
-def jitter(boxes_R4: Tensor, size_R2: Tensor, amount: float, step: Tensor) -> Tensor:
+def _numbers(boxes: Rows, seeds_B: list[int]) -> Tensor:
+    """A number of each box: the image's, and one more for each box of it before."""
+    numbers = [seed + place for seed, count in zip(seeds_B, boxes.counts, strict=True) for place in range(count)]
+    return on_device(numbers, boxes.values.device).long()
+
+
+def jitter(boxes_R4: Tensor, size_R2: Tensor, amount: float, number_R: Tensor) -> Tensor:
     """Move each side of each box by up to `amount` of the box's size, within its image of height and width `size_R2`.
 
     The moves are a low-discrepancy sequence (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences";
-    additive recurrence with powers of the root of x^5 = x + 1), a function of the step and the box's number: a resumed
-    run moves as the uninterrupted one would, which global random numbers do not give.
+    additive recurrence with powers of the root of x^5 = x + 1), a function of the box's number alone: it moves alike
+    on whatever rank, in whatever micro-batch and after a resume.
     """
     # Fractions as whole numbers of 2 ** -24: exact at any step, on devices without float64 too.
-    powers_4 = on_device([round(1.1673039782614187**-n * 2**24) for n in range(1, 5)], step.device)
-    number_R = torch.arange(len(boxes_R4), device=step.device) + step * 1009
+    powers_4 = on_device([round(1.1673039782614187**-n * 2**24) for n in range(1, 5)], number_R.device)
     move_R4 = ((number_R[:, None] * powers_4 % 2**24).to(boxes_R4) / 2**23 - 1) * amount
     sides_R2 = boxes_R4[:, 2:] - boxes_R4[:, :2]
     return _inside(boxes_R4 + move_R4 * sides_R2.repeat(1, 2), size_R2)

@@ -13,8 +13,8 @@ from matplotlib import colormaps
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
-from indiclip.head import Head, Losses, Picture, Prediction
-from indiclip.types import Batch, Features, on_device
+from indiclip.head import Head, Losses, Picture, Prediction, Ratio
+from indiclip.types import Batch, Features, in_float32, on_device
 
 if TYPE_CHECKING:
     from indiclip.encoder import Encoder
@@ -62,13 +62,13 @@ class Depth(Head):
         for layer in self.layers:
             # Padding stays zero, so that an image's depth does not depend on what else is in the batch.
             x_BCHW = x_BCHW + layer(F.gelu(x_BCHW) * mask_B1HW)
-        return F.pixel_shuffle(self.depth(F.gelu(x_BCHW)).float(), self.upsample)[:, 0]
+        return F.pixel_shuffle(in_float32(self.depth(F.gelu(x_BCHW))), self.upsample)[:, 0]
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         depth_BHW = self(features)
         truth_BHW, known_BHW = self._truth(features, batch)
         error_BHW = (depth_BHW - truth_BHW).abs() * known_BHW
-        return Losses({"l1": error_BHW.sum() / known_BHW.sum().clamp(min=1)})
+        return Losses({"l1": Ratio(error_BHW.sum(), known_BHW.sum())})
 
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`depth`: float32 (rows, columns) of cells, each `stride / upsample` pixels wide and high."""

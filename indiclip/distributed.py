@@ -1,8 +1,9 @@
 """What the ranks of a run tell each other; a process without others is rank 0 of 1."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -20,3 +21,22 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value)
     return values
+
+
+def sum_over_ranks(numbers: Tensor) -> Tensor:
+    """Their sum, without gradients. A collective."""
+    if rank_and_world()[1] == 1:
+        return numbers
+    total = numbers.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(numbers: Tensor) -> Tensor:
+    """Their mean; the gradients of every rank's loss reach every rank. A collective, in the backward pass too."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return numbers
+    from torch.distributed.nn.functional import all_reduce  # takes a second to import, which only many ranks need
+
+    return cast(Tensor, all_reduce(numbers)) / world  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from indiclip.pooling import ImagePool, Pool, Projection, TextPool
 from indiclip.preprocessing import AnyImage
 from indiclip.pretrained.init_from import InitFrom, InitialWeights
 from indiclip.text import TextTower, describe
-from indiclip.types import Features, Images, on_device
+from indiclip.types import Features, Images, in_float32, on_device
 
 _DEFAULTS: dict[str, Any] = {
     "backbone": None,
@@ -158,12 +158,17 @@ class Encoder(nn.Module):
 
     def embed_features(self, features: Features, length: int | None = None) -> Tensor:
         """Unit-length image embeddings (B, length) of features."""
+        return self.project_image(self.pool_features(features), length)
+
+    def pool_features(self, features: Features) -> Tensor:
+        """One vector per image (B, D), each for itself: before batch norm, where there is one, and the projection."""
         if self.image_pool.kind == "tower":
-            pooled_BD = self.backbone.pool(features)
-        else:
-            pooled_BD = self.image_pool.reduce(features.tokens_BND, features.valid_BN)
-        pooled_BD = self.image_pool.normalise(pooled_BD)
-        return self._cut(self.image_projection(pooled_BD), length)
+            return self.backbone.pool(features)
+        return self.image_pool(features.tokens_BND, features.valid_BN)
+
+    def project_image(self, pooled_BD: Tensor, length: int | None = None) -> Tensor:
+        """Unit-length image embeddings (B, length) of what `pool_features` gives."""
+        return self._cut(self.image_projection(self.image_pool.normalise(pooled_BD)), length)
 
     def embed_image(
         self,
@@ -211,21 +216,28 @@ class Encoder(nn.Module):
             ValueError: Something other than strings, or a length that was not trained.
         """
         self._check_length(length)
+        if isinstance(texts, list) and not texts:
+            return torch.zeros(0, length or self.embed_dim, device=self.device)
+        return self.project_text(self.pool_text(texts), length, batch_statistics)
+
+    def pool_text(self, texts: str | list[str]) -> Tensor:
+        """One vector per text (B, D), as `pool_features`; equal strings are encoded once. At least one text."""
         many = [texts] if isinstance(texts, str) else list(texts)
         if not all(isinstance(text, str) for text in many):
             raise ValueError(f"embed_text: found {shorten(texts)}; expected a string, or a list of them")
-        if not many:
-            return torch.zeros(0, length or self.embed_dim, device=self.device)
         distinct = list(dict.fromkeys(many))
         rows = self.text.tokenizer.encode(distinct)
         ids_BT, valid_BT = self._on_device(*self.text.padded(rows))
         tokens_BTD = self.text(ids_BT, valid_BT, padded=len(set(map(len, rows))) > 1)
-        pooled_BD = self.text_pool(tokens_BTD, valid_BT, batch_statistics)
-        text_BE = self._cut(self.text_projection(pooled_BD), length)
+        pooled_BD = self.text_pool(tokens_BTD, valid_BT)
         if len(distinct) == len(many):
-            return text_BE
+            return pooled_BD
         position = {text: i for i, text in enumerate(distinct)}
-        return text_BE[on_device([position[text] for text in many], text_BE.device)]
+        return pooled_BD[on_device([position[text] for text in many], pooled_BD.device)]
+
+    def project_text(self, pooled_BD: Tensor, length: int | None = None, batch_statistics: bool = True) -> Tensor:
+        """Unit-length text embeddings (B, length) of what `pool_text` gives."""
+        return self._cut(self.text_projection(self.text_pool.normalise(pooled_BD, batch_statistics)), length)
 
     def embed_classes(
         self, classes: Sequence[str], templates: Sequence[str] = ("{}",), length: int | None = None
@@ -283,4 +295,4 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _cut(embedding_BE: Tensor, length: int | None) -> Tensor:
-        return F.normalize(embedding_BE[:, :length].float(), dim=-1)
+        return F.normalize(in_float32(embedding_BE[:, :length]), dim=-1)

@@ -18,7 +18,8 @@ from timm.layers import LayerNorm2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torchvision import ops
 
-from indiclip.types import on_device
+from indiclip.head import Ratio
+from indiclip.types import in_float32, on_device
 
 _PRIOR = 0.01  # first score of every class, so that the many empty cells do not swamp the first steps (focal loss)
 _TINY = 1e-7  # no division by zero
@@ -198,15 +199,15 @@ def assign(
     return classes_BA, torch.where(positive_BA[..., None], ltrb_BA4, 1.0), ignored_BA
 
 
-def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, ignored_BA: Tensor) -> dict[str, Tensor]:
+def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, ignored_BA: Tensor) -> dict[str, Ratio]:
     """Focal loss of the classes, generalised IoU of the boxes and cross-entropy of the centerness (FCOS, section 3).
 
-    All are sums over the batch, divided by its number of positive cells. Every cell takes part with a weight of 0 or
-    1, so that no index has to be known on the host and every parameter gets a gradient, if only zero.
+    All are sums over the batch, to be divided by the number of positive cells. Every cell takes part with a weight of
+    0 or 1, so that no index has to be known on the host and every parameter gets a gradient, if only zero.
     """
     positive_BA = (classes_BA >= 0) & outputs.valid_BA
     counted_BA = outputs.valid_BA & ~ignored_BA
-    num_positive = positive_BA.sum().clamp(min=1)
+    num_positive = positive_BA.sum()
     one_hot_BAC = F.one_hot(classes_BA + 1, outputs.logits_BAC.shape[-1] + 1)[..., 1:].to(outputs.logits_BAC.dtype)
     focal_BAC = ops.sigmoid_focal_loss(outputs.logits_BAC, one_hot_BAC)
     box_BA = giou_loss(outputs.ltrb_BA4, ltrb_BA4)
@@ -214,9 +215,9 @@ def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, igno
     centerness_BA = (across_BA22.amin(-2) / across_BA22.amax(-2)).prod(-1).sqrt()
     cross_entropy_BA = F.binary_cross_entropy_with_logits(outputs.centerness_BA, centerness_BA, reduction="none")
     return {
-        "classification": (focal_BAC.sum(-1) * counted_BA).sum() / num_positive,
-        "box": (box_BA * positive_BA).sum() / num_positive,
-        "centerness": (cross_entropy_BA * positive_BA).sum() / num_positive,
+        "classification": Ratio((focal_BAC.sum(-1) * counted_BA).sum(), num_positive),
+        "box": Ratio((box_BA * positive_BA).sum(), num_positive),
+        "centerness": Ratio((cross_entropy_BA * positive_BA).sum(), num_positive),
     }
 
 
@@ -239,7 +240,7 @@ def _area(ltrb_BA4: Tensor) -> Tensor:
 
 def _cells(map_BCHW: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H * W, C) in float32: box arithmetic in bfloat16 would be off by pixels."""
-    return map_BCHW.permute(0, 2, 3, 1).flatten(1, 2).float()
+    return in_float32(map_BCHW.permute(0, 2, 3, 1).flatten(1, 2))
 
 
 def _resize(width: int, scale: float) -> nn.Module:

@@ -7,7 +7,8 @@ YAML names its class.
 import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 
 from indiclip.distributed import gathered
 from indiclip.names import check_range
+from indiclip.ratios import Ratio, Values
 from indiclip.types import Batch, Features, Rows
 
 if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
+
+__all__ = ["Head", "ListMetric", "Losses", "Ratio", "WholeBatch", "same_classes"]
 
 Datasets = Mapping[str, "SampleDataset"]  # YAML key of the source, such as `data.train[0]` -> its dataset
 Prediction = dict[str, Any]  # what a head predicts for an image, or what is true of it, by name
@@ -33,13 +37,26 @@ class Losses(NamedTuple):
     """What a head makes of a batch in training.
 
     Attributes:
-        terms: Scalars to be summed.
-        logged: Detached numbers that are logged beside them. Their names may differ from step to step and between
-            ranks; `<number>/<language>` is a curve in a plot of the number.
+        terms: To be summed. A scalar is a mean over this batch's images, of which every rank has as many; what is
+            normalised by anything else, such as a number of boxes, is a `Ratio`.
+        logged: Detached numbers that are logged beside them, as `terms`. Their names may differ from step to step and
+            between ranks; `<number>/<language>` is a curve in a plot of the number.
     """
 
-    terms: dict[str, Tensor]
-    logged: Mapping[str, Tensor] = {}
+    terms: Values
+    logged: Values = MappingProxyType({})
+
+
+class WholeBatch(NamedTuple):
+    """Losses that compare the samples of a batch with each other, to be computed once all micro-batches are there.
+
+    Attributes:
+        function: Gives the losses of all rows. It may have parameters of its own.
+        rows: Its arguments: tensors and lists with a row per sample. Gradients go through those of floating point.
+    """
+
+    function: Callable[..., Losses]
+    rows: tuple[Tensor | list[Any], ...]
 
 
 class Head(nn.Module, ABC):
@@ -99,8 +116,12 @@ class Head(nn.Module, ABC):
         """
 
     @abstractmethod
-    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
-        """Every parameter of the head gets a gradient, also for images without objects. Never waits for the device."""
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses | WholeBatch:
+        """Every parameter of the head gets a gradient, also for images without objects. Never waits for the device.
+
+        What is random in it is a function of torch's generators and of the targets' `random_seed`: with
+        `model.micro_batches` it is called twice for each part of the batch, first without gradients.
+        """
 
     @abstractmethod
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:

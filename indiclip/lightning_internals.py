@@ -9,11 +9,23 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import Tensor
 
 
 def batches_done(trainer: Trainer) -> int:
     """Micro-batches that this run has trained on, those before its checkpoint too; exact in mid-epoch."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+
+def logs_after_step(trainer: Trainer) -> bool:
+    """Whether the numbers of this training step go to the loggers, or it is the last one."""
+    return trainer._logger_connector.should_update_logs or trainer.global_step + 1 == trainer.max_steps
+
+
+def gradient_scale(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """What the precision plug-in will do to the loss before its backward pass: of float16, scale it."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler.scale if scaler is not None else lambda gradient: gradient
 
 
 def estimated_steps(trainer: Trainer) -> float:

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from indiclip import optim
-from indiclip.distributed import gathered
+from indiclip.distributed import gathered, rank_and_world, sum_over_ranks
 from indiclip.encoder import Encoder
 from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
-from indiclip.head import Head, Metrics, Prediction
-from indiclip.lightning_internals import batches_done, estimated_steps
+from indiclip.head import Head, Losses, Metrics, Prediction, WholeBatch
+from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
+from indiclip.micro_batches import Outputs, cached_gradients, split
 from indiclip.names import check_range
+from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
@@ -43,6 +45,8 @@ class MultiTask(L.LightningModule):
         layer_decay: Factor of the learning rate from each block of a tower to the block below.
         uncertainty_weighting: Learn each head's weight (Kendall, Gal, Cipolla, CVPR 2018, arXiv:1705.07115, eq. 10
             with s = log sigma^2): exp(-s) * loss + s instead of the loss. The head's `weight` stays a factor.
+        micro_batches: Parts of a rank's batch that go through the model one after the other, where memory does not hold
+            all of it; gradients are those of the whole batch, see `indiclip.micro_batches`.
         freeze: What is not trained: `image` or `text` (a tower and its pooling; LiT is `[image]`), `projections`,
             `logit_scale` (with its bias), or paths such as `encoder.backbone.vit.blocks.0`. It stays in evaluation
             mode, gets no gradients, and the optimizer does not know it.
@@ -66,6 +70,7 @@ class MultiTask(L.LightningModule):
         lr_scale: dict[str, float] | None = None,
         layer_decay: float = 1.0,
         uncertainty_weighting: bool = False,
+        micro_batches: int = 1,
         freeze: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +78,7 @@ class MultiTask(L.LightningModule):
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
         check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
         check_range({"model.layer_decay": layer_decay}, 0, 1, without=0)
+        check_range({"model.micro_batches": micro_batches}, 1)
         self.encoder = encoder
         for head in heads:
             head.bind(encoder)
@@ -82,7 +88,7 @@ class MultiTask(L.LightningModule):
         self.lr, self.warmup_steps = lr, warmup_steps
         self.weight_decay = 0.05 if optimizer is None and weight_decay is None else weight_decay
         self.optimizer, self.lr_schedule = optimizer or _DEFAULT_OPTIMIZER, lr_schedule or optim.Cosine()
-        self.lr_scale, self.layer_decay = lr_scale, layer_decay
+        self.lr_scale, self.layer_decay, self.micro_batches = lr_scale, layer_decay, micro_batches
         self.log_variances = nn.ParameterDict(
             {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
         )
@@ -118,8 +124,11 @@ class MultiTask(L.LightningModule):
         return cast(list[Head], list(self.heads.values()))
 
     def on_train_batch_start(self, *_: Any) -> None:
-        # Dropout and the like: a function of the step, so that a resumed run draws what the uninterrupted one did.
-        place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), self.trainer.global_rank)
+        self._seed()
+
+    def _seed(self, *part: int) -> None:
+        """Dropout and the like: a function of the step, so that a resumed run draws what the uninterrupted one did."""
+        place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), self.trainer.global_rank, *part)
         seed = zlib.crc32(repr(place).encode())
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.3 ms and seeds every GPU
         if self.device.type == "cuda":
@@ -127,21 +136,58 @@ class MultiTask(L.LightningModule):
 
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         _count_in_float32()
-        features: dict[str, Features] = {}
-        zero = torch.zeros((), device=self.device)
-        self.head_losses = {}
         for head in self.each_head():
             if head.task not in batches:
                 raise ValueError(f"model.heads: {head.name} reads the task {head.task!r}; the step has no batch of it")
-            batch = batches[head.task]
+        if self.micro_batches == 1:
+            return self._total(self._outputs(batches))
+        self.zero_grad()
+        parts, scale = split(batches, self.micro_batches), gradient_scale(self.trainer)
+        return cached_gradients(parts, self._outputs_of_part, self._total, self, scale)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        if self.micro_batches == 1:  # else `training_step` has left gradients, which are not to be lost
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def _outputs(self, batches: Batches) -> Outputs:
+        """What each head makes of its batch."""
+        features: dict[str, Features] = {}
+        outputs: Outputs = {}
+        for head in self.each_head():
+            if (batch := batches.get(head.task)) is None:
+                continue
             if head.task not in features:  # heads of one task share its features
                 features[head.task] = self.encoder.features(batch["images"])
-            terms, logged = head.loss(features[head.task], batch, self.encoder)
-            self.head_losses[head.name] = self._weighted(head, sum(terms.values(), zero))
-            values = {name: loss.detach() for name, loss in terms.items()} | dict(logged)
-            self.log_dict({f"train/{head.name}/{name}": value for name, value in values.items()}, batch_size=1)
+            outputs[head.name] = head.loss(features[head.task], batch, self.encoder)
+        return outputs
+
+    def _outputs_of_part(self, number: int, batches: Batches) -> Outputs:
+        """As `_outputs`, of a part of the batch: means over images are sums over them, for there are more."""
+        self._seed(number)
+        outputs = self._outputs(batches)
+        for head in self.each_head():
+            if isinstance(losses := outputs.get(head.name), Losses):
+                images = len(batches[head.task]["keys"])
+                outputs[head.name] = Losses(*(as_ratios(values, images) for values in losses))
+        return outputs
+
+    def _total(self, outputs: Outputs) -> Tensor:
+        """The step's loss, and what is logged of it."""
+        losses = {
+            name: output.function(*output.rows) if isinstance(output, WholeBatch) else output
+            for name, output in outputs.items()
+        }
+        terms = over_all_ranks({f"{name}/{term}": v for name, of in losses.items() for term, v in of.terms.items()})
+        zero = torch.zeros((), device=self.device)
+        self.head_losses = {}
+        for head in self.each_head():
+            loss = sum((terms[f"{head.name}/{term}"] for term in losses[head.name].terms), zero)
+            self.head_losses[head.name] = self._weighted(head, loss)
         total = sum(self.head_losses.values(), zero)
-        self.log("train/loss", total.detach(), batch_size=1)
+        self._log_means(
+            {name: term.detach() for name, term in terms.items()} | {"loss": total.detach()},
+            {f"{name}/{number}": value for name, of in losses.items() for number, value in of.logged.items()},
+        )
         return total
 
     def _weighted(self, head: Head, loss: Tensor) -> Tensor:
@@ -150,6 +196,14 @@ class MultiTask(L.LightningModule):
         s = self.log_variances[head.name]
         self.log(f"train/{head.name}/log_variance", s.detach(), batch_size=1)
         return cast(Tensor, head.weight * (torch.exp(-s) * loss + s))
+
+    def _log_means(self, terms: dict[str, Tensor], logged: Values) -> None:
+        """Log `train/...`, means over the ranks: of the terms, which all have, and of what only some may have."""
+        if (world := rank_and_world()[1]) > 1:
+            terms = dict(zip(terms, sum_over_ranks(torch.stack([*terms.values()])) / world, strict=True))
+        if world == 1 or logs_after_step(self.trainer):  # among ranks the host waits for them
+            terms |= means_over_ranks(logged, self.device)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=1)
 
     def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[Prediction]]:
         """Each head's predictions, `{head: one dict per image}`; `head/source` where its task has several sources."""

@@ -20,6 +20,7 @@ class _Tables(TypedDict):
 _TABLES: _Tables = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 MODULES = _TABLES["modules"]
 _MOVED = _TABLES["moved"]
+_STEP = re.compile(r"heads\.[\w-]+\.step")
 _NAMES = _MOVED | _TABLES["classes"] | MODULES
 _OLD_BETAS = [0.9, 0.98]  # AdamW's, when `betas` was a key of the model
 _OLD_SOURCE = {"group_by_length": True}  # of every source, when there was no such option
@@ -104,7 +105,8 @@ def translate_checkpoint(checkpoint: dict[str, Any]) -> None:
     checkpoint["callbacks"] = {short.get(key, key): state for key, state in callbacks.items()}
     if "owed" in (validation := checkpoint["callbacks"].get("ResumeValidation", {})):
         validation["due"] = validation.pop("owed")
-    weights = checkpoint.get("state_dict", {})
+    # DensePose counted steps, for its jitter.
+    weights = {name: w for name, w in checkpoint.get("state_dict", {}).items() if not _STEP.fullmatch(name)}
     for old, new in _TABLES["weights"].items():
         weights = {re.sub(old, new, name): weight for name, weight in weights.items()}
     checkpoint["state_dict"] = weights

@@ -4,13 +4,15 @@ Shape letters: see `indiclip.types`.
 """
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from indiclip.distributed import mean_over_ranks, rank_and_world
 from indiclip.names import check_choice
 
 ImagePool = Literal["attention", "mean", "tower"]
@@ -61,7 +63,7 @@ class Pool(nn.Module):
             `pooler` the first token through a dense layer and tanh (BERT, LaBSE).
         batch_norm: Normalise each channel over the batch. New towers give nearly the same vector for everything
             (cosines above 0.9), and short training from scratch spends most of its steps on leaving that; batch norm
-            takes what is common away. `trainer.sync_batchnorm` makes the statistics those of all ranks.
+            takes what is common away. The statistics are those of all ranks.
     """
 
     def __init__(self, width: int, kind: str = "attention", batch_norm: bool = False) -> None:
@@ -74,10 +76,7 @@ class Pool(nn.Module):
         self.dense = nn.Linear(width, width) if kind == "pooler" else None
         self.norm = nn.BatchNorm1d(width, affine=False) if batch_norm else None
 
-    def forward(self, tokens_BND: Tensor, valid_BN: Tensor | None, batch_statistics: bool = True) -> Tensor:
-        return self.normalise(self.reduce(tokens_BND, valid_BN), batch_statistics)
-
-    def reduce(self, tokens_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
+    def forward(self, tokens_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
         """(B, D) before batch norm."""
         if self.pool is not None:
             mask = None if valid_BN is None else valid_BN[:, None, None, :]
@@ -100,8 +99,29 @@ class Pool(nn.Module):
         """Batch norm, where there is one."""
         if self.norm is None:
             return pooled_BD
-        # One vector has no variance. Over ranks it has, and there all must take part in their exchange.
-        alone = len(pooled_BD) == 1 and not isinstance(self.norm, nn.SyncBatchNorm)
-        if self.training and batch_statistics and not alone:
-            return cast(Tensor, self.norm(pooled_BD))
-        return F.batch_norm(pooled_BD, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
+        number = len(pooled_BD) * rank_and_world()[1]
+        if self.training and batch_statistics and number > 1:  # one vector has no variance
+            return _normalise_over_ranks(self.norm, pooled_BD, number)
+        # Copies: a later batch of the same step may change the statistics before the backward pass reads them.
+        statistics = [cast(Tensor, buffer).clone() for buffer in (self.norm.running_mean, self.norm.running_var)]
+        return F.batch_norm(pooled_BD, *statistics, eps=self.norm.eps)
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """The buffers of batch norm, which a forward pass in training changes."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
+def _normalise_over_ranks(norm: Any, x_BD: Tensor, number: int) -> Tensor:
+    """What `norm` would make of the rows of all ranks, in float32 or above; torch's SyncBatchNorm is for GPUs alone."""
+    x_BD = x_BD.to(torch.promote_types(x_BD.dtype, torch.float32))
+    mean_D = mean_over_ranks(x_BD.mean(0))
+    centred_BD = x_BD - mean_D
+    var_D = mean_over_ranks(centred_BD.square().mean(0))
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean_D.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_((var_D * number / (number - 1)).to(norm.running_var.dtype), norm.momentum)
+    normalised_BD: Tensor = centred_BD * (var_D + norm.eps).rsqrt()
+    return normalised_BD

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from indiclip.head import Ratio
 from indiclip.types import Rows, on_device
 
 NUM_PARTS = 24
@@ -86,8 +87,8 @@ class People(NamedTuple):
         return cls(coarse_Rhw, person_S, to_window(xy_S2, windows_R4[person_S]), part_S, uv_S2)
 
 
-def chart_losses(charts: Charts, people: People) -> dict[str, Tensor]:
-    """The four losses of detectron2's DensePoseChartLoss, without their weights.
+def chart_losses(charts: Charts, people: People) -> dict[str, Ratio]:
+    """The four losses of detectron2's DensePoseChartLoss, without their weights, as sums to be divided.
 
     `coarse`: mean cross-entropy of the mask classes over all annotated cells. `part`: mean cross-entropy of the part
     over the points. `u`, `v`: smooth L1 of the annotated part's U and V over the points. Maps are read at points
@@ -99,20 +100,16 @@ def chart_losses(charts: Charts, people: People) -> dict[str, Tensor]:
     """
     coarse = F.cross_entropy(charts.coarse_logits, people.coarse_Rhw, ignore_index=-1, reduction="sum")
     inside_S = ((people.xy_S2 >= 0) & (people.xy_S2 <= 1)).all(1).float()
-    num_points = inside_S.sum().clamp(min=1)
+    num_points = inside_S.sum()
     values_SC = read_at(torch.cat([charts.part_logits, charts.u, charts.v], 1), people.person_S, people.xy_S2)
     logits_SK, u_SK, v_SK = torch.split(values_SC, NUM_PARTS + 1, dim=1)
     part_S1 = people.part_S[:, None]
     own_uv_S2 = torch.cat([u_SK.gather(1, part_S1), v_SK.gather(1, part_S1)], 1)
     part_loss_S = F.cross_entropy(logits_SK, people.part_S, reduction="none")
     uv_loss_S2 = F.smooth_l1_loss(own_uv_S2, people.uv_S2, reduction="none")
-    u_loss, v_loss = ((loss_S * inside_S).sum() / num_points for loss_S in uv_loss_S2.unbind(1))
-    return {
-        "coarse": coarse / (people.coarse_Rhw >= 0).sum().clamp(min=1),
-        "part": (part_loss_S * inside_S).sum() / num_points,
-        "u": u_loss,
-        "v": v_loss,
-    }
+    of_points = {"part": part_loss_S, "u": uv_loss_S2[:, 0], "v": uv_loss_S2[:, 1]}
+    losses = {name: Ratio((loss_S * inside_S).sum(), num_points) for name, loss_S in of_points.items()}
+    return {"coarse": Ratio(coarse, (people.coarse_Rhw >= 0).sum()), **losses}
 
 
 def to_window(xy_S2: Tensor, boxes_S4: Tensor) -> Tensor:

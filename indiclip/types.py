@@ -5,9 +5,10 @@ Shape letters used in the whole project:
     D token width, K class and register tokens, H W rows and columns of patches, E embedding length, T text tokens.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class Sample(TypedDict, total=False):
     image: Annotated[Any, Field("image")]
     annotated_upright: Annotated[bool, Field("image")]  # coordinates are of the image turned as its EXIF says
     key: Text  # unique in its dataset, stable between runs
+    random_seed: Text  # int, of this sample in this step, whatever rank it is on; `loading` gives it in training
     caption: Text
     language: Text  # of `caption`: a BCP-47 code such as hi or hi-Latn
     # language ("" where it is unknown) -> texts; `indiclip.datasets.languages` draws one of them for `caption`
@@ -145,6 +147,14 @@ class Rows:
         index_BM = pad_sequence(of_images, batch_first=True, padding_value=len(numbers_R))
         return index_BM.to(self.values.device, non_blocking=True)
 
+    def part(self, first: int, last: int) -> "Rows":
+        """Those of the images from `first` to before `last`."""
+        begin, count = sum(self.counts[:first]), sum(self.counts[first:last])
+        rows = slice(begin, begin + count)
+        part = Rows(self.values[rows], self.image_R[rows] - first, self.counts[first:last], self.known[first:last])
+        part.on_host = self.on_host[rows]
+        return part
+
     def rows_of(self, image: int) -> slice:
         """Where an image's rows lie."""
         first = sum(self.counts[:image])
@@ -184,6 +194,17 @@ def class_names(batch: Batch) -> Sequence[str]:
     return batch["origin"].classes if "origin" in batch else ()
 
 
+def random_seeds(batch: Batch) -> list[int]:
+    """Of each sample, on whatever rank and in whatever micro-batch it is; its key's where the loader gave none."""
+    drawn = batch["targets"].get("random_seed") or [None] * len(batch["keys"])
+    return [zlib.crc32(key.encode()) if seed is None else seed for key, seed in zip(batch["keys"], drawn, strict=True)]
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """As float32, where half precision would be off; float64 stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def on_device(numbers: Any, device: torch.device) -> Tensor:
     """Plain numbers as a tensor, without waiting for the device, as `torch.tensor(numbers, device=device)` does."""
     return torch.tensor(numbers).to(device, non_blocking=True)
@@ -204,6 +225,31 @@ def targets_of(batch: Batch, image: int) -> dict[str, Any]:
                 rows = rows - batch["targets"][field.into].rows_of(image).start
             found[name] = rows[0] if field.kind == "map" else rows
     return {name: value for name, value in found.items() if value is not None}
+
+
+def part_of(batch: Batch, first: int, last: int) -> Batch:
+    """The images from `first` to before `last`, patches padded to the longest of these."""
+    images = batch["images"]
+    sizes_hw = images["sizes_hw"][first:last]
+    patch_size = round((images["patches_BNP"].shape[-1] / 3) ** 0.5)
+    longest = max((height // patch_size) * (width // patch_size) for height, width in sizes_hw)
+    part: dict[str, Any] = {**batch, "keys": batch["keys"][first:last]}
+    part["images"] = Images(
+        patches_BNP=images["patches_BNP"][first:last, :longest],
+        coords_BN2=images["coords_BN2"][first:last, :longest],
+        valid_BN=images["valid_BN"][first:last, :longest],
+        sizes_hw=sizes_hw,
+        scale=images["scale"][first:last],
+    )
+    targets = batch["targets"]
+    part["targets"] = {
+        name: value.part(first, last) if isinstance(value, Rows) else value[first:last]
+        for name, value in targets.items()
+    }
+    for name, value in part["targets"].items():
+        if into := FIELDS[name].into:
+            value.values = value.values - sum(targets[into].counts[:first])
+    return cast(Batch, part)
 
 
 @dataclass

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.head import Losses, WholeBatch
 from indiclip.loading.collate import pack
 from indiclip.preprocessing import Preprocessing
+from indiclip.ratios import over_all_ranks
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
 from indiclip.types import Batch, Features, Images
@@ -77,3 +79,9 @@ def packed(lists: dict[str, list[Any]]) -> dict[str, Any]:
     """Targets of a batch from lists over its images, None where an image has none."""
     count = len(next(iter(lists.values())))
     return pack([{name: of[i] for name, of in lists.items() if of[i] is not None} for i in range(count)])
+
+
+def step_losses(output: Losses | WholeBatch) -> Losses:
+    """The numbers that a head's losses are where its batch is the whole step."""
+    losses = output.function(*output.rows) if isinstance(output, WholeBatch) else output
+    return Losses(*map(over_all_ranks, losses))

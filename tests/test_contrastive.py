@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
-from helpers import batch_images, caption_batch, noise, packed, tiny_encoder
+from helpers import batch_images, caption_batch, noise, packed, step_losses, tiny_encoder
 from processes import on_ranks
 
 from heads.contrastive import Contrastive, EmbeddingMetric
 from indiclip.datasets.base import SampleDataset
 from indiclip.evals.protocols import cosines
 from indiclip.evals.protocols.retrieval import pair_ranks
+from indiclip.ratios import over_all_ranks
 from indiclip.types import Batch, Origin
 
 
@@ -130,7 +131,7 @@ def test_labels_on_one_rank_alone(tmp_path, loss):
         targets = packed({"caption": [captions[i] for i in rows], "label": [labels[i] for i in rows]})
         batch = Batch(images=images, targets=targets, keys=[str(i) for i in rows])
         with torch.no_grad():
-            return head.loss(encoder.features(images), batch, encoder).terms["loss"].item()
+            return step_losses(head.loss(encoder.features(images), batch, encoder)).terms["loss"].item()
 
     answers = on_ranks(2, lambda rank: value(range(2 * rank, 2 * rank + 2)), tmp_path)
     assert sum(answers) / 2 == pytest.approx(value(range(4)), rel=1e-5)
@@ -151,7 +152,7 @@ def test_the_loss_by_language_by_hand(loss):
     batch = language_batch(captions, ["en", "hi", "en", "hi", "en"])
     with torch.no_grad():
         features = encoder.features(batch["images"])
-        terms, logged = head.loss(features, batch, encoder)
+        terms, logged = step_losses(head.loss(features, batch, encoder))
         image_BE, text_BE = encoder.embed_features(features).double(), encoder.embed_text(captions).double()
         pair_B = torch.zeros(5, dtype=torch.float64)
         for length in encoder.lengths:
@@ -178,7 +179,7 @@ def test_languages_and_labels_together_average_to_the_loss(precision):
     batch = language_batch(["a kite", "पतंग", "a kite", "পতাকা"], ["en", "hi", "en", "bn"])
     batch["targets"]["label"] = torch.tensor([0, 0, -1, 1])
     with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        terms, logged = head.loss(encoder.features(batch["images"]), batch, encoder)
+        terms, logged = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder))
     shares = {"loss/en": 2, "loss/hi": 1, "loss/bn": 1}
     weighted = sum(n * logged[name].item() for name, n in shares.items()) / 4
     assert weighted == pytest.approx(terms["loss"].item(), rel=1e-5)
@@ -190,7 +191,7 @@ def test_what_has_no_language_or_no_other_counts_in_none():
 
     def logged(languages):
         batch = language_batch(["a", "b", "c"], languages)
-        found = head.loss(encoder.features(batch["images"]), batch, encoder).logged
+        found = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).logged
         return {name: value.item() for name, value in found.items()}
 
     assert logged(["hi", None, "hi"]) == {}  # one language
@@ -199,7 +200,7 @@ def test_what_has_no_language_or_no_other_counts_in_none():
     assert logged(["hi", None, "hi"]).keys() == {"loss/hi"}  # the run has two, this step one
     assert logged(["hi", "no code", "x/y"]).keys() == {"loss/hi"}
     batch = caption_batch(["a", "b"])
-    assert head.loss(encoder.features(batch["images"]), batch, encoder).logged == {}
+    assert step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).logged == {}
 
 
 def brute_force(image, text, caption, k):
@@ -291,7 +292,7 @@ def test_a_pair_that_is_not_finite_is_found_by_its_language():
     encoder, head = tiny_encoder(), Contrastive()
     head.bind(encoder)
     head.criterion.pair_losses_B, head._languages = torch.tensor([1.0, float("inf"), 2.0]), {"en", "hi"}
-    logged = head._loss_by_language(["en", "hi", "en"])
+    logged = over_all_ranks(head._loss_by_language(["en", "hi", "en"]))
     assert {name: value.item() for name, value in logged.items()} == {"loss/en": 1.5, "loss/hi": float("inf")}
 
 
@@ -349,7 +350,7 @@ def test_every_parameter_gets_a_gradient(loss):
     encoder, head = tiny_encoder(), Contrastive(loss=loss)
     head.bind(encoder)
     batch = caption_batch(["a kite", "a drum", "पतंग", "a kite"])
-    sum(head.loss(encoder.features(batch["images"]), batch, encoder).terms.values()).backward()
+    sum(step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).terms.values()).backward()
     for name, parameter in [*encoder.named_parameters(), *head.named_parameters()]:
         assert parameter.grad is not None, name
 
@@ -362,7 +363,7 @@ def test_learns_four_pictures_and_says_so_at_every_length():
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        head.loss(encoder.features(batch["images"]), batch, encoder).terms["loss"].backward()
+        step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).terms["loss"].backward()
         optimizer.step()
     encoder.eval()
     head.eval()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from helpers import features_of, packed, tiny_encoder
+from helpers import batch_images, features_of, noise, packed, step_losses, tiny_encoder
 from processes import on_ranks
 
 from heads.counting import Counting, CountMetric, CountQueries, count_losses, heat_map
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.ratios import over_all_ranks
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
-from indiclip.types import Batch, Features, Origin
+from indiclip.types import Batch, Features, Origin, part_of
 
 WIDTH = 32
 BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -40,7 +42,7 @@ def head_for(encoder: Encoder, **options: Any) -> Counting:
 def batch_of(sizes_hw: list[tuple[int, int]], points: list[Any], names: list[str]) -> Batch:
     tensors = [None if p is None else torch.tensor(np.array(p), dtype=torch.float32).reshape(-1, 2) for p in points]
     targets = packed({"points_xy": tensors, "count_class": names})
-    images = {"sizes_hw": sizes_hw, "scale": [(1.0, 1.0)] * len(sizes_hw)}
+    images = batch_images([noise(*size_hw) for size_hw in sizes_hw], 8, 64) | {"sizes_hw": sizes_hw}
     return cast(Batch, {"images": images, "targets": targets, "keys": [str(i) for i in range(len(sizes_hw))]})
 
 
@@ -80,18 +82,20 @@ def test_losses_by_hand() -> None:
     """Two cells with 2 and 0 things, answered 1 and 0.5; a second image without an answer, a third without things."""
     density_QHW = torch.tensor([[[1.0, 0.5]], [[3.0, 4.0]], [[0.25, 0.0]]])
     counts_QHW = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
-    losses = count_losses(density_QHW, counts_QHW, torch.tensor([True, False, True]))
+    losses = over_all_ranks(count_losses(density_QHW, counts_QHW, torch.tensor([True, False, True])))
     deviance = (1 - 2 - 2 * np.log(1 / 2)) + 0.5 + 0.25
     assert losses["density"].item() == pytest.approx(deviance / (2 + 2), rel=1e-6)
     assert losses["count"].item() == pytest.approx((0.5 + 0.25) / (2 + 2), rel=1e-6)
-    perfect = count_losses(counts_QHW, counts_QHW, torch.tensor([True] * 3))
+    perfect = over_all_ranks(count_losses(counts_QHW, counts_QHW, torch.tensor([True] * 3)))
     assert perfect["density"].item() == perfect["count"].item() == 0
 
 
 def test_the_deviance_is_that_of_a_poisson_variable() -> None:
     """PyTorch's Poisson likelihood less that of the perfect answer, in float64."""
     density, counts = torch.rand(5, 3, 4, dtype=torch.float64) + 0.1, torch.randint(0, 4, (5, 3, 4)).double()
-    ours = count_losses(density, counts, torch.ones(5, dtype=torch.bool))["density"] * (5 + counts.sum())
+    ours = over_all_ranks(count_losses(density, counts, torch.ones(5, dtype=torch.bool)))["density"] * (
+        5 + counts.sum()
+    )
     likelihood = torch.distributions.Poisson(density).log_prob(counts).sum()
     best = torch.distributions.Poisson(counts.clamp(min=1e-300)).log_prob(counts).sum()
     torch.testing.assert_close(ours, best - likelihood, rtol=1e-10, atol=1e-10)
@@ -109,7 +113,9 @@ POINTS = {
 def test_every_parameter_gets_a_gradient(encoder: Encoder, case: str) -> None:
     head = head_for(encoder)
     features = features_of([torch.randn(3, 5, WIDTH), torch.randn(4, 2, WIDTH)])
-    losses = head.loss(features, batch_of([(24, 40), (32, 16)], POINTS[case], ["kite", "diya"]), encoder).terms
+    losses = step_losses(
+        head.loss(features, batch_of([(24, 40), (32, 16)], POINTS[case], ["kite", "diya"]), encoder)
+    ).terms
     assert set(losses) == {"density", "count"}
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
@@ -126,9 +132,9 @@ def test_what_lies_beside_an_image_does_not_matter(encoder: Encoder) -> None:
     apart = [
         (features_of([maps[i]]), batch_of([sizes[i]], [points[i]], [name])) for i, name in enumerate(["kite", "diya"])
     ]
-    together = head.loss(*both, encoder).terms
+    together = step_losses(head.loss(*both, encoder)).terms
     for name, value in together.items():
-        mean = sum(head.loss(*one, encoder).terms[name] for one in apart) / 2
+        mean = sum(step_losses(head.loss(*one, encoder)).terms[name] for one in apart) / 2
         torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-6)
     for found, one in zip(head.predict(*both, encoder), apart, strict=True):
         torch.testing.assert_close(found["density"], head.predict(*one, encoder)[0]["density"], rtol=1e-4, atol=1e-6)
@@ -157,20 +163,29 @@ def answers(queries: CountQueries) -> list[list[list[float]] | None]:
 
 
 def test_boxes_answer_more_queries(encoder: Encoder) -> None:
-    """Every class of the image and of the one before it, but none whose things are a crowd, of unknown number."""
+    """Every class of the image and others that are drawn, but none whose things are a crowd, of unknown number."""
     head, batch = boxed_batch(encoder)
-    queries = head._queries(batch)
-    assert list(zip(queries.images, queries.names, answers(queries), strict=True)) == [
-        (0, "toran", [[1, 1]]),
-        (1, "kite", []),
-        (2, "kite", []),
-        (3, "diya", None),
-        (0, "kite", [[4, 4], [20, 4]]),
-        (0, "diya", [[12, 24]]),
-        (1, "kite", [[4, 4]]),
-        (2, "kite", []),
-        (2, "diya", []),
-    ]
+    asked: dict[tuple[int, str], Any] = {}
+    for seed in range(20):
+        batch["targets"]["random_seed"] = [seed] * 4
+        queries = head._queries(batch)
+        found = list(zip(queries.images, queries.names, answers(queries), strict=True))
+        assert found[:4] == [(0, "toran", [[1, 1]]), (1, "kite", []), (2, "kite", []), (3, "diya", None)]
+        of_boxes = {(image, name): points for image, name, points in found[4:]}
+        for own, points in {(0, "kite"): [[4, 4], [20, 4]], (0, "diya"): [[12, 24]], (1, "kite"): [[4, 4]]}.items():
+            assert of_boxes[own] == points
+        asked |= of_boxes
+    assert asked.keys() == {*itertools.product((0, 1, 2), ("kite", "diya", "toran"))} - {(1, "diya")}
+    assert [points for (image, name), points in asked.items() if image == 2 or name == "toran"] == [[]] * 5
+
+
+def test_queries_are_the_same_whatever_lies_beside_an_image(encoder: Encoder) -> None:
+    head, batch = boxed_batch(encoder)
+    whole = head._queries(batch)
+    together = {*zip(whole.images, whole.names, strict=True)}
+    for image in range(4):
+        alone = head._queries(part_of(batch, image, image + 1))
+        assert {*alone.names} == {name for of, name in together if of == image}
 
 
 def test_questions_about_one_image_are_answered_apart(encoder: Encoder) -> None:
@@ -178,9 +193,11 @@ def test_questions_about_one_image_are_answered_apart(encoder: Encoder) -> None:
     head, batch = boxed_batch(encoder.eval())
     maps = [torch.randn(4, 4, WIDTH) for _ in range(4)]
     queries = head._queries(batch)
-    together = head.loss(features_of(maps), batch, encoder).terms
+    together = step_losses(head.loss(features_of(maps), batch, encoder)).terms
     repeated = batch_of([(32, 32)] * len(queries.names), answers(queries), queries.names)
-    apart = head_for(encoder).loss(features_of([maps[image] for image in queries.images]), repeated, encoder).terms
+    apart = step_losses(
+        head_for(encoder).loss(features_of([maps[image] for image in queries.images]), repeated, encoder)
+    ).terms
     for name, value in together.items():
         torch.testing.assert_close(value, apart[name], rtol=1e-5, atol=1e-7)
 
@@ -215,7 +232,7 @@ def test_the_prompt_decides_what_is_counted(encoder: Encoder) -> None:
     optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-3)
     for _ in range(100):
         optimizer.zero_grad()
-        sum(head.loss(*example(16), encoder).terms.values()).backward()
+        sum(step_losses(head.loss(*example(16), encoder)).terms.values()).backward()
         optimizer.step()
     with torch.no_grad():
         features, batch = example(32)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import packed
+from helpers import packed, step_losses
 from torch import Tensor, nn
 
 from heads.densepose import KAPPA, DensePose, SurfaceMetric, average_precision, jitter, paste
@@ -15,6 +15,7 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
 from indiclip.preprocessing import Preprocessing
+from indiclip.ratios import over_all_ranks
 from indiclip.surface_charts import NUM_PARTS, Charts, People, chart_losses, read_at
 from indiclip.types import Batch, Features, targets_of
 
@@ -104,7 +105,7 @@ class TestGeometry:
         ):
             own_S = value_SK.gather(1, people.part_S[:, None])[:, 0] * size
             torch.testing.assert_close(own_S, xy_S2[:, axis], atol=2e-3, rtol=0)  # pixels
-        losses = chart_losses(charts, people)
+        losses = over_all_ranks(chart_losses(charts, people))
         assert losses["u"] < 1e-9
         assert losses["v"] < 1e-9
 
@@ -140,11 +141,11 @@ class TestGeometry:
         people = People.of(packed({"dp_boxes_xyxy": [box], "dp_masks": [mask]}), box, torch.tensor([[32, 32]]), 4)
         assert people.coarse_Rhw.tolist() == [[[1, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]]
 
-    def test_jitter_keeps_the_overlap_and_depends_on_the_step_alone(self) -> None:
+    def test_jitter_keeps_the_overlap_and_depends_on_the_number_alone(self) -> None:
         box = torch.tensor([[30.0, 20.0, 60.0, 80.0]])
         size = torch.tensor([[96, 96]])
-        many = [jitter(box, size, 0.08, torch.tensor(step)) for step in range(500)]
-        assert torch.equal(many[7], jitter(box, size, 0.08, torch.tensor(7)))
+        many = [jitter(box, size, 0.08, torch.tensor([2**32 - number])) for number in range(1, 501)]
+        assert torch.equal(many[6], jitter(box.repeat(2, 1), size, 0.08, torch.tensor([5, 2**32 - 7]))[1:])
         moved_N4 = torch.cat(many)
         low, high = torch.maximum(moved_N4[:, :2], box[:, :2]), torch.minimum(moved_N4[:, 2:], box[:, 2:])
         both = (high - low).prod(1)
@@ -241,7 +242,7 @@ class TestLosses:
             part_S=torch.tensor([1, 24, 7, 9, 12]),
             uv_S2=torch.rand(5, 2),
         )
-        losses = chart_losses(charts, people)
+        losses = over_all_ranks(chart_losses(charts, people))
         expected = loop_losses(charts, people)
         assert {name: float(value) for name, value in losses.items()} == pytest.approx(expected, rel=1e-5)
 
@@ -250,14 +251,16 @@ class TestLosses:
         charts = Charts.split(torch.zeros(1, 77, 4, 4), 2)
         people = People(torch.ones(1, 4, 4).long(), torch.tensor([0]), torch.tensor([[0.4, 0.4]]),
                         torch.tensor([3]), torch.tensor([[0.6, 0.0]]))  # fmt: skip
-        losses = {name: float(value) for name, value in chart_losses(charts, people).items()}
+        losses = {name: float(value) for name, value in over_all_ranks(chart_losses(charts, people)).items()}
         assert losses == pytest.approx({"coarse": math.log(2), "part": math.log(25), "u": 0.18, "v": 0.0}, abs=1e-6)
 
     def test_weights_scale_the_losses(self) -> None:
         batch = mela_batch([(96, 96)])
         features = features_of(batch)
         plain, weighted = (
-            make_head(192, coarse_weight=a, part_weight=b, uv_weight=c, **SMALL).loss(features, batch, None).terms
+            step_losses(
+                make_head(192, coarse_weight=a, part_weight=b, uv_weight=c, **SMALL).loss(features, batch, None)
+            ).terms
             for a, b, c in ((1, 1, 1), (5, 2, 3))
         )
         for name, factor in {"coarse": 5, "part": 2, "u": 3, "v": 3}.items():
@@ -268,7 +271,7 @@ class TestLosses:
         charts.u.retain_grad()
         people = People(torch.ones(1, 4, 4).long(), torch.tensor([0]), torch.tensor([[0.4, 0.4]]),
                         torch.tensor([3]), torch.tensor([[0.6, 0.0]]))  # fmt: skip
-        sum(chart_losses(charts, people).values()).backward()
+        sum(over_all_ranks(chart_losses(charts, people)).values()).backward()
         assert charts.u.grad is not None
         assert charts.u.grad.abs().sum((0, 2, 3)).nonzero().flatten().tolist() == [3]
 
@@ -308,7 +311,7 @@ class TestAnyBatch:
         head = make_head(192, **SMALL, **options)
         features = features_of(batch)
         features.tokens_BND.requires_grad_()
-        losses = head.loss(features, batch, None).terms
+        losses = step_losses(head.loss(features, batch, None)).terms
         assert set(losses) == {"coarse", "part", "u", "v"}
         sum(losses.values()).backward()
         assert all(torch.isfinite(value) for value in losses.values())
@@ -490,7 +493,7 @@ class TestLearning:
         optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
         for _ in range(120):
             optimizer.zero_grad()
-            sum(head.loss(features, batch, None).terms.values()).backward()
+            sum(step_losses(head.loss(features, batch, None)).terms.values()).backward()
             optimizer.step()
         after = scores()
         assert before["part_accuracy"] < 0.2
@@ -499,13 +502,14 @@ class TestLearning:
         assert after["uv_error"] < 0.12
         assert after["uv_gps_50"] > 0.9
 
-    def test_resume_continues_the_same_jitter(self) -> None:
-        batch = mela_batch([(96, 96)])
+    def test_jitter_is_of_the_sample_in_this_step(self) -> None:
+        batch = mela_batch([(96, 96), (96, 96)])
         features = features_of(batch)
         head = make_head(192, box_jitter=0.08, **SMALL)
-        losses = [float(head.loss(features, batch, None).terms["coarse"].detach()) for _ in range(2)]
-        resumed = make_head(192, box_jitter=0.08, **SMALL)
-        resumed.load_state_dict(head.state_dict())
-        nexts = [float(h.loss(features, batch, None).terms["coarse"].detach()) for h in (head, resumed)]
-        assert nexts[0] == nexts[1]
-        assert len({*losses, nexts[0]}) == 3
+
+        def loss(*seeds: int) -> float:
+            batch["targets"]["random_seed"] = [*seeds]
+            return float(step_losses(head.loss(features, batch, None)).terms["coarse"].detach())
+
+        assert loss(1, 2) == loss(1, 2)
+        assert len({loss(1, 2), loss(2, 1), loss(1, 3)}) == 3

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import batch_images, packed, tiny_encoder
+from helpers import batch_images, packed, step_losses, tiny_encoder
 from test_head import NoWaits, moved, on_fake_gpu
 from torch._subclasses import FakeTensorMode
 
@@ -56,7 +56,7 @@ def test_loss_and_metric_are_those_of_each_cell_centre(upsample):
             centres = [np.arange(size // cell) * cell + cell // 2 for size in (height, width)]
             expected += depth_HW[np.ix_(*centres)].astype(np.float64).flatten().tolist()
     errors = np.array(found) - np.array(expected)
-    terms, _ = head.loss(features, batch, encoder)
+    terms, _ = step_losses(head.loss(features, batch, encoder))
     assert terms["l1"].item() == pytest.approx(np.abs(errors).mean(), rel=1e-5)
     head.update_metric(predictions, features, batch)
     numbers = {name: value.item() for name, value in head.metric.compute().items()}
@@ -92,7 +92,7 @@ def test_every_parameter_has_a_gradient_where_no_depth_is_known():
     head = depth_head(encoder)
     batch = batch_of([None, None, depths()[2]])
     batch["targets"]["depth"].known[2] = False
-    terms, _ = head.loss(encoder.features(batch["images"]), batch, encoder)
+    terms, _ = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder))
     terms["l1"].backward()
     assert terms["l1"] == 0
     assert all(parameter.grad is not None for parameter in head.parameters())
@@ -115,7 +115,7 @@ def test_a_step_never_waits_for_the_device():
             on_fake_gpu(mode, module)
         with NoWaits():
             batch = moved(batch, "cuda")
-            terms, _ = head.loss(encoder.features(batch["images"]), batch, encoder)
+            terms, _ = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder))
     assert terms["l1"].device.type == "cuda"
 
 
@@ -132,7 +132,7 @@ def test_it_learns_the_paint_order_of_scenes():
     optimizer = torch.optim.AdamW([*encoder.backbone.parameters(), *head.parameters()], lr=3e-3)
     for number in range(100):
         batch = steps[number]["depth"]
-        terms, _ = head.loss(encoder.features(batch["images"]), batch, encoder)
+        terms, _ = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder))
         optimizer.zero_grad()
         terms["l1"].backward()
         optimizer.step()

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from helpers import features_of, packed
+from helpers import features_of, packed, step_losses
 from processes import on_ranks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -22,6 +22,7 @@ from torchvision.models.detection import FCOS
 from heads.detection import Detection, DetectionMetric, hits_at_half
 from indiclip.encoder import Encoder
 from indiclip.fcos import FCOSOutputs, assign, fcos_losses, giou_loss, make_locations
+from indiclip.ratios import over_all_ranks
 from indiclip.types import Batch, Features, Origin, targets_of
 
 WIDTH = 16
@@ -133,7 +134,7 @@ def test_assignment_and_losses_are_torchvisions() -> None:
             locations.boxes(ltrb_A4)[positive_A], target["boxes"][matched_A][positive_A], rtol=0, atol=1e-4
         )
         assert not ignored_A.any()
-    losses = fcos_losses(outputs, *assigned)
+    losses = over_all_ranks(fcos_losses(outputs, *assigned))
     names = {"classification": "classification", "box": "bbox_regression", "centerness": "bbox_ctrness"}
     for ours, theirs in names.items():
         torch.testing.assert_close(losses[ours], expected[theirs], rtol=1e-5, atol=1e-6)
@@ -241,7 +242,7 @@ CASES = {
 def test_every_parameter_gets_a_gradient(case: str, scales: list[float]) -> None:
     head = head_for(scales=scales)
     features = features_of([torch.randn(9, 13, WIDTH), torch.randn(8, 8, WIDTH)])
-    losses = head.loss(features, batch_of([(72, 104), (64, 64)], *CASES[case]), encoder_with()).terms
+    losses = step_losses(head.loss(features, batch_of([(72, 104), (64, 64)], *CASES[case]), encoder_with())).terms
     assert set(losses) == {"classification", "box", "centerness"}
     assert all(torch.isfinite(loss) and loss >= 0 for loss in losses.values())
     sum(losses.values()).backward()
@@ -258,7 +259,7 @@ def test_a_crowd_is_neither_object_nor_background() -> None:
 
     def classification(boxes: list[list[float]], crowd: list[bool]) -> Tensor:
         batch = batch_of([(64, 64)], [boxes], [[0] * len(boxes)], [crowd])
-        return head.loss(features, batch, encoder_with()).terms["classification"]
+        return step_losses(head.loss(features, batch, encoder_with())).terms["classification"]
 
     whole, empty = classification([[0, 0, 64, 64]], [True]), classification([], [])
     left, right = classification([[0, 0, 32, 64]], [True]), classification([[32, 0, 64, 64]], [True])
@@ -293,8 +294,8 @@ def test_what_lies_beside_an_image_does_not_matter() -> None:
         classes_A, _, _ = assign_one(locations, target["boxes_xyxy"], target["classes"], target["crowd"], 1.5)
         positives.append(int((classes_A >= 0).sum()))
     assert min(positives) > 0
-    together = head.loss(both, batch, encoder_with()).terms
-    apart = [head.loss(features, one, encoder_with()).terms for features, one in alone]
+    together = step_losses(head.loss(both, batch, encoder_with())).terms
+    apart = [step_losses(head.loss(features, one, encoder_with())).terms for features, one in alone]
     for name, value in together.items():
         mean = sum(p * losses[name] for p, losses in zip(positives, apart, strict=True)) / sum(positives)
         torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-5)
@@ -342,7 +343,7 @@ def test_learns_two_rectangles() -> None:
     head.metric.reset()
     for _ in range(80):
         optimizer.zero_grad()
-        sum(head.loss(features, batch, encoder_with()).terms.values()).backward()
+        sum(step_losses(head.loss(features, batch, encoder_with())).terms.values()).backward()
         optimizer.step()
     head.update_metric(head.predict(features, batch, encoder_with()), features, batch)
     assert head.metric.compute()["ap50"] > 0.99
@@ -509,8 +510,8 @@ def test_a_head_may_detect_some_of_the_classes() -> None:
     all_of_them = head_for(num_classes=2)
     all_of_them.load_state_dict(some.state_dict())
     assert some.name == "some"
-    terms = some.loss(features, batch, encoder_with()).terms
-    for name, value in all_of_them.loss(features, kept, encoder_with()).terms.items():
+    terms = step_losses(some.loss(features, batch, encoder_with())).terms
+    for name, value in step_losses(all_of_them.loss(features, kept, encoder_with())).terms.items():
         torch.testing.assert_close(terms[name], value, rtol=0, atol=0)
     prediction = {"boxes_xyxy": torch.tensor(boxes[0][:1]), "scores": torch.ones(1), "labels": torch.tensor([0])}
     nothing = {name: value[:0] for name, value in prediction.items()}

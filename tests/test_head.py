@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_encoder
+from helpers import step_losses, tiny_encoder
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -79,7 +79,7 @@ def moved(value: Any, device: str) -> Any:
 
 
 def step(head: Head, encoder: Encoder, batch: Batch) -> dict[str, Tensor]:
-    terms, logged = head.loss(encoder.features(batch["images"]), batch, encoder)
+    terms, logged = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder))
     return terms | dict(logged)
 
 

@@ -72,7 +72,8 @@ def our_contrastive_step(batch: dict[str, Any], tokenizer: Tokenizer, device: st
 
     def step() -> None:
         optimizer.zero_grad()
-        head.loss(encoder.features(images), batch, encoder).terms["loss"].backward()
+        whole = head.loss(encoder.features(images), batch, encoder)
+        whole.function(*whole.rows).terms["loss"].backward()
         optimizer.step()
 
     return step, sum(p.numel() for p in module.parameters())

@@ -119,7 +119,8 @@ class Steps(Dataset[dict[str, Batch]]):
                     sample = self._draw_caption(task, ref, sample)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
-                    return source.transform(sample, self.preprocessing, random_seed)
+                    prepared = source.transform(sample, self.preprocessing, random_seed)
+                    return prepared if random_seed is None else prepared | {"random_seed": random_seed}
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(source.task, error.key, error.file, error.reason))
         if self.train:

@@ -7,12 +7,12 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from indiclip import json_lines
 from indiclip.distributed import gathered
 from indiclip.module import MultiTask
+from indiclip.pooling import running_statistics
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 
 
@@ -41,8 +41,7 @@ class NonFinite:
 
     def begin(self, module: MultiTask) -> None:
         """Keep the running statistics of batch norm, which the forward pass is about to change."""
-        norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-        buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        buffers = running_statistics(module)
         if [id(buffer) for buffer, _ in self._statistics] != [id(buffer) for buffer in buffers]:
             self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
         for buffer, kept in self._statistics:

@@ -1,0 +1,125 @@
+"""Gradients of a batch that does not fit the device, exactly those of the whole batch (gradient caching).
+
+Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021,
+arXiv:2101.06983. Each part of the batch goes through the model twice. First without gradients, for what the losses need
+of it: pooled vectors where samples are compared with each other, sums and counts elsewhere. Then, with the losses'
+gradients on these, once more, and the gradients go on into the weights. Memory is that of one part; the price is one
+more forward pass. Plain accumulation of gradients would compare each sample with those of its own part alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from indiclip.head import Losses, WholeBatch
+from indiclip.pooling import running_statistics
+from indiclip.ratios import added
+from indiclip.types import Batch, part_of
+
+Outputs = dict[str, Losses | WholeBatch]  # of each head
+
+
+def split(batches: dict[str, Batch], number: int) -> list[dict[str, Batch]]:
+    """`number` parts of a step. The last has images of every task, also where a task has fewer images than parts."""
+    parts: list[dict[str, Batch]] = [{} for _ in range(number)]
+    for task, batch in batches.items():
+        count = len(batch["keys"])
+        bounds = [i * count // number for i in range(number + 1)]
+        for part, first, last in zip(parts, bounds, bounds[1:], strict=False):
+            if first < last:
+                part[task] = part_of(batch, first, last)
+    return [part for part in parts if part]
+
+
+def cached_gradients(
+    parts: list[dict[str, Batch]],
+    outputs: Callable[[int, dict[str, Batch]], Outputs],
+    total: Callable[[Outputs], Tensor],
+    module: nn.Module,
+    scale: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The loss of a step, with the gradients of all parts but the last already in the parameters.
+
+    Args:
+        parts: Of the step.
+        outputs: What the heads make of a part, given its number too; random parts are the same when called again.
+        total: The loss of the outputs of all parts.
+        module: Its parameters and buffers are all that `outputs` and `total` use.
+        scale: Of gradients, where the caller will scale those of the loss.
+
+    Returns:
+        A scalar whose backward pass adds the gradients of the last part, and those of what `total` used itself. So a
+        wrapper that waits for every parameter's gradient once, as DDP, finds them all there.
+    """
+    with torch.no_grad():
+        cached = [apply_to_collection(outputs(i, part), Tensor, _leaf) for i, part in enumerate(parts)]
+    statistics = running_statistics(module)  # which the second pass must find as the first did
+    before = [buffer.clone() for buffer in statistics]
+    loss = total(merge(cached))
+    after = [buffer.clone() for buffer in statistics]
+    _set(statistics, before)
+    own = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    leaves = [_values(of_part) for of_part in cached]
+    gradients = torch.autograd.grad(loss, [*own, *(leaf for of_part in leaves for leaf in of_part)], allow_unused=True)
+
+    reached: list[tuple[Tensor, Tensor]] = []
+    own_gradients, remaining = gradients[: len(own)], iter(gradients[len(own) :])
+    for number, part in enumerate(parts):
+        pairs = zip(_values(outputs(number, part)), remaining, strict=False)
+        reached = [(value, gradient) for value, gradient in pairs if value.requires_grad and gradient is not None]
+        if number < len(parts) - 1:
+            torch.autograd.backward([value for value, _ in reached], [scale(gradient) for _, gradient in reached])
+    reached += [(p, gradient) for p, gradient in zip(own, own_gradients, strict=True) if gradient is not None]
+    _set(statistics, after)
+    inputs, of_inputs = zip(*reached, strict=True)
+    return cast(Tensor, _WithGradients.apply(loss.detach(), of_inputs, *inputs))
+
+
+def merge(parts: list[Outputs]) -> Outputs:
+    """The outputs of all parts as if they were of one."""
+    names = dict.fromkeys(name for outputs in parts for name in outputs)
+    return {name: _merge([outputs[name] for outputs in parts if name in outputs]) for name in names}
+
+
+def _merge(parts: list[Any]) -> Losses | WholeBatch:
+    if isinstance(parts[0], WholeBatch):
+        rows = zip(*(part.rows for part in parts), strict=True)
+        return WholeBatch(parts[0].function, tuple(_concatenated(pieces) for pieces in rows))
+    return Losses(added([part.terms for part in parts]), added([part.logged for part in parts]))
+
+
+def _concatenated(pieces: tuple[Any, ...]) -> Any:
+    return torch.cat(pieces) if isinstance(pieces[0], Tensor) else [row for piece in pieces for row in piece]
+
+
+def _set(buffers: list[Tensor], values: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _values(outputs: Outputs) -> list[Tensor]:
+    """The tensors through which gradients may flow, in an order of their own."""
+    found: list[Tensor] = []
+    apply_to_collection(outputs, Tensor, found.append)
+    return [tensor for tensor in found if tensor.is_floating_point()]
+
+
+class _WithGradients(torch.autograd.Function):
+    """Gives a loss the gradients that were computed before."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(outer * gradient for gradient in ctx.saved_tensors)
