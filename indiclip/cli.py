@@ -59,7 +59,8 @@ example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 10
   --data.steps_per_epoch N        steps between validations
   --trainer.max_steps N           length of the run
   --trainer.accelerator gpu  --trainer.devices 8  --trainer.num_nodes 4  --trainer.precision bf16-mixed
-  --trainer.accumulate_grad_batches N  --trainer.gradient_clip_val X  --trainer.limit_val_batches N
+  --model.micro_batches N         parts of a batch that memory does not hold
+  --trainer.gradient_clip_val X  --trainer.limit_val_batches N
   --print_config                  print the whole configuration and stop
 
 `indiclip {command} --help=all` lists every option (it imports the libraries first: about ten seconds).

@@ -164,7 +164,7 @@ class Encoder(nn.Module):
         """One vector per image (B, D), each for itself: before batch norm, where there is one, and the projection."""
         if self.image_pool.kind == "tower":
             return self.backbone.pool(features)
-        return self.image_pool(features.tokens_BND, features.valid_BN)
+        return cast(Tensor, self.image_pool(features.tokens_BND, features.valid_BN))
 
     def project_image(self, pooled_BD: Tensor, length: int | None = None) -> Tensor:
         """Unit-length image embeddings (B, length) of what `pool_features` gives."""
@@ -229,7 +229,7 @@ class Encoder(nn.Module):
         rows = self.text.tokenizer.encode(distinct)
         ids_BT, valid_BT = self._on_device(*self.text.padded(rows))
         tokens_BTD = self.text(ids_BT, valid_BT, padded=len(set(map(len, rows))) > 1)
-        pooled_BD = self.text_pool(tokens_BTD, valid_BT)
+        pooled_BD: Tensor = self.text_pool(tokens_BTD, valid_BT)
         if len(distinct) == len(many):
             return pooled_BD
         position = {text: i for i, text in enumerate(distinct)}

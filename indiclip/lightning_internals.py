@@ -41,11 +41,6 @@ def estimated_steps(trainer: Trainer) -> float:
     return steps
 
 
-def accumulating(trainer: Trainer) -> bool:
-    """Whether gradients are waiting for more of them before the optimizer's step."""
-    return bool(trainer.fit_loop._should_accumulate())
-
-
 def epoch_ends(trainer: Trainer) -> bool:
     """Whether this batch is the last one of its epoch."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()

@@ -9,7 +9,9 @@ from typing import Any, Self, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
 from indiclip import optim
@@ -111,6 +113,33 @@ class MultiTask(L.LightningModule):
                     f"model.freeze: freezes all of LoRA's adapters in the {tower} tower, whose own weights are frozen "
                     f"by model.encoder.lora already; expected either without {tower}"
                 )
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.check_trainer(self.trainer)
+
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Raise ValueError where a trainer would silently train for something else."""
+        schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+        if trainer.accumulate_grad_batches != 1 or schedulers:
+            parts = trainer.accumulate_grad_batches if not schedulers else "k"
+            raise ValueError(
+                "trainer.accumulate_grad_batches: accumulated gradients compare each image with the texts of its own "
+                f"part alone; expected model.micro_batches {parts}, whose gradients are the whole batch's, and "
+                "data.train[i].batch_size of all parts together"
+            )
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision: found {trainer.precision}, in which a step below 1/256 of a weight is lost; "
+                "expected bf16-mixed, or 32-true"
+            )
+        norms = [path for path, part in self.encoder.named_modules() if isinstance(part, _BatchNorm)]
+        norms = [path for path in norms if path not in ("image_pool.norm", "text_pool.norm")]
+        if self.micro_batches > 1 and norms:
+            raise ValueError(
+                f"model.micro_batches: encoder.{norms[0]} normalises over the batch, and would over each part alone; "
+                "expected 1, or a tower without batch norm"
+            )
 
     def train(self, mode: bool = True) -> Self:
         """As of every module, but what is frozen stays in evaluation mode."""

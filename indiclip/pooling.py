@@ -103,8 +103,8 @@ class Pool(nn.Module):
         if self.training and batch_statistics and number > 1:  # one vector has no variance
             return _normalise_over_ranks(self.norm, pooled_BD, number)
         # Copies: a later batch of the same step may change the statistics before the backward pass reads them.
-        statistics = [cast(Tensor, buffer).clone() for buffer in (self.norm.running_mean, self.norm.running_var)]
-        return F.batch_norm(pooled_BD, *statistics, eps=self.norm.eps)
+        mean_D, var_D = cast(Tensor, self.norm.running_mean).clone(), cast(Tensor, self.norm.running_var).clone()
+        return F.batch_norm(pooled_BD, mean_D, var_D, eps=self.norm.eps)
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:

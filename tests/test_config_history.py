@@ -84,7 +84,6 @@ def test_new_rates_are_those_of_a_run_that_had_them_from_this_step_on(tmp_path):
         ({}, ["--seed_everything", "7"], "seed_everything: 0 -> 7"),
         ({"data__train__0__dataset__init_args__num_scenes": 20}, [], "init_args.num_scenes: 12 -> 20"),
         ({"data__steps_per_epoch": 5}, [], "data.steps_per_epoch: 2 -> 5"),
-        ({"trainer__accumulate_grad_batches": 2}, [], "trainer.accumulate_grad_batches: 1 -> 2"),
     ],
 )
 def test_another_training_step_is_refused_without_override(changes, flags, key, folder, capsys):

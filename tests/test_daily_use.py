@@ -182,7 +182,17 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
 @pytest.mark.parametrize(
     ("changes", "flags", "message"),
     [
-        ({"trainer__accumulate_grad_batches": 0}, [], "trainer.accumulate_grad_batches: found 0; expected 1 or more"),
+        (
+            {"trainer__accumulate_grad_batches": 4},
+            [],
+            "trainer.accumulate_grad_batches: .* expected model.micro_batches 4",
+        ),
+        (
+            {"trainer__callbacks": [part(f"{LIGHTNING}.GradientAccumulationScheduler", scheduling={0: 2})]},
+            [],
+            "trainer.accumulate_grad_batches: .* expected model.micro_batches k",
+        ),
+        ({"trainer__precision": "bf16-true"}, [], "trainer.precision: found bf16-true, .*; expected bf16-mixed"),
         ({"trainer__check_val_every_n_epoch": 0}, [], "trainer.check_val_every_n_epoch: found 0; expected 1 or more"),
         ({"trainer__val_check_interval": 0}, [], "trainer.val_check_interval: found 0; trainer.limit_val_batches 0"),
         ({"trainer__gradient_clip_val": -1}, [], "trainer.gradient_clip_val: found -1.*; expected 0 or more"),

@@ -102,7 +102,7 @@ def test_training_does_not_notice_it(tmp_path, cards):
     for name, callbacks in (("with", [india_bench(cards, every_n_steps=1), numbers]), ("without", [numbers])):
         (tmp_path / name).mkdir()
         Numbers.drawn = []
-        assert fit(tmp_path / name, experiment(*callbacks, trainer__accumulate_grad_batches=2)) == 0
+        assert fit(tmp_path / name, experiment(*callbacks)) == 0
         file = tmp_path / name / "runs" / "experiment" / "checkpoints" / "last.ckpt"
         states.append(torch.load(file, weights_only=True))
         drawn.append(Numbers.drawn)
@@ -137,7 +137,7 @@ def test_two_ranks_score_what_one_does_to_the_last_digit(tmp_path, cards):
 @pytest.mark.parametrize(
     ("options", "changes", "steps"),
     [
-        ({"every_n_steps": 2}, {"trainer__max_steps": 5, "trainer__accumulate_grad_batches": 2}, [2, 4, 5]),
+        ({"every_n_steps": 2}, {"trainer__max_steps": 5, "model__micro_batches": 2}, [2, 4, 5]),
         ({"every_n_steps": 3}, {"trainer__max_steps": 6}, [3, 6]),  # with a validation at the same step
         ({"every_n_steps": 4}, {"trainer__max_steps": -1, "trainer__max_epochs": 3, "data__val": []}, [4, 8]),
         ({}, {"trainer__max_steps": 7}, [3, 6, 7]),
@@ -263,7 +263,7 @@ def test_a_resumed_run_scores_no_step_twice_and_skips_none(tmp_path, cards, opti
     bench = india_bench(cards, probes=False, **options)
     flags = ["--ckpt_path", "last", "--name", "a"]
     for end in ends:
-        tree = experiment(bench, trainer__max_steps=end, trainer__accumulate_grad_batches=2)
+        tree = experiment(bench, trainer__max_steps=end)
         assert fit(tmp_path, tree | {"data": tree["data"] | {"steps_per_epoch": 6}}, *flags) == 0
     assert scored_steps(tmp_path / "runs" / "a") == steps
 

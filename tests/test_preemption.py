@@ -156,16 +156,6 @@ def scores(folder):
     return dict(found)
 
 
-def test_a_signal_in_the_middle_of_a_step_of_two_micro_batches_waits_for_its_end(tmp_path):
-    tree = experiment(tmp_path, signal.SIGTERM, 2)
-    tree["trainer"]["accumulate_grad_batches"] = 2
-    tree["data"]["steps_per_epoch"] = 8
-    assert fit(tmp_path, tree) == 143
-    assert diary(tmp_path)[1] == [0, 0, 1, 1]
-    checkpoint = tmp_path / "runs" / "experiment" / "checkpoints" / "2.ckpt"
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
-
-
 @pytest.mark.parametrize(("moment", "step"), [(2, 2), (-1, 1)])
 def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step):
     tree = experiment(tmp_path, signal.SIGTERM, moment, steps=50, rank=1)

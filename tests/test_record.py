@@ -104,15 +104,15 @@ def test_predictions_say_that_the_disk_is_full(tmp_path):
 
 
 def test_history_has_each_step_once_and_task_gradients_where_measured(tmp_path):
-    """Two micro-batches a step, rows at every second step, gradients at every third."""
+    """Rows at every second step, gradients at every third."""
     source = Source("contrastive", Mela(16, 32, "single"), 4, max_tokens=16)
     logger = L.pytorch.loggers.TensorBoardLogger(str(tmp_path), name="run", version="")
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=6, logger=logger, log_every_n_steps=2, accumulate_grad_batches=2,
+        accelerator="cpu", max_steps=6, logger=logger, log_every_n_steps=2,
         callbacks=[RunRecord(pictures=1), TaskGradients(every_n_steps=3)], enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
     )  # fmt: skip
-    data = MultiTaskData([source], [], steps_per_epoch=12, patch_size=8)
+    data = MultiTaskData([source], [], steps_per_epoch=6, patch_size=8)
     trainer.fit(MultiTask(tiny_encoder(), [Contrastive()], warmup_steps=1), datamodule=data)
     history = read_history(tmp_path / "run")
     assert [row["step"] for row in history if "train/loss" in row] == [2, 4, 6]

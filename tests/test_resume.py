@@ -1,4 +1,4 @@
-"""A run that goes on is the run that was not interrupted: dropout, accumulated gradients, ranks; and full disks."""
+"""A run that goes on is the run that was not interrupted: dropout, ranks; and full disks."""
 
 import json
 import re
@@ -126,39 +126,6 @@ def test_each_step_and_rank_draws_other_numbers():
     assert len(seeds) == 6
 
 
-@pytest.mark.parametrize(
-    ("options", "ends"),
-    [
-        ({"checkpoints": EVERY_STEP, "limit_val_batches": 0}, [2, 4, 6, 8, 10, 12]),
-        ({"checkpoints": {"save_top_k": -1}, "val_check_interval": 3, "limit_val_batches": 1}, [4, 6, 10, 12]),
-    ],
-    ids=["steps", "validation"],
-)
-def test_no_checkpoint_is_taken_while_gradients_accumulate(tmp_path, options, ends):
-    """A step of two batches, and a kill between them: what is due in mid-step comes at its end.
-
-    ModelCheckpoint saves in the first batch of the resumed run.
-    """
-    options = options | {"accumulate_grad_batches": 2, "steps": 6}
-    whole, callback = train(tmp_path / "whole", **options)
-    assert callback.taken == [(end, end // 2) for end in ends]
-    killed, callback = train(tmp_path / "run", kill=11, **options)
-    assert killed is None
-    assert callback.taken == [(end, end // 2) for end in ends[:-1]]
-    resumed, callback = train(tmp_path / "run", going_on=True, **options)
-    assert callback.taken == [(12, 6)]
-    assert same(whole, resumed)
-
-
-def test_a_checkpoint_after_an_epoch_without_a_validation_is_as_exact(tmp_path):
-    """Epochs of three micro-batches, the last of which is a step of its own; killed in the fourth epoch."""
-    options = {"steps": 10, "steps_per_epoch": 3, "accumulate_grad_batches": 2, "limit_val_batches": 0}
-    whole, callback = train(tmp_path / "whole", **options)
-    assert callback.taken == [(3, 2), (6, 4), (9, 6), (12, 8), (15, 10)]
-    assert train(tmp_path / "a", kill=10, **options)[0] is None
-    assert same(train(tmp_path / "a", going_on=True, **options)[0], whole)
-
-
 def test_a_run_of_epochs_goes_on_in_the_midst_of_one(tmp_path):
     """With `max_epochs` Lightning begins to load data before it is known where the run stands."""
     options = {"steps": -1, "max_epochs": 2, "steps_per_epoch": 4, "checkpoints": {"every_n_train_steps": 1}}
@@ -176,16 +143,6 @@ def test_a_run_without_held_out_data_saves_as_often(tmp_path, checkpoints, steps
 def test_a_trial_saves_nothing(tmp_path):
     train(tmp_path, fast_dev_run=True)
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_run_that_is_ended_amid_a_step_saves_nothing_there(tmp_path):
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.processed >= 3
-
-    options = {"accumulate_grad_batches": 2, "checkpoints": {"every_n_train_steps": 1}, "held_out": False}
-    _, callback = train(tmp_path, more=[Stop()], **options)
-    assert callback.taken == [(2, 1)]
 
 
 def test_ranks_that_go_on_from_different_steps_end_together(monkeypatch):

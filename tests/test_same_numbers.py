@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from experiments import ENCODER, config, fit
 from helpers import tiny_encoder
-from processes import on_ranks
+from processes import on_ranks, two_ranks
 from torch import nn
 from torch.testing import assert_close
 
@@ -22,6 +23,7 @@ from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.preprocessing import Preprocessing
+from indiclip.training.record import read_history
 
 EXACT = {"rtol": 1e-6, "atol": 1e-9}
 LANGUAGES = ["en", "hi", "ta"]
@@ -137,3 +139,81 @@ def test_ranks_together_are_one_process(tmp_path, world, empty):
 def test_micro_batches_together_are_the_batch(number, options):
     expected = OneStep(**options).step(batches_of(empty=(1,)))
     same(OneStep(micro_batches=number, **options).step(batches_of(empty=(1,))), expected)
+
+
+def test_dropout_is_the_same_in_both_passes():
+    """The gradient along a direction is that of finite differences; with other masks it would not be."""
+    batches, module = batches_of(), OneStep(dropout=0.5, micro_batches=3)
+    torch.manual_seed(1)
+    directions = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+
+    def loss(step):
+        moved = OneStep(dropout=0.5, micro_batches=3)
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                parameter += step * directions[name]
+        return moved.step(batches)[0]["train/loss"]
+
+    gradients = module.step(batches)[1]
+    expected = sum((gradients[name] * directions[name]).sum() for name in directions)
+    # Not less than 1e-3: some of the targets are float32, and there are kinks.
+    assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_towers_with_batch_norm_of_their_own_are_refused_in_parts():
+    module = OneStep(micro_batches=2)
+    module.encoder.backbone.stem = nn.BatchNorm2d(3)
+    module._trainer.accumulate_grad_batches, module._trainer.precision, module._trainer.callbacks = 1, "32-true", []
+    with pytest.raises(ValueError, match=r"model\.micro_batches: encoder\.backbone\.stem normalises over the batch"):
+        module.check_trainer(module.trainer)
+
+
+def test_under_bfloat16_losses_are_float32():
+    module = OneStep(micro_batches=2).float()
+    expected = dict(module.step(batches_of())[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = module._outputs(batches_of())
+        whole = outputs.pop("contrastive")
+        losses = [whole.function(*whole.rows), *outputs.values()]
+        assert {ratio.total.dtype for of in losses[1:] for ratio in of.terms.values()} == {torch.float32}
+        assert losses[0].terms["loss"].dtype == torch.float32
+        for name, value in module.step(batches_of())[0].items():
+            assert value == pytest.approx(expected[name], rel=0.05, abs=0.02)
+
+
+def test_two_ranks_of_two_micro_batches_train_as_one_process_does(tmp_path):
+    """Through the command: weights after three steps of gradient descent, and what is logged."""
+    scenes = {
+        "class_path": "indiclip.generated.mela.Mela",
+        "init_args": {"num_scenes": 12, "size": 32, "people": 1.0, "seed": 1},
+    }
+    dense = {"task": "scenes", "dataset": scenes, "batch_size": 8, "max_tokens": 16}
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    options = {"task": "scenes", "out_channels": 32, "num_convs": 1, "scales": [1.0, 0.5], "num_classes": 17}
+    detection = {"class_path": "heads.detection.Detection", "init_args": options}
+    found = {}
+    for world, number in ((1, 1), (2, 1), (1, 4), (2, 2)):
+        tree = config(model__optimizer=sgd, model__micro_batches=number, model__warmup_steps=0, trainer__max_steps=3)
+        tree["model"]["encoder"] = ENCODER | {"batch_norm": True}
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        tree["model"]["encoder"]["text"]["architecture"] |= dropout
+        tree["model"]["heads"].append(detection)
+        tree["data"] = {"train": [tree["data"]["train"][0] | {"batch_size": 8}, dense], "val": [], "steps_per_epoch": 3}
+        tree["trainer"] |= {"precision": "64-true", "devices": world, "gradient_clip_val": 1.0}
+        folder = tmp_path / f"{world}-{number}"
+        folder.mkdir()
+        if world == 1:
+            assert fit(folder, tree) == 0
+        else:
+            ended, _ = two_ranks(folder, tree)
+            assert ended.returncode == 0, ended.stderr[-3000:]
+        run = folder / "runs" / "experiment"
+        rows = [row for row in read_history(run) if "train/loss" in row]
+        weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        found[world, number] = [{k: v for k, v in row.items() if k.startswith("train/")} for row in rows], weights
+    rows, weights = found.pop((1, 1))
+    assert [len(row) for row in rows] == [5, 5, 5]
+    for other, of_other in found.values():
+        same([of_other], [weights])
+        for ours, theirs in zip(other, rows, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)  # Lightning logs in float32

@@ -80,12 +80,16 @@ def experiment(folder: Path, micro_batches: int) -> dict[str, Any]:
         "batch_norm": True,
     }
     return {
-        "model": {"encoder": encoder, "heads": [{"class_path": "heads.contrastive.Contrastive"}], "warmup_steps": 5},
+        "model": {
+            "encoder": encoder,
+            "heads": [{"class_path": "heads.contrastive.Contrastive"}],
+            "warmup_steps": 5,
+            "micro_batches": micro_batches,
+        },
         "data": {"train": [source], "val": [held_out], "steps_per_epoch": 25 if micro_batches == 1 else 9},
         "trainer": {
-            **({"max_steps": STEPS} if micro_batches == 1 else {"max_epochs": 12}),  # of nine batches, five steps
+            **({"max_steps": STEPS} if micro_batches == 1 else {"max_epochs": 7}),
             "accelerator": "cpu",
-            "accumulate_grad_batches": micro_batches,
             "enable_progress_bar": False,
             "callbacks": callbacks,
         },

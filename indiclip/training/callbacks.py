@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from torch import Tensor
 
+from indiclip.distributed import mean_over_ranks
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import keyed
 from indiclip.module import Batches, MultiTask
@@ -185,8 +187,9 @@ class TaskGradients(Callback):
     """Logs what each task asks of the backbone: its gradient's norm, and the cosine between every two tasks.
 
     A cosine below zero says that two tasks pull against each other. Costs one more backward pass per task in the
-    steps where it runs; what it reads is this rank's gradient, before any averaging. Of a backbone that is trained in
-    part only that part counts; of a frozen one there is nothing to log.
+    steps where it runs, and an exchange of gradients where there are more ranks: what is logged is of their means. Of a
+    backbone that is trained in part only that part counts; of a frozen one there is nothing to log. Needs whole weights
+    and the whole batch: neither shards nor `model.micro_batches`.
 
     Args:
         every_n_steps: Steps between two readings.
@@ -194,19 +197,27 @@ class TaskGradients(Callback):
 
     def __init__(self, every_n_steps: int = 100) -> None:
         self.every_n_steps = every_n_steps
-        self._last = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
         assert isinstance(pl_module, MultiTask)
+        if pl_module.micro_batches > 1:
+            raise ValueError(
+                "trainer.callbacks: TaskGradients needs the gradients of the whole batch at once; model.micro_batches "
+                f"is {pl_module.micro_batches}, expected 1"
+            )
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                "trainer.callbacks: TaskGradients needs whole weights, and this trainer.strategy shares them out; "
+                "expected ddp"
+            )
         if stage == "fit" and not any(parameter.requires_grad for parameter in pl_module.encoder.backbone.parameters()):
             warnings.warn("TaskGradients: the backbone is frozen, so there is nothing to log", stacklevel=2)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps or step == self._last:  # once, also where gradients are accumulated
+        if step % self.every_n_steps:
             return
-        self._last = step
         assert isinstance(pl_module, MultiTask)
         values = gradient_numbers(pl_module)
         if not values:
@@ -226,7 +237,7 @@ def gradient_numbers(module: MultiTask) -> dict[str, float]:
         if not part.requires_grad:  # of a head that is frozen, on what is frozen
             continue
         parts = torch.autograd.grad(part, parameters, retain_graph=True, materialize_grads=True)
-        gradients[name] = torch.cat([gradient.float().flatten() for gradient in parts])
+        gradients[name] = mean_over_ranks(torch.cat([gradient.float().flatten() for gradient in parts]))
     numbers = {f"train/{name}/backbone_grad_norm": float(gradient.norm()) for name, gradient in gradients.items()}
     for first, second in itertools.combinations(gradients, 2):
         cosine = torch.nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)

@@ -29,6 +29,7 @@ from indiclip.training.config_history import ConfigHistory, check_changes, plain
 from indiclip.training.fault_tolerance import local_ranks
 from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 from indiclip.training.initial_weights import leave_out_initial_weights, warn_of_random_towers
+from indiclip.training.launch import SameOnAllRanks, check_launch, speaks
 from indiclip.training.portable_config import PortableConfig
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
@@ -115,6 +116,7 @@ class IndiCLI(LightningCLI):
         self.is_new = self.folder.is_dir() and not any(self.folder.iterdir())
         tree, written = plain(self._parser(self.subcommand), config), self._written()
         check_unmasked(tree)
+        self._tree = tree
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
         if self.subcommand != "fit":
@@ -145,10 +147,15 @@ class IndiCLI(LightningCLI):
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
         options = trainer_options(config, self.folder, str(self.subcommand), self.trial)
+        options["callbacks"] = [SameOnAllRanks(self._tree), *options["callbacks"]]
+        if str(config.get("devices")).isdigit():  # else Lightning decides what there are
+            check_launch(config.get("num_nodes") or 1, int(config["devices"]))
         try:
-            return super().instantiate_trainer(**options, **kwargs)
-        except TypeError as error:  # as for `devices: x`
+            trainer = super().instantiate_trainer(**options, **kwargs)
+        except (TypeError, RuntimeError) as error:  # as for `devices: x`, or what Lightning misses in SLURM's variables
             raise ConfigError(f"trainer: {error}") from error
+        check_launch(trainer.num_nodes, trainer.num_devices)
+        return trainer
 
     def before_validate(self) -> None:
         check(self.model, self.datamodule, str(self.subcommand))
@@ -156,6 +163,7 @@ class IndiCLI(LightningCLI):
     before_test = before_predict = before_validate
 
     def before_fit(self) -> None:
+        self.model.check_trainer(self.trainer)
         self.before_validate()
         assert self.folder is not None
         lock(self.folder)
@@ -247,7 +255,9 @@ def _say(error: Exception) -> int:
     of_users = isinstance(error, OSError | ImportError | MisconfigurationException)
     if not (broken or of_users or (isinstance(error, ValueError) and not notes)):
         raise error
-    print(mask(f"indiclip: {' '.join([broken or one_line(error), *notes])}"), file=sys.stderr)
+    line = mask(f"indiclip: {' '.join([broken or one_line(error), *notes])}")
+    if speaks(line):
+        print(line, file=sys.stderr)
     return 1 if broken or notes else 2
 
 

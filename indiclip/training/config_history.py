@@ -1,7 +1,7 @@
 """What a run was configured with: `config.yaml` is the newest config that made a step, `config-<step>.yaml` are those
 before, each by the last step that it made; and what a run that goes on may change.
 
-The rule. What makes up a training step (data and the samples that its files hold, seed, encoder, heads, accumulation)
+The rule. What makes up a training step (data and the samples that its files hold, seed, encoder, heads)
 stays, or `--override` says that it may change. The optimizer's values, which take effect at once, and how long, how
 fast and where a run trains may change. Every change is listed at the start.
 """

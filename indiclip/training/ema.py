@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from indiclip.lightning_internals import accumulating
 from indiclip.names import check_range
 from indiclip.pretrained.runs import AVERAGES
 from indiclip.training.fault_tolerance.ranks import callbacks_of
@@ -69,7 +68,7 @@ class EMA(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if accumulating(trainer) or step == self._step:
+        if step == self._step:
             return
         self._step = step
         if step >= self.start_step and step % self.every_n_steps == 0:

@@ -29,7 +29,7 @@ from indiclip.training.monitors import CheckMonitors
 from indiclip.training.record import PredictionWriter, RunRecord
 
 _SHARDED = ("fsdp", "modelparallel", "deepspeed")  # strategies that write folders of shards by themselves
-_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
+_LEAST = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
 
 
 def check_trainer(config: Namespace, subcommand: str) -> None:

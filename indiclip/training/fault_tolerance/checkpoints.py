@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from indiclip.distributed import gathered
-from indiclip.lightning_internals import accumulating, epoch_ends, validation_due
+from indiclip.lightning_internals import epoch_ends, validation_due
 from indiclip.old_names import translate_checkpoint
 from indiclip.pretrained.weights import unreadable
 from indiclip.training.fault_tolerance import manifest
@@ -89,8 +89,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
 class Checkpoints(ModelCheckpoint):
     """ModelCheckpoint for runs that are killed and go on.
 
-    `last.ckpt` is a link that always leads to a file, the one that was saved last; no checkpoint is taken while
-    gradients are being accumulated, which would be lost; and where one cannot be saved all ranks end together.
+    `last.ckpt` is a link that always leads to a file, the one that was saved last; and where one cannot be saved all
+    ranks end together.
 
     Args:
         dirpath: Folder of the checkpoints; the command takes `checkpoints` in the run's folder, and no other.
@@ -127,7 +127,7 @@ class Checkpoints(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._due, self._goes_on_from = False, -1
+        self._goes_on_from = -1
         for other in callbacks_of(trainer, Checkpoints):
             if other is not self and (other.dirpath, other.filename) == (self.dirpath, self.filename):
                 raise ValueError(
@@ -136,8 +136,6 @@ class Checkpoints(ModelCheckpoint):
                 )
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **options: Any) -> None:
-        if accumulating(trainer):  # what is due comes with the end of the step
-            return
         every, last = self._every_n_train_steps, trainer.global_step == trainer.max_steps
         if validation_due(trainer):
             # After it: the run that goes on need not validate again.
@@ -145,8 +143,7 @@ class Checkpoints(ModelCheckpoint):
             return
         super().on_train_batch_end(trainer, *args, **options)
         # An epoch without a validation has no new value of a metric of held-out data.
-        if self._due or (epoch_ends(trainer) and not (self.monitor and trainer.enable_validation)):
-            self._due = False
+        if epoch_ends(trainer) and not (self.monitor and trainer.enable_validation):
             super().on_validation_end(trainer, trainer.lightning_module)
         if last:
             self.save_now(trainer)
@@ -154,15 +151,12 @@ class Checkpoints(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.global_step == self._goes_on_from:  # see ResumeValidation
             return
-        self._due = accumulating(trainer)  # then it comes with the end of the step
-        if not self._due:
-            super().on_validation_end(trainer, pl_module)
-            if trainer.global_step == trainer.max_steps:
-                self.save_now(trainer)  # where the last is none of the best
+        super().on_validation_end(trainer, pl_module)
+        if trainer.global_step == trainer.max_steps:
+            self.save_now(trainer)  # where the last is none of the best
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not accumulating(trainer):
-            self.save_now(trainer)  # of a run that ended before `max_steps`
+        self.save_now(trainer)  # of a run that ended before `max_steps`
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._goes_on_from = checkpoint["global_step"]

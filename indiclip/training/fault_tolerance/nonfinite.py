@@ -51,7 +51,7 @@ class NonFinite:
         """1.0 where this rank's losses or gradients are not finite, else 0.0; a scalar on the device.
 
         Args:
-            losses: Which heads' losses were not finite in any micro-batch, see `bad_losses`.
+            losses: Which heads' losses were not finite, see `bad_losses`.
             scaled: The gradients are those of a loss scaled for float16, whose overflow is the scaler's business.
         """
         bad = torch.stack([*losses.values()]).any()
@@ -101,5 +101,5 @@ class NonFinite:
 
 
 def bad_losses(module: MultiTask) -> dict[str, Tensor]:
-    """Whether each head's loss of this micro-batch is not finite; scalars on the device."""
+    """Whether each head's loss is not finite; scalars on the device."""
     return {name: ~torch.isfinite(loss.detach()) for name, loss in module.head_losses.items()}

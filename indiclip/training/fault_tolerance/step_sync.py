@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from indiclip.distributed import gathered
-from indiclip.lightning_internals import accumulating, replace_signal_handlers
+from indiclip.lightning_internals import replace_signal_handlers
 from indiclip.module import Batches, MultiTask
 from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses
 from indiclip.training.fault_tolerance.preemption import SIGNALS, Preemption
@@ -73,15 +73,12 @@ class StepSync(Callback):
         assert isinstance(pl_module, MultiTask)
         self._leave(trainer)
         self.quarantine.collect(batch)
-        if not self._losses:  # the first micro-batch of a step
-            self.nonfinite.begin(pl_module)
-        for task, part in batch.items():
-            self._keys.setdefault(task, []).extend(part["keys"])
+        self.nonfinite.begin(pl_module)
+        self._keys = {task: part["keys"] for task, part in batch.items()}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MultiTask)
-        for name, bad in bad_losses(pl_module).items():
-            self._losses[name] = bad | self._losses.get(name, bad)
+        self._losses = bad_losses(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, MultiTask)
@@ -96,10 +93,10 @@ class StepSync(Callback):
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         self._on_the_way.append(_Count(ballots, arrived, trainer.global_step + 1, self._losses, self._keys))
-        self._losses, self._keys, self._voted = {}, {}, True
+        self._losses, self._voted = {}, True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if not self._voted:  # in the middle of a step of several micro-batches, where nothing may be saved
+        if not self._voted:
             return
         self._voted = False
         while len(self._on_the_way) > (1 if pl_module.device.type == "cuda" else 0):
@@ -117,8 +114,7 @@ class StepSync(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, *_: Any, **__: Any
     ) -> None:
         self.quarantine.collect(batch)
-        # Not while gradients wait for more of them, which a checkpoint would lose.
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not accumulating(trainer):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             # At once: a scheduler waits a minute, a validation may take ten. The weights are those of the last step.
             nothing = torch.zeros((), device=pl_module.device)
             self._count(trainer, _Count(self._reduced(trainer, pl_module, nothing), None, trainer.global_step, {}, {}))

@@ -1,0 +1,99 @@
+"""The processes of a run are those that its trainer expects, and all of them run the same."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+import heads
+import indiclip
+from indiclip.distributed import gathered
+from indiclip.training.fault_tolerance.ranks import AgreedStop
+
+
+def check_launch(num_nodes: int, devices: int) -> None:
+    """Compare the trainer with what started this process.
+
+    Args:
+        num_nodes: The trainer's.
+        devices: The trainer's, of each node.
+
+    Raises:
+        ValueError: Not so many processes were started: those that the trainer does not know of would each train for
+            themselves, in one folder; others would be waited for.
+    """
+    found = f"{num_nodes} x {devices}"
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        nodes = int(os.environ.get("WORLD_SIZE", "1")) // local
+        if (nodes, local) != (num_nodes, devices):
+            raise ValueError(
+                f"trainer.devices: torchrun started {nodes} x {local} processes (nodes x processes of each), and the "
+                f"trainer has {found}; expected --trainer.num_nodes {nodes} --trainer.devices {local}"
+            )
+    elif SLURMEnvironment.detect():
+        tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+        if tasks != num_nodes * devices:
+            nodes = int(os.environ.get("SLURM_NNODES", "1"))
+            raise ValueError(
+                f"trainer.devices: SLURM started {tasks} tasks on {nodes} nodes, and the trainer has {found}; expected "
+                f"--trainer.num_nodes {nodes} --trainer.devices {tasks // nodes}, with srun for each of them"
+            )
+    elif num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"trainer.num_nodes: found {num_nodes}, and MASTER_ADDR is not set: nobody started the others; "
+            "expected torchrun or srun, or MASTER_ADDR, MASTER_PORT and NODE_RANK on every node"
+        )
+
+
+def speaks(message: str) -> bool:
+    """Whether this process is the first of the run to say this; of those of torchrun, which has a store for all.
+
+    Before training every rank finds what is wrong by itself, mostly the same.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        said: int = store.add(f"indiclip/{start}/{hashlib.sha256(message.encode()).hexdigest()}", 1)
+        return said == 1
+    except (KeyError, ValueError, RuntimeError):  # torch's own of a store that is gone
+        return True
+
+
+class SameOnAllRanks(Callback):
+    """Ends a run whose ranks have different code or configurations, before they wait for each other in vain.
+
+    Args:
+        config: Of the run, plain values.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size == 1:
+            return
+        text = json.dumps(self.config, sort_keys=True, default=str)
+        for what, mine in {"code": _code(), "configuration": hashlib.sha256(text.encode()).hexdigest()}.items():
+            digests = gathered(mine)
+            others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            if others:
+                raise AgreedStop(
+                    trainer, f"the {what} of rank {', '.join(map(str, others))} is not that of rank 0; expected one", 2
+                )
+
+
+def _code() -> str:
+    """A digest of our Python files."""
+    folders = [Path(str(package.__file__)).parent for package in (indiclip, heads)]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
