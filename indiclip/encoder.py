@@ -21,7 +21,7 @@ from indiclip.pooling import ImagePool, Pool, Projection, TextPool
 from indiclip.preprocessing import AnyImage
 from indiclip.pretrained.init_from import InitFrom, InitialWeights
 from indiclip.text import TextTower, describe
-from indiclip.types import Features, Images, in_float32, on_device
+from indiclip.types import Features, Images, Texts, in_float32, on_device
 
 _DEFAULTS: dict[str, Any] = {
     "backbone": None,
@@ -220,13 +220,17 @@ class Encoder(nn.Module):
             return torch.zeros(0, length or self.embed_dim, device=self.device)
         return self.project_text(self.pool_text(texts), length, batch_statistics)
 
-    def pool_text(self, texts: str | list[str]) -> Tensor:
+    def pool_text(self, texts: str | list[str] | Texts) -> Tensor:
         """One vector per text (B, D), as `pool_features`; equal strings are encoded once. At least one text."""
         many = [texts] if isinstance(texts, str) else list(texts)
         if not all(isinstance(text, str) for text in many):
             raise ValueError(f"embed_text: found {shorten(texts)}; expected a string, or a list of them")
         distinct = list(dict.fromkeys(many))
-        rows = self.text.tokenizer.encode(distinct)
+        if isinstance(texts, Texts):
+            token_ids = dict(zip(many, texts.token_ids, strict=True))
+            rows = [token_ids[text] for text in distinct]
+        else:
+            rows = self.text.tokenizer.encode(distinct)
         ids_BT, valid_BT = self._on_device(*self.text.padded(rows))
         tokens_BTD = self.text(ids_BT, valid_BT, padded=len(set(map(len, rows))) > 1)
         pooled_BD: Tensor = self.text_pool(tokens_BTD, valid_BT)

@@ -6,7 +6,7 @@ Shape letters used in the whole project:
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast, get_type_hints
 
@@ -37,12 +37,15 @@ class Field(NamedTuple):
         into: The field whose rows its numbers point to (rows of `of` go with those); they are numbered anew where rows
             are removed, and through the whole batch.
         bilinear: How a map is resized.
+        embedded: Words for the text tower, which in training are tokenised where they are read: a list of them is
+            `Texts` then.
     """
 
     kind: Literal["image", "boxes", "points", "masks", "map", "rows", "scalar", "text"]
     of: str = ""
     into: str = ""
     bilinear: bool = False
+    embedded: bool = False
 
 
 Text = Annotated[str, Field("text")]
@@ -63,7 +66,7 @@ class Sample(TypedDict, total=False):
     annotated_upright: Annotated[bool, Field("image")]  # coordinates are of the image turned as its EXIF says
     key: Text  # unique in its dataset, stable between runs
     random_seed: Text  # int, of this sample in this step, whatever rank it is on; `loading` gives it in training
-    caption: Text
+    caption: Annotated[str, Field("text", embedded=True)]
     language: Text  # of `caption`: a BCP-47 code such as hi or hi-Latn
     # language ("" where it is unknown) -> texts; `indiclip.datasets.languages` draws one of them for `caption`
     captions: Annotated[dict[str, list[str]], Field("text")]
@@ -128,7 +131,7 @@ class Rows:
         self.values, self.image_R, self.counts, self.known = values, image_R, counts, known
         self.on_host = values
 
-    def to(self, device: torch.device | str) -> "Rows":
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Rows":
         """On the device, without waiting for it; back on the host it waits, so that nobody reads too early."""
         away = torch.device(device).type != "cpu"
         values, image_R = (part.to(device, non_blocking=away) for part in (self.values, self.image_R))
@@ -159,6 +162,49 @@ class Rows:
         """Where an image's rows lie."""
         first = sum(self.counts[:image])
         return slice(first, first + self.counts[image])
+
+
+class Texts:
+    """Texts with the token ids of each; not a list, which on its way to the device would be gone through item by item.
+
+    Attributes:
+        strings: The texts.
+        token_ids: As the tokenizer's `encode` gives them.
+    """
+
+    def __init__(self, strings: Sequence[str], token_ids: Sequence[list[int]]) -> None:
+        self.strings, self.token_ids = strings, token_ids
+
+    def __len__(self) -> int:
+        return len(self.strings)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.strings)
+
+    def __getitem__(self, place: Any) -> Any:
+        found = self.strings[place]
+        return Texts(found, self.token_ids[place]) if isinstance(place, slice) else found
+
+
+class Step(dict[str, "Batch"]):
+    """The batches of a step, by task. Moves itself: only what holds tensors is looked at, not the lists beside them."""
+
+    def to(self, device: torch.device | str) -> "Step":
+        """On the device; from pinned memory without waiting for it."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Step":
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, move: Callable[[Any], Any]) -> "Step":
+        """A copy whose tensors were moved."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(part) for name, part in value.items()}
+            return move(value) if isinstance(value, Tensor | Rows) else value
+
+        return Step({task: moved(batch) for task, batch in self.items()})
 
 
 class Origin:

@@ -204,3 +204,23 @@ class AllUnreadable(SampleDataset):
 
     def __getitem__(self, index):
         raise UnreadableSample(f"{index}.png", "truncated")
+
+
+class Barriers(L.Callback):
+    """Notes after each step how often the ranks have met at a barrier."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.count = folder, 0
+
+    def on_train_start(self, trainer, pl_module):
+        barrier = torch.distributed.barrier
+
+        def counted(*args, **options):
+            self.count += 1
+            return barrier(*args, **options)
+
+        torch.distributed.barrier = counted
+
+    def on_train_batch_end(self, trainer, *_):
+        with (Path(self.folder) / f"barriers-{trainer.global_rank}").open("a") as file:
+            file.write(f"{self.count}\n")

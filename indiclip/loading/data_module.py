@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -15,7 +15,7 @@ from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader, Workers
 from indiclip.names import check_range
 from indiclip.preprocessing import Interpolation, Preprocessing
-from indiclip.types import Batch
+from indiclip.types import Step
 
 _ALWAYS_ALLOWED = 10  # unreadable samples of a task, however small its sources
 
@@ -33,6 +33,7 @@ class MultiTaskData(L.LightningDataModule):
         patch_size: Linked to the backbone's by the command.
         canvas_hw: Linked to the backbone's by the command.
         interpolation: Linked to the backbone's by the command.
+        encode: The tokenizer's, linked to the text tower's by the command: captions are tokenised in the workers.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class MultiTaskData(L.LightningDataModule):
         patch_size: int = 16,
         canvas_hw: tuple[int, int] | None = None,
         interpolation: Interpolation = "bilinear",
+        encode: Callable[[list[str]], list[list[int]]] | None = None,
     ) -> None:
         super().__init__()
         check_range({"data.quarantine": quarantine}, 0, 1)
@@ -55,7 +57,7 @@ class MultiTaskData(L.LightningDataModule):
         self.train, self.val = train, list(val or [])
         self.seed, self.num_workers = seed, num_workers
         self.steps_per_epoch = steps_per_epoch
-        self.preprocessing = Preprocessing(patch_size, canvas_hw, interpolation)
+        self.preprocessing, self.encode = Preprocessing(patch_size, canvas_hw, interpolation), encode
 
     @property
     def train_sizes(self) -> Counter[str]:
@@ -80,14 +82,14 @@ class MultiTaskData(L.LightningDataModule):
     def steps(self, sources: list[Source], train: bool) -> Steps:
         """The steps of this rank."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Steps(sources, self.seed, self.preprocessing, train, rank, world)
+        return Steps(sources, self.seed, self.preprocessing, train, rank, world, self.encode if train else None)
 
     def setup(self, stage: str) -> None:
         """Tell Lightning that nothing is held out; it would wait for the end of a validation that never begins."""
         if not self.val and self.trainer is not None:
             self.trainer.limit_val_batches = 0
 
-    def train_dataloader(self) -> DataLoader[dict[str, Batch]]:
+    def train_dataloader(self) -> DataLoader[Step]:
         """Steps from where the run stands to the end of the epoch."""
         steps = self.steps(self.train, train=True)
         length = self.steps_per_epoch or len(steps)
@@ -95,7 +97,7 @@ class MultiTaskData(L.LightningDataModule):
             return self._loader(steps, SequentialSampler(range(length)))
         return self._loader(steps, StepSampler(length, self.trainer))
 
-    def val_dataloader(self) -> DataLoader[dict[str, Batch]] | list[Any]:
+    def val_dataloader(self) -> DataLoader[Step] | list[Any]:
         """Every held-out sample once."""
         if not self.val:
             return []
@@ -105,13 +107,13 @@ class MultiTaskData(L.LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def first_val_batches(self, num_samples: int) -> list[dict[str, Batch]]:
+    def first_val_batches(self, num_samples: int) -> list[Step]:
         """Held-out steps with the first `num_samples` of every source, read in this process (for pictures)."""
         steps = Steps(self.val, self.seed, self.preprocessing, train=False)
         smallest = min((sum(plan.counts) for plan in steps.plans.values()), default=1)
         return [steps[i] for i in range(-(-num_samples // smallest) if self.val else 0)]
 
-    def _loader(self, steps: Steps, sampler: Any) -> DataLoader[dict[str, Batch]]:
+    def _loader(self, steps: Steps, sampler: Any) -> DataLoader[Step]:
         return StepLoader(
             steps,
             batch_size=None,  # a step is already a batch

@@ -3,6 +3,7 @@
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 
 from torch.utils.data import Dataset, get_worker_info
 
@@ -14,13 +15,23 @@ from indiclip.loading.plan import Plan, SampleRef
 from indiclip.loading.source import Source
 from indiclip.loading.workers import reading
 from indiclip.preprocessing import Preprocessing
-from indiclip.types import Batch, Origin, Quarantined, Sample
+from indiclip.types import FIELDS, Batch, Origin, Quarantined, Sample, Step, Texts
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
 
 
-class Steps(Dataset[dict[str, Batch]]):
-    """Map-style: step number -> this rank's part of `{task: batch}`."""
+class Steps(Dataset[Step]):
+    """Map-style: step number -> this rank's part of `{task: batch}`.
+
+    Args:
+        sources: Of all tasks.
+        seed: Of the run.
+        preprocessing: The backbone's.
+        train: Or held out.
+        rank: This process's.
+        world_size: Of how many.
+        encode: The tokenizer's, by which captions are tokenised here; None leaves that to who reads them.
+    """
 
     def __init__(
         self,
@@ -30,8 +41,9 @@ class Steps(Dataset[dict[str, Batch]]):
         train: bool,
         rank: int = 0,
         world_size: int = 1,
+        encode: Callable[[list[str]], list[list[int]]] | None = None,
     ) -> None:
-        self.seed, self.preprocessing = seed, preprocessing
+        self.seed, self.preprocessing, self.encode = seed, preprocessing, encode
         self.train, self.rank, self.world_size = train, rank, world_size
         # In training the sources of a task share their batches; held-out ones are scored each by itself.
         self.sources: dict[str, list[Source]] = {}
@@ -68,8 +80,8 @@ class Steps(Dataset[dict[str, Batch]]):
         """Steps until the source that takes longest has been gone through."""
         return max(plan.steps_per_epoch for plan in self.plans.values())
 
-    def __getitem__(self, step: int) -> dict[str, Batch]:
-        batches: dict[str, Batch] = {}
+    def __getitem__(self, step: int) -> Step:
+        batches = Step()
         for task in self.plans:
             batch = self._batch(task, step)
             if batch["keys"] or batch["quarantined"]:
@@ -83,6 +95,10 @@ class Steps(Dataset[dict[str, Batch]]):
         read = (self.read(task, ref) for ref in plan.batch(step, self.rank, self.world_size))
         samples = [sample for sample in read if sample is not None]
         batch = collate(samples) if samples else Batch(keys=[])
+        if self.encode is not None:
+            for name, texts in batch.get("targets", {}).items():
+                if FIELDS[name].embedded and None not in texts:
+                    batch["targets"][name] = Texts(texts, _encoded(texts, self.encode))
         batch["origin"], batch["quarantined"] = self.origins[task], self.unreadable()
         return batch
 
@@ -145,6 +161,12 @@ class Steps(Dataset[dict[str, Batch]]):
         """The unreadable samples since the last call, so that each is counted once."""
         found, self._quarantined = self._quarantined, []
         return found
+
+
+def _encoded(texts: list[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+    distinct = list(dict.fromkeys(texts))
+    token_ids = dict(zip(distinct, encode(distinct), strict=True))
+    return [token_ids[text] for text in texts]
 
 
 def _fetch(dataset: SampleDataset, shards: list[int]) -> None:

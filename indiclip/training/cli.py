@@ -102,6 +102,7 @@ class IndiCLI(LightningCLI):
         parser.link_arguments("model.encoder", "data.patch_size", lambda e: e.backbone.patch_size, "instantiate")
         parser.link_arguments("model.encoder", "data.canvas_hw", lambda e: e.backbone.canvas_hw, "instantiate")
         parser.link_arguments("model.encoder", "data.interpolation", lambda e: e.backbone.interpolation, "instantiate")
+        parser.link_arguments("model.encoder", "data.encode", lambda e: e.text.tokenizer.encode, "instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the experiment is the config's, and a checkpoint is read after it has been checked, once."""

@@ -3,6 +3,7 @@
 import io
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from indiclip import __version__
 from indiclip.evals.pages.page import data_uri, png, readable, write_page
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
-from indiclip.types import Batch, class_names, targets_of
+from indiclip.types import Step, class_names, targets_of
 
 if TYPE_CHECKING:
     from indiclip.module import MultiTask
@@ -57,7 +58,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
 
 
 @torch.no_grad()
-def held_out_pictures(module: "MultiTask", batches: list[dict[str, Batch]], per_head: int) -> dict[str, list[Picture]]:
+def held_out_pictures(module: "MultiTask", batches: Sequence[Step], per_head: int) -> dict[str, list[Picture]]:
     """Let every head draw its predictions on held-out images.
 
     Args:

@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from indiclip.distributed import gathered
+from indiclip.distributed import gathered, sum_over_ranks
 from indiclip.lightning_internals import replace_signal_handlers
 from indiclip.module import Batches, MultiTask
 from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses
@@ -85,7 +85,7 @@ class StepSync(Callback):
         if not self._losses:  # StochasticWeightAveraging gathers the statistics of batch norm, without a backward pass
             return
         found = self.nonfinite.found(pl_module, self._losses, scaled=trainer.precision == "16-mixed")
-        ballots = self._reduced(trainer, pl_module, found)
+        ballots = self._reduced(found)
         self.nonfinite.undo(optimizer, ballots[0])
         arrived = None
         if ballots.is_cuda:
@@ -117,7 +117,7 @@ class StepSync(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             # At once: a scheduler waits a minute, a validation may take ten. The weights are those of the last step.
             nothing = torch.zeros((), device=pl_module.device)
-            self._count(trainer, _Count(self._reduced(trainer, pl_module, nothing), None, trainer.global_step, {}, {}))
+            self._count(trainer, _Count(self._reduced(nothing), None, trainer.global_step, {}, {}))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave(trainer)
@@ -140,14 +140,11 @@ class StepSync(Callback):
         if self._agreed:
             self.preemption.act(trainer, self._folder, self._agreed)
 
-    def _reduced(self, trainer: Trainer, module: LightningModule, found: Tensor) -> Tensor:
+    def _reduced(self, found: Tensor) -> Tensor:
         """What the ranks `found` not to be finite, newly quarantined and got as signals, counted over all of them."""
         others = [float(self.quarantine.pending), *(float(self.preemption.received == number) for number in SIGNALS)]
         ballots = torch.cat([found.reshape(1), torch.tensor(others).to(found.device, non_blocking=True)])
-        if trainer.world_size == 1:
-            return ballots
-        reduced: Tensor = trainer.strategy.reduce(ballots, reduce_op="sum")
-        return reduced
+        return sum_over_ranks(ballots)  # Lightning's own reduction has a barrier before it
 
     def _count(self, trainer: Trainer, count: _Count) -> None:
         """Do what the ranks agreed on; the same on all of them."""
