@@ -14,12 +14,15 @@ from typing import Any, cast, get_args
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm
 from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, check_range, did_you_mean
+from indiclip.packing import WORTH_IT, PackedAttention, Packing, padding
 from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
 from indiclip.types import Features, Images, on_device
@@ -223,14 +226,38 @@ class NaFlexViT(Backbone):
     def forward(self, images: Images) -> Features:
         p = self.patch_size
         grids = [(height // p, width // p) for height, width in images["sizes_hw"]]
-        N = images["patches_BNP"].shape[1]
-        full = all(rows * columns == N for rows, columns in grids)
+        lengths = [rows * columns for rows, columns in grids]
+        full = min(lengths) == images["patches_BNP"].shape[1]
         valid_BN = None if full else images["valid_BN"]  # attention without a mask is the faster kernel
         pixels_BNP = self.normalise(images)
-        out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))
-        prefix_BKD, tokens_BND = split_prefix(out["patches"], self.vit.num_prefix_tokens)
+        if padding(lengths) > WORTH_IT and self._may_pack():
+            tokens_BND = self._packed(pixels_BNP, images["coords_BN2"], lengths)
+        else:
+            out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))
+            tokens_BND = out["patches"]
+        prefix_BKD, tokens_BND = split_prefix(tokens_BND, self.vit.num_prefix_tokens)
         grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
         return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride, prefix_BKD)
+
+    def _may_pack(self) -> bool:
+        """Whether the blocks may run on all images' tokens as one sequence, where each attends within its image."""
+        drops = self.training and any(isinstance(part, DropPath) for part in self.vit.modules())
+        # What is dropped is dropped of whole rows. And a block that is run again in the backward pass is run alone.
+        return self._packs and not drops and not self.vit.grad_checkpointing and not torch.compiler.is_compiling()
+
+    def _packed(self, pixels_BNP: Tensor, coords_BN2: Tensor, lengths: list[int]) -> Tensor:
+        """As `forward_features`, without padding between the images.
+
+        Calls a private method of timm; tried with timm 1.0.31. `_check_options` finds where it gives another result.
+        """
+        x_BND = self.vit._forward_embeds(pixels_BNP, coords_BN2, None, None)["patches"]
+        prefix = self.vit.num_prefix_tokens
+        packing = Packing([prefix + length for length in lengths], x_BND.shape[1], x_BND.device)
+        x_1TD = packing.pack(x_BND)
+        with PackedAttention(packing):
+            for block in self.vit.blocks:
+                x_1TD = block(x_1TD)
+        return packing.unpack(self.vit.norm(x_1TD))
 
     def pool(self, features: Features) -> Tensor:
         if not self.vit.global_pool:
@@ -244,11 +271,21 @@ class NaFlexViT(Backbone):
         check_keeps_patches(self.vit)
         if not self.vit.embeds.channels_last:
             raise ValueError("backbone.options.patchify_channels_last: found False; expected True, as patches are cut")
+        self._packs = self.vit.rope is None  # which turns by rows of a batch
         if next(self.parameters()).is_meta:
             return
         self.eval()
+        pixels_22P = torch.linspace(-1, 1, 12 * self.patch_size**2).reshape(2, 2, -1)
+        coords_222, valid_22 = (
+            torch.tensor([[[0, 0], [0, 1]]]).repeat(2, 1, 1),
+            torch.tensor([[True, True], [True, False]]),
+        )
         with torch.no_grad(), reworded("backbone.options: timm's NaFlexVit cannot read patches"):
-            self.vit.forward_features(torch.zeros(1, 2, 3 * self.patch_size**2), torch.tensor([[[0, 0], [0, 1]]]))
+            padded = cast(Any, self.vit.forward_features(pixels_22P, coords_222, valid_22))["patches"]
+            if self._packs:  # an attention that is not torch's own does not know where an image ends
+                valid_2N = F.pad(valid_22, (self.vit.num_prefix_tokens, 0), value=True)
+                apart = (self._packed(pixels_22P, coords_222, [2, 1]) - padded)[valid_2N]
+                self._packs = bool(apart.abs().max() < 1e-3)
         self.train()
 
     def remove_pool(self) -> None:

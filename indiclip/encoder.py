@@ -232,7 +232,7 @@ class Encoder(nn.Module):
         else:
             rows = self.text.tokenizer.encode(distinct)
         ids_BT, valid_BT = self._on_device(*self.text.padded(rows))
-        tokens_BTD = self.text(ids_BT, valid_BT, padded=len(set(map(len, rows))) > 1)
+        tokens_BTD = self.text(ids_BT, valid_BT, [max(len(row), 1) for row in rows])
         pooled_BD: Tensor = self.text_pool(tokens_BTD, valid_BT)
         if len(distinct) == len(many):
             return pooled_BD

@@ -3,7 +3,7 @@
 Shape letters: T tokens of the longest text in the batch (never a constant), D width; B texts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from inspect import signature
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, did_you_mean, reason_of
+from indiclip.packing import WORTH_IT, Packing, padding
 from indiclip.quiet import quiet_transformers
+from indiclip.text_packing import packed_states
 from indiclip.tokenizers import Tokenizer
 
 # Of transformers configurations, beside the keys that their types declare.
@@ -63,17 +65,25 @@ class TextTower(nn.Module):
             )
         self.width = int(config.hidden_size)
         self._read_a_long_text()
+        self.eval()
+        self._first_position = self._where_positions_begin()
+        self.train()
 
-    def forward(self, ids_BT: Tensor, valid_BT: Tensor, padded: bool | None = None) -> Tensor:
-        """Token vectors (B, T, D).
+    def forward(self, ids_BT: Tensor, valid_BT: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Token vectors (B, T, D); anything on padding.
 
         Args:
             ids_BT: Of the tokens.
             valid_BT: False on padding.
-            padded: Whether any is, where the host knows. Else transformers asks the device, and waits for it.
+            lengths: Tokens of each text, where the host knows them. Else transformers asks the device whether there is
+                padding, and waits for it.
         """
+        padded = None if lengths is None else len(set(lengths)) > 1
         if self.pad == "context":
             padded = False
+        if padded and lengths and padding(lengths) > WORTH_IT and self._may_pack():
+            packing = Packing(lengths, ids_BT.shape[1], ids_BT.device)
+            return packed_states(self.model, ids_BT, packing, cast(int, self._first_position))
         with _mask_unread() if padded and not torch.compiler.is_compiling() else nullcontext():
             out = self.model(input_ids=ids_BT, attention_mask=None if padded is False else valid_BT.long())
         return cast(Tensor, out.last_hidden_state)
@@ -86,6 +96,31 @@ class TextTower(nn.Module):
         """Constructor arguments that rebuild this tower without a network, weights aside."""
         architecture = architecture_of(self.model.config)
         return {"architecture": architecture, "tokenizer": describe(self.tokenizer), "pad": self.pad}
+
+    def _may_pack(self) -> bool:
+        # A layer that is run again in the backward pass is run alone.
+        again = getattr(self.model, "is_gradient_checkpointing", False)
+        return self._first_position is not None and not again and not torch.compiler.is_compiling()
+
+    @torch.no_grad()
+    def _where_positions_begin(self) -> int | None:
+        """With which number of the first position the model gives packed texts what it gives padded ones, if any."""
+        longest = self.tokenizer.context_length
+        if next(self.parameters()).is_meta or longest < 2:
+            return None
+        row = [i % self.tokenizer.vocab_size for i in range(self.tokenizer.pad_id + 1, self.tokenizer.pad_id + 4)]
+        rows = [row[: min(3, longest)], row[:1]]
+        ids_BT, valid_BT = self.tokenizer.pad(rows)
+        expected = self(ids_BT, valid_BT)[valid_BT]
+        packing = Packing([*map(len, rows)], ids_BT.shape[1], ids_BT.device)
+        for first in (0, self.tokenizer.pad_id + 1):
+            try:
+                found = packed_states(self.model, ids_BT, packing, first)[valid_BT]
+            except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # it takes no positions
+                return None
+            if (found - expected).abs().max() < 1e-3 * expected.abs().max():
+                return first
+        return None
 
     @torch.no_grad()
     def _read_a_long_text(self) -> None:
