@@ -39,25 +39,24 @@ class _UnitPrefixes:
         # The smallest norm is that of torch.nn.functional.normalize.
         self.norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12) for x in prefixes]
         self.units = [x / norm_N1 for x, norm_N1 in zip(prefixes, self.norms, strict=True)]
-        self.gradients = [torch.zeros_like(unit) for unit in self.units] if wanted else []
+        self.gradients = [torch.empty_like(unit) for unit in self.units] if wanted else []
 
-    def pull_back(self, weights: list[float]) -> tuple[Tensor, Tensor]:
-        """Weights the gradients of each length and returns those of the embeddings and of a common factor of the units.
+    def pull_back(self, weights: list[float], factor: Tensor | float = 1.0) -> Tensor:
+        """The gradient of the embeddings, from `gradients`, which are those of the products of units and `factor`.
 
-        The factor is taken to be 1. What is in `gradients` is used up.
+        Each length has its weight. `gradients` are used up; `along` are their scalar products with the units.
         """
-        gradient_NE, factor_gradient = None, self.norms[0].new_zeros(1)
-        for unit, norm_N1, gradient, weight in zip(self.units, self.norms, self.gradients, weights, strict=True):
-            along_N1 = (gradient * unit).sum(1, keepdim=True)
-            factor_gradient += along_N1.sum() * weight
-            # Of x / |x|: the part across x, divided by |x|.
-            gradient.addcmul_(unit, along_N1, value=-1).mul_(weight / norm_N1)
-            if gradient_NE is None:  # reuses the memory where there is one length
-                gradient_NE = gradient if gradient.shape == self.shape else gradient.new_zeros(self.shape)
-            if gradient_NE is not gradient:
-                gradient_NE[:, : gradient.shape[1]] += gradient
-        assert gradient_NE is not None
-        return gradient_NE, factor_gradient
+        self.along = [torch.linalg.vecdot(*pair)[:, None] for pair in zip(self.gradients, self.units, strict=True)]
+        lengths = zip(self.gradients, self.units, self.along, self.norms, weights, strict=True)
+        # Of x / |x|: the part across x, divided by |x|.
+        parts = [g.addcmul_(u, a_N1, value=-1).mul_(factor * w / norm_N1) for g, u, a_N1, norm_N1, w in lengths]
+        if parts[-1].shape == self.shape:  # its memory is used again
+            whole_NE = parts.pop()
+        else:
+            whole_NE = parts[-1].new_zeros(self.shape)
+        for part in parts:
+            whole_NE[:, : part.shape[1]].add_(part)
+        return whole_NE
 
 
 class Chunk:
@@ -72,6 +71,8 @@ class Chunk:
         self.image_part: Where = (rows,)
         self.text_part: Where = (slice(None), columns)
         self._whole, self._text_units, self._text_gradients = whole, text.units, text.gradients
+        # A chunk is the first with its images where the texts begin, and the first with its texts where the images do.
+        self._betas = (min(columns.start, 1), min(rows.start, 1))
         self._offset = rows.start - columns.start
         self._scaled = [whole.scale * unit[rows] for unit in whole.image.units]
         self._image_gradients = [gradient[rows] for gradient in whole.image.gradients]
@@ -84,20 +85,23 @@ class Chunk:
 
     def add_gradient(self, index: int, gradient_RC: Tensor) -> None:
         """Takes the gradient with respect to `logits(index)`."""
-        self._image_gradients[index].addmm_(gradient_RC, self._text_units[index])
-        self._text_gradients[index].addmm_(gradient_RC.T, self._scaled[index])
+        of_image_beta, of_text_beta = self._betas
+        self._image_gradients[index].addmm_(gradient_RC, self._text_units[index], beta=of_image_beta)
+        self._text_gradients[index].addmm_(gradient_RC.T, self._scaled[index], beta=of_text_beta)
         if self._whole.bias is not None:
-            self._whole.bias_gradient += gradient_RC.sum() * self._whole.weights[index]
+            self._whole.bias_gradient += gradient_RC.sum() * self._whole.shares[index]
 
     def positive(self) -> Tensor:
         """1 where image and text share a key >= 0 or are of the same pair, else 0: (R, C), of the logits' type."""
         whole = self._whole
         shape = (len(self._scaled[0]), len(self._text_units[0]))
-        positive_RC = torch.zeros(shape, dtype=torch.bool, device=whole.scale.device)
-        for image_keys_B, text_keys_WB in zip(whole.image_keys_KB, whole.text_keys_KWB, strict=True):
-            positive_RC |= image_keys_B[self.image_part][:, None] == text_keys_WB[self.text_part].flatten()
+        keys = zip(whole.image_keys, whole.text_keys, strict=True)
+        shared = [own_B[self.image_part][:, None] == all_WB[self.text_part].flatten() for own_B, all_WB in keys]
+        positive_RC = shared.pop() if shared else torch.zeros(shape, dtype=torch.bool, device=whole.scale.device)
+        for shared_RC in shared:
+            positive_RC |= shared_RC
         positive_RC.view(shape[0], whole.world, -1)[:, whole.rank].diagonal(self._offset).fill_(True)
-        return positive_RC.to(whole.scale.dtype)
+        return positive_RC.view(torch.uint8).to(whole.scale.dtype)  # four times as fast as from bool on a CPU
 
 
 class LogitChunks:
@@ -117,12 +121,13 @@ class LogitChunks:
         self.bias = bias[0] if bias else None
         self.num_pairs = len(image_BE)
         self.lengths, self.weights = [length for length, _ in lengths], [weight for _, weight in lengths]
+        self.shares = [weight / self.num_pairs for weight in self.weights]  # of each length and pair in the mean
         self.image = _UnitPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted)
         self.text_gradient_BE = torch.empty_like(self.text_BE, dtype=self.scale.dtype) if self.wanted else None
         self.bias_gradient = torch.zeros_like(self.scale)
         # Two different numbers, so that pairs without a key do not share one.
-        self.image_keys_KB = keys_KB.where(keys_KB >= 0, -1)
-        self.text_keys_KWB = all_gather(keys_KB.where(keys_KB >= 0, -2)).transpose(0, 1)
+        self.image_keys = list(keys_KB.clamp_min(-1))
+        self.text_keys = list(all_gather(keys_KB.masked_fill(keys_KB < 0, -2)).unbind(1))
         self._divide()
 
     def _divide(self) -> None:
@@ -140,7 +145,8 @@ class LogitChunks:
 
     def over_lengths(self, x_LB: Tensor) -> Tensor:
         """The sum over lengths, weighted."""
-        return sum((x_B * weight for x_B, weight in zip(x_LB, self.weights, strict=True)), start=x_LB.new_zeros(()))
+        first_B, *others = (x_B * weight for x_B, weight in zip(x_LB, self.weights, strict=True))
+        return sum(others, start=first_B)
 
     def walk(self, gradients: bool) -> Iterator[Chunk]:
         """Every chunk, in turn. With `gradients`, each chunk must be given its own for all lengths, in one walk."""
@@ -156,17 +162,17 @@ class LogitChunks:
                 assert self.text_gradient_BE is not None
                 if sending is not None:
                     sending.wait()
-                sending = _SumHome(text.pull_back(self.weights)[0], self.text_gradient_BE[columns])
+                sending = _SumHome(text.pull_back(self.shares), self.text_gradient_BE[columns])
         if sending is not None:
             sending.wait()
 
     def gradients(self) -> list[Tensor]:
         """Those of the mean over this rank's pairs, with respect to the `inputs`; after the walk with gradients."""
-        image_gradient_BE, scale_gradient = self.image.pull_back(self.weights)
+        image_gradient_BE = self.image.pull_back(self.shares, self.scale)
+        along_LB = torch.stack(self.image.along).squeeze(-1)  # with respect to the scale, of each length and pair
         assert self.text_gradient_BE is not None
-        gradients = [image_gradient_BE.mul_(self.scale), self.text_gradient_BE, scale_gradient]
-        gradients += [] if self.bias is None else [self.bias_gradient]
-        return [gradient.div_(self.num_pairs) for gradient in gradients]
+        gradients = [image_gradient_BE, self.text_gradient_BE, self.over_lengths(along_LB).mean().view(1)]
+        return gradients if self.bias is None else [*gradients, self.bias_gradient]
 
 
 class _Gather:

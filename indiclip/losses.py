@@ -201,11 +201,11 @@ class SigmoidLoss(ContrastiveLoss):
         loss_LB = chunks.zeros(chunks.num_pairs)
         for chunk in chunks.walk(gradients=chunks.wanted):
             # -log sigmoid(-x) = softplus(x), so positives change their sign before, and their gradient after.
-            sign_RC = chunk.positive().mul_(-2).add_(1)
+            sign_RC = torch.rsub(chunk.positive(), 1, alpha=2)
             for index in range(len(loss_LB)):
                 logits_RC = chunk.logits(index).mul_(sign_RC)
                 # torch's default threshold of 20 would be off by 2e-9: too coarse for float64.
-                loss_LB[index][chunk.image_part] += F.softplus(logits_RC, threshold=50).sum(1)
+                loss_LB[index][chunk.image_part].add_(F.softplus(logits_RC, threshold=50).sum(1))
                 if chunks.wanted:
                     chunk.add_gradient(index, logits_RC.sigmoid_().mul_(sign_RC))
         return chunks.over_lengths(loss_LB)
@@ -237,24 +237,28 @@ def _sums(chunks: LogitChunks) -> tuple[_Sums, _Sums]:
     """Those of this rank's images, over all texts, and those of all texts (W, B), over all images."""
     image, text = _Sums(chunks, chunks.num_pairs), _Sums(chunks, chunks.world, chunks.num_pairs)
     for chunk in chunks.walk(gradients=False):
-        directions = ((image, chunk.image_part, 1), (text, chunk.text_part, 0))
         positive_RC = chunk.positive()
-        image.num_positives[chunk.image_part] += positive_RC.sum(1)
+        image.num_positives[chunk.image_part].add_(positive_RC.sum(1))
         for index in range(len(image.log_sum_exp)):
             logits_RC = chunk.logits(index)
-            for sums, where, dim in directions:
-                so_far = sums.log_sum_exp[index][where]
-                torch.logaddexp(so_far, logits_RC.logsumexp(dim).view_as(so_far), out=so_far)
-            logits_RC.mul_(positive_RC)
-            for sums, where, dim in directions:
+            positive_logits_RC = logits_RC * positive_RC
+            for sums, where, dim in ((image, chunk.image_part, 1), (text, chunk.text_part, 0)):
                 so_far = sums.positive_logits[index][where]
-                so_far += logits_RC.sum(dim).view_as(so_far)
+                so_far += positive_logits_RC.sum(dim).view_as(so_far)
+                so_far = sums.log_sum_exp[index][where]
+                torch.logaddexp(so_far, _log_sum_exp(logits_RC, dim).view_as(so_far), out=so_far)
     # So far each rank has its own images' share of a text's sums.
     highest = all_reduce(text.log_sum_exp.clone(), dist.ReduceOp.MAX)
     exp_sum, text.positive_logits = all_reduce(torch.stack([(text.log_sum_exp - highest).exp_(), text.positive_logits]))
     text.log_sum_exp = exp_sum.log_().add_(highest)
     text.num_positives = all_gather(image.num_positives)  # a text has as many as the image of its pair
     return image, text
+
+
+def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
+    """As torch's, in two thirds of the time on a CPU, for finite numbers."""
+    highest = x.amax(dim, keepdim=True)
+    return (x - highest).exp_().sum(dim).log_().add_(highest.squeeze(dim))
 
 
 class _WithGradients(torch.autograd.Function):
