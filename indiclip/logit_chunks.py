@@ -50,10 +50,8 @@ class _UnitPrefixes:
         lengths = zip(self.gradients, self.units, self.along, self.norms, weights, strict=True)
         # Of x / |x|: the part across x, divided by |x|.
         parts = [g.addcmul_(u, a_N1, value=-1).mul_(factor * w / norm_N1) for g, u, a_N1, norm_N1, w in lengths]
-        if parts[-1].shape == self.shape:  # its memory is used again
-            whole_NE = parts.pop()
-        else:
-            whole_NE = parts[-1].new_zeros(self.shape)
+        # That of the whole length, where there is one, takes up the others.
+        whole_NE = parts.pop() if parts[-1].shape == self.shape else parts[-1].new_zeros(self.shape)
         for part in parts:
             whole_NE[:, : part.shape[1]].add_(part)
         return whole_NE
