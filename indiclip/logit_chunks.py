@@ -93,13 +93,15 @@ class Chunk:
         """1 where image and text share a key >= 0 or are of the same pair, else 0: (R, C), of the logits' type."""
         whole = self._whole
         shape = (len(self._scaled[0]), len(self._text_units[0]))
-        keys = zip(whole.image_keys, whole.text_keys, strict=True)
-        shared = [own_B[self.image_part][:, None] == all_WB[self.text_part].flatten() for own_B, all_WB in keys]
-        positive_RC = shared.pop() if shared else torch.zeros(shape, dtype=torch.bool, device=whole.scale.device)
+        empty_RC, shared = whole.scale.new_empty(shape), []
+        for image_keys_B, text_keys_WB in zip(whole.image_keys, whole.text_keys, strict=True):
+            pair = image_keys_B[self.image_part][:, None], text_keys_WB[self.text_part].flatten()
+            shared.append(torch.eq(*pair, out=torch.empty_like(empty_RC)))
+        positive_RC = shared.pop() if shared else empty_RC.zero_()
         for shared_RC in shared:
-            positive_RC |= shared_RC
-        positive_RC.view(shape[0], whole.world, -1)[:, whole.rank].diagonal(self._offset).fill_(True)
-        return positive_RC.view(torch.uint8).to(whole.scale.dtype)  # four times as fast as from bool on a CPU
+            torch.maximum(positive_RC, shared_RC, out=positive_RC)
+        positive_RC.view(shape[0], whole.world, -1)[:, whole.rank].diagonal(self._offset).fill_(1)
+        return positive_RC
 
 
 class LogitChunks:
@@ -123,9 +125,12 @@ class LogitChunks:
         self.image = _UnitPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted)
         self.text_gradient_BE = torch.empty_like(self.text_BE, dtype=self.scale.dtype) if self.wanted else None
         self.bias_gradient = torch.zeros_like(self.scale)
-        # Two different numbers, so that pairs without a key do not share one.
-        self.image_keys = list(keys_KB.clamp_min(-1))
-        self.text_keys = list(all_gather(keys_KB.masked_fill(keys_KB < 0, -2)).unbind(1))
+        self.image_keys: Sequence[Tensor] = ()
+        self.text_keys: Sequence[Tensor] = ()
+        if len(keys_KB) > 0:
+            keys_KWB = _numbers(all_gather(keys_KB).transpose(0, 1), self.scale.dtype)
+            self.text_keys = keys_KWB.unbind()
+            self.image_keys = keys_KWB[:, self.rank].masked_fill(keys_KB < 0, -1).unbind()  # -1: not among the texts
         self._divide()
 
     def _divide(self) -> None:
@@ -171,6 +176,16 @@ class LogitChunks:
         assert self.text_gradient_BE is not None
         gradients = [image_gradient_BE, self.text_gradient_BE, self.over_lengths(along_LB).mean().view(1)]
         return gradients if self.bias is None else [*gradients, self.bias_gradient]
+
+
+def _numbers(keys_KWB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Small numbers for the keys of each kind, the same for the same key.
+
+    As floats, whose comparison gives floats: three times as fast as that of integers on a CPU, and as exact up to
+    2**24 pairs.
+    """
+    keys_KG = keys_KWB.flatten(1)
+    return torch.searchsorted(keys_KG.sort(1).values, keys_KG).to(dtype).view(keys_KWB.shape)
 
 
 class _Gather:

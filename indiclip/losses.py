@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.logit_chunks import LogitChunks, Where, all_gather, all_reduce
@@ -200,14 +199,15 @@ class SigmoidLoss(ContrastiveLoss):
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
         loss_LB = chunks.zeros(chunks.num_pairs)
         for chunk in chunks.walk(gradients=chunks.wanted):
-            # -log sigmoid(-x) = softplus(x), so positives change their sign before, and their gradient after.
-            sign_RC = torch.rsub(chunk.positive(), 1, alpha=2)
+            sign_RC = torch.rsub(chunk.positive(), 1, alpha=2)  # -1 of positives
             for index in range(len(loss_LB)):
-                logits_RC = chunk.logits(index).mul_(sign_RC)
-                # torch's default threshold of 20 would be off by 2e-9: too coarse for float64.
-                loss_LB[index][chunk.image_part].add_(F.softplus(logits_RC, threshold=50).sum(1))
+                logits_RC = chunk.logits(index).neg_().mul_(sign_RC)
+                # These two share an exponential, unlike softplus and sigmoid.
+                log_sigmoid_RC, buffer = torch.ops.aten.log_sigmoid_forward(logits_RC)
+                loss_LB[index][chunk.image_part].sub_(log_sigmoid_RC.sum(1))
+                del log_sigmoid_RC
                 if chunks.wanted:
-                    chunk.add_gradient(index, logits_RC.sigmoid_().mul_(sign_RC))
+                    chunk.add_gradient(index, torch.ops.aten.log_sigmoid_backward(sign_RC, logits_RC, buffer))
         return chunks.over_lengths(loss_LB)
 
 
