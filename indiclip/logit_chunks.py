@@ -148,8 +148,10 @@ class LogitChunks:
 
     def over_lengths(self, x_LB: Tensor) -> Tensor:
         """The sum over lengths, weighted."""
-        first_B, *others = (x_B * weight for x_B, weight in zip(x_LB, self.weights, strict=True))
-        return sum(others, start=first_B)
+        total_B, *others = (x_B * weight for x_B, weight in zip(x_LB, self.weights, strict=True))
+        for other_B in others:
+            total_B += other_B
+        return total_B
 
     def walk(self, gradients: bool) -> Iterator[Chunk]:
         """Every chunk, in turn. With `gradients`, each chunk must be given its own for all lengths, in one walk."""
