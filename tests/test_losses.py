@@ -1,4 +1,4 @@
-"""The contrastive losses against numbers worked out by hand, OpenCLIP's losses, and two and three processes.
+"""The contrastive losses against numbers worked out by hand, OpenCLIP's losses, and two and four processes.
 
 Cosines in the hand-made cases come from the 3-4-5 triangle, so that embeddings are of unit length exactly.
 """
@@ -8,6 +8,7 @@ import math
 import os
 import weakref
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from indiclip import logit_chunks
 from indiclip.losses import MAX_LOGIT_SCALE, SigmoidLoss, SoftmaxLoss, caption_ids
 
 BOTH = pytest.mark.parametrize("loss_class", [SoftmaxLoss, SigmoidLoss])
-EXACT = {"rtol": 0, "atol": 1e-10}  # float64: far above its rounding, far below any wrong factor
+EXACT = {"rtol": 0, "atol": 1e-12}  # float64: above its rounding, far below any wrong factor
 
 
 def _pairs(num_pairs=6, length=8, seed=0, dtype=torch.float64):
@@ -256,6 +258,38 @@ def test_no_logits_are_kept_for_the_backward_pass(loss_class, lengths):
     assert max(x.numel() for x in alive) < num_pairs**2
 
 
+@BOTH
+@pytest.mark.parametrize("lengths", [None, [2, 3]])
+@pytest.mark.parametrize("keys", [False, True])
+def test_many_chunks_equal_one(loss_class, lengths, keys, monkeypatch):
+    loss = loss_class(lengths).double()
+    pairs = _pairs(29, 5)
+    given = (torch.arange(29) % 6 - 1, torch.arange(29) // 4) if keys else ()
+
+    def results():
+        value = loss(*pairs, *given)
+        return value.detach(), loss.pair_losses_B, _gradients(value, *pairs, *loss.parameters())
+
+    whole = results()
+    chunks = []
+    monkeypatch.setattr(logit_chunks.Chunk, "logits", _noting(chunks, logit_chunks.Chunk.logits))
+    # Blocks of 4 texts and one of 1, beside 5 images at a time and 4 at last; then 5 blocks of 6 beside 12 images.
+    for elements, shapes in ((1, {(5, 4), (4, 4), (5, 1), (4, 1)}), (29 * 29 // 4, {(29, 6), (29, 5)})):
+        monkeypatch.setitem(logit_chunks._MIN_ELEMENTS, "cpu", elements)
+        torch.testing.assert_close(results(), whole, **EXACT)
+        assert set(chunks) == shapes
+        chunks.clear()
+
+
+def _noting(shapes, logits):
+    def noted(*arguments):
+        result = logits(*arguments)
+        shapes.append(tuple(result.shape))
+        return result
+
+    return noted
+
+
 def test_caption_ids_are_those_of_b2sum():
     # printf 'A red kite' | b2sum -l 64, and so on; shifted into 63 bits.
     digests = {"नमस्ते": 0xC6C6A62E0DCCD18E, "": 0xE4A6A0577479B2B4, "A red kite": 0x353877F0DD424DB1}
@@ -318,11 +352,11 @@ class Towers(nn.Module):
 
 
 def _batch(keys, rows):
-    """Four pairs per rank; labels and captions repeat within and across three ranks (and two)."""
+    """Four pairs per rank; labels and captions repeat within and across four ranks (and two)."""
     generator = torch.Generator().manual_seed(2)
-    image_BD, text_BD = torch.randn(12, 5, generator=generator), torch.randn(12, 7, generator=generator)
-    labels_B = torch.tensor([0, 1, 1, -1, 0, 2, -1, 3, 3, 1, -1, 4])
-    captions_B = caption_ids(list("abcdaefbgehi"))
+    image_BD, text_BD = torch.randn(16, 5, generator=generator), torch.randn(16, 7, generator=generator)
+    labels_B = torch.tensor([0, 1, 1, -1, 0, 2, -1, 3, 3, 1, -1, 4, 5, -1, 0, 5])
+    captions_B = caption_ids(list("abcdaefbgehijakl"))
     labels_B, captions_B = labels_B if "labels" in keys else None, captions_B if "captions" in keys else None
     tensors = (image_BD.double(), text_BD.double(), labels_B, captions_B)
     return [None if x is None else x[rows] for x in tensors]
@@ -344,11 +378,27 @@ def _results(wrap, rows, average):
     return results
 
 
+def _many_chunks(rank, world):
+    """Losses, pairs' parts and gradients of rows of 10 pairs per rank, in 5 blocks of texts, by 3 images at a time."""
+    results = []
+    keys = [torch.arange(10 * world) % 7 - 1, torch.arange(10 * world) // 3]
+    rows = slice(10 * rank, 10 * rank + 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(logit_chunks._MIN_ELEMENTS, "cpu", 1)
+        for loss_class, lengths in product((SoftmaxLoss, SigmoidLoss), (None, [1, 2])):
+            inputs = [x.detach()[rows].requires_grad_() for x in _pairs(10 * world, 3)]
+            loss = loss_class(lengths).double()
+            value = loss(*inputs, *(key_B[rows] for key_B in keys))
+            gradients = _gradients(value, *inputs, *loss.parameters())
+            results.append((value.detach(), loss.pair_losses_B, gradients))
+    return results
+
+
 def _bf16_results(rows, world):
     """This rank's loss of bfloat16 embeddings, and its rows of the gradients, averaged over the ranks."""
     results = []
     for loss_class in (SoftmaxLoss, SigmoidLoss):
-        inputs = [x.detach().bfloat16()[rows].requires_grad_() for x in _pairs(12, 8)]
+        inputs = [x.detach().bfloat16()[rows].requires_grad_() for x in _pairs(16, 8)]
         loss = loss_class()(*inputs)
         loss.backward()
         results.append((loss.detach(), [x.grad / world for x in inputs]))
@@ -387,12 +437,13 @@ def _worker(rank, world, folder):
         "fsdp": _results(_shard, rows, _average),
         "bf16": _bf16_results(rows, world),
         "pairs": _pair_losses(rows),
+        "chunks": _many_chunks(rank, world),
     }
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 4])
 def test_processes_equal_the_big_batch(world, tmp_path):
     torch.multiprocessing.spawn(_worker, (world, str(tmp_path)), nprocs=world)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
@@ -409,3 +460,13 @@ def test_processes_equal_the_big_batch(world, tmp_path):
         # Summed over the ranks in float32 and rounded to bfloat16 once: two neighbours of the format at most apart.
         for gathered, gradient in zip(zip(*own_gradients, strict=True), gradients, strict=True):
             torch.testing.assert_close(torch.cat(gathered), gradient, rtol=2**-7, atol=1e-6)
+    pairs, keys = _pairs(10 * world, 3), (torch.arange(10 * world) % 7 - 1, torch.arange(10 * world) // 3)
+    for case, (loss_class, lengths) in enumerate(product((SoftmaxLoss, SigmoidLoss), (None, [1, 2]))):
+        loss = loss_class(lengths).double()
+        value = loss(*pairs, *keys)
+        values, pair_losses, gradients = zip(*(rank["chunks"][case] for rank in ranks), strict=True)
+        torch.testing.assert_close(torch.stack(values).mean(), value, **EXACT)
+        torch.testing.assert_close(torch.cat(pair_losses), loss.pair_losses_B, **EXACT)
+        image, text, *parameters = zip(*gradients, strict=True)
+        found = [torch.cat(image) / world, torch.cat(text) / world, *(torch.stack(x).mean(0) for x in parameters)]
+        torch.testing.assert_close(found, list(_gradients(value, *pairs, *loss.parameters())), **EXACT)

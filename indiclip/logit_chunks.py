@@ -1,0 +1,233 @@
+"""The logits between this rank's images and the texts of all ranks, a chunk at a time, and the way of gradients back.
+
+No rank ever holds all of its (B, G) logits. The texts arrive in a few blocks: the same rows of every rank, in one
+all-gather, while the block before is compared. A block is compared with some images at a time, in chunks no larger
+than the block itself or `_MIN_ELEMENTS`. A chunk's gradient goes into the gradients of its images and texts at once,
+and those of the block's texts are sent home by one reduce-scatter, during the next block.
+
+So the number of operators hardly depends on the number of ranks, and neither logits nor the graph of autograd wait
+for the backward pass. A loss that needs whole rows or columns first, as softmax does, walks over all chunks twice.
+
+Shape letters: as in `indiclip.losses`, and R images and C texts of a chunk.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from indiclip.distributed import rank_and_world
+
+_MAX_BLOCKS = 8
+# Below this a chunk is not divided: on a CPU 1 MiB in float32, which its caches hold; elsewhere 16 MiB, as kernels of
+# fewer numbers end before the next is launched.
+_MIN_ELEMENTS = {"cpu": 2**18}
+_MIN_ELEMENTS_ELSEWHERE = 2**22
+
+
+Where = tuple[slice, ...]  # part of a tensor (B,) of images or (W, B) of texts
+
+
+class _UnitPrefixes:
+    """Prefixes of embeddings (N, E) as unit vectors, and the gradients with respect to these."""
+
+    def __init__(self, x_NE: Tensor, lengths: list[int], dtype: torch.dtype, wanted: bool) -> None:
+        self.shape = x_NE.shape
+        prefixes = [x_NE.to(dtype)[:, :length] for length in lengths]
+        # The smallest norm is that of torch.nn.functional.normalize.
+        self.norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12) for x in prefixes]
+        self.units = [x / norm_N1 for x, norm_N1 in zip(prefixes, self.norms, strict=True)]
+        self.gradients = [torch.empty_like(unit) for unit in self.units] if wanted else []
+
+    def pull_back(self, weights: list[float], factor: Tensor | float = 1.0) -> Tensor:
+        """The gradient of the embeddings, from `gradients`, which are those of the products of units and `factor`.
+
+        Each length has its weight. `gradients` are used up; `along` are their scalar products with the units.
+        """
+        self.along = [torch.linalg.vecdot(*pair)[:, None] for pair in zip(self.gradients, self.units, strict=True)]
+        lengths = zip(self.gradients, self.units, self.along, self.norms, weights, strict=True)
+        # Of x / |x|: the part across x, divided by |x|.
+        parts = [g.addcmul_(u, a_N1, value=-1).mul_(factor * w / norm_N1) for g, u, a_N1, norm_N1, w in lengths]
+        # That of the whole length, where there is one, takes up the others.
+        whole_NE = parts.pop() if parts[-1].shape == self.shape else parts[-1].new_zeros(self.shape)
+        for part in parts:
+            whole_NE[:, : part.shape[1]].add_(part)
+        return whole_NE
+
+
+class Chunk:
+    """The logits of some images of this rank and some texts of every rank.
+
+    Attributes:
+        image_part: the images, among (B,).
+        text_part: the texts, among (W, B).
+    """
+
+    def __init__(self, whole: "LogitChunks", rows: slice, columns: slice, text: _UnitPrefixes) -> None:
+        self.image_part: Where = (rows,)
+        self.text_part: Where = (slice(None), columns)
+        self._whole, self._text_units, self._text_gradients = whole, text.units, text.gradients
+        # A chunk is the first with its images where the texts begin, and the first with its texts where the images do.
+        self._betas = (min(columns.start, 1), min(rows.start, 1))
+        self._offset = rows.start - columns.start
+        self._scaled = [whole.scale * unit[rows] for unit in whole.image.units]
+        self._image_gradients = [gradient[rows] for gradient in whole.image.gradients]
+
+    def logits(self, index: int) -> Tensor:
+        """Those of the length with this number: (R, C)."""
+        scaled_RE, text_EC = self._scaled[index], self._text_units[index].T
+        bias = self._whole.bias
+        return scaled_RE @ text_EC if bias is None else torch.addmm(bias, scaled_RE, text_EC)
+
+    def add_gradient(self, index: int, gradient_RC: Tensor) -> None:
+        """Takes the gradient with respect to `logits(index)`."""
+        of_image_beta, of_text_beta = self._betas
+        self._image_gradients[index].addmm_(gradient_RC, self._text_units[index], beta=of_image_beta)
+        self._text_gradients[index].addmm_(gradient_RC.T, self._scaled[index], beta=of_text_beta)
+        if self._whole.bias is not None:
+            self._whole.bias_gradient += gradient_RC.sum() * self._whole.shares[index]
+
+    def positive(self) -> Tensor:
+        """1 where image and text share a key >= 0 or are of the same pair, else 0: (R, C), of the logits' type."""
+        whole = self._whole
+        shape = (len(self._scaled[0]), len(self._text_units[0]))
+        empty_RC, shared = whole.scale.new_empty(shape), []
+        for image_keys_B, text_keys_WB in zip(whole.image_keys, whole.text_keys, strict=True):
+            pair = image_keys_B[self.image_part][:, None], text_keys_WB[self.text_part].flatten()
+            shared.append(torch.eq(*pair, out=torch.empty_like(empty_RC)))
+        positive_RC = shared.pop() if shared else empty_RC.zero_()
+        for shared_RC in shared:
+            torch.maximum(positive_RC, shared_RC, out=positive_RC)
+        positive_RC.view(shape[0], whole.world, -1)[:, whole.rank].diagonal(self._offset).fill_(1)
+        return positive_RC
+
+
+class LogitChunks:
+    """All logits of this rank's images, in chunks, and the gradients that the chunks are given.
+
+    Args:
+        inputs: embeddings (B, E) of images and of texts, of any norm; the factor on the cosines (1,), whose dtype the
+            logits have; where there is one, the bias (1,).
+        keys_KB: int64, of this rank's pairs; negative for none.
+        lengths: the prefixes to compare, and the weight of each.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], keys_KB: Tensor, lengths: list[tuple[int, float]]) -> None:
+        self.rank, self.world = rank_and_world()
+        self.wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        image_BE, self.text_BE, self.scale, *bias = (x.detach() for x in inputs)
+        self.bias = bias[0] if bias else None
+        self.num_pairs = len(image_BE)
+        self.lengths, self.weights = [length for length, _ in lengths], [weight for _, weight in lengths]
+        self.shares = [weight / self.num_pairs for weight in self.weights]  # of each length and pair in the mean
+        self.image = _UnitPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted)
+        self.text_gradient_BE = torch.empty_like(self.text_BE, dtype=self.scale.dtype) if self.wanted else None
+        self.bias_gradient = torch.zeros_like(self.scale)
+        self.image_keys: Sequence[Tensor] = ()
+        self.text_keys: Sequence[Tensor] = ()
+        if len(keys_KB) > 0:
+            keys_KWB = _numbers(all_gather(keys_KB).transpose(0, 1), self.scale.dtype)
+            self.text_keys = keys_KWB.unbind()
+            self.image_keys = keys_KWB[:, self.rank].masked_fill(keys_KB < 0, -1).unbind()  # -1: not among the texts
+        self._divide()
+
+    def _divide(self) -> None:
+        elements = _MIN_ELEMENTS.get(self.scale.device.type, _MIN_ELEMENTS_ELSEWHERE)
+        num_blocks = min(_MAX_BLOCKS, math.ceil(self.num_pairs**2 * self.world / elements))
+        step = math.ceil(self.num_pairs / num_blocks)
+        self.columns = [slice(i, min(i + step, self.num_pairs)) for i in range(0, self.num_pairs, step)]
+        # Of as many rows as the embeddings have numbers, a chunk is as large as its block of texts.
+        step = max(self.text_BE.shape[1], elements // (step * self.world))
+        self.rows = [slice(i, min(i + step, self.num_pairs)) for i in range(0, self.num_pairs, step)]
+
+    def zeros(self, *shape: int) -> Tensor:
+        """One tensor per length: (L, *shape)."""
+        return self.scale.new_zeros(len(self.lengths), *shape)
+
+    def over_lengths(self, x_LB: Tensor) -> Tensor:
+        """The sum over lengths, weighted."""
+        total_B, *others = (x_B * weight for x_B, weight in zip(x_LB, self.weights, strict=True))
+        for other_B in others:
+            total_B += other_B
+        return total_B
+
+    def walk(self, gradients: bool) -> Iterator[Chunk]:
+        """Every chunk, in turn. With `gradients`, each chunk must be given its own for all lengths, in one walk."""
+        sending = None
+        arriving = _Gather(self.text_BE[self.columns[0]])
+        for columns, upcoming in zip(self.columns, [*self.columns[1:], None], strict=True):
+            text = _UnitPrefixes(arriving.wait(), self.lengths, self.scale.dtype, gradients)
+            if upcoming is not None:
+                arriving = _Gather(self.text_BE[upcoming])
+            for rows in self.rows:
+                yield Chunk(self, rows, columns, text)
+            if gradients:
+                assert self.text_gradient_BE is not None
+                if sending is not None:
+                    sending.wait()
+                sending = _SumHome(text.pull_back(self.shares), self.text_gradient_BE[columns])
+        if sending is not None:
+            sending.wait()
+
+    def gradients(self) -> list[Tensor]:
+        """Those of the mean over this rank's pairs, with respect to the `inputs`; after the walk with gradients."""
+        image_gradient_BE = self.image.pull_back(self.shares, self.scale)
+        along_LB = torch.stack(self.image.along).squeeze(-1)  # with respect to the scale, of each length and pair
+        assert self.text_gradient_BE is not None
+        gradients = [image_gradient_BE, self.text_gradient_BE, self.over_lengths(along_LB).mean().view(1)]
+        return gradients if self.bias is None else [*gradients, self.bias_gradient]
+
+
+def _numbers(keys_KWB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Small numbers for the keys of each kind, the same for the same key.
+
+    As floats, whose comparison gives floats: three times as fast as that of integers on a CPU, and as exact up to
+    2**24 pairs.
+    """
+    keys_KG = keys_KWB.flatten(1)
+    return torch.searchsorted(keys_KG.sort(1).values, keys_KG).to(dtype).view(keys_KWB.shape)
+
+
+class _Gather:
+    """Rows of every rank under way to all of them."""
+
+    def __init__(self, x: Tensor) -> None:
+        world = rank_and_world()[1]
+        self.result, self.work = x, None
+        if world > 1:
+            self.result = x.new_empty(world * len(x), *x.shape[1:])
+            self.work = dist.all_gather_into_tensor(self.result, x.contiguous(), async_op=True)
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+class _SumHome:
+    """Gradients of gathered rows under way to the ranks that the rows came from, where they are summed up."""
+
+    def __init__(self, gathered: Tensor, home: Tensor) -> None:
+        self.gathered, self.work = gathered, None
+        if rank_and_world()[1] > 1:
+            self.work = dist.reduce_scatter_tensor(home, gathered, async_op=True)
+        else:
+            home.copy_(gathered)
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """`x` of every rank, stacked: (W, *x.shape)."""
+    return _Gather(x[None]).wait()
+
+
+def all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """`x`, overwritten by the sum (or other reduction) over all ranks."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(x, operation)
+    return x
