@@ -1,0 +1,249 @@
+"""What a training step does: operations, FLOPs and bytes by part, counted without computing anything.
+
+The model's weights are replaced by fake tensors, which have a shape and no data, and one real step runs on them. So no
+formula of ours has to follow the model: FLOPs are those of torch's own table, what the backward pass keeps is what
+autograd keeps, and a head that somebody else wrote is counted like ours.
+"""
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from indiclip.head import Head
+from indiclip.losses import ContrastiveLoss
+from indiclip.types import Batch, Features, Rows
+
+IMAGE_TOWER, TEXT_TOWER, PROJECTIONS = "image tower", "text tower", "pools, projections"
+
+
+@dataclass(frozen=True)
+class Count:
+    """What is done for one part of a step.
+
+    Attributes:
+        forward: FLOPs (a multiply-add is two) of matrix products, convolutions and attention.
+        backward: The same of the backward pass, and of gradients that a loss computes by itself.
+        moved: Bytes that operators read and write, if each reads its inputs and writes its outputs once.
+        operators: Calls of operators that are no mere views.
+        saved: Bytes that are kept for the backward pass beside weights and inputs, each storage once.
+    """
+
+    forward: float = 0
+    backward: float = 0
+    moved: float = 0
+    operators: float = 0
+    saved: float = 0
+
+    @property
+    def flops(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: "Count") -> "Count":
+        return self.combine([(1, self), (1, other)])
+
+    @staticmethod
+    def combine(weighted: "list[tuple[float, Count]]") -> "Count":
+        """The weighted sum."""
+        names = Count.__dataclass_fields__
+        return Count(**{name: sum(weight * getattr(count, name) for weight, count in weighted) for name in names})
+
+
+Counts = dict[str, Count]  # part -> what is done for it
+
+
+def count_step(
+    module: Any, batches: Mapping[str, Batch], autocast: torch.dtype | None = None, backward: bool = True
+) -> dict[str, Counts]:
+    """Count one training step, its optimizer aside.
+
+    Args:
+        module: A `MultiTask`, or what has its `encoder` and `each_head`; on any device, not sharded. It is not changed.
+        batches: Task -> batch on the CPU, of this rank.
+        autocast: Data type of mixed precision.
+        backward: False counts the forward pass alone.
+
+    Returns:
+        Task -> part -> count. Parts are the two towers, `pools, projections`, and each head by its name; a contrastive
+        loss is `<head> loss`.
+    """
+    counts: dict[str, Counts] = {}
+    precision = torch.autocast("cpu", autocast) if autocast else nullcontext()
+    with faked(module) as fake, precision:
+        for task, batch in batches.items():
+            heads = [head for head in module.each_head() if head.task == task]
+            counter = _Counter(module, heads)
+            with counter:
+                loss = _loss(module.encoder, heads, _fake_batch(batch, fake), counter)
+                if backward and loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+            counts[task] = counter.counts()
+    return counts
+
+
+def flops_per_step(module: Any, batches: Mapping[str, Batch]) -> int:
+    """FLOPs of the model in a training step of these batches, forward and backward, recomputation aside.
+
+    Of one rank, with what it computes of the loss by itself. It is what a model FLOPs utilisation (MFU; PaLM,
+    arXiv 2204.02311, appendix B) divides by the time of a step and the peak of the device. Takes about a second.
+    """
+    counts = count_step(module, batches)
+    return round(sum(count.flops for parts in counts.values() for count in parts.values()))
+
+
+def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "_Counter") -> Tensor:
+    """The step of a task, as in `MultiTask.training_step`."""
+    features: Features = encoder.features(batch["images"])
+    total = torch.zeros(())
+    for head in heads:
+        with counter.part(head.name):
+            terms, _ = head.loss(features, batch, encoder)
+            total = total + sum(terms.values(), torch.zeros(()))
+    return total
+
+
+class _Counter(TorchDispatchMode):
+    """Counts every operator for the part of the model that it belongs to.
+
+    An operator of the backward pass belongs to where its node of the graph was made: nodes are numbered one after the
+    other, and the numbers at which a part begins and ends are noted.
+    """
+
+    def __init__(self, module: Any, heads: list[Head]) -> None:
+        super().__init__()
+        self._module, self._heads = module, heads
+        self._parts = [IMAGE_TOWER]  # the innermost part comes last
+        self._begins, self._of = [0], [IMAGE_TOWER]  # node numbers, and the part from each on
+        self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        # Kept alive, so that no number is used twice. Those of the weights are no activations.
+        weights = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
+        self._storages = {storage._cdata: storage for storage in weights}
+        self._undo: list[Callable[[], None]] = []
+        self._saving = saved_tensors_hooks(self._save, lambda tensor: tensor)
+
+    def __enter__(self) -> Any:
+        encoder = self._module.encoder
+        modules = {encoder.backbone: IMAGE_TOWER, encoder.text: TEXT_TOWER}
+        for head in self._heads:
+            modules |= {part: f"{head.name} loss" for part in head.modules() if isinstance(part, ContrastiveLoss)}
+        for module, part in modules.items():
+            self._undo.append(module.register_forward_pre_hook(partial(self._enter, part)).remove)
+            self._undo.append(module.register_forward_hook(self._leave, always_call=True).remove)
+        for name in ("embed_features", "embed_text"):  # methods, which have no hooks
+            method = getattr(encoder, name)
+            setattr(encoder, name, partial(self._within, PROJECTIONS, method))
+            self._undo.append(partial(delattr, encoder, name))
+        self._saving.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._saving.__exit__(*error)
+        for undo in self._undo:
+            undo()
+
+    def counts(self) -> Counts:
+        """By part."""
+        return {part: Count(**sums) for part, sums in self._sums.items()}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to a part."""
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self, part: str, *_: Any) -> None:
+        self._parts.append(part)
+        self._note()
+
+    def _leave(self, *_: Any) -> None:
+        self._parts.pop()
+        self._note()
+
+    def _note(self) -> None:
+        self._begins.append(torch.autograd._get_sequence_nr())
+        self._of.append(self._parts[-1])
+
+    def _within(self, part: str, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        with self.part(part):
+            return method(*arguments, **options)
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._storages[storage._cdata] = storage
+            self._sums[self._parts[-1]]["saved"] += storage.nbytes()
+        return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view or func.namespace == "prim":
+            return out
+        node = torch._C._current_autograd_node()
+        part = self._parts[-1]
+        if node is not None and node._sequence_nr() < 2**63:
+            part = self._of[bisect_right(self._begins, node._sequence_nr()) - 1]
+        sums = self._sums[part]
+        sums["operators"] += 1
+        sums["moved"] += sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in tree_iter((args, kwargs, out))
+            if isinstance(tensor, Tensor)
+        )
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            sums["forward" if node is None else "backward"] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@contextmanager
+def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
+    """While it lasts, the module has fake weights on the CPU, and all tensors that are made are fake."""
+    before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Tensor] = {}  # tied weights stay tied
+
+    def fake(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        if id(value) not in made:
+            with mode:
+                empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+            is_weight = isinstance(value, nn.Parameter)
+            made[id(value)] = nn.Parameter(empty, value.requires_grad) if is_weight else empty
+        return made[id(value)]
+
+    try:
+        for part, weights, buffers in before:
+            part._parameters.update({name: fake(value) for name, value in weights.items()})  # type: ignore[arg-type]
+            part._buffers.update({name: fake(value) for name, value in buffers.items()})
+        with mode:
+            yield mode
+    finally:
+        for part, weights, buffers in before:
+            part._parameters.update(weights)
+            part._buffers.update(buffers)
+
+
+def _fake_batch(value: Any, mode: FakeTensorMode) -> Any:
+    """A batch as on a device: tensors are fake, what stays on the host is real."""
+    if isinstance(value, dict):
+        return {name: _fake_batch(part, mode) for name, part in value.items()}
+    if isinstance(value, Rows):
+        moved = Rows(*(_fake_batch(part, mode) for part in (value.values, value.image_R)), value.counts, value.known)
+        moved.on_host = value.on_host
+        return moved
+    return mode.from_tensor(value) if isinstance(value, Tensor) else value
