@@ -5,11 +5,12 @@ formula of ours has to follow the model: FLOPs are those of torch's own table, w
 autograd keeps, and a head that somebody else wrote is counted like ours.
 """
 
+import weakref
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,8 @@ class Count:
         backward: The same of the backward pass, and of gradients that a loss computes by itself.
         moved: Bytes that operators read and write, if each reads its inputs and writes its outputs once.
         operators: Calls of operators that are no mere views.
-        saved: Bytes that are kept for the backward pass beside weights and inputs, each storage once.
+        saved: Bytes that are kept for the backward pass beside the weights, each storage once.
+        block_inputs: Bytes that enter the blocks of the towers: what activation checkpointing keeps of them.
     """
 
     forward: float = 0
@@ -45,6 +47,7 @@ class Count:
     moved: float = 0
     operators: float = 0
     saved: float = 0
+    block_inputs: float = 0
 
     @property
     def flops(self) -> float:
@@ -83,8 +86,7 @@ def count_step(
     with faked(module) as fake, precision:
         for task, batch in batches.items():
             heads = [head for head in module.each_head() if head.task == task]
-            counter = _Counter(module, heads)
-            with counter:
+            with OperatorCounter(module, IMAGE_TOWER) as counter, _parts_of(module, heads, counter):
                 loss = _loss(module.encoder, heads, _fake_batch(batch, fake), counter)
                 if backward and loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -102,7 +104,7 @@ def flops_per_step(module: Any, batches: Mapping[str, Batch]) -> int:
     return round(sum(count.flops for parts in counts.values() for count in parts.values()))
 
 
-def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "_Counter") -> Tensor:
+def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "OperatorCounter") -> Tensor:
     """The step of a task, as in `MultiTask.training_step`."""
     features: Features = encoder.features(batch["images"])
     total = torch.zeros(())
@@ -113,100 +115,148 @@ def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "_Counter") ->
     return total
 
 
-class _Counter(TorchDispatchMode):
-    """Counts every operator for the part of the model that it belongs to.
+class OperatorCounter(TorchDispatchMode):
+    """Counts every operator for the part of a model that it belongs to.
 
     An operator of the backward pass belongs to where its node of the graph was made: nodes are numbered one after the
     other, and the numbers at which a part begins and ends are noted.
+
+    Args:
+        module: Whose weights are no activations; they are fake already.
+        part: What belongs to no other part.
+
+    Attributes:
+        sums: Part -> field of `Count` -> sum.
+        peak: The most bytes that were alive at once beside the weights.
     """
 
-    def __init__(self, module: Any, heads: list[Head]) -> None:
+    def __init__(self, module: nn.Module, part: str) -> None:
         super().__init__()
-        self._module, self._heads = module, heads
-        self._parts = [IMAGE_TOWER]  # the innermost part comes last
-        self._begins, self._of = [0], [IMAGE_TOWER]  # node numbers, and the part from each on
-        self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.peak, self._alive = 0, 0
+        self._parts = [part]  # the innermost part comes last
+        self._begins, self._of = [0], [part]  # node numbers, and the part from each on
         # Kept alive, so that no number is used twice. Those of the weights are no activations.
         weights = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
-        self._storages = {storage._cdata: storage for storage in weights}
-        self._undo: list[Callable[[], None]] = []
+        self._kept = {storage._cdata: storage for storage in weights}
+        self._tensors: dict[int, int] = {storage: 1 for storage in self._kept}  # storage -> tensors that lie in it
         self._saving = saved_tensors_hooks(self._save, lambda tensor: tensor)
 
     def __enter__(self) -> Any:
-        encoder = self._module.encoder
-        modules = {encoder.backbone: IMAGE_TOWER, encoder.text: TEXT_TOWER}
-        for head in self._heads:
-            modules |= {part: f"{head.name} loss" for part in head.modules() if isinstance(part, ContrastiveLoss)}
-        for module, part in modules.items():
-            self._undo.append(module.register_forward_pre_hook(partial(self._enter, part)).remove)
-            self._undo.append(module.register_forward_hook(self._leave, always_call=True).remove)
-        for name in ("embed_features", "embed_text"):  # methods, which have no hooks
-            method = getattr(encoder, name)
-            setattr(encoder, name, partial(self._within, PROJECTIONS, method))
-            self._undo.append(partial(delattr, encoder, name))
         self._saving.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._saving.__exit__(*error)
-        for undo in self._undo:
-            undo()
 
     def counts(self) -> Counts:
         """By part."""
-        return {part: Count(**sums) for part, sums in self._sums.items()}
+        return {part: Count(**sums) for part, sums in self.sums.items()}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """What runs inside belongs to a part."""
-        self._enter(name)
+        self.enter(name)
         try:
             yield
         finally:
-            self._leave()
+            self.leave()
 
-    def _enter(self, part: str, *_: Any) -> None:
+    def enter(self, part: str, *_: Any) -> None:
+        """What follows belongs to a part."""
         self._parts.append(part)
         self._note()
 
-    def _leave(self, *_: Any) -> None:
+    def leave(self, *_: Any) -> None:
+        """The part that was entered last has ended."""
         self._parts.pop()
         self._note()
+
+    def enter_block(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A block of a tower begins, with these inputs."""
+        entering = next((value for value in inputs if isinstance(value, Tensor)), None)
+        self.sums[self._parts[-1]]["block_inputs"] += 0 if entering is None else _size(entering)
 
     def _note(self) -> None:
         self._begins.append(torch.autograd._get_sequence_nr())
         self._of.append(self._parts[-1])
 
-    def _within(self, part: str, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        with self.part(part):
-            return method(*arguments, **options)
-
     def _save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages[storage._cdata] = storage
-            self._sums[self._parts[-1]]["saved"] += storage.nbytes()
+        if storage._cdata not in self._kept:
+            self._kept[storage._cdata] = storage
+            self.sums[self._parts[-1]]["saved"] += storage.nbytes()
         return tensor
+
+    def _watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        number, size = storage._cdata, storage.nbytes()
+        if number not in self._tensors:
+            self._tensors[number] = 0
+            self._alive += size
+            self.peak = max(self.peak, self._alive)
+        self._tensors[number] += 1
+        weakref.finalize(tensor, self._forget, number, size)
+
+    def _forget(self, number: int, size: int) -> None:
+        self._tensors[number] -= 1
+        if not self._tensors[number]:
+            del self._tensors[number]
+            self._alive -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor)
         if func.is_view or func.namespace == "prim":
             return out
         node = torch._C._current_autograd_node()
         part = self._parts[-1]
-        if node is not None and node._sequence_nr() < 2**63:
+        if node is not None and node._sequence_nr() < 2**63:  # those of the weights' gradients have no number
             part = self._of[bisect_right(self._begins, node._sequence_nr()) - 1]
-        sums = self._sums[part]
+        sums = self.sums[part]
         sums["operators"] += 1
-        sums["moved"] += sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in tree_iter((args, kwargs, out))
-            if isinstance(tensor, Tensor)
-        )
+        sums["moved"] += sum(_size(value) for value in tree_iter((args, kwargs, out)) if isinstance(value, Tensor))
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             sums["forward" if node is None else "backward"] += formula(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+@contextmanager
+def _parts_of(module: Any, heads: list[Head], counter: OperatorCounter) -> Iterator[None]:
+    """While it lasts, the model tells the counter which of its parts runs."""
+    encoder = module.encoder
+    modules = {encoder.backbone: IMAGE_TOWER, encoder.text: TEXT_TOWER}
+    for head in heads:
+        modules |= {part: f"{head.name} loss" for part in head.modules() if isinstance(part, ContrastiveLoss)}
+    with ExitStack() as undo:
+        for block in (*blocks(encoder.backbone), *blocks(encoder.text)):
+            undo.callback(block.register_forward_pre_hook(counter.enter_block).remove)
+        for part, name in modules.items():
+            undo.callback(part.register_forward_pre_hook(partial(counter.enter, name)).remove)
+            undo.callback(part.register_forward_hook(counter.leave, always_call=True).remove)
+        for name in ("embed_features", "embed_text"):  # methods, which have no hooks
+            setattr(encoder, name, partial(_within, counter, getattr(encoder, name)))
+            undo.callback(delattr, encoder, name)
+        yield
+
+
+def _within(counter: OperatorCounter, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    with counter.part(PROJECTIONS):
+        return method(*arguments, **options)
+
+
+def blocks(tower: nn.Module) -> list[nn.Module]:
+    """The blocks of a tower: the items of its list of modules with the most weights. None, where there is no list."""
+    lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1]
+    largest = max(lists, key=lambda part: sum(p.numel() for p in part.parameters()), default=())
+    return [*largest]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 @contextmanager
