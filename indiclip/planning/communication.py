@@ -8,8 +8,8 @@ the part inside the node runs at the same time, and the slower of the two counts
 
 from dataclasses import dataclass
 
-from indiclip.planning.hardware import Device
-from indiclip.planning.memory import Strategy, Weights
+from indiclip.planning.hardware import Device, Strategy
+from indiclip.planning.memory import Weights
 
 
 @dataclass(frozen=True)
@@ -62,28 +62,28 @@ class Traffic:
     """Seconds of a step's exchange.
 
     Attributes:
-        forward: Weights that are gathered for the forward pass.
-        backward: Weights that are gathered again, and gradients that are reduced.
+        weights: Shards that are gathered for one pass, forward or backward.
+        gradients: That are reduced.
         loss: Embeddings of all ranks, and their gradients.
-        tail: Of `backward`, what comes when the last gradient is there, so that nothing can hide it.
+        tail: Of `gradients`, what comes when the last of them is there, so that nothing can hide it.
     """
 
-    forward: float
-    backward: float
+    weights: float
+    gradients: float
     loss: float
     tail: float
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward + self.loss
+        return 2 * self.weights + self.gradients + self.loss
 
     def exposed(self, forward_seconds: float, backward_seconds: float) -> float:
         """What the step waits for: the rest of what does not hide behind the computation of the same pass.
 
         The first block of a pass cannot be gathered in advance; that is small, and left out.
         """
-        hidden_forward = min(self.forward, forward_seconds)
-        hidden_backward = min(self.backward - self.tail, backward_seconds)
+        hidden_forward = min(self.weights, forward_seconds)
+        hidden_backward = min(self.weights + self.gradients - self.tail, backward_seconds)
         return self.total - hidden_forward - hidden_backward
 
 
@@ -113,8 +113,8 @@ def traffic(
     last = weights.largest_block or gradients
     if strategy == "fsdp":
         gather, reduce = cluster.gather_seconds(gathered), cluster.gather_seconds(gradients)
-        return Traffic(gather, gather + reduce, loss, cluster.gather_seconds(last))
+        return Traffic(gather, reduce, loss, cluster.gather_seconds(last))
     node, replicas, share = cluster.node, cluster.replicas, 1 / cluster.gpus_per_node
     gather = node.gather_seconds(gathered)
     reduce = node.gather_seconds(gradients) + replicas.reduce_seconds(gradients * share)
-    return Traffic(gather, gather + reduce, loss, node.gather_seconds(last) + replicas.reduce_seconds(last * share))
+    return Traffic(gather, reduce, loss, node.gather_seconds(last) + replicas.reduce_seconds(last * share))

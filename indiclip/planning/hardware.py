@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
 from indiclip.names import check_choice
 
+Strategy = Literal["ddp", "fsdp", "hsdp"]  # how ranks share the weights: each has all, all share, a node's share
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 _FILE = Path(__file__).with_suffix(".yaml")
 
 

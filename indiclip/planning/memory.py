@@ -6,17 +6,14 @@ has all of them; FSDP2 shares them out over all ranks, HSDP over those of a node
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from indiclip.optim import parameter_groups
 from indiclip.planning.counter import IMAGE_TOWER, TEXT_TOWER, Count, Counts, OperatorCounter, blocks, faked
-
-Strategy = Literal["ddp", "fsdp", "hsdp"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+from indiclip.planning.hardware import Strategy
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def weigh(model: Any) -> Weights:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        with OperatorCounter(model, "update") as counter:
+        with OperatorCounter(model, "update", read_as=1.0) as counter:
             optimizer.step()
         state = [value for of in optimizer.state.values() for value in of.values() if isinstance(value, torch.Tensor)]
         return Weights(
@@ -79,6 +76,7 @@ def per_gpu(
     loss_peak: float,
     strategy: Strategy,
     shards: int,
+    world: int,
     computes_in: int = 4,
     micro_batches: int = 1,
     checkpointing: bool = False,
@@ -91,12 +89,13 @@ def per_gpu(
         loss_peak: Bytes that contrastive losses hold at once.
         strategy: How ranks share the weights.
         shards: Over how many GPUs, see `Weights.shards`.
+        world: All GPUs.
         computes_in: Bytes of a number in which layers compute.
         micro_batches: Parts in which the batch goes through the towers (gradient caching): activations of one live.
         checkpointing: Towers keep the inputs of their blocks, and make the rest of a block anew.
     """
     kept = sum(checkpointed(counts, weights).values()) if checkpointing else sum(c.saved for c in counts.values())
-    buffers = weights.trained if strategy == "ddp" else 0.0  # DDP's buckets hold a copy of all gradients
+    buffers = weights.trained if world > 1 else 0.0  # DDP's buckets hold a copy of all gradients
     if strategy != "ddp":
         # FSDP2 gathers a block while the one before computes; what lies outside of the blocks stays gathered. Of one
         # block the whole gradient, in float32, waits to be reduced.
@@ -107,8 +106,8 @@ def per_gpu(
         "gradients": weights.trained / shards,
         "optimizer state": weights.optimizer / shards,
         "activations": kept / micro_batches,
-        "loss: logits, gathered embeddings": loss_peak,
-        "communication buffers": buffers if strategy != "ddp" or shards else 0.0,
+        "loss (logits, embeddings)": loss_peak,
+        "communication buffers": buffers,
     }
 
 

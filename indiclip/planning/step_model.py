@@ -39,9 +39,9 @@ class TaskModel:
     Attributes:
         batch_size: Samples of a rank's step.
         once: What is done for the samples that were read.
-        growth: What each further sample adds.
+        growth: What as many samples more add.
         read: How many were read.
-        texts: Different captions of the samples that were read, and of the whole batch (an estimate).
+        captions: Of the samples that were read.
         losses: Part of `once` -> the contrastive loss that it is.
         tokens: Of an image, the longest.
         text_tokens: Of a caption, the longest.
@@ -52,7 +52,7 @@ class TaskModel:
     read: int
     once: Counts
     growth: Counts
-    texts: tuple[int, float] = (1, 1)
+    captions: list[str] = field(default_factory=list)
     losses: dict[str, ContrastiveLoss] = field(default_factory=dict)
     embed_dim: int = 0
     tokens: int = 0
@@ -60,14 +60,24 @@ class TaskModel:
     image_bytes: float | None = None
     _at_worlds: dict[tuple[str, int], "LossCount"] = field(default_factory=dict)
 
+    @property
+    def times(self) -> float:
+        """The batch as a multiple of the samples that were read."""
+        return self.batch_size / self.read
+
+    @property
+    def distinct(self) -> float:
+        """Different captions of a batch, an estimate."""
+        if self.batch_size <= self.read:
+            return len({*self.captions}) * self.times
+        return expected_distinct(self.captions, self.batch_size)
+
     def counts(self, world: int) -> Counts:
         """Part -> what a rank does in a step, where there are `world` of them with this batch each."""
         counts: Counts = {}
         for part, once in self.once.items():
-            many = self.batch_size / self.read
-            if part == TEXT_TOWER and self.read < self.batch_size:
-                many = self.texts[1] / self.texts[0]
-            counts[part] = Count.combine([(1, once), ((many - 1) * self.read, self.growth.get(part, Count()))])
+            times = self.distinct / len({*self.captions}) if part == TEXT_TOWER and self.captions else self.times
+            counts[part] = Count.combine([(1, once), (times - 1, self.growth[part])])
         return counts | {part: self.loss(part, world).count for part in self.losses}
 
     def loss(self, part: str, world: int) -> "LossCount":
@@ -112,29 +122,30 @@ def step_model(model: Any, data: Any, world: int, autocast: torch.dtype | None) 
 
 
 def _task_model(model: Any, steps: Steps, task: str, autocast: torch.dtype | None) -> TaskModel:
-    refs = steps.plans[task].batch(0, 0, steps.world_size)
+    batch_size = len(steps.plans[task].batch(0, 0, steps.world_size))
+    refs = steps.plans[task].batch(0)  # of all ranks: the few samples of one say less
     prepared = [sample for ref in refs[:SAMPLES] if (sample := steps.read(task, ref)) is not None]
     origin, tokenizer = steps.origins[task], model.encoder.text.tokenizer
     captions = [sample["caption"] for sample in prepared if sample.get("caption")]
     others = [text for ref in refs[SAMPLES:CAPTIONS] for text in _captions(steps, task, ref)] if captions else []
     text_tokens = max(map(len, tokenizer.encode([*captions, *others])), default=0)
-    once = _count(model, task, _tiled(prepared, 1, origin), text_tokens, autocast)
-    growth: Counts = {}
-    if len(refs) > len(prepared):
+    batch = _tiled(prepared, 1, origin)
+    once = _count(model, task, batch, text_tokens, autocast)
+    growth = once
+    if batch_size != len(prepared):
         twice = _count(model, task, _tiled(prepared, 2, origin), text_tokens, autocast)
-        share = 1 / len(prepared)
-        growth = {part: Count.combine([(share, twice[part]), (-share, count)]) for part, count in once.items()}
+        growth = {part: Count.combine([(1, twice[part]), (-1, count)]) for part, count in once.items()}
     heads: list[Head] = [head for head in model.each_head() if head.task == task]
     encoded = [len(image.data) for image in _images(steps, task, refs[:SAMPLES:4]) if isinstance(image, EncodedImage)]
     return TaskModel(
-        batch_size=len(refs),
+        batch_size=batch_size,
         read=len(prepared),
         once=once,
         growth=growth,
-        texts=(max(1, len({*captions})), expected_distinct(captions, len(refs))),
+        captions=captions,
         losses={f"{head.name} loss": loss for head in heads for loss in _contrastive(head)},
         embed_dim=model.encoder.embed_dim,
-        tokens=max(math.prod(sample["patches"].shape[:-1]) for sample in prepared),
+        tokens=batch["images"]["patches_BNP"].shape[1],
         text_tokens=text_tokens,
         image_bytes=sum(encoded) / len(encoded) if encoded else None,
     )
