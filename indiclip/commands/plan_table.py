@@ -88,7 +88,7 @@ def _flops(plan: Mapping[str, Any]) -> Table:
 
 
 def _total(plan: Mapping[str, Any], name: str) -> float:
-    return sum(of[name] for parts in plan["flops_per_gpu"].values() for of in parts.values())
+    return float(sum(of[name] for parts in plan["flops_per_gpu"].values() for of in parts.values()))
 
 
 def _memory(plan: Mapping[str, Any]) -> Table:
@@ -138,7 +138,9 @@ def _cost(plan: Mapping[str, Any]) -> list[str]:
     ]
     if plan["bound_by_launches"]:
         us = plan["assumed"]["launch_us"]["value"]
-        lines += [f"[yellow]launching its operators takes longer than computing them ({us:g} us each): a larger batch[/]"]
+        lines += [
+            f"[yellow]launching its operators takes longer than computing them ({us:g} us each): a larger batch[/]"
+        ]
     rates = {task: rate for task, rate in plan["storage"].items() if rate}
     lines += [f"storage: {_si(rate)}B/s of images for {task}" for task, rate in rates.items()]
     if cost["days"] is None:
@@ -153,10 +155,10 @@ def _assumed(plan: Mapping[str, Any]) -> list[str]:
     return [
         "",
         f"Assumed: MFU {of['mfu']['value']:g} ({of['mfu']['source']}); {of['link_share']['value']:.0%} of the links' "
-        f"bandwidth ({of['link_share']['source']}); gathering and reducing hide behind the pass that they belong to, but "
-        "not the last bucket or block, nor the loss's embeddings; the loss in float32, by its FLOPs and bytes; "
-        f"{of['reserved_gb']['value']:g} GB reserved ({of['reserved_gb']['source']}); a bf16 step keeps what autocast "
-        "keeps on a CPU. Sources of the device's numbers: --json.",
+        f"bandwidth ({of['link_share']['source']}); gathering and reducing hide behind the pass that they belong to, "
+        "but not the last bucket or block, nor the loss's embeddings; the loss in float32, by its FLOPs and bytes; "
+        f"{of['reserved_gb']['value']:g} GB reserved ({of['reserved_gb']['source']}). Sources of the device's "
+        "numbers: --json.",
     ]
 
 

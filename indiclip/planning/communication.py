@@ -90,9 +90,7 @@ class Traffic:
 _BUCKET = 25 * 2**20  # bytes of DDP's buckets (torch's default)
 
 
-def traffic(
-    cluster: Cluster, strategy: Strategy, weights: Weights, embeddings: float, computes_in: int = 4
-) -> Traffic:
+def traffic(cluster: Cluster, strategy: Strategy, weights: Weights, embeddings: float, computes_in: int = 4) -> Traffic:
     """Seconds of a step's exchange.
 
     Gradients are reduced in float32, as DDP does, and FSDP2 with a `reduce_dtype` of float32.
@@ -106,7 +104,9 @@ def traffic(
     """
     if cluster.world == 1:
         return Traffic(0, 0, 0, 0)
-    loss = 2 * cluster.gather_seconds(embeddings)  # gathered on the way forward, their gradients reduced on the way back
+    loss = 2 * cluster.gather_seconds(
+        embeddings
+    )  # gathered on the way forward, their gradients reduced on the way back
     gradients, gathered = weights.trained, weights.total / 4 * computes_in
     if strategy == "ddp":
         return Traffic(0, cluster.reduce_seconds(gradients), loss, cluster.reduce_seconds(min(_BUCKET, gradients)))

@@ -9,14 +9,13 @@ import weakref
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -24,7 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 from indiclip.head import Head
 from indiclip.losses import ContrastiveLoss
-from indiclip.types import Batch, Features, Rows
+from indiclip.planning.fake import HostValues, autocast_as_on_cuda, fake_batch, faked
+from indiclip.types import Batch, Features
 
 IMAGE_TOWER, TEXT_TOWER, PROJECTIONS = "image tower", "text tower", "pools, projections"
 
@@ -82,12 +82,13 @@ def count_step(
         loss is `<head> loss`.
     """
     counts: dict[str, Counts] = {}
-    precision = torch.autocast("cpu", autocast) if autocast else nullcontext()
-    with faked(module) as fake, precision:
+    with faked(module) as fake, autocast_as_on_cuda(autocast):
         for task, batch in batches.items():
             heads = [head for head in module.each_head() if head.task == task]
-            with OperatorCounter(module, IMAGE_TOWER) as counter, _parts_of(module, heads, counter):
-                loss = _loss(module.encoder, heads, _fake_batch(batch, fake), counter)
+            known = HostValues()
+            fake_of_task = fake_batch(batch, fake, known)
+            with OperatorCounter(module, IMAGE_TOWER, known) as counter, _parts_of(module, heads, counter):
+                loss = _loss(module.encoder, heads, fake_of_task, counter)
                 if backward and loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
             counts[task] = counter.counts()
@@ -124,16 +125,19 @@ class OperatorCounter(TorchDispatchMode):
     Args:
         module: Whose weights are no activations; they are fake already.
         part: What belongs to no other part.
-        read_as: What `.item()` gives, as of the step's number in an optimizer; None lets it raise.
+        known: Values that `.item()` may ask for.
+        read_as: What `.item()` gives of others, as of the step's number in an optimizer; None lets it raise.
 
     Attributes:
         sums: Part -> field of `Count` -> sum.
         peak: The most bytes that were alive at once beside the weights.
     """
 
-    def __init__(self, module: nn.Module, part: str, read_as: float | None = None) -> None:
-        super().__init__()
-        self._read_as = read_as
+    def __init__(
+        self, module: nn.Module, part: str, known: HostValues | None = None, read_as: float | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known, self._read_as = known or HostValues(), read_as
         self.sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.peak, self._alive = 0, 0
         self._parts = [part]  # the innermost part comes last
@@ -141,15 +145,15 @@ class OperatorCounter(TorchDispatchMode):
         # Kept alive, so that no number is used twice. Those of the weights are no activations.
         weights = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
         self._kept = {storage._cdata: storage for storage in weights}
-        self._tensors: dict[int, int] = {storage: 1 for storage in self._kept}  # storage -> tensors that lie in it
-        self._saving = saved_tensors_hooks(self._save, lambda tensor: tensor)
+        self._tensors: dict[int, int] = dict.fromkeys(self._kept, 1)  # storage -> tensors that lie in it
+        self._saving: Any = saved_tensors_hooks(self._save, lambda tensor: tensor)
 
     def __enter__(self) -> Any:
         self._saving.__enter__()
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._saving.__exit__(*error)
 
     def counts(self) -> Counts:
@@ -181,7 +185,7 @@ class OperatorCounter(TorchDispatchMode):
         self.sums[self._parts[-1]]["block_inputs"] += 0 if entering is None else _size(entering)
 
     def _note(self) -> None:
-        self._begins.append(torch.autograd._get_sequence_nr())
+        self._begins.append(_next_node())
         self._of.append(self._parts[-1])
 
     def _save(self, tensor: Tensor) -> Tensor:
@@ -208,9 +212,13 @@ class OperatorCounter(TorchDispatchMode):
             self._alive -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and self._read_as is not None:
-            return self._read_as
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            read = self._known.read(args[0])
+            if (read := self._read_as if read is None else read) is not None:
+                return read
+        out = func(*args, **kwargs)
+        self._known.follow(func, args, kwargs, out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._watch(tensor)
@@ -224,7 +232,7 @@ class OperatorCounter(TorchDispatchMode):
         sums["operators"] += 1
         sums["moved"] += sum(_size(value) for value in tree_iter((args, kwargs, out)) if isinstance(value, Tensor))
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            sums["forward" if node is None else "backward"] += formula(*args, **(kwargs or {}), out_val=out)
+            sums["forward" if node is None else "backward"] += formula(*args, **kwargs, out_val=out)
         return out
 
 
@@ -252,6 +260,11 @@ def _within(counter: OperatorCounter, method: Callable[..., Any], *arguments: An
         return method(*arguments, **options)
 
 
+def _next_node() -> int:
+    """The number that the graph's next node will have in this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
 def blocks(tower: nn.Module) -> list[nn.Module]:
     """The blocks of a tower: the items of its list of modules with the most weights. None, where there is no list."""
     lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1]
@@ -261,43 +274,3 @@ def blocks(tower: nn.Module) -> list[nn.Module]:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-@contextmanager
-def faked(module: nn.Module) -> Iterator[FakeTensorMode]:
-    """While it lasts, the module has fake weights on the CPU, and all tensors that are made are fake."""
-    before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, Tensor] = {}  # tied weights stay tied
-
-    def fake(value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
-        if id(value) not in made:
-            with mode:
-                empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-            is_weight = isinstance(value, nn.Parameter)
-            made[id(value)] = nn.Parameter(empty, value.requires_grad) if is_weight else empty
-        return made[id(value)]
-
-    try:
-        for part, weights, buffers in before:
-            part._parameters.update({name: fake(value) for name, value in weights.items()})  # type: ignore[arg-type]
-            part._buffers.update({name: fake(value) for name, value in buffers.items()})
-        with mode:
-            yield mode
-    finally:
-        for part, weights, buffers in before:
-            part._parameters.update(weights)
-            part._buffers.update(buffers)
-
-
-def _fake_batch(value: Any, mode: FakeTensorMode) -> Any:
-    """A batch as on a device: tensors are fake, what stays on the host is real."""
-    if isinstance(value, dict):
-        return {name: _fake_batch(part, mode) for name, part in value.items()}
-    if isinstance(value, Rows):
-        moved = Rows(*(_fake_batch(part, mode) for part in (value.values, value.image_R)), value.counts, value.known)
-        moved.on_host = value.on_host
-        return moved
-    return mode.from_tensor(value) if isinstance(value, Tensor) else value

@@ -1,9 +1,8 @@
 """A run's plan from the counts of its step: seconds, memory, storage, scaling, money."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from indiclip.planning.communication import Cluster, Traffic, traffic
 from indiclip.planning.counter import IMAGE_TOWER, TEXT_TOWER, Count, Counts
@@ -170,10 +169,7 @@ def ways_to_fit(estimate: Estimate, keys: Mapping[str, str]) -> list[str]:
     found = [_fitting(replace(estimate, strategy=other), _SHARDED[other]) for other in STRATEGIES if other != "ddp"]
     if estimate.strategy != "ddp":
         found = []
-    parts = (2**k for k in range(1, 16))
-    halves = (k for k in parts if k > estimate.micro_batches and _divides(estimate, k))
-    cached = (_fitting(replace(estimate, micro_batches=k), f"model.micro_batches: {k} (gradient caching)") for k in halves)
-    found.append(next((line for line in cached if line), ""))
+    found.append(_gradient_caching(estimate))
     found.append(_fitting(replace(estimate, checkpointing=True), "activation checkpointing of the towers' blocks"))
     found += [_smaller_batch(estimate, task, key) for task, key in keys.items()]
     return [line for line in found if line]
@@ -185,8 +181,15 @@ _SHARDED = {
 }
 
 
-def _divides(estimate: Estimate, k: int) -> bool:
-    return all(of.batch_size % k == 0 for of in estimate.tasks.values())
+def _gradient_caching(estimate: Estimate) -> str:
+    """The fewest parts, a power of two, with which the run fits."""
+    for k in (2**power for power in range(1, 16)):
+        divides = all(of.batch_size % k == 0 for of in estimate.tasks.values())
+        if divides and k > estimate.micro_batches:
+            change = f"model.micro_batches: {k} (gradient caching)"
+            if line := _fitting(replace(estimate, micro_batches=k), change):
+                return line
+    return ""
 
 
 def _fitting(estimate: Estimate, change: str) -> str:
@@ -196,12 +199,11 @@ def _fitting(estimate: Estimate, change: str) -> str:
 
 def _smaller_batch(estimate: Estimate, task: str, key: str) -> str:
     """The largest half, quarter, ... of a task's batch with which the run fits."""
-    of = estimate.tasks[task]
+    of, world = estimate.tasks[task], estimate.cluster.world
     size = of.batch_size
     while size > 1:
         size //= 2
-        smaller = replace(of, batch_size=size, _at_worlds={})
-        line = _fitting(replace(estimate, tasks={**estimate.tasks, task: smaller}), f"{key}: {size * estimate.cluster.world}")
-        if line:
+        tasks = {**estimate.tasks, task: replace(of, batch_size=size, _at_worlds={})}
+        if line := _fitting(replace(estimate, tasks=tasks), f"{key}: {size * world}"):
             return line
     return ""

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from indiclip.optim import parameter_groups
-from indiclip.planning.counter import IMAGE_TOWER, TEXT_TOWER, Count, Counts, OperatorCounter, blocks, faked
+from indiclip.planning.counter import IMAGE_TOWER, TEXT_TOWER, Count, Counts, OperatorCounter, blocks
+from indiclip.planning.fake import faked
 from indiclip.planning.hardware import Strategy
 
 
@@ -36,7 +37,7 @@ class Weights:
     largest_block: float
     outside: float
     num_blocks: Mapping[str, int]
-    update: Count = Count()
+    update: Count
 
     def shards(self, strategy: Strategy, nodes: int, gpus_per_node: int) -> int:
         """Over how many GPUs the weights are shared out."""

@@ -24,7 +24,8 @@ from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import SampleRef
 from indiclip.loading.steps import Steps
 from indiclip.losses import ContrastiveLoss
-from indiclip.planning.counter import TEXT_TOWER, Count, Counts, OperatorCounter, count_step, faked
+from indiclip.planning.counter import TEXT_TOWER, Count, Counts, OperatorCounter, count_step
+from indiclip.planning.fake import faked
 from indiclip.types import Batch
 
 SAMPLES = 64  # of a task that are read
@@ -182,7 +183,7 @@ def _count(model: Any, task: str, batch: Batch, text_tokens: int, autocast: torc
     tokenizer = text.tokenizer
 
     def encode(texts: list[str]) -> list[list[int]]:
-        rows = tokenizer.encode([text.partition(_TILE)[0] for text in texts])
+        rows: list[list[int]] = tokenizer.encode([text.partition(_TILE)[0] for text in texts])
         if captions and texts[0] == captions[0]:
             rows[0] = [*rows[0], *[rows[0][-1]] * (text_tokens - len(rows[0]))]
         return rows
