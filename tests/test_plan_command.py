@@ -92,7 +92,7 @@ def test_the_sum_of_the_tpus(capsys):
         (["--trainer.precision", "64-true"], "trainer.precision: found '64-true'"),
         (
             ["--nodes", "3"],
-            "batch_size 4 of task 'contrastive' is over all ranks and must be a multiple of the 24 ranks",
+            "batch_size 4 of task 'contrastive' is over all ranks and must be a multiple of the 24",
         ),
         (["--convert", "many", "tpuv4", "h100"], "--convert: found 'many'; expected a number of days"),
         (["--convert", "48", "tpu4", "h100"], "--convert: found 'tpu4'; nearest is 'tpuv4'"),

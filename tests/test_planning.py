@@ -1,6 +1,7 @@
 """What a step is planned to take: its counts against torch's counters around the real step, the rest by hand."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,20 +120,19 @@ def test_whole_numbers_of_the_batch_can_be_read():
     model = tiny_model()
     waits = Waits()
     waits.inner, waits.patch_size = model.encoder.backbone, 8
-    truth = count_step(model, {"contrastive": caption_batch(["a", "b"])})
+    batch = {"contrastive": caption_batch(["a", "b"])}
+    truth = count_step(model, batch)["contrastive"]
     model.encoder.backbone = waits
-    assert (
-        count_step(model, {"contrastive": caption_batch(["a", "b"])})["contrastive"].keys()
-        == truth["contrastive"].keys()
-    )
+    assert count_step(model, batch)["contrastive"][IMAGE_TOWER].flops == truth[IMAGE_TOWER].flops
 
 
 def test_weights_come_back_after_an_error():
     layer = nn.Linear(2, 2)
     weight = layer.weight
-    with pytest.raises(KeyError), faked(layer):
+    with faked(layer):
         assert layer.weight is not weight
-        raise KeyError
+    with pytest.raises(RuntimeError, match="cannot be multiplied"), faked(layer):
+        layer(torch.zeros(1, 3))
     assert layer.weight is weight
 
 
@@ -262,11 +262,11 @@ def test_seconds_and_money_by_hand():
     assert rows[-1]["batch"] == 1280
     assert rows[0]["efficiency"] == 1
     rows = estimate(Cluster(GPU, 1, 8)).scaling()
-    assert all(before["efficiency"] >= after["efficiency"] for before, after in zip(rows, rows[1:], strict=False))
+    assert all(before["efficiency"] >= after["efficiency"] for before, after in pairwise(rows))
 
 
 def test_what_would_make_it_fit():
-    """60 GB of activations, 2 reserved, 48 GB of memory: half a batch fits, a quarter's parts do, checkpointing does."""
+    """50 GB of activations and 2 reserved in 48 GB of memory."""
     small = replace(GPU, hbm_gb=48)
     run = estimate(Cluster(small, 1, 1))
     assert not run.fits
