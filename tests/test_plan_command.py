@@ -66,8 +66,10 @@ def test_a_step_on_this_processor(tmp_path, capsys):
     assert plan(tmp_path, "--gpu", "cpu", "--rate", "50", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["gflops"] == 50
-    rates = found["flops"] / 50e9 + found["bytes"] / found["bandwidth_gbs"] / 1e9
-    assert found["seconds"] == pytest.approx(rates + found["operators"] * found["operator_us"] * 1e-6)
+    products = (found["flops"] - found["attention_flops"]) / 50e9
+    products += found["attention_flops"] / found["attention_gflops"] / 1e9
+    pointwise = found["bytes"] / found["bandwidth_gbs"] / 1e9 + found["exponentials"] * found["exponential_ns"] * 1e-9
+    assert found["seconds"] == pytest.approx(products + pointwise + found["operators"] * found["operator_us"] * 1e-6)
 
 
 def test_the_sum_of_the_tpus(capsys):

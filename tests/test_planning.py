@@ -301,8 +301,9 @@ def test_devices_have_a_source_for_each_number():
 
 
 def test_seconds_on_a_processor_add_up():
-    processor = Processor(flops=100, bandwidth=10, operator=0.5)
-    assert processor.seconds(Count(forward=100, backward=200, moved=20, operators=4)) == 3 + 2 + 2
+    processor = Processor(flops=100, attention=50, bandwidth=10, exponential=0.25, operator=0.5)
+    count = Count(forward=200, backward=200, attention=100, moved=20, exponentials=8, operators=4)
+    assert processor.seconds(count) == 3 + 2 + 2 + 2 + 2
 
 
 @pytest.mark.parametrize(

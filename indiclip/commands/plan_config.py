@@ -180,15 +180,20 @@ def plan_on_cpu(words: list[str], rate: float | None, as_json: bool) -> int:
     check(model, data, "fit")
     tasks, weights = step_model(model, data, 1, None), weigh(model)
     counts = [count for of in tasks.values() for count in of.counts(1).values()]
-    rows = max(of.tokens * min(of.batch_size, 64) for of in tasks.values())
-    processor = cpu.measure(rows, model.encoder.backbone.width, rate and rate * 1e9)
+    largest = max(tasks.values(), key=lambda of: of.tokens * of.batch_size)
+    rows = largest.tokens * min(largest.batch_size, 64)
+    processor = cpu.measure(rows, largest.tokens, model.encoder.backbone.width, rate and rate * 1e9)
     total = Count.combine([(1, count) for count in [*counts, weights.update]])
     plan = {
         "gflops": processor.flops / 1e9,
         "bandwidth_gbs": processor.bandwidth / 1e9,
+        "attention_gflops": processor.attention / 1e9,
+        "exponential_ns": processor.exponential * 1e9,
         "operator_us": processor.operator * 1e6,
         "flops": total.flops,
+        "attention_flops": total.attention,
         "bytes": total.moved,
+        "exponentials": total.exponentials,
         "operators": total.operators,
         "seconds": processor.seconds(total),
     }

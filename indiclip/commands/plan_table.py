@@ -32,8 +32,9 @@ def show_cpu(plan: Mapping[str, float]) -> None:
     """Print a step on this machine."""
     console = _console()
     console.print(
-        f"{plan['gflops']:.1f} GFLOPS of matrix products, {plan['bandwidth_gbs']:.1f} GB/s, "
-        f"{plan['operator_us']:.1f} us an operator, with torch's threads of this process\n"
+        f"matrix products {plan['gflops']:.1f} GFLOPS, attention {plan['attention_gflops']:.1f} GFLOPS, "
+        f"{plan['bandwidth_gbs']:.1f} GB/s, an exponential {plan['exponential_ns']:.2f} ns, "
+        f"an operator {plan['operator_us']:.1f} us, with the threads that torch has here\n"
         f"{plan['flops'] / 1e9:,.1f} GFLOP, {plan['bytes'] / 1e9:,.2f} GB, {plan['operators']:,.0f} operators a step, "
         f"optimizer included\n{plan['seconds']:.3f} s a step, loading of data aside",
         highlight=False,

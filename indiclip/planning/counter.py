@@ -37,6 +37,8 @@ class Count:
         forward: FLOPs (a multiply-add is two) of matrix products, convolutions and attention.
         backward: The same of the backward pass, and of gradients that a loss computes by itself.
         moved: Bytes that operators read and write, if each reads its inputs and writes its outputs once.
+        attention: Those of the FLOPs that are of fused attention.
+        exponentials: Numbers that an operator makes by exp, erf, tanh or the like, fused attention aside.
         operators: Calls of operators that are no mere views.
         saved: Bytes that are kept for the backward pass beside the weights, each storage once.
         block_inputs: Bytes that enter the blocks of the towers: what activation checkpointing keeps of them.
@@ -45,6 +47,8 @@ class Count:
     forward: float = 0
     backward: float = 0
     moved: float = 0
+    attention: float = 0
+    exponentials: float = 0
     operators: float = 0
     saved: float = 0
     block_inputs: float = 0
@@ -62,6 +66,10 @@ class Count:
         names = Count.__dataclass_fields__
         return Count(**{name: sum(weight * getattr(count, name) for weight, count in weighted) for name in names})
 
+
+# Operators that take an exponential of each number; of backward passes only those that take one again.
+_EXPONENTIAL = {"exp", "tanh", "erf", "sigmoid", "gelu", "gelu_backward", "silu", "silu_backward", "softplus"}
+_EXPONENTIAL |= {"softplus_backward", "_softmax", "_log_softmax", "_log_softmax_backward_data", "exp_", "sigmoid_"}
 
 Counts = dict[str, Count]  # part -> what is done for it
 
@@ -231,8 +239,13 @@ class OperatorCounter(TorchDispatchMode):
         sums = self.sums[part]
         sums["operators"] += 1
         sums["moved"] += sum(_size(value) for value in tree_iter((args, kwargs, out)) if isinstance(value, Tensor))
+        name = func._overloadpacket.__name__
+        if name in _EXPONENTIAL:
+            sums["exponentials"] += sum(value.numel() for value in tree_iter(out) if isinstance(value, Tensor))
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            sums["forward" if node is None else "backward"] += formula(*args, **kwargs, out_val=out)
+            flops = formula(*args, **kwargs, out_val=out)
+            sums["forward" if node is None else "backward"] += flops
+            sums["attention"] += flops if "attention" in name else 0
         return out
 
 

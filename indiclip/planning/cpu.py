@@ -1,7 +1,7 @@
-"""How long a step takes on a processor: matrix products at its matrix rate, and all that operators read and write.
+"""How long a step takes on a processor, from how fast this one is at a few plain things.
 
-A processor overlaps little, so the times add up: FLOPs over the matrix rate, bytes over the bandwidth, and what each
-operator costs before it begins.
+A processor overlaps little, so the times of its kinds of work add up: matrix products, attention, whose matrices are
+small, bytes that are read and written, numbers that need an exponential, and what each operator costs before it begins.
 """
 
 import statistics
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from indiclip.planning.counter import Count
 
@@ -23,32 +24,41 @@ class Processor:
 
     Attributes:
         flops: FLOPS of matrix products in float32.
+        attention: FLOPS of fused attention, forward and backward.
         bandwidth: Bytes that an operator reads and writes in a second.
+        exponential: Seconds that a GELU takes over a number beside reading and writing it.
         operator: Seconds of an operator on next to nothing.
     """
 
     flops: float
+    attention: float
     bandwidth: float
+    exponential: float
     operator: float
 
     def seconds(self, count: Count) -> float:
         """How long it takes over all that is counted."""
-        return count.flops / self.flops + count.moved / self.bandwidth + count.operators * self.operator
+        products = (count.flops - count.attention) / self.flops + count.attention / self.attention
+        pointwise = count.moved / self.bandwidth + count.exponentials * self.exponential
+        return products + pointwise + count.operators * self.operator
 
 
-def measure(rows: int, width: int, flops: float | None = None) -> Processor:
-    """Measure this machine; about a second.
+def measure(rows: int, tokens: int, width: int, flops: float | None = None) -> Processor:
+    """Measure this machine; a few seconds.
 
     Args:
         rows: Tokens of a batch, the rows of the matrices.
-        width: Of the tokens: the matrices are those of an MLP's first layer, its gradients' too.
+        tokens: Of an image.
+        width: Of a token: the matrices are those of an MLP's first layer, its gradients' too.
         flops: Known FLOPS of matrix products, instead of measuring them.
     """
-    x, y = torch.rand(_FLOATS), torch.rand(_FLOATS)
-    out, few = torch.empty_like(x), torch.rand(8)
-    bandwidth = 3 * 4 * _FLOATS / _median(lambda: torch.add(x, y, out=out))
+    x, y, few = torch.randn(_FLOATS), torch.randn(_FLOATS), torch.rand(8)
+    kept: list[torch.Tensor] = []  # as a step keeps them: each comes to lie in new memory
+    bandwidth = 3 * 4 * _FLOATS / _median(lambda: kept.append(x + y))
+    exponential = _median(lambda: kept.append(F.gelu(x))) / _FLOATS - 2 * 4 / bandwidth
     operator = _median(lambda: [few + few for _ in range(1000)]) / 1000
-    return Processor(flops or matrix_rate(rows, width), bandwidth, operator)
+    attention = attention_rate(max(1, rows // tokens), tokens)
+    return Processor(flops or matrix_rate(rows, width), attention, bandwidth, max(0.0, exponential), operator)
 
 
 def matrix_rate(rows: int, width: int) -> float:
@@ -59,6 +69,16 @@ def matrix_rate(rows: int, width: int) -> float:
         _ = x @ weight, gradient @ weight.T, x.T @ gradient
 
     return 3 * 2 * rows * width * 4 * width / _median(products)
+
+
+def attention_rate(images: int, tokens: int) -> float:
+    """FLOPS of attention in one head of width 64: two products forward, five backward, as torch counts them."""
+    x = torch.rand(images, 1, tokens, 64, requires_grad=True)
+
+    def attend() -> None:
+        F.scaled_dot_product_attention(x, x, x).backward(x.detach())
+
+    return 7 * 2 * images * tokens**2 * 64 / _median(attend)
 
 
 def clock() -> float:
