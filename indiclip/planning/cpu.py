@@ -53,9 +53,8 @@ def measure(rows: int, tokens: int, width: int, flops: float | None = None) -> P
         flops: Known FLOPS of matrix products, instead of measuring them.
     """
     x, y, few = torch.randn(_FLOATS), torch.randn(_FLOATS), torch.rand(8)
-    kept: list[torch.Tensor] = []  # as a step keeps them: each comes to lie in new memory
-    bandwidth = 3 * 4 * _FLOATS / _median(lambda: kept.append(x + y))
-    exponential = _median(lambda: kept.append(F.gelu(x))) / _FLOATS - 2 * 4 / bandwidth
+    bandwidth = 3 * 4 * _FLOATS / _median(lambda: x + y)
+    exponential = _median(lambda: F.gelu(x)) / _FLOATS - 2 * 4 / bandwidth
     operator = _median(lambda: [few + few for _ in range(1000)]) / 1000
     attention = attention_rate(max(1, rows // tokens), tokens)
     return Processor(flops or matrix_rate(rows, width), attention, bandwidth, max(0.0, exponential), operator)
