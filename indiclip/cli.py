@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = ("check", "shards", "tokenizer", "embed", "bench", "export")
+_COMMANDS = ("check", "plan", "shards", "tokenizer", "embed", "bench", "export")
 
 _HELP = """\
 IndiCLIP {version}: trains vision encoders that understand India and the world.
@@ -22,6 +22,7 @@ usage: indiclip <command> [--config FILE]... [options]
   test       the same, once more on `data.val`
   predict    write what the heads find in `data.val` to RUN/predictions/
   check      read what a config would train on        indiclip check --config conf/real_small.yaml
+  plan       what a config costs on a cluster         indiclip plan --config conf/shards.yaml --gpu h100 --nodes 16
   shards     index, check, pack and count data        indiclip shards --help
   tokenizer  tokens per word in every language        indiclip tokenizer --help
   embed      any data to embeddings and their keys    indiclip embed --help

@@ -85,6 +85,7 @@ ARROWS = {
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
+    "planning": "types names images head losses optim loading",
     "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
@@ -100,7 +101,7 @@ ARROWS = {
     ),
     "commands": (
         "types names quiet masking config_files distributed json_lines images preprocessing tokenizers text datasets"
-        " webdataset loading evals training export"
+        " webdataset loading evals training export planning"
     ),
 }
 

@@ -48,6 +48,11 @@ def run(config: list[str], samples: int, read_all: bool, workers: int | None, as
 
 def build_config(words: list[str]) -> tuple[Any, Any]:
     """The model and the data of a config, as `indiclip fit` builds them."""
+    return build_run(words)[:2]
+
+
+def build_run(words: list[str]) -> tuple[Any, Any, Any]:
+    """The model and the data of a config, as `indiclip fit` builds them, and the Trainer's arguments."""
 
     class Built(Exception):
         """Ends the command where training would begin."""
@@ -57,7 +62,7 @@ def build_config(words: list[str]) -> tuple[Any, Any]:
             """Nothing: a check has no run folder."""
 
         def instantiate_trainer(self, **_: Any) -> Any:
-            raise Built(self.model, self.datamodule)
+            raise Built(self.model, self.datamodule, self.config["fit"]["trainer"])
 
     sys.argv[1:] = ["fit", *words]
     try:
@@ -65,7 +70,7 @@ def build_config(words: list[str]) -> tuple[Any, Any]:
     except ValueError as error:
         raise ValueError(one_line(error)) from error
     except Built as built:
-        return built.args[0], built.args[1]
+        return built.args[0], built.args[1], built.args[2]
     raise ValueError("fit: nothing to check was built")
 
 

@@ -90,6 +90,8 @@ class _Parser(argparse.ArgumentParser):
             arguments = {name: value for name, value in settings.items() if name != "exclusive"}
             if "type" in arguments:
                 arguments["type"] = _TYPES[arguments["type"]]
+            if isinstance(arguments.get("metavar"), list):
+                arguments["metavar"] = tuple(arguments["metavar"])  # of several words, which argparse wants so
             place.add_argument(*flags.split(), **arguments)
 
     def error(self, message: str) -> NoReturn:
