@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from indiclip.head import Head
+from indiclip.head import Head, WholeBatch
 from indiclip.losses import ContrastiveLoss
 from indiclip.planning.fake import HostValues, autocast_as_on_cuda, fake_batch, faked
+from indiclip.ratios import over_all_ranks
 from indiclip.types import Batch, Features
 
 IMAGE_TOWER, TEXT_TOWER, PROJECTIONS = "image tower", "text tower", "pools, projections"
@@ -119,8 +120,9 @@ def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "OperatorCount
     total = torch.zeros(())
     for head in heads:
         with counter.part(head.name):
-            terms, _ = head.loss(features, batch, encoder)
-            total = total + sum(terms.values(), torch.zeros(()))
+            output = head.loss(features, batch, encoder)
+            losses = output.function(*output.rows) if isinstance(output, WholeBatch) else output
+            total = total + sum(over_all_ranks(losses.terms).values(), torch.zeros(()))
     return total
 
 
