@@ -131,8 +131,8 @@ def test_weights_come_back_after_an_error():
     weight = layer.weight
     with faked(layer):
         assert layer.weight is not weight
-    with pytest.raises(RuntimeError, match="cannot be multiplied"), faked(layer):
-        layer(torch.zeros(1, 3))
+    with pytest.raises(ZeroDivisionError), faked(layer):
+        _ = 1 / 0
     assert layer.weight is weight
 
 
