@@ -223,8 +223,7 @@ class NaFlexViT(Backbone):
     def forward(self, images: Images) -> Features:
         p = self.patch_size
         grids = [(height // p, width // p) for height, width in images["sizes_hw"]]
-        N = images["patches_BNP"].shape[1]
-        full = all(rows * columns == N for rows, columns in grids)
+        full = min(images["num_patches"]) == images["patches_BNP"].shape[1]
         valid_BN = None if full else images["valid_BN"]  # attention without a mask is the faster kernel
         pixels_BNP = self.normalise(images)
         out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))

@@ -72,6 +72,7 @@ class Transform:
         sample: Sample,
         preprocessing: Preprocessing,
         random_seed: int | None,
+        max_tokens: int | None = None,
     ) -> Prepared:
         """Prepare one sample.
 
@@ -79,6 +80,7 @@ class Transform:
             preprocessing: The backbone's.
             random_seed: Seeds the augmentation. None (validation) leaves it out and decodes the whole image, so that
                 pixels are those of `Encoder.embed_image`.
+            max_tokens: In place of the transform's own.
 
         Returns:
             `patches`, `size_hw`, `scale`, and the sample's annotations in the resized image's pixels, as tensors.
@@ -89,7 +91,7 @@ class Transform:
         """
 
         def fit(size: Size) -> Size:
-            return preprocessing.fit_hw(*size, self.max_tokens)
+            return preprocessing.fit_hw(*size, max_tokens or self.max_tokens)
 
         image: Any = sample.get("image")
         if not isinstance(image, EncodedImage) and (getattr(image, "dtype", "") != np.uint8 or image.shape[2:] != (3,)):
