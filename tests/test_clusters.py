@@ -1,10 +1,11 @@
-"""What an epoch draws of each cluster: counts by hand, each sample as often as any other, the same wherever it is read."""
+"""What an epoch draws of each cluster: counts by hand, each sample as often as others, and the same wherever it is read."""
 
 import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
+from test_plan import Numbers
 
 from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.split import Split
@@ -15,7 +16,6 @@ from indiclip.loading.sampler import BatchSpec, SourceInfo
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.preprocessing import Preprocessing
-from test_plan import Numbers
 
 SIZES = np.array([256, 0, 81, 16, 1])
 NUMBERS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), SIZES)).astype(np.int32)
@@ -70,7 +70,7 @@ def test_an_epoch_has_the_shares_and_no_sample_twice():
         assert found.tolist() == draws.counts(epoch).tolist()
         total.update(drawn.tolist())
     for cluster, size in enumerate(SIZES):
-        times = [total[i] for i in np.flatnonzero(NUMBERS == cluster)]
+        times = [total[i] for i in np.flatnonzero(cluster == NUMBERS)]
         assert sum(times) == pytest.approx(200 * shares[cluster], abs=16)  # deviation of a rounding is at most a half
         if size:  # they take turns: less apart than draws of their own in each epoch would be
             share = shares[cluster] / size
@@ -84,7 +84,7 @@ def test_small_clusters_come_again_where_they_may():
         drawn = Counter(epoch_of(draws, epoch).tolist())
         for cluster, size in enumerate(SIZES):
             if size:
-                times = [drawn[i] for i in np.flatnonzero(NUMBERS == cluster)]
+                times = [drawn[i] for i in np.flatnonzero(cluster == NUMBERS)]
                 assert sum(times) == 25
                 assert max(times) - min(times) <= 1
 
@@ -113,7 +113,7 @@ def test_steps_go_through_what_epochs_draw(spec, starts, world):
     source = SourceInfo(len(NUMBERS), starts, draws=draws)
     plan, again = (Plan("t", [source], [1.0], spec, 0, window=2) for _ in range(2))
     assert plan.steps_per_epoch == 12
-    refs = [sum((plan.batch(step, rank, world) for rank in range(world)), []) for step in range(36)]
+    refs = [[ref for rank in range(world) for ref in plan.batch(step, rank, world)] for step in range(36)]
     for epoch in range(3):
         found = sorted(ref.index for step in refs for ref in step if ref.position // 96 == epoch)
         assert found == epoch_of(draws, epoch).tolist()
@@ -176,7 +176,9 @@ def test_a_column_of_a_table_is_the_clusters(tmp_path):
         with pytest.raises(ValueError, match=r"clusters: the cluster of sample '1.png' is -1; expected one of 0 to"):
             steps_of(table)
     (tmp_path / "b.csv").write_text("file,caption,cluster\n0.png,a,-3\n")
-    with pytest.raises(ValueError, match=r"b.csv: line 2: column 'cluster': found '-3'; expected a whole number from 0"):
+    with pytest.raises(
+        ValueError, match=r"b.csv: line 2: column 'cluster': found '-3'; expected a whole number from 0"
+    ):
         CaptionTable(str(tmp_path), str(tmp_path / "b.csv"))
 
 
