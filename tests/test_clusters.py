@@ -1,4 +1,4 @@
-"""What an epoch draws of each cluster: counts by hand, each sample as often as others, and the same wherever it is read."""
+"""What an epoch draws of each cluster: counts by hand, each sample as often as others, the same in any process."""
 
 import tracemalloc
 from collections import Counter
@@ -43,14 +43,14 @@ def epoch_of(draws, epoch):
     [
         ({"alpha": 1.0}, [256, 0, 81, 16, 1]),
         # Square roots 16, 9, 4, 1, of which a sample each makes 30.
-        ({"alpha": 0.5, "samples": 30}, [16, 0, 9, 4, 1]),
+        ({"alpha": 0.5, "share": 30 / 354}, [16, 0, 9, 4, 1]),
         # 60 would take two of the last cluster's only sample: the others give it, 59 in 16 : 9 : 4.
-        ({"alpha": 0.5, "samples": 60}, [59 * 16 / 29, 0, 59 * 9 / 29, 59 * 4 / 29, 1]),
-        ({"alpha": 0.5, "samples": 60, "repeats": 2}, [32, 0, 18, 8, 2]),
+        ({"alpha": 0.5, "share": 60 / 354}, [59 * 16 / 29, 0, 59 * 9 / 29, 59 * 4 / 29, 1]),
+        ({"alpha": 0.5, "share": 60 / 354, "repeats": 2}, [32, 0, 18, 8, 2]),
         # The fourth gives its 16, the last its one.
-        ({"alpha": 0.0, "samples": 100}, [41.5, 0, 41.5, 16, 1]),
+        ({"alpha": 0.0, "share": 100 / 354}, [41.5, 0, 41.5, 16, 1]),
         # 9 : 16 : 1 of 30 are 10.4, 18.5 and 1.2; the fourth has 16, the last one, so the third gives what is left.
-        ({"alpha": 0.5, "samples": 30, "weights": {0: 0.0, 3: 4.0}}, [0, 0, 13, 16, 1]),
+        ({"alpha": 0.5, "share": 30 / 354, "weights": {0: 0.0, 3: 4.0}}, [0, 0, 13, 16, 1]),
     ],
 )  # fmt: skip
 def test_a_cluster_gives_its_share(options, expected):
@@ -59,8 +59,8 @@ def test_a_cluster_gives_its_share(options, expected):
 
 
 def test_an_epoch_has_the_shares_and_no_sample_twice():
-    draws = draws_of(alpha=0.2, samples=64)
-    shares = Clusters(alpha=0.2, samples=64).shares(SIZES, "clusters")
+    draws = draws_of(alpha=0.2, share=64 / 354)
+    shares = Clusters(alpha=0.2, share=64 / 354).shares(SIZES, "clusters")
     total = Counter()
     for epoch in range(200):
         drawn = epoch_of(draws, epoch)
@@ -79,7 +79,7 @@ def test_an_epoch_has_the_shares_and_no_sample_twice():
 
 def test_small_clusters_come_again_where_they_may():
     """Ten epochs of twice the data, every cluster alike: whole rounds, and one sample more or less."""
-    draws = draws_of(alpha=0.0, samples=100, repeats=30)
+    draws = draws_of(alpha=0.0, share=100 / 354, repeats=30)
     for epoch in range(10):
         drawn = Counter(epoch_of(draws, epoch).tolist())
         for cluster, size in enumerate(SIZES):
@@ -90,7 +90,7 @@ def test_small_clusters_come_again_where_they_may():
 
 
 def test_draws_are_a_function_of_seed_and_epoch_alone():
-    first, second, other = draws_of(0, samples=64), draws_of(0, samples=64), draws_of(1, samples=64)
+    first, second, other = draws_of(0, share=64 / 354), draws_of(0, share=64 / 354), draws_of(1, share=64 / 354)
     second.times(np.arange(9), 7)  # looked at before
     parts = np.concatenate([second.times(part, 3) for part in np.array_split(np.arange(len(NUMBERS)), 5)])
     assert parts.tolist() == first.times(np.arange(len(NUMBERS)), 3).tolist()
@@ -109,7 +109,7 @@ def test_parts_that_are_sorted_alone_make_one_order(monkeypatch):
 @pytest.mark.parametrize("world", [1, 2])
 def test_steps_go_through_what_epochs_draw(spec, starts, world):
     """Whatever the shards; the oracle is `ClusterDraws.times` over the whole dataset."""
-    draws = draws_of(samples=96)
+    draws = draws_of(share=96 / 354)
     source = SourceInfo(len(NUMBERS), starts, draws=draws)
     plan, again = (Plan("t", [source], [1.0], spec, 0, window=2) for _ in range(2))
     assert plan.steps_per_epoch == 12
@@ -128,7 +128,7 @@ def test_steps_go_through_what_epochs_draw(spec, starts, world):
 def test_ten_million_samples_take_five_bytes_each():
     """Beside the clusters themselves: their places, and a part that is sorted; and an epoch is drawn by windows."""
     numbers = (np.arange(10**7) % 50_000).astype(np.int32)
-    shares = Clusters(alpha=0.2, samples=5 * 10**6).shares(cluster_sizes(numbers), "clusters")
+    shares = Clusters(alpha=0.2, share=0.5).shares(cluster_sizes(numbers), "clusters")
     tracemalloc.start()
     draws = ClusterDraws(numbers, shares, (0,))
     kept = tracemalloc.get_traced_memory()[0]
@@ -154,7 +154,7 @@ def test_clusters_are_the_files_or_the_datasets(tmp_path):
         (Split(Grouped(80, np.arange(80) % 2), "val", 0.5), {}),
     ):
         clusters = np.arange(40) % 2 if not isinstance(dataset, Split) else dataset.clusters
-        steps = steps_of(dataset, samples=20, weights={1: 0.0}, **options)
+        steps = steps_of(dataset, share=0.5, weights={1: 0.0}, **options)
         assert len(steps) == 5
         drawn = [ref.index for step in range(10) for ref in steps.plans["t"].batch(step)]
         assert len(drawn) == 40
@@ -191,10 +191,10 @@ def test_a_column_of_a_table_is_the_clusters(tmp_path):
         ({"file": "text.npy"}, r"text.npy: no .npy file of whole numbers"),
         ({"file": "shrot.npy"}, r"shrot.npy: no such file or folder; nearest is 'short.npy'"),
         ({"file": "good.npy", "weights": {7: 2.0}}, "clusters.weights: there is no cluster 7; there are 4"),
-        ({"file": "good.npy", "samples": 50}, "50 samples an epoch are more than 40, 1 of each; expected fewer"),
+        ({"file": "good.npy", "share": 1.25}, "50 samples an epoch are more than 40, 1 of each; expected a smaller"),
         ({"file": "good.npy", "weights": {0: 0.0}}, "40 samples an epoch are more than 30, 1 of each"),
         ({"alpha": 1.5}, "task 't': clusters.alpha: found 1.5; expected 0 to 1"),
-        ({"samples": 0}, "task 't': clusters.samples: found 0; expected 1 or more"),
+        ({"share": 0.0}, "task 't': clusters.share: found 0.0; expected above 0"),
         ({"weights": {0: -1.0}}, "task 't': clusters.weights.0: found -1.0; expected 0 or more"),
     ],
 )

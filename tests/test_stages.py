@@ -179,7 +179,7 @@ def test_one_rank_and_two_train_alike(tmp_path):
         tree["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
         np.save(tmp_path / "clusters.npy", np.arange(12) % 3)
         less = [{"until": 0.5, "max_tokens": 4}, {"until": 0.75, "drop": 0.5}]
-        clusters = {"file": str(tmp_path / "clusters.npy"), "samples": 8}
+        clusters = {"file": str(tmp_path / "clusters.npy"), "share": 2 / 3}
         tree["data"]["train"][0] |= {"stages": less, "clusters": clusters}
         tree["data"] |= {"val": [], "steps_per_epoch": 4}
         tree["trainer"] |= {"precision": "64-true", "devices": world}
@@ -208,7 +208,7 @@ def test_one_rank_and_two_train_alike(tmp_path):
     ],
 )
 def test_the_length_of_a_run_is_known_before_it_begins(tmp_path, options, expected):
-    """The oracle is the run, of epochs of three steps; the last of its steps is behind a stage of 0.74 (of two, 1.48: one)."""
+    """The oracle is the run, of epochs of three steps; the last step is behind a stage of 0.74."""
 
     class Length(Callback):
         found = ()

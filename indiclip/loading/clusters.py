@@ -27,21 +27,22 @@ class Clusters:
             embeddings; it is read in place. None takes the dataset's own clusters (of a table, its column `cluster`),
             or else its labels.
         alpha: Exponent of a cluster's size: 1 leaves the data as they are, 0 gives every cluster the same.
-        samples: Of an epoch; None is as many as there are.
+        share: Samples of an epoch, as a share of all.
         repeats: Most times that a sample may come in an epoch. What small clusters cannot give the others do.
         weights: Cluster -> factor of its part; 0 leaves it out.
     """
 
     file: str | None = None
     alpha: float = 0.2
-    samples: int | None = None
+    share: float = 1.0
     repeats: int = 1
     weights: dict[int, float] | None = None
 
     def check(self, key: str) -> None:
         """Raise ValueError for numbers that are out of range."""
         check_range({f"{key}.alpha": self.alpha}, 0, 1)
-        check_range({f"{key}.samples": self.samples, f"{key}.repeats": self.repeats}, 1)
+        check_range({f"{key}.share": self.share}, 0, without=0)
+        check_range({f"{key}.repeats": self.repeats}, 1)
         check_range({f"{key}.weights.{cluster}": factor for cluster, factor in (self.weights or {}).items()})
 
     def read(self, dataset: SampleDataset, key: str) -> np.ndarray:
@@ -84,10 +85,10 @@ class Clusters:
                 raise ValueError(f"{key}.weights: there is no cluster {cluster}; there are {np.count_nonzero(sizes)}")
             weights[cluster] *= factor
         most = np.where(weights > 0, sizes * self.repeats, 0).astype(np.float64)
-        samples = int(sizes.sum()) if self.samples is None else self.samples
+        samples = max(1, round(self.share * sizes.sum()))
         if most.sum() < samples:
             found = f"{samples} samples an epoch are more than {int(most.sum())}, {self.repeats} of each"
-            raise ValueError(f"{key}: {found}; expected fewer {key}.samples, or more {key}.repeats")
+            raise ValueError(f"{key}: {found}; expected a smaller {key}.share, or more {key}.repeats")
         return _fill(weights, most, samples)
 
 

@@ -147,9 +147,11 @@ def _plan_reading(full: Size, steps: list[Any], fit: Callable[[Size], Size]) -> 
         canvas = tv_tensors.Image(torch.empty(3, *full, device="meta"))
         at = steps[0].make_params([canvas])
         height, width = steps[0].size
-        return (at["top"], at["left"], at["height"], at["width"]), (int(height), int(width)), steps[1:]
+        region, size, steps = (at["top"], at["left"], at["height"], at["width"]), (int(height), int(width)), steps[1:]
+    else:
+        region, size = (0, 0, *full), full
     late = all(type(step) in _OF_ANY_SIZE for step in steps)
-    return (0, 0, *full), fit(full) if late else full, steps
+    return region, fit(size) if late else size, steps
 
 
 def _crop(image_CHW: Tensor, full: Size, region: Region) -> Tensor:
