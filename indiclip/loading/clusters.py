@@ -14,8 +14,9 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.tables import existing
 from indiclip.names import check_range
 
-_LARGEST_ID = 2**24  # clusters that an array is kept for
-_SLICE = 2**22  # samples that are sorted at a time
+_CLUSTER_BITS, _RANDOM_BITS, _SLICE_BITS = 24, 18, 22  # of the 64-bit numbers that samples are sorted by
+_LARGEST_ID = 2**_CLUSTER_BITS
+_SLICE = 2**_SLICE_BITS  # samples that are sorted at a time
 
 
 @dataclass
@@ -174,9 +175,13 @@ def _places(clusters: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -
     places, seen = np.empty(len(clusters), np.uint32), np.zeros(len(sizes), np.int64)
     num_parts = max(1, -(-len(clusters) // _SLICE))
     for first in range(num_parts):
-        part = clusters[first::num_parts].astype(np.uint64)
-        order = np.argsort(part << np.uint64(32) | rng.integers(2**32, size=len(part), dtype=np.uint64))
-        in_order = part[order].astype(np.int64)
+        part = clusters[first::num_parts]
+        keys = part.astype(np.uint64) << np.uint64(_RANDOM_BITS)
+        keys |= rng.integers(2**_RANDOM_BITS, size=len(part), dtype=np.uint64)
+        keys = keys << np.uint64(_SLICE_BITS) | np.arange(len(part), dtype=np.uint64)
+        keys.sort()  # several times as fast as argsort
+        order = (keys & np.uint64(2**_SLICE_BITS - 1)).astype(np.int64)
+        in_order = (keys >> np.uint64(_RANDOM_BITS + _SLICE_BITS)).astype(np.int64)
         counts = np.bincount(in_order, minlength=len(sizes))
         firsts = np.cumsum(counts) - counts
         places[first + order * num_parts] = np.arange(len(part)) - firsts[in_order] + seen[in_order]
