@@ -10,6 +10,7 @@ from test_plan import Numbers
 from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.split import Split
 from indiclip.loading import clusters as clusters_module
+from indiclip.loading import sampler
 from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
 from indiclip.loading.plan import Plan
 from indiclip.loading.sampler import BatchSpec, SourceInfo
@@ -123,6 +124,12 @@ def test_steps_go_through_what_epochs_draw(spec, starts, world):
         reads = [{int(np.searchsorted(starts, ref.index, side="right")) - 1 for ref in step} for step in refs]
         assert all(len(shards) <= 4 for shards in reads)  # two windows of two
         assert len(windows) == 3
+
+
+def test_parts_without_shards_draw_alike(monkeypatch):
+    monkeypatch.setattr(sampler, "LARGEST_WINDOW", 100)
+    monkeypatch.setattr(sampler, "PART", 60)
+    test_steps_go_through_what_epochs_draw(BatchSpec(8), None, 1)
 
 
 def test_ten_million_samples_take_five_bytes_each():

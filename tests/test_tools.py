@@ -302,9 +302,11 @@ def test_the_steps_beside_the_peer_run(monkeypatch, capsys):
     """The benchmark follows the heads' contract; its numbers decide nothing here."""
     monkeypatch.chdir(TOOLS.parent)
     bench_step.contrastive(4, ByteTokenizer(77), 1, "cpu")
+    bench_step.few_tokens(4, ByteTokenizer(77), 1, "cpu")
     bench_step.four_tasks(1, "cpu")
     shown = capsys.readouterr().out
     assert "ratio" in shown
+    assert "196, half dropped" in shown
     assert "together / sum of the tasks alone" in shown
 
 

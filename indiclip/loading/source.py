@@ -92,7 +92,7 @@ class Source:
                 )
         self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
         self.transform = Transform(self.max_tokens, self.augment)
-        self._draws: dict[int, ClusterDraws] = {}  # by seed; of many samples they take a minute
+        self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds
 
     @property
     def budgets(self) -> list[TokenBudget]:
