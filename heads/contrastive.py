@@ -42,6 +42,7 @@ class Contrastive(Head):
 
     metric: "EmbeddingMetric"
     required_fields = ("caption",)
+    needs_all_patches = False
 
     def __init__(
         self,

@@ -226,7 +226,7 @@ class NaFlexViT(Backbone):
     def forward(self, images: Images) -> Features:
         p = self.patch_size
         grids = [(height // p, width // p) for height, width in images["sizes_hw"]]
-        lengths = [rows * columns for rows, columns in grids]
+        lengths = images["num_patches"]
         full = min(lengths) == images["patches_BNP"].shape[1]
         valid_BN = None if full else images["valid_BN"]  # attention without a mask is the faster kernel
         pixels_BNP = self.normalise(images)

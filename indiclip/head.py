@@ -73,6 +73,7 @@ class Head(nn.Module, ABC):
             it, which stands here while `update_metric` gets a batch of that source.
         required_fields: Fields of `Sample` that training and scoring need in every sample.
         predict_fields: Those that `predict` needs.
+        needs_all_patches: Whether dropped patches would spoil what it learns, as they do where it needs a map.
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
@@ -85,6 +86,7 @@ class Head(nn.Module, ABC):
     metric: Metrics
     required_fields: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
+    needs_all_patches = True
     no_flip = ""
     embeds_images = True
     embeds_text = True

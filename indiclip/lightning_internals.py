@@ -28,6 +28,16 @@ def gradient_scale(trainer: Trainer) -> Callable[[Tensor], Tensor]:
     return scaler.scale if scaler is not None else lambda gradient: gradient
 
 
+def run_steps(trainer: Trainer, steps_per_epoch: int) -> int | None:
+    """Steps of the whole run, as `estimated_steps` finds them once there is a loader; None of one without an end."""
+    limit = trainer.limit_train_batches  # type: ignore[attr-defined]
+    length = min(steps_per_epoch, limit) if isinstance(limit, int) else int(steps_per_epoch * limit)
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        ends.append(trainer.max_epochs * length)
+    return min(ends, default=None)
+
+
 def estimated_steps(trainer: Trainer) -> float:
     """`trainer.estimated_stepping_batches`, without its side effect.
 

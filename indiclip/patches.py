@@ -29,6 +29,19 @@ def _coords(H: int, W: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(H), torch.arange(W))
 
 
+def drop_patches(patches: tuple[Tensor, Tensor], num_kept: int, random_seed: int) -> tuple[Tensor, Tensor]:
+    """Some of an image's patches, of `patchify`, with their coordinates and in their order (FLIP, arXiv 2212.00794).
+
+    Args:
+        num_kept: How many; each is as likely as any other.
+        random_seed: Decides which.
+    """
+    patches_NP, coords_N2 = patches
+    generator = torch.Generator().manual_seed(random_seed)
+    kept = torch.randperm(len(patches_NP), generator=generator)[:num_kept].sort().values
+    return patches_NP[kept], coords_N2[kept]
+
+
 def unpatchify(images: Images, index: int) -> np.ndarray:
     """The resized picture of one image of a batch, uint8 (height, width, 3)."""
     height, width = images["sizes_hw"][index]
@@ -42,8 +55,15 @@ def unpatchify(images: Images, index: int) -> np.ndarray:
 def stack(prepared: Sequence[Mapping[str, Any]]) -> Images:
     """Pad several images to the longest of them; each has its `patches` as of `patchify`, `size_hw` and `scale`."""
     patches, sizes_hw, scale = ([one[field] for one in prepared] for field in ("patches", "size_hw", "scale"))
+    num_patches = [len(cells_NP) for cells_NP, _ in patches]
     patches_BNP = pad_sequence([cells_NP for cells_NP, _ in patches], batch_first=True)
     coords_BN2 = pad_sequence([coords_N2 for _, coords_N2 in patches], batch_first=True)
-    counts_B1 = torch.tensor([[len(cells_NP)] for cells_NP, _ in patches])
-    valid_BN = torch.arange(patches_BNP.shape[1]) < counts_B1
-    return Images(patches_BNP=patches_BNP, coords_BN2=coords_BN2, valid_BN=valid_BN, sizes_hw=sizes_hw, scale=scale)
+    valid_BN = torch.arange(patches_BNP.shape[1]) < torch.tensor(num_patches)[:, None]
+    return Images(
+        patches_BNP=patches_BNP,
+        coords_BN2=coords_BN2,
+        valid_BN=valid_BN,
+        sizes_hw=sizes_hw,
+        scale=scale,
+        num_patches=num_patches,
+    )

@@ -102,6 +102,7 @@ class Images(TypedDict):
     # Plain numbers stay on the host, so that reading them never waits for the GPU.
     sizes_hw: list[tuple[int, int]]  # the resized image in pixels
     scale: list[tuple[float, float]]  # resized / original (height, width)
+    num_patches: list[int]  # valid ones; fewer than the size has where some were dropped
 
 
 class Quarantined(NamedTuple):
@@ -276,16 +277,16 @@ def targets_of(batch: Batch, image: int) -> dict[str, Any]:
 def part_of(batch: Batch, first: int, last: int) -> Batch:
     """The images from `first` to before `last`, patches padded to the longest of these."""
     images = batch["images"]
-    sizes_hw = images["sizes_hw"][first:last]
-    patch_size = round((images["patches_BNP"].shape[-1] / 3) ** 0.5)
-    longest = max((height // patch_size) * (width // patch_size) for height, width in sizes_hw)
+    num_patches = images["num_patches"][first:last]
+    longest = max(num_patches)
     part: dict[str, Any] = {**batch, "keys": batch["keys"][first:last]}
     part["images"] = Images(
         patches_BNP=images["patches_BNP"][first:last, :longest],
         coords_BN2=images["coords_BN2"][first:last, :longest],
         valid_BN=images["valid_BN"][first:last, :longest],
-        sizes_hw=sizes_hw,
+        sizes_hw=images["sizes_hw"][first:last],
         scale=images["scale"][first:last],
+        num_patches=num_patches,
     )
     targets = batch["targets"]
     part["targets"] = {

@@ -2,18 +2,26 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from experiments import config
+from PIL import Image
 
 from indiclip.cli import main
 from indiclip.evals import procedural
+from indiclip.generated.mela import Mela
 from indiclip.training.cli import run
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cluster_embeddings  # noqa: E402
+import train_tokenizer  # noqa: E402
+
 EXPERIMENTS = sorted((ROOT / "conf").glob("*.yaml"))
 NEEDS_DATA = {
     "cifar10": ["cifar10"],
@@ -29,8 +37,35 @@ SMALL = {  # what is meant for a GPU
         *(f"{BACKBONE}.width", "64", f"{BACKBONE}.depth", "1", f"{BACKBONE}.num_heads", "1"),
         *(f"{TEXT}.num_hidden_layers", "1", f"{TEXT}.hidden_size", "24", f"{TEXT}.intermediate_size", "24"),
         *("--trainer.precision", "32-true", "--trainer.accelerator", "cpu"),
-    ]
+    ],
+    "few_tokens_b16": [
+        *(f"{BACKBONE}.width", "64", f"{BACKBONE}.depth", "1", f"{BACKBONE}.num_heads", "1"),
+        *(f"{TEXT}.num_hidden_layers", "1", f"{TEXT}.hidden_size", "24", f"{TEXT}.intermediate_size", "24"),
+        *("--trainer.precision", "32-true", "--trainer.accelerator", "cpu"),
+    ],
 }
+
+
+def generated(folder):
+    """What conf/few_tokens_b16.yaml reads, of scenes of a fair, by the commands it names."""
+    scenes = Mela(160, 64, "single", seed=3)
+    (folder / "images").mkdir(parents=True)
+    lines = ["file,caption"]
+    for i in range(len(scenes)):
+        sample = scenes[i]
+        Image.fromarray(sample["image"]).save(folder / "images" / f"{i}.png")
+        lines.append(f"{i}.png,{sample['captions']['en'][0]}")
+    (folder / "captions.csv").write_text("\n".join(lines))
+    for name in ("train", "val"):
+        words = [str(folder / "captions.csv"), "--images", str(folder / "images")]
+        assert main(["shards", "pack", *words, "--out", str(folder / "captions"), "--name", name]) == 0
+    shards = str(folder / "captions" / "train-*.tar")
+    words = ["--config", str(ROOT / "conf" / "few_tokens_b16.yaml"), "--vocab-size", "300"]
+    train_tokenizer.main([*words, "--out", str(folder / "tokenizer.json")])
+    assert main(["embed", shards, "--model", "timm:vit_tiny_patch16_224", "--out", str(folder / "embeddings")]) == 0
+    words = [str(folder / "embeddings"), "--clusters", "8", "--merge", "0.999", "--out", str(folder / "clusters.npy")]
+    assert cluster_embeddings.main(words) == 0
+    return folder
 
 
 def packed(data_root, folder):
@@ -52,11 +87,12 @@ def test_every_experiment_trains_and_reports(experiment, tmp_path, monkeypatch, 
         if missing:
             pytest.skip(f"no {', '.join(missing)} in {data_root}")
         monkeypatch.setenv("INDICLIP_DATA", str(data_root))
-    if experiment.stem == "shards":
-        monkeypatch.setenv("INDICLIP_DATA", str(packed(data_root, tmp_path / "data")))
+    if experiment.stem in ("shards", "few_tokens_b16"):
+        monkeypatch.setenv("INDICLIP_DATA", str(tmp_path / "data"))
+        packed(data_root, tmp_path / "data") if experiment.stem == "shards" else generated(tmp_path / "data")
         page = experiment.read_text()
-        experiment = tmp_path / "data" / "shards.yaml"
-        for key, size in (("batch_tokens", 4096), ("batch_size", 4)):
+        experiment = tmp_path / "data" / experiment.name
+        for key, size in (("batch_tokens", 4096), ("batch_multiple", 4), ("batch_size", 4)):
             page = re.sub(rf"{key}: \d+", f"{key}: {size}", page)
         experiment.write_text(page)
     flags = ["--runs", str(tmp_path), *SHORT, *SMALL.get(experiment.stem, [])]

@@ -72,9 +72,11 @@ def train(
     validations=None,
     held_out=True,
     more=(),
+    source=None,
+    num_workers=0,
     **options,
 ):
-    """Weights at the end and the `Kill` callback; None for the weights of a killed run."""
+    """Weights at the end and the `Kill` callback; None for the weights of a killed run. `source`: what differs."""
     module = tiny_module(dropout)
     callback = Kill(kill, validations)
     trainer = L.Trainer(
@@ -84,8 +86,10 @@ def train(
         plugins=[DurableCheckpointIO()],
         **options,
     )  # fmt: skip
-    source = Source("contrastive", Mela(40, 32, "single", seed=1), 4, max_tokens=16)
-    data = MultiTaskData([source], [source] * held_out, steps_per_epoch=steps_per_epoch, patch_size=8)
+    own = {"batch_size": 4, "max_tokens": 16} | (source or {})
+    source = Source("contrastive", Mela(40, 32, "single", seed=1), **own)
+    held = [source] * held_out
+    data = MultiTaskData([source], held, num_workers=num_workers, steps_per_epoch=steps_per_epoch, patch_size=8)
     found = newest_good(folder / "checkpoints")[0] if going_on else None
     try:
         trainer.fit(module, datamodule=data, ckpt_path=found, weights_only=True)

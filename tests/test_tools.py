@@ -27,6 +27,7 @@ sys.path.insert(0, str(TOOLS))
 
 import _download  # noqa: E402
 import bench_step  # noqa: E402
+import cluster_embeddings  # noqa: E402
 import prepare_cifar10  # noqa: E402
 import prepare_coco  # noqa: E402
 import prepare_counting  # noqa: E402
@@ -301,7 +302,54 @@ def test_the_steps_beside_the_peer_run(monkeypatch, capsys):
     """The benchmark follows the heads' contract; its numbers decide nothing here."""
     monkeypatch.chdir(TOOLS.parent)
     bench_step.contrastive(4, ByteTokenizer(77), 1, "cpu")
+    bench_step.few_tokens(4, ByteTokenizer(77), 1, "cpu")
     bench_step.four_tasks(1, "cpu")
     shown = capsys.readouterr().out
     assert "ratio" in shown
+    assert "196, half dropped" in shown
     assert "together / sum of the tasks alone" in shown
+
+
+def embeddings_of(folder, vectors, rows, samples, **record):
+    """A folder as `indiclip embed` leaves it, in two parts."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    for part, chosen in enumerate(np.array_split(np.arange(len(rows)), 2)):
+        np.save(folder / f"embeddings-{part:05}.npy", vectors[chosen])
+        parquet.write_table(pyarrow.table({"row": rows[chosen]}), folder / f"keys-{part:05}.parquet")
+    (folder / "embed.json").write_text(json.dumps({"sources": [{"samples": samples}], "done": True} | record))
+    return [str(folder), "--out", str(folder / "clusters.npy")]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+def test_embeddings_become_clusters_of_their_directions(tmp_path, capsys, dtype):
+    """Three bundles of vectors, a few degrees wide and at right angles, found whatever the number asked for."""
+    rng = np.random.default_rng(0)
+    bundle = rng.integers(0, 3, 200)
+    vectors = np.eye(8)[bundle] * 100 + rng.normal(0, 3, (200, 8))
+    rows = np.delete(np.arange(202), [7, 100])  # two could not be read
+    words = embeddings_of(tmp_path / "e", vectors.round().astype(dtype), rows, 202)
+    assert cluster_embeddings.main([*words, "--clusters", "20"]) == 0
+    found = np.load(tmp_path / "e" / "clusters.npy")
+    assert found.dtype == np.int32
+    assert found[[7, 100]].tolist() == [0, 0]
+    pairs = set(zip(found[rows].tolist(), bundle.tolist(), strict=True))
+    assert len(pairs) == 3 == len({cluster for cluster, _ in pairs})
+    assert "3 clusters of 202 samples" in capsys.readouterr().out
+    assert cluster_embeddings.main([*words, "--clusters", "20", "--merge", "1"]) == 0
+    assert len(np.bincount(np.load(tmp_path / "e" / "clusters.npy"))) == 20
+
+
+def test_embeddings_that_are_no_whole_source_are_refused(tmp_path, capsys):
+    vectors, rows = np.eye(8, dtype=np.float32), np.arange(8)
+    unfinished = embeddings_of(tmp_path / "a", vectors, rows, 8, done=False)
+    two = embeddings_of(tmp_path / "b", vectors, rows, 8, sources=[{}, {}])
+    few = [*embeddings_of(tmp_path / "c", vectors, rows, 8), "--clusters", "9"]
+    for words, message in (
+        (unfinished, "found an unfinished one; expected the finished embeddings of one source"),
+        (two, "found 2 sources"),
+        (few, "--clusters: found 9; expected at most 8, the embeddings"),
+        (["nowhere", "--out", "x.npy"], "nowhere: no such file or folder"),
+    ):
+        assert cluster_embeddings.main(words) == 2
+        assert message in capsys.readouterr().err

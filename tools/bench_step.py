@@ -5,7 +5,8 @@
 
 1. A contrastive step (tokenizing, forward, loss, backward, AdamW) beside open_clip_torch's CLIP with the same image
    tower, text tower, tokenizer, images and captions; once with a BPE tokenizer, once byte by byte.
-2. The quickstart's four-task step beside the sum of its tasks alone.
+2. Our contrastive step on 196 patches beside 49 (a smaller image) and 98 (half of them dropped).
+3. The quickstart's four-task step beside the sum of its tasks alone.
 
 Alternates ours and theirs, pair by pair, and prints medians; needs the extra `test`.
 """
@@ -123,6 +124,22 @@ def contrastive(batch_size: int, tokenizer: Tokenizer, rounds: int, device: str)
     print(f"  ratio      {times['open_clip'] / times['ours']:8.2f}x")
 
 
+def few_tokens(batch_size: int, tokenizer: Tokenizer, rounds: int, device: str) -> None:
+    """Print our step on all patches of an image, on those of a smaller one, and on half of them."""
+    scenes = Mela(batch_size, 14 * PATCH, "single", languages=["en"], seed=0)
+    budgets: dict[str, dict[str, Any]] = {"196": {}, "49": {"max_tokens": 49}, "196, half dropped": {"drop": 0.5}}
+    steps = {}
+    for name, budget in budgets.items():
+        torch.manual_seed(0)
+        source = Source("contrastive", scenes, batch_size, **{"max_tokens": 196} | budget)
+        batch: Any = Steps([source], 0, Preprocessing(PATCH), train=True)[0]["contrastive"]
+        steps[name], _ = our_contrastive_step(batch, tokenizer, device)
+    times = paired(steps, rounds, device)
+    print(f"contrastive step, {batch_size} pairs, patches of an image:")
+    for name, seconds in times.items():
+        print(f"  {name:18} {1e3 * seconds:7.0f} ms   {times['196'] / seconds:5.2f}x")
+
+
 def four_tasks(rounds: int, device: str) -> None:
     """Print the quickstart's step beside its tasks alone."""
     from jsonargparse import ArgumentParser
@@ -171,6 +188,7 @@ def main() -> None:
     for tokenizer in (bpe, ByteTokenizer(CONTEXT)):
         for batch_size in arguments.batch:
             contrastive(batch_size, tokenizer, arguments.rounds, arguments.device)
+    few_tokens(arguments.batch[-1], bpe, arguments.rounds, arguments.device)
     four_tasks(arguments.rounds, arguments.device)
 
 

@@ -18,6 +18,7 @@ class SampleDataset(Dataset[Sample], ABC):
     Attributes:
         classes: Names of the classes that `label` and `classes` of its samples number; empty where it has none.
         labels: int (number of samples,): the class of each sample, -1 where it has none; None where they are unknown.
+        clusters: int (number of samples,): which cluster each sample is in, from 0; None where they are unknown.
         sizes_hw: int (number of samples, 2): height and width of each image as stored, 0 where its header is
             unreadable; None where they are unknown.
         starts: int (number of shards + 1,): the samples of shard i are `starts[i]` to `starts[i + 1] - 1`; None where
@@ -29,6 +30,7 @@ class SampleDataset(Dataset[Sample], ABC):
 
     classes: Sequence[str] = ()
     labels: np.ndarray | None = None
+    clusters: np.ndarray | None = None
     sizes_hw: np.ndarray | None = None
     starts: np.ndarray | None = None
     damaged: Sequence[Quarantined] = ()

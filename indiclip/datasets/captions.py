@@ -12,6 +12,7 @@ from indiclip.datasets.tables import Strings, check_files, existing, why_missing
 from indiclip.images import UnreadableSample, read_image
 from indiclip.types import Sample
 
+CLUSTER_COLUMN = "cluster"
 LANGUAGE_COLUMNS = ("language", "lang")  # of the captions of a row
 
 
@@ -67,7 +68,8 @@ class CaptionTable(SampleDataset):
     """Images with `captions` in the languages that a table has them in; cells may be empty.
 
     Rows of one image make one sample with all their captions. Images that a .parquet holds without a path of their own
-    are read once at the start, which tells the rows of one image.
+    are read once at the start, which tells the rows of one image. A column `cluster` is the clusters' numbers, of which
+    an image has that of its first row.
 
     Args:
         images: Folder of the image files; None where a .parquet holds the images themselves.
@@ -100,6 +102,7 @@ class CaptionTable(SampleDataset):
         rows = Table(file, on_bad_row, image_column)
         names, self._embedded = rows.images(image_column, self.folder)
         columns = _caption_columns(rows, languages)
+        clusters = rows.numbers(CLUSTER_COLUMN) if CLUSTER_COLUMN in rows.header else None
         self.languages, captions = list(columns.values()), CaptionColumns(rows, columns)
         for row in rows.kept:
             if not names[row]:
@@ -113,9 +116,11 @@ class CaptionTable(SampleDataset):
         if self._embedded is None:
             check_files(self.folder, list(rows_of), str(file))
         self._names, self._rows = Strings(rows_of), np.array([of_image[0] for of_image in rows_of.values()])
+        self.clusters = None if clusters is None else clusters[self._rows]
         self._captions = Strings(json.dumps(captions.of_rows(of_image)) for of_image in rows_of.values())
         self._inventory = inventory = rows.inventory
-        inventory += rows.count_columns({rows.place(image_column), *captions.places})
+        used = {rows.place(CLUSTER_COLUMN)} if clusters is not None else set()
+        inventory += rows.count_columns({rows.place(image_column), *captions.places, *used})
         inventory += captions.inventory
         if not rows_of:
             raise ValueError(f"{file}: no row can be used; found {'; '.join(inventory.lines())}")

@@ -60,8 +60,9 @@ class Split(SampleDataset):
                 f"{part}: no sample of {len(dataset)} falls here with fraction {fraction}, seed {seed}, fold {fold}"
             )
         self.classes, self.captioned, self.damaged = dataset.classes, dataset.captioned, dataset.damaged
-        self.labels, self.sizes_hw = (
-            None if column is None else column[self._indices] for column in (dataset.labels, dataset.sizes_hw)
+        columns = (dataset.labels, dataset.clusters, dataset.sizes_hw)
+        self.labels, self.clusters, self.sizes_hw = (
+            None if column is None else column[self._indices] for column in columns
         )
         self.starts = None if dataset.starts is None else np.searchsorted(self._indices, dataset.starts)
 

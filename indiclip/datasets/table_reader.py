@@ -174,6 +174,20 @@ class Table:
             names.append(found[0] if len(found) == 1 else "")
         return names
 
+    def numbers(self, name: str) -> np.ndarray:
+        """A column of whole numbers from 0: int32, -1 where the cell is empty or of a row that is left out."""
+        place, numbers = self.place(name), np.full(len(self._lines), -1, np.int32)
+        for row, value in enumerate(self._column(place)):
+            # pandas writes NaN for nothing, and then 3.0 for 3.
+            whole = int(value) if isinstance(value, float) and value.is_integer() else value
+            text = "" if value is None or value != value else str(whole).strip()
+            if text.isdecimal() and int(text) < 2**31:
+                numbers[row] = int(text)
+            elif text:
+                expected = f"column {name!r}: found {shorten(value)}; expected a whole number from 0 to {2**31 - 1}"
+                self.leave_out(row, "with a cell that is no number", expected)
+        return numbers
+
     def images(self, name: str, folder: Path) -> "tuple[list[str], EmbeddedImages | None]":
         """The names of a column's images in their folder, and where the table holds the images themselves, these.
 

@@ -9,7 +9,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from indiclip.datasets.inventory import Inventory
-from indiclip.lightning_internals import batches_done
+from indiclip.lightning_internals import batches_done, run_steps
 from indiclip.loading.source import Source, keyed
 from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader, Workers
@@ -93,6 +93,8 @@ class MultiTaskData(L.LightningDataModule):
         """Steps from where the run stands to the end of the epoch."""
         steps = self.steps(self.train, train=True)
         length = self.steps_per_epoch or len(steps)
+        if self.trainer:
+            steps.begin(run_steps(self.trainer, length))
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]  # the same steps in each epoch
             return self._loader(steps, SequentialSampler(range(length)))
         return self._loader(steps, StepSampler(length, self.trainer))

@@ -53,6 +53,7 @@ class Plan:
         window: int = 16,
     ) -> None:
         self.task, self.sizes, self.shuffle = task, [source.size for source in sources], shuffle
+        self.epoch_sizes = [source.epoch_size for source in sources]
         for number, weight in enumerate(weights):
             if not 0 < weight < math.inf:
                 raise ValueError(f"data: source {number} of task {task!r} has weight {weight}; expected more than 0")
@@ -78,6 +79,24 @@ class Plan:
             for number, source in enumerate(sources)
             if shuffle
         ]
+        # Of each source: the window that its batches begin with, and the number of the first of them.
+        self._windows, self._first = [(0, 0)] * len(sources), [0] * len(sources)
+        self._next: tuple[int, Plan] | None = None  # from a step on
+
+    def then(self, step: int, plan: "Plan") -> None:
+        """Have another plan for all steps from this one on, of the same sources in batches of another size.
+
+        Each source goes on with the window of shards behind the one it is in: the windows and their order are the same,
+        so no sample comes twice in an epoch, but for less than a batch where two windows meet. What is left of the
+        window waits for the next epoch.
+        """
+        for source, sampler in enumerate(self._samplers):
+            if done := self._batches_before(step, source):
+                plan._windows[source] = sampler.window_after(self._first[source] + done - 1)
+            else:
+                plan._windows[source] = self._windows[source]
+            plan._first[source] = plan._samplers[source].first_batch(*plan._windows[source])
+        self._next = (step, plan)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,7 +106,7 @@ class Plan:
         epoch's first window, and may come somewhat later.
         """
         if self._turns is None:
-            return max(-(-size // count) for size, count in zip(self.sizes, self.counts, strict=True))
+            return max(-(-size // count) for size, count in zip(self.epoch_sizes, self.counts, strict=True))
         epochs = (max(1, sampler.batches_in_first_epoch) for sampler in self._samplers)
         return max(-(-steps * len(self._turns) // count) for steps, count in zip(epochs, self.counts, strict=True))
 
@@ -107,24 +126,33 @@ class Plan:
 
     def next_shards(self, step: int) -> list[tuple[int, list[int]]]:
         """(source, its shards) that are read after those of this step, to be fetched in time."""
-        return [(source, self._samplers[source].next_shards(number)) for source, number in self._batches(step)]
+        return [(source, sampler.next_shards(number)) for source, sampler, number in self._batches(step)]
 
     def _parts(self, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(source, indices, positions) of the samples of a step, over all ranks."""
-        for source, number in self._batches(step):
-            yield source, *self._samplers[source].batch(number)
+        for source, sampler, number in self._batches(step):
+            yield source, *sampler.batch(number)
         if not self.shuffle:
             for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
                 indices = np.arange(min(step * count, size), min((step + 1) * count, size))
                 yield source, indices, indices
 
-    def _batches(self, step: int) -> list[tuple[int, int]]:
-        """(source, number of its batch) of which a shuffled step is made."""
+    def _batches(self, step: int) -> list[tuple[int, SourceSampler, int]]:
+        """(source, its sampler, number of its batch) of which a shuffled step is made."""
+        if self._next is not None and step >= self._next[0]:
+            return self._next[1]._batches(step - self._next[0])
+        sources = range(len(self._samplers)) if self._turns is None else [self._turns[step % len(self._turns)]]
+        return [
+            (source, self._samplers[source], self._first[source] + self._batches_before(step, source))
+            for source in sources
+        ]
+
+    def _batches_before(self, step: int, source: int) -> int:
+        """Batches of a source in the steps before this one."""
         if self._turns is None:
-            return [(source, step) for source in range(len(self._samplers))]
+            return step
         cycle, turn = divmod(step, len(self._turns))
-        source = self._turns[turn]
-        return [(source, cycle * self.counts[source] + self._turns[:turn].count(source))]
+        return cycle * self.counts[source] + self._turns[:turn].count(source)
 
     def _spec_of(self, number: int, source: SourceInfo, spec: BatchSpec) -> BatchSpec:
         """The batches of a source.
@@ -137,7 +165,8 @@ class Plan:
         if source.lengths is not None:
             return spec
         samples = spec.fixed(source.longest or spec.max_tokens).samples
-        return BatchSpec(min(samples, max(1, source.size // spec.samples) * spec.samples))  # none twice in a batch
+        at_most = max(1, source.epoch_size // spec.samples) * spec.samples  # none twice in a batch
+        return BatchSpec(min(samples, at_most))
 
     def _check(self, spec: BatchSpec) -> None:
         for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from indiclip.loading.clusters import ClusterDraws
+
 LARGEST_WINDOW = 2**22  # samples; a larger source without shards is shuffled by parts of PART random samples
 PART = 2**20
 
@@ -23,6 +25,12 @@ class SourceInfo(NamedTuple):
     # Indices -> tokens of these images, where those of similar length are to come together; None: they are not.
     lengths: Callable[[np.ndarray], np.ndarray] | None = None
     longest: int | None = None  # most tokens of any image; None: `BatchSpec.max_tokens`
+    draws: ClusterDraws | None = None  # what of it comes in an epoch, and how often; None: each sample once
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples of an epoch."""
+        return self.size if self.draws is None else self.draws.samples
 
 
 class BatchSpec(NamedTuple):
@@ -49,6 +57,7 @@ class SourceSampler:
 
     def __init__(self, info: SourceInfo, spec: BatchSpec, entropy: tuple[int, ...], window: int) -> None:
         assert spec.tokens is None or info.lengths is not None
+        assert info.draws is None or info.lengths is None  # whose batches are counted for every epoch alike
         self.info, self.spec, self._entropy = info, spec, entropy
         self._scattered = info.starts is None and info.size > LARGEST_WINDOW
         part, window = (PART, 1) if self._scattered else (info.size, window)
@@ -73,8 +82,20 @@ class SourceSampler:
         With a token budget there is none where the source has less than `BatchSpec.samples`.
         """
         if self.spec.tokens is None:
-            return -(-self.info.size // self.spec.samples)
+            return -(-self.info.epoch_size // self.spec.samples)
         return int(self._batch_counts(0).sum())
+
+    def first_batch(self, epoch: int, ordinal: int) -> int:
+        """The number of the first batch of a window, in the order of an epoch."""
+        if self.spec.tokens is None:
+            return self._span(epoch, ordinal)[0] // self.spec.samples
+        self._count_batches(epoch)
+        return self._first_batch[epoch] + int(self._batch_counts(epoch)[:ordinal].sum())
+
+    def window_after(self, number: int) -> tuple[int, int]:
+        """The epoch, and the place in it, of the window behind the one that a batch belongs to."""
+        epoch, ordinal = self._place_of(number)[:2]
+        return (epoch, ordinal + 1) if ordinal + 1 < len(self._windows) else (epoch + 1, 0)
 
     def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The indices of a batch's samples, and their positions."""
@@ -87,8 +108,7 @@ class SourceSampler:
 
     def next_shards(self, number: int) -> list[int]:
         """The shards of the window after the one that a batch belongs to."""
-        epoch, ordinal = self._place_of(number)[:2]
-        epoch, ordinal = (epoch, ordinal + 1) if ordinal + 1 < len(self._windows) else (epoch + 1, 0)
+        epoch, ordinal = self.window_after(number)
         return [0] if self._scattered else self._windows[int(self._order(epoch)[0][ordinal])]
 
     def _of_window(self, number: int) -> np.ndarray:
@@ -139,7 +159,7 @@ class SourceSampler:
         """The samples of a window in the order of an epoch."""
         key = (epoch, ordinal)
         if key not in self._shuffled:
-            indices = self._of_window(self._order(epoch)[0][ordinal])
+            indices = self._drawn(self._order(epoch)[0][ordinal], epoch)
             while len(self._shuffled) > 1:  # this window's and the one before
                 del self._shuffled[next(iter(self._shuffled))]
             self._shuffled[key] = self._rng(2, epoch, ordinal).permutation(indices)
@@ -149,27 +169,46 @@ class SourceSampler:
         """The windows in the order of an epoch, and where each begins in it, the end included."""
         if epoch not in self._orders:
             order = self._rng(1, epoch).permutation(len(self._windows))
-            self._orders = {epoch: (order, np.cumsum([0, *self._sizes[order]]))}
+            while len(self._orders) > 1:  # this epoch's and the one before
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = (order, np.cumsum([0, *self._sizes_in(epoch)[order]]))
         return self._orders[epoch]
 
+    def _drawn(self, number: int, epoch: int) -> np.ndarray:
+        """The samples of a window that come in an epoch, each as often as it does."""
+        samples = self._of_window(number)
+        return samples if self.info.draws is None else samples.repeat(self.info.draws.times(samples, epoch))
+
+    def _sizes_in(self, epoch: int) -> np.ndarray:
+        """How many samples of each window come in an epoch."""
+        if self.info.draws is None:
+            return self._sizes
+        windows = map(self._of_window, range(len(self._windows)))
+        return np.array([self.info.draws.times(samples, epoch).sum() for samples in windows])
+
     def _window_at(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.info.size)
+        epoch, offset = divmod(position, self.info.epoch_size)
         return epoch, int(np.searchsorted(self._order(epoch)[1], offset, side="right")) - 1
 
     def _span(self, epoch: int, ordinal: int) -> tuple[int, int]:
         """The positions of a window, the last one excluded."""
-        begins, before = self._order(epoch)[1], epoch * self.info.size
+        begins, before = self._order(epoch)[1], epoch * self.info.epoch_size
         return before + int(begins[ordinal]), before + int(begins[ordinal + 1])
 
     def _batch_at(self, number: int) -> tuple[int, int, int]:
         """With a token budget: the epoch and window of a batch, and the number of that window's first batch."""
         while self._first_batch[-1] <= number:
-            epoch = len(self._first_batch) - 1
-            self._first_batch.append(self._first_batch[-1] + int(self._batch_counts(epoch).sum()))
+            self._count_batches(len(self._first_batch))
         epoch = int(np.searchsorted(self._first_batch, number, side="right")) - 1
         firsts = self._first_batch[epoch] + np.cumsum([0, *self._batch_counts(epoch)])
         ordinal = int(np.searchsorted(firsts, number, side="right")) - 1
         return epoch, ordinal, int(firsts[ordinal])
+
+    def _count_batches(self, epochs: int) -> None:
+        """With a token budget: count the batches of so many epochs."""
+        while len(self._first_batch) <= epochs:
+            epoch = len(self._first_batch) - 1
+            self._first_batch.append(self._first_batch[-1] + int(self._batch_counts(epoch).sum()))
 
     def _batch_counts(self, epoch: int) -> np.ndarray:
         """With a token budget: the number of batches of each window of an epoch."""

@@ -1,13 +1,17 @@
 """A source: which dataset a task reads, how much of it in a step, and how its images are prepared."""
 
+import math
 import re
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
+from indiclip.loading.stages import Stage, TokenBudget, check_stages
 from indiclip.loading.transforms import Transform
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, count_tokens
@@ -39,6 +43,11 @@ class Source:
             Worth it where lengths differ much and sizes say nothing of the content. Without effect where lengths are
             not known beforehand: an augmentation that crops, a dataset without `sizes_hw`, a backbone of one size.
             With `batch_tokens`, all sizes are looked at when the run starts, a second for a million.
+        drop: Share of an image's patches, drawn anew in each step, that training leaves out (FLIP, arXiv 2212.00794).
+            They are not sent to the device either. `batch_tokens` counts those that stay.
+        stages: What the first steps of the run have in place of `max_tokens` and `drop`, e.g. smaller images:
+            `{until: 0.9, max_tokens: 49}`. With `batch_tokens` their batches have more images.
+        clusters: Which samples an epoch has, by their clusters; None takes all, once.
         name: Of a held-out source. Where a task has several of them, each is scored by itself, as
             `val/<head>/<name>/<metric>`; without a name, it is the source's place among them, from 0. The only one of
             its task is `val/<head>/<metric>`, whatever its name.
@@ -54,6 +63,9 @@ class Source:
     batch_multiple: int = 8
     window: int = 16
     group_by_length: bool = False
+    drop: float = 0.0
+    stages: list[Stage] = field(default_factory=list)
+    clusters: Clusters | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -69,28 +81,71 @@ class Source:
             raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens{both}")
         if not re.fullmatch(r"[\w.-]*", self.name):
             raise ValueError(f"data: name of task {self.task!r} is {self.name!r}; expected letters, digits, _, . and -")
+        check_range({f"data: task {self.task!r}: drop": self.drop}, 0, 1, without=1)
+        check_stages(self.stages, f"data: task {self.task!r}: stages")
+        if self.clusters is not None:
+            self.clusters.check(f"data: task {self.task!r}: clusters")
+            if self.group_by_length:
+                raise ValueError(
+                    f"data: task {self.task!r}: clusters: they draw other samples in each epoch; leave out either them "
+                    "or group_by_length"
+                )
         self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
         self.transform = Transform(self.max_tokens, self.augment)
+        self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds
 
     @property
-    def spec(self) -> BatchSpec:
-        """How many samples make a batch of the task."""
-        if self.batch_size is not None:
-            return BatchSpec(self.batch_size)
-        return BatchSpec(self.batch_multiple, self.batch_tokens, self.max_tokens)
+    def budgets(self) -> list[TokenBudget]:
+        """Of an image in each of the stages, and in the rest of the run."""
+        stages = [
+            TokenBudget(stage.max_tokens or self.max_tokens, self.drop if stage.drop is None else stage.drop)
+            for stage in self.stages
+        ]
+        return [*stages, TokenBudget(self.max_tokens, self.drop)]
 
-    def info(self, preprocessing: Preprocessing) -> SourceInfo:
-        """What a plan has to know of the source."""
+    @property
+    def specs(self) -> list[tuple[float, BatchSpec]]:
+        """How many samples make a batch of the task, and until when: see `Stage`."""
+        if self.batch_size is not None:
+            return [(math.inf, BatchSpec(self.batch_size))]
+        ends = [*(stage.until for stage in self.stages), math.inf]
+        return [
+            (end, BatchSpec(self.batch_multiple, self.batch_tokens, budget.most_kept))
+            for end, budget in zip(ends, self.budgets, strict=True)
+        ]
+
+    def info(self, preprocessing: Preprocessing, budget: TokenBudget, seed: int | None = None) -> SourceInfo:
+        """What a plan has to know of the source.
+
+        Args:
+            seed: Of the run; None takes all samples once.
+        """
         size, starts = len(self.dataset), self.dataset.starts
         patch_size, sizes_hw = preprocessing.patch_size, None
-        max_tokens = preprocessing.canvas_tokens or self.max_tokens
+        max_tokens = preprocessing.canvas_tokens or budget.max_tokens
         if preprocessing.canvas_hw is None and self.transform.keeps_size:
             sizes_hw = self.dataset.sizes_hw
         if self.group_by_length:
-            return SourceInfo(size, starts, TokenCounts(sizes_hw, patch_size, max_tokens))
+            return SourceInfo(size, starts, TokenCounts(sizes_hw, patch_size, max_tokens, budget.drop))
         if sizes_hw is not None and 0 < size <= LARGEST_WINDOW and np.all(sizes_hw):  # 0: an unreadable header
             max_tokens = min(max_tokens, int((-(-sizes_hw // patch_size)).prod(1).max()))
-        return SourceInfo(size, starts, longest=max_tokens)
+        draws = None if seed is None or not size else self.draws(seed)
+        return SourceInfo(size, starts, longest=int(budget.kept(max_tokens)), draws=draws)
+
+    def draws(self, seed: int) -> ClusterDraws | None:
+        """What of the clusters comes in an epoch; None without clusters.
+
+        Raises:
+            ValueError: The dataset has no clusters, or an epoch cannot be drawn from them.
+        """
+        if self.clusters is None:
+            return None
+        if seed not in self._draws:
+            key = f"data: task {self.task!r}: clusters"
+            numbers = self.clusters.read(self.dataset, key)
+            shares = self.clusters.shares(cluster_sizes(numbers), key)
+            self._draws = {seed: ClusterDraws(numbers, shares, (seed, zlib.crc32(self.task.encode())))}
+        return self._draws[seed]
 
 
 def keyed(key: str, sources: list[Source]) -> dict[str, Source]:
@@ -100,13 +155,17 @@ def keyed(key: str, sources: list[Source]) -> dict[str, Source]:
 
 @dataclass
 class TokenCounts:
-    """Indices of samples -> how many tokens their images have, `max_tokens` where their sizes are unknown."""
+    """Indices of samples -> how many tokens their images have, `max_tokens` where sizes are unknown; without `drop`."""
 
     sizes_hw: np.ndarray | None
     patch_size: int
     max_tokens: int
+    drop: float = 0.0
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
+        return TokenBudget(self.max_tokens, self.drop).kept(self._before_drop(indices))
+
+    def _before_drop(self, indices: np.ndarray) -> np.ndarray:
         if self.sizes_hw is None:
             return np.full(len(indices), self.max_tokens)
         codes = self.sizes_hw[indices].astype(np.int64) @ np.array([2**32, 1])

@@ -3,6 +3,7 @@
 import threading
 import warnings
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable
 
 from torch.utils.data import Dataset, get_worker_info
@@ -12,8 +13,11 @@ from indiclip.datasets.languages import draw_caption
 from indiclip.images import UnreadableSample
 from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import Plan, SampleRef
+from indiclip.loading.sampler import BatchSpec
 from indiclip.loading.source import Source
+from indiclip.loading.stages import TokenBudget, stage_ends
 from indiclip.loading.workers import reading
+from indiclip.patches import drop_patches
 from indiclip.preprocessing import Preprocessing
 from indiclip.types import FIELDS, Batch, Origin, Quarantined, Sample, Step, Texts
 
@@ -31,6 +35,7 @@ class Steps(Dataset[Step]):
         rank: This process's.
         world_size: Of how many.
         encode: The tokenizer's, by which captions are tokenised here; None leaves that to who reads them.
+        run_steps: Steps of the whole run, of which stages are a share; `begin` may say it later.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Steps(Dataset[Step]):
         rank: int = 0,
         world_size: int = 1,
         encode: Callable[[list[str]], list[list[int]]] | None = None,
+        run_steps: int | None = None,
     ) -> None:
         self.seed, self.preprocessing, self.encode = seed, preprocessing, encode
         self.train, self.rank, self.world_size = train, rank, world_size
@@ -50,20 +56,45 @@ class Steps(Dataset[Step]):
         for key, source in zip(_keys(sources, train), sources, strict=True):
             self.sources.setdefault(key, []).append(source)
         self.origins = {key: _origin(key, group) for key, group in self.sources.items()}
-        self.plans = {key: self._plan(group) for key, group in self.sources.items()}
+        self._stages = {key: self._plans_of(group) for key, group in self.sources.items()}
+        self.plans = {key: plans[0] for key, plans in self._stages.items()}
+        self._ends: dict[str, list[list[int]]] | None = None  # of the stages of each source
+        stages = [stage for source in sources for stage in source.stages if train]
+        if run_steps is not None or all(stage.until >= 1 for stage in stages):
+            self.begin(run_steps)
         self._fetched: dict[tuple[str, int], list[int]] = {}  # shards that were asked for last
         # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
         self._quarantined = [
             lost._replace(task=source.task) for source in sources for lost in source.dataset.damaged if rank == 0
         ]
 
-    def _plan(self, group: list[Source]) -> Plan:
-        task, spec = group[0].task, group[0].spec
-        if any(source.spec != spec for source in group):
+    def begin(self, run_steps: int | None) -> None:
+        """Say how many steps the run has, and with that where its stages end.
+
+        Raises:
+            ValueError: A stage is a share of the run, whose length is not known.
+        """
+        self._ends = {
+            key: [stage_ends(source.stages, run_steps) if self.train else [] for source in group]
+            for key, group in self.sources.items()
+        }
+        for key, plans in self._stages.items():
+            starts = [0, *self._ends[key][0]]
+            for number in range(1, len(plans)):
+                plans[number - 1].then(starts[number] - starts[number - 1], plans[number])
+
+    def _plans_of(self, group: list[Source]) -> list[Plan]:
+        """One for each stage, or one for all whose batches stay the same."""
+        specs = [source.specs if self.train else source.specs[-1:] for source in group]
+        if any(of_source != specs[0] for of_source in specs):
             raise ValueError(
-                f"data: the sources of task {task!r} differ in batch_size, batch_tokens, batch_multiple or max_tokens; "
-                "they share their batches"
+                f"data: the sources of task {group[0].task!r} differ in batch_size, batch_tokens, batch_multiple, "
+                "max_tokens or stages; they share their batches"
             )
+        return [self._plan(group, number, spec) for number, (_, spec) in enumerate(specs[0])]
+
+    def _plan(self, group: list[Source], stage: int, spec: BatchSpec) -> Plan:
+        task = group[0].task
         if self.train and spec.samples % self.world_size:
             name = "batch_size" if spec.tokens is None else "batch_multiple"
             raise ValueError(
@@ -72,7 +103,8 @@ class Steps(Dataset[Step]):
             )
         if canvas := self.preprocessing.canvas_tokens:  # the backbone's one size, whatever max_tokens says
             spec = spec._replace(max_tokens=canvas, option="canvas_hw")
-        infos = [source.info(self.preprocessing) for source in group]
+        seed = self.seed if self.train else None
+        infos = [source.info(self.preprocessing, self._budgets(source)[stage], seed) for source in group]
         weights, window = [source.weight for source in group], max(source.window for source in group)
         return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
@@ -92,7 +124,7 @@ class Steps(Dataset[Step]):
         plan = self.plans[task]
         for number, shards in plan.next_shards(step) if self.train else []:
             self._prefetch(task, number, shards)
-        read = (self.read(task, ref) for ref in plan.batch(step, self.rank, self.world_size))
+        read = (self.read(task, ref, step) for ref in plan.batch(step, self.rank, self.world_size))
         samples = [sample for sample in read if sample is not None]
         batch = collate(samples) if samples else Batch(keys=[])
         if self.encode is not None:
@@ -115,13 +147,16 @@ class Steps(Dataset[Step]):
         arguments = (self.sources[task][source].dataset, shards[first:] + shards[:first])
         threading.Thread(target=_fetch, args=arguments, name="prefetch", daemon=True).start()
 
-    def read(self, task: str, ref: SampleRef) -> Prepared | None:
+    def read(self, task: str, ref: SampleRef, step: int = 0) -> Prepared | None:
         """One prepared sample; in training the next readable one stands in for an unreadable one.
+
+        Args:
+            step: Decides the stage.
 
         Raises:
             ValueError: Many in a row are unreadable.
         """
-        source = self.sources[task][ref.source]
+        source, budget = self.sources[task][ref.source], self._budget(task, ref.source, step)
         size = self.plans[task].sizes[ref.source]
         attempts = min(_REPLACEMENTS, size) if self.train else 1
         # Of the augmentation. The text is the one that runs of every version have hashed.
@@ -135,8 +170,8 @@ class Steps(Dataset[Step]):
                     sample = self._draw_caption(task, ref, sample)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
-                    prepared = source.transform(sample, self.preprocessing, random_seed)
-                    return prepared if random_seed is None else prepared | {"random_seed": random_seed}
+                    prepared = source.transform(sample, self.preprocessing, random_seed, budget.max_tokens)
+                    return prepared if random_seed is None else _in_training(prepared, budget, random_seed)
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(source.task, error.key, error.file, error.reason))
         if self.train:
@@ -147,12 +182,23 @@ class Steps(Dataset[Step]):
             )
         return None
 
+    def _budget(self, task: str, number: int, step: int) -> TokenBudget:
+        """What an image of a source is given in a step."""
+        if self._ends is None:
+            self.begin(None)  # says what is missing
+        assert self._ends is not None
+        stage = bisect_right(self._ends[task][number], step)
+        return self._budgets(self.sources[task][number])[stage]
+
+    def _budgets(self, source: Source) -> list[TokenBudget]:
+        return source.budgets if self.train else [TokenBudget(source.max_tokens)]
+
     def _draw_caption(self, task: str, ref: SampleRef, sample: Sample) -> Sample:
         """The sample with the caption of one language; a held-out one keeps the others, to be scored in all."""
         if not self.train:
             return draw_caption(sample, sample["key"])
         stream = f"{self.seed}:{task}:{ref.source}:{ref.index}"
-        epoch = ref.position // self.plans[task].sizes[ref.source]
+        epoch = ref.position // self.plans[task].epoch_sizes[ref.source]
         drawn: Sample = {**draw_caption(sample, stream, epoch)}
         drawn.pop("captions", None)
         return drawn
@@ -167,6 +213,16 @@ def _encoded(texts: list[str], encode: Callable[[list[str]], list[list[int]]]) -
     distinct = list(dict.fromkeys(texts))
     token_ids = dict(zip(distinct, encode(distinct), strict=True))
     return [token_ids[text] for text in texts]
+
+
+def _in_training(prepared: Prepared, budget: TokenBudget, random_seed: int) -> Prepared:
+    """A sample with its seed, and with those of its patches that are kept."""
+    if budget.drop:
+        patches = prepared["patches"]
+        # Its own stream: the augmentation has drawn from that of the seed.
+        seed = zlib.crc32(f"drop:{random_seed}".encode())
+        prepared = prepared | {"patches": drop_patches(patches, int(budget.kept(len(patches[0]))), seed)}
+    return prepared | {"random_seed": random_seed}
 
 
 def _fetch(dataset: SampleDataset, shards: list[int]) -> None:

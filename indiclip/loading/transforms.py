@@ -72,6 +72,7 @@ class Transform:
         sample: Sample,
         preprocessing: Preprocessing,
         random_seed: int | None,
+        max_tokens: int | None = None,
     ) -> Prepared:
         """Prepare one sample.
 
@@ -79,6 +80,7 @@ class Transform:
             preprocessing: The backbone's.
             random_seed: Seeds the augmentation. None (validation) leaves it out and decodes the whole image, so that
                 pixels are those of `Encoder.embed_image`.
+            max_tokens: In place of the transform's own.
 
         Returns:
             `patches`, `size_hw`, `scale`, and the sample's annotations in the resized image's pixels, as tensors.
@@ -89,7 +91,7 @@ class Transform:
         """
 
         def fit(size: Size) -> Size:
-            return preprocessing.fit_hw(*size, self.max_tokens)
+            return preprocessing.fit_hw(*size, max_tokens or self.max_tokens)
 
         image: Any = sample.get("image")
         if not isinstance(image, EncodedImage) and (getattr(image, "dtype", "") != np.uint8 or image.shape[2:] != (3,)):
@@ -145,9 +147,11 @@ def _plan_reading(full: Size, steps: list[Any], fit: Callable[[Size], Size]) -> 
         canvas = tv_tensors.Image(torch.empty(3, *full, device="meta"))
         at = steps[0].make_params([canvas])
         height, width = steps[0].size
-        return (at["top"], at["left"], at["height"], at["width"]), (int(height), int(width)), steps[1:]
+        region, size, steps = (at["top"], at["left"], at["height"], at["width"]), (int(height), int(width)), steps[1:]
+    else:
+        region, size = (0, 0, *full), full
     late = all(type(step) in _OF_ANY_SIZE for step in steps)
-    return (0, 0, *full), fit(full) if late else full, steps
+    return region, fit(size) if late else size, steps
 
 
 def _crop(image_CHW: Tensor, full: Size, region: Region) -> Tensor:

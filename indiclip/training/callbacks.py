@@ -68,7 +68,7 @@ def _sources_table(data: MultiTaskData) -> Table:
             f"{key} {type(source.dataset).__name__}",
             f"{len(source.dataset):,}",
             f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
-            f"<= {source.max_tokens}",
+            ", then ".join(f"<= {budget.most_kept}" for budget in source.budgets),
         )
     return table
 

@@ -12,6 +12,8 @@ from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
 
+_ANY_LENGTH = 1000  # of a run, for stages that are a share of it
+
 
 def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     """Compare heads and sources, and read a sample of each source.
@@ -32,11 +34,13 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         if source.task not in heads_of:
             raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, heads_of)}")
         source.dataset.inventory.check_used(key)
-        if source.max_tokens > budget:
-            raise ValueError(
-                f"{key}.max_tokens: {source.max_tokens} is over the backbone's budget, "
-                f"model.encoder.backbone.max_tokens {budget}"
-            )
+        of_stages = {f"{key}.stages[{i}].max_tokens": stage.max_tokens or 0 for i, stage in enumerate(source.stages)}
+        for name, max_tokens in ({f"{key}.max_tokens": source.max_tokens} | of_stages).items():
+            if max_tokens > budget:
+                raise ValueError(
+                    f"{name}: {max_tokens} is over the backbone's budget, model.encoder.backbone.max_tokens {budget}"
+                )
+        _check_tokens(key, source, heads_of[source.task], model.encoder.backbone.canvas_hw, key in parts[0])
     if stage == "fit":
         given = data.train_sizes
         for key, source in parts[0].items():
@@ -63,10 +67,31 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         head.check(*of_task)
 
 
+def _check_tokens(
+    key: str, source: Source, heads: Sequence[Head], canvas_hw: tuple[int, int] | None, trains: bool
+) -> None:
+    """Refuse what gives images other tokens, or other samples, where that cannot be."""
+    drops = any(budget.drop for budget in source.budgets)
+    changes = {"drop": drops and not source.stages, "stages": source.stages, "clusters": source.clusters}
+    names = [name for name, found in changes.items() if found]
+    if names and not trains:
+        raise ValueError(f"{key}.{names[0]}: held-out data are read whole; expected it in data.train alone")
+    if canvas_hw is not None and (source.stages or drops):
+        raise ValueError(
+            f"{key}.{names[0]}: the backbone reads whole images of one size, {canvas_hw[0]}x{canvas_hw[1]}; expected a "
+            "NaFlexViT for fewer tokens"
+        )
+    for head in heads:
+        if drops and head.needs_all_patches:
+            raise ValueError(
+                f"{key}.{names[0]}: {head.name} reads the source and needs all patches of an image; expected no drop"
+            )
+
+
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
     # Of one rank, whatever the run has: of held-out sources too, whose batches need not be shared out evenly.
-    steps = Steps([*sources.values()], data.seed, data.preprocessing, train=True)
+    steps = Steps([*sources.values()], data.seed, data.preprocessing, train=True, run_steps=_ANY_LENGTH)
     for task in steps.plans:
         of_task = [key for key, source in sources.items() if source.task == task]
         for number, key in enumerate(of_task):

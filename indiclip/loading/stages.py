@@ -1,0 +1,81 @@
+"""Fewer tokens where they suffice: smaller images and dropped patches for the first part of a run.
+
+What an image is given is a function of the step's number alone, so nothing has to be saved to resume.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from indiclip.names import check_range
+
+
+class TokenBudget(NamedTuple):
+    """The patches of an image."""
+
+    max_tokens: int  # most, before any is dropped; larger images are scaled down
+    drop: float = 0.0  # share that is left out
+
+    def kept(self, counts: np.ndarray | int) -> np.ndarray:
+        """How many of so many patches stay: the nearest whole number, halves up, and at least one."""
+        return np.maximum(1, np.floor(np.asarray(counts) * (1 - self.drop) + 0.5)).astype(np.int64)
+
+    @property
+    def most_kept(self) -> int:
+        """Patches of the largest image after the drop."""
+        return int(self.kept(self.max_tokens))
+
+
+@dataclass
+class Stage:
+    """The beginning of a run, up to a step.
+
+    Args:
+        until: Its end: a share of the run's steps below 1, or the number of the first step behind it. The run's length
+            is `trainer.max_steps` or `max_epochs`; a run that goes on with another one has other shares.
+        max_tokens: In place of the source's.
+        drop: In place of the source's.
+    """
+
+    until: float
+    max_tokens: int | None = None
+    drop: float | None = None
+
+
+def check_stages(stages: Sequence[Stage], key: str) -> None:
+    """Raise ValueError for an `until` that is neither a share nor a step, that does not ascend, or for bad tokens."""
+    for i, stage in enumerate(stages):
+        own = f"{key}[{i}]"
+        if stage.max_tokens is None and stage.drop is None:
+            raise ValueError(f"{own}: changes nothing; expected max_tokens, drop or both beside until")
+        check_range({f"{own}.max_tokens": stage.max_tokens}, 1)
+        check_range({f"{own}.drop": stage.drop}, 0, 1, without=1)
+        if not (0 < stage.until < 1 or (stage.until >= 2 and stage.until == int(stage.until))):
+            raise ValueError(
+                f"{own}.until: found {stage.until:g}; expected a share of the run's steps between 0 and 1, or the "
+                "number of a step from 2 up"
+            )
+        before = stages[i - 1].until if i else 0
+        if (stage.until < 1) != (stages[0].until < 1):
+            raise ValueError(f"{own}.until: found {stage.until:g} after {before:g}; expected all shares, or all steps")
+        if stage.until <= before:
+            raise ValueError(f"{own}.until: found {stage.until:g} after {before:g}; expected more: stages ascend")
+
+
+def stage_ends(stages: Sequence[Stage], run_steps: int | None) -> list[int]:
+    """The number of the first step behind each stage.
+
+    Args:
+        run_steps: Of the whole run; None where that is not known.
+
+    Raises:
+        ValueError: A stage is a share of a run whose length is not known.
+    """
+    if run_steps is None and any(stage.until < 1 for stage in stages):
+        raise ValueError(
+            "data: stages whose `until` is a share of the run's steps need trainer.max_steps (or max_epochs); found "
+            "neither"
+        )
+    return [round(stage.until * (run_steps or 1) if stage.until < 1 else stage.until) for stage in stages]
