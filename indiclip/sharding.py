@@ -46,7 +46,8 @@ def shard(module: nn.Module, towers: Sequence[nn.Module], parts: Sequence[nn.Mod
         learned = "model.uncertainty_weighting" if single[0].startswith("log_variances.") else single[0]
         raise ValueError(f"trainer.strategy: {learned} is a single number, which cannot be shared out; expected ddp")
     mesh = mesh if mesh.size(0) > 1 else mesh[mesh.mesh_dim_names[1]]  # no reduction over groups of one
-    low = MixedPrecisionPolicy(_PRECISIONS[precision], torch.float32, cast_forward_inputs=False)
+    kind = _PRECISIONS[precision]
+    low = MixedPrecisionPolicy(kind, kind and torch.float32, cast_forward_inputs=False)
     for tower in towers:
         for block in blocks(tower):
             _shard(block, mesh, mp_policy=low)

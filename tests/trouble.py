@@ -45,6 +45,13 @@ class BadLoss(Contrastive):
         return found
 
 
+class Double(L.Callback):
+    """The model in float64, which `trainer.precision` allows not everywhere; so that equal sums end equal."""
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.double()
+
+
 class Signal(L.Callback):
     """Sends itself a signal at the end of a step, or in the middle of the first validation.
 

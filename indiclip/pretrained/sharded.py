@@ -6,6 +6,7 @@ torch.distributed.checkpoint, by their paths among the entries; `meta.pt` has al
 """
 
 import pickle
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def read_sharded(
         name: (place or torch.empty)(stored[name].size, dtype=stored[name].properties.dtype) for name in wanted
     }
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=place is None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no other rank
+            dcp.load(tensors, storage_reader=reader, no_dist=place is None)
     except Exception as error:  # of any rank, and of any type
         raise ValueError(f"{folder}: cannot be read: {_first_line(error)}") from error
     for name, path in wanted.items():

@@ -117,14 +117,19 @@ class ShardedStrategy(ModelParallelStrategy):
             yield
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The step of this rank."""
+        self._share_statistics()
+        return super().training_step(*args, **kwargs)
+
+    def _share_statistics(self) -> None:
         """As ddp does it: the running statistics of batch norm are those of the first rank."""
         norms = (part for part in self._module().modules() if isinstance(part, _BatchNorm))
         for buffer in [buffer for norm in norms for buffer in norm.buffers(recurse=False)]:
             torch.distributed.broadcast(buffer, 0)
-        return super().training_step(*args, **kwargs)
 
     def on_validation_start(self) -> None:
         """Ranks may have different numbers of samples, and none may wait for another's weights."""
+        self._share_statistics()
         gather(self._module())
 
     def on_validation_end(self) -> None:
