@@ -109,8 +109,8 @@ class Contrastive(Head):
         image_BE, text_of = encoder.embed_features(features), _embed_by_language(captions, encoder)
         distinct = list(dict.fromkeys(caption for caption in drawn if caption is not None))
         nearest: list[list[int]] = [[] for _ in drawn]
+        hits = self._zero_shot(image_BE, batch, encoder)
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
-            hits = self._zero_shot(image_BE, batch, encoder)
             if distinct:
                 text_CE = torch.stack([text_of[caption] for caption in distinct])
                 nearest = (image_BE @ text_CE.T).topk(min(5, len(distinct)), dim=1).indices.tolist()
@@ -146,12 +146,13 @@ class Contrastive(Head):
             return [None] * len(image_BE)
         if names not in self._class_text or self._class_text[names][0].device != image_BE.device:
             self._class_text[names] = self._class_embeddings(names, encoder)
-        hits_LB = torch.stack(
-            [
-                (image_BE[:, :length] @ class_CE.T).argmax(1) == right_B
-                for length, class_CE in zip(encoder.lengths, self._class_text[names], strict=True)
-            ]
-        )
+        with torch.autocast(image_BE.device.type, enabled=False):  # see `predict`
+            hits_LB = torch.stack(
+                [
+                    (image_BE[:, :length] @ class_CE.T).argmax(1) == right_B
+                    for length, class_CE in zip(encoder.lengths, self._class_text[names], strict=True)
+                ]
+            )
         return [hits_LB[:, i] if label >= 0 else None for i, label in enumerate(labels)]
 
     def _class_embeddings(self, names: Sequence[str], encoder: "Encoder") -> list[Tensor]:

@@ -25,9 +25,9 @@ def shard(module: nn.Module, towers: Sequence[nn.Module], parts: Sequence[nn.Mod
     """Share out a model's weights over the ranks, in place; names and shapes of its parameters stay.
 
     Gathered together are: each block of a tower, the rest of the tower, each other part, and what remains. Autocast
-    chooses the type of each operation, as without sharding. In `bf16-mixed` blocks travel as bfloat16, to which it
-    would cast them anyway, and their gradients are summed in float32; all else (position tables, temperatures, heads)
-    travels and stays in float32.
+    chooses the type of each operation, as without sharding. In `bf16-mixed` the matrices of blocks travel as bfloat16,
+    to which it would cast them anyway, and their gradients are summed in float32; all else (norms, position tables,
+    temperatures, heads) travels and stays in float32.
 
     Args:
         module: With the same weights on all ranks.
@@ -46,16 +46,28 @@ def shard(module: nn.Module, towers: Sequence[nn.Module], parts: Sequence[nn.Mod
         learned = "model.uncertainty_weighting" if single[0].startswith("log_variances.") else single[0]
         raise ValueError(f"trainer.strategy: {learned} is a single number, which cannot be shared out; expected ddp")
     mesh = mesh if mesh.size(0) > 1 else mesh[mesh.mesh_dim_names[1]]  # no reduction over groups of one
-    kind = _PRECISIONS[precision]
-    low = MixedPrecisionPolicy(kind, kind and torch.float32, cast_forward_inputs=False)
+    policy = _policy(_PRECISIONS[precision])
     for tower in towers:
         for block in blocks(tower):
-            _shard(block, mesh, mp_policy=low)
+            _shard(block, mesh, mp_policy=policy)
         _shard(tower, mesh)
     for part in parts:
         # Called several times a step, and small beside the towers.
         _shard(part, mesh, reshard_after_forward=False)
     _shard(module, mesh)
+
+
+def _policy(low: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Of blocks. Vectors keep their type: not every device's norms take another one than that of their inputs."""
+    # From torch 2.15 on; before, blocks travel in the type that they are stored in.
+    if low is None or "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(
+        low,
+        torch.float32,
+        cast_forward_inputs=False,
+        param_dtype_override_fn=lambda parameter: parameter.dtype if parameter.ndim < 2 else low,
+    )
 
 
 def _shard(part: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
