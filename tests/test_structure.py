@@ -100,7 +100,7 @@ ARROWS = {
     ),
     "commands": (
         "types names quiet masking config_files distributed json_lines images preprocessing tokenizers text datasets"
-        " webdataset loading evals training export"
+        " webdataset loading evals training pretrained export"
     ),
 }
 

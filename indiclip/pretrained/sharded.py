@@ -70,6 +70,7 @@ def read_sharded(
         ValueError: It is damaged, or holds what could run code.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception to Python
 
     from indiclip.pretrained.weights import read_tensors
 
@@ -91,7 +92,7 @@ def read_sharded(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no other rank
             dcp.load(tensors, storage_reader=reader, no_dist=place is None)
-    except Exception as error:  # of any rank, and of any type
+    except (CheckpointException, Exception) as error:  # of any rank, and of any type
         raise ValueError(f"{folder}: cannot be read: {_first_line(error)}") from error
     for name, path in wanted.items():
         inner: Any = checkpoint
@@ -101,7 +102,7 @@ def read_sharded(
     return checkpoint
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """The reason that the first rank which failed gives."""
     failures = getattr(error, "failures", {})
     first = next(iter(failures.values()))[0] if failures else error

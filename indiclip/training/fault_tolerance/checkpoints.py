@@ -58,7 +58,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             for left in target.parent.glob(".*.part"):  # by a killed run
                 manifest.remove(left)
             _check_space(checkpoint, target)
-            digest = _write(checkpoint, part)
+            digest = write(checkpoint, part)
             manifest.announce(target, digest, part.stat().st_size, checkpoint.get("global_step") or 0)
             manifest.put(part, target)
         except OSError as error:
@@ -285,8 +285,8 @@ def _check_space(checkpoint: dict[str, Any], target: Path) -> None:
         raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes and the disk has {free:,} left")
 
 
-def _write(checkpoint: dict[str, Any], part: Path) -> str:
-    """Write and read back. Returns the SHA-256."""
+def write(checkpoint: dict[str, Any], part: Path) -> str:
+    """Write a file and read it back. Returns its SHA-256."""
     with part.open("wb") as file:
         writer = Hashing(file)
         try:
