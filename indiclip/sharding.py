@@ -6,7 +6,7 @@ Every rank reads samples of its own, whatever the mesh: (replicate, shard) says 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 # What is called from outside beside `forward`, and reads weights.
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step", "predictions")
-_ENTRIES = ("embed_features", "embed_text", "pool", "loss", "predict")
+_ENTRIES = ("training_step", "predictions", "embed_features", "embed_text", "pool", "loss", "predict")
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
-def shard(module: nn.Module, towers: Sequence[nn.Module], parts: Sequence[nn.Module], mesh: Any, precision: str) -> None:
+def shard(
+    module: nn.Module, towers: Sequence[nn.Module], parts: Sequence[nn.Module], mesh: Any, precision: str
+) -> None:
     """Share out a model's weights over the ranks, in place; names and shapes of its parameters stay.
 
     Gathered together are: each block of a tower, the rest of the tower, each other part, and what remains. Autocast
@@ -32,7 +33,8 @@ def shard(module: nn.Module, towers: Sequence[nn.Module], parts: Sequence[nn.Mod
     Args:
         module: With the same weights on all ranks.
         towers: Those of its parts that consist of blocks.
-        parts: The others whose weights are to be gathered apart, the inner ones first.
+        parts: The others whose weights are to be gathered apart, the inner ones first. Nobody calls their `forward` but
+            they themselves.
         mesh: Two-dimensional, (replicate, shard).
         precision: Lightning's word.
 
@@ -45,7 +47,9 @@ def shard(module: nn.Module, towers: Sequence[nn.Module], parts: Sequence[nn.Mod
     if single:
         learned = "model.uncertainty_weighting" if single[0].startswith("log_variances.") else single[0]
         raise ValueError(f"trainer.strategy: {learned} is a single number, which cannot be shared out; expected ddp")
-    mesh = mesh if mesh.size(0) > 1 else mesh[mesh.mesh_dim_names[1]]  # no reduction over groups of one
+    if mesh.size(0) == 1:
+        assert mesh.mesh_dim_names is not None
+        mesh = mesh[mesh.mesh_dim_names[1]]  # no reduction over groups of one
     policy = _policy(_PRECISIONS[precision])
     for tower in towers:
         for block in blocks(tower):
@@ -54,6 +58,10 @@ def shard(module: nn.Module, towers: Sequence[nn.Module], parts: Sequence[nn.Mod
     for part in parts:
         # Called several times a step, and small beside the towers.
         _shard(part, mesh, reshard_after_forward=False)
+        # Of `forward`, which `loss` and `predict` may call: at its end the weights would go in the middle of those.
+        # Private to torch.nn; tried with torch 2.15.
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
     _shard(module, mesh)
 
 
@@ -76,7 +84,7 @@ def _shard(part: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     made = type(part)
     # A checkpoint names the classes of its parts, and so do tables.
     made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
-    for entry in (*_STEPS, *_ENTRIES):
+    for entry in _ENTRIES:
         if hasattr(part, entry):
             register_fsdp_forward_method(part, entry)
 
@@ -150,4 +158,4 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 def mesh_of(module: nn.Module) -> DeviceMesh | None:
     """Over which the weights are shared out."""
     shards = (parameter for parameter in module.parameters() if isinstance(parameter, DTensor))
-    return cast(DeviceMesh, first.device_mesh) if (first := next(shards, None)) is not None else None
+    return first.device_mesh if (first := next(shards, None)) is not None else None

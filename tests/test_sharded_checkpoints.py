@@ -72,7 +72,8 @@ def test_a_folder_is_proven_by_every_file_in_it(run, tmp_path):
     """Also by a tool that is not ours, and whatever is cut, changed or gone."""
     folder = shutil.copytree(run / "checkpoints", tmp_path / "checkpoints", symlinks=True)
     whole = folder / "12.ckpt"
-    checked = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=whole, capture_output=True, text=True)
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    checked = subprocess.run(command, cwd=whole, capture_output=True, text=True)
     assert checked.returncode == 0
     names = {line.split(":")[0] for line in checked.stdout.splitlines()}
     assert names == {"__0_0.distcp", "__1_0.distcp", ".metadata", "meta.pt"}

@@ -3,14 +3,19 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import timm
 import torch
 import yaml
-from experiments import config
-from processes import as_ranks, on_ranks
-from torch import nn
+from experiments import ENCODER, ROOT, config
+from processes import as_ranks
 
+from indiclip.backbone import NaFlexViT
 from indiclip.pretrained.weights import read_tensors
+from indiclip.sharding import blocks, checkpoint_activations
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.training.cli import run
 
 EMA = {"class_path": "indiclip.training.ema.EMA", "init_args": {"decay": 0.9}}
@@ -52,7 +57,7 @@ def largest_difference(first, second):
     return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
 
 
-@pytest.mark.parametrize("copies, shards", [(1, 2), (2, 2)], ids=["fsdp", "hsdp"])
+@pytest.mark.parametrize(("copies", "shards"), [(1, 2), (2, 2)], ids=["fsdp", "hsdp"])
 def test_ten_steps_end_at_the_weights_of_ddp(copies, shards, tmp_path):
     """Against torch's DDP on as many ranks, with towers in float64: the steps are so long that noise grows fast."""
     found = {}
@@ -72,12 +77,87 @@ def test_ten_steps_end_at_the_weights_of_ddp(copies, shards, tmp_path):
     )
 
 
+def four_tasks(strategy):
+    """conf/mela.yaml, small."""
+    tree = yaml.safe_load((ROOT / "conf" / "mela.yaml").read_text())
+    encoder, heads = tree["model"]["encoder"], tree["model"]["heads"]
+    encoder["backbone"]["init_args"] |= {"width": 32, "depth": 2, "num_heads": 1}
+    encoder["text"]["architecture"] |= {"hidden_size": 32, "num_attention_heads": 1, "intermediate_size": 32}
+    heads[1]["init_args"] |= {"out_channels": 16, "num_convs": 1}
+    heads[2]["init_args"] |= {"channels": 8, "num_convs": 1}
+    for source in (*tree["data"]["train"], *tree["data"]["val"]):
+        source["batch_size"] = 4
+        source["dataset"]["init_args"]["num_scenes"] = 6
+    tree["data"]["steps_per_epoch"] = 3
+    tree["model"] |= {"warmup_steps": 0, "optimizer": {"class_path": "torch.optim.SGD"}, "lr": 0.01}
+    tree["model"]["weight_decay"] = None
+    tree["trainer"] |= {"max_steps": 3, "strategy": strategy, "callbacks": [{"class_path": "trouble.Double"}]}
+    return tree
+
+
+def test_four_tasks_with_checkpointed_activations_are_those_of_ddp_without(tmp_path):
+    """Also where a rank has another number of objects, or none, in training and in held-out data."""
+    found = {}
+    for name, strategy in {"ddp": "ddp", "sharded": sharded(1, 2)}.items():
+        tree = four_tasks(strategy)
+        tree["model"]["activation_checkpointing"] = name == "sharded"
+        done, found[name] = fitted(tmp_path / name, tree, 2)
+        assert done.returncode == 0, done.stderr
+    difference = largest_difference(*(weights(run_folder) for run_folder in found.values()))
+    assert difference < 1e-6
+    metrics = [json.loads((run_folder / "metrics.json").read_text())["metrics"] for run_folder in found.values()]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-4, nan_ok=True)
+    pictures = [(run_folder / "report.html").read_text().count("data:image/png") for run_folder in found.values()]
+    assert pictures[0] == pictures[1] > 16  # of four heads
+
+
+def test_checkpointed_activations_are_less_memory_and_the_same_gradients():
+    """Of towers of both libraries, with dropout, against the same without; bytes are those that its hooks see."""
+    torch.manual_seed(0)
+    backbone = NaFlexViT(width=32, depth=4, num_heads=2, patch_size=8, options={"proj_drop_rate": 0.1})
+    text = TextTower(ByteTokenizer(), ENCODER["text"]["architecture"] | {"num_hidden_layers": 4})
+    images = backbone.preprocessing.batch([np.zeros((64, 64, 3), np.uint8)], 64)
+
+    def step():
+        saved = {}
+
+        def keep(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            tokens = backbone(images).tokens_BND, text(*text.padded(text.tokenizer.encode(["a kite", "दीया"])))
+        sum(one.square().sum() for one in tokens).backward()
+        gradients = [p.grad.clone() for tower in (backbone, text) for p in tower.parameters() if p.grad is not None]
+        backbone.zero_grad()
+        text.zero_grad()
+        return gradients, sum(saved.values())
+
+    (gradients, size), names = step(), [*backbone.state_dict(), *text.state_dict()]
+    checkpoint_activations([backbone, text])
+    checkpoint_activations([backbone, text])  # a second time changes nothing
+    again, smaller = step()
+    assert [*backbone.state_dict(), *text.state_dict()] == names
+    assert smaller < size / 2
+    assert len(again) == len(gradients) > 40
+    assert all(torch.equal(first, second) for first, second in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("vit_tiny_patch16_224", 12), ("swin_tiny_patch4_window7_224", 12), ("convnext_atto", 12)]
+)
+def test_the_blocks_of_a_tower_are_found(name, count):
+    """As many as the models' papers say (ConvNeXt-Atto: 2, 2, 6, 2)."""
+    assert len(blocks(timm.create_model(name))) == count
+
+
 def test_a_mesh_that_does_not_fit_the_ranks_ends_all_with_one_line(tmp_path):
     done, _ = fitted(tmp_path, ten_steps(sharded(3, "auto")), 4)
     assert done.statuses == [2, 0, 0, 0]
     assert done.stderr.strip().splitlines() == [
-        "indiclip: trainer.strategy.data_parallel_size: found 3 and tensor_parallel_size 1, 3 ranks in all, and the run "
-        "has 4; expected two of 1, 2, 4 whose product is 4, or auto"
+        "indiclip: trainer.strategy.data_parallel_size: found 3 and tensor_parallel_size 1, 3 ranks in all, and the "
+        "run has 4; expected two of 1, 2, 4 whose product is 4, or auto"
     ]
 
 
@@ -85,7 +165,8 @@ def test_a_run_goes_on_on_other_numbers_of_ranks_and_with_ddp(tmp_path):
     """Five steps on two ranks, then five more on others, from the same folder; against ten steps without a stop.
 
     The loss is over the batch of all ranks, so that their number makes no difference but in rounding. There are no
-    batch norm and dropout, which are each rank's own; and no AdamW, which makes a step of a gradient that is nothing but rounding.
+    batch norm and dropout, which are each rank's own; and no AdamW, which makes a step of a gradient that is nothing
+    but rounding.
     """
 
     def tree(strategy, steps=10):
@@ -100,7 +181,7 @@ def test_a_run_goes_on_on_other_numbers_of_ranks_and_with_ddp(tmp_path):
 
     done, straight = fitted(tmp_path / "straight", tree("auto"), 1)
     assert done.returncode == 0, done.stderr
-    done, half = fitted(tmp_path / "half", tree(sharded(1, 2), 5), 2)
+    done, _ = fitted(tmp_path / "half", tree(sharded(1, 2), 5), 2)
     assert done.returncode == 0, done.stderr
     for name, strategy, world in [("one", "auto", 1), ("hsdp", sharded(2, 2), 4), ("ddp", "ddp", 2)]:
         shutil.copytree(tmp_path / "half", tmp_path / name, symlinks=True)

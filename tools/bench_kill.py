@@ -246,7 +246,8 @@ def main() -> int:
             flush=True,
         )
     print(
-        f"{arguments.runs} runs of {STEPS} steps on {ranks} rank(s), TMPDIR on {other}: {sums['kills']} kills, {sums['saving']} of them "
+        f"{arguments.runs} runs of {STEPS} steps on {ranks} rank(s), TMPDIR on {other}: {sums['kills']} kills, "
+        f"{sums['saving']} of them "
         f"while saving; samples lost {sums['lost']}, repeated {sums['repeated']}; checkpoints torn {sums['torn']} of "
         f"{sums['examined']}; runs with other weights {sums['other weights']}, other held-out scores "
         f"{sums['other scores']}"

@@ -69,8 +69,8 @@ def read_sharded(
         FileNotFoundError: A file is missing.
         ValueError: It is damaged, or holds what could run code.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception to Python
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     from indiclip.pretrained.weights import read_tensors
 
@@ -85,13 +85,11 @@ def read_sharded(
     wanted = {name: path for name, path in paths.items() if path[0] not in leave_out}
     if missing := sorted(wanted.keys() - stored.keys()):
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}")
-    tensors = {
-        name: (place or torch.empty)(stored[name].size, dtype=stored[name].properties.dtype) for name in wanted
-    }
+    tensors = {name: (place or torch.empty)(stored[name].size, dtype=stored[name].properties.dtype) for name in wanted}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no other rank
-            dcp.load(tensors, storage_reader=reader, no_dist=place is None)
+            load(tensors, storage_reader=reader, no_dist=place is None)
     except (CheckpointException, Exception) as error:  # of any rank, and of any type
         raise ValueError(f"{folder}: cannot be read: {_first_line(error)}") from error
     for name, path in wanted.items():
@@ -111,7 +109,7 @@ def _first_line(error: BaseException) -> str:
 
 def _reader(folder: Path) -> Any:
     """torch's reader, but it unpickles nothing that could run code, and reads in this folder alone."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
     class Reader(FileSystemReader):

@@ -25,7 +25,8 @@ from indiclip.training.fault_tolerance.ranks import callbacks_of
 class EMA(Callback):
     """Keeps an average of every trained weight, and scores that instead of the weights.
 
-    After an optimizer step, average = decay * average + (1 - decay) * weight, in float32, of each rank's own shard. The running statistics of batch norm are averaged likewise. The decay
+    After an optimizer step, average = decay * average + (1 - decay) * weight, in float32, of each rank's own shard. The
+    running statistics of batch norm are averaged likewise. The decay
     grows with the number of updates t, min(decay, (1 + t) / (10 + t)), so that a short run's average is not of its
     beginning (TensorFlow's `tf.train.ExponentialMovingAverage`, `num_updates`).
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor import empty as empty_shards
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -87,19 +87,20 @@ class ShardedStrategy(ModelParallelStrategy):
     def _mesh(self) -> tuple[int, int]:
         """Copies, and ranks of each."""
         world = self.num_nodes * self.num_processes
-        copies, shards = self._data_parallel_size, self._tensor_parallel_size
-        if copies == "auto":
-            copies = self.num_nodes if shards == "auto" else max(1, world // shards)
-        if shards == "auto":
-            shards = max(1, world // copies)
+        given = self._data_parallel_size, self._tensor_parallel_size
+        if given == ("auto", "auto"):
+            return self.num_nodes, self.num_processes
+        copies, shards = (None if size == "auto" else size for size in given)
+        copies = copies or max(1, world // (shards or world))
+        shards = shards or max(1, world // copies)
         if copies * shards != world:
             assert self.lightning_module is not None
-            divides = [size for size in range(1, world + 1) if world % size == 0]
+            divisors = ", ".join(str(size) for size in range(1, world + 1) if world % size == 0)
             raise AgreedStop(
                 self.lightning_module.trainer,
-                f"trainer.strategy.data_parallel_size: found {copies} and tensor_parallel_size {shards}, {copies * shards} "
-                f"ranks in all, and the run has {world}; expected two of {', '.join(map(str, divides))} whose product "
-                f"is {world}, or auto",
+                f"trainer.strategy.data_parallel_size: found {copies} and tensor_parallel_size {shards}, "
+                f"{copies * shards} ranks in all, and the run has {world}; expected two of {divisors} whose product is "
+                f"{world}, or auto",
                 2,
             )
         return copies, shards

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
-from indiclip.pretrained.sharded import META, SUMS, split
+from indiclip.pretrained.sharded import META, split
 from indiclip.training.fault_tolerance import manifest
 from indiclip.training.fault_tolerance.checkpoints import HEADROOM, Hashing, NotSaved, foreign, read_back, stays
 
@@ -61,14 +60,13 @@ class Saves:
         rest, shards = split(checkpoint)
         failure, content = None, io.BytesIO()
         if torch.distributed.get_rank() == 0:
-            failure = next((f"{where} is a {kind}; expected tensors and plain values" for where, kind in foreign(rest)), None)
+            for where, kind in foreign(rest):
+                failure = f"{where} is a {kind}; a checkpoint may hold tensors and plain values only"
             torch.save(rest if failure is None else {}, content)
         writer = _Writer(target, content.getbuffer(), checkpoint.get("global_step") or 0, failure, self._act)
         self._target, self._actions = target, []
         # The plan is made anew each time: it costs little, and a cached one would be of another run's shapes.
-        self._pending = cast(
-            Future[Any], dcp.async_save(dict(shards), storage_writer=writer, process_group=self._group)
-        )
+        self._pending = cast(Future[Any], async_save(dict(shards), storage_writer=writer, process_group=self._group))
 
     def when_saved(self, action: Callable[[], None]) -> None:
         """Do something at once, or when the checkpoint is in its place that is being saved; never if that fails."""
@@ -160,7 +158,9 @@ class _Writer(FileSystemWriter):
             file.write(self._content)
             file.flush()
             os.fsync(file.fileno())
-        sums = {name: digest for of_rank in results for row in of_rank for name, digest in cast(_Written, row).sums.items()}
+        sums: dict[str, str] = {}
+        for row in (row for of_rank in results for row in of_rank):
+            sums |= cast(_Written, row).sums
         digest = manifest.write_sums(self.part, sums)
         manifest.announce(self.target, digest, manifest.size(self.part), self._step)
         manifest.put(self.part, self.target)
