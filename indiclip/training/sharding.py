@@ -94,20 +94,25 @@ class ShardedStrategy(ModelParallelStrategy):
         copies = copies or max(1, world // (shards or world))
         shards = shards or max(1, world // copies)
         if copies * shards != world:
-            assert self.lightning_module is not None
             divisors = ", ".join(str(size) for size in range(1, world + 1) if world % size == 0)
-            raise AgreedStop(
-                self.lightning_module.trainer,
+            raise self._stop(
                 f"trainer.strategy.data_parallel_size: found {copies} and tensor_parallel_size {shards}, "
                 f"{copies * shards} ranks in all, and the run has {world}; expected two of {divisors} whose product is "
-                f"{world}, or auto",
-                2,
+                f"{world}, or auto"
             )
         return copies, shards
 
+    def _stop(self, message: str) -> AgreedStop:
+        assert self.lightning_module is not None
+        return AgreedStop(self.lightning_module.trainer, message, 2)
+
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """As ddp does it before it begins: all ranks start with the weights of the first."""
+        """As ddp does it before it begins: all ranks start with the weights of the first.
+
+        Raises:
+            AgreedStop: The model, or how it is to be trained, does not go with shards.
+        """
         module = self._module()
         if not is_sharded(module):
             if self._layer_sync is not None:
@@ -115,7 +120,10 @@ class ShardedStrategy(ModelParallelStrategy):
             for tensor in [*module.parameters(), *module.buffers()]:
                 torch.distributed.broadcast(tensor.detach(), 0)
         with super().model_sharded_context():
-            yield
+            try:
+                yield
+            except ValueError as error:
+                raise self._stop(str(error)) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The step of this rank."""
