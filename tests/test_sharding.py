@@ -161,42 +161,49 @@ def test_a_mesh_that_does_not_fit_the_ranks_ends_all_with_one_line(tmp_path):
     ]
 
 
-def test_a_run_goes_on_on_other_numbers_of_ranks_and_with_ddp(tmp_path):
-    """Five steps on two ranks, then five more on others, from the same folder; against ten steps without a stop.
+def one_loss_for_all(strategy, steps):
+    """The loss is over the batch of all ranks, so that their number makes no difference but in rounding.
 
-    The loss is over the batch of all ranks, so that their number makes no difference but in rounding. There are no
-    batch norm and dropout, which are each rank's own; and no AdamW, which makes a step of a gradient that is nothing
-    but rounding.
+    There are no batch norm and dropout, which are each rank's own; and no AdamW, which makes a step of a gradient that
+    is nothing but rounding.
     """
+    tree = ten_steps(strategy)
+    tree["trainer"] |= {"callbacks": [{"class_path": "trouble.Double"}, EMA], "max_steps": steps}
+    tree["model"]["encoder"]["batch_norm"] = False
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    tree["model"]["encoder"]["text"]["architecture"] |= drops
+    tree["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
+    tree["model"]["lr_schedule"] = {"class_path": "indiclip.optim.Constant"}  # the same for any number of steps
+    return tree
 
-    def tree(strategy, steps=10):
-        made = ten_steps(strategy)
-        made["trainer"] |= {"callbacks": [{"class_path": "trouble.Double"}, EMA], "max_steps": steps}
-        made["model"]["encoder"]["batch_norm"] = False
-        drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        made["model"]["encoder"]["text"]["architecture"] |= drops
-        made["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
-        made["model"]["lr_schedule"] = {"class_path": "indiclip.optim.Constant"}  # the same for any number of steps
-        return made
 
-    done, straight = fitted(tmp_path / "straight", tree("auto"), 1)
-    assert done.returncode == 0, done.stderr
-    done, _ = fitted(tmp_path / "half", tree(sharded(1, 2), 5), 2)
-    assert done.returncode == 0, done.stderr
-    for name, strategy, world in [("one", "auto", 1), ("hsdp", sharded(2, 2), 4), ("ddp", "ddp", 2)]:
-        shutil.copytree(tmp_path / "half", tmp_path / name, symlinks=True)
-        done, run_folder = fitted(tmp_path / name, tree(strategy), world, "--ckpt_path", "last")
+@pytest.fixture(scope="module")
+def straight_and_half(tmp_path_factory):
+    """Ten steps of one process, and five on two ranks."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("straight", "half")]
+    for folder, tree, world in zip(
+        folders, (one_loss_for_all("auto", 10), one_loss_for_all(sharded(1, 2), 5)), (1, 2), strict=True
+    ):
+        done, _ = fitted(folder, tree, world)
         assert done.returncode == 0, done.stderr
-        assert "5.ckpt: step 5, saved" in done.stdout
-        for entry in ("state_dict", "averages"):
-            first, second = (weights(folder, entry) for folder in (straight, run_folder))
-            if entry == "averages":
-                assert first["num_updates"] == second["num_updates"] == 9
-                first, second = first["state_dict"], second["state_dict"]
-            assert largest_difference(first, second) < 1e-6
-    # And on with shards from the file that ddp has written.
-    done, run_folder = fitted(tmp_path / "ddp", tree(sharded(1, 2), 12), 2, "--ckpt_path", "last")
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {"12.ckpt", "last.ckpt", "manifest.json"}
-    done, straight = fitted(tmp_path / "straight", tree("auto", 12), 1, "--ckpt_path", "last")
+    return folders
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [[("auto", 1, 10)], [(sharded(2, 2), 4, 10)], [("ddp", 2, 8), (sharded(1, 2), 2, 10)]],
+    ids=["one process", "hsdp", "ddp, and with its file shards again"],
+)
+def test_a_run_goes_on_on_other_numbers_of_ranks_and_with_ddp(starts, straight_and_half, tmp_path):
+    """From a folder that two ranks wrote, with averages; `starts` are strategy, ranks, and the last step."""
+    straight, half = straight_and_half
+    shutil.copytree(half, tmp_path, symlinks=True, dirs_exist_ok=True)
+    for strategy, world, steps in starts:
+        done, run_folder = fitted(tmp_path, one_loss_for_all(strategy, steps), world, "--ckpt_path", "last")
+        assert done.returncode == 0, done.stderr
+        assert "going on from" in done.stdout
+    straight = straight / "runs" / "experiment"
     assert largest_difference(weights(straight), weights(run_folder)) < 1e-6
+    first, second = (weights(folder, "averages") for folder in (straight, run_folder))
+    assert first["num_updates"] == second["num_updates"] == 9
+    assert largest_difference(first["state_dict"], second["state_dict"]) < 1e-6
