@@ -84,12 +84,12 @@ class Contrastive(Head):
         # Not blocking: else the CPU would wait here until the GPU has embedded everything.
         ids_B = caption_ids(captions).to(image_BD.device, non_blocking=True)
         rows = (image_BD, text_BD, _labels(batch, image_BD), ids_B, _drawn_languages(batch))
-        return WholeBatch(partial(self._losses, encoder), rows)
+        return WholeBatch(partial(self.pair_losses, encoder), rows)
 
-    def _losses(
+    def pair_losses(
         self, encoder: "Encoder", image_BD: Tensor, text_BD: Tensor, labels_B: Tensor, ids_B: Tensor, codes: list[str]
     ) -> Losses:
-        """Of the pooled vectors of all pairs of this rank."""
+        """The losses of the pooled vectors of all pairs of this rank."""
         image_BE, text_BE = encoder.project_image(image_BD), encoder.project_text(text_BD)
         loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)
         return Losses({"loss": loss}, self._loss_by_language(codes))
@@ -118,8 +118,8 @@ class Contrastive(Head):
         image_BE, text_of = encoder.embed_features(features), _embed_by_language(captions, encoder)
         distinct = list(dict.fromkeys(caption for caption in drawn if caption is not None))
         nearest: list[list[int]] = [[] for _ in drawn]
+        hits = self._zero_shot(image_BE, batch, encoder)
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
-            hits = self._zero_shot(image_BE, batch, encoder)
             if distinct:
                 text_CE = torch.stack([text_of[caption] for caption in distinct])
                 nearest = (image_BE @ text_CE.T).topk(min(5, len(distinct)), dim=1).indices.tolist()
@@ -155,12 +155,13 @@ class Contrastive(Head):
             return [None] * len(image_BE)
         if names not in self._class_text or self._class_text[names][0].device != image_BE.device:
             self._class_text[names] = self._class_embeddings(names, encoder)
-        hits_LB = torch.stack(
-            [
-                (image_BE[:, :length] @ class_CE.T).argmax(1) == right_B
-                for length, class_CE in zip(encoder.lengths, self._class_text[names], strict=True)
-            ]
-        )
+        with torch.autocast(image_BE.device.type, enabled=False):  # see `predict`
+            hits_LB = torch.stack(
+                [
+                    (image_BE[:, :length] @ class_CE.T).argmax(1) == right_B
+                    for length, class_CE in zip(encoder.lengths, self._class_text[names], strict=True)
+                ]
+            )
         return [hits_LB[:, i] if label >= 0 else None for i, label in enumerate(labels)]
 
     def _class_embeddings(self, names: Sequence[str], encoder: "Encoder") -> list[Tensor]:

@@ -260,7 +260,9 @@ class SurfaceMetric(ListMetric):
         distance_S = (found_uv_S2 - uv_S2).norm(dim=1)
         similarity_S = right_S * torch.exp(-(distance_S**2) / (2 * KAPPA**2))
         points_Q = torch.bincount(person_S, minlength=len(boxes_Q4))
-        gps_Q = torch.zeros_like(boxes_Q4[:, 0]).index_add(0, person_S, similarity_S) / points_Q.clamp(min=1)
+        gps_Q = torch.zeros_like(boxes_Q4[:, 0]).index_add(0, person_S, similarity_S.to(boxes_Q4)) / points_Q.clamp(
+            min=1
+        )
         iou_Q = _mask_iou(prediction["part"], target.get("dp_masks"), boxes_Q4)
         scored_Q = points_Q > 0
         self.add(right_S, distance_S, iou_Q, gps_Q[scored_Q], prediction["scores"][scored_Q])

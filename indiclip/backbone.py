@@ -22,7 +22,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, check_range, did_you_mean
-from indiclip.packing import WORTH_IT, PackedAttention, Packing, padding
+from indiclip.packing import WORTH_IT, Packing, packed_attention, padding
 from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
 from indiclip.types import Features, Images, on_device
@@ -254,7 +254,7 @@ class NaFlexViT(Backbone):
         prefix = self.vit.num_prefix_tokens
         packing = Packing([prefix + length for length in lengths], x_BND.shape[1], x_BND.device)
         x_1TD = packing.pack(x_BND)
-        with PackedAttention(packing):
+        with packed_attention(packing):
             for block in self.vit.blocks:
                 x_1TD = block(x_1TD)
         return packing.unpack(self.vit.norm(x_1TD))

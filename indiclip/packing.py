@@ -8,7 +8,10 @@ Shape letters: see `indiclip.types`; T tokens of all sequences, S sequences of a
 heads, C channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple, cast
 
@@ -118,9 +121,32 @@ def _grouped(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-class PackedAttention(TorchFunctionMode):
-    """While active, `scaled_dot_product_attention` of a packed sequence is that of its parts, each by itself."""
+_reopen: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("_reopen", default=nullcontext)
 
+
+@contextmanager
+def reopened_by(open_again: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within this, what is to be run again in the backward pass will be run in the context that `open_again` gives."""
+    token = _reopen.set(open_again)
+    try:
+        yield
+    finally:
+        _reopen.reset(token)
+
+
+def while_recomputing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For `torch.utils.checkpoint.checkpoint`: the contexts of a block's first pass and of its second."""
+    return nullcontext(), _reopen.get()()
+
+
+@contextmanager
+def packed_attention(packing: Packing) -> Iterator[None]:
+    """Within this, `scaled_dot_product_attention` of a packed sequence is that of its parts, each by itself."""
+    with reopened_by(partial(packed_attention, packing)), _PackedAttention(packing):
+        yield
+
+
+class _PackedAttention(TorchFunctionMode):
     def __init__(self, packing: Packing) -> None:
         super().__init__()
         self.packing = packing

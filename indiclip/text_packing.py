@@ -6,14 +6,14 @@ Shape letters: see `indiclip.packing`; R rows in which packed texts travel.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indiclip.packing import Packing
+from indiclip.packing import Packing, reopened_by
 
 _NAME = "indiclip_packed"
 _packing: ContextVar[Packing] = ContextVar(_NAME)
@@ -45,7 +45,8 @@ def _attending(config: Any, packing: Packing) -> Iterator[None]:
     before, token = config._attn_implementation, _packing.set(packing)
     config._attn_implementation = _NAME
     try:
-        yield
+        with reopened_by(partial(_attending, config, packing)):
+            yield
     finally:
         config._attn_implementation = before
         _packing.reset(token)

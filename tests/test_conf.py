@@ -10,10 +10,12 @@ import torch
 import yaml
 from experiments import config
 from PIL import Image
+from processes import as_ranks
 
 from indiclip.cli import main
 from indiclip.evals import procedural
 from indiclip.generated.mela import Mela
+from indiclip.pretrained.weights import read_tensors
 from indiclip.training.cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -193,3 +195,16 @@ def test_methods_stack_by_name(methods, tmp_path, capsys):
     else:
         assert saved["encoder"]["lora"]["r"] == 8
         assert rates == {1.0, 0.75}  # adapters of the only block
+
+
+@pytest.mark.parametrize("part", sorted((ROOT / "conf" / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_cluster_is_added_by_a_second_config(part, tmp_path):
+    """Here of two processes on the CPU."""
+    assert f"--config conf/cluster/{part.name}" in part.read_text()
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(config()))
+    here = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.num_nodes", "1"]
+    words = ["fit", "--config", str(base), "--config", str(part), "--runs", str(tmp_path), *SHORT, *here]
+    done = as_ranks(lambda: run(words), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_tensors(tmp_path / "base" / "checkpoints" / "last.ckpt")["global_step"] == 2

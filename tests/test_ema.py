@@ -9,7 +9,7 @@ import pytest
 import torch
 from experiments import config, fit
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from processes import on_ranks
 from torch import nn
 
@@ -17,6 +17,7 @@ import indiclip
 from indiclip.training import record as record_module
 from indiclip.training.cli import run
 from indiclip.training.ema import EMA
+from indiclip.training.sharding import ShardedStrategy
 from indiclip.training.trainer_setup import trainer_options
 
 CALLBACK = {"class_path": "indiclip.training.ema.EMA", "init_args": {"decay": 0.5}}
@@ -172,7 +173,8 @@ def test_averages_of_a_sharded_model_are_shards_and_those_of_one_process(tmp_pat
         again._take_loaded(module)
         assert all(torch.equal(average, ema._averages[name]) for name, average in again._averages.items())
         shape = tuple(ema._averages["0.weight"].shape)
-        whole = {name: tensor.tolist() for name, tensor in checkpoint["averages"]["state_dict"].items()}
+        averages = checkpoint["averages"]["state_dict"]
+        whole = {name: tensor.full_tensor().tolist() for name, tensor in averages.items()}
         return shape, answers.tolist(), whole, {name: tensor.tolist() for name, tensor in trained.items()}
 
     module, alone = learner(), EMA(decay=0.5)
@@ -188,8 +190,8 @@ def test_averages_of_a_sharded_model_are_shards_and_those_of_one_process(tmp_pat
 
 
 def test_averages_that_a_strategy_does_not_allow_are_refused():
-    options = {"callbacks": [EMAWeightAveraging()], "strategy": ModelParallelStrategy()}
+    options = {"callbacks": [EMAWeightAveraging()], "strategy": ShardedStrategy()}
     with pytest.raises(ValueError, match="EMAWeightAveraging copies whole models, .* indiclip.training.ema.EMA$"):
         trainer_options(options, Path("run"), "fit", True)
-    with pytest.raises(ValueError, match="FSDPStrategy flattens the weights, .* expected ddp or ModelPar"):
+    with pytest.raises(ValueError, match="FSDPStrategy flattens the weights, .* expected ddp or .*ShardedStrategy"):
         EMA().setup(SimpleNamespace(strategy=FSDPStrategy()), None, "fit")

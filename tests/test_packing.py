@@ -11,7 +11,8 @@ from torch import nn
 
 from indiclip import backbone as backbones
 from indiclip.backbone import NaFlexViT
-from indiclip.packing import PackedAttention, Packing, padding
+from indiclip.packing import Packing, packed_attention, padding
+from indiclip.sharding import checkpoint_activations
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
 
@@ -36,7 +37,7 @@ def test_attention_is_that_of_a_block_diagonal_mask(lengths, is_causal):
     theirs = [x.detach().clone().requires_grad_() for x in ours]
     parts = [torch.ones(n, n).tril() if is_causal else torch.ones(n, n) for n in lengths]
     expected = F.scaled_dot_product_attention(*theirs, attn_mask=torch.block_diag(*parts).bool(), scale=0.3)
-    with PackedAttention(packing):
+    with packed_attention(packing):
         found = F.scaled_dot_product_attention(*ours, is_causal=is_causal, scale=0.3)
     weights = torch.randn_like(expected)
     for out in (found, expected):
@@ -84,6 +85,31 @@ def test_images_packed_and_padded_are_alike(name, monkeypatch):
     torch.testing.assert_close(packed, padded, **EXACT)
     for key, gradient in expected.items():
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-4, msg=f"{key}: {{}}".format)
+
+
+def test_blocks_that_are_run_again_are_run_packed():
+    """With activation checkpointing gradients are those without, of images and texts."""
+    torch.manual_seed(0)
+    towers = (
+        NaFlexViT(width=32, depth=2, num_heads=2, patch_size=8),
+        TextTower(
+            ByteTokenizer(),
+            {"model_type": "bert"} | TEXTS["bert"] | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
+        ),
+    )
+    images = batch_images([noise(*size, seed) for seed, size in enumerate(SIZES)], 8, 64)
+    rows = towers[1].tokenizer.encode(["kite", "a peacock blue umbrella"])
+    found = []
+    for again in (False, True):
+        if again:
+            checkpoint_activations(towers)
+        for tower in towers:
+            tower.zero_grad()
+        towers[0](images).tokens_BND.square().mean().backward()
+        towers[1](*towers[1].padded(rows), [*map(len, rows)]).square().mean().backward()
+        found.append([p.grad for tower in towers for p in tower.parameters()])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_what_is_dropped_by_rows_and_run_again_is_not_packed():

@@ -68,6 +68,7 @@ ARROWS = {
     "transformers_backbone.py": "types names preprocessing backbone text",
     "pooling.py": "names",
     "distributed.py": "",
+    "sharding.py": "",
     "losses.py": "logit_chunks",
     "logit_chunks.py": "distributed",
     "fcos.py": "types",
@@ -81,7 +82,7 @@ ARROWS = {
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim freezing lightning_internals distributed",
+    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
@@ -93,7 +94,7 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
-        " lightning_internals encoder head module datasets loading evals"
+        " sharding lightning_internals encoder head module datasets loading evals"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"
@@ -101,7 +102,7 @@ ARROWS = {
     ),
     "commands": (
         "types names quiet masking config_files distributed json_lines images preprocessing tokenizers text datasets"
-        " webdataset loading evals training export planning"
+        " webdataset loading evals training pretrained export planning"
     ),
 }
 
@@ -152,7 +153,7 @@ def test_protocols_are_functions_of_numbers():
 
 def test_fault_tolerance_knows_of_data_the_workers_only():
     names = ("module", "json_lines", "masking", "types", "names", "old_names", "distributed", "lightning_internals")
-    allowed = {f"indiclip.{name}" for name in (*names, "pretrained.weights", "loading.workers")}
+    allowed = {f"indiclip.{name}" for name in (*names, "pretrained.weights", "pretrained.sharded", "loading.workers")}
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):
         assert of(file, "indiclip") <= allowed | of(file, here), file.name

@@ -14,7 +14,7 @@ from heads.contrastive import Contrastive
 from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela import Mela
 from indiclip.images import UnreadableSample
-from indiclip.training.fault_tolerance import checkpoints
+from indiclip.training.fault_tolerance import checkpoints, manifest
 
 
 class BadLoss(Contrastive):
@@ -44,6 +44,13 @@ class BadLoss(Contrastive):
                 losses[name] = losses[name] + zero.abs().sqrt().sum()
         self.calls += 1
         return found
+
+
+class Double(L.Callback):
+    """The model in float64, which `trainer.precision` allows not everywhere; so that equal sums end equal."""
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.double()
 
 
 class Signal(L.Callback):
@@ -126,19 +133,22 @@ class Kill(L.Callback):
 
     Args:
         step: In which step, from 0 on.
-        function: At its start, or the `write` of a checkpoint's part, or a `replace` of a file that follow it.
+        function: At its start, or the `write` of a checkpoint's part, or a `replace` of a file that follow it; for one
+            that is a folder also that it is `put` in its place, or `remove`d.
         call: Which call of the function, from 1 on.
+        rank: The process that it happens to.
     """
 
-    def __init__(self, step: int, function: str | None = None, call: int = 1) -> None:
-        self.step, self.function, self.call = step, function, call
+    def __init__(self, step: int, function: str | None = None, call: int = 1, rank: int = 0) -> None:
+        self.step, self.function, self.call, self.rank = step, function, call, rank
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step != self.step:
+        if trainer.global_step != self.step or trainer.global_rank != self.rank:
             return
         if self.function is None:
             os.killpg(0, signal.SIGKILL)
-        owner = {"write": checkpoints._Hashing, "replace": Path}[self.function]
+        owners = {"write": checkpoints.Hashing, "replace": Path, "put": manifest, "remove": manifest}
+        owner = owners[self.function]
         function, calls = getattr(owner, self.function), []
 
         def counted(*args):
@@ -148,6 +158,22 @@ class Kill(L.Callback):
             return function(*args)
 
         setattr(owner, self.function, counted)
+
+
+class BadDisk(L.Callback):
+    """From a step on, what is read back from the disk is not what was written.
+
+    Args:
+        step: From 0 on.
+        rank: Of the process that reads.
+    """
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            manifest.sha256 = lambda file: "0" * 64
 
 
 class Diary(L.Callback):

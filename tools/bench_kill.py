@@ -1,12 +1,15 @@
 """Runs killed with SIGKILL at random moments, many of them while they save, and resumed: what is lost?
 
-    python tools/bench_kill.py [--runs 20] [--kills 2] [--seed 0] [--folder FOLDER]
+    python tools/bench_kill.py [--runs 20] [--kills 2] [--seed 0] [--ranks 1] [--folder FOLDER]
 
 A small model with dropout trains for 60 steps through the real command, with loader processes; every second run with a
 checkpoint every five steps, the others by epochs with two micro-batches a step and a checkpoint after each. `TMPDIR`
 lies on another file system than the run. Each run is killed, with all its processes, and goes on with
 `--ckpt_path last` and another number of loader processes until it ends. Then the ids of the samples of every batch, the
 held-out scores and the last weights are compared with those of a run that nobody killed.
+
+With several `--ranks` the weights are shared out over them, and a checkpoint is a folder that all of them write while
+they train on; then every run has a checkpoint every five steps.
 """
 
 from __future__ import annotations
@@ -30,10 +33,13 @@ import lightning as L
 import torch
 import yaml
 
+from indiclip.pretrained.sharded import read_sharded
+from indiclip.pretrained.weights import read_tensors
 from indiclip.training.fault_tolerance.manifest import what_is_wrong
 from indiclip.training.record import read_history
 
 STEPS, EVERY = 60, 5
+SHARDED = {"class_path": "indiclip.training.sharding.ShardedStrategy", "init_args": {"data_parallel_size": 1}}
 
 
 class Diary(L.Callback):
@@ -48,12 +54,14 @@ class Diary(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         number = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if trainer.global_rank:
+            return
         row = {"batch": number, "keys": {task: part["keys"] for task, part in batch.items()}}
         with (self.folder / "keys.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def experiment(folder: Path, micro_batches: int) -> dict[str, Any]:
+def experiment(folder: Path, micro_batches: int, ranks: int) -> dict[str, Any]:
     """A small model with dropout."""
     text = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"intermediate_size": 64, "hidden_dropout_prob": 0.2}
@@ -92,6 +100,7 @@ def experiment(folder: Path, micro_batches: int) -> dict[str, Any]:
             "accelerator": "cpu",
             "enable_progress_bar": False,
             "callbacks": callbacks,
+            **({"devices": ranks, "strategy": SHARDED} if ranks > 1 else {"devices": 1}),
         },
     }
 
@@ -101,6 +110,7 @@ def start(folder: Path, scratch: Path, workers: int) -> subprocess.Popen[bytes]:
     file = folder / "experiment.yaml"
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"TMPDIR": str(scratch), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(folder / "runs")]
     command += ["--ckpt_path", "last", "--data.num_workers", str(workers)]
     with (folder / "output.txt").open("ab") as output:
@@ -147,10 +157,10 @@ def read_diary(folder: Path) -> dict[int, Any]:
     return rows
 
 
-def prepared(folder: Path, micro_batches: int) -> Path:
+def prepared(folder: Path, micro_batches: int, ranks: int) -> Path:
     """A folder with an experiment."""
     folder.mkdir()
-    (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment(folder, micro_batches)))
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment(folder, micro_batches, ranks)))
     return folder
 
 
@@ -169,8 +179,10 @@ def one_run(folder: Path, scratch: Path, kills: int, draw: random.Random) -> dic
 def readable(file: Path) -> bool:
     """Whether a checkpoint can be read to its last byte: by the archive's own checksums, whatever our list says."""
     try:
+        if file.is_dir():
+            return "optimizer_states" in read_sharded(file)
         return zipfile.ZipFile(file).testzip() is None and "state_dict" in torch.load(file, weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, OSError):
+    except (zipfile.BadZipFile, RuntimeError, OSError, ValueError):
         return False
 
 
@@ -188,7 +200,7 @@ def compare(folder: Path, reference: Path) -> tuple[int, int, bool, bool]:
         for p in (folder, reference)
     )
     last = [place / "runs" / "experiment" / "checkpoints" / "last.ckpt" for place in (folder, reference)]
-    weights = [torch.load(file, weights_only=True)["state_dict"] for file in last]
+    weights = [read_tensors(file)["state_dict"] for file in last]
     return (
         (theirs - mine).total(),
         (mine - theirs).total(),
@@ -203,12 +215,14 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--kills", type=int, default=2, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1, help="processes; several share out the weights")
     parser.add_argument("--folder", type=Path, help="where the runs lie (default: a temporary folder)")
     arguments = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="kill-", dir=arguments.folder))
     scratch = Path(tempfile.mkdtemp(prefix="kill-", dir="/dev/shm"))
     other = "another file system" if scratch.stat().st_dev != place.stat().st_dev else "THE SAME file system"
-    references = [prepared(place / f"reference{micro_batches}", micro_batches) for micro_batches in (1, 2)]
+    kinds, ranks = ([1, 2] if arguments.ranks == 1 else [1]), arguments.ranks
+    references = [prepared(place / f"reference{micro_batches}", micro_batches, ranks) for micro_batches in kinds]
     for reference in references:
         if start(reference, scratch, 2).wait():
             print((reference / "output.txt").read_text()[-2000:])
@@ -216,12 +230,13 @@ def main() -> int:
     names = ("kills", "saving", "lost", "repeated", "examined", "torn", "other scores", "other weights")
     sums = dict.fromkeys(names, 0)
     for number in range(arguments.runs):
-        folder = prepared(place / f"run{number}", 1 + number % 2)
+        kind = number % len(kinds)
+        folder = prepared(place / f"run{number}", kinds[kind], ranks)
         seen = one_run(folder, scratch, arguments.kills, random.Random(f"{arguments.seed} {number}"))
         if seen["status"]:
             print((folder / "output.txt").read_text()[-2000:])
             return 1
-        lost, repeated, same_scores, equal = compare(folder, references[number % 2])
+        lost, repeated, same_scores, equal = compare(folder, references[kind])
         sums["kills"] += sum(moment != "ended before" for moment in seen["moments"])
         sums["saving"] += seen["moments"].count("saving")
         sums["lost"], sums["repeated"] = sums["lost"] + lost, sums["repeated"] + repeated
@@ -235,7 +250,8 @@ def main() -> int:
             flush=True,
         )
     print(
-        f"{arguments.runs} runs of {STEPS} steps, TMPDIR on {other}: {sums['kills']} kills, {sums['saving']} of them "
+        f"{arguments.runs} runs of {STEPS} steps on {ranks} rank(s), TMPDIR on {other}: {sums['kills']} kills, "
+        f"{sums['saving']} of them "
         f"while saving; samples lost {sums['lost']}, repeated {sums['repeated']}; checkpoints torn {sums['torn']} of "
         f"{sums['examined']}; runs with other weights {sums['other weights']}, other held-out scores "
         f"{sums['other scores']}"

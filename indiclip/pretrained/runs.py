@@ -9,6 +9,7 @@ from torch import Tensor
 from indiclip.names import check_choice, nearest_beside
 from indiclip.old_names import translate_checkpoint
 from indiclip.pretrained.build import NEWER
+from indiclip.pretrained.sharded import is_sharded
 from indiclip.pretrained.weights import PART_OF, Weights, read_tensors
 
 AVERAGES = "averages"  # entry of a checkpoint: `state_dict` and `num_updates` of `indiclip.training.ema.EMA`
@@ -66,7 +67,7 @@ def _best(last: Path, checkpoint: dict[str, Any]) -> Path:
     for state in (checkpoint.get("callbacks") or {}).values():
         if isinstance(state, dict) and state.get("best_model_path") and state.get("monitor"):
             best = last.parent / Path(state["best_model_path"]).name  # the folder may have been moved
-            if not best.is_file():
+            if not best.exists():
                 raise FileNotFoundError(f"{best}: is gone; it was the best by {state['monitor']}")
             return best
     raise ValueError(f"{last}: its run kept no best checkpoint (no `monitor`); expected last")
@@ -74,13 +75,13 @@ def _best(last: Path, checkpoint: dict[str, Any]) -> Path:
 
 def checkpoint_file(path: Path) -> Path:
     """The checkpoint that a path of a run or a file stands for."""
-    if path.is_file():
+    if path.is_file() or is_sharded(path):
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such run or checkpoint{nearest_beside(path)}")
     last = path / "checkpoints" / "last.ckpt"
     mine = [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")]
-    found = [last] if last.is_file() else sorted(mine, key=lambda file: file.stat().st_mtime)
+    found = [last] if last.exists() else sorted(mine, key=lambda file: file.stat().st_mtime)
     if not found:
         below = sorted({str(folder.parent) for folder in path.glob("*/checkpoints") if any(folder.glob("*.ckpt"))})
         runs = f"; runs in it are {', '.join(below[:5])}{', ...' if len(below) > 5 else ''}" if below else ""

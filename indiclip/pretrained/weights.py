@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from indiclip.lora import merged_tensors
+from indiclip.pretrained.sharded import is_sharded, read_sharded
 
 # Part of an encoder -> the beginnings of its tensors' names.
 PARTS = {
@@ -119,13 +120,15 @@ def read_tensors(file: Path, mmap: bool = False) -> dict[str, Any]:
     """What a `.safetensors` holds, or any file of `torch.save` that has only tensors and plain values.
 
     Args:
-        file: Of either kind.
+        file: Of either kind; or the folder of a run's checkpoint, without what only its training needs.
         mmap: Read a tensor's bytes only where they are used, if the format has them in one place.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: It is truncated, of another kind, or holds pickled objects.
     """
+    if is_sharded(file):
+        return read_sharded(file, leave_out=("optimizer_states",))
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file of weights")
     try:

@@ -127,7 +127,7 @@ class IndiCLI(LightningCLI):
         else:
             self.save_config_kwargs = {"portable": PortableConfig(tree, written, self.folder)}
         checkpoint = Path(config.get("ckpt_path") or "none")
-        if self.subcommand == "fit" and checkpoint.is_file():
+        if self.subcommand == "fit" and checkpoint.exists():
             changes = check_changes(self._parser("fit"), config)
             if changes and is_first_process():
                 print("changed since the checkpoint:", *changes, sep="\n  ")

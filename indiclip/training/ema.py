@@ -17,14 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from indiclip.names import check_range
 from indiclip.pretrained.runs import AVERAGES
+from indiclip.sharding import like
 from indiclip.training.fault_tolerance.ranks import callbacks_of
 
 
 class EMA(Callback):
     """Keeps an average of every trained weight, and scores that instead of the weights.
 
-    After an optimizer step, average = decay * average + (1 - decay) * weight, in float32, of each rank's own shard;
-    nothing is gathered but for a checkpoint. The running statistics of batch norm are averaged likewise. The decay
+    After an optimizer step, average = decay * average + (1 - decay) * weight, in float32, of each rank's own shard. The
+    running statistics of batch norm are averaged likewise. The decay
     grows with the number of updates t, min(decay, (1 + t) / (10 + t)), so that a short run's average is not of its
     beginning (TensorFlow's `tf.train.ExponentialMovingAverage`, `num_updates`).
 
@@ -55,7 +56,7 @@ class EMA(Callback):
             kind = type(trainer.strategy).__name__
             raise ValueError(
                 f"trainer.strategy: {kind} flattens the weights, which EMA averages one by one; expected ddp or "
-                "ModelParallelStrategy"
+                "indiclip.training.sharding.ShardedStrategy"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,15 +121,13 @@ class EMA(Callback):
         self._swap_out(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """On all ranks, which put their shards together."""
-        weights = pl_module.state_dict()
+        """On all ranks, each with its shards."""
+        weights = checkpoint["state_dict"]
         if self._trained is not None:  # a checkpoint in the middle of a validation
             for name, trained in self._trained.items():
-                is_sharded = isinstance(checkpoint["state_dict"][name], DTensor)
-                like = weights[name]
-                checkpoint["state_dict"][name] = _shards_of(trained, like) if is_sharded else _whole(trained, like)
+                weights[name] = _as_saved(trained, weights[name])
         if self._averages:
-            averages = {name: _whole(average, weights[name]) for name, average in self._averages.items()}
+            averages = {name: _as_saved(average, weights[name]) for name, average in self._averages.items()}
             checkpoint[AVERAGES] = {"num_updates": self.num_updates, "state_dict": averages}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -142,7 +141,7 @@ class EMA(Callback):
             return
         weights = module.state_dict()
         self._averages = {
-            name: _shard_like(self._loaded[name], weights[name]).to(shard.device, torch.float32).clone()
+            name: _local(like(self._loaded[name], weights[name])).to(shard.device, torch.float32).clone()
             for name, shard in _shards(module)
             if name in self._loaded
         }
@@ -190,21 +189,13 @@ def _shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.running_var", part.running_var
 
 
-def _whole(shard: Tensor, like: Tensor) -> Tensor:
-    """All ranks' shards of a weight as one tensor, on the CPU."""
-    if isinstance(like, DTensor):
-        shard = _shards_of(shard, like).full_tensor()
+def _as_saved(shard: Tensor, weight: Tensor) -> Tensor:
+    """For a checkpoint, as it has the weight: whole, on the CPU, or shared out over the ranks."""
+    if isinstance(weight, DTensor):
+        mesh = weight.device_mesh
+        return DTensor.from_local(shard, mesh, weight.placements, shape=weight.shape, stride=weight.stride())
     return shard.detach().cpu()
 
 
-def _shards_of(shard: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-
-
-def _shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor."""
-    if isinstance(like, DTensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements).to_local()
-    return whole
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

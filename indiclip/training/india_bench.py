@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from indiclip.checkpoint import encoder_of
+from indiclip.encoder import Encoder
 from indiclip.evals.bench import check_languages, find_bench, logged_names, run_bench
 from indiclip.evals.card_scorer import Options
 from indiclip.evals.encode import Ranks
@@ -24,6 +26,8 @@ from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.module import MultiTask
 from indiclip.names import check_range
+from indiclip.pretrained.weights import Weights
+from indiclip.sharding import is_sharded, whole
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import Interrupted, callbacks_of, folder_of, together
 from indiclip.training.fault_tolerance.step_sync import StepSync
@@ -93,10 +97,10 @@ class IndiaBench(Callback):
         if stage == "predict":
             return
         assert isinstance(pl_module, MultiTask)
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(
-                f"trainer.strategy: IndiaBench needs all weights on each rank, which {type(trainer.strategy).__name__} "
-                "shares out; expected ddp"
+                "trainer.strategy: IndiaBench needs all weights on each rank, which FSDPStrategy shares out; expected "
+                "ddp or indiclip.training.sharding.ShardedStrategy"
             )
         check_parquet()
         self._folder = folder_of(trainer)
@@ -211,7 +215,8 @@ class IndiaBench(Callback):
         print(f"step {step}: benchmark of {weights} in {seconds:.0f} s: {', '.join(numbers)}", flush=True)
 
     def _embedder(self, module: MultiTask) -> EncoderEmbedder:
-        return EncoderEmbedder(module.encoder, self._folder.resolve().name, lengths=self.lengths)
+        encoder = _whole_encoder(module.encoder) if is_sharded(module) else module.encoder
+        return EncoderEmbedder(encoder, self._folder.resolve().name, lengths=self.lengths)
 
     def _announce(self, stage: str) -> None:
         counts = [
@@ -227,6 +232,13 @@ class IndiaBench(Callback):
         for items in self.bench.items:
             for note in items.notes if not items.procedural else []:
                 print(f"  {items.card.id}: {note}")
+
+
+def _whole_encoder(encoder: Encoder) -> Encoder:
+    """A copy with all weights, in float32: ranks do not encode equally many images. A collective."""
+    tensors = {name: whole(tensor) for name, tensor in encoder.state_dict().items()}
+    copied = Weights("the trained encoder", encoder.to_config(), tensors)
+    return encoder_of(copied, trust_code=True).to(encoder.device)  # it is made of what runs already
 
 
 @contextmanager

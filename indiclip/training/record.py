@@ -20,6 +20,7 @@ from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.masking import mask
 from indiclip.module import Batches, MultiTask
+from indiclip.sharding import gathered_weights
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
 
@@ -108,14 +109,15 @@ class RunRecord(Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, MultiTask)
+        data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
+        with scored_weights(trainer, pl_module) as weights, gathered_weights(pl_module):
+            if not trainer.is_global_zero:
+                return
+            with trainer.precision_plugin.forward_context():
+                pictures = held_out_pictures(pl_module, data.first_val_batches(self.pictures), self.pictures)
         assert self._began is not None
         quarantined = json_lines.read(self._folder / "quarantine.jsonl")
-        data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
-        with scored_weights(trainer, pl_module) as weights:
-            pictures = held_out_pictures(pl_module, data.first_val_batches(self.pictures), self.pictures)
         record: dict[str, Any] = {
             "step": trainer.global_step,
             "seconds": round(time.monotonic() - self._began, 1),

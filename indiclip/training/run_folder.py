@@ -125,8 +125,8 @@ def _folder_of_checkpoint(config: Any, subcommand: str) -> Path | None:
         file = newest_good(file / "checkpoints")[0] or file / "checkpoints" / "*.ckpt"
         config["ckpt_path"] = checkpoint = str(file)
     if not file.exists():
-        raise FileNotFoundError(f"--ckpt_path: no file {checkpoint}{nearest_beside(file, '*.ckpt')}")
-    if file.is_file() and (reason := what_is_wrong(file)):
+        raise FileNotFoundError(f"--ckpt_path: no checkpoint {checkpoint}{nearest_beside(file, '*.ckpt')}")
+    if reason := what_is_wrong(file):
         good = newest_good(file.resolve().parent)[0]
         instead = f"the newest good one there is {good}" if good else "there is no good one beside it"
         raise ValueError(f"--ckpt_path: {checkpoint}: {reason}; {instead}")

@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from indiclip.names import check_range
-from indiclip.training.callbacks import StartupTable, TaskProgress
+from indiclip.training.callbacks import StartupTable, TaskGradients, TaskProgress
 from indiclip.training.fault_tolerance.checkpoints import Checkpoints, DurableCheckpointIO
 from indiclip.training.fault_tolerance.local_ranks import LocalRanks
 from indiclip.training.fault_tolerance.resume_validation import ResumeValidation
@@ -27,8 +28,9 @@ from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.monitors import CheckMonitors
 from indiclip.training.record import PredictionWriter, RunRecord
+from indiclip.training.sharding import ShardedStrategy
 
-_SHARDED = ("fsdp", "modelparallel", "deepspeed")  # strategies that write folders of shards by themselves
+_SHARDED = ("fsdp", "modelparallel", "deepspeed", "sharded")  # strategies that write folders of shards by themselves
 _LEAST = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
 
 
@@ -118,7 +120,15 @@ def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial
 
 def _check_callbacks(callbacks: list[Callback], strategy: Any) -> None:
     """Refuse those of Lightning that know nothing of the optimizer's groups here, or of shards."""
+    is_sharded = isinstance(strategy, ModelParallelStrategy)
+    if is_sharded and not isinstance(strategy, ShardedStrategy):
+        raise ValueError(
+            "trainer.strategy: ModelParallelStrategy writes checkpoints that a kill can tear; expected "
+            "indiclip.training.sharding.ShardedStrategy"
+        )
     for callback in callbacks:
+        if is_sharded and isinstance(callback, TaskGradients):
+            raise ValueError("trainer.callbacks: TaskGradients needs whole gradients on each rank; expected ddp")
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging) and not _saves_one_file(strategy):
             raise ValueError(
                 f"trainer.callbacks: {type(callback).__name__} copies whole models, and this trainer.strategy shares "

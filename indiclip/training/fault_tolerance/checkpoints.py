@@ -11,7 +11,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning import LightningModule, Trainer
@@ -22,11 +22,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from indiclip.distributed import gathered
 from indiclip.lightning_internals import epoch_ends, validation_due
 from indiclip.old_names import translate_checkpoint
+from indiclip.pretrained.sharded import is_sharded, read_sharded
 from indiclip.pretrained.weights import unreadable
 from indiclip.training.fault_tolerance import manifest
 from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 
-_HEADROOM = 1 << 20  # bytes beside the tensors, and that a file system takes for itself
+HEADROOM = 1 << 20  # bytes beside the tensors, and that a file system takes for itself
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
 _LIGHTNING = "pytorch-lightning_version"  # entry of every checkpoint of a run
 
@@ -55,35 +56,54 @@ class DurableCheckpointIO(TorchCheckpointIO):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             for left in target.parent.glob(".*.part"):  # by a killed run
-                left.unlink(missing_ok=True)
+                manifest.remove(left)
             _check_space(checkpoint, target)
-            digest = _write(checkpoint, part)
+            digest = write(checkpoint, part)
             manifest.announce(target, digest, part.stat().st_size, checkpoint.get("global_step") or 0)
-            part.replace(target)
-            manifest.sync(target.parent)
-            manifest.settle(target)
+            manifest.put(part, target)
         except OSError as error:
-            stays = "which others are good could not be read"
-            with contextlib.suppress(OSError, ValueError):  # the disk may be as bad for reading
-                found = manifest.newest_good(target.parent)[0]
-                stays = f"the last good one is {found}" if found else "there is no earlier one"
-            raise NotSaved(f"{target}: not saved: {error.strerror or error}; {stays}") from error
+            raise NotSaved(f"{target}: not saved: {error.strerror or error}; {stays(target.parent)}") from error
         finally:
             with contextlib.suppress(OSError):  # which would hide the first one
                 part.unlink(missing_ok=True)
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+        self,
+        path: str | Path,
+        map_location: Any = "cpu",
+        weights_only: bool | None = True,
+        place: Callable[..., torch.Tensor] | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint; never unpickles anything, whatever `weights_only` says."""
+        """Read a checkpoint; never unpickles anything, whatever `weights_only` says.
+
+        Args:
+            path: Of a file, or of a folder, which any strategy reads.
+            map_location: For a file's tensors.
+            weights_only: Without effect.
+            place: For a folder's tensors, see `read_sharded`.
+        """
         try:
-            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            if is_sharded(Path(path)):
+                checkpoint = read_sharded(Path(path), place)
+            else:
+                checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
             translate_checkpoint(checkpoint)
         except Exception as error:
-            raise unreadable(path, error) from error
+            raise error if is_sharded(Path(path)) else unreadable(path, error) from error
         if _LIGHTNING not in checkpoint:  # which Lightning reads next
             raise ValueError(f"--ckpt_path: {path} is no checkpoint of IndiCLIP; expected the entry {_LIGHTNING!r}")
         return checkpoint
+
+
+@runtime_checkable
+class SavesLater(Protocol):
+    """A strategy that trains on while it saves."""
+
+    def finish_saving(self) -> None:
+        """Wait for it. Raises NotSaved, the same on all ranks, where it failed."""
+
+    def when_saved(self, action: Callable[[], None]) -> None:
+        """Do something when what is being saved is in its place; on the first rank."""
 
 
 class Checkpoints(ModelCheckpoint):
@@ -167,6 +187,15 @@ class Checkpoints(ModelCheckpoint):
             return None
         if trainer.global_step == self._goes_on_from:
             return str(trainer.ckpt_path)
+        self._save_this_step(trainer)
+        if isinstance(trainer.strategy, SavesLater):
+            try:
+                trainer.strategy.finish_saving()  # what comes after this may be the end of the process
+            except NotSaved as error:
+                raise AgreedStop(trainer, str(error)) from error
+        return self._last_checkpoint_saved
+
+    def _save_this_step(self, trainer: Trainer) -> None:
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             if self.monitor is None:
@@ -174,7 +203,6 @@ class Checkpoints(ModelCheckpoint):
             else:  # under one name, for it is none of the best, which alone are removed when others take their place
                 self._save_checkpoint(trainer, self.format_checkpoint_name(candidates, "stopped"))
             self._save_last_checkpoint(trainer, candidates)
-        return self._last_checkpoint_saved
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         failure = None
@@ -201,12 +229,27 @@ class Checkpoints(ModelCheckpoint):
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """As ModelCheckpoint's, with no instant without a link."""
         link = Path(linkpath)
-        if trainer.is_global_zero and Path(filepath).absolute() != link.absolute():
+
+        def make() -> None:
             made = link.with_name(f".{link.name}.part")
             made.unlink(missing_ok=True)
             made.symlink_to(os.path.relpath(filepath, link.parent))
             made.replace(link)
+
+        if trainer.is_global_zero and Path(filepath).absolute() != link.absolute():
+            if isinstance(trainer.strategy, SavesLater):
+                trainer.strategy.when_saved(make)
+            else:
+                make()
         trainer.strategy.barrier()
+
+
+def stays(folder: Path) -> str:
+    """Which checkpoint there is still where another could not be saved, in words."""
+    with contextlib.suppress(OSError, ValueError):  # the disk may be as bad for reading
+        found = manifest.newest_good(folder)[0]
+        return f"the last good one is {found}" if found else "there is no earlier one"
+    return "which others are good could not be read"
 
 
 def foreign(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -231,15 +274,15 @@ def _check_space(checkpoint: dict[str, Any], target: Path) -> None:
         storages[storage.data_ptr()] = storage.nbytes()
 
     apply_to_collection(checkpoint, torch.Tensor, add)
-    needed, free = sum(storages.values()) + _HEADROOM, shutil.disk_usage(target.parent).free
+    needed, free = sum(storages.values()) + HEADROOM, shutil.disk_usage(target.parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes and the disk has {free:,} left")
 
 
-def _write(checkpoint: dict[str, Any], part: Path) -> str:
-    """Write and read back. Returns the SHA-256."""
+def write(checkpoint: dict[str, Any], part: Path) -> str:
+    """Write a file and read it back. Returns its SHA-256."""
     with part.open("wb") as file:
-        writer = _Hashing(file)
+        writer = Hashing(file)
         try:
             torch.save(checkpoint, cast(IO[bytes], writer))  # it only writes
         except RuntimeError as error:  # torch's own, which hides what the disk said
@@ -247,21 +290,28 @@ def _write(checkpoint: dict[str, Any], part: Path) -> str:
         file.flush()
         os.fsync(file.fileno())
         written = writer.sha256.hexdigest()
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
-    if (found := manifest.sha256(part)) != written:
-        said = f"the disk gave back other bytes than were written (SHA-256 {found[:12]}, not {written[:12]})"
-        raise OSError(errno.EIO, said)
+    read_back(part, written)
     return written
 
 
-class _Hashing:
+def read_back(file: Path, written: str) -> None:
+    """Raise OSError unless the disk gives back what was written, by its SHA-256."""
+    with file.open("rb") as opened:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+    if (found := manifest.sha256(file)) != written:
+        said = f"the disk gave back other bytes than were written (SHA-256 {found[:12]}, not {written[:12]})"
+        raise OSError(errno.EIO, said)
+
+
+class Hashing:
     """A file that hashes what is written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.sha256 = file, hashlib.sha256()
         self.error: OSError | None = None
         self.flush: Callable[[], None] = file.flush
+        self.tell, self.fileno, self.close = file.tell, file.fileno, file.close
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
