@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -125,11 +126,9 @@ def kill(run: subprocess.Popen[bytes], folder: Path, while_saving: bool, draw: r
     while run.poll() is None and (not diary.exists() or diary.stat().st_size == before):
         time.sleep(0.002)
     if while_saving:
-        saves, at, there = 0, draw.randint(1, 4), False
+        saves, at, there = 0, draw.randint(2, 5), False  # the first would leave nothing to look at
         while run.poll() is None:
-            part = (
-                any(file.name.endswith(".part") for file in os.scandir(checkpoints)) if checkpoints.exists() else False
-            )
+            part = being_saved(checkpoints)
             saves += part and not there
             there = part
             if saves == at and part:
@@ -141,8 +140,12 @@ def kill(run: subprocess.Popen[bytes], folder: Path, while_saving: bool, draw: r
         return "ended before"
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    left = checkpoints.exists() and any(file.name.endswith(".part") for file in os.scandir(checkpoints))
-    return "saving" if left else "training"
+    return "saving" if being_saved(checkpoints) else "training"
+
+
+def being_saved(checkpoints: Path) -> bool:
+    """Whether a checkpoint lies beside its place."""
+    return any(re.fullmatch(r"\.\d+\.ckpt\.part", part.name) for part in checkpoints.glob(".*.part"))
 
 
 def read_diary(folder: Path) -> dict[int, Any]:
