@@ -196,7 +196,7 @@ def test_a_column_of_a_table_is_the_clusters(tmp_path):
         ({"file": "short.npy"}, r"short.npy: found int64 \(3,\); expected whole numbers, one for each of 40 samples"),
         ({"file": "halves.npy"}, r"halves.npy: found float64 \(40,\); expected whole numbers"),
         ({"file": "text.npy"}, r"text.npy: no .npy file of whole numbers"),
-        ({"file": "shrot.npy"}, r"shrot.npy: no such file or folder; nearest is 'short.npy'"),
+        ({"file": "shrot.npy"}, r"clusters.file: shrot.npy: no such file or folder; nearest is 'short.npy'"),
         ({"file": "good.npy", "weights": {7: 2.0}}, "clusters.weights: there is no cluster 7; there are 4"),
         ({"file": "good.npy", "share": 1.25}, "50 samples an epoch are more than 40, 1 of each; expected a smaller"),
         ({"file": "good.npy", "weights": {0: 0.0}}, "40 samples an epoch are more than 30, 1 of each"),

@@ -6,13 +6,12 @@ from epoch to epoch, so each of them comes as often as any other. All is a funct
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.tables import existing
-from indiclip.names import check_range
+from indiclip.names import check_range, reason_of
 
 _CLUSTER_BITS, _RANDOM_BITS, _SLICE_BITS = 24, 18, 22  # of the 64-bit numbers that samples are sorted by
 _LARGEST_ID = 2**_CLUSTER_BITS
@@ -56,7 +55,7 @@ class Clusters:
         where, found = key, dataset.clusters if dataset.clusters is not None else dataset.labels
         if self.file is not None:
             where = f"{key}.file: {self.file}"
-            found = _load(existing(self.file), where)
+            found = _load(self.file, f"{key}.file")
         if found is None:
             raise ValueError(
                 f"{where}: the samples of {type(dataset).__name__} have neither cluster nor label; expected {key}.file"
@@ -93,11 +92,13 @@ class Clusters:
         return _fill(weights, most, samples)
 
 
-def _load(file: Path, where: str) -> np.ndarray:
+def _load(file: str, key: str) -> np.ndarray:
     try:
-        return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+        return np.asarray(np.load(existing(file), mmap_mode="r", allow_pickle=False))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from None
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{where}: no .npy file of whole numbers: {error}") from error
+        raise ValueError(f"{key}: {file}: no .npy file of whole numbers: {reason_of(error)}") from error
 
 
 def _fill(weights: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
