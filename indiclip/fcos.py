@@ -18,7 +18,7 @@ from timm.layers import LayerNorm2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torchvision import ops
 
-from indiclip.head import Ratio
+from indiclip.ratios import Ratio
 from indiclip.types import in_float32, on_device
 
 _PRIOR = 0.01  # first score of every class, so that the many empty cells do not swamp the first steps (focal loss)

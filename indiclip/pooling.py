@@ -121,7 +121,9 @@ def _normalise_over_ranks(norm: Any, x_BD: Tensor, number: int) -> Tensor:
     var_D = mean_over_ranks(centred_BD.square().mean(0))
     with torch.no_grad():
         norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean_D.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((var_D * number / (number - 1)).to(norm.running_var.dtype), norm.momentum)
+        # None is a cumulative mean, which StochasticWeightAveraging asks for.
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean_D.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_((var_D * number / (number - 1)).to(norm.running_var.dtype), momentum)
     normalised_BD: Tensor = centred_BD * (var_D + norm.eps).rsqrt()
     return normalised_BD

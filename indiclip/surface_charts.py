@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indiclip.head import Ratio
+from indiclip.ratios import Ratio
 from indiclip.types import Rows, on_device
 
 NUM_PARTS = 24

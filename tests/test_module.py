@@ -365,7 +365,7 @@ def test_whatever_the_weights_type_positions_are_in_float32(precision, tmp_path)
     module, run = four_tasks(), trainer(tmp_path, max_steps=2, precision=precision, enable_checkpointing=False)
     seen = []
     module.heads["detection"].register_forward_hook(lambda head, inputs, out: seen.append(out[1].centres_A2.dtype))
-    run.fit(module, datamodule=data)
+    (run.validate if precision == "bf16-true" else run.fit)(module, datamodule=data)  # bf16-true trains nothing
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16 if precision == "bf16-true" else torch.float64}
     assert {*seen} == {torch.float32}
     assert {"val/detection/ap50", "val/counting/mae", "val/densepose/uv_gps"} <= run.callback_metrics.keys()

@@ -59,21 +59,25 @@ ARROWS = {
     "patches.py": "types",
     "preprocessing.py": "types names images patches",
     "timm_errors.py": "names",
-    "backbone.py": "types names preprocessing timm_errors",
+    "packing.py": "types",
+    "text_packing.py": "packing",
+    "backbone.py": "types names preprocessing timm_errors packing",
     "timm_backbone.py": "types names preprocessing timm_errors backbone",
     "tokenizers.py": "names text_cleaning tokenizer_sources",
     "tokenizer_sources.py": "names",
-    "text.py": "names quiet tokenizers",
+    "text.py": "names quiet tokenizers packing text_packing",
     "text_cleaning.py": "names",
     "transformers_backbone.py": "types names preprocessing backbone text",
-    "pooling.py": "names",
+    "pooling.py": "names distributed",
     "distributed.py": "",
-    "sharding.py": "",
+    "sharding.py": "packing",
+    "ratios.py": "distributed",
+    "micro_batches.py": "types head pooling ratios",
     "losses.py": "logit_chunks",
     "logit_chunks.py": "distributed",
-    "fcos.py": "types",
-    "surface_charts.py": "types",
-    "head.py": "types names distributed",
+    "fcos.py": "types ratios",
+    "surface_charts.py": "types ratios",
+    "head.py": "types names distributed ratios",
     "detection_metric.py": "head",
     "pretrained": (
         "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
@@ -82,11 +86,12 @@ ARROWS = {
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding",
+    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding"
+    " micro_batches ratios",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
-    "planning": "types names images head losses optim loading",
+    "planning": "types names images head losses optim loading ratios",
     "loading": "types names images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
@@ -94,7 +99,7 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
-        " sharding lightning_internals encoder head module datasets loading evals"
+        " sharding pooling lightning_internals encoder head module datasets loading evals"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"

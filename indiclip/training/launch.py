@@ -1,6 +1,7 @@
 """The processes of a run are those that its trainer expects, and all of them run the same."""
 
 import hashlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -11,9 +12,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-import heads
 import indiclip
 from indiclip.distributed import gathered
+from indiclip.module import MultiTask
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 
 
@@ -83,7 +84,9 @@ class SameOnAllRanks(Callback):
         if trainer.world_size == 1:
             return
         text = json.dumps(self.config, sort_keys=True, default=str)
-        for what, mine in {"code": _code(), "configuration": hashlib.sha256(text.encode()).hexdigest()}.items():
+        assert isinstance(pl_module, MultiTask)
+        own = {"code": _code(pl_module), "configuration": hashlib.sha256(text.encode()).hexdigest()}
+        for what, mine in own.items():
             digests = gathered(mine)
             others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             if others:
@@ -92,8 +95,8 @@ class SameOnAllRanks(Callback):
                 )
 
 
-def _code() -> str:
-    """A digest of our Python files."""
-    folders = [Path(str(package.__file__)).parent for package in (indiclip, heads)]
-    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+def _code(module: MultiTask) -> str:
+    """A digest of our Python files and of those of the heads."""
+    files = sorted(Path(str(indiclip.__file__)).parent.rglob("*.py"))
+    files += [Path(inspect.getfile(type(head))) for head in module.each_head()]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
