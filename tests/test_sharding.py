@@ -77,6 +77,19 @@ def test_ten_steps_end_at_the_weights_of_ddp(copies, shards, tmp_path):
     )
 
 
+def test_micro_batches_of_shards_are_the_batch_of_ddp(tmp_path):
+    """Without dropout, which is another one in each part."""
+    found = {}
+    for name, (strategy, number) in {"ddp": ("ddp", 1), "sharded": (sharded(1, 2), 2)}.items():
+        tree = ten_steps(strategy, micro_batches=number)
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        tree["model"]["encoder"]["text"]["architecture"] |= no_dropout
+        tree["trainer"] |= {"max_steps": 3, "callbacks": [{"class_path": "trouble.Double"}]}
+        done, found[name] = fitted(tmp_path / name, tree, 2)
+        assert done.returncode == 0, done.stderr
+    assert largest_difference(*(weights(run_folder) for run_folder in found.values())) < 1e-6
+
+
 def four_tasks(strategy):
     """conf/mela.yaml, small."""
     tree = yaml.safe_load((ROOT / "conf" / "mela.yaml").read_text())
