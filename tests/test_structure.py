@@ -157,7 +157,8 @@ def test_protocols_are_functions_of_numbers():
 
 
 def test_fault_tolerance_knows_of_data_the_workers_only():
-    names = ("module", "json_lines", "masking", "types", "names", "old_names", "distributed", "lightning_internals")
+    names = ("module", "pooling", "json_lines", "masking", "types", "names", "old_names", "distributed")
+    names += ("lightning_internals",)
     allowed = {f"indiclip.{name}" for name in (*names, "pretrained.weights", "pretrained.sharded", "loading.workers")}
     here = "indiclip.training.fault_tolerance"
     for file in (ROOT / "indiclip" / "training" / "fault_tolerance").glob("*.py"):

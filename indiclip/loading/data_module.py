@@ -82,7 +82,7 @@ class MultiTaskData(L.LightningDataModule):
     def steps(self, sources: list[Source], train: bool) -> Steps:
         """The steps of this rank."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Steps(sources, self.seed, self.preprocessing, train, rank, world, self.encode if train else None)
+        return Steps(sources, self.seed, self.preprocessing, train, rank, world, encode=self.encode if train else None)
 
     def setup(self, stage: str) -> None:
         """Tell Lightning that nothing is held out; it would wait for the end of a validation that never begins."""

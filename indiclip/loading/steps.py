@@ -34,8 +34,8 @@ class Steps(Dataset[Step]):
         train: Or held out.
         rank: This process's.
         world_size: Of how many.
-        encode: The tokenizer's, by which captions are tokenised here; None leaves that to who reads them.
         run_steps: Steps of the whole run, of which stages are a share; `begin` may say it later.
+        encode: The tokenizer's, by which captions are tokenised here; None leaves that to who reads them.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class Steps(Dataset[Step]):
         train: bool,
         rank: int = 0,
         world_size: int = 1,
-        encode: Callable[[list[str]], list[list[int]]] | None = None,
         run_steps: int | None = None,
+        encode: Callable[[list[str]], list[list[int]]] | None = None,
     ) -> None:
         self.seed, self.preprocessing, self.encode = seed, preprocessing, encode
         self.train, self.rank, self.world_size = train, rank, world_size
