@@ -39,6 +39,11 @@ class Source:
             Worth it where lengths differ much and sizes say nothing of the content. Without effect where lengths are
             not known beforehand: an augmentation that crops, a dataset without `sizes_hw`, a backbone of one size.
             With `batch_tokens`, all sizes are looked at when the run starts, a second for a million.
+        shard_groups: Groups that the shards are dealt to. Each step has samples of all groups, in equal parts, and the
+            ranks take them in blocks, so that each of N nodes reads about 1/N of the shards, of remote ones copies that
+            many; with 1, every node reads every shard. It belongs to the order of the samples, as the seed does, and is
+            the same on any number of nodes: choose a multiple of the most nodes that the run may have. `window` is then
+            of each group.
         name: Of a held-out source. Where a task has several of them, each is scored by itself, as
             `val/<head>/<name>/<metric>`; without a name, it is the source's place among them, from 0. The only one of
             its task is `val/<head>/<metric>`, whatever its name.
@@ -54,6 +59,7 @@ class Source:
     batch_multiple: int = 8
     window: int = 16
     group_by_length: bool = False
+    shard_groups: int = 1
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -62,7 +68,7 @@ class Source:
                 f"data: dataset of task {self.task!r}: found {type(self.dataset).__name__}; expected a SampleDataset "
                 "(indiclip.datasets.base)"
             )
-        names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens")
+        names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens", "shard_groups")
         check_range({f"data: {name} of task {self.task!r}": getattr(self, name) for name in names}, 1)
         if (self.batch_size is None) == (self.batch_tokens is None):
             both = "; found both" if self.batch_size is not None else ""
@@ -87,10 +93,10 @@ class Source:
         if preprocessing.canvas_hw is None and self.transform.keeps_size:
             sizes_hw = self.dataset.sizes_hw
         if self.group_by_length:
-            return SourceInfo(size, starts, TokenCounts(sizes_hw, patch_size, max_tokens))
+            return SourceInfo(size, starts, TokenCounts(sizes_hw, patch_size, max_tokens), groups=self.shard_groups)
         if sizes_hw is not None and 0 < size <= LARGEST_WINDOW and np.all(sizes_hw):  # 0: an unreadable header
             max_tokens = min(max_tokens, int((-(-sizes_hw // patch_size)).prod(1).max()))
-        return SourceInfo(size, starts, longest=max_tokens)
+        return SourceInfo(size, starts, longest=max_tokens, groups=self.shard_groups)
 
 
 def keyed(key: str, sources: list[Source]) -> dict[str, Source]:
