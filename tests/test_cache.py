@@ -223,7 +223,7 @@ def test_a_process_forked_under_a_lock_does_not_keep_it(place):
     place.mkdir()
     context = multiprocessing.get_context("fork")
     child = context.Process(target=time.sleep, args=(60,), daemon=True)
-    with cache._locked(place / "a.tar"):
+    with cache.locked(place / "a.tar"):
         child.start()
     (lock,) = place.glob(".lock-*")
     with lock.open("w") as file:

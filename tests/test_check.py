@@ -265,9 +265,9 @@ def test_index_lies_beside_the_shard_and_is_built_once(tmp_path, capsys):
             },
         }  # fmt: skip
     assert tar_index.TarIndex.load(Path(f"{packed}.index.npz")) is not None
-    assert not tar_index.find_index(path, cache.stat(path)).has_crc
+    assert not tar_index.find_index(path, cache.stat(path)).info.has_crc
     assert main(["shards", "index", path, "--crc"]) == 0
-    assert tar_index.find_index(path, cache.stat(path)).has_crc
+    assert tar_index.find_index(path, cache.stat(path)).info.has_crc
 
 
 def test_index_of_a_read_only_folder_and_of_a_damaged_shard(tmp_path, capsys, monkeypatch):

@@ -20,7 +20,7 @@ from test_shards import png, write_tar
 
 from indiclip.datasets.coco import box_fields
 from indiclip.images import EncodedImage
-from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset import cache, sample_columns, tar_index
 from indiclip.webdataset.shards import Shards
 
 
@@ -110,19 +110,29 @@ ODD = {
     "inventory is a list": about(inventory=[]),
     "sums that do not fit": about(inventory={"members": {"present": 4, "used": 3, "altered": {}, "left_out": {}}}),
     "sums of another kind": about(inventory={"members": {"present": 4, "used": 4, "altered": [], "left_out": []}}),
-    "size is a list": about(shard=[[], "", ""]),
+    "size is a list": about(shard=[[], "", "", "9:00000000", False, 0]),
     "shard without a time": about(shard=[3]),
-    "fingerprint is none": about(fingerprint=None),
-    "fingerprint without a size": about(fingerprint="x:00000000"),
+    "fingerprint is none": about(shard=[9, "1", "", None, False, 0]),
+    "fingerprint without a size": about(shard=[9, "1", "", "x:00000000", False, 0]),
+    "checksums that are not there": about(shard=[9, "1", "", "9:00000000", True, 0]),
     "another version": about(version=99),
-    "rows of another kind": lambda a: a.update(rows=np.zeros(2)),
-    "rows in a table": lambda a: a.update(rows=a["rows"].reshape(2, 1)),
-    "a single row": lambda a: a.update(rows=a["rows"][0]),
-    "fewer keys": lambda a: a.update(key_ends=a["key_ends"][:-1]),
-    "no keys": lambda a: a.update(key_ends=a["key_ends"][:0]),
-    "keys that go back": lambda a: a.update(key_ends=a["key_ends"][::-1]),
+    "an earlier version": about(version=4),
+    "blocks of another kind": lambda a: a.update(blocks=np.zeros(2)),
+    "blocks in a table": lambda a: a.update(blocks=a["blocks"].reshape(2, 1)),
+    "a single block": lambda a: a.update(blocks=a["blocks"][0]),
+    "samples that go back": lambda a: a.update(blocks=a["blocks"][::-1]),
+    "fewer sizes": lambda a: a.update(sizes_hw=a["sizes_hw"][:1]),
+    "more labels": lambda a: a.update(labels=np.zeros(3, np.int16)),
+    "fewer keys": lambda a: a.update(sample_columns.pack_keys(["0"])),
+    "no keys": lambda a: a.update(key_firsts=a["key_firsts"][:0], key_ends=a["key_ends"][:0]),
+    "keys that are numbers": lambda a: a.update(sample_columns.pack_keys([(), ()])),
     "keys that go beyond": lambda a: a.update(key_ends=a["key_ends"] * 2),
+    "keys that begin before": lambda a: a.update(key_ends=a["key_ends"] - 100),
+    "keys that are not packed": lambda a: a.update(key_data=a["key_data"][::-1]),
+    "keys of no samples": lambda a: a.update(key_firsts=a["key_firsts"] + 1),
     "fractions": lambda a: a.update(key_ends=a["key_ends"].astype(float)),
+    "parts of no sample": lambda a: a.update(apart=np.full(1, 7, sample_columns.APART)),
+    "objects": lambda a: a.update(blocks=np.array([{}, {}])),
 }
 
 

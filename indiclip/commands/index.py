@@ -10,6 +10,7 @@ from indiclip.commands.findings import show_lines
 from indiclip.commands.parallel import results
 from indiclip.datasets.inventory import Inventory
 from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.index_set import INDEXED
 from indiclip.webdataset.shards import expand
 from indiclip.webdataset.tar_index import TarIndex
 
@@ -56,7 +57,7 @@ def _index(url: str, crc: bool) -> _Indexed:
     try:
         version = cache.stat(url)
         index = tar_index.find_index(url, version)
-        if built := index is None or (crc and not index.has_crc):
+        if built := index is None or (crc and not index.info.has_crc):
             index = tar_index.build(cache.local_tar(url, version), version, crc)
     except (ValueError, OSError) as error:
         return _Indexed(shown, Inventory(), [("", str(error))])
@@ -64,7 +65,7 @@ def _index(url: str, crc: bool) -> _Indexed:
     if built or not (cache.is_remote(url) or beside.exists()):
         file = _save(index, url, version)
     elsewhere = "" if file == beside else str(file)
-    return _Indexed(shown, index.inventory, index.damaged, len(index.rows), built, elsewhere)
+    return _Indexed(shown, index.inventory, index.damaged, len(index), built, elsewhere)
 
 
 def _save(index: TarIndex, url: str, version: cache.Stat) -> Path:
@@ -80,6 +81,7 @@ def _save(index: TarIndex, url: str, version: cache.Stat) -> Path:
                 raise
     file = cache.cached_name(url, version, ".index.npz")
     index.save(file)
+    (cache.folder() / INDEXED).touch()  # what was made of the earlier one is made anew
     return file
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from indiclip.loading.grouped_sampler import GroupedSampler, block, check_groups
 from indiclip.loading.sampler import BatchSpec, SourceInfo, SourceSampler
 
 _CYCLE = 100  # steps in which sources with a token budget take turns: the finest share is one of them
@@ -75,7 +76,7 @@ class Plan:
         self._check(spec)
         entropy = (seed, zlib.crc32(task.encode()))
         self._samplers = [
-            SourceSampler(source, self._spec_of(number, source, spec), (*entropy, number), window)
+            self._sampler(source, self._spec_of(number, source, spec), (*entropy, number), window)
             for number, source in enumerate(sources)
             if shuffle
         ]
@@ -91,11 +92,15 @@ class Plan:
         window waits for the next epoch.
         """
         for source, sampler in enumerate(self._samplers):
+            later = plan._samplers[source]
+            # Batches of groups are of one size in all stages, see `Source`.
+            assert isinstance(sampler, SourceSampler)
+            assert isinstance(later, SourceSampler)
             if done := self._batches_before(step, source):
                 plan._windows[source] = sampler.window_after(self._first[source] + done - 1)
             else:
                 plan._windows[source] = self._windows[source]
-            plan._first[source] = plan._samplers[source].first_batch(*plan._windows[source])
+            plan._first[source] = later.first_batch(*plan._windows[source])
         self._next = (step, plan)
 
     @property
@@ -113,31 +118,52 @@ class Plan:
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> list[SampleRef]:
         """A rank's samples of a step: every `world_size`-th of the step's, from number `rank` on.
 
-        Of held-out data every sample comes once: the last steps are shorter, then empty.
+        Of a source with groups of shards they are a block of its part, as many. Of held-out data every sample comes
+        once: the last steps are shorter, then empty.
         """
         refs: list[SampleRef] = []
         before = 0  # samples of the step from earlier sources
-        for source, indices, positions in self._parts(step):
-            mine = slice((rank - before) % world_size, None, world_size)
-            pairs = zip(indices[mine].tolist(), positions[mine].tolist(), strict=True)
-            refs += [SampleRef(source, *pair) for pair in pairs]
-            before += len(indices)
+        for source, sampler, number in self._batches(step):
+            if isinstance(sampler, GroupedSampler):
+                samples = sampler.samples
+                mine = sampler.batch(number, *block(samples, before, rank, world_size))
+            else:
+                whole = sampler.batch(number)
+                samples, mine = len(whole[0]), _dealt(*whole, before, rank, world_size)
+            refs += _refs(source, *mine)
+            before += samples
+        if not self.shuffle:
+            for source, indices in self._in_order(step):
+                refs += _refs(source, *_dealt(indices, indices, before, rank, world_size))
+                before += len(indices)
         return refs
 
-    def next_shards(self, step: int) -> list[tuple[int, list[int]]]:
-        """(source, its shards) that are read after those of this step, to be fetched in time."""
-        return [(source, sampler.next_shards(number)) for source, sampler, number in self._batches(step)]
-
-    def _parts(self, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(source, indices, positions) of the samples of a step, over all ranks."""
+    def next_shards(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, list[int]]]:
+        """(source, its shards) that a rank reads after those of this step, to be fetched in time."""
+        found, before = [], 0
         for source, sampler, number in self._batches(step):
-            yield source, *sampler.batch(number)
-        if not self.shuffle:
-            for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
-                indices = np.arange(min(step * count, size), min((step + 1) * count, size))
-                yield source, indices, indices
+            if isinstance(sampler, GroupedSampler):
+                mine = block(sampler.samples, before, rank, world_size)
+                found.append((source, sampler.next_shards(number, *mine)))
+            else:
+                found.append((source, sampler.next_shards(number)))
+            before += self.counts[source] if self._turns is None else 0
+        return found
 
-    def _batches(self, step: int) -> list[tuple[int, SourceSampler, int]]:
+    def _in_order(self, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(source, indices) of the samples of a step of held-out data, over all ranks."""
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            yield source, np.arange(min(step * count, size), min((step + 1) * count, size))
+
+    def _sampler(
+        self, source: SourceInfo, spec: BatchSpec, entropy: tuple[int, ...], window: int
+    ) -> SourceSampler | GroupedSampler:
+        if source.groups == 1:
+            return SourceSampler(source, spec, entropy, window)
+        check_groups(f"data: shard_groups of task {self.task!r}", source, spec.samples)
+        return GroupedSampler(source, spec.samples, entropy, window)
+
+    def _batches(self, step: int) -> list[tuple[int, SourceSampler | GroupedSampler, int]]:
         """(source, its sampler, number of its batch) of which a shuffled step is made."""
         if self._next is not None and step >= self._next[0]:
             return self._next[1]._batches(step - self._next[0])
@@ -178,6 +204,18 @@ class Plan:
                     f"data: source {number} of task {self.task!r} gets no sample in {where}; raise its weight"
                     + " or the batch_size" * (self._turns is None)
                 )
+
+
+def _dealt(
+    indices: np.ndarray, positions: np.ndarray, before: int, rank: int, world_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those of a source's samples that a rank has where the samples of a step, `before` first, are dealt in turn."""
+    mine = slice((rank - before) % world_size, None, world_size)
+    return indices[mine], positions[mine]
+
+
+def _refs(source: int, indices: np.ndarray, positions: np.ndarray) -> list[SampleRef]:
+    return [SampleRef(source, *pair) for pair in zip(indices.tolist(), positions.tolist(), strict=True)]
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

@@ -25,6 +25,7 @@ class SourceInfo(NamedTuple):
     # Indices -> tokens of these images, where those of similar length are to come together; None: they are not.
     lengths: Callable[[np.ndarray], np.ndarray] | None = None
     longest: int | None = None  # most tokens of any image; None: `BatchSpec.max_tokens`
+    groups: int = 1  # more: `indiclip.loading.grouped_sampler`
     draws: ClusterDraws | None = None  # what of it comes in an epoch, and how often; None: each sample once
 
     @property

@@ -48,6 +48,11 @@ class Source:
         stages: What the first steps of the run have in place of `max_tokens` and `drop`, e.g. smaller images:
             `{until: 0.9, max_tokens: 49}`. With `batch_tokens` their batches have more images.
         clusters: Which samples an epoch has, by their clusters; None takes all, once.
+        shard_groups: Groups that the shards are dealt to. Each step has samples of all groups, in equal parts, and the
+            ranks take them in blocks, so that each of N nodes reads about 1/N of the shards, of remote ones copies that
+            many; with 1, every node reads every shard. It belongs to the order of the samples, as the seed does, and is
+            the same on any number of nodes: choose a multiple of the most nodes that the run may have. `window` is then
+            of each group.
         name: Of a held-out source. Where a task has several of them, each is scored by itself, as
             `val/<head>/<name>/<metric>`; without a name, it is the source's place among them, from 0. The only one of
             its task is `val/<head>/<metric>`, whatever its name.
@@ -66,6 +71,7 @@ class Source:
     drop: float = 0.0
     stages: list[Stage] = field(default_factory=list)
     clusters: Clusters | None = None
+    shard_groups: int = 1
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -74,7 +80,7 @@ class Source:
                 f"data: dataset of task {self.task!r}: found {type(self.dataset).__name__}; expected a SampleDataset "
                 "(indiclip.datasets.base)"
             )
-        names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens")
+        names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens", "shard_groups")
         check_range({f"data: {name} of task {self.task!r}": getattr(self, name) for name in names}, 1)
         if (self.batch_size is None) == (self.batch_tokens is None):
             both = "; found both" if self.batch_size is not None else ""
@@ -90,6 +96,11 @@ class Source:
                     f"data: task {self.task!r}: clusters: they draw other samples in each epoch; leave out either them "
                     "or group_by_length"
                 )
+        if self.shard_groups > 1 and (self.clusters is not None or (self.stages and self.batch_tokens)):
+            other = "clusters" if self.clusters is not None else "stages with batch_tokens"
+            raise ValueError(
+                f"data: task {self.task!r}: shard_groups is {self.shard_groups}; leave out either it or {other}"
+            )
         self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
         self.transform = Transform(self.max_tokens, self.augment)
         self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds
@@ -126,11 +137,13 @@ class Source:
         if preprocessing.canvas_hw is None and self.transform.keeps_size:
             sizes_hw = self.dataset.sizes_hw
         if self.group_by_length:
-            return SourceInfo(size, starts, TokenCounts(sizes_hw, patch_size, max_tokens, budget.drop))
+            return SourceInfo(
+                size, starts, TokenCounts(sizes_hw, patch_size, max_tokens, budget.drop), groups=self.shard_groups
+            )
         if sizes_hw is not None and 0 < size <= LARGEST_WINDOW and np.all(sizes_hw):  # 0: an unreadable header
             max_tokens = min(max_tokens, int((-(-sizes_hw // patch_size)).prod(1).max()))
         draws = None if seed is None or not size else self.draws(seed)
-        return SourceInfo(size, starts, longest=int(budget.kept(max_tokens)), draws=draws)
+        return SourceInfo(size, starts, longest=int(budget.kept(max_tokens)), draws=draws, groups=self.shard_groups)
 
     def draws(self, seed: int) -> ClusterDraws | None:
         """What of the clusters comes in an epoch; None without clusters.

@@ -13,7 +13,7 @@ from indiclip.datasets.languages import draw_caption
 from indiclip.images import UnreadableSample
 from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import Plan, SampleRef
-from indiclip.loading.sampler import BatchSpec
+from indiclip.loading.sampler import BatchSpec, SourceInfo
 from indiclip.loading.source import Source
 from indiclip.loading.stages import TokenBudget, stage_ends
 from indiclip.loading.workers import reading
@@ -105,6 +105,8 @@ class Steps(Dataset[Step]):
             spec = spec._replace(max_tokens=canvas, option="canvas_hw")
         seed = self.seed if self.train else None
         infos = [source.info(self.preprocessing, self._budgets(source)[stage], seed) for source in group]
+        if self.train:
+            _check_ranks(task, infos, self.world_size)
         weights, window = [source.weight for source in group], max(source.window for source in group)
         return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
@@ -122,7 +124,7 @@ class Steps(Dataset[Step]):
 
     def _batch(self, task: str, step: int) -> Batch:
         plan = self.plans[task]
-        for number, shards in plan.next_shards(step) if self.train else []:
+        for number, shards in plan.next_shards(step, self.rank, self.world_size) if self.train else []:
             self._prefetch(task, number, shards)
         read = (self.read(task, ref, step) for ref in plan.batch(step, self.rank, self.world_size))
         samples = [sample for sample in read if sample is not None]
@@ -139,7 +141,7 @@ class Steps(Dataset[Step]):
 
         Each worker begins at another shard; the cache's locks keep two from fetching the same.
         """
-        if self._fetched.get((task, source)) == shards:
+        if not shards or self._fetched.get((task, source)) == shards:
             return
         self._fetched[task, source] = shards
         info = get_worker_info()
@@ -230,6 +232,21 @@ def _fetch(dataset: SampleDataset, shards: list[int]) -> None:
         dataset.prefetch(shards)
     except (OSError, ValueError) as error:  # who reads the shard meets it again; until then there is time to mend it
         warnings.warn(f"data: {error}", stacklevel=1)
+
+
+def _check_ranks(task: str, infos: list[SourceInfo], world_size: int) -> None:
+    """Check that ranks that are to read shards of their own have at least one each.
+
+    Raises:
+        ValueError: There are more ranks than shards.
+    """
+    for number, info in enumerate(infos):
+        if info.groups > 1 and info.starts is not None and len(info.starts) - 1 < world_size:
+            raise ValueError(
+                f"data: source {number} of task {task!r} has {len(info.starts) - 1} shards for {world_size} ranks, and "
+                f"shard_groups {info.groups} has each rank read its own; cut the data into more shards, or set "
+                "shard_groups to 1, with which every rank reads every shard"
+            )
 
 
 def _keys(sources: list[Source], train: bool) -> list[str]:

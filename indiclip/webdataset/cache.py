@@ -27,6 +27,7 @@ _LOCKS = 64  # lock files in the folder; two copies that share one wait for each
 _WAITS = (1, 2, 4, 8, 16, 32)  # seconds between tries; a server that is started anew takes a minute
 _BLOCK = 1 << 20
 _SAMPLED = 1 << 14
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _ABANDONED = 3600.0  # seconds after which the rest of a killed process's copy is removed
 
 
@@ -138,7 +139,7 @@ def local_tar(url: str, version: Stat, check: Callable[[Path], None] = lambda _:
     if _is_at_hand(target, size, check):
         return target
     try:
-        with _locked(target):
+        with locked(target):
             if not _is_at_hand(target, size, check):  # else another process has made it meanwhile
                 _make(target, url, version, check)
     except (NoCopy, ValueError, FileNotFoundError):
@@ -251,7 +252,7 @@ def remote_file(url: str) -> Path | None:
     except OSError:  # S3 and GCS say "forbidden" of what is not there to those who may not list
         return None
     copy = cached_name(url, version, ".copy")
-    with _locked(copy):
+    with locked(copy):
         if copy.is_symlink() or not copy.exists():
             filesystem, path = _filesystem(url)
             with new_file(copy) as part:
@@ -260,12 +261,14 @@ def remote_file(url: str) -> Path | None:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def locked(target: Path, family: str = "") -> Iterator[None]:
     """One process at a time makes this file; the system lets go of the lock of a killed one.
+
+    Locks of one family are few, and a process that holds one must not ask for another of them.
 
     The lock may be another user's file, so that it is only read; it is never written to, and a link is not followed.
     """
-    file = target.parent / f".lock-{stable_hash(target.name) % _LOCKS:02}"
+    file = target.parent / f".{family}lock-{stable_hash(target.name) % _LOCKS:02}"
     flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         lock = os.open(file, flags | os.O_RDWR | os.O_CREAT, 0o644)  # to write: NFS locks nothing else

@@ -6,13 +6,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
 from indiclip.webdataset import cache
-from indiclip.webdataset.tar_index import TarIndex
+from indiclip.webdataset.index_set import IndexSet
 
 _OPEN_FILES = 64  # per process; thousands of shards would exceed the usual limit of 1,024
 _READ = os.O_RDONLY | os.O_CLOEXEC
@@ -26,7 +27,7 @@ class ShardFiles:
     no common position.
     """
 
-    def __init__(self, urls: list[str], indexes: list[TarIndex]) -> None:
+    def __init__(self, urls: list[str], indexes: IndexSet) -> None:
         self.urls, self.indexes = urls, indexes
         self._open: OrderedDict[int, int] = OrderedDict()
         self._broken: dict[int, str] = {}
@@ -56,23 +57,26 @@ class ShardFiles:
         Raises:
             ValueError: No tar as its index says could be made of the shard.
         """
-        url, index = self.urls[shard], self.indexes[shard]
+        url = self.urls[shard]
+        if not cache.is_copied(url):
+            return Path(url)
+        info = self.indexes.shard(shard)
 
         def check(copy: Path) -> None:
-            if cache.fingerprint(copy) != index.fingerprint:
+            if cache.fingerprint(copy) != info.fingerprint:
                 raise ValueError(f"{cache.shown(url)}: its index (.index.npz) was made of another shard")
 
         if shard in self._broken:
             raise ValueError(self._broken[shard])
         try:
-            return cache.local_tar(url, index.version, check)
+            return cache.local_tar(url, info.version, check)
         except ValueError as error:  # not to be brought here again for each of its samples
             self._broken[shard] = str(error)
             raise
 
     def prefetch(self, shards: list[int]) -> None:
         """Make the local copies of a window, unless they would push out those of the window that is read meanwhile."""
-        needed = min(2 * self._copied_bytes(shards), self._copied_bytes(range(len(self.urls))))
+        needed = min(2 * self._copied_bytes(shards), self._all_copied_bytes)
         if needed <= cache.limit():
             for shard in shards:
                 self.path(shard)
@@ -84,8 +88,12 @@ class ShardFiles:
                 stacklevel=2,
             )
 
+    @cached_property
+    def _all_copied_bytes(self) -> int:
+        return self._copied_bytes(range(len(self.urls)))
+
     def _copied_bytes(self, shards: Iterable[int]) -> int:
-        return sum(self.indexes[shard].tar_bytes for shard in shards if cache.is_copied(self.urls[shard]))
+        return sum(self.indexes.shard(shard).tar_bytes for shard in shards if cache.is_copied(self.urls[shard]))
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:

@@ -27,7 +27,9 @@ from indiclip.images import EncodedImage, UnreadableSample, is_trouble
 from indiclip.names import shorten
 from indiclip.types import Quarantined, Sample
 from indiclip.webdataset import cache, tar_index
+from indiclip.webdataset.index_set import index_set
 from indiclip.webdataset.shard_files import ShardFiles
+from indiclip.webdataset.tar_members import IMAGES, sample_at
 
 _NUMBERED = re.compile(r"_[1-9]\d*$")
 
@@ -48,8 +50,9 @@ class Shards(SampleDataset):
     Attributes:
         classes: Names of the classes; empty where not given.
         names: The shards' names, which begin their samples' keys.
-        labels: int32 (number of samples,): -1 where a sample has none.
-        sizes_hw: int32 (number of samples, 2): height and width as stored; 0 where the image's header is unreadable.
+        labels: int (number of samples,): -1 where a sample has none.
+        sizes_hw: int16 (number of samples, 2): height and width as stored; 0 where the image's header is unreadable, or
+            a side longer than 32,767.
         starts: int64 (number of shards + 1,): the samples of shard i are `starts[i]` to `starts[i + 1] - 1`.
         damaged: What of the shards is lost to all samples: the rest of a truncated tar, a duplicated member.
 
@@ -73,29 +76,36 @@ class Shards(SampleDataset):
         self.urls = expand(urls)
         self.names = [cache.stem(url) for url in self.urls]
         self._shown = [cache.shown(url) for url in self.urls]
-        self._indexes = tar_index.indexes(self.urls)
-        self._files = ShardFiles(self.urls, self._indexes)
-        counts = [len(index.rows) for index in self._indexes]
-        self.starts = np.cumsum([0, *counts])
+        self._index = index_set(self.urls)
+        self._files = ShardFiles(self.urls, self._index)
+        self._view()
         self.damaged = [
-            Quarantined("", f"{name}/{key}", shown, reason)
-            for shown, name, index in zip(self._shown, self.names, self._indexes, strict=True)
-            for key, reason in index.damaged
+            Quarantined("", f"{self.names[shard]}/{key}", self._shown[shard], reason)
+            for shard, key, reason in self._index.damaged
         ]
         if not self.starts[-1]:
             found = "; ".join(self.inventory.lines())
             raise ValueError(f"{self._shown[0]}: no images in {len(self.urls)} shards; found {found}")
-        self.labels = np.concatenate([index.rows["label"] for index in self._indexes])
-        self.sizes_hw = np.concatenate(
-            [np.stack([index.rows["height"], index.rows["width"]], 1) for index in self._indexes]
-        )
-        self._has_labels = bool((self.labels >= 0).any())
-        if self.classes and self.labels.max() >= len(self.classes):
+        self._has_labels = self._index.max_label >= 0
+        if self.classes and self._index.max_label >= len(self.classes):
             index = int(self.labels.argmax())
             raise ValueError(
                 f"{self.shard(index)}: {self.key(index)}: the label is {self.labels[index]}; expected 0 to "
                 f"{len(self.classes) - 1} ({self.classes[-1]})"
             )
+
+    def _view(self) -> None:
+        """Take what is known of the samples from the index, as views of its columns."""
+        columns = self._index.columns
+        self.starts, self.sizes_hw = self._index.starts, columns.sizes_hw
+        self.labels = columns.labels if len(columns.labels) else np.broadcast_to(np.int16(-1), len(columns))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("starts", "labels", "sizes_hw")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._view()  # a pickle would copy what is mapped
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -107,15 +117,13 @@ class Shards(SampleDataset):
 
     def contents(self, units: tuple[str, ...] = ("members", "samples", "boxes")) -> Inventory:
         """What the shards hold, whatever of it is read."""
-        total = Inventory()
-        for shown, index in zip(self._shown, self._indexes, strict=True):
-            found = {unit: of_unit for unit, of_unit in index.inventory.summary().items() if unit in units}
-            total += Inventory.of_summary(found, f"{shown}: ")
-        return total
+        summary = self._index.inventory.summary()
+        return Inventory.of_summary({unit: found for unit, found in summary.items() if unit in units})
 
     def key(self, index: int) -> str:
         """`shard/member` without the folder: it stays when the data moves or grows. Reads and decodes nothing."""
-        return self._key(*self._place(index))
+        index = range(len(self))[index]
+        return self._key(self._shard(index), index)
 
     def group(self, index: int) -> str:
         """The key of the first sample of its picture: `shards pack` calls more rows of a picture 21 `21_1`, `21_2`."""
@@ -144,7 +152,7 @@ class Shards(SampleDataset):
 
     def shard(self, index: int) -> str:
         """The shard that a sample lies in."""
-        return self._shown[self._place(index)[0]]
+        return self._shown[self._shard(range(len(self))[index])]
 
     def prefetch(self, shards: list[int]) -> None:
         """Make the local copies of packed or remote shards; nothing is to be done for others."""
@@ -157,30 +165,44 @@ class Shards(SampleDataset):
             OSError: The shard cannot be read there.
             ValueError: It is not the shard, or the image's bytes are not those, that were indexed.
         """
-        return self._parts(*self._place(index))
+        index = range(len(self))[index]
+        return self._parts(self._shard(index), index)
 
     def __getitem__(self, index: int) -> Sample:
-        shard, place = self._place(index)
-        key, file = self._key(shard, place), self._shown[shard]
+        index = range(len(self))[index]
+        shard = self._shard(index)
+        key, file = self._key(shard, index), self._shown[shard]
         with unreadable(key, file):
-            parts = self._parts(shard, place)
+            parts = self._parts(shard, index)
             entry = read_entry(parts)
             image = EncodedImage(parts["image"], key, file)
             sample = Sample(image=image, key=key)
             sample.update(self._fields(index, image, parts, entry))
         return sample
 
-    def _key(self, shard: int, place: int) -> str:
-        return f"{self.names[shard]}/{self._indexes[shard].keys[place]}"
+    def _key(self, shard: int, index: int) -> str:
+        return f"{self.names[shard]}/{self._index.columns.key(index)}"
 
-    def _parts(self, shard: int, place: int) -> dict[str, bytes]:
-        index = self._indexes[shard]
-        # All fields at once: each of a row costs a microsecond.
-        image, image_bytes, txt, txt_bytes, json_, json_bytes, *_, crc = index.rows[place].tolist()
-        places = {"image": (image, image_bytes), "txt": (txt, txt_bytes), "json": (json_, json_bytes)}
-        found = {name: self._files.read(shard, *part) for name, part in places.items() if part[1] >= 0}
-        if index.has_crc and zlib.crc32(found["image"]) != crc:
+    def _parts(self, shard: int, index: int) -> dict[str, bytes]:
+        columns = self._index.columns
+        places = columns.parts_apart(index)
+        if places is not None:
+            found = {name: self._files.read(shard, *place) for name, place in places.items()}
+        else:
+            found = self._read_together(shard, index)
+        if self._index.has_crc[shard] and zlib.crc32(found["image"]) != columns.crcs[index]:
             raise ValueError("the image's bytes are not those that were indexed (CRC-32)")
+        return found
+
+    def _read_together(self, shard: int, index: int) -> dict[str, bytes]:
+        """The parts of a sample whose members stand together, by one read."""
+        begin, end = self._index.extent(shard, index)
+        data = self._files.read(shard, begin, end - begin)
+        key, places = sample_at(data, 0, len(data))
+        if key != self._index.columns.key(index) or not any(name in places for name in IMAGES):
+            raise ValueError(f"the shard has another sample, {shorten(key)}, there than was indexed")
+        found = {"image" if name in IMAGES else name: data[at : at + length] for name, (at, length) in places.items()}
+        found.pop("cls", None)  # in the index
         return found
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
@@ -203,10 +225,8 @@ class Shards(SampleDataset):
             return {"": [self.template.replace("{}", self.classes[label])]}
         return captions
 
-    def _place(self, index: int) -> tuple[int, int]:
-        index = range(len(self))[index]
-        shard = int(self.starts.searchsorted(index, side="right")) - 1
-        return shard, index - int(self.starts[shard])
+    def _shard(self, index: int) -> int:
+        return int(self.starts.searchsorted(index, side="right")) - 1
 
 
 def read_classes(classes: str | list[str] | None) -> list[str]:

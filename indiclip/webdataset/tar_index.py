@@ -1,7 +1,8 @@
-"""The index of a shard: where its samples' parts are, how large the images are, and what is wrong with it.
+"""The index of a shard: where its samples are, how large the images are, and what is wrong with it.
 
 Built once by a pass over the tar's headers, the images' headers and the labels; kept as an `.npz` beside the shard or
-in the cache folder. Nothing in it can run code.
+in the cache folder, whose own checksums are of every byte. Nothing in it can run code. Those of many shards become one
+in `indiclip.webdataset.index_set`.
 """
 
 import json
@@ -10,37 +11,66 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from indiclip.datasets.coco_file import read_boxes_of_image
 from indiclip.datasets.inventory import Inventory
-from indiclip.datasets.tables import Strings, decode_text, parse_json
+from indiclip.datasets.tables import decode_text, parse_json
 from indiclip.images import HEAD_BYTES, UnreadableSample, header
 from indiclip.webdataset import cache
 from indiclip.webdataset.cache import Stat
-from indiclip.webdataset.tar_members import IMAGES, TEXTS, TRUNCATED, key_and_extension, members
-
-ROW = np.dtype(
-    [(f"{part}{what}", kind) for part in ("image", "txt", "json") for what, kind in (("", "i8"), ("_bytes", "i4"))]
-    + [("label", "i4"), ("height", "i4"), ("width", "i4"), ("crc", "u4")]
+from indiclip.webdataset.sample_columns import (
+    APART,
+    BLOCK,
+    KINDS,
+    LONGEST_SIDE,
+    MOST_BLOCKS,
+    NARROW_LABELS,
+    PARTS,
+    SampleColumns,
+    pack_keys,
 )
+from indiclip.webdataset.tar_members import IMAGES, TEXTS, TRUNCATED, key_and_extension, members, sample_at
+
 DUPLICATED, NO_IMAGE = "duplicated", "without an image"
 BAD_LABEL = -2  # there is one, but it is no whole number from 0
-_VERSION = 4
+_VERSION = 5
 _FINGERPRINT = re.compile(r"\d{1,18}:[0-9a-f]{8}")
 
-_SHOW_PROGRESS = 8  # shards to index; fewer are done before one looks
-_ASK_AT_ONCE = 16  # servers' answers waited for together
+_MOST_READ = 2**28  # bytes of a sample that are read at once
+_MOST_UNUSED = 2**16  # bytes between its parts that are read with them, beside as many as the parts have
 
 Parts = dict[str, tuple[int, int]]  # extension -> (offset, length)
+
+
+class ShardInfo(NamedTuple):
+    """What is known of a shard as a whole."""
+
+    version: Stat  # that its index was made from
+    fingerprint: str  # of the plain tar; see `cache.fingerprint`
+    has_crc: bool  # whether `crcs` were computed
+    end: int  # of its last sample, in bytes
+
+    @property
+    def tar_bytes(self) -> int:
+        """Size of the plain tar."""
+        return int(self.fingerprint.partition(":")[0])
+
+    def to_json(self) -> list[Any]:
+        """As `of_json` takes it."""
+        return [*self.version, *self[1:]]
+
+    @classmethod
+    def of_json(cls, found: list[Any]) -> "ShardInfo":
+        """Raises anything where it is not what `to_json` gave."""
+        size, stamp, crc, fingerprint, has_crc, end = found
+        assert _FINGERPRINT.fullmatch(fingerprint)
+        return cls(Stat(int(size), str(stamp), str(crc)), fingerprint, bool(has_crc), int(end))
 
 
 @dataclass
@@ -48,28 +78,19 @@ class TarIndex:
     """What is known of a shard.
 
     Attributes:
-        rows: One per sample, `ROW`: offset and length of each part (length -1: none), label (-1: none, `BAD_LABEL`),
-            height and width of the image as stored (0: its header cannot be read), CRC-32 of the image's bytes.
-        keys: The samples' keys, in the order of their first members.
+        columns: What is known of each sample.
+        info: Of the shard as a whole.
         inventory: Its members, samples, and boxes where it has annotations; an example is a member's name.
         damaged: (key, reason) of what is lost: the rest of a truncated tar, a duplicated member.
-        version: Of the shard that it was made from.
-        fingerprint: Of the plain tar; see `cache.fingerprint`.
-        has_crc: Whether `crc` was computed.
     """
 
-    rows: np.ndarray
-    keys: Strings
+    columns: SampleColumns
+    info: ShardInfo
     inventory: Inventory
     damaged: list[tuple[str, str]]
-    version: Stat
-    fingerprint: str
-    has_crc: bool
 
-    @property
-    def tar_bytes(self) -> int:
-        """Size of the plain tar."""
-        return int(self.fingerprint.partition(":")[0])
+    def __len__(self) -> int:
+        return len(self.columns)
 
     def save(self, file: Path) -> None:
         """Write the file whole or not at all.
@@ -79,16 +100,14 @@ class TarIndex:
         """
         about = {
             "version": _VERSION,
-            "shard": self.version,
-            "fingerprint": self.fingerprint,
-            "has_crc": self.has_crc,
+            "shard": self.info.to_json(),
             "inventory": self.inventory.summary(),
             "damaged": self.damaged,
         }
-        buffers = self.keys.buffers()
         encoded = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        columns = {name: getattr(self.columns, name) for name in KINDS}
         with cache.new_file(file) as part, part.open("wb") as target:
-            np.savez(target, about=encoded, rows=self.rows, key_bytes=buffers[0], key_ends=buffers[1])
+            np.savez(target, about=encoded, **columns)
 
     @classmethod
     def load(cls, file: Path) -> "TarIndex | None":
@@ -100,28 +119,19 @@ class TarIndex:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in arrays.zip.infolist()):
                     return None  # it could unpack to any size
                 about = json.loads(arrays["about"].tobytes())
-                rows, buffers = arrays["rows"], (arrays["key_bytes"], arrays["key_ends"])
-            known = about["version"] == _VERSION and _FINGERPRINT.fullmatch(about["fingerprint"])
-            if not known or not _is_sound(rows, *buffers):
+                if about["version"] != _VERSION:
+                    return None
+                columns = SampleColumns(**{name: arrays[name] for name in KINDS})
+            columns.check()
+            info = ShardInfo.of_json(about["shard"])
+            if info.has_crc and len(columns.crcs) != len(columns):
                 return None
             damaged = [(str(key), str(reason)) for key, reason in about["damaged"]]
             inventory = Inventory.of_summary(about["inventory"])
             inventory.verify()
-            size, stamp, crc = about["shard"]
-            version = Stat(int(size), str(stamp), str(crc))
-            keys = Strings.of_buffers(*buffers)
-            return cls(rows, keys, inventory, damaged, version, about["fingerprint"], bool(about["has_crc"]))
+            return cls(columns, info, inventory, damaged)
         except Exception:  # torn or odd content raises anything; the shard is indexed anew
             return None
-
-
-def _is_sound(rows: np.ndarray, key_bytes: np.ndarray, key_ends: np.ndarray) -> bool:
-    """Whether arrays of a file are what `TarIndex.save` writes."""
-    kinds = rows.dtype == ROW and key_bytes.dtype == np.uint8 and key_ends.dtype in (np.uint32, np.int64)
-    if not kinds or key_bytes.ndim != 1 or rows.ndim != 1 or key_ends.shape != (len(rows) + 1,):
-        return False
-    in_order = (key_ends[1:] >= key_ends[:-1]).all()
-    return bool(in_order and key_ends[0] == 0 and key_ends[-1] == len(key_bytes))
 
 
 def build(tar: Path, version: Stat, crc: bool = False) -> TarIndex:
@@ -136,36 +146,31 @@ def build(tar: Path, version: Stat, crc: bool = False) -> TarIndex:
         ValueError: No tar.
     """
     inventory, damaged = Inventory(), list[tuple[str, str]]()
-    samples = _samples(tar, inventory, damaged)
-    rows = np.zeros(len(samples), ROW)
+    samples, begins, end = _samples(tar, inventory, damaged)
+    if end > MOST_BLOCKS * BLOCK:
+        raise ValueError(f"{end:,} bytes; expected at most {MOST_BLOCKS * BLOCK:,} in one shard")
+    rows, apart = np.zeros((len(samples), 4), np.int64), np.zeros(len(samples), APART)
+    is_apart = np.zeros(len(samples), bool)
+    ends = [*begins[1:], end]
     if samples:
         with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for place, (key, parts) in enumerate(samples.items()):
                 entry = _entry(parts, data)
                 rows[place] = _row(parts, data, entry, crc)
+                if not _stands_together(data, begins[place], ends[place], key, parts):
+                    is_apart[place], apart[place] = True, (place, *_places(parts))
                 if "annotations" in entry:
                     _count_boxes(entry, key, inventory)
-    return TarIndex(rows, Strings(samples), inventory, damaged, version, cache.fingerprint(tar), crc)
-
-
-def indexes(urls: list[str], crc: bool = False) -> list[TarIndex]:
-    """Each shard's index: the one beside it, or in the cache folder, or one that is built now and kept there."""
-    with ThreadPoolExecutor(_ASK_AT_ONCE) as pool:
-        versions = list(pool.map(cache.stat, urls))
-        found = dict(enumerate(map(find_index, urls, versions)))
-    missing = [i for i, index in found.items() if index is None]
-    quiet = len(missing) < _SHOW_PROGRESS
-    for i in track(missing, description="indexing shards", disable=quiet, transient=True):
-        url, version = urls[i], versions[i]
-        tar = cache.local_tar(url, version)
-        try:
-            index = build(tar, version, crc)
-        except ValueError as error:
-            raise ValueError(f"{cache.shown(url)}: {error}") from error
-        with suppress(OSError):  # a full or read-only cache costs the time to index again
-            index.save(cache.cached_name(url, version, ".index.npz"))
-        found[i] = index
-    return [index for index in found.values() if index is not None]
+    labels = rows[:, 2].astype(NARROW_LABELS if rows[:, 2].max(initial=0) < 2**15 else KINDS["labels"])
+    columns = SampleColumns(
+        (np.array(begins, np.int64) // BLOCK).astype(np.uint32),
+        np.where(rows[:, :2] > LONGEST_SIDE, 0, rows[:, :2]).astype(np.int16),
+        labels if (labels != -1).any() else labels[:0],
+        rows[:, 3].astype(np.uint32) if crc else np.empty(0, np.uint32),
+        **pack_keys(list(samples)),
+        apart=apart[is_apart],
+    )
+    return TarIndex(columns, ShardInfo(version, cache.fingerprint(tar), crc, end), inventory, damaged)
 
 
 def find_index(url: str, version: cache.Stat) -> TarIndex | None:
@@ -173,9 +178,14 @@ def find_index(url: str, version: cache.Stat) -> TarIndex | None:
     for file in _candidates(url, version):
         index = TarIndex.load(file)
         if index is not None and _belongs(index, file, url, version):
-            index.version = version
+            index.info = index.info._replace(version=version)
             return index
     return None
+
+
+def has_index(url: str, version: cache.Stat) -> bool:
+    """Whether there is a file that may be an index of this version of a shard."""
+    return any(file.exists() for file in _candidates(url, version))
 
 
 def _candidates(url: str, version: cache.Stat) -> Iterator[Path]:
@@ -195,19 +205,24 @@ def index_path(url: str) -> Path:
 
 
 def _belongs(index: TarIndex, file: Path, url: str, version: cache.Stat) -> bool:
-    if index.version == version:
+    if index.info.version == version:
         return True
-    if index.version.size != version.size:
+    if index.info.version.size != version.size:
         return False
     if cache.is_remote(url):  # moved: its copy is looked at when it is made
         return True
     # Moved: the checksum is of three places only, so what was changed, or came to its place, later is indexed anew.
-    return index.version.crc == version.crc and int(version.stamp) <= file.stat().st_ctime_ns
+    return index.info.version.crc == version.crc and int(version.stamp) <= file.stat().st_ctime_ns
 
 
-def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) -> dict[str, Parts]:
-    """key -> its parts, for every sample of a tar that has an image."""
+def _samples(
+    tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]
+) -> tuple[dict[str, Parts], list[int], int]:
+    """key -> its parts, for every sample of a tar that has an image; where the first header of each begins; where the
+    last one ends.
+    """
     samples: dict[str, Parts] = {}
+    begins, end = dict[str, int](), 0
     for name, member in members(tar, damaged):
         inventory.present["members"] += 1
         key, extension = key_and_extension(name, member)
@@ -219,7 +234,9 @@ def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) ->
             damaged.append((key, f"{name} is {DUPLICATED}, or beside another image; the first counts"))
         else:
             samples.setdefault(key, parts)[extension] = (member.offset_data, member.size)
+            begins.setdefault(key, member.offset)
             inventory.used["members"] += 1
+            end = member.offset_data + member.size
     for name in [name for name, reason in damaged if reason.startswith(TRUNCATED)]:
         inventory.present["members"] += 1
         inventory.leave_out("members", "cut off by the end of the file", name)
@@ -230,7 +247,25 @@ def _samples(tar: Path, inventory: Inventory, damaged: list[tuple[str, str]]) ->
         inventory.leave_out("members", NO_IMAGE, f"{key}.{next(iter(parts))}", len(parts))
         inventory.leave_out("samples", NO_IMAGE, key)
     inventory.used["samples"] = len(samples)
-    return samples
+    return samples, [begins[key] for key in samples], end
+
+
+def _stands_together(data: mmap.mmap, begin: int, end: int, key: str, parts: Parts) -> bool:
+    """Whether a sample's parts are found in the bytes up to the next one, without much beside them."""
+    used = sum(length for _, length in parts.values())
+    if end - begin > min(_MOST_READ, 2 * used + _MOST_UNUSED):
+        return False
+    try:
+        return sample_at(data, begin, end) == (key, parts)
+    except ValueError:
+        return False
+
+
+def _places(parts: Parts) -> Iterator[int]:
+    """Offset and length of each of `PARTS`."""
+    image = next(parts[name] for name in IMAGES if name in parts)
+    for part in PARTS:
+        yield from image if part == "image" else parts.get(part, (0, -1))
 
 
 def _reason(extension: str) -> str:
@@ -263,13 +298,11 @@ def _entry(parts: Parts, data: mmap.mmap) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def _row(parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> tuple[int, ...]:
-    """A sample's `ROW`."""
+def _row(parts: Parts, data: mmap.mmap, entry: dict[str, Any], crc: bool) -> tuple[int, int, int, int]:
+    """Height and width of a sample's image, label, CRC-32 of the image's bytes."""
     offset, length = next(parts[name] for name in IMAGES if name in parts)
-    texts = (parts.get(name, (0, -1)) for name in ("txt", "json"))
-    size_hw = _size_hw(data, offset, offset + length)
     checksum = zlib.crc32(data[offset : offset + length]) if crc else 0
-    return (offset, length, *chain(*texts), _label(parts, data, entry), *size_hw, checksum)
+    return (*_size_hw(data, offset, offset + length), _label(parts, data, entry), checksum)
 
 
 def _size_hw(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
