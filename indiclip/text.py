@@ -99,7 +99,7 @@ class TextTower(nn.Module):
 
     def _may_pack(self) -> bool:
         # A layer that is run again in the backward pass is run alone.
-        again = getattr(self.model, "is_gradient_checkpointing", False)
+        again = any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
         return self._first_position is not None and not again and not torch.compiler.is_compiling()
 
     @torch.no_grad()

@@ -128,3 +128,12 @@ def test_a_conversion_imports_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+def test_of_a_run_in_stages_the_last_is_counted(tmp_path, capsys):
+    """Its images are the largest; the batch is the same."""
+    words, found = ["--gpu", "h100", "--gpus-per-node", "2", "--json"], []
+    for stages in ([], [{"until": 0.5, "max_tokens": 4}], [{"until": 3, "max_tokens": 4}]):
+        assert plan(tmp_path, *words, data__train__0__stages=stages, trainer__max_steps=10) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert len({plan["flops_per_step"] for plan in found}) == 1

@@ -112,20 +112,23 @@ def step_model(model: Any, data: Any, world: int, autocast: torch.dtype | None) 
         autocast: Data type of mixed precision.
 
     Returns:
-        Task -> its part of a rank's step.
+        Task -> its part of a rank's step; where sources have stages, of the last one.
 
     Raises:
         ValueError: A batch that does not divide over the ranks; names the key.
     """
-    steps = Steps(data.train, data.seed, data.preprocessing, True, 0, world)
+    # A step behind all stages of the sources, whose images are the largest; shares of a run of one step end in it.
+    stages = [stage for source in data.train for stage in source.stages]
+    steps = Steps(data.train, data.seed, data.preprocessing, True, 0, world, run_steps=1 if stages else None)
+    step = max((int(stage.until) + 2 for stage in stages), default=0)
     model.train()
-    return {task: _task_model(model, steps, task, autocast) for task in steps.plans}
+    return {task: _task_model(model, steps, task, step, autocast) for task in steps.plans}
 
 
-def _task_model(model: Any, steps: Steps, task: str, autocast: torch.dtype | None) -> TaskModel:
-    batch_size = len(steps.plans[task].batch(0, 0, steps.world_size))
-    refs = steps.plans[task].batch(0)  # of all ranks: the few samples of one say less
-    prepared = [sample for ref in refs[:SAMPLES] if (sample := steps.read(task, ref)) is not None]
+def _task_model(model: Any, steps: Steps, task: str, step: int, autocast: torch.dtype | None) -> TaskModel:
+    batch_size = len(steps.plans[task].batch(step, 0, steps.world_size))
+    refs = steps.plans[task].batch(step)  # of all ranks: the few samples of one say less
+    prepared = [sample for ref in refs[:SAMPLES] if (sample := steps.read(task, ref, step)) is not None]
     origin, tokenizer = steps.origins[task], model.encoder.text.tokenizer
     captions = [sample["caption"] for sample in prepared if sample.get("caption")]
     others = [text for ref in refs[SAMPLES:CAPTIONS] for text in _captions(steps, task, ref)] if captions else []
