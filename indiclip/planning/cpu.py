@@ -75,7 +75,7 @@ def attention_rate(images: int, tokens: int) -> float:
     x = torch.rand(images, 1, tokens, 64, requires_grad=True)
 
     def attend() -> None:
-        F.scaled_dot_product_attention(x, x, x).backward(x.detach())
+        F.scaled_dot_product_attention(x, x, x).backward(x.detach())  # type: ignore[no-untyped-call]
 
     return 7 * 2 * images * tokens**2 * 64 / _median(attend)
 
