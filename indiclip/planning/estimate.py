@@ -72,9 +72,10 @@ class Estimate:
         return max(self.busy_seconds(), self.launch_seconds())
 
     def launch_seconds(self) -> float:
-        """What the host takes to launch the operators of a step, the optimizer's too."""
-        operators = sum(count.operators for count in self._by_part.values()) + self.weights.update.operators
-        return operators * default("launch_us")[0] * 1e-6
+        """What the host takes to launch the operators of a step, the optimizer's too, but not the losses'."""
+        named = {part for _, part in self.losses}
+        operators = sum(count.operators for part, count in self._by_part.items() if part not in named)
+        return (operators + self.weights.update.operators) * default("launch_us")[0] * 1e-6
 
     def busy_seconds(self) -> float:
         """What the device takes for towers, pools and heads at the assumed share of its peak."""
@@ -85,10 +86,13 @@ class Estimate:
         return (work + again * towers) / (self.cluster.device.peak(self.dtype) * self.mfu)
 
     def loss_seconds(self) -> float:
-        """Contrastive losses, which run in float32: their FLOPs at that peak and their bytes at the memory's rate."""
-        counts = [self._by_part[part] for _, part in self.losses]
+        """Contrastive losses, which run in float32: their FLOPs at that peak and their bytes at the memory's rate.
+
+        Not less than the host takes to launch their operators, which may be more with each rank.
+        """
+        total = sum((self._by_part[part] for _, part in self.losses), Count())
         fp32, hbm = self.cluster.device.peak("fp32"), self.cluster.device.hbm_gbs * 1e9
-        return sum(count.flops / fp32 + count.moved / hbm for count in counts)
+        return max(total.flops / fp32 + total.moved / hbm, total.operators * default("launch_us")[0] * 1e-6)
 
     def traffic(self) -> Traffic:
         """What ranks exchange."""
