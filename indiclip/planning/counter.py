@@ -27,6 +27,7 @@ from indiclip.planning.fake import HostValues, autocast_as_on_cuda, fake_batch, 
 from indiclip.ratios import over_all_ranks
 from indiclip.types import Batch, Features
 
+_OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch's table lacks the one that writes into its input
 IMAGE_TOWER, TEXT_TOWER, PROJECTIONS = "image tower", "text tower", "pools, projections"
 
 
@@ -244,7 +245,8 @@ class OperatorCounter(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if name in _EXPONENTIAL:
             sums["exponentials"] += sum(value.numel() for value in tree_iter(out) if isinstance(value, Tensor))
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+        packet = _OUT_OF_PLACE.get(func._overloadpacket, func._overloadpacket)
+        if (formula := flop_registry.get(packet)) is not None:
             flops = formula(*args, **kwargs, out_val=out)
             sums["forward" if node is None else "backward"] += flops
             sums["attention"] += flops if "attention" in name else 0
@@ -264,7 +266,7 @@ def _parts_of(module: Any, heads: list[Head], counter: OperatorCounter) -> Itera
         for part, name in modules.items():
             undo.callback(part.register_forward_pre_hook(partial(counter.enter, name)).remove)
             undo.callback(part.register_forward_hook(counter.leave, always_call=True).remove)
-        for name in ("embed_features", "embed_text"):  # methods, which have no hooks
+        for name in ("pool_features", "pool_text", "project_image", "project_text"):  # methods, which have no hooks
             setattr(encoder, name, partial(_within, counter, getattr(encoder, name)))
             undo.callback(delattr, encoder, name)
         yield
