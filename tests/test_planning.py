@@ -78,7 +78,7 @@ def test_parts_by_hand():
     assert counts[PROJECTIONS].backward == 2 * (2 * projection) + mean
     logits = 2 * B * B * E  # computed twice, and two products for the gradients, all in the forward pass
     assert (counts["contrastive loss"].forward, counts["contrastive loss"].backward) == (
-        3 * logits,
+        4 * logits,
         0,
     )
     block = 2 * B * T * (3 * D * D + D * D + 2 * D * 64) + 4 * B * T * T * D  # BERT's MLP is 64 wide
