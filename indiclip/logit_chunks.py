@@ -148,8 +148,7 @@ class LogitChunks:
 
     def over_lengths(self, x_LB: Tensor) -> Tensor:
         """The sum over lengths, weighted."""
-        total_B: Tensor
-        total_B, *others = (x_B * weight for x_B, weight in zip(x_LB, self.weights, strict=True))
+        total_B, *others = (x_B * weight for x_B, weight in zip(x_LB.unbind(), self.weights, strict=True))
         for other_B in others:
             total_B += other_B
         return total_B
