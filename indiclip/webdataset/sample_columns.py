@@ -154,6 +154,6 @@ def _unpack(packed: bytes) -> list[str]:
         keys = json.loads(text.decode(errors="surrogatepass"))
     except (zlib.error, ValueError) as error:
         raise ValueError(f"index: broken keys: {error}") from error
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+    if not isinstance(keys, list) or not set(map(type, keys)) <= {str}:
         raise ValueError("index: broken keys: no list of texts")
     return keys
