@@ -241,8 +241,8 @@ class NaFlexViT(Backbone):
 
     def _may_pack(self) -> bool:
         """Whether the blocks may run on all images' tokens as one sequence, where each attends within its image."""
-        drops = self.training and any(isinstance(part, DropPath) for part in self.vit.modules())
-        # What is dropped is dropped of whole rows. And a block that is run again in the backward pass is run alone.
+        drops = self.training and self._drops_rows
+        # A block that timm runs again in the backward pass is run alone.
         return self._packs and not drops and not self.vit.grad_checkpointing and not torch.compiler.is_compiling()
 
     def _packed(self, pixels_BNP: Tensor, coords_BN2: Tensor, lengths: list[int]) -> Tensor:
@@ -272,6 +272,7 @@ class NaFlexViT(Backbone):
         if not self.vit.embeds.channels_last:
             raise ValueError("backbone.options.patchify_channels_last: found False; expected True, as patches are cut")
         self._packs = self.vit.rope is None  # which turns by rows of a batch
+        self._drops_rows = any(isinstance(part, DropPath) for part in self.vit.modules())
         if next(self.parameters()).is_meta:
             return
         self.eval()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
-__all__ = ["Head", "ListMetric", "Losses", "Ratio", "WholeBatch", "same_classes"]
+__all__ = ["Head", "ListMetric", "Losses", "Ratio", "WholeBatch", "computed", "same_classes"]
 
 Datasets = Mapping[str, "SampleDataset"]  # YAML key of the source, such as `data.train[0]` -> its dataset
 Prediction = dict[str, Any]  # what a head predicts for an image, or what is true of it, by name
@@ -57,6 +57,11 @@ class WholeBatch(NamedTuple):
 
     function: Callable[..., Losses]
     rows: tuple[Tensor | list[Any], ...]
+
+
+def computed(output: Losses | WholeBatch) -> Losses:
+    """What `Head.loss` gives, once all micro-batches are there."""
+    return output.function(*output.rows) if isinstance(output, WholeBatch) else output
 
 
 class Head(nn.Module, ABC):

@@ -19,12 +19,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from indiclip.autograd import with_gradients
 from indiclip.logit_chunks import LogitChunks, Where, all_gather, all_reduce
 
 # Logits are at most 100 times the cosines (CLIP, arXiv 2103.00020, section 2.5).
@@ -126,7 +126,7 @@ class ContrastiveLoss(nn.Module, ABC):
             chunks = LogitChunks(inputs, keys_KB, lengths)
             self.pair_losses_B = self._pair_losses(chunks)
             loss = self.pair_losses_B.mean()
-            return cast(Tensor, _WithGradients.apply(loss, chunks.gradients(), *inputs)) if chunks.wanted else loss
+            return with_gradients(loss, chunks.gradients(), inputs) if chunks.wanted else loss
 
     @abstractmethod
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
@@ -259,20 +259,6 @@ def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
     """As torch's, in two thirds of the time on a CPU, for finite numbers."""
     highest = x.amax(dim, keepdim=True)
     return (x - highest).exp_().sum(dim).log_().add_(highest.squeeze(dim))
-
-
-class _WithGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed along with it."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(outer * gradient for gradient in ctx.saved_tensors)
 
 
 def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor:

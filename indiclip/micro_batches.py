@@ -8,12 +8,13 @@ more forward pass. Plain accumulation of gradients would compare each sample wit
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from indiclip.autograd import with_gradients
 from indiclip.head import Losses, WholeBatch
 from indiclip.pooling import running_statistics
 from indiclip.ratios import added
@@ -75,7 +76,7 @@ def cached_gradients(
     reached += [(p, gradient) for p, gradient in zip(own, own_gradients, strict=True) if gradient is not None]
     _set(statistics, after)
     inputs, of_inputs = zip(*reached, strict=True)
-    return cast(Tensor, _WithGradients.apply(loss.detach(), of_inputs, *inputs))
+    return with_gradients(loss.detach(), of_inputs, inputs)
 
 
 def merge(parts: list[Outputs]) -> Outputs:
@@ -109,17 +110,3 @@ def _values(outputs: Outputs) -> list[Tensor]:
     found: list[Tensor] = []
     apply_to_collection(outputs, Tensor, found.append)
     return [tensor for tensor in found if tensor.is_floating_point()]
-
-
-class _WithGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed before."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(outer * gradient for gradient in ctx.saved_tensors)

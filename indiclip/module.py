@@ -19,7 +19,7 @@ from indiclip.distributed import gathered, rank_and_world, sum_over_ranks
 from indiclip.encoder import Encoder
 from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
-from indiclip.head import Head, Losses, Metrics, Prediction, WholeBatch
+from indiclip.head import Head, Losses, Metrics, Prediction, computed
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
 from indiclip.micro_batches import Outputs, cached_gradients, split
 from indiclip.names import check_range
@@ -214,10 +214,7 @@ class MultiTask(L.LightningModule):
 
     def _total(self, outputs: Outputs) -> Tensor:
         """The step's loss, and what is logged of it."""
-        losses = {
-            name: output.function(*output.rows) if isinstance(output, WholeBatch) else output
-            for name, output in outputs.items()
-        }
+        losses = {name: computed(output) for name, output in outputs.items()}
         terms = over_all_ranks({f"{name}/{term}": v for name, of in losses.items() for term, v in of.terms.items()})
         zero = torch.zeros((), device=self.device)
         self.head_losses = {}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
-from indiclip.head import Losses, WholeBatch
+from indiclip.head import Losses, WholeBatch, computed
 from indiclip.loading.collate import pack
 from indiclip.preprocessing import Preprocessing
 from indiclip.ratios import over_all_ranks
@@ -83,5 +83,4 @@ def packed(lists: dict[str, list[Any]]) -> dict[str, Any]:
 
 def step_losses(output: Losses | WholeBatch) -> Losses:
     """The numbers that a head's losses are where its batch is the whole step."""
-    losses = output.function(*output.rows) if isinstance(output, WholeBatch) else output
-    return Losses(*map(over_all_ranks, losses))
+    return Losses(*map(over_all_ranks, computed(output)))

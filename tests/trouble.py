@@ -13,6 +13,7 @@ import torch
 from heads.contrastive import Contrastive
 from indiclip.datasets.base import SampleDataset
 from indiclip.generated.mela import Mela
+from indiclip.head import computed
 from indiclip.images import UnreadableSample
 from indiclip.training.fault_tolerance import checkpoints, manifest
 
@@ -31,8 +32,7 @@ class BadLoss(Contrastive):
         self.bad, self.rank, self.what, self.calls = bad, rank, what, 0
 
     def loss(self, features, batch, encoder):
-        whole = super().loss(features, batch, encoder)
-        found = whole.function(*whole.rows)
+        found = computed(super().loss(features, batch, encoder))
         losses = found.terms
         mine = self.rank == (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
         if self.calls in self.bad and mine:

@@ -29,6 +29,7 @@ from heads.contrastive import Contrastive
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.generated.mela import Mela
+from indiclip.head import computed
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.preprocessing import Preprocessing
@@ -73,8 +74,7 @@ def our_contrastive_step(batch: dict[str, Any], tokenizer: Tokenizer, device: st
 
     def step() -> None:
         optimizer.zero_grad()
-        whole = head.loss(encoder.features(images), batch, encoder)
-        whole.function(*whole.rows).terms["loss"].backward()
+        computed(head.loss(encoder.features(images), batch, encoder)).terms["loss"].backward()
         optimizer.step()
 
     return step, sum(p.numel() for p in module.parameters())

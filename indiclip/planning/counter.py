@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from indiclip.head import Head, WholeBatch
+from indiclip.head import Head, computed
 from indiclip.losses import ContrastiveLoss
 from indiclip.planning.fake import HostValues, autocast_as_on_cuda, fake_batch, faked
 from indiclip.ratios import over_all_ranks
@@ -121,8 +121,7 @@ def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "OperatorCount
     total = torch.zeros(())
     for head in heads:
         with counter.part(head.name):
-            output = head.loss(features, batch, encoder)
-            losses = output.function(*output.rows) if isinstance(output, WholeBatch) else output
+            losses = computed(head.loss(features, batch, encoder))
             total = total + sum(over_all_ranks(losses.terms).values(), torch.zeros(()))
     return total
 

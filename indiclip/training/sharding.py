@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor import empty as empty_shards
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from indiclip.pooling import running_statistics
 from indiclip.sharding import gather, is_sharded, like, mesh_of, release
 from indiclip.training.fault_tolerance import manifest
 from indiclip.training.fault_tolerance.checkpoints import DurableCheckpointIO
@@ -132,8 +132,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _share_statistics(self) -> None:
         """As ddp does it: the running statistics of batch norm are those of the first rank."""
-        norms = (part for part in self._module().modules() if isinstance(part, _BatchNorm))
-        for buffer in [buffer for norm in norms for buffer in norm.buffers(recurse=False)]:
+        for buffer in running_statistics(self._module()):
             torch.distributed.broadcast(buffer, 0)
 
     def on_validation_start(self) -> None:
