@@ -47,6 +47,7 @@ TEXTS = {
     "mt5": T5,
     "gemma": SMALL | {"num_key_value_heads": 1, "head_dim": 16},
     "modernbert": SMALL | {"cls_token_id": 1, "sep_token_id": 2},
+    "m2m_100": {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
 }
 
 

@@ -369,7 +369,7 @@ def test_broken_gzip_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"a\.tar\.gz: broken gzip"):
             Shards(str(path))
-        assert not [entry for entry in (tmp_path / "cache").iterdir() if "lock" not in entry.name]
+        assert not [entry for entry in (tmp_path / "cache").iterdir() if not entry.name.startswith(".lock")]
 
 
 def test_bad_urls_and_classes(tmp_path):

@@ -268,7 +268,7 @@ def locked(target: Path, family: str = "") -> Iterator[None]:
 
     The lock may be another user's file, so that it is only read; it is never written to, and a link is not followed.
     """
-    file = target.parent / f".{family}lock-{stable_hash(target.name) % _LOCKS:02}"
+    file = target.parent / f".lock-{family}{stable_hash(target.name) % _LOCKS:02}"
     flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         lock = os.open(file, flags | os.O_RDWR | os.O_CREAT, 0o644)  # to write: NFS locks nothing else
