@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from indiclip import optim, sharding
 from indiclip.distributed import gathered, rank_and_world, sum_over_ranks
 from indiclip.encoder import Encoder
+from indiclip.float8 import Recipe, convert_to_float8, share_scales
 from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
 from indiclip.head import Head, Losses, Metrics, Prediction, computed
@@ -54,6 +55,8 @@ class MultiTask(L.LightningModule):
             mode, gets no gradients, and the optimizer does not know it.
         activation_checkpointing: Keep of each block of the towers its inputs alone, and compute the rest again in the
             backward pass: less memory for about a third more time.
+        float8: `rowwise` or `tensorwise`: the matrix products of the towers' blocks run in 8-bit floating point while
+            they train, see `indiclip.float8`; with `trainer.precision: bf16-mixed`, on GPUs from Ada or Hopper on.
 
     Attributes:
         frozen: Paths of what is not trained, of `freeze` and of what no head uses.
@@ -77,6 +80,7 @@ class MultiTask(L.LightningModule):
         micro_batches: int = 1,
         freeze: list[str] | None = None,
         activation_checkpointing: bool = False,
+        float8: Recipe | None = None,
     ) -> None:
         super().__init__()
         _check_heads(heads)
@@ -94,7 +98,7 @@ class MultiTask(L.LightningModule):
         self.weight_decay = 0.05 if optimizer is None and weight_decay is None else weight_decay
         self.optimizer, self.lr_schedule = optimizer or _DEFAULT_OPTIMIZER, lr_schedule or optim.Cosine()
         self.lr_scale, self.layer_decay, self.micro_batches = lr_scale, layer_decay, micro_batches
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.float8 = activation_checkpointing, float8
         self.log_variances = nn.ParameterDict(
             {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
         )
@@ -104,6 +108,10 @@ class MultiTask(L.LightningModule):
         freeze_paths(self, self.frozen)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"model.freeze: {', '.join(freeze or [])} leaves nothing to train")
+        if float8 and encoder.lora:
+            raise ValueError(
+                f"model.float8: found {float8}; expected null with model.encoder.lora, whose adapters are thin"
+            )
         encoder.check_adapters()  # here, as a model that is only loaded need not run
         self._check_adapters_train()
         self.train(self.training)
@@ -154,6 +162,9 @@ class MultiTask(L.LightningModule):
 
     def configure_model(self) -> None:
         towers = [self.encoder.backbone, self.encoder.text]
+        if self.float8 and self.trainer.state.fn == "fit":  # else as it will be used
+            device, gather_in_float8 = self.trainer.strategy.root_device, self.device_mesh is not None
+            convert_to_float8(towers, self.float8, self.trainer.precision, device, gather_in_float8)
         if self.activation_checkpointing:
             sharding.checkpoint_activations(towers)
         if self.device_mesh is not None and not sharding.is_sharded(self):
@@ -166,6 +177,8 @@ class MultiTask(L.LightningModule):
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._seed()
+        if self.float8 == "tensorwise" and sharding.is_sharded(self):
+            share_scales(self)
 
     def _seed(self, *part: int) -> None:
         """Dropout and the like: a function of the step, so that a resumed run draws what the uninterrupted one did."""

@@ -50,6 +50,7 @@ _NOISE = (
     "your dataloader is not resumable",  # it is: the position is the step number
     r"Found .* module\(s\) in eval mode at the start of training",  # the start-up table says what is frozen
     "The dirpath has changed from",  # a run's folder works wherever it is moved
+    "FSDP2-wrapped module .* returned a view tensor",  # nobody changes it in place
     "Checkpoint directory .*/checkpoints exists and is not empty",  # a run goes on in its folder, a new one has its own
 )
 
