@@ -21,6 +21,16 @@ gc.freeze()
 atexit.register(gc.unfreeze)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder with the real data; tests that need it are skipped where it is absent."""

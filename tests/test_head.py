@@ -117,7 +117,7 @@ def test_a_wait_would_be_found():
         torch.zeros(3).to("cuda", non_blocking=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
 def test_a_step_never_waits_for_a_real_device(make):
     batch, encoder, head = step_batch(), tiny_encoder(pool="mean", batch_norm=True).cuda(), make()

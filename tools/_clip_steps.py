@@ -146,13 +146,24 @@ def normalised(images: list[np.ndarray]) -> Tensor:
 
 def pairs(shape: Shape, batch_size: int, tokenizer: Tokenizer, **budget: Any) -> tuple[Any, Tensor, list[str]]:
     """Drawn images with one caption each: our batch, OpenCLIP's images and its captions."""
-    scenes = Mela(batch_size, shape.pixels, "single", languages=["en"], seed=0)
-    source = Source("contrastive", scenes, batch_size, **{"max_tokens": (shape.pixels // shape.patch) ** 2} | budget)
-    steps = Steps([source], 0, Preprocessing(shape.patch), train=bool(budget), encode=tokenizer.encode)
-    batch: Any = steps[0]["contrastive"]
+    scenes = drawn(shape.pixels, batch_size)
     samples = [scenes[i] for i in range(batch_size)]
     captions = [sample["captions"]["en"][0] for sample in samples]
+    batch = our_batch(scenes, shape, tokenizer, **budget)
     return batch, normalised([sample["image"] for sample in samples]), captions
+
+
+def drawn(pixels: int | list[int], number: int) -> Mela:
+    """Images of one size, or of sides between two."""
+    return Mela(number, pixels, "single", languages=["en"], seed=0)
+
+
+def our_batch(scenes: Mela, shape: Shape, tokenizer: Tokenizer, **budget: Any) -> Any:
+    """All of the scenes; with a budget of patches as training prepares them."""
+    batch_size = len(scenes)
+    source = Source("contrastive", scenes, batch_size, **{"max_tokens": (shape.pixels // shape.patch) ** 2} | budget)
+    steps = Steps([source], 0, Preprocessing(shape.patch), train=bool(budget), encode=tokenizer.encode)
+    return steps[0]["contrastive"]
 
 
 def on_device(batch: Any, device: str) -> Any:

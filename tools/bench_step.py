@@ -1,161 +1,150 @@
-"""One training step of ours beside the peer's, in the same run.
+"""One training step of ours beside OpenCLIP's, in the same run, and beside this machine's own matrix products.
 
-    python tools/bench_step.py                # CPU
+    OMP_NUM_THREADS=1 python tools/bench_step.py
+    OMP_NUM_THREADS=1 python tools/bench_step.py --open-clip open_clip/src     # and its main branch
     python tools/bench_step.py --device cuda --batch 256
 
-1. A contrastive step (tokenizing, forward, loss, backward, AdamW) beside open_clip_torch's CLIP with the same image
-   tower, text tower, tokenizer, images and captions; once with a BPE tokenizer, once byte by byte.
-2. Our contrastive step on 196 patches beside 49 (a smaller image) and 98 (half of them dropped).
-3. The quickstart's four-task step beside the sum of its tasks alone.
+1. A contrastive step (forward, loss, backward, AdamW) beside OpenCLIP's with towers of the same shape, the same
+   images, captions and tokenizer; once with a BPE tokenizer, once byte by byte. The installed OpenCLIP pads captions
+   to 77 tokens; its main branch can pad to the longest of the batch ("variable text").
+2. On a CPU, the share of the machine's own rate of matrix products that the step reaches: the FLOPS of the step,
+   attention and convolutions included, beside those of its products when nothing else is run, shape by shape.
+3. Our contrastive step on 196 patches beside 49 (a smaller image) and 98 (half of them dropped).
+4. The quickstart's four-task step beside the sum of its tasks alone, and its operators above 3% of it.
 
-Alternates ours and theirs, pair by pair, and prints medians; needs the extra `test`.
+Steps take turns, round by round; times are medians, of one CPU thread those that it ran. Needs the extra `test`.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.loss import ClipLoss
-from torch import nn
+from _clip_steps import (
+    CONTEXT,
+    SMALL,
+    Ours,
+    Step,
+    Theirs,
+    load_open_clip,
+    on_device,
+    paired,
+    pairs,
+    ratio,
+    training_step,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from heads.contrastive import Contrastive
-from indiclip.backbone import NaFlexViT
-from indiclip.encoder import Encoder
-from indiclip.generated.mela import Mela
-from indiclip.head import computed
-from indiclip.loading.source import Source
-from indiclip.loading.steps import Steps
-from indiclip.preprocessing import Preprocessing
-from indiclip.text import TextTower
+from indiclip.planning.cpu import clock
 from indiclip.tokenizers import ByteTokenizer, FastTokenizer, Tokenizer
 
-WIDTH, DEPTH, HEADS, PATCH, PIXELS = 192, 6, 3, 8, 96
-TEXT_WIDTH, TEXT_DEPTH, TEXT_HEADS, EMBED = 192, 4, 3, 256
-CONTEXT = 77  # OpenCLIP's; every caption is padded to it there
-Step = Callable[[], None]
+PRODUCTS = {"aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default"}
 
 
-def paired(steps: dict[str, Step], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each step, all of them once a round, after two rounds of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+class Products(TorchDispatchMode):
+    """Notes each matrix product's operator with its arguments' shapes and strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(function) in PRODUCTS:
+            layout = tuple((tuple(x.shape), x.stride()) if isinstance(x, Tensor) else x for x in args)
+            self.found[function, layout] += 1
+        return function(*args, **(kwargs or {}))
 
 
-def our_contrastive_step(batch: dict[str, Any], tokenizer: Tokenizer, device: str) -> tuple[Step, int]:
-    """Our encoder with a text tower of OpenCLIP's shape."""
-    architecture = {
-        "model_type": "clip_text_model", "hidden_size": TEXT_WIDTH, "num_hidden_layers": TEXT_DEPTH,
-        "num_attention_heads": TEXT_HEADS, "intermediate_size": 4 * TEXT_WIDTH, "max_position_embeddings": CONTEXT,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    text = TextTower(tokenizer, architecture)
-    encoder = Encoder(NaFlexViT(width=WIDTH, depth=DEPTH, num_heads=HEADS, patch_size=PATCH), text, EMBED, [])
-    head = Contrastive(loss="softmax")
-    head.bind(encoder)
-    module = nn.ModuleList([encoder, head]).to(device)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    images = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch["images"].items()}
-    batch = {**batch, "images": images}
-
-    def step() -> None:
-        optimizer.zero_grad()
-        computed(head.loss(encoder.features(images), batch, encoder)).terms["loss"].backward()
-        optimizer.step()
-
-    return step, sum(p.numel() for p in module.parameters())
+def share_of_rate(step: Step, seconds: float) -> float:
+    """FLOPS of a step that takes so long, beside those of its matrix products alone."""
+    with FlopCounterMode(display=False) as counter, Products() as products:
+        step()
+    total = 0.0
+    for (function, layout), times in products.found.items():
+        arguments = [_filled(x) for x in layout]
+        rounds = []
+        for _ in range(5):
+            start = clock()
+            function(*arguments)
+            rounds.append(clock() - start)
+        total += times * statistics.median(rounds)
+    flops = {str(function): count for function, count in counter.get_flop_counts()["Global"].items()}
+    of_products = sum(
+        count for name, count in flops.items() if name in {str(of.overloadpacket) for of, _ in products.found}
+    )
+    return sum(flops.values()) / seconds / (of_products / total)
 
 
-def open_clip_step(pixels: torch.Tensor, captions: list[str], tokenizer: Tokenizer, device: str) -> tuple[Step, int]:
-    """OpenCLIP's CLIP of the same shape; its training script's loss and optimizer."""
-    vision = {"layers": DEPTH, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH, "image_size": PIXELS}
-    text = {"context_length": CONTEXT, "vocab_size": tokenizer.vocab_size, "width": TEXT_WIDTH}
-    text |= {"heads": TEXT_HEADS, "layers": TEXT_DEPTH}
-    model = open_clip.CLIP(EMBED, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)).to(device)
-    loss = ClipLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # faster than the peer's script, as ours
-    pixels = pixels.to(device)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        ids = torch.zeros(len(captions), CONTEXT, dtype=torch.long)
-        for i, row in enumerate(tokenizer.encode(captions)):
-            ids[i, : len(row)] = torch.tensor(row)
-        image, caption, scale = model(pixels, ids.to(device))
-        loss(image, caption, scale).backward()
-        optimizer.step()
-
-    return step, sum(p.numel() for p in model.parameters())
+def _filled(argument: Any) -> Any:
+    if not isinstance(argument, tuple):
+        return argument
+    size, stride = argument
+    return torch.empty_strided(size, stride).uniform_()
 
 
-def contrastive(batch_size: int, tokenizer: Tokenizer, rounds: int, device: str) -> None:
-    """Print samples/s of both."""
+def contrastive(batch_size: int, tokenizer: Tokenizer, rounds: int, device: str, other: str | None) -> None:
+    """Print samples/s of all."""
     torch.manual_seed(0)
-    scenes = Mela(batch_size, PIXELS, "single", languages=["en"], seed=0)
-    source = Source("contrastive", scenes, batch_size, max_tokens=(PIXELS // PATCH) ** 2)
-    batch: Any = Steps([source], 0, Preprocessing(PATCH), train=False)[0]["contrastive"]
-    batch["targets"].pop("label")  # the peer knows no labels
-    pixels = torch.stack([torch.from_numpy(scenes[i]["image"]).permute(2, 0, 1) for i in range(batch_size)])
-    captions = [scenes[i]["captions"]["en"][0] for i in range(batch_size)]
-    ours, our_size = our_contrastive_step(batch, tokenizer, device)
-    theirs, their_size = open_clip_step((pixels / 255 - 0.5) / 0.5, captions, tokenizer, device)
-    times = paired({"ours": ours, "open_clip": theirs}, rounds, device)
+    batch, pixels, captions = pairs(SMALL, batch_size, tokenizer)
+    batch = on_device(batch, device)
+    installed, main = load_open_clip(), load_open_clip(other) if other else None
+    ours = Ours(SMALL, tokenizer).to(device)
+    peers = {f"open_clip {installed.__version__}": Theirs(SMALL, tokenizer, installed)}
+    if main is not None:
+        peers[f"open_clip {main.__version__}"] = Theirs(SMALL, tokenizer, main)
+        peers[f"open_clip {main.__version__}, variable text"] = Theirs(SMALL, tokenizer, main, variable_text=True)
+    steps = {
+        "ours": training_step(ours, lambda: ours.loss(batch)),
+        "ours, with keys": training_step(ours, lambda: ours.loss(batch, keys=True)),
+    }
+    for name, peer in peers.items():
+        peer.to(device)
+        ids, images = peer.ids(captions).to(device), pixels.to(device)
+        steps[name] = training_step(peer, lambda peer=peer, ids=ids, images=images: peer.loss(images, ids))
+    seconds = paired(steps, rounds, device)
     lengths = [len(row) for row in tokenizer.encode(captions)]
     print(
-        f"contrastive step, {batch_size} pairs, {PIXELS} px, {type(tokenizer).__name__}: {len(set(captions))} distinct "
-        f"captions of {statistics.mean(lengths):.0f} tokens, the longest {max(lengths)}"
+        f"contrastive step, {batch_size} pairs, {SMALL.pixels} px, {type(tokenizer).__name__}: {len(set(captions))} "
+        f"distinct captions of {statistics.mean(lengths):.0f} tokens, the longest {max(lengths)}"
     )
-    for name, size in (("ours", our_size), ("open_clip", their_size)):
-        print(f"  {name:10} {batch_size / times[name]:8.1f} samples/s   {size / 1e6:.2f} M parameters")
-    print(f"  ratio      {times['open_clip'] / times['ours']:8.2f}x")
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        share = f"   of the rate {share_of_rate(steps[name], median):4.0%}" if device == "cpu" else ""
+        print(
+            f"  {name:36} {batch_size / median:7.1f} samples/s   ours is {ratio(times, seconds['ours']):5.2f}x{share}",
+            flush=True,
+        )
 
 
 def few_tokens(batch_size: int, tokenizer: Tokenizer, rounds: int, device: str) -> None:
     """Print our step on all patches of an image, on those of a smaller one, and on half of them."""
-    scenes = Mela(batch_size, 14 * PATCH, "single", languages=["en"], seed=0)
-    budgets: dict[str, dict[str, Any]] = {"196": {}, "49": {"max_tokens": 49}, "196, half dropped": {"drop": 0.5}}
+    shape = replace(SMALL, pixels=14 * SMALL.patch)
+    budgets: dict[str, dict[str, Any]] = {"196": {"drop": 0.0}, "49": {"max_tokens": 49}, "half dropped": {"drop": 0.5}}
     steps = {}
     for name, budget in budgets.items():
         torch.manual_seed(0)
-        source = Source("contrastive", scenes, batch_size, **{"max_tokens": 196} | budget)
-        batch: Any = Steps([source], 0, Preprocessing(PATCH), train=True)[0]["contrastive"]
-        steps[name], _ = our_contrastive_step(batch, tokenizer, device)
-    times = paired(steps, rounds, device)
+        batch, ours = on_device(pairs(shape, batch_size, tokenizer, **budget)[0], device), Ours(shape, tokenizer)
+        steps[name] = training_step(ours.to(device), lambda ours=ours, batch=batch: ours.loss(batch))
+    seconds = paired(steps, rounds, device)
     print(f"contrastive step, {batch_size} pairs, patches of an image:")
-    for name, seconds in times.items():
-        print(f"  {name:18} {1e3 * seconds:7.0f} ms   {times['196'] / seconds:5.2f}x")
+    for name, times in seconds.items():
+        print(f"  {name:14} {1e3 * statistics.median(times):7.0f} ms   {ratio(seconds['196'], times):5.2f}x")
 
 
-def four_tasks(rounds: int, device: str) -> None:
-    """Print the quickstart's step beside its tasks alone."""
-    from jsonargparse import ArgumentParser
+def task_steps(device: str, flags: Sequence[str] = (), autocast: torch.dtype | None = None) -> dict[str, Step]:
+    """The quickstart's step with all tasks, `together`, and with each alone."""
+    from indiclip.commands.config_samples import build_run
 
-    from indiclip.config_files import find_config, read_config
-    from indiclip.loading.data_module import MultiTaskData
-    from indiclip.module import MultiTask
-
-    parser = ArgumentParser(parser_mode="omegaconf+")
-    parser.add_class_arguments(MultiTask, "model")
-    parser.add_class_arguments(MultiTaskData, "data")
-    parser.add_argument("--trainer", type=dict)
-    config = parser.parse_object(read_config(find_config("quickstart")))
-    parts = parser.instantiate(config)
-    module, data = parts.model.to(device), parts.data
-    data.preprocessing = module.encoder.backbone.preprocessing
+    module, data, _ = build_run(["--config", "quickstart", *flags])
+    module = module.to(device)
     module.log = module.log_dict = lambda *_, **__: None
     batches = module.transfer_batch_to_device(data.steps(data.train, train=True)[0], torch.device(device), 0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
@@ -165,30 +154,57 @@ def four_tasks(rounds: int, device: str) -> None:
         def step() -> None:
             module.heads = nn.ModuleDict({name: heads[name] for name in names})
             optimizer.zero_grad()
-            module.training_step(batches, 0).backward()
+            with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = module.training_step(batches, 0)
+            loss.backward()
             optimizer.step()
 
         return step
 
-    times = paired({"together": step_of(list(heads)), **{name: step_of([name]) for name in heads}}, rounds, device)
+    return {"together": step_of(list(heads)), **{name: step_of([name]) for name in heads}}
+
+
+def four_tasks(rounds: int, device: str) -> None:
+    """Print the quickstart's step beside its tasks alone, and what takes its time."""
+    steps = task_steps(device)
+    times = {name: statistics.median(of) for name, of in paired(steps, rounds, device).items()}
     alone = sum(seconds for name, seconds in times.items() if name != "together")
     print("quickstart's step, ms: " + ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in times.items()))
     print(f"  together / sum of the tasks alone: {times['together'] / alone:.2f}")
+    if device == "cpu":
+        products = {name: share_of_rate(step, times[name]) for name, step in steps.items()}
+        print("  of the rate: " + ", ".join(f"{name} {share:.0%}" for name, share in products.items()))
+    operators(steps["together"], device)
+
+
+def operators(step: Step, device: str) -> None:
+    """Print the operators that take more than 3% of a step."""
+    with torch.profiler.profile() as profile:
+        step()
+    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, attribute))
+    total = sum(getattr(event, attribute) for event in events)
+    print("  operators above 3%, share and calls:")
+    for event in events:
+        if (share := getattr(event, attribute) / total) > 0.03:
+            print(f"    {event.key:56} {share:6.1%} {event.count:6}")
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--open-clip", help="folder with the sources of another OpenCLIP")
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads")
+    torch.set_flush_denormal(True)  # as `indiclip fit` does
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     bpe = FastTokenizer(str(Path(__file__).parent.parent / "conf" / "tokenizers" / "mela.json"), CONTEXT)
     for tokenizer in (bpe, ByteTokenizer(CONTEXT)):
         for batch_size in arguments.batch:
-            contrastive(batch_size, tokenizer, arguments.rounds, arguments.device)
-    few_tokens(arguments.batch[-1], bpe, arguments.rounds, arguments.device)
+            contrastive(batch_size, tokenizer, arguments.rounds, arguments.device, arguments.open_clip)
+    few_tokens(arguments.batch[0], bpe, arguments.rounds, arguments.device)
     four_tasks(arguments.rounds, arguments.device)
 
 
