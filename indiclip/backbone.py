@@ -8,6 +8,7 @@ Shape letters: see `indiclip.types`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast, get_args
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from indiclip.names import check_choice, check_range, did_you_mean
 from indiclip.packing import WORTH_IT, Packing, packed_attention, padding
+from indiclip.position_table import reads_parts, whole_grids
 from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
 from indiclip.types import Features, Images, on_device
@@ -48,6 +50,7 @@ class Backbone(nn.Module, ABC):
         patch_size: Side of the patches that the data pipeline cuts, in pixels.
         max_tokens: The token budget per image: no source may ask for more patches.
         canvas_hw: The one image size this backbone takes; None where any size goes.
+        reads_parts: Whether it knows the places of an image's patches where others were dropped.
         mean: Of the channels red, green and blue, in 0..1; pixels are normalised with it.
         std: As `mean`.
         interpolation: How its images are resized.
@@ -59,6 +62,7 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     max_tokens: int
     canvas_hw: tuple[int, int] | None = None
+    reads_parts: bool = False
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: Interpolation = "bilinear"
@@ -230,11 +234,15 @@ class NaFlexViT(Backbone):
         full = min(lengths) == images["patches_BNP"].shape[1]
         valid_BN = None if full else images["valid_BN"]  # attention without a mask is the faster kernel
         pixels_BNP = self.normalise(images)
-        if padding(lengths) > WORTH_IT and self._may_pack():
-            tokens_BND = self._packed(pixels_BNP, images["coords_BN2"], lengths)
-        else:
-            out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))
-            tokens_BND = out["patches"]
+        parts = any(rows * columns > length for (rows, columns), length in zip(grids, lengths, strict=True))
+        if parts and not self.reads_parts:
+            raise ValueError("backbone: found images with dropped patches; expected whole ones, see reads_parts")
+        with whole_grids(grids, pixels_BNP.device) if parts else nullcontext():
+            if padding(lengths) > WORTH_IT and self._may_pack():
+                tokens_BND = self._packed(pixels_BNP, images["coords_BN2"], lengths)
+            else:
+                out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))
+                tokens_BND = out["patches"]
         prefix_BKD, tokens_BND = split_prefix(tokens_BND, self.vit.num_prefix_tokens)
         grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
         return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride, prefix_BKD)
@@ -272,6 +280,7 @@ class NaFlexViT(Backbone):
         if not self.vit.embeds.channels_last:
             raise ValueError("backbone.options.patchify_channels_last: found False; expected True, as patches are cut")
         self._packs = self.vit.rope is None  # which turns by rows of a batch
+        self.reads_parts = reads_parts(self.vit.embeds) and self.vit.rope is None  # which wants whole grids
         self._drops_rows = any(isinstance(part, DropPath) for part in self.vit.modules())
         if next(self.parameters()).is_meta:
             return

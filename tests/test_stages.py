@@ -302,6 +302,7 @@ CANVAS = {
             {"stages": [{"until": 0.5, "drop": 0.5}], "dense": True},
             "data.train[0].stages: detection reads the source and needs all patches",
         ),
+        ({"drop": 0.5, "rope": True}, "data.train[0].drop: the backbone's positions are those of whole images"),
         ({"drop": 0.5, "canvas": True}, "data.train[0].drop: the backbone reads whole images of one size, 32x32"),
         (
             {"stages": [{"until": 0.5, "max_tokens": 4}], "canvas": True},
@@ -314,6 +315,8 @@ def test_one_line_says_what_is_wrong(tmp_path, capsys, changes, message):
     tree = config()
     if changes.pop("dense", False):
         tree["model"]["heads"].append(DENSE)
+    if changes.pop("rope", False):
+        tree["model"]["encoder"]["backbone"]["init_args"]["options"] = {"rope_type": "axial", "pos_embed": "none"}
     if changes.pop("canvas", False):
         tree["model"]["encoder"]["backbone"] = CANVAS
     tree["data"]["val" if changes.pop("val", False) else "train"][0] |= changes

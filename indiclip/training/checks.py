@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from indiclip.backbone import Backbone
 from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import SampleRef
@@ -40,7 +41,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
                 raise ValueError(
                     f"{name}: {max_tokens} is over the backbone's budget, model.encoder.backbone.max_tokens {budget}"
                 )
-        _check_tokens(key, source, heads_of[source.task], model.encoder.backbone.canvas_hw, key in parts[0])
+        _check_tokens(key, source, heads_of[source.task], model.encoder.backbone, key in parts[0])
     if stage == "fit":
         given = data.train_sizes
         for key, source in parts[0].items():
@@ -67,19 +68,23 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         head.check(*of_task)
 
 
-def _check_tokens(
-    key: str, source: Source, heads: Sequence[Head], canvas_hw: tuple[int, int] | None, trains: bool
-) -> None:
+def _check_tokens(key: str, source: Source, heads: Sequence[Head], backbone: Backbone, trains: bool) -> None:
     """Refuse what gives images other tokens, or other samples, where that cannot be."""
     drops = any(budget.drop for budget in source.budgets)
     changes = {"drop": drops and not source.stages, "stages": source.stages, "clusters": source.clusters}
     names = [name for name, found in changes.items() if found]
     if names and not trains:
         raise ValueError(f"{key}.{names[0]}: held-out data are read whole; expected it in data.train alone")
-    if canvas_hw is not None and (source.stages or drops):
+    if backbone.canvas_hw is not None and (source.stages or drops):
+        height, width = backbone.canvas_hw
         raise ValueError(
-            f"{key}.{names[0]}: the backbone reads whole images of one size, {canvas_hw[0]}x{canvas_hw[1]}; expected a "
-            "NaFlexViT for fewer tokens"
+            f"{key}.{names[0]}: the backbone reads whole images of one size, {height}x{width}; expected a NaFlexViT "
+            "for fewer tokens"
+        )
+    if drops and not backbone.reads_parts:
+        raise ValueError(
+            f"{key}.{names[0]}: the backbone's positions are those of whole images; expected no drop, or a NaFlexViT "
+            "with a learned table of them, pos_embed_use_grid_sample, and no rope"
         )
     for head in heads:
         if drops and head.needs_all_patches:
