@@ -4,6 +4,7 @@ Tried with Lightning 2.6.6. Each function says which hook or property is missing
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from subprocess import Popen
 from typing import Any
 
@@ -70,6 +71,49 @@ def validate_now(trainer: Trainer) -> None:
     val_loop.run()
     val_loop._has_run = False  # else the epoch that ends here would end without a step, again and again
     trainer.training = True
+
+
+def time_fetches(trainer: Trainer, begins: Callable[[], None], ends: Callable[[], None]) -> None:
+    """Have `begins` and `ends` called before and after the training loop waits for its next batch.
+
+    No hook comes before it; Lightning tells its profiler by these two, which an epoch's start hands to the fetcher.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    kind = type(loop)
+
+    def before() -> None:
+        kind._on_before_fetch(loop)
+        begins()
+
+    def after() -> None:
+        ends()
+        kind._on_after_fetch(loop)
+
+    loop._on_before_fetch, loop._on_after_fetch = before, after
+
+
+def around_saves(trainer: Trainer, around: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Have every save of a checkpoint run within what `around` gives, until `forget_saves`; no hook follows a save."""
+    save = trainer.save_checkpoint
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        with around():
+            save(*args, **kwargs)
+
+    trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+
+
+def forget_saves(trainer: Trainer) -> None:
+    """Undo all of `around_saves`."""
+    vars(trainer).pop("save_checkpoint", None)
+
+
+def leave_out_sigterm_exchange(trainer: Trainer) -> None:
+    """Have the ranks not tell each other in every step whether Lightning's own handler has got a signal.
+
+    They would wait for each other and for the device; there is no such handler, see `replace_signal_handlers`.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def replace_signal_handlers(trainer: Trainer, register: Callable[[], None] | None) -> None:

@@ -100,7 +100,7 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
-        " sharding pooling lightning_internals encoder head module datasets loading evals"
+        " sharding pooling lightning_internals encoder head module datasets loading evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"

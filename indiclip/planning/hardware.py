@@ -25,6 +25,7 @@ class Device:
         hbm_gbs: Its bandwidth in GB/s.
         nvlink_gbs: To the other devices of the node, GB/s in one direction.
         nic_gbs: To other nodes, GB/s in one direction.
+        cuda_names: What `torch.cuda.get_device_name` gives of the boards with these peak rates.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Device:
     sparse: dict[str, float] = field(default_factory=dict)
     nvlink_gbs: float = 0
     nic_gbs: float = 0
+    cuda_names: list[str] = field(default_factory=list)
 
     def peak(self, dtype: str) -> float:
         """FLOPS at a data type.
@@ -67,6 +69,11 @@ def device(name: str, flag: str = "--gpu", valid: list[str] | None = None) -> De
     """
     check_choice(flag, name.lower(), valid or devices())
     return Device(**table()["devices"][name.lower()])
+
+
+def installed(cuda_name: str) -> Device | None:
+    """The device that CUDA's driver calls so; None where it is not in the table."""
+    return next((of for of in map(device, devices()) if cuda_name in of.cuda_names), None)
 
 
 def default(name: str) -> tuple[float, str]:

@@ -18,8 +18,10 @@ from indiclip.distributed import mean_over_ranks
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import keyed
 from indiclip.module import Batches, MultiTask
-from indiclip.training.fault_tolerance.ranks import folder_of
+from indiclip.training.fault_tolerance.later import Later
+from indiclip.training.fault_tolerance.ranks import callbacks_of, folder_of
 from indiclip.training.record import append_history
+from indiclip.training.throughput import Throughput
 
 
 class StartupTable(Callback):
@@ -103,10 +105,10 @@ def _frozen_line(module: MultiTask) -> str:
 
 
 class TaskProgress(ProgressBar):
-    """One line for the whole run: step, samples/s, each task's loss, time left.
+    """One line for the whole run: step, throughput, each task's loss (of the step before), time left.
 
     Args:
-        refresh_seconds: Time between updates, so that reading losses does not make a GPU wait at every step.
+        refresh_seconds: Time between updates.
         plain_seconds: Time between lines where the output is no terminal.
     """
 
@@ -123,8 +125,8 @@ class TaskProgress(ProgressBar):
         self.is_enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._samples = 0
-        self._since = self._shown = time.monotonic()
+        self._shown = time.monotonic()
+        self._losses: Later | None = None  # of the step before, on their way to the host
         if not self.is_enabled:  # as on all ranks but the first
             return
         console = Console()
@@ -132,7 +134,7 @@ class TaskProgress(ProgressBar):
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24 if console.width >= 120 else 4),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", table_column=Column()),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
@@ -149,28 +151,30 @@ class TaskProgress(ProgressBar):
     ) -> None:
         if self._progress is None:
             return
-        self._samples += sum(len(part["keys"]) for part in batch.values()) * trainer.world_size
-        console, now = self._progress.console, time.monotonic()
-        if now - self._shown < (self.refresh_seconds if console.is_terminal else self.plain_seconds):
-            return
-        self._shown = now
         assert isinstance(pl_module, MultiTask)
-        losses = "  ".join(f"{name}\N{NO-BREAK SPACE}{loss.item():.3f}" for name, loss in pl_module.head_losses.items())
-        rate = f"{self._samples / (now - self._since):.0f} samples/s"
+        console = self._progress.console
+        if time.monotonic() - self._shown < (self.refresh_seconds if console.is_terminal else self.plain_seconds):
+            return
+        if self._losses is None:
+            self._losses = Later(torch.stack([*pl_module.head_losses.values()]))
+            return
+        if not self._losses.arrived:
+            return
+        numbers, self._losses, self._shown = self._losses.read(), None, time.monotonic()
+        named = zip(pl_module.head_losses, numbers, strict=True)
+        losses = "  ".join(f"{name}\N{NO-BREAK SPACE}{loss:.3f}" for name, loss in named)
+        rate = "  ".join(throughput.line(trainer) for throughput in callbacks_of(trainer, Throughput))
         self._progress.update(self._bar, completed=trainer.global_step, rate=rate, losses=losses)
         if not console.is_terminal:
             task = self._progress.tasks[0]
             left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
             console.print(f"step {trainer.global_step}/{task.total or '?'}  {rate}  {losses}  {left}", soft_wrap=True)
-        if now - self._since > 10:  # a moving rate: what happened long ago does not count
-            self._samples, self._since = 0, now
 
     def on_validation_start(self, *_: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._bar, description="validate")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._samples, self._since = 0, time.monotonic()
         if self._progress is not None:
             self._progress.update(self._bar, description="train", completed=trainer.global_step)
 

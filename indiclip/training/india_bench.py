@@ -34,6 +34,7 @@ from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.monitors import check_monitors
 from indiclip.training.record import RunRecord
+from indiclip.training.throughput import paused
 
 
 class IndiaBench(Callback):
@@ -190,6 +191,7 @@ class IndiaBench(Callback):
                     raise Interrupted(vote.preemption.received)
 
         with (
+            paused(trainer),
             together(trainer, f"the benchmark after step {step}") as exchange,
             scored_weights(trainer, module) as weights,
             torch.inference_mode(False),  # in which validations are: what a module keeps could not be trained with

@@ -66,7 +66,7 @@ class RunRecord(Callback):
         if step == trainer.max_steps:
             trainer.should_stop = True  # else Lightning ends in mid-epoch without a last validation
         if step != self._step and every and step % every == 0:
-            self._write_row(trainer, "train/")
+            self._write_row(trainer, "train/", "throughput/")
         self._step = step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,9 +133,9 @@ class RunRecord(Callback):
         json_lines.write_whole(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
         _print_summary(self._folder, record)
 
-    def _write_row(self, trainer: Trainer, prefix: str) -> None:
+    def _write_row(self, trainer: Trainer, *prefixes: str) -> None:
         if trainer.is_global_zero:
-            values = {k: v for k, v in finite(trainer.callback_metrics).items() if k.startswith(prefix)}
+            values = {k: v for k, v in finite(trainer.callback_metrics).items() if k.startswith(prefixes)}
             self._append(trainer, values)
 
     def _append(self, trainer: Trainer, values: dict[str, float | None]) -> None:

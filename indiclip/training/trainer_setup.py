@@ -29,6 +29,7 @@ from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.monitors import CheckMonitors
 from indiclip.training.record import PredictionWriter, RunRecord
 from indiclip.training.sharding import ShardedStrategy
+from indiclip.training.throughput import Throughput
 
 _SHARDED = ("fsdp", "modelparallel", "deepspeed", "sharded")  # strategies that write folders of shards by themselves
 _LEAST = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
@@ -98,11 +99,11 @@ def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial
     given = listed(config.get("callbacks"))
     _check_callbacks(given, config.get("strategy"))
     _place_checkpoints(given, folder / "checkpoints")
-    # CheckMonitors before the callbacks that look for their monitor. RunRecord before StepSync, which may end the run
-    # after a step that is to be recorded.
+    # CheckMonitors before the callbacks that look for their monitor. Throughput before RunRecord, which records what it
+    # logs, and that before StepSync, which may end the run after a step that is to be recorded.
     ours: list[Callback] = [StartupTable(), StepSync(), ResumeValidation(), Watchdog(), LocalRanks()]
     if not trial:
-        ours[1:1] = [RunRecord()]
+        ours[1:1] = [Throughput(), RunRecord()]
         ours.append(PredictionWriter())
     if config.get("enable_progress_bar") is not False:
         ours.append(TaskProgress())

@@ -117,12 +117,15 @@ def metric_names(languages: dict[str, Metrics]) -> list[str]:
 
 def _curves(history: list[dict[str, Any]]) -> list[str]:
     """A plot per group of names, `train/<head>/...`, `val/<head>/...`, or of a number by language, of what was measured
-    more than once. Of a benchmark only what a summary has room for, a plot per suite.
+    more than once. Of a benchmark only what a summary has room for, a plot per suite. What `throughput/` measures has a
+    plot for each number, whose units differ.
     """
     times = Counter(name for row in history for name in row)
     groups: dict[str, set[str]] = {}
     for name, count in times.items():
         parts = name.split("/")
+        if parts[0] == "throughput" and count > 1:
+            groups[name] = {name}
         if len(parts) < 3 or count < 2 or name.endswith("backbone_grad_norm"):
             continue
         if parts[0] != "eval" or is_summary(name):
@@ -134,7 +137,7 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    named = names if len(names) <= 24 else []
+    named = names if len(names) <= 24 and names != [title] else []
     figure = Figure(figsize=(4.6, 3.0 + 0.16 * math.ceil(len(named) / 3)), dpi=110, layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(names):
@@ -148,6 +151,8 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
             marker="o" if len(measured) < 20 else None,
             markersize=3,
         )
+    if title.startswith("throughput/"):
+        axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)

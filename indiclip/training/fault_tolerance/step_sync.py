@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from indiclip.distributed import gathered, sum_over_ranks
-from indiclip.lightning_internals import replace_signal_handlers
+from indiclip.lightning_internals import leave_out_sigterm_exchange, logs_after_step, replace_signal_handlers
 from indiclip.module import Batches, MultiTask
+from indiclip.training.fault_tolerance.later import Later
 from indiclip.training.fault_tolerance.nonfinite import NonFinite, bad_losses
 from indiclip.training.fault_tolerance.preemption import SIGNALS, Preemption
 from indiclip.training.fault_tolerance.quarantine import Quarantine
@@ -19,8 +20,7 @@ from indiclip.training.fault_tolerance.ranks import AgreedStop, folder_of
 class _Count(NamedTuple):
     """The ballots of a step, summed over the ranks, on their way to the host."""
 
-    ballots: Tensor
-    arrived: Any  # a CUDA event, or None
+    ballots: Later
     step: int
     losses: dict[str, Tensor]
     keys: dict[str, list[str]]
@@ -54,6 +54,7 @@ class StepSync(Callback):
             self.quarantine.begin(trainer, self._folder)
         # A run that only scores has none, so that the system ends it.
         replace_signal_handlers(trainer, self.preemption.install if stage == "fit" else lambda: None)
+        leave_out_sigterm_exchange(trainer)
 
     def leave(self, number: int) -> None:
         """For other callbacks in which the ranks agreed on a signal: the run saves and ends as soon as it may."""
@@ -87,12 +88,7 @@ class StepSync(Callback):
         found = self.nonfinite.found(pl_module, self._losses, scaled=trainer.precision == "16-mixed")
         ballots = self._reduced(found)
         self.nonfinite.undo(optimizer, ballots[0])
-        arrived = None
-        if ballots.is_cuda:
-            ballots = ballots.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        self._on_the_way.append(_Count(ballots, arrived, trainer.global_step + 1, self._losses, self._keys))
+        self._on_the_way.append(_Count(Later(ballots), trainer.global_step + 1, self._losses, self._keys))
         self._losses, self._voted = {}, True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -101,7 +97,7 @@ class StepSync(Callback):
         self._voted = False
         while len(self._on_the_way) > (1 if pl_module.device.type == "cuda" else 0):
             self._count(trainer, self._on_the_way.pop(0))
-        if self.nonfinite.count:
+        if self.nonfinite.count and logs_after_step(trainer):  # to bring it to the device is to wait for it
             pl_module.log("train/nonfinite_steps", float(self.nonfinite.count), batch_size=1)
         self._leave(trainer)
 
@@ -117,7 +113,7 @@ class StepSync(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             # At once: a scheduler waits a minute, a validation may take ten. The weights are those of the last step.
             nothing = torch.zeros((), device=pl_module.device)
-            self._count(trainer, _Count(self._reduced(nothing), None, trainer.global_step, {}, {}))
+            self._count(trainer, _Count(Later(self._reduced(nothing)), trainer.global_step, {}, {}))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave(trainer)
@@ -148,9 +144,7 @@ class StepSync(Callback):
 
     def _count(self, trainer: Trainer, count: _Count) -> None:
         """Do what the ranks agreed on; the same on all of them."""
-        if count.arrived is not None:
-            count.arrived.synchronize()
-        found, quarantined, *signals = count.ballots.tolist()
+        found, quarantined, *signals = count.ballots.read()
         if quarantined:
             self.quarantine.act(trainer, self._folder)
         if found:

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from indiclip.lightning_internals import around_saves, forget_saves
 from indiclip.loading.workers import Workers, kill_workers, living_workers, own_reading
 from indiclip.masking import mask
 from indiclip.training.fault_tolerance.ranks import folder_of
@@ -65,7 +67,7 @@ class Watchdog(Callback):
         self._lock = threading.Lock()  # of the next two
         self._since, self._reports = time.monotonic(), 0
         self._does("starting up")
-        self._tell_of_saves(trainer)
+        around_saves(trainer, self._while_saving)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -75,22 +77,18 @@ class Watchdog(Callback):
             self._stop.set()
             self._thread.join(2.0)  # it may be writing to a file system that does not answer
             self._thread = None
-            del trainer.save_checkpoint  # ours, see _tell_of_saves
+            forget_saves(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         kill_workers(_STUCK_SECONDS)
         self.teardown(trainer, pl_module, "")
 
-    def _tell_of_saves(self, trainer: Trainer) -> None:
-        save = trainer.save_checkpoint
-
-        def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-            doing, _ = self._state
-            self._does("saving a checkpoint")
-            save(*args, **kwargs)
-            self._ended(doing)
-
-        trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]  # no hook of Lightning's follows a save
+    @contextmanager
+    def _while_saving(self) -> Iterator[None]:
+        doing, _ = self._state
+        self._does("saving a checkpoint")
+        yield
+        self._ended(doing)
 
     on_train_epoch_start = _hook("loading step {step}")
     on_train_batch_start = _hook("running step {step}")
