@@ -12,8 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a forked process 
 import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
+import torch
 from foreign_models import folders, spiece  # noqa: F401
 from PIL import Image
+
+# Autograd starts its threads with the first backward pass: now none, but one where it comes after tensors on fake
+# devices, and then no process that a test forks could go backward.
+torch.zeros((), requires_grad=True).backward()
 
 # The libraries' million objects stay until the end; the garbage collector need not search them in each test.
 gc.collect()

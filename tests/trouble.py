@@ -16,6 +16,7 @@ from indiclip.generated.mela import Mela
 from indiclip.head import computed
 from indiclip.images import UnreadableSample
 from indiclip.training.fault_tolerance import checkpoints, manifest
+from indiclip.training.throughput import Throughput
 
 
 class BadLoss(Contrastive):
@@ -250,3 +251,22 @@ class Barriers(L.Callback):
     def on_train_batch_end(self, trainer, *_):
         with (Path(self.folder) / f"barriers-{trainer.global_rank}").open("a") as file:
             file.write(f"{self.count}\n")
+
+
+class OwnRates(L.Callback):
+    """Writes what `Throughput`, which stands before it, has measured on this rank; its ranks are unequally fast.
+
+    Args:
+        folder: For the file `rates-<rank>.json`.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        time.sleep(0.02 * trainer.global_rank)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        (own,) = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]
+        if (rates := own.meter.rates()) is not None:
+            (self.folder / f"rates-{trainer.global_rank}.json").write_text(json.dumps(rates))
