@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from indiclip.checkpoint import load
+    from indiclip.training.profiler import Profiler
 
 __version__ = _version("indiclip")
-__all__ = ["__version__", "load"]
+__all__ = ["Profiler", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> object:
         from indiclip.checkpoint import load
 
         return load
+    if name == "Profiler":
+        from indiclip.training.profiler import Profiler
+
+        return Profiler
     raise AttributeError(f"module 'indiclip' has no attribute {name!r}")

@@ -9,6 +9,7 @@ from subprocess import Popen
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 
@@ -90,6 +91,11 @@ def time_fetches(trainer: Trainer, begins: Callable[[], None], ends: Callable[[]
         kind._on_after_fetch(loop)
 
     loop._on_before_fetch, loop._on_after_fetch = before, after
+
+
+def profiled_module(profiler: Profiler) -> Any:
+    """The LightningModule of the run whose profiler it is, which no hook of a profiler gets."""
+    return profiler._lightning_module  # type: ignore[attr-defined]
 
 
 def around_saves(trainer: Trainer, around: Callable[[], AbstractContextManager[Any]]) -> None:

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from experiments import config, fit
 from helpers import tiny_encoder
 from processes import two_ranks

@@ -270,3 +270,38 @@ class OwnRates(L.Callback):
         (own,) = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]
         if (rates := own.meter.rates()) is not None:
             (self.folder / f"rates-{trainer.global_rank}.json").write_text(json.dumps(rates))
+
+
+class SlowLoss(Contrastive):
+    """Sleeps in its loss, and writes down when each began.
+
+    Args:
+        seconds: Of sleep.
+        file: For a line with the clock's seconds.
+    """
+
+    def __init__(self, seconds: float, file: str, **options) -> None:
+        super().__init__(**options)
+        self.seconds, self.file = seconds, Path(file)
+
+    def loss(self, features, batch, encoder):
+        with self.file.open("a") as file:
+            file.write(f"{time.perf_counter()}\n")
+        time.sleep(self.seconds)
+        return super().loss(features, batch, encoder)
+
+
+class SlowMela(Mela):
+    """Takes some time to read.
+
+    Args:
+        seconds: For a sample.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(12, 32, "single")
+        self.seconds = seconds
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return super().__getitem__(index)

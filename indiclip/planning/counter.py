@@ -8,11 +8,11 @@ autograd keeps, and a head that somebody else wrote is counted like ours.
 import weakref
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,11 @@ def count_step(
             heads = [head for head in module.each_head() if head.task == task]
             known = HostValues()
             fake_of_task = fake_batch(batch, fake, known)
-            with OperatorCounter(module, IMAGE_TOWER, known) as counter, _parts_of(module, heads, counter):
+            with (
+                OperatorCounter(module, IMAGE_TOWER, known) as counter,
+                parts_of(module, heads, counter),
+                _blocks_of(module.encoder, counter),
+            ):
                 loss = _loss(module.encoder, heads, fake_of_task, counter)
                 if backward and loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -252,28 +256,58 @@ class OperatorCounter(TorchDispatchMode):
         return out
 
 
+class Recorder(Protocol):
+    """What is told which part of a model runs."""
+
+    def enter(self, part: str, *_: Any) -> None: ...
+
+    def leave(self, *_: Any) -> None: ...
+
+
 @contextmanager
-def _parts_of(module: Any, heads: list[Head], counter: OperatorCounter) -> Iterator[None]:
-    """While it lasts, the model tells the counter which of its parts runs."""
+def parts_of(module: Any, heads: list[Head], recorder: Recorder) -> Iterator[None]:
+    """While it lasts, the model tells a recorder which of its parts runs; heads themselves do not."""
     encoder = module.encoder
     modules = {encoder.backbone: IMAGE_TOWER, encoder.text: TEXT_TOWER}
     for head in heads:
         modules |= {part: f"{head.name} loss" for part in head.modules() if isinstance(part, ContrastiveLoss)}
     with ExitStack() as undo:
-        for block in (*blocks(encoder.backbone), *blocks(encoder.text)):
-            undo.callback(block.register_forward_pre_hook(counter.enter_block).remove)
         for part, name in modules.items():
-            undo.callback(part.register_forward_pre_hook(partial(counter.enter, name)).remove)
-            undo.callback(part.register_forward_hook(counter.leave, always_call=True).remove)
+            undo.callback(part.register_forward_pre_hook(partial(recorder.enter, name)).remove)
+            undo.callback(part.register_forward_hook(recorder.leave, always_call=True).remove)
         for name in ("pool_features", "pool_text", "project_image", "project_text"):  # methods, which have no hooks
-            setattr(encoder, name, partial(_within, counter, getattr(encoder, name)))
-            undo.callback(delattr, encoder, name)
+            undo.enter_context(within_part(encoder, name, PROJECTIONS, recorder))
         yield
 
 
-def _within(counter: OperatorCounter, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    with counter.part(PROJECTIONS):
-        return method(*arguments, **options)
+@contextmanager
+def _blocks_of(encoder: Any, counter: OperatorCounter) -> Iterator[None]:
+    """While it lasts, the towers tell the counter what enters their blocks."""
+    with ExitStack() as undo:
+        for block in (*blocks(encoder.backbone), *blocks(encoder.text)):
+            undo.callback(block.register_forward_pre_hook(counter.enter_block).remove)
+        yield
+
+
+@contextmanager
+def within_part(owner: nn.Module, name: str, part: str, recorder: Recorder) -> Iterator[None]:
+    """While it lasts, a module's method belongs to a part."""
+    method, own = getattr(owner, name), vars(owner).get(name)  # FSDP puts one of its own there
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        recorder.enter(part)
+        try:
+            return method(*arguments, **options)
+        finally:
+            recorder.leave()
+
+    vars(owner)[name] = run
+    try:
+        yield
+    finally:
+        del vars(owner)[name]
+        if own is not None:
+            vars(owner)[name] = own
 
 
 def _next_node() -> int:
