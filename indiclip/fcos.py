@@ -208,7 +208,8 @@ def fcos_losses(outputs: FCOSOutputs, classes_BA: Tensor, ltrb_BA4: Tensor, igno
     positive_BA = (classes_BA >= 0) & outputs.valid_BA
     counted_BA = outputs.valid_BA & ~ignored_BA
     num_positive = positive_BA.sum()
-    one_hot_BAC = F.one_hot(classes_BA + 1, outputs.logits_BAC.shape[-1] + 1)[..., 1:].to(outputs.logits_BAC.dtype)
+    classes_C = torch.arange(outputs.logits_BAC.shape[-1], device=classes_BA.device)
+    one_hot_BAC = (classes_BA[..., None] == classes_C).to(outputs.logits_BAC.dtype)  # F.one_hot reads them on a CPU
     focal_BAC = ops.sigmoid_focal_loss(outputs.logits_BAC, one_hot_BAC)
     box_BA = giou_loss(outputs.ltrb_BA4, ltrb_BA4)
     across_BA22 = ltrb_BA4.reshape(*ltrb_BA4.shape[:2], 2, 2)  # (left, top), (right, bottom)

@@ -5,10 +5,12 @@ import os
 import resource
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import lightning as L
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heads.contrastive import Contrastive
 from indiclip.datasets.base import SampleDataset
@@ -305,3 +307,50 @@ class SlowMela(Mela):
     def __getitem__(self, index):
         time.sleep(self.seconds)
         return super().__getitem__(index)
+
+
+class Waits(L.Callback):
+    """Notes for each step which operators have read a tensor's numbers on the host, and where.
+
+    Args:
+        folder: For the files `waits-<rank>.jsonl`, a line for each step.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.mode = Path(folder), None
+
+    def on_train_start(self, trainer, module):
+        self.mode = Reads()
+        self.mode.__enter__()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self._write(trainer)  # of the step before, with what Lightning does at its end
+
+    def on_train_end(self, trainer, module):
+        self._write(trainer)
+        self.mode.__exit__(None, None, None)
+
+    def _write(self, trainer):
+        row, self.mode.found = {"step": trainer.global_step, "waits": self.mode.found}, []
+        with (self.folder / f"waits-{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Reads(TorchDispatchMode):
+    """Lists operators for whose result the host would wait for a GPU."""
+
+    names = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in self.names or by_mask:
+            lines = [f for f in traceback.extract_stack() if "dispatch" not in f.name and "/torch/" not in f.filename]
+            self.found.append(f"{name} in {lines[-1].name} ({Path(lines[-1].filename).name}:{lines[-1].lineno})")
+        return func(*args, **(kwargs or {}))

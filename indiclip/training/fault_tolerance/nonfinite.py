@@ -19,7 +19,8 @@ from indiclip.training.fault_tolerance.ranks import AgreedStop
 class NonFinite:
     """Finds such steps, undoes what they did, and reports them in `nonfinite.jsonl`.
 
-    Nothing here makes the host wait for a GPU, but for the report of a step that was found.
+    Nothing here makes the host wait for a GPU, but for the report of a step that was found, and for an optimizer that
+    cannot be told on the device to do nothing: one that is not fused.
 
     Args:
         most_in_a_row: The run stops at so many; 0 stops at the first.
