@@ -36,10 +36,14 @@ def test_rates_by_a_hand_made_clock():
     assert meter.rates() is None
     for number in range(6):
         meter.wait_begins()
-        clock.now += 0.5 if number else 50.0  # workers start: the first step only starts the clock
+        clock.now += 0.5 if number else 50.0  # workers start
         meter.wait_ends()
-        clock.now += 1.5
+        clock.now += 1.5 if number else 4.0
         meter.step_ends(Work(samples=8, tokens=100 + number, flops=4e9))
+        if number == 0:  # without its wait, and only as long as there is no other
+            assert meter.rates() == Rates(2.0, 25.0, 1e9, 0.0)
+        if number == 1:
+            assert meter.rates() == Rates(4.0, 101 / 2, 2e9, 0.25)
         with meter.pause():
             clock.now += 20.0
             with meter.pause():

@@ -2,7 +2,7 @@
 
 What is left waits for a reason: StepSync and the progress bar for the end of the step before, so that the host runs no
 further ahead; an optimizer that is not fused, which the host must keep from stepping where a loss is not finite; the
-loss scale of `16-mixed`, likewise; torchvision's own losses, in `heads.torchvision_detector`; TaskGradients in its steps.
+loss scale of `16-mixed`, likewise; torchvision's own losses, in its detector; TaskGradients in its steps.
 """
 
 import json

@@ -50,7 +50,7 @@ class Meter:
     On a GPU the host runs at most one step ahead, so that over a window its clock is right without waiting.
 
     Args:
-        window: Steps. The first of a run only starts the clock.
+        window: Steps. The first of a run, in which memory and kernels are looked for, counts until there is another.
         clock: Gives seconds.
     """
 
@@ -59,6 +59,7 @@ class Meter:
         self._clock = clock
         self._ended: float | None = None  # when the last step did
         self._paused = self._waiting = self._wait_began = 0.0
+        self._first: bool | None = None  # whether what is there is of the first step
         self._pauses = 0  # that are open, one within the other
 
     def wait_begins(self) -> None:
@@ -66,6 +67,8 @@ class Meter:
 
     def wait_ends(self) -> None:
         self._waiting += self._clock() - self._wait_began
+        if self._ended is None:  # the loader has started
+            self._ended, self._waiting, self._paused = self._clock(), 0.0, 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -88,12 +91,15 @@ class Meter:
 
     def step_ends(self, work: Work) -> None:
         now = self._clock()
+        if self._first:
+            self._steps.clear()
         if self._ended is not None:
             self._steps.append(_Step(now - self._ended - self._paused, self._waiting, work))
+        self._first = self._first is None
         self._ended, self._paused, self._waiting = now, 0.0, 0.0
 
     def rates(self) -> Rates | None:
-        """None before the second step."""
+        """None before the first step."""
         seconds = sum(step.seconds for step in self._steps)
         if seconds <= 0:
             return None
