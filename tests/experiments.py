@@ -52,3 +52,8 @@ def fit(folder, tree, *flags):
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(tree))
     return run(["fit", "--config", str(file), "--runs", str(folder / "runs"), *flags])
+
+
+def learnt(values):
+    """The numbers of a run that another one may have too: none of its speed."""
+    return {name: value for name, value in values.items() if name != "seconds" and not name.startswith("throughput/")}

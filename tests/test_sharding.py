@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
-from experiments import ENCODER, ROOT, config
+from experiments import ENCODER, ROOT, config, learnt
 from processes import as_ranks
 
 from indiclip.backbone import NaFlexViT
@@ -69,7 +69,7 @@ def test_ten_steps_end_at_the_weights_of_ddp(copies, shards, tmp_path):
     ends = {name: weights(run_folder) for name, run_folder in found.items()}
     print(largest_difference(ends["ddp"], ends["sharded"]))
     assert largest_difference(ends["ddp"], ends["sharded"]) < 1e-6
-    metrics = [json.loads((run_folder / "metrics.json").read_text())["metrics"] for run_folder in found.values()]
+    metrics = [learnt(json.loads((run / "metrics.json").read_text())["metrics"]) for run in found.values()]
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-5)
     assert "data:image/png;base64," in (found["sharded"] / "report.html").read_text()
     assert read_tensors(found["sharded"] / "checkpoints" / "last.ckpt")["encoder"]["backbone"]["class_path"] == (
@@ -118,7 +118,7 @@ def test_four_tasks_with_checkpointed_activations_are_those_of_ddp_without(tmp_p
         assert done.returncode == 0, done.stderr
     difference = largest_difference(*(weights(run_folder) for run_folder in found.values()))
     assert difference < 1e-6
-    metrics = [json.loads((run_folder / "metrics.json").read_text())["metrics"] for run_folder in found.values()]
+    metrics = [learnt(json.loads((run / "metrics.json").read_text())["metrics"]) for run in found.values()]
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-4, nan_ok=True)
     pictures = [(run_folder / "report.html").read_text().count("data:image/png") for run_folder in found.values()]
     assert pictures[0] == pictures[1] > 16  # of four heads

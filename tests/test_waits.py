@@ -144,6 +144,7 @@ def test_a_whole_step_on_a_gpu_waits_for_nothing(monkeypatch):
         assert {value.device.type for value in results.metrics(on_step=True)["log"].values()} == {"cuda"}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_numbers_come_later_from_a_real_gpu():
     torch.cuda.set_sync_debug_mode("error")
