@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from experiments import learnt
 from test_sharding import EMA, fitted, largest_difference, sharded, ten_steps, weights
 
 from indiclip.evals import procedural

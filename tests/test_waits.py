@@ -145,7 +145,6 @@ def test_a_whole_step_on_a_gpu_waits_for_nothing(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_numbers_come_later_from_a_real_gpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
