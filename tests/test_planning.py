@@ -325,5 +325,5 @@ def test_strategy_of_a_mesh(replicas, expected):
     from jsonargparse import Namespace
 
     options = Namespace(data_parallel_size=replicas)
-    strategy = Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy", init_args=options)
-    assert strategy_of(strategy) == expected
+    for name in ("indiclip.training.sharding.ShardedStrategy", "lightning.pytorch.strategies.ModelParallelStrategy"):
+        assert strategy_of(Namespace(class_path=name, init_args=options)) == expected

@@ -124,7 +124,7 @@ def strategy_of(value: Any) -> Strategy:
     name = str(value if isinstance(value, str) else getattr(value, "class_path", value)).lower()
     if "fsdp" in name:
         return "fsdp"
-    if "modelparallel" not in name:
+    if "sharded" not in name and "modelparallel" not in name:
         return "ddp"
     replicas = getattr(value, "init_args", {}).get("data_parallel_size", "auto")  # `auto` is one per node
     return "fsdp" if replicas == 1 else "hsdp"
