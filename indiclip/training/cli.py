@@ -46,6 +46,7 @@ _NOISE = (
     r"isinstance\(treespec, LeafSpec\)",
     "The number of training batches .* is smaller",
     "does not have many workers",
+    "The `srun` command is available on your system",  # nor is every machine that has it to be asked for a job
     "It is recommended to use `self.log",  # with sync_dist: torchmetrics has already put the ranks together
     "your dataloader is not resumable",  # it is: the position is the step number
     r"Found .* module\(s\) in eval mode at the start of training",  # the start-up table says what is frozen

@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from indiclip import json_lines
+from indiclip.distributed import gathered
 from indiclip.training.fault_tolerance.checkpoints import Checkpoints
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 
@@ -54,8 +55,10 @@ class Preemption:
         name = signal.Signals(received).name
         path = save(trainer)
         words = f"{name}: saved {path}, step {trainer.global_step}" if path else f"{name}: nothing is saved"
-        if received == signal.SIGUSR1 and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
-            words += f"; {requeue(folder, trainer.global_step, self.max_requeues)}"
+        if received == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+            if trainer.is_global_zero:
+                words += f"; {requeue(folder, trainer.global_step, self.max_requeues)}"
+            gathered(None)  # srun ends all ranks where the first of another node has left
         raise AgreedStop(trainer, words, 128 + received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
