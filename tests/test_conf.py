@@ -1,7 +1,9 @@
 """Every shipped experiment is fitted for two steps through the command, and leaves what a run must leave."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from experiments import config
 from PIL import Image
 from processes import as_ranks
 
-from indiclip.cli import main
+from indiclip.cli import lightning, main
 from indiclip.evals import procedural
 from indiclip.generated.mela import Mela
 from indiclip.pretrained.weights import read_tensors
@@ -197,14 +199,75 @@ def test_methods_stack_by_name(methods, tmp_path, capsys):
         assert rates == {1.0, 0.75}  # adapters of the only block
 
 
-@pytest.mark.parametrize("part", sorted((ROOT / "conf" / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+CLUSTERS = sorted((ROOT / "conf" / "cluster").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("part", CLUSTERS, ids=lambda path: path.stem)
 def test_a_cluster_is_added_by_a_second_config(part, tmp_path):
-    """Here of two processes on the CPU."""
+    """Here of two processes on the CPU; the elastic one finds their number by itself."""
     assert f"--config conf/cluster/{part.name}" in part.read_text()
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(config()))
-    here = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.num_nodes", "1"]
+    here = ["--trainer.accelerator", "cpu"]
+    if part.stem != "elastic":
+        here += ["--trainer.devices", "2", "--trainer.num_nodes", "1"]
     words = ["fit", "--config", str(base), "--config", str(part), "--runs", str(tmp_path), *SHORT, *here]
     done = as_ranks(lambda: run(words), tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_tensors(tmp_path / "base" / "checkpoints" / "last.ckpt")["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "devices", "strategy"),
+    [("one_gpu", 1, 1, "ddp"), ("nodes_hsdp", 2, 8, "hsdp"), ("nodes_fsdp", 2, 8, "fsdp")],
+)
+def test_a_cluster_is_planned_by_the_same_words(name, nodes, devices, strategy, tmp_path, capsys):
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(config(data__train__0__batch_size=16, data__train__0__dataset__init_args__size=8)))
+    assert main(["plan", "--config", str(base), "--config", f"cluster/{name}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{nodes} x {devices} NVIDIA H100 SXM5 80 GB, {strategy}, bf16-mixed: 989 TFLOPS" in shown
+    assert f"GB with {strategy}\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "devices"), [("node_8", 1, 8), ("nodes_ddp", 2, 8), ("elastic", 3, 4)], ids=str
+)
+def test_a_cluster_is_added_to_lightning_fit(name, nodes, devices, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # of torchrun, which only the elastic one reads
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(config()))
+    words = ["--config", str(base), "--config", f"cluster/{name}", "--print_config"]
+    monkeypatch.setattr(sys, "argv", ["lightning", "fit", *words])
+    with pytest.raises(SystemExit, match="0"):
+        lightning()
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (int(trainer["num_nodes"]), int(trainer["devices"])) == (nodes, devices)
+    assert (trainer["accelerator"], trainer["strategy"], trainer["precision"]) == ("gpu", "ddp", "bf16-mixed")
+
+
+def test_the_batch_script_is_for_slurm(tmp_path):
+    """Options where sbatch reads them, before the first command; the words of the run behind those of the cluster.
+
+    `python tools/try_slurm.py` runs it on a real SLURM.
+    """
+    script = ROOT / "tools" / "slurm" / "train.sbatch"
+    lines = script.read_text().splitlines()
+    commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH ")]
+    assert max(options) < min(commands)
+    for name, content in {"srun": 'printf "%s\\n" "$@"\nenv', "scontrol": "printf 'gpu7\\ngpu9\\n'"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"JOB_ID": "41234", "JOB_NODELIST": "gpu[7,9]", "NNODES": "2", "NTASKS": "16", "CPUS_PER_TASK": "12"}
+    environment = {f"SLURM_{name}": value for name, value in variables.items()}
+    environment |= {"PATH": f"{tmp_path}:{os.defpath}", "SLURM_TMPDIR": "/scratch/41234"}
+    words = ["bash", str(script), "--config", "a b.yaml", "--name", "x"]
+    shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    begin = shown.index("indiclip")
+    ours = ["--trainer.num_nodes", "2", "--trainer.devices", "8", "--ckpt_path", "last"]
+    assert shown[begin : begin + 12] == ["indiclip", "fit", "--config", "a b.yaml", "--name", "x", *ours]
+    assert {"--kill-on-bad-exit=1", "--cpus-per-task=12", "MASTER_ADDR=gpu7", "MASTER_PORT=21234"} <= set(shown)
+    (cache,) = [line for line in shown if line.startswith("INDICLIP_CACHE=")]
+    assert cache.startswith("INDICLIP_CACHE=/scratch/41234/indiclip-")

@@ -49,7 +49,11 @@ class Node:
         words += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
         words += ["--runs", str(folder / "runs"), "--ckpt_path", "last"]
         words = [*(["ip", "netns", "exec", self.name] if self.name else []), *words]
-        environment = _small_run.variables(GLOO_SOCKET_IFNAME=self.name or "lo", INDICLIP_PAUSE="0.2")
+        environment = _small_run.variables(
+            GLOO_SOCKET_IFNAME=self.name or "lo",
+            INDICLIP_PAUSE="0.2",
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",  # see the config
+        )
         with (folder / f"{self.name or 'output'}.txt").open("ab") as output:
             self.process = subprocess.Popen(
                 words, env=environment, stdout=output, stderr=output, start_new_session=True
