@@ -223,7 +223,7 @@ def test_a_cluster_is_added_by_a_second_config(part, tmp_path):
 )
 def test_a_cluster_is_planned_by_the_same_words(name, nodes, devices, strategy, tmp_path, capsys):
     base = tmp_path / "base.yaml"
-    base.write_text(yaml.safe_dump(config(data__train__0__batch_size=16, data__train__0__dataset__init_args__size=8)))
+    base.write_text(yaml.safe_dump(config(data__train__0__batch_size=16)))
     assert main(["plan", "--config", str(base), "--config", f"cluster/{name}"]) == 0
     shown = capsys.readouterr().out
     assert f"{nodes} x {devices} NVIDIA H100 SXM5 80 GB, {strategy}, bf16-mixed: 989 TFLOPS" in shown

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import yaml
 from experiments import config, fit
+from PIL import Image
 from processes import as_ranks, environment
+from torch.distributed import TCPStore
 
+from indiclip.training import launch
 from indiclip.training.cli import run
 
 
@@ -63,9 +67,82 @@ def test_tasks_of_slurm_that_the_trainer_does_not_know_are_refused(tmp_path, mon
     assert "expected --trainer.num_nodes 2 --trainer.devices 2" in line
 
 
-def test_ranks_with_different_configurations_end_together_in_one_line(tmp_path):
-    words = written(tmp_path, config(trainer__devices=2))
-    ended = as_ranks(lambda: run([*words, "--model.warmup_steps", os.environ["RANK"]]), tmp_path)
+STRATEGIES = {
+    "ddp": "ddp",
+    "sharded": {"class_path": "indiclip.training.sharding.ShardedStrategy", "init_args": {"data_parallel_size": 1}},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_with_different_configurations_end_together_in_one_line(strategy, tmp_path):
+    """Here with towers of different depths, with which the ranks would wait for each other's weights."""
+    words = written(tmp_path, config(trainer__devices=2, trainer__strategy=STRATEGIES[strategy]))
+    depth = "--model.encoder.backbone.init_args.depth"
+    ended = as_ranks(lambda: run([*words, depth, str(1 + int(os.environ["RANK"]))]), tmp_path)
     assert ended.statuses == [2, 0]  # see AgreedStop
     assert lines(ended.stderr) == ["indiclip: the configuration of rank 1 is not that of rank 0; expected one"]
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_with_different_code_end_together_in_one_line(strategy, tmp_path):
+    """Of a user's own head, of which one node has a newer file."""
+    tree = config(trainer__devices=2, trainer__strategy=STRATEGIES[strategy])
+    tree["model"]["heads"][0]["class_path"] = "own_head.Own"
+    words = written(tmp_path, tree)
+
+    def work():
+        folder = tmp_path / f"node{os.environ['RANK']}"
+        folder.mkdir()
+        code = "from heads.contrastive import Contrastive\n\nclass Own(Contrastive):\n    weight_of_node = "
+        (folder / "own_head.py").write_text(code + os.environ["RANK"])
+        sys.path.insert(0, str(folder))
+        return run(words)
+
+    ended = as_ranks(work, tmp_path)
+    assert ended.statuses == [2, 0]
+    assert lines(ended.stderr) == ["indiclip: the code of rank 1 is not that of rank 0; expected one"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_more_groups_than_shards_is_one_line_and_more_ranks_are_not(strategy, tmp_path):
+    """A single shard; without groups it is read by both ranks, which share out its samples."""
+    names = []
+    for number in range(4):
+        names += [f"{number}.png", f"{number}.txt"]
+        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / names[-2])
+        (tmp_path / names[-1]).write_text(f"red {number}")
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name in names:
+            shard.add(tmp_path / name, name)
+    tree = config(trainer__devices=2, trainer__strategy=STRATEGIES[strategy])
+    source = tree["data"]["train"][0]
+    source["dataset"] = {"class_path": "indiclip.webdataset.shards.Shards", "init_args": {"urls": f"{tmp_path}/a.tar"}}
+    words = written(tmp_path, tree)
+    ended = as_ranks(lambda: run([*words, "--data.val", "[]"]), tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    source["shard_groups"] = 2
+    words = written(tmp_path, tree)
+    ended = as_ranks(lambda: run([*words, "--data.val", "[]"]), tmp_path)
+    assert ended.returncode == 2
+    (line,) = set(lines(ended.stderr))  # without torchrun's store each rank says it
+    assert "shard_groups of task 'contrastive' is 2, but the source has 1 shards with samples; expected at" in line
+
+
+def test_of_torchruns_ranks_one_says_why_and_none_that_another_is_gone(monkeypatch):
+    """Unless none says why: it was killed."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(launch, "_SECONDS_TO_SAY_WHY", 0.1)
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert [launch.speaks("gone", is_consequence=True) for _ in range(3)] == [True, False, False]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [launch.speaks("full") for _ in range(3)] == [True, False, False]
+    assert not launch.speaks("gone", is_consequence=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert launch.speaks("gone", is_consequence=True)

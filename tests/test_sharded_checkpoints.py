@@ -169,3 +169,18 @@ def test_a_failed_save_ends_all_ranks_and_keeps_the_one_before(tmp_path):
     assert f"the last good one is {at / '3.ckpt'}" in lines[0]
     assert (at / "last.ckpt").resolve() == at / "3.ckpt"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_under_one_rank_ends_all_in_one_line(rank, tmp_path):
+    """Half-way through that rank's file of the second checkpoint; nothing of it stays where there is no room."""
+    tree = twelve_steps()
+    tree["trainer"]["callbacks"].append({"class_path": "trouble.FullDisk", "init_args": {"step": 4, "rank": rank}})
+    done, folder = fitted(tmp_path, tree, 2)
+    assert done.statuses == [1, 0], done.stderr  # see AgreedStop
+    at = folder / "checkpoints"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
+    assert lines == [f"indiclip: {at / '6.ckpt'}: not saved: File too large; the last good one is {at / '3.ckpt'}"]
+    assert "Traceback" not in done.stderr
+    assert {file.name for file in at.iterdir()} == {"3.ckpt", "last.ckpt", "manifest.json"}
+    assert newest_good(at)[:2] == (at / "3.ckpt", 3)

@@ -105,18 +105,19 @@ class Stuck(L.Callback):
 
 
 class FullDisk(L.Callback):
-    """From a step on, no file of the first rank may grow over a size: its checkpoints fail half-way.
+    """From a step on, no file of a rank may grow over a size: its checkpoints fail half-way.
 
     Args:
         step: The first step that it is so in, from 0 on.
         size: Bytes.
+        rank: The process that it is so for.
     """
 
-    def __init__(self, step: int, size: int = 50_000) -> None:
-        self.step, self.size = step, size
+    def __init__(self, step: int, size: int = 50_000, rank: int = 0) -> None:
+        self.step, self.size, self.rank = step, size, rank
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == self.step and trainer.is_global_zero:
+        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
 
 

@@ -3,9 +3,9 @@
     apt-get install slurm-wlm munge
     python tools/try_slurm.py [--folder FOLDER]          # as root, in two to three minutes
 
-A SLURM of its own (munged, slurmctld, and a slurmd for each of two nodes that are both this machine) runs from a temporary
-folder on the loopback interface; there is no cgroup and no GPU, and what is called a GPU is only counted. The job trains a
-small model with a process on each node, and has to start three times:
+A SLURM of its own (munged, slurmctld, and a slurmd for each of two nodes that are both this machine) runs from a
+temporary folder on the loopback interface; there is no cgroup and no GPU, and what is called a GPU is only counted. The
+job trains a small model with a process on each node, and has to start three times:
 
 1. It gets SIGUSR1, as before its time is over: it saves and puts itself into the queue again.
 2. `scontrol requeue`, as a preemption does: SLURM ends it with SIGTERM, and it saves.
@@ -200,7 +200,8 @@ def main() -> int:
         slurm = Slurm(environment, folder)
         with daemons(place, environment):
             wait_until(slurm.is_up, "idle node", 60)
-            print(slurm("sinfo", "--version"), "with", slurm("sinfo", "--noheader", "--format=%D nodes (%N)"), flush=True)
+            nodes = slurm("sinfo", "--noheader", "--format=%D nodes (%N)")
+            print(slurm("sinfo", "--version"), "with", nodes, flush=True)
             log = try_job(slurm, folder)
         return report(folder, other, log.read_text())
     finally:
@@ -214,7 +215,8 @@ def report(folder: Path, other: Path, log: str) -> int:
         print(f"start {number}: steps {first} to {last} on {ranks} ranks")
     assert "is queued again (1 of 20)" in log, "SIGUSR1 did not queue the job again"
     difference = _small_run.compare(folder, other)
-    print(f"{STEPS} steps with the same samples as one undisturbed process; largest difference of a weight {difference:.1e}")
+    same = f"{STEPS} steps with the samples of an undisturbed process"
+    print(f"{same}; largest difference of a weight {difference:.1e}")
     return int(difference > 1e-5)
 
 

@@ -3,11 +3,11 @@
     python tools/try_two_nodes.py              # as root, with ip (apt-get install iproute2); two minutes
     python tools/try_two_nodes.py --one-node   # two processes of one torchrun, one killed; any user
 
-A node is a network namespace with an address of its own; a pair of virtual network cards joins the two. On each runs the
-line of conf/cluster/elastic.yaml with one process. In the middle of training everything on the second node gets SIGKILL:
-torchrun goes on with the first alone, from the last checkpoint. Later the second node comes back, and both go on, again
-from the last checkpoint, to the end. Then the samples of every step and the weights are compared with those of a process
-that nobody disturbed.
+A node is a network namespace with an address of its own; a pair of virtual network cards joins the two. On each runs
+the line of conf/cluster/elastic.yaml with one process. In the middle of training everything on the second node gets
+SIGKILL: torchrun goes on with the first alone, from the last checkpoint. Later the second node comes back, and both go
+on, again from the last checkpoint, to the end. Then the samples of every step and the weights are compared with those of
+a process that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def main() -> int:
             print(f"start {number}: steps {begin} to {end} on {ranks} rank{'s' * (ranks > 1)}")
         assert status == 0, f"torchrun ended with {status}"
         difference = _small_run.compare(folder, other)
-        print(f"{STEPS} steps with the samples of an undisturbed process; largest difference of a weight {difference:.1e}")
+        same = f"{STEPS} steps with the samples of an undisturbed process"
+        print(f"{same}; largest difference of a weight {difference:.1e}")
         return int(difference > 1e-5)
     finally:
         if not arguments.folder:

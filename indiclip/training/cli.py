@@ -47,6 +47,7 @@ _NOISE = (
     "The number of training batches .* is smaller",
     "does not have many workers",
     "The `srun` command is available on your system",  # nor is every machine that has it to be asked for a job
+    "FSDP2-wrapped module .* returned a view tensor",  # nothing is done to one in place
     "It is recommended to use `self.log",  # with sync_dist: torchmetrics has already put the ranks together
     "your dataloader is not resumable",  # it is: the position is the step number
     r"Found .* module\(s\) in eval mode at the start of training",  # the start-up table says what is frozen
@@ -254,12 +255,13 @@ class _Pipe:
 def _say(error: Exception) -> int:
     """Print what a user can act on as one line. Returns the exit status; raises what is the program's own fault."""
     notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
-    broken = workers.explain(error) or local_ranks.explain(error)
+    lost = local_ranks.explain(error)
+    broken = workers.explain(error) or lost
     of_users = isinstance(error, OSError | ImportError | MisconfigurationException)
     if not (broken or of_users or (isinstance(error, ValueError) and not notes)):
         raise error
     line = mask(f"indiclip: {' '.join([broken or one_line(error), *notes])}")
-    if speaks(line):
+    if speaks(lost or line, is_consequence=lost is not None):
         print(line, file=sys.stderr)
     return 1 if broken or notes else 2
 

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import indiclip
 from indiclip.distributed import gathered
 from indiclip.module import MultiTask
 from indiclip.training.fault_tolerance.ranks import AgreedStop
+
+_SECONDS_TO_SAY_WHY = 2.0
 
 
 def check_launch(num_nodes: int, devices: int) -> None:
@@ -53,21 +56,39 @@ def check_launch(num_nodes: int, devices: int) -> None:
         )
 
 
-def speaks(message: str) -> bool:
+def speaks(message: str, is_consequence: bool = False) -> bool:
     """Whether this process is the first of the run to say this; of those of torchrun, which has a store for all.
 
     Before training every rank finds what is wrong by itself, mostly the same.
+
+    Args:
+        message: Without what each rank says otherwise.
+        is_consequence: Of another rank's end, which is said only where no rank has said why.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, is_master=False, wait_for_workers=False)
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        said: int = store.add(f"indiclip/{start}/{hashlib.sha256(message.encode()).hexdigest()}", 1)
+        of_start = f"indiclip/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if not is_consequence:
+            store.set(f"{of_start}/why", "said")
+        elif _is_set(store, f"{of_start}/why"):
+            return False
+        said: int = store.add(f"{of_start}/{hashlib.sha256(message.encode()).hexdigest()}", 1)
         return said == 1
     except (KeyError, ValueError, RuntimeError):  # torch's own of a store that is gone
         return True
+
+
+def _is_set(store: TCPStore, key: str) -> bool:
+    """Whether it is in a store, or is soon: the rank that ended first may still be about to say why."""
+    end = time.monotonic() + _SECONDS_TO_SAY_WHY
+    while not store.check([key]):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 class SameOnAllRanks(Callback):

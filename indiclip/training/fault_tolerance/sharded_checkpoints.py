@@ -90,6 +90,8 @@ class Saves:
         except CheckpointException as error:
             first, _ = next(iter(error.failures.values()))
             words = first.strerror if isinstance(first, OSError) and first.strerror else str(first)
+            if torch.distributed.get_rank() == 0:  # all have ended to write
+                manifest.remove(_part_of(self._target))
             raise NotSaved(f"{self._target}: not saved: {words}; {stays(self._target.parent)}") from error
         finally:
             self._actions = None
@@ -116,7 +118,7 @@ class _Writer(FileSystemWriter):
     def __init__(
         self, target: Path, content: memoryview, step: int, failure: str | None, then: Callable[[], None]
     ) -> None:
-        super().__init__(target.with_name(f".{target.name}.part"))
+        super().__init__(_part_of(target))
         self.part, self.target = Path(self.path), target
         self._content, self._step, self._failure, self._then = content, step, failure, then
         self.fs = self._files = _HashedFiles()
@@ -165,6 +167,11 @@ class _Writer(FileSystemWriter):
         manifest.announce(self.target, digest, manifest.size(self.part), self._step)
         manifest.put(self.part, self.target)
         self._then()
+
+
+def _part_of(target: Path) -> Path:
+    """Where a checkpoint is written before it is put in its place."""
+    return target.with_name(f".{target.name}.part")
 
 
 class _HashedFiles(FileSystem):
