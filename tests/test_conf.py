@@ -219,7 +219,7 @@ def test_a_cluster_is_added_by_a_second_config(part, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "nodes", "devices", "strategy"),
-    [("one_gpu", 1, 1, "ddp"), ("nodes_hsdp", 2, 8, "hsdp"), ("nodes_fsdp", 2, 8, "fsdp")],
+    [("nodes_hsdp", 2, 8, "hsdp"), ("nodes_fsdp", 2, 8, "fsdp")],
 )
 def test_a_cluster_is_planned_by_the_same_words(name, nodes, devices, strategy, tmp_path, capsys):
     base = tmp_path / "base.yaml"
@@ -231,9 +231,10 @@ def test_a_cluster_is_planned_by_the_same_words(name, nodes, devices, strategy, 
 
 
 @pytest.mark.parametrize(
-    ("name", "nodes", "devices"), [("node_8", 1, 8), ("nodes_ddp", 2, 8), ("elastic", 3, 4)], ids=str
+    ("name", "nodes", "devices", "strategy"),
+    [("one_gpu", 1, 1, "auto"), ("node_8", 1, 8, "ddp"), ("nodes_ddp", 2, 8, "ddp"), ("elastic", 3, 4, "ddp")],
 )
-def test_a_cluster_is_added_to_lightning_fit(name, nodes, devices, tmp_path, capsys, monkeypatch):
+def test_a_cluster_is_added_to_lightning_fit(name, nodes, devices, strategy, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # of torchrun, which only the elastic one reads
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     base = tmp_path / "base.yaml"
@@ -244,7 +245,7 @@ def test_a_cluster_is_added_to_lightning_fit(name, nodes, devices, tmp_path, cap
         lightning()
     trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
     assert (int(trainer["num_nodes"]), int(trainer["devices"])) == (nodes, devices)
-    assert (trainer["accelerator"], trainer["strategy"], trainer["precision"]) == ("gpu", "ddp", "bf16-mixed")
+    assert (trainer["accelerator"], trainer["strategy"], trainer["precision"]) == ("gpu", strategy, "bf16-mixed")
 
 
 def test_the_batch_script_is_for_slurm(tmp_path):

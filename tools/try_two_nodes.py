@@ -6,8 +6,8 @@
 A node is a network namespace with an address of its own; a pair of virtual network cards joins the two. On each runs
 the line of conf/cluster/elastic.yaml with one process. In the middle of training everything on the second node gets
 SIGKILL: torchrun goes on with the first alone, from the last checkpoint. Later the second node comes back, and both go
-on, again from the last checkpoint, to the end. Then the samples of every step and the weights are compared with those of
-a process that nobody disturbed.
+on, again from the last checkpoint, to the end. Then the samples of every step and the weights are compared with those
+of a process that nobody disturbed.
 """
 
 from __future__ import annotations
