@@ -48,11 +48,15 @@ def test_another_number_of_devices_than_processes_is_refused(tmp_path, devices):
     }
 
 
-def test_nodes_that_nobody_started_are_not_waited_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+@pytest.mark.parametrize("unset", [["MASTER_ADDR"], ["MASTER_PORT", "NODE_RANK"]], ids=str)
+def test_nodes_that_nobody_started_are_not_waited_for(unset, tmp_path, monkeypatch, capsys):
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "NODE_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+        if name in unset:
+            monkeypatch.delenv(name)
     assert fit(tmp_path, config(trainer__num_nodes=2)) == 2
     (line,) = lines(capsys.readouterr().err)
-    assert line.startswith("indiclip: trainer.num_nodes: found 2, and MASTER_ADDR is not set")
+    assert line.startswith(f"indiclip: trainer.num_nodes: found 2, and not set: {', '.join(unset)}, so the nodes")
 
 
 @pytest.mark.parametrize("devices", [3, 1])

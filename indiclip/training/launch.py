@@ -19,6 +19,8 @@ from indiclip.module import MultiTask
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 
 _SECONDS_TO_SAY_WHY = 2.0
+# Which Lightning reads where neither torchrun nor SLURM has started the processes.
+_OF_NODES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
 
 def check_launch(num_nodes: int, devices: int) -> None:
@@ -49,9 +51,9 @@ def check_launch(num_nodes: int, devices: int) -> None:
                 f"trainer.devices: SLURM started {tasks} tasks on {nodes} nodes, and the trainer has {found}; expected "
                 f"--trainer.num_nodes {nodes} --trainer.devices {tasks // nodes}, with srun for each of them"
             )
-    elif num_nodes > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            f"trainer.num_nodes: found {num_nodes}, and MASTER_ADDR is not set: nobody started the others; "
+    elif num_nodes > 1 and (unset := [name for name in _OF_NODES if name not in os.environ]):
+        raise ValueError(  # without the port or the number each node would wait for itself
+            f"trainer.num_nodes: found {num_nodes}, and not set: {', '.join(unset)}, so the nodes cannot meet; "
             "expected torchrun or srun, or MASTER_ADDR, MASTER_PORT and NODE_RANK on every node"
         )
 
