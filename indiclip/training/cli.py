@@ -47,7 +47,6 @@ _NOISE = (
     "The number of training batches .* is smaller",
     "does not have many workers",
     "The `srun` command is available on your system",  # nor is every machine that has it to be asked for a job
-    "FSDP2-wrapped module .* returned a view tensor",  # nothing is done to one in place
     "It is recommended to use `self.log",  # with sync_dist: torchmetrics has already put the ranks together
     "your dataloader is not resumable",  # it is: the position is the step number
     r"Found .* module\(s\) in eval mode at the start of training",  # the start-up table says what is frozen
