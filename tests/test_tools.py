@@ -26,6 +26,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import _download  # noqa: E402
+import bench_accuracy  # noqa: E402
 import bench_step  # noqa: E402
 import cluster_embeddings  # noqa: E402
 import prepare_cifar10  # noqa: E402
@@ -301,13 +302,28 @@ def test_a_tokenizer_of_a_configs_captions(tmp_path):
 def test_the_steps_beside_the_peer_run(monkeypatch, capsys):
     """The benchmark follows the heads' contract; its numbers decide nothing here."""
     monkeypatch.chdir(TOOLS.parent)
-    bench_step.contrastive(4, ByteTokenizer(77), 1, "cpu")
+    bench_step.contrastive(4, ByteTokenizer(77), 1, "cpu", None)
     bench_step.few_tokens(4, ByteTokenizer(77), 1, "cpu")
     bench_step.four_tasks(1, "cpu")
     shown = capsys.readouterr().out
-    assert "ratio" in shown
-    assert "196, half dropped" in shown
+    assert "open_clip" in shown
+    assert "of the rate" in shown
+    assert "half dropped" in shown
     assert "together / sum of the tasks alone" in shown
+    assert "aten::mm" in shown
+
+
+def test_the_race_beside_the_peer_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_accuracy", "--seeds", "0", "--steps", "60", "--every", "20", "--batch", "2", "--images", "4"])
+    bench_accuracy.main()
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("ours, half of the patches", "ours, label-aware", "open_clip"))
+
+
+def test_the_race_ends_where_three_measurements_reach_the_target():
+    curve = [(seconds, accuracy) for seconds, accuracy in enumerate([0.1, 0.6, 0.2, 0.5, 0.5, 0.6, 0.9])]
+    assert bench_accuracy.seconds_to(curve, 0.5) == 3  # the mean of 0.5, 0.5 and 0.6; before it 0.4
+    assert bench_accuracy.seconds_to(curve, 0.9) != bench_accuracy.seconds_to(curve, 0.9)  # never: not a number
 
 
 def embeddings_of(folder, vectors, rows, samples, **record):
