@@ -314,7 +314,8 @@ def test_the_steps_beside_the_peer_run(monkeypatch, capsys):
 
 
 def test_the_race_beside_the_peer_runs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_accuracy", "--seeds", "0", "--steps", "60", "--every", "20", "--batch", "2", "--images", "4"])
+    words = ["--seeds", "0", "--steps", "60", "--every", "20", "--batch", "2", "--images", "4"]
+    monkeypatch.setattr(sys, "argv", ["bench_accuracy", *words])
     bench_accuracy.main()
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("ours, half of the patches", "ours, label-aware", "open_clip"))
