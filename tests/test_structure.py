@@ -61,7 +61,8 @@ ARROWS = {
     "timm_errors.py": "names",
     "packing.py": "types",
     "text_packing.py": "packing",
-    "backbone.py": "types names preprocessing timm_errors packing",
+    "position_table.py": "types",
+    "backbone.py": "types names preprocessing timm_errors packing position_table",
     "timm_backbone.py": "types names preprocessing timm_errors backbone",
     "tokenizers.py": "names text_cleaning tokenizer_sources",
     "tokenizer_sources.py": "names",
@@ -71,6 +72,7 @@ ARROWS = {
     "pooling.py": "names distributed",
     "distributed.py": "",
     "sharding.py": "packing",
+    "float8.py": "names sharding",
     "ratios.py": "distributed",
     "autograd.py": "",
     "micro_batches.py": "types head pooling ratios autograd",
@@ -87,7 +89,7 @@ ARROWS = {
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding"
+    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8"
     " micro_batches ratios",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
@@ -100,7 +102,7 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
-        " sharding pooling lightning_internals encoder head module datasets loading evals planning"
+        " sharding pooling lightning_internals backbone encoder head module datasets loading evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"
