@@ -23,7 +23,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, check_range, did_you_mean
-from indiclip.packing import WORTH_IT, Packing, packed_attention, padding
+from indiclip.packing import Packing, packed_attention, worth_packing
 from indiclip.position_table import reads_parts, whole_grids
 from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
@@ -54,6 +54,7 @@ class Backbone(nn.Module, ABC):
         mean: Of the channels red, green and blue, in 0..1; pixels are normalised with it.
         std: As `mean`.
         interpolation: How its images are resized.
+        compiled: Whether its blocks are, see `indiclip.sharding.compile_blocks`.
     """
 
     width: int
@@ -66,6 +67,7 @@ class Backbone(nn.Module, ABC):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: Interpolation = "bilinear"
+    compiled: bool = False
     mean_P: Tensor
     std_P: Tensor
     _args: dict[str, Any]  # of the constructor
@@ -238,7 +240,7 @@ class NaFlexViT(Backbone):
         if parts and not self.reads_parts:
             raise ValueError("backbone: found images with dropped patches; expected whole ones, see reads_parts")
         with whole_grids(grids, pixels_BNP.device) if parts else nullcontext():
-            if padding(lengths) > WORTH_IT and self._may_pack():
+            if worth_packing(lengths, self.compiled) and self._may_pack():
                 tokens_BND = self._packed(pixels_BNP, images["coords_BN2"], lengths)
             else:
                 out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))

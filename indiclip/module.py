@@ -57,6 +57,8 @@ class MultiTask(L.LightningModule):
             backward pass: less memory for about a third more time.
         float8: `rowwise` or `tensorwise`: the matrix products of the towers' blocks run in 8-bit floating point while
             they train, see `indiclip.float8`; with `trainer.precision: bf16-mixed`, on GPUs from Ada or Hopper on.
+        compile: Compile the blocks of the towers (torch.compile). Needs a C++ compiler on a CPU, Triton on a GPU; the
+            first steps take a minute or more.
 
     Attributes:
         frozen: Paths of what is not trained, of `freeze` and of what no head uses.
@@ -81,6 +83,7 @@ class MultiTask(L.LightningModule):
         freeze: list[str] | None = None,
         activation_checkpointing: bool = False,
         float8: Recipe | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         _check_heads(heads)
@@ -98,7 +101,7 @@ class MultiTask(L.LightningModule):
         self.weight_decay = 0.05 if optimizer is None and weight_decay is None else weight_decay
         self.optimizer, self.lr_schedule = optimizer or _DEFAULT_OPTIMIZER, lr_schedule or optim.Cosine()
         self.lr_scale, self.layer_decay, self.micro_batches = lr_scale, layer_decay, micro_batches
-        self.activation_checkpointing, self.float8 = activation_checkpointing, float8
+        self.activation_checkpointing, self.float8, self.compiles = activation_checkpointing, float8, compile
         self.log_variances = nn.ParameterDict(
             {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
         )
@@ -165,6 +168,8 @@ class MultiTask(L.LightningModule):
         if self.float8 and self.trainer.state.fn == "fit":  # else as it will be used
             device, gather_in_float8 = self.trainer.strategy.root_device, self.device_mesh is not None
             convert_to_float8(towers, self.float8, self.trainer.precision, device, gather_in_float8)
+        if self.compiles:
+            sharding.compile_blocks(towers)
         if self.activation_checkpointing:
             sharding.checkpoint_activations(towers)
         if self.device_mesh is not None and not sharding.is_sharded(self):

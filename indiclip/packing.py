@@ -1,8 +1,8 @@
 """Attention within each of several sequences that lie one after the other, without padding between them.
 
 A tower's own code runs on one long sequence (1, T, D): its linear layers and norms see every token once, and nothing
-else. Only its attention is replaced, by torch's varlen attention on CUDA in half precision, else by attention in a few
-groups of sequences of nearly one length.
+else. Only its attention is replaced: on CUDA by torch's varlen attention in half precision and by flex attention in
+float32, else by attention in a few groups of sequences of nearly one length.
 
 Shape letters: see `indiclip.types`; T tokens of all sequences, S sequences of a group, L tokens of its longest, H
 heads, C channels of a head.
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,29 +22,18 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
-from indiclip.types import on_device
+from indiclip import flex, grouped_attention
+from indiclip.grouped_attention import padding
+from indiclip.types import moved
 
 WORTH_IT = 0.05  # share of padding from which on packing is faster than a mask
-_MOST_PADDING = 0.1  # of a group; a new one begins where the next sequence would bring it above
 # Of a causal mask; torch 2.11 calls it by its name.
 _CAUSAL = {"window_size": (-1, 0)} if "window_size" in signature(varlen_attn).parameters else {"is_causal": True}
 
 
-def padding(lengths: Sequence[int]) -> float:
-    """Share of padding in a batch of these lengths."""
-    return 1 - sum(lengths) / (len(lengths) * max(lengths)) if lengths else 0.0
-
-
-class _Group(NamedTuple):
-    """Sequences that attend together.
-
-    Attributes:
-        places_SL: Where each of their tokens lies in the packed sequence; anywhere on padding.
-        mask_S11L: False on padding; None where there is none.
-    """
-
-    places_SL: Tensor
-    mask_S11L: Tensor | None
+def worth_packing(lengths: Sequence[int], compiled: bool) -> bool:
+    """Whether to pack a batch of these lengths. Blocks that are compiled see one kind of batch alone."""
+    return compiled or padding(lengths) > WORTH_IT
 
 
 class Packing:
@@ -57,68 +46,78 @@ class Packing:
     """
 
     def __init__(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
-        self.lengths, self.width = list(lengths), width
+        self.num_sequences, self.longest, self.width = len(lengths), max(lengths), width
         # All of this on the host, whose numbers the device need not be asked for.
-        lengths_B = np.array(self.lengths)
-        starts_B = lengths_B.cumsum() - lengths_B
-        self.starts = on_device([*starts_B.tolist(), int(lengths_B.sum())], device).int()
-        self.rows_T = _moved(np.flatnonzero(np.arange(width) < lengths_B[:, None]), device)
-        self.groups: list[_Group] = []
-        back_T, rows_before = np.empty(lengths_B.sum(), np.int64), 0
-        for members in _grouped(self.lengths):
-            valid_SL = np.arange(lengths_B[members].max()) < lengths_B[members, None]
-            places_SL = (starts_B[members, None] + np.arange(valid_SL.shape[1])) * valid_SL
-            back_T[places_SL[valid_SL]] = np.flatnonzero(valid_SL) + rows_before
-            rows_before += valid_SL.size
-            mask = None if valid_SL.all() else _moved(valid_SL[:, None, None], device)
-            self.groups.append(_Group(_moved(places_SL, device), mask))
-        self.back_T = _moved(back_T, device)
+        lengths_B = np.array(lengths)
+        starts = [0, *lengths_B.cumsum().tolist()]
+        self.starts = torch.tensor(starts)
+        self.starts_on_device = self.starts.to(device, torch.int32, non_blocking=True)
+        self.rows_T = moved(np.flatnonzero(np.arange(width) < lengths_B[:, None]), device)
+        # For what will not be cast to half precision.
+        flex_takes_it = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        self.masks = flex.block_masks(starts, device) if flex_takes_it else None
 
     def pack(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (1, T, D)."""
-        return x_BND.flatten(0, 1).index_select(0, self.rows_T)[None]
+        return x_BND.flatten(0, 1)[None].index_select(1, self.rows_T)  # no view, which a compiled block would tell apart
 
     def unpack(self, x_1TD: Tensor) -> Tensor:
         """(1, T, D) -> (B, N, D), zeros on padding."""
-        rows = x_1TD.new_zeros(len(self.lengths) * self.width, x_1TD.shape[-1])
-        return rows.index_copy(0, self.rows_T, x_1TD[0]).reshape(len(self.lengths), self.width, -1)
+        rows = x_1TD.new_zeros(self.num_sequences * self.width, x_1TD.shape[-1])
+        return rows.index_copy(0, self.rows_T, x_1TD[0]).reshape(self.num_sequences, self.width, -1)
 
     def attend(
-        self, query_1HTC: Tensor, key_1HTC: Tensor, value_1HTC: Tensor, is_causal: bool = False, **options: Any
+        self,
+        query_1HTC: Tensor,
+        key_1HTC: Tensor,
+        value_1HTC: Tensor,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
         """As `scaled_dot_product_attention` within each sequence, with its options: (1, H, T, C)."""
-        q_THC, k_THC, v_THC = (x.squeeze(0).transpose(0, 1) for x in (query_1HTC, key_1HTC, value_1HTC))
-        if q_THC.is_cuda and q_THC.dtype in (torch.float16, torch.bfloat16) and not options.get("dropout_p"):
-            starts, longest = self.starts, max(self.lengths)
-            options = {name: value for name, value in options.items() if name != "dropout_p"}
-            options |= _CAUSAL if is_causal else {}
-            out_THC = varlen_attn(q_THC, k_THC, v_THC, starts, starts, longest, longest, **options)
-            return cast(Tensor, out_THC).transpose(0, 1)[None]
-        outputs = []
-        for places_SL, mask_S11L in self.groups:
-            q_SHLC, k_SHLC, v_SHLC = (x[places_SL].transpose(1, 2) for x in (q_THC, k_THC, v_THC))
-            # Where texts are causal, none sees the padding behind it, and what padding sees nobody reads.
-            mask = None if is_causal else mask_S11L
-            out_SHLC = F.scaled_dot_product_attention(
-                q_SHLC, k_SHLC, v_SHLC, attn_mask=mask, is_causal=is_causal, **options
-            )
-            outputs.append(out_SHLC.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, self.back_T).transpose(0, 1)[None]
-
-
-def _moved(numbers: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(numbers).to(device, non_blocking=True)
-
-
-def _grouped(lengths: list[int]) -> list[list[int]]:
-    """Sequences by length, in groups of little padding."""
-    groups: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and padding([lengths[i] for i in [*groups[-1], number]]) <= _MOST_PADDING:
-            groups[-1].append(number)
+        inputs = [_as_attention_casts(x) for x in (query_1HTC, key_1HTC, value_1HTC)]
+        q_THC, k_THC, v_THC = (x.squeeze(0).transpose(0, 1) for x in inputs)
+        kernels_on_cuda, half = q_THC.is_cuda and not dropout_p, q_THC.dtype in (torch.float16, torch.bfloat16)
+        if kernels_on_cuda and half:
+            out_THC = self._varlen(q_THC, k_THC, v_THC, is_causal, scale, enable_gqa)
+        elif kernels_on_cuda and self.masks is not None and q_THC.shape[-1] >= flex.MIN_CHANNELS:
+            mask = self.masks.causal if is_causal else self.masks.whole
+            return flex.attend(*inputs, mask, scale, enable_gqa)
+        elif not torch.compiler.is_compiling():
+            starts = tuple(self.starts.tolist())
+            options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+            out_THC = grouped_attention.attend(q_THC, k_THC, v_THC, starts, is_causal, **options)
+        elif q_THC.device.type == "cpu" and not dropout_p:
+            heads = q_THC.shape[1]
+            k_THC, v_THC = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k_THC, v_THC))
+            out_THC = grouped_attention.attend_as_operator(q_THC, k_THC, v_THC, self.starts, is_causal, scale)[0]
         else:
-            groups.append([number])
-    return groups
+            out_THC = self._padded(q_THC, k_THC, v_THC, is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
+        return out_THC.transpose(0, 1)[None]
+
+    def _varlen(
+        self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+    ) -> Tensor:
+        starts, longest = self.starts_on_device, self.longest
+        named: dict[str, Any] = (_CAUSAL if is_causal else {}) | ({"enable_gqa": True} if enable_gqa else {})
+        return cast(Tensor, varlen_attn(q_THC, k_THC, v_THC, starts, starts, longest, longest, scale=scale, **named))
+
+    def _padded(self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, is_causal: bool, **options: Any) -> Tensor:
+        """In compiled blocks, which cannot have another number of groups in each batch."""
+        unpacked = (self.unpack(x.flatten(1)[None]).unflatten(-1, x.shape[1:]) for x in (q_THC, k_THC, v_THC))
+        rows_BHNC = (x_BNHC.transpose(1, 2) for x_BNHC in unpacked)
+        valid_BN = torch.arange(self.width, device=q_THC.device) < self.starts_on_device.diff()[:, None]
+        mask = None if is_causal else valid_BN[:, None, None]  # causal: as in groups
+        out_BHNC = F.scaled_dot_product_attention(*rows_BHNC, attn_mask=mask, is_causal=is_causal, **options)
+        return self.pack(out_BHNC.transpose(1, 2).flatten(2))[0].unflatten(-1, (q_THC.shape[1], -1))
+
+
+def _as_attention_casts(x: Tensor) -> Tensor:
+    """Autocast knows torch's attention, and not these."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 _reopen: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("_reopen", default=nullcontext)

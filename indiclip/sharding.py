@@ -5,7 +5,8 @@ Every rank reads samples of its own, whatever the mesh: (replicate, shard) says 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -104,10 +105,29 @@ def blocks(tower: nn.Module) -> list[nn.Module]:
     return [block for block in found if not any(part in found for part in block.modules() if part is not block)]
 
 
+def compile_blocks(towers: Sequence[nn.Module]) -> None:
+    """Compile the blocks of the towers, each kind of them once, for batches of any size.
+
+    Only their own `forward`: what is to come around it (activation checkpointing, the gathering of shards) stays
+    outside, and must come after this. Names of parameters stay, and a copy of a tower has blocks of its own.
+    """
+    torch._dynamo.config.optimize_ddp = False  # it would divide a block where a bucket of gradients ends
+    for tower in towers:
+        setattr(tower, "compiled", True)
+        for block in blocks(tower):
+            if "forward" not in vars(block):
+                block.forward = MethodType(_compiled(type(block)), block)  # type: ignore[method-assign]
+
+
+@cache
+def _compiled(kind: type[nn.Module]) -> Any:
+    return torch.compile(kind.forward, dynamic=True)
+
+
 def checkpoint_activations(towers: Sequence[nn.Module]) -> None:
     """Make each block of the towers keep its inputs alone for the backward pass, and compute the rest again there."""
     for block in (block for tower in towers for block in blocks(tower)):
-        if "forward" not in vars(block):
+        if not isinstance(vars(block).get("forward"), partial):
             again = partial(checkpoint, block.forward, use_reentrant=False, context_fn=packing.while_recomputing)
             block.forward = again  # type: ignore[method-assign]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from indiclip.names import check_choice, did_you_mean, reason_of
-from indiclip.packing import WORTH_IT, Packing, padding
+from indiclip.packing import Packing, worth_packing
 from indiclip.quiet import quiet_transformers
 from indiclip.text_packing import packed_states
 from indiclip.tokenizers import Tokenizer
@@ -38,7 +38,10 @@ class TextTower(nn.Module):
 
     Attributes:
         width: Width D of the vectors.
+        compiled: As of `indiclip.backbone.Backbone`.
     """
+
+    compiled: bool = False
 
     model: Any  # transformers models share no type that has a config
 
@@ -81,7 +84,7 @@ class TextTower(nn.Module):
         padded = None if lengths is None else len(set(lengths)) > 1
         if self.pad == "context":
             padded = False
-        if padded and lengths and padding(lengths) > WORTH_IT and self._may_pack():
+        if lengths and self.pad == "longest" and worth_packing(lengths, self.compiled) and self._may_pack():
             packing = Packing(lengths, ids_BT.shape[1], ids_BT.device)
             return packed_states(self.model, ids_BT, packing, cast(int, self._first_position))
         with _mask_unread() if padded and not torch.compiler.is_compiling() else nullcontext():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -255,6 +256,11 @@ def in_float32(tensor: Tensor) -> Tensor:
 def on_device(numbers: Any, device: torch.device) -> Tensor:
     """Plain numbers as a tensor, without waiting for the device, as `torch.tensor(numbers, device=device)` does."""
     return torch.tensor(numbers).to(device, non_blocking=True)
+
+
+def moved(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """As `on_device`, of an array, whose type stays."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 def targets_of(batch: Batch, image: int) -> dict[str, Any]:
