@@ -46,16 +46,18 @@ class Packing:
     """
 
     def __init__(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
-        self.num_sequences, self.longest, self.width = len(lengths), max(lengths), width
-        # All of this on the host, whose numbers the device need not be asked for.
+        # All of this on the host, whose numbers the device need not be asked for. In tensors or their shapes: of another
+        # number a compiled block would take the value for its own.
         lengths_B = np.array(lengths)
-        starts = [0, *lengths_B.cumsum().tolist()]
-        self.starts = torch.tensor(starts)
-        self.starts_on_device = self.starts.to(device, torch.int32, non_blocking=True)
-        self.rows_T = moved(np.flatnonzero(np.arange(width) < lengths_B[:, None]), device)
+        valid_BN = np.arange(width) < lengths_B[:, None]
+        self.valid_BN = moved(valid_BN, device)
+        self.starts = (0, *lengths_B.cumsum().tolist())
+        self.starts_on_host = torch.tensor(self.starts)
+        self.starts_on_device = self.starts_on_host.to(device, torch.int32, non_blocking=True)
+        self.rows_T = moved(np.flatnonzero(valid_BN), device)
         # For what will not be cast to half precision.
         flex_takes_it = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-        self.masks = flex.block_masks(starts, device) if flex_takes_it else None
+        self.masks = flex.block_masks(self.starts, device) if flex_takes_it else None
 
     def pack(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (1, T, D)."""
@@ -63,8 +65,8 @@ class Packing:
 
     def unpack(self, x_1TD: Tensor) -> Tensor:
         """(1, T, D) -> (B, N, D), zeros on padding."""
-        rows = x_1TD.new_zeros(self.num_sequences * self.width, x_1TD.shape[-1])
-        return rows.index_copy(0, self.rows_T, x_1TD[0]).reshape(self.num_sequences, self.width, -1)
+        rows = x_1TD.new_zeros(self.valid_BN.numel(), x_1TD.shape[-1])
+        return rows.index_copy(0, self.rows_T, x_1TD[0]).unflatten(0, self.valid_BN.shape)
 
     def attend(
         self,
@@ -86,13 +88,13 @@ class Packing:
             mask = self.masks.causal if is_causal else self.masks.whole
             return flex.attend(*inputs, mask, scale, enable_gqa)
         elif not torch.compiler.is_compiling():
-            starts = tuple(self.starts.tolist())
             options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
-            out_THC = grouped_attention.attend(q_THC, k_THC, v_THC, starts, is_causal, **options)
+            out_THC = grouped_attention.attend(q_THC, k_THC, v_THC, self.starts, is_causal, **options)
         elif q_THC.device.type == "cpu" and not dropout_p:
             heads = q_THC.shape[1]
             k_THC, v_THC = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k_THC, v_THC))
-            out_THC = grouped_attention.attend_as_operator(q_THC, k_THC, v_THC, self.starts, is_causal, scale)[0]
+            starts = self.starts_on_host
+            out_THC, _ = grouped_attention.attend_as_operator(q_THC, k_THC, v_THC, starts, is_causal, scale)
         else:
             out_THC = self._padded(q_THC, k_THC, v_THC, is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
         return out_THC.transpose(0, 1)[None]
@@ -100,7 +102,7 @@ class Packing:
     def _varlen(
         self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
     ) -> Tensor:
-        starts, longest = self.starts_on_device, self.longest
+        starts, longest = self.starts_on_device, self.valid_BN.shape[1]
         named: dict[str, Any] = (_CAUSAL if is_causal else {}) | ({"enable_gqa": True} if enable_gqa else {})
         return cast(Tensor, varlen_attn(q_THC, k_THC, v_THC, starts, starts, longest, longest, scale=scale, **named))
 
@@ -108,8 +110,7 @@ class Packing:
         """In compiled blocks, which cannot have another number of groups in each batch."""
         unpacked = (self.unpack(x.flatten(1)[None]).unflatten(-1, x.shape[1:]) for x in (q_THC, k_THC, v_THC))
         rows_BHNC = (x_BNHC.transpose(1, 2) for x_BNHC in unpacked)
-        valid_BN = torch.arange(self.width, device=q_THC.device) < self.starts_on_device.diff()[:, None]
-        mask = None if is_causal else valid_BN[:, None, None]  # causal: as in groups
+        mask = None if is_causal else self.valid_BN[:, None, None]  # causal: as in groups
         out_BHNC = F.scaled_dot_product_attention(*rows_BHNC, attn_mask=mask, is_causal=is_causal, **options)
         return self.pack(out_BHNC.transpose(1, 2).flatten(2))[0].unflatten(-1, (q_THC.shape[1], -1))
 

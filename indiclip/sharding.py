@@ -106,22 +106,27 @@ def blocks(tower: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(towers: Sequence[nn.Module]) -> None:
-    """Compile the blocks of the towers, each kind of them once, for batches of any size.
+    """Compile the blocks of the towers, each kind of them once.
 
     Only their own `forward`: what is to come around it (activation checkpointing, the gathering of shards) stays
     outside, and must come after this. Names of parameters stay, and a copy of a tower has blocks of its own.
     """
+    # Stages of a tower, training and evaluation are other code; torch's own limit of 8 is for what never ends.
+    torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # it would divide a block where a bucket of gradients ends
+    # A number of tokens that by chance equals a width, or that of sequences, is still a number by itself.
+    torch.fx.experimental._config.use_duck_shape = False
     for tower in towers:
-        setattr(tower, "compiled", True)
+        setattr(tower, "compiled", True)  # noqa: B010
+        any_size = getattr(tower, "canvas_hw", None) is None
         for block in blocks(tower):
             if "forward" not in vars(block):
-                block.forward = MethodType(_compiled(type(block)), block)  # type: ignore[method-assign]
+                block.forward = MethodType(_compiled(type(block), any_size), block)  # type: ignore[method-assign]
 
 
 @cache
-def _compiled(kind: type[nn.Module]) -> Any:
-    return torch.compile(kind.forward, dynamic=True)
+def _compiled(kind: type[nn.Module], any_size: bool) -> Any:
+    return torch.compile(kind.forward, dynamic=True if any_size else None)
 
 
 def checkpoint_activations(towers: Sequence[nn.Module]) -> None:
