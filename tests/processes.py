@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -145,6 +145,29 @@ def in_processes(works: list[Callable[[], int]], folder: Path) -> Ended:
             raise
     out, err = ((output / name).read_text() for name in ("out", "err"))
     return Ended([statuses[process] for process in processes], out, err)
+
+
+def alone(backend: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The test, whose first argument is `tmp_path`, in a process of its own, where torch compiles with this backend.
+
+    Once a process has compiled a backward pass, none that is forked from it can run one.
+    """
+
+    def decorated(test: Callable[..., None]) -> Callable[..., None]:
+        def work(*args: Any, **arguments: Any) -> int:
+            torch.compile = partial(torch.compile, backend=backend)
+            torch._inductor.config.compile_threads = 1  # its workers would outlive this process
+            test(*args, **arguments)
+            return 0
+
+        @wraps(test)
+        def in_a_process(tmp_path: Path, **arguments: Any) -> None:
+            done = in_processes([partial(work, tmp_path, **arguments)], tmp_path)
+            assert done.statuses == [0], done.stderr[-3000:]
+
+        return in_a_process
+
+    return decorated
 
 
 def as_ranks(work: Callable[[], int], folder: Path, world: int = 2) -> Ended:

@@ -5,13 +5,13 @@ Where only what torch traces counts, the backend is one that calls no C++ compil
 
 import copy
 import random
-from functools import partial, wraps
+from functools import partial
 
 import pytest
 import torch
 from experiments import config, fit
 from helpers import batch_images, noise, tiny_encoder
-from processes import in_processes
+from processes import alone
 from test_gradients import BACKBONES, TEXTS
 from test_sharding import fitted, largest_difference, one_loss_for_all, sharded, weights
 from torch import nn
@@ -25,25 +25,6 @@ from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
 
 WORDS = "kite diya marigold matka dhol rangoli".split()
-
-
-def alone(backend):
-    """The test in a process of its own, with this backend: after a compiled backward pass no fork can run one."""
-
-    def decorated(test):
-        def work(*args, **kwargs):
-            torch.compile = partial(torch.compile, backend=backend)
-            torch._inductor.config.compile_threads = 1
-            test(*args, **kwargs)
-
-        @wraps(test)
-        def in_a_process(tmp_path, **arguments):
-            done = in_processes([partial(work, tmp_path, **arguments)], tmp_path)
-            assert done.statuses == [0], done.stderr[-3000:]
-
-        return in_a_process
-
-    return decorated
 
 
 def towers(dropout=0.0):
