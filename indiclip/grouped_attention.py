@@ -85,10 +85,12 @@ def attend(
     outputs = []
     groups, back_T = groups_of(starts, q_THC.device)
     for places_SL, mask_S11L in groups:
-        rows_SHLC = (x[places_SL].transpose(1, 2) for x in (q_THC, k_THC, v_THC))
+        q_SHLC, k_SHLC, v_SHLC = (x[places_SL].transpose(1, 2) for x in (q_THC, k_THC, v_THC))
         # Where texts are causal, none sees the padding behind it, and what padding sees nobody reads.
         mask = None if is_causal else mask_S11L
-        out_SHLC = F.scaled_dot_product_attention(*rows_SHLC, attn_mask=mask, is_causal=is_causal, **options)
+        out_SHLC = F.scaled_dot_product_attention(
+            q_SHLC, k_SHLC, v_SHLC, attn_mask=mask, is_causal=is_causal, **options
+        )
         outputs.append(out_SHLC.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, back_T)
 
@@ -128,9 +130,7 @@ def _backward_operator(
             gradient_SLHC *= group.mask_S11L[:, 0, 0, :, None, None]
         rows = [gradient_SLHC, *(x[group.places_SL] for x in tensors)]
         mask = _added(group.mask_S11L, gradient_THC.dtype)
-        gradients = _backward_kernel(
-            *(x.transpose(1, 2) for x in rows), 0.0, is_causal, attn_mask=mask, scale=scale
-        )
+        gradients = _backward_kernel(*(x.transpose(1, 2) for x in rows), 0.0, is_causal, attn_mask=mask, scale=scale)
         parts.append([x_SHLC.transpose(1, 2).flatten(0, 1) for x_SHLC in gradients])
     q, k, v = (torch.cat(of_groups).index_select(0, back_T) for of_groups in zip(*parts, strict=True))
     return q, k, v

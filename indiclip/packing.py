@@ -46,8 +46,8 @@ class Packing:
     """
 
     def __init__(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
-        # All of this on the host, whose numbers the device need not be asked for. In tensors or their shapes: of another
-        # number a compiled block would take the value for its own.
+        # All of this on the host, whose numbers the device need not be asked for. In tensors or their shapes: any other
+        # number would be a constant of a compiled block.
         lengths_B = np.array(lengths)
         valid_BN = np.arange(width) < lengths_B[:, None]
         self.valid_BN = moved(valid_BN, device)
@@ -57,16 +57,17 @@ class Packing:
         self.rows_T = moved(np.flatnonzero(valid_BN), device)
         # For what will not be cast to half precision.
         flex_takes_it = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-        self.masks = flex.block_masks(self.starts, device) if flex_takes_it else None
+        self.tables = flex.block_tables(self.starts, device) if flex_takes_it else None
 
     def pack(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (1, T, D)."""
-        return x_BND.flatten(0, 1)[None].index_select(1, self.rows_T)  # no view, which a compiled block would tell apart
+        # No view of another tensor: a block would be compiled once for such, and once for what is none.
+        return x_BND.flatten(0, 1)[None].index_select(1, self.rows_T)
 
     def unpack(self, x_1TD: Tensor) -> Tensor:
         """(1, T, D) -> (B, N, D), zeros on padding."""
         rows = x_1TD.new_zeros(self.valid_BN.numel(), x_1TD.shape[-1])
-        return rows.index_copy(0, self.rows_T, x_1TD[0]).unflatten(0, self.valid_BN.shape)
+        return rows.index_copy(0, self.rows_T, x_1TD[0]).reshape(*self.valid_BN.shape, -1)
 
     def attend(
         self,
@@ -79,24 +80,22 @@ class Packing:
         enable_gqa: bool = False,
     ) -> Tensor:
         """As `scaled_dot_product_attention` within each sequence, with its options: (1, H, T, C)."""
-        inputs = [_as_attention_casts(x) for x in (query_1HTC, key_1HTC, value_1HTC)]
-        q_THC, k_THC, v_THC = (x.squeeze(0).transpose(0, 1) for x in inputs)
-        kernels_on_cuda, half = q_THC.is_cuda and not dropout_p, q_THC.dtype in (torch.float16, torch.bfloat16)
-        if kernels_on_cuda and half:
+        q_1HTC, k_1HTC, v_1HTC = (_as_attention_casts(x) for x in (query_1HTC, key_1HTC, value_1HTC))
+        q_THC, k_THC, v_THC = (x.squeeze(0).transpose(0, 1) for x in (q_1HTC, k_1HTC, v_1HTC))
+        has_kernels, half = q_THC.is_cuda and not dropout_p, q_THC.dtype in (torch.float16, torch.bfloat16)
+        options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+        if has_kernels and half:
             out_THC = self._varlen(q_THC, k_THC, v_THC, is_causal, scale, enable_gqa)
-        elif kernels_on_cuda and self.masks is not None and q_THC.shape[-1] >= flex.MIN_CHANNELS:
-            mask = self.masks.causal if is_causal else self.masks.whole
-            return flex.attend(*inputs, mask, scale, enable_gqa)
+        elif has_kernels and self.tables is not None and q_THC.shape[-1] >= flex.MIN_CHANNELS:
+            return flex.attend(q_1HTC, k_1HTC, v_1HTC, self.tables, is_causal, scale, enable_gqa)
         elif not torch.compiler.is_compiling():
-            options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
             out_THC = grouped_attention.attend(q_THC, k_THC, v_THC, self.starts, is_causal, **options)
         elif q_THC.device.type == "cpu" and not dropout_p:
-            heads = q_THC.shape[1]
+            heads, starts = q_THC.shape[1], self.starts_on_host
             k_THC, v_THC = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k_THC, v_THC))
-            starts = self.starts_on_host
             out_THC, _ = grouped_attention.attend_as_operator(q_THC, k_THC, v_THC, starts, is_causal, scale)
         else:
-            out_THC = self._padded(q_THC, k_THC, v_THC, is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
+            out_THC = self._padded(q_THC, k_THC, v_THC, is_causal, **options)
         return out_THC.transpose(0, 1)[None]
 
     def _varlen(
@@ -108,17 +107,22 @@ class Packing:
 
     def _padded(self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, is_causal: bool, **options: Any) -> Tensor:
         """In compiled blocks, which cannot have another number of groups in each batch."""
-        unpacked = (self.unpack(x.flatten(1)[None]).unflatten(-1, x.shape[1:]) for x in (q_THC, k_THC, v_THC))
-        rows_BHNC = (x_BNHC.transpose(1, 2) for x_BNHC in unpacked)
+        q_BHNC, k_BHNC, v_BHNC = (
+            self.unpack(x.flatten(1)[None]).reshape(*self.valid_BN.shape, *x.shape[1:]).transpose(1, 2)
+            for x in (q_THC, k_THC, v_THC)
+        )
         mask = None if is_causal else self.valid_BN[:, None, None]  # causal: as in groups
-        out_BHNC = F.scaled_dot_product_attention(*rows_BHNC, attn_mask=mask, is_causal=is_causal, **options)
-        return self.pack(out_BHNC.transpose(1, 2).flatten(2))[0].unflatten(-1, (q_THC.shape[1], -1))
+        out_BHNC = F.scaled_dot_product_attention(
+            q_BHNC, k_BHNC, v_BHNC, attn_mask=mask, is_causal=is_causal, **options
+        )
+        return self.pack(out_BHNC.transpose(1, 2).flatten(2)).reshape(*q_THC.shape[:2], -1)
 
 
 def _as_attention_casts(x: Tensor) -> Tensor:
     """Autocast knows torch's attention, and not these."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if casts else x
 
 
 _reopen: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("_reopen", default=nullcontext)

@@ -121,11 +121,12 @@ def compile_blocks(towers: Sequence[nn.Module]) -> None:
         any_size = getattr(tower, "canvas_hw", None) is None
         for block in blocks(tower):
             if "forward" not in vars(block):
-                block.forward = MethodType(_compiled(type(block), any_size), block)  # type: ignore[method-assign]
+                kind: Any = type(block)
+                block.forward = MethodType(_compiled(kind, any_size), block)  # type: ignore[method-assign]
 
 
 @cache
-def _compiled(kind: type[nn.Module], any_size: bool) -> Any:
+def _compiled(kind: Any, any_size: bool) -> Any:
     return torch.compile(kind.forward, dynamic=True if any_size else None)
 
 

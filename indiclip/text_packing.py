@@ -32,8 +32,8 @@ def packed_states(model: Any, ids_BT: Tensor, packing: Packing, first_position: 
     positions_BT = torch.arange(first_position, first_position + width, device=ids_BT.device).expand_as(ids_BT)
     packed = packing.pack(torch.stack([ids_BT, positions_BT], -1))[0]
     total = len(packed)
-    # In rows no longer than a text may be, which models like CLIP insist on; what fills the last row nobody reads. There
-    # is always something, as a compiled block would be another one where there is nothing.
+    # In rows no longer than a text may be, which models like CLIP insist on; what fills the last row nobody reads.
+    # There is always something that does: without, compiled blocks would be compiled once more.
     filler = width - total % width
     ids_RT, positions_RT = F.pad(packed, (0, 0, 0, filler)).reshape(-1, width, 2).unbind(-1)
     with _attending(model.config, packing):
