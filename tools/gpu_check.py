@@ -59,7 +59,7 @@ from _clip_steps import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from indiclip import backbone as backbones
+from indiclip import packing
 from indiclip.float8 import convert_to_float8
 from indiclip.planning.hardware import installed
 from indiclip.sharding import compile_blocks
@@ -171,9 +171,9 @@ class Check:
         step = self._step(ours, lambda: ours.loss(batch))
 
         def padded() -> None:
-            before, backbones.WORTH_IT = backbones.WORTH_IT, 1.0
+            before, packing.WORTH_IT = packing.WORTH_IT, 1.0
             step()
-            backbones.WORTH_IT = before
+            packing.WORTH_IT = before
 
         yield from self._measured({"packed": step, "padded": padded}, number)
 
