@@ -46,7 +46,6 @@ class Groups(NamedTuple):
     back_T: Tensor
 
 
-@lru_cache(maxsize=32)  # those of a step: all blocks of a tower read the same
 def groups_of(starts: tuple[int, ...], device: torch.device) -> Groups:
     """Sequences in groups.
 
@@ -78,13 +77,14 @@ def _by_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def attend(
-    q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, starts: tuple[int, ...], is_causal: bool, **options: Any
-) -> Tensor:
+# For the operator below alone, where no tensor is fake, and none is kept for a backward pass.
+_groups_of = lru_cache(maxsize=32)(groups_of)  # those of a step: all blocks of a tower read the same
+
+
+def attend(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, of: Groups, is_causal: bool, **options: Any) -> Tensor:
     """As `scaled_dot_product_attention` within each sequence, with its options: (T, H, C)."""
     outputs = []
-    groups, back_T = groups_of(starts, q_THC.device)
-    for places_SL, mask_S11L in groups:
+    for places_SL, mask_S11L in of.groups:
         q_SHLC, k_SHLC, v_SHLC = (x[places_SL].transpose(1, 2) for x in (q_THC, k_THC, v_THC))
         # Where texts are causal, none sees the padding behind it, and what padding sees nobody reads.
         mask = None if is_causal else mask_S11L
@@ -92,7 +92,7 @@ def attend(
             q_SHLC, k_SHLC, v_SHLC, attn_mask=mask, is_causal=is_causal, **options
         )
         outputs.append(out_SHLC.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, back_T)
+    return torch.cat(outputs).index_select(0, of.back_T)
 
 
 # The same for compiled blocks, on a CPU and without dropout. There the groups, of which every batch has other ones, are
@@ -107,7 +107,7 @@ def attend_as_operator(
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, and what its gradient needs: (T, H, C) and (T, H)."""
     outputs, sums = [], []
-    groups, back_T = groups_of(tuple(starts.tolist()), q_THC.device)
+    groups, back_T = _groups_of(tuple(starts.tolist()), q_THC.device)
     for group in groups:
         rows_SHLC = (x[group.places_SL].transpose(1, 2) for x in (q_THC, k_THC, v_THC))
         mask = _added(group.mask_S11L, q_THC.dtype)
@@ -123,7 +123,7 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values; `tensors` are these and the results."""
     parts = []
-    groups, back_T = groups_of(tuple(starts.tolist()), gradient_THC.device)
+    groups, back_T = _groups_of(tuple(starts.tolist()), gradient_THC.device)
     for group in groups:
         gradient_SLHC = gradient_THC[group.places_SL]
         if group.mask_S11L is not None:  # what padding sees nobody reads

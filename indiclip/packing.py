@@ -11,7 +11,7 @@ heads, C channels of a head.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any, cast
 
@@ -59,6 +59,10 @@ class Packing:
         flex_takes_it = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
         self.tables = flex.block_tables(self.starts, device) if flex_takes_it else None
 
+    @cached_property
+    def _groups(self) -> grouped_attention.Groups:
+        return grouped_attention.groups_of(self.starts, self.rows_T.device)
+
     def pack(self, x_BND: Tensor) -> Tensor:
         """(B, N, D) -> (1, T, D)."""
         # No view of another tensor: a block would be compiled once for such, and once for what is none.
@@ -89,7 +93,7 @@ class Packing:
         elif has_kernels and self.tables is not None and q_THC.shape[-1] >= flex.MIN_CHANNELS:
             return flex.attend(q_1HTC, k_1HTC, v_1HTC, self.tables, is_causal, scale, enable_gqa)
         elif not torch.compiler.is_compiling():
-            out_THC = grouped_attention.attend(q_THC, k_THC, v_THC, self.starts, is_causal, **options)
+            out_THC = grouped_attention.attend(q_THC, k_THC, v_THC, self._groups, is_causal, **options)
         elif q_THC.device.type == "cpu" and not dropout_p:
             heads, starts = q_THC.shape[1], self.starts_on_host
             k_THC, v_THC = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k_THC, v_THC))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import batch_images, noise
 from test_gradients import TEXTS
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from indiclip import packing
 from indiclip.backbone import NaFlexViT
@@ -161,3 +162,18 @@ def test_texts_packed_and_padded_are_alike(family):
     torch.testing.assert_close(found[False][0], found[True][0], **EXACT)
     for name, expected in found[True][1].items():
         torch.testing.assert_close(found[False][1][name], expected, rtol=1e-4, atol=1e-4, msg=f"{name}: {{}}".format)
+
+
+def test_a_batch_may_be_scored_and_counted_before_it_is_trained_on():
+    """What is made in inference mode or of fake tensors is not kept for a step with the same lengths."""
+    tower = NaFlexViT(width=32, depth=2, num_heads=2, patch_size=8)
+    images = batch_images([noise(*size, seed) for seed, size in enumerate(SIZES)], 8, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        packing = Packing(images["num_patches"], 64, torch.device("cpu"))
+        q_1HTC = torch.randn(1, 2, sum(images["num_patches"]), 8)
+        packing.attend(q_1HTC, q_1HTC, q_1HTC)
+    with torch.inference_mode():
+        expected = tower(images).tokens_BND.clone()
+    found = tower(images).tokens_BND
+    found.sum().backward()
+    torch.testing.assert_close(found, expected, **EXACT)

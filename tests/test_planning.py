@@ -1,5 +1,6 @@
 """What a step is planned to take: its counts against torch's counters around the real step, the rest by hand."""
 
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,6 @@ import pytest
 import torch
 from helpers import caption_batch, tiny_encoder
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from heads.contrastive import Contrastive
@@ -27,22 +27,11 @@ from indiclip.planning.memory import Weights, checkpointed, per_gpu, weigh
 from indiclip.planning.step_model import TaskModel, count_loss, expected_distinct
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench_plan  # noqa: E402
+
 NEEDS_DATA = {"cifar10": "cifar10", "real_small": "coco"}
-
-
-class Kept:
-    """The bytes that a real step keeps for its backward pass beside the weights, each storage once."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.bytes = 0
-        self._storages = {t.untyped_storage().data_ptr(): t for t in (*module.parameters(), *module.buffers())}
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._storages:
-            self._storages[storage.data_ptr()] = storage  # kept, so that nothing else comes to lie there
-            self.bytes += storage.nbytes()
-        return tensor
 
 
 @pytest.mark.parametrize("name", ["quickstart", "depth", "portable", "cifar10", "real_small"])
@@ -53,14 +42,9 @@ def test_flops_and_kept_bytes_are_those_of_the_real_step(name, request, monkeypa
         if not (data_root / NEEDS_DATA[name]).is_dir():
             pytest.skip(f"no {NEEDS_DATA[name]} in {data_root}")
         monkeypatch.setenv("INDICLIP_DATA", str(data_root))
-    model, data, _ = build_run(["--config", str(ROOT / "conf" / f"{name}.yaml")])
-    counts = [part for task in step_model.step_model(model, data, 1, None).values() for part in task.counts(1).values()]
-    model.log = model.log_dict = lambda *_, **__: None
-    kept = Kept(model)
-    with FlopCounterMode(display=False) as flops, saved_tensors_hooks(kept, lambda tensor: tensor):
-        model.training_step(data.steps(data.train, train=True)[0], 0).backward()
-    assert sum(count.flops for count in counts) == pytest.approx(flops.get_total_flops(), rel=0.01)
-    assert sum(count.saved for count in counts) == pytest.approx(kept.bytes, rel=0.01)
+    (planned_flops, flops), (planned_bytes, saved) = bench_plan.planned_and_counted(str(ROOT / "conf" / f"{name}.yaml"))
+    assert planned_flops == pytest.approx(flops, rel=0.01)
+    assert planned_bytes == pytest.approx(saved, rel=0.01)
 
 
 def tiny_model(**options):

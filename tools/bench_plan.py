@@ -2,6 +2,7 @@
 
     python tools/bench_plan.py                       # conf/quickstart.yaml
     python tools/bench_plan.py --config conf/mela.yaml --rounds 15
+    python tools/bench_plan.py --count quickstart depth portable     # beside torch's counts
 
 The machine's matrix rate, bandwidth and cost of an operator are measured in turn with the step, round by round, and
 the medians are set side by side. With OMP_NUM_THREADS=1 the seconds are those of the processor.
@@ -11,6 +12,8 @@ import argparse
 import statistics
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from indiclip.commands.config_samples import build_run
 from indiclip.optim import parameter_groups
@@ -20,13 +23,50 @@ from indiclip.planning.memory import weigh
 from indiclip.planning.step_model import step_model
 
 
+class Kept:
+    """The bytes that a real step keeps for its backward pass beside the weights, each storage once."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.bytes = 0
+        self._storages = {t.untyped_storage().data_ptr(): t for t in (*module.parameters(), *module.buffers())}
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A hook that packs what is saved: as it is."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._storages:
+            self._storages[storage.data_ptr()] = storage  # kept, so that nothing else comes to lie there
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def planned_and_counted(config: str) -> list[tuple[float, float]]:
+    """FLOPs of a config's first step, and bytes that it keeps: as planned, and as torch counts them while it runs."""
+    model, data, _ = build_run(["--config", config])
+    counts = [part for task in step_model(model, data, 1, None).values() for part in task.counts(1).values()]
+    model.log = model.log_dict = lambda *_, **__: None
+    kept = Kept(model)
+    with FlopCounterMode(display=False) as flops, saved_tensors_hooks(kept, lambda tensor: tensor):
+        model.training_step(data.steps(data.train, train=True)[0], 0).backward()
+    planned = sum(count.flops for count in counts), sum(count.saved for count in counts)
+    return list(zip(planned, (flops.get_total_flops(), kept.bytes), strict=True))
+
+
 def main() -> None:
-    """Print measured and predicted seconds of a step."""
+    """Print measured and predicted seconds of a step, or its counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--count", nargs="+", metavar="CONFIG", help="print FLOPs and kept bytes of these instead")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)  # as `indiclip fit` does
+    for config in arguments.count or ():
+        (planned, flops), (planned_bytes, saved) = planned_and_counted(config)
+        print(
+            f"{config:12} GFLOP {planned / 1e9:8.2f} planned, {flops / 1e9:8.2f} counted, {planned / flops - 1:+.2%}   "
+            f"MB kept {planned_bytes / 1e6:8.1f} planned, {saved / 1e6:8.1f} counted, {planned_bytes / saved - 1:+.2%}"
+        )
+    if arguments.count:
+        return
     model, data, _ = build_run(["--config", arguments.config])
     model.log = model.log_dict = lambda *_, **__: None
     tasks, weights = step_model(model, data, 1, None), weigh(model)
