@@ -182,7 +182,10 @@ class MultiTask(L.LightningModule):
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._seed()
-        if self.float8 == "tensorwise" and sharding.is_sharded(self):
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        if self.float8 == "tensorwise" and sharding.is_sharded(self):  # also for a validation before the next step
             share_scales(self)
 
     def _seed(self, *part: int) -> None:

@@ -27,8 +27,9 @@ from indiclip.grouped_attention import padding
 from indiclip.types import moved
 
 WORTH_IT = 0.05  # share of padding from which on packing is faster than a mask
-# Of a causal mask; torch 2.11 calls it by its name.
-_CAUSAL = {"window_size": (-1, 0)} if "window_size" in signature(varlen_attn).parameters else {"is_causal": True}
+_CAUSAL = {"window_size": (-1, 0)}
+# Of keys with fewer heads than queries; the kernel of torch 2.11 takes them unasked.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def worth_packing(lengths: Sequence[int], compiled: bool) -> bool:
@@ -106,7 +107,7 @@ class Packing:
         self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
     ) -> Tensor:
         starts, longest = self.starts_on_device, self.valid_BN.shape[1]
-        named: dict[str, Any] = (_CAUSAL if is_causal else {}) | ({"enable_gqa": True} if enable_gqa else {})
+        named: dict[str, Any] = (_CAUSAL if is_causal else {}) | (_GROUPED if enable_gqa else {})
         return cast(Tensor, varlen_attn(q_THC, k_THC, v_THC, starts, starts, longest, longest, scale=scale, **named))
 
     def _padded(self, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, is_causal: bool, **options: Any) -> Tensor:

@@ -275,6 +275,19 @@ class OwnRates(L.Callback):
             (self.folder / f"rates-{trainer.global_rank}.json").write_text(json.dumps(rates))
 
 
+class Scales(L.Callback):
+    """Ends a run in which the scales of sharded float8 weights are not those of the weights that a step has left."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        layers = [layer for layer in module.modules() if type(layer).__name__ == "Float8Linear"]
+        assert layers
+        for layer in layers:
+            shard = layer.weight._local_tensor
+            largest = shard._tensor.abs().max()
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+            torch.testing.assert_close(shard._precomputed_scale, torch.finfo(torch.float8_e4m3fn).max / largest)
+
+
 class SlowLoss(Contrastive):
     """Sleeps in its loss, and writes down when each began.
 

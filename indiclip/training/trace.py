@@ -70,7 +70,7 @@ def part_times(events: Iterable[Event], parts: Iterable[str]) -> PartTimes:
     else:
         claims = [_claim(e, 3, part) for e, part in zip(operators, of_operator, strict=True) if not _exchanges(e)]
         claims += [_claim(e, 1, part) for e, part in named]
-    claims += [_claim(e, 2, COMMUNICATION) for e in timed if _exchanges(e) and (not kernels or e in kernels)]
+    claims += [_claim(e, 2, COMMUNICATION) for e in timed if _exchanges(e) and (not kernels or e["cat"] in _ON_DEVICE)]
     total = sum(e["dur"] for e in steps)
     seconds = _divided(claims, [(e["ts"], e["ts"] + e["dur"]) for e in steps], HOST if kernels else OTHER)
     calls = Counter(part for e, part in named if part != OTHER)
