@@ -1,11 +1,14 @@
 """The profile of a step: hand-made traces against sums by hand, and a run with hand-made sleeps against the clock."""
 
+import gc
 import json
+import sys
 
 import pytest
 from experiments import config, fit
 from processes import two_ranks
 
+from indiclip import Profiler
 from indiclip.training.trace import part_times
 
 
@@ -145,6 +148,16 @@ def test_a_profile_by_a_word_of_the_command(tmp_path, capsys):
     flags = ("--trainer.profiler", "indiclip.Profiler", "--trainer.profiler.skip", "0")
     assert fit(tmp_path, tree, *flags) == 2
     assert "trainer.profiler.skip" in capsys.readouterr().err
+
+
+def test_one_that_is_refused_leaves_without_another_word(monkeypatch):
+    """Lightning tears a profiler down when it is collected."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(ValueError, match=r"trainer\.profiler\.skip"):
+        Profiler(skip=0)
+    gc.collect()
+    assert not said
 
 
 def test_ranks_communicate_in_a_profile(tmp_path):

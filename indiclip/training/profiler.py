@@ -42,16 +42,16 @@ class Profiler(LightningProfiler):
     """
 
     def __init__(self, dirpath: str | None = None, skip: int = 10, steps: int = 3) -> None:
-        check_range({"trainer.profiler.skip": skip}, 1)
-        check_range({"trainer.profiler.steps": steps}, 1)
         super().__init__(dirpath=dirpath)
         self.skip, self.steps = skip, steps
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports every start and stop
         self._seen = 0  # steps that have begun
         self._profile: Any = None  # torch's, while it records
         self._ranges = _Ranges()
         self._hooks = ExitStack()
         self._table = ""
+        check_range({"trainer.profiler.skip": skip}, 1)  # last: Lightning tears down what was refused, too
+        check_range({"trainer.profiler.steps": steps}, 1)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports every start and stop
 
     def start(self, action_name: str) -> None:
         action = action_name.rpartition(".")[2]
