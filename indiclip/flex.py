@@ -58,16 +58,20 @@ def attend(
     enable_gqa: bool,
 ) -> Tensor:
     """As `scaled_dot_product_attention` within each sequence: (1, H, T, C)."""
-    if not torch.compiler.is_compiling():  # without it there is no kernel: all scores would be kept
-        return cast(Tensor, _compiled()(q_1HTC, k_1HTC, v_1HTC, tables, is_causal, scale, enable_gqa))
-    mask = tables.mask(is_causal)
-    out: Any = flex_attention(q_1HTC, k_1HTC, v_1HTC, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
-    return cast(Tensor, out)
+    # Without compilation there is no kernel: all scores would be kept.
+    run = _attend if torch.compiler.is_compiling() else _compiled()
+    return cast(Tensor, run(q_1HTC, k_1HTC, v_1HTC, tables, is_causal, scale, enable_gqa))
+
+
+def _attend(
+    q_1HTC: Tensor, k_1HTC: Tensor, v_1HTC: Tensor, tables: Tables, is_causal: bool, scale: float | None, gqa: bool
+) -> Any:
+    return flex_attention(q_1HTC, k_1HTC, v_1HTC, block_mask=tables.mask(is_causal), scale=scale, enable_gqa=gqa)
 
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(attend, dynamic=True)
+    return torch.compile(_attend, dynamic=True)
 
 
 def block_tables(starts: Sequence[int], device: torch.device) -> Tables:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from indiclip.names import check_choice
 from indiclip.sharding import blocks
@@ -76,6 +77,14 @@ def share_scales(module: nn.Module) -> None:
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
     precompute_float8_dynamic_scale_for_fsdp(module)
+
+
+def forget_scales(module: nn.Module) -> None:
+    """Of such weights, which were changed by something other than the optimizer: each is measured when it travels."""
+    for parameter in module.parameters():
+        shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if hasattr(shard, "_precomputed_scale"):
+            shard._precomputed_scale = None
 
 
 def _converts(layer: nn.Module) -> bool:

@@ -50,6 +50,8 @@ class Packing:
         # All of this on the host, whose numbers the device need not be asked for. In tensors or their shapes: any other
         # number would be a constant of a compiled block.
         lengths_B = np.array(lengths)
+        if lengths_B.min() < 1:  # the kernels would end the process
+            raise ValueError("packing: found a sequence without tokens; expected at least one in each")
         valid_BN = np.arange(width) < lengths_B[:, None]
         self.valid_BN = moved(valid_BN, device)
         self.starts = (0, *lengths_B.cumsum().tolist())

@@ -34,8 +34,10 @@ class TableEmbeds(NaFlexEmbeds):
             grids_B2 = patch_coord.amax(1) + 1
         if self.pos_embed_ar_preserving:
             grids_B2 = grids_B2.amax(1, keepdim=True).expand_as(grids_B2)
-        table_HWD = self.pos_embed[0].float()
-        places_BN2 = _places(patch_coord, grids_B2, table_HWD.shape[:2], self.pos_embed_align_corners)
+        # In half precision a place would be another one.
+        table_HWD = self.pos_embed[0].to(torch.promote_types(self.pos_embed.dtype, torch.float32))
+        coords_BN2 = patch_coord.to(table_HWD.dtype)
+        places_BN2 = _places(coords_BN2, grids_B2, table_HWD.shape[:2], self.pos_embed_align_corners)
         x += read(table_HWD, places_BN2, self.pos_embed_interp_mode).to(x.dtype)
 
 
@@ -82,11 +84,10 @@ def read(table_HWD: Tensor, places_BN2: Tensor, mode: str) -> Tensor:
 
 def _places(coords_BN2: Tensor, grids_B2: Tensor, cells: Sequence[int], align_corners: bool) -> Tensor:
     """Rows and columns of patches as those of the table's cells."""
-    scale_2 = on_device([float(number) for number in cells], coords_BN2.device)
-    coords, grids_B12 = coords_BN2.float(), grids_B2[:, None]
+    scale_2, grids_B12 = on_device(tuple(cells), coords_BN2.device), grids_B2[:, None]
     if align_corners:
-        return coords / (grids_B12 - 1).clamp(min=1) * (scale_2 - 1)
-    return (coords + 0.5) / grids_B12 * scale_2 - 0.5
+        return coords_BN2 / (grids_B12 - 1).clamp(min=1) * (scale_2 - 1)
+    return (coords_BN2 + 0.5) / grids_B12 * scale_2 - 0.5
 
 
 def _cubic(after: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from experiments import ENCODER, config, fit
 from helpers import batch_images, noise
-from test_sharding import fitted, largest_difference, sharded, weights
+from test_sharding import EMA, fitted, largest_difference, sharded, weights
 from torch import nn
 
 import indiclip
@@ -119,7 +119,7 @@ def test_shards_end_near_the_weights_of_ddp(recipe, tmp_path):
     for name, strategy in {"ddp": "ddp", "sharded": sharded(1, 2)}.items():
         tree = config(model__float8=recipe, model__warmup_steps=0, trainer__strategy=strategy, **MIXED)
         if (recipe, name) == ("tensorwise", "sharded"):
-            tree["trainer"]["callbacks"] = [{"class_path": "trouble.Scales"}]
+            tree["trainer"]["callbacks"] = [{"class_path": "trouble.Scales"}, EMA]
         done, run_folder = fitted(tmp_path / name, tree, 2)
         assert done.returncode == 0, done.stderr
         ends[name] = weights(run_folder)

@@ -19,20 +19,16 @@ def call(monkeypatch, folder, *words):
     return gpu_check.main()
 
 
-@pytest.mark.parametrize("part", ["b16", "packed", "tasks", "profile"])
+@pytest.mark.parametrize("part", ["b16", "packed"])
 def test_a_part_writes_what_it_measures(part, tmp_path):
     gpu_check.run_part(gpu_check.Check("cpu", True, tmp_path), part)
     rows = {row["what"]: row for row in map(json.loads, (tmp_path / f"{part}.jsonl").read_text().splitlines())}
     if part == "b16":
         assert rows["ours"]["samples/s"] > 0
-        assert rows["ours, compiled, float8 rowwise"]["x OpenCLIP"] > 0
-        assert rows["OpenCLIP"]["GFLOP"] == pytest.approx(rows["OpenCLIP, compiled"]["GFLOP"])
+        assert rows["ours"]["x OpenCLIP"] > 0
+        assert rows["ours, float8"]["GFLOP"] > 0
     if part == "packed":
         assert rows["packed"]["GFLOP"] < rows["padded"]["GFLOP"]
-    if part == "tasks":
-        assert 0.2 < rows["together / sum of the tasks alone"]["ratio"] < 2
-    if part == "profile":
-        assert json.loads((tmp_path / "compiled.trace.json").read_text())["traceEvents"]
     assert f"## {part}" in gpu_check.table(tmp_path, "a machine")
 
 

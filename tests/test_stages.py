@@ -22,6 +22,7 @@ from indiclip.loading.stages import Stage, TokenBudget, stage_ends
 from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader
 from indiclip.patches import drop_patches, stack
+from indiclip.position_table import whole_grids
 from indiclip.preprocessing import Preprocessing
 from indiclip.training.record import read_history
 from indiclip.types import part_of
@@ -129,7 +130,9 @@ def test_the_number_kept_is_the_nearest_whole_one(drop, kept):
 
 
 def test_a_dropped_image_is_what_the_tower_makes_of_its_patches_alone():
-    """Beside an image that is whole, one that is smaller, and in another micro-batch; the oracle is timm's tower."""
+    """Beside an image that is whole, one that is smaller, and in another micro-batch; the oracle is timm's tower, to
+    which the place of patches in a whole image is told (see tests/test_dropped_patches.py).
+    """
     encoder = tiny_encoder().eval()
     vit = encoder.backbone.vit
     cuts = [Preprocessing(8).cut(torch.from_numpy(noise(h, w, i)).permute(2, 0, 1), (h, w))
@@ -147,7 +150,9 @@ def test_a_dropped_image_is_what_the_tower_makes_of_its_patches_alone():
         in_parts = torch.cat([encoder.embed_features(encoder.features(part)) for part in parts])
         for row, cut in enumerate(cuts):
             cells_1NP, coords_1N2 = (part[None] for part in cut["patches"])
-            alone = vit.forward_features((cells_1NP / 255 - 0.5) / 0.5, coords_1N2)["patches"]
+            grid_hw = tuple(side // 8 for side in images["sizes_hw"][row])
+            with whole_grids([grid_hw], torch.device("cpu")):
+                alone = vit.forward_features((cells_1NP / 255 - 0.5) / 0.5, coords_1N2)["patches"]
             tokens = encoder.features(images).tokens_BND[row, : cells_1NP.shape[1]]
             assert_close(tokens, alone[0, vit.num_prefix_tokens :], rtol=1e-4, atol=1e-5)
             assert_close(encoder.embed_features(encoder.features(stack([cut])))[0], embedded[row], rtol=1e-4, atol=1e-5)

@@ -104,7 +104,7 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
-        " sharding pooling lightning_internals backbone encoder head module datasets loading evals planning"
+        " sharding float8 pooling lightning_internals backbone encoder head module datasets loading evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"

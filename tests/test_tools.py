@@ -314,7 +314,7 @@ def test_the_steps_beside_the_peer_run(monkeypatch, capsys):
 
 
 def test_the_race_beside_the_peer_runs(monkeypatch, capsys):
-    words = ["--seeds", "0", "--steps", "60", "--every", "20", "--batch", "2", "--images", "4"]
+    words = ["--seeds", "0", "--steps", "8", "--every", "2", "--batch", "2", "--images", "4", "--held-out", "8"]
     monkeypatch.setattr(sys, "argv", ["bench_accuracy", *words])
     bench_accuracy.main()
     shown = capsys.readouterr().out

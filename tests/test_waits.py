@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 from experiments import config
-from fake_gpu import NoWaits, moved, on_fake_gpu, step_batch
+from fake_gpu import NoWaits, attention_kernel, moved, on_fake_gpu, step_batch
 from helpers import tiny_encoder
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from processes import two_ranks
@@ -21,6 +21,7 @@ from heads.contrastive import Contrastive
 from heads.counting import Counting
 from heads.densepose import DensePose
 from heads.detection import Detection
+from indiclip import flex
 from indiclip.module import MultiTask
 from indiclip.training.ema import EMA
 from indiclip.training.fault_tolerance.later import Later
@@ -96,6 +97,7 @@ def test_a_whole_step_on_a_gpu_waits_for_nothing(monkeypatch):
     for which the GPU's driver is needed. What is set up once, in the first step, may wait."""
     monkeypatch.setattr(torch.autograd, "grad", lambda _, leaves, *gradient: [torch.zeros_like(x) for x in leaves])
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(flex, "_compiled", lambda: attention_kernel)
     read = []
     monkeypatch.setattr(Later, "read", lambda later: read.append(later) or [0.0] * later._numbers.numel())
     options = {"task": "t"}

@@ -287,6 +287,17 @@ class Scales(L.Callback):
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
             torch.testing.assert_close(shard._precomputed_scale, torch.finfo(torch.float8_e4m3fn).max / largest)
 
+    def on_validation_batch_start(self, trainer, module, *_):
+        """With averages in their place they have none, and are measured."""
+        layers = [layer for layer in module.modules() if type(layer).__name__ == "Float8Linear"]
+        if not trainer.sanity_checking:
+            assert all(getattr(shard_of(layer), "_precomputed_scale", None) is None for layer in layers)
+
+
+def shard_of(layer):
+    """This rank's part of a layer's weight."""
+    return getattr(layer.weight, "_local_tensor", layer.weight)
+
 
 class SlowLoss(Contrastive):
     """Sleeps in its loss, and writes down when each began.

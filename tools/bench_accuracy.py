@@ -42,7 +42,7 @@ from indiclip.tokenizers import FastTokenizer, Tokenizer
 
 SHAPE = Shape(128, 6, 2, 8, 64, 96, 3, 2, 128)
 OURS = {"ours": 0.0, "ours, half of the patches": 0.5, "ours, label-aware": 0.0}  # shares of dropped patches
-WARMUP = 50
+WARMUP = 0.125  # of the steps
 Curve = list[tuple[float, float]]  # CPU seconds, accuracy
 
 
@@ -53,9 +53,11 @@ class Arm:
         self.module, self.loss = module, loss
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
+        warmup = max(1, int(WARMUP * steps))
+
         def rate(step: int) -> float:
-            past = max(0, step - WARMUP) / (steps - WARMUP)
-            return min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * past)))
+            past = max(0, step - warmup) / (steps - warmup)
+            return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * past)))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         self.seconds = 0.0

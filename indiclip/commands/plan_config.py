@@ -60,6 +60,8 @@ def plan_on_gpus(
         bool(getattr(model, "activation_checkpointing", False)),
     )
     plan = describe(estimate, data, _num_steps(trainer, data), price) | {"precision": precision}
+    left_out = {"model.float8": getattr(model, "float8", None), "model.compile": getattr(model, "compiles", False)}
+    plan["left_out"] = [key for key, value in left_out.items() if value]
     if as_json:
         print(json_line(plan), end="")
     else:

@@ -160,6 +160,10 @@ def _assumed(plan: Mapping[str, Any]) -> list[str]:
         "but not the last bucket or block, nor the loss's embeddings; the loss in float32, by its FLOPs and bytes; "
         f"{of['reserved_gb']['value']:g} GB reserved ({of['reserved_gb']['source']}). Sources of the device's "
         "numbers: --json.",
+        *(
+            f"Left out, though it is faster with it: {key}; --mfu takes what you have measured."
+            for key in plan["left_out"]
+        ),
     ]
 
 

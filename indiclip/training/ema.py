@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from indiclip.float8 import forget_scales
 from indiclip.names import check_range
 from indiclip.pretrained.runs import AVERAGES
 from indiclip.sharding import like
@@ -155,6 +156,7 @@ class EMA(Callback):
         self._trained = {name: shard.clone() for name, shard in _shards(module)}
         for name, shard in _shards(module):
             shard.copy_(self._averages[name])
+        forget_scales(module)
 
     @torch.no_grad()
     def _swap_out(self, module: nn.Module) -> None:
@@ -162,6 +164,7 @@ class EMA(Callback):
             return
         for name, shard in _shards(module):
             shard.copy_(self._trained[name])
+        forget_scales(module)
         self._trained = None
 
 

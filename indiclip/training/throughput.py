@@ -233,7 +233,7 @@ def _known_peak(trainer: Trainer) -> float | None:
 def _counted(trainer: Trainer, module: MultiTask) -> StepFlops | None:
     try:
         return step_flops(module, trainer.datamodule)  # type: ignore[attr-defined]
-    except RuntimeError as error:  # a head of somebody else, which reads the device's values
+    except Exception as error:  # a head of somebody else may read the device's values, or do anything; ranks wait
         warnings.warn(f"Throughput: no MFU, since the model's FLOPs cannot be counted: {error}", stacklevel=2)
         return None
 
