@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from indiclip.names import check_choice, check_range, did_you_mean
 from indiclip.packing import Packing, packed_attention, worth_packing
-from indiclip.position_table import reads_parts, whole_grids
+from indiclip.position_table import tell_places, whole_grids
 from indiclip.preprocessing import Interpolation, Preprocessing
 from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
 from indiclip.types import Features, Images, on_device
@@ -282,7 +282,7 @@ class NaFlexViT(Backbone):
         if not self.vit.embeds.channels_last:
             raise ValueError("backbone.options.patchify_channels_last: found False; expected True, as patches are cut")
         self._packs = self.vit.rope is None  # which turns by rows of a batch
-        self.reads_parts = reads_parts(self.vit.embeds) and self.vit.rope is None  # which wants whole grids
+        self.reads_parts = tell_places(self.vit.embeds) and self.vit.rope is None  # which wants whole grids
         self._drops_rows = any(isinstance(part, DropPath) for part in self.vit.modules())
         if next(self.parameters()).is_meta:
             return

@@ -41,7 +41,7 @@ class TableEmbeds(NaFlexEmbeds):
         x += read(table_HWD, places_BN2, self.pos_embed_interp_mode).to(x.dtype)
 
 
-def reads_parts(embeds: NaFlexEmbeds) -> bool:
+def tell_places(embeds: NaFlexEmbeds) -> bool:
     """Make timm's patch embedding one that knows the places of patches among which others are missing, if it can be."""
     learned = embeds.pos_embed_type == "learned" and embeds.pos_embed_use_grid_sample
     if type(embeds) is NaFlexEmbeds and learned and embeds.pos_embed_interp_mode in ("bicubic", "bilinear"):

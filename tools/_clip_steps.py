@@ -201,6 +201,15 @@ def paired(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[f
     return seconds
 
 
+def longest_operators(profile: Any, device: str) -> list[tuple[str, float, float, int]]:
+    """Name, seconds, share of all and calls of each operator that torch's profiler saw, the longest first."""
+    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    found = [(event.key, getattr(event, attribute) / 1e6, event.count) for event in profile.key_averages()]
+    total = sum(seconds for _, seconds, _ in found) or 1.0
+    rows = [(name, seconds, seconds / total, calls) for name, seconds, calls in found]
+    return sorted(rows, key=lambda row: -row[1])
+
+
 def ratio(theirs: list[float], ours: list[float]) -> float:
     """Median of theirs / ours, round by round."""
     return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))

@@ -33,6 +33,7 @@ from _clip_steps import (
     Step,
     Theirs,
     load_open_clip,
+    longest_operators,
     on_device,
     paired,
     pairs,
@@ -181,13 +182,10 @@ def operators(step: Step, device: str) -> None:
     """Print the operators that take more than 3% of a step."""
     with torch.profiler.profile() as profile:
         step()
-    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, attribute))
-    total = sum(getattr(event, attribute) for event in events)
     print("  operators above 3%, share and calls:")
-    for event in events:
-        if (share := getattr(event, attribute) / total) > 0.03:
-            print(f"    {event.key:56} {share:6.1%} {event.count:6}")
+    for name, _, share, calls in longest_operators(profile, device):
+        if share > 0.03:
+            print(f"    {name:56} {share:6.1%} {calls:6}")
 
 
 def main() -> None:

@@ -49,6 +49,7 @@ from _clip_steps import (
     Theirs,
     drawn,
     load_open_clip,
+    longest_operators,
     on_device,
     our_batch,
     paired,
@@ -236,17 +237,8 @@ class Check:
                 step()
             name = "compiled" if kind else "eager"
             profile.export_chrome_trace(str(self.out / f"{name}.trace.json"))
-            attribute = "self_device_time_total" if self.device == "cuda" else "self_cpu_time_total"
-            events = sorted(profile.key_averages(), key=lambda event: -getattr(event, attribute))
-            total = sum(getattr(event, attribute) for event in events) or 1
-            for event in events[:12]:
-                time_of = getattr(event, attribute)
-                yield {
-                    "what": f"{name}: {event.key[:60]}",
-                    "ms": time_of / 1e3,
-                    "share": time_of / total,
-                    "calls": event.count,
-                }
+            for operator, seconds, share, calls in longest_operators(profile, self.device)[:12]:
+                yield {"what": f"{name}: {operator[:60]}", "ms": 1e3 * seconds, "share": share, "calls": calls}
 
 
 def _numbers(metrics: Any) -> Row:
