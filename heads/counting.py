@@ -117,8 +117,7 @@ class Counting(Head):
         # A unit vector's numbers are small; at variance 1 the text steers the density from the first steps on.
         text_QE = text_QE.to(self.film.weight.dtype) * text_QE.shape[-1] ** 0.5
         scale_QC11, shift_QC11 = self.film(text_QE)[..., None, None].chunk(2, 1)
-        tokens_BNC = self.norm(self.tokens(features.tokens_BND))
-        x_QCHW, mask_QHW = replace(features, tokens_BND=tokens_BNC).map()
+        x_QCHW, mask_QHW = replace(features, tokens=self.norm(self.tokens(features.tokens))).map()
         if image_Q is not None:
             x_QCHW, mask_QHW = x_QCHW[image_Q], mask_QHW[image_Q]
         mask_Q1HW = mask_QHW[:, None]
@@ -129,7 +128,7 @@ class Counting(Head):
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         queries = self._queries(batch)
-        device = features.tokens_BND.device
+        device = features.tokens.device
         image_Q = on_device(queries.images, device)
         prompts = [self.prompt.replace("{}", name) for name in queries.names]
         text_QE = encoder.embed_text(prompts, batch_statistics=False)
@@ -203,7 +202,7 @@ class Counting(Head):
 
     def _counts(self, features: Features, batch: Batch, queries: CountQueries, image_Q: Tensor) -> Tensor:
         """How many points (Q, H, W) lie in each cell."""
-        s, device = self.upsample, features.tokens_BND.device
+        s, device = self.upsample, features.tokens.device
         H, W = (side * s for side in features.grid_hw)
         # A point on the lower or right edge belongs to the last cell.
         last_B2 = on_device([[width - 1e-3, height - 1e-3] for height, width in batch["images"]["sizes_hw"]], device)

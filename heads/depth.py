@@ -101,7 +101,7 @@ class Depth(Head):
     def _truth(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
         """The depth (B, H, W) at the centre of each cell, and where it is known."""
         truth = self.target(batch, "depth", every=False)
-        device, sizes_hw = features.tokens_BND.device, batch["images"]["sizes_hw"]
+        device, sizes_hw = features.tokens.device, batch["images"]["sizes_hw"]
         rows, columns = (
             ((torch.arange(length * self.upsample, device=device) + 0.5) * features.stride / self.upsample).long()
             for length in features.grid_hw

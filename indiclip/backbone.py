@@ -239,15 +239,16 @@ class NaFlexViT(Backbone):
         parts = any(rows * columns > length for (rows, columns), length in zip(grids, lengths, strict=True))
         if parts and not self.reads_parts:
             raise ValueError("backbone: found images with dropped patches; expected whole ones, see reads_parts")
+        num_prefix, rows_T = self.vit.num_prefix_tokens, None
         with whole_grids(grids, pixels_BNP.device) if parts else nullcontext():
             if worth_packing(lengths, self.compiled) and self._may_pack():
-                tokens_BND = self._packed(pixels_BNP, images["coords_BN2"], lengths)
+                x_1TD, packing = self._packed(pixels_BNP, images["coords_BN2"], lengths)
+                prefix_BKD, tokens, rows_T = packing.split(x_1TD, num_prefix)
             else:
                 out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))
-                tokens_BND = out["patches"]
-        prefix_BKD, tokens_BND = split_prefix(tokens_BND, self.vit.num_prefix_tokens)
+                prefix_BKD, tokens = split_prefix(out["patches"], num_prefix)
         grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
-        return Features(tokens_BND, images["coords_BN2"], valid_BN, grid_hw, self.stride, prefix_BKD)
+        return Features(tokens, images["coords_BN2"], valid_BN, grid_hw, self.stride, prefix_BKD, rows_T)
 
     def _may_pack(self) -> bool:
         """Whether the blocks may run on all images' tokens as one sequence, where each attends within its image."""
@@ -255,7 +256,7 @@ class NaFlexViT(Backbone):
         # A block that timm runs again in the backward pass is run alone.
         return self._packs and not drops and not self.vit.grad_checkpointing and not torch.compiler.is_compiling()
 
-    def _packed(self, pixels_BNP: Tensor, coords_BN2: Tensor, lengths: list[int]) -> Tensor:
+    def _packed(self, pixels_BNP: Tensor, coords_BN2: Tensor, lengths: list[int]) -> tuple[Tensor, Packing]:
         """As `forward_features`, without padding between the images.
 
         Calls a private method of timm; tried with timm 1.0.31. `_check_options` finds where it gives another result.
@@ -267,7 +268,7 @@ class NaFlexViT(Backbone):
         with packed_attention(packing):
             for block in self.vit.blocks:
                 x_1TD = block(x_1TD)
-        return packing.unpack(self.vit.norm(x_1TD))
+        return self.vit.norm(x_1TD), packing
 
     def pool(self, features: Features) -> Tensor:
         if not self.vit.global_pool:
@@ -296,7 +297,8 @@ class NaFlexViT(Backbone):
             padded = cast(Any, self.vit.forward_features(pixels_22P, coords_222, valid_22))["patches"]
             if self._packs:  # an attention that is not torch's own does not know where an image ends
                 valid_2N = F.pad(valid_22, (self.vit.num_prefix_tokens, 0), value=True)
-                apart = (self._packed(pixels_22P, coords_222, [2, 1]) - padded)[valid_2N]
+                x_1TD, packing = self._packed(pixels_22P, coords_222, [2, 1])
+                apart = (packing.unpack(x_1TD) - padded)[valid_2N]
                 self._packs = bool(apart.abs().max() < 1e-3)
         self.train()
 

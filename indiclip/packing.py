@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from indiclip import flex, grouped_attention
 from indiclip.grouped_attention import padding
-from indiclip.types import moved
+from indiclip.types import moved, spread
 
 WORTH_IT = 0.05  # share of padding from which on packing is faster than a mask
 _CAUSAL = {"window_size": (-1, 0)}
@@ -57,7 +57,8 @@ class Packing:
         self.starts = (0, *lengths_B.cumsum().tolist())
         self.starts_on_host = torch.tensor(self.starts)
         self.starts_on_device = self.starts_on_host.to(device, torch.int32, non_blocking=True)
-        self.rows_T = moved(np.flatnonzero(valid_BN), device)
+        self._rows_on_host = np.flatnonzero(valid_BN)
+        self.rows_T = moved(self._rows_on_host, device)
         # For what will not be cast to half precision.
         flex_takes_it = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
         self.tables = flex.block_tables(self.starts, device) if flex_takes_it else None
@@ -73,8 +74,23 @@ class Packing:
 
     def unpack(self, x_1TD: Tensor) -> Tensor:
         """(1, T, D) -> (B, N, D), zeros on padding."""
-        rows = x_1TD.new_zeros(self.valid_BN.numel(), x_1TD.shape[-1])
-        return rows.index_copy(0, self.rows_T, x_1TD[0]).reshape(*self.valid_BN.shape, -1)
+        return spread(x_1TD[0], self.rows_T, self.valid_BN.numel()).reshape(*self.valid_BN.shape, -1)
+
+    def split(self, x_1TD: Tensor, number: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The first `number` tokens of each sequence, and the others.
+
+        Returns:
+            `(first_BKD, others_TD, rows_T)`: None for no first ones; the rows are those of (B * (N - K), D).
+        """
+        if not number:
+            return None, x_1TD[0], self.rows_T
+        sequence_T, place_T = np.divmod(self._rows_on_host, self.valid_BN.shape[1])
+        other_T = place_T >= number
+        first_TD, others_TD = (
+            x_1TD[0].index_select(0, moved(np.flatnonzero(part), x_1TD.device)) for part in (~other_T, other_T)
+        )
+        rows_T = (sequence_T * (self.valid_BN.shape[1] - number) + place_T - number)[other_T]
+        return first_TD.reshape(-1, number, x_1TD.shape[-1]), others_TD, moved(rows_T, x_1TD.device)
 
     def attend(
         self,

@@ -8,6 +8,7 @@ Shape letters used in the whole project:
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast, get_type_hints
 
 import numpy as np
@@ -310,20 +311,30 @@ class Features:
     """What a backbone makes of `Images`.
 
     Attributes:
-        tokens_BND: One vector per patch.
+        tokens: One vector per patch: (B, N, D); or (T, D), image after image without padding, where `rows_T` is given.
         coords_BN2: int64 (row, column) of each token.
         valid_BN: False on padding; None where every token of the batch is valid.
         grid_hw: Rows and columns of the largest image of the batch (on the host, so that no GPU is waited for).
         stride: Image pixels between neighbouring tokens.
         prefix_BKD: Class and register tokens, in this order; None where the backbone has none.
+        rows_T: int64, which of the B * N places each of `tokens` has that come without padding.
     """
 
-    tokens_BND: Tensor
+    tokens: Tensor
     coords_BN2: Tensor
     valid_BN: Tensor | None
     grid_hw: tuple[int, int]
     stride: int
     prefix_BKD: Tensor | None = None
+    rows_T: Tensor | None = None
+
+    @cached_property
+    def tokens_BND(self) -> Tensor:
+        """One vector per patch, with padding: zeros where they came without."""
+        if self.rows_T is None:
+            return self.tokens
+        B, N, _ = self.coords_BN2.shape
+        return spread(self.tokens, self.rows_T, B * N).reshape(B, N, -1)
 
     def map(self) -> tuple[Tensor, Tensor]:
         """Lay the tokens out as an image for convolutional heads.
@@ -332,17 +343,22 @@ class Features:
             `(map_BDHW, mask_BHW)`: zeros and False where an image has no patch. H and W are the largest of the
             batch.
         """
-        B, N, D = self.tokens_BND.shape
+        B, N, _ = self.coords_BN2.shape
         H, W = self.grid_hw
         if self.valid_BN is None and N == H * W:  # every image fills the grid, row by row
-            full_BHW = torch.ones(B, H, W, dtype=torch.bool, device=self.tokens_BND.device)
-            return self.tokens_BND.transpose(1, 2).reshape(B, D, H, W), full_BHW
-        valid_BN = (
-            torch.ones_like(self.coords_BN2[..., 0], dtype=torch.bool) if self.valid_BN is None else self.valid_BN
-        )
-        cell_BN = self.coords_BN2[..., 0] * W + self.coords_BN2[..., 1]
-        cell_BN = torch.where(valid_BN, cell_BN, H * W)  # padding goes to a cell that is cut off below
-        cells_BLD = self.tokens_BND.new_zeros(B, H * W + 1, D)
-        cells_BLD = cells_BLD.scatter(1, cell_BN[..., None].expand(-1, -1, D), self.tokens_BND)
-        mask_BL = torch.zeros(B, H * W + 1, dtype=torch.bool, device=cell_BN.device).scatter(1, cell_BN, valid_BN)
-        return cells_BLD[:, :-1].transpose(1, 2).reshape(B, D, H, W), mask_BL[:, :-1].reshape(B, H, W)
+            tokens_BND = self.tokens_BND
+            mask_BHW = torch.ones(len(tokens_BND), H, W, dtype=torch.bool, device=tokens_BND.device)
+            return tokens_BND.transpose(1, 2).reshape(len(tokens_BND), -1, H, W), mask_BHW
+        image_B1 = torch.arange(B, device=self.coords_BN2.device)[:, None]
+        cell_BN = (image_B1 * H + self.coords_BN2[..., 0]) * W + self.coords_BN2[..., 1]
+        if self.valid_BN is not None:  # padding goes to a cell that is cut off below
+            cell_BN = torch.where(self.valid_BN, cell_BN, B * H * W)
+        cell_T = cell_BN.flatten() if self.rows_T is None else cell_BN.flatten()[self.rows_T]
+        map_LD = spread(self.tokens.flatten(0, -2), cell_T, B * H * W + 1)[:-1]
+        mask_L = torch.zeros(B * H * W + 1, dtype=torch.bool, device=cell_T.device).index_fill(0, cell_T, True)[:-1]
+        return map_LD.reshape(B, H, W, -1).permute(0, 3, 1, 2), mask_L.reshape(B, H, W)
+
+
+def spread(x_TD: Tensor, rows_T: Tensor, number: int) -> Tensor:
+    """(T, D) -> (number, D): each vector at its row, zeros elsewhere."""
+    return x_TD.new_zeros(number, x_TD.shape[-1]).index_copy(0, rows_T, x_TD)

@@ -325,7 +325,7 @@ def test_low_precision_features_give_exact_boxes() -> None:
     """bfloat16 keeps 8 bits: a coordinate of 1,000 would be off by 4 pixels."""
     head = head_for().bfloat16()
     features = features_of([torch.randn(8, 8, WIDTH)])
-    features.tokens_BND = features.tokens_BND.bfloat16()
+    features.tokens = features.tokens.bfloat16()
     outputs, _ = head(features)
     assert {outputs.logits_BAC.dtype, outputs.ltrb_BA4.dtype, outputs.centerness_BA.dtype} == {torch.float32}
 

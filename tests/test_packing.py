@@ -83,7 +83,9 @@ def test_images_packed_and_padded_are_alike(name, monkeypatch):
         features = tower(images)
         map_BDHW, mask_BHW = features.map()
         (map_BDHW * mask_BHW[:, None] * torch.linspace(-1, 1, map_BDHW.shape[-1])).sum().backward()
-        found[padding_from] = map_BDHW, {name: p.grad for name, p in tower.named_parameters()}
+        assert (features.rows_T is None) == (padding_from > 0 or not tower._packs)
+        shown = map_BDHW, features.tokens_BND[images["valid_BN"]], features.prefix_BKD
+        found[padding_from] = shown, {name: p.grad for name, p in tower.named_parameters()}
     (packed, gradients), (padded, expected) = found.values()
     torch.testing.assert_close(packed, padded, **EXACT)
     for key, gradient in expected.items():

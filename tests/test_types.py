@@ -33,9 +33,14 @@ def test_tokens_of_several_sizes_go_to_their_cells_and_padding_nowhere():
             valid[i, place] = True
             expected[i, :, row, column] = tokens[i, place]
             occupied[i, row, column] = True
-    found, mask = Features(tokens, coords, valid, (4, 5), 16).map()
-    assert torch.equal(found, expected)
-    assert torch.equal(mask, occupied)
+    rows = valid.flatten().nonzero()[:, 0]
+    padded = Features(tokens, coords, valid, (4, 5), 16)
+    without = Features(tokens.flatten(0, 1)[rows], coords, valid, (4, 5), 16, rows_T=rows)
+    for features in (padded, without):
+        found, mask = features.map()
+        assert torch.equal(found, expected)
+        assert torch.equal(mask, occupied)
+    assert torch.equal(without.tokens_BND, tokens * valid[..., None])
 
 
 def test_both_ways_agree_on_a_full_grid():

@@ -43,7 +43,7 @@ class BadLoss(Contrastive):
             if self.what == "loss":
                 losses[name] = losses[name] * float("nan")
             else:  # 0, with a gradient of 0 times infinity
-                zero = features.tokens_BND - features.tokens_BND.detach()
+                zero = features.tokens - features.tokens.detach()
                 losses[name] = losses[name] + zero.abs().sqrt().sum()
         self.calls += 1
         return found

@@ -294,4 +294,4 @@ def _before_norm(encoder: Encoder, images: Images) -> Features:
         features = encoder.features(images)
     finally:
         hook.remove()
-    return replace(features, tokens_BND=seen[0])
+    return replace(features, tokens=seen[0].reshape(features.tokens.shape))

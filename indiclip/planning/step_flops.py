@@ -132,7 +132,7 @@ def _image_tower(encoder: Any) -> TowerFlops:
         return backbone.preprocessing.batch([pixels], max(patches, backbone.max_tokens))
 
     lengths = [1] if backbone.canvas_hw is not None else [1, 2, 4]
-    return _tower(backbone, {length: images(length) for length in lengths}, lambda of: backbone(of).tokens_BND)
+    return _tower(backbone, {length: images(length) for length in lengths}, lambda of: backbone(of).tokens)
 
 
 def _text_tower(encoder: Any) -> TowerFlops:
