@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Ours(nn.Module):
         architecture = {
             "model_type": "clip_text_model", "hidden_size": shape.text_width, "num_hidden_layers": shape.text_depth,
             "num_attention_heads": shape.text_heads, "intermediate_size": 4 * shape.text_width,
-            "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2,
+            "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "gelu",
         }  # fmt: skip
         backbone = NaFlexViT(width=shape.width, depth=shape.depth, num_heads=shape.heads, patch_size=shape.patch)
         text = TextTower(tokenizer, architecture)
@@ -118,6 +119,8 @@ class Theirs(nn.Module):
 
     def loss(self, pixels: Tensor, ids: Tensor) -> Tensor:
         """Of normalised images (B, 3, H, W) and their captions' ids, see `ids`."""
+        with torch.no_grad():
+            cast(Any, self.model).logit_scale.clamp_(0, math.log(100))  # as its training script does after each step
         image, caption, scale = self.model(pixels, ids)
         total: Tensor = self.criterion(image, caption, scale)
         return total

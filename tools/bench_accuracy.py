@@ -2,16 +2,18 @@
 
     OMP_NUM_THREADS=1 python tools/bench_accuracy.py
     OMP_NUM_THREADS=1 python tools/bench_accuracy.py --open-clip open_clip/src    # and its main branch
-    OMP_NUM_THREADS=1 python tools/bench_accuracy.py --arms ours "open_clip" --seeds 0 1 2
+    OMP_NUM_THREADS=1 python tools/bench_accuracy.py --arms ours "ours, label-aware" --seeds 0 1 2
 
 All arms learn from the same drawn images and captions in the same order, 64 px, with the same shape of towers (mean of
-the image's tokens, the text's last one), tokenizer, batch, optimizer, learning rates and number of steps. Held out are
-images of 17 kinds with their names. Each arm's accuracy is measured now and then, which is not counted; what is counted
-are the seconds of its training steps on the processor; workers tokenise and prepare images, on both sides. Arms take
-turns step by step.
+the image's tokens, the text's last one), tokenizer, batch, optimizer, learning rates and number of steps. OpenCLIP's
+image tower has a class token and a norm before its first block besides. Each side starts with its own weights, and
+decays those that its own training decays. Held out are images of 17 kinds with their names. Each arm's accuracy is
+measured now and then, which is not counted; what is counted are the seconds of its training steps on the processor;
+workers tokenise and prepare images, on both sides. Arms take turns step by step.
 
 The target is the mean accuracy that the installed OpenCLIP has in the last quarter of its steps; an arm reaches it at
-the first measurement from which the mean of three is no lower.
+the first measurement from which the mean of three is no lower. One seed says little: the same model from other initial
+weights ends several hundredths apart. The last table is of the mean curves of all seeds.
 
 Arms: `ours` and `ours, half of the patches` compare each image with the captions of others as OpenCLIP does; `ours,
 label-aware` also knows the kinds, as our training does by default; `open_clip` pads to 77 tokens; `open_clip, half of
@@ -31,11 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 from _clip_steps import CONTEXT, Ours, Shape, Theirs, load_open_clip, normalised
-from torch import Tensor
+from torch import Tensor, nn
 
 from indiclip.generated.mela import Mela
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
+from indiclip.optim import parameter_groups
 from indiclip.planning.cpu import clock
 from indiclip.preprocessing import Preprocessing
 from indiclip.tokenizers import FastTokenizer, Tokenizer
@@ -51,8 +54,8 @@ class Arm:
 
     def __init__(self, module: Any, loss: Callable[[Any], Tensor], steps: int, lr: float) -> None:
         self.module, self.loss = module, loss
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-
+        groups = parameter_groups(module) if isinstance(module, Ours) else _their_groups(module)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
         warmup = max(1, int(WARMUP * steps))
 
         def rate(step: int) -> float:
@@ -103,28 +106,42 @@ class Drawn:
         """As the loader's workers give it."""
         return self.steps[drop][step]["contrastive"]
 
-    def theirs(self, step: int) -> tuple[Tensor, list[str]]:
-        """Images (B, 3, H, W) and captions of the same samples."""
-        samples = [self.samples[key] for key in self.ours(step, 0.0)["keys"]]
+    def theirs(self, batch: Any) -> tuple[Tensor, list[str]]:
+        """Images (B, 3, H, W) and captions of the samples of one of our batches."""
+        samples = [self.samples[key] for key in batch["keys"]]
         return normalised([sample["image"] for sample in samples]), [sample["captions"]["en"][0] for sample in samples]
 
 
-def arms_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[dict[str, Arm], dict[str, Any]]:
+def arms_of(arguments: argparse.Namespace, seed: int, tokenizer: Tokenizer) -> tuple[dict[str, Arm], dict[str, Any]]:
     """The arms, and what each of them is given: our share of dropped patches, or OpenCLIP's model."""
-    made: dict[str, Any] = {name: Ours(SHAPE, tokenizer) for name in OURS}
-    released = load_open_clip()
-    made["open_clip"] = Theirs(SHAPE, tokenizer, released)
-    made["open_clip, half of the patches"] = Theirs(SHAPE, tokenizer, released, patch_dropout=0.5)
+    makers: dict[str, Callable[[], Any]] = {name: partial(Ours, SHAPE, tokenizer) for name in OURS}
+    released = partial(Theirs, SHAPE, tokenizer, load_open_clip())
+    makers |= {"open_clip": released, "open_clip, half of the patches": partial(released, patch_dropout=0.5)}
     if arguments.open_clip:
-        made["open_clip main"] = Theirs(SHAPE, tokenizer, load_open_clip(arguments.open_clip), variable_text=True)
-    arms = {}
-    for name, model in made.items():
+        main = load_open_clip(arguments.open_clip)
+        makers["open_clip main"] = partial(Theirs, SHAPE, tokenizer, main, variable_text=True)
+    wanted = {"open_clip", *(arguments.arms or makers)}  # it sets the target
+    if unknown := wanted - makers.keys():
+        raise SystemExit(f"--arms: found {', '.join(sorted(unknown))}; expected some of {', '.join(makers)}")
+    made, arms = {}, {}
+    for name in filter(wanted.__contains__, makers):
+        torch.manual_seed(seed)  # so that an arm starts alike, whichever run beside it
+        model = made[name] = makers[name]()
         if isinstance(model, Ours):
             loss: Callable[[Any], Tensor] = partial(model.loss, keys=name == "ours, label-aware")
         else:
             loss = partial(_their_loss, model)
         arms[name] = Arm(model, loss, arguments.steps, arguments.lr)
     return arms, made
+
+
+def _their_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Which weights decay, by the rule of `open_clip_train.main`."""
+    stay, decay = [], []
+    for name, parameter in model.named_parameters():
+        excluded = parameter.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
+        (stay if excluded else decay).append(parameter)
+    return [{"params": stay, "weight_decay": 0.0}, {"params": decay}]
 
 
 def _their_loss(model: Theirs, samples: tuple[Tensor, Tensor]) -> Tensor:
@@ -137,11 +154,10 @@ def race(arguments: argparse.Namespace, seed: int, tokenizer: Tokenizer) -> dict
     scenes = Mela(arguments.held_out, SHAPE.pixels, "single", languages=["en"], seed=1000 + seed)
     held_out = [scenes[i] for i in range(len(scenes))]
     images, labels = [sample["image"] for sample in held_out], torch.tensor([sample["label"] for sample in held_out])
-    torch.manual_seed(seed)
-    arms, models = arms_of(arguments, tokenizer)
+    arms, models = arms_of(arguments, seed, tokenizer)
     for step in range(arguments.steps):
-        pixels, captions = drawn.theirs(step)
-        batches = {drop: drawn.ours(step, drop) for drop in (0.0, 0.5)}
+        batches = {drop: drawn.ours(step, drop) for drop in {OURS.get(name, 0.0) for name in arms}}
+        pixels, captions = drawn.theirs(batches[0.0])
         for name, arm in arms.items():
             if isinstance(models[name], Ours):
                 arm.step(batches[OURS[name]])
@@ -161,10 +177,49 @@ def seconds_to(curve: Curve, accuracy: float) -> float:
     return math.nan
 
 
+def last(curve: Curve) -> float:
+    """Mean accuracy of the last quarter."""
+    return statistics.mean(accuracy for _, accuracy in curve[-len(curve) // 4 :])
+
+
+def mean_curve(curves: list[Curve]) -> Curve:
+    """Of all seeds."""
+    return [
+        (statistics.mean(seconds), statistics.mean(accuracies))
+        for seconds, accuracies in (zip(*measured, strict=True) for measured in zip(*curves, strict=True))
+    ]
+
+
+def standard_error(values: list[float]) -> float:
+    """Of their mean; unknown of a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def show(curves: dict[str, Curve], steps: int) -> None:
+    """A line for each arm."""
+    target = last(curves["open_clip"])
+    wanted = seconds_to(curves["open_clip"], target)
+    for name, curve in curves.items():
+        seconds = seconds_to(curve, target)
+        print(
+            f"  {name:32} {1e3 * curve[-1][0] / steps:6.0f} ms a step   at the end {last(curve):.3f}   "
+            f"target after {seconds:6.1f} s   {wanted / seconds:5.2f}x",
+            flush=True,
+        )
+
+
+def show_differences(runs: list[dict[str, Curve]]) -> None:
+    """Accuracies at the end less OpenCLIP's of the same seed."""
+    for name in runs[0]:
+        less = [last(curves[name]) - last(curves["open_clip"]) for curves in runs]
+        print(f"  {name:32} at the end {statistics.mean(less):+.3f} +- {standard_error(less):.3f} beside open_clip")
+
+
 def main() -> None:
-    """Print a table for each seed."""
+    """Print a table for each seed, and one of their means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--open-clip", help="folder with the sources of another OpenCLIP")
+    parser.add_argument("--arms", nargs="+", help="only these, and open_clip")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=20, help="steps between measurements")
@@ -176,20 +231,14 @@ def main() -> None:
     torch.set_flush_denormal(True)  # as `indiclip fit` does
     tokenizer = FastTokenizer(str(Path(__file__).parent.parent / "conf" / "tokenizers" / "mela.json"), CONTEXT)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.batch} pairs, {SHAPE}")
+    runs = []
     for seed in arguments.seeds:
-        curves = race(arguments, seed, tokenizer)
-        theirs = [accuracy for _, accuracy in curves["open_clip"]]
-        target = statistics.mean(theirs[-len(theirs) // 4 :])
-        print(f"seed {seed}: OpenCLIP's accuracy at the end {target:.3f}")
-        wanted = seconds_to(curves["open_clip"], target)
-        for name, curve in curves.items():
-            seconds, last = seconds_to(curve, target), statistics.mean(value for _, value in curve[-3:])
-            whole = curve[-1][0]
-            print(
-                f"  {name:32} {1e3 * whole / arguments.steps:6.0f} ms a step   at the end {last:.3f}   "
-                f"target after {seconds:6.1f} s   {wanted / seconds:5.2f}x",
-                flush=True,
-            )
+        runs.append(race(arguments, seed, tokenizer))
+        print(f"seed {seed}")
+        show(runs[-1], arguments.steps)
+    print(f"mean curves of {len(runs)} seeds")
+    show({name: mean_curve([curves[name] for curves in runs]) for name in runs[0]}, arguments.steps)
+    show_differences(runs)
 
 
 if __name__ == "__main__":
