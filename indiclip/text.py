@@ -208,7 +208,24 @@ def _new_model(architecture: dict[str, Any], tokenizer: Tokenizer) -> Any:
         )
     # AutoModel knows whole models only. A text tower's class is called as its configuration: SiglipTextModel.
     own = getattr(transformers, type(config).__name__.removesuffix("Config") + "Model", None)
-    return own(config) if own else AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    model = own(config) if own else AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    _spread_as_openai(model)
+    return model
+
+
+def _spread_as_openai(model: nn.Module) -> None:
+    """Give attention in a CLIP from scratch the initial weights that `CLIP.initialize_parameters` of OpenAI gives it.
+
+    transformers (5.23.0) has the two standard deviations the other way round, and its towers learn much slower: the
+    queries and keys are so small that all tokens are attended to alike.
+    """
+    from transformers.models.clip.modeling_clip import CLIPAttention
+
+    for attention in (part for part in model.modules() if isinstance(part, CLIPAttention)):
+        std = attention.embed_dim**-0.5 * attention.config.initializer_factor
+        for matrix in (attention.q_proj, attention.k_proj, attention.v_proj):
+            nn.init.normal_(matrix.weight, std=std)
+        nn.init.normal_(attention.out_proj.weight, std=std * (2 * attention.config.num_hidden_layers) ** -0.5)
 
 
 def _pretrained_model(name: str) -> Any:

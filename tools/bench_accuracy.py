@@ -39,6 +39,7 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.optim import parameter_groups
+from indiclip.patches import unpatchify
 from indiclip.planning.cpu import clock
 from indiclip.preprocessing import Preprocessing
 from indiclip.tokenizers import FastTokenizer, Tokenizer
@@ -95,7 +96,6 @@ class Drawn:
 
     def __init__(self, images: int, batch_size: int, seed: int, tokenizer: Tokenizer) -> None:
         scenes = Mela(images, SHAPE.pixels, "single", languages=["en"], seed=seed)
-        self.samples = {sample["key"]: sample for sample in map(scenes.__getitem__, range(images))}
         self.steps = {}
         for drop in (0.0, 0.5):
             tokens = (SHAPE.pixels // SHAPE.patch) ** 2
@@ -106,10 +106,11 @@ class Drawn:
         """As the loader's workers give it."""
         return self.steps[drop][step]["contrastive"]
 
-    def theirs(self, batch: Any) -> tuple[Tensor, list[str]]:
-        """Images (B, 3, H, W) and captions of the samples of one of our batches."""
-        samples = [self.samples[key] for key in batch["keys"]]
-        return normalised([sample["image"] for sample in samples]), [sample["captions"]["en"][0] for sample in samples]
+    @staticmethod
+    def theirs(batch: Any) -> tuple[Tensor, list[str]]:
+        """Images (B, 3, H, W) and captions of one of our batches of whole images."""
+        images = [unpatchify(batch["images"], index) for index in range(len(batch["keys"]))]
+        return normalised(images), list(batch["targets"]["caption"])
 
 
 def arms_of(arguments: argparse.Namespace, seed: int, tokenizer: Tokenizer) -> tuple[dict[str, Arm], dict[str, Any]]:
