@@ -1,14 +1,29 @@
 """What the ranks of a run tell each other; a process without others is rank 0 of 1."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What this thread runs inside is rank 0 of 1, whatever ranks there are."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
 
 def rank_and_world() -> tuple[int, int]:
     """The number of this rank, and how many there are."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if _alone.get() or not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 

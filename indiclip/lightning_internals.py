@@ -77,7 +77,8 @@ def validate_now(trainer: Trainer) -> None:
 def time_fetches(trainer: Trainer, begins: Callable[[], None], ends: Callable[[], None]) -> None:
     """Have `begins` and `ends` called before and after the training loop waits for its next batch.
 
-    No hook comes before it; Lightning tells its profiler by these two, which an epoch's start hands to the fetcher.
+    Until `forget_fetches`. No hook comes before it; Lightning tells its profiler by these two, which an epoch's start
+    hands to the fetcher.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     kind = type(loop)
@@ -91,6 +92,13 @@ def time_fetches(trainer: Trainer, begins: Callable[[], None], ends: Callable[[]
         kind._on_after_fetch(loop)
 
     loop._on_before_fetch, loop._on_after_fetch = before, after
+
+
+def forget_fetches(trainer: Trainer) -> None:
+    """Undo `time_fetches`."""
+    loop = vars(trainer.fit_loop.epoch_loop)
+    loop.pop("_on_before_fetch", None)
+    loop.pop("_on_after_fetch", None)
 
 
 def profiled_module(profiler: Profiler) -> Any:

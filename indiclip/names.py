@@ -1,4 +1,4 @@
-"""Valid names, for error messages."""
+"""Names and numbers in messages."""
 
 import difflib
 import sys
@@ -69,3 +69,11 @@ def shorten(value: object, most: int = 60) -> str:
     """A value for an error message: its `repr`, cut where it is long."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def with_prefix(number: float, digits: int = 2) -> str:
+    """A number of a unit that follows, in thousands: 1,234,567 is `1.23 M`."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:,.{digits}f} {prefix}"
+    return f"{number:,.0f} "

@@ -3,12 +3,17 @@
 import gc
 import json
 import sys
+import time
 
 import pytest
 from experiments import config, fit
 from processes import two_ranks
+from test_watchdog import Then
+from test_watchdog import fit as fit_module
 
 from indiclip import Profiler
+from indiclip.generated.mela import Mela
+from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.trace import part_times
 
 
@@ -80,6 +85,15 @@ def test_a_step_of_the_processor_by_hand():
     assert not times.on_device
 
 
+def test_a_validation_between_steps_is_no_part_of_them_by_hand():
+    validation = [annotated("validation", 955, 995), annotated("data", 957, 958), annotated("image tower", 960, 990)]
+    parts = ["image tower", "text tower", "boxes"]
+    with_it, without = part_times([*HOST, *validation], parts), part_times(HOST, parts)
+    assert seconds(with_it) == seconds(without) | {"other": seconds(without)["other"] - 40}
+    assert sum(seconds(with_it).values()) == pytest.approx(1e6 * with_it.step) == 960
+    assert with_it.calls == without.calls
+
+
 def test_a_step_of_a_gpu_by_hand():
     """Times are those of kernels, later than the host's; of a GPU without work the step waits for data or the host."""
     trace = [
@@ -148,6 +162,25 @@ def test_a_profile_by_a_word_of_the_command(tmp_path, capsys):
     flags = ("--trainer.profiler", "indiclip.Profiler", "--trainer.profiler.skip", "0")
     assert fit(tmp_path, tree, *flags) == 2
     assert "trainer.profiler.skip" in capsys.readouterr().err
+
+
+def test_each_run_is_profiled_without_its_validations(tmp_path):
+    """Two with the same object; of the validations, of 0.3 s each, one lies between the three steps."""
+    profiler, scenes = Profiler(str(tmp_path), skip=1, steps=3), Mela(4, 32, "single")
+    slow = Then("on_validation_batch_start", lambda *_: time.sleep(0.3))
+    for _ in range(2):
+        options = {"val": [scenes], "val_check_interval": 2, "profiler": profiler}
+        fit_module(tmp_path, scenes, slow, watchdog=Watchdog(), **options)
+        assert "image tower" in profiler.summary()
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        (tmp_path / "trace.json").unlink()
+        (validation,) = [e["dur"] for e in events if e["name"] == "validation" and e["cat"] == "user_annotation"]
+        assert validation >= 3e5
+        steps = [e["dur"] for e in events if e["name"].startswith("ProfilerStep#") and e["cat"] == "user_annotation"]
+        times = part_times(events, ["image tower", "text tower", "contrastive", "pools, projections"])
+        assert 3e6 * times.step == pytest.approx(sum(steps) - validation)
+        assert sum(times.seconds.values()) == pytest.approx(times.step)
+        assert times.calls["image tower"] == times.calls["optimizer"] == 3
 
 
 def test_one_that_is_refused_leaves_without_another_word(monkeypatch):

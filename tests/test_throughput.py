@@ -6,6 +6,8 @@ import pytest
 from experiments import config, fit
 from helpers import tiny_encoder
 from processes import two_ranks
+from test_watchdog import Then
+from test_watchdog import fit as fit_module
 from torch.utils.flop_counter import FlopCounterMode
 
 from heads.contrastive import Contrastive
@@ -16,6 +18,7 @@ from indiclip.loading.source import Source
 from indiclip.module import MultiTask
 from indiclip.planning.hardware import installed
 from indiclip.planning.step_flops import StepFlops, TaskFlops, TowerFlops, step_flops, text_lengths
+from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.record import read_history
 from indiclip.training.throughput import Meter, Rates, Throughput, Work
 
@@ -161,6 +164,16 @@ def test_a_run_logs_what_it_reaches_and_goes_on_when_resumed(tmp_path):
     assert "throughput/samples_per_second" in report
     events = [file.read_bytes() for file in folder.glob("events.out.tfevents.*")]
     assert any(b"throughput/tokens_per_second" in event for event in events)
+
+
+def test_nothing_of_it_stays_after_a_run(tmp_path):
+    begun = []
+    look = Then("on_train_start", lambda trainer, *_: begun.append({*vars(trainer.fit_loop.epoch_loop)}))
+    trainer = fit_module(tmp_path, Mela(24, 32, "single"), Throughput(), look, watchdog=Watchdog())
+    fetches = {"_on_before_fetch", "_on_after_fetch"}
+    assert fetches <= begun[0]
+    assert not fetches & vars(trainer.fit_loop.epoch_loop).keys()
+    assert "save_checkpoint" not in vars(trainer)
 
 
 def test_without_a_known_peak_nothing_is_counted(tmp_path, monkeypatch):

@@ -129,6 +129,20 @@ def test_a_long_validation_that_goes_on_and_a_long_save_are_not_stalls(tmp_path,
     assert reports(capfd.readouterr().err) == []
 
 
+def test_a_save_that_fails_is_over(tmp_path):
+    def fail(*_):
+        raise OSError("full")
+
+    def stand(trainer, *_):
+        if trainer.global_step == 2:
+            with pytest.raises(OSError, match="full"):
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+            file = tmp_path / "watchdog-0.txt"
+            sleep_until(lambda: file.is_file() and "it has been running step 3" in file.read_text())
+
+    fit(tmp_path, Mela(24, 32, "single"), Then("on_save_checkpoint", fail), Then("on_before_backward", stand))
+
+
 def test_c_code_that_keeps_the_watching_thread_out_is_reported_too(tmp_path, capfd):
     import ctypes
 

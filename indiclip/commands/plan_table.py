@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from indiclip.names import with_prefix
 from indiclip.planning.hardware import Device
 
 _WIDTH = 100  # columns, where the output is no terminal
@@ -83,8 +84,8 @@ def _flops(plan: Mapping[str, Any]) -> Table:
         for part, of in parts.items():
             if whole := sum(of.values()):
                 share = f"{whole / everything:.1%}"
-                table.add_row(f"{task}: {part}", _si(of["forward"]), _si(of["backward"]), share)
-    table.add_row("all", *(_si(_total(plan, name)) for name in ("forward", "backward")), "100.0%", style="bold")
+                table.add_row(f"{task}: {part}", with_prefix(of["forward"]), with_prefix(of["backward"]), share)
+    table.add_row("all", *(with_prefix(_total(plan, name)) for name in ("forward", "backward")), "100.0%", style="bold")
     return table
 
 
@@ -135,7 +136,7 @@ def _cost(plan: Mapping[str, Any]) -> list[str]:
     step, cost = plan["step"], plan["cost"]
     lines = [
         f"[bold]{1e3 * step['step']:,.1f} ms a step[/], {step['samples_per_second']:,.0f} samples/s, "
-        f"{_si(plan['flops_per_step'])}FLOP a step; {step['mfu']:.0%} of the peak with loss and waiting"
+        f"{with_prefix(plan['flops_per_step'])}FLOP a step; {step['mfu']:.0%} of the peak with loss and waiting"
     ]
     if plan["bound_by_launches"]:
         us = plan["assumed"]["launch_us"]["value"]
@@ -143,7 +144,7 @@ def _cost(plan: Mapping[str, Any]) -> list[str]:
             f"[yellow]launching its operators takes longer than computing them ({us:g} us each): a larger batch[/]"
         ]
     rates = {task: rate for task, rate in plan["storage"].items() if rate}
-    lines += [f"storage: {_si(rate)}B/s of images for {task}" for task, rate in rates.items()]
+    lines += [f"storage: {with_prefix(rate)}B/s of images for {task}" for task, rate in rates.items()]
     if cost["days"] is None:
         return [*lines, "the config does not say how many steps: trainer.max_steps gives the days"]
     money = "" if cost["usd"] is None else f", {cost['usd']:,.0f} USD at {cost['usd_per_gpu_hour']:g} a GPU-hour"
@@ -165,13 +166,6 @@ def _assumed(plan: Mapping[str, Any]) -> list[str]:
             for key in plan["left_out"]
         ),
     ]
-
-
-def _si(number: float) -> str:
-    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:,.2f} {unit}"
-    return f"{number:,.0f} "
 
 
 def _duration(days: float) -> str:

@@ -11,8 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from indiclip.head import Head, computed
-from indiclip.losses import ContrastiveLoss
 from indiclip.planning.fake import HostValues, autocast_as_on_cuda, fake_batch, faked
+from indiclip.planning.parts import IMAGE_TOWER, blocks, parts_of
 from indiclip.ratios import over_all_ranks
 from indiclip.types import Batch, Features
 
 _OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch's table lacks the one that writes into its input
-IMAGE_TOWER, TEXT_TOWER, PROJECTIONS = "image tower", "text tower", "pools, projections"
 
 
 @dataclass(frozen=True)
@@ -107,16 +105,6 @@ def count_step(
                     loss.backward()  # type: ignore[no-untyped-call]
             counts[task] = counter.counts()
     return counts
-
-
-def flops_per_step(module: Any, batches: Mapping[str, Batch]) -> int:
-    """FLOPs of the model in a training step of these batches, forward and backward, recomputation aside.
-
-    Of one rank, with what it computes of the loss by itself. It is what a model FLOPs utilisation (MFU; PaLM,
-    arXiv 2204.02311, appendix B) divides by the time of a step and the peak of the device. Takes about a second.
-    """
-    counts = count_step(module, batches)
-    return round(sum(count.flops for parts in counts.values() for count in parts.values()))
 
 
 def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "OperatorCounter") -> Tensor:
@@ -256,30 +244,6 @@ class OperatorCounter(TorchDispatchMode):
         return out
 
 
-class Recorder(Protocol):
-    """What is told which part of a model runs."""
-
-    def enter(self, part: str, *_: Any) -> None: ...
-
-    def leave(self, *_: Any) -> None: ...
-
-
-@contextmanager
-def parts_of(module: Any, heads: list[Head], recorder: Recorder) -> Iterator[None]:
-    """While it lasts, the model tells a recorder which of its parts runs; heads themselves do not."""
-    encoder = module.encoder
-    modules = {encoder.backbone: IMAGE_TOWER, encoder.text: TEXT_TOWER}
-    for head in heads:
-        modules |= {part: f"{head.name} loss" for part in head.modules() if isinstance(part, ContrastiveLoss)}
-    with ExitStack() as undo:
-        for part, name in modules.items():
-            undo.callback(part.register_forward_pre_hook(partial(recorder.enter, name)).remove)
-            undo.callback(part.register_forward_hook(recorder.leave, always_call=True).remove)
-        for name in ("pool_features", "pool_text", "project_image", "project_text"):  # methods, which have no hooks
-            undo.enter_context(within_part(encoder, name, PROJECTIONS, recorder))
-        yield
-
-
 @contextmanager
 def _blocks_of(encoder: Any, counter: OperatorCounter) -> Iterator[None]:
     """While it lasts, the towers tell the counter what enters their blocks."""
@@ -289,37 +253,9 @@ def _blocks_of(encoder: Any, counter: OperatorCounter) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def within_part(owner: nn.Module, name: str, part: str, recorder: Recorder) -> Iterator[None]:
-    """While it lasts, a module's method belongs to a part."""
-    method, own = getattr(owner, name), vars(owner).get(name)  # FSDP puts one of its own there
-
-    def run(*arguments: Any, **options: Any) -> Any:
-        recorder.enter(part)
-        try:
-            return method(*arguments, **options)
-        finally:
-            recorder.leave()
-
-    vars(owner)[name] = run
-    try:
-        yield
-    finally:
-        del vars(owner)[name]
-        if own is not None:
-            vars(owner)[name] = own
-
-
 def _next_node() -> int:
     """The number that the graph's next node will have in this thread."""
     return torch._C._autograd._get_sequence_nr()
-
-
-def blocks(tower: nn.Module) -> list[nn.Module]:
-    """The blocks of a tower: the items of its list of modules with the most weights. None, where there is no list."""
-    lists = [part for part in tower.modules() if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1]
-    largest = max(lists, key=lambda part: sum(p.numel() for p in part.parameters()), default=())
-    return [*largest]
 
 
 def _size(tensor: Tensor) -> int:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from indiclip.planning.communication import Cluster, Traffic, traffic
-from indiclip.planning.counter import IMAGE_TOWER, TEXT_TOWER, Count, Counts
+from indiclip.planning.counter import Count, Counts
 from indiclip.planning.hardware import STRATEGIES, Strategy, default
 from indiclip.planning.memory import Weights, per_gpu
+from indiclip.planning.parts import IMAGE_TOWER, TEXT_TOWER
 from indiclip.planning.step_model import TaskModel
 
 SCALES = (1, 2, 4, 8, 16, 32, 64, 128)  # GPUs

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from indiclip.optim import parameter_groups
-from indiclip.planning.counter import IMAGE_TOWER, TEXT_TOWER, Count, Counts, OperatorCounter, blocks
+from indiclip.planning.counter import Count, Counts, OperatorCounter
 from indiclip.planning.fake import faked
 from indiclip.planning.hardware import Strategy
+from indiclip.planning.parts import IMAGE_TOWER, TEXT_TOWER, blocks
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """FLOPs of any training step from its token counts, by rates that are counted once, before the first step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
+from indiclip.distributed import alone
 from indiclip.loading.collate import collate
 from indiclip.loading.steps import Steps
-from indiclip.planning.counter import IMAGE_TOWER, TEXT_TOWER, OperatorCounter, count_step
+from indiclip.planning.counter import OperatorCounter, count_step
 from indiclip.planning.fake import HostValues, fake_batch, faked
+from indiclip.planning.parts import IMAGE_TOWER, TEXT_TOWER
 from indiclip.types import Batch, Texts
 
 _SAMPLES = 16  # of a task, by which its heads are counted
@@ -92,7 +92,7 @@ def step_flops(module: Any, data: Any) -> StepFlops:
         data: A `MultiTaskData`, of which some samples are read.
     """
     encoder = module.encoder
-    with _alone():
+    with alone():  # what is counted has no values that could be exchanged with other ranks
         tasks = {task: _task_flops(module, {task: batch}) for task, batch in _batches(data, encoder.text.tokenizer)}
         return StepFlops(_image_tower(encoder), _text_tower(encoder), tasks)
 
@@ -161,14 +161,3 @@ def _tower(tower: Any, inputs: Mapping[int, Any], run: Callable[[Any], Tensor]) 
         found.append(sum(count.flops for count in counter.counts().values()))
     powers = np.vander(np.asarray([*inputs], np.float64), increasing=True)
     return TowerFlops(tuple(np.linalg.solve(powers, found).tolist()))
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """As if there were no other ranks: what is counted has no values that could be exchanged with them."""
-    initialized = dist.is_initialized
-    dist.is_initialized = lambda: False
-    try:
-        yield
-    finally:
-        dist.is_initialized = initialized

@@ -24,8 +24,9 @@ from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import SampleRef
 from indiclip.loading.steps import Steps
 from indiclip.losses import ContrastiveLoss
-from indiclip.planning.counter import TEXT_TOWER, Count, Counts, OperatorCounter, count_step
+from indiclip.planning.counter import Count, Counts, OperatorCounter, count_step
 from indiclip.planning.fake import faked
+from indiclip.planning.parts import TEXT_TOWER
 from indiclip.types import Batch
 
 SAMPLES = 64  # of a task that are read

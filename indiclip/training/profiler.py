@@ -16,12 +16,13 @@ from indiclip.distributed import rank_and_world
 from indiclip.lightning_internals import profiled_module
 from indiclip.module import MultiTask
 from indiclip.names import check_range
-from indiclip.planning.counter import IMAGE_TOWER, PROJECTIONS, TEXT_TOWER, parts_of, within_part
-from indiclip.training.trace import COMMUNICATION, DATA, LOSS, OPTIMIZER, PartTimes, part_times
+from indiclip.planning.parts import IMAGE_TOWER, PROJECTIONS, TEXT_TOWER, parts_of, within_part
+from indiclip.training.trace import COMMUNICATION, DATA, LOSS, OPTIMIZER, VALIDATION, PartTimes, part_times
 
 # Lightning's name of an action, behind its last dot -> the range that it is in the trace.
 _RANGES = {"train_dataloader_next": DATA, "batch_to_device": DATA, "training_step": LOSS, "backward": "backward"}
-_AFTER_A_STEP = ("on_validation_start", "on_train_epoch_end")  # what is no part of the last step
+_VALIDATION_BEGINS = "on_validation_model_eval"  # the first hook of a validation
+_AFTER_A_STEP = (_VALIDATION_BEGINS, "on_train_epoch_end")  # what is no part of the last step
 
 
 class Profiler(LightningProfiler):
@@ -32,8 +33,9 @@ class Profiler(LightningProfiler):
 
     A table is printed, and written to `profile.txt` in the run's folder; `trace.json` beside it is read by
     https://ui.perfetto.dev and chrome://tracing. The backward pass of an operator counts for the part that the operator
-    is in, gradient clipping and the checks of a step for the optimizer; communication is what no computation hides. On
-    CUDA times are those of the device. The first rank is profiled, which makes its steps slower while it lasts.
+    is in, gradient clipping and the checks of a step for the optimizer; communication is what no computation hides. A
+    validation between the steps does not count. On CUDA times are those of the device. The first rank is profiled,
+    which makes its steps slower while it lasts.
 
     Args:
         dirpath: Folder of the files; the command puts it into the run's.
@@ -46,12 +48,16 @@ class Profiler(LightningProfiler):
         self.skip, self.steps = skip, steps
         self._seen = 0  # steps that have begun
         self._profile: Any = None  # torch's, while it records
-        self._ranges = _Ranges()
+        self._ranges = _OpenRanges()
         self._hooks = ExitStack()
         self._table = ""
         check_range({"trainer.profiler.skip": skip}, 1)  # last: Lightning tears down what was refused, too
         check_range({"trainer.profiler.steps": steps}, 1)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports every start and stop
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        super().setup(stage, local_rank, log_dir)
+        self._seen, self._table = 0, ""  # each run is profiled
 
     def start(self, action_name: str) -> None:
         action = action_name.rpartition(".")[2]
@@ -59,11 +65,16 @@ class Profiler(LightningProfiler):
             self._step_begins()
         elif action in _AFTER_A_STEP and self._seen == self.skip + self.steps:
             self._end()
-        if self._profile is not None and action in _RANGES:
+        if self._profile is None:
+            return
+        if action in _RANGES:
             self._ranges.enter(_RANGES[action])
+        elif action == _VALIDATION_BEGINS:
+            self._ranges.enter(VALIDATION)
 
     def stop(self, action_name: str) -> None:
-        if action_name.rpartition(".")[2] in _RANGES:
+        where, _, action = action_name.rpartition(".")
+        if action in _RANGES or (action == "on_validation_end" and where.startswith("[Strategy]")):  # its last hook
             self._ranges.leave()
 
     def _step_begins(self) -> None:
@@ -129,7 +140,7 @@ class Profiler(LightningProfiler):
         super().teardown(stage)
 
 
-class _Ranges:
+class _OpenRanges:
     """Named ranges of the trace that are open, one within the other."""
 
     def __init__(self) -> None:

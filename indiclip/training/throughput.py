@@ -13,9 +13,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from indiclip.distributed import gathered
-from indiclip.lightning_internals import around_saves, forget_saves, time_fetches
+from indiclip.lightning_internals import around_saves, forget_fetches, forget_saves, time_fetches
 from indiclip.module import Batches, MultiTask
-from indiclip.names import check_range
+from indiclip.names import check_range, with_prefix
 from indiclip.planning.hardware import installed
 from indiclip.planning.step_flops import StepFlops, step_flops, text_lengths
 from indiclip.training.fault_tolerance.ranks import callbacks_of
@@ -181,7 +181,7 @@ class Throughput(Callback):
             return ""
         parts = [
             f"{rates.samples * trainer.world_size:,.0f} samples/s",
-            f"{_si(rates.tokens * trainer.world_size)}tok/s",
+            f"{with_prefix(rates.tokens * trainer.world_size, digits=1)}tok/s",
         ]
         if self._flops is not None and self._peak is not None:
             parts.append(f"MFU {rates.flops / self._peak:.0%}")
@@ -197,6 +197,7 @@ class Throughput(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         forget_saves(trainer)
+        forget_fetches(trainer)
 
 
 @contextmanager
@@ -236,10 +237,3 @@ def _counted(trainer: Trainer, module: MultiTask) -> StepFlops | None:
     except Exception as error:  # a head of somebody else may read the device's values, or do anything; ranks wait
         warnings.warn(f"Throughput: no MFU, since the model's FLOPs cannot be counted: {error}", stacklevel=2)
         return None
-
-
-def _si(number: float) -> str:
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.1f} {prefix}"
-    return f"{number:.0f} "

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 DATA, LOSS, OPTIMIZER, COMMUNICATION = "data", "loss", "optimizer", "communication"
+VALIDATION = "validation"  # between steps, and no part of them
 OTHER = "other"  # callbacks, logging, Lightning itself
 HOST = "waiting for the host"  # of a GPU that has nothing to do
 STEP = "ProfilerStep#"  # torch's name of a step
@@ -55,12 +56,16 @@ def part_times(events: Iterable[Event], parts: Iterable[str]) -> PartTimes:
 
     Args:
         events: Its `traceEvents`.
-        parts: Names of ranges (`record_function`) that are parts; `<part> loss` is of the loss.
+        parts: Names of ranges (`record_function`) that are parts; `<part> loss` is of the loss. What lies in one named
+            `validation` is left out.
     """
     timed = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: (e["ts"], -e["dur"]))
     steps = [e for e in timed if e["name"].startswith(STEP) and e["cat"] == "user_annotation"]
+    validations = [_span(e) for e in timed if e["name"] == VALIDATION and e["cat"] == "user_annotation"]
+    timed = [e for e in timed if not any(begin <= e["ts"] < end for begin, end in validations)]
+    windows = [window for e in steps for window in _without(_span(e), validations)]
     named = _named(timed, {*parts})
-    ranges = _Ranges(named)
+    ranges = _HostParts(named)
     operators = _outermost([e for e in timed if e["cat"] == "cpu_op"])
     of_node = _parts_of_nodes(timed, ranges)
     of_operator = _parts_of_operators(operators, ranges, of_node)
@@ -71,8 +76,8 @@ def part_times(events: Iterable[Event], parts: Iterable[str]) -> PartTimes:
         claims = [_claim(e, 3, part) for e, part in zip(operators, of_operator, strict=True) if not _exchanges(e)]
         claims += [_claim(e, 1, part) for e, part in named]
     claims += [_claim(e, 2, COMMUNICATION) for e in timed if _exchanges(e) and (not kernels or e["cat"] in _ON_DEVICE)]
-    total = sum(e["dur"] for e in steps)
-    seconds = _divided(claims, [(e["ts"], e["ts"] + e["dur"]) for e in steps], HOST if kernels else OTHER)
+    total = sum(end - begin for begin, end in windows)
+    seconds = _divided(claims, windows, HOST if kernels else OTHER)
     calls = Counter(part for e, part in named if part != OTHER)
     calls[LOSS] = sum(e["name"].endswith(" loss") for e, _ in named)
     calls[COMMUNICATION] = sum(
@@ -85,6 +90,20 @@ def part_times(events: Iterable[Event], parts: Iterable[str]) -> PartTimes:
         calls,
         bool(kernels),
     )
+
+
+def _span(e: Event) -> tuple[float, float]:
+    return e["ts"], e["ts"] + e["dur"]
+
+
+def _without(window: tuple[float, float], pauses: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """What is left of a window; pauses come one after the other."""
+    left, (begin, end) = [], window
+    for pause_begin, pause_end in pauses:
+        if begin < pause_begin < end:
+            left.append((begin, pause_begin))
+            begin = pause_end
+    return [*left, (begin, end)] if begin < end else left
 
 
 def _named(timed: list[Event], parts: set[str]) -> list[tuple[Event, str]]:
@@ -105,7 +124,7 @@ def _named(timed: list[Event], parts: set[str]) -> list[tuple[Event, str]]:
     return found
 
 
-class _Ranges:
+class _HostParts:
     """Which part the host is in at a time: that of the range which began last and has not ended."""
 
     def __init__(self, named: list[tuple[Event, str]]) -> None:
@@ -141,7 +160,7 @@ def _outermost(operators: list[Event]) -> list[Event]:
     return found
 
 
-def _parts_of_nodes(timed: list[Event], ranges: _Ranges) -> dict[int, str]:
+def _parts_of_nodes(timed: list[Event], ranges: _HostParts) -> dict[int, str]:
     """Number of a node of the graph -> the part whose operator made it."""
     nodes = {}
     for e in timed:
@@ -151,7 +170,7 @@ def _parts_of_nodes(timed: list[Event], ranges: _Ranges) -> dict[int, str]:
     return nodes
 
 
-def _parts_of_operators(operators: list[Event], ranges: _Ranges, of_node: dict[int, str]) -> list[str]:
+def _parts_of_operators(operators: list[Event], ranges: _HostParts, of_node: dict[int, str]) -> list[str]:
     """One of the backward pass is of the part of its node; one that adds up gradients, of that before it."""
     found, last = [], OTHER
     for e in operators:
@@ -195,7 +214,7 @@ def _exchanges(e: Event) -> bool:
 
 
 def _claim(e: Event, weight: int, part: str) -> _Claim:
-    return _Claim(e["ts"], e["ts"] + e["dur"], weight, part)
+    return _Claim(*_span(e), weight, part)
 
 
 def _divided(claims: list[_Claim], windows: list[tuple[float, float]], otherwise: str) -> dict[str, float]:

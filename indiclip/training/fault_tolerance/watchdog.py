@@ -87,8 +87,10 @@ class Watchdog(Callback):
     def _while_saving(self) -> Iterator[None]:
         doing, _ = self._state
         self._does("saving a checkpoint")
-        yield
-        self._ended(doing)
+        try:
+            yield
+        finally:
+            self._ended(doing)
 
     on_train_epoch_start = _hook("loading step {step}")
     on_train_batch_start = _hook("running step {step}")
