@@ -96,9 +96,9 @@ def time_fetches(trainer: Trainer, begins: Callable[[], None], ends: Callable[[]
 
 def forget_fetches(trainer: Trainer) -> None:
     """Undo `time_fetches`."""
-    loop = vars(trainer.fit_loop.epoch_loop)
-    loop.pop("_on_before_fetch", None)
-    loop.pop("_on_after_fetch", None)
+    own = trainer.fit_loop.epoch_loop.__dict__
+    own.pop("_on_before_fetch", None)
+    own.pop("_on_after_fetch", None)
 
 
 def profiled_module(profiler: Profiler) -> Any:

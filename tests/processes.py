@@ -3,7 +3,7 @@
 - `on_ranks`: a function of ours on each rank of a gloo group, for what it returns. A rank that raises is an error here.
 - `in_processes`, `as_ranks`: commands, for their exit statuses, what they print and leave behind, or to be killed.
 - `two_ranks`: `indiclip fit` on two ranks, as torchrun or as Lightning starts them.
-- `forked`: one process, for a test that does something to it while it runs.
+- `forked`: one process, for a test that does something to it while it runs; `holding`: one that has a folder's lock.
 
 They fork, since a new Python imports for seconds. One that must be new (another start method, the end of the
 interpreter) is started by `subprocess`, with the variables of `environment`.
@@ -30,6 +30,7 @@ import yaml
 
 from indiclip.loading.workers import end_with_the_parent
 from indiclip.training.cli import run
+from indiclip.training.run_folder import lock
 
 TESTS = Path(__file__).parent
 
@@ -130,6 +131,23 @@ def as_they_end(processes: list[int], seconds: float = 240.0) -> Iterator[tuple[
         if running and time.monotonic() > end:
             raise TimeoutError(f"{len(running)} of {len(processes)} processes still run after {seconds} s")
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def holding(folder: Path, output: Path) -> Iterator[int]:
+    """The id of a process that has a folder's lock, until the end of the block."""
+    output.mkdir()
+    held = output / "held"
+
+    def hold() -> int:
+        lock(folder)
+        held.touch()
+        while True:
+            time.sleep(1)
+
+    with forked(hold, output) as process:
+        wait_until(held.exists)
+        yield process
 
 
 def in_processes(works: list[Callable[[], int]], folder: Path) -> Ended:

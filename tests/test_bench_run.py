@@ -1,12 +1,11 @@
 """`indiclip bench --model`: its words and what is left behind."""
 
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import holding
 from test_bench_photographs import MeanColour, photographs
 
 from indiclip.cli import main
@@ -62,13 +61,9 @@ def test_a_file_in_the_way(images, capsys, out):
 
 def test_two_runs_do_not_write_to_one_folder(images, capsys):
     (images.parent / "out").mkdir()
-    code = "from pathlib import Path; from indiclip.training.run_folder import lock; "
-    code += "lock(Path('out')); print(flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    with holding(images.parent / "out", images.parent / "other") as other:
         assert bench("--out", "out") == 2
-        other.communicate(b"\n")
-    assert "out: another process (pid" in capsys.readouterr().err
+    assert f"out: another process (pid {other} on " in capsys.readouterr().err
     assert bench("--out", "out") == 0
     assert run_folder._locks == []
 

@@ -7,16 +7,14 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tarfile
-import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import as_they_end, forked, wait_until
 from test_shards import UNREADABLE, png, write_tar
 
 from indiclip.cli import main
@@ -205,45 +203,38 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
-def _forks(parent):
-    """Children of a process that run what it runs."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    command = Path(f"/proc/{parent}/cmdline").read_bytes()
-    files = [Path(f"/proc/{child}/cmdline") for child in children]
-    return {file.parent.name for file in files if file.exists() and file.read_bytes() == command}
-
-
 @pytest.fixture
 def waiting(tmp_path):
     """A check whose worker waits for a shard that never answers, and the worker's id."""
     path = write_tar(tmp_path / "a.tar", {"0.png": png(), "0.txt": "x"})
     os.mkfifo(tmp_path / "b.tar")
-    command = [sys.executable, "-m", "indiclip.cli", "shards", "check", path, str(tmp_path / "b.tar"), "--workers", "2"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
-    workers: set[str] = set()
-    while not workers:  # of all children those that stay: libraries ask other programs while they are imported
-        seen = _forks(process.pid)
-        time.sleep(0.5)
-        workers = seen & _forks(process.pid)
-    yield process, int(workers.pop())
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
+        return main(["shards", "check", path, str(tmp_path / "b.tar"), "--workers", "2"])
+
+    with forked(work, tmp_path) as process:
+        wait_until(lambda: _children(process))
+        yield process, int(_children(process)[0])
 
 
-def test_ctrl_c_leaves_no_process(waiting):
+def _children(parent):
+    return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+
+
+def test_ctrl_c_leaves_no_process(waiting, tmp_path):
     process, worker = waiting
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "indiclip shards check: stopped\n")
+    os.killpg(process, signal.SIGINT)
+    assert dict(as_they_end([process], 60)) == {process: 130}
+    assert (tmp_path / "err").read_text() == "indiclip shards check: stopped\n"
     assert not Path(f"/proc/{worker}").exists()
 
 
-def test_a_killed_process_is_said(waiting):
+def test_a_killed_process_is_said(waiting, tmp_path):
     process, worker = waiting
     os.kill(worker, signal.SIGKILL)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert dict(as_they_end([process], 60)) == {process: 1}
+    error = (tmp_path / "err").read_text()
     assert f"indiclip shards check: DataLoader worker (pid(s) {worker}) exited unexpectedly" in error
     assert "Traceback" not in error
 

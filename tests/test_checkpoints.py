@@ -5,9 +5,9 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
-import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -175,18 +175,14 @@ def test_a_disk_without_space_is_said_before_anything_is_written(tmp_path, monke
 def test_a_file_size_limit_keeps_the_last_good_one(tmp_path):
     """The write fails half-way, as on a disk that another process fills."""
     save(tmp_path, 1)
-    code = (
-        "import resource, signal, sys, torch\n"
-        "from pathlib import Path\n"
-        "from indiclip.training.fault_tolerance.checkpoints import DurableCheckpointIO\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "content = {'global_step': 2, 'state_dict': {'w': torch.zeros(100_000)}}\n"
-        "try: DurableCheckpointIO().save_checkpoint(content, Path(sys.argv[1]) / '2.ckpt')\n"
-        "except OSError as error: print(error)\n"
-    )
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "2.ckpt: not saved: File too large; the last good one is" in out.stdout
+    content = {"global_step": 2, "state_dict": {"w": torch.zeros(100_000)}}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(OSError, match=r"2\.ckpt: not saved: File too large; the last good one is"):
+            DurableCheckpointIO().save_checkpoint(content, tmp_path / "2.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {file.name for file in tmp_path.iterdir()} == {"1.ckpt", "manifest.json"}
     assert newest_good(tmp_path)[:2] == (tmp_path / "1.ckpt", 1)
 

@@ -6,13 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-import yaml
 from experiments import ROOT, config, fit
 from PIL import Image
+from processes import as_they_end, forked, holding, in_processes, two_ranks, wait_until
 
 import indiclip
 from indiclip import json_lines
@@ -168,15 +167,20 @@ def test_validate_and_test_score_a_run_and_leave_it_as_it_is(tmp_path, capsys):
 
 def test_training_takes_subnormal_numbers_for_zero(tmp_path):
     """Four tasks trained to the end of the quickstart were 1.6 times slower with them."""
-    code = (
-        "import sys, torch; from indiclip.training.cli import run; status = run(sys.argv[1:]); "
-        "print(status, (torch.full((1000, 1000), 1e-40) * 0.5).max().item())"
-    )
-    file = tmp_path / "experiment.yaml"
-    file.write_text(yaml.safe_dump(config()))
-    command = [sys.executable, "-c", code, "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert out.splitlines()[-1] == "0 0.0"
+
+    def halved():
+        return (torch.full((1000, 1000), 1e-40) * 0.5).max().item()
+
+    def work():
+        torch.set_flush_denormal(False)  # a run in this process before the fork may have
+        before = halved()
+        status = fit(tmp_path, config())
+        print(before > 0, halved())
+        return status
+
+    done = in_processes([work], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True 0.0"
 
 
 def test_predict_writes_what_the_heads_find(tmp_path, capsys):
@@ -242,8 +246,7 @@ def test_checkpoints_are_in_the_runs_folder_whatever_the_logger(tmp_path, capsys
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_two_processes_train_all_four_tasks(launcher, tmp_path):
     """Through the command, by either launcher; held-out numbers are of all seven scenes, more on one rank."""
-    file = tmp_path / "experiment.yaml"
-    tree = config(trainer__max_steps=3, trainer__devices=2)
+    tree = config(trainer__max_steps=3)
     small = {
         "heads.detection.Detection": {"num_classes": 17, "out_channels": 16, "num_convs": 1, "scales": [1.0]},
         "heads.densepose.DensePose": {"roi_size": 7, "channels": 8, "num_convs": 1},
@@ -258,14 +261,8 @@ def test_two_processes_train_all_four_tasks(launcher, tmp_path):
         source = json.loads(json.dumps(tree["data"][part][0]))
         source["dataset"]["init_args"] |= {"layout": "mixed", "people": 1.0, "num_scenes": scenes}
         tree["data"][part].append(source | {"task": "scenes"})
-    file.write_text(yaml.safe_dump(tree))
-    command = ["-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
-    if launcher == "torchrun":
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, env=environment)
+    done, folder = two_ranks(tmp_path, tree, started_by=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs" / "experiment"
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
     by_language = {name for name in metrics if name.startswith("val/contrastive/image_to_text_r1/")}
     assert by_language == {f"val/contrastive/image_to_text_r1/{name}" for name in ("en", "hi", "ta", "te")}
@@ -348,36 +345,25 @@ def test_a_checkpoint_calls_nothing_but_parts_of_an_encoder(class_path, argument
 
 
 def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
-    file = tmp_path / "experiment.yaml"
-    file.write_text(yaml.safe_dump(config(trainer__max_steps=100_000)))
-    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
-    # Shells make background jobs, and so all that those start, ignore Ctrl-C.
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
-    history = tmp_path / "runs" / "experiment" / "history.jsonl"
-    while process.poll() is None and not (history.is_file() and "step" in history.read_text()):
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode not in (0, 2), error
-    assert "Traceback" not in error
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
+        return fit(tmp_path, config(trainer__max_steps=100_000))
+
+    history, error = tmp_path / "runs" / "experiment" / "history.jsonl", tmp_path / "err"
+    with forked(work, tmp_path) as process:
+        wait_until(lambda: history.is_file() and "step" in history.read_text())
+        os.kill(process, signal.SIGINT)
+        assert dict(as_they_end([process])) == {process: 130}, error.read_text()
+    assert "Traceback" not in error.read_text()
 
 
 def test_one_process_trains_in_a_folder(tmp_path, capsys):
     """A requeued job may start before the old one is gone."""
     assert fit(tmp_path, config()) == 0
     tree = config(trainer__max_steps=4)
-    holder = (
-        "import sys; from pathlib import Path; from indiclip.training.run_folder import lock; "
-        "lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", holder, str(tmp_path / "runs" / "experiment")]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    assert fit(tmp_path, tree, "--ckpt_path", "last") == 2
-    assert f"experiment: another process (pid {other.pid} on " in capsys.readouterr().err
-    other.kill()
-    other.communicate()
+    with holding(tmp_path / "runs" / "experiment", tmp_path / "other") as other:  # which is killed
+        assert fit(tmp_path, tree, "--ckpt_path", "last") == 2
+    assert f"experiment: another process (pid {other} on " in capsys.readouterr().err
     assert fit(tmp_path, tree, "--ckpt_path", "last") == 0
 
 

@@ -9,8 +9,6 @@ import pickle
 import re
 import resource
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from types import SimpleNamespace
@@ -23,7 +21,7 @@ import yaml
 from experiments import config
 from helpers import noise, tiny_encoder
 from PIL import Image
-from processes import as_ranks, in_processes
+from processes import as_ranks, holding, in_processes
 from pyarrow import parquet
 
 from indiclip import json_lines
@@ -753,13 +751,9 @@ def test_numbers_that_are_not_finite_are_said(encoder, photos, tmp_path, monkeyp
 
 def test_two_commands_do_not_write_to_one_folder(encoder, photos, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    code = "from pathlib import Path; from indiclip.training.run_folder import lock; "
-    code += f"lock(Path({str(tmp_path / 'out')!r})); print(flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    with holding(tmp_path / "out", tmp_path / "other") as other:
         assert embed(encoder, tmp_path / "out", photos) == 2
-        other.communicate(b"\n")
-    assert "out: another process (pid" in capsys.readouterr().err
+    assert f"out: another process (pid {other} on " in capsys.readouterr().err
     assert embed(encoder, tmp_path / "out", photos) == 0
 
 

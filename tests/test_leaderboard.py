@@ -1,11 +1,10 @@
 """Runs collected in one file."""
 
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 from bench_fakes import score, small_run
+from processes import in_processes
 
 from indiclip.commands.bench import leaderboard
 from indiclip.evals.leaderboard import add, groups_of, read, row_of
@@ -85,14 +84,14 @@ def test_a_torn_line_costs_only_itself(tmp_path):
 
 
 def test_two_processes_that_add_at_once_lose_no_row(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from test_leaderboard import add, run\n"
-        "for i in range(30): add(Path(sys.argv[1]), [run(f'{sys.argv[2]}-{i}', i / 30)])"
-    )
     file = tmp_path / "l.jsonl"
-    paths = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}", "PATH": ""}
-    both = [subprocess.Popen([sys.executable, "-c", code, file, name], env=paths) for name in "xy"]
-    assert [one.wait() for one in both] == [0, 0]
+
+    def work(name):
+        for i in range(30):
+            add(file, [run(f"{name}-{i}", i / 30)])
+
+    done = in_processes([partial(work, name) for name in "xy"], tmp_path)
+    assert done.returncode == 0, done.stderr
     assert sorted(row["model"] for row in read(file)) == sorted(f"{name}-{i}" for name in "xy" for i in range(30))
     page = (tmp_path / "l.html").read_text(encoding="utf-8")
     assert all(f"{name}-{i}<" in page for name in "xy" for i in range(30))

@@ -8,10 +8,9 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 import webdataset
 from helpers import only_caption
 from PIL import Image
+from processes import as_they_end, forked, wait_until
 
 from indiclip.cli import main
 from indiclip.commands.sources import unique_keys
@@ -251,30 +251,29 @@ def classes_of_one_photo(folder, count):
     return folder
 
 
-def started(photos, out, *words):
-    """A pack in another process that has written some of its many shards."""
-    command = [sys.executable, "-m", "indiclip", "shards", "pack", str(photos), "--out", str(out), "--name", "train"]
-    process = subprocess.Popen(
-        [*command, "--samples", "1", "--workers", "2", *words],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    while not (out / ".train.part" / "train-000002.tar.index.npz").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    return process
+@contextmanager
+def started(photos, out, folder):
+    """The id of a process whose pack has written some of its many shards; what it prints is in the folder."""
+    folder.mkdir()
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
+        return pack(photos, out, "--samples", "1", "--workers", "2")
+
+    with forked(work, folder) as process:
+        wait_until((out / ".train.part" / "train-000002.tar.index.npz").exists)
+        yield process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_pack_leaves_nothing(number, tmp_path):
     out = tmp_path / "out"
-    process = started(classes_of_one_photo(tmp_path / "photos", 3000), out)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.killpg(process.pid, number)
-    shown, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "Traceback" not in error
-    assert shown == ""
+    with started(classes_of_one_photo(tmp_path / "photos", 3000), out, tmp_path / "printed") as process:
+        workers = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        os.killpg(process, number)
+        assert dict(as_they_end([process], 60)) == {process: 128 + number}
+    assert "Traceback" not in (tmp_path / "printed" / "err").read_text()
+    assert (tmp_path / "printed" / "out").read_text() == ""
     assert workers
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert not out.exists()
@@ -282,9 +281,8 @@ def test_a_stopped_pack_leaves_nothing(number, tmp_path):
 
 def test_what_a_killed_pack_left_is_no_obstacle(tmp_path):
     photos, out = classes_of_one_photo(tmp_path / "photos", 500), tmp_path / "out"
-    process = started(photos, out)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(60)
+    with started(photos, out, tmp_path / "printed") as process:
+        os.killpg(process, signal.SIGKILL)
     assert not list(out.glob("[!.]*"))  # nothing that a glob of shards finds
     assert pack(photos, out, "--samples", 200) == 0
     assert pack(photos, tmp_path / "other", "--samples", 200) == 0

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from helpers import only_caption
 from PIL import Image
 
@@ -299,12 +301,15 @@ def test_a_tokenizer_of_a_configs_captions(tmp_path):
         train_tokenizer.main(["--config", "conf/quickstart.yaml", "--vocab-size", "258", "--out", str(out)])
 
 
-def test_the_steps_beside_the_peer_run(monkeypatch, capsys):
-    """The benchmark follows the heads' contract; its numbers decide nothing here."""
+def test_the_steps_beside_the_peer_run(tmp_path, monkeypatch, capsys):
+    """The benchmark follows the heads' contract; its numbers decide nothing here, so towers and batches are small."""
     monkeypatch.chdir(TOOLS.parent)
+    monkeypatch.setattr(bench_step, "SMALL", replace(bench_step.SMALL, depth=1, text_depth=1))
+    sources = yaml.safe_load(Path("conf/quickstart.yaml").read_text())["data"]["train"]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"data": {"train": [s | {"batch_size": 2} for s in sources]}}))
     bench_step.contrastive(4, ByteTokenizer(77), 1, "cpu", None)
     bench_step.few_tokens(4, ByteTokenizer(77), 1, "cpu")
-    bench_step.four_tasks(1, "cpu")
+    bench_step.four_tasks(1, "cpu", ["--config", str(tmp_path / "small.yaml")])
     shown = capsys.readouterr().out
     assert "open_clip" in shown
     assert "of the rate" in shown

@@ -165,9 +165,9 @@ def task_steps(device: str, flags: Sequence[str] = (), autocast: torch.dtype | N
     return {"together": step_of(list(heads)), **{name: step_of([name]) for name in heads}}
 
 
-def four_tasks(rounds: int, device: str) -> None:
+def four_tasks(rounds: int, device: str, flags: Sequence[str] = ()) -> None:
     """Print the quickstart's step beside its tasks alone, and what takes its time."""
-    steps = task_steps(device)
+    steps = task_steps(device, flags)
     times = {name: statistics.median(of) for name, of in paired(steps, rounds, device).items()}
     alone = sum(seconds for name, seconds in times.items() if name != "together")
     print("quickstart's step, ms: " + ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in times.items()))

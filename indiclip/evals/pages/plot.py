@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 Point = tuple[float, float]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 56, 448, 26, 256  # pixels: of the page's picture, and where its axes lie
@@ -81,11 +82,11 @@ class _Axis:
         return self._begin + (self._end - self._begin) * (number - self._low) / (self._high - self._low)
 
     def ticks(self) -> list[tuple[float, str]]:
-        found = self._locator.tick_values(self._low, self._high).round(12).tolist()
+        found = np.round(self._locator.tick_values(self._low, self._high), 12).tolist()
         return [(round(self.pixel(tick), 1), f"{tick:.6g}") for tick in found if self._low <= tick <= self._high]
 
 
-def _thinned(points_N2: np.ndarray) -> np.ndarray:
+def _thinned(points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of so many that several share a column of pixels, each column's highest and lowest."""
     if len(points_N2) <= 2 * (RIGHT - LEFT):
         return points_N2
