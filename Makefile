@@ -14,9 +14,10 @@ UV := $(shell command -v uv 2>/dev/null)
 demo: $(VENV)/.installed
 	$(BIN)/indiclip fit --config conf/quickstart.yaml
 
-# As many processes as cores, of one thread each: more threads than cores make all of them many times slower.
+# As many processes as cores, of one thread each: more threads than cores make all of them many times slower. Each
+# begins with whole files, so that what a file's tests share is made once, and takes from the others when it is done.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -135,12 +135,28 @@ def test_overfitting_sees_the_same_batch_in_each_step(tmp_path):
     assert keys[0] == keys[1] == keys[2]
 
 
-def test_a_profile_is_printed(tmp_path, capfd):
-    file = tmp_path / "experiment.yaml"
+@pytest.fixture(scope="module")
+def piped(tmp_path_factory):
+    """What `indiclip fit ... | head -1` did, in a new Python, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("piped")
+    file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(config(trainer__profiler="simple")))
-    command = [sys.executable, "-m", "indiclip.cli", "fit", "--config", str(file), "--runs", str(tmp_path / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert re.search(r"run_training_batch +\t?\|", done.stderr)
+    command = f"{sys.executable} -m indiclip.cli fit --config {file} --runs {folder}/runs | head -1"
+    words = ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    return done, folder / "runs" / "experiment"
+
+
+def test_a_closed_pipe_does_not_end_the_run(piped):
+    done, folder = piped
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert (folder / "metrics.json").is_file()
+
+
+def test_a_profile_is_printed(piped):
+    assert re.search(r"run_training_batch +\t?\|", piped[0].stderr)
 
 
 @pytest.mark.parametrize("profiler", ["PyTorchProfiler", "SimpleProfiler"])
@@ -453,15 +469,3 @@ def test_predict_lists_what_it_cannot_read_and_writes_to_the_checkpoints_run(bat
     assert sorted(keys) == ["0.png", "2.png", "3.png", "5.png"]
     assert run(["validate", *flags]) == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
-
-
-def test_a_closed_pipe_does_not_end_the_run(tmp_path):
-    file = tmp_path / "experiment.yaml"
-    file.write_text(yaml.safe_dump(config()))
-    command = f"{sys.executable} -m indiclip.cli fit --config {file} --runs {tmp_path}/runs | head -1"
-    words = ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stdout.splitlines()) == 1
-    assert (tmp_path / "runs" / "experiment" / "metrics.json").is_file()

@@ -322,16 +322,14 @@ def test_a_pack_that_ends_while_its_shards_appear_leaves_nothing(after, pairs, t
 
 def test_of_two_packs_of_one_name_one_is_refused(pairs, tmp_path, capsys):
     photos, out = classes_of_one_photo(tmp_path / "photos_of_classes", 3000), tmp_path / "out"
-    process = started(photos, out)
-    try:
+    with started(photos, out, tmp_path / "printed") as process:
         assert pack(pairs, out) == 2
         assert "another process is writing train there; wait for its end" in capsys.readouterr().err
         assert pack(photos, out, name="val") == 2
         assert "another process is writing classes.txt there; wait for its end" in capsys.readouterr().err
         assert pack(pairs, out, name="pairs") == 0  # without classes, of another name
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=60)
+        os.killpg(process, signal.SIGINT)
+        assert dict(as_they_end([process], 60)) == {process: 130}
     assert len(Shards(str(out / "pairs-*.tar"))) == 25
     assert not list(out.glob("train*")), "the other one stopped"
     assert not list(out.glob(".*"))

@@ -140,9 +140,9 @@ def test_of_a_run_in_stages_the_last_is_counted(tmp_path, capsys):
     assert [(batch["samples"], batch["image_tokens"]) for batch in batches] == [(4, 16)] * 3
 
 
-def test_what_is_not_planned_is_said(capsys):
-    words = ["plan", "--config", "quickstart", "--gpu", "h100", "--nodes", "1", "--gpus-per-node", "4"]
+def test_what_is_not_planned_is_said(tmp_path, capsys):
+    words = ["--gpu", "h100", "--nodes", "1", "--gpus-per-node", "4"]
     faster = ["--model.float8", "rowwise", "--model.compile", "true", "--trainer.precision", "bf16-mixed"]
     for flags, expected in (([], 0), (faster, 2)):
-        main([*words, *flags])
+        assert plan(tmp_path, *words, *flags) == 0
         assert capsys.readouterr().out.count("Left out, though it is faster with it: model.") == expected

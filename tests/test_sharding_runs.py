@@ -11,7 +11,10 @@ from test_sharding import EMA, fitted, largest_difference, sharded, ten_steps, w
 from indiclip.evals import procedural
 from indiclip.training.record import read_history
 
-BENCH = {"class_path": "indiclip.training.india_bench.IndiaBench", "init_args": {"every_n_steps": 5, "probes": False}}
+BENCH = {
+    "class_path": "indiclip.training.india_bench.IndiaBench",
+    "init_args": {"every_n_steps": 5, "probes": False, "languages": ["en", "hi"]},
+}
 
 
 def uneven(strategy):
@@ -68,9 +71,10 @@ def test_one_rank_gets_a_signal_and_all_save_and_leave(number, status, tmp_path)
     assert lines == [f"indiclip: {number.name}: saved {folder / 'checkpoints' / '3.ckpt'}, step 3"]
     assert "Traceback" not in done.stderr
     assert json.loads((folder / "checkpoints" / "manifest.json").read_text())["files"][0]["name"] == "3.ckpt"
-    done, folder = fitted(tmp_path, ten_steps(sharded(1, 2)), 2, "--ckpt_path", "last")
-    assert done.returncode == 0, done.stderr
-    assert "3.ckpt: step 3, saved" in done.stdout
+    if number == signal.SIGTERM:  # both leave the same behind
+        done, folder = fitted(tmp_path, ten_steps(sharded(1, 2)), 2, "--ckpt_path", "last", "--trainer.max_steps", "5")
+        assert done.returncode == 0, done.stderr
+        assert "3.ckpt: step 3, saved" in done.stdout
 
 
 @pytest.mark.parametrize("what", ["precision", "number", "gradients", "lightning"])

@@ -95,7 +95,7 @@ def plain(parser: LightningArgumentParser, config: Any) -> Any:
     for key in _RULE["of_this_start"]:
         if key in kept:
             kept[key] = parser.get_default(key)
-    return yaml.safe_load(parser.dump(kept, skip_none=False))
+    return yaml.safe_load(parser.dump(kept, skip_none=False, skip_validation=True))  # parsed a moment ago
 
 
 def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
