@@ -11,10 +11,7 @@ from test_sharding import EMA, fitted, largest_difference, sharded, ten_steps, w
 from indiclip.evals import procedural
 from indiclip.training.record import read_history
 
-BENCH = {
-    "class_path": "indiclip.training.india_bench.IndiaBench",
-    "init_args": {"every_n_steps": 5, "probes": False, "languages": ["en", "hi"]},
-}
+BENCH = {"class_path": "indiclip.training.india_bench.IndiaBench", "init_args": {"every_n_steps": 5, "probes": False}}
 
 
 def uneven(strategy):

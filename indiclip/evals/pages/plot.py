@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Point = tuple[float, float]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 56, 448, 26, 256  # pixels: of the page's picture, and where its axes lie
-_COLOURS, _DASHES = [*TABLEAU_COLORS.values()], ("none", "6 3", "1 3")
+_COLOURS, _DASHES = [*map(str, TABLEAU_COLORS.values())], ("none", "6 3", "1 3")
 _MARGIN = 0.05  # beside the first and the last number, of what lies between them
 _MOST_DOTS = 20  # a curve of so many points shows them
 _MOST_NAMED = 24
@@ -94,4 +94,5 @@ def _thinned(points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
     order_N = np.lexsort((points_N2[:, 1], column_N))
     first = np.flatnonzero(np.diff(column_N[order_N], prepend=-1))
     last = np.append(first[1:], len(order_N)) - 1
-    return points_N2[np.unique(np.concatenate([order_N[first], order_N[last]]))]
+    kept: NDArray[np.float64] = points_N2[np.unique(np.concatenate([order_N[first], order_N[last]]))]
+    return kept
