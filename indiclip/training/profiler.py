@@ -63,7 +63,7 @@ class Profiler(LightningProfiler):
         action = action_name.rpartition(".")[2]
         if action == "train_dataloader_next":
             self._step_begins()
-        elif action in _AFTER_A_STEP and self._seen == self.skip + self.steps:
+        elif action == "on_train_end" or (action in _AFTER_A_STEP and self._seen == self.skip + self.steps):
             self._end()
         if self._profile is None:
             return

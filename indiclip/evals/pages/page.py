@@ -61,7 +61,7 @@ def _encoded(picture: Image.Image, kind: str, **options: int | bool) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """What an `img` loads without a file, of a `png` or a `jpeg`."""
+    """What an `img` loads without a file, of a `png`, a `jpeg` or an `svg+xml`."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,5 +1,7 @@
 """`report.html`: one self-contained page with a run's curves, every metric, and pictures from held-out data."""
 
+import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from indiclip import __version__
-from indiclip.evals.pages.page import png, readable, write_page
-from indiclip.evals.pages.plot import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Plot, plot
+from indiclip.evals.pages.page import data_uri, png, readable, write_page
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
 from indiclip.types import Step, class_names, targets_of
@@ -49,7 +50,6 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
         held_out=plain,
         by_language={head: _language_table(languages) for head, languages in by_language.items()},
         curves=_curves(record["history"]),
-        frame=(WIDTH, LEFT, RIGHT, TOP, BOTTOM),
         sections={name: [(png(pixels), words) for pixels, words in pictures] for name, pictures in sections.items()},
         data=[(key, line) for key, inventory in record["data"].items() for line in inventory.lines()],
         quarantined=quarantined,
@@ -115,7 +115,7 @@ def metric_names(languages: dict[str, Metrics]) -> list[str]:
     return sorted({name for values in languages.values() for name in values})
 
 
-def _curves(history: list[dict[str, Any]]) -> list[Plot]:
+def _curves(history: list[dict[str, Any]]) -> list[str]:
     """A plot per group of names, `train/<head>/...`, `val/<head>/...`, or of a number by language, of what was measured
     more than once. Of a benchmark only what a summary has room for, a plot per suite. What `throughput/` measures has a
     plot for each number, whose units differ.
@@ -133,9 +133,37 @@ def _curves(history: list[dict[str, Any]]) -> list[Plot]:
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
-def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> Plot:
-    curves = {
-        name.removeprefix(f"{title}/"): [(row["step"], row[name]) for row in history if row.get(name) is not None]
-        for name in names
-    }
-    return plot(title, curves, from_zero=title.startswith("throughput/"))
+def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    named = names if len(names) <= 24 and names != [title] else []
+    legend = 0.16 * math.ceil(len(named) / 3)  # all in inches; a layout that matplotlib finds takes twice as long
+    height = 3.0 + legend
+    figure = Figure(figsize=(4.6, height))
+    axes = figure.add_axes((0.12, (0.55 + legend) / height, 0.85, 2.15 / height))
+    for i, name in enumerate(names):
+        measured = [row for row in history if row.get(name) is not None]
+        axes.plot(
+            [row["step"] for row in measured],
+            [row[name] for row in measured],
+            label=name.removeprefix(f"{title}/"),
+            linewidth=1.2,
+            linestyle=("-", "--", ":")[i // 10 % 3],  # there are ten colours
+            marker="o" if len(measured) < 20 else None,
+            markersize=3,
+        )
+    if title.startswith("throughput/"):
+        axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if named:
+        figure.legend(loc="lower center", fontsize=7, ncols=3, frameon=False)
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none"}):  # letters stay letters
+        figure.savefig(buffer, format="svg")
+    return data_uri(buffer.getvalue(), "svg+xml")
