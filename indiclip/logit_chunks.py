@@ -31,25 +31,29 @@ Where = tuple[slice, ...]  # part of a tensor (B,) of images or (W, B) of texts
 
 
 class _UnitPrefixes:
-    """Prefixes of embeddings (N, E) as unit vectors, and the gradients with respect to these."""
+    """Prefixes of embeddings (N, E), scaled to the same norm, and the gradients with respect to these."""
 
-    def __init__(self, x_NE: Tensor, lengths: list[int], dtype: torch.dtype, wanted: bool) -> None:
-        self.shape = x_NE.shape
+    def __init__(
+        self, x_NE: Tensor, lengths: list[int], dtype: torch.dtype, wanted: bool, norm: Tensor | float = 1.0
+    ) -> None:
+        self.shape, self.norm = x_NE.shape, norm
         prefixes = [x_NE.to(dtype)[:, :length] for length in lengths]
         # The smallest norm is that of torch.nn.functional.normalize.
-        self.norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12) for x in prefixes]
-        self.units = [x / norm_N1 for x, norm_N1 in zip(prefixes, self.norms, strict=True)]
-        self.gradients = [torch.empty_like(unit) for unit in self.units] if wanted else []
+        norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12) for x in prefixes]
+        self.factors = [norm / norm_N1 for norm_N1 in norms]
+        self.scaled = [x * factor_N1 for x, factor_N1 in zip(prefixes, self.factors, strict=True)]
+        self.gradients = [torch.empty_like(x) for x in self.scaled] if wanted else []
 
-    def pull_back(self, weights: list[float], factor: Tensor | float = 1.0) -> Tensor:
-        """The gradient of the embeddings, from `gradients`, which are those of the products of units and `factor`.
+    def pull_back(self, weights: list[float]) -> Tensor:
+        """The gradient of the embeddings, from `gradients`, which are used up. Each length has its weight.
 
-        Each length has its weight. `gradients` are used up; `along` are their scalar products with the units.
+        `along` are the derivatives with respect to the norm.
         """
-        self.along = [torch.linalg.vecdot(*pair)[:, None] for pair in zip(self.gradients, self.units, strict=True)]
-        lengths = zip(self.gradients, self.units, self.along, self.norms, weights, strict=True)
+        pairs = zip(self.gradients, self.scaled, strict=True)
+        self.along = [torch.linalg.vecdot(g, x)[:, None].div_(self.norm) for g, x in pairs]
+        lengths = zip(self.gradients, self.scaled, self.along, self.factors, weights, strict=True)
         # Of x / |x|: the part across x, divided by |x|.
-        parts = [g.addcmul_(u, a_N1, value=-1).mul_(factor * w / norm_N1) for g, u, a_N1, norm_N1, w in lengths]
+        parts = [g.addcmul_(x, a_N1 / self.norm, value=-1).mul_(f_N1 * w) for g, x, a_N1, f_N1, w in lengths]
         # That of the whole length, where there is one, takes up the others.
         whole_NE = parts.pop() if parts[-1].shape == self.shape else parts[-1].new_zeros(self.shape)
         for part in parts:
@@ -68,31 +72,31 @@ class Chunk:
     def __init__(self, whole: "LogitChunks", rows: slice, columns: slice, text: _UnitPrefixes) -> None:
         self.image_part: Where = (rows,)
         self.text_part: Where = (slice(None), columns)
-        self._whole, self._text_units, self._text_gradients = whole, text.units, text.gradients
+        self._whole, self._text, self._text_gradients = whole, text.scaled, text.gradients
         # A chunk is the first with its images where the texts begin, and the first with its texts where the images do.
         self._betas = (min(columns.start, 1), min(rows.start, 1))
         self._offset = rows.start - columns.start
-        self._scaled = [whole.scale * unit[rows] for unit in whole.image.units]
+        self._image = [x[rows] for x in whole.image.scaled]
         self._image_gradients = [gradient[rows] for gradient in whole.image.gradients]
 
     def logits(self, index: int) -> Tensor:
         """Those of the length with this number: (R, C)."""
-        scaled_RE, text_EC = self._scaled[index], self._text_units[index].T
+        scaled_RE, text_EC = self._image[index], self._text[index].T
         bias = self._whole.bias
         return scaled_RE @ text_EC if bias is None else torch.addmm(bias, scaled_RE, text_EC)
 
-    def add_gradient(self, index: int, gradient_RC: Tensor) -> None:
-        """Takes the gradient with respect to `logits(index)`."""
+    def add_gradient(self, index: int, gradient_RC: Tensor, factor: float) -> None:
+        """Takes the gradient with respect to `logits(index)`, which is still to be multiplied by the factor."""
         of_image_beta, of_text_beta = self._betas
-        self._image_gradients[index].addmm_(gradient_RC, self._text_units[index], beta=of_image_beta)
-        self._text_gradients[index].addmm_(gradient_RC.T, self._scaled[index], beta=of_text_beta)
+        self._image_gradients[index].addmm_(gradient_RC, self._text[index], beta=of_image_beta, alpha=factor)
+        self._text_gradients[index].addmm_(gradient_RC.T, self._image[index], beta=of_text_beta, alpha=factor)
         if self._whole.bias is not None:
-            self._whole.bias_gradient += gradient_RC.sum() * self._whole.shares[index]
+            self._whole.bias_gradient.add_(gradient_RC.sum(), alpha=self._whole.shares[index] * factor)
 
     def positive(self) -> Tensor:
         """1 where image and text share a key >= 0 or are of the same pair, else 0: (R, C), of the logits' type."""
         whole = self._whole
-        shape = (len(self._scaled[0]), len(self._text_units[0]))
+        shape = (len(self._image[0]), len(self._text[0]))
         empty_RC, shared = whole.scale.new_empty(shape), []
         for image_keys_B, text_keys_WB in zip(whole.image_keys, whole.text_keys, strict=True):
             pair = image_keys_B[self.image_part][:, None], text_keys_WB[self.text_part].flatten()
@@ -122,7 +126,7 @@ class LogitChunks:
         self.num_pairs = len(image_BE)
         self.lengths, self.weights = [length for length, _ in lengths], [weight for _, weight in lengths]
         self.shares = [weight / self.num_pairs for weight in self.weights]  # of each length and pair in the mean
-        self.image = _UnitPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted)
+        self.image = _UnitPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted, self.scale)
         self.text_gradient_BE = torch.empty_like(self.text_BE, dtype=self.scale.dtype) if self.wanted else None
         self.bias_gradient = torch.zeros_like(self.scale)
         self.image_keys: Sequence[Tensor] = ()
@@ -173,7 +177,7 @@ class LogitChunks:
 
     def gradients(self) -> list[Tensor]:
         """Those of the mean over this rank's pairs, with respect to the `inputs`; after the walk with gradients."""
-        image_gradient_BE = self.image.pull_back(self.shares, self.scale)
+        image_gradient_BE = self.image.pull_back(self.shares)
         along_LB = torch.stack(self.image.along).squeeze(-1)  # with respect to the scale, of each length and pair
         assert self.text_gradient_BE is not None
         gradients = [image_gradient_BE, self.text_gradient_BE, self.over_lengths(along_LB).mean().view(1)]

@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.autograd import with_gradients
@@ -175,7 +176,7 @@ class SoftmaxLoss(ContrastiveLoss):
                 logits_RC = chunk.logits(index)
                 gradient_RC = (logits_RC - log_sum_LR[index, :, None]).exp_().sub_(target_RC)
                 gradient_RC += logits_RC.sub_(log_sum_LC[index]).exp_()
-                chunk.add_gradient(index, gradient_RC.mul_(0.5))
+                chunk.add_gradient(index, gradient_RC, 0.5)
         return chunks.over_lengths(entropy_LB / 2)
 
 
@@ -199,15 +200,16 @@ class SigmoidLoss(ContrastiveLoss):
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
         loss_LB = chunks.zeros(chunks.num_pairs)
         for chunk in chunks.walk(gradients=chunks.wanted):
-            sign_RC = torch.rsub(chunk.positive(), 1, alpha=2)  # -1 of positives
+            sign_RC = F.threshold_(chunk.positive(), 0.5, -1)  # 1 of positives, -1 of others
             for index in range(len(loss_LB)):
-                logits_RC = chunk.logits(index).neg_().mul_(sign_RC)
+                logits_RC = chunk.logits(index).mul_(sign_RC)
                 # These two share an exponential, unlike softplus and sigmoid.
                 log_sigmoid_RC, buffer = torch.ops.aten.log_sigmoid_forward(logits_RC)
                 loss_LB[index][chunk.image_part].sub_(log_sigmoid_RC.sum(1))
                 del log_sigmoid_RC
                 if chunks.wanted:
-                    chunk.add_gradient(index, torch.ops.aten.log_sigmoid_backward(sign_RC, logits_RC, buffer))
+                    gradient_RC = torch.ops.aten.log_sigmoid_backward(sign_RC, logits_RC, buffer)
+                    chunk.add_gradient(index, gradient_RC, -1)
         return chunks.over_lengths(loss_LB)
 
 
