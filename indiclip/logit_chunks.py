@@ -34,26 +34,26 @@ class _UnitPrefixes:
     """Prefixes of embeddings (N, E), scaled to the same norm, and the gradients with respect to these."""
 
     def __init__(
-        self, x_NE: Tensor, lengths: list[int], dtype: torch.dtype, wanted: bool, norm: Tensor | float = 1.0
+        self, x_NE: Tensor, lengths: list[int], dtype: torch.dtype, wanted: bool, norm: Tensor | None = None
     ) -> None:
         self.shape, self.norm = x_NE.shape, norm
         prefixes = [x_NE.to(dtype)[:, :length] for length in lengths]
         # The smallest norm is that of torch.nn.functional.normalize.
         norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12) for x in prefixes]
-        self.factors = [norm / norm_N1 for norm_N1 in norms]
+        self.factors = [(1 if norm is None else norm) / norm_N1 for norm_N1 in norms]
         self.scaled = [x * factor_N1 for x, factor_N1 in zip(prefixes, self.factors, strict=True)]
         self.gradients = [torch.empty_like(x) for x in self.scaled] if wanted else []
 
     def pull_back(self, weights: list[float]) -> Tensor:
         """The gradient of the embeddings, from `gradients`, which are used up. Each length has its weight.
 
-        `along` are the derivatives with respect to the norm.
+        `along` are the derivatives with respect to the logarithm of the norm.
         """
-        pairs = zip(self.gradients, self.scaled, strict=True)
-        self.along = [torch.linalg.vecdot(g, x)[:, None].div_(self.norm) for g, x in pairs]
-        lengths = zip(self.gradients, self.scaled, self.along, self.factors, weights, strict=True)
+        self.along = [torch.linalg.vecdot(*pair)[:, None] for pair in zip(self.gradients, self.scaled, strict=True)]
+        along = self.along if self.norm is None else [a_N1 / self.norm.square() for a_N1 in self.along]
+        lengths = zip(self.gradients, self.scaled, along, self.factors, weights, strict=True)
         # Of x / |x|: the part across x, divided by |x|.
-        parts = [g.addcmul_(x, a_N1 / self.norm, value=-1).mul_(f_N1 * w) for g, x, a_N1, f_N1, w in lengths]
+        parts = [g.addcmul_(x, a_N1, value=-1).mul_(f_N1 * w) for g, x, a_N1, f_N1, w in lengths]
         # That of the whole length, where there is one, takes up the others.
         whole_NE = parts.pop() if parts[-1].shape == self.shape else parts[-1].new_zeros(self.shape)
         for part in parts:
@@ -75,7 +75,6 @@ class Chunk:
         self._whole, self._text, self._text_gradients = whole, text.scaled, text.gradients
         # A chunk is the first with its images where the texts begin, and the first with its texts where the images do.
         self._betas = (min(columns.start, 1), min(rows.start, 1))
-        self._offset = rows.start - columns.start
         self._image = [x[rows] for x in whole.image.scaled]
         self._image_gradients = [gradient[rows] for gradient in whole.image.gradients]
 
@@ -94,17 +93,15 @@ class Chunk:
             self._whole.bias_gradient.add_(gradient_RC.sum(), alpha=self._whole.shares[index] * factor)
 
     def positive(self) -> Tensor:
-        """1 where image and text share a key >= 0 or are of the same pair, else 0: (R, C), of the logits' type."""
-        whole = self._whole
-        shape = (len(self._image[0]), len(self._text[0]))
-        empty_RC, shared = whole.scale.new_empty(shape), []
-        for image_keys_B, text_keys_WB in zip(whole.image_keys, whole.text_keys, strict=True):
+        """1 where image and text share a key, else 0: (R, C), of the logits' type."""
+        shared = []
+        for image_keys_B, text_keys_WB in zip(self._whole.image_keys, self._whole.text_keys, strict=True):
             pair = image_keys_B[self.image_part][:, None], text_keys_WB[self.text_part].flatten()
-            shared.append(torch.eq(*pair, out=torch.empty_like(empty_RC)))
-        positive_RC = shared.pop() if shared else empty_RC.zero_()
-        for shared_RC in shared:
+            # Floats, whose comparison gives floats: three times as fast as that of integers on a CPU.
+            shared.append(torch.eq(*pair, out=self._whole.scale.new_empty(len(pair[0]), len(pair[1]))))
+        positive_RC, *others = shared
+        for shared_RC in others:
             torch.maximum(positive_RC, shared_RC, out=positive_RC)
-        positive_RC.view(shape[0], whole.world, -1)[:, whole.rank].diagonal(self._offset).fill_(1)
         return positive_RC
 
 
@@ -114,7 +111,7 @@ class LogitChunks:
     Args:
         inputs: embeddings (B, E) of images and of texts, of any norm; the factor on the cosines (1,), whose dtype the
             logits have; where there is one, the bias (1,).
-        keys_KB: int64, of this rank's pairs; negative for none.
+        keys_KB: int64, of this rank's pairs; negative for none. A pair has also one that no other pair has.
         lengths: the prefixes to compare, and the weight of each.
     """
 
@@ -129,13 +126,19 @@ class LogitChunks:
         self.image = _UnitPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted, self.scale)
         self.text_gradient_BE = torch.empty_like(self.text_BE, dtype=self.scale.dtype) if self.wanted else None
         self.bias_gradient = torch.zeros_like(self.scale)
-        self.image_keys: Sequence[Tensor] = ()
-        self.text_keys: Sequence[Tensor] = ()
-        if len(keys_KB) > 0:
-            keys_KWB = _numbers(all_gather(keys_KB).transpose(0, 1), self.scale.dtype)
-            self.text_keys = keys_KWB.unbind()
-            self.image_keys = keys_KWB[:, self.rank].masked_fill(keys_KB < 0, -1).unbind()  # -1: not among the texts
+        text_keys_KWB = self._numbers(keys_KB)
+        self.text_keys, self.image_keys = text_keys_KWB.unbind(), text_keys_KWB[:, self.rank].unbind()
         self._divide()
+
+    def _numbers(self, keys_KB: Tensor) -> Tensor:
+        """Small numbers for the keys of each kind, the same for the same key: (K, W, B), exact up to 2**24 pairs."""
+        num_pairs, device = self.world * self.num_pairs, keys_KB.device
+        if len(keys_KB) == 0:
+            return torch.arange(num_pairs, dtype=self.scale.dtype, device=device).view(1, self.world, -1)
+        own_KWB = torch.arange(-num_pairs, 0, device=device).view(1, self.world, -1)
+        keys_KWB = all_gather(keys_KB).transpose(0, 1)
+        keys_KG = torch.where(keys_KWB < 0, own_KWB, keys_KWB).flatten(1)
+        return torch.searchsorted(keys_KG.sort(1).values, keys_KG).to(self.scale.dtype).view(keys_KWB.shape)
 
     def _divide(self) -> None:
         elements = _MIN_ELEMENTS.get(self.scale.device.type, _MIN_ELEMENTS_ELSEWHERE)
@@ -178,20 +181,10 @@ class LogitChunks:
     def gradients(self) -> list[Tensor]:
         """Those of the mean over this rank's pairs, with respect to the `inputs`; after the walk with gradients."""
         image_gradient_BE = self.image.pull_back(self.shares)
-        along_LB = torch.stack(self.image.along).squeeze(-1)  # with respect to the scale, of each length and pair
+        along_LB = torch.stack(self.image.along).squeeze(-1)
         assert self.text_gradient_BE is not None
-        gradients = [image_gradient_BE, self.text_gradient_BE, self.over_lengths(along_LB).mean().view(1)]
+        gradients = [image_gradient_BE, self.text_gradient_BE, self.over_lengths(along_LB).mean() / self.scale]
         return gradients if self.bias is None else [*gradients, self.bias_gradient]
-
-
-def _numbers(keys_KWB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Small numbers for the keys of each kind, the same for the same key.
-
-    As floats, whose comparison gives floats: three times as fast as that of integers on a CPU, and as exact up to
-    2**24 pairs.
-    """
-    keys_KG = keys_KWB.flatten(1)
-    return torch.searchsorted(keys_KG.sort(1).values, keys_KG).to(dtype).view(keys_KWB.shape)
 
 
 class _Gather:
