@@ -79,10 +79,12 @@ class Chunk:
         self._image_gradients = [gradient[rows] for gradient in whole.image.gradients]
 
     def logits(self, index: int) -> Tensor:
-        """Those of the length with this number: (R, C)."""
+        """Those of the length with this number: (R, C). Overwrites those before."""
         scaled_RE, text_EC = self._image[index], self._text[index].T
-        bias = self._whole.bias
-        return scaled_RE @ text_EC if bias is None else torch.addmm(bias, scaled_RE, text_EC)
+        bias, out = self._whole.bias, self._buffer(1)
+        if bias is None:
+            return torch.mm(scaled_RE, text_EC, out=out)
+        return torch.addmm(bias, scaled_RE, text_EC, out=out)
 
     def add_gradient(self, index: int, gradient_RC: Tensor, factor: float) -> None:
         """Takes the gradient with respect to `logits(index)`, which is still to be multiplied by the factor."""
@@ -93,16 +95,20 @@ class Chunk:
             self._whole.bias_gradient.add_(gradient_RC.sum(), alpha=self._whole.shares[index] * factor)
 
     def positive(self) -> Tensor:
-        """1 where image and text share a key, else 0: (R, C), of the logits' type."""
-        shared = []
-        for image_keys_B, text_keys_WB in zip(self._whole.image_keys, self._whole.text_keys, strict=True):
+        """1 where image and text share a key, else 0: (R, C), of the logits' type. Overwrites the logits."""
+        positive_RC = self._buffer(0)
+        for kind, (image_keys_B, text_keys_WB) in enumerate(zip(self._whole.image_keys, self._whole.text_keys)):
             pair = image_keys_B[self.image_part][:, None], text_keys_WB[self.text_part].flatten()
             # Floats, whose comparison gives floats: three times as fast as that of integers on a CPU.
-            shared.append(torch.eq(*pair, out=self._whole.scale.new_empty(len(pair[0]), len(pair[1]))))
-        positive_RC, *others = shared
-        for shared_RC in others:
-            torch.maximum(positive_RC, shared_RC, out=positive_RC)
+            shared_RC = torch.eq(*pair, out=self._buffer(min(kind, 1)))
+            if kind > 0:
+                torch.maximum(positive_RC, shared_RC, out=positive_RC)
         return positive_RC
+
+    def _buffer(self, number: int) -> Tensor:
+        """Memory for (R, C) numbers that every chunk uses again: new memory takes a CPU longer than arithmetic does."""
+        num_rows, num_columns = len(self._image[0]), len(self._text[0])
+        return self._whole.buffers[number, : num_rows * num_columns].view(num_rows, num_columns)
 
 
 class LogitChunks:
@@ -148,6 +154,7 @@ class LogitChunks:
         # Of as many rows as the embeddings have numbers, a chunk is as large as its block of texts.
         step = max(self.text_BE.shape[1], elements // (step * self.world))
         self.rows = [slice(i, min(i + step, self.num_pairs)) for i in range(0, self.num_pairs, step)]
+        self.buffers = self.scale.new_empty(2, self.rows[0].stop * self.columns[0].stop * self.world)
 
     def zeros(self, *shape: int) -> Tensor:
         """One tensor per length: (L, *shape)."""
