@@ -13,6 +13,7 @@ Shape letters: as in `indiclip.losses`, and R images and C texts of a chunk.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,7 @@ class Chunk:
     def positive(self) -> Tensor:
         """1 where image and text share a key, else 0: (R, C), of the logits' type. Overwrites the logits."""
         positive_RC = self._buffer(0)
-        for kind, (image_keys_B, text_keys_WB) in enumerate(zip(self._whole.image_keys, self._whole.text_keys)):
+        for kind, (image_keys_B, text_keys_WB) in enumerate(zip(self._whole.image_keys, self._whole.text_keys, strict=True)):
             pair = image_keys_B[self.image_part][:, None], text_keys_WB[self.text_part].flatten()
             # Floats, whose comparison gives floats: three times as fast as that of integers on a CPU.
             shared_RC = torch.eq(*pair, out=self._buffer(min(kind, 1)))
@@ -130,7 +131,6 @@ class LogitChunks:
         self.lengths, self.weights = [length for length, _ in lengths], [weight for _, weight in lengths]
         self.shares = [weight / self.num_pairs for weight in self.weights]  # of each length and pair in the mean
         self.image = _UnitPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted, self.scale)
-        self.text_gradient_BE = torch.empty_like(self.text_BE, dtype=self.scale.dtype) if self.wanted else None
         self.bias_gradient = torch.zeros_like(self.scale)
         text_keys_KWB = self._numbers(keys_KB)
         self.text_keys, self.image_keys = text_keys_KWB.unbind(), text_keys_KWB[:, self.rank].unbind()
@@ -169,69 +169,65 @@ class LogitChunks:
 
     def walk(self, gradients: bool) -> Iterator[Chunk]:
         """Every chunk, in turn. With `gradients`, each chunk must be given its own for all lengths, in one walk."""
-        sending = None
-        arriving = _Gather(self.text_BE[self.columns[0]])
+        sending: list[Tensor] = []
+        sent: list[Tensor] = []
+        arriving = _gather(self.text_BE[self.columns[0]])
         for columns, upcoming in zip(self.columns, [*self.columns[1:], None], strict=True):
-            text = _UnitPrefixes(arriving.wait(), self.lengths, self.scale.dtype, gradients)
+            text = _UnitPrefixes(_arrived(arriving), self.lengths, self.scale.dtype, gradients)
             if upcoming is not None:
-                arriving = _Gather(self.text_BE[upcoming])
+                arriving = _gather(self.text_BE[upcoming])
             for rows in self.rows:
                 yield Chunk(self, rows, columns, text)
             if gradients:
-                assert self.text_gradient_BE is not None
-                if sending is not None:
-                    sending.wait()
-                sending = _SumHome(text.pull_back(self.shares), self.text_gradient_BE[columns])
-        if sending is not None:
-            sending.wait()
+                sent += map(_arrived, sending)
+                sending = [_sum_home(text.pull_back(self.shares))]
+        sent += map(_arrived, sending)
+        self.text_gradients = sent
 
     def gradients(self) -> list[Tensor]:
         """Those of the mean over this rank's pairs, with respect to the `inputs`; after the walk with gradients."""
         image_gradient_BE = self.image.pull_back(self.shares)
-        along_LB = torch.stack(self.image.along).squeeze(-1)
-        assert self.text_gradient_BE is not None
-        gradients = [image_gradient_BE, self.text_gradient_BE, self.over_lengths(along_LB).mean() / self.scale]
+        text_gradient_BE = self.text_gradients[0] if len(self.text_gradients) == 1 else torch.cat(self.text_gradients)
+        lengths = zip(self.image.along, self.shares, strict=True)
+        scale_gradient = sum(along_B1.sum() * share for along_B1, share in lengths) / self.scale
+        gradients = [image_gradient_BE, text_gradient_BE, scale_gradient]
         return gradients if self.bias is None else [*gradients, self.bias_gradient]
 
 
-class _Gather:
+# torch's traceable collectives: each is under way until `_arrived`, and breaks no graph of torch.compile, which those
+# of torch.distributed do with `async_op=True`. Private, but under these names from torch 2.2 to 2.15 at least.
+
+
+def _gather(x: Tensor) -> Tensor:
     """Rows of every rank under way to all of them."""
-
-    def __init__(self, x: Tensor) -> None:
-        world = rank_and_world()[1]
-        self.result, self.work = x, None
-        if world > 1:
-            self.result = x.new_empty(world * len(x), *x.shape[1:])
-            self.work = dist.all_gather_into_tensor(self.result, x.contiguous(), async_op=True)
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.result
+    world = rank_and_world()[1]
+    return x if world == 1 else _collectives().all_gather_into_tensor(x.contiguous(), world, _group())
 
 
-class _SumHome:
+def _sum_home(gathered: Tensor) -> Tensor:
     """Gradients of gathered rows under way to the ranks that the rows came from, where they are summed up."""
+    world = rank_and_world()[1]
+    return gathered if world == 1 else _collectives().reduce_scatter_tensor(gathered, "sum", world, _group())
 
-    def __init__(self, gathered: Tensor, home: Tensor) -> None:
-        self.gathered, self.work = gathered, None
-        if rank_and_world()[1] > 1:
-            self.work = dist.reduce_scatter_tensor(home, gathered, async_op=True)
-        else:
-            home.copy_(gathered)
 
-    def wait(self) -> None:
-        if self.work is not None:
-            self.work.wait()
+def _arrived(x: Tensor) -> Tensor:
+    return x if rank_and_world()[1] == 1 else _collectives().wait_tensor(x)
 
 
 def all_gather(x: Tensor) -> Tensor:
     """`x` of every rank, stacked: (W, *x.shape)."""
-    return _Gather(x[None]).wait()
+    return _arrived(_gather(x[None]))
 
 
-def all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """`x`, overwritten by the sum (or other reduction) over all ranks."""
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(x, operation)
-    return x
+def all_reduce(x: Tensor, operation: str = "sum") -> Tensor:
+    """The sum (or `max`) of `x` over all ranks."""
+    return x if rank_and_world()[1] == 1 else _arrived(_collectives().all_reduce(x, operation, _group()))
+
+
+def _collectives() -> Any:
+    return torch.ops._c10d_functional
+
+
+def _group() -> str:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.group_name

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -198,19 +197,19 @@ class SigmoidLoss(ContrastiveLoss):
         return [self.logit_bias.to(dtype)]
 
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
-        loss_LB = chunks.zeros(chunks.num_pairs)
+        loss_B = chunks.zeros(chunks.num_pairs)[0]
         for chunk in chunks.walk(gradients=chunks.wanted):
             sign_RC = F.threshold_(chunk.positive(), 0.5, -1)  # 1 of positives, -1 of others
-            for index in range(len(loss_LB)):
+            for index, weight in enumerate(chunks.weights):
                 logits_RC = chunk.logits(index).mul_(sign_RC)
                 # These two share an exponential, unlike softplus and sigmoid.
                 log_sigmoid_RC, buffer = torch.ops.aten.log_sigmoid_forward(logits_RC)
-                loss_LB[index][chunk.image_part].sub_(log_sigmoid_RC.sum(1))
+                loss_B[chunk.image_part].sub_(log_sigmoid_RC.sum(1), alpha=weight)
                 del log_sigmoid_RC
                 if chunks.wanted:
                     gradient_RC = torch.ops.aten.log_sigmoid_backward(sign_RC, logits_RC, buffer)
                     chunk.add_gradient(index, gradient_RC, -1)
-        return chunks.over_lengths(loss_LB)
+        return loss_B
 
 
 class _Sums:
@@ -250,7 +249,7 @@ def _sums(chunks: LogitChunks) -> tuple[_Sums, _Sums]:
                 so_far = sums.log_sum_exp[index][where]
                 torch.logaddexp(so_far, _log_sum_exp(logits_RC, dim).view_as(so_far), out=so_far)
     # So far each rank has its own images' share of a text's sums.
-    highest = all_reduce(text.log_sum_exp.clone(), dist.ReduceOp.MAX)
+    highest = all_reduce(text.log_sum_exp, "max")
     exp_sum, text.positive_logits = all_reduce(torch.stack([(text.log_sum_exp - highest).exp_(), text.positive_logits]))
     text.log_sum_exp = exp_sum.log_().add_(highest)
     text.num_positives = all_gather(image.num_positives)  # a text has as many as the image of its pair
