@@ -13,7 +13,7 @@ Shape letters: as in `indiclip.losses`, and R images and C texts of a chunk.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,9 @@ class Chunk:
     def positive(self) -> Tensor:
         """1 where image and text share a key, else 0: (R, C), of the logits' type. Overwrites the logits."""
         positive_RC = self._buffer(0)
-        for kind, (image_keys_B, text_keys_WB) in enumerate(zip(self._whole.image_keys, self._whole.text_keys, strict=True)):
+        for kind, (image_keys_B, text_keys_WB) in enumerate(
+            zip(self._whole.image_keys, self._whole.text_keys, strict=True)
+        ):
             pair = image_keys_B[self.image_part][:, None], text_keys_WB[self.text_part].flatten()
             # Floats, whose comparison gives floats: three times as fast as that of integers on a CPU.
             shared_RC = torch.eq(*pair, out=self._buffer(min(kind, 1)))
@@ -194,24 +196,33 @@ class LogitChunks:
         return gradients if self.bias is None else [*gradients, self.bias_gradient]
 
 
-# torch's traceable collectives: each is under way until `_arrived`, and breaks no graph of torch.compile, which those
-# of torch.distributed do with `async_op=True`. Private, but under these names from torch 2.2 to 2.15 at least.
+# torch's traceable collectives: each is under way until `_arrived`. Unlike those of torch.distributed with
+# `async_op=True`, they break no graph of torch.compile. They are private; tried with torch 2.15.
+
+
+def _collective(name: str, *arguments: Any) -> Tensor:
+    return cast(Tensor, getattr(torch.ops._c10d_functional, name)(*arguments))
+
+
+def _group() -> str:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.group_name
 
 
 def _gather(x: Tensor) -> Tensor:
     """Rows of every rank under way to all of them."""
     world = rank_and_world()[1]
-    return x if world == 1 else _collectives().all_gather_into_tensor(x.contiguous(), world, _group())
+    return x if world == 1 else _collective("all_gather_into_tensor", x.contiguous(), world, _group())
 
 
 def _sum_home(gathered: Tensor) -> Tensor:
     """Gradients of gathered rows under way to the ranks that the rows came from, where they are summed up."""
     world = rank_and_world()[1]
-    return gathered if world == 1 else _collectives().reduce_scatter_tensor(gathered, "sum", world, _group())
+    return gathered if world == 1 else _collective("reduce_scatter_tensor", gathered, "sum", world, _group())
 
 
 def _arrived(x: Tensor) -> Tensor:
-    return x if rank_and_world()[1] == 1 else _collectives().wait_tensor(x)
+    return x if rank_and_world()[1] == 1 else _collective("wait_tensor", x)
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -220,14 +231,5 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def all_reduce(x: Tensor, operation: str = "sum") -> Tensor:
-    """The sum (or `max`) of `x` over all ranks."""
-    return x if rank_and_world()[1] == 1 else _arrived(_collectives().all_reduce(x, operation, _group()))
-
-
-def _collectives() -> Any:
-    return torch.ops._c10d_functional
-
-
-def _group() -> str:
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD.group_name
+    """The sum (or `max`) of `x` over all ranks; `x` itself if there is one."""
+    return x if rank_and_world()[1] == 1 else _arrived(_collective("all_reduce", x, operation, _group()))

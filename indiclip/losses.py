@@ -247,7 +247,7 @@ def _sums(chunks: LogitChunks) -> tuple[_Sums, _Sums]:
                 so_far = sums.positive_logits[index][where]
                 so_far += positive_logits_RC.sum(dim).view_as(so_far)
                 so_far = sums.log_sum_exp[index][where]
-                torch.logaddexp(so_far, _log_sum_exp(logits_RC, dim).view_as(so_far), out=so_far)
+                so_far.copy_(torch.logaddexp(so_far, _log_sum_exp(logits_RC, dim).view_as(so_far)))
     # So far each rank has its own images' share of a text's sums.
     highest = all_reduce(text.log_sum_exp, "max")
     exp_sum, text.positive_logits = all_reduce(torch.stack([(text.log_sum_exp - highest).exp_(), text.positive_logits]))

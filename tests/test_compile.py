@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from experiments import config, fit
 from helpers import batch_images, noise, tiny_encoder
 from processes import alone
@@ -16,8 +17,10 @@ from test_gradients import BACKBONES, TEXTS
 from test_sharding import fitted, largest_difference, one_loss_for_all, sharded, weights
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import indiclip
+from indiclip import logit_chunks
 from indiclip.backbone import NaFlexViT
 from indiclip.losses import SigmoidLoss, SoftmaxLoss
 from indiclip.sharding import checkpoint_activations, compile_blocks
@@ -141,6 +144,21 @@ def test_losses_have_no_graph_breaks(tmp_path, kind):
         value = function(*inputs, labels, labels)
         found.append([value, *torch.autograd.grad(value, [*inputs, *loss.parameters()])])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [SoftmaxLoss, SigmoidLoss])
+@alone("eager")
+def test_losses_of_many_ranks_have_no_graph_breaks(tmp_path, kind, monkeypatch):
+    """Rank 3 of 8, in two blocks of texts; the others are fake, so that values mean nothing."""
+    monkeypatch.setitem(logit_chunks._MIN_ELEMENTS, "cpu", 4 * 4 * 8 // 2)
+    inputs = [torch.randn(4, 4, requires_grad=True) for _ in range(2)]
+    labels = torch.arange(4) % 3
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    try:
+        value = torch.compile(kind(), fullgraph=True)(*inputs, labels, labels)
+        assert [x.shape for x in torch.autograd.grad(value, inputs)] == [(4, 4)] * 2
+    finally:
+        dist.destroy_process_group()
 
 
 @alone("eager")

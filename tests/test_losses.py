@@ -79,12 +79,14 @@ def _naive_pair_losses(loss, image_BE, text_BE, positive_BB):
 
 
 @BOTH
-@pytest.mark.parametrize("lengths", [None, [3, 8]])
-@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("lengths", [None, [3, 8], [1, 3, 5, 8]])
+@pytest.mark.parametrize(
+    "keys", [None, [4, -1, 4, -1, 2, 4], [7] * 6, [5, 3, 1, 0, 2, 4], [-1, -2, -1, 2**62, -3, 2**62]]
+)
 def test_each_pairs_part_by_hand_and_their_mean_is_the_loss(loss_class, lengths, keys):
     image_BE, text_BE = _pairs()
-    loss = loss_class(lengths, lengths and [1.0, 3.0]).double()
-    labels = [4, -1, 4, -1, 2, 4] if keys else [-1] * 6
+    loss = loss_class(lengths, lengths and [1.0, *[3.0] * (len(lengths) - 1)]).double()
+    labels = keys or [-1] * 6
     positive_BB = [[i == j or labels[i] == labels[j] >= 0 for j in range(6)] for i in range(6)]
     found = loss(image_BE, text_BE, torch.tensor(labels) if keys else None)
     with torch.no_grad():
