@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.autograd import with_gradients
@@ -199,7 +198,7 @@ class SigmoidLoss(ContrastiveLoss):
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
         loss_B = chunks.zeros(chunks.num_pairs)[0]
         for chunk in chunks.walk(gradients=chunks.wanted):
-            sign_RC = F.threshold_(chunk.positive(), 0.5, -1)  # 1 of positives, -1 of others
+            sign_RC = torch.threshold_(chunk.positive(), 0.5, -1)  # 1 of positives, -1 of others
             for index, weight in enumerate(chunks.weights):
                 logits_RC = chunk.logits(index).mul_(sign_RC)
                 # These two share an exponential, unlike softplus and sigmoid.
