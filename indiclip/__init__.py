@@ -14,6 +14,9 @@ __all__ = ["Profiler", "__version__", "load"]
 def __getattr__(name: str) -> object:
     # Lazy, so that `indiclip --version` does not wait for torch.
     if name == "load":
+        from indiclip.quiet import quiet_torchao
+
+        quiet_torchao()
         from indiclip.checkpoint import load
 
         return load

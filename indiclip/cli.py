@@ -4,11 +4,12 @@ Only this file knows model and data together: it links them, compares them befor
 into one line. Nothing heavy is imported until a command needs it.
 """
 
-import logging
 import os
 import select
 import sys
 from pathlib import Path
+
+from indiclip.quiet import quiet_torchao
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _COMMANDS = ("check", "plan", "shards", "tokenizer", "embed", "bench", "export")
@@ -71,8 +72,7 @@ example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 10
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `indiclip`. Returns the exit status; 0 where what reads its output has seen enough (`| head`)."""
-    # transformers imports torchao wherever it is installed, and torch warns of that in every process.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    quiet_torchao()
     if sys.stdout is None:  # closed by `>&-`; what is opened next must not get its number, where libraries write
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:

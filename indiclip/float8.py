@@ -48,7 +48,6 @@ def convert_to_float8(
         )
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-        from torchao.float8.float8_linear import Float8Linear
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("model.float8: needs the package torchao (pip install torchao)") from error
     # The gradient of weights is summed over tokens, which are any number.
@@ -58,15 +57,18 @@ def convert_to_float8(
         emulate=device.type != "cuda",
         enable_fsdp_float8_all_gather=recipe == "tensorwise" and gather_in_float8,
     )
-    found = 0
     for block in (block for tower in towers for block in blocks(tower)):
         convert_to_float8_training(block, config=config, module_filter_fn=lambda layer, _: _converts(layer))
-        found += sum(isinstance(layer, Float8Linear) for layer in block.modules())
-    if not found:
+    if not any(map(float8_layers, towers)):
         raise ValueError(
             f"model.float8: found {recipe}, and no tower has a trained linear layer in its blocks whose widths are "
             "multiples of 16; expected null"
         )
+
+
+def float8_layers(module: nn.Module) -> int:
+    """How many of its layers multiply in float8."""
+    return sum(type(layer).__name__ == "Float8Linear" for layer in module.modules())
 
 
 def share_scales(module: nn.Module) -> None:

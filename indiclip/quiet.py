@@ -1,8 +1,14 @@
-"""What other libraries print while we count and measure the same."""
+"""Without what other libraries print in every process, or while we count and measure the same."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def quiet_torchao() -> None:
+    """Without torch's warnings of torchao, which transformers imports wherever it is installed."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def test_only_trained_matrices_of_blocks_are_converted():
     assert all(p.grad is not None for p in image.vit.blocks.parameters() if p.requires_grad)
 
 
-def test_a_run_and_what_it_leaves(tmp_path):
+def test_a_run_and_what_it_leaves(tmp_path, capsys):
     """Its losses are near those of bfloat16, and its checkpoint goes on without float8, and into an encoder."""
     ends = {}
     for recipe in (None, "rowwise", "tensorwise"):
@@ -90,6 +90,8 @@ def test_a_run_and_what_it_leaves(tmp_path):
         folder.mkdir()
         assert fit(folder, config(model__float8=recipe, model__warmup_steps=0, **MIXED)) == 0
         ends[recipe] = weights(folder / "runs" / "experiment")
+        said = f"float8, {recipe}: 10 linear layers of the towers, emulated" if recipe else "float8"
+        assert (said in capsys.readouterr().out) == bool(recipe)
     assert 1e-6 < largest_difference(ends[None], ends["rowwise"]) < 0.01
     assert 1e-6 < largest_difference(ends[None], ends["tensorwise"]) < 0.01
     file = tmp_path / "rowwise" / "runs" / "experiment" / "checkpoints" / "last.ckpt"

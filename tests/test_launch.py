@@ -6,6 +6,7 @@ import sys
 import tarfile
 
 import pytest
+import torch
 import yaml
 from experiments import config, fit
 from PIL import Image
@@ -24,6 +25,14 @@ def written(folder, tree):
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(tree))
     return ["fit", "--config", str(file), "--runs", str(folder / "runs")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused_with_what_would_run(tmp_path, capsys):
+    assert fit(tmp_path, config(trainer__accelerator="gpu")) == 2
+    (line,) = lines(capsys.readouterr().err)
+    assert line.startswith("indiclip: trainer.accelerator: found gpu, and torch finds no such device here")
+    assert "--trainer.accelerator cpu" in line
 
 
 def test_torchrun_without_devices_is_refused_in_one_line_and_leaves_nothing(tmp_path):

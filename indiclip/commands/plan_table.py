@@ -24,7 +24,9 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     )
     console.print(_batches(plan), _flops(plan), _memory(plan))
     _say_fit(console, plan)
-    console.print(_communication(plan), _scaling(plan))
+    if plan["gpus"] > 1:
+        console.print(_communication(plan))
+    console.print(_scaling(plan))
     for line in (*_cost(plan), *_assumed(plan)):
         console.print(line, highlight=False)
 
@@ -147,8 +149,8 @@ def _cost(plan: Mapping[str, Any]) -> list[str]:
     lines += [f"storage: {with_prefix(rate)}B/s of images for {task}" for task, rate in rates.items()]
     if cost["days"] is None:
         return [*lines, "the config does not say how many steps: trainer.max_steps gives the days"]
-    money = "" if cost["usd"] is None else f", {cost['usd']:,.0f} USD at {cost['usd_per_gpu_hour']:g} a GPU-hour"
-    hours = f"{cost['gpu_hours']:,.1f} GPU-hours{money}"
+    money = "" if cost["usd"] is None else f", {_rounded(cost['usd'])} USD at {cost['usd_per_gpu_hour']:g} a GPU-hour"
+    hours = f"{_rounded(cost['gpu_hours'])} GPU-hours{money}"
     return [*lines, f"[bold]{cost['steps']:,} steps: {_duration(cost['days'])}, {hours}[/]"]
 
 
@@ -166,6 +168,11 @@ def _assumed(plan: Mapping[str, Any]) -> list[str]:
             for key in plan["left_out"]
         ),
     ]
+
+
+def _rounded(number: float) -> str:
+    """Two digits of a small number, none behind the point of a large one."""
+    return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
 
 
 def _duration(days: float) -> str:

@@ -1,5 +1,6 @@
 """Step number -> this rank's samples of every task, read and prepared."""
 
+import math
 import threading
 import warnings
 import zlib
@@ -99,7 +100,7 @@ class Steps(Dataset[Step]):
             name = "batch_size" if spec.tokens is None else "batch_multiple"
             raise ValueError(
                 f"data: {name} {spec.samples} of task {task!r} is over all ranks and must be a multiple of the "
-                f"{self.world_size} ranks"
+                f"{self.world_size} ranks, such as {math.ceil(spec.samples / self.world_size) * self.world_size}"
             )
         if canvas := self.preprocessing.canvas_tokens:  # the backbone's one size, whatever max_tokens says
             spec = spec._replace(max_tokens=canvas, option="canvas_hw")

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from indiclip.distributed import mean_over_ranks
+from indiclip.float8 import float8_layers
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import keyed
 from indiclip.module import Batches, MultiTask
@@ -43,6 +44,9 @@ class StartupTable(Callback):
         if line := _frozen_line(pl_module):
             console.print(line, markup=False, soft_wrap=True)
         device = trainer.strategy.root_device
+        if number := float8_layers(pl_module):
+            emulated = "" if device.type == "cuda" else ", emulated: the same numbers, more slowly"
+            console.print(f"float8, {pl_module.float8}: {number} linear layers of the towers{emulated}", soft_wrap=True)
         shown = "none (fast_dev_run)" if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
         threads = f"   threads {torch.get_num_threads()}" if device.type == "cpu" else ""
         console.print(

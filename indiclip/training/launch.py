@@ -54,7 +54,8 @@ def check_launch(num_nodes: int, devices: int) -> None:
     elif num_nodes > 1 and (unset := [name for name in _OF_NODES if name not in os.environ]):
         raise ValueError(  # without the port or the number each node would wait for itself
             f"trainer.num_nodes: found {num_nodes}, and not set: {', '.join(unset)}, so the nodes cannot meet; "
-            "expected torchrun or srun, or MASTER_ADDR, MASTER_PORT and NODE_RANK on every node"
+            "expected torchrun or srun, or MASTER_ADDR, MASTER_PORT and NODE_RANK on every node; or, on one machine, "
+            "--trainer.num_nodes 1"
         )
 
 

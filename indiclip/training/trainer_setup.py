@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning import Callback
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     LearningRateMonitor,
@@ -43,6 +44,13 @@ def check_trainer(config: Namespace, subcommand: str) -> None:
     """
     if subcommand == "fit":
         _check_numbers(config)
+    accelerator = str(config.get("accelerator"))
+    kinds = {"gpu": (CUDAAccelerator, MPSAccelerator), "cuda": (CUDAAccelerator,), "mps": (MPSAccelerator,)}
+    if not any(kind.is_available() for kind in kinds.get(accelerator, (CPUAccelerator,))):
+        raise ValueError(
+            f"trainer.accelerator: found {accelerator}, and torch finds no such device here; expected one, or "
+            "--trainer.accelerator cpu --trainer.devices 1 to try it"
+        )
     strategy = str(config.get("strategy"))
     if strategy.endswith(("spawn", "fork", "notebook")):
         raise ValueError(f"trainer.strategy: found {strategy}; a run's processes start by this command; expected ddp")
