@@ -105,7 +105,9 @@ class MultiTask(L.LightningModule):
         self.log_variances = nn.ParameterDict(
             {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
         )
-        self.head_losses: dict[str, Tensor] = {}  # each head's part of this step's total, for callbacks
+        # Of this step, for callbacks: each head's part of the total, and its losses as they are logged.
+        self.head_losses: dict[str, Tensor] = {}
+        self.head_terms: dict[str, list[Tensor]] = {}
         self.unused = _unused_parts(heads)
         self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
         freeze_paths(self, self.frozen)
@@ -243,10 +245,11 @@ class MultiTask(L.LightningModule):
             loss = sum((terms[f"{head.name}/{term}"] for term in losses[head.name].terms), zero)
             self.head_losses[head.name] = self._weighted(head, loss)
         total = sum(self.head_losses.values(), zero)
-        self._log_means(
+        means = self._log_means(
             {name: term.detach() for name, term in terms.items()} | {"loss": total.detach()},
             {f"{name}/{number}": value for name, of in losses.items() for number, value in of.logged.items()},
         )
+        self.head_terms = {name: [means[f"{name}/{term}"] for term in of.terms] for name, of in losses.items()}
         return total
 
     def _weighted(self, head: Head, loss: Tensor) -> Tensor:
@@ -256,13 +259,18 @@ class MultiTask(L.LightningModule):
         self.log(f"train/{head.name}/log_variance", s.detach(), batch_size=1)
         return cast(Tensor, head.weight * (torch.exp(-s) * loss + s))
 
-    def _log_means(self, terms: dict[str, Tensor], logged: Values) -> None:
-        """Log `train/...`, means over the ranks: of the terms, which all have, and of what only some may have."""
+    def _log_means(self, terms: dict[str, Tensor], logged: Values) -> dict[str, Tensor]:
+        """Log `train/...`, means over the ranks: of the terms, which all have, and of what only some may have.
+
+        Returns:
+            What is logged.
+        """
         if (world := rank_and_world()[1]) > 1:
             terms = dict(zip(terms, sum_over_ranks(torch.stack([*terms.values()])) / world, strict=True))
         if world == 1 or logs_after_step(self.trainer):  # among ranks the host waits for them
             terms |= means_over_ranks(logged, self.device)
         self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=1)
+        return terms
 
     def predict_step(self, batches: Batches, batch_idx: int) -> dict[str, list[Prediction]]:
         """Each head's predictions, `{head: one dict per image}`; `head/source` where its task has several sources."""

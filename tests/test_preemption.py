@@ -163,7 +163,8 @@ def test_one_rank_of_two_gets_the_signal_and_both_leave(tmp_path, moment, step):
     assert done.statuses == [143, 0], done.stderr[-3000:]  # see AgreedStop
     assert diary(tmp_path, 0)[1] == diary(tmp_path, 1)[1] == list(range(step))
     lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
-    assert lines == [f"indiclip: SIGTERM: saved {folder / 'checkpoints' / f'{step}.ckpt'}, step {step}"]
+    goes_on = "the same command with --ckpt_path last goes on from it"
+    assert lines == [f"indiclip: SIGTERM: saved {folder / 'checkpoints' / f'{step}.ckpt'}, step {step}; {goes_on}"]
     assert "Traceback" not in done.stderr
 
 
@@ -183,7 +184,10 @@ def test_a_second_ctrl_c_leaves_a_step_that_never_ends(tmp_path):
         assert os.waitpid(process, os.WNOHANG) == (0, 0)
         os.kill(process, signal.SIGINT)
         assert dict(as_they_end([process])) == {process: 130}
-    assert not (tmp_path / "runs" / "experiment" / "checkpoints").exists()
+    folder = tmp_path / "runs" / "experiment"
+    assert not (folder / "checkpoints").exists()
+    left = f"indiclip: Ctrl-C: left at once (while training {folder}, after step 1; last checkpoint: none)\n"
+    assert error.read_text().endswith(left)
 
 
 def fake_scontrol(folder, monkeypatch, status=0):

@@ -1,6 +1,7 @@
 """What a run shows while it trains: the start-up table, the progress line, task gradients."""
 
 import itertools
+import math
 import time
 import warnings
 from typing import Any
@@ -10,8 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.progress import TaskID
+from rich.table import Table
 from torch import Tensor
 
 from indiclip.distributed import mean_over_ranks
@@ -20,8 +21,11 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import keyed
 from indiclip.module import Batches, MultiTask
 from indiclip.training.fault_tolerance.later import Later
+from indiclip.training.fault_tolerance.preemption import write_line
 from indiclip.training.fault_tolerance.ranks import callbacks_of, folder_of
+from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.record import append_history
+from indiclip.training.run_bar import RunBar, time_left
 from indiclip.training.throughput import Throughput
 
 
@@ -109,7 +113,9 @@ def _frozen_line(module: MultiTask) -> str:
 
 
 class TaskProgress(ProgressBar):
-    """One line for the whole run: step, throughput, each task's loss (of the step before), time left.
+    """The run's progress: steps, time left, each head's loss (of the step before), throughput; batches of a validation.
+
+    A head's loss is the sum of what is logged as `train/<head>/...` of its losses, without the head's `weight`.
 
     Args:
         refresh_seconds: Time between updates.
@@ -119,7 +125,7 @@ class TaskProgress(ProgressBar):
     def __init__(self, refresh_seconds: float = 0.5, plain_seconds: float = 20.0) -> None:
         super().__init__()
         self.refresh_seconds, self.plain_seconds = refresh_seconds, plain_seconds
-        self._progress: Progress | None = None
+        self._bar: RunBar | None = None
         self.enable()
 
     def disable(self) -> None:
@@ -131,64 +137,83 @@ class TaskProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._shown = time.monotonic()
         self._losses: Later | None = None  # of the step before, on their way to the host
+        console = Console()
+        self._seconds = self.refresh_seconds if console.is_interactive else self.plain_seconds
+        if console.is_interactive:  # on all ranks: a terminal sends Ctrl-C to each of them
+            for sync in callbacks_of(trainer, StepSync):
+                sync.preemption.tell = self._tell
         if not self.is_enabled:  # as on all ranks but the first
             return
-        console = Console()
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24 if console.width >= 120 else 4),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[rate]}", table_column=Column()),
-            TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            TextColumn("left"),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[losses]}", table_column=Column()),  # one below the other where it is narrow
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = RunBar(console, self.refresh_seconds)
         total = int(trainer.estimated_stepping_batches) if trainer.max_steps != -1 or trainer.max_epochs != -1 else None
-        self._bar = self._progress.add_task("train", total=total, completed=trainer.global_step, rate="", losses="")
-        self._progress.start()
+        self._training = self._bar.add_task("train", total=total, completed=trainer.global_step)
+        self._validation: TaskID | None = None
+        self._bar.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
-        if self._progress is None:
+        if self._bar is None or not self._is_time():
             return
         assert isinstance(pl_module, MultiTask)
-        console = self._progress.console
-        if time.monotonic() - self._shown < (self.refresh_seconds if console.is_terminal else self.plain_seconds):
-            return
         if self._losses is None:
-            self._losses = Later(torch.stack([*pl_module.head_losses.values()]))
+            zero = torch.zeros((), device=pl_module.device)
+            self._losses = Later(torch.stack([sum(terms, zero) for terms in pl_module.head_terms.values()]))
             return
         if not self._losses.arrived:
             return
-        numbers, self._losses, self._shown = self._losses.read(), None, time.monotonic()
-        named = zip(pl_module.head_losses, numbers, strict=True)
-        losses = "  ".join(f"{name}\N{NO-BREAK SPACE}{loss:.3f}" for name, loss in named)
-        rate = "  ".join(throughput.line(trainer) for throughput in callbacks_of(trainer, Throughput))
-        self._progress.update(self._bar, completed=trainer.global_step, rate=rate, losses=losses)
-        if not console.is_terminal:
-            task = self._progress.tasks[0]
-            left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
-            console.print(f"step {trainer.global_step}/{task.total or '?'}  {rate}  {losses}  {left}", soft_wrap=True)
+        numbers, self._losses = self._losses.read(), None
+        named = zip(pl_module.head_terms, numbers, strict=True)
+        losses = [f"{name}\N{NO-BREAK SPACE}{loss:.3f}" for name, loss in named]
+        rates = [throughput.line(trainer) for throughput in callbacks_of(trainer, Throughput)]
+        self._bar.numbers = "  ".join([*losses, *rates])
+        self._show(self._training, trainer.global_step, f"  {self._bar.numbers}")
 
-    def on_validation_start(self, *_: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._bar, description="validate")
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.update(self._training, completed=trainer.global_step)
+            batches = sum(trainer.num_val_batches)
+            self._validation = self._bar.add_task("validate", total=batches if math.isfinite(batches) else None)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._progress is not None:
-            self._progress.update(self._bar, description="train", completed=trainer.global_step)
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if self._bar is not None and self._validation is not None:
+            self._bar.advance(self._validation)
+            if self._is_time():
+                self._show(self._validation)
+
+    def on_validation_end(self, *_: Any) -> None:
+        if self._bar is not None and self._validation is not None:
+            self._bar.remove_task(self._validation)
+            self._validation = None
 
     def on_train_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=trainer.global_step)
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.update(self._training, completed=trainer.global_step)
+            self._bar.stop()
+            self._bar = None
 
     on_exception = on_train_end
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._shown >= self._seconds
+
+    def _show(self, row: TaskID, completed: int | None = None, numbers: str = "") -> None:
+        """Update a bar; where there is no terminal, print a line."""
+        assert self._bar is not None
+        self._shown = time.monotonic()
+        self._bar.update(row, completed=completed)
+        if not self._bar.console.is_interactive:
+            task = next(task for task in self._bar.tasks if task.id == row)
+            of = int(task.total) if task.total is not None else "?"
+            line = f"{task.description} {int(task.completed)}/{of}{numbers}  {time_left(task)}"
+            self._bar.console.print(line.replace("\N{NO-BREAK SPACE}", " ").rstrip(), markup=False, soft_wrap=True)
+
+    def _tell(self, line: str) -> None:
+        """In a signal handler: a line that is not to be erased when the bar is redrawn."""
+        if self._bar is not None:
+            self._bar.notice = line
+        elif self.is_enabled:
+            write_line(line)
 
 
 class TaskGradients(Callback):

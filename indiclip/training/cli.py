@@ -192,11 +192,11 @@ def run(argv: list[str], then: Callable[[Path], None] | None = None) -> int:
         cli = IndiCLI()
         if then is not None and cli.folder is not None and not cli.trial:
             then(cli.folder)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as interrupt:
+        return _say_left(interrupt)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C
-            return 128 + signal.SIGINT
+            return _say_left(stop.__context__)
         raise
     except AgreedStop as stop:
         if stop.first:
@@ -249,6 +249,14 @@ class _Pipe:
             act()
         except OSError:  # the reader is gone, or the disk of a log is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def _say_left(interrupt: KeyboardInterrupt) -> int:
+    """Print where Ctrl-C has ended the run. Returns the exit status."""
+    if is_first_process():
+        notes = getattr(interrupt, "__notes__", [])  # see RunRecord
+        print(mask(" ".join(["indiclip: Ctrl-C: left at once", *notes])), file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _say(error: Exception) -> int:

@@ -90,7 +90,9 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._began is not None:
-            saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
+            link = self._folder / "checkpoints" / "last.ckpt"
+            last = str(link.resolve()) if link.exists() else getattr(trainer.checkpoint_callback, "last_model_path", "")
+            saved = f"{last}, from which --ckpt_path last goes on" if last else "none"
             rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
             where = f"{self._folder}{rank}, after step {trainer.global_step}; last checkpoint: {saved}"
             exception.add_note(f"(while training {where})")

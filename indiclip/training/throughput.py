@@ -186,7 +186,7 @@ class Throughput(Callback):
         if self._flops is not None and self._peak is not None:
             parts.append(f"MFU {rates.flops / self._peak:.0%}")
         memory = peak_memory(trainer.strategy.root_device)
-        parts += [f"data {rates.waiting:.0%}", f"{memory / 1e9:.1f} GB"]
+        parts += [f"waiting {rates.waiting:.0%}", f"memory {memory / 1e9:.1f} GB"]
         return "  ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
 
     def on_validation_start(self, *_: Any) -> None:

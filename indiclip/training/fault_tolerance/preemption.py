@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,10 +28,14 @@ class Preemption:
 
     Args:
         max_requeues: How often a run may put itself into SLURM's queue again.
+
+    Attributes:
+        tell: Shows the user a line, from within a signal handler: without a lock, which the interrupted code may hold.
     """
 
     def __init__(self, max_requeues: int) -> None:
         self.max_requeues = max_requeues
+        self.tell: Callable[[str], None] = write_line
         self.received = 0  # number of the first signal
         self._before: dict[int, Any] = {}
 
@@ -59,6 +64,9 @@ class Preemption:
             if trainer.is_global_zero:
                 words += f"; {requeue(folder, trainer.global_step, self.max_requeues)}"
             gathered(None)  # srun ends all ranks where the first of another node has left
+        elif path:
+            is_of_run = folder.resolve() in Path(path).resolve().parents
+            words += f"; the same command with --ckpt_path {'last' if is_of_run else path} goes on from it"
         raise AgreedStop(trainer, words, 128 + received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -68,8 +76,12 @@ class Preemption:
             raise KeyboardInterrupt
         if not self.received:
             self.received = number
-            # Not print: a handler may run in the middle of one.
-            os.write(2, f"\n{name}: finishing the step, then saving (Ctrl-C: leave at once)\n".encode())
+            self.tell(f"{name}: finishing the step, then saving (Ctrl-C: leave at once)")
+
+
+def write_line(line: str) -> None:
+    """Write to standard error. Not print: a signal handler may run in the middle of one."""
+    os.write(2, f"\n{line}\n".encode())
 
 
 def save(trainer: Trainer) -> str | None:
