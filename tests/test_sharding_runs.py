@@ -65,7 +65,8 @@ def test_one_rank_gets_a_signal_and_all_save_and_leave(number, status, tmp_path)
     done, folder = fitted(tmp_path, tree, 2)
     assert done.statuses == [status, 0], done.stderr[-3000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("indiclip: ")]
-    assert lines == [f"indiclip: {number.name}: saved {folder / 'checkpoints' / '3.ckpt'}, step 3"]
+    goes_on = "the same command with --ckpt_path last goes on from it"
+    assert lines == [f"indiclip: {number.name}: saved {folder / 'checkpoints' / '3.ckpt'}, step 3; {goes_on}"]
     assert "Traceback" not in done.stderr
     assert json.loads((folder / "checkpoints" / "manifest.json").read_text())["files"][0]["name"] == "3.ckpt"
     if number == signal.SIGTERM:  # both leave the same behind
