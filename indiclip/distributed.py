@@ -2,28 +2,28 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
-_alone: ContextVar[bool] = ContextVar("alone", default=False)
+_is_alone = False  # a context variable would break the graph of a compiled loss with torch 2.11
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What this thread runs inside is rank 0 of 1, whatever ranks there are."""
-    token = _alone.set(True)
+    """This process is rank 0 of 1, whatever ranks there are, for all that asks `rank_and_world`."""
+    global _is_alone
+    _is_alone = True
     try:
         yield
     finally:
-        _alone.reset(token)
+        _is_alone = False
 
 
 def rank_and_world() -> tuple[int, int]:
     """The number of this rank, and how many there are."""
-    if _alone.get() or not (dist.is_available() and dist.is_initialized()):
+    if _is_alone or not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 

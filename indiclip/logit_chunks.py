@@ -31,14 +31,15 @@ _MIN_ELEMENTS_ELSEWHERE = 2**22
 Where = tuple[slice, ...]  # part of a tensor (B,) of images or (W, B) of texts
 
 
-class _UnitPrefixes:
-    """Prefixes of embeddings (N, E), scaled to the same norm, and the gradients with respect to these."""
+class _ScaledPrefixes:
+    """Prefixes of embeddings (N, E), scaled to norm 1 or that given (the factor on cosines), and their gradients."""
 
     def __init__(
         self, x_NE: Tensor, lengths: list[int], dtype: torch.dtype, wanted: bool, norm: Tensor | None = None
     ) -> None:
         self.shape, self.norm = x_NE.shape, norm
-        prefixes = [x_NE.to(dtype)[:, :length] for length in lengths]
+        x_NE = x_NE.to(dtype)
+        prefixes = [x_NE[:, :length] for length in lengths]
         # The smallest norm is that of torch.nn.functional.normalize.
         norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12) for x in prefixes]
         self.factors = [(1 if norm is None else norm) / norm_N1 for norm_N1 in norms]
@@ -70,7 +71,7 @@ class Chunk:
         text_part: the texts, among (W, B).
     """
 
-    def __init__(self, whole: "LogitChunks", rows: slice, columns: slice, text: _UnitPrefixes) -> None:
+    def __init__(self, whole: "LogitChunks", rows: slice, columns: slice, text: _ScaledPrefixes) -> None:
         self.image_part: Where = (rows,)
         self.text_part: Where = (slice(None), columns)
         self._whole, self._text, self._text_gradients = whole, text.scaled, text.gradients
@@ -132,7 +133,7 @@ class LogitChunks:
         self.num_pairs = len(image_BE)
         self.lengths, self.weights = [length for length, _ in lengths], [weight for _, weight in lengths]
         self.shares = [weight / self.num_pairs for weight in self.weights]  # of each length and pair in the mean
-        self.image = _UnitPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted, self.scale)
+        self.image = _ScaledPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted, self.scale)
         self.bias_gradient = torch.zeros_like(self.scale)
         text_keys_KWB = self._numbers(keys_KB)
         self.text_keys, self.image_keys = text_keys_KWB.unbind(), text_keys_KWB[:, self.rank].unbind()
@@ -175,7 +176,7 @@ class LogitChunks:
         sent: list[Tensor] = []
         arriving = _gather(self.text_BE[self.columns[0]])
         for columns, upcoming in zip(self.columns, [*self.columns[1:], None], strict=True):
-            text = _UnitPrefixes(_arrived(arriving), self.lengths, self.scale.dtype, gradients)
+            text = _ScaledPrefixes(_arrived(arriving), self.lengths, self.scale.dtype, gradients)
             if upcoming is not None:
                 arriving = _gather(self.text_BE[upcoming])
             for rows in self.rows:
@@ -197,7 +198,8 @@ class LogitChunks:
 
 
 # torch's traceable collectives: each is under way until `_arrived`. Unlike those of torch.distributed with
-# `async_op=True`, they break no graph of torch.compile. They are private; tried with torch 2.15.
+# `async_op=True`, they break no graph of torch.compile. They are private; tried with torch 2.15
+# (2.11 has the same names).
 
 
 def _collective(name: str, *arguments: Any) -> Tensor:

@@ -196,7 +196,7 @@ class SigmoidLoss(ContrastiveLoss):
         return [self.logit_bias.to(dtype)]
 
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
-        loss_B = chunks.zeros(chunks.num_pairs)[0]
+        loss_B = chunks.scale.new_zeros(chunks.num_pairs)
         for chunk in chunks.walk(gradients=chunks.wanted):
             sign_RC = torch.threshold_(chunk.positive(), 0.5, -1)  # 1 of positives, -1 of others
             for index, weight in enumerate(chunks.weights):

@@ -2,13 +2,13 @@
 
 Shape letters used in the whole project:
     B images, N patches (tokens) of the longest image in the batch, P numbers in a patch (patch_size ** 2 * 3),
-    D token width, K class and register tokens, H W rows and columns of patches, E embedding length, T text tokens.
+    D token width, K class and register tokens, H W rows and columns of patches, E embedding length, T text tokens, or
+    tokens of all images or texts without padding.
 """
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast, get_type_hints
 
 import numpy as np
@@ -328,7 +328,7 @@ class Features:
     prefix_BKD: Tensor | None = None
     rows_T: Tensor | None = None
 
-    @cached_property
+    @property
     def tokens_BND(self) -> Tensor:
         """One vector per patch, with padding: zeros where they came without."""
         if self.rows_T is None:

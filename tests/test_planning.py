@@ -18,7 +18,7 @@ from indiclip.losses import SigmoidLoss, SoftmaxLoss
 from indiclip.module import MultiTask
 from indiclip.planning import step_model
 from indiclip.planning.communication import Cluster, traffic
-from indiclip.planning.counter import Count, count_step
+from indiclip.planning.counter import Count, OperatorCounter, count_step
 from indiclip.planning.cpu import Processor
 from indiclip.planning.estimate import Estimate, ways_to_fit
 from indiclip.planning.fake import autocast_as_on_cuda, faked
@@ -312,3 +312,11 @@ def test_strategy_of_a_mesh(replicas, expected):
     options = Namespace(data_parallel_size=replicas)
     for name in ("indiclip.training.sharding.ShardedStrategy", "lightning.pytorch.strategies.ModelParallelStrategy"):
         assert strategy_of(Namespace(class_path=name, init_args=options)) == expected
+
+
+def test_an_operator_that_fills_a_given_tensor_moves_its_bytes_once():
+    a, b, out = torch.ones(3, 4), torch.ones(4, 5), torch.empty(3, 5)
+    with OperatorCounter(nn.Identity(), "all") as counter:
+        torch.mm(a, b, out=out)
+    assert counter.sums["all"]["moved"] == 4 * (3 * 4 + 4 * 5 + 3 * 5)
+    assert counter.sums["all"]["forward"] == 2 * 3 * 4 * 5

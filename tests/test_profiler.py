@@ -63,6 +63,7 @@ def test_a_step_of_the_processor_by_hand():
         *backward("MmBackward0", 450, 500, 1, 6, 20),  # of the text tower
         *backward("torch::autograd::AccumulateGrad", 500, 510, 1, None, 30),  # of its weights
         annotated("gloo:all_reduce", 480, 700, thread=9),
+        event("cpu_op", "_c10d_functional::wait_tensor", 620, 690),
         *backward("MmBackward0", 520, 600, 1, 5, 40),  # of the image tower
         event("cpu_op", "aten::_fused_adamw_", 820, 900),
         {"ph": "i", "name": "no range", "ts": 0},

@@ -232,7 +232,8 @@ class OperatorCounter(TorchDispatchMode):
             part = self._of[bisect_right(self._begins, node._sequence_nr()) - 1]
         sums = self.sums[part]
         sums["operators"] += 1
-        sums["moved"] += sum(_size(value) for value in tree_iter((args, kwargs, out)) if isinstance(value, Tensor))
+        read = {name: value for name, value in kwargs.items() if name != "out"}
+        sums["moved"] += sum(_size(value) for value in tree_iter((args, read, out)) if isinstance(value, Tensor))
         name = func._overloadpacket.__name__
         if name in _EXPONENTIAL:
             sums["exponentials"] += sum(value.numel() for value in tree_iter(out) if isinstance(value, Tensor))

@@ -70,11 +70,15 @@ class Profiler(LightningProfiler):
         if action in _RANGES:
             self._ranges.enter(_RANGES[action])
         elif action == _VALIDATION_BEGINS:
+            _synchronize()  # what the device still does is of the step
             self._ranges.enter(VALIDATION)
 
     def stop(self, action_name: str) -> None:
         where, _, action = action_name.rpartition(".")
-        if action in _RANGES or (action == "on_validation_end" and where.startswith("[Strategy]")):  # its last hook
+        ends_validation = action == "on_validation_end" and where.startswith("[Strategy]")  # its last hook
+        if ends_validation and self._profile is not None:
+            _synchronize()
+        if ends_validation or action in _RANGES:
             self._ranges.leave()
 
     def _step_begins(self) -> None:

@@ -18,7 +18,7 @@ HOST = "waiting for the host"  # of a GPU that has nothing to do
 STEP = "ProfilerStep#"  # torch's name of a step
 
 _BACKWARD = "autograd::engine::evaluate_function: "
-_EXCHANGES = ("gloo:", "nccl:", "c10d::", "ncclDevKernel", "ncclKernel")
+_EXCHANGES = ("gloo:", "nccl:", "c10d::", "_c10d_functional::", "ncclDevKernel", "ncclKernel")
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 Event = dict[str, Any]  # of Chrome's format: name, cat(egory), ts and dur in microseconds, tid, args

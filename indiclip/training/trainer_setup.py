@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning import Callback
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     LearningRateMonitor,
@@ -46,10 +46,10 @@ def check_trainer(config: Namespace, subcommand: str) -> None:
         _check_numbers(config)
     accelerator = str(config.get("accelerator"))
     kinds = {"gpu": (CUDAAccelerator, MPSAccelerator), "cuda": (CUDAAccelerator,), "mps": (MPSAccelerator,)}
-    if not any(kind.is_available() for kind in kinds.get(accelerator, (CPUAccelerator,))):
+    if accelerator in kinds and not any(kind.is_available() for kind in kinds[accelerator]):
         raise ValueError(
-            f"trainer.accelerator: found {accelerator}, and torch finds no such device here; expected one, or "
-            "--trainer.accelerator cpu --trainer.devices 1 to try it"
+            f"trainer.accelerator: found {accelerator}, and torch finds no such device here; expected one, or to try "
+            "it --trainer.accelerator cpu --trainer.devices 1 --trainer.num_nodes 1"
         )
     strategy = str(config.get("strategy"))
     if strategy.endswith(("spawn", "fork", "notebook")):

@@ -133,18 +133,24 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
     return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
+_MOST_POINTS = 1000  # of a curve, which is 400 pixels wide
+
+
 def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     named = names if len(names) <= 24 and names != [title] else []
-    legend = 0.16 * math.ceil(len(named) / 3)  # all in inches; a layout that matplotlib finds takes twice as long
+    widest = max((len(name.removeprefix(f"{title}/")) for name in named), default=0)
+    columns = max(1, min(3, 60 // (widest + 5)))
+    legend = 0.16 * math.ceil(len(named) / columns)  # inches, as the height; to find a layout takes twice as long
     height = 3.0 + legend
     figure = Figure(figsize=(4.6, height))
-    axes = figure.add_axes((0.12, (0.55 + legend) / height, 0.85, 2.15 / height))
+    axes = figure.add_axes((0.15, (0.55 + legend) / height, 0.82, 2.15 / height))
     for i, name in enumerate(names):
         measured = [row for row in history if row.get(name) is not None]
+        measured = measured[:: math.ceil(len(measured) / _MOST_POINTS)] if measured else []
         axes.plot(
             [row["step"] for row in measured],
             [row[name] for row in measured],
@@ -162,7 +168,7 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if named:
-        figure.legend(loc="lower center", fontsize=7, ncols=3, frameon=False)
+        figure.legend(loc="lower center", fontsize=7, ncols=columns, frameon=False)
     buffer = io.BytesIO()
     with rc_context({"svg.fonttype": "none"}):  # letters stay letters
         figure.savefig(buffer, format="svg")
