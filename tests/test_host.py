@@ -61,8 +61,7 @@ def test_a_step_moves_its_tensors_and_looks_at_no_list():
 def test_no_rank_waits_at_a_barrier_in_a_step(tmp_path):
     tree = config(trainer__max_steps=6, trainer__limit_val_batches=0, data__steps_per_epoch=6)
     tree["trainer"]["callbacks"] = [{"class_path": "trouble.Barriers", "init_args": {"folder": str(tmp_path)}}]
-    # New processes: a fork cannot go backward where an earlier test has begun to on fake devices.
-    done, _ = two_ranks(tmp_path, tree, started_by="lightning")
+    done, _ = two_ranks(tmp_path, tree, started_by="torchrun")
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         counts = [int(line) for line in (tmp_path / f"barriers-{rank}").read_text().split()]
