@@ -31,6 +31,11 @@ def part(class_path, **options):
     return {"class_path": class_path, "init_args": options}
 
 
+def without_spaces(lines):
+    """A terminal's line does not say whether a space followed it."""
+    return "".join(lines).replace(" ", "")
+
+
 @pytest.mark.parametrize("columns", [50, 80, 100, 180])
 def test_no_value_is_broken_and_none_is_missing(columns):
     console = Console(width=columns, file=io.StringIO(), force_terminal=True, color_system=None)
@@ -72,7 +77,7 @@ def test_the_losses_are_those_of_the_history(tmp_path, capfd):
 
 def test_ctrl_c_in_a_validation_is_answered_above_the_bar(tmp_path):
     tree = config(trainer__max_steps=50, data__steps_per_epoch=2)
-    tree["data"]["val"][0] |= {"dataset": part("trouble.SlowMela", seconds=0.2), "batch_size": 1}
+    tree["data"]["val"][0] |= {"dataset": part("trouble.SlowMela", seconds=0.5), "batch_size": 1}
     with on_terminal_of(100, tmp_path, tree) as (process, terminal):
         terminal.wait_for("validate ")
         terminal.press(CTRL_C)
@@ -80,12 +85,12 @@ def test_ctrl_c_in_a_validation_is_answered_above_the_bar(tmp_path):
         assert dict(as_they_end([process])) == {process: 130}
     told = lines.index("SIGINT: finishing the step, then saving (Ctrl-C: leave at once)")
     train, validate, _, *end = lines[told + 1 :]
-    assert re.fullmatch(r"train    [━╸╺ ]+  2/50 0:00:\d\d, (-:--:--|0:\d\d:\d\d) left", train)
-    assert re.fullmatch(r"validate [━╸╺ ]+ +\d+/12 0:00:\d\d, (-:--:--|0:00:\d\d) left", validate)
+    assert re.fullmatch(r"train    [━╸╺ ]+  2/50 \d:\d\d:\d\d, (-:--:--|\d:\d\d:\d\d) left", train)
+    assert re.fullmatch(r"validate [━╸╺ ]+ +\d+/12 \d:\d\d:\d\d, (-:--:--|\d:\d\d:\d\d) left", validate)
     assert "contrastive" not in "".join(end)
     saved = tmp_path / "runs" / "experiment" / "checkpoints" / "2.ckpt"
     words = f"indiclip: SIGINT: saved {saved}, step 2; the same command with --ckpt_path last goes on from it"
-    assert "".join(end) == words
+    assert without_spaces(end) == without_spaces([words])
     assert sum(line.startswith(("train ", "validate ")) for line in lines) == 2  # no stale copy
 
 
@@ -107,4 +112,4 @@ def test_a_step_that_hangs_answers_ctrl_c_and_the_second_one_says_what_is_left(t
     folder = tmp_path / "runs" / "experiment"
     where = f"{folder}, after step 2; last checkpoint: {folder / 'checkpoints' / '2.ckpt'}"
     words = f"indiclip: Ctrl-C: left at once (while training {where}, from which --ckpt_path last goes on)"
-    assert "".join(lines).endswith(words)
+    assert without_spaces(lines).endswith(without_spaces([words]))
