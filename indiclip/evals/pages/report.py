@@ -130,14 +130,14 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
             continue
         if parts[0] != "eval" or is_summary(name):
             groups.setdefault("/".join(parts[: 2 if parts[0] == "eval" else -1]), set()).add(name)
-    return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
+    from matplotlib import rc_context
 
-
-_MOST_POINTS = 1000  # of a curve, which is 400 pixels wide
+    # Letters stay letters, and of points nearer than a pixel the extremes alone are kept.
+    with rc_context({"svg.fonttype": "none", "path.simplify_threshold": 1.0}):
+        return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
 
 
 def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -150,7 +150,6 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     axes = figure.add_axes((0.15, (0.55 + legend) / height, 0.82, 2.15 / height))
     for i, name in enumerate(names):
         measured = [row for row in history if row.get(name) is not None]
-        measured = measured[:: math.ceil(len(measured) / _MOST_POINTS)] if measured else []
         axes.plot(
             [row["step"] for row in measured],
             [row[name] for row in measured],
@@ -170,6 +169,5 @@ def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
     if named:
         figure.legend(loc="lower center", fontsize=7, ncols=columns, frameon=False)
     buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none"}):  # letters stay letters
-        figure.savefig(buffer, format="svg")
+    figure.savefig(buffer, format="svg")
     return data_uri(buffer.getvalue(), "svg+xml")
