@@ -4,6 +4,7 @@ Only this file knows model and data together: it links them, compares them befor
 into one line. Nothing heavy is imported until a command needs it.
 """
 
+import faulthandler
 import os
 import select
 import sys
@@ -73,6 +74,8 @@ example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 10
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `indiclip`. Returns the exit status; 0 where what reads its output has seen enough (`| head`)."""
     quiet_torchao()
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # where C++ aborts the process, its stacks are all that there is to see
     if sys.stdout is None:  # closed by `>&-`; what is opened next must not get its number, where libraries write
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:

@@ -8,9 +8,17 @@ from typing import Any
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A hint such as `; nearest is 'caption'`, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(valid), n=1)
+    """A hint such as `; nearest is 'caption'`, or nothing where none is near. `learning_rate` and `lr` are near."""
+    valid = list(valid)
+    short = [other for other in valid if other == _initials(name) or name == _initials(other)]
+    near = short or difflib.get_close_matches(name, valid, n=1)
     return f"; nearest is {near[0]!r}" if near else ""
+
+
+def _initials(name: str) -> str:
+    """`model.lr` of `model.learning_rate`; nothing of a single word."""
+    key, dot, last = name.rpartition(".")
+    return key + dot + "".join(word[:1] for word in last.split("_")) if "_" in last else ""
 
 
 def nearest_beside(path: Path, pattern: str = "*") -> str:

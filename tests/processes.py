@@ -10,9 +10,11 @@ interpreter) is started by `subprocess`, with the variables of `environment`.
 """
 
 import contextlib
+import faulthandler
 import gc
 import os
 import pickle
+import secrets
 import signal
 import socket
 import sys
@@ -90,6 +92,7 @@ def _exit_with(work: Callable[[], int], folder: Path) -> NoReturn:
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         end_with_the_parent()
+        faulthandler.enable(sys.stderr)  # of a process that C++ aborts, its stacks are all that there is
         torch.set_num_threads(1)
         status = _status(work)
     except BaseException:
@@ -190,9 +193,7 @@ def alone(backend: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 def as_ranks(work: Callable[[], int], folder: Path, world: int = 2) -> Ended:
     """What `work` did in each of `world` processes that know what torchrun tells those of one machine."""
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
+    port = free_port()
     names = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RUN_ID": "none"}
     names |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "MASTER_PORT": str(port)}
 
@@ -201,6 +202,15 @@ def as_ranks(work: Callable[[], int], folder: Path, world: int = 2) -> Ended:
         return work()
 
     return in_processes([partial(rank_work, rank) for rank in range(world)], folder)
+
+
+def free_port() -> int:
+    """One that the system gives nobody who asks for any: it is seconds until the first rank listens."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as chosen, contextlib.suppress(OSError):
+            chosen.bind(("", port))
+            return port
 
 
 def two_ranks(folder: Path, tree: dict[str, Any], *flags: str, started_by: str = "torchrun") -> tuple[Ended, Path]:

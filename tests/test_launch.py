@@ -1,20 +1,25 @@
 """The processes that were started are those of the trainer, and all run the same; else one line says what to do."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
 import tarfile
+from datetime import timedelta
 
 import pytest
 import torch
 import yaml
 from experiments import config, fit
 from PIL import Image
-from processes import as_ranks, environment
+from processes import as_ranks, as_they_end, environment, forked, free_port, wait_until
 from torch.distributed import TCPStore
 
 from indiclip.training import launch
 from indiclip.training.cli import run
+
+NODES = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "NODE_RANK": "0"}
 
 
 def lines(text):
@@ -59,13 +64,66 @@ def test_another_number_of_devices_than_processes_is_refused(tmp_path, devices):
 
 @pytest.mark.parametrize("unset", [["MASTER_ADDR"], ["MASTER_PORT", "NODE_RANK"]], ids=str)
 def test_nodes_that_nobody_started_are_not_waited_for(unset, tmp_path, monkeypatch, capsys):
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "NODE_RANK": "1"}.items():
+    for name, value in NODES.items():
         monkeypatch.setenv(name, value)
         if name in unset:
             monkeypatch.delenv(name)
     assert fit(tmp_path, config(trainer__num_nodes=2)) == 2
     (line,) = lines(capsys.readouterr().err)
     assert line.startswith(f"indiclip: trainer.num_nodes: found 2, and not set: {', '.join(unset)}, so the nodes")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MASTER_PORT", "abc", "'abc'; expected a number from 1 to 65535"),
+        ("MASTER_PORT", "70000", "'70000'; expected a number from 1 to 65535"),
+        ("NODE_RANK", "2", "'2'; expected a number from 0 to 1"),
+        ("MASTER_ADDR", "nowhere.invalid", "no host 'nowhere.invalid'"),
+    ],
+)
+def test_nodes_that_cannot_meet_are_told_which_variable_is_wrong(name, value, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "_SECONDS_TO_RESOLVE", 0.0)
+    for other, right in (NODES | {name: value}).items():
+        monkeypatch.setenv(other, right)
+    assert fit(tmp_path, config(trainer__num_nodes=2)) == 2
+    (line,) = lines(capsys.readouterr().err)
+    assert line.startswith(f"indiclip: {name}: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["port taken", "other node missing"])
+def test_a_node_that_waits_says_so_and_one_whose_port_is_taken_ends(taken, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_SECONDS_TO_MEET", 0.5)
+    words = [*written(tmp_path, config(trainer__num_nodes=2, trainer__devices=1)), "--trainer.strategy", "ddp"]
+    port, error = free_port(), tmp_path / "err"
+    with socket.socket() as other:
+        if taken:
+            other.bind(("", port))
+            other.listen()
+        for name, value in (NODES | {"MASTER_PORT": str(port)}).items():
+            monkeypatch.setenv(name, value)
+        with forked(lambda: run(words), tmp_path) as node:
+            if taken:
+                assert dict(as_they_end([node])) == {node: 1}
+                said = f"MASTER_PORT: another program on this machine has {port}; expected a free port"
+            else:
+                wait_until(lambda: error.is_file() and "waiting" in error.read_text())
+                said = f"waiting for all of 2 ranks to meet at 127.0.0.1:{port}"
+    assert lines(error.read_text()) == [f"indiclip: {said}"]
+
+
+def test_ranks_that_do_not_meet_in_time_are_told_which():
+    """By torch's own errors."""
+    soon = timedelta(seconds=1)
+    with pytest.raises(torch.distributed.DistError) as missing:
+        TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=soon)
+    assert re.fullmatch(r"only 1 of 2 ranks came in \d seconds", launch.explain(missing.value))
+    port = free_port()
+    with pytest.raises(torch.distributed.DistError) as nobody:
+        TCPStore("127.0.0.1", port, is_master=False, timeout=soon)
+    assert launch.explain(nobody.value) == f"MASTER_ADDR, MASTER_PORT: no rank 0 was found at 127.0.0.1:{port}"
+    assert launch.explain(RuntimeError("out of memory")) is None
 
 
 @pytest.mark.parametrize("devices", [3, 1])

@@ -1,6 +1,7 @@
 """`python -m indiclip`, and output that is not read to its end (`| head -1`, `| true`): no traceback, status 0."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,10 @@ def test_head_sees_the_first_line_only(tmp_path):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: indiclip shards stats")
+
+
+def test_a_process_that_native_code_aborts_says_where_it_was():
+    code = "import os; from indiclip import cli; cli._run = lambda words: os.abort(); cli.main([])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGABRT
+    assert 'cli.py", line' in done.stderr.partition("Fatal Python error: Aborted")[2]

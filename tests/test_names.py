@@ -11,6 +11,14 @@ def test_the_nearest_name():
     assert did_you_mean("softmax", ["sigmoid", "attention"]) == ""
 
 
+def test_initials_are_near():
+    """Other trainers have the long name, or the short one."""
+    keys = ["model.lr_scale", "model.lr", "model.weight_decay"]
+    assert did_you_mean("model.learning_rate", keys) == "; nearest is 'model.lr'"
+    assert did_you_mean("model.wd", keys) == "; nearest is 'model.weight_decay'"
+    assert did_you_mean("d", ["depth"]) == ""
+
+
 @pytest.mark.parametrize(
     ("limits", "good", "bad", "expected"),
     [

@@ -72,7 +72,8 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 
 def _batches(plan: Mapping[str, Any]) -> Table:
-    table = _table("A step", "task", "samples", "per GPU", "image tokens", "text tokens", "captions", "read")
+    title = "A step: tokens of the longest, different captions, and how many samples were read for it"
+    table = _table(title, "task", "samples", "per GPU", "image tokens", "text tokens", "captions", "read")
     for task, of in plan["batches"].items():
         names = ("samples", "per_gpu", "image_tokens", "text_tokens", "distinct_captions", "read")
         table.add_row(task, *(f"{of[name]:,}" for name in names))

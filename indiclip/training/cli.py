@@ -23,6 +23,7 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.masking import mask, remember_variables
 from indiclip.module import MultiTask
 from indiclip.old_names import translate_config
+from indiclip.training import launch
 from indiclip.training.checks import check
 from indiclip.training.config_errors import ConfigError, OneLineParser, check_unmasked, check_yaml, one_line
 from indiclip.training.config_history import ConfigHistory, check_changes, plain
@@ -162,6 +163,8 @@ class IndiCLI(LightningCLI):
 
     def before_validate(self) -> None:
         check(self.model, self.datamodule, str(self.subcommand))
+        for callback in callbacks_of(self.trainer, SameOnAllRanks):
+            callback.before_meeting(self.trainer)
 
     before_test = before_predict = before_validate
 
@@ -262,8 +265,9 @@ def _say_left(interrupt: KeyboardInterrupt) -> int:
 def _say(error: Exception) -> int:
     """Print what a user can act on as one line. Returns the exit status; raises what is the program's own fault."""
     notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
-    lost = local_ranks.explain(error)
-    broken = workers.explain(error) or lost
+    apart = launch.explain(error)
+    lost = None if apart else local_ranks.explain(error)
+    broken = workers.explain(error) or apart or lost
     of_users = isinstance(error, OSError | ImportError | MisconfigurationException)
     if not (broken or of_users or (isinstance(error, ValueError) and not notes)):
         raise error

@@ -4,10 +4,15 @@ import hashlib
 import inspect
 import json
 import os
+import re
+import socket
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -19,6 +24,8 @@ from indiclip.module import MultiTask
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 
 _SECONDS_TO_SAY_WHY = 2.0
+_SECONDS_TO_RESOLVE = 60.0  # a cluster may come to know its first host some time after the others have started
+_SECONDS_TO_MEET = 60.0  # after which it is said that ranks are waited for; torch gives up after thirty minutes
 # Which Lightning reads where neither torchrun nor SLURM has started the processes.
 _OF_NODES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
@@ -57,6 +64,44 @@ def check_launch(num_nodes: int, devices: int) -> None:
             "expected torchrun or srun, or MASTER_ADDR, MASTER_PORT and NODE_RANK on every node; or, on one machine, "
             "--trainer.num_nodes 1"
         )
+    elif num_nodes > 1:
+        _check_number("MASTER_PORT", 1, 65535)
+        _check_number("NODE_RANK", 0, num_nodes - 1)
+        _check_host()
+
+
+def _check_number(name: str, least: int, most: int) -> None:
+    found = os.environ[name]
+    if not found.isdecimal() or not least <= int(found) <= most:
+        raise ValueError(f"{name}: found {found!r}; expected a number from {least} to {most}")
+
+
+def _check_host() -> None:
+    host, end = os.environ["MASTER_ADDR"], time.monotonic() + _SECONDS_TO_RESOLVE
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = error.strerror or error
+                raise ValueError(
+                    f"MASTER_ADDR: this machine knows no host {host!r} ({reason}); expected that of node 0"
+                ) from error
+            time.sleep(min(1.0, _SECONDS_TO_RESOLVE))
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for ranks that did not meet; None for any other error. Of torch 2.15's words; 2.11 has the same."""
+    if not isinstance(error, torch.distributed.DistError):
+        return None
+    if taken := re.search(r"failed to listen .* port: (\d+).* EADDRINUSE", str(error)):
+        return f"MASTER_PORT: another program on this machine has {taken[1]}; expected a free port"
+    if nobody := re.search(r"timed out .* trying to connect to \((.*), (\d+)\)", str(error)):
+        return f"MASTER_ADDR, MASTER_PORT: no rank 0 was found at {nobody[1]}:{nobody[2]}"
+    if missing := re.search(r"after (\d+) seconds waiting for clients. (\d+)/(\d+) clients joined", str(error)):
+        return f"only {missing[2]} of {missing[3]} ranks came in {missing[1]} seconds"
+    return None
 
 
 def speaks(message: str, is_consequence: bool = False) -> bool:
@@ -103,8 +148,18 @@ class SameOnAllRanks(Callback):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        self._waiting: threading.Timer | None = None
+
+    def before_meeting(self, trainer: Trainer) -> None:
+        """To be called before the trainer begins: torch waits half an hour for a rank, and says nothing."""
+        if trainer.world_size > 1 and trainer.local_rank == 0:
+            self._waiting = threading.Timer(_SECONDS_TO_MEET, _say_waiting, [trainer.world_size])
+            self._waiting.daemon = True
+            self._waiting.start()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
         if trainer.world_size == 1:
             return
         text = json.dumps(self.config, sort_keys=True, default=str)
@@ -117,6 +172,11 @@ class SameOnAllRanks(Callback):
                 raise AgreedStop(
                     trainer, f"the {what} of rank {', '.join(map(str, others))} is not that of rank 0; expected one", 2
                 )
+
+
+def _say_waiting(world: int) -> None:
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    print(f"indiclip: waiting for all of {world} ranks to meet at {place}", file=sys.stderr, flush=True)
 
 
 def _code(module: MultiTask) -> str:
