@@ -45,10 +45,15 @@ def test_held_out_data_averages_benchmark_and_bad_steps_are_those_of_ddp(tmp_pat
 
 
 def test_bfloat16_is_that_of_autocast(tmp_path):
-    """Only matrices travel in bfloat16, to which autocast casts them: what is computed is the same."""
+    """Only matrices travel in bfloat16, to which autocast casts them: what is computed is the same.
+
+    Gradients are not clipped: their norm is summed in another order, and what that rounds otherwise may round a weight's
+    bfloat16 otherwise in the next step.
+    """
     found = {}
     for name, strategy in {"ddp": "ddp", "sharded": sharded(1, 2)}.items():
         tree = ten_steps(strategy)
+        del tree["trainer"]["gradient_clip_val"]
         tree["model"]["optimizer"] = {"class_path": "torch.optim.SGD"}
         done, found[name] = fitted(tmp_path / name, tree, 2, "--trainer.precision", "bf16-mixed")
         assert done.returncode == 0, done.stderr
