@@ -5,7 +5,6 @@ Shape letters: see `indiclip.packing`; R rows in which packed texts travel.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from indiclip.packing import Packing, reopened_by
 
 _NAME = "indiclip_packed"
-_packing: ContextVar[Packing] = ContextVar(_NAME)
 
 
 def packed_states(model: Any, ids_BT: Tensor, packing: Packing, first_position: int) -> Tensor:
@@ -44,14 +42,14 @@ def packed_states(model: Any, ids_BT: Tensor, packing: Packing, first_position: 
 @contextmanager
 def _attending(config: Any, packing: Packing) -> Iterator[None]:
     _register()
-    before, token = config._attn_implementation, _packing.set(packing)
-    config._attn_implementation = _NAME
+    before = config._attn_implementation
+    config._attn_implementation, config.indiclip_packing = _NAME, packing
     try:
         with reopened_by(partial(_attending, config, packing)):
             yield
     finally:
         config._attn_implementation = before
-        _packing.reset(token)
+        del config.indiclip_packing
 
 
 @cache
@@ -75,7 +73,7 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """As transformers asks for it: (R, T, H, C), and no weights."""
-    packing = _packing.get()
+    packing = module.config.indiclip_packing  # where torch 2.11 can trace it too, unlike a ContextVar
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     grouped: dict[str, Any] = {"enable_gqa": True} if key_RHTC.shape[1] != query_RHTC.shape[1] else {}
     total, rows, width = len(packing.rows_T), query_RHTC.shape[0], query_RHTC.shape[2]

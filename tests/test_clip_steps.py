@@ -7,47 +7,27 @@ import pytest
 import torch
 from torch import nn
 
-from heads.contrastive import Contrastive
-from indiclip.backbone import NaFlexViT
-from indiclip.encoder import Encoder
-from indiclip.pretrained.open_clip_images import transformer_tensors as image_tensors
-from indiclip.pretrained.open_clip_texts import transformer_tensors as text_tensors
 from indiclip.tokenizers import FastTokenizer
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
-from _clip_steps import CONTEXT, Ours, Shape, Theirs, drawn, load_open_clip, normalised, our_batch  # noqa: E402
+from _clip_steps import CONTEXT, Ours, Shape, Theirs, drawn, load_open_clip, normalised, our_batch, our_names  # noqa: E402
 
 pytest.importorskip("open_clip")
 SHAPE = Shape(32, 2, 2, 8, 32, 24, 2, 2, 16)
-
-
-def our_names(tensors, end, copies):
-    """OpenCLIP's tensors by our names; of its two ids that end a text, ours has one."""
-    text = {name: tensor for name, tensor in tensors.items() if not name.startswith(("visual.", "logit_scale"))}
-    table = text["token_embedding.weight"].clone()
-    table[end] = table[-1] if copies else table[end] + table[-1]
-    image = {name.removeprefix("visual."): tensor for name, tensor in tensors.items() if name.startswith("visual.")}
-    return image_tensors(image) | text_tensors(text | {"token_embedding.weight": table[:-1]})
 
 
 def test_with_equal_weights_a_step_is_openclips():
     """Oracle: OpenCLIP's CLIP and ClipLoss. Loss and all gradients, in float64; captions of several lengths."""
     torch.manual_seed(0)
     tokenizer = FastTokenizer(str(TOOLS.parent / "conf" / "tokenizers" / "mela.json"), CONTEXT)
-    end = tokenizer.encode(["a"])[0][-1]
-    theirs, ours = Theirs(SHAPE, tokenizer, load_open_clip()).double(), Ours(SHAPE, tokenizer)
-    options = {"norm_eps": 1e-5, "class_token": True, "pre_norm": True, "pos_embed_grid_size": [4, 4]}
-    backbone = NaFlexViT(width=32, depth=2, num_heads=2, patch_size=8, options=options)
-    ours.encoder = Encoder(backbone, ours.encoder.text, SHAPE.embed, [], pool="mean", text_pool="eos")
-    ours.head = Contrastive(loss="softmax")
-    ours.head.bind(ours.encoder)
-    ours.double()
+    theirs = Theirs(SHAPE, tokenizer, load_open_clip()).double()
     for parameter in theirs.parameters():  # no bias is zero, so that each matters
         if parameter.ndim == 1:
             nn.init.normal_(parameter, parameter.mean().item(), 0.1)
-    ours.encoder.load_state_dict(our_names(dict(theirs.model.named_parameters()), end, copies=True))
+    ours = Ours(SHAPE, tokenizer, like=theirs).double()
+    ours.encoder.load_state_dict(our_names(theirs, dict(theirs.model.named_parameters())))  # in float64
 
     scenes = drawn(SHAPE.pixels, 6)
     samples = [scenes[i] for i in range(6)]
@@ -58,7 +38,7 @@ def test_with_equal_weights_a_step_is_openclips():
     expected.backward()
 
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)  # the pixels are normalised in float32
-    gradients = our_names({name: p.grad for name, p in theirs.model.named_parameters()}, end, copies=False)
+    gradients = our_names(theirs, {name: p.grad for name, p in theirs.model.named_parameters()}, gradients=True)
     gradients["backbone.vit.embeds.cls_token"] = theirs.model.visual.class_embedding.grad.reshape(1, 1, -1)
     for name, parameter in ours.encoder.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -72,7 +52,7 @@ def test_a_clip_text_tower_starts_as_openclips():
     shape = Shape(32, 2, 2, 8, 32, 96, 3, 3, 16)
     tokenizer = FastTokenizer(str(TOOLS.parent / "conf" / "tokenizers" / "mela.json"), CONTEXT)
     theirs, ours = Theirs(shape, tokenizer, load_open_clip()), Ours(shape, tokenizer)
-    expected = our_names(dict(theirs.model.named_parameters()), 2, copies=True)
+    expected = our_names(theirs, dict(theirs.model.named_parameters()))
     matrices = {name: p for name, p in ours.encoder.named_parameters() if ".layers." in name and p.ndim == 2}
     assert len(matrices) == 3 * 6
     for name, matrix in matrices.items():

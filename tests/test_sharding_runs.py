@@ -47,8 +47,8 @@ def test_held_out_data_averages_benchmark_and_bad_steps_are_those_of_ddp(tmp_pat
 def test_bfloat16_is_that_of_autocast(tmp_path):
     """Only matrices travel in bfloat16, to which autocast casts them: what is computed is the same.
 
-    Gradients are not clipped: their norm is summed in another order, and what that rounds otherwise may round a weight's
-    bfloat16 otherwise in the next step.
+    Gradients are not clipped: their norm is summed in another order, and what that rounds otherwise may round a
+    weight's bfloat16 otherwise in the next step.
     """
     found = {}
     for name, strategy in {"ddp": "ddp", "sharded": sharded(1, 2)}.items():

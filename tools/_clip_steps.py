@@ -25,6 +25,8 @@ from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.planning.cpu import clock
 from indiclip.preprocessing import Preprocessing
+from indiclip.pretrained.open_clip_images import transformer_tensors as image_tensors
+from indiclip.pretrained.open_clip_texts import transformer_tensors as text_tensors
 from indiclip.text import TextTower
 from indiclip.tokenizers import Tokenizer
 
@@ -53,20 +55,34 @@ L14 = Shape(1024, 24, 16, 14, 224, 768, 12, 12, 768)
 
 
 class Ours(nn.Module):
-    """Our encoder and its contrastive head, with a text tower of OpenCLIP's shape."""
+    """Our encoder and its contrastive head, with a text tower of OpenCLIP's shape.
 
-    def __init__(self, shape: Shape, tokenizer: Tokenizer) -> None:
+    Args:
+        shape: Of the towers.
+        tokenizer: Of the captions.
+        like: With its image tower too (a class token, a norm before the first block), and its weights.
+    """
+
+    def __init__(self, shape: Shape, tokenizer: Tokenizer, like: Theirs | None = None) -> None:
         super().__init__()
         architecture = {
             "model_type": "clip_text_model", "hidden_size": shape.text_width, "num_hidden_layers": shape.text_depth,
             "num_attention_heads": shape.text_heads, "intermediate_size": 4 * shape.text_width,
             "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "gelu",
         }  # fmt: skip
-        backbone = NaFlexViT(width=shape.width, depth=shape.depth, num_heads=shape.heads, patch_size=shape.patch)
+        options: dict[str, Any] = {}
+        if like is not None:
+            grid = shape.pixels // shape.patch
+            options = {"norm_eps": 1e-5, "class_token": True, "pre_norm": True, "pos_embed_grid_size": [grid, grid]}
+        backbone = NaFlexViT(
+            width=shape.width, depth=shape.depth, num_heads=shape.heads, patch_size=shape.patch, options=options
+        )
         text = TextTower(tokenizer, architecture)
         self.encoder = Encoder(backbone, text, shape.embed, [], pool="mean", text_pool="eos")
         self.head = Contrastive(loss="softmax")
         self.head.bind(self.encoder)
+        if like is not None:
+            self.encoder.load_state_dict(our_names(like, dict(like.model.named_parameters())))
 
     def loss(self, batch: Any, keys: bool = False) -> Tensor:
         """Of a task's batch, as the loader gives it; with `keys` also as training does it.
@@ -85,6 +101,18 @@ class Ours(nn.Module):
         """Cosines (B, C) of images and names."""
         tokens = images[0].shape[0] * images[0].shape[1] // self.encoder.backbone.patch_size**2
         return self.encoder.embed_image(images, max_tokens=tokens) @ self.encoder.embed_text(names).T
+
+
+def our_names(theirs: Theirs, tensors: dict[str, Tensor], gradients: bool = False) -> dict[str, Tensor]:
+    """OpenCLIP's parameters, or their gradients, by our names.
+
+    Its table of tokens has two ids that end a text, of which it reads the last; ours has the first alone.
+    """
+    text = {name: tensor for name, tensor in tensors.items() if not name.startswith(("visual.", "logit_scale"))}
+    table, end = text["token_embedding.weight"].clone(), theirs.tokenizer.encode(["a"])[0][-1]
+    table[end] = table[-1] + (table[end] if gradients else 0)
+    image = {name.removeprefix("visual."): tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+    return image_tensors(image) | text_tensors(text | {"token_embedding.weight": table[:-1]})
 
 
 class Theirs(nn.Module):

@@ -4,12 +4,11 @@
     OMP_NUM_THREADS=1 python tools/bench_accuracy.py --open-clip open_clip/src    # and its main branch
     OMP_NUM_THREADS=1 python tools/bench_accuracy.py --arms ours "ours, label-aware" --seeds 0 1 2
 
-All arms learn from the same drawn images and captions in the same order, 64 px, with the same shape of towers (mean of
-the image's tokens, the text's last one), tokenizer, batch, optimizer, learning rates and number of steps. OpenCLIP's
-image tower has a class token and a norm before its first block besides. Each side starts with its own weights, and
-decays those that its own training decays. Held out are images of 17 kinds with their names. Each arm's accuracy is
-measured now and then, which is not counted; what is counted are the seconds of its training steps on the processor;
-workers tokenise and prepare images, on both sides. Arms take turns step by step.
+All arms learn from the same drawn images and captions in the same order, 64 px, with the same towers (OpenCLIP's: mean
+of the image's tokens, the text's last one), the same weights at the start, tokenizer, batch, optimizer, learning rates
+and number of steps. Each side decays the weights that its own training decays. Held out are images of 17 kinds with
+their names. Each arm's accuracy is measured now and then, which is not counted; what is counted are the seconds of its
+training steps on the processor; workers tokenise and prepare images, on both sides. Arms take turns step by step.
 
 The target is the mean accuracy that the installed OpenCLIP has in the last quarter of its steps; an arm reaches it at
 the first measurement from which the mean of three is no lower. One seed says little: the same model from other initial
@@ -115,8 +114,8 @@ class Drawn:
 
 def arms_of(arguments: argparse.Namespace, seed: int, tokenizer: Tokenizer) -> tuple[dict[str, Arm], dict[str, Any]]:
     """The arms, and what each of them is given: our share of dropped patches, or OpenCLIP's model."""
-    makers: dict[str, Callable[[], Any]] = {name: partial(Ours, SHAPE, tokenizer) for name in OURS}
     released = partial(Theirs, SHAPE, tokenizer, load_open_clip())
+    makers: dict[str, Callable[[], Any]] = {name: lambda: Ours(SHAPE, tokenizer, like=released()) for name in OURS}
     makers |= {"open_clip": released, "open_clip, half of the patches": partial(released, patch_dropout=0.5)}
     if arguments.open_clip:
         main = load_open_clip(arguments.open_clip)
@@ -126,7 +125,7 @@ def arms_of(arguments: argparse.Namespace, seed: int, tokenizer: Tokenizer) -> t
         raise SystemExit(f"--arms: found {', '.join(sorted(unknown))}; expected some of {', '.join(makers)}")
     made, arms = {}, {}
     for name in filter(wanted.__contains__, makers):
-        torch.manual_seed(seed)  # so that an arm starts alike, whichever run beside it
+        torch.manual_seed(seed)  # so that all start alike
         model = made[name] = makers[name]()
         if isinstance(model, Ours):
             loss: Callable[[Any], Tensor] = partial(model.loss, keys=name == "ours, label-aware")
