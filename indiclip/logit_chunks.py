@@ -182,9 +182,9 @@ class LogitChunks:
             for rows in self.rows:
                 yield Chunk(self, rows, columns, text)
             if gradients:
-                sent += map(_arrived, sending)
+                sent += [_arrived(part) for part in sending]
                 sending = [_sum_home(text.pull_back(self.shares))]
-        sent += map(_arrived, sending)
+        sent += [_arrived(part) for part in sending]
         self.text_gradients = sent
 
     def gradients(self) -> list[Tensor]:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from indiclip import packing
+from indiclip.types import Features
 
 # What is called from outside beside `forward`, and reads weights. None calls another one of the same part, at whose end
 # the weights would go. What comes after these in a step finds them gathered: the encoder's projections, and a head's
@@ -24,6 +26,9 @@ from indiclip import packing
 _ENTRIES = ("training_step", "predictions", "pool_features", "pool_text", "pool", "loss", "predict")
 _KEEPS = "_keeps_weights"  # mark of a part that stays gathered until its backward pass
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
+
+# Before torch 2.15 FSDP2 finds the tensors of a result, before whose gradients it gathers weights, in pytrees alone.
+register_dataclass(Features)
 
 
 def shard(

@@ -73,7 +73,7 @@ ARROWS = {
     "transformers_backbone.py": "types names preprocessing backbone text",
     "pooling.py": "names distributed",
     "distributed.py": "",
-    "sharding.py": "packing",
+    "sharding.py": "types packing",
     "float8.py": "names sharding",
     "ratios.py": "distributed",
     "autograd.py": "",

@@ -26,7 +26,14 @@ from indiclip.planning.parts import IMAGE_TOWER, blocks, parts_of
 from indiclip.ratios import over_all_ranks
 from indiclip.types import Batch, Features
 
-_OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch's table lacks the one that writes into its input
+_aten = torch.ops.aten
+_OUT_OF_PLACE = {_aten.addmm_: _aten.addmm}  # torch's table lacks the one that writes into its input
+# And before 2.15 attention on a CPU.
+for _pass in ("", "_backward"):
+    _flash = getattr(_aten, f"_scaled_dot_product_flash_attention{_pass}")
+    flop_registry.setdefault(
+        getattr(_aten, f"_scaled_dot_product_flash_attention_for_cpu{_pass}"), flop_registry[_flash]
+    )
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ class OperatorCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is _aten._local_scalar_dense.default:
             read = self._known.read(args[0])
             if (read := self._read_as if read is None else read) is not None:
                 return read

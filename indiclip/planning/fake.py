@@ -49,7 +49,8 @@ class HostValues:
     def read(self, fake: Tensor) -> Any:
         """The number in a tensor of one; None where it is not known."""
         real = self._of.get(fake)
-        return None if real is None else real.item()
+        with unset_fake_temporarily():
+            return None if real is None else real.item()
 
     def _real(self, value: Any) -> Any:
         return self._of[value] if isinstance(value, FakeTensor) else value
