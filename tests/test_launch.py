@@ -196,8 +196,29 @@ def test_more_groups_than_shards_is_one_line_and_more_ranks_are_not(strategy, tm
     words = written(tmp_path, tree)
     ended = as_ranks(lambda: run([*words, "--data.val", "[]"]), tmp_path)
     assert ended.returncode == 2
-    (line,) = set(lines(ended.stderr))  # without torchrun's store each rank says it
+    (line,) = set(lines(ended.stderr))  # found before they meet; torchrun's own store would let one of them say it
     assert "shard_groups of task 'contrastive' is 2, but the source has 1 shards with samples; expected at" in line
+
+
+def test_of_ranks_that_have_met_one_says_why(tmp_path):
+    """What each finds by itself then, such as a batch that they cannot share out."""
+    words = written(tmp_path, config(trainer__devices=2))
+    ended = as_ranks(lambda: run([*words, "--data.train.batch_size", "5"]), tmp_path)
+    assert ended.returncode == 2
+    (line,) = lines(ended.stderr)
+    assert "must be a multiple of the 2 ranks, such as 6" in line
+
+
+def test_of_slurms_ranks_the_first_is_given_time_to_say_why(monkeypatch):
+    """With whose end srun ends the others."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    waited = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+    for rank in "01":
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        assert launch.speaks("no such option")
+    assert waited == [launch._SECONDS_TO_SAY_WHY]
 
 
 def test_of_torchruns_ranks_one_says_why_and_none_that_another_is_gone(monkeypatch):

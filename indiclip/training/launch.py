@@ -16,7 +16,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 import indiclip
 from indiclip.distributed import gathered
@@ -105,7 +105,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def speaks(message: str, is_consequence: bool = False) -> bool:
-    """Whether this process is the first of the run to say this; of those of torchrun, which has a store for all.
+    """Whether this process is the first of the run to say this. Ranks that have not met yet do not know.
 
     Before training every rank finds what is wrong by itself, mostly the same.
 
@@ -113,11 +113,12 @@ def speaks(message: str, is_consequence: bool = False) -> bool:
         message: Without what each rank says otherwise.
         is_consequence: Of another rank's end, which is said only where no rank has said why.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False)
+        store = _store()
+        if store is None:
+            if SLURMEnvironment.detect() and os.environ.get("SLURM_PROCID", "0") != "0":
+                time.sleep(_SECONDS_TO_SAY_WHY)  # srun ends this one when the first has said why
+            return True
         of_start = f"indiclip/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if not is_consequence:
             store.set(f"{of_start}/why", "said")
@@ -129,7 +130,17 @@ def speaks(message: str, is_consequence: bool = False) -> bool:
         return True
 
 
-def _is_set(store: TCPStore, key: str) -> bool:
+def _store() -> Store | None:
+    """Which all ranks ask: torchrun's, or that over which they have met. None before they have."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(host, port, is_master=False, wait_for_workers=False)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return torch.distributed.distributed_c10d._get_default_store()  # private; torch 2.11 and 2.15 have it
+    return None
+
+
+def _is_set(store: Store, key: str) -> bool:
     """Whether it is in a store, or is soon: the rank that ended first may still be about to say why."""
     end = time.monotonic() + _SECONDS_TO_SAY_WHY
     while not store.check([key]):
