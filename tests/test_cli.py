@@ -61,6 +61,11 @@ def test_lightning_says_whose_the_other_words_are(monkeypatch, capsys):
     assert "belongs to the package lightning-sdk, which is not installed" in capsys.readouterr().err
 
 
+def test_a_flag_for_one_item_of_a_list_is_told_where_items_are_changed(tmp_path, capsys):
+    assert fit(tmp_path, config(), "--data.train[0].batch_size", "8") == 2
+    assert "data.train: items of a list are changed in a --config" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
