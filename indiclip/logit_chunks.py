@@ -172,6 +172,7 @@ class LogitChunks:
 
     def walk(self, gradients: bool) -> Iterator[Chunk]:
         """Every chunk, in turn. With `gradients`, each chunk must be given its own for all lengths, in one walk."""
+        # Without `map`, at which torch 2.11 breaks a graph.
         sending: list[Tensor] = []
         sent: list[Tensor] = []
         arriving = _gather(self.text_BE[self.columns[0]])

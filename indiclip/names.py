@@ -10,8 +10,9 @@ from typing import Any
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A hint such as `; nearest is 'caption'`, or nothing where none is near. `learning_rate` and `lr` are near."""
     valid = list(valid)
-    short = [other for other in valid if other == _initials(name) or name == _initials(other)]
-    near = short or difflib.get_close_matches(name, valid, n=1)
+    short = [other for other in valid if name and other and (other == _initials(name) or name == _initials(other))]
+    # A slip of the pen is nearer than an abbreviation, which is nearer than a name that is like it.
+    near = difflib.get_close_matches(name, valid, 1, 0.8) or short or difflib.get_close_matches(name, valid, 1)
     return f"; nearest is {near[0]!r}" if near else ""
 
 

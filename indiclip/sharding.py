@@ -28,6 +28,7 @@ _KEEPS = "_keeps_weights"  # mark of a part that stays gathered until its backwa
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 # Before torch 2.15 FSDP2 finds the tensors of a result, before whose gradients it gathers weights, in pytrees alone.
+# Private to torch; tried with 2.11 and 2.15.
 register_dataclass(Features)
 
 

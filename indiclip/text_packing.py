@@ -42,14 +42,15 @@ def packed_states(model: Any, ids_BT: Tensor, packing: Packing, first_position: 
 @contextmanager
 def _attending(config: Any, packing: Packing) -> Iterator[None]:
     _register()
-    before = config._attn_implementation
+    before, outer = config._attn_implementation, getattr(config, "indiclip_packing", None)
     config._attn_implementation, config.indiclip_packing = _NAME, packing
     try:
         with reopened_by(partial(_attending, config, packing)):
             yield
     finally:
-        config._attn_implementation = before
-        del config.indiclip_packing
+        config._attn_implementation, config.indiclip_packing = before, outer
+        if outer is None:
+            del config.indiclip_packing
 
 
 @cache

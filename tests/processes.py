@@ -205,7 +205,7 @@ def as_ranks(work: Callable[[], int], folder: Path, world: int = 2) -> Ended:
 
 
 def free_port() -> int:
-    """One that the system gives nobody who asks for any: it is seconds until the first rank listens."""
+    """One that Linux gives nobody who asks for any (32,768 and above): it is seconds until the first rank listens."""
     while True:
         port = 10_000 + secrets.randbelow(20_000)
         with socket.socket() as chosen, contextlib.suppress(OSError):

@@ -127,7 +127,8 @@ def test_other_backbones_have_no_graph_breaks(tmp_path, family):
     expected = backbone(images).tokens_BND
     compile_blocks([backbone])
     torch.testing.assert_close(backbone(images).tokens_BND[0], expected[0])
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # torch 2.11 compiles blocks with rotary positions twice
+    twice = family == "naflex, rope" and torch.__version__ < "2.15"  # blocks with rotary positions
+    assert counters["stats"]["unique_graphs"] == 1 + twice
     assert not counters["graph_break"]
 
 

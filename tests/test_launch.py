@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import time
 from datetime import timedelta
 
 import pytest
@@ -80,6 +81,7 @@ def test_nodes_that_nobody_started_are_not_waited_for(unset, tmp_path, monkeypat
         ("MASTER_PORT", "70000", "'70000'; expected a number from 1 to 65535"),
         ("NODE_RANK", "2", "'2'; expected a number from 0 to 1"),
         ("MASTER_ADDR", "nowhere.invalid", "no host 'nowhere.invalid'"),
+        ("MASTER_ADDR", "a..b", "no host 'a..b'"),
     ],
 )
 def test_nodes_that_cannot_meet_are_told_which_variable_is_wrong(name, value, said, tmp_path, monkeypatch, capsys):
@@ -94,7 +96,8 @@ def test_nodes_that_cannot_meet_are_told_which_variable_is_wrong(name, value, sa
 
 @pytest.mark.parametrize("taken", [True, False], ids=["port taken", "other node missing"])
 def test_a_node_that_waits_says_so_and_one_whose_port_is_taken_ends(taken, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_SECONDS_TO_MEET", 0.5)
+    if not taken:
+        monkeypatch.setattr(launch, "_SECONDS_TO_MEET", 0.5)
     words = [*written(tmp_path, config(trainer__num_nodes=2, trainer__devices=1)), "--trainer.strategy", "ddp"]
     port, error = free_port(), tmp_path / "err"
     with socket.socket() as other:
@@ -106,7 +109,7 @@ def test_a_node_that_waits_says_so_and_one_whose_port_is_taken_ends(taken, tmp_p
         with forked(lambda: run(words), tmp_path) as node:
             if taken:
                 assert dict(as_they_end([node])) == {node: 1}
-                said = f"MASTER_PORT: another program on this machine has {port}; expected a free port"
+                said = f"MASTER_PORT: rank 0 cannot listen at {port}: address already in use; expected a free port"
             else:
                 wait_until(lambda: error.is_file() and "waiting" in error.read_text())
                 said = f"waiting for all of 2 ranks to meet at 127.0.0.1:{port}"
@@ -201,7 +204,20 @@ def test_more_groups_than_shards_is_one_line_and_more_ranks_are_not(strategy, tm
 
 
 def test_of_ranks_that_have_met_one_says_why(tmp_path):
-    """What each finds by itself then, such as a batch that they cannot share out."""
+    """Also where the first, which has their store, is at its end before the other asks."""
+
+    def say():
+        torch.distributed.init_process_group("gloo")
+        time.sleep(0.3 * torch.distributed.get_rank())
+        print("says it" if launch.speaks("a batch that cannot be shared out") else "does not")
+        launch.wait_for_others()
+        return 0
+
+    assert as_ranks(say, tmp_path).stdout.splitlines() == ["says it", "does not"]
+
+
+def test_a_batch_that_ranks_cannot_share_out_is_one_line(tmp_path):
+    """Found by each of them when they have met."""
     words = written(tmp_path, config(trainer__devices=2))
     ended = as_ranks(lambda: run([*words, "--data.train.batch_size", "5"]), tmp_path)
     assert ended.returncode == 2

@@ -61,8 +61,10 @@ def test_head_sees_the_first_line_only(tmp_path):
     assert done.stdout.startswith("usage: indiclip shards stats")
 
 
-def test_a_process_that_native_code_aborts_says_where_it_was():
+def test_a_process_that_native_code_aborts_says_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONFAULTHANDLER", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     code = "import os; from indiclip import cli; cli._run = lambda words: os.abort(); cli.main([])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGABRT
     assert 'cli.py", line' in done.stderr.partition("Fatal Python error: Aborted")[2]

@@ -17,6 +17,9 @@ def test_initials_are_near():
     assert did_you_mean("model.learning_rate", keys) == "; nearest is 'model.lr'"
     assert did_you_mean("model.wd", keys) == "; nearest is 'model.weight_decay'"
     assert did_you_mean("d", ["depth"]) == ""
+    assert did_you_mean("image_pth", ["ip", "image_path"]) == "; nearest is 'image_path'"
+    assert did_you_mean("captoin", ["", "caption"]) == "; nearest is 'caption'"  # pandas' column without a name
+    assert did_you_mean("", ["abc", "caption"]) == ""
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,14 @@ from indiclip.types import Batch, Features
 
 _aten = torch.ops.aten
 _OUT_OF_PLACE = {_aten.addmm_: _aten.addmm}  # torch's table lacks the one that writes into its input
-# And before 2.15 attention on a CPU.
-for _pass in ("", "_backward"):
-    _flash = getattr(_aten, f"_scaled_dot_product_flash_attention{_pass}")
-    flop_registry.setdefault(
-        getattr(_aten, f"_scaled_dot_product_flash_attention_for_cpu{_pass}"), flop_registry[_flash]
-    )
+# Before 2.15 the table lacks attention on a CPU, whose arguments are those of CUDA's.
+flop_registry.setdefault(
+    _aten._scaled_dot_product_flash_attention_for_cpu, flop_registry[_aten._scaled_dot_product_flash_attention]
+)
+flop_registry.setdefault(
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    flop_registry[_aten._scaled_dot_product_flash_attention_backward],
+)
 
 
 @dataclass(frozen=True)

@@ -163,16 +163,20 @@ class IndiCLI(LightningCLI):
 
     def before_validate(self) -> None:
         check(self.model, self.datamodule, str(self.subcommand))
-        for callback in callbacks_of(self.trainer, SameOnAllRanks):
-            callback.before_meeting(self.trainer)
+        self._before_meeting()
 
     before_test = before_predict = before_validate
 
     def before_fit(self) -> None:
         self.model.check_trainer(self.trainer)
-        self.before_validate()
+        check(self.model, self.datamodule, str(self.subcommand))
         assert self.folder is not None
         lock(self.folder)
+        self._before_meeting()
+
+    def _before_meeting(self) -> None:
+        for callback in callbacks_of(self.trainer, SameOnAllRanks):
+            callback.before_meeting(self.trainer)
 
     def after_fit(self) -> None:
         for record in callbacks_of(self.trainer, RunRecord):
@@ -274,6 +278,7 @@ def _say(error: Exception) -> int:
     line = mask(f"indiclip: {' '.join([broken or one_line(error), *notes])}")
     if speaks(lost or line, is_consequence=lost is not None):
         print(line, file=sys.stderr)
+    launch.wait_for_others()
     return 1 if broken or notes else 2
 
 

@@ -84,7 +84,9 @@ def explain(message: str) -> str:
     types = dict.fromkeys(found[1] for line in lines if (found := _OTHER_TYPE.match(line)))
     if all(types) and len(types) == len({*lines}) and (given := re.search(r"Given value: (.*)", message)):
         reason = f"expected {' or '.join(types)}; found {given[1]}"
-    if item := re.search(r"unrecognized arguments: -*([\w.]+)\[\d+\]", reason):
+    if item := re.search(
+        r"unrecognized arguments: -*(data\.(?:train|val)|model\.heads|trainer\.callbacks)\[\d+\]", reason
+    ):
         return f"{item[1]}: items of a list are changed in a --config, which gives all of them; --{item[1]}+ adds one"
     if option := re.search(r"(?:[Oo]ption '|unrecognized arguments: -*)([\w.]+)", reason):
         name = option[1].partition(".")[0]

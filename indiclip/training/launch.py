@@ -24,6 +24,7 @@ from indiclip.module import MultiTask
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 
 _SECONDS_TO_SAY_WHY = 2.0
+_ASKED = "indiclip/asked"  # in the store: how many ranks have
 _SECONDS_TO_RESOLVE = 60.0  # a cluster may come to know its first host some time after the others have started
 _SECONDS_TO_MEET = 60.0  # after which it is said that ranks are waited for; torch gives up after thirty minutes
 # Which Lightning reads where neither torchrun nor SLURM has started the processes.
@@ -39,7 +40,7 @@ def check_launch(num_nodes: int, devices: int) -> None:
 
     Raises:
         ValueError: Not so many processes were started: those that the trainer does not know of would each train for
-            themselves, in one folder; others would be waited for.
+            themselves, in one folder; others would be waited for. Or a variable by which nodes meet is wrong.
     """
     found = f"{num_nodes} x {devices}"
     if TorchElasticEnvironment.detect():
@@ -77,27 +78,29 @@ def _check_number(name: str, least: int, most: int) -> None:
 
 
 def _check_host() -> None:
-    host, end = os.environ["MASTER_ADDR"], time.monotonic() + _SECONDS_TO_RESOLVE
+    host, end, told = os.environ["MASTER_ADDR"], time.monotonic() + _SECONDS_TO_RESOLVE, False
     while True:
         try:
             socket.getaddrinfo(host, None)
             return
-        except OSError as error:
-            if time.monotonic() > end:
-                reason = error.strerror or error
-                raise ValueError(
-                    f"MASTER_ADDR: this machine knows no host {host!r} ({reason}); expected that of node 0"
-                ) from error
-            time.sleep(min(1.0, _SECONDS_TO_RESOLVE))
+        except (OSError, UnicodeError) as error:
+            line = f"MASTER_ADDR: this machine knows no host {host!r} ({error})"
+            if isinstance(error, UnicodeError) or time.monotonic() >= end:
+                raise ValueError(f"{line}; expected that of node 0") from error
+            if not told:
+                seconds = f"{_SECONDS_TO_RESOLVE:.0f} s"
+                print(f"indiclip: {line}; asking again for {seconds}", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(1.0)
 
 
 def explain(error: BaseException) -> str | None:
     """One line for ranks that did not meet; None for any other error. Of torch 2.15's words; 2.11 has the same."""
     if not isinstance(error, torch.distributed.DistError):
         return None
-    if taken := re.search(r"failed to listen .* port: (\d+).* EADDRINUSE", str(error)):
-        return f"MASTER_PORT: another program on this machine has {taken[1]}; expected a free port"
-    if nobody := re.search(r"timed out .* trying to connect to \((.*), (\d+)\)", str(error)):
+    if taken := re.search(r"failed to listen .* port: (\d+).* message: ([^.]*)", str(error)):
+        return f"MASTER_PORT: rank 0 cannot listen at {taken[1]}: {taken[2]}; expected a free port"
+    if nobody := re.search(r"(?:trying to connect to|any network address of) \(([^,]*), (\d+)\)", str(error)):
         return f"MASTER_ADDR, MASTER_PORT: no rank 0 was found at {nobody[1]}:{nobody[2]}"
     if missing := re.search(r"after (\d+) seconds waiting for clients. (\d+)/(\d+) clients joined", str(error)):
         return f"only {missing[2]} of {missing[3]} ranks came in {missing[1]} seconds"
@@ -105,9 +108,10 @@ def explain(error: BaseException) -> str | None:
 
 
 def speaks(message: str, is_consequence: bool = False) -> bool:
-    """Whether this process is the first of the run to say this. Ranks that have not met yet do not know.
+    """Whether this process is the first of the run to say this.
 
-    Before training every rank finds what is wrong by itself, mostly the same.
+    Before training every rank finds what is wrong by itself, mostly the same. Ranks that have not met yet, or whose
+    store is gone, do not know of each other, and each says it.
 
     Args:
         message: Without what each rank says otherwise.
@@ -117,7 +121,7 @@ def speaks(message: str, is_consequence: bool = False) -> bool:
         store = _store()
         if store is None:
             if SLURMEnvironment.detect() and os.environ.get("SLURM_PROCID", "0") != "0":
-                time.sleep(_SECONDS_TO_SAY_WHY)  # srun ends this one when the first has said why
+                time.sleep(_SECONDS_TO_SAY_WHY)  # srun --kill-on-bad-exit ends it when the first has said why
             return True
         of_start = f"indiclip/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if not is_consequence:
@@ -125,6 +129,7 @@ def speaks(message: str, is_consequence: bool = False) -> bool:
         elif _is_set(store, f"{of_start}/why"):
             return False
         said: int = store.add(f"{of_start}/{hashlib.sha256(message.encode()).hexdigest()}", 1)
+        store.add(_ASKED, 1)
         return said == 1
     except (KeyError, ValueError, RuntimeError):  # torch's own of a store that is gone
         return True
@@ -138,6 +143,15 @@ def _store() -> Store | None:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         return torch.distributed.distributed_c10d._get_default_store()  # private; torch 2.11 and 2.15 have it
     return None
+
+
+def wait_for_others() -> None:
+    """Let the other ranks ask, for a moment, where this process has the store: it goes with it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or (store := _store()) is None:
+        return
+    world, end = torch.distributed.get_world_size(), time.monotonic() + _SECONDS_TO_SAY_WHY
+    while torch.distributed.get_rank() == 0 and store.add(_ASKED, 0) < world and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _is_set(store: Store, key: str) -> bool:
@@ -167,6 +181,10 @@ class SameOnAllRanks(Callback):
             self._waiting = threading.Timer(_SECONDS_TO_MEET, _say_waiting, [trainer.world_size])
             self._waiting.daemon = True
             self._waiting.start()
+
+    def on_exception(self, *_: Any) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._waiting is not None:
