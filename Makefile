@@ -1,5 +1,6 @@
 # make demo   set up, train all four tasks on generated scenes, write runs/quickstart/report.html
 # make test   set up, run the tests
+# make oldest the same with the oldest torch that pyproject.toml allows
 # make lint   what CI checks besides the tests
 # make lock   renew requirements.lock
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test oldest lint lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -18,6 +19,11 @@ demo: $(VENV)/.installed
 # begins with whole files, so that what a file's tests share is made once, and takes from the others when it is done.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet "torch==$$(sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.*/p' pyproject.toml)" -e '.[test]'
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -46,4 +52,4 @@ lock:
 		--no-emit-find-links --no-header --no-annotate -o requirements.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-oldest
