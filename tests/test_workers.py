@@ -253,16 +253,15 @@ def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_refused(length
 
 
 def test_a_killed_worker_of_one_rank_ends_both(tmp_path):
-    """Both say so, though Lightning's thread that watches the second rank would end the run without a word.
+    """And one says why, though Lightning's thread that watches the second rank would end the run without a word.
 
-    And `two_ranks` looks that no worker outlives them.
+    The other is silent where it can still ask; that no worker outlives them is looked at by `two_ranks`.
     """
     done, _ = two_ranks(tmp_path, trouble("killed"), started_by="lightning")
     assert done.returncode == 1, done.stderr
-    lines = sorted(line for line in done.stderr.splitlines() if line.startswith("indiclip: "))
-    assert len(lines) == 2, done.stderr
-    assert "another rank is gone" in lines[0]
-    assert "was killed by SIGKILL" in lines[1]
+    *others, why = sorted(line for line in done.stderr.splitlines() if line.startswith("indiclip: "))
+    assert "was killed by SIGKILL" in why
+    assert len(others) <= 1 and all("another rank is gone" in line for line in others), done.stderr
     assert "Traceback" not in done.stderr
 
 
