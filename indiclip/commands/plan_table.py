@@ -72,8 +72,8 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 
 def _batches(plan: Mapping[str, Any]) -> Table:
-    title = "A step: tokens of the longest, different captions, and how many samples were read for it"
-    table = _table(title, "task", "samples", "per GPU", "image tokens", "text tokens", "captions", "read")
+    columns = ("samples", "per GPU", "image tokens", "text tokens", "different captions", "samples read")
+    table = _table("A step; tokens are those of the longest", "task", *columns)
     for task, of in plan["batches"].items():
         names = ("samples", "per_gpu", "image_tokens", "text_tokens", "distinct_captions", "read")
         table.add_row(task, *(f"{of[name]:,}" for name in names))
