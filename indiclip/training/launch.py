@@ -123,21 +123,31 @@ def speaks(message: str, is_consequence: bool = False) -> bool:
             if SLURMEnvironment.detect() and os.environ.get("SLURM_PROCID", "0") != "0":
                 time.sleep(_SECONDS_TO_SAY_WHY)  # srun --kill-on-bad-exit ends it when the first has said why
             return True
-        of_start = f"indiclip/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        if not is_consequence:
-            store.set(f"{of_start}/why", "said")
-        elif _is_set(store, f"{of_start}/why"):
-            return False
-        said: int = store.add(f"{of_start}/{hashlib.sha256(message.encode()).hexdigest()}", 1)
+        is_first = _is_first(store, message, is_consequence)
         store.add(_ASKED, 1)
-        return said == 1
+        return is_first
     except (KeyError, ValueError, RuntimeError):  # torch's own of a store that is gone
         return True
 
 
+def _is_first(store: Store, message: str, is_consequence: bool) -> bool:
+    of_start = f"indiclip/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if not is_consequence:
+        store.set(f"{of_start}/why", "said")
+    elif _is_set(store, f"{of_start}/why"):
+        return False
+    said: int = store.add(f"{of_start}/{hashlib.sha256(message.encode()).hexdigest()}", 1)
+    return said == 1
+
+
+def _torchrun_has_store() -> bool:
+    """One that outlives the ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _store() -> Store | None:
     """Which all ranks ask: torchrun's, or that over which they have met. None before they have."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if _torchrun_has_store():
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(host, port, is_master=False, wait_for_workers=False)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -147,7 +157,7 @@ def _store() -> Store | None:
 
 def wait_for_others() -> None:
     """Let the other ranks ask, for a moment, where this process has the store: it goes with it."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or (store := _store()) is None:
+    if _torchrun_has_store() or (store := _store()) is None:
         return
     world, end = torch.distributed.get_world_size(), time.monotonic() + _SECONDS_TO_SAY_WHY
     while torch.distributed.get_rank() == 0 and store.add(_ASKED, 0) < world and time.monotonic() < end:
@@ -183,12 +193,14 @@ class SameOnAllRanks(Callback):
             self._waiting.start()
 
     def on_exception(self, *_: Any) -> None:
+        self._end_waiting()
+
+    def _end_waiting(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
+        self._end_waiting()
         if trainer.world_size == 1:
             return
         text = json.dumps(self.config, sort_keys=True, default=str)
