@@ -10,7 +10,7 @@ from indiclip.evals.bench import check_languages, find_bench, run_bench
 from indiclip.evals.card_scorer import Options
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.models.embedder import View
-from indiclip.evals.pages.bench_report import write_bench_report
+from indiclip.evals.reports.bench_report import write_bench_report
 
 
 class MeanColour:

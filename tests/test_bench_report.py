@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from bench_fakes import answer, card, score, small_run
 
-from indiclip.evals.pages.bench_report import write_bench_report
-from indiclip.evals.pages.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
-from indiclip.evals.pages.formatting import Bar, interval, language_name, number, signed
-from indiclip.evals.pages.page import TEMPLATES
+from indiclip.evals.reports.bench_report import write_bench_report
+from indiclip.evals.reports.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
+from indiclip.evals.reports.formatting import Bar, interval, language_name, number, signed
+from indiclip.evals.reports.page import TEMPLATES
 
 
 def no_picture(card, part, key):

@@ -7,7 +7,7 @@ from bench_fakes import answer, score, small_run
 
 from indiclip.commands import bench
 from indiclip.evals.comparison import compare, in_words
-from indiclip.evals.pages.comparison_page import write_comparison
+from indiclip.evals.reports.comparison_page import write_comparison
 from indiclip.evals.results import PROCEDURAL
 
 TRUTHS = ["dosa"] * 6 + ["roti"] * 2

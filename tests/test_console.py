@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from bench_fakes import card, score, small_run
 
-from indiclip.evals.pages import console
-from indiclip.evals.pages.console import print_result
+from indiclip.evals.reports import console
+from indiclip.evals.reports.console import print_result
 from indiclip.evals.results import IMAGES
 
 

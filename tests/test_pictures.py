@@ -5,7 +5,7 @@ from layout_files import jpeg, write
 
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.items import FileImages, Items
-from indiclip.evals.pages.pictures import Pictures, thumbnail
+from indiclip.evals.reports.pictures import Pictures, thumbnail
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from indiclip.evals.pages.report import held_out, write_report
+from indiclip.evals.reports.report import held_out, write_report
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):

@@ -146,7 +146,7 @@ def test_every_file_has_its_arrows_named():
         ("images", {"cards"}),
         ("models", set()),
         ("protocols", set()),
-        ("pages", {"results", "comparison", "images", "protocols"}),
+        ("reports", {"results", "comparison", "images", "protocols"}),
     ],
 )
 def test_parts_of_the_benchmark_are_joined_above_them(package, others):

@@ -35,7 +35,7 @@ import torch
 
 from indiclip import json_lines
 from indiclip.datasets.coco import CocoDetection
-from indiclip.evals.pages.report import write_report
+from indiclip.evals.reports.report import write_report
 from indiclip.export.exporter import export
 from indiclip.export.source import open_source
 from indiclip.head import same_classes

@@ -7,7 +7,7 @@ from indiclip.evals.cards.table import list_cards, show_card
 from indiclip.evals.comparison import in_words
 from indiclip.evals.images.convert import convert
 from indiclip.evals.leaderboard import add
-from indiclip.evals.pages.comparison_page import write_comparison
+from indiclip.evals.reports.comparison_page import write_comparison
 from indiclip.evals.results import load_result
 
 _SHOWN = 10  # images that were left out

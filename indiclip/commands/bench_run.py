@@ -18,9 +18,9 @@ from indiclip.evals.card_scorer import Options
 from indiclip.evals.encode import ALONE
 from indiclip.evals.models import embedder
 from indiclip.evals.overlap import flag
-from indiclip.evals.pages.bench_report import write_bench_report
-from indiclip.evals.pages.console import print_result
-from indiclip.evals.pages.pictures import Pictures
+from indiclip.evals.reports.bench_report import write_bench_report
+from indiclip.evals.reports.console import print_result
+from indiclip.evals.reports.pictures import Pictures
 from indiclip.evals.results import check_parquet
 from indiclip.masking import mask
 from indiclip.training.run_folder import lock, unlock

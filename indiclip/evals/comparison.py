@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from indiclip.evals.pages.formatting import interval, language_name, metric_name, number, signed, title
 from indiclip.evals.protocols.metrics import Interval, parity_gap
+from indiclip.evals.reports.formatting import interval, language_name, metric_name, number, signed, title
 from indiclip.evals.results import CardResult, Prediction, Result, Score, by_card, name_of
 
 

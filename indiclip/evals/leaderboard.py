@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from indiclip import json_lines
-from indiclip.evals.pages.formatting import language_name
-from indiclip.evals.pages.page import write_page
+from indiclip.evals.reports.formatting import language_name
+from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, Result, finite
 
 Row = dict[str, Any]

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 
 from indiclip.evals.bench import Bench
 from indiclip.evals.images.items import Items
-from indiclip.evals.pages.pictures import thumbnail
 from indiclip.evals.protocols.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
+from indiclip.evals.reports.pictures import thumbnail
 from indiclip.evals.results import name_of, part_of
 from indiclip.images import UnreadableSample
 from indiclip.loading.workers import StepLoader, Workers

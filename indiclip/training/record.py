@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from indiclip import json_lines
-from indiclip.evals.pages.page import readable
-from indiclip.evals.pages.report import held_out, held_out_pictures, metric_names, write_report
+from indiclip.evals.reports.page import readable
+from indiclip.evals.reports.report import held_out, held_out_pictures, metric_names, write_report
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.masking import mask

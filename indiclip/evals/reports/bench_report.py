@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from indiclip import __version__
-from indiclip.evals.pages.bench_card import card_section
-from indiclip.evals.pages.bench_pictures import PictureOf
-from indiclip.evals.pages.formatting import Bar, Gap, chance_of, language_name
-from indiclip.evals.pages.page import write_page
+from indiclip.evals.reports.bench_card import card_section
+from indiclip.evals.reports.bench_pictures import PictureOf
+from indiclip.evals.reports.formatting import Bar, Gap, chance_of, language_name
+from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english
 
 _MOST_PICTURES = 150  # about 20 kB each

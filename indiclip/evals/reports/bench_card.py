@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from indiclip.evals.pages.bench_pictures import PictureOf, grids_of
-from indiclip.evals.pages.confusion import confusions_of
-from indiclip.evals.pages.formatting import language_name, metric_name, protocol_name, signed, words
+from indiclip.evals.reports.bench_pictures import PictureOf, grids_of
+from indiclip.evals.reports.confusion import confusions_of
+from indiclip.evals.reports.formatting import language_name, metric_name, protocol_name, signed, words
 from indiclip.evals.results import CLEAN, IMAGES, MAIN_PROTOCOLS, CardResult, Result, Score, by_card, less_english
 
 # In this order.

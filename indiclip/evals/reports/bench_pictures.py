@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from indiclip.evals.pages.confusion import Mistake, confusion, mistakes, pairs
-from indiclip.evals.pages.formatting import language_name
-from indiclip.evals.pages.page import thumbnail
+from indiclip.evals.reports.confusion import Mistake, confusion, mistakes, pairs
+from indiclip.evals.reports.formatting import language_name
+from indiclip.evals.reports.page import thumbnail
 from indiclip.evals.results import Prediction
 
 PictureOf = Callable[[str, str, str], np.ndarray | None]  # (card, part, key) -> uint8 (height, width, 3)

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from indiclip import __version__
-from indiclip.evals.pages.page import data_uri, png, readable, write_page
+from indiclip.evals.reports.page import data_uri, png, readable, write_page
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
 from indiclip.types import Step, class_names, targets_of

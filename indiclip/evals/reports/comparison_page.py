@@ -4,8 +4,8 @@ from itertools import groupby
 from pathlib import Path
 
 from indiclip.evals.comparison import Compared, compare
-from indiclip.evals.pages.formatting import Bar, chance_of, language_name
-from indiclip.evals.pages.page import write_page
+from indiclip.evals.reports.formatting import Bar, chance_of, language_name
+from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import CardResult, Result
 
 
