@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indiclip.evals.protocols.retrieval import pair_ranks
+from indiclip.evals.protocols.cosines import pair_ranks
 from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, Ratio, WholeBatch, same_classes
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.types import Batch, Features, class_names

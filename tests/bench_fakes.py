@@ -19,6 +19,7 @@ def score(card: str, value: float, language: str = "en", metric: str = "acc1", *
 
 def card(name: str, **other) -> CardResult:
     fields = {"suite": "india", "title": name.title(), "part": PHOTOGRAPHS, "metric": "acc1", "status": "scored"}
+    fields |= {"protocol": "zero_shot", "plain": ["zero_shot", "places"]}
     return CardResult(card=name, **fields | {"num_images": 4, "num_classes": 2, "of_classes": 2} | other)
 
 

@@ -7,9 +7,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from indiclip.evals.bench import check_languages, find_bench, run_bench
-from indiclip.evals.card_scorer import Options
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.models.embedder import View
+from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.reports.bench_report import write_bench_report
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from bench_fakes import answer, card, score, small_run
 
+from indiclip.evals.formatting import Bar, interval, language_name, number, signed
 from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
-from indiclip.evals.reports.formatting import Bar, interval, language_name, number, signed
 from indiclip.evals.reports.page import TEMPLATES
 
 
@@ -111,7 +111,8 @@ def test_groups_of_images_have_a_row_each(tmp_path):
 
 def test_images_seen_in_training_are_counted_and_scores_without_them_set_beside(tmp_path):
     result = small_run()
-    result.predictions[0] = result.predictions[0]._replace(flagged=True)
+    first, *others = result.predictions
+    result.predictions = [first._replace(flagged=True), *others]
     result.scores.append(score("food", 0.55, subset="clean", num_items=3))
     page = page_of(tmp_path, result)
     assert "1 image was found among the training images" in words_of(page).split("Every card")[0]
@@ -157,7 +158,8 @@ def test_a_picture_that_is_gone_leaves_its_words(tmp_path):
 
 def test_texts_are_no_classes_so_there_is_no_map_of_them(tmp_path):
     result = small_run()
-    result.cards[0].metric = "image_to_text_r5"
+    result.cards[0].metric, result.cards[0].protocol = "image_to_text_r5", "retrieval"
+    result.cards[0].candidates = "images"
     result.scores[0] = score("food", 0.6, metric="image_to_text_r5", protocol="retrieval")
     result.predictions = [answer("1.jpg", "a plate", "a bowl", protocol="retrieval")]
     part = section(page_of(tmp_path, result), "food-photographs")
@@ -266,7 +268,7 @@ def test_the_seconds_of_a_run_are_told(tmp_path):
 
 def test_chance_of_a_card_is_that_of_its_main_protocol_and_comes_before_its_hard_pairs(tmp_path):
     result = small_run()
-    result.scores.insert(0, score("food", 0.5, protocol="hard_pairs", chance=0.31))
+    result.scores.append(score("food", 0.5, protocol="hard_pairs", chance=0.31))
     told = section(page_of(tmp_path, result), "food-photographs")
     assert "main metric: top-1, chance 0.200" in told
     assert told.index("Zero shot") < told.index("Hard pairs")

@@ -138,7 +138,7 @@ def test_an_id_counts_before_a_name_and_shared_names_for_none(page):
         ("title: Dishes", "titel: Dishes", "dishes.yaml: no such key 'titel'; nearest is 'title'"),
         ("title: Dishes", "title: 1975", "title: found 1975; expected text"),
         ("task: classification", "task: clasification", "task: found 'clasification'; nearest is 'classification'"),
-        ("task: classification", "metric: acc1", "task: found nothing; expected text"),
+        ("task: classification", "metric: acc1", "task: found ''; expected text"),
         ("title: Dishes", "metric: acc", "metric: found 'acc'; nearest is 'acc5'"),
         ("title: Dishes", "chance: 0.5", "chance: found 0.5; of this card it is 0.3333"),
         ("title: Dishes", "folder: ../x", "folder: found '../x'; expected the name of a folder"),
@@ -184,14 +184,14 @@ def test_a_slip_is_one_line(page, old, new, message):
 
 
 def test_pages_without_classes(page):
-    with pytest.raises(ValueError, match="classes: found 'imagenet'; expected a list, or one of imagenet1k"):
+    with pytest.raises(ValueError, match="classes: found 'imagenet'; expected a list of at least two classes"):
         page(text="task: classification\nclasses: imagenet\n")
     with pytest.raises(ValueError, match="classes: found a list; expected a list of at least two"):
         page(text="task: classification\nclasses: []\n")
     with pytest.raises(ValueError, match="expected keys and values"):
         page(text="[]")
     assert page(text="task: retrieval\n").metric == "image_to_text_r5"
-    with pytest.raises(ValueError, match="a retrieval card has captions and no classes"):
+    with pytest.raises(ValueError, match="no protocol of the card tells classes apart"):
         page(("task: classification", "task: retrieval"))
 
 

@@ -1,6 +1,7 @@
 """Two runs side by side."""
 
 import sys
+from copy import deepcopy
 
 import pytest
 from bench_fakes import answer, score, small_run
@@ -49,23 +50,53 @@ def test_a_hit_at_five_is_among_the_nearest_five():
 
 def test_a_run_differs_from_itself_by_nothing():
     (row,) = compare(run([0, 1, 0, 0, 3, 0, 0, 2]), run([0, 1, 0, 0, 3, 0, 0, 2]))
-    assert row.gap == (0, 0, 0)
+    assert row.gap.value == 0
+    assert row.gap.low == pytest.approx(-row.gap.high)
+    assert row.gap.low < 0  # of eight images one cannot be sure
     assert row.gained == row.lost == ()
-    assert in_words([row]).endswith("| 0.000, 8 images shared")  # an interval without a width is left out
+    assert in_words([row]).endswith("| 0.000 (−0.081 to 0.081), on 8 images")
+
+
+def test_of_images_that_one_run_lacks_or_has_other_bytes_of_only_the_common_ones_are_compared(tmp_path, capsys):
+    a, b = run([1, 1, 1, 1, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 1, 0])
+    a.predictions = [row._replace(content=row.key) for row in a.predictions]
+    b.predictions = [row._replace(content=row.key) for row in b.predictions[1:]]  # one could not be read
+    b.predictions = [row._replace(content="other") if row.key == "1.jpg" else row for row in b.predictions]
+    (row,) = compare(a, b)
+    assert row.why_not == ""
+    assert row.gap.value == pytest.approx((2 - 1) / 6)
+    assert [key for key, _ in row.gained] == ["2.jpg", "3.jpg"]
+    said = "on the common 6 images of A's 8 and B's 7"
+    assert in_words([row]).endswith(said)
+    write_comparison(tmp_path / "c.html", a, b)
+    assert said[3:] in (tmp_path / "c.html").read_text(encoding="utf-8").replace("&#39;", "'")
 
 
 def test_the_order_of_images_makes_no_difference():
     a, b = run([1, 1, 1, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 1, 0])
-    b.predictions.reverse()
+    b.predictions = b.predictions[::-1]
     assert compare(a, b)[0].gap.value == pytest.approx(0.25)
 
 
 def other_images(b):
-    b.predictions = b.predictions[1:]
+    b.predictions = [row._replace(key=f"other {row.key}") for row in b.predictions]
+
+
+def other_bytes(b):
+    b.predictions = [row._replace(content="2e") for row in b.predictions]
 
 
 def other_truth(b):
-    b.predictions[0] = b.predictions[0]._replace(truth="roti")
+    b.predictions = [row._replace(truth="roti") if row.key == "0.jpg" else row for row in b.predictions]
+
+
+def other_candidates(b):
+    b.predictions = b.predictions[1:]
+    b.cards[0].candidates = "images"  # as a card's newest run says
+
+
+def other_prompts(b):
+    b.about["asked"] = {"food": {"en": "other"}}
 
 
 def other_classes(b):
@@ -88,7 +119,10 @@ def no_predictions(b):
 @pytest.mark.parametrize(
     ("change", "why_not"),
     [
-        (other_images, "different images: 7 of 8 and 7 are shared"),
+        (other_images, "different images"),
+        (other_bytes, "different images, 8 of them under the same names"),
+        (other_candidates, "different images, which are each other's candidates: 7 of 8 are shared"),
+        (other_prompts, "different classes, names or prompts"),
         (other_truth, "different classes: 1 of 8 images have another truth"),
         (other_classes, "different classes: 2 and 3"),
         (other_data, "different images, or labels, under the same names"),
@@ -97,13 +131,14 @@ def no_predictions(b):
     ],
 )
 def test_what_is_not_the_same_is_not_compared(tmp_path, change, why_not):
-    a, b = run([0] * 8, data={"food": "1f"}), run([1] * 8, data={"food": "1f"})
+    about = {"data": {"food": "1f"}, "asked": {"food": {"en": "3d"}}}
+    a, b = run([0] * 8, **deepcopy(about)), run([1] * 8, **deepcopy(about))
     change(b)
     (row,) = compare(a, b)
     assert row.why_not == why_not
     assert row.gap is None
     write_comparison(tmp_path / "c.html", a, b)
-    assert f"not compared: {why_not}" in (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert f"not compared: {why_not}" in (tmp_path / "c.html").read_text(encoding="utf-8").replace("&#39;", "'")
 
 
 @pytest.mark.parametrize("metric", ["median_km", "text_to_image_r5"])
@@ -121,7 +156,7 @@ def test_a_language_of_one_run_only_is_named():
 def test_page_escapes_and_lists_what_changed(tmp_path):
     a, b = run([1] + [0] * 7, model="<b>one"), run([0] * 8, model="two")
     for one in (a, b):
-        one.predictions[0] = one.predictions[0]._replace(key="<u>.jpg")
+        one.predictions = [row._replace(key=row.key.replace("0.jpg", "<u>.jpg")) for row in one.predictions]
     write_comparison(tmp_path / "sub" / "c.html", a, b)
     page = (tmp_path / "sub" / "c.html").read_text(encoding="utf-8")
     assert "&lt;u&gt;.jpg" in page

@@ -10,7 +10,7 @@ from processes import on_ranks
 from heads.contrastive import Contrastive, EmbeddingMetric
 from indiclip.datasets.base import SampleDataset
 from indiclip.evals.protocols import cosines
-from indiclip.evals.protocols.retrieval import pair_ranks
+from indiclip.evals.protocols.cosines import pair_ranks
 from indiclip.ratios import over_all_ranks
 from indiclip.types import Batch, Origin
 

@@ -101,13 +101,16 @@ def assert_same_bits(found, expected):
     for view in VIEWS:
         assert torch.equal(found[0][view].nan_to_num(9), expected[0][view].nan_to_num(9))
     assert list(found[1].items()) == list(expected[1].items())
+    assert found[2] == expected[2]
 
 
 def test_rows_are_in_the_order_of_the_images_and_those_of_broken_ones_nan(alone):
     """The oracle encodes each image by itself; a batch rounds otherwise, by less than 1e-5."""
-    images, unreadable = alone
+    images, unreadable, contents = alone
     embedder, pictures = Counting(), Pictures(())
     assert unreadable == {index: f"{index}.jpg: broken" for index in BROKEN}
+    assert [index for index, digest in enumerate(contents) if not digest] == list(BROKEN)
+    assert len(set(contents)) == 24 - len(BROKEN)  # no two pictures are alike
     for view in embedder.views(VIEWS):
         assert images[view.name].shape == (23, 64)
         assert images[view.name].dtype == torch.float32
@@ -147,13 +150,14 @@ def test_processes_that_gather_over_gloo(alone, tmp_path):
         return values
 
     def work(rank):
-        images, unreadable = encode(Ranks(rank, 2, gather))
+        images, unreadable, contents = encode(Ranks(rank, 2, gather))
         texts = encode_texts(Counting(), ["dosa", "idli"], Ranks(rank, 2, gather))
-        return {view: x.numpy() for view, x in images.items()}, unreadable, {k: x.numpy() for k, x in texts.items()}
+        of_texts = {k: x.numpy() for k, x in texts.items()}
+        return {view: x.numpy() for view, x in images.items()}, unreadable, contents, of_texts
 
     texts = encode_texts(Counting(), ["dosa", "idli"])
-    for images, unreadable, of_texts in on_ranks(2, work, tmp_path):
-        assert_same_bits(({view: torch.tensor(x) for view, x in images.items()}, unreadable), alone)
+    for images, unreadable, contents, of_texts in on_ranks(2, work, tmp_path):
+        assert_same_bits(({view: torch.tensor(x) for view, x in images.items()}, unreadable, contents), alone)
         assert all(np.array_equal(of_texts[text], texts[text].numpy()) for text in texts)
 
 
@@ -170,16 +174,17 @@ def test_broken_images_change_their_neighbours_by_rounding_only(alone):
 
 
 def test_nothing_but_broken_images():
-    images, unreadable = encode(pictures=Pictures(range(23)))
+    images, unreadable, contents = encode(pictures=Pictures(range(23)))
     assert all(x.isnan().all() and x.shape == (23, 64) for x in images.values())
     assert len(unreadable) == 23
+    assert set(contents) == {""}
 
 
 def test_no_images():
     embedder = Counting()
-    images, unreadable = encode_images(embedder, [], embedder.views(VIEWS))
+    images, unreadable, contents = encode_images(embedder, [], embedder.views(VIEWS))
     assert [x.shape for x in images.values()] == [(0, 64), (0, 64)]
-    assert unreadable == {}
+    assert (unreadable, contents) == ({}, [])
 
 
 def test_an_error_that_is_no_broken_image_is_not_swallowed():

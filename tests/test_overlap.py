@@ -12,8 +12,8 @@ from PIL import Image
 
 from indiclip.evals import procedural
 from indiclip.evals.bench import find_bench, run_bench
-from indiclip.evals.card_scorer import Options
 from indiclip.evals.overlap import flag
+from indiclip.evals.protocols.protocol import Options
 
 TINTS = {"red": (1.0, 0.6, 0.5), "green": (0.5, 1.0, 0.6), "blue": (0.6, 0.5, 1.0)}
 CARD = {"task": "classification", "classes": [{"id": name, "names": {"en": name}} for name in TINTS]}

@@ -8,7 +8,7 @@ import pytest
 
 from indiclip.evals import procedural
 from indiclip.evals.cards.card import CardClass, load_card
-from indiclip.evals.procedural import generated_items
+from indiclip.evals.procedural import colours, words
 from indiclip.generated.lettering import SCRIPTS
 from indiclip.generated.lettering_words import part_of
 
@@ -22,7 +22,7 @@ def card_of(name, ids):
 
 def test_colours_and_their_gallery(monkeypatch):
     monkeypatch.setattr(procedural, "SWATCHES", {"test": 6, "train": 3})
-    (made,) = generated_items(card_of("indian_colours", ("kesariya", "firozi", "maroon")), size=48)
+    made = colours(card_of("indian_colours", ("kesariya", "firozi", "maroon")), size=48)
     assert len(made.images) == len(set(made.keys)) == 27
     assert made.labels.tolist() == [0, 1, 2] * 9
     assert made.is_train.tolist() == [False] * 18 + [True] * 9
@@ -35,15 +35,16 @@ def test_colours_and_their_gallery(monkeypatch):
         made.images[27]
 
 
-def test_other_cards_have_no_generated_part():
-    card = load_card("indian_colours")
-    assert generated_items(load_card("edibles")) == generated_items(replace(card, suite="own")) == []
+def test_a_card_names_its_generator():
+    assert load_card("indian_colours").generator is colours
+    assert load_card("ocr_indic").generator is words
+    assert load_card("edibles").generator is None
 
 
 @pytest.mark.usefixtures("requires_fonts")
 def test_words_have_the_labels_of_the_classes_that_were_asked_for(monkeypatch):
     monkeypatch.setattr(procedural, "WORDS", {"test": 4, "train": 2})
-    (made,) = generated_items(card_of("ocr_indic", ("tamil", "assamese", "latin")), size=64)
+    made = words(card_of("ocr_indic", ("tamil", "assamese", "latin")), size=64)
     assert len(made.images) == len(set(made.keys)) == len(made.candidates) == 12
     assert made.labels.tolist() == [0, 2] * 6
     assert made.groups == ["tamil", "latin"] * 6

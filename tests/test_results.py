@@ -7,12 +7,13 @@ import sys
 import pytest
 from bench_fakes import answer, card, score, small_run
 
-from indiclip.evals.results import IMAGES, PROCEDURAL, Result, by_card, load_result
+from indiclip.evals.results import IMAGES, PROCEDURAL, Result, answers_of, load_result
 
 
 def test_a_saved_run_comes_back_as_it_was(tmp_path):
     result = small_run(data={"food": "1f"})
-    result.predictions.append(answer("π.jpg", "रोटी", "dosa", hard_hit=False, flagged=True))
+    other = answer("π.jpg", "रोटी", "dosa", hard_hit=False, flagged=True, content="1f")
+    result.predictions = [*result.predictions, other]
     result.save(tmp_path)
     assert load_result(tmp_path) == result
 
@@ -64,6 +65,7 @@ def test_names_that_are_logged():
         {"part": PROCEDURAL, "subset": "tamil"},  # in the files only, as what follows
         {"length": 4, "metric": "acc5"},
     ]
+    result.cards.append(card("food", part=PROCEDURAL))
     result.scores = [score("food", 0.5, **row) for row in rows]
     assert set(result.logged()) == {
         "eval/india/food/en/acc1",
@@ -118,7 +120,7 @@ def test_a_file_of_another_program_is_named(tmp_path, content):
 
 def test_predictions_keep_their_order_within_a_card():
     rows = [answer("b", "x", "x"), answer("a", "x", "x", language="hi"), answer("a", "x", "x")]
-    groups = by_card(rows)
+    groups = {(of.card, of.part, of.protocol, of.language): list(of.rows()) for of in answers_of(rows)}
     assert [row.key for row in groups["food", "photographs", "zero_shot", "en"]] == ["b", "a"]
     assert len(groups) == 2
 

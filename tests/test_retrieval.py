@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from indiclip.evals.protocols import cosines
-from indiclip.evals.protocols.retrieval import caption_ranks, chance_recall, class_ranks
+from indiclip.evals.protocols.retrieval import caption_ranks, chance_recall
 
 IMAGE = np.array([[1.0, 0.0], [0.0, 1.0]])
 TEXT = np.array([[0.6, 0.8], [1.0, 0.0], [0.8, 0.6]])
@@ -53,7 +53,6 @@ def test_a_model_that_says_the_same_of_everything_finds_nothing(same):
     ranks = caption_ranks(same, np.ones((6, 4)), [0, 0, 1, 1, 2, 2])
     assert ranks.rank_N.tolist() == [4, 4, 4]
     assert ranks.rank_T.tolist() == [2] * 6
-    assert class_ranks(same, np.ones((2, 4)), [0, 0, 1]).rank_M.tolist() == [1, 2]
 
 
 def test_a_caption_that_two_images_share_is_found_for_neither():
@@ -65,19 +64,6 @@ def test_a_caption_that_two_images_share_is_found_for_neither():
 def test_an_image_without_a_caption_is_an_error():
     with pytest.raises(ValueError, match="1 of 2 images have no caption, first number 1"):
         caption_ranks(IMAGE, TEXT, [0, 0, 0])
-
-
-def test_class_names_find_the_nearest_of_their_images():
-    generator = np.random.default_rng(1)
-    image_NE, class_CE, label_N = generator.normal(size=(60, 8)), generator.normal(size=(7, 8)), np.arange(60) % 6
-    label_N[:10] = -1
-    texts = [6, 5, 2, 0]  # class 6 has no image, and images of classes 1, 3 and 4 are no candidates
-    ranks = class_ranks(image_NE, class_CE[texts], label_N, classes=texts)
-    assert ranks.class_M.tolist() == [5, 2, 0]
-    cosine_NC = _cosines(image_NE, class_CE)
-    for c, rank in zip(ranks.class_M, ranks.rank_M, strict=True):
-        others = np.isin(label_N, texts) & (label_N != c)
-        assert rank == sum(cosine_NC[others, c] > max(cosine_NC[label_N == c, c]))
 
 
 def test_recall_with_one_caption_is_that_of_torchmetrics():

@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from indiclip.evals.card_scorer import CardScorer, Options, languages_left_out
+from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.probes import folds
+from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import IMAGES
-from indiclip.evals.score import score, texts_of
 
 LENGTHS = [6, 16]
 VIEWS = ["native", "64-square"]
@@ -45,8 +45,8 @@ class Planted(NamedTuple):
     def score(self, flagged=True, options=OPTIONS, **other):
         planted = self._replace(**other)
         items = replace(planted.items, is_flagged=planted.flagged_N if flagged else None)
-        scorer = score(CardScorer(items, planted.images, planted.texts, LENGTHS, options))
-        return scorer.scores, scorer.predictions
+        scorer = CardScorer(items, planted.images, planted.texts, LENGTHS, options).run()
+        return scorer.scores, [row for answers in scorer.answers for row in answers.rows()]
 
 
 def unit(x, length=None):

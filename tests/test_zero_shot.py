@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from indiclip.evals.protocols import metrics
-from indiclip.evals.protocols.zero_shot import class_embeddings, hard_pairs, rank_classes
+from indiclip.evals.protocols import cosines, metrics
+from indiclip.evals.protocols.cosines import truncate_normalize
+from indiclip.evals.protocols.zero_shot import class_embeddings, rank_classes
 
 IMAGE = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], dtype=np.float32)
 CLASS = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=np.float32)
@@ -26,8 +27,13 @@ def _unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+def _ranks(image_NE, class_DE, *arguments, **options):
+    class_DE = truncate_normalize(class_DE)
+    return rank_classes(truncate_normalize(image_NE, class_DE.shape[1]), class_DE, *arguments, **options)
+
+
 def test_ranks_and_nearest_classes_by_hand():
-    ranking = rank_classes(2 * IMAGE, 5 * CLASS, [0, 1, 0], nearest=2)
+    ranking = _ranks(2 * IMAGE, 5 * CLASS, [0, 1, 0], nearest=2)
     assert ranking.image_M.tolist() == [0, 1, 2]
     assert ranking.rank_M.tolist() == [0, 1, 2]
     assert ranking.nearest_MK.tolist() == [[0, 1], [2, 1], [1, 2]]
@@ -38,7 +44,7 @@ def test_ranks_and_nearest_classes_by_hand():
 def test_ranks_are_those_of_a_loop_over_all_pairs(length):
     image_NE, class_CE, label_N = _random()
     class_C = class_embeddings(class_CE, np.arange(12), 12, length)
-    ranking = rank_classes(image_NE, class_C, label_N)
+    ranking = _ranks(image_NE, class_C, label_N)
     for i, (image, label) in enumerate(zip(image_NE, label_N, strict=True)):
         cosines = [_unit(image[:length]) @ _unit(text[:length]) for text in class_CE]
         assert ranking.rank_M[i] == sum(cosine > cosines[label] for cosine in cosines)
@@ -49,7 +55,7 @@ def test_only_named_classes_are_candidates_and_only_their_images_are_scored():
     image_NE, class_CE, label_N = _random(classes=6)
     label_N[:5] = -1
     named = np.array([4, 1, 3])  # in any order
-    ranking = rank_classes(image_NE, class_CE[named], label_N, classes=named)
+    ranking = _ranks(image_NE, class_CE[named], label_N, classes=named)
     assert ranking.image_M.tolist() == [i for i, label in enumerate(label_N) if label in (1, 3, 4)]
     cosine_MD = _unit(image_NE[ranking.image_M]) @ _unit(class_CE[named]).T
     assert ranking.nearest_MK[:, 0].tolist() == named[cosine_MD.argmax(1)].tolist()
@@ -60,23 +66,24 @@ def test_only_named_classes_are_candidates_and_only_their_images_are_scored():
 @pytest.mark.parametrize("image", [np.ones((4, 2)), np.zeros((4, 2)), np.full((4, 2), np.nan)])
 def test_a_model_that_says_the_same_of_everything_hits_nothing(image):
     classes = np.tile([0.6, 0.8], (3, 1))
-    assert rank_classes(image, classes, [0, 1, 2, 0]).rank_M.tolist() == [2, 2, 2, 2]
-    assert not hard_pairs(image, classes, [0, 1, 2, 0], [[1], [2], [0]]).hit_M.any()
+    assert _ranks(image, classes, [0, 1, 2, 0]).rank_M.tolist() == [2, 2, 2, 2]
+    ranking = _ranks(image, classes, [0, 1, 2, 0], confusable=[[1], [2], [0]])
+    assert not ranking.hard_hit_M.any()
+    assert ranking.class_rank_D.tolist() == [2, 3, 3]  # the images of other classes
 
 
 def test_a_broken_class_beats_the_right_one_and_is_listed_last():
-    ranking = rank_classes(IMAGE, np.array([[1.0, 0.0], [np.nan, np.nan]]), [0, 0, 0])
+    ranking = _ranks(IMAGE, np.array([[1.0, 0.0], [np.nan, np.nan]]), [0, 0, 0])
     assert ranking.rank_M.tolist() == [1, 1, 1]
     assert ranking.nearest_MK.tolist() == [[0, 1]] * 3
     assert np.isnan(ranking.cosine_MK[:, 1]).all()
 
 
 def test_no_images_to_score():
-    ranking = rank_classes(IMAGE, CLASS, [-1, -1, -1], nearest=2)
-    assert [part.shape for part in ranking] == [(0,), (0,), (0, 2), (0, 2)]
-    pairs = hard_pairs(IMAGE, CLASS, [0, 1, 2], [[], [], []])
-    assert len(pairs.image_M) == 0
-    assert np.isnan(pairs.chance)
+    ranking = _ranks(IMAGE, CLASS, [-1, -1, -1], nearest=2)
+    shapes = [(0,), (0,), (0, 2), (0, 2), (0,), (0,), (3,), (0, 0)]
+    assert [part.shape for part in ranking] == shapes
+    assert ranking.class_rank_D.tolist() == [-1, -1, -1]
 
 
 def test_each_prompt_has_the_same_say_whatever_its_norm_and_the_number_of_prompts():
@@ -91,31 +98,53 @@ def test_a_class_without_a_prompt_is_an_error():
 
 def test_classes_that_do_not_fit_their_embeddings_are_an_error():
     with pytest.raises(ValueError, match="expected one each"):
-        rank_classes(IMAGE, CLASS, [0, 1, 2], classes=[0, 1, 1])
+        _ranks(IMAGE, CLASS, [0, 1, 2], classes=[0, 1, 1])
 
 
 def test_hard_pairs_by_hand():
     # Image 0 against classes 0, 2: hit. Image 1 (of class 1) against 2: miss. Image 2 (of class 1) against 2: hit.
-    pairs = hard_pairs(IMAGE, CLASS, [0, 1, 1], [[2, 1], [2], []])
-    assert pairs.image_M.tolist() == [0, 1, 2]
-    assert pairs.hit_M.tolist() == [True, False, True]
-    assert pairs.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    ranking = _ranks(IMAGE, CLASS, [0, 1, 1], confusable=[[2, 1], [2], []])
+    assert ranking.rivals_M.tolist() == [2, 1, 1]
+    assert ranking.hard_hit_M.tolist() == [True, False, True]
 
 
 def test_a_confusable_class_that_has_no_name_does_not_count():
-    pairs = hard_pairs(IMAGE, CLASS[[0, 1]], [0, 1, 1], [[2, 1], [2, 1], []], classes=[0, 1])
-    assert pairs.image_M.tolist() == [0]  # class 1 is left with itself
-    assert pairs.chance == 0.5
+    ranking = _ranks(IMAGE, CLASS[[0, 1]], [0, 1, 1], [0, 1], confusable=[[2, 1], [2, 1], []])
+    assert ranking.rivals_M.tolist() == [1, 0, 0]  # class 1 is left with itself
 
 
 def test_hard_pairs_are_those_of_a_loop():
     image_NE, class_CE, label_N = _random(seed=1)
     confusable = [sorted({(c * 5 + 1) % 12, (c + 3) % 12} - {c}) if c % 3 else [] for c in range(12)]
-    pairs = hard_pairs(image_NE, class_CE, label_N, confusable)
-    assert pairs.image_M.tolist() == [i for i, label in enumerate(label_N) if confusable[label]]
-    for i, hit in zip(pairs.image_M, pairs.hit_M, strict=True):
+    ranking = _ranks(image_NE, class_CE, label_N, confusable=confusable)
+    for i, rivals, hit in zip(ranking.image_M, ranking.rivals_M, ranking.hard_hit_M, strict=True):
         cosine_C = _unit(image_NE[i]) @ _unit(class_CE).T
+        assert rivals == len(confusable[label_N[i]])
         assert hit == all(cosine_C[label_N[i]] > cosine_C[other] for other in confusable[label_N[i]])
+
+
+def test_ranks_among_fewer_classes_are_those_of_asking_these_alone():
+    image_NE, class_CE, label_N = _random(seed=5)
+    subsets = [np.array([0, 2, 3, 7]), np.arange(12), np.array([11, 4])]
+    ranking = _ranks(image_NE, class_CE, label_N, subsets=subsets)
+    for subset, rank_M in zip(subsets, ranking.subset_rank_UM, strict=True):
+        alone = _ranks(image_NE, class_CE[subset], label_N, subset)
+        assert rank_M[np.isin(label_N, subset)].tolist() == alone.rank_M.tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 2_500_000])
+def test_class_names_find_the_nearest_of_their_images(monkeypatch, chunk):
+    monkeypatch.setattr(cosines, "_CHUNK", chunk)
+    generator = np.random.default_rng(1)
+    image_NE, class_CE, label_N = generator.normal(size=(60, 8)), generator.normal(size=(7, 8)), np.arange(60) % 6
+    label_N[:10] = -1
+    texts = [6, 5, 2, 0]  # class 6 has no image, and images of classes 1, 3 and 4 are no candidates
+    rank_D = _ranks(image_NE, class_CE[texts], label_N, classes=texts).class_rank_D
+    assert rank_D[0] == -1
+    cosine_NC = _unit(image_NE) @ _unit(class_CE).T
+    for c, rank in zip(texts[1:], rank_D[1:], strict=True):
+        others = np.isin(label_N, texts) & (label_N != c)
+        assert rank == sum(cosine_NC[others, c] > max(cosine_NC[label_N == c, c]))
 
 
 def test_accuracies_are_those_of_scikit_learn_and_torchmetrics():
@@ -123,7 +152,7 @@ def test_accuracies_are_those_of_scikit_learn_and_torchmetrics():
     from torchmetrics.classification import MulticlassAccuracy
 
     image_NE, class_CE, label_N = _random(seed=2)
-    rank_N = rank_classes(image_NE, class_CE, label_N).rank_M
+    rank_N = _ranks(image_NE, class_CE, label_N).rank_M
     cosine_NC = _unit(image_NE) @ _unit(class_CE).T
     for k in (1, 5):
         share = np.mean(rank_N < k)
@@ -156,7 +185,7 @@ def test_the_numbers_are_those_of_clip_benchmark(monkeypatch):
     theirs = oracle.evaluate(Model, loader, tokenizer, dataset.classes, templates, "cpu", amp=False)
 
     class_CE = class_embeddings(prompt_CTE.flatten(0, 1), np.repeat(np.arange(12), 3), 12)
-    rank_N = rank_classes(image_NE, class_CE, label_N).rank_M
+    rank_N = _ranks(image_NE, class_CE, label_N).rank_M
     assert np.mean(rank_N < 1) == pytest.approx(theirs["acc1"], abs=1e-6)
     assert np.mean(rank_N < 5) == pytest.approx(theirs["acc5"], abs=1e-6)
     recall = metrics.mean_per_class_recall(rank_N < 1, label_N).value

@@ -17,8 +17,8 @@ import torch
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.evals.bench import find_bench, run_bench
-from indiclip.evals.card_scorer import Options
 from indiclip.evals.models.embedder import EncoderEmbedder
+from indiclip.evals.protocols.protocol import Options
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from indiclip.evals.protocols import metrics, probes
-from indiclip.evals.protocols.retrieval import caption_ranks, class_ranks
-from indiclip.evals.protocols.zero_shot import class_embeddings, hard_pairs, rank_classes
+from indiclip.evals.protocols.retrieval import caption_ranks
+from indiclip.evals.protocols.zero_shot import class_embeddings, rank_classes
 
 LENGTHS = (64, 128, 256)
 Draw = tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]
@@ -60,7 +60,8 @@ def parts(drawn: Draw, classes: int, languages: int) -> dict[str, Callable[[], o
     image_NE, prompt_PE, class_P, label_N = drawn
     text_CLE = {length: class_embeddings(prompt_PE, class_P, classes, length) for length in LENGTHS}
     confusable = [[(c + 1) % classes, (c + 2) % classes] for c in range(classes)]
-    hits = [rank_classes(image_NE, text_CLE[length], label_N).rank_M < 1 for length in LENGTHS]
+    unit_LNE = {length: torch.nn.functional.normalize(image_NE[:, :length], dim=1) for length in LENGTHS}
+    hits = [rank_classes(unit_LNE[length], text_CLE[length], label_N).rank_M < 1 for length in LENGTHS]
     each = [(length, text_CLE[length]) for length in LENGTHS] * languages
 
     def intervals() -> None:
@@ -70,15 +71,21 @@ def parts(drawn: Draw, classes: int, languages: int) -> dict[str, Callable[[], o
             metrics.mean_per_class_recall(hit_N, label_N)
             metrics.parity_gap(hits[-1], hit_N, label_N)
 
+    def product() -> None:
+        for length, text_CE in each:
+            for part in unit_LNE[length].split(1_000):
+                part @ text_CE.T
+
     return {
-        f"zero-shot, {languages} languages": lambda: [
-            rank_classes(image_NE, class_embeddings(prompt_PE, class_P, classes, length), label_N) for length, _ in each
-        ],
-        f"hard pairs, {languages} languages": lambda: [
-            hard_pairs(image_NE, text_CE, label_N, confusable) for _, text_CE in each
-        ],
-        f"class names -> images, {languages} languages": lambda: [
-            class_ranks(image_NE, text_CE, label_N) for _, text_CE in each
+        f"bare products, {languages} languages": product,
+        f"classes told apart, {languages} languages": lambda: [
+            rank_classes(
+                unit_LNE[length],
+                class_embeddings(prompt_PE, class_P, classes, length),
+                label_N,
+                confusable=confusable,
+            )
+            for length, _ in each
         ],
         "captions, 1,000 images of 5": lambda: [
             caption_ranks(image_NE[:1000], image_NE[:5000], np.arange(5000) // 5, length) for length in LENGTHS

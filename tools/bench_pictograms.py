@@ -16,8 +16,8 @@ from pathlib import Path
 from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.split import Split
 from indiclip.evals.bench import find_bench, run_bench
-from indiclip.evals.card_scorer import Options
 from indiclip.evals.models.embedder import load_embedder
+from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import Score
 
 METRIC = "image_to_text_r5"

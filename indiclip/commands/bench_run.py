@@ -14,10 +14,10 @@ import torch
 from indiclip import __version__
 from indiclip.commands.parallel import progress_bar
 from indiclip.evals.bench import check_languages, find_bench, run_bench
-from indiclip.evals.card_scorer import Options
 from indiclip.evals.encode import ALONE
 from indiclip.evals.models import embedder
 from indiclip.evals.overlap import flag
+from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.console import print_result
 from indiclip.evals.reports.pictures import Pictures

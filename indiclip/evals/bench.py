@@ -17,16 +17,15 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from indiclip.datasets.tables import stable_hash
-from indiclip.evals.card_scorer import CardScorer, Options, languages_left_out
+from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
 from indiclip.evals.cards.card import Card, load_card, packaged
-from indiclip.evals.encode import ALONE, Ranks, encode_images, encode_texts
+from indiclip.evals.encode import ALONE, Encoded, Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
 from indiclip.evals.images.shard_layout import subfolders
 from indiclip.evals.models.embedder import Embedder
-from indiclip.evals.procedural import generated_items
+from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
-from indiclip.evals.score import score, texts_of
 from indiclip.generated.fonts import MissingFonts
 from indiclip.names import check_choice, did_you_mean
 
@@ -48,7 +47,7 @@ class Bench:
 
     @property
     def data(self) -> dict[str, str]:
-        """`name_of` a card's part -> a digest of the images' keys and what is right about them, in any order."""
+        """`name_of` a card's part -> a digest of its images' keys and what is right about them, in any order."""
         return {name_of(items.card.id, part_of(items.procedural)): _digest(items) for items in self.items}
 
 
@@ -88,9 +87,9 @@ def find_bench(
             bench.skipped.append(_card_result(card, PHOTOGRAPHS, "skipped", [where]))
         else:
             bench.items.append(photographs)
-        if procedural:
+        if procedural and card.generator is not None:
             try:
-                bench.items += generated_items(card, seed)
+                bench.items.append(card.generator(card, seed))
             except MissingFonts as error:
                 bench.skipped.append(_card_result(card, PROCEDURAL, "skipped", [str(error)]))
     if not bench.items:
@@ -145,18 +144,19 @@ def run_bench(
     """
     views = embedder.views(list(dict.fromkeys(options.views)))
     begin = time.monotonic()
-    every: ConcatDataset[Any] = ConcatDataset([items.images for items in bench.items])
-    images, unreadable = encode_images(embedder, every, views, batch_size, num_workers, ranks, progress)
+    asked = [_asked_for(items, options) for items in bench.items]
+    every: ConcatDataset[Any] = ConcatDataset([items.images for items in asked])
+    images = encode_images(embedder, every, views, batch_size, num_workers, ranks, progress)
     encoded = time.monotonic()
     texts = {}
     if embedder.embeds_text:
-        wanted = [text for items in bench.items for text in texts_of(items, options)]
+        wanted = [text for items in asked for text in texts_of(items, options)]
         texts = encode_texts(embedder, wanted, ranks)
     prompted = time.monotonic()
     if ranks.rank:
         return None
     result = Result(embedder.name, embedder.lengths, [view.name for view in views], cards=list(bench.skipped))
-    _score_all(result, bench, options, images, texts, unreadable)
+    _score_all(result, asked, options, images, texts)
     result.about |= {
         "seconds": {
             "images": round(encoded - begin, 3),
@@ -165,9 +165,16 @@ def run_bench(
         },
         "images": len(every),
         "texts": len(texts),
-        "data": bench.data,
     }
     return result
+
+
+def _asked_for(items: Items, options: Options) -> Items:
+    """Without the gallery, where no protocol looks at it."""
+    active = [one for one in items.card.protocols if options.probes or not one.is_probe]
+    if any(one.uses_gallery for one in active) or items.tested_N.all():
+        return items
+    return items.select(np.flatnonzero(items.tested_N).tolist())
 
 
 def logged_names(lengths: Sequence[int], bench: Bench, options: Options) -> list[str]:
@@ -180,27 +187,28 @@ def logged_names(lengths: Sequence[int], bench: Bench, options: Options) -> list
     texts = sorted({text for items in bench.items for text in texts_of(items, options)})
     noise = F.normalize(torch.randn(num_images + len(texts), width, generator=generator), dim=1)
     result = Result("noise", list(lengths), list(options.views), cards=list(bench.skipped))
-    images = dict.fromkeys(options.views, noise[:num_images])
+    images = Encoded(dict.fromkeys(options.views, noise[:num_images]), {}, [""] * num_images)
     few = replace(options, resamples=2)
-    _score_all(result, bench, few, images, dict(zip(texts, noise[num_images:], strict=True)), {})
+    _score_all(result, bench.items, few, images, dict(zip(texts, noise[num_images:], strict=True)))
     return list(result.logged())
 
 
 def _score_all(
     result: Result,
-    bench: Bench,
+    every: list[Items],
     options: Options,
-    images: dict[str, Tensor],
+    images: Encoded,
     texts: dict[str, Tensor],
-    unreadable: dict[int, str],
 ) -> None:
     first = 0
-    with _threads(1 if sum(map(len, bench.items)) < _FEW else torch.get_num_threads()):
-        for items in bench.items:
-            part = {view: image_NE[first : first + len(items)] for view, image_NE in images.items()}
-            failed = {index - first: why for index, why in unreadable.items() if 0 <= index - first < len(items)}
+    with _threads(1 if sum(map(len, every)) < _FEW else torch.get_num_threads()):
+        for items in every:
+            last = first + len(items)
+            part = {view: image_NE[first:last] for view, image_NE in images.images.items()}
+            failed = {place - first: why for place, why in images.unreadable.items() if first <= place < last}
+            items = replace(items, contents=images.contents[first:last])
             _score_into(result, items, part, failed, texts, options)
-            first += len(items)
+            first = last
 
 
 @contextmanager
@@ -232,12 +240,16 @@ def _score_into(
         readable = np.setdiff1d(np.arange(len(items)), list(unreadable))
         images = {view: image_NE[readable] for view, image_NE in images.items()}
         items = items.select(readable.tolist())
-    scorer = score(CardScorer(items, images, texts, result.lengths, options))
+    scorer = CardScorer(items, images, texts, result.lengths, options).run()
     result.scores += scorer.scores
-    result.predictions += scorer.predictions
+    result.answers += scorer.answers
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
     tested = items.labels[items.tested_N]
+    name = name_of(items.card.id, scorer.part)
+    result.about.setdefault("data", {})[name] = _digest(items)
+    prompts = {of.code: _digest_of([*of.prompts, *of.class_D.tolist()]) for of in scorer.languages}
+    result.about.setdefault("asked", {})[name] = prompts
     found = _card_result(items.card, scorer.part, "scored" if scorer.scores else "skipped", notes)
     result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
 
@@ -267,17 +279,25 @@ def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardRe
         source=card.source,
         licence=card.licence,
         notes=notes,
+        protocol=card.protocols[0].name,
+        plain=[protocol.name for protocol in card.protocols if protocol.is_plain],
+        candidates=card.protocols[0].candidates,
     )
 
 
 def _digest(items: Items) -> str:
+    """Of what is scored, in any order: the images' keys and bytes (where they were read), and what is right of each."""
+    items = items.select(np.flatnonzero(items.tested_N).tolist())
     ids, captions, nothing = [*items.card.ids, ""], items.captions or {}, [None] * len(items)
     columns = (
         items.keys,
+        items.contents,
         [ids[label] for label in items.labels.tolist()],  # "" where it is -1
-        items.tested_N.tolist(),
         items.candidates or nothing,
         *(captions[language] for language in sorted(captions)),
     )
-    rows = [repr(row) for row in zip(*columns, strict=True)]
-    return f"{stable_hash(chr(10).join([*sorted(captions), *sorted(rows)])):016x}"
+    return _digest_of([*sorted(captions), *sorted(repr(row) for row in zip(*columns, strict=True))])
+
+
+def _digest_of(values: Sequence[object]) -> str:
+    return f"{stable_hash(chr(10).join(map(str, values))):016x}"

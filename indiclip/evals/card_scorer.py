@@ -1,13 +1,10 @@
-"""A card's numbers as they come: what every protocol shares, from prompts to intervals.
+"""What the protocols of a card share: its embeddings, languages and subsets, what is asked once, and its numbers.
 
-Shape letters: N images, M those of them that are scored, C classes, D of them candidates, P prompts, E embedding
-length.
+Shape letters: N images, M of those that are scored, D candidate classes, E embedding length.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,65 +13,22 @@ from torch import Tensor
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols import metrics
+from indiclip.evals.protocols.cosines import truncate_normalize
 from indiclip.evals.protocols.metrics import Interval
-from indiclip.evals.protocols.zero_shot import class_embeddings
-from indiclip.evals.results import CLEAN, Prediction, Score, part_of
+from indiclip.evals.protocols.protocol import TOP, Language, Options, Setting
+from indiclip.evals.protocols.zero_shot import Ranking, class_embeddings, rank_classes
+from indiclip.evals.results import CLEAN, Answers, Score, part_of
 
-TOP = 5  # nearest answers that are kept of each image
 _FEWEST_CLASSES = 5  # named in a language: fewer say nothing, unless the card has no more
 _CHANCES = {"acc1": 1, "acc5": TOP, "mean_per_class_recall": 1}  # guesses of which one has to be right
 
 
-@dataclass
-class Options:
-    """What is scored.
-
-    Attributes:
-        languages: Of prompts and captions; None takes all that a card has. English is always among them.
-        views: Sizes and aspects of the images; the first is the main one.
-        probes: Score kNN and linear probes.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-    """
-
-    languages: Sequence[str] | None = None
-    views: Sequence[str] = ("native",)
-    probes: bool = True
-    resamples: int = metrics.RESAMPLES
-    seed: int = metrics.SEED
-
-    def __post_init__(self) -> None:
-        if not self.views:
-            raise ValueError("views: found none; expected at least one, such as native")
-
-    def wants(self, language: str) -> bool:
-        """Whether a language is scored."""
-        return self.languages is None or language in self.languages or language == "en"
-
-
-class Setting(NamedTuple):
-    """One way to look at the same embeddings."""
-
-    view: str
-    length: int
-    main: bool  # the first view at the full length, whose predictions are kept
-
-
-class Language(NamedTuple):
-    """The classes that have a name in a language, and their prompts."""
-
-    code: str
-    class_D: np.ndarray  # int64, ascending
-    prompts: list[str]
-    row_P: np.ndarray  # int64, for which of `class_D` a prompt is
-
-
 class CardScorer:
-    """Scores and predictions of a card.
+    """Scores and answers of a card.
 
     Args:
         items: The card, its images, and what is right about them.
-        images: `{view: image_NE}`; the first is the main view.
+        images: `{view: image_NE}`, of unit length; the first is the main view.
         texts: Text -> embedding.
         lengths: Ascending; the last is the main one.
         options: What is scored.
@@ -92,19 +46,28 @@ class CardScorer:
         self.lengths, self.options = lengths, options
         self.part = part_of(items.procedural)
         self.scores: list[Score] = []
-        self.predictions: list[Prediction] = []
+        self.answers: list[Answers] = []
+        self.tested = np.flatnonzero(items.tested_N)
         self.label_N = np.where(items.tested_N, items.labels, -1)
-        self.draws = options.resamples, options.seed  # of the bootstrap
+        self.setting = Setting(next(iter(images)), lengths[-1], True)
+        self._rankings: dict[str, Ranking] = {}
 
-    @property
-    def settings(self) -> list[Setting]:
-        """Views and lengths, the main one first."""
-        main, full = next(iter(self.images)), self.lengths[-1]
-        return [
-            Setting(view, length, view == main and length == full)
-            for view in self.images
-            for length in reversed(self.lengths)
+    def run(self) -> "CardScorer":
+        """Adds the numbers of every protocol that the model and the options allow, in every view and length."""
+        protocols = [
+            protocol
+            for protocol in self.card.protocols
+            if (self.texts or not protocol.embeds_text) and (self.options.probes or not protocol.is_probe)
         ]
+        main, full = self.setting[:2]
+        for view in self.images if len(self.tested) else ():
+            for length in reversed(self.lengths):
+                self.setting = Setting(view, length, (view, length) == (main, full))
+                self.image_NE = truncate_normalize(self.images[view], length)
+                self._rankings.clear()
+                for protocol in protocols:
+                    self.scores += protocol.run(self)
+        return self
 
     @cached_property
     def languages(self) -> list[Language]:
@@ -117,39 +80,39 @@ class CardScorer:
         place = {id_: i for i, id_ in enumerate(self.card.ids)}
         return [[place[other] for other in one.confusable_with] for one in self.card.classes]
 
-    @cached_property
-    def places_C2(self) -> np.ndarray | None:
-        """(latitude, longitude) of each class; None where any has none."""
-        found = [(one.facts.get("lat"), one.facts.get("lon")) for one in self.card.classes]
-        return None if any(None in place for place in found) else np.array(found, dtype=np.float64)
-
     def embed(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), E)."""
         return torch.stack([self.texts[text] for text in texts])
 
-    def class_embeddings(self, language: Language, length: int) -> Tensor:
+    def class_embeddings(self, language: Language) -> Tensor:
         """A row for each class of a language, (D, length)."""
-        return class_embeddings(self.embed(language.prompts), language.row_P, len(language.class_D), length)
+        texts = self.embed(language.prompts)
+        return class_embeddings(texts, language.row_P, len(language.class_D), self.setting.length)
 
-    def rate(self, hit_M: np.ndarray) -> Interval:
-        """Share of hits."""
-        return metrics.hit_rate(hit_M, *self.draws)
+    def rankings(self) -> Iterator[tuple[Language, Ranking]]:
+        """The classes of every language that has an image to score: what all protocols of classes ask for, computed
+        once.
+
+        English's `subset_rank_UM` are its ranks among the classes of each of `languages`.
+        """
+        for language in self.languages:
+            if language.code not in self._rankings:
+                others = [other.class_D for other in self.languages] if language.code == "en" else []
+                class_DE = self.class_embeddings(language)
+                self._rankings[language.code] = rank_classes(
+                    self.image_NE, class_DE, self.label_N, language.class_D, TOP, self.confusable, others
+                )
+            if len(self._rankings[language.code].image_M):
+                yield language, self._rankings[language.code]
 
     def accuracies(self, rank_M: np.ndarray, label_M: np.ndarray, num_classes: int) -> dict[str, Interval]:
         """Of ranks among classes: acc1, acc5 where there are more classes, mean per-class recall, acc1 less chance."""
-        values = {"acc1": self.rate(rank_M == 0)}
+        values = {"acc1": metrics.hit_rate(rank_M == 0)}
         if num_classes > TOP:
-            values["acc5"] = self.rate(rank_M < TOP)
-        values["mean_per_class_recall"] = metrics.mean_per_class_recall(rank_M == 0, label_M, *self.draws)
+            values["acc5"] = metrics.hit_rate(rank_M < TOP)
+        values["mean_per_class_recall"] = metrics.mean_per_class_recall(rank_M == 0, label_M)
         values["acc1_corrected"] = metrics.chance_corrected(values["acc1"], 1 / num_classes)
         return values
-
-    def gap_to_english(self, english_M: np.ndarray, hit_M: np.ndarray, label_M: np.ndarray) -> dict[str, Interval]:
-        """What English hits more of the same images, in images and in classes."""
-        return {
-            "parity_acc1": metrics.parity_gap(english_M, hit_M, label_M, "images", *self.draws),
-            "parity_mean_per_class_recall": metrics.parity_gap(english_M, hit_M, label_M, "classes", *self.draws),
-        }
 
     def subsets(self, image_M: np.ndarray) -> dict[str, np.ndarray]:
         """Name -> which of these images, bool (M,): "" for all, those of a group, and those not seen in training."""
@@ -161,9 +124,8 @@ class CardScorer:
             found[CLEAN] = ~self.items.is_flagged[image_M]
         return {name: members for name, members in found.items() if members.any()}
 
-    def add(
+    def rows(
         self,
-        setting: Setting,
         protocol: str,
         language: str,
         values: dict[str, Interval],
@@ -171,38 +133,69 @@ class CardScorer:
         num_classes: int = 0,
         chance: float | dict[str, float] | None = None,
         subset: str = "",
-    ) -> None:
-        """Numbers of a protocol; `chance` is that of the first guess, or one for each metric."""
+        length: int | None = None,
+    ) -> Iterator[Score]:
+        """Numbers of a protocol in the setting; `chance` is that of the first guess, or one for each metric.
+
+        `length` is another than the setting's, where a protocol scores all of them at once.
+        """
         if isinstance(chance, float):
             chance = {metric: min(times * chance, 1.0) for metric, times in _CHANCES.items()}
-        chances, sizes = chance or {}, (num_items, num_classes, subset)
-        where = (self.card.suite, self.card.id, self.part, protocol, language)
         for metric, interval in values.items():
-            found = Score(*where, metric, setting.length, setting.view, *interval, chances.get(metric), *sizes)
-            self.scores.append(found)
+            yield Score(
+                self.card.suite,
+                self.card.id,
+                self.part,
+                protocol,
+                language,
+                metric,
+                length or self.setting.length,
+                self.setting.view,
+                *interval,
+                (chance or {}).get(metric),
+                num_items,
+                num_classes,
+                subset,
+            )
 
     def keep(
         self,
         protocol: str,
         language: str,
-        image: int,
-        truth: str,
-        predicted: str,
-        rank: int,
-        top: list[str],
-        cosines: list[float],
-        hard_hit: bool | None = None,
+        image_M: np.ndarray,
+        truth_M: np.ndarray,
+        predicted_M: np.ndarray,
+        rank_M: np.ndarray,
+        top_MK: np.ndarray,
+        cosine_MK: np.ndarray,
+        hard_hit_M: np.ndarray | None = None,
     ) -> None:
-        """An image's answer."""
-        where, key = (self.card.id, self.part, protocol, language), self.items.keys[image]
-        flagged = self.items.is_flagged is not None and bool(self.items.is_flagged[image])
-        self.predictions.append(Prediction(*where, key, truth, predicted, rank, top, cosines, hard_hit, flagged))
+        """The answers for some images, if this is the main setting; see `Answers`."""
+        if not self.setting.main:
+            return
+        items, nothing_N = self.items, np.full(len(self.items), None)
+        flagged_N = np.zeros(len(items), bool) if items.is_flagged is None else items.is_flagged
+        hard_hit_M = nothing_N[image_M] if hard_hit_M is None else hard_hit_M
+        where = (self.card.id, self.part, protocol, language)
+        about = (np.array(column, dtype=object)[image_M] for column in (items.keys, items.contents))
+        keys_M, content_M = about
+        found = (truth_M, predicted_M, rank_M, top_MK, cosine_MK, hard_hit_M, flagged_N[image_M])
+        self.answers.append(Answers(*where, keys_M, *found, content_M))
+
+
+def texts_of(items: Items, options: Options) -> Iterator[str]:
+    """Every text that the protocols of a card ask for."""
+    for language in languages_of(items.card, options):
+        yield from language.prompts
+    for protocol in items.card.protocols:
+        if protocol.embeds_text:
+            yield from protocol.texts(items, options)
 
 
 def languages_of(card: Card, options: Options) -> list[Language]:
     """The languages in which a card's classes are told apart, English first."""
     codes = [code for code, named in card.languages.items() if named >= _fewest(card) and options.wants(code)]
-    return [language_of(card, code, sorted(card.names(code))) for code in codes]
+    return [language_of(card, code) for code in codes]
 
 
 def languages_left_out(items: Items, options: Options) -> list[str]:
@@ -223,8 +216,9 @@ def _fewest(card: Card) -> int:
     return min(_FEWEST_CLASSES, len(card.classes))
 
 
-def language_of(card: Card, code: str, classes: Sequence[int]) -> Language:
-    """Some classes, in a language in which all of them have a name."""
-    templates, names = card.templates(code), card.names(code)
-    prompts = [template.replace("{c}", names[i]) for i in classes for template in templates]
-    return Language(code, np.array(classes), prompts, np.repeat(np.arange(len(classes)), len(templates)))
+def language_of(card: Card, code: str, templates: Sequence[str] | None = None) -> Language:
+    """The classes that have a name in a language; `templates` ask otherwise than the card does."""
+    names = card.names(code)
+    classes, asked = sorted(names), templates or card.templates(code)
+    prompts = [template.replace("{c}", names[i]) for i in classes for template in asked]
+    return Language(code, np.array(classes, dtype=np.int64), prompts, np.repeat(np.arange(len(classes)), len(asked)))

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from indiclip.evals.formatting import interval, language_name, metric_name, number, signed, title
 from indiclip.evals.protocols.metrics import Interval, parity_gap
-from indiclip.evals.reports.formatting import interval, language_name, metric_name, number, signed, title
-from indiclip.evals.results import CardResult, Prediction, Result, Score, by_card, name_of
+from indiclip.evals.results import CardResult, Prediction, Result, Score, name_of
 
 
 class Compared(NamedTuple):
@@ -18,6 +18,7 @@ class Compared(NamedTuple):
     a: Score | None
     b: Score | None
     shared: int = 0  # images that both runs answered for
+    of: tuple[int, int] = (0, 0)  # images of each run
     gap: Interval | None = None  # b less a, on these
     why_not: str = ""  # where there is none
     gained: tuple[tuple[str, str], ...] = ()  # (key, truth) of images wrong in a and right in b
@@ -25,13 +26,12 @@ class Compared(NamedTuple):
 
 
 def compare(a: Result, b: Result) -> list[Compared]:
-    """Every card and language that either run scored; a difference where both did so on the same images and classes.
+    """Every card and language that either run scored; a difference on the images that both answered for.
 
-    The difference is that of the main metric over the images, with the interval of a paired bootstrap: both runs'
-    answers for an image are drawn together.
+    Images are the same where their keys and bytes are. The difference is that of the main metric, with the interval of
+    a paired difference: what one run makes of an image stands beside what the other does.
     """
-    answers_a, answers_b = by_card(a.predictions), by_card(b.predictions)
-    cards = {card.key: card for card in (*b.cards, *a.cards) if card.status == "scored"}
+    cards = {card.key: card for card in (*a.cards, *b.cards) if card.status == "scored"}
     languages = list(dict.fromkeys((*a.languages(), *b.languages())))
     mains = {language: (a.main(language), b.main(language)) for language in languages}
     rows = []
@@ -39,42 +39,60 @@ def compare(a: Result, b: Result) -> list[Compared]:
         for language in languages:
             score_a, score_b = (main.get(key) for main in mains[language])
             row = Compared(card, language, score_a, score_b)
-            if score_a is None and score_b is None:
-                continue
             if score_a is None or score_b is None:
-                rows.append(row._replace(why_not=f"only in {'B' if score_a is None else 'A'}"))
+                if score_a is not None or score_b is not None:
+                    rows.append(row._replace(why_not=f"only in {'B' if score_a is None else 'A'}"))
                 continue
-            of_a, of_b = (
-                {one.key: one for one in answers.get((*key, score.protocol, language), [])}
-                for answers, score in ((answers_a, score_a), (answers_b, score_b))
-            )
-            why_not = _why_not(score_a, score_b, of_a, of_b) or _other_data(a, b, card)
-            row = row._replace(shared=len(of_a.keys() & of_b.keys()), why_not=why_not)
-            rows.append(row if why_not else _compared(row, of_a, of_b))
+            of_a, of_b = (_answers(run, score) for run, score in ((a, score_a), (b, score_b)))
+            shared = [name for name in of_a if name in of_b]
+            row = row._replace(shared=len(shared), of=(len(of_a), len(of_b)))
+            why_not = _why_not(row, of_a, of_b) or _asked_otherwise(a, b, row)
+            if not why_not and not all(content for content, _ in shared):
+                why_not = _other_data(a, b, card)
+            rows.append(row._replace(why_not=why_not) if why_not else _compared(row, shared, of_a, of_b))
     return rows
 
 
-def _why_not(a: Score, b: Score, of_a: dict[str, Prediction], of_b: dict[str, Prediction]) -> str:
+def _answers(run: Result, score: Score) -> dict[tuple[str, str], Prediction]:
+    """The answers behind a score by the image's content and, as there may be copies, its key."""
+    where = (score.card, score.part, score.protocol, score.language)
+    rows = [row for of in run.answers if (of.card, of.part, of.protocol, of.language) == where for row in of.rows()]
+    return {(row.content, row.key): row for row in rows}
+
+
+def _why_not(row: Compared, of_a: dict[tuple[str, str], Prediction], of_b: dict[tuple[str, str], Prediction]) -> str:
     """What stands against a comparison."""
+    a, b = row.a, row.b
+    assert a is not None
+    assert b is not None
     if a.metric != b.metric or a.protocol != b.protocol:
         return f"different metrics: {metric_name(a.metric)} and {metric_name(b.metric)}"
     if not of_a or not of_b:
         return "no predictions"
+    if not row.shared:
+        same_names = len({key for _, key in of_a} & {key for _, key in of_b})
+        return "different images" + (f", {same_names:,} of them under the same names" if same_names else "")
     if a.num_classes != b.num_classes:
         return f"different classes: {a.num_classes} and {b.num_classes}"
-    if of_a.keys() != of_b.keys():
-        return f"different images: {len(of_a.keys() & of_b.keys())} of {len(of_a)} and {len(of_b)} are shared"
-    if other := sum(of_a[key].truth != of_b[key].truth for key in of_a):
-        return f"different classes: {other} of {len(of_a)} images have another truth"
+    if row.card.candidates == "images" and of_a.keys() != of_b.keys():
+        return f"different images, which are each other's candidates: {row.shared:,} of {len(of_a):,} are shared"
+    if other := sum(of_a[name].truth != of_b[name].truth for name in of_a.keys() & of_b.keys()):
+        return f"different classes: {other} of {row.shared} images have another truth"
     if not (_is_per_class(a.metric) or _nearest(a.metric)):
         return f"{metric_name(a.metric)} has no hits to compare"
     return ""
 
 
 def _other_data(a: Result, b: Result, card: CardResult) -> str:
-    """Runs that know a digest of their images know more than the keys."""
+    """Runs of before, which know the content of no image, have a digest of the keys and labels."""
     of_a, of_b = (run.about.get("data", {}).get(name_of(*card.key)) for run in (a, b))
     return "different images, or labels, under the same names" if of_a and of_b and of_a != of_b else ""
+
+
+def _asked_otherwise(a: Result, b: Result, row: Compared) -> str:
+    """Runs that know a digest of the texts they asked with."""
+    of_a, of_b = (run.about.get("asked", {}).get(name_of(*row.card.key), {}).get(row.language) for run in (a, b))
+    return "different classes, names or prompts" if of_a and of_b and of_a != of_b else ""
 
 
 def _is_per_class(metric: str) -> bool:
@@ -87,18 +105,29 @@ def _nearest(metric: str) -> int:
     return int(found[1] or 1) if found else 0
 
 
-def _compared(row: Compared, of_a: dict[str, Prediction], of_b: dict[str, Prediction]) -> Compared:
+def _compared(
+    row: Compared,
+    shared: list[tuple[str, str]],
+    of_a: dict[tuple[str, str], Prediction],
+    of_b: dict[tuple[str, str], Prediction],
+) -> Compared:
     assert row.a is not None
-    keys = list(of_a)
     nearest = _nearest(row.a.metric) or 1
-    hits_a_N, hits_b_N = (np.array([of[key].rank < nearest for key in keys]) for of in (of_a, of_b))
-    labels_N = np.unique([of_a[key].truth for key in keys], return_inverse=True)[1]
+    hits_a_N, hits_b_N = (np.array([of[name].rank < nearest for name in shared]) for of in (of_a, of_b))
+    labels_N = np.unique([of_a[name].truth for name in shared], return_inverse=True)[1]
     gap = parity_gap(hits_b_N, hits_a_N, labels_N, "classes" if _is_per_class(row.a.metric) else "images")
     gained, lost = (
-        tuple((key, of_a[key].truth) for key, changed in zip(keys, changed_N, strict=True) if changed)
+        tuple((name[1], of_a[name].truth) for name, changed in zip(shared, changed_N, strict=True) if changed)
         for changed_N in (hits_b_N & ~hits_a_N, hits_a_N & ~hits_b_N)
     )
     return row._replace(gap=gap, gained=gained, lost=lost)
+
+
+def common(row: Compared) -> str:
+    """How many images a difference is over, and of how many."""
+    if row.of == (row.shared, row.shared):
+        return f"{row.shared:,} images"
+    return f"the common {row.shared:,} images of A's {row.of[0]:,} and B's {row.of[1]:,}"
 
 
 def in_words(rows: list[Compared]) -> str:
@@ -110,6 +139,6 @@ def in_words(rows: list[Compared]) -> str:
         found = f"not compared: {row.why_not}"
         if gap := row.gap:
             ends = interval(gap.low, gap.high)
-            found = f"{signed(gap.value)}{ends and f' ({ends})'}, {row.shared:,} images shared"
+            found = f"{signed(gap.value)}{ends and f' ({ends})'}, on {common(row)}"
         lines.append(f"{title(row.card)}, {language_name(row.language)}, {metric_name(metric)}: {values} | {found}")
     return "\n".join(lines)

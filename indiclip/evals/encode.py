@@ -6,17 +6,19 @@ the number of torch's threads), and so the numbers are the same to the last digi
 Shape letters: N images, T texts, E embedding length.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from indiclip.evals.images.items import Images
 from indiclip.evals.models.embedder import Embedder, View
-from indiclip.images import UnreadableSample
+from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.loading.workers import StepLoader, Workers
 
 _TEXTS = 256  # in a batch
@@ -50,8 +52,8 @@ class Ranks:
 ALONE = Ranks()
 
 
-class _Batches(Dataset[tuple[dict[str, Any], list[int], dict[int, str]]]):
-    """Number of a batch -> `{view: batch}` of what can be read, their indices, and why others cannot."""
+class _Batches(Dataset[tuple[dict[str, Any], dict[int, str], dict[int, str]]]):
+    """Number of a batch -> `{view: batch}` of what can be read, a digest of each of these, and why others cannot."""
 
     def __init__(self, images: Images, embedder: Embedder, views: Sequence[View], batch_size: int) -> None:
         self.images, self.embedder, self.views, self.batch_size = images, embedder, views, batch_size
@@ -60,19 +62,35 @@ class _Batches(Dataset[tuple[dict[str, Any], list[int], dict[int, str]]]):
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
-    def __getitem__(self, number: int) -> tuple[dict[str, Any], list[int], dict[int, str]]:
+    def __getitem__(self, number: int) -> tuple[dict[str, Any], dict[int, str], dict[int, str]]:
         prepared: dict[int, list[Any]] = {}
+        contents: dict[int, str] = {}
         unreadable: dict[int, str] = {}
         first = number * self.batch_size
         for index in range(first, min(first + self.batch_size, self.num_images)):
             try:
                 image = self.images[index]
                 prepared[index] = [self.embedder.prepare(image, view) for view in self.views]
+                contents[index] = _digest(image)
             except UnreadableSample as error:
                 unreadable[index] = str(error)
         of_views = zip(*prepared.values(), strict=True)
         batch = {view.name: self.embedder.collate(list(rows)) for view, rows in zip(self.views, of_views, strict=False)}
-        return batch, list(prepared), unreadable
+        return batch, contents, unreadable
+
+
+class Encoded(NamedTuple):
+    """Images of which each was read once.
+
+    Attributes:
+        images: `{view: image_NE}`, unit-length float32, NaN for the images that cannot be read.
+        unreadable: Why, by the image's place.
+        contents: A digest of each image's bytes, "" of what cannot be read.
+    """
+
+    images: dict[str, Tensor]
+    unreadable: dict[int, str]
+    contents: list[str]
 
 
 def encode_images(
@@ -83,7 +101,7 @@ def encode_images(
     num_workers: int = 0,
     ranks: Ranks = ALONE,
     progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, Tensor], dict[int, str]]:
+) -> "Encoded":
     """Every image once for each view.
 
     Args:
@@ -96,8 +114,7 @@ def encode_images(
         progress: Is told how many images were done.
 
     Returns:
-        `({view: image_NE}, {index: reason})`, the same on every rank: unit-length float32, NaN for the images that
-        cannot be read.
+        The same on every rank.
     """
     batches = _Batches(images, embedder, views, batch_size)
     loader: StepLoader[Any] = StepLoader(
@@ -109,20 +126,30 @@ def encode_images(
     )
     width = embedder.lengths[-1]
     rows: dict[str, list[Tensor]] = {view.name: [] for view in views}
-    unreadable: dict[int, str] = {}
-    for number, (batch, indices, failed) in zip(ranks.share(len(batches)), loader, strict=True):
+    contents, unreadable = dict[int, str](), dict[int, str]()
+    for number, (batch, digests, failed) in zip(ranks.share(len(batches)), loader, strict=True):
         unreadable |= failed
+        contents |= digests
         first = number * batch_size
         for name, found in rows.items():
-            all_BE = torch.full((len(indices) + len(failed), width), torch.nan)
-            if indices:
-                all_BE[[index - first for index in indices]] = embedder.embed_images(batch[name])
+            all_BE = torch.full((len(digests) + len(failed), width), torch.nan)
+            if digests:
+                all_BE[[index - first for index in digests]] = embedder.embed_images(batch[name])
             found.append(all_BE)
         if progress is not None:
-            progress(len(indices) + len(failed))
-    for failed in ranks.gather(unreadable):
+            progress(len(digests) + len(failed))
+    for digests, failed in ranks.gather((contents, unreadable)):
+        contents |= digests
         unreadable |= failed
-    return {name: ranks.together(found, width) for name, found in rows.items()}, dict(sorted(unreadable.items()))
+    embeddings = {name: ranks.together(found, width) for name, found in rows.items()}
+    every = [contents.get(index, "") for index in range(batches.num_images)]
+    return Encoded(embeddings, dict(sorted(unreadable.items())), every)
+
+
+def _digest(image: Any) -> str:
+    """64 bits of an image's file, or of its pixels where it never was one."""
+    content = image.data if isinstance(image, EncodedImage) else np.ascontiguousarray(image).data
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def encode_texts(embedder: Embedder, texts: Sequence[str], ranks: Ranks = ALONE) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from indiclip import json_lines
-from indiclip.evals.reports.formatting import language_name
+from indiclip.evals.formatting import language_name
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, Result, finite
 

@@ -1,5 +1,8 @@
 """The benchmark's generated images: words to read and colours to name. Nothing is downloaded; the same everywhere.
 
+A card names one of these, or a function of somebody's own, by `generator:`. It is called with the card and the seed,
+and may raise `MissingFonts`, which names the packages.
+
 Images are drawn when they are asked for. Those of the gallery, which probes are trained on, share neither words nor
 fonts, nor weaves and things, with those that are scored.
 """
@@ -32,24 +35,7 @@ class Pictures(Dataset[Any]):
         return self.samples[index]["image"]
 
 
-def generated_items(card: Card, seed: int = 0, size: int = 224) -> list[Items]:
-    """The part of one of our cards that needs no photographs, where it has one.
-
-    Args:
-        card: Any.
-        seed: Which images.
-        size: Of the square images, in pixels.
-
-    Raises:
-        MissingFonts: Fonts or libraries are missing; names the packages.
-    """
-    makers = {"ocr_indic": _words, "indian_colours": _colours}
-    if card.suite != "india" or card.id not in makers:  # a user's card may be called alike and have other classes
-        return []
-    return [makers[card.id](card, seed, size)]
-
-
-def _words(card: Card, seed: int, size: int) -> Items:
+def words(card: Card, seed: int = 0, size: int = 224) -> Items:
     """For matching (`candidates`), and for telling the script; half of the words are real, half made up."""
     scripts = [script for script in card.ids if script in SCRIPTS]
     sets = [Lettering(len(scripts) * count, part, scripts, size, seed) for part, count in WORDS.items()]
@@ -62,7 +48,7 @@ def _words(card: Card, seed: int, size: int) -> Items:
     return items
 
 
-def _colours(card: Card, seed: int, size: int) -> Items:
+def colours(card: Card, seed: int = 0, size: int = 224) -> Items:
     """Patches, cloth and things in the colours of the classes, which take turns."""
     values = {one.id: str(one.facts["hex"]) for one in card.classes}
     sets = [Swatches(values, len(values) * count, part, size, seed) for part, count in SWATCHES.items()]

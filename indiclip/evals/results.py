@@ -2,20 +2,21 @@
 
 import json
 import math
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from indiclip import json_lines
-from indiclip.evals.cards.card import SUITES, packaged
+from indiclip.evals.suites import SUITES, packaged
 from indiclip.masking import mask
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
 CLEAN = "clean"  # the subset of the images that are not among the training data
 _SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
-MAIN_PROTOCOLS = ("zero_shot", "matching", "retrieval", "places")
 
 
 class Score(NamedTuple):
@@ -24,7 +25,7 @@ class Score(NamedTuple):
     suite: str  # india, world, own
     card: str
     part: str  # photographs or procedural
-    protocol: str  # zero_shot, hard_pairs, retrieval, matching, places, knn, linear_probe
+    protocol: str  # zero_shot, hard_pairs, retrieval, matching, places, knn, linear_probe, ...
     language: str  # of the texts; `images` where there are none
     metric: str  # acc1, acc5, mean_per_class_recall, image_to_text_r5, parity_acc1, median_km, ...
     length: int  # of the embeddings
@@ -58,6 +59,49 @@ class Prediction(NamedTuple):
     cosines: list[float]  # of these
     hard_hit: bool | None  # right among the confusable classes only; None where the class has none
     flagged: bool  # found among the training images
+    content: str = ""  # a digest of the image's bytes
+
+
+@dataclass(eq=False)
+class Answers:
+    """The predictions of a card, a protocol and a language, in columns: see `Prediction`.
+
+    Attributes:
+        keys_M: str, as are `truth_M`, `predicted_M` and `top_MK`: NumPy arrays of objects.
+        rank_M: int64.
+        cosine_MK: float32.
+        hard_hit_M: bool or None.
+        flagged_M: bool.
+        content_M: str.
+    """
+
+    card: str
+    part: str
+    protocol: str
+    language: str
+    keys_M: np.ndarray
+    truth_M: np.ndarray
+    predicted_M: np.ndarray
+    rank_M: np.ndarray
+    top_MK: np.ndarray
+    cosine_MK: np.ndarray
+    hard_hit_M: np.ndarray
+    flagged_M: np.ndarray
+    content_M: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Answers) and list(self.rows()) == list(other.rows())
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The part of a card that they are of."""
+        return self.card, self.part
+
+    def rows(self) -> Iterator[Prediction]:
+        """Image by image."""
+        where = (self.card, self.part, self.protocol, self.language)
+        columns = (getattr(self, one.name).tolist() for one in fields(self)[len(where) :])
+        return (Prediction(*where, *row) for row in zip(*columns, strict=True))
 
 
 @dataclass
@@ -76,6 +120,11 @@ class CardResult:
     source: str = ""
     licence: str = ""
     notes: list[str] = field(default_factory=list)  # why it was skipped; what is not as the card says
+    protocol: str = "zero_shot"  # the main one
+    plain: list[str] = field(
+        default_factory=lambda: ["zero_shot"]
+    )  # protocols whose metrics are logged without their name
+    candidates: str = "classes"  # what the main protocol ranks: classes, an image's own texts, or all images
 
     @property
     def key(self) -> tuple[str, str]:
@@ -92,8 +141,17 @@ class Result:
     views: list[str]
     cards: list[CardResult] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
-    predictions: list[Prediction] = field(default_factory=list)
+    answers: list[Answers] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)  # options, versions, seconds, contamination
+
+    @property
+    def predictions(self) -> list[Prediction]:
+        """All answers, image by image."""
+        return [row for answers in self.answers for row in answers.rows()]
+
+    @predictions.setter
+    def predictions(self, rows: Iterable[Prediction]) -> None:
+        self.answers = answers_of(rows)
 
     def is_main_setting(self, score: Score) -> bool:
         """Whether a score is of the full length and the first view."""
@@ -101,33 +159,33 @@ class Result:
 
     def main(self, language: str = "en") -> dict[tuple[str, str], Score]:
         """(card, part) -> its main metric at the full length and the first view."""
-        metrics = {card.key: card.metric for card in self.cards}
+        mains = {card.key: (card.protocol, card.metric) for card in self.cards}
         return {
             score.key: score
             for score in self.scores
             if score.language == language
-            and score.metric == metrics.get(score.key)
+            and (score.protocol, score.metric) == mains.get(score.key)
             and self.is_main_setting(score)
             and not score.subset
-            and score.protocol in MAIN_PROTOCOLS
         }
 
     def logged(self) -> dict[str, float]:
         """`eval/<suite>/<card>/<language>/<metric>` -> value: all metrics in the main setting, the main ones in others.
 
-        The generated part of a card is `<card>_procedural`, a metric of a probe or of hard pairs begins with its name;
-        `_64` at its end is a length other than the full one, `@256-square` a view other than the first.
+        The generated part of a card is `<card>_procedural`; a metric begins with its protocol's name but for those of
+        the protocols that `CardResult.plain` names; `_64` at its end is a length other than the full one, `@256-square`
+        a view other than the first.
         """
-        mains = {card.key: card.metric for card in self.cards}
+        cards = {card.key: card for card in self.cards}
         values = {}
         for score in self.scores:
             elsewhere = f"_{score.length}" * (score.length != self.lengths[-1])
             elsewhere += f"@{score.view}" * (score.view != self.views[0])
-            if score.subset or (elsewhere and score.metric not in ("acc1", mains.get(score.key))):
+            card = cards[score.key]
+            if score.subset or (elsewhere and score.metric not in ("acc1", card.metric)):
                 continue
-            card = name_of(*score.key)
-            metric = score.metric if score.protocol in MAIN_PROTOCOLS else f"{score.protocol}_{score.metric}"
-            values[f"eval/{score.suite}/{card}/{score.language}/{metric}{elsewhere}"] = score.value
+            metric = score.metric if score.protocol in card.plain else f"{score.protocol}_{score.metric}"
+            values[f"eval/{score.suite}/{name_of(*score.key)}/{score.language}/{metric}{elsewhere}"] = score.value
         for language, mean in self.headline()["mean"].items():
             values[f"eval/india/mean/{language}/corrected"] = mean["value"]
         return values
@@ -169,7 +227,7 @@ class Result:
             OSError: The disk is full, or the folder cannot be written to.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        _write_predictions(folder / "predictions.parquet", self.predictions)
+        _write_answers(folder / "predictions.parquet", self.answers)
         content = {
             "model": self.model,
             "headline": self.headline(),
@@ -228,22 +286,37 @@ def load_result(folder: Path, predictions: bool = True) -> Result:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         result = Result(content["model"], content["lengths"], content["views"], about=content["about"])
-        result.cards = [CardResult(**card) for card in content["cards"]]
+        result.cards = [CardResult(**_of_before(card) | card) for card in content["cards"]]
         numbers = (row | {"value": math.nan if row["value"] is None else row["value"]} for row in content["scores"])
         result.scores = [Score(**row) for row in numbers]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not the metrics of `indiclip bench` ({type(error).__name__}: {error})") from error
     if predictions and (folder / "predictions.parquet").is_file():
-        result.predictions = _read_predictions(folder / "predictions.parquet")
+        result.answers = answers_of(_read_predictions(folder / "predictions.parquet"))
     return result
 
 
-def by_card(predictions: list[Prediction]) -> dict[tuple[str, str, str, str], list[Prediction]]:
-    """(card, part, protocol, language) -> its predictions, in their order."""
-    groups: dict[tuple[str, str, str, str], list[Prediction]] = defaultdict(list)
+def _of_before(card: dict[str, Any]) -> dict[str, Any]:
+    """What runs did not say of a card when all cards had one of three main protocols."""
+    protocol = {"image": "retrieval", "text": "retrieval"}.get(card["metric"].partition("_")[0], "zero_shot")
+    protocol = "matching" if card["card"] == "ocr_indic" else protocol
+    candidates = {"retrieval": "images", "matching": "texts"}.get(protocol, "classes")
+    return {"protocol": protocol, "plain": ["zero_shot", "matching", "retrieval", "places"], "candidates": candidates}
+
+
+def answers_of(predictions: Iterable[Prediction]) -> list[Answers]:
+    """Predictions in columns, an `Answers` for each card, part, protocol and language."""
+    groups: dict[tuple[str, str, str, str], list[Prediction]] = {}
     for row in predictions:
-        groups[row.card, row.part, row.protocol, row.language].append(row)
-    return groups
+        groups.setdefault(row[:4], []).append(row)
+    return [Answers(*where, *map(column_of, list(zip(*rows, strict=True))[4:])) for where, rows in groups.items()]
+
+
+def column_of(values: Sequence[Any]) -> np.ndarray:
+    """Values of any kind, lists of different lengths too, one of each image."""
+    column = np.empty(len(values), dtype=object)
+    column[:] = values
+    return column
 
 
 def check_parquet() -> None:
@@ -262,19 +335,22 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _write_predictions(file: Path, rows: list[Prediction]) -> None:
+def _write_answers(file: Path, answers: list[Answers]) -> None:
     pyarrow = _pyarrow()
     text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
     kinds = [text] * 7 + [pyarrow.int32(), texts, pyarrow.list_(pyarrow.float32()), pyarrow.bool_(), pyarrow.bool_()]
+    kinds += [text]
     schema = pyarrow.schema(zip(Prediction._fields, kinds, strict=True))
-    table = pyarrow.Table.from_pylist([row._asdict() for row in rows], schema)
+    tables = [pyarrow.Table.from_pylist([row._asdict() for row in of.rows()], schema) for of in answers]
+    table = pyarrow.concat_tables([schema.empty_table(), *tables])
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     json_lines.write_whole(file, sink.getvalue().to_pybytes())
 
 
 def _read_predictions(file: Path) -> list[Prediction]:
-    table = _pyarrow().parquet.read_table(file, columns=list(Prediction._fields))
+    there = set(_pyarrow().parquet.read_schema(file).names)  # earlier runs have no `content`
+    table = _pyarrow().parquet.read_table(file, columns=[name for name in Prediction._fields if name in there])
     return [Prediction(**row) for row in table.to_pylist()]
 
 

@@ -20,9 +20,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from indiclip.checkpoint import encoder_of
 from indiclip.encoder import Encoder
 from indiclip.evals.bench import check_languages, find_bench, logged_names, run_bench
-from indiclip.evals.card_scorer import Options
 from indiclip.evals.encode import Ranks
 from indiclip.evals.models.embedder import EncoderEmbedder
+from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.module import MultiTask
 from indiclip.names import check_range

@@ -1,28 +1,38 @@
 """The YAML of a card -> `Card`, everything checked: a slip in a page would be a wrong score that nobody notices.
 
-Keys of a card: `title`, `task`, `classes`, `prompts`, and `metric`, `chance`, `num_candidates`, `source`, `licence`,
-`notes`, `folder` where they differ from what is usual. A class has `id`, `names` (with `en`), and `aliases`,
-`confusable_with`, `facts` where there are any. `romanised` are names made by rule, see tools/romanise.py.
+Keys of a card: `title`, `task` or `protocols`, `classes` or `class_source`, `prompts`, and `metric`, `chance`,
+`num_candidates`, `generator`, `source`, `licence`, `notes`, `folder` where they differ from what is usual. `protocols`,
+`class_source` and `generator` name Python classes and functions by their paths, and so can run any code.
+
+A class has `id`, `names` (with `en`), and `aliases`, `confusable_with`, `facts` where there are any. `romanised` are
+names made by rule, see tools/romanise.py.
 """
 
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from indiclip.datasets.languages import OF_INDIA, language_tag
 from indiclip.datasets.tables import is_number
-from indiclip.evals.cards.card import TASKS, Card, CardClass, bare
+from indiclip.evals.cards.classes import Card, CardClass, bare
+from indiclip.evals.cards.objects import named, object_of
+from indiclip.evals.protocols.protocol import Protocol
 from indiclip.names import check_choice, did_you_mean, reason_of
 from indiclip.strict_yaml import UniqueKeys
 
 _KEYS = (
     "title",
     "task",
+    "protocols",
     "classes",
+    "class_source",
+    "generator",
     "prompts",
     "metric",
     "chance",
@@ -33,14 +43,9 @@ _KEYS = (
     "folder",
 )
 _CLASS_KEYS = ("id", "names", "romanised", "aliases", "confusable_with", "facts")
-_METRICS = {  # the first is the one where none is named
-    "classification": ("acc1", "acc5", "mean_per_class_recall"),
-    "matching": ("acc1",),
-    "retrieval": tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (5, 1, 10)),
-}
 _ID = re.compile(r"[\w-]+")
 _CANDIDATES = 10
-_COMPUTED = ("imagenet1k", "babel_imagenet")  # values of `classes` that stand for a list
+_CLASS_FIELDS = {"class", "classes"}  # what is known of an image in classes
 
 
 class _Loader(UniqueKeys):
@@ -61,16 +66,26 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: no YAML: {reason_of(error, None)}") from error
     tree = _mapping(tree, file, _KEYS)
-    task = _text(tree.get("task"), f"{file}: task")
-    check_choice(f"{file}: task", task, TASKS)
-    classes = _classes(tree.get("classes", []), file, task)
-    num_candidates = tree.get("num_candidates", _CANDIDATES) if task == "matching" else 0
-    if not isinstance(num_candidates, int) or (task == "matching" and num_candidates < 2):
+    task = _text(tree.get("task", ""), f"{file}: task", optional="protocols" in tree)
+    if task:
+        check_choice(f"{file}: task", task, _tasks())
+    protocols = _protocols(tree.get("protocols", _tasks().get(task)), file)
+    fields = {field for protocol in protocols for field in protocol.required_fields}
+    if "class_source" in tree:
+        if "classes" in tree:
+            raise ValueError(f"{file}: class_source: there are `classes` too; expected one of both")
+        classes = tuple(object_of(tree["class_source"], f"{file}: class_source").classes())
+    else:
+        classes = _classes(tree.get("classes", []), file, bool(fields & _CLASS_FIELDS))
+    num_candidates = tree.get("num_candidates", _CANDIDATES) if "text" in fields else 0
+    if not isinstance(num_candidates, int) or ("text" in fields and num_candidates < 2):
         raise ValueError(f"{file}: num_candidates: found {num_candidates!r}; expected a whole number from 2")
     chance = 1 / num_candidates if num_candidates else 1 / len(classes) if classes else 0.0
     _check_chance(tree.get("chance", chance), chance, file)
-    metric = _text(tree.get("metric", _METRICS[task][0]), f"{file}: metric")
-    check_choice(f"{file}: metric", metric, _METRICS[task])
+    metrics = protocols[0].metrics
+    metric = _text(tree.get("metric", metrics[0]), f"{file}: metric")
+    check_choice(f"{file}: metric", metric, metrics)
+    generator = named(tree["generator"], f"{file}: generator") if "generator" in tree else None
     about = {key: _text(tree.get(key, ""), f"{file}: {key}", optional=True) for key in ("source", "licence", "notes")}
     folder = _text(tree.get("folder", card_id), f"{file}: folder")
     if not _ID.fullmatch(folder):
@@ -78,21 +93,34 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     title = _text(tree.get("title", card_id), f"{file}: title")
     prompts = _prompts(tree.get("prompts", {}), file)
     return Card(
-        card_id, title, suite, task, classes, prompts, metric, **about,
-        file=file, chance=chance, folder=folder, num_candidates=num_candidates,
+        card_id, title, suite, task, protocols, classes, prompts, metric, **about,
+        file=file, chance=chance, folder=folder, num_candidates=num_candidates, generator=generator,
     )  # fmt: skip
 
 
-def _classes(entries: Any, file: str, task: str) -> tuple[CardClass, ...]:
-    if isinstance(entries, str):
-        if entries not in _COMPUTED:
-            raise ValueError(f"{file}: classes: found {entries!r}; expected a list, or one of {', '.join(_COMPUTED)}")
-        from indiclip.evals.cards.imagenet import imagenet_classes
+@cache
+def _tasks() -> dict[str, list[Any]]:
+    tasks: dict[str, list[Any]] = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text("utf-8"))
+    return tasks
 
-        return imagenet_classes()
-    if task == "retrieval":
+
+def _protocols(entries: Any, file: str) -> tuple[Protocol, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{file}: protocols: found {_found(entries)}; expected a list of class paths")
+    protocols = [object_of(entry, f"{file}: protocols") for entry in entries]
+    for protocol in protocols:
+        if not isinstance(protocol, Protocol):
+            expected = "expected a class of indiclip.evals.protocols.protocol.Protocol"
+            raise ValueError(f"{file}: protocols: {type(protocol).__name__} is no protocol; {expected}")
+    _check_unique((protocol.name for protocol in protocols), f"{file}: protocols: the name")
+    return tuple(protocols)
+
+
+def _classes(entries: Any, file: str, are_asked: bool) -> tuple[CardClass, ...]:
+    if not are_asked:
         if entries:
-            raise ValueError(f"{file}: classes: found {len(entries)}; a retrieval card has captions and no classes")
+            found = f"found {len(entries) if isinstance(entries, list) else _found(entries)}"
+            raise ValueError(f"{file}: classes: {found}; no protocol of the card tells classes apart")
         return ()
     if not isinstance(entries, list) or len(entries) < 2:
         raise ValueError(f"{file}: classes: found {_found(entries)}; expected a list of at least two classes")

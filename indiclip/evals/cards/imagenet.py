@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from indiclip.datasets.tables import load_json
-from indiclip.evals.cards.card import Card, CardClass
+from indiclip.evals.cards.classes import Card, CardClass
 from indiclip.names import did_you_mean
 
 NUM_CLASSES = 1000
@@ -31,6 +31,13 @@ def imagenet_classes() -> tuple[CardClass, ...]:
         name = _RENAMED.get(synset, first)
         classes.append(CardClass(synset, {"en": name}, tuple(one for one in (first, *others) if one != name)))
     return tuple(classes)
+
+
+class ImageNet:
+    """ImageNet-1k's classes as a card's `class_source`."""
+
+    def classes(self) -> tuple[CardClass, ...]:
+        return imagenet_classes()
 
 
 def is_imagenet(card: Card) -> bool:

@@ -3,7 +3,8 @@
 import unicodedata
 from collections.abc import Sequence
 
-from indiclip.evals.cards.card import SUITES, Card, load_card, packaged
+from indiclip.evals.cards.card import Card, load_card
+from indiclip.evals.suites import SUITES, packaged
 
 _SHOWN = 5  # languages in the list of cards
 

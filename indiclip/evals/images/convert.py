@@ -114,9 +114,9 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 def _write_clip_benchmark(items: Items, folder: Path, language: str, images: Iterable[_Readable]) -> None:
     """Shards of 10,000 samples, numbered from 0 in each split."""
     card = items.card
-    if card.task == "matching":
+    if "text" in card.required_fields:
         raise ValueError(f"clip-benchmark has no task like {card.task}; --layout folder can hold {card.id}")
-    captions = _captions(items, language) if card.task == "retrieval" else None
+    captions = _captions(items, language) if "captions" in card.required_fields else None
     if captions is not None:
         _write_lines(folder / "dataset_type.txt", ["retrieval"])
     else:
@@ -138,7 +138,7 @@ def _write_clip_benchmark(items: Items, folder: Path, language: str, images: Ite
 
 def _write_folder(items: Items, folder: Path, language: str, images: Iterable[_Readable]) -> None:
     """`<split>/<class>/*.jpg`, and `.txt` beside it for what is written on an image; of retrieval the captions."""
-    if items.card.task == "retrieval":
+    if "captions" in items.card.required_fields:
         return _write_captions(items, folder, images)
     names = _Names()
     for place, split, image in images:

@@ -33,6 +33,7 @@ class Items:
         candidates: Matching: texts of each image, the right one first.
         is_train: bool (N,): gallery of kNN and linear probe, never scored. None: no split.
         is_flagged: bool (N,): found among the training data. None: nobody looked.
+        contents: A digest of each image's bytes, "" before it was read.
         groups: What per-group tables are by, such as the script of each image.
         procedural: Whether the images are drawn, not photographed.
         notes: Lines to print: classes without images, unreadable images, labels mapped by name.
@@ -46,9 +47,13 @@ class Items:
     candidates: list[list[str]] | None = None
     is_train: np.ndarray | None = None
     is_flagged: np.ndarray | None = None
+    contents: list[str] = field(default_factory=list)
     groups: list[str] | None = None
     procedural: bool = False
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.contents = self.contents or [""] * len(self.keys)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,6 +75,7 @@ class Items:
             candidates=self.candidates and _at(self.candidates, kept),
             is_train=None if self.is_train is None else self.is_train[kept],
             is_flagged=None if self.is_flagged is None else self.is_flagged[kept],
+            contents=_at(self.contents, kept),
             groups=self.groups and _at(self.groups, kept),
             notes=list(self.notes),
         )

@@ -86,7 +86,7 @@ def missing_classes(card: Card, labels: np.ndarray) -> list[str]:
 
 def class_groups(card: Card, labels: np.ndarray) -> list[str] | None:
     """The group of each image: its class in matching, else the fact `group` where every class has one."""
-    if card.task == "matching":
+    if "text" in card.required_fields:
         return [card.classes[label].id for label in labels]
     if not card.classes or not all("group" in one.facts for one in card.classes):
         return None

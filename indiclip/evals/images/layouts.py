@@ -71,7 +71,7 @@ def _read(card: Card, source: Path) -> Items:
         return _of_table(card, source)
     if shards := find_shards(source):
         return read_shards(card, source, shards)
-    if card.task == "retrieval" and (file := find_caption_file(source)):
+    if "captions" in card.required_fields and (file := find_caption_file(source)):
         return _of_captions(card, file)
     tables = sorted(entry for entry in source.iterdir() if entry.suffix in KINDS)
     if len(tables) > 1:
@@ -79,14 +79,14 @@ def _read(card: Card, source: Path) -> Items:
         raise ValueError(f"{source}: several tables, {names}; expected one that lists the images")
     if tables:
         return _of_table(card, tables[0])
-    if card.task == "retrieval":
+    if "captions" in card.required_fields:
         raise FileNotFoundError(f"{source}: no captions: no shards, no table, no file of captions (see {card.file})")
     return _of_folders(card, source)
 
 
 def _of_captions(card: Card, file: Path) -> Items:
-    if card.task != "retrieval":
-        raise ValueError(f"{file}: captions, and the card {card.id} is a {card.task} card; expected classes")
+    if "captions" not in card.required_fields:
+        raise ValueError(f"{file}: captions, and the card {card.id} asks for {', '.join(sorted(card.required_fields))}")
     found = read_caption_file(file)
     labels = np.full(len(found.names), -1, dtype=np.int64)
     images = FileImages(found.folder, found.names)
@@ -120,7 +120,7 @@ def _of_folders(card: Card, source: Path) -> Items:
         card, FileImages(source, names), keys, np.array(labels, dtype=np.int64), notes=notes,
         is_train=np.array(is_train) if any(is_train) else None,
     )  # fmt: skip
-    return _with_texts(items, [_beside(source / name) for name in names]) if card.task == "matching" else items
+    return _with_texts(items, [_beside(source / name) for name in names]) if "text" in card.required_fields else items
 
 
 def _folder_class(card: Card, parent: Path, folder: str) -> int:
@@ -141,7 +141,7 @@ def _beside(image: Path) -> str:
 
 def _of_table(card: Card, file: Path) -> Items:
     table = Table(file, image_column="file")
-    needed = {"classification": ["class"], "matching": ["class", "text"], "retrieval": []}[card.task]
+    needed = sorted(card.required_fields - {"captions"})
     names, embedded = table.images("file", file.parent)
     columns = {name: table.names(table.place(name)) for name in needed}
     used = {table.place(name) for name in ("file", "split", *needed) if name in table.header}
@@ -159,7 +159,7 @@ def _of_table(card: Card, file: Path) -> Items:
         images = TableImages(embedded, first_of)
     items = Items(card, images, list(first_of), np.full(len(first_of), -1, dtype=np.int64), notes=notes)
     items.is_train = None if train is None else train[list(first_of.values())]
-    if card.task == "retrieval":
+    if "captions" in card.required_fields:
         captions = CaptionColumns(table, table.caption_columns(), "en")
         used |= captions.places
         items.captions = _by_language([captions.of_rows(rows) for rows in rows_of.values()])
@@ -169,7 +169,9 @@ def _of_table(card: Card, file: Path) -> Items:
                 raise ValueError(f"{table.where(rows[1])}: {name!r} is duplicated; expected one class for each image")
             items.labels[place] = card.check_place(columns["class"][rows[0]], table.where(rows[0]))
     notes += [f"{file}: {line}" for line in table.count_columns(used).lines() if "left out" in line]
-    return _with_texts(items, [columns["text"][row] for row in first_of.values()]) if card.task == "matching" else items
+    if "text" in needed:
+        return _with_texts(items, [columns["text"][row] for row in first_of.values()])
+    return items
 
 
 def _table_splits(table: Table) -> tuple[np.ndarray, list[str]]:

@@ -65,9 +65,9 @@ def read_shards(card: Card, folder: Path, splits: Splits) -> Items:
         notes=notes,
     )
     texts = [text for part in parts for text in part.texts]
-    if card.task == "retrieval":
+    if "captions" in card.required_fields:
         items.captions = {"en": [[line for line in text.splitlines() if line.strip()] for text in texts]}
-    if card.task == "matching":
+    if "text" in card.required_fields:
         items.candidates, few = draw_candidates(card, texts, items.keys, items.labels)
         items.notes += few
     return items
@@ -84,7 +84,7 @@ class _Part:
         self.is_train = np.full(len(shards), train)
         self.losses = [f"{one.key}: {one.reason}" for one in shards.damaged]
         self.labels = _labels(card, shards, listed)
-        self.texts = _texts(shards) if card.task != "classification" else []
+        self.texts = _texts(shards) if card.required_fields & {"captions", "text"} else []
 
 
 def _labels(card: Card, shards: Shards, listed: ClassList | None) -> np.ndarray:

@@ -1,26 +1,27 @@
-"""What a benchmark reports: accuracies and medians with intervals, and the gap between languages.
+"""What a benchmark reports: rates and medians with 95% intervals, and the gap between languages.
 
-Intervals are 95% percentile intervals of the plain bootstrap over images (Efron and Tibshirani, An Introduction to the
-Bootstrap, chapter 13): N images drawn with replacement, 1,000 times, from a fixed seed. What is computed of an image
-here is one of few cells (its class, hit or miss), and how often the cells occur in a resample is multinomial. So the
-counts are drawn and not the images: the same distribution, at a cost that does not grow with N.
+A rate has Wilson's score interval (JASA 22, 1927), which is as wide as it should be where all images are hit, or none:
+of 20 hits in 20 it begins at 0.84. Where images are not drawn one by one (captions of an image, images of classes that
+weigh the same) its number of images is the effective one: that of single draws of which a rate would vary as much as
+this one does (Korn and Graubard, Survey Methodology 24, 1998). The gap of two rates on the same images puts their
+Wilson intervals together with their correlation (Newcombe, Statistics in Medicine 17, 1998, p. 2635, method 8; Zou and
+Donner, ibid. 27, 2008, for any two estimates). What has no formula is resampled: 1,000 times from a fixed seed.
 
-They tell how sure the number is for this model and other images of this kind. Two models or languages on the same
+Intervals tell how sure the number is for this model and other images of this kind. Two models or languages on the same
 images differ by far less than their intervals suggest: compare those with `parity_gap`.
 
-Where all images are hit, or none, they are in a resample too, and the interval is a point. It does not say that one can
-be sure: with N images and no miss, up to 3 / N of others may be missed (Hanley and Lippman-Hand, JAMA 249, 1983).
-
-Shape letters: N images, T captions, C classes, S cells that occur, R resamples.
+Shape letters: N images, T captions, C classes, R resamples.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 RESAMPLES, SEED = 1000, 0
 _PERCENTILES = (2.5, 97.5)
+_Z = 1.959964  # the normal distribution's 97.5th percentile
 
 Average = Literal["images", "classes"]
 
@@ -33,19 +34,26 @@ class Interval(NamedTuple):
     high: float
 
 
-def hit_rate(hit_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+_NOTHING = Interval(math.nan, math.nan, math.nan)
+
+
+def wilson(rate: float, count: float) -> Interval:
+    """A rate of so many draws, which need not be a whole number."""
+    middle = (rate + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z * math.sqrt(rate * (1 - rate) / count + (_Z / (2 * count)) ** 2) / (1 + _Z**2 / count)
+    return Interval(rate, min(max(middle - half, 0.0), rate), max(min(middle + half, 1.0), rate))
+
+
+def hit_rate(hit_N: np.ndarray) -> Interval:
     """Share of hits."""
-    if (count := len(hit_N)) == 0:
-        return _NOTHING
-    value = float(np.mean(hit_N))
-    return _interval(value, np.random.default_rng(seed).binomial(count, value, resamples) / count)
+    return wilson(float(np.mean(hit_N)), len(hit_N)) if len(hit_N) else _NOTHING
 
 
-def caption_hit_rate(hit_T: np.ndarray, image_T: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+def caption_hit_rate(hit_T: np.ndarray, image_T: np.ndarray) -> Interval:
     """Share of hits among captions, of which an image may have several.
 
     Images are drawn, each with all its captions: these are right or wrong together more often than those of different
-    images, and drawn one by one they would promise an interval that is too narrow.
+    images, and taken one by one they would promise an interval that is too narrow.
 
     Args:
         hit_T: bool.
@@ -53,39 +61,29 @@ def caption_hit_rate(hit_T: np.ndarray, image_T: np.ndarray, resamples: int = RE
     """
     if len(hit_T) == 0:
         return _NOTHING
-    hits, captions = np.bincount(image_T, weights=hit_T), np.bincount(image_T)
-    cells_2S, count_S = np.unique(np.stack([hits, captions])[:, captions > 0], axis=1, return_counts=True)
-    drawn_RS = np.random.default_rng(seed).multinomial(count_S.sum(), count_S / count_S.sum(), resamples)
-    hits_R, captions_R = cells_2S @ drawn_RS.T
-    return _interval(float(np.mean(hit_T)), hits_R / captions_R)
+    rate = float(np.mean(hit_T))
+    captions = np.bincount(image_T)
+    hits, captions = np.bincount(image_T, weights=hit_T)[captions > 0], captions[captions > 0]
+    variance = np.square(hits - rate * captions).sum() / len(hit_T) ** 2  # of a ratio of sums (Cochran 1977, 6.13)
+    return wilson(rate, min(_effective(rate, variance, len(captions)), len(hit_T)))
 
 
-def mean_per_class_recall(
-    hit_N: np.ndarray, label_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
-) -> Interval:
-    """Mean over the classes of the share of hits among their images, also called balanced accuracy.
-
-    Classes without images are left out, in a resample too.
+def mean_per_class_recall(hit_N: np.ndarray, label_N: np.ndarray) -> Interval:
+    """Mean over the classes that have images of the share of hits among these, also called balanced accuracy.
 
     Args:
         hit_N: bool.
         label_N: Class of each, >= 0.
     """
-    return _mean_over_classes(np.asarray(hit_N, dtype=np.int64), label_N, resamples, seed)
+    return _recall(hit_N, label_N) if len(hit_N) else _NOTHING
 
 
 def parity_gap(
-    reference_hit_N: np.ndarray,
-    hit_N: np.ndarray,
-    label_N: np.ndarray,
-    average: Average = "images",
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
+    reference_hit_N: np.ndarray, hit_N: np.ndarray, label_N: np.ndarray, average: Average = "images"
 ) -> Interval:
     """By how much a reference (English) is better than another language on the same images.
 
-    Each resample draws images, and with an image what both make of it. That is the paired bootstrap: its interval is
-    that of the difference, where both being right on easy images and wrong on hard ones cancels out.
+    The interval is that of the difference, where both being right on easy images and wrong on hard ones cancels out.
 
     Args:
         reference_hit_N: bool, what English gets right.
@@ -96,11 +94,23 @@ def parity_gap(
     Raises:
         ValueError: The images are not the same.
     """
-    reference, other = np.asarray(reference_hit_N, dtype=np.int64), np.asarray(hit_N, dtype=np.int64)
-    if not len(reference) == len(other) == len(label_N):
-        raise ValueError(f"{len(reference)} hits, {len(other)} hits, {len(label_N)} labels: expected the same images")
-    labels = np.zeros_like(other) if average == "images" else label_N
-    return _mean_over_classes(reference - other, labels, resamples, seed)
+    if not len(reference_hit_N) == len(hit_N) == len(label_N):
+        found = f"{len(reference_hit_N)} hits, {len(hit_N)} hits, {len(label_N)} labels"
+        raise ValueError(f"{found}: expected the same images")
+    if not len(hit_N):
+        return _NOTHING
+    if average == "images":
+        reference, other, label_N = hit_rate(reference_hit_N), hit_rate(hit_N), np.zeros(len(hit_N), np.int64)
+    else:
+        reference, other = _recall(reference_hit_N, label_N), _recall(hit_N, label_N)
+    both = 2 * _correlation(reference_hit_N, hit_N, label_N)
+    gap = reference.value - other.value
+
+    def half(one: float, two: float) -> float:
+        return math.sqrt(max(one**2 - both * one * two + two**2, 0.0))
+
+    low = gap - half(reference.value - reference.low, other.high - other.value)
+    return Interval(gap, low, gap + half(reference.high - reference.value, other.value - other.low))
 
 
 def chance_corrected(interval: Interval, chance: float) -> Interval:
@@ -108,44 +118,67 @@ def chance_corrected(interval: Interval, chance: float) -> Interval:
     return Interval(*((number - chance) / (1 - chance) if chance < 1 else math.nan for number in interval))
 
 
-def bootstrap_median(values_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
-    """Median of any numbers.
-
-    The order statistics of N uniform numbers are beta-distributed, and a resample draws from the sorted values the
-    places floor(N u). So the middle place, or the middle two, are drawn directly, which is the plain bootstrap.
+def median(values_N: np.ndarray) -> Interval:
+    """Median of any numbers; the ends are the values that Wilson's interval of one half leads to (Woodruff, JASA 47,
+    1952).
     """
-    values, generator = np.sort(np.asarray(values_N, dtype=np.float64)), np.random.default_rng(seed)
-    if (count := len(values)) == 0:
+    if not len(values_N):
         return _NOTHING
-    middle = (count + 1) // 2  # from 1
-    lower = generator.beta(middle, count - middle + 1, resamples)
-    upper = lower
-    if count % 2 == 0:  # of the count - middle numbers above, the lowest
-        upper = lower + (1 - lower) * generator.beta(1, count - middle, resamples)
-    low_R, high_R = (values[np.minimum((count * u).astype(np.int64), count - 1)] for u in (lower, upper))
-    return _interval(float(np.median(values)), (low_R + high_R) / 2)
+    _, *ends = wilson(0.5, len(values_N))
+    middle, low, high = np.quantile(np.asarray(values_N, np.float64), [0.5, *ends])
+    return Interval(float(middle), float(low), float(high))
 
 
-_NOTHING = Interval(math.nan, math.nan, math.nan)
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], count: int, resamples: int = RESAMPLES, seed: int = SEED
+) -> Interval:
+    """Any number of `count` images, with the percentile interval of the plain bootstrap (Efron and Tibshirani, An
+    Introduction to the Bootstrap, chapter 13).
 
-
-def _interval(value: float, resampled_R: np.ndarray) -> Interval:
-    low, high = np.percentile(resampled_R, _PERCENTILES)
-    return Interval(value, float(low), float(high))
-
-
-def _mean_over_classes(gain_N: np.ndarray, label_N: np.ndarray, resamples: int, seed: int) -> Interval:
-    """Mean over the classes that occur of their images' mean gain, which is 1, 0 or -1 for each, and its interval."""
-    if not len(gain_N):
+    Args:
+        statistic: The number of the images at these places; NaN where there is none, which is left out.
+        count: N.
+        resamples: R.
+        seed: Of the draws.
+    """
+    if not count:
         return _NOTHING
-    classes, class_N = np.unique(np.asarray(label_N, dtype=np.int64), return_inverse=True)
-    cell_N = (gain_N - 1) % 3 * len(classes) + class_N  # of gain 1, then of -1, then of 0
-    count_S = np.bincount(cell_N, minlength=3 * len(classes))
-    occurs_S = count_S > 0
-    counts = np.zeros((1 + resamples, len(count_S)), dtype=np.int64)
-    counts[0], share_S = count_S, count_S[occurs_S] / len(gain_N)
-    counts[1:, occurs_S] = np.random.default_rng(seed).multinomial(len(gain_N), share_S, resamples)
-    up, down, same = np.moveaxis(counts.reshape(-1, 3, len(classes)), 1, 0)
-    whole = up + down + same
-    mean_R = ((up - down) / np.maximum(whole, 1)).sum(-1) / (whole > 0).sum(-1)
-    return _interval(float(mean_R[0]), mean_R[1:])
+    generator = np.random.default_rng(seed)
+    drawn_R = [statistic(generator.integers(0, count, count)) for _ in range(resamples)]
+    low, high = np.nanpercentile(drawn_R, _PERCENTILES) if np.isfinite(drawn_R).any() else (math.nan, math.nan)
+    return Interval(statistic(np.arange(count)), float(low), float(high))
+
+
+def _effective(rate: float, variance: float, most: float) -> float:
+    """Single draws of which the rate varies as much; `most` where it does not vary."""
+    return rate * (1 - rate) / variance if variance > 0 else most
+
+
+def _recall(hit_N: np.ndarray, label_N: np.ndarray) -> Interval:
+    """Mean recall of the classes that occur.
+
+    A class's own rate, from which its part of the variance comes, counts one image more that has the mean rate: a class
+    whose few images are all hit is not taken for one that is sure. Were all rates alike, rate * (1 - rate) of that
+    would be too small by the factor 1 - n / (n + 1)^2, on average.
+    """
+    classes, class_N, count_C = np.unique(label_N, return_inverse=True, return_counts=True)
+    hits_C = np.bincount(class_N, weights=hit_N)
+    rate = float((hits_C / count_C).mean())
+    smooth_C = (hits_C + rate) / (count_C + 1)
+    variance_C = smooth_C * (1 - smooth_C) / (1 - count_C / (count_C + 1) ** 2) / count_C
+    variance = variance_C.sum() / len(classes) ** 2
+    return wilson(rate, _effective(rate, variance if 0 < rate < 1 else 0.0, len(classes) ** 2 / (1 / count_C).sum()))
+
+
+def _correlation(one_N: np.ndarray, other_N: np.ndarray, label_N: np.ndarray) -> float:
+    """Of the two mean recalls, over draws of the images of each class."""
+    _, class_N, count_C = np.unique(label_N, return_inverse=True, return_counts=True)
+    centred = [
+        hit_N - (np.bincount(class_N, weights=hit_N) / count_C)[class_N]
+        for hit_N in (np.asarray(one_N, np.float64), np.asarray(other_N, np.float64))
+    ]
+    weight_N = 1.0 / np.square(count_C[class_N])
+    (var_one, covariance), (_, var_other) = (
+        [float((weight_N * first * second).sum()) for second in centred] for first in centred
+    )
+    return covariance / math.sqrt(var_one * var_other) if var_one * var_other > 0 else 0.0

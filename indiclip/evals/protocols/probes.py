@@ -9,8 +9,9 @@ Shape letters: N images, M of them predicted, G gallery, B rows at a time, E emb
 the gallery, K neighbours, F folds.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,12 @@ from torch import Tensor
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.protocols import logistic
 from indiclip.evals.protocols.cosines import Floats, Integers, chunks, labels_of, truncate_normalize
+from indiclip.evals.protocols.protocol import Protocol
+from indiclip.evals.results import IMAGES, Score
+from indiclip.names import check_choice
+
+if TYPE_CHECKING:
+    from indiclip.evals.card_scorer import CardScorer
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's evaluation, arXiv 2104.14294
 INVERSE_PENALTY = 31.6  # CLIP's example has C = 0.316 for embeddings of length about 10: the same for length 1
@@ -197,3 +204,62 @@ class _Gallery:
 def _inverse_norm(vectors: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(vectors, dim=1)
     return norm.clamp(min=1e-12).reciprocal()  # the bound of torch.nn.functional.normalize
+
+
+class Probe(Protocol):
+    """What a classifier on the images alone finds, at every length.
+
+    Args:
+        without_gallery: What becomes of the images that are scored of a class of which none is in the gallery, so that
+            no probe can name it: `miss` counts them as mistakes, `exclude` leaves them out.
+    """
+
+    metrics = ("acc1", "mean_per_class_recall")
+    embeds_text = False
+    uses_gallery = True
+    is_probe = True
+
+    def __init__(self, without_gallery: Literal["miss", "exclude"] = "miss") -> None:
+        check_choice("without_gallery", without_gallery, ("miss", "exclude"))
+        self.excludes = without_gallery == "exclude"
+
+    def run(self, scorer: "CardScorer") -> Iterator[Score]:
+        if scorer.setting.length != scorer.lengths[-1]:
+            return  # all of a view are found at once
+        label_N, is_train_N = scorer.items.labels, scorer.items.is_train
+        if is_train_N is not None and self.excludes:
+            label_N = np.where(is_train_N | np.isin(label_N, label_N[is_train_N]), label_N, -1)
+        found = self.predict(scorer, label_N)
+        label_M = label_N[found.image_M]
+        # Those that it can answer: without a gallery, the ones that have another image to be learned from.
+        answers = label_M if is_train_N is None else label_N[is_train_N & (label_N >= 0)]
+        num_classes = len(np.unique(answers))
+        if not len(label_M) or num_classes < 2:
+            return
+        for class_M, length in zip(found.class_LM, scorer.lengths, strict=True):
+            values = scorer.accuracies((class_M != label_M).astype(np.int64), label_M, num_classes)
+            values.pop("acc5", None)
+            sizes = (len(label_M), num_classes)
+            yield from scorer.rows(self.name, IMAGES, values, *sizes, 1 / num_classes, length=length)
+
+    @abstractmethod
+    def predict(self, scorer: "CardScorer", label_N: np.ndarray) -> Predictions:
+        """The classes of the images that have a label and are not in the gallery, at every length."""
+
+
+class KNN(Probe):
+    """See `knn`."""
+
+    name = "knn"
+
+    def predict(self, scorer: "CardScorer", label_N: np.ndarray) -> Predictions:
+        return knn(scorer.image_NE, label_N, scorer.items.is_train, scorer.lengths)
+
+
+class LinearProbe(Probe):
+    """See `linear_probe`."""
+
+    name = "linear_probe"
+
+    def predict(self, scorer: "CardScorer", label_N: np.ndarray) -> Predictions:
+        return linear_probe(scorer.image_NE, label_N, scorer.items.is_train, scorer.items.keys, scorer.lengths)

@@ -1,16 +1,24 @@
-"""Retrieval: the captions nearest to an image, the images nearest to a caption or to a class name.
+"""Retrieval: the captions nearest to an image, and the images nearest to a caption.
 
-Shape letters: N images, T texts, D classes with a text, M images of those classes, E embedding length.
+Shape letters: N images, M those of them that have captions, T texts, Q queries, E embedding length.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, labels_of, truncate_normalize
-from indiclip.evals.protocols.zero_shot import candidates_of
+from indiclip.evals.protocols.cosines import Floats, Integers, chunks, labels_of, pair_ranks, truncate_normalize
+from indiclip.evals.protocols.metrics import Interval, caption_hit_rate, hit_rate, parity_gap
+from indiclip.evals.protocols.protocol import TOP, Options, Protocol
+from indiclip.evals.results import CLEAN, Score
+
+if TYPE_CHECKING:
+    from indiclip.evals.card_scorer import CardScorer
+    from indiclip.evals.images.items import Items
+
+RECALL_AT = (1, 5, 10)
 
 
 class CaptionRanks(NamedTuple):
@@ -23,18 +31,6 @@ class CaptionRanks(NamedTuple):
 
     rank_N: np.ndarray
     rank_T: np.ndarray
-
-
-class ClassRanks(NamedTuple):
-    """How many images of other classes are at least as near to a class's text as the nearest of its own.
-
-    Attributes:
-        class_M: int64, the classes with images, in the order of their texts.
-        rank_M: int64.
-    """
-
-    class_M: np.ndarray
-    rank_M: np.ndarray
 
 
 def caption_ranks(image_NE: Floats, text_TE: Floats, image_T: Integers, length: int | None = None) -> CaptionRanks:
@@ -77,53 +73,101 @@ def chance_recall(right_Q: np.ndarray, num_candidates: int, k: int) -> float:
     return float(1 - missed_Q.mean())
 
 
-def pair_ranks(image_NE: Tensor, text_TE: Tensor, image_S: Tensor, text_S: Tensor) -> tuple[Tensor, Tensor]:
-    """How many wrong ones are at least as near as the nearest right one: texts for an image, and images for a text.
+def recalls_at(way: str, rank_Q: np.ndarray, at: Sequence[int] = RECALL_AT) -> dict[str, Interval]:
+    """The share of queries whose right answer is among the first k."""
+    return {f"{way}_r{k}": hit_rate(rank_Q < k) for k in at}
 
-    Ties (to rounding) and NaN count against the right one, so that a model which gives the same vector for everything
-    finds nothing.
 
-    Args:
-        image_NE: Images, of unit length.
-        text_TE: Texts, of unit length.
-        image_S: The image of each pair that belongs together.
-        text_S: Its text.
+def chances_at(way: str, right_Q: np.ndarray, num_candidates: int, at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """The same of candidates in random order, see `chance_recall`."""
+    return {f"{way}_r{k}": chance_recall(right_Q, num_candidates, k) for k in at}
 
-    Returns:
-        int64 `(rank_N, rank_T)`: 0 where a right one is the nearest; all candidates where nothing is right.
+
+class Retrieval(Protocol):
+    """Captions and images find each other, in every language; and what English does better on the same images."""
+
+    name = "retrieval"
+    required_fields = frozenset({"captions"})
+    metrics = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (5, 1, 10))
+    is_plain = True
+    candidates = "images"
+
+    def texts(self, items: "Items", options: Options) -> Iterator[str]:
+        for code, texts_N in (items.captions or {}).items():
+            for image in np.flatnonzero(items.tested_N).tolist() if options.wants(code) else ():
+                yield from texts_N[image]
+
+    def run(self, scorer: "CardScorer") -> Iterator[Score]:
+        captions = scorer.items.captions or {}
+        for code, texts_N in captions.items():
+            image_M = np.array([i for i in scorer.tested.tolist() if texts_N[i]], dtype=np.int64)
+            if not len(image_M) or not scorer.options.wants(code):
+                continue
+            whole = _Found(scorer, code, image_M)
+            yield from whole.recalls()
+            for subset, of_M in scorer.subsets(image_M).items():
+                # What was seen in training is no candidate either; of a group the images look among all captions.
+                if subset == CLEAN:
+                    yield from _Found(scorer, code, image_M[of_M]).recalls(subset)
+                elif subset:
+                    values = recalls_at("image_to_text", whole.rank_M[of_M])
+                    yield from scorer.rows(self.name, code, values, int(of_M.sum()), len(whole.texts), subset=subset)
+            both_M = np.array([i for i in image_M.tolist() if captions.get("en", texts_N)[i]], dtype=np.int64)
+            if code != "en" and "en" in captions and len(both_M):
+                yield from _gaps(scorer, code, both_M)
+            if scorer.setting.main:
+                whole.keep()
+
+
+class _Found:
+    """The ranks of some images and of their captions in a language.
+
+    Attributes:
+        rank_M: Of the images, `rank_T` of the captions.
+        texts: The captions, `image_T` whose each is: a place in `image_M`.
     """
-    right_S = (image_NE[image_S] * text_TE[text_S]).sum(1)
-    sides = ((len(image_NE), image_S), (len(text_TE), text_S))
-    best_N, best_T = (right_S.new_full((n,), -torch.inf).scatter_reduce_(0, i_S, right_S, "amax") for n, i_S in sides)
-    rank_N, rank_T = (image_S.new_zeros(n) for n, _ in sides)
-    for part in chunks(len(image_NE), len(text_TE)):
-        cosine_BT = image_NE[part] @ text_TE.T
-        here = ((image_S >= part.start) & (image_S < part.stop)).nonzero()[:, 0]
-        pairs = (image_S[here] - part.start, text_S[here])
-        for rank, dim, right in ((rank_N[part], 1, best_N[part, None]), (rank_T, 0, best_T)):
-            near_BT = as_near(cosine_BT, right)
-            near_BT[pairs] = False
-            rank += near_BT.sum(dim)
-    return rank_N, rank_T
+
+    def __init__(self, scorer: "CardScorer", code: str, image_M: np.ndarray) -> None:
+        assert scorer.items.captions is not None
+        self.scorer, self.code, self.image_M = scorer, code, image_M
+        texts_M = [scorer.items.captions[code][i] for i in image_M.tolist()]
+        self.texts = [text for texts in texts_M for text in texts]
+        self.image_T = np.repeat(np.arange(len(texts_M)), list(map(len, texts_M)))
+        self.image_ME = scorer.image_NE[image_M]
+        self.text_TE = truncate_normalize(scorer.embed(self.texts), scorer.setting.length)
+        self.rank_M, self.rank_T = caption_ranks(self.image_ME, self.text_TE, self.image_T)
+
+    def recalls(self, subset: str = "") -> Iterator[Score]:
+        images, texts, rows = len(self.rank_M), len(self.rank_T), self.scorer.rows
+        values = recalls_at("image_to_text", self.rank_M)
+        chances = chances_at("image_to_text", np.bincount(self.image_T), texts)
+        yield from rows(Retrieval.name, self.code, values, images, texts, chances, subset)
+        values = {f"text_to_image_r{k}": caption_hit_rate(self.rank_T < k, self.image_T) for k in RECALL_AT}
+        chances = chances_at("text_to_image", np.ones(texts, np.int64), images)
+        yield from rows(Retrieval.name, self.code, values, texts, images, chances, subset)
+
+    def keep(self) -> None:
+        """For each image the nearest captions, and as its answer its first own or the nearest of the others'."""
+        texts, owner_T = np.array(self.texts, dtype=object), torch.from_numpy(self.image_T)
+        k = min(TOP, len(texts))
+        top_MK, cosine_MK = np.zeros((len(self.image_M), k), np.int64), np.zeros((len(self.image_M), k), np.float32)
+        own_M, wrong_M = (np.zeros(len(self.image_M), np.int64) for _ in range(2))
+        for part in chunks(len(self.image_M), len(texts)):
+            cosine_BT = self.image_ME[part] @ self.text_TE.T
+            near_BT = cosine_BT.nan_to_num(nan=-2)
+            top_BK = near_BT.topk(k, dim=1).indices
+            is_own_BT = owner_T == torch.arange(part.start, part.stop)[:, None]
+            top_MK[part], cosine_MK[part] = top_BK, cosine_BT.gather(1, top_BK)
+            own_M[part] = is_own_BT.int().argmax(1)  # the first of them
+            wrong_M[part] = near_BT.masked_fill(is_own_BT, -3).argmax(1)
+        predicted_M = np.where(self.rank_M == 0, own_M, wrong_M)
+        answers = (texts[own_M], texts[predicted_M], self.rank_M, texts[top_MK], cosine_MK)
+        self.scorer.keep(Retrieval.name, self.code, self.image_M, *answers)
 
 
-def class_ranks(
-    image_NE: Floats,
-    class_DE: Floats,
-    label_N: Integers,
-    classes: Integers | None = None,
-) -> ClassRanks:
-    """Ranks the images for the text of every class; a class without images is left out.
-
-    Ties (to rounding, 1e-6) and NaN count against the right images.
-
-    Args:
-        image_NE: Images, of any norm; they are cut to the length of the classes.
-        class_DE: From `class_embeddings`.
-        label_N: Class of each image, -1 for none.
-        classes: (D,) the class of each text; images of other classes are no candidates. None: row c is class c.
-    """
-    found = candidates_of(image_NE, class_DE, label_N, classes)
-    _, rank_D = pair_ranks(found.images, found.texts, torch.arange(len(found.images)), found.column_M)
-    present = torch.unique(found.column_M)
-    return ClassRanks(found.class_D[present].numpy(), rank_D[present].numpy())
+def _gaps(scorer: "CardScorer", code: str, image_M: np.ndarray) -> Iterator[Score]:
+    """English less a language, over the images that have captions in both, as candidates too."""
+    english_M, other_M = (_Found(scorer, language, image_M).rank_M for language in ("en", code))
+    label_M = np.zeros(len(image_M), np.int64)
+    gaps = {f"parity_image_to_text_r{k}": parity_gap(english_M < k, other_M < k, label_M, "images") for k in RECALL_AT}
+    yield from scorer.rows(Retrieval.name, code, gaps, len(image_M), len(image_M))

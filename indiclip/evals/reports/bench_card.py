@@ -3,14 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from indiclip.evals.formatting import language_name, metric_name, protocol_name, signed, words
 from indiclip.evals.reports.bench_pictures import PictureOf, grids_of
 from indiclip.evals.reports.confusion import confusions_of
-from indiclip.evals.reports.formatting import language_name, metric_name, protocol_name, signed, words
-from indiclip.evals.results import CLEAN, IMAGES, MAIN_PROTOCOLS, CardResult, Result, Score, by_card, less_english
-
-# In this order.
-_PROTOCOLS = ("zero_shot", "retrieval", "matching", "classes", "hard_pairs", "places", "knn", "linear_probe")
-_TEXTS = ("retrieval", "matching")  # protocols whose answers are texts, not classes
+from indiclip.evals.results import CLEAN, IMAGES, CardResult, Result, Score, less_english
 
 
 class Table(NamedTuple):
@@ -25,8 +21,9 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, pictures:
     every = [score for score in result.scores if score.key == card.key]
     scores = [less_english(score) for score in every]
     scores.sort(key=lambda score: (score.metric != card.metric, score.metric.startswith("parity_")))
-    scores.sort(key=lambda score: [*_PROTOCOLS, score.protocol].index(score.protocol))
-    mains = (score for score in scores if score.protocol in MAIN_PROTOCOLS and not score.subset)
+    protocols = list(dict.fromkeys(score.protocol for score in every))  # in the card's order
+    scores.sort(key=lambda score: protocols.index(score.protocol))
+    mains = (score for score in scores if score.protocol == card.protocol and not score.subset)
     numbers = {
         name: _numbers([score for score in scores if score.protocol == name], result)
         for name in dict.fromkeys(score.protocol for score in scores)
@@ -104,7 +101,7 @@ def _by_group(scores: list[Score], result: Result) -> list[Table]:
 
 def _contamination(scores: list[Score], result: Result, card: CardResult) -> dict[str, Any] | None:
     """How many images were found in the training data, and the scores without these."""
-    rows = [row for row in result.predictions if (row.card, row.part) == card.key]
+    rows = [row for answers in result.answers if answers.key == card.key for row in answers.rows()]
     flagged, images = {row.key for row in rows if row.flagged}, {row.key for row in rows}
     clean = [score for score in scores if score.subset == CLEAN]
     if not flagged and not clean:
@@ -124,15 +121,15 @@ def _contamination(scores: list[Score], result: Result, card: CardResult) -> dic
 
 def _answers(result: Result, card: CardResult, picture: PictureOf, pictures: int) -> dict[str, Any]:
     """Confusions and pictures, of the main protocol in the first language."""
-    groups = {name[2:]: rows for name, rows in by_card(result.predictions).items() if name[:2] == card.key}
-    mains = [result.main(language).get(card.key) for language in result.languages()]
-    protocols = [score.protocol for score in mains if score is not None] + [name for name, _ in groups]
-    found = {language: rows for (name, language), rows in groups.items() if name in protocols[:1]}
+    of_card = [answers for answers in result.answers if answers.key == card.key]
+    protocols = [card.protocol, *(answers.protocol for answers in of_card)]
+    protocol = next((name for name in protocols if any(answers.protocol == name for answers in of_card)), None)
+    found = {answers.language: list(answers.rows()) for answers in of_card if answers.protocol == protocol}
     if not found:
         return {"confusions": None, "grids": None}
     found = dict(sorted(found.items(), key=lambda item: item[0] != "en"))
     language, rows = next(iter(found.items()))
-    are_classes = protocols[0] not in _TEXTS
+    are_classes = card.candidates == "classes"
     return {
         "language": language,
         "confusions": confusions_of(rows) if are_classes else None,

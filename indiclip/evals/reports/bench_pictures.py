@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from indiclip.evals.formatting import language_name
 from indiclip.evals.reports.confusion import Mistake, confusion, mistakes, pairs
-from indiclip.evals.reports.formatting import language_name
 from indiclip.evals.reports.page import thumbnail
 from indiclip.evals.results import Prediction
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from indiclip import __version__
+from indiclip.evals.formatting import Bar, Gap, chance_of, language_name
 from indiclip.evals.reports.bench_card import card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
-from indiclip.evals.reports.formatting import Bar, Gap, chance_of, language_name
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english
 
@@ -37,9 +37,9 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
     scored = [card for card in cards if card.status == "scored"]
     share = min(_PICTURES_OF_CARD, max(_MOST_PICTURES // max(len(scored), 1), 3))
     flagged = defaultdict(set)
-    for row in result.predictions:
-        if row.flagged:
-            flagged[row.card, row.part].add(row.key)
+    for answers in result.answers:
+        if answers.flagged_M.any():
+            flagged[answers.key].update(answers.keys_M[answers.flagged_M.astype(bool)])
     about = {"model": result.model, "lengths": result.lengths, "views": result.views} | result.about
     return write_page(
         folder / "report.html",

@@ -3,8 +3,8 @@
 from itertools import groupby
 from pathlib import Path
 
-from indiclip.evals.comparison import Compared, compare
-from indiclip.evals.reports.formatting import Bar, chance_of, language_name
+from indiclip.evals.comparison import Compared, common, compare
+from indiclip.evals.formatting import Bar, chance_of, language_name
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import CardResult, Result
 
@@ -27,6 +27,7 @@ def write_comparison(file: Path, a: Result, b: Result) -> list[Compared]:
         run_languages=list(dict.fromkeys((*a.languages(), *b.languages()))),
         are_comparable=_counted(a) == _counted(b),
         rows=rows,
+        common=common,
         languages=list(dict.fromkeys(row.language for row in rows)),
         cards=[(group[0].card, {row.language: row for row in group}) for group in by_card],
         panels=[_panel(group) for group in by_card],

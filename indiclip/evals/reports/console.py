@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from indiclip.evals.reports.formatting import NAMES, chance_of
+from indiclip.evals.formatting import NAMES, chance_of
 from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
 
 _LANGUAGES = 3  # beside each other

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from PIL import Image
 
 from indiclip import json_lines
-from indiclip.evals.reports import formatting
+from indiclip.evals import formatting
 from indiclip.masking import mask
 
 

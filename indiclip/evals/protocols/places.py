@@ -3,7 +3,18 @@
 Shape letters: N pairs of places.
 """
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+from indiclip.evals.protocols.metrics import hit_rate, median
+from indiclip.evals.protocols.protocol import Protocol
+from indiclip.evals.protocols.zero_shot import predicted
+from indiclip.evals.results import Score
+
+if TYPE_CHECKING:
+    from indiclip.evals.card_scorer import CardScorer
 
 EARTH_RADIUS_KM = 6371.0088  # mean radius (2a + b) / 3 of WGS 84 (Moritz, Geodetic Reference System 1980)
 # Street, city, region, country and continent: IM2GPS (Hays and Efros, CVPR 2008) as Vo et al. (ICCV 2017,
@@ -34,3 +45,23 @@ def within_km(distance_N: np.ndarray) -> dict[int, np.ndarray]:
         distance_N: Kilometres; NaN is within none.
     """
     return {threshold: distance_N <= threshold for threshold in THRESHOLDS_KM}
+
+
+class Places(Protocol):
+    """How far the answers are from where the pictures were taken, on a card whose classes all have `lat` and `lon`."""
+
+    name = "places"
+    metrics = ("median_km",)
+    is_plain = True
+
+    def run(self, scorer: "CardScorer") -> Iterator[Score]:
+        found = [(one.facts.get("lat"), one.facts.get("lon")) for one in scorer.card.classes]
+        if any(None in place for place in found):
+            return
+        places_C2 = np.array(found, dtype=np.float64)
+        for language, ranking in scorer.rankings():
+            label_M = scorer.label_N[ranking.image_M]
+            km_M = haversine_km(places_C2[label_M], places_C2[predicted(ranking, label_M)])
+            values = {"median_km": median(km_M)}
+            values |= {f"within_{limit}_km": hit_rate(hit_M) for limit, hit_M in within_km(km_M).items()}
+            yield from scorer.rows(self.name, language.code, values, len(km_M), len(language.class_D))

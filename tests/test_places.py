@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from indiclip.evals.protocols.distances import haversine_km, within_km
+from indiclip.evals.protocols.places import haversine_km, within_km
 
 DELHI, MUMBAI = (28.6139, 77.2090), (19.0760, 72.8777)
 

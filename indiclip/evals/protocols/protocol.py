@@ -1,0 +1,102 @@
+"""What a protocol of the benchmark is: one file that says what it asks of the images of a card, and scores it.
+
+A card names its protocols by their class paths (`protocols:`), or takes those of its `task`. Nothing else need know of
+one: which truth the images need, which texts are encoded, and what the numbers are called, is all said here.
+
+Shape letters: N images, M those of them that are scored, D candidate classes, P prompts, E embedding length.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from indiclip.evals.protocols import metrics
+from indiclip.evals.results import Score
+
+if TYPE_CHECKING:
+    from indiclip.evals.card_scorer import CardScorer
+    from indiclip.evals.images.items import Items
+
+TOP = 5  # nearest answers that are kept of each image
+
+
+@dataclass
+class Options:
+    """What is scored.
+
+    Attributes:
+        languages: Of prompts and captions; None takes all that a card has. English is always among them.
+        views: Sizes and aspects of the images; the first is the main one.
+        probes: Score what a classifier learns on the images alone, such as kNN.
+        resamples: Of the intervals that have no formula.
+        seed: Of these.
+    """
+
+    languages: Sequence[str] | None = None
+    views: Sequence[str] = ("native",)
+    probes: bool = True
+    resamples: int = metrics.RESAMPLES
+    seed: int = metrics.SEED
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            raise ValueError("views: found none; expected at least one, such as native")
+
+    def wants(self, language: str) -> bool:
+        """Whether a language is scored."""
+        return self.languages is None or language in self.languages or language == "en"
+
+
+class Setting(NamedTuple):
+    """One way to look at the same embeddings."""
+
+    view: str
+    length: int
+    main: bool  # the first view at the full length, whose predictions are kept
+
+
+class Language(NamedTuple):
+    """The classes that have a name in a language, and their prompts."""
+
+    code: str
+    class_D: np.ndarray  # int64, ascending
+    prompts: list[str]
+    row_P: np.ndarray  # int64, for which of `class_D` a prompt is
+
+
+class Protocol(ABC):
+    """A way to score a card. Arguments of the constructor are those that a card may give (`init_args`).
+
+    Attributes:
+        name: In scores and tables. A metric is logged as `<name>_<metric>`, or as `<metric>` alone where `is_plain`.
+        required_fields: What has to be known of each image: `class`, `text` (what is written on it), `captions`, or any
+            other column of a table, which is in `Items.columns`.
+        metrics: What a card may name as its `metric`, where this is its first protocol; the first is taken if it names
+            none.
+        embeds_text: Whether it needs a model that embeds texts.
+        uses_gallery: Whether it looks at the images that are not scored; else these need not be encoded.
+        is_probe: Whether it learns from images alone: `--no_probes` leaves it out.
+        is_plain: See `name`.
+        candidates: What is ranked for an image: the card's `classes`, `texts` of its own, or all `images` and their
+            texts, so that with one image more or less all answers are other ones.
+    """
+
+    name: str
+    required_fields: ClassVar[frozenset[str]] = frozenset({"class"})
+    metrics: ClassVar[tuple[str, ...]] = ()
+    embeds_text: ClassVar[bool] = True
+    uses_gallery: ClassVar[bool] = False
+    is_probe: ClassVar[bool] = False
+    is_plain: bool = False
+    candidates: ClassVar[Literal["classes", "texts", "images"]] = "classes"
+
+    def texts(self, items: "Items", options: Options) -> Iterable[str]:
+        """Every text whose embedding `run` asks for, besides the prompts of the classes."""
+        return ()
+
+    @abstractmethod
+    def run(self, scorer: "CardScorer") -> Iterator[Score]:
+        """The numbers in `scorer.setting`. What was answered for an image is given to `scorer.keep`."""
