@@ -31,6 +31,7 @@ class Items:
         labels: int64 (N,), index into `card.classes`; -1 where there is none.
         captions: Retrieval: language -> the captions of each image; a list may be empty.
         candidates: Matching: texts of each image, the right one first.
+        columns: What else a protocol asks for, by name: the cells of each image's rows.
         is_train: bool (N,): gallery of kNN and linear probe, never scored. None: no split.
         is_flagged: bool (N,): found among the training data. None: nobody looked.
         contents: A digest of each image's bytes, "" before it was read.
@@ -45,6 +46,7 @@ class Items:
     labels: np.ndarray
     captions: dict[str, list[list[str]]] | None = None
     candidates: list[list[str]] | None = None
+    columns: dict[str, list[list[str]]] = field(default_factory=dict)
     is_train: np.ndarray | None = None
     is_flagged: np.ndarray | None = None
     contents: list[str] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Items:
             labels=self.labels[kept],
             captions=self.captions and {language: _at(texts, kept) for language, texts in self.captions.items()},
             candidates=self.candidates and _at(self.candidates, kept),
+            columns={name: _at(cells, kept) for name, cells in self.columns.items()},
             is_train=None if self.is_train is None else self.is_train[kept],
             is_flagged=None if self.is_flagged is None else self.is_flagged[kept],
             contents=_at(self.contents, kept),

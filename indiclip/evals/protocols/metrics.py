@@ -14,7 +14,6 @@ Shape letters: N images, T captions, C classes, R resamples.
 """
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -113,6 +112,36 @@ def parity_gap(
     return Interval(gap, low, gap + half(reference.high - reference.value, other.value - other.low))
 
 
+def mean_rate(value_ND: np.ndarray, counts_ND: np.ndarray | None = None) -> Interval:
+    """Mean of numbers from 0 to 1, of each image several, such as the hits of probes that learned from other draws.
+
+    The images vary as well as the draws: the variance is the sum of both means' variances.
+
+    Args:
+        value_ND: bool or float.
+        counts_ND: bool, which of them count; None: all.
+    """
+    counts = np.ones(value_ND.shape, bool) if counts_ND is None else counts_ND
+    if not counts.any():
+        return _NOTHING
+    sums = np.where(counts, value_ND, 0).astype(np.float64)
+    rate = float(sums.sum() / counts.sum())
+    variance = sum(
+        float(np.square(sums.sum(axis) - rate * counts.sum(axis)).sum()) / counts.sum() ** 2
+        for axis in (0, 1)
+        if counts.shape[1 - axis] > 1
+    )
+    return wilson(rate, min(_effective(rate, variance, len(value_ND)), float(counts.sum())))
+
+
+def mean(values_N: np.ndarray) -> Interval:
+    """Mean of any numbers, with the normal interval."""
+    if not len(values_N):
+        return _NOTHING
+    middle, half = float(values_N.mean()), _Z * float(values_N.std(ddof=1)) / math.sqrt(len(values_N))
+    return Interval(middle, middle - half, middle + half)
+
+
 def chance_corrected(interval: Interval, chance: float) -> Interval:
     """0 for guessing and 1 for perfection: (accuracy - chance) / (1 - chance), Cohen's kappa for uniform guesses."""
     return Interval(*((number - chance) / (1 - chance) if chance < 1 else math.nan for number in interval))
@@ -129,24 +158,17 @@ def median(values_N: np.ndarray) -> Interval:
     return Interval(float(middle), float(low), float(high))
 
 
-def bootstrap(
-    statistic: Callable[[np.ndarray], float], count: int, resamples: int = RESAMPLES, seed: int = SEED
-) -> Interval:
-    """Any number of `count` images, with the percentile interval of the plain bootstrap (Efron and Tibshirani, An
-    Introduction to the Bootstrap, chapter 13).
-
-    Args:
-        statistic: The number of the images at these places; NaN where there is none, which is left out.
-        count: N.
-        resamples: R.
-        seed: Of the draws.
+def bootstrap_weights(count: int, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
+    """How often each of `count` images is in each resample of the plain bootstrap, int64 (R, N): Efron and Tibshirani,
+    An Introduction to the Bootstrap, chapter 13.
     """
-    if not count:
-        return _NOTHING
-    generator = np.random.default_rng(seed)
-    drawn_R = [statistic(generator.integers(0, count, count)) for _ in range(resamples)]
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+
+
+def resampled(value: float, drawn_R: np.ndarray) -> Interval:
+    """A number with the percentile interval of its resamples; NaN among these are left out."""
     low, high = np.nanpercentile(drawn_R, _PERCENTILES) if np.isfinite(drawn_R).any() else (math.nan, math.nan)
-    return Interval(statistic(np.arange(count)), float(low), float(high))
+    return Interval(float(value), float(low), float(high))
 
 
 def _effective(rate: float, variance: float, most: float) -> float:

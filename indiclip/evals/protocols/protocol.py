@@ -77,6 +77,7 @@ class Protocol(ABC):
         metrics: What a card may name as its `metric`, where this is its first protocol; the first is taken if it names
             none.
         embeds_text: Whether it needs a model that embeds texts.
+        embeds_images: Whether it looks at images; a card of protocols that do not has none.
         uses_gallery: Whether it looks at the images that are not scored; else these need not be encoded.
         is_probe: Whether it learns from images alone: `--no_probes` leaves it out.
         is_plain: See `name`.
@@ -86,12 +87,16 @@ class Protocol(ABC):
 
     name: str
     required_fields: ClassVar[frozenset[str]] = frozenset({"class"})
-    metrics: ClassVar[tuple[str, ...]] = ()
+    metrics: tuple[str, ...] = ()
     embeds_text: ClassVar[bool] = True
+    embeds_images: ClassVar[bool] = True
     uses_gallery: ClassVar[bool] = False
     is_probe: ClassVar[bool] = False
     is_plain: bool = False
     candidates: ClassVar[Literal["classes", "texts", "images"]] = "classes"
+
+    def check(self, items: "Items") -> None:  # noqa: B027  # most have nothing to check
+        """Raise ValueError, naming the image, for what is known of the images but cannot be meant."""
 
     def texts(self, items: "Items", options: Options) -> Iterable[str]:
         """Every text whose embedding `run` asks for, besides the prompts of the classes."""

@@ -1,0 +1,84 @@
+"""Bitext retrieval: whether a text and its translation are each other's nearest, and how near. No image is asked for.
+
+Shape letters: N texts, T distinct texts of a language, S pairs of translations, E embedding length.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from indiclip.evals.protocols.cosines import pair_ranks, truncate_normalize
+from indiclip.evals.protocols.metrics import Interval, hit_rate, mean
+from indiclip.evals.protocols.protocol import Options, Protocol
+from indiclip.evals.protocols.retrieval import chance_recall
+from indiclip.evals.results import Score
+
+if TYPE_CHECKING:
+    from indiclip.evals.card_scorer import CardScorer
+    from indiclip.evals.images.items import Items
+
+
+class Bitext(Protocol):
+    """Of parallel text, English in one column and other languages in others: recall@1 of a text's translation among
+    all of the other language (Artetxe and Schwenk, TACL 7, 2019, Tatoeba), both ways, for every language.
+
+    Equal texts are one candidate, and any translation that a table gives is right. `similarity` is the mean cosine of
+    translations, `similarity_gap` how much that is above the mean of texts that are none.
+    """
+
+    name = "bitext"
+    required_fields = frozenset({"captions"})
+    embeds_images = False
+    metrics = ("to_english_r1", "from_english_r1")
+    candidates = "images"
+
+    def texts(self, items: "Items", options: Options) -> Iterator[str]:
+        for code, texts_N in (items.captions or {}).items():
+            if options.wants(code):
+                yield from (text for texts in texts_N for text in texts)
+
+    def run(self, scorer: "CardScorer") -> Iterator[Score]:
+        captions = scorer.items.captions or {}
+        for code, texts_N in captions.items():
+            if code == "en" or "en" not in captions or not scorer.options.wants(code):
+                continue
+            pairs = {
+                (one, other)
+                for ones, others in zip(texts_N, captions["en"], strict=True)
+                for one in ones
+                for other in others
+            }
+            if len(pairs) < 2:
+                continue
+            ones, others = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
+            place_one, place_other = ({text: i for i, text in enumerate(texts)} for texts in (ones, others))
+            one_S, other_S = (
+                torch.tensor([place[pair[side]] for pair in sorted(pairs)])
+                for side, place in enumerate((place_one, place_other))
+            )
+            one_TE, other_TE = (
+                truncate_normalize(scorer.embed(texts), scorer.setting.length) for texts in (ones, others)
+            )
+            rank_one, rank_other = pair_ranks(one_TE, other_TE, one_S, other_S)
+            values = {
+                "to_english_r1": hit_rate(rank_one.numpy() < 1),
+                "from_english_r1": hit_rate(rank_other.numpy() < 1),
+            }
+            chances = {
+                "to_english_r1": chance_recall(np.bincount(one_S), len(others), 1),
+                "from_english_r1": chance_recall(np.bincount(other_S), len(ones), 1),
+            }
+            cosine_S = torch.linalg.vecdot(one_TE[one_S], other_TE[other_S]).double().numpy()
+            values["similarity"] = mean(cosine_S)
+            unrelated = _mean_cosine_of_others(one_TE, other_TE, cosine_S)
+            values["similarity_gap"] = Interval(*(end - unrelated for end in values["similarity"]))
+            yield from scorer.rows(self.name, code, values, len(ones), len(others), chances)
+
+
+def _mean_cosine_of_others(one_TE: torch.Tensor, other_TE: torch.Tensor, cosine_S: np.ndarray) -> float:
+    """Of all pairs but the translations."""
+    total = float(one_TE.double().sum(0) @ other_TE.double().sum(0))
+    num_others = len(one_TE) * len(other_TE) - len(cosine_S)
+    return (total - float(cosine_S.sum())) / num_others if num_others else float("nan")
