@@ -157,11 +157,12 @@ class Detection(Head):
 
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         boxes, classes_R, crowd_R = self._truth(batch)
+        area = batch["targets"].get("area")
         for i, (prediction, scale_hw) in enumerate(zip(predictions, batch["images"]["scale"], strict=True)):
             rows = boxes.rows_of(i)
             own_M = classes_R[rows] >= 0
             target = [value_R[rows][own_M] for value_R in (boxes.values, classes_R, crowd_R)]
-            self.metric.update(prediction, target, scale_hw)
+            self.metric.update(prediction, target, scale_hw, None if area is None else area.values[rows][own_M])
 
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         theirs = target.get("class_names") or [str(label) for label in range(self.num_classes)]

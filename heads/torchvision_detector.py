@@ -130,7 +130,7 @@ class TorchvisionDetector(Head):
         for image, (prediction, scale_hw) in enumerate(zip(predictions, batch["images"]["scale"], strict=True)):
             own = targets_of(batch, image)
             crowd_M = own.get("crowd", torch.zeros_like(own["classes"], dtype=torch.bool))
-            self.metric.update(prediction, [own["boxes_xyxy"], own["classes"], crowd_M], scale_hw)
+            self.metric.update(prediction, [own["boxes_xyxy"], own["classes"], crowd_M], scale_hw, own.get("area"))
 
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         names = target.get("class_names") or [str(label) for label in range(self.num_classes)]

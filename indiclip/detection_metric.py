@@ -26,23 +26,34 @@ _ABSENT = -1.0  # what COCO's evaluation says where there is no such object
 class DetectionMetric(ListMetric):
     """COCO's average precision, in the original images' pixels (COCO's small, medium, large are in those).
 
-    The area of an object is its box's; COCO's own is its mask's.
+    The area of an object is that of its annotation, which in COCO's files is its mask's; its box's where it has none.
     """
 
-    def update(self, prediction: Prediction, target: Sequence[Tensor], scale_hw: tuple[float, float]) -> None:
+    def update(
+        self,
+        prediction: Prediction,
+        target: Sequence[Tensor],
+        scale_hw: tuple[float, float],
+        area_M: Tensor | None = None,
+    ) -> None:
         """Add an image.
 
         Args:
             prediction: `boxes_xyxy` (K, 4) in resized pixels, `scores` (K,) and `labels` (K,).
             target: Boxes (M, 4) in resized pixels, classes (M,), whether each is a crowd (M,).
             scale_hw: Of the resized image to the original one.
+            area_M: Of each object, in resized pixels; None or 0 is its box's.
         """
         boxes_M4, classes_M, crowd_M = target
         scale_4 = boxes_M4.new_tensor([scale_hw[1], scale_hw[0]] * 2)
         boxes_K4 = prediction["boxes_xyxy"] / scale_4
+        box_area_M = (boxes_M4[:, 2:] - boxes_M4[:, :2]).prod(1)
+        area_M = box_area_M if area_M is None else torch.where(area_M > 0, area_M, box_area_M)
+        # Rounded, as an object of just 32 x 32 pixels is both small and medium.
+        area_M = (area_M.double() / (scale_hw[0] * scale_hw[1])).round(decimals=2)
         self.add(
             {"boxes": boxes_K4, "scores": prediction["scores"], "labels": prediction["labels"].long()},
-            {"boxes": boxes_M4 / scale_4, "labels": classes_M, "iscrowd": crowd_M.long()},
+            {"boxes": boxes_M4 / scale_4, "labels": classes_M, "iscrowd": crowd_M.long(), "area": area_M},
         )
 
     def compute(self) -> dict[str, Tensor]:

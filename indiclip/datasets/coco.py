@@ -119,7 +119,7 @@ class CocoDetection(SampleDataset):
         """The annotations that are used, of each image: what a sample is made of, with their `class`."""
         entries, rows, wheres = file.annotations, file.rows, file.wheres
         kept = read_boxes(entries, sizes_hw[rows], wheres, self._tolerance, self.inventory).kept
-        names = {"id", "bbox", "iscrowd", *["segmentation"] * self._with_masks, *dp.NAMES * self.densepose}
+        names = {"id", "bbox", "iscrowd", "area", *["segmentation"] * self._with_masks, *dp.NAMES * self.densepose}
         of_images: list[list[Entry]] = [[] for _ in sizes_hw]
         for i in kept.tolist():
             if self._with_masks:
@@ -178,7 +178,7 @@ def box_fields(
         raise ValueError(f"{found}, the annotations say {width}x{height}")
     entries, kept = entry["annotations"], boxes.kept
     classes = np.array([entries[i]["class"] for i in kept], np.int64)
-    sample = Sample(boxes_xyxy=boxes.xyxy, classes=classes, crowd=boxes.crowd)
+    sample = Sample(boxes_xyxy=boxes.xyxy, classes=classes, crowd=boxes.crowd, area=boxes.area)
     sample["annotated_upright"] = (height, width) != image.size_hw
     if masks:
         codes = [check_mask(entries[i].get("segmentation"), [height, width], wheres[i]) for i in kept]

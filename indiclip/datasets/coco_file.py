@@ -4,6 +4,7 @@ Ids are whole numbers or text. An image's may be text in one list and a number i
 as no two ids of a list may read alike. Everything else is taken as it stands or refused.
 """
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -85,6 +86,7 @@ class CocoBoxes(NamedTuple):
     kept: np.ndarray  # int64 (K,): their places among the annotations
     xyxy: np.ndarray  # float32 (K, 4)
     crowd: np.ndarray  # bool (K,)
+    area: np.ndarray  # float32 (K,): of the object, as annotated; the box's where nothing is said
 
 
 def read_coco(file: Path, folder: Path) -> CocoFile:
@@ -159,7 +161,7 @@ def _look_up(ids: list[Any], known: Mapping[Id, int], wheres: Wheres, what: str)
 def read_boxes(
     entries: list[Entry], sizes_hw: np.ndarray, wheres: Wheres, tolerance: float, inventory: Inventory
 ) -> CocoBoxes:
-    """`bbox` and `iscrowd` of annotations.
+    """`bbox`, `iscrowd` and `area` of annotations.
 
     Args:
         entries: M annotations.
@@ -169,10 +171,11 @@ def read_boxes(
         inventory: The boxes are counted in it, those that are used left to the caller.
 
     Raises:
-        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
+        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1, an `area` that is
+            no number of pixels.
     """
     inventory.present["boxes"] += len(entries)
-    boxes_xywh, crowd = _box_columns(entries, wheres)
+    boxes_xywh, crowd, area = _box_columns(entries, wheres)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
     ends, edges = boxes_xywh[:, :2] + boxes_xywh[:, 2:], sizes_hw[:, ::-1]
     reaches_out = (boxes_xywh[:, :2] < -_CLIPPED).any(1) | (ends > edges + _CLIPPED).any(1)
@@ -180,16 +183,20 @@ def read_boxes(
     reason = "thinner than a pixel" + ", all from 0 to 1: normalised?" * bool((boxes_xywh <= 1).all())
     inventory.count_each("left_out", "boxes", reason, wheres, ~thick)
     inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out)
-    return CocoBoxes(np.flatnonzero(thick), boxes_xyxy[thick], crowd[thick])
+    return CocoBoxes(np.flatnonzero(thick), boxes_xyxy[thick], crowd[thick], area[thick])
 
 
-def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray]:
-    """`bbox`, float64 (M, 4), and `iscrowd`, bool (M,), of the types that they must have."""
+def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`bbox`, float64 (M, 4), `iscrowd`, bool (M,), and `area`, float32 (M,), of the types that they must have."""
     boxes = column(entries, "bbox", wheres.prefix)
     check_all(boxes, _is_box, wheres, "bbox", "[x, y, width, height]")
     crowd = [entry.get("iscrowd", 0) for entry in entries]
     check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(crowd, dtype=bool)
+    boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    given = [entry.get("area") for entry in entries]
+    check_all(given, _is_area, wheres, "area", "a number of pixels")
+    area = [w * h if own is None else own for own, (w, h) in zip(given, boxes_xywh[:, 2:].tolist(), strict=True)]
+    return boxes_xywh, np.array(crowd, dtype=bool), np.array(area, dtype=np.float32)
 
 
 def read_boxes_of_image(
@@ -277,6 +284,10 @@ def is_size(size_hw: Sequence[Any]) -> bool:
 def _is_box(found: Any) -> bool:
     """Whether a value of a JSON file is four numbers."""
     return type(found) is list and len(found) == 4 and all(map(is_number, found))
+
+
+def _is_area(found: Any) -> bool:
+    return found is None or (is_number(found) and 0 <= found < math.inf)
 
 
 def _is_id(found: Any) -> bool:
