@@ -68,6 +68,7 @@ class Sample(TypedDict, total=False):
     image: Annotated[Any, Field("image")]
     annotated_upright: Annotated[bool, Field("image")]  # coordinates are of the image turned as its EXIF says
     key: Text  # unique in its dataset, stable between runs
+    file_name: Text  # of the image, where an annotation file says it and the key is another
     random_seed: Text  # int, of this sample in this step, whatever rank it is on; `loading` gives it in training
     caption: Annotated[str, Field("text", embedded=True)]
     language: Text  # of `caption`: a BCP-47 code such as hi or hi-Latn
@@ -222,10 +223,13 @@ class Origin:
         task: Whose batch it is.
         source: The name of the one source it is from, where the task has several held-out ones; else empty.
         classes: The names of the classes that `label` and `classes` number; empty where there are none.
+        category_ids: What the source's file calls each of them; empty where it has no numbers for them.
     """
 
-    def __init__(self, task: str, source: str = "", classes: Sequence[str] = ()) -> None:
-        self.task, self.source, self.classes = task, source, classes
+    def __init__(
+        self, task: str, source: str = "", classes: Sequence[str] = (), category_ids: Sequence[int] = ()
+    ) -> None:
+        self.task, self.source, self.classes, self.category_ids = task, source, classes, category_ids
 
 
 class Batch(TypedDict):

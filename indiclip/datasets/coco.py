@@ -45,6 +45,7 @@ class CocoDetection(SampleDataset):
 
     Attributes:
         classes: Names in the order of the classes.
+        category_ids: The file's, in the same order; empty where they are text.
         densepose: Whether body surfaces are given.
         captioned: Whether every image has a caption.
         inventory: Images, boxes and captions of the files.
@@ -73,6 +74,7 @@ class CocoDetection(SampleDataset):
         self._inventory = Inventory()
         file = read_coco(self._file, self.folder)
         self.classes, found = file.classes, file.images
+        self.category_ids = [number for number in file.category_ids if isinstance(number, int)]
         self.inventory.present["images"] = len(found.names)
         sizes_hw = found.sizes_hw()
         check_files(self.folder, found.names, str(self._file))
@@ -180,6 +182,8 @@ def box_fields(
     classes = np.array([entries[i]["class"] for i in kept], np.int64)
     sample = Sample(boxes_xyxy=boxes.xyxy, classes=classes, crowd=boxes.crowd, area=boxes.area)
     sample["annotated_upright"] = (height, width) != image.size_hw
+    if isinstance(entry.get("file_name"), str):
+        sample["file_name"] = entry["file_name"]
     if masks:
         codes = [check_mask(entries[i].get("segmentation"), [height, width], wheres[i]) for i in kept]
         check_room(len(codes), height, width)

@@ -78,6 +78,7 @@ class CocoFile(NamedTuple):
     rows: np.ndarray  # int64 (M,): place of each one's image
     labels: np.ndarray  # int64 (M,): class of each one
     classes: list[str]  # names, in the order of the category ids
+    category_ids: list[Id]  # of the classes
 
 
 class CocoBoxes(NamedTuple):
@@ -98,13 +99,14 @@ def read_coco(file: Path, folder: Path) -> CocoFile:
     """
     content = load_json(file, ("images", "annotations", "categories"))
     images, entries = read_images(content["images"], file, folder), content["annotations"]
-    classes, class_of = _read_categories(content["categories"], f"{file}: category")
+    classes, category_ids = _read_categories(content["categories"], f"{file}: category")
+    class_of = {category_id: number for number, category_id in enumerate(category_ids)}
     wheres = _read_ids(entries, f"{file}: annotation")
     rows = _look_up(column(entries, "image_id", wheres.prefix), images.row_of, wheres, "image")
     labels = _look_up(column(entries, "category_id", wheres.prefix), class_of, wheres, "category")
     images.sizes_hw()
     _box_columns(entries, wheres)
-    return CocoFile(images, entries, wheres, rows, labels, classes)
+    return CocoFile(images, entries, wheres, rows, labels, classes, category_ids)
 
 
 def read_images(entries: list[Entry], file: Path, folder: Path) -> CocoImages:
@@ -120,8 +122,8 @@ def read_images(entries: list[Entry], file: Path, folder: Path) -> CocoImages:
     return CocoImages(entries, [name_in(folder, name) for name in names], row_of, wheres)
 
 
-def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[Id, int]]:
-    """Names in the order of their ids, and category id -> class."""
+def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], list[Id]]:
+    """Names in the order of their ids, and the ids."""
     wheres, names = _read_ids(entries, where), column(entries, "name", where)
     check_all(names, is_text, wheres, "name", "text")
     check_unique(names, where)
@@ -130,7 +132,7 @@ def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[
         like_first = f"{type(ids[0]).__name__}, as the first is {shorten(ids[0])}"
         check_all(ids, lambda found: type(found) is type(ids[0]), wheres, "id", like_first)
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    return [names[i] for i in order], {ids[i]: number for number, i in enumerate(order)}
+    return [names[i] for i in order], [ids[i] for i in order]
 
 
 def _read_ids(entries: list[Entry], where: str) -> Wheres:
