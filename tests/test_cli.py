@@ -13,7 +13,7 @@ import pytest
 import torch
 from experiments import ROOT, config, fit
 from PIL import Image
-from processes import as_they_end, forked, holding, in_processes, two_ranks, wait_until
+from processes import as_ranks, as_they_end, forked, holding, in_processes, two_ranks, wait_until
 
 import indiclip
 from indiclip import json_lines
@@ -183,6 +183,24 @@ def test_validate_and_test_score_a_run_and_leave_its_own_files_as_they_are(tmp_p
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["experiment"]
     initial = json.loads((tmp_path / "other" / "experiment" / "validate" / "metrics.json").read_text())
     assert (initial["step"], initial["weights"], initial["checkpoint"]) == (0, "the initial weights", None)
+
+
+def test_two_ranks_leave_the_scores_of_one(tmp_path):
+    assert fit(tmp_path, config()) == 0
+    folder = tmp_path / "runs" / "experiment"
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    words = ["validate", "--config", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint)]
+
+    def scores():
+        return json.loads((folder / "validate" / "metrics.json").read_text())["metrics"]
+
+    assert run(words) == 0
+    alone = scores()
+    (folder / "validate" / "metrics.json").unlink()
+    done = as_ranks(lambda: run([*words, "--trainer.devices", "2"]), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert scores() == pytest.approx(alone, abs=1e-5)
+    assert done.stdout.count("scores and report") == 1
 
 
 def test_a_run_that_cannot_be_written_to_is_scored(tmp_path, capsys):

@@ -17,6 +17,7 @@ from heads.detection import Detection
 from heads.torchvision_detector import TorchvisionDetector
 from indiclip.datasets.coco import CocoDetection
 from indiclip.detection_metric import DetectionMetric
+from indiclip.images import EncodedImage
 from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
 from indiclip.preprocessing import Preprocessing
@@ -163,6 +164,13 @@ def test_an_area_grows_with_its_image_and_goes_with_its_box():
     assert smaller.tolist() == pytest.approx([900 * height * width, 1500.5 * height * width], rel=1e-6)
     turned, _ = area(v2.RandomHorizontalFlip(1), v2.RandomVerticalFlip(1))
     assert turned.tolist() == pytest.approx([900, 1500.5], rel=1e-6)
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(sample["image"]).save(buffer, "PNG", exif=exif)
+    lying = Transform(24)(sample | {"image": EncodedImage(buffer.getvalue(), "s")}, Preprocessing(8), None)
+    height, width = lying["scale"]
+    assert height != width
+    assert lying["area"].tolist() == pytest.approx([900 * height * width, 1500.5 * height * width], rel=1e-6)
     cropped, _ = area(v2.Compose([v2.CenterCrop((100, 40))]))  # columns 50 to 90: no box is left
     assert cropped.tolist() == []
     cropped, _ = area(v2.Compose([v2.CenterCrop((100, 70)), v2.Resize((200, 210))]))  # of the first 15 columns are left

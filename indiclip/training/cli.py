@@ -13,7 +13,6 @@ from typing import Any, TextIO, cast
 import torch
 import yaml
 from jsonargparse import get_loader, set_loader
-from jsonargparse.typing import NonNegativeInt
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -104,7 +103,7 @@ class IndiCLI(LightningCLI):
         )
         if sys.argv[1:2] == ["predict"]:
             help_text = "Write pictures of so many images beside the predictions, for each head."
-            parser.add_argument("--pictures", type=NonNegativeInt, default=0, help=help_text)
+            parser.add_argument("--pictures", type=int, default=0, help=help_text)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
         parser.link_arguments("model.encoder", "data.patch_size", lambda e: e.backbone.patch_size, "instantiate")
         parser.link_arguments("model.encoder", "data.canvas_hw", lambda e: e.backbone.canvas_hw, "instantiate")

@@ -19,6 +19,7 @@ from indiclip.distributed import gathered
 from indiclip.head import Frame, Head, Prediction
 from indiclip.masking import mask
 from indiclip.module import Batches, MultiTask
+from indiclip.names import check_range
 from indiclip.patches import unpatchify
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.record import print_listed
@@ -67,6 +68,7 @@ class PredictionWriter(Callback):
     """
 
     def __init__(self, pictures: int = 0) -> None:
+        check_range({"--pictures": pictures})
         self.pictures = pictures
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
