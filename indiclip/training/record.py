@@ -135,7 +135,7 @@ class RunRecord(Callback):
         assert self._began is not None
         about: dict[str, Any] = {"step": trainer.global_step, "seconds": round(time.monotonic() - self._began, 1)}
         record = _record(self._folder, about | {"weights": weights}, trainer, data.inventories())
-        write_files(self._folder, self._folder.name, record, pictures)
+        _write_files(self._folder, self._folder.name, record, pictures)
         _print_summary(self._folder, record)
 
     def _write_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,7 +153,7 @@ class RunRecord(Callback):
         held_out = {key: of for key, of in data.inventories().items() if key.startswith("data.val")}
         record = _record(folder, about, trainer, held_out)
         try:
-            write_files(folder, f"{self._folder.name}: {command}", record, pictures)
+            _write_files(folder, f"{self._folder.name}: {command}", record, pictures)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
@@ -195,7 +195,7 @@ def _record(folder: Path, about: dict[str, Any], trainer: Trainer, data: dict[st
     }
 
 
-def write_files(folder: Path, title: str, record: dict[str, Any], pictures: dict[str, list[Picture]]) -> None:
+def _write_files(folder: Path, title: str, record: dict[str, Any], pictures: dict[str, list[Picture]]) -> None:
     """Write `report.html` and, without the history and with counts for lists, `metrics.json`."""
     write_report(folder, title, record, pictures)
     summary = {name: value for name, value in record.items() if name != "history"}
