@@ -15,7 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indiclip.evals.protocols.cosines import pair_ranks
-from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, Ratio, WholeBatch, same_classes
+from indiclip.head import (
+    Datasets,
+    Frame,
+    Head,
+    ListMetric,
+    Losses,
+    Picture,
+    Prediction,
+    Ratio,
+    WholeBatch,
+    plain,
+    same_classes,
+)
 from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.types import Batch, Features, class_names
 
@@ -134,6 +146,12 @@ class Contrastive(Head):
             for image_E, caption, hits_L, best, by in zip(image_BE, drawn, hits, nearest, captions, strict=True)
         ]
 
+    def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
+        """`nearest`, `embedding` and, where the class is known, `zero_shot_hits`, see `predict`."""
+        found = {"nearest": prediction["nearest"], "embedding": plain(prediction["image_E"])}
+        hits_L = prediction["hits_L"]
+        return found if hits_L is None else found | {"zero_shot_hits": plain(hits_L)}
+
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         self.target(batch, "caption")
         image_BE = torch.stack([prediction["image_E"] for prediction in predictions])
@@ -142,10 +160,9 @@ class Contrastive(Head):
         self.metric.update(image_BE, _captions(batch), texts_TE, _drawn_languages(batch), hits)
 
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
-        nearest = "\n".join(
-            f"{'✓' if caption == target['caption'] else '·'} {caption}" for caption in prediction["nearest"]
-        )
-        return image_HW3, f"{target['caption']}\n— nearest:\n{nearest}"
+        own = target.get("caption")
+        nearest = [f"{'✓' if caption == own else '·'} {caption}" for caption in prediction["nearest"]]
+        return image_HW3, "\n".join([own or "no caption", *["— nearest:", *nearest] * bool(nearest)])
 
     def _zero_shot(self, image_BE: Tensor, batch: Batch, encoder: "Encoder") -> list[Tensor | None]:
         """For each image whether the nearest class is the right one, at each trained length."""

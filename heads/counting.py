@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from torch import Tensor, nn
 
-from indiclip.head import Datasets, Head, ListMetric, Losses, Picture, Prediction, Ratio, same_classes
+from indiclip.head import Datasets, Frame, Head, ListMetric, Losses, Picture, Prediction, Ratio, plain, same_classes
 from indiclip.types import Batch, Features, class_names, in_float32, on_device, random_seeds
 
 if TYPE_CHECKING:
@@ -137,20 +137,37 @@ class Counting(Head):
         return Losses(count_losses(density_QHW, counts_QHW, on_device(queries.known, device)))
 
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
-        """`count` (a number), `density` (rows, columns), whose sum it is, and `prompt`."""
-        prompts = [self.prompt.replace("{}", name) for name in self.target(batch, "count_class")]
+        """`count` (a number), `density` (rows, columns), whose sum it is, of cells that are `cell` resized pixels wide
+        and high, `class_name` and `prompt`.
+        """
+        names = self.target(batch, "count_class")
+        prompts = [self.prompt.replace("{}", name) for name in names]
         density_BHW = self(features, encoder.embed_text(prompts))
         s, stride = self.upsample, features.stride
         return [
             {
                 "count": count,
                 "density": density_HW[: -(-height // stride) * s, : -(-width // stride) * s],
+                "cell": stride / s,
+                "class_name": name,
                 "prompt": prompt,
             }
-            for count, density_HW, (height, width), prompt in zip(
-                density_BHW.sum((1, 2)).tolist(), density_BHW, batch["images"]["sizes_hw"], prompts, strict=True
+            for count, density_HW, (height, width), name, prompt in zip(
+                density_BHW.sum((1, 2)).tolist(), density_BHW, batch["images"]["sizes_hw"], names, prompts, strict=True
             )
         ]
+
+    def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
+        """`class`, `count`, `points` (x, y) and `density`. The points are as many peaks of the density as the count
+        says, the highest first, or all where there are fewer.
+        """
+        points_P2 = frame.points(peaks(prediction["density"].float(), round(prediction["count"])) * prediction["cell"])
+        return {
+            "class": prediction["class_name"],
+            "count": plain(prediction["count"]),
+            "points": plain(points_P2),
+            "density": plain(prediction["density"]),
+        }
 
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         points, names = self.target(batch, "points_xy", every=False), self.target(batch, "count_class")
@@ -270,6 +287,19 @@ class CountMetric(ListMetric):
             if (mae_of_constant := (truths_I - constant).abs().mean()) > 0:
                 numbers[f"mae_ratio{name}"] = numbers["mae"] / mae_of_constant
         return numbers
+
+
+def peaks(density_HW: Tensor, most: int) -> Tensor:
+    """The middles (P, 2) of the cells with more than any of their eight neighbours, in cells as (x, y), highest first.
+
+    Args:
+        density_HW: Not negative.
+        most: So many at most.
+    """
+    highest_HW = F.max_pool2d(density_HW[None, None], 3, stride=1, padding=1)[0, 0]
+    is_peak_HW = (density_HW == highest_HW) & (density_HW > 0)
+    order_P = density_HW[is_peak_HW].argsort(descending=True, stable=True)[:most]
+    return is_peak_HW.nonzero()[order_P].flip(1) + 0.5
 
 
 def heat_map(image_HW3: np.ndarray, density_HW: Tensor) -> np.ndarray:

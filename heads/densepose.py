@@ -14,19 +14,32 @@ Shape letters: see `indiclip.types`; R windows of a batch, Q people of an image,
 K = 25 parts (0 is the background), h w cells of a window, k x k cells of a token on the fine map.
 """
 
+import base64
 import colorsys
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as rle
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from indiclip.head import Head, ListMetric, Losses, Picture, Prediction, Ratio
-from indiclip.surface_charts import NUM_PARTS, Charts, People, chart_losses, coarse_targets, points_of, to_window
+from indiclip.head import Frame, Head, ListMetric, Losses, Picture, Prediction, Ratio, plain
+from indiclip.surface_charts import (
+    NUM_PARTS,
+    PART_NAMES,
+    Charts,
+    People,
+    chart_losses,
+    coarse_targets,
+    points_of,
+    to_window,
+)
 from indiclip.types import Batch, Features, Rows, in_float32, on_device, random_seeds, targets_of
 
 if TYPE_CHECKING:
@@ -162,6 +175,30 @@ class DensePose(Head):
         columns = (boxes, *(torch.split(value_R, counts) for value_R in values_R))
         return [dict(zip(names, of_image, strict=True)) for of_image in zip(*columns, strict=True)]
 
+    def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
+        """`people`, each with `score`, `bbox` (x, y, width, height), `parts` and `iuv_png`.
+
+        A part has its `number` (1 to 24), `name` and `segmentation`, a mask of the original image's size in COCO's
+        run-length code. `iuv_png` is a PNG in base64 of the person's window, stretched over the box: part, U and V
+        times 255, as in DensePose's own results.
+        """
+        boxes_Q4 = frame.boxes(prediction["boxes_xyxy"].float())
+        people = []
+        for q, (x1, y1, x2, y2) in enumerate(boxes_Q4.tolist()):
+            part_hw, uv_hw2 = prediction["part"][q], prediction["uv"][q].permute(1, 2, 0)
+            iuv_hw3 = torch.cat([part_hw[..., None], (uv_hw2.float() * 255).round().to(torch.uint8)], 2)
+            png = io.BytesIO()
+            Image.fromarray(iuv_hw3.numpy()).save(png, "PNG")
+            people.append(
+                {
+                    "score": plain(prediction["scores"][q]),
+                    "bbox": plain([x1, y1, x2 - x1, y2 - y1]),
+                    "parts": part_masks(part_hw, (x1, y1, x2, y2), frame.size_hw),
+                    "iuv_png": base64.b64encode(png.getvalue()).decode(),
+                }
+            )
+        return {"people": people}
+
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         for i, prediction in enumerate(predictions):
             self.metric.update(prediction, targets_of(batch, i))
@@ -227,6 +264,23 @@ def paste(prediction: Prediction, size_hw: tuple[int, int]) -> tuple[Tensor, Ten
         part_HW[rows, columns][on_HW] = parts_Qhw[cells][on_HW]
         uv_HW2[rows, columns][on_HW] = uv_Qhw2[cells][on_HW]
     return part_HW, uv_HW2
+
+
+def part_masks(
+    part_hw: Tensor, box_xyxy: tuple[float, float, float, float], size_hw: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """The parts of one person in an image of this size, see `DensePose.to_json`; pixels as of `paste`."""
+    x1, y1, x2, y2 = box_xyxy
+    rows, y_H = _pixels(y1, y2, size_hw[0], part_hw.shape[0])
+    columns, x_W = _pixels(x1, x2, size_hw[1], part_hw.shape[1])
+    part_HW, found = part_hw[y_H[:, None], x_W].numpy(), []
+    for number in np.unique(part_HW[part_HW > 0]).tolist():
+        mask_HW = np.zeros(size_hw, np.uint8, order="F")
+        mask_HW[rows, columns] = part_HW == number
+        code = rle.encode(mask_HW)
+        segmentation = {"size": code["size"], "counts": code["counts"].decode()}
+        found.append({"number": number, "name": PART_NAMES[number - 1], "segmentation": segmentation})
+    return found
 
 
 def _pixels(low: float, high: float, size: int, num_cells: int) -> tuple[slice, Tensor]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from indiclip.detection_metric import DetectionMetric, draw_detections, hits_at_half
+from indiclip.detection_metric import DetectionMetric, detections, draw_detections, hits_at_half
 from indiclip.fcos import FCOSHead, FCOSOutputs, Locations, Pyramid, assign, fcos_losses, make_locations
-from indiclip.head import Datasets, Head, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Frame, Head, Losses, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, Rows, class_names, on_device
 
 if TYPE_CHECKING:
@@ -155,20 +155,26 @@ class Detection(Head):
             found.append({"boxes_xyxy": boxes_K4[best_K], "scores": scores_K[best_K], "labels": labels_K[best_K]})
         return found
 
+    def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
+        names = self.classes or frame.class_names or [str(label) for label in range(self.num_classes)]
+        return {"detections": detections(prediction, names, frame)}
+
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         boxes, classes_R, crowd_R = self._truth(batch)
+        area = batch["targets"].get("area")
         for i, (prediction, scale_hw) in enumerate(zip(predictions, batch["images"]["scale"], strict=True)):
             rows = boxes.rows_of(i)
             own_M = classes_R[rows] >= 0
             target = [value_R[rows][own_M] for value_R in (boxes.values, classes_R, crowd_R)]
-            self.metric.update(prediction, target, scale_hw)
+            self.metric.update(prediction, target, scale_hw, None if area is None else area.values[rows][own_M])
 
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         theirs = target.get("class_names") or [str(label) for label in range(self.num_classes)]
-        number_C = torch.tensor(self._numbers(theirs, "the source"))
         own = theirs if self.classes is None else self.classes
+        if "classes" not in target:
+            return draw_detections(image_HW3, prediction, None, None, own)
+        number_C = torch.tensor(self._numbers(theirs, "the source"))
         gt_classes_M = number_C[target["classes"]]
         shown_M = (gt_classes_M >= 0) & ~target.get("crowd", torch.zeros_like(gt_classes_M).bool())
         gt_M4, gt_classes_M = target["boxes_xyxy"][shown_M], gt_classes_M[shown_M]
-
         return draw_detections(image_HW3, prediction, gt_M4, gt_classes_M, own)

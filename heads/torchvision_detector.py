@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
-from indiclip.detection_metric import DetectionMetric, draw_detections
+from indiclip.detection_metric import DetectionMetric, detections, draw_detections
 from indiclip.export.torchvision_backbone import Pyramid, build_detector
-from indiclip.head import Datasets, Head, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Frame, Head, Losses, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, targets_of
 
 if TYPE_CHECKING:
@@ -126,14 +126,20 @@ class TorchvisionDetector(Head):
             for one in found
         ]
 
+    def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
+        names = frame.class_names or [str(label) for label in range(self.num_classes)]
+        return {"detections": detections(prediction, names, frame)}
+
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         for image, (prediction, scale_hw) in enumerate(zip(predictions, batch["images"]["scale"], strict=True)):
             own = targets_of(batch, image)
             crowd_M = own.get("crowd", torch.zeros_like(own["classes"], dtype=torch.bool))
-            self.metric.update(prediction, [own["boxes_xyxy"], own["classes"], crowd_M], scale_hw)
+            self.metric.update(prediction, [own["boxes_xyxy"], own["classes"], crowd_M], scale_hw, own.get("area"))
 
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         names = target.get("class_names") or [str(label) for label in range(self.num_classes)]
+        if "classes" not in target:
+            return draw_detections(image_HW3, prediction, None, None, names)
         shown_M = ~target.get("crowd", torch.zeros_like(target["classes"]).bool())
         return draw_detections(image_HW3, prediction, target["boxes_xyxy"][shown_M], target["classes"][shown_M], names)
 

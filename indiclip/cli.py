@@ -56,6 +56,7 @@ example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 10
   --ckpt_path FILE                go on from, or score, a checkpoint
   --ckpt_path last                the newest whole checkpoint of --name; `fit` starts from the beginning without one
   --seed_everything N             order of the samples, augmentation, initial weights
+  --pictures N                    predict: pictures of so many images beside the predictions, for each head
   --override true                 go on with other data, seed or heads than the checkpoint's run
   --model.lr X  --model.warmup_steps N  --model.weight_decay X  --model.uncertainty_weighting true
   --model.optimizer timm.optim.Lion  --model.lr_schedule indiclip.optim.Linear

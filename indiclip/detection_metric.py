@@ -1,4 +1,4 @@
-"""What every head that finds boxes is scored with, COCO's average precision, and how its finds are drawn.
+"""What every head that finds boxes is scored with, COCO's average precision, and how its finds are drawn and written.
 
 Shape letters: see `indiclip.types`; M boxes of an image, K detections of an image.
 """
@@ -6,6 +6,7 @@ Shape letters: see `indiclip.types`; M boxes of an image, K detections of an ima
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision import ops
 from torchvision.utils import draw_bounding_boxes
 
-from indiclip.head import ListMetric, Picture, Prediction
+from indiclip.head import Frame, ListMetric, Picture, Prediction, plain
 
 _DRAWN_SCORE = 0.3  # detections below are left out of pictures,
 _DRAWN_OVERLAP = 0.5  # and those that overlap a better one of any class more than this (IoU)
@@ -26,23 +27,34 @@ _ABSENT = -1.0  # what COCO's evaluation says where there is no such object
 class DetectionMetric(ListMetric):
     """COCO's average precision, in the original images' pixels (COCO's small, medium, large are in those).
 
-    The area of an object is its box's; COCO's own is its mask's.
+    The area of an object is that of its annotation, which in COCO's files is its mask's; its box's where it has none.
     """
 
-    def update(self, prediction: Prediction, target: Sequence[Tensor], scale_hw: tuple[float, float]) -> None:
+    def update(
+        self,
+        prediction: Prediction,
+        target: Sequence[Tensor],
+        scale_hw: tuple[float, float],
+        area_M: Tensor | None = None,
+    ) -> None:
         """Add an image.
 
         Args:
             prediction: `boxes_xyxy` (K, 4) in resized pixels, `scores` (K,) and `labels` (K,).
             target: Boxes (M, 4) in resized pixels, classes (M,), whether each is a crowd (M,).
             scale_hw: Of the resized image to the original one.
+            area_M: Of each object, in resized pixels; None or 0 is its box's.
         """
         boxes_M4, classes_M, crowd_M = target
         scale_4 = boxes_M4.new_tensor([scale_hw[1], scale_hw[0]] * 2)
         boxes_K4 = prediction["boxes_xyxy"] / scale_4
+        box_area_M = (boxes_M4[:, 2:] - boxes_M4[:, :2]).prod(1)
+        area_M = box_area_M if area_M is None else torch.where(area_M > 0, area_M, box_area_M)
+        # Rounded, as an object of just 32 x 32 pixels is both small and medium.
+        area_M = (area_M.double() / (scale_hw[0] * scale_hw[1])).round(decimals=2)
         self.add(
             {"boxes": boxes_K4, "scores": prediction["scores"], "labels": prediction["labels"].long()},
-            {"boxes": boxes_M4 / scale_4, "labels": classes_M, "iscrowd": crowd_M.long()},
+            {"boxes": boxes_M4 / scale_4, "labels": classes_M, "iscrowd": crowd_M.long(), "area": area_M},
         )
 
     def compute(self) -> dict[str, Tensor]:
@@ -78,18 +90,42 @@ def hits_at_half(boxes_K4: Tensor, labels_K: Tensor, gt_M4: Tensor, gt_classes_M
     return hits
 
 
+def detections(prediction: Prediction, names: Sequence[str], frame: Frame) -> list[dict[str, Any]]:
+    """What was found, best first, as `Head.to_json` has it: `class`, `score` and `bbox` (x, y, width, height).
+
+    Args:
+        prediction: As of `DetectionMetric.update`.
+        names: Of the classes.
+        frame: The original image.
+    """
+    xyxy_K4 = frame.boxes(prediction["boxes_xyxy"].float())
+    xywh_K4 = torch.cat([xyxy_K4[:, :2], xyxy_K4[:, 2:] - xyxy_K4[:, :2]], 1)
+    columns = (prediction["labels"].long().tolist(), prediction["scores"].tolist(), xywh_K4.tolist())
+    return [
+        {"class": names[label], "score": plain(score), "bbox": plain(box)}
+        for label, score, box in zip(*columns, strict=True)
+    ]
+
+
 def draw_detections(
-    image_HW3: np.ndarray, prediction: Prediction, gt_M4: Tensor, gt_classes_M: Tensor, names: Sequence[str]
+    image_HW3: np.ndarray,
+    prediction: Prediction,
+    gt_M4: Tensor | None,
+    gt_classes_M: Tensor | None,
+    names: Sequence[str],
 ) -> Picture:
     """A held-out image with its true boxes in white and the better detections in colour, and a line that counts them.
 
     Args:
         image_HW3: uint8 RGB.
         prediction: As of `DetectionMetric.update`.
-        gt_M4: The true boxes, in the image's pixels.
+        gt_M4: The true boxes, in the image's pixels; None where they are unknown.
         gt_classes_M: Their classes.
         names: Of the classes.
     """
+    is_known = gt_M4 is not None and gt_classes_M is not None
+    gt_M4 = torch.zeros(0, 4) if gt_M4 is None else gt_M4
+    gt_classes_M = torch.zeros(0, dtype=torch.long) if gt_classes_M is None else gt_classes_M
     best_K = ops.nms(prediction["boxes_xyxy"], prediction["scores"], _DRAWN_OVERLAP)
     best_K = best_K[prediction["scores"][best_K] >= _DRAWN_SCORE]
     boxes_K4, scores_K, labels_K = (prediction[name][best_K] for name in ("boxes_xyxy", "scores", "labels"))
@@ -101,9 +137,12 @@ def draw_detections(
     for boxes_4, labels, colour in ((gt_M4, None, "white"), (boxes_K4, words, "#ff3d7f")):
         if len(boxes_4):
             picture_3HW = draw_bounding_boxes(picture_3HW, boxes_4 * zoom, labels, colour, width=2)
+    picture_HW3 = picture_3HW.permute(1, 2, 0).numpy()
+    if not is_known:
+        return picture_HW3, f"{len(words)} found (score ≥ {_DRAWN_SCORE})"
     counts = sorted(Counter(names[k] for k in gt_classes_M.tolist()).items())
     present = ", ".join(name if count == 1 else f"{name} x {count}" for name, count in counts)
-    return picture_3HW.permute(1, 2, 0).numpy(), (
+    return picture_HW3, (
         f"{hits} of {len(gt_M4)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
         f"white is the truth: {present or 'nothing'}"
     )

@@ -5,13 +5,15 @@ YAML names its class.
 """
 
 import itertools
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 import torchmetrics
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -19,18 +21,48 @@ from torch import Tensor, nn
 from indiclip.distributed import gathered
 from indiclip.names import check_range
 from indiclip.ratios import Ratio, Values
-from indiclip.types import Batch, Features, Rows
+from indiclip.types import FIELDS, Batch, Features, Rows, class_names
 
 if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
-__all__ = ["Head", "ListMetric", "Losses", "Ratio", "WholeBatch", "computed", "same_classes"]
+__all__ = ["Frame", "Head", "ListMetric", "Losses", "Ratio", "WholeBatch", "computed", "plain", "same_classes"]
 
 Datasets = Mapping[str, "SampleDataset"]  # YAML key of the source, such as `data.train[0]` -> its dataset
 Prediction = dict[str, Any]  # what a head predicts for an image, or what is true of it, by name
 Metrics = torchmetrics.Metric | torchmetrics.MetricCollection
 Picture = tuple[np.ndarray, str]  # uint8 RGB and the line of text below it
+
+
+class Frame(NamedTuple):
+    """The image that a prediction is of, as it was before it was resized: upright, as the model saw it.
+
+    Attributes:
+        size_hw: Height and width in pixels.
+        scale_hw: Of the resized image to this one.
+        class_names: Of the source; empty where they are unknown.
+    """
+
+    size_hw: tuple[int, int]
+    scale_hw: tuple[float, float]
+    class_names: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, batch: Batch, image: int) -> "Frame":
+        """That of an image of a batch."""
+        scale_hw, resized_hw = batch["images"]["scale"][image], batch["images"]["sizes_hw"][image]
+        height, width = (round(side / scale) for side, scale in zip(resized_hw, scale_hw, strict=True))
+        return cls((height, width), scale_hw, class_names(batch))
+
+    def points(self, resized_xy: Tensor) -> Tensor:
+        """Points (..., 2) of the resized image in this one's pixels."""
+        size_wh, scale_wh = (resized_xy.new_tensor(pair[::-1]) for pair in (self.size_hw, self.scale_hw))
+        return torch.minimum((resized_xy / scale_wh).clamp(min=0), size_wh)
+
+    def boxes(self, resized_xyxy: Tensor) -> Tensor:
+        """Boxes (..., 4) of the resized image in this one's pixels."""
+        return self.points(resized_xyxy.reshape(-1, 2)).reshape(resized_xyxy.shape)
 
 
 class Losses(NamedTuple):
@@ -148,6 +180,24 @@ class Head(nn.Module, ABC):
         """
         return image_HW3, ""
 
+    def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
+        """What `indiclip predict` writes of an image: values that JSON has, in pixels of the original image.
+
+        A list `detections`, of dicts with `class`, `score` and `bbox` (x, y, width, height), becomes a file of COCO's
+        results too. Unless a head says otherwise it is the prediction, its tensors as lists; those that are called as
+        boxes or points in `Sample` are moved into the original image.
+
+        Args:
+            prediction: One item of `predict`, on the CPU.
+            frame: The original image.
+        """
+        move = {"boxes": frame.boxes, "points": frame.points}
+        kinds = {name: FIELDS[name].kind for name in prediction.keys() & FIELDS.keys()}
+        return {
+            name: plain(move[kinds[name]](value) if kinds.get(name) in move else value)
+            for name, value in prediction.items()
+        }
+
     def target(self, batch: Batch, name: str, every: bool = True) -> Any:
         """A field of the batch.
 
@@ -164,6 +214,17 @@ class Head(nn.Module, ABC):
             key = batch["keys"][known.index(False) if known else 0]
             raise ValueError(f"heads.{self.name}: sample {key!r} of its task {self.task!r} has no {name}")
         return value
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON has: tensors as lists, numbers with six digits, None for one that is not finite."""
+    if isinstance(value, Tensor | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class ListMetric(torchmetrics.Metric):

@@ -4,10 +4,10 @@ full.
 
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from indiclip.masking import mask
 
@@ -52,15 +52,27 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
     """
+    with open_whole(file) as opened:
+        opened.write(content)
+
+
+@contextmanager
+def open_whole(file: Path) -> Iterator[BinaryIO]:
+    """As `write_whole`, for what is written piece by piece: the file is there once all of it is.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to.
+    """
     part = file.with_name(f".{file.name}.part")
     try:
         with part.open("wb") as opened:
-            opened.write(content)
+            yield opened
             opened.flush()
             os.fsync(opened.fileno())
         part.replace(file)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        is_other = error.filename not in (None, str(part))  # one that was read meanwhile
+        raise OSError(error.errno, error.strerror, error.filename if is_other else str(file)) from error
     finally:
         with suppress(OSError):  # which would hide the first one
             part.unlink(missing_ok=True)

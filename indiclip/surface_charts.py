@@ -18,6 +18,15 @@ from indiclip.ratios import Ratio
 from indiclip.types import Rows, on_device
 
 NUM_PARTS = 24
+# Of the parts 1 to 24; right and left are the person's, and what has two numbers has two halves.
+PART_NAMES = (
+    *("torso", "torso", "right hand", "left hand", "left foot", "right foot"),
+    *("right upper leg", "left upper leg") * 2,
+    *("right lower leg", "left lower leg") * 2,
+    *("left upper arm", "right upper arm") * 2,
+    *("left lower arm", "right lower arm") * 2,
+    *("head", "head"),
+)
 
 
 class Charts(NamedTuple):

@@ -24,6 +24,7 @@ class Field(NamedTuple):
         image: The picture, or what is said of its frame; `Transform` reads it.
         boxes: float (M, 4), pixels. Move along; clipped by a crop, and removed by one that shows nothing of them.
         points: float (M, 2), pixels. Move along; removed by a crop that does not show them.
+        areas: float (M,), square pixels. Grow and shrink with the image; a crop takes nothing from them.
         masks: (M, height, width). Move along; nearest neighbour.
         map: (height, width), a number per pixel. Moves along; nearest neighbour or `bilinear`.
         rows: (M, ...), numbers that stay as they are, such as the class of each box.
@@ -43,7 +44,7 @@ class Field(NamedTuple):
             `Texts` then.
     """
 
-    kind: Literal["image", "boxes", "points", "masks", "map", "rows", "scalar", "text"]
+    kind: Literal["image", "boxes", "points", "areas", "masks", "map", "rows", "scalar", "text"]
     of: str = ""
     into: str = ""
     bilinear: bool = False
@@ -67,6 +68,7 @@ class Sample(TypedDict, total=False):
     image: Annotated[Any, Field("image")]
     annotated_upright: Annotated[bool, Field("image")]  # coordinates are of the image turned as its EXIF says
     key: Text  # unique in its dataset, stable between runs
+    file_name: Text  # of the image, where an annotation file says it and the key is another
     random_seed: Text  # int, of this sample in this step, whatever rank it is on; `loading` gives it in training
     caption: Annotated[str, Field("text", embedded=True)]
     language: Text  # of `caption`: a BCP-47 code such as hi or hi-Latn
@@ -76,6 +78,8 @@ class Sample(TypedDict, total=False):
     boxes_xyxy: Annotated[Any, Field("boxes")]  # float32 (M, 4)
     classes: OfBox  # int64 (M,)
     crowd: OfBox  # bool (M,): the box covers a crowd, not one object
+    # float (M,): pixels of the object itself, of which a box has more; 0 where they are unknown
+    area: Annotated[Any, Field("areas", of="boxes_xyxy")]
     masks: Annotated[Any, Field("masks", of="boxes_xyxy")]  # uint8 (M, height, width)
     points_xy: Annotated[Any, Field("points")]  # float32 (K, 2): one per object of the class that `count_class` names
     count_class: Text
@@ -219,10 +223,13 @@ class Origin:
         task: Whose batch it is.
         source: The name of the one source it is from, where the task has several held-out ones; else empty.
         classes: The names of the classes that `label` and `classes` number; empty where there are none.
+        category_ids: What the source's file calls each of them; empty where it has no numbers for them.
     """
 
-    def __init__(self, task: str, source: str = "", classes: Sequence[str] = ()) -> None:
-        self.task, self.source, self.classes = task, source, classes
+    def __init__(
+        self, task: str, source: str = "", classes: Sequence[str] = (), category_ids: Sequence[int] = ()
+    ) -> None:
+        self.task, self.source, self.classes, self.category_ids = task, source, classes, category_ids
 
 
 class Batch(TypedDict):

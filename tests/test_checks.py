@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from experiments import config, fit
 from PIL import Image
 
@@ -51,9 +50,9 @@ def test_images_without_any_truth_can_be_predicted(tmp_path, capsys):
     assert run(["validate", *flags]) == 2
     assert "contrastive needs caption, which the samples of CocoDetection do not have" in capsys.readouterr().err
     assert run(["predict", *flags]) == 0
-    (found,) = (torch.load(path, weights_only=True) for path in (tmp_path / "runs").rglob("predictions/*.pt"))
-    assert [len(found["predictions"][name]) for name in ("contrastive", "detection")] == [2, 2]
-    assert found["predictions"]["contrastive"][0]["text_E"] is None
+    for name, expected in (("contrastive", {"nearest", "embedding"}), ("detection", {"detections"})):
+        files = sorted((tmp_path / "runs").rglob(f"predictions/images/{name}/*.json"))
+        assert [json.loads(file.read_text())["heads"][name].keys() for file in files] == [expected] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,19 @@
 """The command: help without waiting, one line per mistake, a run's folder, resume, load and the README's lines."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 from experiments import ROOT, config, fit
 from PIL import Image
-from processes import as_they_end, forked, holding, in_processes, two_ranks, wait_until
+from processes import as_ranks, as_they_end, forked, holding, in_processes, two_ranks, wait_until
 
 import indiclip
 from indiclip import json_lines
@@ -150,12 +152,12 @@ def test_two_runs_get_two_folders_and_a_resume_goes_on_in_its_own(tmp_path):
     assert json.loads((tmp_path / "runs" / "branch" / "metrics.json").read_text())["step"] == 5
 
 
-def test_validate_and_test_score_a_run_and_leave_it_as_it_is(tmp_path, capsys):
+def test_validate_and_test_score_a_run_and_leave_its_own_files_as_they_are(tmp_path, capsys):
     assert fit(tmp_path, config()) == 0
     folder = tmp_path / "runs" / "experiment"
-    saved = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".yaml", ".json", ".html")}
-    scores = json.loads(saved["metrics.json"])["metrics"]
-    before = sorted(folder.rglob("*"))
+    saved = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    trained = json.loads(saved["metrics.json"])
+    scores, before = trained["metrics"], sorted(folder.rglob("*"))
     for command in ("validate", "test"):
         capsys.readouterr()
         flags = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--runs", str(tmp_path / "runs")]
@@ -163,11 +165,62 @@ def test_validate_and_test_score_a_run_and_leave_it_as_it_is(tmp_path, capsys):
         shown = capsys.readouterr().out
         assert "val/contrastive/zero_shot" in shown
         assert f"{scores['val/contrastive/zero_shot']:.4f}"[:6] in shown
+        assert str(folder / command) in shown.replace("\n", "")
+        found = json.loads((folder / command / "metrics.json").read_text())
+        assert found["metrics"] == {name: value for name, value in scores.items() if name.startswith("val/")}
+        assert found.keys() == trained.keys() | {"checkpoint"}
+        assert (found["step"], found["weights"]) == (2, "the trained weights")
+        assert found["checkpoint"].endswith("last.ckpt")
+        assert list(found["data"]) == ["data.val[0]"]
+        report = (folder / command / "report.html").read_text()
+        assert f"experiment: {command}" in report
+        assert "data:image/png;base64," in report
     with pytest.warns(UserWarning, match="no --ckpt_path"):
         assert run(["validate", "--config", str(folder / "config.yaml"), "--runs", str(tmp_path / "other")]) == 0
     assert {name: (folder / name).read_bytes() for name in saved} == saved
-    assert sorted(folder.rglob("*")) == before  # it may lie where nothing can be written
+    new = [folder / command / name for command in ("validate", "test") for name in ("", "metrics.json", "report.html")]
+    assert sorted({*folder.rglob("*")} - {*before}) == sorted(new)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["experiment"]
+    initial = json.loads((tmp_path / "other" / "experiment" / "validate" / "metrics.json").read_text())
+    assert (initial["step"], initial["weights"], initial["checkpoint"]) == (0, "the initial weights", None)
+
+
+def test_two_ranks_leave_the_scores_of_one(tmp_path):
+    assert fit(tmp_path, config()) == 0
+    folder = tmp_path / "runs" / "experiment"
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    words = ["validate", "--config", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint)]
+
+    def scores():
+        return json.loads((folder / "validate" / "metrics.json").read_text())["metrics"]
+
+    assert run(words) == 0
+    alone = scores()
+    (folder / "validate" / "metrics.json").unlink()
+    done = as_ranks(lambda: run([*words, "--trainer.devices", "2"]), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert scores() == pytest.approx(alone, abs=1e-5)
+    assert done.stdout.count("scores and report") == 1
+
+
+def test_a_run_that_cannot_be_written_to_is_scored(tmp_path, capsys):
+    assert fit(tmp_path, config()) == 0
+    folder = tmp_path / "runs" / "experiment"
+    flags = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+
+    def refuse(file, content):
+        raise OSError(errno.EROFS, "Read-only file system", str(file))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lines, "write_whole", refuse)
+        with pytest.warns(UserWarning, match="Read-only file system; the scores"):
+            assert run(["validate", *flags]) == 0
+    assert "val/contrastive/zero_shot" in capsys.readouterr().out
+    full = OSError(errno.ENOSPC, "No space left on device", str(folder / "validate" / "report.html"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lines, "write_whole", Mock(side_effect=full))
+        assert run(["validate", *flags]) == 2
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_training_takes_subnormal_numbers_for_zero(tmp_path):
@@ -189,18 +242,17 @@ def test_training_takes_subnormal_numbers_for_zero(tmp_path):
 
 
 def test_predict_writes_what_the_heads_find(tmp_path, capsys):
-    """Twelve scenes in batches of four; the embeddings are those that `indiclip.load` gives."""
+    """Twelve scenes; the embeddings are those that `indiclip.load` gives."""
     assert fit(tmp_path, config()) == 0
     folder = tmp_path / "runs" / "experiment"
     flags = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--runs", str(tmp_path / "runs")]
     assert run(["predict", "--config", str(folder / "config.yaml"), *flags]) == 0
     assert str(folder / "predictions") in capsys.readouterr().out.replace("\n", "")
-    parts = [torch.load(file, weights_only=True) for file in sorted((folder / "predictions").iterdir())]
-    assert [len(part["keys"]["contrastive"]) for part in parts] == [4, 4, 4]
-    found = [prediction["image_E"] for part in parts for prediction in part["predictions"]["contrastive"]]
     scenes = Mela(12, 32, "single")
+    files = [folder / "predictions" / "images" / "contrastive" / f"{scenes.key(i)}.json" for i in range(12)]
+    found = [json.loads(file.read_text())["heads"]["contrastive"]["embedding"] for file in files]
     expected = indiclip.load(folder).embed_image([scenes[i]["image"] for i in range(12)])
-    torch.testing.assert_close(torch.stack(found), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
 
 
 def test_a_mistake_leaves_no_folder(tmp_path, capsys):

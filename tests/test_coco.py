@@ -65,6 +65,8 @@ def build(tmp_path):
 def test_categories_with_gaps_become_classes_in_the_order_of_their_ids(build):
     dataset = build()
     assert dataset.classes == ["person", "car", "toothbrush"]
+    assert dataset.category_ids == Split(dataset, "train", 0.01).category_ids == [1, 3, 90]
+    assert [dataset[i]["file_name"] for i in range(3)] == ["b.png", "a.png", "empty.png"]
     assert [dataset.key(i) for i in range(3)] == ["30", "7", "50"]
     assert dataset[1]["classes"].tolist() == [2, 0]
     assert dataset[0]["crowd"].tolist() == [True]

@@ -123,7 +123,8 @@ def test_every_experiment_trains_and_reports(experiment, tmp_path, monkeypatch, 
         flags += [f"--trainer.limit_{of}_batches=1" for of in ("val", "test", "predict")]
         for command in ("validate", "test", "predict"):
             assert run([command, *flags]) == 0
-        assert list((folder / "predictions").glob("*.pt"))
+        assert list((folder / "predictions" / "images").glob("*/*.json"))
+        assert all((folder / command / "report.html").is_file() for command in ("validate", "test"))
     assert [path.name for path in tmp_path.iterdir() if path.name != "data"] == [experiment.stem]
 
 

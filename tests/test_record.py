@@ -1,13 +1,10 @@
 """The record of a run: its history, and what it says of quarantined samples."""
 
 import json
-import resource
 import subprocess
 import sys
 
 import lightning as L
-import pytest
-import torch
 from helpers import tiny_encoder
 
 from heads.contrastive import Contrastive
@@ -20,7 +17,7 @@ from indiclip.loading.source import Source
 from indiclip.module import MultiTask
 from indiclip.training.callbacks import TaskGradients
 from indiclip.training.fault_tolerance.step_sync import StepSync
-from indiclip.training.record import PredictionWriter, RunRecord, read_history
+from indiclip.training.record import RunRecord, read_history
 
 
 class SomeBroken(SampleDataset):
@@ -88,19 +85,6 @@ def test_rows_are_added_whole_or_not_at_all(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True)
     assert f"File too large: '{tmp_path / 'a'}'" in done.stderr
     assert (tmp_path / "a").read_text() == '{"step": 1}\n'
-
-
-def test_predictions_say_that_the_disk_is_full(tmp_path):
-    writer, trainer = PredictionWriter(), L.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
-    writer.on_predict_start(trainer, None)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(OSError, match="File too large: .*000000-0.pt"):
-            writer.on_predict_batch_end(trainer, None, torch.zeros(100_000), {}, 0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list((tmp_path / "predictions").iterdir()) == []
 
 
 def test_history_has_each_step_once_and_task_gradients_where_measured(tmp_path):

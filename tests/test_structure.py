@@ -103,7 +103,7 @@ ARROWS = {
         " pretrained tokenizer_sources datasets webdataset generated loading"
     ),
     "training": (
-        "types names strict_yaml old_names masking config_files json_lines checkpoint pretrained distributed"
+        "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
         " sharding float8 pooling lightning_internals backbone encoder head module datasets loading evals planning"
     ),
     "export": (

@@ -141,8 +141,9 @@ def score(detector: torch.nn.Module, dataset: CocoDetection, first_label: int) -
         sample: Any = dataset[index]
         found = detector([read_upright(sample["image"]).float() / 255])[0]
         prediction = {"boxes_xyxy": found["boxes"], "scores": found["scores"], "labels": found["labels"] - first_label}
-        truth = [torch.from_numpy(np.asarray(sample[name])) for name in ("boxes_xyxy", "classes", "crowd")]
-        metric.update(prediction, truth, (1.0, 1.0))
+        names = ("boxes_xyxy", "classes", "crowd", "area")
+        *truth, area = (torch.from_numpy(np.asarray(sample[name])) for name in names)
+        metric.update(prediction, truth, (1.0, 1.0), area)
     return {name: round(float(value), 4) for name, value in metric.compute().items()}
 
 

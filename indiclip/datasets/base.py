@@ -17,6 +17,8 @@ class SampleDataset(Dataset[Sample], ABC):
 
     Attributes:
         classes: Names of the classes that `label` and `classes` of its samples number; empty where it has none.
+        category_ids: What its file calls each of `classes`, as COCO's 1 to 90 with gaps; empty where it has no numbers
+            for them.
         labels: int (number of samples,): the class of each sample, -1 where it has none; None where they are unknown.
         clusters: int (number of samples,): which cluster each sample is in, from 0; None where they are unknown.
         sizes_hw: int (number of samples, 2): height and width of each image as stored, 0 where its header is
@@ -29,6 +31,7 @@ class SampleDataset(Dataset[Sample], ABC):
     """
 
     classes: Sequence[str] = ()
+    category_ids: Sequence[int] = ()
     labels: np.ndarray | None = None
     clusters: np.ndarray | None = None
     sizes_hw: np.ndarray | None = None

@@ -45,6 +45,7 @@ class CocoDetection(SampleDataset):
 
     Attributes:
         classes: Names in the order of the classes.
+        category_ids: The file's, in the same order; empty where they are text.
         densepose: Whether body surfaces are given.
         captioned: Whether every image has a caption.
         inventory: Images, boxes and captions of the files.
@@ -73,6 +74,7 @@ class CocoDetection(SampleDataset):
         self._inventory = Inventory()
         file = read_coco(self._file, self.folder)
         self.classes, found = file.classes, file.images
+        self.category_ids = [number for number in file.category_ids if isinstance(number, int)]
         self.inventory.present["images"] = len(found.names)
         sizes_hw = found.sizes_hw()
         check_files(self.folder, found.names, str(self._file))
@@ -119,7 +121,7 @@ class CocoDetection(SampleDataset):
         """The annotations that are used, of each image: what a sample is made of, with their `class`."""
         entries, rows, wheres = file.annotations, file.rows, file.wheres
         kept = read_boxes(entries, sizes_hw[rows], wheres, self._tolerance, self.inventory).kept
-        names = {"id", "bbox", "iscrowd", *["segmentation"] * self._with_masks, *dp.NAMES * self.densepose}
+        names = {"id", "bbox", "iscrowd", "area", *["segmentation"] * self._with_masks, *dp.NAMES * self.densepose}
         of_images: list[list[Entry]] = [[] for _ in sizes_hw]
         for i in kept.tolist():
             if self._with_masks:
@@ -178,8 +180,10 @@ def box_fields(
         raise ValueError(f"{found}, the annotations say {width}x{height}")
     entries, kept = entry["annotations"], boxes.kept
     classes = np.array([entries[i]["class"] for i in kept], np.int64)
-    sample = Sample(boxes_xyxy=boxes.xyxy, classes=classes, crowd=boxes.crowd)
+    sample = Sample(boxes_xyxy=boxes.xyxy, classes=classes, crowd=boxes.crowd, area=boxes.area)
     sample["annotated_upright"] = (height, width) != image.size_hw
+    if isinstance(entry.get("file_name"), str):
+        sample["file_name"] = entry["file_name"]
     if masks:
         codes = [check_mask(entries[i].get("segmentation"), [height, width], wheres[i]) for i in kept]
         check_room(len(codes), height, width)

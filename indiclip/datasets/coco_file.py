@@ -4,6 +4,7 @@ Ids are whole numbers or text. An image's may be text in one list and a number i
 as no two ids of a list may read alike. Everything else is taken as it stands or refused.
 """
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -77,6 +78,7 @@ class CocoFile(NamedTuple):
     rows: np.ndarray  # int64 (M,): place of each one's image
     labels: np.ndarray  # int64 (M,): class of each one
     classes: list[str]  # names, in the order of the category ids
+    category_ids: list[Id]  # of the classes
 
 
 class CocoBoxes(NamedTuple):
@@ -85,6 +87,7 @@ class CocoBoxes(NamedTuple):
     kept: np.ndarray  # int64 (K,): their places among the annotations
     xyxy: np.ndarray  # float32 (K, 4)
     crowd: np.ndarray  # bool (K,)
+    area: np.ndarray  # float32 (K,): of the object, as annotated; the box's where nothing is said
 
 
 def read_coco(file: Path, folder: Path) -> CocoFile:
@@ -96,13 +99,14 @@ def read_coco(file: Path, folder: Path) -> CocoFile:
     """
     content = load_json(file, ("images", "annotations", "categories"))
     images, entries = read_images(content["images"], file, folder), content["annotations"]
-    classes, class_of = _read_categories(content["categories"], f"{file}: category")
+    classes, category_ids = _read_categories(content["categories"], f"{file}: category")
+    class_of = {category_id: number for number, category_id in enumerate(category_ids)}
     wheres = _read_ids(entries, f"{file}: annotation")
     rows = _look_up(column(entries, "image_id", wheres.prefix), images.row_of, wheres, "image")
     labels = _look_up(column(entries, "category_id", wheres.prefix), class_of, wheres, "category")
     images.sizes_hw()
     _box_columns(entries, wheres)
-    return CocoFile(images, entries, wheres, rows, labels, classes)
+    return CocoFile(images, entries, wheres, rows, labels, classes, category_ids)
 
 
 def read_images(entries: list[Entry], file: Path, folder: Path) -> CocoImages:
@@ -118,8 +122,8 @@ def read_images(entries: list[Entry], file: Path, folder: Path) -> CocoImages:
     return CocoImages(entries, [name_in(folder, name) for name in names], row_of, wheres)
 
 
-def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[Id, int]]:
-    """Names in the order of their ids, and category id -> class."""
+def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], list[Id]]:
+    """Names in the order of their ids, and the ids."""
     wheres, names = _read_ids(entries, where), column(entries, "name", where)
     check_all(names, is_text, wheres, "name", "text")
     check_unique(names, where)
@@ -128,7 +132,7 @@ def _read_categories(entries: list[Entry], where: str) -> tuple[list[str], dict[
         like_first = f"{type(ids[0]).__name__}, as the first is {shorten(ids[0])}"
         check_all(ids, lambda found: type(found) is type(ids[0]), wheres, "id", like_first)
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    return [names[i] for i in order], {ids[i]: number for number, i in enumerate(order)}
+    return [names[i] for i in order], [ids[i] for i in order]
 
 
 def _read_ids(entries: list[Entry], where: str) -> Wheres:
@@ -159,7 +163,7 @@ def _look_up(ids: list[Any], known: Mapping[Id, int], wheres: Wheres, what: str)
 def read_boxes(
     entries: list[Entry], sizes_hw: np.ndarray, wheres: Wheres, tolerance: float, inventory: Inventory
 ) -> CocoBoxes:
-    """`bbox` and `iscrowd` of annotations.
+    """`bbox`, `iscrowd` and `area` of annotations.
 
     Args:
         entries: M annotations.
@@ -169,10 +173,11 @@ def read_boxes(
         inventory: The boxes are counted in it, those that are used left to the caller.
 
     Raises:
-        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1.
+        ValueError: A box of another type or out of its image, an `iscrowd` that is neither 0 nor 1, an `area` that is
+            no number of pixels.
     """
     inventory.present["boxes"] += len(entries)
-    boxes_xywh, crowd = _box_columns(entries, wheres)
+    boxes_xywh, crowd, area = _box_columns(entries, wheres)
     boxes_xyxy = xywh_to_xyxy(boxes_xywh, sizes_hw, wheres, tolerance)
     ends, edges = boxes_xywh[:, :2] + boxes_xywh[:, 2:], sizes_hw[:, ::-1]
     reaches_out = (boxes_xywh[:, :2] < -_CLIPPED).any(1) | (ends > edges + _CLIPPED).any(1)
@@ -180,16 +185,20 @@ def read_boxes(
     reason = "thinner than a pixel" + ", all from 0 to 1: normalised?" * bool((boxes_xywh <= 1).all())
     inventory.count_each("left_out", "boxes", reason, wheres, ~thick)
     inventory.count_each("altered", "boxes", "clipped to the image", wheres, thick & reaches_out)
-    return CocoBoxes(np.flatnonzero(thick), boxes_xyxy[thick], crowd[thick])
+    return CocoBoxes(np.flatnonzero(thick), boxes_xyxy[thick], crowd[thick], area[thick])
 
 
-def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray]:
-    """`bbox`, float64 (M, 4), and `iscrowd`, bool (M,), of the types that they must have."""
+def _box_columns(entries: list[Entry], wheres: Wheres) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`bbox`, float64 (M, 4), `iscrowd`, bool (M,), and `area`, float32 (M,), of the types that they must have."""
     boxes = column(entries, "bbox", wheres.prefix)
     check_all(boxes, _is_box, wheres, "bbox", "[x, y, width, height]")
     crowd = [entry.get("iscrowd", 0) for entry in entries]
     check_all(crowd, lambda found: type(found) in (int, bool) and found in (0, 1), wheres, "iscrowd", "0 or 1")
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(crowd, dtype=bool)
+    boxes_xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    given = [entry.get("area") for entry in entries]
+    check_all(given, _is_area, wheres, "area", "a number of pixels")
+    area = [w * h if own is None else own for own, (w, h) in zip(given, boxes_xywh[:, 2:].tolist(), strict=True)]
+    return boxes_xywh, np.array(crowd, dtype=bool), np.array(area, dtype=np.float32)
 
 
 def read_boxes_of_image(
@@ -277,6 +286,10 @@ def is_size(size_hw: Sequence[Any]) -> bool:
 def _is_box(found: Any) -> bool:
     """Whether a value of a JSON file is four numbers."""
     return type(found) is list and len(found) == 4 and all(map(is_number, found))
+
+
+def _is_area(found: Any) -> bool:
+    return found is None or (is_number(found) and 0 <= found < math.inf)
 
 
 def _is_id(found: Any) -> bool:

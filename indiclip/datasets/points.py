@@ -104,7 +104,7 @@ class CountingPoints(SampleDataset):
         # The edges are exclusive.
         self._points_xy = points_xy.astype(np.float32).clip(0, np.nextafter(edges, np.float32(0)))
         entries, wheres = [{"bbox": box} for box in boxes], Wheres(where, list(compress(names, boxed)))
-        kept, self._boxes_xyxy, _ = read_boxes(entries, sizes_hw[boxed], wheres, tolerance, self.inventory)
+        kept, self._boxes_xyxy, *_ = read_boxes(entries, sizes_hw[boxed], wheres, tolerance, self.inventory)
         self.inventory.used.update(images=len(self), points=len(image), boxes=len(kept))
         self._images = image, image[boxed][kept]  # of each point, of each box
 

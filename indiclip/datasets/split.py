@@ -59,7 +59,8 @@ class Split(SampleDataset):
             raise ValueError(
                 f"{part}: no sample of {len(dataset)} falls here with fraction {fraction}, seed {seed}, fold {fold}"
             )
-        self.classes, self.captioned, self.damaged = dataset.classes, dataset.captioned, dataset.damaged
+        self.classes, self.category_ids = dataset.classes, dataset.category_ids
+        self.captioned, self.damaged = dataset.captioned, dataset.damaged
         columns = (dataset.labels, dataset.clusters, dataset.sizes_hw)
         self.labels, self.clusters, self.sizes_hw = (
             None if column is None else column[self._indices] for column in columns

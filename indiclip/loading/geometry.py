@@ -95,6 +95,9 @@ def _wrap(name: str, value: Any, canvas: Size, key: str) -> Any:
         corners = tensor.reshape(-1, 4) if is_box else tensor.reshape(-1, 2).repeat(1, 2)
         clamping = "soft" if is_box else None
         return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas, clamping_mode=clamping)  # type: ignore[call-overload]
+    if field.kind == "areas":  # as squares of this area, wherever they lie
+        corners = tensor.double().sqrt()[:, None] * torch.tensor([0, 0, 1, 1])
+        return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas, clamping_mode=None)  # type: ignore[call-overload]
     if field.kind == "rows":
         return tensor
     expected = (*value.shape[:1], *canvas) if field.kind == "masks" else canvas
@@ -158,6 +161,8 @@ def unwrap(fields: Fields, size: Size) -> Fields:
         if FIELDS[name].kind == "points":
             edge = torch.tensor([size[1], size[0]], dtype=value.dtype)
             found[name] = torch.minimum(value[:, :2].clamp(min=0), torch.nextafter(edge, torch.zeros_like(edge)))
+        elif FIELDS[name].kind == "areas":
+            found[name] = (value[:, 2:] - value[:, :2]).prod(1).float()
     return found
 
 

@@ -272,5 +272,5 @@ def _keys(sources: list[Source], train: bool) -> list[str]:
 
 def _origin(key: str, group: list[Source]) -> Origin:
     task = group[0].task
-    classes = next((names for source in group if (names := source.dataset.classes)), ())
-    return Origin(task, key.removeprefix(task).removeprefix("/"), classes)
+    dataset = next((source.dataset for source in group if source.dataset.classes), group[0].dataset)
+    return Origin(task, key.removeprefix(task).removeprefix("/"), dataset.classes, dataset.category_ids)

@@ -101,6 +101,9 @@ class IndiCLI(LightningCLI):
         parser.add_argument(
             "--override", type=bool, default=False, help="Go on from --ckpt_path with other data, seed or heads."
         )
+        if sys.argv[1:2] == ["predict"]:
+            help_text = "Write pictures of so many images beside the predictions, for each head."
+            parser.add_argument("--pictures", type=int, default=0, help=help_text)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
         parser.link_arguments("model.encoder", "data.patch_size", lambda e: e.backbone.patch_size, "instantiate")
         parser.link_arguments("model.encoder", "data.canvas_hw", lambda e: e.backbone.canvas_hw, "instantiate")
@@ -150,7 +153,8 @@ class IndiCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         assert self.folder is not None
         config = self._get(self.config_init, "trainer", default={})
-        options = trainer_options(config, self.folder, str(self.subcommand), self.trial)
+        pictures = self._get(self.config_init, "pictures", default=0)
+        options = trainer_options(config, self.folder, str(self.subcommand), self.trial, pictures)
         options["callbacks"] = [SameOnAllRanks(self._tree), *options["callbacks"]]
         if str(config.get("devices")).isdigit():  # else Lightning decides what there are
             check_launch(config.get("num_nodes") or 1, int(config["devices"]))

@@ -1,25 +1,25 @@
-"""What a run leaves in its folder: history, metrics, the report, predictions."""
+"""What a run leaves in its folder: history, metrics, the report."""
 
-import io
+import errno
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
 from rich.table import Table
 
 from indiclip import json_lines
+from indiclip.datasets.inventory import Inventory
 from indiclip.evals.reports.page import readable
-from indiclip.evals.reports.report import held_out, held_out_pictures, metric_names, write_report
+from indiclip.evals.reports.report import Picture, held_out, held_out_pictures, metric_names, write_report
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.masking import mask
-from indiclip.module import Batches, MultiTask
+from indiclip.module import MultiTask
 from indiclip.sharding import gathered_weights
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
@@ -28,7 +28,9 @@ from indiclip.training.fault_tolerance.ranks import folder_of
 class RunRecord(Callback):
     """Writes `history.jsonl`, `metrics.json` and `report.html` into the run's folder.
 
-    `history.jsonl` has a line per logging step; a resumed run goes on in it.
+    `history.jsonl` has a line per logging step; a resumed run goes on in it. `indiclip validate` and `test` leave the
+    other two in the folder's `validate/` or `test/`, in place of what the last one left there, and say which
+    `checkpoint` was scored. Where nothing can be written, they say so and go on.
 
     Args:
         pictures: Held-out images per head in the report.
@@ -38,11 +40,21 @@ class RunRecord(Callback):
         self.pictures = pictures
         self._began: float | None = None  # when training did, less the seconds of the runs that this one goes on from
         self._scored = -1  # the last step after which the history has held-out scores, when this run goes on in it
+        self._loaded_step = 0  # of the checkpoint
+        self._scoring_since = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = folder_of(trainer)
         if stage == "fit":
             self._recorded = trainer.strategy.broadcast(_step_of(self._folder / "metrics.json"))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded_step = checkpoint["global_step"]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._scoring_since = time.monotonic()
+
+    on_test_start = on_validation_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer)
@@ -74,6 +86,11 @@ class RunRecord(Callback):
         if self._began is not None and not trainer.sanity_checking and self._scored < trainer.global_step:
             self._write_row(trainer, "val/")
             self._scored = trainer.global_step
+        if self._began is None and trainer.state.fn == "validate":
+            self._write_scores(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_scores(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.enable_validation and self._scored < trainer.global_step:
@@ -111,29 +128,50 @@ class RunRecord(Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights, pictures = self._draw(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
+        assert self._began is not None
+        about: dict[str, Any] = {"step": trainer.global_step, "seconds": round(time.monotonic() - self._began, 1)}
+        record = _record(self._folder, about | {"weights": weights}, trainer, data.inventories())
+        _write_files(self._folder, self._folder.name, record, pictures)
+        _print_summary(self._folder, record)
+
+    def _write_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What `validate` and `test` leave."""
+        weights, pictures = self._draw(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
+        assert trainer.state.fn is not None
+        command, checkpoint = trainer.state.fn.value, trainer.ckpt_path
+        folder = self._folder / command
+        about: dict[str, Any] = {"step": self._loaded_step, "seconds": round(time.monotonic() - self._scoring_since, 1)}
+        about |= {"weights": weights if checkpoint else "the initial weights"}
+        about |= {"checkpoint": str(checkpoint) if checkpoint else None}
+        held_out = {key: of for key, of in data.inventories().items() if key.startswith("data.val")}
+        record = _record(folder, about, trainer, held_out)
+        try:
+            _write_files(folder, f"{self._folder.name}: {command}", record, pictures)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            warnings.warn(f"{folder}: {error.strerror}; the scores are not written", stacklevel=1)
+        else:
+            Console().print(f"scores and report [bold]{folder}[/]", soft_wrap=True)
+            print_listed("unreadable samples", folder / "quarantine.jsonl")
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, dict[str, list[Picture]]]:
+        """Which weights are scored, in words, and on the first rank the pictures of each head."""
         assert isinstance(pl_module, MultiTask)
         data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
         with scored_weights(trainer, pl_module) as weights, gathered_weights(pl_module):
             if not trainer.is_global_zero:
-                return
+                return weights, {}
             with trainer.precision_plugin.forward_context():
-                pictures = held_out_pictures(pl_module, data.first_val_batches(self.pictures), self.pictures)
-        assert self._began is not None
-        quarantined = json_lines.read(self._folder / "quarantine.jsonl")
-        record: dict[str, Any] = {
-            "step": trainer.global_step,
-            "seconds": round(time.monotonic() - self._began, 1),
-            "data": {key: inventory.summary() for key, inventory in data.inventories().items()},
-            "weights": weights,
-            "metrics": finite(trainer.callback_metrics),
-            "quarantined": len(quarantined),
-            "nonfinite_steps": len(json_lines.read(self._folder / "nonfinite.jsonl")),
-        }
-        metrics = (mask(json.dumps(record, indent=2)) + "\n").encode()
-        record |= {"history": read_history(self._folder), "quarantined": quarantined, "data": data.inventories()}
-        write_report(self._folder, self._folder.name, record, pictures)
-        json_lines.write_whole(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
-        _print_summary(self._folder, record)
+                batches = data.first_val_batches(self.pictures)
+                return weights, held_out_pictures(pl_module, batches, self.pictures)
 
     def _write_row(self, trainer: Trainer, *prefixes: str) -> None:
         if trainer.is_global_zero:
@@ -146,41 +184,25 @@ class RunRecord(Callback):
         append_history(self._folder, {"step": trainer.global_step, "seconds": seconds, **values})
 
 
-class PredictionWriter(Callback):
-    """`indiclip predict`: writes `predictions/<step>-<rank>.pt` into the run's folder, and keeps nothing in memory.
+def _record(folder: Path, about: dict[str, Any], trainer: Trainer, data: dict[str, Inventory]) -> dict[str, Any]:
+    """What the report shows: of the metrics, and of the lists in a folder."""
+    return about | {
+        "data": data,
+        "metrics": finite(trainer.callback_metrics),
+        "quarantined": json_lines.read(folder / "quarantine.jsonl"),
+        "nonfinite_steps": len(json_lines.read(folder / "nonfinite.jsonl")),
+        "history": read_history(folder),
+    }
 
-    A file is a dict: `keys` (task -> the samples' keys) and `predictions` (head -> a dict per sample, see the head's
-    `predict`); `torch.load(file, weights_only=True)` reads it. Files of an earlier `predict` are removed. Unreadable
-    samples are listed beside them, in `quarantine.jsonl`.
-    """
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._folder = folder_of(trainer) / "predictions"
-        if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for file in self._folder.glob("*.pt"):
-                file.unlink()
-        trainer.strategy.barrier()
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batches,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        on_cpu = move_data_to_device(outputs, torch.device("cpu"))
-        keys = {task: part["keys"] for task, part in batch.items()}
-        content = io.BytesIO()  # torch.save into a file would hide that the disk is full
-        torch.save({"keys": keys, "predictions": on_cpu}, content)
-        json_lines.write_whole(self._folder / f"{batch_idx:06}-{trainer.global_rank}.pt", content.getbuffer())
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            Console().print(f"predictions [bold]{self._folder}[/]", soft_wrap=True)
-            _print_listed("unreadable samples", self._folder / "quarantine.jsonl")
+def _write_files(folder: Path, title: str, record: dict[str, Any], pictures: dict[str, list[Picture]]) -> None:
+    """Write `report.html` and, without the history and with counts for lists, `metrics.json`."""
+    write_report(folder, title, record, pictures)
+    summary = {name: value for name, value in record.items() if name != "history"}
+    summary["data"] = {key: inventory.summary() for key, inventory in record["data"].items()}
+    summary["quarantined"] = len(record["quarantined"])
+    metrics = (mask(json.dumps(summary, indent=2)) + "\n").encode()
+    json_lines.write_whole(folder / "metrics.json", metrics)  # last: it says that all of this is done
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -207,7 +229,8 @@ def finite(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _print_listed(what: str, file: Path) -> None:
+def print_listed(what: str, file: Path) -> None:
+    """Say how many rows a file of the run has, where it has any."""
     if rows := json_lines.read(file):
         Console().print(f"{what}: {len(rows):,}, listed in [bold]{file}[/]", soft_wrap=True)
 
@@ -226,6 +249,6 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
         for language, values in languages.items():
             table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
         console.print(table)
-    _print_listed("unreadable samples", folder / "quarantine.jsonl")
-    _print_listed("steps that were not finite and were skipped", folder / "nonfinite.jsonl")
+    print_listed("unreadable samples", folder / "quarantine.jsonl")
+    print_listed("steps that were not finite and were skipped", folder / "nonfinite.jsonl")
     console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)

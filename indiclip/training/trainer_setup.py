@@ -28,7 +28,8 @@ from indiclip.training.fault_tolerance.resume_validation import ResumeValidation
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.fault_tolerance.watchdog import Watchdog
 from indiclip.training.monitors import CheckMonitors
-from indiclip.training.record import PredictionWriter, RunRecord
+from indiclip.training.predictions import PredictionWriter
+from indiclip.training.record import RunRecord
 from indiclip.training.sharding import ShardedStrategy
 from indiclip.training.throughput import Throughput
 
@@ -88,7 +89,9 @@ def place_outputs(config: Namespace, folder: Path) -> None:
                 arguments[option] = str(folder / (arguments[option] or ""))
 
 
-def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial: bool) -> dict[str, Any]:
+def trainer_options(
+    config: dict[str, Any], folder: Path, subcommand: str, trial: bool, pictures: int = 0
+) -> dict[str, Any]:
     """Arguments of the Trainer in place of the config's own.
 
     Args:
@@ -96,6 +99,7 @@ def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial
         folder: The run's.
         subcommand: Only `fit` has a logger of its own: the others may read a run that nobody can write to.
         trial: A `fast_dev_run`, which leaves no record.
+        pictures: How many of them `predict` leaves of each head.
     """
     options: dict[str, Any] = {"default_root_dir": str(folder)}
     is_fit = subcommand == "fit"
@@ -112,7 +116,7 @@ def trainer_options(config: dict[str, Any], folder: Path, subcommand: str, trial
     ours: list[Callback] = [StartupTable(), StepSync(), ResumeValidation(), Watchdog(), LocalRanks()]
     if not trial:
         ours[1:1] = [Throughput(), RunRecord()]
-        ours.append(PredictionWriter())
+        ours.append(PredictionWriter(pictures))
     if config.get("enable_progress_bar") is not False:
         ours.append(TaskProgress())
     if config.get("enable_checkpointing") is not False:

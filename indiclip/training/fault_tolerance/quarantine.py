@@ -1,6 +1,7 @@
 """Unreadable samples: one list for the run, whatever the number of ranks, and an end when there are too many."""
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from lightning import Trainer
@@ -19,13 +20,14 @@ class Quarantine:
         self._new: list[Quarantined] = []
         self._known: set[tuple[str, str]] = set()  # (task, key)
 
-    def begin(self, trainer: Trainer, folder: Path) -> None:
-        """Know what is listed already, in a run that goes on; begin a new list else. A collective."""
+    def begin(self, trainer: Trainer, folder: Path, anew: bool) -> None:
+        """Begin a new list, or know what is listed already, in a run that goes on. A collective."""
         self._new, rows = [], []
         if trainer.is_global_zero:
             file = folder / "quarantine.jsonl"
-            if trainer.state.fn == "predict" or (trainer.state.fn == "fit" and not trainer.ckpt_path):
-                file.unlink(missing_ok=True)
+            if anew:
+                with suppress(OSError):  # `validate` of a run that nobody can write to
+                    file.unlink(missing_ok=True)
             rows = json_lines.read(file)
         self._known = trainer.strategy.broadcast({(row["task"], row["key"]) for row in rows})
 

@@ -41,6 +41,7 @@ class StepSync(Callback):
     def __init__(self, max_nonfinite: int = 10, max_requeues: int = 20) -> None:
         self.nonfinite, self.preemption = NonFinite(max_nonfinite), Preemption(max_requeues)
         self.quarantine = Quarantine()
+        self._trains = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._losses: dict[str, Tensor] = {}
@@ -48,10 +49,11 @@ class StepSync(Callback):
         self._on_the_way: list[_Count] = []
         self._voted, self._agreed = False, 0
         self._folder = folder_of(trainer)
-        if stage == "predict":
-            self._folder /= "predictions"  # the list of what is not in there
+        self._trains = self._trains or stage == "fit"  # which may end with a validation of its own
+        if not self._trains:
+            self._folder /= {"predict": "predictions", "test": "test"}.get(stage, "validate")  # of what is not in there
         if stage != "fit":
-            self.quarantine.begin(trainer, self._folder)
+            self.quarantine.begin(trainer, self._folder, anew=not self._trains)
         # A run that only scores has none, so that the system ends it.
         replace_signal_handlers(trainer, self.preemption.install if stage == "fit" else lambda: None)
         leave_out_sigterm_exchange(trainer)
@@ -65,7 +67,7 @@ class StepSync(Callback):
         if len(set(steps)) > 1:
             raise AgreedStop(trainer, f"--ckpt_path: the ranks go on from different steps: {steps}", 2)
         # Not in `setup`, where it is not known yet whether the run goes on from a checkpoint.
-        self.quarantine.begin(trainer, self._folder)
+        self.quarantine.begin(trainer, self._folder, anew=not trainer.ckpt_path)
         self.nonfinite.open(trainer, self._folder)
 
     def on_train_batch_start(
@@ -116,10 +118,8 @@ class StepSync(Callback):
             self._count(trainer, _Count(Later(self._reduced(nothing)), trainer.global_step, {}, {}))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.quarantine.act(trainer, self._folder)  # before any callback writes what was scored
         self._leave(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.quarantine.act(trainer, self._folder)
 
     def on_fit_end(self, *_: Any, **__: Any) -> None:
         self.preemption.restore()  # also where no step was left
@@ -130,7 +130,7 @@ class StepSync(Callback):
         replace_signal_handlers(trainer, None)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-    on_test_end = on_predict_end = on_validation_end
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def _leave(self, trainer: Trainer) -> None:
         if self._agreed:
