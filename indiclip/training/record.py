@@ -4,6 +4,7 @@ import io
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from indiclip import json_lines
-from indiclip.evals.reports.page import readable
-from indiclip.evals.reports.report import held_out, held_out_pictures, metric_names, write_report
+from indiclip.evals.reports.headline import earlier_run, headlines
+from indiclip.evals.reports.report import held_out, held_out_pictures, language_tables, write_report
+from indiclip.evals.reports.run_names import HeadNames
+from indiclip.head import Measure
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.steps import source_keys
 from indiclip.masking import mask
 from indiclip.module import Batches, MultiTask
 from indiclip.sharding import gathered_weights
@@ -116,6 +121,7 @@ class RunRecord(Callback):
         with scored_weights(trainer, pl_module) as weights, gathered_weights(pl_module):
             if not trainer.is_global_zero:
                 return
+            heads, about = head_names(pl_module, data), _about(pl_module, data)
             with trainer.precision_plugin.forward_context():
                 pictures = held_out_pictures(pl_module, data.first_val_batches(self.pictures), self.pictures)
         assert self._began is not None
@@ -130,6 +136,7 @@ class RunRecord(Callback):
             "nonfinite_steps": len(json_lines.read(self._folder / "nonfinite.jsonl")),
         }
         metrics = (mask(json.dumps(record, indent=2)) + "\n").encode()
+        record |= {"heads": heads, "earlier": earlier_run(self._folder, record["data"])} | about
         record |= {"history": read_history(self._folder), "quarantined": quarantined, "data": data.inventories()}
         write_report(self._folder, self._folder.name, record, pictures)
         json_lines.write_whole(self._folder / "metrics.json", metrics)  # last: it says that all of this is done
@@ -207,24 +214,63 @@ def finite(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
+def head_names(module: MultiTask, data: MultiTaskData) -> HeadNames:
+    """What the heads and their metrics are called, for each held-out source of their tasks."""
+    names: dict[str, tuple[str, dict[str, Measure]]] = {head.name: (head.title, {}) for head in module.each_head()}
+    for key, source in zip(source_keys(data.val, train=False), data.val, strict=True):
+        place = key.removeprefix(source.task)
+        where = f" on {place[1:] if source.name else f'source {place[1:]}'}" if place else ""
+        for head in module.each_head():
+            if head.task == source.task:
+                names[head.name + place] = (f"{head.title}{where}", head.measures(source.dataset))
+    return names
+
+
+def _about(module: MultiTask, data: MultiTaskData) -> dict[str, Any]:
+    """What the report's opening sentence is made of."""
+    parameters = sum(parameter.numel() for parameter in module.encoder.parameters())
+    backbone = type(module.encoder.backbone).__name__
+    sources: Counter[str] = Counter()
+    for source in data.train:
+        dataset = getattr(source.dataset, "dataset", source.dataset)  # what a `Split` takes a part of
+        sources[type(dataset).__name__] += len(source.dataset)
+    return {
+        "model": f"An encoder of {_short(parameters)} parameters ({backbone})",
+        "learned": [head.title for head in module.each_head()],
+        "sources": sources,
+    }
+
+
+def _short(number: int) -> str:
+    """`2.5 million` of 2,491,968."""
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,}"
+
+
 def _print_listed(what: str, file: Path) -> None:
     if rows := json_lines.read(file):
         Console().print(f"{what}: {len(rows):,}, listed in [bold]{file}[/]", soft_wrap=True)
 
 
 def _print_summary(folder: Path, record: dict[str, Any]) -> None:
-    plain, by_language = held_out(record["metrics"])
-    table = Table("metric", "held out", title="Result", title_justify="left")
-    for name, value in plain.items():
-        table.add_row(name, readable(value))
+    heads, earlier = record["heads"], record["earlier"]
+    rows = headlines(record["metrics"], heads, earlier)
+    last = [f"{earlier.name} had"] if earlier.metrics else []
+    table = Table("", "on held-out data", "value", "trivial", "better", *last, title="Result", title_justify="left")
+    for row in rows:
+        before = [row.before_words] if last else []
+        table.add_row(*map(escape, (row.subject, row.words, row.value_words, row.trivial_words, row.better, *before)))
     console = Console()
-    console.print(table if plain else "nothing was held out: there are no scores")
-    for head, languages in by_language.items():
-        names = metric_names(languages)
-        headers = [name.replace("_", " ") for name in names]  # long names break between words
-        table = Table("language", *headers, title=f"{head.capitalize()} by language", title_justify="left")
-        for language, values in languages.items():
-            table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
+    console.print(table if rows else "nothing was held out: there are no scores")
+    if earlier.note:
+        console.print(earlier.note, markup=False, soft_wrap=True)
+    for title, columns, languages in language_tables(held_out(record["metrics"])[1], heads):
+        headers = [escape(words) for words, _ in columns]
+        table = Table("language", *headers, title=f"{escape(title)} by language", title_justify="left")
+        for language, values in languages:
+            table.add_row(language, *values)
         console.print(table)
     _print_listed("unreadable samples", folder / "quarantine.jsonl")
     _print_listed("steps that were not finite and were skipped", folder / "nonfinite.jsonl")

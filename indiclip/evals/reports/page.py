@@ -12,11 +12,12 @@ from PIL import Image
 
 from indiclip import json_lines
 from indiclip.evals.reports import formatting
+from indiclip.evals.reports.fonts import page_fonts
 from indiclip.masking import mask
 
 
 def write_page(file: Path, template: str, **values: Any) -> Path:
-    """Write a page that loads nothing; the folder is made.
+    """Write a page that loads nothing, and has its fonts in it where it is HTML; the folder is made.
 
     Args:
         file: Where.
@@ -31,6 +32,11 @@ def write_page(file: Path, template: str, **values: Any) -> Path:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     page = mask(TEMPLATES.get_template(template).render(values))
+    if template.endswith(".html"):
+        fonts = page_fonts(page)
+        # Words cannot be taken for these places: in words, < is escaped.
+        page = page.replace("<!--fonts-->", f"<style>{fonts.css}</style>", 1)
+        page = page.replace("<!--missing fonts-->", f'<p class="note">{fonts.missing}</p>' if fonts.missing else "", 1)
     json_lines.write_whole(file, page.encode(errors="replace"))
     return file
 
