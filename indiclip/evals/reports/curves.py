@@ -9,7 +9,7 @@ from indiclip.evals.reports.page import data_uri
 from indiclip.evals.reports.run_names import HeadNames, named, reading_order
 from indiclip.evals.results import is_summary
 
-_DIRECTIONS = {"higher": "higher is better", "lower": "lower is better", "": ""}
+_DIRECTIONS = {"higher": "higher is better", "lower": "lower is better"}
 
 
 class Curve(NamedTuple):
@@ -65,11 +65,14 @@ def _group(name: str, heads: HeadNames) -> _Group | None:
         return None
     if suite == "eval":
         return _Group(f"{number.subject}", "score") if is_summary(name) else None
-    direction = _DIRECTIONS[number.better]
+    direction = f" ({_DIRECTIONS[number.better]})" if number.better else ""
+    if suite == "val" and number.language:
+        return _Group(f"{number.subject}: {number.words}, by language", f"{number.unit or 'value'}{direction}")
     if suite == "val":
-        title = f"{number.subject}: {number.words}, by language" if number.language else f"{number.subject}: held out"
-        said = number.unit or ("score" if number.better != "lower" else "error")
-        return _Group(title, f"{said} ({direction})" if direction else said)
+        # With a unit, what a constant answer gets stands beside it, which has no direction.
+        of_kind = "errors" if number.unit or number.better == "lower" else "scores"
+        label = number.unit or f"{of_kind.removesuffix('s')}{direction}"
+        return _Group(f"{number.subject}: {of_kind} on held-out data", label)
     title = f"{number.subject}: {number.words} in training, by language" if number.language else ""
     is_loss = parts[0] in {key.partition("/")[0] for key in heads}
     return _Group(title or f"{number.subject}: in training", "loss (lower is better)" if is_loss else "value")
@@ -85,7 +88,8 @@ def _plot(group: _Group, names: list[str], history: list[dict[str, Any]], heads:
     widest = max(map(len, labels)) if has_legend else 0
     columns = max(1, min(3, 66 // (widest + 5)))
     legend = 0.17 * math.ceil(len(labels) / columns) if has_legend else 0.0  # inches, as the height
-    height = 3.0 + legend
+    title = _wrapped(group.title)
+    height = 3.0 + legend + 0.15 * title.count("\n")
     figure = Figure(figsize=(4.9, height))
     axes = figure.add_axes((0.16, (0.55 + legend) / height, 0.8, 2.15 / height))
     for i, (name, label) in enumerate(zip(names, labels, strict=True)):
@@ -100,8 +104,8 @@ def _plot(group: _Group, names: list[str], history: list[dict[str, Any]], heads:
             markersize=3,
         )
     if is_speed:
-        axes.set_ylim(bottom=0)
-    axes.set_title(_wrapped(group.title), fontsize=10)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+    axes.set_title(title, fontsize=10)
     axes.set_xlabel("training step", fontsize=9)
     axes.set_ylabel(group.ylabel, fontsize=9)
     axes.tick_params(labelsize=8)

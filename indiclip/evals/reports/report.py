@@ -12,7 +12,7 @@ from indiclip import __version__
 from indiclip.evals.reports.curves import curves
 from indiclip.evals.reports.formatting import language_name
 from indiclip.evals.reports.headline import FIRST, Metrics, headlines, sentence
-from indiclip.evals.reports.page import png, readable, write_page
+from indiclip.evals.reports.page import large, readable, write_page
 from indiclip.evals.reports.run_names import HeadNames, named, reading_order, spoken
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
@@ -99,7 +99,7 @@ def _shown(picture: "Picture") -> Shown:
     panels = [(pixels, "", ())] if isinstance(pixels, np.ndarray) else pixels
     lines = [(line, "") for line in said.splitlines()] if isinstance(said, str) else said
     return Shown(
-        [(png(image), title, _placed(labels, image)) for image, title, labels in panels],
+        [(large(image), title, _placed(labels, image)) for image, title, labels in panels],
         [(text, code, language_name(code) if code else "") for text, code in lines],
     )
 
