@@ -178,7 +178,7 @@ class Contrastive(Head):
 
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         nearest = [
-            Line(f"{'✓' if caption == target['caption'] else '·'} {caption}", language)
+            Line(caption, language, "✓" if caption == target["caption"] else "·")
             for caption, language in zip(prediction["nearest"], prediction["nearest_languages"], strict=True)
         ]
         own = Line(target["caption"], _code(target.get("language")))

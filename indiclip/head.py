@@ -60,10 +60,16 @@ class Panel(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of text below a picture, and the code of the language it is in, where that is known."""
+    """A line of text below a picture.
+
+    Attributes:
+        language: The code of the language that the text is in, where that is known.
+        mark: A sign before it, such as ✓, which belongs to no language.
+    """
 
     text: str
     language: str = ""
+    mark: str = ""
 
 
 # What is shown of a held-out image: pixels (uint8 RGB) or panels, and the lines below.

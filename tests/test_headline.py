@@ -224,7 +224,7 @@ def test_labels_are_words_over_the_image_within_it(tmp_path):
     page = write_report(tmp_path, "x", RECORD, {"counting": [(panels, "one\ntwo")]}).read_text()
     assert 'style="--x:25.0%;--y:40.0%">kite 0.90</span>' in page
     assert 'style="--x:100.0%;--y:0.0%">off</span>' in page
-    assert "<div>one</div><div>two</div>" in page
+    assert "<div><bdi>one</bdi></div><div><bdi>two</bdi></div>" in page
 
 
 def test_nothing_is_loaded_and_what_scrolls_can_be_reached_by_keyboard(tmp_path):
@@ -237,3 +237,10 @@ def test_nothing_is_loaded_and_what_scrolls_can_be_reached_by_keyboard(tmp_path)
     assert "https://" not in page
     assert page.count('class="scroll"') == page.count('class="scroll" tabindex="0"') > 3
     assert '<pre tabindex="0">a: 1' in page
+
+
+def test_a_caption_names_its_language_and_runs_in_its_own_direction(tmp_path):
+    lines = [Line("پتنگ", "ur", "✓"), Line("zzz", "qq"), Line("plain")]
+    page = write_report(tmp_path, "x", RECORD, {"a": [(np.zeros((8, 8, 3), np.uint8), lines)]}).read_text()
+    assert '<div>✓ <bdi lang="ur">پتنگ</bdi> <small>Urdu</small></div>' in page
+    assert '<div><bdi lang="qq">zzz</bdi> <small>qq</small></div><div><bdi>plain</bdi></div>' in page

@@ -258,17 +258,19 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     heads, earlier = record["heads"], record["earlier"]
     rows = headlines(record["metrics"], heads, earlier)
     last = [f"{earlier.name} had"] if earlier.metrics else []
-    table = Table("", "on held-out data", "value", "trivial", "better", *last, title="Result", title_justify="left")
+    headers = ("on held-out data", "reached", "trivial answer", "better", *last)
+    table = Table(*headers, title="Result", title_justify="left")
     for row in rows:
         before = [row.before_words] if last else []
-        table.add_row(*map(escape, (row.subject, row.words, row.value_words, row.trivial_words, row.better, *before)))
+        what = f"{row.subject}: {row.words}"
+        table.add_row(*map(escape, (what, row.value_words, row.trivial_words, row.better, *before)))
     console = Console()
     console.print(table if rows else "nothing was held out: there are no scores")
     if earlier.note:
         console.print(earlier.note, markup=False, soft_wrap=True)
     for title, columns, languages in language_tables(held_out(record["metrics"])[1], heads):
-        headers = [escape(words) for words, _ in columns]
-        table = Table("language", *headers, title=f"{escape(title)} by language", title_justify="left")
+        shown = [escape(words) for words, _ in columns]
+        table = Table("language", *shown, title=f"{escape(title)} by language", title_justify="left")
         for language, values in languages:
             table.add_row(language, *values)
         console.print(table)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from indiclip.evals.reports.page import readable
 from indiclip.evals.reports.run_names import HeadNames, named, reading_order, spoken
 
 Metrics = Mapping[str, float | None]  # None is not finite
@@ -43,17 +42,22 @@ class Row(NamedTuple):
 
     @property
     def value_words(self) -> str:
-        return f"{readable(self.value)} {self.unit}".strip()
+        return f"{_digits(self.value)} {self.unit}".strip()
 
     @property
     def trivial_words(self) -> str:
         if self.trivial is None:
             return ""
-        return f"{readable(self.trivial)} ({self.answer})" if self.answer else readable(self.trivial)
+        return f"{_digits(self.trivial)} ({self.answer})" if self.answer else _digits(self.trivial)
 
     @property
     def before_words(self) -> str:
-        return "" if self.before is None else f"{readable(self.before)} {self.unit}".strip()
+        return "" if self.before is None else f"{_digits(self.before)} {self.unit}".strip()
+
+
+def _digits(value: float | None) -> str:
+    """Three of them, of which a summary has room for no more."""
+    return "not finite" if value is None else f"{value:.3g}"
 
 
 class Earlier(NamedTuple):

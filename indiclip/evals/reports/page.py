@@ -35,7 +35,7 @@ def write_page(file: Path, template: str, **values: Any) -> Path:
     if template.endswith(".html"):
         fonts = page_fonts(page)
         # Words cannot be taken for these places: in words, < is escaped.
-        page = page.replace("<!--fonts-->", f"<style>{fonts.css}</style>", 1)
+        page = page.replace("<!--fonts-->", fonts.css, 1)
         page = page.replace("<!--missing fonts-->", f'<p class="note">{fonts.missing}</p>' if fonts.missing else "", 1)
     json_lines.write_whole(file, page.encode(errors="replace"))
     return file

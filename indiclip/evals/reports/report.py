@@ -32,11 +32,11 @@ class Shown(NamedTuple):
 
     Attributes:
         panels: Side by side: a data URI, its title, and its labels with their places as shares of width and height.
-        lines: Below, each with the code of its language and the name of that; empty where it is not known.
+        lines: Below: a text, the code of its language, the name of that, and a mark; empty where there is none.
     """
 
     panels: list[tuple[str, str, list[tuple[float, float, str]]]]
-    lines: list[tuple[str, str, str]]
+    lines: list[tuple[str, str, str, str]]
 
 
 def write_report(folder: Path, title: str, record: dict[str, Any], sections: dict[str, "list[Picture]"]) -> Path:
@@ -97,10 +97,10 @@ def _scores(plain: Metrics, heads: HeadNames) -> dict[str, list[tuple[str, str, 
 def _shown(picture: "Picture") -> Shown:
     pixels, said = picture
     panels = [(pixels, "", ())] if isinstance(pixels, np.ndarray) else pixels
-    lines = [(line, "") for line in said.splitlines()] if isinstance(said, str) else said
+    lines = [(line, "", "") for line in said.splitlines()] if isinstance(said, str) else said
     return Shown(
         [(large(image), title, _placed(labels, image)) for image, title, labels in panels],
-        [(text, code, language_name(code) if code else "") for text, code in lines],
+        [(text, code, language_name(code) if code else "", mark) for text, code, mark in lines],
     )
 
 
