@@ -114,19 +114,17 @@ def draw_detections(
     is_found = [place in matches for place in range(len(gt_M4))]
 
     finds = [
-        f"{names[k]} {score:.2f}{'' if hit else ', wrong'}"
+        f"{names[k]} {score:.2f}{'' if hit else ' ✗'}"
         for k, score, hit in zip(labels_K.tolist(), scores_K.tolist(), is_hit, strict=True)
     ]
-    truths = [
-        f"{names[k]}{'' if found else ', missed'}" for k, found in zip(gt_classes_M.tolist(), is_found, strict=True)
-    ]
+    truths = [f"{names[k]}{'' if found else ' ✗'}" for k, found in zip(gt_classes_M.tolist(), is_found, strict=True)]
     panels = [
         _boxes_panel("model", image_HW3, boxes_K4, finds, is_hit),
         _boxes_panel("truth", image_HW3, gt_M4, truths, is_found),
     ]
     hits = sum(is_hit)
     said = f"{hits} of {len(gt_M4)} found, {len(finds) - hits} wrong (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})"
-    return panels, [Line(said)]
+    return panels, [Line(said), Line("teal: found; orange and ✗: of the model wrong, of the truth missed")]
 
 
 def _boxes_panel(title: str, image_HW3: np.ndarray, boxes_M4: Tensor, words: list[str], is_right: list[bool]) -> Panel:
@@ -137,5 +135,5 @@ def _boxes_panel(title: str, image_HW3: np.ndarray, boxes_M4: Tensor, words: lis
     if len(boxes_M4):
         picture_3HW = draw_bounding_boxes(picture_3HW, boxes_M4 * zoom, colors=colours, width=3)
     corners = (boxes_M4[:, :2].float() * zoom).tolist()
-    labels = [(x, y, label) for (x, y), label in zip(corners, words, strict=True)]
+    labels = [(x, y, label) for (x, y), label in zip(corners, words, strict=True)][::-1]  # the best lies on top
     return Panel(picture_3HW.permute(1, 2, 0).numpy(), title, labels)

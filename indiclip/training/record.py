@@ -257,7 +257,7 @@ def _print_listed(what: str, file: Path) -> None:
 def _print_summary(folder: Path, record: dict[str, Any]) -> None:
     heads, earlier = record["heads"], record["earlier"]
     rows = headlines(record["metrics"], heads, earlier)
-    last = [f"{earlier.name} had"] if earlier.metrics else []
+    last = [escape(f"{earlier.name} had")] if earlier.metrics else []
     headers = ("on held-out data", "reached", "trivial answer", "better", *last)
     table = Table(*headers, title="Result", title_justify="left")
     for row in rows:
@@ -276,4 +276,4 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
         console.print(table)
     _print_listed("unreadable samples", folder / "quarantine.jsonl")
     _print_listed("steps that were not finite and were skipped", folder / "nonfinite.jsonl")
-    console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)
+    console.print(f"report [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
