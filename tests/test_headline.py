@@ -244,3 +244,14 @@ def test_a_caption_names_its_language_and_runs_in_its_own_direction(tmp_path):
     page = write_report(tmp_path, "x", RECORD, {"a": [(np.zeros((8, 8, 3), np.uint8), lines)]}).read_text()
     assert '<div>✓ <bdi lang="ur">پتنگ</bdi> <small>Urdu</small></div>' in page
     assert '<div><bdi lang="qq">zzz</bdi> <small>qq</small></div><div><bdi>plain</bdi></div>' in page
+
+
+def test_a_page_of_many_pictures_stays_below_three_megabytes(tmp_path):
+    """Of noise, which cannot be compressed: first coarser, then fewer of each head."""
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    picture = [Panel(noise, "model"), Panel(noise, "truth")], "noise"
+    page = write_report(tmp_path, "x", RECORD, {"contrastive": [picture] * 3, "counting": [picture] * 12}).read_text()
+    assert len(page) < 3_000_000
+    first, second = page.split(": held-out images</h2>")[1:]
+    assert 1 <= first.count("<figure>") < 3
+    assert 2 <= second.count("<figure>") < 12

@@ -36,7 +36,7 @@ class RunRecord(Callback):
     `history.jsonl` has a line per logging step; a resumed run goes on in it.
 
     Args:
-        pictures: Held-out images per head in the report.
+        pictures: Held-out images per head in the report; fewer where it would be larger than 3 MB.
     """
 
     def __init__(self, pictures: int = 12) -> None:

@@ -46,14 +46,14 @@ def readable(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def large(image_HW3: np.ndarray) -> str:
+def large(image_HW3: np.ndarray, quality: int = 85) -> str:
     """A WebP, a third of a PNG, as a data URI; at least 240 pixels wide, enlarged without blur, so that small pictures
     can be looked at.
     """
     picture = Image.fromarray(image_HW3)
     factor = max(1, -(-240 // picture.width))
     enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    return _encoded(enlarged, "WebP", quality=85)
+    return _encoded(enlarged, "WebP", quality=quality)
 
 
 def thumbnail(image_HW3: np.ndarray, longest: int = 240) -> str:

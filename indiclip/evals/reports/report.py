@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from indiclip.module import MultiTask
 
 
+_PICTURE_BYTES = 2_200_000  # of all pictures of a page; beside them stand curves, fonts and tables
+_QUALITIES = (85, 60, 30)  # of a WebP; 0 to 100
 Numbers = dict[str, float | None]  # None is not finite
 ByLanguage = dict[str, dict[str, Numbers]]  # head -> language -> metric -> value
 
@@ -72,7 +74,7 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
         scores=_scores(plain, heads),
         by_language=language_tables(by_language, heads),
         curves=curves(record["history"], heads),
-        sections=[(_title(name, heads), [_shown(one) for one in pictures]) for name, pictures in sections.items()],
+        sections=[(_title(name, heads), shown) for name, shown in _fitting(sections).items()],
         every={name: (record["metrics"][name], named(name, heads).full) for name in sorted(record["metrics"])},
         data=[(key, line) for key, inventory in record["data"].items() for line in inventory.lines()],
         quarantined=quarantined,
@@ -94,12 +96,22 @@ def _scores(plain: Metrics, heads: HeadNames) -> dict[str, list[tuple[str, str, 
     return scores
 
 
-def _shown(picture: "Picture") -> Shown:
+def _fitting(sections: dict[str, "list[Picture]"]) -> dict[str, list[Shown]]:
+    """Pictures of a quality that a page of 3 MB has room for; of very many, fewer of each head."""
+    for quality in _QUALITIES:
+        shown = {name: [_shown(picture, quality) for picture in of] for name, of in sections.items()}
+        size = sum(len(uri) for of in shown.values() for picture in of for uri, _, _ in picture.panels)
+        if size <= _PICTURE_BYTES:
+            return shown
+    return {name: of[: max(1, len(of) * _PICTURE_BYTES // size)] for name, of in shown.items()}
+
+
+def _shown(picture: "Picture", quality: int) -> Shown:
     pixels, said = picture
     panels = [(pixels, "", ())] if isinstance(pixels, np.ndarray) else pixels
     lines = [(line, "", "") for line in said.splitlines()] if isinstance(said, str) else said
     return Shown(
-        [(large(image), title, _placed(labels, image)) for image, title, labels in panels],
+        [(large(image, quality), title, _placed(labels, image)) for image, title, labels in panels],
         [(text, code, language_name(code) if code else "", mark) for text, code, mark in lines],
     )
 
