@@ -19,8 +19,10 @@ from indiclip.head import (
     Datasets,
     Frame,
     Head,
+    Line,
     ListMetric,
     Losses,
+    Measure,
     Picture,
     Prediction,
     Ratio,
@@ -32,6 +34,7 @@ from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_i
 from indiclip.types import Batch, Features, class_names
 
 if TYPE_CHECKING:
+    from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
 _CODE = re.compile(r"[A-Za-z0-9-]{1,35}")  # any language code in use (BCP-47: RFC 5646, section 4.4.1)
@@ -52,6 +55,7 @@ class Contrastive(Head):
         **common: Of every `Head`.
     """
 
+    title = "Image-text matching"
     metric: "EmbeddingMetric"
     required_fields = ("caption",)
     needs_all_patches = False
@@ -122,14 +126,15 @@ class Contrastive(Head):
 
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`image_E`, `text_E` (None without a caption), `hits_L` (zero-shot right at each length, where a class is
-        known), `nearest` (the captions of this batch closest to the image, best first) and `texts_TE` (language ->
-        embeddings of all its captions in it).
+        known), `nearest` (the captions of this batch closest to the image, best first), `nearest_languages` (of each,
+        "" where it is unknown) and `texts_TE` (language -> embeddings of all its captions in it).
         """
         drawn = batch["targets"].get("caption", [None] * len(batch["keys"]))
         captions = _captions(batch)
         image_BE, text_of = encoder.embed_features(features), _embed_by_language(captions, encoder)
         distinct = list(dict.fromkeys(caption for caption in drawn if caption is not None))
         nearest: list[list[int]] = [[] for _ in drawn]
+        language_of = dict(zip(drawn, _drawn_languages(batch), strict=True))
         hits = self._zero_shot(image_BE, batch, encoder)
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
             if distinct:
@@ -141,6 +146,7 @@ class Contrastive(Head):
                 "text_E": text_of.get(caption),
                 "hits_L": hits_L,
                 "nearest": [distinct[i] for i in best],
+                "nearest_languages": [language_of[distinct[i]] for i in best],
                 "texts_TE": {name: torch.stack([text_of[text] for text in texts]) for name, texts in by.items()},
             }
             for image_E, caption, hits_L, best, by in zip(image_BE, drawn, hits, nearest, captions, strict=True)
@@ -159,10 +165,33 @@ class Contrastive(Head):
         texts_TE = [prediction["texts_TE"] for prediction in predictions]
         self.metric.update(image_BE, _captions(batch), texts_TE, _drawn_languages(batch), hits)
 
+    def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
+        chance: dict[str, Any] = {}
+        if num_classes := len(held_out.classes):
+            chance = {"trivial": 1 / num_classes, "answer": f"guessing among {num_classes} classes"}
+        *shorter, _ = self.metric.lengths
+        accuracy = "zero-shot accuracy"
+        full = f"{accuracy} at full length" if shorter else accuracy
+        found = {
+            f"zero_shot_{length}": Measure(f"{accuracy} at length {length}", "higher", **chance) for length in shorter
+        }
+        found["zero_shot"] = Measure(full, "higher", **chance, main=True)
+        largest = max(self.retrieval_at)
+        for k in sorted(self.retrieval_at):
+            found[f"image_to_text_r{k}"] = Measure(f"image to text, recall at {k}", "higher", main=k == largest)
+            found[f"text_to_image_r{k}"] = Measure(f"text to image, recall at {k}", "higher")
+        gap = f"image to text, recall at {largest}: how far below English"
+        found[f"image_to_text_r{largest}_gap"] = Measure(gap, "lower")
+        return found | {"images": Measure("images with captions", "", "images")}
+
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
-        own = target.get("caption")
-        nearest = [f"{'✓' if caption == own else '·'} {caption}" for caption in prediction["nearest"]]
-        return image_HW3, "\n".join([own or "no caption", *["— nearest:", *nearest] * bool(nearest)])
+        nearest = [
+            Line(caption, language, "✓" if caption == target.get("caption") else "·")
+            for caption, language in zip(prediction["nearest"], prediction["nearest_languages"], strict=True)
+        ]
+        own = Line(target["caption"], _code(target.get("language"))) if "caption" in target else Line("no caption")
+        own_lines = [Line("its caption:"), own] if "caption" in target else [own]
+        return image_HW3, [*own_lines, *[Line("nearest captions, best first:"), *nearest] * bool(nearest)]
 
     def _zero_shot(self, image_BE: Tensor, batch: Batch, encoder: "Encoder") -> list[Tensor | None]:
         """For each image whether the nearest class is the right one, at each trained length."""

@@ -20,14 +20,29 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from torch import Tensor, nn
 
-from indiclip.head import Datasets, Frame, Head, ListMetric, Losses, Picture, Prediction, Ratio, plain, same_classes
+from indiclip.head import (
+    Datasets,
+    Frame,
+    Head,
+    ListMetric,
+    Losses,
+    Measure,
+    Panel,
+    Picture,
+    Prediction,
+    Ratio,
+    plain,
+    same_classes,
+)
 from indiclip.types import Batch, Features, class_names, in_float32, on_device, random_seeds
 
 if TYPE_CHECKING:
+    from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
 _FIRST_DENSITY = 0.02  # things per cell before training: about the share of cells that hold one
 _SMALLEST = 1e-8  # keeps the logarithm of a density finite
+_DRAWN_SIDE = 320  # pixels that a picture's shorter side has at least
 _ASK_BOXES = "heads.counting.ask_boxes: needs the names of the classes of the source's boxes"
 
 
@@ -66,6 +81,7 @@ class Counting(Head):
         ValueError: `prompt` without `{}`, or `upsample` below 1.
     """
 
+    title = "Counting"
     metric: "CountMetric"
     required_fields = ("count_class", "points_xy")
     predict_fields = ("count_class",)
@@ -175,10 +191,34 @@ class Counting(Head):
             if known:
                 self.metric.update(prediction["count"], truth, name)
 
+    def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
+        constants = {"": "the mean", "_median": "the median", "_class_median": "each class's median"}
+        ratios = {
+            f"mae_ratio{name}": Measure(
+                f"mean error of the count, relative to always answering {constant}",
+                "lower",
+                trivial=1.0,
+                answer=f"always {constant}",
+                main=not name,
+            )
+            for name, constant in constants.items()
+        }
+        return ratios | {
+            "mae": Measure("mean error of the count", "lower", "things"),
+            "mae_of_mean": Measure("mean error of always answering the mean", "", "things"),
+            "rmse": Measure("root mean square error of the count", "lower", "things"),
+            "rmse_of_mean": Measure("root mean square error of always answering the mean", "", "things"),
+        }
+
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
-        truth = f" (truth {len(target['points_xy'])})" if "points_xy" in target else ""
-        picture = heat_map(image_HW3, prediction["density"].float())
-        return picture, f"how many {prediction['prompt']}: {prediction['count']:.1f}{truth}"
+        """Where the model sees the things, beside the true points."""
+        zoom = max(1, -(-_DRAWN_SIDE // min(image_HW3.shape[:2])))
+        large_HW3 = image_HW3.repeat(zoom, 0).repeat(zoom, 1)
+        panels = [Panel(heat_map(large_HW3, prediction["density"].float()), f"model: {prediction['count']:.1f}")]
+        if "points_xy" in target:
+            points_P2 = target["points_xy"] * zoom
+            panels.append(Panel(_with_points(large_HW3, points_P2), f"truth: {len(points_P2)}"))
+        return panels, f"how many {prediction['prompt']}?"
 
     def _queries(self, batch: Batch) -> CountQueries:
         """The source's own, one of each image, and those that the boxes answer."""
@@ -311,3 +351,12 @@ def heat_map(image_HW3: np.ndarray, density_HW: Tensor) -> np.ndarray:
     colour_HW3 = 255 * colormaps["autumn"](heat_HW)[..., :3]
     blend_HW3: np.ndarray = image_HW3.mean(-1, keepdims=True) * (1 - opacity_HW1) + colour_HW3 * opacity_HW1
     return blend_HW3.astype(np.uint8)
+
+
+def _with_points(image_HW3: np.ndarray, points_P2: Tensor) -> np.ndarray:
+    """A copy with a dark-rimmed yellow square at each point."""
+    marked_HW3 = image_HW3.copy()
+    for x, y in points_P2.long().tolist():
+        for reach, colour in ((6, (20, 20, 20)), (4, (255, 225, 0))):
+            marked_HW3[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = colour
+    return marked_HW3

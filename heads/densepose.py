@@ -29,7 +29,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from indiclip.head import Frame, Head, ListMetric, Losses, Picture, Prediction, Ratio, plain
+from indiclip.head import Frame, Head, Line, ListMetric, Losses, Measure, Panel, Picture, Prediction, Ratio, plain
 from indiclip.surface_charts import (
     NUM_PARTS,
     PART_NAMES,
@@ -43,6 +43,7 @@ from indiclip.surface_charts import (
 from indiclip.types import Batch, Features, Rows, in_float32, on_device, random_seeds, targets_of
 
 if TYPE_CHECKING:
+    from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
 KAPPA = 0.255  # of the geodesic point similarity, in the paper's section 3
@@ -74,6 +75,7 @@ class DensePose(Head):
         ValueError: A setting out of its range.
     """
 
+    title = "DensePose"
     metric: "SurfaceMetric"
 
     required_fields = predict_fields = ("dp_boxes_xyxy",)
@@ -203,9 +205,26 @@ class DensePose(Head):
         for i, prediction in enumerate(predictions):
             self.metric.update(prediction, targets_of(batch, i))
 
+    def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
+        guess = 1 / NUM_PARTS
+        return {
+            "part_accuracy": Measure(
+                "points with the right body part",
+                "higher",
+                trivial=guess,
+                answer=f"guessing among {NUM_PARTS} parts",
+                main=True,
+            ),
+            "mask_iou": Measure("overlap (IoU) with the person's mask", "higher"),
+            "uv_error": Measure("distance in (U, V) where the part is right", "lower"),
+            "uv_gps": Measure("AP of the surface in (U, V), mean over similarity 0.5 to 0.95", "higher"),
+            "uv_gps_50": Measure("AP of the surface in (U, V) at similarity 0.5", "higher"),
+            "uv_gps_75": Measure("AP of the surface in (U, V) at similarity 0.75", "higher"),
+        }
+
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
-        """Predicted surfaces on the left, annotated points on the right; a part's colour is darker where U is small
-        and paler where V is large.
+        """Predicted surfaces beside the annotated points; a part's colour is darker where U is small and paler where V
+        is large.
         """
         height, width, _ = image_HW3.shape
         part_HW, uv_HW2 = (value.cpu().numpy() for value in paste(prediction, (height, width)))
@@ -214,6 +233,7 @@ class DensePose(Head):
 
         zoom = max(1, -(-_DRAWN_SIDE // max(height, width)))
         left, right = (half.repeat(zoom, 0).repeat(zoom, 1) for half in (left, image_HW3))
+        panels = [Panel(left, "model: body parts")]
         count = len(prediction["part"])
         text = "1 person" if count == 1 else f"{count} people"
         xy_S2, person_S, part_S, uv_S2 = points_of(target, prediction["part"].device)
@@ -221,9 +241,10 @@ class DensePose(Head):
             colours = _shades(part_S.cpu().numpy(), uv_S2.cpu().numpy())
             for (x, y), colour in zip((xy_S2 * zoom).long().tolist(), colours, strict=True):
                 right[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3] = colour
+            panels.append(Panel(right, "truth: annotated points"))
             found_S, _ = _read(prediction, xy_S2, person_S)
             text += f"; part right at {float((found_S == part_S).float().mean()):.0%} of {len(part_S)} points"
-        return np.concatenate([left, right], axis=1), text
+        return panels, [Line(text)]
 
 
 def _numbers(boxes: Rows, seeds_B: list[int]) -> Tensor:

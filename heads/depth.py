@@ -13,10 +13,11 @@ from matplotlib import colormaps
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
-from indiclip.head import Head, Losses, Picture, Prediction, Ratio
+from indiclip.head import Head, Losses, Measure, Panel, Picture, Prediction, Ratio
 from indiclip.types import Batch, Features, in_float32, on_device
 
 if TYPE_CHECKING:
+    from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
 
@@ -30,6 +31,7 @@ class Depth(Head):
         **common: Of every `Head`.
     """
 
+    title = "Depth"
     required_fields = ("depth",)
     embeds_images = embeds_text = False
 
@@ -87,16 +89,29 @@ class Depth(Head):
             if known_HW.any():
                 self.metric.update(prediction["depth"][known_HW], truth_HW[:rows, :columns][known_HW])
 
+    def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
+        explained = "share of the variance of depth that is explained (R²)"
+        return {
+            "r2": Measure(explained, "higher", trivial=0.0, answer="always the mean depth", main=True),
+            "mae": Measure("mean error of the depth", "lower", "as the depth's"),
+            "rmse": Measure("root mean square error of the depth", "lower", "as the depth's"),
+        }
+
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
+        """The image, and the depth of the model and the true one in the same colours."""
         height, width = image_HW3.shape[:2]
         depth_HW = prediction["depth"].float()
-        shown = F.interpolate(depth_HW[None, None], (height, width), mode="bilinear")[0, 0]
-        near, far = shown.aminmax()
-        colours = colormaps["magma_r"](((shown - near) / (far - near).clamp(min=1e-6)).numpy())
-        words = f"depth {near:.2f} to {far:.2f}"
+        maps = {"model": F.interpolate(depth_HW[None, None], (height, width), mode="bilinear")[0, 0]}
         if "depth" in target:
-            words += f" (truth {target['depth'].min():.2f} to {target['depth'].max():.2f})"
-        return (colours[..., :3] * 255).astype(np.uint8), words
+            maps["truth"] = target["depth"].float()
+        near = min(map_HW.min() for map_HW in maps.values())
+        far = max(map_HW.max() for map_HW in maps.values())
+        panels = [Panel(image_HW3, "image")]
+        for name, map_HW in maps.items():
+            colours = colormaps["magma_r"](((map_HW - near) / (far - near).clamp(min=1e-6)).numpy())
+            pixels = (colours[..., :3] * 255).astype(np.uint8)
+            panels.append(Panel(pixels, f"{name}: depth {map_HW.min():.2f} to {map_HW.max():.2f}"))
+        return panels, "bright is near, dark is far"
 
     def _truth(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
         """The depth (B, H, W) at the centre of each cell, and where it is known."""

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from indiclip.detection_metric import DetectionMetric, detections, draw_detections, hits_at_half
+from indiclip.detection_metric import DETECTION_MEASURES, DetectionMetric, detections, draw_detections, matches_at_half
 from indiclip.fcos import FCOSHead, FCOSOutputs, Locations, Pyramid, assign, fcos_losses, make_locations
-from indiclip.head import Datasets, Frame, Head, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Frame, Head, Losses, Measure, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, Rows, class_names, on_device
 
 if TYPE_CHECKING:
+    from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
-__all__ = ["Detection", "DetectionMetric", "hits_at_half"]
+__all__ = ["Detection", "DetectionMetric", "matches_at_half"]
 
 _SCALES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 
@@ -49,6 +50,7 @@ class Detection(Head):
         ValueError: `scales` is no such list, or not one of `num_classes` and `classes` is given.
     """
 
+    title = "Detection"
     metric: DetectionMetric
     required_fields = ("boxes_xyxy", "classes")
     embeds_images = embeds_text = False
@@ -167,6 +169,9 @@ class Detection(Head):
             own_M = classes_R[rows] >= 0
             target = [value_R[rows][own_M] for value_R in (boxes.values, classes_R, crowd_R)]
             self.metric.update(prediction, target, scale_hw, None if area is None else area.values[rows][own_M])
+
+    def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
+        return dict(DETECTION_MEASURES)
 
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         theirs = target.get("class_names") or [str(label) for label in range(self.num_classes)]

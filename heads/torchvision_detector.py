@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
-from indiclip.detection_metric import DetectionMetric, detections, draw_detections
+from indiclip.detection_metric import DETECTION_MEASURES, DetectionMetric, detections, draw_detections
 from indiclip.export.torchvision_backbone import Pyramid, build_detector
-from indiclip.head import Datasets, Frame, Head, Losses, Picture, Prediction, same_classes
+from indiclip.head import Datasets, Frame, Head, Losses, Measure, Picture, Prediction, same_classes
 from indiclip.types import Batch, Features, targets_of
 
 if TYPE_CHECKING:
+    from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
 
@@ -43,6 +44,7 @@ class TorchvisionDetector(Head):
         ValueError: A number out of its range.
     """
 
+    title = "Detection by torchvision"
     metric: DetectionMetric
     required_fields: tuple[str, ...] = ("boxes_xyxy", "classes")
     embeds_images = embeds_text = False
@@ -135,6 +137,9 @@ class TorchvisionDetector(Head):
             own = targets_of(batch, image)
             crowd_M = own.get("crowd", torch.zeros_like(own["classes"], dtype=torch.bool))
             self.metric.update(prediction, [own["boxes_xyxy"], own["classes"], crowd_M], scale_hw, own.get("area"))
+
+    def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
+        return dict(DETECTION_MEASURES)
 
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
         names = target.get("class_names") or [str(label) for label in range(self.num_classes)]

@@ -4,8 +4,8 @@ Shape letters: see `indiclip.types`; M boxes of an image, K detections of an ima
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,26 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision import ops
 from torchvision.utils import draw_bounding_boxes
 
-from indiclip.head import Frame, ListMetric, Picture, Prediction, plain
+from indiclip.head import Frame, Line, ListMetric, Measure, Panel, Picture, Prediction, plain
 
 _DRAWN_SCORE = 0.3  # detections below are left out of pictures,
 _DRAWN_OVERLAP = 0.5  # and those that overlap a better one of any class more than this (IoU)
 _DRAWN_SIDE = 320  # pixels that a picture's shorter side has at least
 _ABSENT = -1.0  # what COCO's evaluation says where there is no such object
+_RIGHT, _WRONG = "#19d3c5", "#ff9a3d"  # of boxes, which a label tells apart too
+
+_SIZES = {"small": "small (below 32² pixels)", "medium": "medium (32² to 96²)", "large": "large (from 96²)"}
+# How people read the numbers of `DetectionMetric`.
+DETECTION_MEASURES = MappingProxyType(
+    {
+        "ap50": Measure("AP at IoU 0.5", "higher", trivial=0.0, answer="finding nothing", main=True),
+        "ap75": Measure("AP at IoU 0.75", "higher", trivial=0.0, answer="finding nothing"),
+        "ap": Measure("AP, mean over IoU 0.5 to 0.95", "higher", trivial=0.0, answer="finding nothing"),
+    }
+    | {f"ap_{size}": Measure(f"AP of {words} objects", "higher") for size, words in _SIZES.items()}
+    | {f"ar{most}": Measure(f"recall with {most} boxes per image", "higher") for most in (1, 10, 100)}
+    | {f"ar_{size}": Measure(f"recall of {words} objects", "higher") for size, words in _SIZES.items()}
+)
 
 
 class DetectionMetric(ListMetric):
@@ -77,17 +91,19 @@ class DetectionMetric(ListMetric):
         }
 
 
-def hits_at_half(boxes_K4: Tensor, labels_K: Tensor, gt_M4: Tensor, gt_classes_M: Tensor) -> list[bool]:
-    """For each detection, best first, whether it finds an object that none before it has: same class, IoU >= 0.5."""
+def matches_at_half(boxes_K4: Tensor, labels_K: Tensor, gt_M4: Tensor, gt_classes_M: Tensor) -> list[int]:
+    """For each detection, best first, which object it finds that none before it has, same class and IoU >= 0.5; else
+    -1.
+    """
     same_KM = labels_K[:, None] == gt_classes_M
     iou_KM = F.pad(ops.box_iou(boxes_K4, gt_M4) * same_KM, (0, 1))  # one more, so that there is a best without any
-    hits = []
+    matches = []
     for iou_M in iou_KM:
-        best = iou_M.argmax()
-        hits.append(bool(iou_M[best] >= 0.5))
-        if hits[-1]:
+        best = int(iou_M.argmax())
+        matches.append(best if iou_M[best] >= 0.5 else -1)
+        if matches[-1] >= 0:
             iou_KM[:, best] = 0
-    return hits
+    return matches
 
 
 def detections(prediction: Prediction, names: Sequence[str], frame: Frame) -> list[dict[str, Any]]:
@@ -114,7 +130,7 @@ def draw_detections(
     gt_classes_M: Tensor | None,
     names: Sequence[str],
 ) -> Picture:
-    """A held-out image with its true boxes in white and the better detections in colour, and a line that counts them.
+    """The better detections on a held-out image beside its true boxes, and a line that counts them.
 
     Args:
         image_HW3: uint8 RGB.
@@ -129,20 +145,35 @@ def draw_detections(
     best_K = ops.nms(prediction["boxes_xyxy"], prediction["scores"], _DRAWN_OVERLAP)
     best_K = best_K[prediction["scores"][best_K] >= _DRAWN_SCORE]
     boxes_K4, scores_K, labels_K = (prediction[name][best_K] for name in ("boxes_xyxy", "scores", "labels"))
-    hits = sum(hits_at_half(boxes_K4, labels_K, gt_M4, gt_classes_M))
+    matches = matches_at_half(boxes_K4, labels_K, gt_M4, gt_classes_M)
+    is_hit = [match >= 0 for match in matches]
+    is_found = [place in matches for place in range(len(gt_M4))]
 
+    finds = [
+        f"{names[k]} {score:.2f}{'' if hit else ' ✗'}"
+        for k, score, hit in zip(labels_K.tolist(), scores_K.tolist(), is_hit, strict=True)
+    ]
+    truths = [f"{names[k]}{'' if found else ' ✗'}" for k, found in zip(gt_classes_M.tolist(), is_found, strict=True)]
+    if not is_known:
+        words = [word.removesuffix(" ✗") for word in finds]
+        found = _boxes_panel("model", image_HW3, boxes_K4, words, [True] * len(words))
+        return [found], [Line(f"{len(finds)} found (score ≥ {_DRAWN_SCORE})")]
+    panels = [
+        _boxes_panel("model", image_HW3, boxes_K4, finds, is_hit),
+        _boxes_panel("truth", image_HW3, gt_M4, truths, is_found),
+    ]
+    hits = sum(is_hit)
+    said = f"{hits} of {len(gt_M4)} found, {len(finds) - hits} wrong (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})"
+    return panels, [Line(said), Line("teal: found; orange and ✗: of the model wrong, of the truth missed")]
+
+
+def _boxes_panel(title: str, image_HW3: np.ndarray, boxes_M4: Tensor, words: list[str], is_right: list[bool]) -> Panel:
+    """Boxes on an image, which is enlarged so that their lines are thin."""
     zoom = max(1, -(-_DRAWN_SIDE // min(image_HW3.shape[:2])))
     picture_3HW = torch.from_numpy(image_HW3.repeat(zoom, 0).repeat(zoom, 1)).permute(2, 0, 1)
-    words = [f"{names[k]} {score:.2f}" for k, score in zip(labels_K.tolist(), scores_K.tolist(), strict=True)]
-    for boxes_4, labels, colour in ((gt_M4, None, "white"), (boxes_K4, words, "#ff3d7f")):
-        if len(boxes_4):
-            picture_3HW = draw_bounding_boxes(picture_3HW, boxes_4 * zoom, labels, colour, width=2)
-    picture_HW3 = picture_3HW.permute(1, 2, 0).numpy()
-    if not is_known:
-        return picture_HW3, f"{len(words)} found (score ≥ {_DRAWN_SCORE})"
-    counts = sorted(Counter(names[k] for k in gt_classes_M.tolist()).items())
-    present = ", ".join(name if count == 1 else f"{name} x {count}" for name, count in counts)
-    return picture_HW3, (
-        f"{hits} of {len(gt_M4)} found, {len(words) - hits} false (IoU ≥ 0.5, score ≥ {_DRAWN_SCORE})\n"
-        f"white is the truth: {present or 'nothing'}"
-    )
+    colours = [_RIGHT if right else _WRONG for right in is_right]
+    if len(boxes_M4):
+        picture_3HW = draw_bounding_boxes(picture_3HW, boxes_M4 * zoom, colors=colours, width=3)
+    corners = (boxes_M4[:, :2].float() * zoom).tolist()
+    labels = [(x, y, label) for (x, y), label in zip(corners, words, strict=True)][::-1]  # the best lies on top
+    return Panel(picture_3HW.permute(1, 2, 0).numpy(), title, labels)

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,77 @@ if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
-__all__ = ["Frame", "Head", "ListMetric", "Losses", "Ratio", "WholeBatch", "computed", "plain", "same_classes"]
+__all__ = [
+    "Frame",
+    "Head",
+    "Line",
+    "ListMetric",
+    "Losses",
+    "Measure",
+    "Panel",
+    "Picture",
+    "Ratio",
+    "WholeBatch",
+    "computed",
+    "plain",
+    "same_classes",
+]
 
 Datasets = Mapping[str, "SampleDataset"]  # YAML key of the source, such as `data.train[0]` -> its dataset
 Prediction = dict[str, Any]  # what a head predicts for an image, or what is true of it, by name
 Metrics = torchmetrics.Metric | torchmetrics.MetricCollection
-Picture = tuple[np.ndarray, str]  # uint8 RGB and the line of text below it
+
+
+class Panel(NamedTuple):
+    """One of the images that stand side by side in a picture.
+
+    Attributes:
+        image_HW3: uint8 RGB.
+        title: What it shows, such as `model` and `truth`.
+        labels: Words at places: x and y in the image's pixels, of a box its upper left corner. They are not drawn into
+            the image, so that they can be read at any size and in any script.
+    """
+
+    image_HW3: np.ndarray
+    title: str = ""
+    labels: Sequence[tuple[float, float, str]] = ()
+
+
+class Line(NamedTuple):
+    """A line of text below a picture.
+
+    Attributes:
+        language: The code of the language that the text is in, where that is known.
+        mark: A sign before it, such as ✓, which belongs to no language.
+    """
+
+    text: str
+    language: str = ""
+    mark: str = ""
+
+
+# What is shown of a held-out image: pixels (uint8 RGB) or panels, and the lines below.
+Picture = tuple[np.ndarray | Sequence[Panel], str | Sequence[Line]]
+
+
+class Measure(NamedTuple):
+    """How people read a number of a head's metric.
+
+    Attributes:
+        words: What it is, such as `AP at IoU 0.5`.
+        better: Which direction is; empty where neither is.
+        unit: Empty for shares and ratios.
+        trivial: What an answer gets that looks at no image; None where the head cannot know.
+        answer: Which answer that is, such as `guessing among 17 classes`.
+        main: Whether it may stand for the head in a summary; of several, the first that was measured does.
+    """
+
+    words: str
+    better: Literal["higher", "lower", ""] = ""
+    unit: str = ""
+    trivial: float | None = None
+    answer: str = ""
+    main: bool = False
 
 
 class Frame(NamedTuple):
@@ -106,6 +171,7 @@ class Head(nn.Module, ABC):
         name: Log prefix, `train/<name>/<loss>`; None is the file's name. Two heads of one class need it.
 
     Attributes:
+        title: What people call the task; empty is the head's name, as is that of a head with a name of its own.
         metric: Its `compute()` gives a dict of numbers. Where a task has several held-out sources, each has a copy of
             it, which stands here while `update_metric` gets a batch of that source.
         required_fields: Fields of `Sample` that training and scoring need in every sample.
@@ -120,6 +186,7 @@ class Head(nn.Module, ABC):
         ValueError: A name that cannot be part of a log's.
     """
 
+    title = ""
     metric: Metrics
     required_fields: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
@@ -134,6 +201,8 @@ class Head(nn.Module, ABC):
         self.task = direct.__module__.rpartition(".")[2] if task is None else task
         self.weight = weight
         self.name = own.__module__.rpartition(".")[2] if name is None else name
+        if name is not None or not self.title:
+            self.title = f"{self.name[:1].upper()}{self.name[1:]}".replace("_", " ")
         if not re.fullmatch(r"[\w-]+", self.name) or hasattr(nn.ModuleDict(), self.name):
             expected = "letters, digits, _ and -, and no name of torch's ModuleDict"
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected {expected}")
@@ -170,8 +239,15 @@ class Head(nn.Module, ABC):
     def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
         """Add a batch to `metric`."""
 
+    def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
+        """How people read the numbers of `metric` on a held-out dataset, in the order in which they read them.
+
+        A number that is not among them is called by its name.
+        """
+        return {}
+
     def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
-        """A held-out image with the prediction on it, and a line of text below it, for the report.
+        """A held-out image with the prediction on it, beside the truth, and what is said below, for the report.
 
         Args:
             image_HW3: uint8 RGB, the resized image.

@@ -91,6 +91,6 @@ def test_two_held_out_sources_of_a_task_have_scores_of_their_own(tmp_path, name)
     assert {monitor, "val/contrastive/1/zero_shot", "val/contrastive/1/image_to_text_r1/hi"} <= metrics.keys()
     assert "val/contrastive/zero_shot" not in metrics
     report = (tmp_path / "runs/experiment/report.html").read_text()
-    assert f"Contrastive/{name or 0}" in report
-    assert "Contrastive/1 by language" in report
+    assert f"Image-text matching on {name or 'source 0'}" in report
+    assert "Image-text matching on source 1 by language" in report
     assert (tmp_path / "runs/experiment/checkpoints/best.ckpt").is_file()

@@ -174,7 +174,7 @@ def test_validate_and_test_score_a_run_and_leave_its_own_files_as_they_are(tmp_p
         assert list(found["data"]) == ["data.val[0]"]
         report = (folder / command / "report.html").read_text()
         assert f"experiment: {command}" in report
-        assert "data:image/png;base64," in report
+        assert "data:image/webp;base64," in report
     with pytest.warns(UserWarning, match="no --ckpt_path"):
         assert run(["validate", "--config", str(folder / "config.yaml"), "--runs", str(tmp_path / "other")]) == 0
     assert {name: (folder / name).read_bytes() for name in saved} == saved

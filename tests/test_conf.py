@@ -111,7 +111,7 @@ def test_every_experiment_trains_and_reports(experiment, tmp_path, monkeypatch, 
         assert any(key.startswith(f"val/{name}/") for key in metrics["metrics"]), f"{name} has no held-out metric"
         assert any(key.startswith(f"train/{name}/") for key in metrics["metrics"])
     report = (folder / "report.html").read_text()
-    assert "data:image/png;base64," in report
+    assert "data:image/webp;base64," in report
     assert "http://" not in report
     assert "https://" not in report  # one page, nothing fetched
     assert (folder / "config.yaml").is_file()

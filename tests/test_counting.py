@@ -319,9 +319,15 @@ def test_the_picture_is_hot_where_the_things_are(encoder: Encoder) -> None:
     density_HW[1, 4] = 2.0
     grey = np.full((32, 48, 3), 100, np.uint8)
     prediction = {"density": density_HW, "count": 2.04, "prompt": "marigold"}
-    picture, words = head.visualize(grey, prediction, {"points_xy": torch.zeros(2, 2)})
-    assert words == "how many marigold: 2.0 (truth 2)"
-    assert picture.shape == grey.shape
+    panels, words = head.visualize(grey, prediction, {"points_xy": torch.full((2, 2), 8.0)})
+    assert [panel.title for panel in panels] == ["model: 2.0", "truth: 2"]
+    assert words == "how many marigold?"
+    assert min(panels[0].image_HW3.shape[:2]) >= 320
+    yellow_HW = (panels[1].image_HW3 == (255, 225, 0)).all(-1)
+    assert yellow_HW[80, 80]  # 10 times as large
+    assert yellow_HW.sum() == 81
+    assert [panel.title for panel in head.visualize(grey, prediction, {})[0]] == ["model: 2.0"]
+    picture = heat_map(grey, density_HW)
     heat_HW = picture[..., 0].astype(int) - picture[..., 2]
     assert np.unravel_index(heat_HW.argmax(), heat_HW.shape)[0] in range(8, 16)
     assert np.unravel_index(heat_HW.argmax(), heat_HW.shape)[1] in range(32, 40)

@@ -397,7 +397,10 @@ def test_the_last_checkpoint_is_the_one_that_was_saved_last(tmp_path, capsys):
 
 def test_a_run_without_scores_or_curves_says_so(tmp_path, capsys):
     assert fit(tmp_path, config(trainer__limit_val_batches=0, trainer__log_every_n_steps=10)) == 0
-    assert "nothing was held out: there are no scores" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nothing was held out: there are no scores" in shown
+    assert "train[0] Mela" in shown  # with its samples, in the table; a line beside it would say no more
+    assert "data.train[0]:" not in shown
     assert "the run had 2 steps" in (tmp_path / "runs" / "experiment" / "report.html").read_text()
 
 

@@ -333,9 +333,12 @@ class TestAnyBatch:
             count = len(prediction["boxes_xyxy"])
             assert prediction["part"].shape == prediction["mask_probs"].shape == (count, 56, 56)
             target = targets_of(batch, i)
-            picture, text = head.visualize(np.zeros((32, 32, 3), np.uint8), prediction, target)
-            assert picture.shape == (320, 640, 3)
-            assert text.startswith("1 person" if count == 1 else f"{count} people")
+            panels, (line,) = head.visualize(np.zeros((32, 32, 3), np.uint8), prediction, target)
+            assert {panel.image_HW3.shape for panel in panels} == {(320, 320, 3)}
+            annotated = len(target.get("dp_part", ())) > 0
+            titles = ["model: body parts", "truth: annotated points"]
+            assert [panel.title for panel in panels] == titles[: 1 + annotated]
+            assert line.text.startswith("1 person" if count == 1 else f"{count} people")
 
     def test_neighbours_in_the_batch_change_nothing(self) -> None:
         """Images of three aspects, padded to a common map, against each by itself. People touch the borders too."""

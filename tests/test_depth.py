@@ -142,6 +142,6 @@ def test_it_learns_the_paint_order_of_scenes():
         predictions = head.predict(features, batch, encoder)
     head.update_metric(predictions, features, batch)
     assert head.metric.compute()["r2"] > 0.2
-    picture, words = head.visualize(np.zeros((48, 48, 3), np.uint8), predictions[0], targets_of(batch, 0))
-    assert picture.shape == (48, 48, 3)
-    assert "truth" in words
+    panels, _ = head.visualize(np.zeros((48, 48, 3), np.uint8), predictions[0], targets_of(batch, 0))
+    assert [panel.title.partition(":")[0] for panel in panels] == ["image", "model", "truth"]
+    assert {panel.image_HW3.shape for panel in panels} == {(48, 48, 3)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.detection import FCOS
 
-from heads.detection import Detection, DetectionMetric, hits_at_half
+from heads.detection import Detection, DetectionMetric, matches_at_half
 from indiclip.encoder import Encoder
 from indiclip.fcos import FCOSOutputs, assign, fcos_losses, giou_loss, make_locations
 from indiclip.ratios import over_all_ranks
@@ -457,8 +457,8 @@ def test_a_detection_finds_an_object_once() -> None:
     gt_M4 = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
     boxes_K4 = torch.tensor([[0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 30, 30], [20, 20, 30, 25], [50, 50, 60, 60.0]])
     # The second finds the first object again, the third has the wrong class, the fourth an IoU of just 0.5.
-    hits = hits_at_half(boxes_K4, torch.tensor([0, 0, 0, 1, 1]), gt_M4, torch.tensor([0, 1]))
-    assert hits == [True, False, False, True, False]
+    matches = matches_at_half(boxes_K4, torch.tensor([0, 0, 0, 1, 1]), gt_M4, torch.tensor([0, 1]))
+    assert matches == [0, -1, -1, 1, -1]
 
 
 def test_the_picture_shows_both_and_counts() -> None:
@@ -474,12 +474,17 @@ def test_the_picture_shows_both_and_counts() -> None:
         "classes": torch.tensor([1, 2, 1]),
         "class_names": ["diya", "kite", "matka"],
     }
-    picture, words = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target)
-    assert words.splitlines()[0].startswith("1 of 3 found, 1 false")
-    assert words.endswith("white is the truth: kite x 2, matka")
-    assert min(picture.shape[:2]) >= 320
-    colours = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
-    assert {(255, 255, 255), (255, 61, 127)} <= colours
+    (model, truth), lines = head.visualize(np.full((48, 64, 3), 90, np.uint8), prediction, target)
+    assert [model.title, truth.title] == ["model", "truth"]
+    assert lines[0].text.startswith("1 of 3 found, 1 wrong ")
+    assert min(model.image_HW3.shape[:2]) >= 320
+    # Labels stand at the boxes' corners, in pixels of the enlarged image.
+    zoom = model.image_HW3.shape[0] / 48
+    assert model.labels == [(30 * zoom, 30 * zoom, "diya 0.60 ✗"), (4 * zoom, 4 * zoom, "kite 0.90")]
+    assert [said for _, _, said in truth.labels] == ["kite ✗", "matka ✗", "kite"]
+    for panel in (model, truth):
+        colours = {tuple(pixel) for pixel in panel.image_HW3.reshape(-1, 3).tolist()}
+        assert {(25, 211, 197), (255, 154, 61)} <= colours
 
 
 def test_number_of_classes_must_be_the_datasets() -> None:
@@ -518,11 +523,11 @@ def test_a_head_may_detect_some_of_the_classes() -> None:
     some.update_metric([prediction, nothing], features, batch)
     assert some.metric.compute()["ap50"] == 1
     names = batch["origin"].classes
-    _, words = some.visualize(
+    (_, truth), lines = some.visualize(
         np.zeros((64, 64, 3), np.uint8), prediction, targets_of(batch, 0) | {"class_names": names}
     )
-    assert words.startswith("1 of 1 found, 0 false")
-    assert words.endswith("matka")
+    assert lines[0].text.startswith("1 of 1 found, 0 wrong")
+    assert [said for _, _, said in truth.labels] == ["matka"]
     with pytest.raises(ValueError, match=r"heads\.some\.classes: 'matka' is none of the 1 classes"):
         some.check({"data.train[0]": SimpleNamespace(classes=["diya"])}, {})
     with pytest.raises(ValueError, match=r"heads\.detection: give one of num_classes and classes"):

@@ -67,7 +67,7 @@ def test_a_machine_without_fontconfig_is_told_so(tmp_path, monkeypatch, fontconf
 
 
 def test_the_first_of_several_files_is_taken_whatever_their_order(fontconfig):
-    fontconfig(r"/b.ttf\t0\n/a.ttc\t3\n")
+    fontconfig(r"/b.ttf\t0\tTwo\n/a.ttc\t3\tTwo\n")
     assert find_face("Two") == Face("Two", "/a.ttc", 3)
 
 

@@ -45,7 +45,7 @@ def test_languages_are_rows_of_a_table_and_curves_of_a_plot_of_their_own(tmp_pat
     history = [{"step": i, "val/a/r5": 0.5, **many} for i in range(2)]
     record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": [], "data": {}}
     page = write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8")
-    row = '<tr><td>hi</td><td class="number">not finite</td><td class="number">0.125</td></tr>'
+    row = '<tr><td>Hindi</td><td class="number">not finite</td><td class="number">0.125</td></tr>'
     assert '<tr><th>language</th><th class="number">gap</th><th class="number">r5</th></tr>' in page
     assert row in page
     assert page.count("<img") == 2

@@ -71,7 +71,7 @@ def test_ten_steps_end_at_the_weights_of_ddp(copies, shards, tmp_path):
     assert largest_difference(ends["ddp"], ends["sharded"]) < 1e-6
     metrics = [learnt(json.loads((run / "metrics.json").read_text())["metrics"]) for run in found.values()]
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-5)
-    assert "data:image/png;base64," in (found["sharded"] / "report.html").read_text()
+    assert "data:image/webp;base64," in (found["sharded"] / "report.html").read_text()
     assert read_tensors(found["sharded"] / "checkpoints" / "last.ckpt")["encoder"]["backbone"]["class_path"] == (
         "indiclip.backbone.NaFlexViT"
     )
@@ -120,7 +120,7 @@ def test_four_tasks_with_checkpointed_activations_are_those_of_ddp_without(tmp_p
     assert difference < 1e-6
     metrics = [learnt(json.loads((run / "metrics.json").read_text())["metrics"]) for run in found.values()]
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-4, nan_ok=True)
-    pictures = [(run_folder / "report.html").read_text().count("data:image/png") for run_folder in found.values()]
+    pictures = [(run_folder / "report.html").read_text().count("data:image/webp") for run_folder in found.values()]
     assert pictures[0] == pictures[1] > 16  # of four heads
 
 

@@ -35,6 +35,7 @@ import torch
 
 from indiclip import json_lines
 from indiclip.datasets.coco import CocoDetection
+from indiclip.detection_metric import DETECTION_MEASURES
 from indiclip.evals.reports.report import write_report
 from indiclip.export.exporter import export
 from indiclip.export.source import open_source
@@ -192,7 +193,8 @@ def report(run: Path) -> dict[str, Any]:
     history = json_lines.read(run / "history.jsonl")
     metrics = {name: row[name] for row in history for name in row if name.startswith("val/")}
     record: dict[str, Any] = {"step": history[-1]["step"], "seconds": history[-1]["seconds"], "metrics": metrics}
-    write_report(run, run.name, record | {"history": history, "quarantined": [], "data": {}}, {})
+    heads = {name: ("Detection", DETECTION_MEASURES) for name in DETECTORS if f"val/{name}/ap" in metrics}
+    write_report(run, run.name, record | {"history": history, "quarantined": [], "data": {}, "heads": heads}, {})
     json_lines.write_whole(run / "metrics.json", (json.dumps(record, indent=2) + "\n").encode())
     return record
 

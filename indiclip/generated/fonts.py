@@ -75,19 +75,38 @@ def find_face(family: str) -> Face:
         MissingFonts: fontconfig or the family is not there; names the package to install.
     """
     # Not fc-match: it answers with another family where the asked one is missing.
-    pattern = f":family={family}:style=Regular"
-    command = ["fc-list", "--format=%{file}\t%{index}\n", pattern]
+    faces = _listed(f":family={family}:style=Regular")
+    if not faces:
+        raise MissingFonts(f"no font {family!r} on this machine; {_install(PACKAGES.get(family, CORE))}")
+    return Face(family, faces[0].file, faces[0].index)
+
+
+@lru_cache(maxsize=512)
+def find_covering(character: str) -> Face | None:
+    """A regular face of any family that has a character, one without serifs if there is one; None without any."""
+    try:
+        listed = _listed(f":charset={ord(character):x}:style=Regular")
+    except MissingFonts:
+        return None
+    faces = [face for face in listed if face.file.endswith((".ttf", ".otf", ".ttc"))]  # what fontTools reads
+    return min(faces, key=lambda face: "Sans" not in face.family, default=None)
+
+
+def _listed(pattern: str) -> list[Face]:
+    """The faces that fontconfig lists for a pattern, in the order of their files, which is the same everywhere.
+
+    Raises:
+        MissingFonts: fontconfig is not there, or failed.
+    """
+    command = ["fc-list", "--format=%{file}\t%{index}\t%{family[0]}\n", pattern]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except FileNotFoundError as error:
         raise MissingFonts(f"no fc-list to find fonts with; {_install('fontconfig')}") from error
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise MissingFonts(f"{' '.join(command)!r} failed: {error}") from error
-    # Where a family lies in several files, the same one whatever fontconfig's order is.
-    found = sorted((file, int(index)) for file, index in (line.split("\t") for line in listed.splitlines()))
-    if not found:
-        raise MissingFonts(f"no font {family!r} on this machine; {_install(PACKAGES.get(family, CORE))}")
-    return Face(family, *found[0])
+    rows = (line.split("\t") for line in listed.splitlines())
+    return [Face(family, file, index) for file, index, family in sorted((row[0], int(row[1]), row[2]) for row in rows)]
 
 
 def _install(package: str) -> str:

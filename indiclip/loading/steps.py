@@ -54,7 +54,7 @@ class Steps(Dataset[Step]):
         self.train, self.rank, self.world_size = train, rank, world_size
         # In training the sources of a task share their batches; held-out ones are scored each by itself.
         self.sources: dict[str, list[Source]] = {}
-        for key, source in zip(_keys(sources, train), sources, strict=True):
+        for key, source in zip(source_keys(sources, train), sources, strict=True):
             self.sources.setdefault(key, []).append(source)
         self.origins = {key: _origin(key, group) for key, group in self.sources.items()}
         self._stages = {key: self._plans_of(group) for key, group in self.sources.items()}
@@ -250,7 +250,7 @@ def _check_ranks(task: str, infos: list[SourceInfo], world_size: int) -> None:
             )
 
 
-def _keys(sources: list[Source], train: bool) -> list[str]:
+def source_keys(sources: list[Source], train: bool) -> list[str]:
     """What the batches of each source are called in a step: their task, or `task/source` of several held-out ones.
 
     Raises:

@@ -40,8 +40,11 @@ class StartupTable(Callback):
         console = Console()
         data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
         console.print(_sources_table(data))
-        for key, inventory in data.inventories().items():
-            console.print(f"{key}: {'; '.join(inventory.lines())}", markup=False, soft_wrap=True)
+        for key, source in (keyed("data.train", data.train) | keyed("data.val", data.val)).items():
+            inventory = source.dataset.inventory
+            in_table = {f"{len(source.dataset):,} {unit}" for unit in inventory.present}
+            if lines := [line for line in inventory.lines() if line not in in_table]:
+                console.print(f"{key}: {'; '.join(lines)}", markup=False, soft_wrap=True)
         console.print(_parts_table(pl_module))
         for line in pl_module.encoder.initialised:
             console.print(f"init_from: {line}", markup=False, soft_wrap=True)

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 
 from indiclip import json_lines
 from indiclip.distributed import gathered
-from indiclip.head import Frame, Head, Prediction
+from indiclip.head import Frame, Head, Panel, Prediction
 from indiclip.masking import mask
 from indiclip.module import Batches, MultiTask
 from indiclip.names import check_range
@@ -194,11 +195,30 @@ def _image_ids(keys: list[str]) -> Sequence[int]:
 def _write_picture(file: Path, head: Head, prediction: Prediction, batch: Batch, image: int) -> str:
     """Draw what a head found; returns the words below it."""
     target = move_data_to_device(targets_of(batch, image), "cpu") | {"class_names": class_names(batch)}
-    pixels, words = head.visualize(unpatchify(batch["images"], image), prediction, target)
+    pixels, said = head.visualize(unpatchify(batch["images"], image), prediction, target)
+    panels = [Panel(pixels)] if isinstance(pixels, np.ndarray) else pixels
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=90)
+    _side_by_side(panels).save(content, "JPEG", quality=90)
     json_lines.write_whole(file, content.getbuffer())
-    return words
+    return said if isinstance(said, str) else "\n".join(f"{line.mark} {line.text}".strip() for line in said)
+
+
+def _side_by_side(panels: Sequence[Panel]) -> Image.Image:
+    """The panels as one picture. Labels in letters that Pillow's own font lacks are in the JSON only."""
+    gap = 8
+    width = sum(panel.image_HW3.shape[1] + gap for panel in panels) - gap
+    picture = Image.new("RGB", (width, max(panel.image_HW3.shape[0] for panel in panels)), "white")
+    draw, left = ImageDraw.Draw(picture), 0
+    for panel in panels:
+        picture.paste(Image.fromarray(panel.image_HW3), (left, 0))
+        for x, y, label in panel.labels:
+            said = label.encode("latin-1", "ignore").decode("latin-1").strip()
+            if len(said) >= len(label) - 2:  # but for a mark at its end
+                place = (left + x, max(y - 12, 0))
+                draw.rectangle(draw.textbbox(place, said), fill="black")
+                draw.text(place, said, fill="white")
+        left += panel.image_HW3.shape[1] + gap
+    return picture
 
 
 def _encoded(content: dict[str, Any]) -> bytes:

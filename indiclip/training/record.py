@@ -5,24 +5,32 @@ import json
 import math
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from indiclip import json_lines
 from indiclip.datasets.inventory import Inventory
-from indiclip.evals.reports.page import readable
-from indiclip.evals.reports.report import Picture, held_out, held_out_pictures, metric_names, write_report
+from indiclip.evals.reports.headline import earlier_run, headlines
+from indiclip.evals.reports.report import held_out, held_out_pictures, language_tables, write_report
+from indiclip.evals.reports.run_names import HeadNames
+from indiclip.head import Measure, Picture
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.steps import source_keys
 from indiclip.masking import mask
 from indiclip.module import MultiTask
 from indiclip.sharding import gathered_weights
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
+
+# What `metrics.json` does without.
+_OF_THE_PAGE = ("history", "heads", "earlier", "model", "learned", "sources")
 
 
 class RunRecord(Callback):
@@ -33,7 +41,7 @@ class RunRecord(Callback):
     `checkpoint` was scored. Where nothing can be written, they say so and go on.
 
     Args:
-        pictures: Held-out images per head in the report.
+        pictures: Held-out images per head in the report; fewer where it would be larger than 3 MB.
     """
 
     def __init__(self, pictures: int = 12) -> None:
@@ -134,7 +142,8 @@ class RunRecord(Callback):
         data: MultiTaskData = trainer.datamodule  # type: ignore[attr-defined]
         assert self._began is not None
         about: dict[str, Any] = {"step": trainer.global_step, "seconds": round(time.monotonic() - self._began, 1)}
-        record = _record(self._folder, about | {"weights": weights}, trainer, data.inventories())
+        about |= {"weights": weights} | _about(pl_module, data)
+        record = _record(self._folder, about, trainer, data.inventories())
         _write_files(self._folder, self._folder.name, record, pictures)
         _print_summary(self._folder, record)
 
@@ -151,7 +160,7 @@ class RunRecord(Callback):
         about |= {"weights": weights if checkpoint else "the initial weights"}
         about |= {"checkpoint": str(checkpoint) if checkpoint else None}
         held_out = {key: of for key, of in data.inventories().items() if key.startswith("data.val")}
-        record = _record(folder, about, trainer, held_out)
+        record = _record(folder, about | _about(pl_module, data), trainer, held_out)
         try:
             _write_files(folder, f"{self._folder.name}: {command}", record, pictures)
         except OSError as error:
@@ -187,6 +196,7 @@ class RunRecord(Callback):
 def _record(folder: Path, about: dict[str, Any], trainer: Trainer, data: dict[str, Inventory]) -> dict[str, Any]:
     """What the report shows: of the metrics, and of the lists in a folder."""
     return about | {
+        "earlier": earlier_run(folder, {key: inventory.summary() for key, inventory in data.items()}),
         "data": data,
         "metrics": finite(trainer.callback_metrics),
         "quarantined": json_lines.read(folder / "quarantine.jsonl"),
@@ -198,7 +208,7 @@ def _record(folder: Path, about: dict[str, Any], trainer: Trainer, data: dict[st
 def _write_files(folder: Path, title: str, record: dict[str, Any], pictures: dict[str, list[Picture]]) -> None:
     """Write `report.html` and, without the history and with counts for lists, `metrics.json`."""
     write_report(folder, title, record, pictures)
-    summary = {name: value for name, value in record.items() if name != "history"}
+    summary = {name: value for name, value in record.items() if name not in _OF_THE_PAGE}
     summary["data"] = {key: inventory.summary() for key, inventory in record["data"].items()}
     summary["quarantined"] = len(record["quarantined"])
     metrics = (mask(json.dumps(summary, indent=2)) + "\n").encode()
@@ -229,6 +239,43 @@ def finite(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
 
 
+def head_names(module: MultiTask, data: MultiTaskData) -> HeadNames:
+    """What the heads and their metrics are called, for each held-out source of their tasks."""
+    names: dict[str, tuple[str, dict[str, Measure]]] = {head.name: (head.title, {}) for head in module.each_head()}
+    for key, source in zip(source_keys(data.val, train=False), data.val, strict=True):
+        place = key.removeprefix(source.task)
+        where = f" on {place[1:] if source.name else f'source {place[1:]}'}" if place else ""
+        for head in module.each_head():
+            if head.task == source.task:
+                names[head.name + place] = (f"{head.title}{where}", head.measures(source.dataset))
+    return names
+
+
+def _about(module: LightningModule, data: MultiTaskData) -> dict[str, Any]:
+    """What the report calls the heads, and its opening sentence is made of."""
+    assert isinstance(module, MultiTask)
+    parameters = sum(parameter.numel() for parameter in module.encoder.parameters())
+    backbone = type(module.encoder.backbone).__name__
+    sources: Counter[str] = Counter()
+    for source in data.train:
+        dataset = getattr(source.dataset, "dataset", source.dataset)  # what a `Split` takes a part of
+        sources[type(dataset).__name__] += len(source.dataset)
+    return {
+        "heads": head_names(module, data),
+        "model": f"An encoder of {_short(parameters)} parameters ({backbone})",
+        "learned": [head.title for head in module.each_head()],
+        "sources": sources,
+    }
+
+
+def _short(number: int) -> str:
+    """`2.5 million` of 2,491,968."""
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,}"
+
+
 def print_listed(what: str, file: Path) -> None:
     """Say how many rows a file of the run has, where it has any."""
     if rows := json_lines.read(file):
@@ -236,19 +283,25 @@ def print_listed(what: str, file: Path) -> None:
 
 
 def _print_summary(folder: Path, record: dict[str, Any]) -> None:
-    plain, by_language = held_out(record["metrics"])
-    table = Table("metric", "held out", title="Result", title_justify="left")
-    for name, value in plain.items():
-        table.add_row(name, readable(value))
+    heads, earlier = record["heads"], record["earlier"]
+    rows = headlines(record["metrics"], heads, earlier)
+    last = [escape(f"{earlier.name} had")] if earlier.metrics else []
+    headers = ("on held-out data", "reached", "trivial answer", "better", *last)
+    table = Table(*headers, title="Result", title_justify="left")
+    for row in rows:
+        before = [row.before_words] if last else []
+        what = f"{row.subject}: {row.words}"
+        table.add_row(*map(escape, (what, row.value_words, row.trivial_words, row.better, *before)))
     console = Console()
-    console.print(table if plain else "nothing was held out: there are no scores")
-    for head, languages in by_language.items():
-        names = metric_names(languages)
-        headers = [name.replace("_", " ") for name in names]  # long names break between words
-        table = Table("language", *headers, title=f"{head.capitalize()} by language", title_justify="left")
-        for language, values in languages.items():
-            table.add_row(language, *(readable(values[name]) if name in values else "" for name in names))
+    console.print(table if rows else "nothing was held out: there are no scores")
+    if earlier.note:
+        console.print(earlier.note, markup=False, soft_wrap=True)
+    for title, columns, languages in language_tables(held_out(record["metrics"])[1], heads):
+        shown = [escape(words) for words, _ in columns]
+        table = Table("language", *shown, title=f"{escape(title)} by language", title_justify="left")
+        for language, values in languages:
+            table.add_row(language, *values)
         console.print(table)
     print_listed("unreadable samples", folder / "quarantine.jsonl")
     print_listed("steps that were not finite and were skipped", folder / "nonfinite.jsonl")
-    console.print(f"report [bold]{folder / 'report.html'}[/]", soft_wrap=True)
+    console.print(f"report [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)

@@ -12,11 +12,12 @@ from PIL import Image
 
 from indiclip import json_lines
 from indiclip.evals import formatting
+from indiclip.evals.reports.fonts import page_fonts
 from indiclip.masking import mask
 
 
 def write_page(file: Path, template: str, **values: Any) -> Path:
-    """Write a page that loads nothing; the folder is made.
+    """Write a page that loads nothing, and has its fonts in it where it is HTML; the folder is made.
 
     Args:
         file: Where.
@@ -31,6 +32,11 @@ def write_page(file: Path, template: str, **values: Any) -> Path:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     page = mask(TEMPLATES.get_template(template).render(values))
+    if template.endswith(".html"):
+        fonts = page_fonts(page)
+        # Words cannot be taken for these places: in words, < is escaped.
+        page = page.replace("<!--fonts-->", fonts.css, 1)
+        page = page.replace("<!--missing fonts-->", f'<p class="note">{fonts.missing}</p>' if fonts.missing else "", 1)
     json_lines.write_whole(file, page.encode(errors="replace"))
     return file
 
@@ -40,11 +46,14 @@ def readable(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def png(image_HW3: np.ndarray) -> str:
-    """As a data URI; at least 240 pixels wide, enlarged without blur, so that small pictures can be looked at."""
+def large(image_HW3: np.ndarray, quality: int = 85) -> str:
+    """A WebP, a third of a PNG, as a data URI; at least 240 pixels wide, enlarged without blur, so that small pictures
+    can be looked at.
+    """
     picture = Image.fromarray(image_HW3)
     factor = max(1, -(-240 // picture.width))
-    return _encoded(picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST), "PNG")
+    enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return _encoded(enlarged, "WebP", quality=quality)
 
 
 def thumbnail(image_HW3: np.ndarray, longest: int = 240) -> str:
@@ -61,7 +70,7 @@ def _encoded(picture: Image.Image, kind: str, **options: int | bool) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """What an `img` loads without a file, of a `png`, a `jpeg` or an `svg+xml`."""
+    """What an `img` loads without a file, of a `webp`, a `jpeg` or an `svg+xml`."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,64 +1,128 @@
-"""`report.html`: one self-contained page with a run's curves, every metric, and pictures from held-out data."""
+"""`report.html`: one self-contained page that says what a run reached, with pictures from held-out data and curves."""
 
-import io
-import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from indiclip import __version__
-from indiclip.evals.reports.page import data_uri, png, readable, write_page
+from indiclip.evals.formatting import language_name
+from indiclip.evals.reports.curves import curves
+from indiclip.evals.reports.headline import FIRST, Metrics, headlines, sentence
+from indiclip.evals.reports.page import large, readable, write_page
+from indiclip.evals.reports.run_names import HeadNames, named, reading_order, spoken
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
 from indiclip.types import Step, class_names, targets_of
 
 if TYPE_CHECKING:
+    from indiclip.head import Picture
     from indiclip.module import MultiTask
 
-Picture = tuple[np.ndarray, str]  # uint8 (height, width, 3) and the words below it
-Metrics = dict[str, float | None]  # None is not finite
+
+_PICTURE_BYTES = 2_200_000  # of all pictures of a page; beside them stand curves, fonts and tables
+_QUALITIES = (85, 60, 30)  # of a WebP; 0 to 100
+Numbers = dict[str, float | None]  # None is not finite
+ByLanguage = dict[str, dict[str, Numbers]]  # head -> language -> metric -> value
 
 
-def write_report(folder: Path, title: str, record: dict[str, Any], sections: dict[str, list[Picture]]) -> Path:
+class Shown(NamedTuple):
+    """A held-out image on the page.
+
+    Attributes:
+        panels: Side by side: a data URI, its title, and its labels with their places as shares of width and height.
+        lines: Below: a text, the code of its language, the name of that, and a mark; empty where there is none.
+    """
+
+    panels: list[tuple[str, str, list[tuple[float, float, str]]]]
+    lines: list[tuple[str, str, str, str]]
+
+
+def write_report(folder: Path, title: str, record: dict[str, Any], sections: dict[str, "list[Picture]"]) -> Path:
     """Write `folder/report.html` from a run's record and pictures.
 
     Args:
         folder: The run's folder; `config.yaml` in it is shown, if there.
         title: Heading.
         record: `step`, `seconds`, `metrics` (name -> number, None if not finite), `history` (rows with `step`),
-            `quarantined` (rows of task, key, shard, reason), `data` (YAML key of each source -> `Inventory`), and
-            `weights` (what was scored, in words), if known.
+            `quarantined` (rows of task, key, shard, reason), `data` (YAML key of each source -> `Inventory`); and, if
+            known, `weights` (what was scored, in words), `heads` (see `run_names`), `earlier` (see `earlier_run`),
+            and for the opening sentence `model`, `learned` (what the heads are called) and `sources` (data -> size).
         sections: Head name -> pictures.
 
     Returns:
         The file.
     """
+    heads: HeadNames = record.get("heads", {})
+    earlier = record.get("earlier", FIRST)
     plain, by_language = held_out(record["metrics"])
     quarantined = [[row[name] for name in ("task", "shard", "key", "reason")] for row in record["quarantined"][:200]]
     config = folder / "config.yaml"
+    rows = headlines(record["metrics"], heads, earlier)
     return write_page(
         folder / "report.html",
         "training.html",
         title=title,
         version=__version__,
         record=record,
-        held_out=plain,
-        by_language={head: _language_table(languages) for head, languages in by_language.items()},
-        curves=_curves(record["history"]),
-        sections={name: [(png(pixels), words) for pixels, words in pictures] for name, pictures in sections.items()},
+        sentence=sentence(record, rows),
+        rows=rows,
+        earlier=earlier,
+        scores=_scores(plain, heads),
+        by_language=language_tables(by_language, heads),
+        curves=curves(record["history"], heads),
+        sections=[(_title(name, heads), shown) for name, shown in _fitting(sections).items()],
+        every={name: (record["metrics"][name], named(name, heads).full) for name in sorted(record["metrics"])},
         data=[(key, line) for key, inventory in record["data"].items() for line in inventory.lines()],
         quarantined=quarantined,
         config=config.read_text() if config.is_file() else None,
     )
 
 
+def _title(name: str, heads: HeadNames) -> str:
+    return heads[name][0] if name in heads else spoken(name)
+
+
+def _scores(plain: Metrics, heads: HeadNames) -> dict[str, list[tuple[str, str, str, str]]]:
+    """Whose they are -> what each number is, its value, unit and direction."""
+    scores: dict[str, list[tuple[str, str, str, str]]] = {}
+    for name in sorted(plain, key=lambda name: reading_order(name, heads)):
+        number = named(name, heads)
+        said = f"{number.words}, {number.language}" if number.language else number.words
+        scores.setdefault(number.subject, []).append((said, readable(plain[name]), number.unit, number.better))
+    return scores
+
+
+def _fitting(sections: dict[str, "list[Picture]"]) -> dict[str, list[Shown]]:
+    """Pictures of a quality that a page of 3 MB has room for; of very many, fewer of each head."""
+    for quality in _QUALITIES:
+        shown = {name: [_shown(picture, quality) for picture in of] for name, of in sections.items()}
+        size = sum(len(uri) for of in shown.values() for picture in of for uri, _, _ in picture.panels)
+        if size <= _PICTURE_BYTES:
+            return shown
+    return {name: of[: max(1, len(of) * _PICTURE_BYTES // size)] for name, of in shown.items()}
+
+
+def _shown(picture: "Picture", quality: int) -> Shown:
+    pixels, said = picture
+    panels = [(pixels, "", ())] if isinstance(pixels, np.ndarray) else pixels
+    lines = [(line, "", "") for line in said.splitlines()] if isinstance(said, str) else said
+    return Shown(
+        [(large(image, quality), title, _placed(labels, image)) for image, title, labels in panels],
+        [(text, code, language_name(code) if code else "", mark) for text, code, mark in lines],
+    )
+
+
+def _placed(labels: Sequence[tuple[float, float, str]], image_HW3: np.ndarray) -> list[tuple[float, float, str]]:
+    height, width = image_HW3.shape[:2]
+    return [(min(max(x / width, 0), 1), min(max(y / height, 0), 1), said) for x, y, said in labels]
+
+
 @torch.no_grad()
-def held_out_pictures(module: "MultiTask", batches: Sequence[Step], per_head: int) -> dict[str, list[Picture]]:
+def held_out_pictures(module: "MultiTask", batches: Sequence[Step], per_head: int) -> "dict[str, list[Picture]]":
     """Let every head draw its predictions on held-out images.
 
     Args:
@@ -81,16 +145,37 @@ def held_out_pictures(module: "MultiTask", batches: Sequence[Step], per_head: in
     return sections
 
 
-def _language_table(languages: dict[str, Metrics]) -> tuple[list[str], list[list[str]]]:
-    """Names of the columns behind the first, and the rows."""
-    names = metric_names(languages)
-    return names, [
-        [language, *(readable(values[name]) if name in values else "" for name in names)]
-        for language, values in languages.items()
-    ]
+class LanguageTable(NamedTuple):
+    """Scores by language.
+
+    Attributes:
+        title: What the head is called.
+        columns: What the numbers are, and which direction is better.
+        rows: A language's name and its values in words, as many as there are columns.
+    """
+
+    title: str
+    columns: list[tuple[str, str]]
+    rows: list[tuple[str, list[str]]]
 
 
-def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, dict[str, Metrics]]]:
+def language_tables(by_language: ByLanguage, heads: HeadNames) -> list[LanguageTable]:
+    """A table per head of what `held_out` found, languages by their names."""
+    tables = []
+    for head, languages in by_language.items():
+        names = {name for values in languages.values() for name in values}
+        ordered = sorted(names, key=lambda name: reading_order(f"val/{head}/{name}", heads))
+        columns = [named(f"val/{head}/{name}", heads) for name in ordered]
+        rows = [
+            (language_name(code), [readable(values[name]) if name in values else "" for name in ordered])
+            for code, values in languages.items()
+        ]
+        directions = [(column.words, f"{column.better} is better" if column.better else "") for column in columns]
+        tables.append(LanguageTable(_title(head, heads), directions, sorted(rows)))
+    return tables
+
+
+def held_out(metrics: Metrics) -> tuple[Numbers, ByLanguage]:
     """The metrics on held-out data: those of everything (of a benchmark, the main ones), and those of one language as
     head -> language -> metric -> value.
 
@@ -98,8 +183,8 @@ def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, dict[str, Metrics]]]:
     with `/<language>` behind it, it is that of a language.
     """
     single = {name.split("/")[1] for name in metrics if name.startswith("val/") and name.count("/") == 2}
-    plain: Metrics = {}
-    by_language: dict[str, dict[str, Metrics]] = {}
+    plain: Numbers = {}
+    by_language: ByLanguage = {}
     for name, value in sorted(metrics.items()):
         suite, *parts = name.split("/")
         head = parts[:1] if parts[0] in single else parts[:2]
@@ -108,66 +193,3 @@ def held_out(metrics: Metrics) -> tuple[Metrics, dict[str, dict[str, Metrics]]]:
         elif suite == "val" or (suite == "eval" and is_summary(name)):
             plain[name] = value
     return plain, by_language
-
-
-def metric_names(languages: dict[str, Metrics]) -> list[str]:
-    """Of a table with a row per language."""
-    return sorted({name for values in languages.values() for name in values})
-
-
-def _curves(history: list[dict[str, Any]]) -> list[str]:
-    """A plot per group of names, `train/<head>/...`, `val/<head>/...`, or of a number by language, of what was measured
-    more than once. Of a benchmark only what a summary has room for, a plot per suite. What `throughput/` measures has a
-    plot for each number, whose units differ.
-    """
-    times = Counter(name for row in history for name in row)
-    groups: dict[str, set[str]] = {}
-    for name, count in times.items():
-        parts = name.split("/")
-        if parts[0] == "throughput" and count > 1:
-            groups[name] = {name}
-        if len(parts) < 3 or count < 2 or name.endswith("backbone_grad_norm"):
-            continue
-        if parts[0] != "eval" or is_summary(name):
-            groups.setdefault("/".join(parts[: 2 if parts[0] == "eval" else -1]), set()).add(name)
-    from matplotlib import rc_context
-
-    # Letters stay letters, and of points nearer than a pixel the extremes alone are kept.
-    with rc_context({"svg.fonttype": "none", "path.simplify_threshold": 1.0}):
-        return [_plot(group, sorted(names), history) for group, names in sorted(groups.items())]
-
-
-def _plot(title: str, names: list[str], history: list[dict[str, Any]]) -> str:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    named = names if len(names) <= 24 and names != [title] else []
-    widest = max((len(name.removeprefix(f"{title}/")) for name in named), default=0)
-    columns = max(1, min(3, 60 // (widest + 5)))
-    legend = 0.16 * math.ceil(len(named) / columns)  # inches, as the height; to find a layout takes twice as long
-    height = 3.0 + legend
-    figure = Figure(figsize=(4.6, height))
-    axes = figure.add_axes((0.15, (0.55 + legend) / height, 0.82, 2.15 / height))
-    for i, name in enumerate(names):
-        measured = [row for row in history if row.get(name) is not None]
-        axes.plot(
-            [row["step"] for row in measured],
-            [row[name] for row in measured],
-            label=name.removeprefix(f"{title}/"),
-            linewidth=1.2,
-            linestyle=("-", "--", ":")[i // 10 % 3],  # there are ten colours
-            marker="o" if len(measured) < 20 else None,
-            markersize=3,
-        )
-    if title.startswith("throughput/"):
-        axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("step", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if named:
-        figure.legend(loc="lower center", fontsize=7, ncols=columns, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return data_uri(buffer.getvalue(), "svg+xml")
