@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from indiclip.datasets.folders import subfolders
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, Options, languages_left_out
 from indiclip.evals.cards.card import Card, load_card, packaged
 from indiclip.evals.encode import ALONE, Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
-from indiclip.evals.images.shard_layout import subfolders
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.procedural import generated_items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
@@ -57,6 +57,7 @@ def find_bench(
     cards: Sequence[str] | None = None,
     procedural: bool = True,
     seed: int = 0,
+    skip_unknown: bool = False,
 ) -> Bench:
     """Look for the images of cards.
 
@@ -65,6 +66,7 @@ def find_bench(
         cards: Ids of packaged cards, or files; None takes the eleven categories of India.
         procedural: Score the generated parts of cards that have one.
         seed: Of what is generated.
+        skip_unknown: Leave out and count the images of other classes than a card's; they are an error else.
 
     Raises:
         FileNotFoundError: No such folder or card.
@@ -80,7 +82,7 @@ def find_bench(
         raise FileNotFoundError(f"{root}: no such folder; expected a folder with the images of each card in it")
     others = _folders_beside(root, asked)
     for card in asked:
-        photographs = find_items(card, root) if root is not None else None
+        photographs = find_items(card, root, skip_unknown) if root is not None else None
         if photographs is None:
             where = "no folder of images was given"
             if root is not None:

@@ -1,6 +1,5 @@
 """The images of a card, read lazily, and what is right about each."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 from indiclip.datasets.table_reader import EmbeddedImages
 from indiclip.datasets.tables import Strings
 from indiclip.evals.cards.card import Card
-from indiclip.images import EncodedImage, UnreadableSample, read_image
+from indiclip.images import EncodedImage, UnreadableSample, read_image, storable
 from indiclip.webdataset.shards import Shards, unreadable
 
 # What can be pickled to a loader process, has a length, and gives an `EncodedImage` or uint8 RGB pixels (height, width,
@@ -75,11 +74,6 @@ class Items:
         )
 
 
-def key_of(name: str) -> str:
-    """A file's name as text that can be stored; bytes of it that are no UTF-8 are written out."""
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
 class FileImages(Dataset[EncodedImage]):
     """Image files of a folder.
 
@@ -94,9 +88,12 @@ class FileImages(Dataset[EncodedImage]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def path(self, index: int) -> Path:
+        """Where an image lies."""
+        return self.folder / self._names[index]
+
     def __getitem__(self, index: int) -> EncodedImage:
-        name = self._names[index]
-        return read_image(self.folder / name, key_of(name))
+        return read_image(self.path(index), storable(self._names[index]))
 
 
 class TableImages(Dataset[EncodedImage]):
