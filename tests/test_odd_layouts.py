@@ -174,27 +174,26 @@ def test_the_flag_through_the_command(tmp_path, monkeypatch, capsys):
 
 
 def test_bytes_that_are_no_utf8_lose_no_scores(tmp_path, monkeypatch, capsys):
-    """In the name of an image, of a folder in a class's, of one of no class, and of a broken image."""
+    """In the names of the folder of all, of an image and its folder, of a broken one, and of a folder of no class."""
     monkeypatch.setattr(embedder, "load_embedder", lambda *args, **options: MeanColour())
     monkeypatch.chdir(tmp_path)
-    photographs(tmp_path / "photos", ("idli", "samosa"))
     odd = os.fsdecode(b"caf\xe9")
+    files = {f"idli/{odd}/{odd}.jpg": jpeg(1), f"idli/{odd}.png": b"", f"{odd}/a.jpg": b""}
     try:
-        write(
-            tmp_path / "photos/edibles", {f"idli/{odd}/{odd}.jpg": jpeg(1), f"idli/{odd}.png": b"", f"{odd}/a.jpg": b""}
-        )
+        photographs(tmp_path / odd, ("idli", "samosa"))
+        write(tmp_path / odd / "edibles", files)
     except OSError:
         pytest.skip("the file system takes UTF-8 only")
-    (tmp_path / "photos/edibles/samosa" / f"{odd}.jpg").symlink_to("nowhere")
-    words = ["bench", "--model", "m", "--images", "photos", "--cards", "edibles", "--resamples", "9", "--skip-unknown"]
+    (tmp_path / odd / "edibles/samosa" / f"{odd}.jpg").symlink_to("nowhere")
+    words = ["bench", "--model", "m", "--images", odd, "--cards", "edibles", "--resamples", "9", "--skip-unknown"]
     assert main(words) == 0
     (found,) = json.loads((tmp_path / "runs/bench/m/metrics.json").read_text("utf-8"))["cards"]
     assert found["num_images"] == 7
     notes = "\n".join(found["notes"])
     assert r"caf\xe9 (1)" in notes
     assert r"unreadable: idli/caf\xe9.png: expected the bytes of a JPEG" in notes
-    assert r"unreadable: samosa/caf\xe9.jpg: photos/edibles/samosa/caf\xe9.jpg: No such file or directory" in notes
-    assert main(["bench", "import", "photos/edibles", "--card", "edibles", "--out", "wds", "--skip-unknown"]) == 0
+    assert r"unreadable: samosa/caf\xe9.jpg: caf\xe9/edibles/samosa/caf\xe9.jpg: No such file or directory" in notes
+    assert main(["bench", "import", f"{odd}/edibles", "--card", "edibles", "--out", "wds", "--skip-unknown"]) == 0
     assert r"idli/caf\xe9.png" in capsys.readouterr().out
 
 
@@ -271,10 +270,22 @@ def test_tables_as_programs_write_them(kind, name, card, folder):
     assert items.notes == []
 
 
+def test_the_split_may_stand_anywhere_in_a_shards_name(card, folder):
+    names = ("cifar10-train-0.tar", "cifar10_test_0.tar", "latest-0.tar")
+    write(folder, {name: tar({**SHARD, "9.jpg": jpeg(i), "9.cls": "2"}) for i, name in enumerate(names)})
+    write(folder, {"classes.txt": LIST})
+    items = find_items(card(), folder.parent)
+    assert items.keys[::4] == ["cifar10-train-0/0", "cifar10_test_0/0", "latest-0/0"]
+    assert items.is_train.tolist() == [True] * 4 + [False] * 8
+
+
 def test_an_image_is_of_one_split(retrieval, tmp_path):
     write(tmp_path / "c", {"c.csv": "file,en,split\na.jpg,x,train\na.jpg,y,test\n", **IMAGES})
     with pytest.raises(ValueError, match="line 3: 'a.jpg' is of another split in an earlier row"):
         read_items(retrieval, tmp_path / "c")
+    write(tmp_path / "c", {"c.csv": "file,en,split\na.jpg,x,train\nb.jpg,y,test\n"})
+    expected = f"{tmp_path}/c: left out: 1 images for training, of which retrieval learns nothing"
+    assert read_items(retrieval, tmp_path / "c").notes == [expected]
 
 
 def test_columns_are_languages_as_in_training(retrieval, tmp_path):

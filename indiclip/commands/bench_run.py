@@ -22,6 +22,7 @@ from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.console import print_result
 from indiclip.evals.reports.pictures import Pictures
 from indiclip.evals.results import check_parquet
+from indiclip.images import storable
 from indiclip.masking import mask
 from indiclip.training.run_folder import lock, unlock
 
@@ -92,7 +93,8 @@ def _folder(options: argparse.Namespace) -> Path:
 
 def _about(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """What a reader needs to do it again."""
-    given = {name: value for name, value in vars(options).items() if name not in ("json", "out")}
+    paths = {"images": options.images and storable(options.images)}
+    given = {name: value for name, value in vars(options).items() if name not in ("json", "out")} | paths
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
         "date": now,

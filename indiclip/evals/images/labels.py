@@ -11,6 +11,7 @@ import numpy as np
 from indiclip.datasets.tables import decode_text, stable_hash
 from indiclip.evals.cards.card import Card
 from indiclip.evals.cards.imagenet import is_imagenet, with_class_list
+from indiclip.images import storable
 
 CLASS_LISTS = ("classnames.txt", "classes.txt")
 _SHOWN = 5  # classes in a line; the others are counted
@@ -44,8 +45,8 @@ class ClassNames:
     def leave_out(self, name: str, images: int, why: str = "") -> None:
         """Count the images of a class that the card does not have, or raise a `ValueError` that says why."""
         if not self._skip:
-            raise ValueError(why)
-        self._left_out[name] += images
+            raise ValueError(storable(why))
+        self._left_out[storable(name)] += images
 
     def notes(self, where: str) -> list[str]:
         """A line that says what was left out."""

@@ -5,7 +5,7 @@
   captions in columns that are called by their language or `caption`. An image may have several rows of captions.
 - Shards of the WebDataset format (.tar, .tar.gz) with `cls`, a number that counts the lines of classes.txt or
   classnames.txt beside them, or a class's name; `txt` with a caption per line, `json` with captions as in training.
-  Shards called `train*` are for training.
+  Shards with `train` in their name are for training.
 - clip-benchmark's folder: classnames.txt, `<split>/nshards.txt`, `<split>/0.tar`, ...
 - Files of captions: see `indiclip.evals.images.caption_files`.
 
@@ -69,6 +69,8 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
         raise FileNotFoundError(f"{source}: images of the split `train` only; there is nothing to score")
     items.groups = class_groups(items.card, items.labels)
     gallery = None if items.is_train is None else items.labels[items.is_train]
+    if card.task == "retrieval" and gallery is not None:
+        notes.append(f"{source}: left out: {len(gallery):,} images for training, of which retrieval learns nothing")
     notes += [*items.notes, *missing_classes(items.card, items.labels[items.tested_N], gallery), *duplicates(items)]
     items.notes = list(map(storable, notes))
     return items

@@ -96,7 +96,7 @@ class _Part:
     def __init__(self, classes: ClassNames, split: str, urls: list[str], listed: ClassList | None, train: bool) -> None:
         shards, task = Shards(urls), classes.card.task
         self.images = ShardImages(shards)
-        before = "" if all(name.startswith(split) for name in shards.names) else f"{split}/"  # clip-benchmark's 0.tar
+        before = "" if all(split_of(name) == split for name in shards.names) else f"{split}/"  # clip-benchmark's 0.tar
         self.keys = [before + shards.key(place) for place in range(len(shards))]
         self.is_train = np.full(len(shards), train)
         self.losses = [f"{one.key}: {one.reason}" for one in shards.damaged]

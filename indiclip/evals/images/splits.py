@@ -16,9 +16,8 @@ def is_split(name: str) -> bool:
 
 
 def split_of(name: str) -> str:
-    """The split that a file's name begins with, such as `train-0000`; nothing where it begins with none."""
-    match = re.match(r"([a-z]+)(?![a-z])", name.lower())
-    return match[1] if match and match[1] in _KINDS else ""
+    """The split that stands in a file's name, such as `train-0000` or `cifar10_test.tar`; nothing where none does."""
+    return next((word for word in re.findall("[a-z]+", name.lower()) if word in _KINDS), "")
 
 
 def choose(names: Iterable[str], where: str) -> tuple[dict[str, bool], list[str]]:
