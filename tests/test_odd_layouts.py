@@ -1,7 +1,9 @@
 """A user's folders as they are: everything in them is read, or left out and counted with the reason."""
 
+import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -64,7 +66,12 @@ def test_deeper_folders_and_images_beside_the_classes(card, folder):
 def test_a_flat_folder_of_a_split_says_what_it_holds(card, folder):
     """As the validation images of ImageNet are downloaded."""
     write(folder, {"val/1.JPEG": jpeg(1), "val/2.JPEG": jpeg(2)})
-    with pytest.raises(FileNotFoundError, match=r"0 of 2 files; left out: 2 in no folder of a class \(val/1.JPEG\)"):
+    expected = r"0 of 2 files; left out: 2 in no folder of a class \(val/1.JPEG\)"
+    with pytest.raises(FileNotFoundError, match=expected):
+        find_items(card(), folder.parent)
+    write(folder, {f"train/{name}": data for name, data in FOLDERS.items()})
+    expected = r"images of the split `train` only; there is nothing to score; .*: 4 of 6 files; left out: 2 in no"
+    with pytest.raises(FileNotFoundError, match=expected):
         find_items(card(), folder.parent)
 
 
@@ -83,13 +90,13 @@ def test_folders_of_one_class_are_read_together(card, folder):
     assert len(set(items.keys)) == 4
 
 
-def test_a_class_in_the_folder_of_another_is_said(card, folder):
-    write(folder, {**FOLDERS, "idli/ladoo/x.jpg": jpeg(9)})
+@pytest.mark.parametrize("inner", ["ladoo", "train"])
+def test_a_class_or_split_in_the_folder_of_a_class_is_said(inner, card, folder):
+    write(folder, {**FOLDERS, f"idli/{inner}/x.jpg": jpeg(9)})
     items = find_items(card(), folder.parent)
-    assert ids(items)["idli/ladoo/x.jpg"] == "idli"
-    assert items.notes == [
-        f"{folder}: 1 images lie in folders of two classes, first idli/ladoo/x.jpg; the outer counts"
-    ]
+    assert ids(items)[f"idli/{inner}/x.jpg"] == "idli"
+    where = "in folders of a class that are called by another class or a split, which counts for nothing"
+    assert items.notes == [f"{folder}: 1 images lie {where}, first idli/{inner}/x.jpg"]
 
 
 @pytest.mark.parametrize("test", ["Test", "testing", "val", "Validation", "dev"])
@@ -279,6 +286,19 @@ def test_the_split_may_stand_anywhere_in_a_shards_name(card, folder):
     assert items.is_train.tolist() == [True] * 4 + [False] * 8
 
 
+@pytest.mark.parametrize(
+    ("written", "file", "message"),
+    [
+        ("a\\1.jpg", "a/1.jpg", r"first 'a\\\\1.jpg'; found 'a/1.jpg': write / for a backslash"),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg", "found the same letters in another Unicode normal form"),
+    ],
+)
+def test_names_as_other_systems_write_them_are_told_apart(written, file, message, card, folder):
+    write(folder, {"t.csv": f"file,class\n{written},idli\n", file: jpeg(1)})
+    with pytest.raises(FileNotFoundError, match=message):
+        find_items(card(), folder.parent)
+
+
 def test_an_image_is_of_one_split(retrieval, tmp_path):
     write(tmp_path / "c", {"c.csv": "file,en,split\na.jpg,x,train\na.jpg,y,test\n", **IMAGES})
     with pytest.raises(ValueError, match="line 3: 'a.jpg' is of another split in an earlier row"):
@@ -369,3 +389,51 @@ def test_real_photos_with_objects_and_captions(data_root, retrieval):
     found = dict(zip(items.keys, items.captions["en"], strict=True))
     assert found == {name: [" ".join(text.split()) for text in texts] for name, texts in captioned.items()}
     assert f"{len(content['images']) - len(found)} images without a caption" in items.notes[1]
+
+
+def test_a_table_or_captions_by_the_cards_name(card, retrieval, tmp_path):
+    write(tmp_path, {"food.csv": TABLE, **TABLE_IMAGES})
+    assert list(ids(find_items(card(), tmp_path)).values()) == ["masala_dosa", "masala_dosa", "idli", "ladoo"]
+    write(tmp_path, {"captions.jsonl": '{"image/key": "2.jpg", "hi": {"caption": ["एक"]}}', "captions.txt": ""})
+    assert find_items(retrieval, tmp_path).captions == {"hi": [["एक"]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("captions.jsonl", {"image/key": "x/../../a", "hi": {"caption": ["x"]}}, "'../a.jpg' lies outside the folder"),
+        ("captions.jsonl", {"image/key": None, "hi": {"caption": ["x"]}}, "image 1: image/key is None; expected text"),
+        (
+            "dataset.json",
+            {"images": [{"filename": "x/../../a.jpg", "split": "test", "sentences": [{"raw": "x"}]}]},
+            "'../a.jpg' lies outside the folder",
+        ),
+        (
+            "dataset.json",
+            {"images": [{"filename": 7, "split": "test", "sentences": [{"raw": "x"}]}]},
+            "image 1: filename is 7; expected text",
+        ),
+        (
+            "dataset.json",
+            {"images": [{"filename": "a.jpg", "split": "test", "sentences": None}]},
+            "image 1: sentences is None; expected a list",
+        ),
+    ],
+)
+def test_names_in_files_of_captions(name, content, message, retrieval, tmp_path):
+    write(tmp_path, {f"c/{name}": json.dumps(content), "a.jpg": jpeg(1), "c/x/b.jpg": jpeg(2)})
+    with pytest.raises(ValueError, match=message):
+        read_items(retrieval, tmp_path / "c")
+
+
+def test_a_key_that_a_shard_has_twice_is_said(card, folder):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as target:
+        for name, data in (("0.jpg", jpeg(1)), ("0.cls", b"idli"), ("0.jpg", jpeg(2)), ("0.cls", b"ladoo")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            target.addfile(info, io.BytesIO(data))
+    write(folder, {"a.tar": stream.getvalue()})
+    items = find_items(card(), folder.parent)
+    assert (ids(items), items.images[0].data) == ({"a/0": "idli"}, jpeg(1))
+    assert sum("duplicated" in note for note in items.notes) == 2

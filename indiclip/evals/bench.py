@@ -28,6 +28,7 @@ from indiclip.evals.procedural import generated_items
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
 from indiclip.evals.score import score, texts_of
 from indiclip.generated.fonts import MissingFonts
+from indiclip.images import storable
 from indiclip.names import check_choice, did_you_mean
 
 _NAMED = 10  # unreadable images of a card; the others are counted
@@ -86,7 +87,7 @@ def find_bench(
         if photographs is None:
             where = "no folder of images was given"
             if root is not None:
-                where = f"{root} has no folder of it{did_you_mean(card.folder, others)}"
+                where = f"{storable(root)} has no folder of it{did_you_mean(card.folder, others)}"
             bench.skipped.append(_card_result(card, PHOTOGRAPHS, "skipped", [where]))
         else:
             bench.items.append(photographs)

@@ -13,10 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indiclip.datasets.coco_file import join_captions, read_captions, read_images
+from indiclip.datasets.coco_file import check_all, join_captions, read_captions, read_images
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.languages import caption_language, language_tag
-from indiclip.datasets.tables import check_files, column, decode_text, is_text, load_json, parse_json
+from indiclip.datasets.tables import check_files, column, decode_text, is_text, load_json, name_in, parse_json
+from indiclip.images import is_image_name
 from indiclip.names import shorten
 
 # Where the images lie, below the folder of the file.
@@ -121,9 +122,12 @@ def _karpathy(images: list[Any], file: Path) -> tuple[list[str], dict[str, list[
     if not chosen:
         found = sorted({str(image["split"]) for image in images})
         raise ValueError(f"{file}: no images of the split {_SPLIT!r}; found {found}")
+    wheres = [f"{file}: image {number}" for number, image in enumerate(images, 1) if image["split"] == _SPLIT]
     names, sentences = (column(chosen, name, f"{file}: image") for name in ("filename", "sentences"))
+    check_all(names, is_text, wheres, "filename", "text")
+    check_all(sentences, lambda found: isinstance(found, list), wheres, "sentences", "a list")
     names = [
-        f"{image['filepath']}/{name}" if image.get("filepath") else name
+        name_in(file.parent, f"{image['filepath']}/{name}" if image.get("filepath") else name)
         for image, name in zip(chosen, names, strict=True)
     ]
     texts = [
@@ -144,6 +148,7 @@ def _crossmodal(file: Path, inventory: Inventory) -> tuple[list[str], dict[str, 
         except ValueError as error:
             raise ValueError(f"{file}: line {number}: {error}") from error
     keys = column(entries, "image/key", f"{file}: line")
+    check_all(keys, is_text, [f"{file}: image {number}" for number in range(1, len(keys) + 1)], "image/key", "text")
     captions, others = dict[str, list[list[str]]](), dict[str, None]()
     for place, (key, entry) in enumerate(zip(keys, entries, strict=True)):
         for name, found in entry.items():
@@ -158,7 +163,7 @@ def _crossmodal(file: Path, inventory: Inventory) -> tuple[list[str], dict[str, 
     unused = [name for name in others if not name.startswith("image/")]  # those are of the format
     inventory.present["keys"], inventory.used["keys"] = len(captions) + len(unused), len(captions)
     inventory.leave_out("keys", "not used", ", ".join(unused), len(unused))
-    return [f"{key}.jpg" for key in keys], captions
+    return [name_in(file.parent, key if is_image_name(key) else f"{key}.jpg") for key in keys], captions
 
 
 def _caption(text: Any, where: str) -> str:

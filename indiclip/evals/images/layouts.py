@@ -36,14 +36,15 @@ from indiclip.images import EXTENSIONS, is_image_name, storable
 from indiclip.names import did_you_mean
 
 _BABEL = "babel_imagenet.json"
+_CAPTION_FILES = (".json", ".jsonl")
 
 
 def find_items(card: Card, root: Path, skip_unknown: bool = False) -> Items | None:
-    """The images of a card below the benchmark's folder; None where there is no folder of the card.
+    """The images of a card below the benchmark's folder; None where there are none of the card.
 
     Args:
         card: The card.
-        root: With a folder for each card.
+        root: With a folder for each card, or a table or a file of captions that is called by it.
         skip_unknown: Leave out and count the images of other classes than the card's; they are an error else.
 
     Raises:
@@ -51,9 +52,13 @@ def find_items(card: Card, root: Path, skip_unknown: bool = False) -> Items | No
         ValueError: What is in it does not fit the card; names the file and the class, and the nearest class.
     """
     folder = root / card.folder
-    if not folder.is_dir() or (card.id == "babel_imagenet" and not (folder / _BABEL).is_file()):
+    if card.id == "babel_imagenet" and not (folder / _BABEL).is_file():
         return None
-    return read_items(card, folder, skip_unknown)
+    if folder.is_dir():
+        return read_items(card, folder, skip_unknown)
+    files = (root / f"{card.folder}{kind}" for kind in (*KINDS, *_CAPTION_FILES))
+    file = next((file for file in files if file.is_file()), None)
+    return None if file is None else read_items(card, file, skip_unknown)
 
 
 def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
@@ -62,11 +67,11 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     if card.id == "babel_imagenet":
         card, notes = with_babel(card, source / _BABEL)
     items = _read(card, source, skip_unknown)
+    found = "".join(f"; {note}" for note in items.notes)
     if not len(items):
-        found = "".join(f"; {note}" for note in items.notes)
         raise FileNotFoundError(f"{source}: no images ({', '.join(EXTENSIONS)}) of the card {card.id}{found}")
     if not items.tested_N.any():
-        raise FileNotFoundError(f"{source}: images of the split `train` only; there is nothing to score")
+        raise FileNotFoundError(f"{source}: images of the split `train` only; there is nothing to score{found}")
     items.groups = class_groups(items.card, items.labels)
     gallery = None if items.is_train is None else items.labels[items.is_train]
     if card.task == "retrieval" and gallery is not None:
@@ -77,7 +82,7 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
 
 
 def _read(card: Card, source: Path, skip_unknown: bool) -> Items:
-    if source.suffix.lower() in (".json", ".jsonl") and source.is_file():
+    if source.suffix.lower() in _CAPTION_FILES and source.is_file():
         return _of_captions(card, source)
     if source.is_file():
         return _of_table(card, source, skip_unknown)
@@ -129,13 +134,12 @@ def _of_folders(card: Card, source: Path, skip_unknown: bool) -> Items:
             labels += [place] * len(found)
             is_train += [train] * len(found)
             inner = (Path(name).relative_to(below).parent.parts for name in found)
-            nested += [name for name, parts in zip(found, inner, strict=True) if _in_other_class(card, parts, place)]
+            nested += [name for name, parts in zip(found, inner, strict=True) if _means_other(card, parts, place)]
     notes += [*split_notes, *classes.notes(str(source))]
     notes += [f"{source}: {line}" for line in inventory.lines() if "left out" in line]
     if nested:
-        notes.append(
-            f"{source}: {len(nested)} images lie in folders of two classes, first {nested[0]}; the outer counts"
-        )
+        where = "in folders of a class that are called by another class or a split, which counts for nothing"
+        notes.append(f"{source}: {len(nested):,} images lie {where}, first {nested[0]}")
     items = Items(
         card, FileImages(source, names), list(map(storable, names)), np.array(labels, dtype=np.int64), notes=notes,
         is_train=np.array(is_train) if any(is_train) else None,
@@ -179,8 +183,9 @@ def _count_strays(source: Path, below: str, inventory: Inventory) -> None:
         inventory.leave_out("files", "in no folder of a class", storable(Path(below, strays[0])), len(strays))
 
 
-def _in_other_class(card: Card, folders: tuple[str, ...], place: int) -> bool:
-    return any(card.place(folder) not in (None, place) for folder in folders)
+def _means_other(card: Card, folders: tuple[str, ...], place: int) -> bool:
+    """Whether a folder in a class's is called by another class or by a split."""
+    return any(is_split(folder) or card.place(folder) not in (None, place) for folder in folders)
 
 
 def _beside(image: Path) -> str:
@@ -235,7 +240,8 @@ def _check_rows(table: Table, rows_of: dict[str, list[int]], train: np.ndarray |
     """Raise a `ValueError` for an image of several rows where each has `once`, or where they are of several splits."""
     for name, (first, *others) in rows_of.items():
         if others and once:
-            raise ValueError(f"{table.where(others[0])}: {name!r} is duplicated; expected one class for each image")
+            found = f"{name!r} is duplicated, as {table.where(first)} has it"
+            raise ValueError(f"{table.where(others[0])}: {found}; expected one class for each image")
         for row in others:
             if train is not None and train[row] != train[first]:
                 raise ValueError(f"{table.where(row)}: {name!r} is of another split in an earlier row; expected one")

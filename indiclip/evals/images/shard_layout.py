@@ -186,7 +186,8 @@ def _not_read(card: Card, folder: Path, splits: Splits) -> list[str]:
 
 
 def _tars(folder: Path) -> list[str]:
-    return sorted(str(file) for file in folder.iterdir() if cache.SUFFIX.search(file.name) and file.name[0] != ".")
+    found = (file for file in folder.iterdir() if cache.SUFFIX.search(file.name) and file.name[0] != ".")
+    return sorted(str(file) for file in found if not file.is_dir())
 
 
 def _counted(folder: Path) -> list[str]:
