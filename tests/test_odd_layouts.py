@@ -243,6 +243,13 @@ def test_duplicates_are_counted(card, retrieval, folder, tmp_path):
     assert read_items(retrieval, tmp_path / "d").notes == []
 
 
+def test_captions_of_several_images_are_counted(retrieval, tmp_path):
+    rows = "a.jpg,a dosa,एक,test\na.jpg,food,दो,test\na.jpg,food,,test\nb.jpg,a dosa,एक,test\nc.jpg,food,दो,train\n"
+    write(tmp_path / "c", {"c.csv": f"file,en,hi,split\n{rows}", **IMAGES})
+    expected = "captions that several images have, of which one counts as right: en 1, hi 1; first 'a dosa'"
+    assert expected in read_items(retrieval, tmp_path / "c").notes
+
+
 def test_classes_without_a_gallery_are_named(card, folder):
     write(folder, {**{f"test/{name}": data for name, data in FOLDERS.items()}, "train/idli/x.jpg": jpeg(9)})
     expected = "no gallery images of 2 classes, which probes cannot answer: masala_dosa, ladoo"

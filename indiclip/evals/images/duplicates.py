@@ -1,7 +1,9 @@
-"""Image files with the same bytes: in two classes one is counted wrong, in the gallery its answer is known."""
+"""What is there twice. Of files with the same bytes in two classes one counts as missed; of one in the gallery the
+answer is known; images with the same caption are taken for each other.
+"""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +30,21 @@ def duplicates(items: Items) -> list[str]:
             repeated.append(group)
     found = {"in two classes": other_class, "in the gallery and scored": in_gallery, "scored more than once": repeated}
     return [_line(items, what, of_kind) for what, of_kind in found.items() if of_kind]
+
+
+def shared_captions(items: Items) -> list[str]:
+    """A line that counts the captions that several of the scored images have, by language."""
+    tested, counts, first = items.tested_N.tolist(), dict[str, int](), ""
+    for language, of_images in (items.captions or {}).items():
+        images = Counter(text for texts, scored in zip(of_images, tested, strict=True) if scored for text in set(texts))
+        shared = [text for text, count in images.items() if count > 1]
+        if shared:
+            counts[language] = len(shared)
+            first = first or min(shared)
+    found = ", ".join(f"{language} {count:,}" for language, count in counts.items())
+    return (
+        [f"captions that several images have, of which one counts as right: {found}; first {first!r}"] if found else []
+    )
 
 
 def _line(items: Items, what: str, groups: list[list[int]]) -> str:

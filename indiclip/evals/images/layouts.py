@@ -27,7 +27,7 @@ from indiclip.datasets.tables import check_files, decode_text
 from indiclip.evals.cards.card import Card
 from indiclip.evals.cards.imagenet import is_imagenet, with_babel
 from indiclip.evals.images.caption_files import find_caption_file, read_caption_file
-from indiclip.evals.images.duplicates import duplicates
+from indiclip.evals.images.duplicates import duplicates, shared_captions
 from indiclip.evals.images.items import FileImages, Images, Items, TableImages
 from indiclip.evals.images.labels import ClassNames, class_groups, draw_candidates, missing_classes, read_class_list
 from indiclip.evals.images.shard_layout import by_language, find_shards, read_shards
@@ -76,7 +76,8 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     gallery = None if items.is_train is None else items.labels[items.is_train]
     if card.task == "retrieval" and gallery is not None:
         notes.append(f"{source}: left out: {len(gallery):,} images for training, of which retrieval learns nothing")
-    notes += [*items.notes, *missing_classes(items.card, items.labels[items.tested_N], gallery), *duplicates(items)]
+    notes += [*items.notes, *missing_classes(items.card, items.labels[items.tested_N], gallery)]
+    notes += [*duplicates(items), *shared_captions(items)]
     items.notes = list(map(storable, notes))
     return items
 
