@@ -111,11 +111,13 @@ def test_splits_however_they_are_called(test, card, folder):
 
 def test_a_folder_beside_those_of_splits(card, folder):
     write(folder, {f"{split}/{name}": data for split in ("test", "idli") for name, data in FOLDERS.items()})
-    with pytest.raises(ValueError, match="food/idli: the folder lies beside test"):
+    expected = "food/idli: the folder lies beside test, of splits; expected folders of splits alone or classes alone"
+    with pytest.raises(ValueError, match=expected):
         find_items(card(), folder.parent)
     items = find_items(card(), folder.parent, skip_unknown=True)
     assert len(items) == 4
-    assert items.notes == [f"{folder}: left out: 4 images of 1 classes that are not on the card food: idli (4)"]
+    first = "idli/idli/a.JPG"
+    assert items.notes == [f"{folder}: 4 of 8 files; left out: 4 beside the folders of splits ({first})"]
 
 
 UNKNOWN = {

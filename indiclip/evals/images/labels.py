@@ -26,7 +26,7 @@ class ClassNames:
     """
 
     def __init__(self, card: Card, skip_unknown: bool) -> None:
-        self.card, self._skip = card, skip_unknown
+        self.card, self.skip_unknown = card, skip_unknown
         self._left_out: Counter[str] = Counter()  # name -> images
 
     def place(self, name: str, where: str) -> int:
@@ -35,7 +35,7 @@ class ClassNames:
         Raises:
             ValueError: There is none, and they are not; begins with `where` and names the nearest.
         """
-        if not self._skip:
+        if not self.skip_unknown:
             return self.card.check_place(name, where)
         place = self.card.place(name)
         if place is None:
@@ -44,7 +44,7 @@ class ClassNames:
 
     def leave_out(self, name: str, images: int, why: str = "") -> None:
         """Count the images of a class that the card does not have, or raise a `ValueError` that says why."""
-        if not self._skip:
+        if not self.skip_unknown:
             raise ValueError(storable(why))
         self._left_out[storable(name)] += images
 
@@ -52,12 +52,9 @@ class ClassNames:
         """A line that says what was left out."""
         if not self._left_out:
             return []
-        names = ", ".join(
-            f"{name or 'without a name'} ({count:,})" for name, count in self._left_out.most_common(_SHOWN)
-        )
-        more = ", ..." if len(self._left_out) > _SHOWN else ""
-        images = f"{self._left_out.total():,} images of {len(self._left_out)} classes"
-        return [f"{where}: left out: {images} that are not on the card {self.card.id}: {names}{more}"]
+        names = [f"{name or 'without a name'} ({count:,})" for name, count in self._left_out.most_common()]
+        images = f"{self._left_out.total():,} images of {len(names)} classes"
+        return [f"{where}: left out: {images} that are not on the card {self.card.id}: {_first(names)}"]
 
 
 class ClassList(NamedTuple):

@@ -134,8 +134,7 @@ def _of_folders(card: Card, source: Path, skip_unknown: bool) -> Items:
             names += found
             labels += [place] * len(found)
             is_train += [train] * len(found)
-            inner = (Path(name).relative_to(below).parent.parts for name in found)
-            nested += [name for name, parts in zip(found, inner, strict=True) if _means_other(card, parts, place)]
+            nested += [name for name in found if _means_other(card, name[len(below) + 1 :].split("/")[:-1], place)]
     notes += [*split_notes, *classes.notes(str(source))]
     notes += [f"{source}: {line}" for line in inventory.lines() if "left out" in line]
     if nested:
@@ -157,8 +156,13 @@ def _folder_splits(classes: ClassNames, source: Path, inventory: Inventory) -> t
         return {"": False}, []
     _count_strays(source, "", inventory)
     for folder in folders:
-        if folder not in splits and (found := list_images(source, folder).images):
-            classes.leave_out(folder, len(found), f"{source / folder}: the folder lies beside {', '.join(splits)}")
+        if folder in splits or not (found := list_images(source, folder).images):
+            continue
+        if not classes.skip_unknown:
+            found_where = f"{storable(source / folder)}: the folder lies beside {', '.join(splits)}, of splits"
+            raise ValueError(f"{found_where}; expected folders of splits alone or classes alone")
+        inventory.present["files"] += len(found)
+        inventory.leave_out("files", "beside the folders of splits", storable(found[0]), len(found))
     return choose(splits, str(source))
 
 
@@ -184,7 +188,7 @@ def _count_strays(source: Path, below: str, inventory: Inventory) -> None:
         inventory.leave_out("files", "in no folder of a class", storable(Path(below, strays[0])), len(strays))
 
 
-def _means_other(card: Card, folders: tuple[str, ...], place: int) -> bool:
+def _means_other(card: Card, folders: list[str], place: int) -> bool:
     """Whether a folder in a class's is called by another class or by a split."""
     return any(is_split(folder) or card.place(folder) not in (None, place) for folder in folders)
 
