@@ -34,6 +34,7 @@ _XMP_TURN = b"tiff:Orientation"
 _PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _JPEG_MARKER = re.compile(rb"\xff+([^\xff])")  # any number of 0xff may come before it
 _ORIENTATION = 0x0112  # EXIF tag
+_SURROGATE = re.compile("[\ud800-\udfff]")  # as which Python reads a path's byte that is no UTF-8
 # Of the machine or its network, which no sample is to blame for.
 _TROUBLES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 
@@ -223,7 +224,7 @@ def is_image_name(name: str) -> bool:
 
 def storable(path: str | Path) -> str:
     """A path as text that any file can hold: bytes of it that are no UTF-8 are written out."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    return _SURROGATE.sub(lambda half: f"\\x{ord(half[0]) & 0xFF:02x}", str(path))
 
 
 def is_trouble(error: OSError) -> bool:

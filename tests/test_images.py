@@ -10,13 +10,14 @@ import subprocess
 import sys
 import zlib
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from indiclip.images import MAX_PIXELS, EncodedImage, UnreadableSample, read_header, read_image, to_rgb
+from indiclip.images import MAX_PIXELS, EncodedImage, UnreadableSample, read_header, read_image, storable, to_rgb
 from indiclip.preprocessing import Preprocessing
 
 
@@ -312,3 +313,12 @@ def test_unreadable_survives_the_way_back_from_a_worker_process():
 def test_no_lightning_is_imported_for_images():
     code = "import sys, indiclip.images; assert not {'torch', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [("दोसा/é.jpg", "दोसा/é.jpg"), (os.fsdecode(b"a\xe9\xff.jpg"), r"a\xe9\xff.jpg"), ("\ud800", r"\x00")],
+)
+def test_what_is_utf8_is_stored_as_it_is(name, stored):
+    """In any locale, as the file system's encoding may be another one."""
+    assert storable(name) == storable(Path(name)) == stored
