@@ -14,7 +14,10 @@ _MIDDLE = 1024  # bytes from a file's middle, which differ where files do; heads
 
 
 def duplicates(items: Items) -> list[str]:
-    """Lines that count the images of a folder that are there more than once; nothing of images in shards or tables."""
+    """Lines that count the image files that are there more than once.
+
+    Nothing is said of images in shards and in tables themselves, all of which would have to be read for it.
+    """
     if not isinstance(items.images, FileImages):
         return []
     groups = _same_bytes([items.images.path(place) for place in range(len(items))])
@@ -41,10 +44,10 @@ def shared_captions(items: Items) -> list[str]:
         if shared:
             counts[language] = len(shared)
             first = first or min(shared)
+    if not counts:
+        return []
     found = ", ".join(f"{language} {count:,}" for language, count in counts.items())
-    return (
-        [f"captions that several images have, of which one counts as right: {found}; first {first!r}"] if found else []
-    )
+    return [f"captions that several images have, of which one counts as right: {found}; first {first!r}"]
 
 
 def _line(items: Items, what: str, groups: list[list[int]]) -> str:
