@@ -28,11 +28,13 @@ TURNS = {
     **{5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)},
 }
 
-_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names for 16-bit grey
+_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")  # PIL's names for 16-bit grey
+_WIDE_MODES = {"I": "whole numbers of 32 bits", "F": "floats"}  # PIL's modes of no declared range
 _XMP_TURN = b"tiff:Orientation"
 _PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _JPEG_MARKER = re.compile(rb"\xff+([^\xff])")  # any number of 0xff may come before it
 _ORIENTATION = 0x0112  # EXIF tag
+_SURROGATE = re.compile("[\ud800-\udfff]")  # as which Python reads a path's byte that is no UTF-8
 # Of the machine or its network, which no sample is to blame for.
 _TROUBLES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 
@@ -168,7 +170,10 @@ class EncodedImage:
     def _open(self) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked by us
-            return Image.open(io.BytesIO(self.data), formats=(self.kind,))
+            image = Image.open(io.BytesIO(self.data), formats=(self.kind,))
+        if self.kind == "PNG" and "transparency" in image.info:
+            image.info["transparency"] = _in_8_bits(image, bits=self.data[24])
+        return image
 
     def _format(self, data: bytes) -> str:
         if data[:3] == b"\xff\xd8\xff":
@@ -185,6 +190,16 @@ class EncodedImage:
         if not isinstance(error, Image.DecompressionBombError):  # PIL has a limit of its own
             reason = f"damaged {self.kind}: {reason}"
         return UnreadableSample(self._key, reason, self._file)
+
+
+def _in_8_bits(image: Image.Image, bits: int) -> Any:
+    """The colour of a PNG that is transparent, which PIL leaves as the file has it, beside pixels that it scales."""
+    found = image.info["transparency"]
+    if image.mode == "L" and bits < 8:
+        return found * 255 // (2**bits - 1)
+    if image.mode == "RGB" and bits == 16:
+        return tuple(value >> 8 for value in found)
+    return found
 
 
 def _has_exif(jpeg: bytes) -> bool:
@@ -207,6 +222,11 @@ def is_image_name(name: str) -> bool:
     return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
+def storable(path: str | Path) -> str:
+    """A path as text that any file can hold: bytes of it that are no UTF-8 are written out."""
+    return _SURROGATE.sub(lambda half: f"\\x{ord(half[0]) & 0xFF:02x}", str(path))
+
+
 def is_trouble(error: OSError) -> bool:
     """Whether it says that the machine is in trouble, not that a file is bad."""
     return error.errno in _TROUBLES
@@ -219,12 +239,13 @@ def read_image(path: Path, key: str) -> EncodedImage:
         UnreadableSample: No image, or no such file.
         OSError: The machine is in trouble.
     """
+    shown = storable(path)
     try:
-        return EncodedImage(read_file(path), key, str(path))
+        return EncodedImage(read_file(path), key, shown)
     except OSError as error:
         if is_trouble(error):
             raise
-        raise UnreadableSample(key, f"{path}: {error.strerror}", str(path)) from error
+        raise UnreadableSample(key, f"{shown}: {error.strerror}", shown) from error
 
 
 def read_header(path: Path) -> EncodedImage:
@@ -264,12 +285,21 @@ def read_file(path: Path, most: int = -1) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB; see `EncodedImage.decode`. PIL's own conversion shows what is behind transparency."""
+    """Any PIL image as 8-bit RGB; see `EncodedImage.decode`. PIL's own conversion shows what is behind transparency.
+
+    Raises:
+        ValueError: An image of 32 bits a pixel, whose values may have any range: PIL cuts them at 0 and 255.
+    """
+    if image.mode in _WIDE_MODES:
+        found = f"found pixels of PIL's mode {image.mode!r}, {_WIDE_MODES[image.mode]}, whose range is not declared"
+        raise ValueError(f"{found}; expected 8 or 16 bits a channel")
     if image.mode in _DEEP_MODES:  # PIL's own conversion clips to 255 instead of scaling
         values = np.asarray(image)
-        grey = (values.astype(np.uint32) >> 8).astype(np.uint8)
+        grey = (values.astype(np.uint32) >> 8).astype(np.uint8)  # as PIL reads 16-bit colours
         grey[values == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey).convert("RGB")
+    if image.mode == "La":  # of which PIL knows this conversion alone
+        image = image.convert("LA")
     if image.has_transparency_data:
         if image.mode != "RGBA":
             image = image.convert("RGBA")

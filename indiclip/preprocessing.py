@@ -163,7 +163,10 @@ def _read_any(image: AnyImage, position: int) -> Tensor:
     if isinstance(image, bytes):
         return read_upright(EncodedImage(image, f"image {position}"))
     if isinstance(image, Image.Image):
-        pixels: Tensor = TF.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+        try:
+            pixels: Tensor = TF.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
+        except ValueError as error:
+            raise ValueError(f"image {position}: {error}") from error
         return pixels
     if isinstance(image, EncodedImage):
         return read_upright(image)

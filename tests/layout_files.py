@@ -27,7 +27,7 @@ WORDS = {
 
 def jpeg(shade, size=(9, 6)):
     file = io.BytesIO()
-    Image.new("RGB", size, (shade, 40, 90)).save(file, "JPEG")
+    Image.new("RGB", size, (shade * 9, 40, 90)).save(file, "JPEG")  # no two shades have the same bytes
     return file.getvalue()
 
 
@@ -85,15 +85,15 @@ LAYOUTS = {
 TEXTS = {"a.jpg": "दिल्ली", "b.jpg": "मुंबई", "c.jpg": "भारत"}
 MATCHING = {
     "folders": {
-        **{f"devanagari/{name}": jpeg(1) for name in TEXTS},
+        **{f"devanagari/{name}": jpeg(shade) for shade, name in enumerate(TEXTS)},
         **{f"devanagari/{name[0]}.txt": f"{text}\n" for name, text in TEXTS.items()},
-        **{"tamil/t.jpg": jpeg(2), "tamil/t.txt": "மதுரை"},
+        **{"tamil/t.jpg": jpeg(3), "tamil/t.txt": "மதுரை"},
     },
     "table": {
         "words.csv": "file,class,text\n"
         + "".join(f"{name},devanagari,{text}\n" for name, text in TEXTS.items())
         + "t.jpg,Tamil,மதுரை\n",
-        **dict.fromkeys([*TEXTS, "t.jpg"], jpeg(1)),
+        **{name: jpeg(shade) for shade, name in enumerate([*TEXTS, "t.jpg"])},
     },
     "shards": {
         "a.tar": tar(

@@ -47,9 +47,11 @@ def few_generated(monkeypatch):
 
 
 def folders(names=tuple(PURE), count=8, prefix="test/", **options):
-    return {
-        f"{prefix}{name}/{i}.png": data for name in names for i, data in enumerate(shades_of(name, count, **options))
+    """Files of which no two have the same bytes: some are one colour."""
+    colours = {
+        f"{prefix}{name}/{i}.png": png for name in names for i, png in enumerate(shades_of(name, count, **options))
     }
+    return {name: png + name.encode() for name, png in colours.items()}
 
 
 def run(bench, embedder=None, options=OPTIONS, **other):

@@ -110,8 +110,8 @@ def test_captions_there_and_back(tmp_path):
     assert content(first) == content(second)
     assert third.captions == {"en": [["एक"], ["तीन"]]}  # the layout does not say the language
     assert (tmp_path / "c" / "dataset_type.txt").read_text() == "retrieval\n"
-    with pytest.raises(ValueError, match="--language: no captions in 'hin'; nearest is 'hi'; found en, hi"):
-        convert(str(tmp_path / "a"), str(card), str(tmp_path / "d"), language="hin")
+    with pytest.raises(ValueError, match="--language: no captions in 'hid'; nearest is 'hi'; found en, hi"):
+        convert(str(tmp_path / "a"), str(card), str(tmp_path / "d"), language="hid")
 
 
 def test_words_there_and_back_and_clip_benchmark_has_no_such_task(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from indiclip.cli import main
-from indiclip.datasets.folders import list_images
+from indiclip.datasets.folders import list_images, subfolders
 from indiclip.webdataset.shards import Shards
 
 
@@ -88,4 +88,16 @@ def test_a_deep_folder_and_classes_in_alphabetical_order(tmp_path, monkeypatch):
 
 def test_links_to_folders_above_end(folder):
     (folder / "a" / "up").symlink_to(folder)
+    (folder / "a" / "higher").symlink_to(folder.parent)
     assert len(list_images(folder).images) == 6
+    assert list_images(folder, "a").images == ["a/1.jpg", "a/3.jfif", "a/deep/er/2.PNG.png"]
+    (folder.parent / "link").symlink_to(folder)
+    assert len(list_images(folder.parent / "link").images) == 6
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "lost+found", ".ipynb_checkpoints"])
+def test_folders_that_systems_make_are_no_classes(folder, name):
+    save(folder / name / "x.jpg")
+    save(folder / "a" / name / "x.jpg")
+    assert len(list_images(folder).images) == 6
+    assert subfolders(folder) == ["a", "b"]

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import zlib
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from indiclip.images import MAX_PIXELS, EncodedImage, UnreadableSample, read_header, read_image
+from indiclip.images import MAX_PIXELS, EncodedImage, UnreadableSample, read_header, read_image, storable, to_rgb
+from indiclip.preprocessing import Preprocessing
 
 
 def decode(data, key, max_pixels=MAX_PIXELS):
@@ -29,12 +31,15 @@ def encoded(image, kind="PNG", **options):
     return buffer.getvalue()
 
 
-def png_header(width, height):
+def png(width, height, bits=8, colours=2, pixels=b"", transparent=b""):
+    """A PNG by the book. `colours`: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0))
+    header += chunk(b"tRNS", transparent) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(48, 64), (1, 1), (17, 31)])
@@ -94,6 +99,66 @@ def test_sixteen_bits_keep_their_high_byte():
     values = np.array([[0x0000, 0x00FF, 0x0100, 0x7FFF, 0xFFFF]], dtype=np.uint16)
     assert decode(encoded(Image.fromarray(values)), "k")[0, :, 0].tolist() == [0, 0, 1, 127, 255]
     assert decode(encoded(Image.fromarray(values), transparency=0x0100), "k")[0, :, 0].tolist() == [0, 0, 255, 127, 255]
+
+
+@pytest.mark.parametrize(("colours", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_are_alike_in_grey_and_colour(colours, channels):
+    """And a picture of 8 bits that was stored with 16 is itself again."""
+    levels = np.arange(256, dtype=np.uint16) * 257
+    for values, shown in ((levels, np.arange(256)), (levels[:-1] + 256, np.arange(1, 256))):
+        pixels = np.repeat(values[:, None], channels, 1).astype(">u2")
+        if colours > 2:
+            pixels[:, -1] = 0xFFFF  # alpha
+        found = decode(png(len(values), 1, 16, colours, b"\0" + pixels.tobytes()), "k")
+        assert (found == shown[:, None]).all()
+
+
+def test_a_transparent_colour_is_scaled_as_the_pixels_are():
+    """PIL leaves it as the file has it: of 2 and 4 bits and of colours with 16, it hits other pixels or none."""
+    four = png(4, 1, 4, 0, b"\0" + bytes([0x1F, 0x3A]), struct.pack(">H", 3))
+    assert decode(four, "k")[0, :, 0].tolist() == [17, 255, 255, 170]
+    two = png(4, 1, 2, 0, b"\0" + bytes([0b00011011]), struct.pack(">H", 2))
+    assert decode(two, "k")[0, :, 0].tolist() == [0, 85, 255, 255]
+    one = png(4, 1, 1, 0, b"\0" + bytes([0b01010000]), struct.pack(">H", 0))
+    assert decode(one, "k")[0, :, 0].tolist() == [255, 255, 255, 255]
+    pixels = b"\0" + np.array([1000, 2000, 3000, 40000, 50000, 60000], ">u2").tobytes()
+    deep = png(2, 1, 16, 2, pixels, struct.pack(">HHH", 1000, 2000, 3000))
+    assert decode(deep, "k")[0].tolist() == [[255, 255, 255], [156, 195, 234]]
+
+
+PIL_MODES = ["1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "La", "PA", "RGBa", "LAB"]
+
+
+@pytest.mark.parametrize("mode", [*PIL_MODES, "I;16", "I;16L", "I;16B", "I;16N"])
+def test_white_and_black_of_every_mode_are_white_and_black(mode):
+    greys = Image.fromarray(np.array([[0, 255]], np.uint8))
+    if mode.startswith("I;16"):
+        kind = {"I;16N": "=u2", "I;16B": ">u2"}.get(mode, "<u2")
+        image = Image.frombytes(mode, (2, 1), np.array([0, 0xFFFF], kind).tobytes())
+    else:
+        step = {"La": "LA", "PA": "P", "RGBa": "RGBA"}.get(mode, "RGB" if mode == "LAB" else "L")
+        image = greys.convert(step).convert(mode)
+    assert image.mode == mode
+    assert abs(np.asarray(to_rgb(image)).astype(int)[0] - [[0] * 3, [255] * 3]).max() <= 1  # LAB rounds
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_declared_range_are_refused(mode):
+    expected = f"mode '{mode}', .*, whose range is not declared; expected 8 or 16 bits a channel"
+    with pytest.raises(ValueError, match=expected):
+        to_rgb(Image.new(mode, (2, 1), 7))
+    with pytest.raises(ValueError, match=f"image 1: found pixels of PIL's {expected}"):
+        Preprocessing(8).batch([Image.new("L", (8, 8)), Image.new(mode, (8, 8))], 4)
+
+
+def test_an_animation_is_its_first_picture():
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    for kind in ("WEBP", "PNG"):
+        data = encoded(red, kind, save_all=True, append_images=[blue], lossless=True)
+        assert decode(data, "k")[0, 0].tolist() == [255, 0, 0]
+    gif = encoded(red, "GIF", save_all=True, append_images=[blue])
+    with pytest.raises(UnreadableSample, match="k: expected the bytes of a JPEG, PNG or WebP, found .* b'GIF8"):
+        decode(gif, "k")
 
 
 def test_one_bit_becomes_black_and_white():
@@ -198,9 +263,9 @@ def test_other_formats_are_refused_by_their_first_bytes(data):
 
 def test_a_bomb_is_refused_from_its_header_alone():
     with pytest.raises(UnreadableSample, match=r"k: 11000x10000 pixels are more than the 100,000,000 allowed"):
-        decode(png_header(11_000, 10_000), "k")
+        decode(png(11_000, 10_000), "k")
     with pytest.raises(UnreadableSample, match=r"k: Image size .* exceeds limit of 178956970 pixels"):
-        decode(png_header(60_000, 60_000), "k")  # PIL's own limit comes first
+        decode(png(60_000, 60_000), "k")  # PIL's own limit comes first
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -214,6 +279,13 @@ def test_the_cap_is_on_the_product_of_the_sides(kind):
 def test_a_missing_file_is_unreadable(tmp_path):
     with pytest.raises(UnreadableSample, match="No such file"):
         read_image(tmp_path / "gone.jpg", "k")
+
+
+def test_a_name_that_is_no_utf8_can_be_stored(tmp_path):
+    with pytest.raises(UnreadableSample) as caught:
+        read_image(tmp_path / os.fsdecode(b"caf\xe9.jpg"), "k")
+    assert caught.value.file == f"{tmp_path}/caf\\xe9.jpg"
+    assert str(caught.value) == f"k: {tmp_path}/caf\\xe9.jpg: No such file or directory"
 
 
 def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
@@ -241,3 +313,12 @@ def test_unreadable_survives_the_way_back_from_a_worker_process():
 def test_no_lightning_is_imported_for_images():
     code = "import sys, indiclip.images; assert not {'torch', 'lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [("दोसा/é.jpg", "दोसा/é.jpg"), (os.fsdecode(b"a\xe9\xff.jpg"), r"a\xe9\xff.jpg"), ("\ud800", r"\x00")],
+)
+def test_what_is_utf8_is_stored_as_it_is(name, stored):
+    """In any locale, as the file system's encoding may be another one."""
+    assert storable(name) == storable(Path(name)) == stored

@@ -19,9 +19,9 @@ def cards(card: str | None) -> int:
     return 0
 
 
-def import_images(source: str, card: str, out: str, layout: str, split: str, language: str) -> int:
+def import_images(source: str, card: str, out: str, layout: str, split: str, language: str, skip_unknown: bool) -> int:
     """Writes a card's images in another layout. Returns the exit status."""
-    done = convert(source, card, out, layout, split, language)
+    done = convert(source, card, out, layout, split, language, skip_unknown)
     counts = ", ".join(f"{split} {count:,}" for split, count in done.images.items())
     print(f"{done.folder}: {done.images.total():,} images of {card} ({counts}), layout {layout}")
     for note in done.notes:

@@ -22,6 +22,7 @@ from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.console import print_result
 from indiclip.evals.reports.pictures import Pictures
 from indiclip.evals.results import check_parquet
+from indiclip.images import storable
 from indiclip.masking import mask
 from indiclip.training.run_folder import lock, unlock
 
@@ -44,7 +45,7 @@ def _run(options: argparse.Namespace) -> int:
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     views = list(dict.fromkeys(options.views))
     wanted = Options(options.languages, views, not options.no_probes, options.resamples, options.seed)
-    bench = find_bench(options.images, options.cards, not options.no_procedural, options.seed)
+    bench = find_bench(options.images, options.cards, not options.no_procedural, options.seed, options.skip_unknown)
     check_languages(bench, options.languages)
     model = embedder.load_embedder(
         options.model,
@@ -60,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     folder = _folder(options)
     lock(folder)
     overlap = flag(bench, options.training, options.num_workers) if options.training else None
-    with progress_bar(sum(map(len, bench.items)), "images") as advance:
+    with progress_bar(sum(items.num_images for items in bench.items), "images") as advance:
         result = run_bench(model, bench, wanted, ALONE, options.batch_size, options.num_workers, advance)
     assert result is not None
     if not result.scores:
@@ -92,7 +93,8 @@ def _folder(options: argparse.Namespace) -> Path:
 
 def _about(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """What a reader needs to do it again."""
-    given = {name: value for name, value in vars(options).items() if name not in ("json", "out")}
+    paths = {"images": options.images and storable(options.images)}
+    given = {name: value for name, value in vars(options).items() if name not in ("json", "out")} | paths
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
         "date": now,

@@ -7,9 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from indiclip.datasets.inventory import Inventory
-from indiclip.images import is_image_name
+from indiclip.images import is_image_name, storable
 
 _TEXTS = ("txt", "json")  # beside an image, of the same name
+_OF_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found")  # folders that macOS, Synology and ext4 make
 
 
 class Files(NamedTuple):
@@ -29,7 +30,8 @@ class Files(NamedTuple):
 def list_images(folder: Path, below: str = "") -> Files:
     """The images in a folder (or in the one of this name in it, such as `train/kite`) and in all folders below it.
 
-    Links to folders are followed. Hidden files are counted, hidden folders are not looked into.
+    Links to folders are followed, but not those to a folder that they lie in. Hidden files are counted, hidden folders
+    are not looked into.
     """
     names, inventory = sorted(_walk(folder / below, f"{below}/" if below else "")), Inventory()
     images = [name for name in names if is_image_name(name) and not _is_hidden(name)]
@@ -49,8 +51,14 @@ def list_images(folder: Path, below: str = "") -> Files:
             reason = f".{extension}, which is not read" if extension else "no extension"
         inventory.used["files"] += not reason
         if reason:
-            inventory.leave_out("files", reason, os.fsencode(name).decode(errors="backslashreplace"))
+            inventory.leave_out("files", reason, storable(name))
     return Files(images, texts, inventory)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, but for hidden ones and those that systems make."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not _is_no_data(entry.name))
 
 
 def stem(name: str) -> str:
@@ -59,18 +67,23 @@ def stem(name: str) -> str:
 
 
 def _walk(root: Path, below: str) -> Iterator[str]:
-    folders, seen = [(str(root), below)], set()
+    above = (*root.absolute().parents, *root.resolve().parents)
+    folders, seen = [(str(root), below)], {os.path.realpath(folder) for folder in above}
     for folder, below in folders:
         real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above it
+        if real in seen:  # a link to a folder above it, or to one that was read
             continue
         seen.add(real)
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.is_dir():
                     yield below + entry.name
-                elif not entry.name.startswith("."):
+                elif not _is_no_data(entry.name):
                     folders.append((entry.path, f"{below}{entry.name}/"))  # the loop comes to it
+
+
+def _is_no_data(folder: str) -> bool:
+    return folder.startswith(".") or folder in _OF_SYSTEMS
 
 
 def _is_hidden(name: str) -> bool:

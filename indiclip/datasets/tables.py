@@ -7,6 +7,7 @@ import json
 import os
 import posixpath
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,23 @@ def check_files(folder: Path, names: Sequence[str], where: str) -> None:
     for name in filter(_LEADS_OUT.match, missing):
         raise ValueError(f"{where}: the image {why_missing(folder, name)}")
     if missing:
-        near = did_you_mean(missing[0], there)
+        near = _other_spelling(folder, missing[0], there) or did_you_mean(missing[0], there)
         raise FileNotFoundError(
             f"{where}: {len(missing)} of {len(names)} images are not in {folder}, first {shorten(missing[0])}{near}"
         )
+
+
+def _other_spelling(folder: Path, name: str, there: Iterable[str]) -> str:
+    """A hint where a file's name is written as on Windows, or as on macOS, with accents by themselves."""
+    posix = name.replace("\\", "/")
+    if posix != name and not why_missing(folder, posix):
+        return f"; found {posix!r}: write / for a backslash"
+    letters = unicodedata.normalize("NFC", name)
+    if any(unicodedata.normalize("NFC", other) == letters for other in there):
+        return (
+            "; found the same letters in another Unicode normal form (NFC or NFD): write them as the file's name does"
+        )
+    return ""
 
 
 def name_in(folder: Path, name: str) -> str:

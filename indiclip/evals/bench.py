@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from indiclip.datasets.folders import subfolders
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
 from indiclip.evals.cards.card import Card, load_card, packaged
 from indiclip.evals.encode import ALONE, Encoded, Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
-from indiclip.evals.images.shard_layout import subfolders
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
 from indiclip.generated.fonts import MissingFonts
+from indiclip.images import storable
 from indiclip.names import check_choice, did_you_mean
 
 _NAMED = 10  # unreadable images of a card; the others are counted
@@ -56,6 +57,7 @@ def find_bench(
     cards: Sequence[str] | None = None,
     procedural: bool = True,
     seed: int = 0,
+    skip_unknown: bool = False,
 ) -> Bench:
     """Look for the images of cards.
 
@@ -64,6 +66,7 @@ def find_bench(
         cards: Ids of packaged cards, or files; None takes the eleven categories of India.
         procedural: Score the generated parts of cards that have one.
         seed: Of what is generated.
+        skip_unknown: Leave out and count the images of other classes than a card's; they are an error else.
 
     Raises:
         FileNotFoundError: No such folder or card.
@@ -79,11 +82,11 @@ def find_bench(
         raise FileNotFoundError(f"{root}: no such folder; expected a folder with the images of each card in it")
     others = _folders_beside(root, asked)
     for card in asked:
-        photographs = find_items(card, root) if root is not None else None
+        photographs = find_items(card, root, skip_unknown) if root is not None else None
         if photographs is None:
             where = "no folder of images was given"
             if root is not None:
-                where = f"{root} has no folder of it{did_you_mean(card.folder, others)}"
+                where = f"{storable(root)} has no folder of it{did_you_mean(card.folder, others)}"
             bench.skipped.append(_card_result(card, PHOTOGRAPHS, "skipped", [where]))
         else:
             bench.items.append(photographs)
@@ -183,7 +186,7 @@ def logged_names(lengths: Sequence[int], bench: Bench, options: Options) -> list
     Noise is scored, whose numbers have the same names. It takes as long as to score a run, without the encoding.
     """
     generator, width = torch.Generator().manual_seed(0), lengths[-1]
-    num_images = sum(map(len, bench.items))
+    num_images = sum(items.num_images for items in bench.items)
     texts = sorted({text for items in bench.items for text in texts_of(items, options)})
     noise = F.normalize(torch.randn(num_images + len(texts), width, generator=generator), dim=1)
     result = Result("noise", list(lengths), list(options.views), cards=list(bench.skipped))
@@ -201,12 +204,12 @@ def _score_all(
     texts: dict[str, Tensor],
 ) -> None:
     first = 0
-    with _threads(1 if sum(map(len, every)) < _FEW else torch.get_num_threads()):
+    with _threads(1 if sum(items.num_images for items in every) < _FEW else torch.get_num_threads()):
         for items in every:
-            last = first + len(items)
+            last = first + items.num_images
             part = {view: image_NE[first:last] for view, image_NE in images.images.items()}
             failed = {place - first: why for place, why in images.unreadable.items() if first <= place < last}
-            items = replace(items, contents=images.contents[first:last])
+            items = replace(items, contents=images.contents[first:last] if items.num_images else [])
             _score_into(result, items, part, failed, texts, options)
             first = last
 
@@ -233,7 +236,7 @@ def _score_into(
     options: Options,
 ) -> None:
     notes = [*items.notes, *(languages_left_out(items, options) if texts else [])]
-    if len(unreadable) == len(items):
+    if unreadable and len(unreadable) == len(items):
         notes = []  # the reason for which it is skipped is the files
     notes += _unreadable(list(unreadable.values()))
     if unreadable:

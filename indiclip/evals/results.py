@@ -237,9 +237,9 @@ class Result:
             "scores": [{name: finite(value) for name, value in score._asdict().items()} for score in self.scores],
             "about": self.about,
         }
-        json_lines.write_whole(
-            folder / "metrics.json", (mask(json.dumps(content, indent=1, ensure_ascii=False)) + "\n").encode()
-        )
+        text = mask(json.dumps(content, indent=1, ensure_ascii=False)) + "\n"
+        # JSON writes half of a surrogate pair, as of a path that is no UTF-8, with a backslash too.
+        json_lines.write_whole(folder / "metrics.json", text.encode(errors="backslashreplace"))
 
 
 def part_of(is_procedural: bool) -> str:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from webdataset import ShardWriter
 
+from indiclip.datasets.languages import caption_language, language_tag
 from indiclip.datasets.tables import existing
 from indiclip.evals.cards.card import Card, load_card
 from indiclip.evals.images.items import Items
@@ -48,7 +49,13 @@ _Write = Callable[[Items, Path, str, Iterable[_Readable]], None]  # items, an em
 
 
 def convert(
-    source: str, card: str, out: str, layout: str = "clip-benchmark", split: str = "test", language: str = "en"
+    source: str,
+    card: str,
+    out: str,
+    layout: str = "clip-benchmark",
+    split: str = "test",
+    language: str = "en",
+    skip_unknown: bool = False,
 ) -> Converted:
     """Write a card's images in another layout, whole or not at all.
 
@@ -59,6 +66,7 @@ def convert(
         layout: `folder` or `clip-benchmark`.
         split: What the images that are scored are put under; those for training are under `train`.
         language: Of class names, prompts and captions, of which clip-benchmark's layout has one.
+        skip_unknown: Leave out and count the images of other classes than the card's; they are an error else.
 
     Raises:
         FileExistsError: There is something in the folder.
@@ -66,6 +74,7 @@ def convert(
         ValueError: The images do not fit the card, the layout has no such task, or classes have no name in the
             language.
     """
+    language = language_tag(language) or language
     folder = Path(out).expanduser()
     layouts: dict[str, _Write] = {"folder": _write_folder, "clip-benchmark": _write_clip_benchmark}
     check_choice("--layout", layout, layouts)
@@ -73,7 +82,7 @@ def convert(
         raise ValueError(f"--split: found {split!r}; expected what the scored images are called, such as test")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already and not empty; nothing was written")
-    items = read_items(load_card(card), existing(source))
+    items = read_items(load_card(card), existing(source), skip_unknown)
     done, left_out = Counter[str](), list[str]()
 
     def readable() -> Iterator[_Readable]:
@@ -151,15 +160,26 @@ def _write_folder(items: Items, folder: Path, language: str, images: Iterable[_R
 
 
 def _write_captions(items: Items, folder: Path, images: Iterable[_Readable]) -> None:
-    """`images/` and captions.csv: a row per caption, a column per language."""
+    """`images/` and captions.csv: a row per caption, a column per language.
+
+    Where columns are not called by a language, as `id` is not taken for Indonesian, `language` says it of `caption`.
+    """
     captions, names = items.captions or {}, _Names()
     (folder / "images").mkdir()
-    rows = [["file", "split", *captions]]
+    columns = [language for language in captions if caption_language(language) == language]
+    others = [language for language in captions if language not in columns]
+    more = ["caption", "language"] if others else []
+    rows = [["file", "split", *columns, *more]]
     for place, split, image in images:
         name = f"{names.free(items.keys[place], '')}.{EXTENSION_OF[image.kind]}"
         (folder / "images" / name).write_bytes(image.data)
-        of_languages = zip_longest(*(texts[place] for texts in captions.values()), fillvalue="")
-        rows += [[name, split, *texts] for texts in of_languages]
+        of_columns = zip_longest(*(captions[language][place] for language in columns), fillvalue="")
+        rows += [[name, split, *texts, *[""] * len(more)] for texts in of_columns]
+        rows += [
+            [name, split, *[""] * len(columns), text, language]
+            for language in others
+            for text in captions[language][place]
+        ]
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows(rows if items.is_train is not None else ([row[0], *row[2:]] for row in rows))

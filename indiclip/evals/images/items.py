@@ -1,6 +1,5 @@
 """The images of a card, read lazily, and what is right about each."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 from indiclip.datasets.table_reader import EmbeddedImages
 from indiclip.datasets.tables import Strings
 from indiclip.evals.cards.card import Card
-from indiclip.images import EncodedImage, UnreadableSample, read_image
+from indiclip.images import EncodedImage, UnreadableSample, read_image, storable
 from indiclip.webdataset.shards import Shards, unreadable
 
 # What can be pickled to a loader process, has a length, and gives an `EncodedImage` or uint8 RGB pixels (height, width,
@@ -61,6 +60,11 @@ class Items:
         return len(self.keys)
 
     @property
+    def num_images(self) -> int:
+        """As many as there are items, or none: parallel texts have no images."""
+        return len(self.images)  # type: ignore[arg-type]  # a Dataset, which mostly has a length
+
+    @property
     def tested_N(self) -> np.ndarray:
         """bool, which images are scored: all but the gallery."""
         return np.ones(len(self), bool) if self.is_train is None else ~self.is_train
@@ -70,7 +74,7 @@ class Items:
         kept = list(places)
         return replace(
             self,
-            images=Subset(self.images, kept),
+            images=Subset(self.images, kept) if self.num_images else self.images,
             keys=_at(self.keys, kept),
             labels=self.labels[kept],
             captions=self.captions and {language: _at(texts, kept) for language, texts in self.captions.items()},
@@ -82,11 +86,6 @@ class Items:
             groups=self.groups and _at(self.groups, kept),
             notes=list(self.notes),
         )
-
-
-def key_of(name: str) -> str:
-    """A file's name as text that can be stored; bytes of it that are no UTF-8 are written out."""
-    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 class FileImages(Dataset[EncodedImage]):
@@ -103,9 +102,12 @@ class FileImages(Dataset[EncodedImage]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def path(self, index: int) -> Path:
+        """Where an image lies."""
+        return self.folder / self._names[index]
+
     def __getitem__(self, index: int) -> EncodedImage:
-        name = self._names[index]
-        return read_image(self.folder / name, key_of(name))
+        return read_image(self.path(index), storable(self._names[index]))
 
 
 class TableImages(Dataset[EncodedImage]):

@@ -2,7 +2,7 @@
 
 import random
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +11,50 @@ import numpy as np
 from indiclip.datasets.tables import decode_text, stable_hash
 from indiclip.evals.cards.card import Card
 from indiclip.evals.cards.imagenet import is_imagenet, with_class_list
+from indiclip.images import storable
 
 CLASS_LISTS = ("classnames.txt", "classes.txt")
+_SHOWN = 5  # classes in a line; the others are counted
+
+
+class ClassNames:
+    """The classes of a card, as the names in a user's data mean them.
+
+    Args:
+        card: The card.
+        skip_unknown: Images of other classes are left out and counted; they are an error else.
+    """
+
+    def __init__(self, card: Card, skip_unknown: bool) -> None:
+        self.card, self.skip_unknown = card, skip_unknown
+        self._left_out: Counter[str] = Counter()  # name -> images
+
+    def place(self, name: str, where: str) -> int:
+        """Where a class is on the card; -1 where there is none of the name, and its images are left out.
+
+        Raises:
+            ValueError: There is none, and they are not; begins with `where` and names the nearest.
+        """
+        if not self.skip_unknown:
+            return self.card.check_place(name, where)
+        place = self.card.place(name)
+        if place is None:
+            self.leave_out(name, 1)
+        return -1 if place is None else place
+
+    def leave_out(self, name: str, images: int, why: str = "") -> None:
+        """Count the images of a class that the card does not have, or raise a `ValueError` that says why."""
+        if not self.skip_unknown:
+            raise ValueError(storable(why))
+        self._left_out[storable(name)] += images
+
+    def notes(self, where: str) -> list[str]:
+        """A line that says what was left out."""
+        if not self._left_out:
+            return []
+        names = [f"{name or 'without a name'} ({count:,})" for name, count in self._left_out.most_common()]
+        images = f"{self._left_out.total():,} images of {len(names)} classes"
+        return [f"{where}: left out: {images} that are not on the card {self.card.id}: {_first(names)}"]
 
 
 class ClassList(NamedTuple):
@@ -20,12 +62,18 @@ class ClassList(NamedTuple):
 
     card: Card  # with the list's names, where those are better than its own
     file: Path
-    places: np.ndarray  # int64 (lines,): where each line's class is on the card
+    names: list[str]
+    places: np.ndarray  # int64 (lines,): where each line's class is on the card; -1: it is not there
     notes: list[str]
 
 
-def read_class_list(card: Card, folder: Path) -> ClassList | None:
+def read_class_list(card: Card, folder: Path, skip_unknown: bool = False) -> ClassList | None:
     """The class list of a folder, `classnames.txt` or `classes.txt`; None where there is none.
+
+    Args:
+        card: The card.
+        folder: With the list.
+        skip_unknown: Lines may be of no class of the card.
 
     Raises:
         ValueError: A line that is empty or no class of the card, or a duplicated one. Names the file and the line.
@@ -38,25 +86,28 @@ def read_class_list(card: Card, folder: Path) -> ClassList | None:
         raise ValueError(f"{file}: line {names.index('') + 1} is empty; expected a class, since labels count the lines")
     if is_imagenet(card):
         card, notes = with_class_list(card, names, str(file))
-        return ClassList(card, file, np.arange(len(names)), notes)
-    places = [card.check_place(name, f"{file}: line {number}") for number, name in enumerate(names, 1)]
+        return ClassList(card, file, names, np.arange(len(names)), notes)
+    classes = ClassNames(card, skip_unknown)
+    places = [classes.place(name, f"{file}: line {number}") for number, name in enumerate(names, 1)]
+    known = [place for place in places if place >= 0]
     for number, place in enumerate(places):
-        if place in places[:number]:
+        if place >= 0 and place in places[:number]:
             raise ValueError(
                 f"{file}: line {number + 1}: {card.classes[place].id} is in line {places.index(place) + 1}"
             )
-    moved = places != sorted(places)
+    moved = known != sorted(known)
     note = f"{file}: the classes are in another order than on the card; labels are mapped by name"
-    return ClassList(card, file, np.array(places, dtype=np.int64), [note] if moved else [])
+    return ClassList(card, file, names, np.array(places, dtype=np.int64), [note] if moved else [])
 
 
-def map_labels(numbers: np.ndarray, found: ClassList | None, where: str) -> np.ndarray:
-    """Numbers that count a list's lines from 0 -> indices into the card's classes.
+def map_labels(numbers: np.ndarray, found: ClassList | None, where: str, classes: ClassNames) -> np.ndarray:
+    """Numbers that count a list's lines from 0 -> indices into the card's classes; -1 of those that it does not have.
 
     Args:
         numbers: Whole numbers (N,).
         found: The list.
         where: Names the images' file or folder in errors.
+        classes: Is told what is left out.
 
     Returns:
         int64 (N,).
@@ -71,17 +122,35 @@ def map_labels(numbers: np.ndarray, found: ClassList | None, where: str) -> np.n
         )
     if numbers.max() >= len(found.places):
         raise ValueError(f"{where}: the label {numbers.max()}; {found.file} has {len(found.places)} lines")
-    return np.asarray(found.places[numbers], dtype=np.int64)
+    places = np.asarray(found.places[numbers], dtype=np.int64)
+    for number, count in Counter(numbers[places < 0].tolist()).items():
+        classes.leave_out(found.names[number], count)
+    return places
 
 
-def missing_classes(card: Card, labels: np.ndarray) -> list[str]:
-    """A line that names the classes of a card without any image."""
-    there = set(labels.tolist())
-    missing = [one.id for place, one in enumerate(card.classes) if place not in there]
-    if not missing:
-        return []
-    shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-    return [f"no images of {len(missing)} of {len(card.classes)} classes, which stay candidates: {shown}"]
+def missing_classes(card: Card, tested: np.ndarray, gallery: np.ndarray | None) -> list[str]:
+    """Lines that name the classes without an image to score, and those that have one and none in the gallery.
+
+    Args:
+        card: The card.
+        tested: Labels of the images that are scored.
+        gallery: Labels of those that probes learn from; None where there is no such split.
+    """
+    tested_classes, lines = set(tested.tolist()), []
+    missing = [one.id for place, one in enumerate(card.classes) if place not in tested_classes]
+    if missing:
+        lines = [
+            f"no images of {len(missing)} of {len(card.classes)} classes, which stay candidates: {_first(missing)}"
+        ]
+    if card.classes and gallery is not None:
+        without = [card.classes[place].id for place in sorted(tested_classes - set(gallery.tolist()))]
+        if without:
+            lines.append(f"no gallery images of {len(without)} classes, which probes cannot answer: {_first(without)}")
+    return lines
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def class_groups(card: Card, labels: np.ndarray) -> list[str] | None:

@@ -1,18 +1,21 @@
 """Items in shards of the WebDataset format, clip-benchmark's folders among them."""
 
 import os
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from indiclip.datasets.tables import decode_text
+from indiclip.datasets.folders import subfolders
+from indiclip.datasets.languages import declared_language
+from indiclip.datasets.tables import decode_text, text_lines
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items, ShardImages
-from indiclip.evals.images.labels import ClassList, draw_candidates, map_labels, read_class_list
+from indiclip.evals.images.labels import ClassList, ClassNames, draw_candidates, map_labels, read_class_list
 from indiclip.evals.images.splits import choose, is_split, split_of
 from indiclip.webdataset import cache
-from indiclip.webdataset.shards import Shards
+from indiclip.webdataset.shards import Shards, read_captions, read_entry
 from indiclip.webdataset.tar_members import key_and_extension, members
 
 Splits = dict[str, list[str]]  # name of a split, or nothing -> its shards
@@ -36,26 +39,28 @@ def find_shards(folder: Path) -> Splits:
     return found
 
 
-def read_shards(card: Card, folder: Path, splits: Splits) -> Items:
+def read_shards(card: Card, folder: Path, splits: Splits, skip_unknown: bool = False) -> Items:
     """The items of shards.
 
     Args:
         card: What they are of.
         folder: With the class list.
         splits: As `find_shards` gives them.
+        skip_unknown: Leave out and count the images of other classes than the card's.
 
     Raises:
         ValueError: Labels or texts that do not fit the card; names the shard and the sample.
     """
-    listed = read_class_list(card, folder) if card.classes else None
+    listed = read_class_list(card, folder, skip_unknown) if card.classes else None
     card = listed.card if listed else card
-    notes = list(listed.notes) if listed else []
+    notes = [*(listed.notes if listed else []), *_not_read(card, folder, splits)]
     named = [name for name in splits if name]
     chosen, split_notes = choose(named, str(folder)) if named else ({}, [])
     if "" in splits:  # shards that name no split, beside others that do or not
         chosen[""] = False
-    parts = [_Part(card, split, splits[split], listed, train) for split, train in chosen.items()]
-    notes += [*split_notes, *(f"lost: {loss}" for part in parts for loss in part.losses)]
+    classes = ClassNames(card, skip_unknown)
+    parts = [_Part(classes, split, splits[split], listed, train) for split, train in chosen.items()]
+    notes += [*split_notes, *(f"lost: {loss}" for part in parts for loss in part.losses), *classes.notes(str(folder))]
     items = Items(
         card,
         ConcatDataset([part.images for part in parts]),
@@ -66,42 +71,56 @@ def read_shards(card: Card, folder: Path, splits: Splits) -> Items:
     )
     texts = [text for part in parts for text in part.texts]
     if "captions" in card.required_fields:
-        items.captions = {"en": [[line for line in text.splitlines() if line.strip()] for text in texts]}
+        items.captions = by_language([captions for part in parts for captions in part.captions])
+    if card.classes and (items.labels < 0).any():
+        known = np.flatnonzero(items.labels >= 0).tolist()
+        items, texts = items.select(known), [texts[place] for place in known if texts]
     if "text" in card.required_fields:
         items.candidates, few = draw_candidates(card, texts, items.keys, items.labels)
         items.notes += few
     return items
 
 
+def by_language(of_images: list[dict[str, list[str]]]) -> dict[str, list[list[str]]]:
+    """Language -> the captions of each image, in one line each."""
+    languages = dict.fromkeys(chain.from_iterable(of_images))
+    return {
+        language: [[" ".join(text.split()) for text in found.get(language, [])] for found in of_images]
+        for language in languages
+    }
+
+
 class _Part:
     """The samples of one split."""
 
-    def __init__(self, card: Card, split: str, urls: list[str], listed: ClassList | None, train: bool) -> None:
-        shards = Shards(urls)
+    def __init__(self, classes: ClassNames, split: str, urls: list[str], listed: ClassList | None, train: bool) -> None:
+        shards, fields = Shards(urls), classes.card.required_fields
         self.images = ShardImages(shards)
-        before = "" if all(name.startswith(split) for name in shards.names) else f"{split}/"  # clip-benchmark's 0.tar
+        before = "" if all(split_of(name) == split for name in shards.names) else f"{split}/"  # clip-benchmark's 0.tar
         self.keys = [before + shards.key(place) for place in range(len(shards))]
         self.is_train = np.full(len(shards), train)
         self.losses = [f"{one.key}: {one.reason}" for one in shards.damaged]
-        self.labels = _labels(card, shards, listed)
-        self.texts = _texts(shards) if card.required_fields & {"captions", "text"} else []
+        self.labels = _labels(classes, shards, listed)
+        self.texts = _texts(shards) if "text" in fields else []
+        self.captions = _captions(shards) if "captions" in fields else []
 
 
-def _labels(card: Card, shards: Shards, listed: ClassList | None) -> np.ndarray:
+def _labels(classes: ClassNames, shards: Shards, listed: ClassList | None) -> np.ndarray:
     found = shards.labels.astype(np.int64)
     labels = np.full(len(shards), -1, dtype=np.int64)
-    if not card.classes:
+    if not classes.card.classes:
         return labels
     numbered = found >= 0
     if numbered.any():
-        labels[numbered] = map_labels(found[numbered], listed, shards.shard(int(numbered.argmax())))
+        where = shards.shard(int(numbered.argmax()))
+        labels[numbered] = map_labels(found[numbered], listed, where, classes)
     if not numbered.all():
         names = _members(shards, "cls")
         for place in np.flatnonzero(~numbered).tolist():
             where = f"{shards.shard(place)}: {shards.key(place)}"
             if shards.key(place) not in names:
                 raise ValueError(f"{where}: no label (.cls)")
-            labels[place] = card.check_place(names[shards.key(place)].strip(), where)
+            labels[place] = classes.place(names[shards.key(place)].strip(), where)
     return labels
 
 
@@ -111,6 +130,31 @@ def _texts(shards: Shards) -> list[str]:
         if not texts.get(shards.key(place), "").strip():
             raise ValueError(f"{shards.shard(place)}: {shards.key(place)}: no text (.txt) beside the image")
     return [texts[shards.key(place)] for place in range(len(shards))]
+
+
+def _captions(shards: Shards) -> list[dict[str, list[str]]]:
+    """Of each sample, as training takes them, but for a `.txt` of several lines: a caption in each."""
+    texts, entries = _members(shards, "txt"), _members(shards, "json")
+    of_samples = []
+    for place in range(len(shards)):
+        key = shards.key(place)
+        where = f"{shards.shard(place)}: {key}"
+        lines = [line.strip() for line in text_lines(texts.get(key, "")) if line.strip()]
+        try:
+            entry = read_entry({"json": entries[key].encode()} if key in entries else {})
+            captions = read_captions({}, entry | {"text": None} if lines else entry)
+            own = declared_language(entry.get("language") or entry.get("lang"))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        known = set() if own else set(chain.from_iterable(captions.values()))
+        if lines := [line for line in lines if line not in known]:
+            captions[own] = list(dict.fromkeys([*lines, *captions.get(own, [])]))
+        if not captions:
+            raise ValueError(f"{where}: no text (.txt, .json) beside the image")
+        if unknown := captions.pop("", []):
+            captions["en"] = list(dict.fromkeys([*unknown, *captions.get("en", [])]))
+        of_samples.append(captions)
+    return of_samples
 
 
 def _members(shards: Shards, extension: str) -> dict[str, str]:
@@ -127,14 +171,23 @@ def _members(shards: Shards, extension: str) -> dict[str, str]:
     return found
 
 
-def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, but for hidden ones."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+def _not_read(card: Card, folder: Path, splits: Splits) -> list[str]:
+    """What lies beside the shards and is none of them."""
+    lines, read = [], set[str]()
+    for split, shards in splits.items():
+        if split and Path(shards[0]).parent == folder / split:
+            read.add(split)
+            if more := len(_tars(folder / split)) - len(shards):
+                lines.append(f"{folder / split}: left out: {more} shards that nshards.txt does not count")
+    beside = [name for name in subfolders(folder) if name not in read]
+    if beside := [name for name in beside if is_split(name) or card.place(name) is not None]:
+        lines.append(f"{folder}: left out: the folders {', '.join(beside)} beside the shards")
+    return lines
 
 
 def _tars(folder: Path) -> list[str]:
-    return sorted(str(file) for file in folder.iterdir() if cache.SUFFIX.search(file.name) and file.name[0] != ".")
+    found = (file for file in folder.iterdir() if cache.SUFFIX.search(file.name) and file.name[0] != ".")
+    return sorted(str(file) for file in found if not file.is_dir())
 
 
 def _counted(folder: Path) -> list[str]:

@@ -3,7 +3,11 @@
 import re
 from collections.abc import Iterable
 
-_KINDS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+_KINDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+}
 
 
 def is_split(name: str) -> bool:
@@ -12,9 +16,8 @@ def is_split(name: str) -> bool:
 
 
 def split_of(name: str) -> str:
-    """The split that a file's name begins with, such as `train-0000`; nothing where it begins with none."""
-    match = re.match(r"([a-z]+)(?![a-z])", name.lower())
-    return match[1] if match and match[1] in _KINDS else ""
+    """The split that stands in a file's name, such as `train-0000` or `cifar10_test.tar`; nothing where none does."""
+    return next((word for word in re.findall("[a-z]+", name.lower()) if word in _KINDS), "")
 
 
 def choose(names: Iterable[str], where: str) -> tuple[dict[str, bool], list[str]]:
@@ -30,5 +33,5 @@ def choose(names: Iterable[str], where: str) -> tuple[dict[str, bool], list[str]
     kinds = {name: _KINDS[name.lower()] for name in names}
     scored = "test" if "test" in kinds.values() else "val"
     chosen = {name: kind == "train" for name, kind in kinds.items() if kind in ("train", scored)}
-    left = [name for name in kinds if name not in chosen]
-    return chosen, [f"{where}: `test` is scored; `{left[0]}` is not used"] if left else []
+    left = ", ".join(f"`{name}`" for name in kinds if name not in chosen)
+    return chosen, [f"{where}: `test` is scored; {left} is not used"] if left else []

@@ -17,6 +17,7 @@ from indiclip.evals.results import IMAGES, Score
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
+    from indiclip.evals.images.items import Items
 
 LENGTH = 64  # numbers that the universal embedding challenge allows (Google, 2022; ILIAS, arXiv 2502.11748, likewise)
 TOP = 5
@@ -38,6 +39,13 @@ class InstanceRetrieval(Protocol):
     embeds_text = False
     uses_gallery = True
     candidates = "images"
+
+    def check(self, items: "Items") -> None:
+        for key, cells in zip(items.keys, items.columns["instance"], strict=True):
+            if not cells[0]:
+                raise ValueError(f"{key}: instance: found nothing; expected a name of what the image shows")
+        if items.is_train is None:
+            raise ValueError(f"{items.card.id}: no images of the split train; they are the index that queries look in")
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         instances = [cells[0] for cells in scorer.items.columns["instance"]]
