@@ -313,7 +313,7 @@ def test_an_image_is_of_one_split(retrieval, tmp_path):
     with pytest.raises(ValueError, match="line 3: 'a.jpg' is of another split in an earlier row"):
         read_items(retrieval, tmp_path / "c")
     write(tmp_path / "c", {"c.csv": "file,en,split\na.jpg,x,train\nb.jpg,y,test\n"})
-    expected = f"{tmp_path}/c: left out: 1 images for training, of which retrieval learns nothing"
+    expected = f"{tmp_path}/c: left out: 1 images for training, of which the card learns nothing"
     assert read_items(retrieval, tmp_path / "c").notes == [expected]
 
 
