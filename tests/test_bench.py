@@ -87,8 +87,8 @@ def test_a_run_from_folders_to_numbers(tmp_path, card_file):
     assert (card.status, card.num_images, card.num_classes, card.of_classes) == ("scored", 48, 6, 6)
     assert result.views == ["native", "large"]  # as asked for, each once
     assert {(row.length, row.view) for row in result.scores} == {(n, v) for n in (2, 3) for v in ("native", "large")}
-    assert {row.protocol for row in result.scores} == {"zero_shot", "knn", "linear_probe"}
-    assert (result.about["images"], result.about["texts"]) == (78, 6)
+    assert {row.protocol for row in result.scores} == {"zero_shot", "wording", "knn", "linear_probe"}
+    assert (result.about["images"], result.about["texts"]) == (78, 12)  # a prompt and a bare name of each class
 
 
 @pytest.mark.parametrize("size", [2, 3])

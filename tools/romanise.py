@@ -74,6 +74,7 @@ _OWN = {
     0x9F1: _Letter("C", "v"),
     0xA5C: _Letter("C", "ṛ"),
     0xA70: _Letter("N", "ṁ"),
+    0xB5F: _Letter("C", "ẏ"),  # which other scripts write with a dot below y
     0xB71: _Letter("C", "v"),
     0xB83: _Letter("X", "ḵ"),
     0xCDE: _Letter("C", "ḻ"),

@@ -44,7 +44,14 @@ def _run(options: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     views = list(dict.fromkeys(options.views))
-    wanted = Options(options.languages, views, not options.no_probes, options.resamples, options.seed)
+    wanted = Options(
+        options.languages,
+        views,
+        probes=not options.no_probes,
+        resamples=options.resamples,
+        seed=options.seed,
+        all_names=options.all_names,
+    )
     bench = find_bench(options.images, options.cards, not options.no_procedural, options.seed, options.skip_unknown)
     check_languages(bench, options.languages)
     model = embedder.load_embedder(

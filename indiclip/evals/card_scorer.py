@@ -3,6 +3,7 @@
 Shape letters: N images, M of those that are scored, D candidate classes, E embedding length.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -10,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indiclip.evals.cards.card import Card
+from indiclip.evals.cards.classes import Card
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols import metrics
 from indiclip.evals.protocols.cosines import truncate_normalize
+from indiclip.evals.protocols.languages import Language, fewest, languages_of
 from indiclip.evals.protocols.metrics import Interval
-from indiclip.evals.protocols.protocol import TOP, Language, Options, Setting
+from indiclip.evals.protocols.protocol import TOP, Options, Setting
 from indiclip.evals.protocols.zero_shot import Ranking, class_embeddings, rank_classes
 from indiclip.evals.results import CLEAN, Answers, Score, part_of
 
-_FEWEST_CLASSES = 5  # named in a language: fewer say nothing, unless the card has no more
 _CHANCES = {"acc1": 1, "acc5": TOP, "mean_per_class_recall": 1}  # guesses of which one has to be right
 
 
@@ -141,7 +142,8 @@ class CardScorer:
         """
         if isinstance(chance, float):
             chance = {metric: min(times * chance, 1.0) for metric, times in _CHANCES.items()}
-        for metric, interval in values.items():
+        for metric, (value, *ends) in values.items():
+            low, high = (None if math.isnan(end) else end for end in ends)
             yield Score(
                 self.card.suite,
                 self.card.id,
@@ -151,7 +153,9 @@ class CardScorer:
                 metric,
                 length or self.setting.length,
                 self.setting.view,
-                *interval,
+                value,
+                low,
+                high,
                 (chance or {}).get(metric),
                 num_items,
                 num_classes,
@@ -192,33 +196,27 @@ def texts_of(items: Items, options: Options) -> Iterator[str]:
             yield from protocol.texts(items, options)
 
 
-def languages_of(card: Card, options: Options) -> list[Language]:
-    """The languages in which a card's classes are told apart, English first."""
-    codes = [code for code, named in card.languages.items() if named >= _fewest(card) and options.wants(code)]
-    return [language_of(card, code) for code in codes]
-
-
 def languages_left_out(items: Items, options: Options) -> list[str]:
-    """A line about the languages of the card, or asked for, in which it is not scored."""
-    if items.card.classes:
-        wanted = dict.fromkeys([*items.card.languages, *(options.languages or [])])
-        named = items.card.languages
-        left_out = [code for code in wanted if options.wants(code) and named.get(code, 0) < _fewest(items.card)]
-        why = f"fewer than {_fewest(items.card)} classes have a name there"
-    else:
+    """Lines about the languages of the card, or asked for, in which it is not scored, or not by all of its names."""
+    card, lines = items.card, list[str]()
+    if not card.classes:
         captions = items.captions or {}
         left_out = [code for code in options.languages or [] if not any(captions.get(code, []))]
-        why = "no captions"
-    return [f"not scored in {', '.join(left_out)}: {why}"] if left_out else []
+        return [f"not scored in {', '.join(left_out)}: no captions"] if left_out else []
+    wanted = dict.fromkeys([*card.languages, *(options.languages or [])])
+    used = {code: len(options.names(card, code)) for code in wanted if options.wants(code)}
+    # What is romanised by rule is nobody's spelling: nothing is missing without it.
+    left_out = [code for code, count in used.items() if count < fewest(card) and not _is_by_rule(card, code)]
+    if left_out:
+        lines.append(f"not scored in {', '.join(left_out)}: fewer than {fewest(card)} classes have a name there")
+    unsure = {code: card.languages[code] - count for code, count in used.items() if code in card.languages}
+    unsure = {code: count for code, count in unsure.items() if count and code not in left_out}
+    if counts := ", ".join(f"{code} {count}" for code, count in unsure.items() if not _is_by_rule(card, code)):
+        lines.append(f"classes that are not asked for, as only one writer has their name: {counts} (--all_names)")
+    return lines
 
 
-def _fewest(card: Card) -> int:
-    return min(_FEWEST_CLASSES, len(card.classes))
-
-
-def language_of(card: Card, code: str, templates: Sequence[str] | None = None) -> Language:
-    """The classes that have a name in a language; `templates` ask otherwise than the card does."""
-    names = card.names(code)
-    classes, asked = sorted(names), templates or card.templates(code)
-    prompts = [template.replace("{c}", names[i]) for i in classes for template in asked]
-    return Language(code, np.array(classes, dtype=np.int64), prompts, np.repeat(np.arange(len(classes)), len(asked)))
+def _is_by_rule(card: Card, code: str) -> bool:
+    """Whether all names in a language were romanised by rule and have votes, of which none is enough."""
+    named = [one for one in card.classes if code in one.names]
+    return bool(named) and all(code in one.derived and not one.is_sure(code) for one in named)

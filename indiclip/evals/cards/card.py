@@ -10,6 +10,7 @@ from pathlib import Path
 from indiclip.datasets.tables import existing
 from indiclip.evals.cards.classes import Card, CardClass
 from indiclip.evals.cards.file import parse_card
+from indiclip.evals.cards.names import with_names
 from indiclip.evals.suites import SUITES, packaged
 from indiclip.names import did_you_mean
 
@@ -35,6 +36,15 @@ def load_card(card: str) -> Card:
 
 @lru_cache(maxsize=64)
 def _load_packaged(card: str) -> Card:
+    return with_names(load_page(card))
+
+
+def load_page(card: str) -> Card:
+    """One of our cards with what stands on its page alone, without the names of its suite's table.
+
+    Raises:
+        ValueError: No packaged card is called so.
+    """
     for suite in SUITES:
         file = resources.files("indiclip.evals") / suite / f"{card}.yaml"
         if card in packaged(suite):

@@ -1,16 +1,20 @@
 """A benchmark card: what is told apart, by which names in which language, and how it is asked. No images."""
 
 import unicodedata
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from indiclip.names import did_you_mean
 
 if TYPE_CHECKING:
     from indiclip.evals.protocols.protocol import Protocol
+
+_SURE = 2  # votes
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class CardClass:
         confusable_with: Ids of classes that look like it, on our cards both ways.
         facts: Anything else, such as `lat`, `lon`, `hex`, `group`.
         derived: The languages of `names` that were romanised by rule and that nobody has checked.
+        votes: Language -> how many writers and sources have the name, see `indiclip.evals.cards.names`; empty on a card
+            of the user's, all of whose names count.
     """
 
     id: str
@@ -32,6 +38,39 @@ class CardClass:
     confusable_with: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
+    votes: dict[str, int] = field(default_factory=dict)
+
+    def is_sure(self, language: str) -> bool:
+        """Whether its name in a language counts in scores: one that nobody else wrote does not."""
+        return self.votes.get(language, _SURE) >= _SURE
+
+
+class ClassSource(ABC):
+    """Where a card's classes come from that do not stand on its page, and what lies beside the images changes of them.
+
+    Attributes:
+        names_file: A file that has to lie with the images, else the card has none; "" asks for nothing.
+    """
+
+    names_file = ""
+
+    @abstractmethod
+    def classes(self) -> tuple[CardClass, ...]:
+        """The classes."""
+
+    def with_list(self, card: "Card", names: list[str], file: str) -> tuple["Card", list[str]] | None:
+        """The card with the names of a class list (classnames.txt) that lies with the images, and notes.
+
+        None where the list's lines are looked up among the card's names, as those of any card are.
+
+        Raises:
+            ValueError: The list is of other classes; names the file and the line.
+        """
+        return None
+
+    def with_file(self, card: "Card", file: Path) -> tuple["Card", list[str]]:
+        """The card with the names of `names_file`, and notes. Raises as `with_list` does."""
+        return card, []
 
 
 @dataclass(frozen=True)
@@ -55,6 +94,7 @@ class Card:
             number of images.
         folder: The folder that its images lie in, below that of the benchmark.
         num_candidates: Texts that an image is matched with; 0 where it is with none.
+        class_source: What gave the classes; None where they stand on the page.
         generator: (card, seed) -> `Items` that are drawn; None where nothing is.
     """
 
@@ -73,6 +113,7 @@ class Card:
     chance: float
     folder: str = ""
     num_candidates: int = 0
+    class_source: ClassSource | None = None
     generator: Callable[["Card", int], Any] | None = None
 
     @property
@@ -87,13 +128,18 @@ class Card:
 
     @property
     def languages(self) -> dict[str, int]:
-        """Language -> how many classes have a name in it; English first, then the most frequent."""
+        """Language -> how many classes have a name in it; English and Hindi first, then the most frequent."""
         counts = Counter(language for one in self.classes for language in one.names)
-        return dict(sorted(counts.items(), key=lambda item: (item[0] != "en", -item[1], item[0])))
+        return dict(sorted(counts.items(), key=lambda item: (item[0] != "en", item[0] != "hi", -item[1], item[0])))
 
     def names(self, language: str) -> dict[int, str]:
         """Index of a class -> its name, of the classes that have one in this language."""
         return {place: one.names[language] for place, one in enumerate(self.classes) if language in one.names}
+
+    def sure_names(self, language: str) -> dict[int, str]:
+        """As `names`, of those that two writers have: what scores are by."""
+        names = self.names(language)
+        return {place: name for place, name in names.items() if self.classes[place].is_sure(language)}
 
     def templates(self, language: str) -> tuple[str, ...]:
         """The prompts of a language; `{c}` alone where it has none."""

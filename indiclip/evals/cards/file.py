@@ -20,7 +20,7 @@ import yaml
 
 from indiclip.datasets.languages import OF_INDIA, language_tag
 from indiclip.datasets.tables import is_number
-from indiclip.evals.cards.classes import Card, CardClass, bare
+from indiclip.evals.cards.classes import Card, CardClass, ClassSource, bare
 from indiclip.evals.cards.objects import named, object_of
 from indiclip.evals.protocols.protocol import Protocol
 from indiclip.names import check_choice, did_you_mean, reason_of
@@ -71,10 +71,14 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
         check_choice(f"{file}: task", task, _tasks())
     protocols = _protocols(tree.get("protocols", _tasks().get(task)), file)
     fields = {field for protocol in protocols for field in protocol.required_fields}
-    if "class_source" in tree:
+    source = object_of(tree["class_source"], f"{file}: class_source") if "class_source" in tree else None
+    if source is not None:
         if "classes" in tree:
             raise ValueError(f"{file}: class_source: there are `classes` too; expected one of both")
-        classes = tuple(object_of(tree["class_source"], f"{file}: class_source").classes())
+        if not isinstance(source, ClassSource):
+            expected = "expected a class of indiclip.evals.cards.classes.ClassSource"
+            raise ValueError(f"{file}: class_source: {type(source).__name__} is none; {expected}")
+        classes = source.classes()
     else:
         classes = _classes(tree.get("classes", []), file, bool(fields & _CLASS_FIELDS))
     num_candidates = tree.get("num_candidates", _CANDIDATES) if "text" in fields else 0
@@ -94,7 +98,8 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     prompts = _prompts(tree.get("prompts", {}), file)
     return Card(
         card_id, title, suite, task, protocols, classes, prompts, metric, **about,
-        file=file, chance=chance, folder=folder, num_candidates=num_candidates, generator=generator,
+        file=file, chance=chance, folder=folder, num_candidates=num_candidates, class_source=source,
+        generator=generator,
     )  # fmt: skip
 
 

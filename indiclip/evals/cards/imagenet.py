@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from indiclip.datasets.tables import load_json
-from indiclip.evals.cards.classes import Card, CardClass
+from indiclip.evals.cards.classes import Card, CardClass, ClassSource
 from indiclip.names import did_you_mean
 
 NUM_CLASSES = 1000
@@ -33,16 +33,23 @@ def imagenet_classes() -> tuple[CardClass, ...]:
     return tuple(classes)
 
 
-class ImageNet:
-    """ImageNet-1k's classes as a card's `class_source`."""
+class ImageNet(ClassSource):
+    """ImageNet-1k's classes, and their English names from a list such as CLIP's where one lies with the images."""
 
     def classes(self) -> tuple[CardClass, ...]:
         return imagenet_classes()
 
+    def with_list(self, card: Card, names: list[str], file: str) -> tuple[Card, list[str]]:
+        return with_class_list(card, names, file)
 
-def is_imagenet(card: Card) -> bool:
-    """Whether a card's classes are these."""
-    return len(card.classes) == NUM_CLASSES and card.classes[0].id == "n01440764"
+
+class BabelImageNet(ImageNet):
+    """The same with names in other languages, of the authors' file."""
+
+    names_file = "babel_imagenet.json"
+
+    def with_file(self, card: Card, file: Path) -> tuple[Card, list[str]]:
+        return with_babel(card, file)
 
 
 def with_class_list(card: Card, names: list[str], file: str) -> tuple[Card, list[str]]:

@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 
-from indiclip.evals.cards.card import Card, load_card
+from indiclip.evals.cards.card import Card, CardClass, load_card
 from indiclip.evals.suites import SUITES, packaged
 
 _SHOWN = 5  # languages in the list of cards
@@ -20,7 +20,10 @@ def list_cards() -> list[str]:
 
 
 def show_card(card: Card) -> list[str]:
-    """What a card says of itself, and its classes as a table. `*` marks names that were romanised by rule."""
+    """What a card says of itself, and its classes as a table.
+
+    `*` marks names that were romanised by rule, `?` those that only one writer has, which no score is by.
+    """
     about = {
         "task": f"{card.task}, by {card.metric}",
         "chance": f"{card.chance:.2%}" if card.chance else "depends on the number of images",
@@ -36,11 +39,17 @@ def show_card(card: Card) -> list[str]:
     wide = [language for language, count in card.languages.items() if 2 * count > len(card.classes)][:_SHOWN]
     rows = [["class", *wide, "looks like", "other names"]]
     for one in card.classes:
-        names = {language: f"{name}{'*' * (language in one.derived)}" for language, name in one.names.items()}
+        names = {language: f"{name}{_mark(one, language)}" for language, name in one.names.items()}
         others = [f"{language}: {name}" for language, name in names.items() if language not in wide]
         columns = [names.get(language, "-") for language in wide]
         rows.append([one.id, *columns, ", ".join(one.confusable_with) or "-", ", ".join([*others, *one.aliases])])
     return [*lines, "", *_aligned(rows)]
+
+
+def _mark(one: CardClass, language: str) -> str:
+    if language in one.derived:
+        return "*"
+    return "" if one.is_sure(language) else "?"
 
 
 def _languages(card: Card) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 
 from indiclip.datasets.tables import decode_text, stable_hash
 from indiclip.evals.cards.card import Card
-from indiclip.evals.cards.imagenet import is_imagenet, with_class_list
 from indiclip.images import storable
 
 CLASS_LISTS = ("classnames.txt", "classes.txt")
@@ -84,8 +83,8 @@ def read_class_list(card: Card, folder: Path, skip_unknown: bool = False) -> Cla
     names = [line.strip() for line in decode_text(file.read_bytes(), str(file)).rstrip().splitlines()]
     if "" in names:
         raise ValueError(f"{file}: line {names.index('') + 1} is empty; expected a class, since labels count the lines")
-    if is_imagenet(card):
-        card, notes = with_class_list(card, names, str(file))
+    if card.class_source is not None and (named := card.class_source.with_list(card, names, str(file))):
+        card, notes = named
         return ClassList(card, file, names, np.arange(len(names)), notes)
     classes = ClassNames(card, skip_unknown)
     places = [classes.place(name, f"{file}: line {number}") for number, name in enumerate(names, 1)]

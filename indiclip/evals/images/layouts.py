@@ -25,7 +25,6 @@ from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.table_reader import KINDS, Table
 from indiclip.datasets.tables import check_files, decode_text
 from indiclip.evals.cards.card import Card
-from indiclip.evals.cards.imagenet import is_imagenet, with_babel
 from indiclip.evals.images.caption_files import find_caption_file, read_caption_file
 from indiclip.evals.images.duplicates import duplicates, shared_captions
 from indiclip.evals.images.items import FileImages, Images, Items, TableImages
@@ -35,7 +34,6 @@ from indiclip.evals.images.splits import choose, is_split
 from indiclip.images import EXTENSIONS, is_image_name, storable
 from indiclip.names import did_you_mean
 
-_BABEL = "babel_imagenet.json"
 _CAPTION_FILES = (".json", ".jsonl")
 
 
@@ -52,7 +50,7 @@ def find_items(card: Card, root: Path, skip_unknown: bool = False) -> Items | No
         ValueError: What is in it does not fit the card; names the file and the class, and the nearest class.
     """
     folder = root / card.folder
-    if card.id == "babel_imagenet" and not (folder / _BABEL).is_file():
+    if card.class_source and card.class_source.names_file and not (folder / card.class_source.names_file).is_file():
         return None
     if folder.is_dir():
         return read_items(card, folder, skip_unknown)
@@ -64,8 +62,8 @@ def find_items(card: Card, root: Path, skip_unknown: bool = False) -> Items | No
 def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     """The images of a card in a folder, a table or a file of captions; see the module and `find_items`."""
     notes: list[str] = []
-    if card.id == "babel_imagenet":
-        card, notes = with_babel(card, source / _BABEL)
+    if card.class_source and card.class_source.names_file:
+        card, notes = card.class_source.with_file(card, source / card.class_source.names_file)
     items = _read(card, source, skip_unknown)
     found = "".join(f"; {note}" for note in items.notes)
     if not len(items):
@@ -121,7 +119,7 @@ def _of_captions(card: Card, file: Path) -> Items:
 def _of_folders(card: Card, source: Path, skip_unknown: bool) -> Items:
     """`<class>/*.jpg`, or `<split>/<class>/*.jpg` where folders are called by a split."""
     notes: list[str] = []
-    if is_imagenet(card) and (listed := read_class_list(card, source)):
+    if card.class_source and (listed := read_class_list(card, source)):
         card, notes = listed.card, list(listed.notes)
     classes, inventory = ClassNames(card, skip_unknown), Inventory()
     splits, split_notes = _folder_splits(classes, source, inventory)

@@ -11,13 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-import numpy as np
-
 from indiclip.evals.protocols import metrics
 from indiclip.evals.results import Score
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
+    from indiclip.evals.cards.classes import Card
     from indiclip.evals.images.items import Items
 
 TOP = 5  # nearest answers that are kept of each image
@@ -33,6 +32,7 @@ class Options:
         probes: Score what a classifier learns on the images alone, such as kNN.
         resamples: Of the intervals that have no formula.
         seed: Of these.
+        all_names: Tell classes apart by names that only one writer has, too, see `indiclip.evals.cards.names`.
     """
 
     languages: Sequence[str] | None = None
@@ -40,10 +40,15 @@ class Options:
     probes: bool = True
     resamples: int = metrics.RESAMPLES
     seed: int = metrics.SEED
+    all_names: bool = False
 
     def __post_init__(self) -> None:
         if not self.views:
             raise ValueError("views: found none; expected at least one, such as native")
+
+    def names(self, card: "Card", language: str) -> dict[int, str]:
+        """Index of a class -> the name that it is asked for by."""
+        return card.names(language) if self.all_names else card.sure_names(language)
 
     def wants(self, language: str) -> bool:
         """Whether a language is scored."""
@@ -56,15 +61,6 @@ class Setting(NamedTuple):
     view: str
     length: int
     main: bool  # the first view at the full length, whose predictions are kept
-
-
-class Language(NamedTuple):
-    """The classes that have a name in a language, and their prompts."""
-
-    code: str
-    class_D: np.ndarray  # int64, ascending
-    prompts: list[str]
-    row_P: np.ndarray  # int64, for which of `class_D` a prompt is
 
 
 class Protocol(ABC):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from indiclip.evals.protocols.cosines import truncate_normalize
+from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.metrics import Interval, hit_rate
 from indiclip.evals.protocols.protocol import Options, Protocol
 from indiclip.evals.protocols.zero_shot import rank_classes
@@ -31,13 +32,12 @@ class Wording(Protocol):
     metrics = ("bare_name", "spread")
 
     def texts(self, items: "Items", options: Options) -> Iterator[str]:
-        for code in items.card.languages:
-            if options.wants(code):
-                yield from items.card.names(code).values()
+        for language in languages_of(items.card, options):
+            yield from options.names(items.card, language.code).values()
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         for language, ranking in scorer.rankings() if scorer.setting.main else ():
-            names, label_M = scorer.card.names(language.code), scorer.label_N[ranking.image_M]
+            names, label_M = scorer.options.names(scorer.card, language.code), scorer.label_N[ranking.image_M]
             image_ME = scorer.image_NE[ranking.image_M]
             found: dict[str, Interval] = {}
             for template in dict.fromkeys((BARE, *scorer.card.templates(language.code))):
