@@ -50,20 +50,8 @@ LETTERS = {  # ranges of Unicode's blocks
 NEAR = 0.75  # of difflib's ratio: spellings of one name
 REVIEWED = 3
 
-SHEET = [
-    "card",
-    "id",
-    "language",
-    "english",
-    "about",
-    "name",
-    "spellings",
-    "source",
-    "votes",
-    "ok",
-    "correction",
-    "wrong",
-]
+SHEET = ["card", "id", "language", "english", "about", "name", "spellings", "source", "votes"]
+SHEET += ["ok", "correction", "wrong"]  # for the reviewer
 _ABOUT = ("gloss", "region", "state", "city")  # facts that tell what is meant
 
 Names = dict[tuple[str, str], list[str]]  # (class, language) -> a name and other spellings
@@ -103,20 +91,7 @@ def main() -> int:
 def write_sheet(language: str, out: Path) -> None:
     """A row for each class of all cards that have a table of names."""
     check_choice("language", language, LETTERS)
-    header = [
-        "card",
-        "id",
-        "english",
-        "about",
-        "name",
-        "other spellings",
-        "source",
-        "votes",
-        "ok",
-        "correction",
-        "wrong",
-    ]
-    rows = [header]
+    rows = [SHEET]
     for suite in SUITES:
         found = read_names(suite)
         for name in packaged(suite) if found else ():
