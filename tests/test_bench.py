@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from bench_fakes import PURE, Shades, shades_of
 from layout_files import tar, write
@@ -376,3 +377,23 @@ def test_runs_are_compared_and_ranked_by_their_data(tmp_path):
     assert data[0]
     assert data[0] == data[1]
     assert len(set(data)) == 3
+
+
+class Short(Shades):
+    """Reads six bytes of a text."""
+
+    def tokenize(self, texts):
+        rows = [list(text.encode()[:6]) + [0] * (6 - len(text.encode()[:6])) for text in texts]
+        return {"input_ids": torch.tensor(rows)}
+
+
+def test_captions_and_prompts_that_are_cut_are_counted_by_language(tmp_path, card_file):
+    pngs = list(shades_of("red", 3))
+    captions = "file,en,hi\n0.png,red,लाल\n1.png,a red thing,\n2.png,red again,\n"
+    write(tmp_path / "found", {"c.csv": captions} | {f"{i}.png": png for i, png in enumerate(pngs)})
+    write(tmp_path / "told", folders(count=1))
+    cards = [card_file("found", {"task": "retrieval"}), card_file("told", COLOURS | {"prompts": {"en": ["{c}"]}})]
+    result = run(find_bench(tmp_path, cards), Short())
+    notes = {card.card: [note for note in card.notes if "cut" in note] for card in result.cards}
+    assert notes["found"] == ["captions longer than the text tower reads, which were cut: en 2 of 3, hi 1 of 1"]
+    assert notes["told"] == ["prompts longer than the text tower reads, which were cut: en 1 of 6"]  # magenta

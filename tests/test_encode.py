@@ -8,7 +8,7 @@ import torch
 from helpers import noise, tiny_encoder
 from processes import on_ranks
 
-from indiclip.evals.encode import ALONE, Ranks, encode_images, encode_texts
+from indiclip.evals.encode import ALONE, Ranks, cut_texts, encode_images, encode_texts
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.images import UnreadableSample
 
@@ -215,3 +215,13 @@ def test_every_text_is_encoded_once(size, monkeypatch):
 
 def test_no_texts():
     assert encode_texts(Counting(), []) == {}
+
+
+@pytest.mark.parametrize("context", [12, 40])
+def test_texts_are_cut_that_have_more_bytes_than_the_context_has_room_for(context):
+    """Of bytes it is known: all but the start and the end token. Of them is also the one that just fits."""
+    encoder = tiny_encoder()
+    encoder.text.tokenizer.context_length = context
+    texts = ["a" * n for n in range(1, 60)] + ["डोसा " * n for n in (1, 2, 3, 4, 5)]
+    expected = {text for text in texts if len(text.encode()) > context - 2}
+    assert cut_texts(EncoderEmbedder(encoder, "tiny"), texts) == expected

@@ -3,8 +3,9 @@
 The command `indiclip bench` and the callback `IndiaBench` both run this; they differ in the model and in the ranks.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from indiclip.datasets.folders import subfolders
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
 from indiclip.evals.cards.card import Card, load_card, packaged
-from indiclip.evals.encode import ALONE, Encoded, Ranks, encode_images, encode_texts
+from indiclip.evals.encode import ALONE, Encoded, Ranks, cut_texts, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
 from indiclip.evals.models.embedder import Embedder
+from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
 from indiclip.generated.fonts import MissingFonts
@@ -159,7 +161,8 @@ def run_bench(
     if ranks.rank:
         return None
     result = Result(embedder.name, embedder.lengths, [view.name for view in views], cards=list(bench.skipped))
-    _score_all(result, asked, options, images, texts)
+    cut = cut_texts(embedder, list(texts)) if hasattr(embedder, "tokenize") else set[str]()
+    _score_all(result, asked, options, images, texts, cut)
     result.about |= {
         "seconds": {
             "images": round(encoded - begin, 3),
@@ -202,6 +205,7 @@ def _score_all(
     options: Options,
     images: Encoded,
     texts: dict[str, Tensor],
+    cut: Set[str] = frozenset(),
 ) -> None:
     first = 0
     with _threads(1 if sum(items.num_images for items in every) < _FEW else torch.get_num_threads()):
@@ -209,9 +213,25 @@ def _score_all(
             last = first + items.num_images
             part = {view: image_NE[first:last] for view, image_NE in images.images.items()}
             failed = {place - first: why for place, why in images.unreadable.items() if first <= place < last}
-            items = replace(items, contents=images.contents[first:last] if items.num_images else [])
+            contents = images.contents[first:last] if items.num_images else []
+            items = replace(items, contents=contents, notes=list(items.notes))
+            if counts := _count_cut(items, options, cut):
+                of_languages = ", ".join(f"{code} {count:,} of {of:,}" for code, (count, of) in counts.items())
+                what = "captions" if items.captions else "prompts"
+                items.notes.append(f"{what} longer than the text tower reads, which were cut: {of_languages}")
             _score_into(result, items, part, failed, texts, options)
             first = last
+
+
+def _count_cut(items: Items, options: Options, cut: Set[str]) -> dict[str, tuple[int, int]]:
+    """Language -> how many of its prompts and captions were cut, and of how many."""
+    asked = {language.code: list(language.prompts) for language in languages_of(items.card, options)}
+    for code, of_images in (items.captions or {}).items():
+        if options.wants(code):
+            tested = itertools.compress(of_images, items.tested_N)
+            asked.setdefault(code, []).extend(text for texts in tested for text in texts)
+    counts = {code: (sum(text in cut for text in texts), len(texts)) for code, texts in asked.items()}
+    return {code: found for code, found in counts.items() if found[0]}
 
 
 @contextmanager

@@ -158,3 +158,26 @@ def encode_texts(embedder: Embedder, texts: Sequence[str], ranks: Ranks = ALONE)
     batches = [distinct[first : first + _TEXTS] for first in range(0, len(distinct), _TEXTS)]
     rows = [embedder.embed_texts(batches[number]) for number in ranks.share(len(batches))]
     return dict(zip(distinct, ranks.together(rows, embedder.lengths[-1]), strict=True))
+
+
+def cut_texts(embedder: Embedder, texts: Sequence[str]) -> set[str]:
+    """The texts that are longer than the text tower's context, so that it does not read their ends.
+
+    Such a text is one to which more can be added, or of whose end a letter can go, without any change to the tokens.
+    """
+    full = _without_change(embedder, [(text, f"{text} {text}") for text in texts])
+    # A text that fills the context to its last token is not cut: with a letter less it has other tokens.
+    shorter = [(text, text[:-letters]) for text in full for letters in (1, 2, 3)]
+    return _without_change(embedder, shorter)
+
+
+def _without_change(embedder: Embedder, pairs: Sequence[tuple[str, str]]) -> set[str]:
+    """The first of each pair of texts whose tokens are the same."""
+    alike = set()
+    for start in range(0, len(pairs), _TEXTS):
+        part = pairs[start : start + _TEXTS]
+        tokens = embedder.tokenize([text for pair in part for text in pair])
+        rows = torch.cat([tensor.flatten(1).long() for tensor in tokens.values()], dim=1)
+        same = (rows[::2] == rows[1::2]).all(1).tolist()
+        alike |= {text for (text, _), is_same in zip(part, same, strict=True) if is_same}
+    return alike
