@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def check_range(
             unbounded = lowest if without == least else f"{least} or more"
             expected = unbounded if most == sys.float_info.max else f"{lowest} to {highest}"
             raise ValueError(f"{key}: found {number}; expected {expected}")
+
+
+def is_whole(number: object) -> bool:
+    """Whether it is a whole number of Python's or NumPy's, and not text, a float such as 64.0, or True."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def check_whole(found: Mapping[str, Any], least: int = 1, most: int = sys.maxsize) -> None:
+    """Raise ValueError for the first that is no whole number from `least` to `most`, naming its key."""
+    for key, number in found.items():
+        if not is_whole(number) or not least <= number <= most:
+            expected = f"from {least}" + f" to {most}" * (most != sys.maxsize)
+            raise ValueError(f"{key}: found {shorten(number)}; expected a whole number {expected}")
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
