@@ -1,11 +1,19 @@
 """Names and numbers in messages."""
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
+
+# A terminal's sequences: with parameters, with a string, and of one letter more.
+_ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b[\]P^_X][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?")
+_SPACES = re.compile("[\t-\r\x1c-\x1f\x85\u2028\u2029]")
+# Other controls, and marks that turn what follows around. Joiners stay, which Indian scripts are written with.
+_HIDDEN = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -81,6 +89,16 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from differences(*pair, f"{key}[{number}]")
     elif old != new:
         yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
+
+
+def plain(text: str) -> str:
+    """Words of others, such as a card's title or a file's name, on one line, without what a terminal would act on."""
+    return _HIDDEN.sub("", _SPACES.sub(" ", _ESCAPES.sub("", well_formed(text))))
+
+
+def well_formed(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, as which Python reads other bytes of a path, are U+FFFD."""
+    return _SURROGATES.sub("\ufffd", text)
 
 
 def reason_of(error: Exception, most: int | None = 200) -> str:

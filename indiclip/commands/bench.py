@@ -9,6 +9,7 @@ from indiclip.evals.images.convert import convert
 from indiclip.evals.leaderboard import add
 from indiclip.evals.reports.comparison_page import write_comparison
 from indiclip.evals.results import load_result
+from indiclip.names import plain
 
 _SHOWN = 10  # images that were left out
 
@@ -23,13 +24,13 @@ def import_images(source: str, card: str, out: str, layout: str, split: str, lan
     """Writes a card's images in another layout. Returns the exit status."""
     done = convert(source, card, out, layout, split, language, skip_unknown)
     counts = ", ".join(f"{split} {count:,}" for split, count in done.images.items())
-    print(f"{done.folder}: {done.images.total():,} images of {card} ({counts}), layout {layout}")
+    print(f"{plain(str(done.folder))}: {done.images.total():,} images of {card} ({counts}), layout {layout}")
     for note in done.notes:
-        print(f"  {note}")
+        print(f"  {plain(note)}")
     if done.left_out:
         print(f"  left out: {len(done.left_out):,} that cannot be read")
         for line in done.left_out[:_SHOWN]:
-            print(f"    {line}")
+            print(f"    {plain(line)}")
         if (more := len(done.left_out) - _SHOWN) > 0:
             print(f"    ... {more} more")
     return 0
