@@ -204,7 +204,7 @@ class NaFlexViT(Backbone):
         interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
-        check_whole({"backbone.max_tokens": max_tokens, "backbone.patch_size": patch_size})
+        check_whole({"backbone.max_tokens": max_tokens})
         self._args: dict[str, Any] = {"options": dict(options or {})}
         options = dict(options or {})
         check_rates(options)

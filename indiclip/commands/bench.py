@@ -1,12 +1,13 @@
-"""`indiclip bench cards`, `import`, `compare` and `leaderboard`."""
+"""`indiclip bench cards`, `import`, `compare` and `leaderboard`, and `indiclip leaderboard`."""
 
+import sys
 from pathlib import Path
 
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.cards.table import list_cards, show_card
 from indiclip.evals.comparison import in_words
 from indiclip.evals.images.convert import convert
-from indiclip.evals.leaderboard import add
+from indiclip.evals.leaderboard_pages import add
 from indiclip.evals.reports.comparison_page import write_comparison
 from indiclip.evals.results import load_result
 from indiclip.names import plain
@@ -47,8 +48,24 @@ def leaderboard(runs: list[Path], file: Path) -> int:
     """Adds runs to a leaderboard. Returns the exit status."""
     if file.suffix != ".jsonl":
         raise ValueError(f"--file {file}: expected a name that ends in .jsonl; the tables stand beside it")
-    add(file, [load_result(run, predictions=False) for run in runs])
-    html, markdown = (file.with_suffix(suffix) for suffix in (".html", ".md"))
-    print(markdown.read_text("utf-8"))
-    print(f"wrote {file}, {html}, {markdown}")
+    _add(file, runs)
+    print(f"wrote {file}, {file.with_suffix('.html')}, {file.with_suffix('.md')}")
     return 0
+
+
+def site(runs: list[Path], out: Path) -> int:
+    """Adds runs to a leaderboard that is a folder of pages. Returns the exit status."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file is in the way; expected a folder")
+    _add(out / "leaderboard.jsonl", runs, site=True)
+    print(f"wrote {out / 'index.html'}, leaderboard.md and leaderboard.jsonl beside it")
+    return 0
+
+
+def _add(file: Path, runs: list[Path], site: bool = False) -> None:
+    added = add(file, [(load_result(run, predictions=False), run) for run in runs], site)
+    for line in added.skipped:
+        print(plain(f"indiclip: {line}"), file=sys.stderr)
+    for model in added.without_row:
+        print(plain(f"indiclip: {model}: scored no photographs, so it is in no table"), file=sys.stderr)
+    print(file.with_suffix(".md").read_text("utf-8"))

@@ -192,9 +192,9 @@ class Result:
             values[f"eval/india/mean/{language}/corrected"] = mean["value"]
         return values
 
-    def photographs(self) -> list[CardResult]:
-        """Cards of the India suite whose photographs were scored."""
-        return [c for c in self.cards if (c.suite, c.part, c.status) == ("india", PHOTOGRAPHS, "scored")]
+    def photographs(self, suite: str = "india") -> list[CardResult]:
+        """Cards of a suite whose photographs were scored."""
+        return [c for c in self.cards if (c.suite, c.part, c.status) == (suite, PHOTOGRAPHS, "scored")]
 
     def languages(self) -> list[str]:
         """Languages with any score, `en` first."""
