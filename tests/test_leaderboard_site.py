@@ -204,3 +204,21 @@ def test_columns_are_sorted_by_their_buttons_and_stand_in_order_without_a_script
 def test_help_says_how(capsys):
     assert main(["leaderboard", "--help"]) == 0
     assert "indiclip leaderboard runs/bench/*" in capsys.readouterr().out
+
+
+def test_a_model_without_a_number_has_no_mean_over_fewer_cards():
+    result = run("a")
+    result.scores[0] = score("food", float("nan"), chance=0.2)
+    row = row_of(result)
+    assert row["mean"]["en"] is None
+    assert row["cards"]["food"]["en"] is None
+    assert row["mean"]["hi"] == pytest.approx(0.25)
+
+
+def test_another_precision_is_said(folder):
+    assert site(save("a", options={"precision": "bf16"}), save("b")) == 0
+    assert [words.strip() for words in re.findall("<small>length (.*?)</small>", page())] == [
+        "8, native, bf16",
+        "8, native",
+    ]
+    assert "| 8, native, bf16 |" in page("leaderboard.md")

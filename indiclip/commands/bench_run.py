@@ -42,6 +42,8 @@ def run(**options: Any) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     check_parquet()
+    if options.out:
+        check_out(Path(options.out))
     torch.set_flush_denormal(True)
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     views = list(dict.fromkeys(options.views))
@@ -97,7 +99,6 @@ def _folder(options: argparse.Namespace) -> Path:
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     free = (_OUT / name for name in names if not (_OUT / name / "metrics.json").exists())
     folder = Path(options.out) if options.out else next(free)
-    check_out(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -29,7 +29,7 @@ from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
 from indiclip.generated.fonts import MissingFonts
 from indiclip.images import storable
-from indiclip.names import check_choice, did_you_mean
+from indiclip.names import check_choice, did_you_mean, plain
 
 _NAMED = 10  # unreadable images of a card; the others are counted
 _FEW = 5_000  # images that are scored by one thread
@@ -291,7 +291,7 @@ def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardRe
         of_classes=len(card.classes),
         source=card.source,
         licence=card.licence,
-        notes=notes,
+        notes=list(map(plain, notes)),
         protocol=card.protocols[0].name,
         plain=[protocol.name for protocol in card.protocols if protocol.is_plain],
         candidates=card.protocols[0].candidates,

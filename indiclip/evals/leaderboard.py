@@ -53,7 +53,11 @@ def row_of(result: Result, suite: str = INDIA) -> Row:
         "date": date,
         "covered": headline["covered"],
         "of": headline["of"],
-        "mean": {language: finite(mean["value"]) for language, mean in headline["mean"].items()},
+        # Not over fewer cards than others' means, where the model gave no number: that would be for its good.
+        "mean": {
+            language: finite(mean["value"]) if _are_numbers(mains[language]) else None
+            for language, mean in headline["mean"].items()
+        },
         "mean_interval": {language: _mean(map(_corrected, mains[language].values()))[1:] for language in mains},
         "mean_gap": {language: _mean(found.values()) for language, found in gaps.items() if found},
         "cards": {card: {of: finite(main[card].value) for of, main in mains.items() if card in main} for card in ids},
@@ -63,11 +67,16 @@ def row_of(result: Result, suite: str = INDIA) -> Row:
         "metrics": {card.card: card.metric for card in scored},
         "chance": {card: score.chance for card, score in mains.get("en", {}).items()},
         "chances": {card: {of: main[card].chance for of, main in mains.items() if card in main} for card in ids},
+        "precision": str(result.about.get("options", {}).get("precision", "fp32")),
         "lengths": result.lengths,
         "views": result.views,
         "data": data,
         "asked": {of: _digest({card: asked[card].get(of) for card in ids}) for of in mains} if asked else {},
     }
+
+
+def _are_numbers(mains: dict[str, Score]) -> bool:
+    return all(math.isfinite(score.value) for score in mains.values())
 
 
 def _mains(result: Result, language: str, cards: list[str]) -> dict[str, Score]:

@@ -90,7 +90,7 @@ def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = Fal
             for row in rows:
                 _write_run(file.parent / _RUNS / f"{row['run']}.html", row)
         page = file.with_name("index.html") if site else file.with_suffix(".html")
-        write_page(page, "leaderboard.html", tables=tables, runs=_RUNS if site else "")
+        write_page(page, "leaderboard.html", tables=tables, runs=_RUNS if site else "", setting=setting)
         write_page(file.with_suffix(".md"), "leaderboard.md", tables=list(map(_in_words, tables)))
     return Added(groups, skipped, [result.model for result, rows, _ in new if not rows])
 
@@ -111,6 +111,7 @@ def _write_run(page: Path, row: Row) -> None:
         page,
         "leaderboard_run.html",
         row=row,
+        setting=setting(row),
         suite=_suite(row["suite"]),
         languages=languages,
         means=[_mean_cell(row, language) for language in languages],
@@ -162,9 +163,15 @@ def _in_words(table: Table) -> tuple[str, list[tuple[str, str]], list[tuple[list
     columns += [(column.name, column.of) for column in table.columns]
     rows = []
     for place, (row, cells) in enumerate(table.rows, 1):
-        words = [f"{place}", row["model"], row["date"], f"{row['lengths'][-1]}, {row['views'][0]}"]
+        words = [f"{place}", row["model"], row["date"], setting(row)]
         rows.append((words, cells))
     return table.name, columns, rows
+
+
+def setting(row: Row) -> str:
+    """In which embeddings were compared: length and view, and the precision where it is not full."""
+    words = [f"{row['lengths'][-1]}", row["views"][0], row["precision"]]
+    return ", ".join(words[: 3 - (row["precision"] == "fp32")])
 
 
 def _languages(rows: Sequence[Row]) -> list[str]:
