@@ -22,7 +22,7 @@ from timm.models import is_model_in_modules
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
-from indiclip.names import check_choice, check_range, did_you_mean
+from indiclip.names import check_choice, check_range, check_whole, did_you_mean
 from indiclip.packing import Packing, packed_attention, worth_packing
 from indiclip.position_table import tell_places, whole_grids
 from indiclip.preprocessing import Interpolation, Preprocessing
@@ -204,6 +204,7 @@ class NaFlexViT(Backbone):
         interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
+        check_whole({"backbone.max_tokens": max_tokens})
         self._args: dict[str, Any] = {"options": dict(options or {})}
         options = dict(options or {})
         check_rates(options)

@@ -13,7 +13,7 @@ from pathlib import Path
 from indiclip.quiet import quiet_torchao
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = ("check", "plan", "shards", "tokenizer", "embed", "bench", "export")
+_COMMANDS = ("check", "plan", "shards", "tokenizer", "embed", "bench", "leaderboard", "export")
 
 _HELP = """\
 IndiCLIP {version}: trains vision encoders that understand India and the world.
@@ -30,6 +30,7 @@ usage: indiclip <command> [--config FILE]... [options]
   tokenizer  tokens per word in every language        indiclip tokenizer --help
   embed      any data to embeddings and their keys    indiclip embed --help
   bench      score an encoder on India's benchmark    indiclip bench --help
+  leaderboard  runs of the benchmark as a site        indiclip leaderboard --help
   export     write an encoder for another library     indiclip export --help
 
   --config FILE            an experiment, a file or a shipped one (quickstart); several are stacked, later ones win

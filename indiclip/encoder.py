@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
 from indiclip.lora import LoRA, add_lora, check_adapters, merge_lora
-from indiclip.names import check_choice, shorten
+from indiclip.names import check_choice, check_whole, is_whole, shorten
 from indiclip.pooling import ImagePool, Pool, Projection, TextPool
 from indiclip.preprocessing import AnyImage
 from indiclip.pretrained.init_from import InitFrom, InitialWeights
@@ -111,9 +111,10 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.text = text
         self.embed_dim = embed_dim
+        check_whole({"encoder.embed_dim": embed_dim})
+        for length in lengths:
+            check_whole({"encoder.lengths": length}, 1, embed_dim)
         self.lengths = sorted({*lengths, embed_dim})
-        if self.lengths[0] < 1 or self.lengths[-1] > embed_dim:
-            raise ValueError(f"encoder.lengths: {list(lengths)} must lie between 1 and embed_dim {embed_dim}")
         if pool != "tower":
             backbone.remove_pool()
         self.image_pool = Pool(backbone.pooled_width, pool, batch_norm)
@@ -192,6 +193,7 @@ class Encoder(nn.Module):
             FileNotFoundError: A path that is no file.
         """
         self._check_length(length)
+        check_whole({"max_tokens": max_tokens})
         if not isinstance(images, dict):
             many = cast(list[AnyImage], list(images) if isinstance(images, list | tuple) else [images])
             budget = min(max_tokens, self.backbone.max_tokens)
@@ -294,8 +296,9 @@ class Encoder(nn.Module):
         return ids_BT.to(self.device, non_blocking=True), valid_BT.to(self.device, non_blocking=True)
 
     def _check_length(self, length: int | None) -> None:
-        if length is not None and length not in self.lengths:
-            raise ValueError(f"length {length} was not trained; the trained lengths are {self.lengths}")
+        if length is not None and not (is_whole(length) and length in self.lengths):
+            trained = ", ".join(map(str, self.lengths))
+            raise ValueError(f"length: found {shorten(length)}; expected one of the trained lengths {trained}")
 
     @staticmethod
     def _cut(embedding_BE: Tensor, length: int | None) -> Tensor:

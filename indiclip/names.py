@@ -1,10 +1,19 @@
 """Names and numbers in messages."""
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
+
+# A terminal's sequences: with parameters, with a string, and of one letter more.
+_ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b[\]P^_X][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?")
+_SPACES = re.compile("[\t-\r\x1c-\x1f\x85\u2028\u2029]")
+# Other controls, and marks that turn what follows around. Joiners stay, which Indian scripts are written with.
+_HIDDEN = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -57,6 +66,19 @@ def check_range(
             raise ValueError(f"{key}: found {number}; expected {expected}")
 
 
+def is_whole(number: object) -> bool:
+    """Whether it is a whole number of Python's or NumPy's, and not text, a float such as 64.0, or True."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def check_whole(found: Mapping[str, Any], least: int = 1, most: int = sys.maxsize) -> None:
+    """Raise ValueError for the first that is no whole number from `least` to `most`, naming its key."""
+    for key, number in found.items():
+        if not is_whole(number) or not least <= number <= most:
+            expected = f"from {least}" + f" to {most}" * (most != sys.maxsize)
+            raise ValueError(f"{key}: found {shorten(number)}; expected a whole number {expected}")
+
+
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Where two trees of plain values differ, as deep as they are of the same classes: the dotted key, and a line."""
     if isinstance(old, dict) and isinstance(new, dict) and old.get("class_path") == new.get("class_path"):
@@ -67,6 +89,16 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from differences(*pair, f"{key}[{number}]")
     elif old != new:
         yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
+
+
+def plain(text: str) -> str:
+    """Words of others, such as a card's title or a file's name, on one line, without what a terminal would act on."""
+    return _HIDDEN.sub("", _SPACES.sub(" ", _ESCAPES.sub("", well_formed(text))))
+
+
+def well_formed(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, as which Python reads other bytes of a path, are U+FFFD."""
+    return _SURROGATES.sub("\ufffd", text)
 
 
 def reason_of(error: Exception, most: int | None = 200) -> str:

@@ -190,3 +190,19 @@ def test_other_photographs_do_not_stand_against_comparing_what_is_generated():
     assert {row.why_not for row in compare(a, b)} == {""}
     b.about["data"]["food_procedural"] = "other"
     assert {row.why_not for row in compare(a, b)} == {"different images, or labels, under the same names"}
+
+
+@pytest.mark.parametrize(("hits", "coloured"), [(40, "better"), (0, "worse"), (21, "")])
+def test_only_what_the_paired_interval_shows_is_coloured(tmp_path, hits, coloured):
+    """Of 40 images 20 are right in A; one more says nothing."""
+    a, b = small_run("a"), small_run("b")
+    for result, right in ((a, 20), (b, hits)):
+        result.predictions = [
+            answer(f"{i}.jpg", "dosa" if i % 2 else "roti", ("dosa" if i % 2 else "roti") if i < right else "idli")
+            for i in range(40)
+        ]
+    write_comparison(tmp_path / "c.html", a, b)
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    body = page[page.index("<body>") :].replace('<i class="key better">', "").replace('<i class="key worse">', "")
+    assert ("fill b better" in body, "fill b worse" in body) == (coloured == "better", coloured == "worse")
+    assert ('class="hit"' in body, 'class="miss"' in body) == (coloured == "better", coloured == "worse")

@@ -17,7 +17,7 @@ def test_a_prefix_is_cut_and_made_a_unit_vector_again():
 
 @pytest.mark.parametrize("length", [0, 4])
 def test_a_length_that_the_embedding_does_not_have_is_named(length):
-    with pytest.raises(ValueError, match=f"length={length}: the embeddings allow 1 to 3"):
+    with pytest.raises(ValueError, match=f"length: found {length}; expected a whole number from 1 to 3"):
         truncate_normalize(np.ones((2, 3)), length)
 
 

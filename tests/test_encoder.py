@@ -1,11 +1,14 @@
 """The encoder from Python: anything in, embeddings that nest out."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from helpers import noise, tiny_encoder
 from PIL import Image
 
+from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Pool
 
 
@@ -28,8 +31,19 @@ def test_short_embeddings_are_the_cut_and_normalised_full_ones():
     with torch.no_grad():
         full, short = encoder.embed_text(["पतंग", "kite"]), encoder.embed_text(["पतंग", "kite"], length=16)
     torch.testing.assert_close(short, torch.nn.functional.normalize(full[:, :16], dim=1))
-    with pytest.raises(ValueError, match=r"length 20 was not trained; the trained lengths are \[16, 32, 64\]"):
-        encoder.embed_text("kite", length=20)
+    assert encoder.embed_text("kite", length=np.int64(16)).shape == (1, 16)
+    image = noise(40, 40, 3)
+    for wrong in (20, 0, 65, "64", 64.0, True):
+        for embed in (partial(encoder.embed_text, "kite"), partial(encoder.embed_image, image)):
+            with pytest.raises(ValueError, match=f"length: found {wrong!r}; expected one of the trained lengths 16, 3"):
+                embed(length=wrong)
+    for wrong in (0, -1, "64", 64.0, True):
+        with pytest.raises(ValueError, match=f"max_tokens: found {wrong!r}; expected a whole number from 1"):
+            encoder.embed_image(image, max_tokens=wrong)
+        with pytest.raises(ValueError, match=f"backbone.max_tokens: found {wrong!r}; expected a whole number from 1"):
+            NaFlexViT(size="tiny", max_tokens=wrong)
+        with pytest.raises(ValueError, match=f"encoder.lengths: found {wrong!r}; expected a whole number from 1 to 64"):
+            tiny_encoder(lengths=[wrong])
     with pytest.raises(ValueError, match=r"embed_text: found \['kite', 5\]; expected a string, or a list of them"):
         encoder.embed_text(["kite", 5])
 

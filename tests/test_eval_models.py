@@ -163,8 +163,9 @@ def test_lengths_are_the_trained_ones_or_those_asked_for():
     assert EncoderEmbedder(encoder, "x").lengths == [16, 32, 64]
     assert EncoderEmbedder(encoder, "x", lengths=[8]).lengths == [8, 64]
     assert embed(EncoderEmbedder(encoder, "x", lengths=[8]), [noise(9, 9)]).shape == (1, 64)
-    with pytest.raises(ValueError, match="lengths: found 65; expected 1 to 64"):
-        EncoderEmbedder(encoder, "x", lengths=[65])
+    for wrong in (65, 0, "64", 64.0, True):
+        with pytest.raises(ValueError, match=f"lengths: found {wrong!r}; expected a whole number from 1 to 64"):
+            EncoderEmbedder(encoder, "x", lengths=[wrong])
 
 
 def test_float32_is_kept_under_the_autocast_of_a_training_run():

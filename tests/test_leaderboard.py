@@ -7,7 +7,9 @@ from bench_fakes import score, small_run
 from processes import in_processes
 
 from indiclip.commands.bench import leaderboard
-from indiclip.evals.leaderboard import add, groups_of, read, row_of
+from indiclip.evals import leaderboard_pages
+from indiclip.evals.leaderboard import groups_of, row_of
+from indiclip.evals.leaderboard_file import read
 
 DATA = {"food": "1f", "script": "2f", "gods": "3f"}
 
@@ -16,6 +18,10 @@ def run(model, value=0.6, date="2026-01-02", **about):
     result = small_run(model, **{"data": DATA, "date": date} | about)
     result.scores[0] = score("food", value, chance=0.2)
     return result
+
+
+def add(file, results):
+    return leaderboard_pages.add(file, [(result, None) for result in results]).groups
 
 
 def models(group):
@@ -80,7 +86,7 @@ def test_a_torn_line_costs_only_itself(tmp_path):
     with file.open("a") as opened:
         opened.write('{"run": "x", "mod')
     add(file, [run("b")])
-    assert [row["model"] for row in read(file)] == ["a", "b"]
+    assert [row["model"] for row in read(file)[0]] == ["a", "b"]
 
 
 def test_two_processes_that_add_at_once_lose_no_row(tmp_path):
@@ -92,7 +98,7 @@ def test_two_processes_that_add_at_once_lose_no_row(tmp_path):
 
     done = in_processes([partial(work, name) for name in "xy"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(row["model"] for row in read(file)) == sorted(f"{name}-{i}" for name in "xy" for i in range(30))
+    assert sorted(row["model"] for row in read(file)[0]) == sorted(f"{name}-{i}" for name in "xy" for i in range(30))
     page = (tmp_path / "l.html").read_text(encoding="utf-8")
     assert all(f"{name}-{i}<" in page for name in "xy" for i in range(30))
 

@@ -21,9 +21,10 @@ from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.console import print_result
 from indiclip.evals.reports.pictures import Pictures
-from indiclip.evals.results import check_parquet
+from indiclip.evals.results import check_out, check_parquet
 from indiclip.images import storable
 from indiclip.masking import mask
+from indiclip.names import plain, reason_of
 from indiclip.training.run_folder import lock, unlock
 
 _OUT = Path("runs/bench")
@@ -32,7 +33,7 @@ _OUT = Path("runs/bench")
 def run(**options: Any) -> int:
     """Returns the exit status."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(mask(f"indiclip bench: {message}"), file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(plain(mask(f"indiclip bench: {message}")), file=sys.stderr)
         try:
             return _run(argparse.Namespace(**options))
         finally:
@@ -41,6 +42,8 @@ def run(**options: Any) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     check_parquet()
+    if options.out:
+        check_out(Path(options.out))
     torch.set_flush_denormal(True)
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     views = list(dict.fromkeys(options.views))
@@ -52,7 +55,14 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.seed,
         all_names=options.all_names,
     )
-    bench = find_bench(options.images, options.cards, not options.no_procedural, options.seed, options.skip_unknown)
+    bench = find_bench(
+        options.images,
+        options.cards,
+        not options.no_procedural,
+        options.seed,
+        options.skip_unknown,
+        options.protocols,
+    )
     check_languages(bench, options.languages)
     model = embedder.load_embedder(
         options.model,
@@ -77,7 +87,12 @@ def _run(options: argparse.Namespace) -> int:
     if overlap is not None:
         result.about["contamination"] = overlap
     result.save(folder)
-    write_bench_report(folder, result, Pictures(bench.items))
+    try:
+        write_bench_report(folder, result, Pictures(bench.items))
+    except Exception as error:  # whatever a page stumbles over; the scores are there, and took the time
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        saved = f"the scores are in {folder / 'metrics.json'} and predictions.parquet beside it"
+        raise RuntimeError(f"{folder / 'report.html'} could not be written ({reason}); {saved}") from error
     if options.json:
         print((folder / "metrics.json").read_text(encoding="utf-8"), end="")
     else:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from indiclip.masking import mask
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, plain
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _ASKING = {"-h", "--help"}
@@ -150,7 +150,7 @@ def guarded(name: str, command: Callable[[], int]) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename:  # Python's own begins with a number
             text = f"{error.filename}: {error.strerror}"
-        print(mask(f"{name}: {' '.join(text.split())}"), file=sys.stderr)
+        print(plain(mask(f"{name}: {' '.join(text.split())}")), file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError | FileExistsError | ImportError) else 1
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -21,6 +21,7 @@ from indiclip.datasets.folders import subfolders
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
 from indiclip.evals.cards.card import Card, load_card, packaged
+from indiclip.evals.cards.protocols import with_protocols
 from indiclip.evals.encode import ALONE, Encoded, Ranks, cut_texts, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
@@ -30,7 +31,7 @@ from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
 from indiclip.generated.fonts import MissingFonts
 from indiclip.images import storable
-from indiclip.names import check_choice, did_you_mean
+from indiclip.names import check_choice, did_you_mean, plain
 
 _NAMED = 10  # unreadable images of a card; the others are counted
 _FEW = 5_000  # images that are scored by one thread
@@ -60,6 +61,7 @@ def find_bench(
     procedural: bool = True,
     seed: int = 0,
     skip_unknown: bool = False,
+    protocols: Sequence[str] = (),
 ) -> Bench:
     """Look for the images of cards.
 
@@ -69,19 +71,22 @@ def find_bench(
         procedural: Score the generated parts of cards that have one.
         seed: Of what is generated.
         skip_unknown: Leave out and count the images of other classes than a card's; they are an error else.
+        protocols: Score by these too, see `with_protocols`.
 
     Raises:
         FileNotFoundError: No such folder or card.
         ValueError: A card or its images are not as expected; names the file.
     """
     bench = Bench()
-    asked = [load_card(name) for name in dict.fromkeys(cards or packaged("india"))]
+    asked = [load_card(name) for name in {_file_of(name): name for name in cards or packaged("india")}.values()]
     for number, card in enumerate(asked):
         if other := next((other for other in asked[:number] if other.id == card.id), None):
             raise ValueError(f"cards: {other.file} and {card.file} are both called {card.id!r}; rename a file")
+    asked = with_protocols(asked, protocols)
     root = Path(images).expanduser() if images else None
     if root is not None and not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; expected a folder with the images of each card in it")
+        found = "is a file" if root.exists() else "no such folder"
+        raise FileNotFoundError(f"{root}: {found}; expected a folder with the images of each card in it")
     others = _folders_beside(root, asked)
     for card in asked:
         photographs = find_items(card, root, skip_unknown) if root is not None else None
@@ -103,6 +108,11 @@ def find_bench(
         expected = f"; expected {', '.join(card.folder for card in asked)}" if root is not None else ""
         raise FileNotFoundError(f"nothing to score: {'; '.join(reasons)}{found}{expected}")
     return bench
+
+
+def _file_of(card: str) -> str:
+    """What is one for two names of a card: a file may be written in several ways."""
+    return str(Path(card).expanduser().resolve()) if Path(card).suffix in (".yaml", ".yml") else card
 
 
 def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
@@ -301,7 +311,7 @@ def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardRe
         of_classes=len(card.classes),
         source=card.source,
         licence=card.licence,
-        notes=notes,
+        notes=list(map(plain, notes)),
         protocol=card.protocols[0].name,
         plain=[protocol.name for protocol in card.protocols if protocol.is_plain],
         candidates=card.protocols[0].candidates,

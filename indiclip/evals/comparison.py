@@ -8,6 +8,7 @@ import numpy as np
 from indiclip.evals.formatting import interval, language_name, metric_name, number, signed, title
 from indiclip.evals.protocols.metrics import Interval, parity_gap
 from indiclip.evals.results import CardResult, Prediction, Result, Score, name_of
+from indiclip.names import plain
 
 
 class Compared(NamedTuple):
@@ -140,5 +141,6 @@ def in_words(rows: list[Compared]) -> str:
         if gap := row.gap:
             ends = interval(gap.low, gap.high)
             found = f"{signed(gap.value)}{ends and f' ({ends})'}, on {common(row)}"
-        lines.append(f"{title(row.card)}, {language_name(row.language)}, {metric_name(metric)}: {values} | {found}")
+        line = f"{title(row.card)}, {language_name(row.language)}, {metric_name(metric)}: {values} | {found}"
+        lines.append(plain(line))
     return "\n".join(lines)

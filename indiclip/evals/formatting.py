@@ -9,6 +9,7 @@ from typing import NamedTuple
 import yaml
 
 from indiclip.evals.results import PHOTOGRAPHS, CardResult, Score, corrected
+from indiclip.names import plain
 
 NAMES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text("utf-8"))
 
@@ -44,7 +45,7 @@ def words(name: str, most: int | None = None) -> str:
 
 def markdown_cell(text: str) -> str:
     """Words that leave a table of Markdown whole."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(plain(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def is_distance(metric: str) -> bool:

@@ -1,107 +1,145 @@
-"""A file that collects runs of the benchmark, and the table made of it: `leaderboard.jsonl`, `.html` and `.md`."""
+"""What a leaderboard keeps of a run of the benchmark, and which rows may stand in one table."""
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from filelock import FileLock
+from indiclip.evals.leaderboard_file import INDIA, Row
+from indiclip.evals.results import PHOTOGRAPHS, Result, Score, corrected, finite, less_english
 
-from indiclip import json_lines
-from indiclip.evals.formatting import language_name
-from indiclip.evals.reports.page import write_page
-from indiclip.evals.results import PHOTOGRAPHS, Result, finite
-
-Row = dict[str, Any]
-Cell = tuple[float | None, float | None]  # a value and its chance
+Ends = tuple[float | None, float | None]
 
 
 class Group(NamedTuple):
-    """Runs that were scored on the same images, best first."""
+    """Runs that were scored on the same images and asked alike, best first."""
 
-    data: str  # digest of these; "" where a run does not say which they were
+    suite: str
+    data: str  # digest of the images; "" where a run does not say which they were
     covered: int
     of: int
     rows: list[Row]
 
 
-def row_of(result: Result) -> Row:
+def rows_of(result: Result) -> list[Row]:
+    """A row for each suite of which photographs were scored; the user's own cards are a suite too."""
+    return [row_of(result, suite) for suite in dict.fromkeys((INDIA, *_suites(result))) if result.photographs(suite)]
+
+
+def _suites(result: Result) -> list[str]:
+    return sorted({card.suite for card in result.cards}, key=lambda suite: (suite == "own", suite))
+
+
+def row_of(result: Result, suite: str = INDIA) -> Row:
     """What the leaderboard keeps of a run.
 
     `run` tells runs apart: the same model at another time is another run. `data` tells which images they are over, the
-    India suite's photographs that were scored.
+    photographs of the suite that were scored; `asked` by which names and prompts, per language.
     """
-    headline = result.headline()
-    scored = result.photographs()
-    digests = result.about.get("data", {})
-    known = bool(scored) and all(card.card in digests for card in scored)
-    data = _digest({card.card: digests[card.card] for card in scored}) if known else ""
+    headline = result.headline(suite)
+    scored = result.photographs(suite)
+    ids = [card.card for card in scored]
+    digests, asked = result.about.get("data", {}), result.about.get("asked", {})
+    data = _digest({card: digests[card] for card in ids}) if ids and all(card in digests for card in ids) else ""
     date = str(result.about.get("date", ""))
-    identity = [result.model, date, result.lengths, result.views, sorted(card.card for card in scored), data]
-    cards: dict[str, dict[str, float | None]] = {card.card: {} for card in scored}
-    for language in result.languages():
-        for (card, part), score in result.main(language).items():
-            if part == PHOTOGRAPHS and card in cards:
-                cards[card][language] = finite(score.value)
+    identity = [result.model, date, result.lengths, result.views, sorted(ids), data]
+    mains = {language: _mains(result, language, ids) for language in result.languages()}
+    gaps = {language: _gaps(result, mains[language], ids) for language in mains}
     return {
-        "run": _digest(identity),
+        "run": _digest(identity if suite == INDIA else [suite, *identity]),
+        "suite": suite,
         "model": result.model,
         "date": date,
         "covered": headline["covered"],
         "of": headline["of"],
-        "mean": {language: finite(mean["value"]) for language, mean in headline["mean"].items()},
-        "cards": cards,
+        # Not over fewer cards than others' means, where the model gave no number: that would be for its good.
+        "mean": {
+            language: finite(mean["value"]) if _are_numbers(mains[language]) else None
+            for language, mean in headline["mean"].items()
+        },
+        "mean_interval": {language: _mean(map(_corrected, mains[language].values()))[1:] for language in mains},
+        "mean_gap": {language: _mean(found.values()) for language, found in gaps.items() if found},
+        "cards": {card: {of: finite(main[card].value) for of, main in mains.items() if card in main} for card in ids},
+        "intervals": {card: {of: _ends(main[card]) for of, main in mains.items() if card in main} for card in ids},
+        "gaps": {card: {of: found[card] for of, found in gaps.items() if card in found} for card in ids},
         "titles": {card.card: card.title for card in scored},
-        "chance": {name: score.chance for (name, part), score in result.main().items() if name in cards},
+        "metrics": {card.card: card.metric for card in scored},
+        "chance": {card: score.chance for card, score in mains.get("en", {}).items()},
+        "chances": {card: {of: main[card].chance for of, main in mains.items() if card in main} for card in ids},
+        "precision": str(result.about.get("options", {}).get("precision", "fp32")),
         "lengths": result.lengths,
         "views": result.views,
         "data": data,
+        "asked": {of: _digest({card: asked[card].get(of) for card in ids}) for of in mains} if asked else {},
     }
 
 
-def add(file: Path, results: Sequence[Result]) -> list[Group]:
-    """Add runs to the file, each instead of its earlier row, and write the tables beside it.
+def _are_numbers(mains: dict[str, Score]) -> bool:
+    return all(math.isfinite(score.value) for score in mains.values())
 
-    Processes that add at once wait for each other: no row is lost, and the tables are of all of them.
 
-    Returns:
-        What the table shows now.
+def _mains(result: Result, language: str, cards: list[str]) -> dict[str, Score]:
+    found = {card: score for (card, part), score in result.main(language).items() if part == PHOTOGRAPHS}
+    return {card: found[card] for card in cards if card in found}
 
-    Raises:
-        OSError: The disk is full, or the folder cannot be written to.
+
+def _gaps(result: Result, mains: dict[str, Score], cards: list[str]) -> dict[str, tuple[float | None, ...]]:
+    """Card -> how far a language's main metric is from English on the same images and classes, and both ends."""
+    wanted = {score._replace(metric=f"parity_{score.metric}")[:8]: card for card, score in mains.items()}
+    rows = {wanted[row[:8]]: less_english(row) for row in result.scores if row[:8] in wanted and not row.subset}
+    return {card: (finite(rows[card].value), *_ends(rows[card])) for card in cards if card in rows}
+
+
+def _ends(score: Score) -> Ends:
+    return finite(score.low), finite(score.high)
+
+
+def _corrected(score: Score) -> tuple[float | None, ...]:
+    ends = (None if end is None else corrected(end, score.chance) for end in (score.value, score.low, score.high))
+    return tuple(map(finite, ends))
+
+
+def _mean(values: Iterable[tuple[float | None, ...]]) -> tuple[float | None, float | None, float | None]:
+    """The mean of numbers of different images, and the ends of its interval from theirs, where all have one.
+
+    Distances to the ends are squared and added: MOVER (Zou and Donner, Statistics in Medicine 27, 2008, equation 3).
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
-        json_lines.append(file, map(row_of, results))
-        groups = groups_of(read(file))
-        tables = list(map(_table, groups))
-        for suffix in (".html", ".md"):
-            write_page(file.with_suffix(suffix), f"leaderboard{suffix}", tables=tables)
-    return groups
-
-
-def read(file: Path) -> list[Row]:
-    """The newest row of every run."""
-    newest: dict[str, Row] = {}
-    for row in json_lines.read(file):
-        if "run" in row and "model" in row:
-            newest.pop(row["run"], None)  # so that it stands where it was added last
-            newest[row["run"]] = row
-    return list(newest.values())
+    known = [value for value in values if value[0] is not None]
+    if not known:
+        return None, None, None
+    middle = sum(value[0] or 0.0 for value in known) / len(known)
+    if any(None in value for value in known):
+        return middle, None, None
+    below, above = (math.hypot(*((v[side] or 0) - (v[0] or 0) for v in known)) / len(known) for side in (1, 2))
+    return middle, middle - below, middle + above
 
 
 def groups_of(rows: list[Row]) -> list[Group]:
-    """The group that covers most first; in a group by the mean in English, then that over all languages."""
-    found: dict[str, list[Row]] = {}
+    """India first, own cards last; the group that covers most first; in a group by the mean in English, then that over
+    all languages.
+    """
+    found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(row["data"] or f"unknown {row['run']}", []).append(row)
+        found.setdefault(tuple(_same(row, rows)), []).append(row)
     groups = [
-        Group(of[0]["data"], of[0]["covered"], of[0]["of"], sorted(of, key=_merit, reverse=True))
+        Group(of[0]["suite"], of[0]["data"], of[0]["covered"], of[0]["of"], sorted(of, key=_merit, reverse=True))
         for of in found.values()
     ]
-    return sorted(groups, key=lambda group: (group.data == "", -group.covered, -len(group.rows)))
+    places = {INDIA: 0, "own": 2}
+    return sorted(
+        groups,
+        key=lambda of: (places.get(of.suite, 1), of.suite, of.data == "", -of.covered, -len(of.rows)),
+    )
+
+
+def _same(row: Row, rows: list[Row]) -> Iterator[str]:
+    """What the rows of a group share: the images, and how English was asked, where runs say so."""
+    yield row["suite"]
+    yield row["data"] or f"unknown {row['run']}"
+    same_images = (other for other in rows if (other["suite"], other["data"]) == (row["suite"], row["data"]))
+    known = (other["asked"]["en"] for other in (row, *same_images) if "en" in other["asked"])
+    yield next(known, "")
 
 
 def _merit(row: Row) -> tuple[float, float]:
@@ -109,29 +147,6 @@ def _merit(row: Row) -> tuple[float, float]:
     english = row["mean"].get("en")
     overall = sum(means) / len(means) if means else -math.inf
     return (english if english is not None else -math.inf, overall)
-
-
-def _table(group: Group) -> tuple[str, list[tuple[str, str]], list[tuple[list[str], list[Cell]]]]:
-    """Its name; names of the columns, and what of these; a row's words and its numbers: the means of languages and the
-    cards' main metrics in English.
-    """
-    found = {language for row in group.rows for language in row["mean"]}
-    languages = sorted(found, key=lambda language: (language != "en", language))
-    cards = list(dict.fromkeys(card for row in group.rows for card in row["cards"]))
-    chance = {card: value for row in group.rows for card, value in row.get("chance", {}).items()}
-    titles = {card: name for row in group.rows for card, name in row.get("titles", {}).items()}
-    columns = [("", ""), ("model", ""), ("date", ""), ("length, view", "")]
-    columns += [(language_name(language), "mean") for language in languages]
-    columns += [(titles.get(card, card), "in English") for card in cards]
-    rows = []
-    for place, row in enumerate(group.rows, 1):
-        words = [f"{place}", row["model"], row["date"], f"{row['lengths'][-1]}, {row['views'][0]}"]
-        cells: list[Cell] = [(row["mean"].get(language), None) for language in languages]
-        cells += [(row["cards"].get(card, {}).get("en"), chance.get(card)) for card in cards]
-        rows.append((words, cells))
-    of = f"Covers {group.covered} of {group.of} categories"
-    images = f"images {group.data}" if group.data else "images not known, so compared with none"
-    return f"{of} · {images}", columns, rows
 
 
 def _digest(value: Any) -> str:

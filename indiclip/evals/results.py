@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from indiclip import json_lines
 from indiclip.evals.suites import SUITES, packaged
 from indiclip.masking import mask
+from indiclip.names import well_formed
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
@@ -190,9 +192,9 @@ class Result:
             values[f"eval/india/mean/{language}/corrected"] = mean["value"]
         return values
 
-    def photographs(self) -> list[CardResult]:
-        """Cards of the India suite whose photographs were scored."""
-        return [c for c in self.cards if (c.suite, c.part, c.status) == ("india", PHOTOGRAPHS, "scored")]
+    def photographs(self, suite: str = "india") -> list[CardResult]:
+        """Cards of a suite whose photographs were scored."""
+        return [c for c in self.cards if (c.suite, c.part, c.status) == (suite, PHOTOGRAPHS, "scored")]
 
     def languages(self) -> list[str]:
         """Languages with any score, `en` first."""
@@ -237,9 +239,8 @@ class Result:
             "scores": [{name: finite(value) for name, value in score._asdict().items()} for score in self.scores],
             "about": self.about,
         }
-        text = mask(json.dumps(content, indent=1, ensure_ascii=False)) + "\n"
-        # JSON writes half of a surrogate pair, as of a path that is no UTF-8, with a backslash too.
-        json_lines.write_whole(folder / "metrics.json", text.encode(errors="backslashreplace"))
+        text = well_formed(mask(json.dumps(content, indent=1, ensure_ascii=False))) + "\n"
+        json_lines.write_whole(folder / "metrics.json", text.encode())
 
 
 def part_of(is_procedural: bool) -> str:
@@ -319,6 +320,20 @@ def column_of(values: Sequence[Any]) -> np.ndarray:
     return column
 
 
+def check_out(folder: Path) -> None:
+    """Raise ValueError for a folder whose files are not a benchmark's, which its own would replace."""
+    found = next((name for name in ("config.yaml", "checkpoints") if (folder / name).exists()), "")
+    if not found and (folder / "metrics.json").exists():
+        with suppress(ValueError, OSError):
+            content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            if isinstance(content, dict) and {"model", "cards", "scores"} <= content.keys():
+                return
+        found = "a metrics.json of another kind"
+    if found:
+        expected = "expected a new folder, or one of an earlier `indiclip bench`"
+        raise ValueError(f"--out {folder}: holds {found}, of a training run or another program; {expected}")
+
+
 def check_parquet() -> None:
     """Raise ImportError, saying what to do, unless predictions can be written."""
     _pyarrow()
@@ -341,11 +356,22 @@ def _write_answers(file: Path, answers: list[Answers]) -> None:
     kinds = [text] * 7 + [pyarrow.int32(), texts, pyarrow.list_(pyarrow.float32()), pyarrow.bool_(), pyarrow.bool_()]
     kinds += [text]
     schema = pyarrow.schema(zip(Prediction._fields, kinds, strict=True))
-    tables = [pyarrow.Table.from_pylist([row._asdict() for row in of.rows()], schema) for of in answers]
+    tables = [pyarrow.Table.from_pylist([_well_formed(row) for row in of.rows()], schema) for of in answers]
     table = pyarrow.concat_tables([schema.empty_table(), *tables])
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     json_lines.write_whole(file, sink.getvalue().to_pybytes())
+
+
+def _well_formed(row: Prediction) -> dict[str, Any]:
+    """With text that Parquet can hold: a card's captions and a class's name may come from anywhere."""
+    columns = row._asdict()
+    try:
+        "".join((*row[:7], *row.top)).encode()
+    except UnicodeEncodeError:
+        columns |= {name: well_formed(value) for name, value in columns.items() if isinstance(value, str)}
+        columns["top"] = list(map(well_formed, row.top))
+    return columns
 
 
 def _read_predictions(file: Path) -> list[Prediction]:

@@ -68,6 +68,7 @@ def _names_like(path: Path) -> list[str]:
 
 def _library_of_folder(folder: Path) -> str:
     found = []
+    check_sentence_transformers(folder, may_be_text=True)
     if (proof := folder / "parity.json").is_file() and read_config(proof).get("to") == "onnx":
         raise ValueError(_NOT_READ_BACK.format(folder=folder, to="onnx"))
     if (folder / "open_clip_config.json").is_file():
@@ -88,6 +89,25 @@ def _library_of_folder(folder: Path) -> str:
         which = " or ".join(f"{library}:{folder}" for library in found)
         raise ValueError(f"{folder}: holds the files of {' and '.join(found)}; expected {which}")
     return found[0] if found else "indiclip"
+
+
+def check_sentence_transformers(folder: Path, may_be_text: bool = False) -> None:
+    """Raise ValueError for a folder of that library, or a part of one, that names the folder which is a model.
+
+    Args:
+        folder: Any.
+        may_be_text: Let a text model alone pass, which lies in the folder itself.
+    """
+    for whole in (folder, folder.parent):
+        modules = load_json(whole / "modules.json") if (whole / "modules.json").is_file() else None
+        if not (isinstance(modules, list) and all(isinstance(one, dict) and "type" in one for one in modules)):
+            continue
+        paths = {str(one["type"]).rpartition(".")[2]: str(one.get("path", "")) for one in modules}
+        if (model := paths.get("CLIPModel")) is None and not (may_be_text and whole == folder):
+            if whole == folder or folder.name in paths.values():
+                raise ValueError(f"{whole}: is a sentence-transformers model of text only ({', '.join(paths)})")
+        elif model is not None and (whole / model).resolve() != folder.resolve():
+            raise ValueError(f"{whole}: is a sentence-transformers folder; expected the model in it, {whole / model}")
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PROCEDURAL, Result, check_parquet
 from indiclip.module import MultiTask
-from indiclip.names import check_range
+from indiclip.names import check_range, plain
 from indiclip.pretrained.weights import Weights
 from indiclip.sharding import is_sharded, whole
 from indiclip.training.ema import scored_weights
@@ -230,10 +230,10 @@ class IndiaBench(Callback):
         print(f"benchmark{f' {schedule}' * (stage == 'fit')}: {', '.join(counts)}")
         for card in self.bench.skipped:
             if self.images or card.part == PROCEDURAL:
-                print(f"  not scored: {card.card}, {card.part}: {'; '.join(card.notes)}")
+                print(plain(f"  not scored: {card.card}, {card.part}: {'; '.join(card.notes)}"))
         for items in self.bench.items:
             for note in items.notes if not items.procedural else []:
-                print(f"  {items.card.id}: {note}")
+                print(plain(f"  {items.card.id}: {note}"))
 
 
 def _whole_encoder(encoder: Encoder) -> Encoder:

@@ -7,12 +7,12 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from indiclip.datasets.tables import existing
+from indiclip.datasets.tables import decode_text, existing
 from indiclip.evals.cards.classes import Card, CardClass
 from indiclip.evals.cards.file import parse_card
 from indiclip.evals.cards.names import with_names
 from indiclip.evals.suites import SUITES, packaged
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, plain
 
 __all__ = ["SUITES", "Card", "CardClass", "load_card", "packaged"]
 
@@ -30,7 +30,9 @@ def load_card(card: str) -> Card:
     """
     if Path(card).suffix in (".yaml", ".yml"):
         file = existing(card)
-        return parse_card(file.read_text("utf-8"), str(file), file.stem, "own")
+        if file.is_dir():
+            raise ValueError(f"{file}: is a folder; expected the YAML file of a card")
+        return parse_card(decode_text(file.read_bytes(), str(file)), str(file), plain(file.stem), "own")
     return _load_packaged(card)
 
 

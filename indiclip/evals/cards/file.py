@@ -22,8 +22,9 @@ from indiclip.datasets.languages import OF_INDIA, language_tag
 from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.classes import Card, CardClass, ClassSource, bare
 from indiclip.evals.cards.objects import named, object_of
+from indiclip.evals.cards.protocols import protocol_of
 from indiclip.evals.protocols.protocol import Protocol
-from indiclip.names import check_choice, did_you_mean, reason_of
+from indiclip.names import check_choice, did_you_mean, plain, reason_of
 from indiclip.strict_yaml import UniqueKeys
 
 _KEYS = (
@@ -112,11 +113,7 @@ def _tasks() -> dict[str, list[Any]]:
 def _protocols(entries: Any, file: str) -> tuple[Protocol, ...]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file}: protocols: found {_found(entries)}; expected a list of class paths")
-    protocols = [object_of(entry, f"{file}: protocols") for entry in entries]
-    for protocol in protocols:
-        if not isinstance(protocol, Protocol):
-            expected = "expected a class of indiclip.evals.protocols.protocol.Protocol"
-            raise ValueError(f"{file}: protocols: {type(protocol).__name__} is no protocol; {expected}")
+    protocols = [protocol_of(entry, f"{file}: protocols") for entry in entries]
     _check_unique((protocol.name for protocol in protocols), f"{file}: protocols: the name")
     return tuple(protocols)
 
@@ -234,7 +231,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
 def _text(value: Any, where: str, optional: bool = False) -> str:
     if not isinstance(value, str) or not (value.strip() or optional):
         raise ValueError(f"{where}: found {_found(value)}; expected text (quote what YAML takes for a number)")
-    return value.strip()
+    return plain(value).strip()
 
 
 def _found(value: Any) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from indiclip.evals.cards.card import Card, CardClass, load_card
 from indiclip.evals.suites import SUITES, packaged
+from indiclip.names import plain
 
 _SHOWN = 5  # languages in the list of cards
 
@@ -31,7 +32,10 @@ def show_card(card: Card) -> list[str]:
         "licence": card.licence,
         "notes": " ".join(card.notes.split()),
     }
-    lines = [f"{card.id}: {card.title} ({card.file})", *(f"  {key}: {text}" for key, text in about.items() if text)]
+    lines = [
+        f"{card.id}: {card.title} ({plain(card.file)})",
+        *(f"  {key}: {text}" for key, text in about.items() if text),
+    ]
     lines += [f"  prompts in {language}: {templates[0]}" for language, templates in card.prompts.items()]
     if not card.classes:
         return lines

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from indiclip import checkpoint
 from indiclip.encoder import Encoder
-from indiclip.names import check_choice, check_range
+from indiclip.names import check_choice, check_whole
 from indiclip.patches import stack
 from indiclip.preprocessing import Picture, read_upright
 from indiclip.pretrained.model_names import library_of
@@ -186,7 +186,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def with_full_length(lengths: Sequence[int] | None, full: int) -> list[int]:
     """Lengths to score, ascending, the full one among them."""
     for length in lengths or []:
-        check_range({"lengths": length}, 1, full)
+        check_whole({"lengths": length}, 1, full)
     return sorted({*(lengths or []), full})
 
 

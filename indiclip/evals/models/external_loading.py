@@ -12,9 +12,10 @@ import timm.models
 import torch
 
 from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
+from indiclip.evals.models.processors import check_processor
 from indiclip.names import check_choice, did_you_mean, reason_of
 from indiclip.pretrained.hub import HUB
-from indiclip.pretrained.model_names import read_config
+from indiclip.pretrained.model_names import check_sentence_transformers, read_config
 from indiclip.pretrained.open_clip_source import (
     check_file,
     check_open_clip_folder,
@@ -111,12 +112,14 @@ def load_transformers(what: str, name: str, options: Options) -> ExternalModel:
     absent = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if absent:
         raise ValueError(f"{name}: the weights lack {len(absent)} of the model's tensors, such as {absent[0]}")
+    check_processor(name, model.config, processor)
     return Transformers(name, model, processor, options)
 
 
 def _check_transformers_folder(folder: Path, name: str) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: no such folder; transformers:{HUB}{folder} downloads it")
+    check_sentence_transformers(folder)
     config = read_config(folder / "config.json")
     check_choice(f"{folder / 'config.json'}: model_type", config.get("model_type"), MODEL_TYPES)
     names = {file.name for file in folder.iterdir()}

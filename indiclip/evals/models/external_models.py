@@ -25,6 +25,7 @@ from indiclip.evals.models.embedder import (
     embed_distinct,
     with_full_length,
 )
+from indiclip.names import reason_of
 from indiclip.preprocessing import Picture, read_upright
 
 # Shortest-side resizing makes a line of pixels enormous; past this the long side is squeezed.
@@ -58,8 +59,16 @@ class ExternalModel(ABC):
         self.preprocessing = {"transform": " ".join(words.split())}
         self.model = model.to(options.device).eval().requires_grad_(False)
         self._device, self._precision = options.device, options.precision
-        blank = self.prepare(np.zeros((32, 32, 3), np.uint8), self.views(["native"])[0])
-        self._length = self.embed_images(self.collate([blank])).shape[1]
+        try:
+            blank = self.prepare(np.zeros((32, 48, 3), np.uint8), self.views(["native"])[0])
+            self._length = self.embed_images(self.collate([blank])).shape[1]
+            if self.embeds_text:
+                self.embed_texts(["a"])
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, IndexError) as error:  # as the libraries say that sizes differ
+            fit = "its preprocessing or tokenizer does not fit its weights"
+            raise ValueError(f"{name}: {fit} ({type(error).__name__}: {reason_of(error)})") from error
         self.lengths = with_full_length(options.lengths, self._length)
 
     def __getstate__(self) -> dict[str, Any]:

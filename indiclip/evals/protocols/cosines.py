@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from indiclip.names import check_whole
+
 Floats = Tensor | np.ndarray
 Integers = Tensor | np.ndarray
 
@@ -30,11 +32,11 @@ def truncate_normalize(vector_NE: Floats, length: int | None = None) -> Tensor:
         float32 (N, length) on the CPU.
 
     Raises:
-        ValueError: The vectors are shorter.
+        ValueError: Another length than these.
     """
     vectors = torch.as_tensor(vector_NE, dtype=torch.float32)
-    if length is not None and not 1 <= length <= vectors.shape[-1]:
-        raise ValueError(f"length={length}: the embeddings allow 1 to {vectors.shape[-1]}")
+    if length is not None:
+        check_whole({"length": length}, 1, vectors.shape[-1])
     return F.normalize(vectors[..., :length], dim=-1)
 
 

@@ -41,6 +41,13 @@ def _counted(run: Result) -> set[tuple[str, str]]:
     return {(key[0], language) for language in run.languages() for key in run.main(language) if key in cards}
 
 
+def _verdict(row: Compared) -> str:
+    """What the interval of the paired difference shows, which is all that is coloured."""
+    if row.gap is None:
+        return ""
+    return "better" if row.gap.low > 0 else "worse" if row.gap.high < 0 else ""
+
+
 def _panel(rows: list[Compared]) -> tuple[CardResult, list[Bar], float | None]:
     """A card's chart: two bars per language; and chance."""
     bars = []
@@ -49,5 +56,5 @@ def _panel(rows: list[Compared]) -> tuple[CardResult, list[Bar], float | None]:
         if row.a is not None:
             bars.append(Bar(name, row.a, "a"))
         if row.b is not None:
-            bars.append(Bar("", row.b, "b", row.gap))
+            bars.append(Bar("", row.b, f"b {_verdict(row)}".rstrip(), row.gap))
     return rows[0].card, bars, chance_of(score for row in rows for score in (row.a, row.b))

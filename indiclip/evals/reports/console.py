@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from indiclip.evals.formatting import NAMES, chance_of
 from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
+from indiclip.names import plain
 
 _LANGUAGES = 3  # beside each other
 _PLAIN_WIDTH = 120  # columns, where the output is no terminal
@@ -46,7 +47,7 @@ def print_result(result: Result, folder: Path) -> None:
         line = f"India: {headline['covered']} of {headline['of']} categories have photographs"
         line += f"; mean corrected for chance: {means}" if means else ""
         console.print(line, style="bold", soft_wrap=True)
-    console.print(f"report [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
+    console.print(f"report [bold]{escape(plain(str(folder / 'report.html')))}[/]", soft_wrap=True)
 
 
 def _table(result: Result, languages: Sequence[str]) -> Table:
@@ -56,7 +57,7 @@ def _table(result: Result, languages: Sequence[str]) -> Table:
         Column("card", overflow="fold"),
         Column("metric", no_wrap=True),
         *numbers,
-        title=escape(result.model),
+        title=escape(plain(result.model)),
         title_justify="left",
         box=box.SIMPLE,
         collapse_padding=True,
@@ -68,7 +69,7 @@ def _table(result: Result, languages: Sequence[str]) -> Table:
             scores = [main.get(card.key) for main in mains]
             cells = [*map(_cell, scores), *(_probe_cell(found.get(card.key)) for found in probes)]
             chance = chance_of(scores)
-            name = f"{card.card} [dim]*[/]" if card.part == PROCEDURAL else card.card
+            name = f"{escape(plain(card.card))}{' [dim]*[/]' * (card.part == PROCEDURAL)}"
             metric = NAMES["short_metrics"].get(card.metric, card.metric)
             said = "" if chance is None else f"{chance:.3f}"
             table.add_row(name, metric, f"{card.num_images:,}", said, *cells)
@@ -87,10 +88,10 @@ def print_notes(console: Console, cards: Sequence[CardResult]) -> None:
             name = f"{card.card} *" if card.part == PROCEDURAL else card.card
             skipped.setdefault("; ".join(card.notes), []).append(name)
     for reason, names in skipped.items():
-        console.print(f"skipped: {', '.join(names)}: {reason}", style="yellow", markup=False, soft_wrap=True)
+        console.print(plain(f"skipped: {', '.join(names)}: {reason}"), style="yellow", markup=False, soft_wrap=True)
     for card in cards:
         for note in card.notes if card.status != "skipped" else []:
-            console.print(f"{card.card}: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+            console.print(plain(f"{card.card}: {note}"), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_contamination(console: Console, found: dict[str, Any] | None) -> None:
@@ -98,7 +99,9 @@ def _print_contamination(console: Console, found: dict[str, Any] | None) -> None
     for name, card in (found or {}).get("cards", {}).items():
         said = f"{name}: {card['flagged']:,} of {card['images']:,} images are among the training images"
         said += "; the report has the scores without them" if card["flagged"] else ""
-        console.print(said, style="red" if card["flagged"] else "dim", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            plain(said), style="red" if card["flagged"] else "dim", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _probes(result: Result, protocol: str) -> dict[tuple[str, str], Score]:

@@ -14,6 +14,7 @@ from indiclip import json_lines
 from indiclip.evals import formatting
 from indiclip.evals.reports.fonts import page_fonts
 from indiclip.masking import mask
+from indiclip.names import plain
 
 
 def write_page(file: Path, template: str, **values: Any) -> Path:
@@ -31,13 +32,13 @@ def write_page(file: Path, template: str, **values: Any) -> Path:
         OSError: The disk is full, or the folder cannot be written to.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    page = mask(TEMPLATES.get_template(template).render(values))
+    page = "\n".join(map(plain, mask(TEMPLATES.get_template(template).render(values)).split("\n")))
     if template.endswith(".html"):
         fonts = page_fonts(page)
         # Words cannot be taken for these places: in words, < is escaped.
         page = page.replace("<!--fonts-->", fonts.css, 1)
         page = page.replace("<!--missing fonts-->", f'<p class="note">{fonts.missing}</p>' if fonts.missing else "", 1)
-    json_lines.write_whole(file, page.encode(errors="replace"))
+    json_lines.write_whole(file, page.encode())
     return file
 
 

@@ -1,0 +1,66 @@
+"""Protocols by their class paths, or by the names of those that come with IndiCLIP; and cards with more of them."""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from inspect import isabstract
+from typing import Any
+
+from indiclip.evals import protocols as room
+from indiclip.evals.cards.classes import Card
+from indiclip.evals.cards.objects import object_of
+from indiclip.evals.protocols.protocol import Protocol
+from indiclip.names import check_choice
+
+
+def protocol_of(entry: Any, where: str) -> Protocol:
+    """The protocol that a class path, with its arguments if any, stands for.
+
+    Raises:
+        ValueError: It is none; begins with `where`.
+    """
+    protocol = object_of(entry, where)
+    if not isinstance(protocol, Protocol):
+        expected = "expected a class of indiclip.evals.protocols.protocol.Protocol"
+        raise ValueError(f"{where}: {type(protocol).__name__} is no protocol; {expected}")
+    return protocol
+
+
+def with_protocols(cards: Sequence[Card], names: Sequence[str]) -> list[Card]:
+    """The cards, each with those of these protocols that it lacks and whose required fields it knows.
+
+    Args:
+        cards: The main protocol of each stays.
+        names: Class paths, or short names such as `few_shot`.
+
+    Raises:
+        ValueError: There is no such protocol, or it fits none of the cards.
+    """
+    for name in dict.fromkeys(names):
+        if "." not in name:
+            check_choice("--protocols", name, _short_names())
+        protocol = protocol_of(_short_names().get(name, name), "--protocols")
+        fits = [protocol.required_fields <= card.required_fields for card in cards]
+        if not any(fits):
+            lacking = ", ".join(sorted(protocol.required_fields - {"class"})) or "class"
+            raise ValueError(f"--protocols: {name} needs {lacking} of each image, which none of the cards has")
+        cards = [_added(card, protocol) if fit else card for card, fit in zip(cards, fits, strict=True)]
+    return list(cards)
+
+
+def _added(card: Card, protocol: Protocol) -> Card:
+    there = any(protocol.name == other.name for other in card.protocols)
+    return card if there else replace(card, protocols=(*card.protocols, protocol))
+
+
+@cache
+def _short_names() -> dict[str, str]:
+    """Name of each protocol of ours that needs no arguments -> its class path."""
+    modules = [
+        importlib.import_module(f"{room.__name__}.{found.name}") for found in pkgutil.iter_modules(room.__path__)
+    ]
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    ours = {one for one in classes if issubclass(one, Protocol) and not isabstract(one)}
+    return dict(sorted((one().name, f"{one.__module__}.{one.__qualname__}") for one in ours))

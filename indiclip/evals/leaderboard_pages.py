@@ -1,0 +1,183 @@
+"""The leaderboard's tables: one page with all of them, one page for each run, and Markdown."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+from filelock import FileLock
+
+from indiclip import json_lines
+from indiclip.evals.formatting import language_name
+from indiclip.evals.leaderboard import Group, groups_of, rows_of
+from indiclip.evals.leaderboard_file import INDIA, Row, read
+from indiclip.evals.reports.page import write_page
+from indiclip.evals.results import Result
+
+_RUNS = "runs"  # folder of the runs' pages
+_SUITES = {INDIA: "India", "world": "World", "own": "Own cards"}
+
+
+class Cell(NamedTuple):
+    """A number with its interval, and its gap to English with that of the gap; None where there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    gap: Sequence[float | None] | None = None
+    chance: float | None = None
+    metric: str = ""
+
+    @property
+    def is_above_chance(self) -> bool:
+        """Whether its interval, or the number where there is none, is."""
+        least = self.value if self.low is None else self.low
+        return least is not None and least > (self.chance or 0.0)
+
+
+class Column(NamedTuple):
+    """The name of a column of numbers, and what stands below it."""
+
+    name: str
+    of: str
+    chance: float | None = None
+
+
+class Table(NamedTuple):
+    """A group's rows, best first, each with its numbers."""
+
+    name: str
+    columns: list[Column]
+    rows: list[tuple[Row, list[Cell]]]
+
+
+class Added(NamedTuple):
+    """What became of the runs and of the file.
+
+    Attributes:
+        groups: What the tables show now.
+        skipped: Why lines of the file are in none.
+        without_row: Names of runs that scored no photographs.
+    """
+
+    groups: list[Group]
+    skipped: list[str]
+    without_row: list[str]
+
+
+def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = False) -> Added:
+    """Add runs to the file, each instead of its earlier row, and write the tables beside it.
+
+    Processes that add at once wait for each other: no row is lost, and the tables are of all of them.
+
+    Args:
+        file: `leaderboard.jsonl`; made where there is none.
+        runs: Results, and the folders that they and their reports lie in.
+        site: Call the page index.html, and write one for each run, to which it links.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = [(result, rows_of(result), _report(folder, file.parent)) for result, folder in runs]
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        json_lines.append(file, (row | {"report": report} for _, rows, report in new for row in rows))
+        rows, skipped = read(file)
+        groups = groups_of(rows)
+        tables = list(map(_table, groups))
+        if site:
+            for row in rows:
+                _write_run(file.parent / _RUNS / f"{row['run']}.html", row)
+        page = file.with_name("index.html") if site else file.with_suffix(".html")
+        write_page(page, "leaderboard.html", tables=tables, runs=_RUNS if site else "", setting=setting)
+        write_page(file.with_suffix(".md"), "leaderboard.md", tables=list(map(_in_words, tables)))
+    return Added(groups, skipped, [result.model for result, rows, _ in new if not rows])
+
+
+def _report(folder: Path | None, beside: Path) -> str:
+    """The way to a run's report from the leaderboard's folder, where that is or lies beside one that holds it."""
+    if folder is None or not (folder / "report.html").is_file():
+        return ""
+    way = Path(os.path.relpath((folder / "report.html").resolve(), beside.resolve()))
+    return way.as_posix() if way.parts.count("..") <= 1 else ""
+
+
+def _write_run(page: Path, row: Row) -> None:
+    languages = _languages([row])
+    cards = {card: [_cell(row, card, language) for language in languages] for card in row["cards"]}
+    is_there = row["report"] and (page.parent.parent / row["report"]).is_file()
+    write_page(
+        page,
+        "leaderboard_run.html",
+        row=row,
+        setting=setting(row),
+        suite=_suite(row["suite"]),
+        languages=languages,
+        means=[_mean_cell(row, language) for language in languages],
+        cards=cards,
+        report=quote(f"../{row['report']}") if is_there else "",
+    )
+
+
+def _table(group: Group) -> Table:
+    """The means of the languages, and the cards' main metrics in English."""
+    languages = _languages(group.rows)
+    cards = list(dict.fromkeys(card for row in group.rows for card in row["cards"]))
+    chance = {card: value for row in group.rows for card, value in row["chance"].items()}
+    titles = {card: name for row in group.rows for card, name in row["titles"].items()}
+    columns = [Column(language_name(language), _of_mean(group.rows, language)) for language in languages]
+    columns += [Column(titles.get(card, card), "in English", chance.get(card)) for card in cards]
+    rows = []
+    for row in group.rows:
+        cells = [_mean_cell(row, language) for language in languages]
+        rows.append((row, cells + [_cell(row, card, "en") for card in cards]))
+    covers = f"Covers {group.covered} of {group.of} categories"
+    if group.suite != INDIA:
+        covers = f"{_suite(group.suite)}: {group.covered} of {group.of}"
+    images = f"images {group.data}" if group.data else "images not known, so compared with none"
+    return Table(f"{covers} · {images}", columns, rows)
+
+
+def _of_mean(rows: Sequence[Row], language: str) -> str:
+    """English was asked alike in a table; another language may not have been."""
+    asked = {row["asked"][language] for row in rows if language in row["asked"] and language in row["mean"]}
+    return "mean" if len(asked) < 2 else "mean, asked by different names or prompts"
+
+
+def _mean_cell(row: Row, language: str) -> Cell:
+    low, high = row["mean_interval"].get(language, (None, None))
+    return Cell(row["mean"].get(language), low, high, row["mean_gap"].get(language))
+
+
+def _cell(row: Row, card: str, language: str) -> Cell:
+    found = {key: row[key].get(card, {}) for key in ("cards", "intervals", "gaps", "chances")}
+    low, high = found["intervals"].get(language, (None, None))
+    gap, chance = (found[key].get(language) for key in ("gaps", "chances"))
+    return Cell(found["cards"].get(language), low, high, gap, chance, row["metrics"].get(card, ""))
+
+
+def _in_words(table: Table) -> tuple[str, list[tuple[str, str]], list[tuple[list[str], list[Cell]]]]:
+    """For Markdown: its name; names of the columns, and what of these; a row's words and its numbers."""
+    columns = [("", ""), ("model", ""), ("date", ""), ("length, view", "")]
+    columns += [(column.name, column.of) for column in table.columns]
+    rows = []
+    for place, (row, cells) in enumerate(table.rows, 1):
+        words = [f"{place}", row["model"], row["date"], setting(row)]
+        rows.append((words, cells))
+    return table.name, columns, rows
+
+
+def setting(row: Row) -> str:
+    """In which embeddings were compared: length and view, and the precision where it is not full."""
+    words = [f"{row['lengths'][-1]}", row["views"][0], row["precision"]]
+    return ", ".join(words[: 3 - (row["precision"] == "fp32")])
+
+
+def _languages(rows: Sequence[Row]) -> list[str]:
+    found = {language for row in rows for language in row["mean"]}
+    return sorted(found, key=lambda language: (language != "en", language))
+
+
+def _suite(suite: str) -> str:
+    return _SUITES.get(suite, suite)
