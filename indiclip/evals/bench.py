@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset
 from indiclip.datasets.folders import subfolders
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
-from indiclip.evals.cards.card import Card, load_card, packaged
+from indiclip.evals.cards.card import Card, load_cards
 from indiclip.evals.encode import ALONE, Encoded, Ranks, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import find_items
@@ -63,7 +63,7 @@ def find_bench(
 
     Args:
         images: Folder with a folder, table or shards for each card, by its id. None: only what is generated.
-        cards: Ids of packaged cards, or files; None takes the eleven categories of India.
+        cards: Ids of packaged cards, files, or names of suites; None takes the eleven categories of India.
         procedural: Score the generated parts of cards that have one.
         seed: Of what is generated.
         skip_unknown: Leave out and count the images of other classes than a card's; they are an error else.
@@ -73,7 +73,7 @@ def find_bench(
         ValueError: A card or its images are not as expected; names the file.
     """
     bench = Bench()
-    asked = [load_card(name) for name in dict.fromkeys(cards or packaged("india"))]
+    asked = load_cards(cards or ["india"])
     for number, card in enumerate(asked):
         if other := next((other for other in asked[:number] if other.id == card.id), None):
             raise ValueError(f"cards: {other.file} and {card.file} are both called {card.id!r}; rename a file")

@@ -1,8 +1,9 @@
-"""Benchmark cards by name: a page of YAML each, one of ours (`india/`, `world/`) or a file of the user's.
+"""Benchmark cards by name: a page of YAML each, one of ours (`india/`, `culture/`, `world/`) or a file of the user's.
 
 Where images of a card lie is told by `indiclip.evals.images.layouts`.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,13 @@ from indiclip.evals.cards.file import parse_card
 from indiclip.evals.suites import SUITES, packaged
 from indiclip.names import did_you_mean
 
-__all__ = ["SUITES", "Card", "CardClass", "load_card", "packaged"]
+__all__ = ["SUITES", "Card", "CardClass", "load_card", "load_cards", "packaged"]
+
+
+def load_cards(names: Sequence[str]) -> list[Card]:
+    """Cards by ids or files, as `load_card` reads them, and all of a suite by its name; each once."""
+    ids = [card for name in names for card in (packaged(name) if name in SUITES else [name])]
+    return [load_card(card) for card in dict.fromkeys(ids)]
 
 
 def load_card(card: str) -> Card:
@@ -39,7 +46,7 @@ def _load_packaged(card: str) -> Card:
         file = resources.files("indiclip.evals") / suite / f"{card}.yaml"
         if card in packaged(suite):
             return parse_card(file.read_text("utf-8"), f"{suite}/{card}.yaml", card, suite)
-    known = [name for suite in SUITES for name in packaged(suite)]
+    known = [*SUITES, *(name for suite in SUITES for name in packaged(suite))]
     raise ValueError(
         f"no card {card!r}{did_you_mean(card, known)}; expected one of {', '.join(known)}, or a .yaml file"
     )
