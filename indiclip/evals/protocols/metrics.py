@@ -36,10 +36,10 @@ class Interval(NamedTuple):
 _NOTHING = Interval(math.nan, math.nan, math.nan)
 
 
-def wilson(rate: float, count: float) -> Interval:
-    """A rate of so many draws, which need not be a whole number."""
-    middle = (rate + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z * math.sqrt(rate * (1 - rate) / count + (_Z / (2 * count)) ** 2) / (1 + _Z**2 / count)
+def wilson(rate: float, count: float, z: float = _Z) -> Interval:
+    """A rate of so many draws, which need not be a whole number; `z` is the normal distribution's percentile."""
+    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
     return Interval(rate, min(max(middle - half, 0.0), rate), max(min(middle + half, 1.0), rate))
 
 

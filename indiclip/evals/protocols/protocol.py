@@ -86,7 +86,7 @@ class Protocol(ABC):
     """
 
     name: str
-    required_fields: ClassVar[frozenset[str]] = frozenset({"class"})
+    required_fields: frozenset[str] = frozenset({"class"})
     metrics: tuple[str, ...] = ()
     embeds_text: ClassVar[bool] = True
     embeds_images: ClassVar[bool] = True
