@@ -285,6 +285,11 @@ def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardRe
         protocol=card.protocols[0].name,
         plain=[protocol.name for protocol in card.protocols if protocol.is_plain],
         candidates=card.protocols[0].candidates,
+        places={
+            one.id: [one.facts["lat"], one.facts["lon"], str(one.facts.get("state", ""))]
+            for one in card.classes
+            if {"lat", "lon"} <= one.facts.keys()
+        },
     )
 
 
