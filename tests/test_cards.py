@@ -80,7 +80,7 @@ def test_packaged_cards_say_what_they_are(name):
         assert card.chance == (1 / card.num_candidates if card.num_candidates else 0)
         return
     assert "en" in card.prompts
-    assert card.chance == pytest.approx(1 / (card.num_candidates or len(card.classes)))
+    assert card.chance == pytest.approx(card.protocols[0].chance or 1 / (card.num_candidates or len(card.classes)))
     assert not [name for name in card.names("en").values() if "(" in name]
     alike = {(one.id, other) for one in card.classes for other in one.confusable_with}
     assert alike == {(other, one) for one, other in alike}

@@ -235,7 +235,7 @@ def _score_into(
     texts: dict[str, Tensor],
     options: Options,
 ) -> None:
-    notes = [*items.notes, *(languages_left_out(items, options) if texts else [])]
+    notes = list(items.notes)
     if unreadable and len(unreadable) == len(items):
         notes = []  # the reason for which it is skipped is the files
     notes += _unreadable(list(unreadable.values()))
@@ -244,6 +244,8 @@ def _score_into(
         images = {view: image_NE[readable] for view, image_NE in images.items()}
         items = items.select(readable.tolist())
     scorer = CardScorer(items, images, texts, result.lengths, options).run()
+    if texts and len(items):
+        notes += languages_left_out(items, options, {score.language for score in scorer.scores})
     result.scores += scorer.scores
     result.answers += scorer.answers
     if not scorer.scores:

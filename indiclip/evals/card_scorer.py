@@ -3,7 +3,7 @@
 Shape letters: N images, M of those that are scored, D candidate classes, E embedding length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -198,12 +198,13 @@ def languages_of(card: Card, options: Options) -> list[Language]:
     return [language_of(card, code) for code in codes]
 
 
-def languages_left_out(items: Items, options: Options) -> list[str]:
-    """A line about the languages of the card, or asked for, in which it is not scored."""
+def languages_left_out(items: Items, options: Options, scored: Container[str] = ()) -> list[str]:
+    """A line about the languages of the card, or asked for, in which it has no score."""
     if items.card.classes:
         wanted = dict.fromkeys([*items.card.languages, *(options.languages or [])])
         named = items.card.languages
         left_out = [code for code in wanted if options.wants(code) and named.get(code, 0) < _fewest(items.card)]
+        left_out = [code for code in left_out if code not in scored]
         why = f"fewer than {_fewest(items.card)} classes have a name there"
     else:
         captions = items.captions or {}

@@ -82,6 +82,7 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     if not isinstance(num_candidates, int) or (has_texts and num_candidates < 2):
         raise ValueError(f"{file}: num_candidates: found {num_candidates!r}; expected a whole number from 2")
     chance = 1 / num_candidates if num_candidates else 1 / len(classes) if classes else 0.0
+    chance = protocols[0].chance or chance
     _check_chance(tree.get("chance", chance), chance, file)
     metrics = protocols[0].metrics
     metric = _text(tree.get("metric", metrics[0]), f"{file}: metric")

@@ -72,6 +72,7 @@ class MinimalPairs(Protocol):
 
     name = "minimal_pairs"
     metrics = ("group_score", "text_score", "image_score", "pair_accuracy")
+    chance = CHANCES["group_score"]
 
     def __init__(self, most: int = 20) -> None:
         if most < 1:
