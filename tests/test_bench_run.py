@@ -1,5 +1,6 @@
 """`indiclip bench --model`: its words and what is left behind."""
 
+import shutil
 import warnings
 
 import numpy as np
@@ -9,7 +10,9 @@ from processes import holding
 from test_bench_photographs import MeanColour, photographs
 
 from indiclip.cli import main
+from indiclip.evals import mela_questions
 from indiclip.evals.models import embedder
+from indiclip.evals.results import load_result
 from indiclip.training import run_folder
 
 
@@ -99,3 +102,34 @@ def test_a_second_run_of_a_model_does_not_replace_the_first(images):
     assert sorted(folder.name for folder in runs.iterdir()) == ["m", "m-2"]
     assert bench("--out", str(runs / "m"), "--languages", "hi") == 0  # unless it is asked to
     assert len(list(runs.iterdir())) == 2
+
+
+def test_a_suite_is_scored_by_its_name(images, monkeypatch):
+    monkeypatch.setattr(mela_questions, "PER_KIND", 5)
+    shutil.rmtree(images / "edibles")
+    photographs(images, ("masala_dosa", "benne_dosa", "uttapam"))
+    photographs(images, ("age_0_2", "age_70"), "face_attributes")
+    files = sorted(file.relative_to(images / "face_attributes") for file in images.glob("face_attributes/*/*.png"))
+    rows = [f"{file},{file.parent},{'ab'[place % 2]}" for place, file in enumerate(files)]
+    (images / "face_attributes" / "faces.csv").write_text("\n".join(["file,class,group", *rows]))
+    options = ("--images", "photos", "--cards", "culture", "--resamples", "9", "--languages", "hi", "kn", "ur")
+    assert main(["bench", "--model", "m", *options]) == 0
+    result = load_result(images.parent / "runs/bench/m")
+    found = {(s.card, s.protocol, s.language, s.subset) for s in result.scores}
+    assert {language for card, _, language, _ in found if card == "mela_questions"} == {"en", "hi", "kn", "ur"}
+    # Of the dosas two have a name in Kannada, and a butter dosa has none in Hindi.
+    pairs = {s.language: s.num_items for s in result.scores if s.metric == "group_score" and s.length == 3}
+    assert pairs == {"en": 6, "kn": 3}
+    assert ("face_attributes", "group_gaps", "hi", "group=a") in found
+    status = {(card.card, card.part): card.status for card in result.cards}
+    assert status["mela_questions", "procedural"] == status["edibles_pairs", "photographs"] == "scored"
+    assert status["clothes_pairs", "photographs"] == "skipped"
+    notes = next(card.notes for card in result.cards if card.card == "edibles_pairs")
+    assert not [note for note in notes if "not scored in kn" in note]
+    page = (images.parent / "runs/bench/m/report.html").read_text("utf-8")
+    assert "Culture of India, photographs: 2 of" in page
+
+
+def test_a_card_that_is_none_and_the_nearest(images, capsys):
+    assert main(["bench", "--model", "m", "--images", "photos", "--cards", "cultur"]) == 2
+    assert "no card 'cultur'; nearest is 'culture'" in capsys.readouterr().err

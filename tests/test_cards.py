@@ -11,7 +11,7 @@ import yaml
 
 from indiclip.cli import main
 from indiclip.datasets.tables import stable_hash
-from indiclip.evals.cards.card import SUITES, load_card, packaged
+from indiclip.evals.cards.card import SUITES, load_card, load_cards, packaged
 from indiclip.evals.cards.imagenet import with_babel, with_class_list
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -57,6 +57,14 @@ def test_suites():
         load_card("edible")
 
 
+def test_a_suites_name_is_all_its_cards_each_once():
+    assert [card.id for card in load_cards(["geoguess", "india", "cifar10"])] == [
+        "geoguess", *(name for name in INDIA if name != "geoguess"), "cifar10"
+    ]  # fmt: skip
+    assert {card.suite for card in load_cards(["culture"])} == {"culture"}
+    assert len({name for suite in SUITES for name in packaged(suite)}) == sum(len(packaged(suite)) for suite in SUITES)
+
+
 @pytest.mark.parametrize("name", [name for suite in SUITES for name in packaged(suite)])
 def test_packaged_cards_say_what_they_are(name):
     card = load_card(name)
@@ -68,11 +76,11 @@ def test_packaged_cards_say_what_they_are(name):
     assert page.startswith("# ")
     for word in ("Images:", "Chance:", "Unsure:", "Run:"):
         assert f"# {word}" in page
-    if card.task == "retrieval":
-        assert (card.classes, card.chance) == ((), 0)
+    if not card.classes:
+        assert card.chance == (1 / card.num_candidates if card.num_candidates else 0)
         return
     assert "en" in card.prompts
-    assert card.chance == pytest.approx(1 / (card.num_candidates or len(card.classes)))
+    assert card.chance == pytest.approx(card.protocols[0].chance or 1 / (card.num_candidates or len(card.classes)))
     assert not [name for name in card.names("en").values() if "(" in name]
     alike = {(one.id, other) for one in card.classes for other in one.confusable_with}
     assert alike == {(other, one) for one, other in alike}

@@ -421,6 +421,8 @@ def test_every_language_has_every_name(language: str) -> None:
     assert all(prompt.count("{}") == 1 for prompt in table["frames"])
     scripts = {"hi": "\u0900-\u097f", "mr": "\u0900-\u097f", "bn": "\u0980-\u09ff", "gu": "\u0a80-\u0aff"}
     scripts |= {"ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff", "en": "a-z"}
+    scripts |= {"ml": "\u0d00-\u0d7f", "pa": "\u0a00-\u0a7f", "or": "\u0b00-\u0b7f", "as": "\u0980-\u09ff"}
+    scripts |= {"ur": "\u0600-\u06ff"}
     told = [*class_names(language), *table["colours"].values(), *table["places"].values(), *table["numbers"]]
     assert all(re.fullmatch(f"[{scripts[language]}\u200c\u200d ]+", name) for name in told)
 

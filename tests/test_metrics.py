@@ -10,13 +10,14 @@ import pytest
 
 from indiclip.evals.protocols.metrics import (
     Interval,
-    bootstrap,
+    bootstrap_weights,
     caption_hit_rate,
     chance_corrected,
     hit_rate,
     mean_per_class_recall,
     median,
     parity_gap,
+    resampled,
     wilson,
 )
 
@@ -104,11 +105,16 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_what_has_no_formula_is_resampled():
     """Of a rate the percentile bootstrap and the normal interval agree for many images."""
     hit_N = np.arange(2_000) % 10 < 3
-    found = bootstrap(lambda places_N: float(hit_N[places_N].mean()), len(hit_N))
+
+    def found_with(seed: int) -> Interval:
+        drawn_RN = bootstrap_weights(len(hit_N), seed=seed)
+        return resampled(hit_N.mean(), drawn_RN @ hit_N / len(hit_N))
+
+    found = found_with(0)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 2_000)
     assert found == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=3e-3)
-    assert found == bootstrap(lambda places_N: float(hit_N[places_N].mean()), len(hit_N))
-    assert found != bootstrap(lambda places_N: float(hit_N[places_N].mean()), len(hit_N), seed=1)
+    assert found == found_with(0)
+    assert found != found_with(1)
 
 
 def test_the_paired_interval_is_narrower_than_two_separate_ones_would_make_it():
@@ -154,6 +160,6 @@ def test_nothing_has_no_number():
         mean_per_class_recall(none, labels),
         parity_gap(none, none, labels),
         median(none),
-        bootstrap(np.mean, 0),
+        resampled(np.nan, np.full(5, np.nan)),
     ):
         assert np.isnan(interval).all()

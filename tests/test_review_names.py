@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from indiclip.evals.cards import names as names_module
-from indiclip.evals.cards.card import load_card, load_page, packaged
+from indiclip.evals.cards.card import load_card, load_page
 from indiclip.evals.cards.names import NameRow, read_names
 from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.protocol import Options
@@ -28,17 +28,17 @@ ROWS = [
 
 @pytest.mark.parametrize("language", ["hi", *TWELVE])
 @pytest.mark.parametrize("suite", TABLES)
-def test_nine_classes_of_ten_have_a_name_that_two_writers_have(suite, language):
-    classes = [one for name in packaged(suite) for one in load_card(name).classes]
+def test_nine_classes_of_ten_have_a_name_and_most_one_that_two_writers_have(suite, language):
+    classes = [one for name in TABLES[suite] for one in load_card(name).classes]
     named = [one for one in classes if language in one.names]
     sure = [one for one in named if one.is_sure(language)]
     assert len(named) >= 0.9 * len(classes)
-    assert len(sure) >= 0.9 * len(classes)
+    assert len(sure) >= {"india": 0.9, "culture": 0.8}[suite] * len(classes)
 
 
 def test_rows_are_of_classes_and_written_in_their_script():
     assert ROWS
-    classes = {(name, one.id) for suite in TABLES for name in packaged(suite) for one in load_page(name).classes}
+    classes = {(name, one.id) for suite in TABLES for name in TABLES[suite] for one in load_page(name).classes}
     kinds = {(row.card, row.id, row.language) for row in ROWS if row.kind == "name"}
     assert len(kinds) == sum(row.kind == "name" for row in ROWS), "two names of a class in a language"
     for row in ROWS:
@@ -77,7 +77,7 @@ def test_proper_names_sound_like_the_english_ones(language):
 
 def test_a_pages_own_names_stay_and_have_the_votes_of_the_table():
     for suite in TABLES:
-        for name in packaged(suite):
+        for name in TABLES[suite]:
             page, card = load_page(name), load_card(name)
             for own, one in zip(page.classes, card.classes, strict=True):
                 by_hand = {code: text for code, text in own.names.items() if code not in own.derived}

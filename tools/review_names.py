@@ -94,7 +94,7 @@ def write_sheet(language: str, out: Path) -> None:
     rows = [SHEET]
     for suite in SUITES:
         found = read_names(suite)
-        for name in packaged(suite) if found else ():
+        for name in found:
             for one in load_page(name).classes:
                 of_class = [row for row in found.get(name, {}).get(one.id, []) if row.language == language]
                 main = next((row for row in of_class if row.kind == "name"), None)
@@ -148,6 +148,8 @@ def merge(suite: str, writers: list[Path], sources: dict[str, Path]) -> None:
     rows, dropped = list[NameRow](), Counter[str]()
     others = {name: json.loads(file.read_text("utf-8")) for name, file in sources.items()}
     for name in packaged(suite):
+        if not any(any(folder.rglob(f"{name}.tsv")) for folder in writers):
+            continue
         card = load_page(name)
         voices: dict[str, Names] = {f"written {n}": _written(folder, name) for n, folder in enumerate(writers)}
         voices["page"] = {
@@ -175,6 +177,7 @@ def _voted(card: Card, voices: dict[str, Names], dropped: Counter[str]) -> Itera
         for code in one.names.keys() - {*one.derived}:
             taken[code].add(bare(one.names[code]))
     for one in card.classes:
+        named: dict[str, str] = {}
         for language in LETTERS:
             own = None if language in one.derived else one.names.get(language)
             said = {voice: names[one.id, language] for voice, names in voices.items() if (one.id, language) in names}
@@ -199,11 +202,19 @@ def _voted(card: Card, voices: dict[str, Names], dropped: Counter[str]) -> Itera
                 is_near = difflib.SequenceMatcher(None, bare(name), bare(other)).ratio() >= NEAR
                 if len(of_other) > 1 or (is_near and len(by) == 1):
                     yield NameRow(card.id, one.id, language, other, "alias", _source(of_other), len(of_other))
-            if language in ROMANISABLE and language != "hi" and is_romanisable(own or name):
-                latin = romanise(own or name, language)
-                if bare(latin) not in taken[f"{language}-Latn"]:
-                    taken[f"{language}-Latn"].add(bare(latin))
-                    yield NameRow(card.id, one.id, f"{language}-Latn", latin, "name", "rule", 1)
+            named[language] = own or name
+        yield from _by_rule(card.id, one.id, named, taken)
+
+
+def _by_rule(card: str, class_id: str, named: dict[str, str], taken: dict[str, set[str]]) -> Iterator[NameRow]:
+    """What has no romanised name of its own gets one by rule, unless another class is written so."""
+    for language, name in named.items():
+        code = f"{language}-Latn"
+        if language in ROMANISABLE and code not in named and is_romanisable(name):
+            latin = romanise(name, language)
+            if bare(latin) not in taken[code]:
+                taken[code].add(bare(latin))
+                yield NameRow(card, class_id, code, latin, "name", "rule", 1)
 
 
 def _ranked(said: dict[str, list[str]], language: str) -> Iterator[tuple[str, list[str]]]:
@@ -286,7 +297,7 @@ def print_coverage() -> None:
         tables = read_names(suite)
         if not tables:
             continue
-        classes = sum(len(load_page(name).classes) for name in packaged(suite))
+        classes = sum(len(load_page(name).classes) for name in tables)
         rows = [row for of_card in tables.values() for of_class in of_card.values() for row in of_class]
         names = [row for row in rows if row.kind == "name" and row.source != "rule"]
         print(f"{suite}: {classes} classes, {len(names):,} names, {sum(row.kind == 'alias' for row in rows):,} aliases")

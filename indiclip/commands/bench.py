@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from indiclip.evals.cards.card import load_card
+from indiclip.evals.cards.card import SUITES, load_card
 from indiclip.evals.cards.table import list_cards, show_card
 from indiclip.evals.comparison import in_words
 from indiclip.evals.images.convert import convert
@@ -16,8 +16,9 @@ _SHOWN = 10  # images that were left out
 
 
 def cards(card: str | None) -> int:
-    """Prints the cards that come with IndiCLIP, or one card. Returns the exit status."""
-    print("\n".join(show_card(load_card(card)) if card else list_cards()))
+    """Prints the cards that come with IndiCLIP, those of a suite, or one card. Returns the exit status."""
+    suites = (card,) if card in SUITES else SUITES
+    print("\n".join(list_cards(suites) if card in (None, *SUITES) else show_card(load_card(card))))
     return 0
 
 

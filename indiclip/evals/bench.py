@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset
 from indiclip.datasets.folders import subfolders
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
-from indiclip.evals.cards.card import Card, load_card, packaged
+from indiclip.evals.cards.card import Card, load_cards
 from indiclip.evals.cards.protocols import with_protocols
 from indiclip.evals.encode import ALONE, Encoded, Ranks, cut_texts, encode_images, encode_texts
 from indiclip.evals.images.items import Items
@@ -67,7 +67,7 @@ def find_bench(
 
     Args:
         images: Folder with a folder, table or shards for each card, by its id. None: only what is generated.
-        cards: Ids of packaged cards, or files; None takes the eleven categories of India.
+        cards: Ids of packaged cards, files, or names of suites; None takes the eleven categories of India.
         procedural: Score the generated parts of cards that have one.
         seed: Of what is generated.
         skip_unknown: Leave out and count the images of other classes than a card's; they are an error else.
@@ -78,7 +78,7 @@ def find_bench(
         ValueError: A card or its images are not as expected; names the file.
     """
     bench = Bench()
-    asked = [load_card(name) for name in {_file_of(name): name for name in cards or packaged("india")}.values()]
+    asked = load_cards(cards or ["india"])
     for number, card in enumerate(asked):
         if other := next((other for other in asked[:number] if other.id == card.id), None):
             raise ValueError(f"cards: {other.file} and {card.file} are both called {card.id!r}; rename a file")
@@ -108,11 +108,6 @@ def find_bench(
         expected = f"; expected {', '.join(card.folder for card in asked)}" if root is not None else ""
         raise FileNotFoundError(f"nothing to score: {'; '.join(reasons)}{found}{expected}")
     return bench
-
-
-def _file_of(card: str) -> str:
-    """What is one for two names of a card: a file may be written in several ways."""
-    return str(Path(card).expanduser().resolve()) if Path(card).suffix in (".yaml", ".yml") else card
 
 
 def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
@@ -265,7 +260,7 @@ def _score_into(
     texts: dict[str, Tensor],
     options: Options,
 ) -> None:
-    notes = [*items.notes, *(languages_left_out(items, options) if texts else [])]
+    notes = list(items.notes)
     if unreadable and len(unreadable) == len(items):
         notes = []  # the reason for which it is skipped is the files
     notes += _unreadable(list(unreadable.values()))
@@ -274,6 +269,8 @@ def _score_into(
         images = {view: image_NE[readable] for view, image_NE in images.items()}
         items = items.select(readable.tolist())
     scorer = CardScorer(items, images, texts, result.lengths, options).run()
+    if texts and len(items):
+        notes += languages_left_out(items, options, {score.language for score in scorer.scores})
     result.scores += scorer.scores
     result.answers += scorer.answers
     if not scorer.scores:
@@ -315,6 +312,11 @@ def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardRe
         protocol=card.protocols[0].name,
         plain=[protocol.name for protocol in card.protocols if protocol.is_plain],
         candidates=card.protocols[0].candidates,
+        places={
+            one.id: [one.facts["lat"], one.facts["lon"], str(one.facts.get("state", ""))]
+            for one in card.classes
+            if {"lat", "lon"} <= one.facts.keys()
+        },
     )
 
 

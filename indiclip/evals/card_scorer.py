@@ -4,7 +4,7 @@ Shape letters: N images, M of those that are scored, D candidate classes, E embe
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -196,8 +196,8 @@ def texts_of(items: Items, options: Options) -> Iterator[str]:
             yield from protocol.texts(items, options)
 
 
-def languages_left_out(items: Items, options: Options) -> list[str]:
-    """Lines about the languages of the card, or asked for, in which it is not scored, or not by all of its names."""
+def languages_left_out(items: Items, options: Options, scored: Container[str] = ()) -> list[str]:
+    """Lines about the languages of the card, or asked for, in which it has no score, or not by all of its names."""
     card, lines = items.card, list[str]()
     if not card.classes:
         captions = items.captions or {}
@@ -207,6 +207,8 @@ def languages_left_out(items: Items, options: Options) -> list[str]:
     used = {code: len(options.names(card, code)) for code in wanted if options.wants(code)}
     # What is romanised by rule is nobody's spelling: nothing is missing without it.
     left_out = [code for code, count in used.items() if count < fewest(card) and not _is_by_rule(card, code)]
+    left_out = [code for code in left_out if code not in scored]
+    left_out = [code for code in left_out if code not in scored]
     if left_out:
         lines.append(f"not scored in {', '.join(left_out)}: fewer than {fewest(card)} classes have a name there")
     unsure = {code: card.languages[code] - count for code, count in used.items() if code in card.languages}

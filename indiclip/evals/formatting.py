@@ -88,7 +88,7 @@ def heat(value: float, chance: float | None = None, metric: str = "") -> str:
     """How strong a cell's colour is: nothing at chance or below, and 55%, on which text can be read, where all is
     right.
     """
-    has_scale = not is_distance(metric) and not metric.startswith("parity_")
+    has_scale = not is_distance(metric) and not metric.startswith(("parity_", "largest_gap_"))
     return f"{55 * min(1.0, max(0.0, corrected(value, chance))):.0f}%" if has_scale else "0%"
 
 

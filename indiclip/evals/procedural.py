@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items
+from indiclip.generated.base import Generated
 from indiclip.generated.lettering import SCRIPTS, Lettering
 from indiclip.generated.swatches import Swatches
 
@@ -25,7 +26,7 @@ SWATCHES = {"test": 24, "train": 12}
 class Pictures(Dataset[Any]):
     """The images of a generated data set: uint8 (height, width, 3)."""
 
-    def __init__(self, samples: Lettering | Swatches) -> None:
+    def __init__(self, samples: Generated) -> None:
         self.samples = samples
 
     def __len__(self) -> int:

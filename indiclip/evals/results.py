@@ -127,6 +127,9 @@ class CardResult:
         default_factory=lambda: ["zero_shot"]
     )  # protocols whose metrics are logged without their name
     candidates: str = "classes"  # what the main protocol ranks: classes, an image's own texts, or all images
+    places: dict[str, list[Any]] = field(
+        default_factory=dict
+    )  # class -> latitude, longitude, state; where they have any
 
     @property
     def key(self) -> tuple[str, str]:

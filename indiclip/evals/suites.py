@@ -4,7 +4,7 @@ from importlib import resources
 
 from indiclip.names import check_choice
 
-SUITES = ("india", "world")
+SUITES = ("india", "culture", "world")
 
 
 def packaged(suite: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the fair is called: names and captions in English and seven Indian languages (facts in mela_words.json).
+"""What the fair is called: names and captions in English and twelve Indian languages (mela_words.json).
 
 Captions are noun phrases whose parts need no agreement: a number follows its thing as in a list ("केसरिया रंग की
 पतंग: तीन"), and where a language marks the gender of what follows "of the colour", `of` holds that word per noun.
@@ -54,10 +54,14 @@ def captions(rng: Generator, groups: list[Group], place: str) -> dict[str, str]:
     # Several kinds are rarely in the same place: only one kind has its place told.
     place = place if len(groups) == 1 else ""
     told = {"number": number < 0.5, "colour": colour < 0.65, "place": where < 0.45}
-    return {language: _caption(_WORDS[language], groups, place, told, frame) for language in LANGUAGES}
+    return {language: caption(language, groups, place, told, frame) for language in LANGUAGES}
 
 
-def _caption(table: dict[str, Any], groups: list[Group], place: str, told: dict[str, bool], frame: float) -> str:
+def caption(language: str, groups: list[Group], place: str, told: dict[str, bool], frame: float = 0.0) -> str:
+    """A caption that tells these attributes, `number`, `colour` and `place`; `frame` in [0, 1) chooses the words around
+    it, none below 0.5.
+    """
+    table = words(language)
     templates, frames = table["templates"], table["frames"]
     if not groups:
         return str(templates["empty"])

@@ -50,7 +50,7 @@ class IndiaBench(Callback):
 
     Args:
         images: Folder with a folder, table or shards for each card, by its id; None scores what is generated.
-        cards: Ids of packaged cards, or files; None takes the eleven categories of India.
+        cards: Ids of packaged cards, files, or names of suites; None takes the eleven categories of India.
         every_n_steps: Optimizer steps between two runs; None runs after validations.
         every_n_epochs: Validations between two runs, where `every_n_steps` is None; None is each of them.
         languages: Of prompts and captions; None takes all that a card has.

@@ -1,8 +1,9 @@
-"""Benchmark cards by name: a page of YAML each, one of ours (`india/`, `world/`) or a file of the user's.
+"""Benchmark cards by name: a page of YAML each, one of ours (`india/`, `culture/`, `world/`) or a file of the user's.
 
 Where images of a card lie is told by `indiclip.evals.images.layouts`.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -14,7 +15,15 @@ from indiclip.evals.cards.names import with_names
 from indiclip.evals.suites import SUITES, packaged
 from indiclip.names import did_you_mean, plain
 
-__all__ = ["SUITES", "Card", "CardClass", "load_card", "packaged"]
+__all__ = ["SUITES", "Card", "CardClass", "load_card", "load_cards", "packaged"]
+
+
+def load_cards(names: Sequence[str]) -> list[Card]:
+    """Cards by ids or files, as `load_card` reads them, and all of a suite by its name; each once."""
+    ids = [card for name in names for card in (packaged(name) if name in SUITES else [name])]
+    # A file may be written in several ways.
+    files = {str(Path(card).expanduser().resolve()) if _is_file(card) else card: card for card in ids}
+    return [load_card(card) for card in files.values()]
 
 
 def load_card(card: str) -> Card:
@@ -28,12 +37,16 @@ def load_card(card: str) -> Card:
         ValueError: No packaged card is called so, or the file is no card. Names the file, the class, what was expected
             and the nearest valid name.
     """
-    if Path(card).suffix in (".yaml", ".yml"):
+    if _is_file(card):
         file = existing(card)
         if file.is_dir():
             raise ValueError(f"{file}: is a folder; expected the YAML file of a card")
         return parse_card(decode_text(file.read_bytes(), str(file)), str(file), plain(file.stem), "own")
     return _load_packaged(card)
+
+
+def _is_file(card: str) -> bool:
+    return Path(card).suffix in (".yaml", ".yml")
 
 
 @lru_cache(maxsize=64)
@@ -51,7 +64,7 @@ def load_page(card: str) -> Card:
         file = resources.files("indiclip.evals") / suite / f"{card}.yaml"
         if card in packaged(suite):
             return parse_card(file.read_text("utf-8"), f"{suite}/{card}.yaml", card, suite)
-    known = [name for suite in SUITES for name in packaged(suite)]
+    known = [*SUITES, *(name for suite in SUITES for name in packaged(suite))]
     raise ValueError(
         f"no card {card!r}{did_you_mean(card, known)}; expected one of {', '.join(known)}, or a .yaml file"
     )

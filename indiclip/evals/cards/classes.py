@@ -90,8 +90,8 @@ class Card:
         licence: Theirs.
         notes: What to know before believing a number.
         file: Where it was read from, for messages.
-        chance: Of guessing right: 1 / classes, of matching 1 / candidates. 0 for retrieval, where it depends on the
-            number of images.
+        chance: Of guessing right: 1 / classes, of matching 1 / candidates, or what the first protocol says; 0 for
+            retrieval, where it depends on the number of images.
         folder: The folder that its images lie in, below that of the benchmark.
         num_candidates: Texts that an image is matched with; 0 where it is with none.
         class_source: What gave the classes; None where they stand on the page.

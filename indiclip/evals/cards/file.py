@@ -82,10 +82,12 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
         classes = source.classes()
     else:
         classes = _classes(tree.get("classes", []), file, bool(fields & _CLASS_FIELDS))
-    num_candidates = tree.get("num_candidates", _CANDIDATES) if "text" in fields else 0
-    if not isinstance(num_candidates, int) or ("text" in fields and num_candidates < 2):
+    has_texts = any(protocol.candidates == "texts" for protocol in protocols)
+    num_candidates = tree.get("num_candidates", _CANDIDATES) if has_texts else 0
+    if not isinstance(num_candidates, int) or (has_texts and num_candidates < 2):
         raise ValueError(f"{file}: num_candidates: found {num_candidates!r}; expected a whole number from 2")
     chance = 1 / num_candidates if num_candidates else 1 / len(classes) if classes else 0.0
+    chance = protocols[0].chance or chance
     _check_chance(tree.get("chance", chance), chance, file)
     metrics = protocols[0].metrics
     metric = _text(tree.get("metric", metrics[0]), f"{file}: metric")

@@ -10,13 +10,14 @@ from indiclip.names import plain
 _SHOWN = 5  # languages in the list of cards
 
 
-def list_cards() -> list[str]:
+def list_cards(suites: Sequence[str] = SUITES) -> list[str]:
     """A table of the packaged cards."""
     rows = [["card", "task", "classes", "chance", "languages"]]
-    for suite in SUITES:
+    for suite in suites:
         for card in map(load_card, packaged(suite)):
             chance = f"{card.chance:.1%}" if card.chance else "-"
-            rows.append([f"{suite}/{card.id}", card.task, str(len(card.classes) or "-"), chance, _languages(card)])
+            task = card.task or card.protocols[0].name
+            rows.append([f"{suite}/{card.id}", task, str(len(card.classes) or "-"), chance, _languages(card)])
     return _aligned(rows)
 
 
@@ -26,7 +27,7 @@ def show_card(card: Card) -> list[str]:
     `*` marks names that were romanised by rule, `?` those that only one writer has, which no score is by.
     """
     about = {
-        "task": f"{card.task}, by {card.metric}",
+        "task": f"{card.task or card.protocols[0].name}, by {card.metric}",
         "chance": f"{card.chance:.2%}" if card.chance else "depends on the number of images",
         "images": f"{card.source} (folder {card.folder})",
         "licence": card.licence,

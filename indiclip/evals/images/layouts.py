@@ -88,6 +88,10 @@ def _read(card: Card, source: Path, skip_unknown: bool) -> Items:
     if source.is_file():
         return _of_table(card, source, skip_unknown)
     if shards := find_shards(source):
+        if others := sorted(card.required_fields - {"class", "text", "captions"}):
+            raise ValueError(
+                f"{source}: shards, which have no columns; expected a table with {', '.join(others)} in it"
+            )
         return read_shards(card, source, shards, skip_unknown)
     if card.required_fields == {"captions"} and (file := find_caption_file(source)):
         return _of_captions(card, file)

@@ -4,9 +4,10 @@ Shape letters: M images that are scored, T texts of an image, K nearest of these
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from indiclip.evals.protocols.cosines import as_near, truncate_normalize
 from indiclip.evals.protocols.metrics import chance_corrected, hit_rate
@@ -34,28 +35,52 @@ class Matching(Protocol):
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         assert scorer.items.candidates is not None
         candidates_M = [scorer.items.candidates[image] for image in scorer.tested.tolist()]
-        rank_M, tops, cosines = np.zeros(len(candidates_M), np.int64), [], []
-        for place, (image, texts) in enumerate(zip(scorer.tested.tolist(), candidates_M, strict=True)):
-            text_TE = truncate_normalize(scorer.embed(_asked(scorer.items, texts)), scorer.setting.length)
-            cosine_T = text_TE @ scorer.image_NE[image]
-            rank_M[place] = int(as_near(cosine_T[1:], cosine_T[0]).sum())
-            nearest_K = cosine_T.nan_to_num(nan=-2).argsort(descending=True, stable=True)[:TOP]
-            tops.append([texts[i] for i in nearest_K.tolist()])
-            cosines.append(cosine_T[nearest_K].tolist())
-
+        found = match(scorer, scorer.tested, candidates_M, [_asked(scorer.items, texts) for texts in candidates_M])
         chance_M = np.array([1 / len(texts) for texts in candidates_M])
         for subset, of_M in scorer.subsets(scorer.tested).items():
             chance = float(chance_M[of_M].mean())
-            values = {"acc1": hit_rate(rank_M[of_M] == 0)}
+            values = {"acc1": hit_rate(found.rank_M[of_M] == 0)}
             if not subset:
                 values["acc1_corrected"] = chance_corrected(values["acc1"], chance)
             yield from scorer.rows(self.name, "en", values, int(of_M.sum()), round(1 / chance), chance, subset)
+        scorer.keep(self.name, "en", scorer.tested, *found)
 
-        truths = [texts[0] for texts in candidates_M]
-        found = zip(tops, truths, rank_M.tolist(), strict=True)
-        predicted = [top[0] if rank == 0 or top[0] != truth else top[1] for top, truth, rank in found]
-        answers = (column_of(truths), column_of(predicted), rank_M, column_of(tops), column_of(cosines))
-        scorer.keep(self.name, "en", scorer.tested, *answers)
+
+class Matched(NamedTuple):
+    """The columns of `Answers` from the right text on, see there."""
+
+    truth_M: np.ndarray
+    predicted_M: np.ndarray
+    rank_M: np.ndarray
+    top_MK: np.ndarray
+    cosine_MK: np.ndarray
+
+
+def match(
+    scorer: "CardScorer", image_M: np.ndarray, texts_M: Sequence[Sequence[str]], asked_M: Sequence[Sequence[str]]
+) -> Matched:
+    """The texts of each image by how near they are, the first of them being right.
+
+    Args:
+        scorer: Knows the embeddings.
+        image_M: int64, places of the images.
+        texts_M: Of each image, as answers name them.
+        asked_M: The same as they are embedded.
+    """
+    count_M = list(map(len, texts_M))
+    owner_T = torch.arange(len(count_M)).repeat_interleave(torch.tensor(count_M))
+    text_TE = truncate_normalize(scorer.embed([text for texts in asked_M for text in texts]), scorer.setting.length)
+    cosines_M = torch.linalg.vecdot(scorer.image_NE[image_M][owner_T], text_TE).split(count_M)
+    rank_M, predicted, tops, cosines = np.zeros(len(count_M), np.int64), list[str](), list[list[str]](), []
+    for place, (texts, cosine_T) in enumerate(zip(texts_M, cosines_M, strict=True)):
+        rank_M[place] = int(as_near(cosine_T[1:], cosine_T[0]).sum())
+        nearest_K = cosine_T.nan_to_num(nan=-2).argsort(descending=True, stable=True)[:TOP]
+        tops.append([texts[i] for i in nearest_K.tolist()])
+        cosines.append(cosine_T[nearest_K].tolist())
+        # A tie counts against the right text, wherever it came among equals.
+        predicted.append(tops[-1][int(rank_M[place] > 0 and tops[-1][0] == texts[0])])
+    truths = column_of([texts[0] for texts in texts_M])
+    return Matched(truths, column_of(predicted), rank_M, column_of(tops), column_of(cosines))
 
 
 def _asked(items: "Items", texts: Sequence[str]) -> list[str]:

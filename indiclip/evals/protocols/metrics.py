@@ -36,10 +36,10 @@ class Interval(NamedTuple):
 _NOTHING = Interval(math.nan, math.nan, math.nan)
 
 
-def wilson(rate: float, count: float) -> Interval:
-    """A rate of so many draws, which need not be a whole number."""
-    middle = (rate + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z * math.sqrt(rate * (1 - rate) / count + (_Z / (2 * count)) ** 2) / (1 + _Z**2 / count)
+def wilson(rate: float, count: float, z: float = _Z) -> Interval:
+    """A rate of so many draws, which need not be a whole number; `z` is the normal distribution's percentile."""
+    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
     return Interval(rate, min(max(middle - half, 0.0), rate), max(min(middle + half, 1.0), rate))
 
 
@@ -58,13 +58,27 @@ def caption_hit_rate(hit_T: np.ndarray, image_T: np.ndarray) -> Interval:
         hit_T: bool.
         image_T: The image of each caption, >= 0.
     """
-    if len(hit_T) == 0:
+    return clustered_rate(hit_T, image_T)
+
+
+def clustered_rate(value_T: np.ndarray, cluster_T: np.ndarray) -> Interval:
+    """Mean of numbers from 0 to 1 that come in clusters, which are drawn whole.
+
+    Args:
+        value_T: bool or float.
+        cluster_T: The cluster of each, >= 0.
+    """
+    if len(value_T) == 0:
         return _NOTHING
-    rate = float(np.mean(hit_T))
-    captions = np.bincount(image_T)
-    hits, captions = np.bincount(image_T, weights=hit_T)[captions > 0], captions[captions > 0]
-    variance = np.square(hits - rate * captions).sum() / len(hit_T) ** 2  # of a ratio of sums (Cochran 1977, 6.13)
-    return wilson(rate, min(_effective(rate, variance, len(captions)), len(hit_T)))
+    rate = float(np.mean(value_T))
+    sizes = np.bincount(cluster_T)
+    sums, sizes = np.bincount(cluster_T, weights=value_T)[sizes > 0], sizes[sizes > 0]
+    variance = np.square(sums - rate * sizes).sum() / len(value_T) ** 2  # of a ratio of sums (Cochran 1977, 6.13)
+    others = max(len(sizes) - 1, 1)
+    count = _effective(rate, variance * len(sizes) / others, len(sizes))
+    if variance > 0:
+        count *= (_Z / _student(others)) ** 2  # Korn and Graubard: few clusters say little of it
+    return wilson(rate, min(count, len(value_T)))
 
 
 def mean_per_class_recall(hit_N: np.ndarray, label_N: np.ndarray) -> Interval:
@@ -169,6 +183,12 @@ def resampled(value: float, drawn_R: np.ndarray) -> Interval:
     """A number with the percentile interval of its resamples; NaN among these are left out."""
     low, high = np.nanpercentile(drawn_R, _PERCENTILES) if np.isfinite(drawn_R).any() else (math.nan, math.nan)
     return Interval(float(value), float(low), float(high))
+
+
+def _student(degrees: int) -> float:
+    """The 97.5th percentile of Student's distribution, nearly (Abramowitz and Stegun 1964, 26.7.5)."""
+    terms = ((_Z**3 + _Z) / 4, (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96)
+    return _Z + terms[0] / degrees + terms[1] / degrees**2
 
 
 def _effective(rate: float, variance: float, most: float) -> float:

@@ -48,7 +48,9 @@ def within_km(distance_N: np.ndarray) -> dict[int, np.ndarray]:
 
 
 class Places(Protocol):
-    """How far the answers are from where the pictures were taken, on a card whose classes all have `lat` and `lon`."""
+    """How far the answers are from where the pictures were taken, on a card whose classes all have `lat` and `lon`; and
+    how often the place is told, for the pictures of each `state` where classes have that.
+    """
 
     name = "places"
     metrics = ("median_km",)
@@ -59,9 +61,15 @@ class Places(Protocol):
         if any(None in place for place in found):
             return
         places_C2 = np.array(found, dtype=np.float64)
+        state_C = np.array([str(one.facts.get("state", "")) for one in scorer.card.classes], dtype=object)
         for language, ranking in scorer.rankings():
             label_M = scorer.label_N[ranking.image_M]
             km_M = haversine_km(places_C2[label_M], places_C2[predicted(ranking, label_M)])
             values = {"median_km": median(km_M)}
             values |= {f"within_{limit}_km": hit_rate(hit_M) for limit, hit_M in within_km(km_M).items()}
             yield from scorer.rows(self.name, language.code, values, len(km_M), len(language.class_D))
+            num_classes = len(language.class_D)
+            for state in sorted(set(state_C[label_M]) - {""}):
+                hit_S = ranking.rank_M[state_C[label_M] == state] == 0
+                told = {"acc1": hit_rate(hit_S)}
+                yield from scorer.rows(self.name, language.code, told, len(hit_S), num_classes, 1 / num_classes, state)

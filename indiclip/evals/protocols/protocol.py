@@ -77,18 +77,20 @@ class Protocol(ABC):
         uses_gallery: Whether it looks at the images that are not scored; else these need not be encoded.
         is_probe: Whether it learns from images alone: `--no_probes` leaves it out.
         is_plain: See `name`.
+        chance: Of its first metric, where that is not 1 / candidates.
         candidates: What is ranked for an image: the card's `classes`, `texts` of its own, or all `images` and their
             texts, so that with one image more or less all answers are other ones.
     """
 
     name: str
-    required_fields: ClassVar[frozenset[str]] = frozenset({"class"})
+    required_fields: frozenset[str] = frozenset({"class"})
     metrics: tuple[str, ...] = ()
     embeds_text: ClassVar[bool] = True
     embeds_images: ClassVar[bool] = True
     uses_gallery: ClassVar[bool] = False
     is_probe: ClassVar[bool] = False
     is_plain: bool = False
+    chance: float | None = None
     candidates: ClassVar[Literal["classes", "texts", "images"]] = "classes"
 
     def check(self, items: "Items") -> None:  # noqa: B027  # most have nothing to check

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from indiclip.evals.formatting import language_name, metric_name, protocol_name, signed, words
 from indiclip.evals.reports.bench_pictures import PictureOf, grids_of
 from indiclip.evals.reports.confusion import confusions_of
+from indiclip.evals.reports.place_map import place_map
 from indiclip.evals.results import CLEAN, IMAGES, CardResult, Result, Score, less_english
 
 
@@ -28,8 +29,14 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, pictures:
         name: _numbers([score for score in scores if score.protocol == name], result)
         for name in dict.fromkeys(score.protocol for score in scores)
     }
+    on_map = place_map(result, card)
+    by_state: list[Table] = []
+    if on_map and "places" in numbers:  # whose groups are states: their table stands beside the map
+        by_state, numbers["places"]["by_group"] = numbers["places"]["by_group"], []
     return {
         "card": card,
+        "map": on_map,
+        "by_state": by_state,
         "scores": every,
         "chance": next((score.chance for score in mains if score.metric == card.metric), None),
         "numbers": numbers,

@@ -14,7 +14,7 @@ from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, 
 
 _MOST_PICTURES = 150  # about 20 kB each
 _PICTURES_OF_CARD = 18
-_SUITES = {"india": "India", "world": "World", "own": "Your own"}
+_SUITES = {"india": "India", "culture": "Culture of India", "world": "World", "own": "Your own"}
 
 
 def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path:
@@ -32,7 +32,7 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
         OSError: The disk is full, or the folder cannot be written to.
     """
     suites = [*_SUITES, *(card.suite for card in result.cards)]
-    # India before the world before the user's own; photographs before what is generated.
+    # India before its culture before the world before the user's own; photographs before what is generated.
     cards = sorted(result.cards, key=lambda card: (min(suites.index(card.suite), len(_SUITES)), card.part))
     scored = [card for card in cards if card.status == "scored"]
     share = min(_PICTURES_OF_CARD, max(_MOST_PICTURES // max(len(scored), 1), 3))
