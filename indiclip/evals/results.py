@@ -5,13 +5,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from indiclip import json_lines
 from indiclip.evals.suites import SUITES, packaged
 from indiclip.masking import mask
+
+if TYPE_CHECKING:
+    from indiclip.evals.samples import Sample
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
@@ -125,6 +128,7 @@ class CardResult:
         default_factory=lambda: ["zero_shot"]
     )  # protocols whose metrics are logged without their name
     candidates: str = "classes"  # what the main protocol ranks: classes, an image's own texts, or all images
+    names: dict[str, dict[str, str]] = field(default_factory=dict)  # class id -> language -> name, two at most
 
     @property
     def key(self) -> tuple[str, str]:
@@ -143,6 +147,7 @@ class Result:
     scores: list[Score] = field(default_factory=list)
     answers: list[Answers] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)  # options, versions, seconds, contamination
+    samples: list["Sample"] = field(default_factory=list, repr=False, compare=False)  # for the report, saved nowhere
 
     @property
     def predictions(self) -> list[Prediction]:
