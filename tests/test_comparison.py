@@ -190,3 +190,13 @@ def test_other_photographs_do_not_stand_against_comparing_what_is_generated():
     assert {row.why_not for row in compare(a, b)} == {""}
     b.about["data"]["food_procedural"] = "other"
     assert {row.why_not for row in compare(a, b)} == {"different images, or labels, under the same names"}
+
+
+def test_page_calls_classes_by_their_names(tmp_path):
+    a, b = run([1, 0, 0, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 0, 0])
+    for result in (a, b):
+        result.cards[0].names = {"dosa": {"en": "masala dosa", "hi": "डोसा"}}
+    write_comparison(tmp_path / "c.html", a, b)
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert '<tr><td>0.jpg</td><td>masala dosa <bdi lang="hi">डोसा</bdi></td></tr>' in page
+    assert "Newcombe" in page

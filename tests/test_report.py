@@ -87,3 +87,11 @@ def test_a_label_at_the_upper_edge_stands_below_it(tmp_path):
     pictures = [([(np.zeros((100, 100, 3), np.uint8), "", [(50, 0, "kite")])], [])]
     page = write_report(tmp_path, "x", record, {"detection": pictures}).read_text(encoding="utf-8")
     assert '<span class="below" style="--x:50.0%;--y:0.0%">kite<' in page
+
+
+def test_where_any_picture_has_two_panels_there_is_room_for_both(tmp_path):
+    record = {"step": 3, "seconds": 1.5, "metrics": {}, "history": [], "quarantined": [], "data": {}}
+    image = np.zeros((8, 8, 3), np.uint8)
+    one, two = ([(image, "model", [])], []), ([(image, "model", []), (image, "truth", [])], [])
+    page = write_report(tmp_path, "x", record, {"densepose": [one, two], "counting": [one]}).read_text("utf-8")
+    assert re.findall(r'<div class="(pictures[^"]*)"', page) == ["pictures", "pictures single"]

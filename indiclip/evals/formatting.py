@@ -130,11 +130,7 @@ def heat(share: float) -> str:
 
 def is_share(score: Score) -> bool:
     """Whether a number is a share of what was asked, which has a colour: no distance, difference or similarity."""
-    return not is_distance(score.metric) and score.metric not in NAMES["no_shares"] and not _is_gap(score.metric)
-
-
-def _is_gap(metric: str) -> bool:
-    return metric.startswith("parity_")
+    return not is_distance(score.metric) and not score.metric.startswith(tuple(NAMES["no_shares"]))
 
 
 Gap = tuple[float, float | None, float | None]  # a difference and its interval

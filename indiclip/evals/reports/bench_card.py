@@ -157,20 +157,18 @@ def _answers(result: Result, card: CardResult, picture: PictureOf, most: Most) -
     protocols = [card.protocol, *(answers.protocol for answers in of_card)]
     protocol = next((name for name in protocols if any(answers.protocol == name for answers in of_card)), None)
     found = {answers.language: list(answers.rows()) for answers in of_card if answers.protocol == protocol}
-    if not found:
-        return {"confusions": None, "gallery": None, "map": _map(result, card, picture, most.thumbnails, [])}
     found = dict(sorted(found.items(), key=lambda item: item[0] != "en"))
-    language, rows = next(iter(found.items()))
+    language, rows = next(iter(found.items()), ("", []))
     are_classes = card.candidates == "classes"
     return {
         "language": language,
-        "confusions": confusions_of(rows) if are_classes else None,
-        "gallery": gallery(found, picture, most.pictures, are_classes),
-        "map": _map(result, card, picture, most.thumbnails, rows),
+        "confusions": confusions_of(rows) if rows and are_classes else None,
+        "gallery": gallery(found, picture, most.pictures, are_classes) if rows else None,
+        "embeddings": _embeddings(result, card, picture, most.thumbnails, rows),
     }
 
 
-def _map(
+def _embeddings(
     result: Result, card: CardResult, picture: PictureOf, most: int, rows: list[Prediction]
 ) -> dict[str, Any] | None:
     """What `embedding_map.html` shows, where the run kept embeddings."""
