@@ -11,6 +11,7 @@ from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.models.embedder import View
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.reports.bench_report import write_bench_report
+from indiclip.evals.samples import sample_of
 
 
 class MeanColour:
@@ -119,3 +120,32 @@ def test_a_card_whose_images_are_all_unreadable_is_skipped_for_that(tmp_path):
     assert (card.status, card.notes[0]) == ("skipped", "none of the images to score can be read")
     assert card.notes[1].startswith("not counted, unreadable: idli/1.jpg: expected the bytes of a JPEG")
     assert len(card.notes) == 2
+
+
+def test_a_run_keeps_embeddings_for_the_report_and_the_names_of_its_classes(tmp_path):
+    result = run(photographs(tmp_path))
+    (sample,) = result.samples
+    assert sorted(sample.keys) == sorted({row.key for row in result.predictions})
+    assert sample.classes == [key.split("/")[0] for key in sample.keys]
+    assert np.linalg.norm(sample.image_SE, axis=1) == pytest.approx(1, abs=1e-6)
+    assert result.cards[0].names["idli"] == {"en": "idli", "hi": "इडली"}
+    result.save(tmp_path / "run")
+    saved = (tmp_path / "run" / "metrics.json").read_text("utf-8")
+    assert "इडली" in saved
+    assert "samples" not in saved
+
+
+def test_names_for_people_are_in_a_language_that_was_asked_for(tmp_path):
+    photographs(tmp_path)
+    assert run(tmp_path, languages=["ta"]).cards[0].names["idli"] == {"en": "idli", "ta": "இட்லி"}
+
+
+def test_of_many_images_a_sample_has_every_class_before_a_second_of_any(tmp_path):
+    (items,) = find_bench(photographs(tmp_path), ["edibles"], procedural=False).items
+    embeddings = torch.eye(9)
+    embeddings[0] = torch.nan  # which nothing can be said about
+    (few,) = sample_of(items, embeddings, 4)
+    assert (len(few.keys), len(set(few.classes))) == (4, 3)
+    assert items.keys[0] not in sample_of(items, embeddings)[0].keys
+    turned = items.select(range(8, -1, -1))
+    assert set(sample_of(turned, embeddings.flip(0), 4)[0].keys) == set(few.keys)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from bench_fakes import answer, card, score, small_run
 
-from indiclip.evals.formatting import Bar, interval, language_name, number, signed
+from indiclip.evals.formatting import Bar, heat, in_reading_order, interval, language_name, metric_name, number, signed
 from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
+from indiclip.evals.reports.embedding_map import SIDE, closest, embedding_map
 from indiclip.evals.reports.page import TEMPLATES
+from indiclip.evals.results import IMAGES, PHOTOGRAPHS, load_result
+from indiclip.evals.samples import Sample
 
 
 def no_picture(card, part, key):
@@ -73,7 +76,7 @@ def test_a_class_called_b_does_not_make_the_page_bold(tmp_path):
 
 def test_loads_nothing(tmp_path):
     page = page_of(tmp_path, small_run(), red_picture)
-    assert re.findall(r'(?:src|href)="(?!data:image/jpeg;base64,|#)', page) == []
+    assert re.findall(r'(?:src|href)="(?!data:image/webp;base64,|#)', page) == []
     assert re.findall(r"url\((?!data:font)", page) == []
     assert "@import" not in page
 
@@ -137,11 +140,11 @@ def test_a_value_that_is_no_number_is_a_dash_and_no_bar(tmp_path):
 
 def test_confusions_are_named_with_their_counts(tmp_path):
     part = section(page_of(tmp_path, small_run()), "food-photographs")
-    assert "dosa taken for roti: 1 of 2" in words_of(part)
+    assert "1 of 2 dosa taken for roti" in words_of(part)
     assert part.count("<rect") == 3  # dosa right, dosa as roti, roti right
 
 
-def test_pictures_are_small_jpegs_and_their_number_is_bounded(tmp_path):
+def test_pictures_are_small_and_their_number_is_bounded(tmp_path):
     result = small_run()
     result.predictions = [answer(f"{i}.jpg", f"c{i % 7}", f"c{i % 11 % 7}") for i in range(700)]
     page = page_of(tmp_path, result, red_picture)
@@ -164,8 +167,8 @@ def test_texts_are_no_classes_so_there_is_no_map_of_them(tmp_path):
     result.predictions = [answer("1.jpg", "a plate", "a bowl", protocol="retrieval")]
     part = section(page_of(tmp_path, result), "food-photographs")
     assert "<rect" not in part
-    assert "Surest mistakes" in part
-    assert "Hardest pairs" not in part
+    assert "Mistakes, the surest first" in part
+    assert "taken for each other" not in part
 
 
 def test_without_india_the_headline_says_so(tmp_path):
@@ -205,6 +208,188 @@ def test_no_mistake_at_all(tmp_path):
     result = small_run()
     result.predictions = [answer(f"{i}", f"class{i}", f"class{i}") for i in range(MOST_CLASSES + 1)]
     assert "No mistake." in section(page_of(tmp_path, result), "food-photographs")
+
+
+NAMES = {
+    "dosa": {"en": "masala dosa", "hi": "डोसा"},
+    "roti": {"en": "flat bread", "ta": "ரொட்டி"},
+    "idli_x": {"en": "idli"},
+}
+
+
+def test_classes_have_both_their_names_wherever_they_stand_and_never_their_ids(tmp_path):
+    result = small_run()
+    result.cards[0].names = NAMES
+    rows = [("dosa", "roti"), ("dosa", "roti"), ("roti", "idli_x"), ("roti", "roti"), ("idli_x", "idli_x")]
+    result.predictions = [answer(f"{i}.jpg", *row) for i, row in enumerate(rows)]
+    result.scores.append(score("food", 0.9, subset="idli_x"))
+    part = section(page_of(tmp_path, result, red_picture), "food-photographs")
+    words = words_of(part)
+    assert "2 of 2 masala dosa डोसा taken for flat bread ரொட்டி" in words
+    assert '<bdi lang="ta">ரொட்டி</bdi>' in part
+    assert 'alt="masala dosa · डोसा: taken for flat bread · ரொட்டி"' in part
+    for id_ in ("roti", "idli x", "idli_x"):
+        assert id_ not in words.replace("masala dosa", "")
+
+
+def test_no_picture_is_in_the_gallery_twice(tmp_path):
+    """Classes that are all taken for one of a single image: it stands beside the first of them only."""
+    result = small_run()
+    rows = [("a", "x"), ("a", "x"), ("b", "x"), ("c", "x"), ("x", "x"), ("c", "c"), ("b", "a")]
+    result.predictions = [answer(f"{i}.jpg", *row) for i, row in enumerate(rows)]
+    part = section(page_of(tmp_path, result, red_picture), "food-photographs")
+    shown = re.findall(r'<figure title="(\d).jpg"', part)
+    assert sorted(shown) == sorted(set(shown))
+    assert shown[:2] == ["0", "4"]
+
+
+def test_a_text_that_is_called_like_a_class_stays_as_it_is(tmp_path):
+    result = small_run()
+    result.cards[0].names, result.cards[0].candidates = NAMES, "texts"
+    result.predictions = [answer("1.jpg", "dosa", "idli_x")]
+    words = words_of(section(page_of(tmp_path, result), "food-photographs"))
+    assert "dosa → idli_x" in words
+    assert "masala" not in words
+
+
+def test_names_of_classes_outlive_saving(tmp_path):
+    result = small_run()
+    result.cards[0].names = NAMES
+    result.save(tmp_path)
+    assert load_result(tmp_path).cards[0].names == NAMES
+
+
+def test_one_share_has_one_colour_in_tables_and_maps(tmp_path):
+    """Half of the dosas are taken for rotis, and half of the images are right."""
+    result = small_run()
+    result.scores[0] = score("food", 0.5, chance=0.2)
+    result.scores.append(score("script", 0.5, chance=0.4))
+    page = page_of(tmp_path, result)
+    assert heat(0.5) in re.findall(r'<rect class="wrong" fill-opacity="(\d+%)"', page)
+    assert set(re.findall(r'<td class="number heat" style="--v:(\d+%)">0.500', page)) == {heat(0.5)}
+    assert f'<i class="right" style="--v:{heat(0.5)}">50%</i>' in page
+    assert (heat(0), heat(0.25), heat(1)) == ("0%", "25%", "50%")
+
+
+@pytest.mark.parametrize("metric", ["median_km", "parity_acc1", "similarity_gap", "acc1_corrected", "spread"])
+def test_what_is_no_share_has_no_colour(metric):
+    assert "heat" not in MACROS.heated(score("food", 0.5, metric=metric))
+    assert "heat" in MACROS.heated(score("food", 0.5, metric="within_25_km"))
+
+
+def embeddings_of(groups, each=8, width=6):
+    """Groups of images around directions that are at right angles, named by the group and the number."""
+    generator = np.random.default_rng(0)
+    rows = np.repeat(np.eye(groups, width), each, axis=0) + generator.normal(0, 0.05, (groups * each, width))
+    keys = [f"{group}-{i}.jpg" for group in range(groups) for i in range(each)]
+    classes = [f"c{group}" for group in range(groups) for _ in range(each)]
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return Sample("food", PHOTOGRAPHS, keys, classes, rows)
+
+
+def test_a_map_of_embeddings_keeps_neighbours_and_is_the_same_again():
+    sample = embeddings_of(5)
+    first, second = (embedding_map(sample, lambda key: np.zeros((20, 30, 3), np.uint8), 60) for _ in range(2))
+    assert first == second
+    places = np.array([(point.x, point.y) for point in first.points])
+    distance = np.linalg.norm(places[:, None] - places[None], axis=2) + 1e9 * np.eye(len(places))
+    group = np.array(sample.classes)
+    assert (group[distance.argmin(1)] == group).mean() == 1
+    shown = [point for point in first.points if point.has_picture]
+    for i, one in enumerate(shown):  # and no thumbnail covers another
+        assert all(max(abs(one.x - other.x), abs(one.y - other.y)) > SIDE for other in shown[:i])
+    assert 5 <= len(shown) <= 60
+
+
+def test_the_closest_classes_are_those_of_the_nearest_means():
+    rows = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 0, 1], [0, 0.6, 0.8]], np.float32)
+    sample = Sample("food", PHOTOGRAPHS, list("abcd"), ["x", "y", "z", "z"], rows)
+    pairs = closest(sample)
+    assert [pair[:2] for pair in pairs] == [("x", "y"), ("y", "z"), ("x", "z")]
+    mean = np.array([0, 0.3, 0.9]) / np.hypot(0.3, 0.9)
+    assert [pair[2] for pair in pairs] == pytest.approx([0.8, 0.6 * mean[1], 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [np.ones((40, 4)), np.eye(4), np.ones((40, 1))])
+def test_there_is_no_map_of_few_images_or_of_equal_ones(rows):
+    keys = [f"{i}" for i in range(len(rows))]
+    sample = Sample("food", PHOTOGRAPHS, keys, [""] * len(rows), rows.astype(np.float32))
+    assert embedding_map(sample, lambda key: None, 60) is None
+
+
+def test_the_page_has_the_map_with_words_beside_it(tmp_path):
+    result = small_run()
+    result.samples = [embeddings_of(3)]
+    result.cards[0].names = {"c0": {"en": "dosa"}, "c1": {"en": "roti"}}
+    result.predictions = [answer("0-0.jpg", "c0", "c0"), answer("1-0.jpg", "c1", "c0")]
+    part = section(page_of(tmp_path, result, red_picture), "food-photographs")
+    assert "Map of 24 images by t-SNE" in part
+    assert re.findall(r'class="dots (\w+)"', part)[-1] == "open"  # most images of the sample have no answer
+    assert "dosa and roti: cosine of their mean embeddings" in part
+    assert "<h3>Map" not in section(page_of(tmp_path, small_run()), "food-photographs")
+
+
+def test_protocols_without_words_of_their_own_read_well(tmp_path):
+    result = small_run()
+    for shots in (16, 2, 1):
+        result.scores.append(score("food", 0.5, IMAGES, f"acc1_{shots}_shots", protocol="few_shot"))
+    result.scores.append(score("food", 0.25, metric="hits_r10", protocol="my_own_way"))
+    for language, prompt, value in (("en", "bare name", 0.25), ("hi", "bare name", 0.125), ("en", "a {c}", 0.5)):
+        result.scores.append(score("food", value, language, protocol="wording", subset=prompt))
+    words = words_of(section(page_of(tmp_path, result), "food-photographs"))
+    assert "top-1 after 1 shots top-1 after 2 shots top-1 after 16 shots images only 0.500 0.500 0.500" in words
+    assert "My own way hits R@10 English 0.250" in words
+    assert "images English Hindi bare name 0 0.250 0.125 a {c} 0 0.500" in words
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("acc1_1_shot", "top-1 after 1 shot"),
+        ("acc1_16_shots", "top-1 after 16 shots"),
+        ("r10", "R@10"),
+        ("image_only_r50", "image only, R@50"),
+        ("image_to_text_r5", "image to text R@5"),
+        ("mp5_64", "mP@5 of 64 numbers"),
+        ("parity_acc1", "against English, top-1"),
+        ("within_25_km", "within 25 km"),
+        ("f1_macro", "f1 macro"),
+    ],
+)
+def test_names_of_metrics(metric, words):
+    assert metric_name(metric) == words
+
+
+def test_metrics_that_differ_in_a_number_stand_in_its_order():
+    found = ["acc1_16_shots", "acc1_2_shots", "mean", "image_to_text_r10", "acc1_4_shots", "image_to_text_r5"]
+    ordered = ["acc1_2_shots", "acc1_4_shots", "acc1_16_shots", "mean", "image_to_text_r5", "image_to_text_r10"]
+    assert in_reading_order(found) == ordered
+
+
+def test_a_share_of_distances_is_no_distance():
+    assert number(0.25, "within_25_km") == "0.250"
+
+
+def test_the_page_says_what_its_intervals_are(tmp_path):
+    words = words_of(page_of(tmp_path, small_run()))
+    assert "Wilson’s score interval" in words
+    assert "Newcombe’s paired interval" in words
+
+
+def test_an_interval_of_one_point_is_none():
+    assert interval(0.5, 0.5) == ""
+    assert "whisker" not in MACROS.chart([Bar("a", score("x", 0.5, low=0.5, high=0.5))], "acc1")
+
+
+def test_what_scrolls_can_be_reached_by_keyboard_and_says_what_it_is(tmp_path):
+    result = small_run()
+    result.samples = [embeddings_of(3)]
+    page = page_of(tmp_path, result, red_picture)
+    scrolling = re.findall(r'<(?:div class="scroll"|pre)[^>]*>', page)
+    assert len(scrolling) > 5
+    assert all('tabindex="0"' in tag for tag in scrolling)
+    assert all('aria-label="' in tag for tag in scrolling if tag.startswith("<div"))
+    assert not re.findall(r"<img(?![^>]*alt=)", page)
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,13 @@ def test_only_what_the_paired_interval_shows_is_coloured(tmp_path, hits, coloure
     body = page[page.index("<body>") :].replace('<i class="key better">', "").replace('<i class="key worse">', "")
     assert ("fill b better" in body, "fill b worse" in body) == (coloured == "better", coloured == "worse")
     assert ('class="hit"' in body, 'class="miss"' in body) == (coloured == "better", coloured == "worse")
+
+
+def test_page_calls_classes_by_their_names(tmp_path):
+    a, b = run([1, 0, 0, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 0, 0])
+    for result in (a, b):
+        result.cards[0].names = {"dosa": {"en": "masala dosa", "hi": "डोसा"}}
+    write_comparison(tmp_path / "c.html", a, b)
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert '<tr><td>0.jpg</td><td>masala dosa <bdi lang="hi">डोसा</bdi></td></tr>' in page
+    assert "Newcombe" in page

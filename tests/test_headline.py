@@ -242,7 +242,7 @@ def test_nothing_is_loaded_and_what_scrolls_can_be_reached_by_keyboard(tmp_path)
 def test_a_caption_names_its_language_and_runs_in_its_own_direction(tmp_path):
     lines = [Line("پتنگ", "ur", "✓"), Line("zzz", "qq"), Line("plain")]
     page = write_report(tmp_path, "x", RECORD, {"a": [(np.zeros((8, 8, 3), np.uint8), lines)]}).read_text()
-    assert '<div>✓ <bdi lang="ur">پتنگ</bdi> <small>Urdu</small></div>' in page
+    assert '<div><span>✓</span> <bdi lang="ur">پتنگ</bdi> <small>Urdu</small></div>' in page
     assert '<div><bdi lang="qq">zzz</bdi> <small>qq</small></div><div><bdi>plain</bdi></div>' in page
 
 

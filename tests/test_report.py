@@ -1,5 +1,7 @@
 """The report's page."""
 
+import re
+
 import numpy as np
 
 from indiclip.evals.reports.report import held_out, write_report
@@ -64,3 +66,32 @@ def test_a_benchmarks_cards_are_curves_of_one_plot(tmp_path):
     history = [{"step": step, **metrics} for step in (1, 2)]
     record = {"step": 2, "seconds": 1.5, "metrics": metrics, "history": history, "quarantined": [], "data": {}}
     assert write_report(tmp_path, "x", record, {}).read_text(encoding="utf-8").count("<img") == 1
+
+
+def test_labels_on_a_picture_cover_none_before_them_and_are_all_said_in_words(tmp_path):
+    """Of four at one point the first stands above it, the second below, and the others in the alt text alone."""
+    record = {"step": 3, "seconds": 1.5, "metrics": {}, "history": [], "quarantined": [], "data": {}}
+    labels = [(50, 50, "kite"), (51, 50, "diya"), (49, 50, "matka"), (50, 51, "dhol"), (50, 90, "far")]
+    pictures = [([(np.zeros((100, 100, 3), np.uint8), "model", labels)], [])]
+    page = write_report(tmp_path, "x", record, {"detection": pictures}).read_text(encoding="utf-8")
+    assert re.findall(r'<span class="(above|below)"[^>]*>(\w+)<', page) == [
+        ("above", "kite"),
+        ("below", "diya"),
+        ("above", "far"),
+    ]
+    assert 'alt="model: kite; diya; matka; dhol; far"' in page
+
+
+def test_a_label_at_the_upper_edge_stands_below_it(tmp_path):
+    record = {"step": 3, "seconds": 1.5, "metrics": {}, "history": [], "quarantined": [], "data": {}}
+    pictures = [([(np.zeros((100, 100, 3), np.uint8), "", [(50, 0, "kite")])], [])]
+    page = write_report(tmp_path, "x", record, {"detection": pictures}).read_text(encoding="utf-8")
+    assert '<span class="below" style="--x:50.0%;--y:0.0%">kite<' in page
+
+
+def test_where_any_picture_has_two_panels_there_is_room_for_both(tmp_path):
+    record = {"step": 3, "seconds": 1.5, "metrics": {}, "history": [], "quarantined": [], "data": {}}
+    image = np.zeros((8, 8, 3), np.uint8)
+    one, two = ([(image, "model", [])], []), ([(image, "model", []), (image, "truth", [])], [])
+    page = write_report(tmp_path, "x", record, {"densepose": [one, two], "counting": [one]}).read_text("utf-8")
+    assert re.findall(r'<div class="(pictures[^"]*)"', page) == ["pictures", "pictures single"]

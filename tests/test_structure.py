@@ -147,9 +147,10 @@ EVALS_ARROWS = {
     "cards": {"suites", "protocols"},
     "images": {"cards"},
     "models": set(),
+    "samples": {"results", "images"},
     "formatting": {"results"},
     "comparison": {"results", "protocols", "formatting"},
-    "reports": {"results", "comparison", "formatting", "images"},
+    "reports": {"results", "comparison", "formatting", "images", "samples"},
 }
 
 

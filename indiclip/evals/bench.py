@@ -29,6 +29,7 @@ from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
+from indiclip.evals.samples import sample_of
 from indiclip.generated.fonts import MissingFonts
 from indiclip.images import storable
 from indiclip.names import check_choice, did_you_mean, plain
@@ -281,6 +282,9 @@ def _score_into(
     prompts = {of.code: _digest_of([*of.prompts, *of.class_D.tolist()]) for of in scorer.languages}
     result.about.setdefault("asked", {})[name] = prompts
     found = _card_result(items.card, scorer.part, "scored" if scorer.scores else "skipped", notes)
+    if scorer.scores:
+        found.names = items.card.shown_names(options.languages or [])
+        result.samples += sample_of(items, next(iter(images.values())))
     result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
 
 

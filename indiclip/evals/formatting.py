@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import yaml
 
-from indiclip.evals.results import PHOTOGRAPHS, CardResult, Score, corrected
+from indiclip.evals.results import PHOTOGRAPHS, CardResult, Score
 from indiclip.names import plain
 
 NAMES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text("utf-8"))
+_STRONGEST = 50  # percent of a colour, on which text can be read
 
 
 def language_name(code: str) -> str:
@@ -25,11 +26,48 @@ def metric_name(metric: str) -> str:
     """`image to text R@5` of `image_to_text_r5`; `against English, top-1` of `parity_acc1`."""
     if metric.startswith("parity_"):
         return f"against English, {metric_name(metric.removeprefix('parity_'))}"
-    return NAMES["metrics"].get(metric, re.sub(r" r(\d+)$", r" R@\1", words(metric)))
+    if metric in NAMES["metrics"]:
+        return NAMES["metrics"][metric]
+    for pattern, said in NAMES["metric_patterns"].items():
+        metric = re.sub(pattern, said, metric)
+    return words(metric)
+
+
+def in_reading_order(metrics: Iterable[str]) -> list[str]:
+    """Those that differ in numbers only stand together, where the first of them is, in the order of these numbers."""
+    found = list(dict.fromkeys(metrics))
+    families = [re.sub(r"\d+", "#", metric) for metric in found]
+    numbers = {metric: [int(part) for part in re.findall(r"\d+", metric)] for metric in found}
+    return sorted(found, key=lambda metric: (families.index(re.sub(r"\d+", "#", metric)), numbers[metric]))
 
 
 def protocol_name(protocol: str) -> str:
     return NAMES["protocols"].get(protocol, words(protocol))
+
+
+def group_name(protocol: str) -> str:
+    """What a protocol's numbers of part of the images, or of one way to ask, are by."""
+    return NAMES["groups"].get(protocol, "group")
+
+
+class ClassName(NamedTuple):
+    """A class for people: its English name, and the one in another language, or nothing."""
+
+    english: str
+    native: str = ""
+    language: str = ""  # of the latter
+
+    def __str__(self) -> str:
+        return f"{self.english} · {self.native}" if self.native else self.english
+
+
+def class_name(card: CardResult, answer: str) -> ClassName:
+    """Of a class by its id; where a card ranks texts, the text itself."""
+    if card.candidates != "classes":
+        return ClassName(answer)
+    names = card.names.get(answer, {})
+    native = next(((name, code) for code, name in names.items() if code != "en"), ("", ""))
+    return ClassName(names.get("en", words(answer)), *native)
 
 
 def title(card: CardResult) -> str:
@@ -50,7 +88,7 @@ def markdown_cell(text: str) -> str:
 
 def is_distance(metric: str) -> bool:
     """Whether less is better, and the unit a kilometre."""
-    return metric.endswith("_km")
+    return metric.endswith("_km") and not metric.startswith("within_")
 
 
 def number(value: float | None, metric: str = "", digits: int = 3) -> str:
@@ -84,12 +122,16 @@ def share(value: float, of: float = 1.0) -> str:
     return f"{100 * min(1.0, max(0.0, value / of)):.1f}%"
 
 
-def heat(value: float, chance: float | None = None, metric: str = "") -> str:
-    """How strong a cell's colour is: nothing at chance or below, and 55%, on which text can be read, where all is
-    right.
+def heat(share: float) -> str:
+    """How strong the colour of a share is, in every table and map of every page: as its square root, so that one in a
+    hundred can be seen.
     """
-    has_scale = not is_distance(metric) and not metric.startswith(("parity_", "largest_gap_"))
-    return f"{55 * min(1.0, max(0.0, corrected(value, chance))):.0f}%" if has_scale else "0%"
+    return f"{_STRONGEST * min(1.0, max(0.0, share)) ** 0.5:.0f}%" if math.isfinite(share) else "0%"
+
+
+def is_share(score: Score) -> bool:
+    """Whether a number is a share of what was asked, which has a colour: no distance, difference or similarity."""
+    return not is_distance(score.metric) and not score.metric.startswith(tuple(NAMES["no_shares"]))
 
 
 Gap = tuple[float, float | None, float | None]  # a difference and its interval

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from indiclip import json_lines
 from indiclip.evals.suites import SUITES, packaged
 from indiclip.masking import mask
 from indiclip.names import well_formed
+
+if TYPE_CHECKING:
+    from indiclip.evals.samples import Sample
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
@@ -130,6 +133,7 @@ class CardResult:
     places: dict[str, list[Any]] = field(
         default_factory=dict
     )  # class -> latitude, longitude, state; where they have any
+    names: dict[str, dict[str, str]] = field(default_factory=dict)  # class id -> language -> name, two at most
 
     @property
     def key(self) -> tuple[str, str]:
@@ -148,6 +152,7 @@ class Result:
     scores: list[Score] = field(default_factory=list)
     answers: list[Answers] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)  # options, versions, seconds, contamination
+    samples: list["Sample"] = field(default_factory=list, repr=False, compare=False)  # for the report, saved nowhere
 
     @property
     def predictions(self) -> list[Prediction]:

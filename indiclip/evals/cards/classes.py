@@ -3,7 +3,7 @@
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -140,6 +140,17 @@ class Card:
         """As `names`, of those that two writers have: what scores are by."""
         names = self.names(language)
         return {place: name for place, name in names.items() if self.classes[place].is_sure(language)}
+
+    def shown_names(self, languages: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+        """Id of a class -> its names for people: the English one, and one in another language and its own script. That
+        is one of `languages` where the class has any, else the language of most names.
+        """
+        others = [code for code in self.languages if code != "en" and not code.endswith("-Latn")]
+        others.sort(key=lambda code: code not in languages)
+        return {
+            one.id: {code: one.names[code] for code in ["en", *[code for code in others if code in one.names][:1]]}
+            for one in self.classes
+        }
 
     def templates(self, language: str) -> tuple[str, ...]:
         """The prompts of a language; `{c}` alone where it has none."""

@@ -3,11 +3,21 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from indiclip.evals.formatting import language_name, metric_name, protocol_name, signed, words
-from indiclip.evals.reports.bench_pictures import PictureOf, grids_of
+from indiclip.evals.formatting import (
+    class_name,
+    group_name,
+    in_reading_order,
+    language_name,
+    metric_name,
+    protocol_name,
+    signed,
+    words,
+)
+from indiclip.evals.reports.bench_pictures import PictureOf, gallery
 from indiclip.evals.reports.confusion import confusions_of
+from indiclip.evals.reports.embedding_map import HEIGHT, SIDE, WIDTH, embedding_map
 from indiclip.evals.reports.place_map import place_map
-from indiclip.evals.results import CLEAN, IMAGES, CardResult, Result, Score, less_english
+from indiclip.evals.results import CLEAN, IMAGES, CardResult, Prediction, Result, Score, less_english
 
 
 class Table(NamedTuple):
@@ -17,7 +27,14 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str | Score | None]]
 
 
-def card_section(result: Result, card: CardResult, picture: PictureOf, pictures: int) -> dict[str, Any]:
+class Most(NamedTuple):
+    """How much of a card the page has room for."""
+
+    pictures: int  # in the gallery
+    thumbnails: int  # on the map
+
+
+def card_section(result: Result, card: CardResult, picture: PictureOf, most: Most) -> dict[str, Any]:
     """Everything about a card that was scored, for `bench_card.html`."""
     every = [score for score in result.scores if score.key == card.key]
     scores = [less_english(score) for score in every]
@@ -26,7 +43,7 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, pictures:
     scores.sort(key=lambda score: protocols.index(score.protocol))
     mains = (score for score in scores if score.protocol == card.protocol and not score.subset)
     numbers = {
-        name: _numbers([score for score in scores if score.protocol == name], result)
+        name: _numbers([score for score in scores if score.protocol == name], result, card)
         for name in dict.fromkeys(score.protocol for score in scores)
     }
     on_map = place_map(result, card)
@@ -37,19 +54,19 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, pictures:
         "card": card,
         "map": on_map,
         "by_state": by_state,
-        "scores": every,
+        "every": _every(every, result),
         "chance": next((score.chance for score in mains if score.metric == card.metric), None),
         "numbers": numbers,
         "contamination": _contamination(scores, result, card),
-        **_answers(result, card, picture, pictures),
+        **_answers(result, card, picture, most),
     }
 
 
-def _numbers(scores: list[Score], result: Result) -> dict[str, Any]:
+def _numbers(scores: list[Score], result: Result, card: CardResult) -> dict[str, Any]:
     """Of one protocol: all languages with their chance, then all lengths and views, then the groups of images."""
     full = [score for score in scores if result.is_main_setting(score)]
     main = [score for score in full if not score.subset]
-    metrics = list(dict.fromkeys(score.metric for score in main))
+    metrics = in_reading_order(score.metric for score in main)
     found = {(score.language, score.metric): score for score in main}
     rows = [
         [language_name(language), *(found.get((language, metric)) for metric in metrics)]
@@ -63,10 +80,22 @@ def _numbers(scores: list[Score], result: Result) -> dict[str, Any]:
         "chances": [next(score.chance for score in main if score.metric == metric) for metric in metrics],
         "by_length": [
             (language_name(language), _by_length([score for score in whole if score.language == language], result))
-            for language in (_languages(whole, result) if has_lengths else [])
+            for language in (_languages(whole, result)[:1] if has_lengths else [])
         ],
-        "by_group": _by_group([score for score in full if score.subset not in ("", CLEAN)], result),
+        "by_group": _by_group([score for score in full if score.subset not in ("", CLEAN)], result, card),
     }
+
+
+def _every(scores: list[Score], result: Result) -> list[tuple[Score, list[float | None]]]:
+    """A score at the greatest length, and its values at all lengths."""
+    found: dict[tuple[str, ...], dict[int, Score]] = {}
+    for score in scores:
+        name = (score.protocol, score.language, score.metric, score.view, score.subset)
+        found.setdefault(name, {})[score.length] = score
+    return [
+        (of[max(of)], [of[length].value if length in of else None for length in result.lengths])
+        for of in found.values()
+    ]
 
 
 def _languages(scores: list[Score], result: Result) -> list[str]:
@@ -78,7 +107,8 @@ def _languages(scores: list[Score], result: Result) -> list[str]:
 def _by_length(scores: list[Score], result: Result) -> Table:
     """Rows are lengths of the embedding, columns metrics and views."""
     found = {(score.metric, score.view, score.length): _without_interval(score) for score in scores}
-    metrics = [metric for metric in dict.fromkeys(score.metric for score in scores) if not metric.startswith("parity_")]
+    every = in_reading_order(score.metric for score in scores)
+    metrics = [metric for metric in every if not metric.startswith("parity_")]
     views = {(metric, view) for metric, view, _ in found}
     columns = [(metric, view) for metric in metrics for view in result.views if (metric, view) in views]
     rows = [[f"{length}", *(found.get((*column, length)) for column in columns)] for length in result.lengths]
@@ -89,8 +119,8 @@ def _without_interval(score: Score) -> Score:
     return score._replace(low=None, high=None)
 
 
-def _by_group(scores: list[Score], result: Result) -> list[Table]:
-    """Rows are groups of images, such as their script; a table per metric."""
+def _by_group(scores: list[Score], result: Result, card: CardResult) -> list[Table]:
+    """Rows are groups of images, such as their script, or ways to ask; a table per metric."""
     tables = []
     for metric in dict.fromkeys(score.metric for score in scores):
         of_metric = [score for score in scores if score.metric == metric]
@@ -100,8 +130,10 @@ def _by_group(scores: list[Score], result: Result) -> list[Table]:
         for group in dict.fromkeys(score.subset for score in of_metric):
             cells = [found.get((group, language)) for language in languages]
             images = max(score.num_items for score in cells if score is not None)
-            rows.append([words(group), f"{images:,}", *cells])
-        head = [f"group · {metric_name(metric)}", "images", *map(language_name, languages)]
+            name = card.names.get(group, {}).get("en") or words(group)  # some groups are classes
+            rows.append([name, f"{images:,}", *cells])
+        said = f"{group_name(of_metric[0].protocol)} · {metric_name(metric)}"
+        head = [said, "images", *map(language_name, languages)]
         tables.append(Table(head, rows))
     return tables
 
@@ -126,19 +158,49 @@ def _contamination(scores: list[Score], result: Result, card: CardResult) -> dic
     return {"flagged": len(flagged), "images": len(images), "table": Table(head, lines)}
 
 
-def _answers(result: Result, card: CardResult, picture: PictureOf, pictures: int) -> dict[str, Any]:
-    """Confusions and pictures, of the main protocol in the first language."""
+def _answers(result: Result, card: CardResult, picture: PictureOf, most: Most) -> dict[str, Any]:
+    """Confusions and pictures, of the main protocol in the first language; and the map of the embeddings."""
     of_card = [answers for answers in result.answers if answers.key == card.key]
     protocols = [card.protocol, *(answers.protocol for answers in of_card)]
     protocol = next((name for name in protocols if any(answers.protocol == name for answers in of_card)), None)
     found = {answers.language: list(answers.rows()) for answers in of_card if answers.protocol == protocol}
-    if not found:
-        return {"confusions": None, "grids": None}
     found = dict(sorted(found.items(), key=lambda item: item[0] != "en"))
-    language, rows = next(iter(found.items()))
+    language, rows = next(iter(found.items()), ("", []))
     are_classes = card.candidates == "classes"
     return {
         "language": language,
-        "confusions": confusions_of(rows) if are_classes else None,
-        "grids": grids_of(found, picture, pictures, are_classes),
+        "confusions": confusions_of(rows) if rows and are_classes else None,
+        "gallery": gallery(found, picture, most.pictures, are_classes) if rows else None,
+        "embeddings": _embeddings(result, card, picture, most.thumbnails, rows),
+    }
+
+
+def _embeddings(
+    result: Result, card: CardResult, picture: PictureOf, most: int, rows: list[Prediction]
+) -> dict[str, Any] | None:
+    """What `embedding_map.html` shows, where the run kept embeddings."""
+    sample = next((sample for sample in result.samples if sample.key == card.key), None)
+    found = sample and embedding_map(sample, lambda key: picture(*card.key, key), most)
+    if not found:
+        return None
+    is_right = {row.key: row.rank == 0 for row in rows}
+    kind = {True: "right", False: "wrong", None: "open"}
+    points = [(point, kind[is_right.get(point.key)]) for point in found.points]
+    return {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "side": SIDE,
+        "num_images": len(points),
+        "dots": {
+            name: "".join(f"M{point.x} {point.y}h0" for point, of in points if of == name and not point.has_picture)
+            for name in kind.values()
+        },
+        "kinds": [name for name in kind.values() if any(of == name for _, of in points)],
+        "pictures": [
+            (point, of, str(class_name(card, point.class_id)) if point.class_id else point.key)
+            for point, of in points
+            if point.has_picture
+        ],
+        "thumbnails": found.thumbnails,
+        "closest": found.closest,
     }

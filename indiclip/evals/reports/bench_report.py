@@ -7,13 +7,12 @@ from typing import Any
 
 from indiclip import __version__
 from indiclip.evals.formatting import Bar, Gap, chance_of, language_name
-from indiclip.evals.reports.bench_card import card_section
+from indiclip.evals.reports.bench_card import Most, card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english
 
-_MOST_PICTURES = 150  # about 20 kB each
-_PICTURES_OF_CARD = 18
+_OF_PAGE, _OF_CARD = Most(pictures=170, thumbnails=600), Most(pictures=18, thumbnails=60)  # about 7 kB and 1 kB each
 _SUITES = {"india": "India", "culture": "Culture of India", "world": "World", "own": "Your own"}
 
 
@@ -35,7 +34,8 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
     # India before its culture before the world before the user's own; photographs before what is generated.
     cards = sorted(result.cards, key=lambda card: (min(suites.index(card.suite), len(_SUITES)), card.part))
     scored = [card for card in cards if card.status == "scored"]
-    share = min(_PICTURES_OF_CARD, max(_MOST_PICTURES // max(len(scored), 1), 3))
+    shares = (of_page // max(len(scored), 1) for of_page in _OF_PAGE)
+    most = Most(*(min(of_card, max(share, 3)) for of_card, share in zip(_OF_CARD, shares, strict=True)))
     flagged = defaultdict(set)
     for answers in result.answers:
         if answers.flagged_M.any():
@@ -52,7 +52,7 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
         num_flagged=sum(map(len, flagged.values())) if flagged or "contamination" in result.about else None,
         blocks=_blocks(result, cards, {key: len(keys) for key, keys in flagged.items()}),
         panels=[_panel(result, card) for card in scored],
-        sections=[card_section(result, card, picture, share) for card in scored],
+        sections=[card_section(result, card, picture, most) for card in scored],
         about=json.dumps(about, indent=1, ensure_ascii=False, default=str),
     )
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from indiclip.evals.formatting import NAMES, chance_of
+from indiclip.evals.formatting import NAMES, chance_of, metric_name
 from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
 from indiclip.names import plain
 
@@ -70,7 +70,7 @@ def _table(result: Result, languages: Sequence[str]) -> Table:
             cells = [*map(_cell, scores), *(_probe_cell(found.get(card.key)) for found in probes)]
             chance = chance_of(scores)
             name = f"{escape(plain(card.card))}{' [dim]*[/]' * (card.part == PROCEDURAL)}"
-            metric = NAMES["short_metrics"].get(card.metric, card.metric)
+            metric = NAMES["short_metrics"].get(card.metric) or metric_name(card.metric)
             said = "" if chance is None else f"{chance:.3f}"
             table.add_row(name, metric, f"{card.num_images:,}", said, *cells)
     return table

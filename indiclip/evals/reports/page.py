@@ -54,17 +54,18 @@ def large(image_HW3: np.ndarray, quality: int = 85) -> str:
     picture = Image.fromarray(image_HW3)
     factor = max(1, -(-240 // picture.width))
     enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    return _encoded(enlarged, "WebP", quality=quality)
+    return encoded(enlarged, "WebP", quality=quality)
 
 
 def thumbnail(image_HW3: np.ndarray, longest: int = 240) -> str:
-    """A small JPEG as a data URI."""
+    """A small WebP as a data URI."""
     picture = Image.fromarray(image_HW3)
     picture.thumbnail((longest, longest))
-    return _encoded(picture, "JPEG", quality=80, optimize=True)
+    return encoded(picture, "WebP", quality=70)
 
 
-def _encoded(picture: Image.Image, kind: str, **options: int | bool) -> str:
+def encoded(picture: Image.Image, kind: str, **options: int | bool) -> str:
+    """A picture as a data URI."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return data_uri(buffer.getvalue(), kind.lower())

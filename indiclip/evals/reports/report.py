@@ -24,20 +24,30 @@ if TYPE_CHECKING:
 
 
 _PICTURE_BYTES = 2_200_000  # of all pictures of a page; beside them stand curves, fonts and tables
+_PANEL_WIDTH, _CHARACTER, _LINE = 240, 7.2, 18  # pixels: of a panel at least, of a label's letter and height
 _QUALITIES = (85, 60, 30)  # of a WebP; 0 to 100
 Numbers = dict[str, float | None]  # None is not finite
 ByLanguage = dict[str, dict[str, Numbers]]  # head -> language -> metric -> value
+
+
+class Label(NamedTuple):
+    """Words on a picture, at a point as shares of its width and height."""
+
+    x: float
+    y: float
+    words: str
+    side: str  # `above` or `below` the point; empty where it would cover another, and only the alt text says it
 
 
 class Shown(NamedTuple):
     """A held-out image on the page.
 
     Attributes:
-        panels: Side by side: a data URI, its title, and its labels with their places as shares of width and height.
+        panels: Side by side: a data URI, its title, and its labels.
         lines: Below: a text, the code of its language, the name of that, and a mark; empty where there is none.
     """
 
-    panels: list[tuple[str, str, list[tuple[float, float, str]]]]
+    panels: list[tuple[str, str, list[Label]]]
     lines: list[tuple[str, str, str, str]]
 
 
@@ -116,9 +126,27 @@ def _shown(picture: "Picture", quality: int) -> Shown:
     )
 
 
-def _placed(labels: Sequence[tuple[float, float, str]], image_HW3: np.ndarray) -> list[tuple[float, float, str]]:
+def _placed(labels: Sequence[tuple[float, float, str]], image_HW3: np.ndarray) -> list[Label]:
+    """Labels that cover none of those before them, on a panel as narrow as the page makes it."""
     height, width = image_HW3.shape[:2]
-    return [(min(max(x / width, 0), 1), min(max(y / height, 0), 1), said) for x, y, said in labels]
+    panel_height = _PANEL_WIDTH * height / width
+    taken: list[tuple[float, float, float, float]] = []
+    placed = []
+    for x, y, said in labels:
+        x, y = min(max(x / width, 0), 1), min(max(y / height, 0), 1)
+        length = min(_CHARACTER * len(said) + _CHARACTER, _PANEL_WIDTH)
+        left = x * (_PANEL_WIDTH - length)  # as the style sheet has it: inside the picture wherever the point is
+        tops = {"above": y * panel_height - _LINE, "below": y * panel_height}
+        boxes = {side: (left, top, left + length, top + _LINE) for side, top in tops.items()}
+        inside = [side for side, top in tops.items() if -1 < top < panel_height - _LINE + 1]
+        side = next((side for side in inside if not any(_overlap(boxes[side], other) for other in taken)), "")
+        taken += [boxes[side]] if side else []
+        placed.append(Label(x, y, said, side))
+    return placed
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 @torch.no_grad()
