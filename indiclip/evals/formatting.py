@@ -49,7 +49,7 @@ def markdown_cell(text: str) -> str:
 
 def is_distance(metric: str) -> bool:
     """Whether less is better, and the unit a kilometre."""
-    return metric.endswith("_km")
+    return metric.endswith("_km") and not metric.startswith("within_")  # which is the share of the images
 
 
 def number(value: float | None, metric: str = "", digits: int = 3) -> str:
