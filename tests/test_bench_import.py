@@ -175,7 +175,7 @@ def test_nothing_is_overwritten_or_half_written(card, tmp_path, monkeypatch, cap
         (["--split", "train"], "--split: found 'train'"),
         (["--split", "../x"], "--split: found '../x'"),
         (["--card", "edible"], "no card 'edible'; nearest is 'edibles'"),
-        (["--card", "face_attributes"], "it asks for the columns group, which a table alone can have"),
+        (["--card", "face_attributes"], "it asks for the columns group, which an import would lose"),
         (["--lang", "hi"], "--lang: no such option; nearest is '--language'"),
     ],
 )

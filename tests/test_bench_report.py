@@ -399,6 +399,7 @@ def test_what_scrolls_can_be_reached_by_keyboard_and_says_what_it_is(tmp_path):
         (-0.5, "acc1", "−0.500"),
         (-0.0001, "acc1", "0.000"),
         (1234.4, "median_km", "1,234 km"),
+        (0.6314, "within_750_km", "0.631"),
         (math.inf, "acc1", "–"),
         (None, "acc1", "–"),
     ],

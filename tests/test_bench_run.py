@@ -117,9 +117,8 @@ def test_a_suite_is_scored_by_its_name(images, monkeypatch):
     result = load_result(images.parent / "runs/bench/m")
     found = {(s.card, s.protocol, s.language, s.subset) for s in result.scores}
     assert {language for card, _, language, _ in found if card == "mela_questions"} == {"en", "hi", "kn", "ur"}
-    # Of the dosas two have a name in Kannada, and a butter dosa has none in Hindi.
     pairs = {s.language: s.num_items for s in result.scores if s.metric == "group_score" and s.length == 3}
-    assert pairs == {"en": 6, "kn": 3}
+    assert pairs == {"en": 6, "hi": 6, "kn": 6, "ur": 6}
     assert ("face_attributes", "group_gaps", "hi", "group=a") in found
     status = {(card.card, card.part): card.status for card in result.cards}
     assert status["mela_questions", "procedural"] == status["edibles_pairs", "photographs"] == "scored"

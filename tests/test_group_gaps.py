@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from bench_fakes import Shades, shades_of
+from bench_fakes import Shades, score, shades_of
 from layout_files import tar, write
 from test_protocols import LENGTHS, classes, items_of, make_card, scores_of, unit
 
 from indiclip.evals.bench import find_bench, run_bench
-from indiclip.evals.formatting import heat
+from indiclip.evals.formatting import is_share
 from indiclip.evals.protocols.group_gaps import UNKNOWN, GroupGaps, largest_gap
 from indiclip.evals.protocols.protocol import Options
 
@@ -70,8 +70,8 @@ def test_accuracies_of_groups_are_those_of_a_loop(make_card):
 
 
 def test_a_gap_has_no_colour_of_what_is_good():
-    assert heat(0.5, None, "largest_gap_age") == "0%"
-    assert heat(0.5, None, "worst_group_age") == "28%"
+    assert not is_share(score("faces", 0.5, metric="largest_gap_age"))
+    assert is_share(score("faces", 0.5, metric="worst_group_age"))
 
 
 @pytest.mark.parametrize(

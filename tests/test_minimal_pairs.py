@@ -16,7 +16,7 @@ THIRTEEN = ("en", "hi", "bn", "ta", "te", "mr", "gu", "kn", "ml", "pa", "or", "a
 
 
 def scores_by_hand(s):
-    """Equations 1 to 3 of arXiv 2204.03162; `s[c][i]` is of a caption and an image."""
+    """As arXiv 2204.03162 defines them; `s[c][i]` is of a caption and an image."""
     text = s[0][0] > s[1][0] and s[1][1] > s[0][1]
     image = s[0][0] > s[0][1] and s[1][1] > s[1][0]
     alone = [s[0][0] > s[1][0], s[1][1] > s[0][1]]
@@ -112,6 +112,14 @@ def test_pairs_are_of_images_that_are_scored(make_card):
     is_train = np.arange(20) >= 4
     items = items_of(card, 20, np.arange(20) % 2, is_train=is_train)
     assert draw_pairs(items, [[1], [0], [], [], []], 50).image_P2.max() < 4
+
+
+def test_a_card_without_confusable_classes_has_no_pairs(make_card):
+    card = make_card("minimal_pairs.MinimalPairs", classes=classes_of([]))
+    items = items_of(card, 20, np.arange(20) % 2)
+    assert draw_pairs(items, [[]] * 5, 3).image_P2.shape == (0, 2)
+    with pytest.raises(ValueError, match=r"things\.yaml: no class has confusable_with"):
+        card.protocols[0].check(items)
 
 
 def test_with_one_prompt_and_one_confusable_class_pair_accuracy_is_that_of_hard_pairs(make_card):

@@ -82,7 +82,10 @@ def convert(
         raise ValueError(f"--split: found {split!r}; expected what the scored images are called, such as test")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already and not empty; nothing was written")
-    items = read_items(load_card(card), existing(source), skip_unknown)
+    asked = load_card(card)
+    if columns := sorted(asked.required_fields - {"class", "text", "captions"}):
+        raise ValueError(f"--card {card}: it asks for the columns {', '.join(columns)}, which an import would lose")
+    items = read_items(asked, existing(source), skip_unknown)
     done, left_out = Counter[str](), list[str]()
 
     def readable() -> Iterator[_Readable]:

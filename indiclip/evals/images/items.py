@@ -28,7 +28,8 @@ class Items:
         images: `EncodedImage`, or uint8 RGB pixels (height, width, 3), read at each access, in any process.
         keys: Stable and unique.
         labels: int64 (N,), index into `card.classes`; -1 where there is none.
-        captions: Retrieval: language -> the captions of each image; a list may be empty.
+        captions: Language -> the captions of each image; a list may be empty. Retrieval: all are right; choices: the
+            first one is.
         candidates: Matching: texts of each image, the right one first.
         columns: What else a protocol asks for, by name: the cells of each image's rows.
         is_train: bool (N,): gallery of kNN and linear probe, never scored. None: no split.

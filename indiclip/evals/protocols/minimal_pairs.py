@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
 
 
 class MinimalPairs(Protocol):
-    """Winoground's scores (Thrush et al., CVPR 2022, arXiv 2204.03162, section 3.2) on pairs of confusable classes.
+    """Winoground's scores (Thrush et al., CVPR 2022, arXiv 2204.03162) on pairs of confusable classes.
 
     Of two images and their captions, s(c, i) being a cosine, `text_score` counts the pairs in which each image is
     nearer to its own caption: s(c0, i0) > s(c1, i0) and s(c1, i1) > s(c0, i1); `image_score` those in which each
@@ -78,6 +78,10 @@ class MinimalPairs(Protocol):
         if most < 1:
             raise ValueError(f"most: found {most}; expected a whole number from 1")
         self.most = most
+
+    def check(self, items: "Items") -> None:
+        if not any(one.confusable_with for one in items.card.classes):
+            raise ValueError(f"{items.card.file}: no class has confusable_with; expected it of those that look alike")
 
     def texts(self, items: "Items", options: Options) -> Iterator[str]:
         for code in filter(options.wants, items.card.languages):
