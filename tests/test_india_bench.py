@@ -238,7 +238,7 @@ MISMATCH = (
         ({"every_n_steps": 2, "every_n_epochs": 3}, {}, "found every_n_steps 2 and every_n_epochs 3; expected one"),
         ({"every_n_steps": 0}, {}, "IndiaBench.every_n_steps: found 0; expected 1 or more"),
         ({"views": ["natve"]}, {}, "IndiaBench.views: experiment: has no view 'natve'; expected native, native-square"),
-        ({"lengths": [99]}, {}, "lengths: found 99; expected 1 to 32"),
+        ({"lengths": [99]}, {}, "lengths: found 99; expected a whole number from 1 to 32"),
         ({"images": "nowhere"}, {}, "nowhere: no such folder"),
     ],
 )
