@@ -93,6 +93,15 @@ def distances(bench_NV2: np.ndarray, training_N2: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(nothing, 64, differing).min(1))
 
 
+def of_different(bench_NV2: np.ndarray, training_N2: np.ndarray) -> np.ndarray:
+    """Distances of all ordered pairs of different images, uint8 (N * (N - 1), 2)."""
+    rows = []
+    for index, of_one in enumerate(training_N2):
+        others_NV2 = np.delete(bench_NV2, index, axis=0)
+        rows.append(distances(others_NV2, np.broadcast_to(of_one, (len(others_NV2), 2))))
+    return np.concatenate(rows)
+
+
 def ways(one_N2: np.ndarray, all_N2: np.ndarray) -> list[np.ndarray]:
     """What each column finds, bool (N,), of distances as the image is and in all views."""
     near = np.array(MAX_DISTANCES)
@@ -116,16 +125,7 @@ def main() -> None:
                 for found in ways(distances(bench[:, :1], training), distances(bench, training))
             ]
             print("| " + " | ".join([f"{name} ({len(images):,})", change, *missed]) + " |", flush=True)
-        nearest = []  # of all ordered pairs: one as it is, the other in all views
-        for index in range(len(images)):
-            others = np.delete(bench, index, axis=0)
-            nearest.append(
-                [
-                    distances(others[:, :views], np.broadcast_to(bench[index, 0], (len(others), 2)))
-                    for views in (1, len(VIEWS))
-                ]
-            )
-        as_is, in_views = (np.concatenate(of).reshape(-1, 2) for of in zip(*nearest, strict=True))
+        as_is, in_views = (of_different(bench[:, :views], bench[:, 0]) for views in (1, len(VIEWS)))
         for most in DISTANCES:
             columns = [as_is[:, 0] <= most, as_is[:, 1] <= most, (as_is <= most).any(1), (in_views <= most).any(1)]
             counts = [f"{column.sum():,}" for column in columns]
