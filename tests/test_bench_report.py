@@ -118,16 +118,29 @@ def test_images_seen_in_training_are_counted_and_scores_without_them_set_beside(
     result.predictions = [first._replace(flagged=True), *others]
     result.scores.append(score("food", 0.55, subset="clean", num_items=3))
     page = page_of(tmp_path, result)
-    assert "1 image was found among the training images" in words_of(page).split("Every card")[0]
+    assert "1 image was found in the training data" in words_of(page).split("Every card")[0]
     part = words_of(section(page, "food-photographs"))
-    assert "1 of 4 images found among the training images." in part
+    assert "1 of 4 are in the training data: not said how." in part
     assert "0.600 0.550 −0.050 3" in part
     assert "clean" not in part
 
 
+def test_the_ways_by_which_images_were_looked_for_are_said(tmp_path):
+    counts = {"images": 4, "flagged": 3, "by_bytes": 1, "by_image": 2, "by_caption": 0, "not_comparable": 1}
+    cards = {"food": counts | {"looked_for": ["bytes", "image"]}}
+    seen = {"training_images": 1200, "training_texts": 0, "training_captions": 30, "training_unreadable": 2}
+    page = page_of(tmp_path, small_run(contamination=seen | {"cards": cards}))
+    top = words_of(page).split("Every card")[0]
+    assert "3 images were found in the training data" in top
+    assert "Looked through: 1,200 training images, 30 captions and texts; 2 unreadable." in top
+    part = words_of(section(page, "food-photographs"))
+    said = "3 of 4 are in the training data: the same bytes 1; the same looks 2; with too little structure to be known"
+    assert f"{said} by its looks 1; not looked for: a caption." in part
+
+
 def test_without_a_search_nothing_is_said_about_training(tmp_path):
-    assert "training images" not in page_of(tmp_path, small_run())
-    assert "No image was found among the training images." in page_of(tmp_path, small_run(contamination={}))
+    assert "training data" not in page_of(tmp_path, small_run())
+    assert "No image was found in the training data." in page_of(tmp_path, small_run(contamination={}))
 
 
 def test_a_value_that_is_no_number_is_a_dash_and_no_bar(tmp_path):

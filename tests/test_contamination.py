@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 
 from indiclip.evals.protocols import contamination
-from indiclip.evals.protocols.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
+from indiclip.evals.protocols.contamination import (
+    MAX_DISTANCES,
+    UNHASHABLE,
+    VIEWS,
+    caption_hash,
+    image_hashes,
+    near_duplicates,
+)
 from indiclip.images import EncodedImage
 
 
@@ -38,11 +45,49 @@ def _distance(one, other):
     return (int(one) ^ int(other)).bit_count()
 
 
+def image_hash(pixels):
+    return image_hashes(pixels)[0]
+
+
 def test_hash_of_a_picture_by_hand():
     # Row 0 rises from left to right: eight ones. The other rows fall: zeros.
     grey_89 = np.tile(np.arange(9, dtype=np.uint8)[::-1] * 20, (8, 1))
     grey_89[0] = grey_89[0, ::-1]
     assert image_hash(np.repeat(grey_89[..., None], 3, axis=2)) == 0xFF << 56
+
+
+def test_hash_of_low_frequencies_is_that_of_the_textbook_sum():
+    """DCT-II as its definition says it: x_uv = sum of g_rc cos(pi u (2r + 1) / 64) cos(pi v (2c + 1) / 64)."""
+    pixels = _scene(3, 32, 32)
+    grey = np.asarray(Image.fromarray(pixels).convert("L"), float)
+    at = (2 * np.arange(32) + 1) * np.pi / 64
+    low = [(grey * np.cos(u * at)[:, None] * np.cos(v * at)).sum() for u in range(8) for v in range(8)]
+    expected = ["0", *("1" if x > np.median(low[1:]) else "0" for x in low[1:])]
+    assert image_hashes(pixels)[1] == int("".join(expected), 2)
+
+
+def test_mirrored_and_without_a_margin_are_the_hashes_of_such_pictures():
+    pixels = _scene(5, 200, 400)
+    assert image_hashes(pixels, mirrored=True) == image_hashes(pixels[:, ::-1])
+    assert image_hashes(pixels, margin=0.1) == image_hashes(pixels[10:190, 20:380])
+    both = zip(image_hashes(pixels, 0.1, True), image_hashes(pixels[10:190, 20:380][:, ::-1]), strict=True)
+    assert max(_distance(*pair) for pair in both) <= 2  # PIL rounds from the left; two cells at the median may swap
+
+
+CHANGED = {
+    "mirror": lambda x: x[:, ::-1],
+    "crop 5%": lambda x: x[6:-6, 8:-8],
+    "crop 10%": lambda x: x[12:-12, 16:-16],
+    "mirrored crop": lambda x: x[12:-12, 16:-16][:, ::-1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_mirror_images_and_crops_are_found_by_one_of_the_views(change):
+    for x in map(_scene, range(20)):
+        copy = image_hashes(CHANGED[change](x))
+        distances = [[_distance(*pair) for pair in zip(image_hashes(x, *view), copy, strict=True)] for view in VIEWS]
+        assert (np.array(distances) <= MAX_DISTANCES).any()
 
 
 VARIANTS = {

@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 import yaml
 from bench_fakes import Shades
+from experiments import config
 from layout_files import tar, write
 from PIL import Image
 
-from indiclip.evals import procedural
+from indiclip.commands.bench_training import TrainingData
+from indiclip.evals import overlap, procedural
 from indiclip.evals.bench import find_bench, run_bench
-from indiclip.evals.overlap import flag
 from indiclip.evals.protocols.protocol import Options
+
+
+def flag(bench, training, num_workers=0):
+    return overlap.flag(bench, TrainingData(training if isinstance(training, list) else [training]), num_workers)
+
 
 TINTS = {"red": (1.0, 0.6, 0.5), "green": (0.5, 1.0, 0.6), "blue": (0.6, 0.5, 1.0)}
 CARD = {"task": "classification", "classes": [{"id": name, "names": {"en": name}} for name in TINTS]}
@@ -74,8 +80,10 @@ def test_copies_are_flagged_and_clean_numbers_are_those_without_them(make_bench,
     found = flag(bench, training, num_workers)
     keys = np.array(bench.items[0].keys)
     assert set(keys[bench.items[0].is_flagged]) == set(COPIES)
-    counts = {"images": 21, "flagged": 3, "by_image": 3, "by_caption": 0, "not_comparable": 0}
-    assert found == {"training_images": 10, "training_unreadable": 1, "cards": {"tints": counts}}
+    counts = {"images": 21, "flagged": 3, "by_bytes": 0, "by_image": 3, "by_caption": 0, "not_comparable": 0}
+    counts["looked_for"] = ["bytes", "image"]
+    assert found.pop("cards") == {"tints": counts}
+    assert list(found.values()) == [10, 0, 9, 1]  # images, texts alone, captions, unreadable
     result = run_bench(Shades(), bench, Options(resamples=20))
     assert {row.key for row in result.predictions if row.flagged} == set(COPIES)
     for name in COPIES:
@@ -99,14 +107,68 @@ def test_a_gallery_is_not_looked_for(make_bench, training):
     assert found["cards"]["tints"]["flagged"] == 2
 
 
-def test_pictures_without_structure_are_counted_and_never_found(make_bench, tmp_path):
-    """A blank page is in the training data too; one file is broken."""
-    blank = encoded(np.full((40, 40, 3), 200, np.uint8))
-    bench = make_bench({"red/0.png": blank, "red/1.png": b"broken", "red/2.png": encoded(scene(1))})
+def test_pictures_without_structure_are_known_by_their_bytes_alone(make_bench, tmp_path):
+    """A blank page is in the training data too, and as another file; one file is broken."""
+    blank, other = (encoded(np.full((40, side, 3), 200, np.uint8)) for side in (40, 50))
+    bench = make_bench({"red/0.png": blank, "red/1.png": b"broken", "red/2.png": encoded(scene(1)), "red/3.png": other})
     write(tmp_path, {"train.tar": tar({"0.png": blank, "0.txt": "a page"})})
     found = flag(bench, str(tmp_path / "train.tar"))["cards"]["tints"]
-    assert (found["flagged"], found["not_comparable"]) == (0, 2)
-    assert not bench.items[0].is_flagged.any()
+    assert (found["by_bytes"], found["by_image"], found["not_comparable"]) == (1, 0, 3)
+    assert dict(zip(bench.items[0].keys, bench.items[0].is_flagged.tolist(), strict=True))["red/0.png"]
+
+
+CHANGED = {"same": lambda x: x, "mirror": lambda x: x[:, ::-1], "crop": lambda x: x[6:-6, 8:-8]}
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder", "table", "coco", "config"])
+def test_training_data_of_any_kind(make_bench, tmp_path, kind):
+    """A file of the benchmark as it is, and a mirrored and a cropped one."""
+    bench = make_bench({f"red/{i}.png": encoded(scene(i)) for i in range(6)})
+    copies = {
+        f"{name}.png": encoded(np.ascontiguousarray(change(scene(i))))
+        for i, (name, change) in enumerate(CHANGED.items())
+    }
+    if kind == "shards":
+        write(tmp_path, {"train.tar": tar(copies | {name.replace(".png", ".txt"): "x" for name in copies})})
+        training = tmp_path / "train.tar"
+    else:
+        training = tmp_path / "train"
+        write(training / "things" if kind == "folder" else training, copies)
+    if kind in ("table", "config"):
+        write(training, {"t.csv": "file,en\n" + "".join(f"{name},a picture\n" for name in copies)})
+        training /= "t.csv"
+    if kind == "coco":
+        images = [{"id": i, "file_name": name} for i, name in enumerate(copies)]
+        for image in images:
+            image["width"], image["height"] = Image.open(training / image["file_name"]).size
+        content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+        write(training, {"t.json": json.dumps(content)})
+        training /= "t.json"
+    if kind == "config":
+        dataset = {
+            "class_path": "indiclip.datasets.captions.CaptionTable",
+            "init_args": {"images": str(training.parent), "table": str(training)},
+        }
+        training = tmp_path / "train.yaml"
+        training.write_text(yaml.safe_dump(config(data__train__0__dataset=dataset)), "utf-8")
+    found = flag(bench, str(training))
+    assert found["training_images"] == 3
+    found = found["cards"]["tints"]
+    assert (found["flagged"], found["by_bytes"], found["by_image"]) == (3, 1, 3)
+    assert bench.items[0].is_flagged.tolist() == [True, True, True, False, False, False]
+
+
+def test_texts_alone_are_looked_for_in_cards_of_texts_and_of_images(make_bench, tmp_path):
+    content = {"protocols": ["indiclip.evals.protocols.bitext.Bitext"]}
+    table = "en,hi\ntea,चाय\na street,सड़क\nbread,रोटी\n"
+    bench = make_bench({"t.csv": table}, content, "pairs")
+    write(tmp_path, {"train.txt": "Tea!\nsomething\n", "more.csv": "hi,ta\nरोटी,x\n"})
+    found = flag(bench, [str(tmp_path / "train.txt"), str(tmp_path / "more.csv")])
+    assert (found["training_images"], found["training_texts"]) == (0, 3)
+    counts = {"images": 3, "flagged": 2, "by_bytes": 0, "by_image": 0, "by_caption": 2, "not_comparable": 0}
+    assert found["cards"] == {"pairs": counts | {"looked_for": ["caption"]}}
+    assert bench.items[0].is_flagged.tolist() == [True, False, True]
+    assert run_bench(Shades(), bench, Options(resamples=20)).scores
 
 
 def test_what_is_generated_is_new(monkeypatch, training):
@@ -148,8 +210,9 @@ def test_captions_are_found_whatever_the_picture_and_the_language(make_bench, tm
     write(tmp_path, {"train.tar": tar(members)})
     found = flag(bench, [str(tmp_path / "train.tar")])
     assert bench.items[0].is_flagged.tolist() == [True, True, False, True, False]
-    counts = {"images": 5, "flagged": 3, "by_image": 1, "by_caption": 2, "not_comparable": 0}
-    assert found == {"training_images": 5, "training_unreadable": 1, "cards": {"dishes": counts}}
+    counts = {"images": 5, "flagged": 3, "by_bytes": 0, "by_image": 1, "by_caption": 2, "not_comparable": 0}
+    assert found.pop("cards") == {"dishes": counts | {"looked_for": ["bytes", "image", "caption"]}}
+    assert list(found.values()) == [5, 0, 6, 1]
     result = run_bench(Shades(), bench, Options(resamples=20))
     clean = [row for row in result.scores if row.subset == "clean"]
     assert {(row.language, row.num_items) for row in clean} == {("en", 2), ("hi", 2)}

@@ -49,7 +49,9 @@ def test_words_have_the_labels_of_the_classes_that_were_asked_for(monkeypatch):
     assert made.labels.tolist() == [0, 2] * 6
     assert made.groups == ["tamil", "latin"] * 6
     assert made.is_train.tolist() == [False] * 8 + [True] * 4
-    assert made.notes == ["no words are drawn in assamese", "fonts of the test words: Noto Sans Tamil, Noto Sans"]
+    missing, not_photos, fonts = made.notes
+    assert (missing, fonts) == ("no words are drawn in assamese", "fonts of the test words: Noto Sans Tamil, Noto Sans")
+    assert "do not predict those on photos" in not_photos
     assert all(len(set(texts)) == 10 for texts in made.candidates)
     for texts, is_train, script in zip(made.candidates, made.is_train, made.groups, strict=True):
         assert {part_of(text) for text in texts} == {"train" if is_train else "test"}

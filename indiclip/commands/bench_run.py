@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from indiclip import __version__
+from indiclip.commands.bench_training import TrainingData
 from indiclip.commands.parallel import progress_bar
 from indiclip.evals.bench import check_languages, find_bench, run_bench
 from indiclip.evals.encode import ALONE
@@ -77,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     model.views(views)  # what it cannot do shows before the shards are read
     folder = _folder(options)
     lock(folder)
-    overlap = flag(bench, options.training, options.num_workers) if options.training else None
+    overlap = flag(bench, TrainingData(options.training), options.num_workers) if options.training else None
     with progress_bar(sum(items.num_images for items in bench.items), "images") as advance:
         result = run_bench(model, bench, wanted, ALONE, options.batch_size, options.num_workers, advance)
     assert result is not None

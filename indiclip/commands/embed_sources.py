@@ -44,8 +44,10 @@ class Source(Protocol):
         name: What the user called it.
         inventory: What its files hold.
         damaged: What of its files is lost to all samples.
+        has_images: False where it holds texts alone.
     """
 
+    has_images: bool
     name: str
     inventory: Inventory
     damaged: list[Quarantined]
@@ -126,11 +128,11 @@ def _is_shards(word: str) -> bool:
 
 def _of_file(word: str, words: argparse.Namespace) -> Source:
     file, captioned = existing(word), words.what == "captions"
-    is_table = file.suffix.lower() in KINDS
-    if captioned and file.suffix.lower() == ".txt":
-        return _TextSource(word, file)
-    if captioned and is_table and words.image_column not in Table(file, words.on_bad_row).header:
-        return _TextSource(word, file)
+    if words.what != "images":  # `all` takes images where there are any, and texts
+        is_table = file.suffix.lower() in KINDS
+        is_lines = file.suffix.lower() == ".txt"
+        if is_lines or (is_table and words.image_column not in Table(file, words.on_bad_row).header):
+            return _TextSource(word, file)
     images = words.images if file.is_file() else None
     coco_captions = words.captions if file.suffix.lower() == ".json" else None
     image_column, caption_column = words.image_column, words.caption_column
@@ -162,6 +164,8 @@ def _is_of(key: str, words: list[str]) -> bool:
 
 
 class _ShardSource:
+    has_images = True
+
     def __init__(self, urls: list[str]) -> None:
         self._shards = Shards(urls)
         self.name = self._shards.shard(0)
@@ -196,6 +200,7 @@ class _ItemSource:
     """A folder, a table or a COCO file, as `indiclip shards pack` reads it."""
 
     damaged: list[Quarantined]
+    has_images = True
 
     def __init__(self, name: str, items: Items) -> None:
         self.name, self._items, self.damaged = name, items, []
@@ -238,6 +243,8 @@ class _ItemSource:
 class _DatasetSource:
     """A source of a config."""
 
+    has_images = True
+
     def __init__(self, name: str, dataset: SampleDataset) -> None:
         self.name, self._dataset = name, dataset
         self.inventory, self.damaged = dataset.inventory, list(dataset.damaged)
@@ -267,6 +274,7 @@ class _TextSource:
     """Texts without images: a table with columns of languages, or a .txt with one text per line."""
 
     damaged: list[Quarantined]
+    has_images = False
 
     def __init__(self, name: str, file: Path) -> None:
         self.name, self.damaged, self.inventory = name, [], Inventory()

@@ -71,7 +71,7 @@ class _Batches(Dataset[tuple[dict[str, Any], dict[int, str], dict[int, str]]]):
             try:
                 image = self.images[index]
                 prepared[index] = [self.embedder.prepare(image, view) for view in self.views]
-                contents[index] = _digest(image)
+                contents[index] = content_digest(image)
             except UnreadableSample as error:
                 unreadable[index] = str(error)
         of_views = zip(*prepared.values(), strict=True)
@@ -146,7 +146,7 @@ def encode_images(
     return Encoded(embeddings, dict(sorted(unreadable.items())), every)
 
 
-def _digest(image: Any) -> str:
+def content_digest(image: Any) -> str:
     """64 bits of an image's file, or of its pixels where it never was one."""
     content = image.data if isinstance(image, EncodedImage) else np.ascontiguousarray(image).data
     return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -73,6 +73,22 @@ def class_name(card: CardResult, answer: str) -> ClassName:
 def title(card: CardResult) -> str:
     """Of a card, with a word where its pictures are generated."""
     return card.title if card.part == PHOTOGRAPHS else f"{card.title} (generated)"
+
+
+def found_by(found: dict[str, Any]) -> str:
+    """How images of a card were looked for in training data, and how many were found by each way.
+
+    Args:
+        found: Of the card, as `indiclip.evals.overlap.flag` gives it; of runs of before some counts are missing.
+    """
+    ways = {"bytes": "the same bytes", "image": "the same looks", "caption": "a caption"}
+    looked_for = found.get("looked_for", [kind for kind in ways if f"by_{kind}" in found])
+    parts = [f"{ways[kind]} {found[f'by_{kind}']:,}" for kind in looked_for]
+    if few := found.get("not_comparable"):
+        parts.append(f"with too little structure to be known by its looks {few:,}")
+    if nowhere := [name for kind, name in ways.items() if kind not in looked_for and "looked_for" in found]:
+        parts.append(f"not looked for: {', '.join(nowhere)}")
+    return "; ".join(parts) or "not said how"
 
 
 def words(name: str, most: int | None = None) -> str:

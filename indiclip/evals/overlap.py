@@ -1,83 +1,137 @@
-"""Which images of a benchmark are among the training shards, by picture or by caption: see `contamination`."""
+"""Which images of a benchmark are in training data, by their bytes, looks or captions: see `contamination`."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from indiclip.evals.bench import Bench
+from indiclip.evals.encode import content_digest
 from indiclip.evals.images.items import Items
-from indiclip.evals.protocols.contamination import UNHASHABLE, caption_hash, image_hash, near_duplicates
+from indiclip.evals.protocols.contamination import (
+    MAX_DISTANCES,
+    UNHASHABLE,
+    VIEWS,
+    caption_hash,
+    image_hashes,
+    near_duplicates,
+)
 from indiclip.evals.reports.pictures import thumbnail
 from indiclip.evals.results import name_of, part_of
 from indiclip.images import UnreadableSample
 from indiclip.loading.workers import StepLoader, Workers
-from indiclip.webdataset.shards import Shards
 
 _SIDE = 64  # pixels of the longer side from which a picture is hashed
 _HASHED = 256  # pictures that a loader process gives back at a time
+_AS_IT_IS = VIEWS[:1]
+
+Example = tuple[Any, list[str]]  # an image as `Items.images` gives it, None for a text without one; its captions
+
+
+class Training(Protocol):
+    """What a model was trained on: an image or none, and all its captions, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Raises UnreadableSample: training left the sample out."""
 
 
 class _Hashes(NamedTuple):
-    images: np.ndarray  # uint64 (N,); `UNHASHABLE` for what cannot be read, too
+    """Of N images; 0 where there is no image, or nothing to compare."""
+
+    looks: np.ndarray  # uint64 (N, views, 2): dHash and pHash
+    contents: np.ndarray  # uint64 (N,): of the bytes
     captions: np.ndarray  # uint64, of all captions
     unreadable: int
+    texts: int  # without an image
 
 
 class _Hasher(Dataset[_Hashes]):
     """Number of a part -> its hashes."""
 
-    def __init__(self, size: int, read: Callable[[int], tuple[Any, list[str]]]) -> None:
-        self.size, self.read = size, read
+    def __init__(self, size: int, read: Callable[[int], Example], views: tuple[tuple[float, bool], ...]) -> None:
+        self.size, self.read, self.views = size, read, views
 
     def __len__(self) -> int:
         return -(-self.size // _HASHED)
 
     def __getitem__(self, number: int) -> _Hashes:
-        images, captions, unreadable = list[int](), list[int](), 0
-        for index in range(number * _HASHED, min((number + 1) * _HASHED, self.size)):
+        places = range(number * _HASHED, min((number + 1) * _HASHED, self.size))
+        looks = np.zeros((len(places), len(self.views), 2), np.uint64)
+        contents, captions, unreadable, alone = np.zeros(len(places), np.uint64), list[int](), 0, 0
+        for row, index in enumerate(places):
             try:
                 image, texts = self.read(index)
-                images.append(image_hash(thumbnail(image, _SIDE)))
+                if image is None:
+                    alone += 1
+                else:
+                    pixels = thumbnail(image, _SIDE)
+                    looks[row] = [image_hashes(pixels, *view) for view in self.views]
+                    contents[row] = int(content_digest(image), 16)
                 captions += map(caption_hash, texts)
             except UnreadableSample:  # nothing is learned from its captions either
-                images.append(UNHASHABLE)
                 unreadable += 1
-        return _Hashes(np.array(images, np.uint64), np.array(captions, np.uint64), unreadable)
+        return _Hashes(looks, contents, np.array(captions, np.uint64), unreadable, alone)
 
 
-def flag(bench: Bench, training: str | list[str], num_workers: int = 0) -> dict[str, Any]:
-    """Marks in `Items.is_flagged` what is among the images or captions of training shards.
+def flag(bench: Bench, training: Training, num_workers: int = 0) -> dict[str, Any]:
+    """Marks in `Items.is_flagged` what is among the images or captions of training data.
 
     Args:
-        bench: Of its photographs those that are scored are looked for; generated images are new to any training data.
-        training: Shards, as `indiclip.webdataset.shards.Shards` takes them.
+        bench: Of its photographs and texts those that are scored are looked for; generated images are new to any
+            training data.
+        training: What the model was trained on.
         num_workers: Processes that read.
 
     Returns:
-        What was found, for `Result.about`.
+        What was found, for `Result.about`. `looked_for` are the ways of a card: those that its images and captions, and
+        the training data's, allow.
     """
-    shards = Shards(training)
-    known = _hashes(len(shards), partial(_of_shards, shards), num_workers)
-    found: dict[str, Any] = {"training_images": len(shards), "training_unreadable": known.unreadable, "cards": {}}
+    known = _hashes(len(training), training.__getitem__, num_workers, _AS_IT_IS)
+    found: dict[str, Any] = {
+        "training_images": len(training) - known.texts,
+        "training_texts": known.texts,
+        "training_captions": len(known.captions),
+        "training_unreadable": known.unreadable,
+        "cards": {},
+    }
     for items in bench.items:
         items.is_flagged = np.zeros(len(items), bool)
         if items.procedural:
             continue
         scored = items.select(np.flatnonzero(items.tested_N).tolist())
-        own = _hashes(len(scored), partial(_of_items, scored), num_workers)
-        by_image, by_caption = near_duplicates(own.images, known.images), _by_caption(scored, known.captions)
-        items.is_flagged[items.tested_N] = by_image.near_N | by_caption
+        by = _found_by(scored, known, num_workers)
+        items.is_flagged[items.tested_N] = np.logical_or.reduce([by["bytes"], by["image"], by["caption"]])
+        kinds = {"bytes": items.num_images, "image": items.num_images, "caption": bool(items.captions)}
+        has = {"bytes": found["training_images"], "image": found["training_images"], "caption": len(known.captions)}
         found["cards"][name_of(items.card.id, part_of(items.procedural))] = {
             "images": len(scored),
             "flagged": int(items.is_flagged.sum()),
-            "by_image": int(by_image.near_N.sum()),
-            "by_caption": int(by_caption.sum()),
-            "not_comparable": by_image.unhashable,
+            **{f"by_{kind}": int(by[kind].sum()) for kind in kinds},
+            "not_comparable": int(by["nothing"].sum()),
+            "looked_for": [kind for kind in kinds if kinds[kind] and has[kind]],
         }
     return found
+
+
+def _found_by(items: Items, known: _Hashes, num_workers: int) -> dict[str, np.ndarray]:
+    """Which images are found, bool (N,), by each way, and which have no looks to compare."""
+    own = _hashes(items.num_images, partial(_of_items, items), num_workers, VIEWS)
+    by_image = np.zeros(len(own.looks), bool)
+    for kind, max_distance in enumerate(MAX_DISTANCES):
+        found = near_duplicates(own.looks[:, :, kind].ravel(), known.looks[:, 0, kind], max_distance)
+        by_image |= found.near_N.reshape(own.looks.shape[:2]).any(1)
+    nothing = np.zeros(len(items), bool)
+    has_images = bool(items.num_images)
+    return {
+        "bytes": near_duplicates(own.contents, known.contents, 0).near_N if has_images else nothing,
+        "image": by_image if has_images else nothing,
+        "caption": _by_caption(items, known.captions),
+        "nothing": (own.looks[:, 0, 0] == UNHASHABLE) if has_images else nothing,
+    }
 
 
 def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
@@ -90,22 +144,21 @@ def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
     return flagged_N
 
 
-def _hashes(size: int, read: Callable[[int], tuple[Any, list[str]]], num_workers: int) -> _Hashes:
+def _hashes(
+    size: int, read: Callable[[int], Example], num_workers: int, views: tuple[tuple[float, bool], ...]
+) -> _Hashes:
     loader: StepLoader[_Hashes] = StepLoader(
-        _Hasher(size, read),
+        _Hasher(size, read, views),
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=Workers("hashing", num_workers) if num_workers else None,
     )
-    nothing = np.zeros(0, np.uint64)
-    images, captions, unreadable = zip((nothing, nothing, 0), *loader, strict=True)
-    return _Hashes(np.concatenate(images), np.concatenate(captions), sum(unreadable))
+    none = np.zeros(0, np.uint64)
+    nothing = _Hashes(np.zeros((0, len(views), 2), np.uint64), none, none, 0, 0)
+    looks, contents, captions, unreadable, texts = zip(nothing, *loader, strict=True)
+    joined = np.concatenate(looks), np.concatenate(contents), np.concatenate(captions)
+    return _Hashes(*joined, sum(unreadable), sum(texts))
 
 
-def _of_shards(shards: Shards, index: int) -> tuple[Any, list[str]]:
-    """A picture, and every caption that a step may draw for it."""
-    return shards[index]["image"], [text for texts in shards.captions(index).values() for text in texts]
-
-
-def _of_items(items: Items, index: int) -> tuple[Any, list[str]]:
+def _of_items(items: Items, index: int) -> Example:
     return items.images[index], []

@@ -1,8 +1,11 @@
 """Has a model been trained on what it is asked? Benchmark images and captions found again in training data.
 
-Images are compared by a difference hash of 64 bits (dHash; N. Krawetz, "Kind of like that", hackerfactor.com, 2013),
-which survives another size, encoder and a change of brightness; not a crop, a mirror image or a rotation. Captions are
-compared by a hash of their words.
+Images are compared by what they look like, with two hashes of 64 bits: a difference hash (dHash; N. Krawetz, "Kind of
+like that", hackerfactor.com, 2013) and one of low frequencies (pHash; C. Zauner, "Implementation and benchmarking of
+perceptual image hash functions", 2010). Both survive another size, encoder and a change of brightness, not a crop or a
+mirror image: benchmark images are therefore looked for mirrored and without a margin, too (`VIEWS`). A border around
+the training image, a crop at one side or a rotation hide it still; BENCHMARKS.md has the rates. Captions are compared
+by a hash of their words.
 
 A hash of 0 says that there is nothing to compare: a picture with almost no structure (a swatch of colour, a blank
 page) or a caption without a word. Those are counted and never found, else they would all be each other's copies.
@@ -25,6 +28,11 @@ from indiclip.datasets.tables import stable_hash
 UNHASHABLE = 0
 _MIN_STEPS = 16  # of the 64 differences must be
 _MIN_STEP = 2  # grey levels of 255: more than an encoder's rounding
+MAX_DISTANCES = (4, 4)  # bits of dHash and pHash that may differ: see the table in BENCHMARKS.md
+# How a benchmark image is looked for: without what share of its sides (half of it at either end), and mirrored or not.
+VIEWS = tuple((margin, mirrored) for margin in (0.0, 0.05, 0.1) for mirrored in (False, True))
+_GREY = 32  # rows and columns of which the low frequencies are taken
+_LOW = 8  # of these in either direction, the mean among them
 _PAIRS = 4_000_000  # compared at a time: 100 MB
 
 
@@ -40,21 +48,44 @@ class Found(NamedTuple):
     unhashable: int
 
 
-def image_hash(pixels_HW3: np.ndarray) -> int:
-    """Difference hash: the picture in 8 rows of 9 grey cells; a bit says that a cell is darker than its right one.
+def image_hashes(pixels_HW3: np.ndarray, margin: float = 0.0, mirrored: bool = False) -> tuple[int, int]:
+    """dHash and pHash of a picture.
+
+    dHash: the picture in 8 rows of 9 grey cells; a bit says that a cell is darker than its right one. pHash: the cosine
+    transform of 32 x 32 grey cells; a bit says that one of the 8 x 8 lowest frequencies is above the median of them
+    all. The mean is none of them, and its bit 0.
 
     Args:
         pixels_HW3: uint8 RGB, of any size; a JPEG may come at an eighth of its size if it then has 64 pixels or so.
+        margin: Share of height and width that is left out, half of it at either end.
+        mirrored: Left for right.
 
     Returns:
-        64 bits, the top left cell being the highest; 0 where fewer than 16 of the 64 differences reach 2 grey levels.
+        64 bits each, the top left cell and the mean being the highest; 0 for both where fewer than 16 of the 64
+        differences of dHash reach 2 grey levels.
     """
     grey = Image.fromarray(np.asarray(pixels_HW3, dtype=np.uint8)).convert("L")
-    cells_89 = np.asarray(grey.resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
+    off = grey.width * margin / 2, grey.height * margin / 2
+    box = (*off, grey.width - off[0], grey.height - off[1])
+    cells_89, cells_GG = (
+        np.asarray(grey.resize(size, Image.Resampling.LANCZOS, box), dtype=np.int16)[:, :: -1 if mirrored else 1]
+        for size in ((9, 8), (_GREY, _GREY))
+    )
     steps_88 = np.diff(cells_89, axis=1)
     if (np.abs(steps_88) >= _MIN_STEP).sum() < _MIN_STEPS:
-        return UNHASHABLE
-    return int.from_bytes(np.packbits(steps_88 > 0).tobytes(), "big")
+        return UNHASHABLE, UNHASHABLE
+    low_F = (_cosines() @ cells_GG @ _cosines().T).ravel()[1:]
+    return _number(steps_88 > 0), _number(np.concatenate([[False], low_F > np.median(low_F)]))
+
+
+def _number(bits: np.ndarray) -> int:
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+@functools.cache
+def _cosines() -> np.ndarray:
+    """The first rows of the discrete cosine transform DCT-II, not normalised (8, 32)."""
+    return np.cos(np.pi / _GREY * np.outer(np.arange(_LOW), np.arange(_GREY) + 0.5))
 
 
 def caption_hash(caption: str) -> int:
@@ -80,7 +111,7 @@ def near_duplicates(bench_N: np.ndarray, training_M: np.ndarray, max_distance: i
     Args:
         bench_N: uint64 hashes.
         training_M: uint64 hashes.
-        max_distance: 0 to 63 bits: 0 for captions, 4 of 64 for images.
+        max_distance: 0 to 63 bits: 0 for captions; for images, see `MAX_DISTANCES`.
     """
     bench, training = np.asarray(bench_N, dtype=np.uint64), np.unique(np.asarray(training_M, dtype=np.uint64))
     training = training[training != UNHASHABLE]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from indiclip.evals.formatting import (
     class_name,
+    found_by,
     group_name,
     in_reading_order,
     language_name,
@@ -17,7 +18,7 @@ from indiclip.evals.reports.bench_pictures import PictureOf, gallery
 from indiclip.evals.reports.confusion import confusions_of
 from indiclip.evals.reports.embedding_map import HEIGHT, SIDE, WIDTH, embedding_map
 from indiclip.evals.reports.place_map import place_map
-from indiclip.evals.results import CLEAN, IMAGES, CardResult, Prediction, Result, Score, less_english
+from indiclip.evals.results import CLEAN, IMAGES, CardResult, Prediction, Result, Score, less_english, name_of
 
 
 class Table(NamedTuple):
@@ -140,11 +141,13 @@ def _by_group(scores: list[Score], result: Result, card: CardResult) -> list[Tab
 
 def _contamination(scores: list[Score], result: Result, card: CardResult) -> dict[str, Any] | None:
     """How many images were found in the training data, and the scores without these."""
-    rows = [row for answers in result.answers if answers.key == card.key for row in answers.rows()]
-    flagged, images = {row.key for row in rows if row.flagged}, {row.key for row in rows}
+    found = result.about.get("contamination", {}).get("cards", {}).get(name_of(*card.key))
     clean = [score for score in scores if score.subset == CLEAN]
-    if not flagged and not clean:
-        return None
+    if found is None:  # the run of another program, or of before, which flags its answers alone
+        rows = [row for answers in result.answers if answers.key == card.key for row in answers.rows()]
+        found = {"flagged": len({row.key for row in rows if row.flagged}), "images": len({row.key for row in rows})}
+        if not found["flagged"] and not clean:
+            return None
     whole = {score[:8]: score for score in scores if not score.subset}
     lines = []
     for score in clean:
@@ -155,7 +158,8 @@ def _contamination(scores: list[Score], result: Result, card: CardResult) -> dic
         change = signed(score.value - every.value, score.metric)
         lines.append((name, _without_interval(every), _without_interval(score), change, f"{score.num_items:,}"))
     head = ["score", "all images", "without them", "difference", "images left"]
-    return {"flagged": len(flagged), "images": len(images), "table": Table(head, lines)}
+    said = f"{found['flagged']:,} of {found['images']:,} are in the training data: {found_by(found)}."
+    return {"said": said, "table": Table(head, lines)}
 
 
 def _answers(result: Result, card: CardResult, picture: PictureOf, most: Most) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from indiclip.evals.formatting import Bar, Gap, chance_of, language_name
 from indiclip.evals.reports.bench_card import Most, card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
 from indiclip.evals.reports.page import write_page
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english
+from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english, name_of
 
 _OF_PAGE, _OF_CARD = Most(pictures=170, thumbnails=600), Most(pictures=18, thumbnails=60)  # about 7 kB and 1 kB each
 _SUITES = {"india": "India", "culture": "Culture of India", "world": "World", "own": "Your own"}
@@ -40,6 +40,11 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
     for answers in result.answers:
         if answers.flagged_M.any():
             flagged[answers.key].update(answers.keys_M[answers.flagged_M.astype(bool)])
+    num_flagged = {key: len(keys) for key, keys in flagged.items()}
+    looked_for = result.about.get("contamination", {}).get("cards", {})
+    num_flagged |= {
+        card.key: looked_for[name_of(*card.key)]["flagged"] for card in scored if name_of(*card.key) in looked_for
+    }
     about = {"model": result.model, "lengths": result.lengths, "views": result.views} | result.about
     return write_page(
         folder / "report.html",
@@ -49,8 +54,9 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
         headline=result.headline(),
         skipped=[card for card in result.cards if card.status == "skipped"],
         has_generated=any(card.part == PROCEDURAL for card in scored),
-        num_flagged=sum(map(len, flagged.values())) if flagged or "contamination" in result.about else None,
-        blocks=_blocks(result, cards, {key: len(keys) for key, keys in flagged.items()}),
+        num_flagged=sum(num_flagged.values()) if flagged or "contamination" in result.about else None,
+        training=result.about.get("contamination"),
+        blocks=_blocks(result, cards, num_flagged),
         panels=[_panel(result, card) for card in scored],
         sections=[card_section(result, card, picture, most) for card in scored],
         about=json.dumps(about, indent=1, ensure_ascii=False, default=str),

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from indiclip.evals.formatting import NAMES, chance_of, metric_name
+from indiclip.evals.formatting import NAMES, chance_of, found_by, metric_name
 from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
 from indiclip.names import plain
 
@@ -95,9 +95,9 @@ def print_notes(console: Console, cards: Sequence[CardResult]) -> None:
 
 
 def _print_contamination(console: Console, found: dict[str, Any] | None) -> None:
-    """How many images are among the training images, where that was looked for."""
+    """How many images are among the training data, where that was looked for."""
     for name, card in (found or {}).get("cards", {}).items():
-        said = f"{name}: {card['flagged']:,} of {card['images']:,} images are among the training images"
+        said = f"{name}: {card['flagged']:,} of {card['images']:,} are in the training data ({found_by(card)})"
         said += "; the report has the scores without them" if card["flagged"] else ""
         console.print(
             plain(said), style="red" if card["flagged"] else "dim", markup=False, highlight=False, soft_wrap=True

@@ -1,0 +1,114 @@
+"""In-scene retrieval: which of a few words stands somewhere in a photo.
+
+Shape letters: W words of all photos that are scored, T texts of a question, E embedding length.
+"""
+
+import random
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from indiclip.datasets.tables import stable_hash
+from indiclip.evals.protocols.cosines import as_near, truncate_normalize
+from indiclip.evals.protocols.metrics import caption_hit_rate, chance_corrected
+from indiclip.evals.protocols.protocol import Options, Protocol
+from indiclip.evals.results import CLEAN, Score
+
+if TYPE_CHECKING:
+    from indiclip.evals.card_scorer import CardScorer
+    from indiclip.evals.images.items import Items
+
+
+class Question(NamedTuple):
+    """A word of a photo among words of the same script that stand on other photos only."""
+
+    image: int
+    script: str
+    texts: list[str]  # the right one first
+
+
+class InScene(Protocol):
+    """Accuracy over the words, as the card's first English prompt asks for them.
+
+    A table has a row for each word of a photo: `file`, `word`, `script`. Wrong texts are words of the same script that
+    do not stand on the photo, whatever their case; they are a function of the photo's key, the word and the words of
+    all photos. The interval is that of drawn photos, each with all its words.
+
+    Args:
+        num_candidates: Texts that a word is found among, itself included; fewer where a script has fewer.
+    """
+
+    name = "in_scene"
+    required_fields = frozenset({"word", "script"})
+    metrics = ("acc1",)
+    candidates = "texts"
+    is_plain = True
+
+    def __init__(self, num_candidates: int = 10) -> None:
+        if num_candidates < 2:
+            raise ValueError(f"num_candidates: found {num_candidates}; expected at least 2")
+        self.num_candidates = num_candidates
+
+    def check(self, items: "Items") -> None:
+        for name in ("word", "script"):
+            for key, cells in zip(items.keys, items.columns[name], strict=True):
+                if not all(map(str.strip, cells)):
+                    raise ValueError(f"{key}: {name}: found an empty cell; expected a {name} in each row of a photo")
+
+    def texts(self, items: "Items", options: Options) -> Iterator[str]:
+        for question in self.questions(items):
+            yield from _asked(items, question.texts)
+
+    def questions(self, items: "Items") -> Iterator[Question]:
+        """One for each different word of each photo that is scored."""
+        words_N = [list(map(_normal, cells)) for cells in items.columns["word"]]
+        pools: dict[str, dict[str, str]] = defaultdict(dict)  # script -> a word in small letters -> the word
+        for words, scripts in zip(words_N, items.columns["script"], strict=True):
+            for word, script in zip(words, scripts, strict=True):
+                pools[script].setdefault(word.casefold(), word)
+        for image in np.flatnonzero(items.tested_N).tolist():
+            own = {word.casefold(): word for word in words_N[image]}
+            script_of = dict(zip(map(str.casefold, words_N[image]), items.columns["script"][image], strict=True))
+            for folded, word in own.items():
+                script = script_of[folded]
+                others = sorted(other for name, other in pools[script].items() if name not in own)
+                drawn = random.Random(stable_hash(f"{items.keys[image]}\n{word}"))
+                wrong = drawn.sample(others, min(len(others), self.num_candidates - 1))
+                yield Question(image, script, [word, *wrong])
+
+    def run(self, scorer: "CardScorer") -> Iterator[Score]:
+        questions = list(self.questions(scorer.items))
+        hit_W = np.zeros(len(questions), bool)
+        for place, question in enumerate(questions):
+            embedding_TE = scorer.embed(_asked(scorer.items, question.texts))
+            cosine_T = truncate_normalize(embedding_TE, scorer.setting.length) @ scorer.image_NE[question.image]
+            hit_W[place] = not as_near(cosine_T[1:], cosine_T[0]).any()  # ties count against the right one
+
+        image_W = np.array([question.image for question in questions])
+        script_W = np.array([question.script for question in questions])
+        chance_W = np.array([1 / len(question.texts) for question in questions])
+        subsets = {"": np.ones(len(questions), bool)}
+        if len(scripts := sorted(set(script_W.tolist()))) > 1:
+            subsets |= {script: script_W == script for script in scripts}
+        if scorer.items.is_flagged is not None:
+            subsets[CLEAN] = ~scorer.items.is_flagged[image_W]
+        for subset, of_W in subsets.items():
+            if not of_W.any():
+                continue
+            chance = float(chance_W[of_W].mean())
+            values = {"acc1": caption_hit_rate(hit_W[of_W], image_W[of_W])}
+            if not subset:
+                values["acc1_corrected"] = chance_corrected(values["acc1"], chance)
+            yield from scorer.rows(self.name, "en", values, int(of_W.sum()), round(1 / chance), chance, subset)
+
+
+def _normal(word: str) -> str:
+    return unicodedata.normalize("NFC", word.strip())
+
+
+def _asked(items: "Items", texts: list[str]) -> list[str]:
+    template = items.card.templates("en")[0]
+    return [template.replace("{c}", text) for text in texts]
