@@ -11,12 +11,12 @@ from heads.counting import Counting
 from heads.densepose import DensePose
 from heads.depth import Depth
 from heads.detection import Detection
-from indiclip.evals.reports.headline import FIRST, Earlier, duration, earlier_run, headlines, sentence
-from indiclip.evals.reports.report import held_out, language_tables, write_report
-from indiclip.evals.reports.run_names import named, reading_order
 from indiclip.generated.mela import Mela
 from indiclip.head import Line, Measure, Panel
 from indiclip.training.record import _print_summary
+from indiclip.training.report.headline import FIRST, Earlier, duration, earlier_run, headlines, sentence
+from indiclip.training.report.report import held_out, language_tables, write_report
+from indiclip.training.report.run_names import named, reading_order
 
 HEADS = {
     "contrastive": (

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from indiclip.evals.reports.report import held_out, write_report
+from indiclip.training.report.report import held_out, write_report
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):

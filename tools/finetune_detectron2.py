@@ -36,12 +36,12 @@ import torch
 from indiclip import json_lines
 from indiclip.datasets.coco import CocoDetection
 from indiclip.detection_metric import DETECTION_MEASURES
-from indiclip.evals.reports.report import write_report
 from indiclip.export.exporter import export
 from indiclip.export.source import open_source
 from indiclip.head import same_classes
 from indiclip.masking import mask
 from indiclip.names import did_you_mean
+from indiclip.training.report.report import write_report
 from indiclip.training.run_folder import lock, unlock
 
 if TYPE_CHECKING:

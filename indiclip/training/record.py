@@ -16,9 +16,6 @@ from rich.table import Table
 
 from indiclip import json_lines
 from indiclip.datasets.inventory import Inventory
-from indiclip.evals.reports.headline import earlier_run, headlines
-from indiclip.evals.reports.report import held_out, held_out_pictures, language_tables, write_report
-from indiclip.evals.reports.run_names import HeadNames
 from indiclip.head import Measure, Picture
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
@@ -28,6 +25,9 @@ from indiclip.module import MultiTask
 from indiclip.sharding import gathered_weights
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
+from indiclip.training.report.headline import earlier_run, headlines
+from indiclip.training.report.report import held_out, held_out_pictures, language_tables, write_report
+from indiclip.training.report.run_names import HeadNames
 
 # What `metrics.json` does without.
 _OF_THE_PAGE = ("history", "heads", "earlier", "model", "learned", "sources")

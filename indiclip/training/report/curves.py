@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from indiclip.evals.reports.page import data_uri
-from indiclip.evals.reports.run_names import HeadNames, named, reading_order
 from indiclip.evals.results import is_summary
+from indiclip.training.report.run_names import HeadNames, named, reading_order
 
 _DIRECTIONS = {"higher": "higher is better", "lower": "lower is better"}
 

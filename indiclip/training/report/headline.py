@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from indiclip.evals.reports.run_names import HeadNames, named, reading_order, spoken
+from indiclip.training.report.run_names import HeadNames, named, reading_order, spoken
 
 Metrics = Mapping[str, float | None]  # None is not finite
 _NUMBERED = re.compile(r"(.+)-(\d+)")  # a run's folder, where there is one of the name before it

@@ -10,12 +10,12 @@ from lightning.fabric.utilities import move_data_to_device
 
 from indiclip import __version__
 from indiclip.evals.formatting import language_name
-from indiclip.evals.reports.curves import curves
-from indiclip.evals.reports.headline import FIRST, Metrics, headlines, sentence
 from indiclip.evals.reports.page import large, readable, write_page
-from indiclip.evals.reports.run_names import HeadNames, named, reading_order, spoken
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
+from indiclip.training.report.curves import curves
+from indiclip.training.report.headline import FIRST, Metrics, headlines, sentence
+from indiclip.training.report.run_names import HeadNames, named, reading_order, spoken
 from indiclip.types import Step, class_names, targets_of
 
 if TYPE_CHECKING:
