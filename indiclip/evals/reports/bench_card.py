@@ -70,7 +70,7 @@ def _numbers(scores: list[Score], result: Result, card: CardResult) -> dict[str,
     metrics = in_reading_order(score.metric for score in main)
     found = {(score.language, score.metric): score for score in main}
     rows = [
-        [language_name(language), *(found.get((language, metric)) for metric in metrics)]
+        [_asked_in(language, main, card), *(found.get((language, metric)) for metric in metrics)]
         for language in _languages(main, result)
     ]
     whole = [score for score in scores if not score.subset]
@@ -85,6 +85,15 @@ def _numbers(scores: list[Score], result: Result, card: CardResult) -> dict[str,
         ],
         "by_group": _by_group([score for score in full if score.subset not in ("", CLEAN)], result, card),
     }
+
+
+def _asked_in(language: str, scores: list[Score], card: CardResult) -> str:
+    """A language, and of how many of the card's classes it has a name, where not of all."""
+    asked = {score.num_classes for score in scores if score.language == language and score.metric == "acc1"}
+    is_less = card.candidates == "classes" and asked and 0 < max(asked) < card.of_classes and language != IMAGES
+    return (
+        f"{language_name(language)}, {max(asked)} of {card.of_classes} classes" if is_less else language_name(language)
+    )
 
 
 def _every(scores: list[Score], result: Result) -> list[tuple[Score, list[float | None]]]:
