@@ -208,7 +208,6 @@ def languages_left_out(items: Items, options: Options, scored: Container[str] = 
     # What is romanised by rule is nobody's spelling: nothing is missing without it.
     left_out = [code for code, count in used.items() if count < fewest(card) and not _is_by_rule(card, code)]
     left_out = [code for code in left_out if code not in scored]
-    left_out = [code for code in left_out if code not in scored]
     if left_out:
         lines.append(f"not scored in {', '.join(left_out)}: fewer than {fewest(card)} classes have a name there")
     unsure = {code: card.languages[code] - count for code, count in used.items() if code in card.languages}

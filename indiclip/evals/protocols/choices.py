@@ -47,14 +47,16 @@ class Choices(Protocol):
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         kind_N = np.array([cells[0] for cells in scorer.items.columns["kind"]], dtype=object)
         hit_N: dict[str, dict[int, bool]] = {}
-        for code, texts_N in (scorer.items.captions or {}).items():
+        captions = scorer.items.captions or {}
+        for code in sorted(captions, key=lambda code: code != "en"):  # English first: gaps are to it
+            texts_N = captions[code]
             image_M = np.array([i for i in scorer.tested.tolist() if texts_N[i]], dtype=np.int64)
             if not len(image_M) or not scorer.options.wants(code):
                 continue
             texts_M = [texts_N[i] for i in image_M.tolist()]
             found = match(scorer, image_M, texts_M, texts_M)
             hit_M, chance_M = found.rank_M == 0, np.array([1 / len(texts) for texts in texts_M])
-            kinds = {str(kind): kind_N[image_M] == kind for kind in sorted(set(kind_N[image_M]))}
+            kinds = {str(kind): kind_N[image_M] == kind for kind in sorted(set(kind_N[image_M]) - {""})}
             for subset, of_M in (scorer.subsets(image_M) | kinds).items():
                 chance = float(chance_M[of_M].mean())
                 values = {"acc1": hit_rate(hit_M[of_M])}

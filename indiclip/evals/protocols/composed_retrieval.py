@@ -36,6 +36,7 @@ class ComposedRetrieval(Protocol):
     name = "composed_retrieval"
     required_fields = frozenset({"captions", "target"})
     metrics = ("r10", "r1", "r5", "r50")
+    uses_gallery = True
     candidates = "images"
 
     def __init__(self, text_weight: float = 0.5) -> None:
@@ -45,11 +46,13 @@ class ComposedRetrieval(Protocol):
 
     def check(self, items: "Items") -> None:
         places = set(items.keys)
-        for key, texts, targets in _queries(items, next(iter(items.captions or {"en": []}))):
-            if missing := [target for target in targets if target not in places]:
-                raise ValueError(f"{key}: target: {missing[0]!r} is no image of the table")
-            if len(texts) != len(targets):
-                raise ValueError(f"{key}: {len(texts)} texts and {len(targets)} targets; expected one for each row")
+        for code in items.captions or {}:
+            for key, texts, targets in _queries(items, code):
+                if missing := [target for target in targets if target not in places]:
+                    raise ValueError(f"{key}: target: {missing[0]!r} is no image of the table")
+                if len(texts) != len(targets):
+                    found = f"{len(texts)} texts in {code} and {len(targets)} targets"
+                    raise ValueError(f"{key}: {found}; expected one for each row")
 
     def texts(self, items: "Items", options: Options) -> Iterator[str]:
         for code, texts_N in (items.captions or {}).items():
@@ -65,6 +68,7 @@ class ComposedRetrieval(Protocol):
                 (place[key], text, place[target])
                 for key, texts, targets in _queries(scorer.items, code)
                 for text, target in zip(texts, targets, strict=True)
+                if target in place  # it may be unreadable
             ]
             if not rows:
                 continue

@@ -59,12 +59,12 @@ class InScene(Protocol):
                     raise ValueError(f"{key}: {name}: found an empty cell; expected a {name} in each row of a photo")
 
     def texts(self, items: "Items", options: Options) -> Iterator[str]:
-        for question in self.questions(items):
-            yield from _asked(items, question.texts)
+        # Every word: of fewer photos, where some cannot be read, others are drawn.
+        yield from _asked(items, [word for words in _words(items) for word in words])
 
     def questions(self, items: "Items") -> Iterator[Question]:
         """One for each different word of each photo that is scored."""
-        words_N = [list(map(_normal, cells)) for cells in items.columns["word"]]
+        words_N = _words(items)
         pools: dict[str, dict[str, str]] = defaultdict(dict)  # script -> a word in small letters -> the word
         for words, scripts in zip(words_N, items.columns["script"], strict=True):
             for word, script in zip(words, scripts, strict=True):
@@ -105,8 +105,8 @@ class InScene(Protocol):
             yield from scorer.rows(self.name, "en", values, int(of_W.sum()), round(1 / chance), chance, subset)
 
 
-def _normal(word: str) -> str:
-    return unicodedata.normalize("NFC", word.strip())
+def _words(items: "Items") -> list[list[str]]:
+    return [[unicodedata.normalize("NFC", word.strip()) for word in cells] for cells in items.columns["word"]]
 
 
 def _asked(items: "Items", texts: list[str]) -> list[str]:

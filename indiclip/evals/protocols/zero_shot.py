@@ -134,6 +134,7 @@ def rank_classes(
         if in_subset_DU is not None:
             subset_rank_UM[:, part] = (as_near(cosine_BD, right_B1).float() @ in_subset_DU).T.long() - 1
     num_rivals_D = (rival_DR != torch.arange(len(text_DE))[:, None]).sum(1)
+    near_D = near_D.clamp(min=0)  # two ways to compute a cosine may round to either side of what is as near
     near_D[best_D == -torch.inf] = -1
     found = (image_M, rank_M, class_D[column_MK], cosine_MK, num_rivals_D[column_M], hard_hit_M, near_D, subset_rank_UM)
     return Ranking(*(tensor.numpy() for tensor in found))
