@@ -9,14 +9,13 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from indiclip import json_lines
-from indiclip.evals.formatting import language_name
+from indiclip.evals.formatting import language_name, suite_name
 from indiclip.evals.leaderboard import Group, groups_of, rows_of
 from indiclip.evals.leaderboard_file import INDIA, Row, read
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import Result
 
 _RUNS = "runs"  # folder of the runs' pages
-_SUITES = {INDIA: "India", "world": "World", "own": "Own cards"}
 
 
 class Cell(NamedTuple):
@@ -112,7 +111,6 @@ def _write_run(page: Path, row: Row) -> None:
         "leaderboard_run.html",
         row=row,
         setting=setting(row),
-        suite=_suite(row["suite"]),
         languages=languages,
         means=[_mean_cell(row, language) for language in languages],
         cards=cards,
@@ -134,7 +132,7 @@ def _table(group: Group) -> Table:
         rows.append((row, cells + [_cell(row, card, "en") for card in cards]))
     covers = f"Covers {group.covered} of {group.of} categories"
     if group.suite != INDIA:
-        covers = f"{_suite(group.suite)}: {group.covered} of {group.of}"
+        covers = f"{suite_name(group.suite)}: {group.covered} of {group.of}"
     images = f"images {group.data}" if group.data else "images not known, so compared with none"
     return Table(f"{covers} · {images}", columns, rows)
 
@@ -177,7 +175,3 @@ def setting(row: Row) -> str:
 def _languages(rows: Sequence[Row]) -> list[str]:
     found = {language for row in rows for language in row["mean"]}
     return sorted(found, key=lambda language: (language != "en", language))
-
-
-def _suite(suite: str) -> str:
-    return _SUITES.get(suite, suite)
