@@ -4,6 +4,7 @@ Shape letters: N images, Q queries, E embedding length.
 """
 
 from collections.abc import Iterator
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from indiclip.evals.protocols.cosines import ROUNDING, chunks, truncate_normalize
 from indiclip.evals.protocols.metrics import hit_rate
-from indiclip.evals.protocols.protocol import Options, Protocol
+from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.results import Score
 
 if TYPE_CHECKING:
@@ -54,16 +55,9 @@ class ComposedRetrieval(Protocol):
                     found = f"{len(texts)} texts in {code} and {len(targets)} targets"
                     raise ValueError(f"{key}: {found}; expected one for each row")
 
-    def texts(self, items: "Items", options: Options) -> Iterator[str]:
-        for code, texts_N in (items.captions or {}).items():
-            if options.wants(code):
-                yield from (text for texts in texts_N for text in texts)
-
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         place = {key: i for i, key in enumerate(scorer.items.keys)}
-        for code in scorer.items.captions or {}:
-            if not scorer.options.wants(code):
-                continue
+        for code, *_ in scorer.captions():
             rows = [
                 (place[key], text, place[target])
                 for key, texts, targets in _queries(scorer.items, code)
@@ -87,8 +81,9 @@ class ComposedRetrieval(Protocol):
 
 
 def _queries(items: "Items", code: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The key of each picture that has a target, its texts in a language and its targets."""
-    for key, texts, targets in zip(items.keys, (items.captions or {})[code], items.columns["target"], strict=True):
+    """The key of each picture to score that has a target, its texts in a language and its targets."""
+    rows = zip(items.keys, (items.captions or {})[code], items.columns["target"], strict=True)
+    for key, texts, targets in compress(rows, items.tested_N):
         if texts and any(targets):
             yield key, texts, [target for target in targets if target]
 
