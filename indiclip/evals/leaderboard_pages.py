@@ -90,7 +90,7 @@ def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = Fal
                 _write_run(file.parent / _RUNS / f"{row['run']}.html", row)
         page = file.with_name("index.html") if site else file.with_suffix(".html")
         write_page(page, "leaderboard.html", tables=tables, runs=_RUNS if site else "", setting=setting)
-        write_page(file.with_suffix(".md"), "leaderboard.md", tables=list(map(_in_words, tables)))
+        write_page(file.with_suffix(".md"), "leaderboard.md", tables=tables, setting=setting)
     return Added(groups, skipped, [result.model for result, rows, _ in new if not rows])
 
 
@@ -153,17 +153,6 @@ def _cell(row: Row, card: str, language: str) -> Cell:
     low, high = found["intervals"].get(language, (None, None))
     gap, chance = (found[key].get(language) for key in ("gaps", "chances"))
     return Cell(found["cards"].get(language), low, high, gap, chance, row["metrics"].get(card, ""))
-
-
-def _in_words(table: Table) -> tuple[str, list[tuple[str, str]], list[tuple[list[str], list[Cell]]]]:
-    """For Markdown: its name; names of the columns, and what of these; a row's words and its numbers."""
-    columns = [("", ""), ("model", ""), ("date", ""), ("length, view", "")]
-    columns += [(column.name, column.of) for column in table.columns]
-    rows = []
-    for place, (row, cells) in enumerate(table.rows, 1):
-        words = [f"{place}", row["model"], row["date"], setting(row)]
-        rows.append((words, cells))
-    return table.name, columns, rows
 
 
 def setting(row: Row) -> str:
