@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pytest
@@ -118,6 +119,15 @@ def test_images_of_several_classes_are_not_said_to_be_of_none(tmp_path, make_car
     (tmp_path / "things" / "table.csv").write_text("file,classes\n0.png,name 0; name 1\n1.png,name 1\n")
     (items,) = find_bench(tmp_path, [str(tmp_path / "things.yaml")]).items
     assert not [note for note in items.notes if "no images of" in note]
+
+
+def test_resamples_of_few_images_that_show_no_class_are_left_out(make_card):
+    card = make_card("multi_label.MultiLabel", classes=classes(2), prompts={"en": ["{c}"]})
+    items = items_of(card, 3, columns={"classes": [["name 0"], [""], [""]]})
+    with warnings.catch_warnings(action="error"):
+        found = scores_of(items, np.eye(12)[:3], {"name 0": np.eye(12)[0], "name 1": np.eye(12)[1]})
+    row = found["mean_average_precision", "en", 12, ""]
+    assert (row.value, row.low, row.high) == (1, 1, 1)
 
 
 # Probes on few images
