@@ -1,5 +1,6 @@
 """The protocols beside zero-shot, retrieval, matching and probes, against scikit-learn and loops in float64."""
 
+import re
 import sys
 import textwrap
 import warnings
@@ -15,9 +16,12 @@ from indiclip.datasets.tables import stable_hash
 from indiclip.evals.bench import find_bench, run_bench
 from indiclip.evals.card_scorer import CardScorer, texts_of
 from indiclip.evals.cards.card import load_card
+from indiclip.evals.comparison import compare
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.multi_label import average_precision
 from indiclip.evals.protocols.protocol import Options
+from indiclip.evals.reports.bench_report import write_bench_report
+from indiclip.evals.reports.console import print_result
 from indiclip.evals.results import IMAGES
 
 ROOM = "indiclip.evals.protocols"
@@ -236,6 +240,19 @@ def test_folders_of_classes_are_things_to_find_again_too(tmp_path, make_card):
     (items,) = find_bench(tmp_path, [str(tmp_path / "things.yaml")]).items
     assert items.columns == {"instance": [["class_1"]] * 2}
     assert items.labels.tolist() == [1, 1]
+
+
+def test_a_main_number_that_no_text_is_in_stands_in_the_tables(tmp_path, make_card, capsys):
+    make_card("instance_retrieval.InstanceRetrieval")
+    for split in ("train", "test"):
+        write(tmp_path / "things" / split / "cup", {f"{split}.png": next(shades_of("red", 1))})
+    result = run_bench(Shades(), find_bench(tmp_path, [str(tmp_path / "things.yaml")]), Options())
+    assert result.languages() == [IMAGES]
+    (row,) = compare(result, result)
+    assert (row.language, row.a.value, row.why_not) == (IMAGES, 1, "no predictions")
+    print_result(result, tmp_path)
+    assert re.search(r"things +mP@5 of 64 numbers .* 1\.000", capsys.readouterr().out)
+    assert "<td" in write_bench_report(tmp_path, result, lambda *_: None).read_text("utf-8")
 
 
 # A picture and a text
