@@ -146,14 +146,14 @@ def protocols_of(folder="out"):
 
 
 def test_protocols_are_added_to_the_cards_that_know_what_they_need(photos, capsys):
-    wording = "indiclip.evals.protocols.wording.Wording"
-    assert bench("--protocols", "few_shot", wording, "zero_shot", "--no_procedural") == 0
+    few_shot = "indiclip.evals.protocols.few_shot.FewShot"
+    assert bench("--protocols", few_shot, "wording", "zero_shot", "--no_procedural") == 0
     assert {("edibles", "few_shot"), ("edibles", "wording"), ("edibles", "zero_shot")} <= protocols_of()
     (card,) = json.loads(Path("out/metrics.json").read_text())["cards"]
     assert card["protocol"] == "zero_shot"  # the main one stays
     before = protocols_of()
     assert bench("--no_procedural") == 0
-    assert before - protocols_of() == {("edibles", "few_shot"), ("edibles", "wording")}
+    assert before - protocols_of() == {("edibles", "few_shot")}  # it had the others
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,7 @@ def test_protocols_are_added_to_the_cards_that_know_what_they_need(photos, capsy
         ("indiclip.evals.protocols.few_shot.FewShots", "--protocols: indiclip.evals.protocols.few_shot has no 'Few"),
         ("indiclip.evals.nothing.Here", "--protocols: indiclip.evals.nothing.Here: No module named"),
         ("pathlib.Path", "--protocols: PosixPath is no protocol; expected a class of indiclip.evals.protocols"),
+        ("group_gaps", "--protocols: found 'group_gaps'; expected one of bitext, "),  # which needs arguments
         ("multi_label", "--protocols: multi_label needs classes of each image, which none of the cards has"),
     ],
 )  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 from indiclip.evals.protocols.metrics import (
     Interval,
     bootstrap_weights,
-    caption_hit_rate,
     chance_corrected,
+    clustered_rate,
     hit_rate,
     mean_per_class_recall,
     median,
@@ -55,7 +55,7 @@ def test_all_hits_are_not_sure_and_no_hit_is_not_hopeless():
     assert mean_per_class_recall(np.ones(20, bool), label_N) == pytest.approx((1, 0.8389, 1), abs=1e-4)
     assert mean_per_class_recall(np.zeros(20, bool), label_N).high == pytest.approx(0.1611, abs=1e-4)
     image_T = np.repeat(np.arange(20), 5)  # 100 captions of 20 images say no more than 20
-    assert caption_hit_rate(np.ones(100, bool), image_T).low == pytest.approx(0.8389, abs=1e-4)
+    assert clustered_rate(np.ones(100, bool), image_T).low == pytest.approx(0.8389, abs=1e-4)
     alike, none = np.ones(20, bool), np.zeros(20, np.int64)
     assert parity_gap(alike, alike, none).low < -0.1
 
@@ -90,7 +90,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         return parity_gap(hit_N, other_N, label_N, "classes")
 
     def captions(draw):
-        return caption_hit_rate(draw.random(500) < draw.beta(2, 2, 100)[image_T], image_T)
+        return clustered_rate(draw.random(500) < draw.beta(2, 2, 100)[image_T], image_T)
 
     covered = {
         "rate": _covered(0.7, lambda draw: hit_rate(draw.random(200) < 0.7)),
@@ -156,7 +156,7 @@ def test_nothing_has_no_number():
     labels = np.zeros(0, dtype=int)
     for interval in (
         hit_rate(none),
-        caption_hit_rate(none, labels),
+        clustered_rate(none, labels),
         mean_per_class_recall(none, labels),
         parity_gap(none, none, labels),
         median(none),

@@ -1,5 +1,6 @@
 """Winoground's scores on confusable classes against loops in float64, and their chance by enumeration."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -93,6 +94,14 @@ def test_scores_are_those_of_a_loop_in_every_language(make_card):
                 assert row.value == pytest.approx(np.mean(values)), (metric, code)
                 assert (row.num_items, row.chance) == (len(kept), CHANCES[metric])
     assert {language for _, language, *_ in found} == {"en", "bn"}  # one class alone has a name in Odia
+
+
+def test_a_name_that_one_writer_has_is_in_no_caption(make_card):
+    card = make_card("minimal_pairs.MinimalPairs", classes=classes_of([(0, 1)], [("bn", {0, 1})]))
+    unsure = replace(card.classes[0], votes={"bn": 1})
+    card = replace(card, classes=(unsure, *card.classes[1:]))
+    asked = [set(card.protocols[0].texts(items_of(card, 1), Options(["bn"], all_names=every))) for every in (0, 1)]
+    assert asked[1] - asked[0] == {"ছবি: bn 0"}
 
 
 def test_pairs_are_the_same_for_the_same_keys_in_any_order(make_card):

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,18 @@ def test_accuracy_in_scenes_by_hand():
     assert found["acc1", ""].chance == pytest.approx((9 / 3 + 1 / 4) / 10)
     assert (found["acc1", "deva"].value, found["acc1", "deva"].num_items) == (0, 3)
     assert (found["acc1", "clean"].value, found["acc1", "clean"].num_items) == (3 / 7, 7)
+
+
+def test_a_photo_that_cannot_be_read_leaves_words_whose_embeddings_are_there():
+    """Of a word that a photo has in two cases one is asked for, and the other may be drawn, or drawn no more."""
+    card = replace(load_card("ocr_scenes"), protocols=(InScene(num_candidates=2),))
+    words = [["Cat", "cat"], *([letter] for letter in "asdfghj")]
+    columns = {"word": words, "script": [["latin"] * len(of_photo) for of_photo in words]}
+    every = Items(card, [None] * 8, list("01234567"), np.full(8, -1), columns=columns)
+    texts = {text: torch.ones(2) for text in texts_of(every, Options())}
+    for kept in combinations(range(8), 5):
+        scores = CardScorer(every.select(kept), {"native": torch.ones(5, 2)}, texts, [2], Options()).run().scores
+        assert {row.num_items for row in scores} == {5}
 
 
 def test_an_empty_word_is_named():

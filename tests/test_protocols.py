@@ -1,7 +1,9 @@
 """The protocols beside zero-shot, retrieval, matching and probes, against scikit-learn and loops in float64."""
 
+import re
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pytest
@@ -14,9 +16,12 @@ from indiclip.datasets.tables import stable_hash
 from indiclip.evals.bench import find_bench, run_bench
 from indiclip.evals.card_scorer import CardScorer, texts_of
 from indiclip.evals.cards.card import load_card
+from indiclip.evals.comparison import compare
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.multi_label import average_precision
 from indiclip.evals.protocols.protocol import Options
+from indiclip.evals.reports.bench_report import write_bench_report
+from indiclip.evals.reports.console import print_result
 from indiclip.evals.results import IMAGES
 
 ROOM = "indiclip.evals.protocols"
@@ -112,6 +117,23 @@ def test_a_name_that_is_no_class_is_named(make_card):
         card.protocols[0].check(items)
 
 
+def test_images_of_several_classes_are_not_said_to_be_of_none(tmp_path, make_card):
+    make_card("multi_label.MultiLabel", classes=classes(2))
+    write(tmp_path / "things", {f"{i}.png": next(shades_of("red", 1)) for i in range(2)})
+    (tmp_path / "things" / "table.csv").write_text("file,classes\n0.png,name 0; name 1\n1.png,name 1\n")
+    (items,) = find_bench(tmp_path, [str(tmp_path / "things.yaml")]).items
+    assert not [note for note in items.notes if "no images of" in note]
+
+
+def test_resamples_of_few_images_that_show_no_class_are_left_out(make_card):
+    card = make_card("multi_label.MultiLabel", classes=classes(2), prompts={"en": ["{c}"]})
+    items = items_of(card, 3, columns={"classes": [["name 0"], [""], [""]]})
+    with warnings.catch_warnings(action="error"):
+        found = scores_of(items, np.eye(12)[:3], {"name 0": np.eye(12)[0], "name 1": np.eye(12)[1]})
+    row = found["mean_average_precision", "en", 12, ""]
+    assert (row.value, row.low, row.high) == (1, 1, 1)
+
+
 # Probes on few images
 
 
@@ -146,6 +168,12 @@ def test_few_shot_probes_are_scikit_learns_on_the_images_with_the_lowest_hashes(
             assert row.low < row.value < row.high
             assert row.chance == 0.25
     assert not scores_of(items, image_NE, probes=False)
+
+
+def test_a_gallery_of_other_classes_than_the_images_that_are_scored_teaches_nothing(make_card):
+    card = make_card("few_shot.FewShot", classes=classes(4))
+    items = items_of(card, 12, np.arange(12) % 4, is_train=np.arange(12) % 4 < 2)
+    assert not scores_of(items, np.random.default_rng(0).normal(size=(12, 12)))
 
 
 # The same thing
@@ -205,6 +233,28 @@ def test_the_first_64_numbers_are_taken_of_longer_embeddings(make_card):
     assert values["mp5"] < 1
 
 
+def test_folders_of_classes_are_things_to_find_again_too(tmp_path, make_card):
+    make_card("zero_shot.ZeroShot", "instance_retrieval.InstanceRetrieval", classes=classes(2))
+    for split in ("train", "test"):
+        write(tmp_path / "things" / split / "class_1", {f"{split}.png": next(shades_of("red", 1))})
+    (items,) = find_bench(tmp_path, [str(tmp_path / "things.yaml")]).items
+    assert items.columns == {"instance": [["class_1"]] * 2}
+    assert items.labels.tolist() == [1, 1]
+
+
+def test_a_main_number_that_no_text_is_in_stands_in_the_tables(tmp_path, make_card, capsys):
+    make_card("instance_retrieval.InstanceRetrieval")
+    for split in ("train", "test"):
+        write(tmp_path / "things" / split / "cup", {f"{split}.png": next(shades_of("red", 1))})
+    result = run_bench(Shades(), find_bench(tmp_path, [str(tmp_path / "things.yaml")]), Options())
+    assert result.languages() == [IMAGES]
+    (row,) = compare(result, result)
+    assert (row.language, row.a.value, row.why_not) == (IMAGES, 1, "no predictions")
+    print_result(result, tmp_path)
+    assert re.search(r"things +mP@5 of 64 numbers .* 1\.000", capsys.readouterr().out)
+    assert "<td" in write_bench_report(tmp_path, result, lambda *_: None).read_text("utf-8")
+
+
 # A picture and a text
 
 
@@ -243,14 +293,23 @@ def test_composed_queries_find_their_targets_as_a_loop_says(make_card):
     ("cells", "message"),
     [
         ([["1.jpg"], ["9.jpg"]], r"1\.jpg: target: '9\.jpg' is no image of the table"),
-        ([["1.jpg", "0.jpg"], ["0.jpg"]], r"0\.jpg: 1 texts and 2 targets"),
+        ([["1.jpg", "0.jpg"], ["0.jpg"]], r"0\.jpg: 1 texts in en and 2 targets"),
+        ([["1.jpg"], ["0.jpg"]], r"1\.jpg: 2 texts in hi and 1 targets"),
     ],
 )
 def test_targets_that_cannot_be_meant(make_card, cells, message):
     card = make_card("composed_retrieval.ComposedRetrieval")
-    items = items_of(card, 2, captions={"en": [["a"], ["b"]]}, columns={"target": cells})
+    items = items_of(card, 2, captions={"en": [["a"], ["b"]], "hi": [["a"], ["b", "c"]]}, columns={"target": cells})
     with pytest.raises(ValueError, match=message):
         card.protocols[0].check(items)
+
+
+def test_a_target_that_cannot_be_read_is_asked_for_no_more(make_card):
+    card = make_card("composed_retrieval.ComposedRetrieval")
+    cells = [["2.jpg"], ["3.jpg"], [""], [""]]
+    items = items_of(card, 4, captions={"en": [["a"], ["b"], [], []]}, columns={"target": cells})
+    found = scores_of(items.select([0, 1, 3]), np.eye(12)[:3], {"a": np.eye(12)[0], "b": np.eye(12)[2]})
+    assert {row.num_items for row in found.values()} == {1}
 
 
 # Text to text

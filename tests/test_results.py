@@ -80,8 +80,11 @@ def test_names_that_are_logged():
 
 def test_english_comes_first():
     result = small_run()
-    result.scores = [score("food", 0.5, language) for language in ("bn", "en", IMAGES, "as")]
+    result.scores = [score("food", 0.5, language) for language in ("bn", "en", "as")]
+    result.scores += [score("food", 0.5, IMAGES, protocol="knn")]
     assert result.languages() == ["en", "as", "bn"]
+    result.scores += [score("food", 0.5, IMAGES)]  # the card's main number
+    assert result.languages() == ["en", "as", "bn", IMAGES]
 
 
 def test_a_value_that_is_no_number_stays_out_of_the_mean_and_the_file_valid_json(tmp_path):

@@ -88,7 +88,8 @@ def find_bench(
     if root is not None and not root.is_dir():
         found = "is a file" if root.exists() else "no such folder"
         raise FileNotFoundError(f"{root}: {found}; expected a folder with the images of each card in it")
-    others = _folders_beside(root, asked)
+    # What somebody may have meant for a card's folder.
+    others = sorted({*subfolders(root)} - {card.folder for card in asked}) if root else []
     for card in asked:
         photographs = find_items(card, root, skip_unknown) if root is not None else None
         if photographs is None:
@@ -118,13 +119,6 @@ def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
         known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
     for language in languages or []:
         check_choice("languages", language, sorted(known))
-
-
-def _folders_beside(root: Path | None, cards: Sequence[Card]) -> list[str]:
-    """Folders that are of none of the cards: what somebody may have meant for one."""
-    if root is None:
-        return []
-    return sorted({*subfolders(root)} - {card.folder for card in cards})
 
 
 def run_bench(
@@ -298,6 +292,8 @@ def _why_no_score(items: Items, texts: dict[str, Tensor]) -> str:
         return "none of the images to score can be read"
     if not texts:
         return "the model embeds no texts, and no probe was asked for or has enough to learn from"
+    if items.captions is None:
+        return "no protocol of the card has enough images to score"
     return "no image has a caption in the languages that were asked for"
 
 

@@ -115,15 +115,50 @@ class CardScorer:
         values["acc1_corrected"] = metrics.chance_corrected(values["acc1"], 1 / num_classes)
         return values
 
-    def subsets(self, image_M: np.ndarray) -> dict[str, np.ndarray]:
-        """Name -> which of these images, bool (M,): "" for all, those of a group, and those not seen in training."""
+    def captions(self) -> Iterator[tuple[str, list[list[str]], np.ndarray]]:
+        """Languages that are scored, English first, each with the captions of all images, and with those of the images
+        to score that have any, int64 (M,).
+        """
+        captions = self.items.captions or {}
+        for code in sorted(filter(self.options.wants, captions), key=lambda code: code != "en"):
+            image_M = np.array([i for i in self.tested.tolist() if captions[code][i]], dtype=np.int64)
+            if len(image_M):
+                yield code, captions[code], image_M
+
+    def subsets(self, image_M: np.ndarray, groups_M: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Name -> which of these images, bool (M,): "" for all, those of a group, and those not seen in training.
+
+        `groups_M` are other groups than the card's.
+        """
         found = {"": np.ones(len(image_M), bool)}
-        groups = np.array(self.items.groups or [""] * len(self.items), dtype=object)[image_M]
-        if len(names := sorted(set(groups))) > 1:
-            found |= {str(name): groups == name for name in names}
+        if groups_M is None:
+            groups_M = [self.items.groups[i] for i in image_M.tolist()] if self.items.groups else []
+        if len(names := sorted(set(groups_M))) > 1:
+            found |= {name: np.array(groups_M) == name for name in names}
         if self.items.is_flagged is not None:
             found[CLEAN] = ~self.items.is_flagged[image_M]
         return {name: members for name, members in found.items() if members.any()}
+
+    def among_texts(
+        self,
+        protocol: str,
+        language: str,
+        hit_T: np.ndarray,
+        chance_T: np.ndarray,
+        subsets: dict[str, np.ndarray],
+        image_T: np.ndarray | None = None,
+    ) -> Iterator[Score]:
+        """Accuracy of questions of which each has texts of its own to choose from, over all and over each subset.
+
+        `image_T` is the image of each question, where one may have several.
+        """
+        for subset, of_T in subsets.items():
+            hits, chance = hit_T[of_T], float(chance_T[of_T].mean())
+            rate = metrics.hit_rate(hits) if image_T is None else metrics.clustered_rate(hits, image_T[of_T])
+            values = {"acc1": rate}
+            if not subset:
+                values["acc1_corrected"] = metrics.chance_corrected(rate, chance)
+            yield from self.rows(protocol, language, values, len(hits), round(1 / chance), chance, subset)
 
     def rows(
         self,
@@ -181,8 +216,7 @@ class CardScorer:
         flagged_N = np.zeros(len(items), bool) if items.is_flagged is None else items.is_flagged
         hard_hit_M = nothing_N[image_M] if hard_hit_M is None else hard_hit_M
         where = (self.card.id, self.part, protocol, language)
-        about = (np.array(column, dtype=object)[image_M] for column in (items.keys, items.contents))
-        keys_M, content_M = about
+        keys_M, content_M = (np.array(column, dtype=object)[image_M] for column in (items.keys, items.contents))
         found = (truth_M, predicted_M, rank_M, top_MK, cosine_MK, hard_hit_M, flagged_N[image_M])
         self.answers.append(Answers(*where, keys_M, *found, content_M))
 
@@ -207,7 +241,6 @@ def languages_left_out(items: Items, options: Options, scored: Container[str] = 
     used = {code: len(options.names(card, code)) for code in wanted if options.wants(code)}
     # What is romanised by rule is nobody's spelling: nothing is missing without it.
     left_out = [code for code, count in used.items() if count < fewest(card) and not _is_by_rule(card, code)]
-    left_out = [code for code in left_out if code not in scored]
     left_out = [code for code in left_out if code not in scored]
     if left_out:
         lines.append(f"not scored in {', '.join(left_out)}: fewer than {fewest(card)} classes have a name there")

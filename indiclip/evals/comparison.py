@@ -10,6 +10,8 @@ from indiclip.evals.protocols.metrics import Interval, parity_gap
 from indiclip.evals.results import CardResult, Prediction, Result, Score, name_of
 from indiclip.names import plain
 
+_PER_CLASS = "mean_per_class_recall"
+
 
 class Compared(NamedTuple):
     """A card in a language, in both runs."""
@@ -79,7 +81,7 @@ def _why_not(row: Compared, of_a: dict[tuple[str, str], Prediction], of_b: dict[
         return f"different images, which are each other's candidates: {row.shared:,} of {len(of_a):,} are shared"
     if other := sum(of_a[name].truth != of_b[name].truth for name in of_a.keys() & of_b.keys()):
         return f"different classes: {other} of {row.shared} images have another truth"
-    if not (_is_per_class(a.metric) or _nearest(a.metric)):
+    if a.metric != _PER_CLASS and not _nearest(a.metric):
         return f"{metric_name(a.metric)} has no hits to compare"
     return ""
 
@@ -94,10 +96,6 @@ def _asked_otherwise(a: Result, b: Result, row: Compared) -> str:
     """Runs that know a digest of the texts they asked with."""
     of_a, of_b = (run.about.get("asked", {}).get(name_of(*row.card.key), {}).get(row.language) for run in (a, b))
     return "different classes, names or prompts" if of_a and of_b and of_a != of_b else ""
-
-
-def _is_per_class(metric: str) -> bool:
-    return metric == "mean_per_class_recall"
 
 
 def _nearest(metric: str) -> int:
@@ -116,7 +114,7 @@ def _compared(
     nearest = _nearest(row.a.metric) or 1
     hits_a_N, hits_b_N = (np.array([of[name].rank < nearest for name in shared]) for of in (of_a, of_b))
     labels_N = np.unique([of_a[name].truth for name in shared], return_inverse=True)[1]
-    gap = parity_gap(hits_b_N, hits_a_N, labels_N, "classes" if _is_per_class(row.a.metric) else "images")
+    gap = parity_gap(hits_b_N, hits_a_N, labels_N, "classes" if row.a.metric == _PER_CLASS else "images")
     gained, lost = (
         tuple((name[1], of_a[name].truth) for name, changed in zip(shared, changed_N, strict=True) if changed)
         for changed_N in (hits_b_N & ~hits_a_N, hits_a_N & ~hits_b_N)

@@ -45,6 +45,10 @@ def protocol_name(protocol: str) -> str:
     return NAMES["protocols"].get(protocol, words(protocol))
 
 
+def suite_name(suite: str) -> str:
+    return NAMES["suite_names"].get(suite, suite)
+
+
 def group_name(protocol: str) -> str:
     """What a protocol's numbers of part of the images, or of one way to ask, are by."""
     return NAMES["groups"].get(protocol, "group")

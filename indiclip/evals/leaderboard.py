@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from indiclip.evals.leaderboard_file import INDIA, Row
@@ -45,7 +45,11 @@ def row_of(result: Result, suite: str = INDIA) -> Row:
     date = str(result.about.get("date", ""))
     identity = [result.model, date, result.lengths, result.views, sorted(ids), data]
     mains = {language: _mains(result, language, ids) for language in result.languages()}
-    gaps = {language: _gaps(result, mains[language], ids) for language in mains}
+    gaps = {language: _gaps(result, mains[language]) for language in mains}
+
+    def by_card(of_languages: dict[str, dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
+        return {card: {of: read(found[card]) for of, found in of_languages.items() if card in found} for card in ids}
+
     return {
         "run": _digest(identity if suite == INDIA else [suite, *identity]),
         "suite": suite,
@@ -60,13 +64,13 @@ def row_of(result: Result, suite: str = INDIA) -> Row:
         },
         "mean_interval": {language: _mean(map(_corrected, mains[language].values()))[1:] for language in mains},
         "mean_gap": {language: _mean(found.values()) for language, found in gaps.items() if found},
-        "cards": {card: {of: finite(main[card].value) for of, main in mains.items() if card in main} for card in ids},
-        "intervals": {card: {of: _ends(main[card]) for of, main in mains.items() if card in main} for card in ids},
-        "gaps": {card: {of: found[card] for of, found in gaps.items() if card in found} for card in ids},
+        "cards": by_card(mains, lambda score: finite(score.value)),
+        "intervals": by_card(mains, _ends),
+        "gaps": by_card(gaps, tuple),
         "titles": {card.card: card.title for card in scored},
         "metrics": {card.card: card.metric for card in scored},
         "chance": {card: score.chance for card, score in mains.get("en", {}).items()},
-        "chances": {card: {of: main[card].chance for of, main in mains.items() if card in main} for card in ids},
+        "chances": by_card(mains, lambda score: score.chance),
         "precision": str(result.about.get("options", {}).get("precision", "fp32")),
         "lengths": result.lengths,
         "views": result.views,
@@ -84,11 +88,11 @@ def _mains(result: Result, language: str, cards: list[str]) -> dict[str, Score]:
     return {card: found[card] for card in cards if card in found}
 
 
-def _gaps(result: Result, mains: dict[str, Score], cards: list[str]) -> dict[str, tuple[float | None, ...]]:
+def _gaps(result: Result, mains: dict[str, Score]) -> dict[str, tuple[float | None, ...]]:
     """Card -> how far a language's main metric is from English on the same images and classes, and both ends."""
     wanted = {score._replace(metric=f"parity_{score.metric}")[:8]: card for card, score in mains.items()}
     rows = {wanted[row[:8]]: less_english(row) for row in result.scores if row[:8] in wanted and not row.subset}
-    return {card: (finite(rows[card].value), *_ends(rows[card])) for card in cards if card in rows}
+    return {card: (finite(rows[card].value), *_ends(rows[card])) for card in mains if card in rows}
 
 
 def _ends(score: Score) -> Ends:
@@ -127,10 +131,7 @@ def groups_of(rows: list[Row]) -> list[Group]:
         for of in found.values()
     ]
     places = {INDIA: 0, "own": 2}
-    return sorted(
-        groups,
-        key=lambda of: (places.get(of.suite, 1), of.suite, of.data == "", -of.covered, -len(of.rows)),
-    )
+    return sorted(groups, key=lambda of: (places.get(of.suite, 1), of.suite, not of.data, -of.covered, -len(of.rows)))
 
 
 def _same(row: Row, rows: list[Row]) -> Iterator[str]:

@@ -74,7 +74,7 @@ def _is_count(value: Any) -> bool:
 
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run": (_is_name, "letters and digits"),
-    "suite": (_is_name, "india, world or own"),
+    "suite": (_is_name, "letters and digits"),
     "model": (_is_text, "text"),
     "date": (_is_text, "text"),
     "data": (_is_text, "text"),

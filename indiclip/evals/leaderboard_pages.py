@@ -9,14 +9,13 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from indiclip import json_lines
-from indiclip.evals.formatting import language_name
+from indiclip.evals.formatting import language_name, suite_name
 from indiclip.evals.leaderboard import Group, groups_of, rows_of
 from indiclip.evals.leaderboard_file import INDIA, Row, read
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import Result
 
 _RUNS = "runs"  # folder of the runs' pages
-_SUITES = {INDIA: "India", "world": "World", "own": "Own cards"}
 
 
 class Cell(NamedTuple):
@@ -91,7 +90,7 @@ def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = Fal
                 _write_run(file.parent / _RUNS / f"{row['run']}.html", row)
         page = file.with_name("index.html") if site else file.with_suffix(".html")
         write_page(page, "leaderboard.html", tables=tables, runs=_RUNS if site else "", setting=setting)
-        write_page(file.with_suffix(".md"), "leaderboard.md", tables=list(map(_in_words, tables)))
+        write_page(file.with_suffix(".md"), "leaderboard.md", tables=tables, setting=setting)
     return Added(groups, skipped, [result.model for result, rows, _ in new if not rows])
 
 
@@ -112,7 +111,6 @@ def _write_run(page: Path, row: Row) -> None:
         "leaderboard_run.html",
         row=row,
         setting=setting(row),
-        suite=_suite(row["suite"]),
         languages=languages,
         means=[_mean_cell(row, language) for language in languages],
         cards=cards,
@@ -134,7 +132,7 @@ def _table(group: Group) -> Table:
         rows.append((row, cells + [_cell(row, card, "en") for card in cards]))
     covers = f"Covers {group.covered} of {group.of} categories"
     if group.suite != INDIA:
-        covers = f"{_suite(group.suite)}: {group.covered} of {group.of}"
+        covers = f"{suite_name(group.suite)}: {group.covered} of {group.of}"
     images = f"images {group.data}" if group.data else "images not known, so compared with none"
     return Table(f"{covers} · {images}", columns, rows)
 
@@ -157,17 +155,6 @@ def _cell(row: Row, card: str, language: str) -> Cell:
     return Cell(found["cards"].get(language), low, high, gap, chance, row["metrics"].get(card, ""))
 
 
-def _in_words(table: Table) -> tuple[str, list[tuple[str, str]], list[tuple[list[str], list[Cell]]]]:
-    """For Markdown: its name; names of the columns, and what of these; a row's words and its numbers."""
-    columns = [("", ""), ("model", ""), ("date", ""), ("length, view", "")]
-    columns += [(column.name, column.of) for column in table.columns]
-    rows = []
-    for place, (row, cells) in enumerate(table.rows, 1):
-        words = [f"{place}", row["model"], row["date"], setting(row)]
-        rows.append((words, cells))
-    return table.name, columns, rows
-
-
 def setting(row: Row) -> str:
     """In which embeddings were compared: length and view, and the precision where it is not full."""
     words = [f"{row['lengths'][-1]}", row["views"][0], row["precision"]]
@@ -177,7 +164,3 @@ def setting(row: Row) -> str:
 def _languages(rows: Sequence[Row]) -> list[str]:
     found = {language for row in rows for language in row["mean"]}
     return sorted(found, key=lambda language: (language != "en", language))
-
-
-def _suite(suite: str) -> str:
-    return _SUITES.get(suite, suite)

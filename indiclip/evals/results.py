@@ -205,8 +205,10 @@ class Result:
         return [c for c in self.cards if (c.suite, c.part, c.status) == (suite, PHOTOGRAPHS, "scored")]
 
     def languages(self) -> list[str]:
-        """Languages with any score, `en` first."""
-        found = {score.language for score in self.scores} - {IMAGES}
+        """Languages with any score, `en` first; `images` is one of them where it has the main number of a card."""
+        found = {score.language for score in self.scores}
+        if not self.main(IMAGES):
+            found.discard(IMAGES)
         return sorted(found, key=lambda language: (language != "en", language))
 
     def headline(self, suite: str = "india") -> dict[str, Any]:

@@ -156,6 +156,10 @@ class Card:
         """The prompts of a language; `{c}` alone where it has none."""
         return self.prompts.get(language, ("{c}",))
 
+    def asked(self, texts: Sequence[str]) -> list[str]:
+        """Texts as its first English prompt asks for them."""
+        return [self.templates("en")[0].replace("{c}", text) for text in texts]
+
     def place(self, name: str) -> int | None:
         """Index of the class with this id or English name, or with a name or alias that no other class has; None where
         there is none. Case, and a space for an underscore, are forgiven.

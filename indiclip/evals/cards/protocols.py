@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from inspect import isabstract
+from inspect import Parameter, isabstract, signature
 from typing import Any
 
 from indiclip.evals import protocols as room
@@ -62,5 +62,11 @@ def _short_names() -> dict[str, str]:
         importlib.import_module(f"{room.__name__}.{found.name}") for found in pkgutil.iter_modules(room.__path__)
     ]
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    ours = {one for one in classes if issubclass(one, Protocol) and not isabstract(one)}
+    ours = {one for one in classes if issubclass(one, Protocol) and not isabstract(one) and not _needs_arguments(one)}
     return dict(sorted((one().name, f"{one.__module__}.{one.__qualname__}") for one in ours))
+
+
+def _needs_arguments(protocol: type[Protocol]) -> bool:
+    arguments = signature(protocol).parameters.values()
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return any(one.default is Parameter.empty and one.kind in named for one in arguments)

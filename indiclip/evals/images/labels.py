@@ -135,13 +135,15 @@ def missing_classes(card: Card, tested: np.ndarray, gallery: np.ndarray | None) 
         tested: Labels of the images that are scored.
         gallery: Labels of those that probes learn from; None where there is no such split.
     """
+    if "class" not in card.required_fields:  # images have no class, or several
+        return []
     tested_classes, lines = set(tested.tolist()), []
     missing = [one.id for place, one in enumerate(card.classes) if place not in tested_classes]
     if missing:
         lines = [
             f"no images of {len(missing)} of {len(card.classes)} classes, which stay candidates: {_first(missing)}"
         ]
-    if card.classes and gallery is not None:
+    if gallery is not None:
         without = [card.classes[place].id for place in sorted(tested_classes - set(gallery.tolist()))]
         if without:
             lines.append(f"no gallery images of {len(without)} classes, which probes cannot answer: {_first(without)}")
@@ -156,7 +158,7 @@ def class_groups(card: Card, labels: np.ndarray) -> list[str] | None:
     """The group of each image: its class in matching, else the fact `group` where every class has one."""
     if "text" in card.required_fields:
         return [card.classes[label].id for label in labels]
-    if not card.classes or not all("group" in one.facts for one in card.classes):
+    if "class" not in card.required_fields or not all("group" in one.facts for one in card.classes):
         return None
     return [str(card.classes[label].facts["group"]) for label in labels]
 

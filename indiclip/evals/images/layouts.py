@@ -150,8 +150,10 @@ def _of_folders(card: Card, source: Path, skip_unknown: bool) -> Items:
         notes.append(f"{source}: {len(nested):,} images lie {where}, first {nested[0]}")
     items = Items(
         card, FileImages(source, names), list(map(storable, names)), np.array(labels, dtype=np.int64), notes=notes,
-        is_train=np.array(is_train) if any(is_train) else None, columns={"instance": things} if is_open else {},
+        is_train=np.array(is_train) if any(is_train) else None,
     )  # fmt: skip
+    if "instance" in card.required_fields:
+        items.columns = {"instance": things}
     return _with_texts(items, [_beside(source / name) for name in names]) if "text" in card.required_fields else items
 
 

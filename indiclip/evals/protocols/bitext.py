@@ -11,13 +11,12 @@ import torch
 
 from indiclip.evals.protocols.cosines import pair_ranks, truncate_normalize
 from indiclip.evals.protocols.metrics import Interval, hit_rate, mean
-from indiclip.evals.protocols.protocol import Options, Protocol
+from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.protocols.retrieval import chance_recall
 from indiclip.evals.results import Score
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
-    from indiclip.evals.images.items import Items
 
 
 class Bitext(Protocol):
@@ -34,15 +33,10 @@ class Bitext(Protocol):
     metrics = ("to_english_r1", "from_english_r1")
     candidates = "images"
 
-    def texts(self, items: "Items", options: Options) -> Iterator[str]:
-        for code, texts_N in (items.captions or {}).items():
-            if options.wants(code):
-                yield from (text for texts in texts_N for text in texts)
-
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         captions = scorer.items.captions or {}
-        for code, texts_N in captions.items():
-            if code == "en" or "en" not in captions or not scorer.options.wants(code):
+        for code, texts_N, _ in scorer.captions():
+            if code == "en" or "en" not in captions:
                 continue
             pairs = {
                 (one, other)

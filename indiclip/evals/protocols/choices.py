@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from indiclip.evals.protocols.matching import match
-from indiclip.evals.protocols.metrics import chance_corrected, hit_rate, parity_gap
-from indiclip.evals.protocols.protocol import Options, Protocol
+from indiclip.evals.protocols.metrics import parity_gap
+from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.results import Score
 
 if TYPE_CHECKING:
@@ -39,28 +39,15 @@ class Choices(Protocol):
                     found = f"found {len(texts)}, {len(set(texts))} of them different"
                     raise ValueError(f"{key}: captions in {code}: {found}; expected at least two, all different")
 
-    def texts(self, items: "Items", options: Options) -> Iterator[str]:
-        for code, texts_N in (items.captions or {}).items():
-            for image in np.flatnonzero(items.tested_N).tolist() if options.wants(code) else ():
-                yield from texts_N[image]
-
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         kind_N = np.array([cells[0] for cells in scorer.items.columns["kind"]], dtype=object)
         hit_N: dict[str, dict[int, bool]] = {}
-        for code, texts_N in (scorer.items.captions or {}).items():
-            image_M = np.array([i for i in scorer.tested.tolist() if texts_N[i]], dtype=np.int64)
-            if not len(image_M) or not scorer.options.wants(code):
-                continue
+        for code, texts_N, image_M in scorer.captions():
             texts_M = [texts_N[i] for i in image_M.tolist()]
             found = match(scorer, image_M, texts_M, texts_M)
             hit_M, chance_M = found.rank_M == 0, np.array([1 / len(texts) for texts in texts_M])
-            kinds = {str(kind): kind_N[image_M] == kind for kind in sorted(set(kind_N[image_M]))}
-            for subset, of_M in (scorer.subsets(image_M) | kinds).items():
-                chance = float(chance_M[of_M].mean())
-                values = {"acc1": hit_rate(hit_M[of_M])}
-                if not subset:
-                    values["acc1_corrected"] = chance_corrected(values["acc1"], chance)
-                yield from scorer.rows(self.name, code, values, int(of_M.sum()), round(1 / chance), chance, subset)
+            kinds = {str(kind): kind_N[image_M] == kind for kind in sorted(set(kind_N[image_M]) - {""})}
+            yield from scorer.among_texts(self.name, code, hit_M, chance_M, scorer.subsets(image_M) | kinds)
             hit_N[code] = dict(zip(image_M.tolist(), hit_M.tolist(), strict=True))
             both = [i for i in hit_N[code] if i in hit_N.get("en", {})]
             if code != "en" and both:

@@ -4,6 +4,7 @@ Shape letters: N images, Q queries, E embedding length.
 """
 
 from collections.abc import Iterator
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from indiclip.evals.protocols.cosines import ROUNDING, chunks, truncate_normalize
 from indiclip.evals.protocols.metrics import hit_rate
-from indiclip.evals.protocols.protocol import Options, Protocol
+from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.results import Score
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class ComposedRetrieval(Protocol):
     name = "composed_retrieval"
     required_fields = frozenset({"captions", "target"})
     metrics = ("r10", "r1", "r5", "r50")
+    uses_gallery = True
     candidates = "images"
 
     def __init__(self, text_weight: float = 0.5) -> None:
@@ -45,26 +47,22 @@ class ComposedRetrieval(Protocol):
 
     def check(self, items: "Items") -> None:
         places = set(items.keys)
-        for key, texts, targets in _queries(items, next(iter(items.captions or {"en": []}))):
-            if missing := [target for target in targets if target not in places]:
-                raise ValueError(f"{key}: target: {missing[0]!r} is no image of the table")
-            if len(texts) != len(targets):
-                raise ValueError(f"{key}: {len(texts)} texts and {len(targets)} targets; expected one for each row")
-
-    def texts(self, items: "Items", options: Options) -> Iterator[str]:
-        for code, texts_N in (items.captions or {}).items():
-            if options.wants(code):
-                yield from (text for texts in texts_N for text in texts)
+        for code in items.captions or {}:
+            for key, texts, targets in _queries(items, code):
+                if missing := [target for target in targets if target not in places]:
+                    raise ValueError(f"{key}: target: {missing[0]!r} is no image of the table")
+                if len(texts) != len(targets):
+                    found = f"{len(texts)} texts in {code} and {len(targets)} targets"
+                    raise ValueError(f"{key}: {found}; expected one for each row")
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         place = {key: i for i, key in enumerate(scorer.items.keys)}
-        for code in scorer.items.captions or {}:
-            if not scorer.options.wants(code):
-                continue
+        for code, *_ in scorer.captions():
             rows = [
                 (place[key], text, place[target])
                 for key, texts, targets in _queries(scorer.items, code)
                 for text, target in zip(texts, targets, strict=True)
+                if target in place  # it may be unreadable
             ]
             if not rows:
                 continue
@@ -83,8 +81,9 @@ class ComposedRetrieval(Protocol):
 
 
 def _queries(items: "Items", code: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The key of each picture that has a target, its texts in a language and its targets."""
-    for key, texts, targets in zip(items.keys, (items.captions or {})[code], items.columns["target"], strict=True):
+    """The key of each picture to score that has a target, its texts in a language and its targets."""
+    rows = zip(items.keys, (items.captions or {})[code], items.columns["target"], strict=True)
+    for key, texts, targets in compress(rows, items.tested_N):
         if texts and any(targets):
             yield key, texts, [target for target in targets if target]
 

@@ -51,14 +51,14 @@ class FewShot(Protocol):
         can_teach_N = (items.labels >= 0) & finite_N & (True if items.is_train is None else items.is_train)
         order_DN = np.array([_order(items.keys, items.labels, can_teach_N, draw) for draw in range(self.draws)])
         class_C, index_N = np.unique(items.labels[can_teach_N], return_inverse=True)
-        if len(class_C) < 2:
+        asked = np.flatnonzero(items.tested_N & np.isin(items.labels, class_C))
+        if len(class_C) < 2 or not len(asked):
             return
         drawn_SDN = np.array([order_DN < shots for shots in self.shots])
         train_FG = torch.from_numpy(drawn_SDN[..., can_teach_N].reshape(len(self.shots) * self.draws, -1))
         gallery_GE = image_NE[torch.from_numpy(can_teach_N)]
         weight_FCE, bias_FC = logistic.fit(gallery_GE, torch.from_numpy(index_N), train_FG, self.inverse_penalty)
 
-        asked = np.flatnonzero(items.tested_N & np.isin(items.labels, class_C))
         answers = (image_NE[asked] @ weight_FCE.flatten(0, 1).T + bias_FC.flatten()).nan_to_num(nan=-torch.inf)
         hit_ASD = class_C[answers.view(len(asked), *drawn_SDN.shape[:2], -1).argmax(-1).numpy()]
         hit_ASD = (hit_ASD == items.labels[asked, None, None]) & finite_N[asked, None, None]

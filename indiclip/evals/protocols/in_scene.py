@@ -13,9 +13,8 @@ import numpy as np
 
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.protocols.cosines import as_near, truncate_normalize
-from indiclip.evals.protocols.metrics import caption_hit_rate, chance_corrected
 from indiclip.evals.protocols.protocol import Options, Protocol
-from indiclip.evals.results import CLEAN, Score
+from indiclip.evals.results import Score
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
@@ -59,12 +58,12 @@ class InScene(Protocol):
                     raise ValueError(f"{key}: {name}: found an empty cell; expected a {name} in each row of a photo")
 
     def texts(self, items: "Items", options: Options) -> Iterator[str]:
-        for question in self.questions(items):
-            yield from _asked(items, question.texts)
+        # Every word: of fewer photos, where some cannot be read, others are drawn.
+        yield from items.card.asked([word for words in _words(items) for word in words])
 
     def questions(self, items: "Items") -> Iterator[Question]:
         """One for each different word of each photo that is scored."""
-        words_N = [list(map(_normal, cells)) for cells in items.columns["word"]]
+        words_N = _words(items)
         pools: dict[str, dict[str, str]] = defaultdict(dict)  # script -> a word in small letters -> the word
         for words, scripts in zip(words_N, items.columns["script"], strict=True):
             for word, script in zip(words, scripts, strict=True):
@@ -83,32 +82,15 @@ class InScene(Protocol):
         questions = list(self.questions(scorer.items))
         hit_W = np.zeros(len(questions), bool)
         for place, question in enumerate(questions):
-            embedding_TE = scorer.embed(_asked(scorer.items, question.texts))
+            embedding_TE = scorer.embed(scorer.card.asked(question.texts))
             cosine_T = truncate_normalize(embedding_TE, scorer.setting.length) @ scorer.image_NE[question.image]
             hit_W[place] = not as_near(cosine_T[1:], cosine_T[0]).any()  # ties count against the right one
 
         image_W = np.array([question.image for question in questions])
-        script_W = np.array([question.script for question in questions])
         chance_W = np.array([1 / len(question.texts) for question in questions])
-        subsets = {"": np.ones(len(questions), bool)}
-        if len(scripts := sorted(set(script_W.tolist()))) > 1:
-            subsets |= {script: script_W == script for script in scripts}
-        if scorer.items.is_flagged is not None:
-            subsets[CLEAN] = ~scorer.items.is_flagged[image_W]
-        for subset, of_W in subsets.items():
-            if not of_W.any():
-                continue
-            chance = float(chance_W[of_W].mean())
-            values = {"acc1": caption_hit_rate(hit_W[of_W], image_W[of_W])}
-            if not subset:
-                values["acc1_corrected"] = chance_corrected(values["acc1"], chance)
-            yield from scorer.rows(self.name, "en", values, int(of_W.sum()), round(1 / chance), chance, subset)
+        subsets = scorer.subsets(image_W, [question.script for question in questions])
+        yield from scorer.among_texts(self.name, "en", hit_W, chance_W, subsets, image_W)
 
 
-def _normal(word: str) -> str:
-    return unicodedata.normalize("NFC", word.strip())
-
-
-def _asked(items: "Items", texts: list[str]) -> list[str]:
-    template = items.card.templates("en")[0]
-    return [template.replace("{c}", text) for text in texts]
+def _words(items: "Items") -> list[list[str]]:
+    return [[unicodedata.normalize("NFC", word.strip()) for word in cells] for cells in items.columns["word"]]

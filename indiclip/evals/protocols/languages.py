@@ -27,7 +27,7 @@ class Language(NamedTuple):
 def languages_of(card: "Card", options: Options) -> list[Language]:
     """The languages in which a card's classes are told apart, English first."""
     wanted = [code for code in card.languages if options.wants(code)]
-    return [language_of(card, code, options) for code in wanted if len(options.names(card, code)) >= fewest(card)]
+    return [_language(card, code, options) for code in wanted if len(options.names(card, code)) >= fewest(card)]
 
 
 def fewest(card: "Card") -> int:
@@ -35,8 +35,7 @@ def fewest(card: "Card") -> int:
     return min(_FEWEST_CLASSES, len(card.classes))
 
 
-def language_of(card: "Card", code: str, options: Options) -> Language:
-    """The classes that have a name in a language, and their prompts."""
+def _language(card: "Card", code: str, options: Options) -> Language:
     names, templates = options.names(card, code), card.templates(code)
     classes = sorted(names)
     prompts = [template.replace("{c}", names[i]) for i in classes for template in templates]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from indiclip.evals.protocols.cosines import as_near, truncate_normalize
-from indiclip.evals.protocols.metrics import chance_corrected, hit_rate
 from indiclip.evals.protocols.protocol import TOP, Options, Protocol
 from indiclip.evals.results import Score, column_of
 
@@ -30,19 +29,15 @@ class Matching(Protocol):
 
     def texts(self, items: "Items", options: Options) -> Iterator[str]:
         for image in np.flatnonzero(items.tested_N).tolist() if items.candidates else ():
-            yield from _asked(items, (items.candidates or [])[image])
+            yield from items.card.asked((items.candidates or [])[image])
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         assert scorer.items.candidates is not None
         candidates_M = [scorer.items.candidates[image] for image in scorer.tested.tolist()]
-        found = match(scorer, scorer.tested, candidates_M, [_asked(scorer.items, texts) for texts in candidates_M])
+        found = match(scorer, scorer.tested, candidates_M, list(map(scorer.card.asked, candidates_M)))
         chance_M = np.array([1 / len(texts) for texts in candidates_M])
-        for subset, of_M in scorer.subsets(scorer.tested).items():
-            chance = float(chance_M[of_M].mean())
-            values = {"acc1": hit_rate(found.rank_M[of_M] == 0)}
-            if not subset:
-                values["acc1_corrected"] = chance_corrected(values["acc1"], chance)
-            yield from scorer.rows(self.name, "en", values, int(of_M.sum()), round(1 / chance), chance, subset)
+        subsets = scorer.subsets(scorer.tested)
+        yield from scorer.among_texts(self.name, "en", found.rank_M == 0, chance_M, subsets)
         scorer.keep(self.name, "en", scorer.tested, *found)
 
 
@@ -81,8 +76,3 @@ def match(
         predicted.append(tops[-1][int(rank_M[place] > 0 and tops[-1][0] == texts[0])])
     truths = column_of([texts[0] for texts in texts_M])
     return Matched(truths, column_of(predicted), rank_M, column_of(tops), column_of(cosines))
-
-
-def _asked(items: "Items", texts: Sequence[str]) -> list[str]:
-    template = items.card.templates("en")[0]
-    return [template.replace("{c}", text) for text in texts]

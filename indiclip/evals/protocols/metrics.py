@@ -48,21 +48,9 @@ def hit_rate(hit_N: np.ndarray) -> Interval:
     return wilson(float(np.mean(hit_N)), len(hit_N)) if len(hit_N) else _NOTHING
 
 
-def caption_hit_rate(hit_T: np.ndarray, image_T: np.ndarray) -> Interval:
-    """Share of hits among captions, of which an image may have several.
-
-    Images are drawn, each with all its captions: these are right or wrong together more often than those of different
-    images, and taken one by one they would promise an interval that is too narrow.
-
-    Args:
-        hit_T: bool.
-        image_T: The image of each caption, >= 0.
-    """
-    return clustered_rate(hit_T, image_T)
-
-
 def clustered_rate(value_T: np.ndarray, cluster_T: np.ndarray) -> Interval:
-    """Mean of numbers from 0 to 1 that come in clusters, which are drawn whole.
+    """Mean of numbers from 0 to 1 that come in clusters, which are drawn whole, such as the captions of an image: these
+    are right or wrong together more often than others, and one by one they would promise too narrow an interval.
 
     Args:
         value_T: bool or float.

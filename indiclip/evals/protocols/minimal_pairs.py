@@ -85,14 +85,14 @@ class MinimalPairs(Protocol):
 
     def texts(self, items: "Items", options: Options) -> Iterator[str]:
         for code in filter(options.wants, items.card.languages):
-            names = items.card.names(code)
+            names = options.names(items.card, code)
             for template in captions_of(items.card, code):
                 yield from (template.replace("{c}", name) for name in names.values())
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         pairs = draw_pairs(scorer.items, scorer.confusable, self.most)
         for code in filter(scorer.options.wants, scorer.card.languages):
-            names = scorer.card.names(code)
+            names = scorer.options.names(scorer.card, code)
             named_P = np.isin(pairs.class_P2, list(names)).all(1)
             if not named_P.any():
                 continue

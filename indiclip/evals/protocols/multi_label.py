@@ -47,7 +47,9 @@ class MultiLabel(Protocol):
             precision_RD = np.stack(
                 [average_precision(cosine_MD[:, d], truth_MD[:, d], weights) for d in range(truth_MD.shape[1])], axis=1
             )
-            mean_R = np.nanmean(precision_RD, axis=1)
+            counts_RD = ~np.isnan(precision_RD)
+            with np.errstate(invalid="ignore"):  # a resample of few images may show no class
+                mean_R = np.nansum(precision_RD, axis=1) / counts_RD.sum(axis=1)
             value = resampled(mean_R[0], mean_R[1:]) if scorer.setting.main else Interval(mean_R[0], np.nan, np.nan)
             # Of any order of the images it is the share of those that show the class, nearly.
             chance = {self.metrics[0]: float(truth_MD.mean())}

@@ -9,6 +9,7 @@ Shape letters: N images, M those of them that are scored, D candidate classes, P
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from indiclip.evals.protocols import metrics
@@ -97,8 +98,13 @@ class Protocol(ABC):
         """Raise ValueError, naming the image, for what is known of the images but cannot be meant."""
 
     def texts(self, items: "Items", options: Options) -> Iterable[str]:
-        """Every text whose embedding `run` asks for, besides the prompts of the classes."""
-        return ()
+        """Every text whose embedding `run` asks for, besides the prompts of the classes.
+
+        These are the captions of the images that are scored, where it asks for captions.
+        """
+        for code, texts_N in (items.captions or {}).items():
+            if "captions" in self.required_fields and options.wants(code):
+                yield from chain.from_iterable(compress(texts_N, items.tested_N))
 
     @abstractmethod
     def run(self, scorer: "CardScorer") -> Iterator[Score]:

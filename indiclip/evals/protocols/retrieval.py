@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from indiclip.evals.protocols.cosines import Floats, Integers, chunks, labels_of, pair_ranks, truncate_normalize
-from indiclip.evals.protocols.metrics import Interval, caption_hit_rate, hit_rate, parity_gap
-from indiclip.evals.protocols.protocol import TOP, Options, Protocol
+from indiclip.evals.protocols.metrics import Interval, clustered_rate, hit_rate, parity_gap
+from indiclip.evals.protocols.protocol import TOP, Protocol
 from indiclip.evals.results import CLEAN, Score
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
-    from indiclip.evals.images.items import Items
 
 RECALL_AT = (1, 5, 10)
 
@@ -92,17 +91,9 @@ class Retrieval(Protocol):
     is_plain = True
     candidates = "images"
 
-    def texts(self, items: "Items", options: Options) -> Iterator[str]:
-        for code, texts_N in (items.captions or {}).items():
-            for image in np.flatnonzero(items.tested_N).tolist() if options.wants(code) else ():
-                yield from texts_N[image]
-
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         captions = scorer.items.captions or {}
-        for code, texts_N in captions.items():
-            image_M = np.array([i for i in scorer.tested.tolist() if texts_N[i]], dtype=np.int64)
-            if not len(image_M) or not scorer.options.wants(code):
-                continue
+        for code, texts_N, image_M in scorer.captions():
             whole = _Found(scorer, code, image_M)
             yield from whole.recalls()
             for subset, of_M in scorer.subsets(image_M).items():
@@ -142,7 +133,7 @@ class _Found:
         values = recalls_at("image_to_text", self.rank_M)
         chances = chances_at("image_to_text", np.bincount(self.image_T), texts)
         yield from rows(Retrieval.name, self.code, values, images, texts, chances, subset)
-        values = {f"text_to_image_r{k}": caption_hit_rate(self.rank_T < k, self.image_T) for k in RECALL_AT}
+        values = {f"text_to_image_r{k}": clustered_rate(self.rank_T < k, self.image_T) for k in RECALL_AT}
         chances = chances_at("text_to_image", np.ones(texts, np.int64), images)
         yield from rows(Retrieval.name, self.code, values, texts, images, chances, subset)
 

@@ -117,7 +117,8 @@ def rank_classes(
     in_subset_DU = torch.stack([torch.isin(class_D, labels_of(of)) for of in subsets], 1).float() if subsets else None
     right_M = _right_cosines(image_ME, text_DE, column_M)
     best_D = torch.full((len(text_DE),), -torch.inf).scatter_reduce_(0, column_M, right_M, "amax")
-    near_D = -_count(column_M, as_near(right_M, best_D[column_M]), len(text_DE))  # but for a class's own images
+    own_M = column_M[as_near(right_M, best_D[column_M])]
+    near_D = -torch.bincount(own_M, minlength=len(text_DE))  # but for a class's own images
     rank_M, hard_hit_M = torch.zeros_like(image_M), torch.zeros_like(image_M, dtype=torch.bool)
     subset_rank_UM = torch.zeros(len(subsets), len(image_M), dtype=torch.int64)
     column_MK, cosine_MK = torch.zeros(len(image_M), k, dtype=torch.int64), torch.zeros(len(image_M), k)
@@ -134,6 +135,7 @@ def rank_classes(
         if in_subset_DU is not None:
             subset_rank_UM[:, part] = (as_near(cosine_BD, right_B1).float() @ in_subset_DU).T.long() - 1
     num_rivals_D = (rival_DR != torch.arange(len(text_DE))[:, None]).sum(1)
+    near_D = near_D.clamp(min=0)  # two ways to compute a cosine may round to either side of what is as near
     near_D[best_D == -torch.inf] = -1
     found = (image_M, rank_M, class_D[column_MK], cosine_MK, num_rivals_D[column_M], hard_hit_M, near_D, subset_rank_UM)
     return Ranking(*(tensor.numpy() for tensor in found))
@@ -163,11 +165,6 @@ def _right_cosines(image_ME: Tensor, text_DE: Tensor, column_M: Tensor) -> Tenso
         torch.linalg.vecdot(image_ME[part], text_DE[column_M[part]]) for part in chunks(len(image_ME), text_DE.shape[1])
     ]
     return torch.cat(parts) if parts else torch.zeros(0)
-
-
-def _count(place_M: Tensor, counts_M: Tensor, size: int) -> Tensor:
-    """How many of each place's members count, int64 (size,)."""
-    return torch.zeros(size, dtype=torch.int64).index_add_(0, place_M, counts_M.long())
 
 
 def _nearest(cosine_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ def _every(scores: list[Score], result: Result) -> list[tuple[Score, list[float 
 def _languages(scores: list[Score], result: Result) -> list[str]:
     """Those that have a score."""
     found = {score.language for score in scores}
-    return [language for language in (IMAGES, *result.languages()) if language in found]
+    return [language for language in dict.fromkeys((IMAGES, *result.languages())) if language in found]
 
 
 def _by_length(scores: list[Score], result: Result) -> Table:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from indiclip import __version__
-from indiclip.evals.formatting import Bar, Gap, chance_of, language_name
+from indiclip.evals.formatting import NAMES, Bar, Gap, chance_of, language_name, suite_name
 from indiclip.evals.reports.bench_card import Most, card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english, name_of
 
 _OF_PAGE, _OF_CARD = Most(pictures=170, thumbnails=600), Most(pictures=18, thumbnails=60)  # about 7 kB and 1 kB each
-_SUITES = {"india": "India", "culture": "Culture of India", "world": "World", "own": "Your own"}
 
 
 def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path:
@@ -30,9 +29,9 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
     """
-    suites = [*_SUITES, *(card.suite for card in result.cards)]
+    suites = [*NAMES["suite_names"], *(card.suite for card in result.cards)]
     # India before its culture before the world before the user's own; photographs before what is generated.
-    cards = sorted(result.cards, key=lambda card: (min(suites.index(card.suite), len(_SUITES)), card.part))
+    cards = sorted(result.cards, key=lambda card: (suites.index(card.suite), card.part))
     scored = [card for card in cards if card.status == "scored"]
     shares = (of_page // max(len(scored), 1) for of_page in _OF_PAGE)
     most = Most(*(min(of_card, max(share, 3)) for of_card, share in zip(_OF_CARD, shares, strict=True)))
@@ -74,7 +73,7 @@ def _blocks(result: Result, cards: list[CardResult], flagged: dict[tuple[str, st
         for card in of_block:
             cells = [main.get(card.key) for main in mains]
             rows.append((card, cells, chance_of(cells), flagged.get(card.key, 0)))
-        name = _SUITES.get(suite, suite)
+        name = suite_name(suite)
         if part == PHOTOGRAPHS:
             name += f", photographs: {sum(card.status == 'scored' for card in of_block)} of {len(of_block)} scored"
         else:
