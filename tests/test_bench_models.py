@@ -41,7 +41,7 @@ def protocols():
 @pytest.mark.parametrize("prefix", ["", "transformers:"])
 def test_a_transformers_folder(photos, folders, capsys, prefix, kind):
     assert bench(prefix + folders[kind]) == 0
-    assert protocols() == {"zero_shot", "knn", "linear_probe"}
+    assert protocols() == {"zero_shot", "wording", "knn", "linear_probe"}
     assert capsys.readouterr().err.count("indiclip bench:") == 0
 
 
@@ -55,7 +55,7 @@ def test_open_clip(photos, architecture, capsys):  # noqa: F811
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
     for model in ("folder", "open_clip:folder", f"open_clip:{architecture}:folder/open_clip_model.safetensors"):
         assert bench(model) == 0
-    assert protocols() == {"zero_shot", "knn", "linear_probe"}
+    assert protocols() == {"zero_shot", "wording", "knn", "linear_probe"}
 
 
 def test_timm_has_its_probes_only(photos, capsys):
