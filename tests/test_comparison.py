@@ -72,6 +72,14 @@ def test_of_images_that_one_run_lacks_or_has_other_bytes_of_only_the_common_ones
     assert said[3:] in (tmp_path / "c.html").read_text(encoding="utf-8").replace("&#39;", "'")
 
 
+def test_images_of_other_bytes_are_not_compared():
+    a, b = run([0] * 8), run([1] * 8)
+    a.predictions = [row._replace(content="1f") for row in a.predictions]
+    b.predictions = [row._replace(content="2e") for row in b.predictions]
+    (row,) = compare(a, b)
+    assert row.why_not == "different images, 8 of them under the same names"
+
+
 def test_the_order_of_images_makes_no_difference():
     a, b = run([1, 1, 1, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 1, 0])
     b.predictions = b.predictions[::-1]
@@ -82,8 +90,8 @@ def other_images(b):
     b.predictions = [row._replace(key=f"other {row.key}") for row in b.predictions]
 
 
-def other_bytes(b):
-    b.predictions = [row._replace(content="2e") for row in b.predictions]
+def of_another_version(b):
+    b.predictions = [row._replace(content=row.key) for row in b.predictions]
 
 
 def other_truth(b):
@@ -120,7 +128,7 @@ def no_predictions(b):
     ("change", "why_not"),
     [
         (other_images, "different images"),
-        (other_bytes, "different images, 8 of them under the same names"),
+        (of_another_version, "A is of an earlier version, which kept nothing of its images' bytes; score it again"),
         (other_candidates, "different images, which are each other's candidates: 7 of 8 are shared"),
         (other_prompts, "different classes, names or prompts"),
         (other_truth, "different classes: 1 of 8 images have another truth"),

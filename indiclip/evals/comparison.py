@@ -72,6 +72,9 @@ def _why_not(row: Compared, of_a: dict[tuple[str, str], Prediction], of_b: dict[
         return f"different metrics: {metric_name(a.metric)} and {metric_name(b.metric)}"
     if not of_a or not of_b:
         return "no predictions"
+    without = [name for name, of in (("A", of_a), ("B", of_b)) if not all(content for content, _ in of)]
+    if len(without) == 1:
+        return f"{without[0]} is of an earlier version, which kept nothing of its images' bytes; score it again"
     if not row.shared:
         same_names = len({key for _, key in of_a} & {key for _, key in of_b})
         return "different images" + (f", {same_names:,} of them under the same names" if same_names else "")

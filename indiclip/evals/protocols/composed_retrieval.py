@@ -76,7 +76,7 @@ class ComposedRetrieval(Protocol):
                 rank_Q = _ranks(query_QE, scorer.image_NE, picture_Q, target_Q)
                 num_candidates = len(place) - 1
                 values = {f"{way}r{k}": hit_rate(rank_Q < k) for k in RECALL_AT}
-                chances = {f"{way}r{k}": min(k / num_candidates, 1.0) for k in RECALL_AT}
+                chances = {f"{way}r{k}": min(k / max(num_candidates, 1), 1.0) for k in RECALL_AT}
                 yield from scorer.rows(self.name, code, values, len(rank_Q), num_candidates, chances)
 
 

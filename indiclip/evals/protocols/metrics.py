@@ -17,6 +17,7 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 RESAMPLES, SEED = 1000, 0
 _PERCENTILES = (2.5, 97.5)
@@ -65,7 +66,9 @@ def clustered_rate(value_T: np.ndarray, cluster_T: np.ndarray) -> Interval:
     others = max(len(sizes) - 1, 1)
     count = _effective(rate, variance * len(sizes) / others, len(sizes))
     if variance > 0:
-        count *= (_Z / _student(others)) ** 2  # Korn and Graubard: few clusters say little of it
+        count *= (
+            _Z / float(stdtrit(others, _PERCENTILES[1] / 100))
+        ) ** 2  # Korn and Graubard: few clusters say little of it
     return wilson(rate, min(count, len(value_T)))
 
 
@@ -171,12 +174,6 @@ def resampled(value: float, drawn_R: np.ndarray) -> Interval:
     """A number with the percentile interval of its resamples; NaN among these are left out."""
     low, high = np.nanpercentile(drawn_R, _PERCENTILES) if np.isfinite(drawn_R).any() else (math.nan, math.nan)
     return Interval(float(value), float(low), float(high))
-
-
-def _student(degrees: int) -> float:
-    """The 97.5th percentile of Student's distribution, nearly (Abramowitz and Stegun 1964, 26.7.5)."""
-    terms = ((_Z**3 + _Z) / 4, (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96)
-    return _Z + terms[0] / degrees + terms[1] / degrees**2
 
 
 def _effective(rate: float, variance: float, most: float) -> float:
