@@ -145,7 +145,10 @@ class RunRecord(Callback):
         about |= {"weights": weights} | _about(pl_module, data)
         record = _record(self._folder, about, trainer, data.inventories())
         _write_files(self._folder, self._folder.name, record, pictures)
-        _print_summary(self._folder, record)
+        _print_scores(record)
+        print_listed("unreadable samples", self._folder / "quarantine.jsonl")
+        print_listed("steps that were not finite and were skipped", self._folder / "nonfinite.jsonl")
+        Console().print(f"report [bold]{escape(str(self._folder / 'report.html'))}[/]", soft_wrap=True)
 
     def _write_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What `validate` and `test` leave."""
@@ -161,6 +164,7 @@ class RunRecord(Callback):
         about |= {"checkpoint": str(checkpoint) if checkpoint else None}
         held_out = {key: of for key, of in data.inventories().items() if key.startswith("data.val")}
         record = _record(folder, about | _about(pl_module, data), trainer, held_out)
+        _print_scores(record)
         try:
             _write_files(folder, f"{self._folder.name}: {command}", record, pictures)
         except OSError as error:
@@ -168,8 +172,8 @@ class RunRecord(Callback):
                 raise
             warnings.warn(f"{folder}: {error.strerror}; the scores are not written", stacklevel=1)
         else:
-            Console().print(f"scores and report [bold]{folder}[/]", soft_wrap=True)
             print_listed("unreadable samples", folder / "quarantine.jsonl")
+            Console().print(f"scores and report [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, dict[str, list[Picture]]]:
         """Which weights are scored, in words, and on the first rank the pictures of each head."""
@@ -282,7 +286,7 @@ def print_listed(what: str, file: Path) -> None:
         Console().print(f"{what}: {len(rows):,}, listed in [bold]{file}[/]", soft_wrap=True)
 
 
-def _print_summary(folder: Path, record: dict[str, Any]) -> None:
+def _print_scores(record: dict[str, Any]) -> None:
     heads, earlier = record["heads"], record["earlier"]
     rows = headlines(record["metrics"], heads, earlier)
     last = [escape(f"{earlier.name} had")] if earlier.metrics else []
@@ -302,6 +306,3 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
         for language, values in languages:
             table.add_row(language, *values)
         console.print(table)
-    print_listed("unreadable samples", folder / "quarantine.jsonl")
-    print_listed("steps that were not finite and were skipped", folder / "nonfinite.jsonl")
-    console.print(f"report [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
