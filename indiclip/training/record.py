@@ -5,7 +5,6 @@ import json
 import math
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from indiclip.datasets.inventory import Inventory
 from indiclip.head import Measure, Picture
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.plan import apportion
 from indiclip.loading.steps import source_keys
 from indiclip.masking import mask
 from indiclip.module import MultiTask
 from indiclip.sharding import gathered_weights
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
-from indiclip.training.report.headline import earlier_run, headlines
+from indiclip.training.report.headline import Drawn, earlier_run, headlines
 from indiclip.training.report.report import held_out, held_out_pictures, language_tables, write_report
 from indiclip.training.report.run_names import HeadNames
 
@@ -260,10 +260,15 @@ def _about(module: LightningModule, data: MultiTaskData) -> dict[str, Any]:
     assert isinstance(module, MultiTask)
     parameters = sum(parameter.numel() for parameter in module.encoder.parameters())
     backbone = type(module.encoder.backbone).__name__
-    sources: Counter[str] = Counter()
+    sources: dict[str, list[Drawn]] = {}
     for source in data.train:
         dataset = getattr(source.dataset, "dataset", source.dataset)  # what a `Split` takes a part of
-        sources[type(dataset).__name__] += len(source.dataset)
+        per_step = None
+        if source.batch_size is not None and source.clusters is None:
+            group = [other for other in data.train if other.task == source.task]  # which share the batch
+            shares = apportion(source.batch_size, [other.weight for other in group])
+            per_step = next(share for other, share in zip(group, shares, strict=True) if other is source)
+        sources.setdefault(type(dataset).__name__, []).append(Drawn(len(source.dataset), per_step))
     return {
         "heads": head_names(module, data),
         "model": f"An encoder of {_short(parameters)} parameters ({backbone})",
