@@ -180,7 +180,7 @@ class Contrastive(Head):
         for k in sorted(self.retrieval_at):
             found[f"image_to_text_r{k}"] = Measure(f"image to text, recall at {k}", "higher", main=k == largest)
             found[f"text_to_image_r{k}"] = Measure(f"text to image, recall at {k}", "higher")
-        gap = f"image to text, recall at {largest}: how far below English"
+        gap = f"image to text, recall at {largest}: English less this language"
         found[f"image_to_text_r{largest}_gap"] = Measure(gap, "lower")
         return found | {"images": Measure("images with captions", "", "images")}
 

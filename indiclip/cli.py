@@ -15,6 +15,9 @@ from indiclip.quiet import quiet_torchao
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _COMMANDS = ("check", "plan", "shards", "tokenizer", "embed", "bench", "leaderboard", "export")
 
+_OF_RUN = "--config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt"
+_EXAMPLES = {"fit": "--config conf/quickstart.yaml --trainer.max_steps 100", "predict": f"{_OF_RUN} --pictures 20"}
+
 _HELP = """\
 IndiCLIP {version}: trains vision encoders that understand India and the world.
 
@@ -49,12 +52,12 @@ The same works as `lightning fit --config ...`.
 _COMMAND_HELP = """\
 usage: indiclip {command} --config FILE [--config FILE]... [options]
 
-example: indiclip {command} --config conf/quickstart.yaml --trainer.max_steps 100
+example: indiclip {command} {example}
 
   --config FILE                   an experiment, a file or a shipped one (quickstart, evals/india); several are
                                   stacked, later ones win, lists grow with `+:`
   --name NAME, --runs FOLDER      the run's folder is FOLDER/NAME (default: runs/<the first config's name>)
-  --ckpt_path FILE                go on from, or score, a checkpoint
+  --ckpt_path FILE                go on from, or score, a checkpoint; of RUN/config.yaml all but `fit` take its last one
   --ckpt_path last                the newest whole checkpoint of --name; `fit` starts from the beginning without one
   --seed_everything N             order of the samples, augmentation, initial weights
   --pictures N                    predict: pictures of so many images beside the predictions, for each head
@@ -115,7 +118,7 @@ def _run(argv: list[str]) -> int:
         print(f"indiclip: no command {word!r}{hint} (indiclip --help)", file=sys.stderr)
         return 2
     if any(flag in argv for flag in ("-h", "--help")):
-        print(_COMMAND_HELP.format(command=word))
+        print(_COMMAND_HELP.format(command=word, example=_EXAMPLES.get(word, _OF_RUN)))
         return 0
     with importing():
         from indiclip.training.cli import run

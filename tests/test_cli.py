@@ -7,10 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from experiments import ROOT, config, fit
 from PIL import Image
 from processes import as_ranks, as_they_end, forked, holding, in_processes, two_ranks, wait_until
@@ -165,8 +167,10 @@ def test_validate_and_test_score_a_run_and_leave_its_own_files_as_they_are(tmp_p
         flags = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--runs", str(tmp_path / "runs")]
         assert run([command, "--config", str(folder / "config.yaml"), *flags]) == 0
         shown = capsys.readouterr().out
-        assert "val/contrastive/zero_shot" in shown
-        assert f"{scores['val/contrastive/zero_shot']:.4f}"[:6] in shown
+        assert "on held-out data" in shown
+        assert "Image-text matching:" in shown
+        assert f"{scores['val/contrastive/zero_shot']:.3g}" in shown
+        assert "val/contrastive" not in shown  # Lightning's own table
         assert str(folder / command) in shown.replace("\n", "")
         found = json.loads((folder / command / "metrics.json").read_text())
         assert found["metrics"] == {name: value for name, value in scores.items() if name.startswith("val/")}
@@ -176,9 +180,10 @@ def test_validate_and_test_score_a_run_and_leave_its_own_files_as_they_are(tmp_p
         assert list(found["data"]) == ["data.val[0]"]
         report = (folder / command / "report.html").read_text()
         assert f"experiment: {command}" in report
+        assert "in 2 steps (1 s) on 8 of 12 samples of Mela" in re.sub(r"\(\d+ s\)", "(1 s)", report)
         assert "data:image/webp;base64," in report
     with pytest.warns(UserWarning, match="no --ckpt_path"):
-        assert run(["validate", "--config", str(folder / "config.yaml"), "--runs", str(tmp_path / "other")]) == 0
+        assert run(["validate", "--config", str(tmp_path / "experiment.yaml"), "--runs", str(tmp_path / "other")]) == 0
     assert {name: (folder / name).read_bytes() for name in saved} == saved
     new = [folder / command / name for command in ("validate", "test") for name in ("", "metrics.json", "report.html")]
     assert sorted({*folder.rglob("*")} - {*before}) == sorted(new)
@@ -217,7 +222,7 @@ def test_a_run_that_cannot_be_written_to_is_scored(tmp_path, capsys):
         patch.setattr(json_lines, "write_whole", refuse)
         with pytest.warns(UserWarning, match="Read-only file system; the scores"):
             assert run(["validate", *flags]) == 0
-    assert "val/contrastive/zero_shot" in capsys.readouterr().out
+    assert "zero-shot accuracy" in " ".join(capsys.readouterr().out.split())
     full = OSError(errno.ENOSPC, "No space left on device", str(folder / "validate" / "report.html"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_lines, "write_whole", Mock(side_effect=full))
@@ -255,6 +260,37 @@ def test_predict_writes_what_the_heads_find(tmp_path, capsys):
     found = [json.loads(file.read_text())["heads"]["contrastive"]["embedding"] for file in files]
     expected = indiclip.load(folder).embed_image([scenes[i]["image"] for i in range(12)])
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_of_a_runs_own_config_the_last_checkpoint_is_read(command, tmp_path, monkeypatch, capsys):
+    assert fit(tmp_path, config()) == 0
+    folder, elsewhere = tmp_path / "runs" / "experiment", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    words = [command, "--config", "../runs/experiment/config.yaml"]
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "no --ckpt_path")
+        assert run(words) == 0
+    assert "checkpoint ../runs/experiment/checkpoints/2.ckpt" in capsys.readouterr().out
+    assert (folder / ("predictions" if command == "predict" else command)).is_dir()
+    assert not list(elsewhere.iterdir())
+    assert run([*words, "--data.val", "null"]) == 2
+    assert capsys.readouterr().err.startswith("indiclip: data.val: found no source; ")
+    for file in (folder / "checkpoints").iterdir():
+        file.unlink()
+    assert run(words) == 2
+    assert "no checkpoint ../runs/experiment/checkpoints" in capsys.readouterr().err
+
+
+def test_predict_of_a_config_of_no_run_needs_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config()))
+    assert run(["predict", "--config", str(tmp_path / "experiment.yaml"), "--runs", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("indiclip: --ckpt_path: found none")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_mistake_leaves_no_folder(tmp_path, capsys):

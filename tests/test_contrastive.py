@@ -11,6 +11,7 @@ from heads.contrastive import Contrastive, EmbeddingMetric
 from indiclip.datasets.base import SampleDataset
 from indiclip.evals.protocols import cosines
 from indiclip.evals.protocols.cosines import pair_ranks
+from indiclip.generated.mela import Mela
 from indiclip.ratios import over_all_ranks
 from indiclip.types import Batch, Origin
 
@@ -270,6 +271,10 @@ def test_retrieval_by_language_equals_brute_force():
     for name in ("hi", "ta"):  # on the images that have both
         gap = expected("en", 5, of[name])[0] - expected(name, 5, of[name])[0]
         assert result[f"image_to_text_r5_gap/{name}"] == pytest.approx(gap)
+    head = Contrastive()
+    head.bind(tiny_encoder())
+    words = head.measures(Mela(4, 32))["image_to_text_r5_gap"].words
+    assert words == "image to text, recall at 5: English less this language"  # less than 0 where the language is better
     text = [texts_E[i][name] for i, name in enumerate(drawn)]
     words = [captions[i][name] for i, name in enumerate(drawn)]
     overall = brute_force(list(image_BE), text, words, 5)

@@ -348,7 +348,7 @@ def test_where_no_name_is_near_those_that_are_logged_are_said(tmp_path, capsys):
     assert re.search("val_loss is not logged; logged are epoch, .*, train/loss, ", one_line(capsys))
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["validate", "test"])
 def test_what_reads_held_out_data_says_that_there_is_none(command, tmp_path, capsys):
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config(data__val=None)))
     flags = ["--config", str(tmp_path / "experiment.yaml"), "--runs", str(tmp_path / "runs")]

@@ -13,8 +13,8 @@ from heads.depth import Depth
 from heads.detection import Detection
 from indiclip.generated.mela import Mela
 from indiclip.head import Line, Measure, Panel
-from indiclip.training.record import _print_summary
-from indiclip.training.report.headline import FIRST, Earlier, duration, earlier_run, headlines, sentence
+from indiclip.training.record import _print_scores
+from indiclip.training.report.headline import FIRST, Drawn, Earlier, duration, earlier_run, headlines, sentence
 from indiclip.training.report.report import held_out, language_tables, write_report
 from indiclip.training.report.run_names import named, reading_order
 
@@ -46,7 +46,7 @@ RECORD = {
     "heads": HEADS,
     "model": "An encoder of 2.49 million parameters (NaFlexViT)",
     "learned": ["Image-text matching", "DensePose", "Counting"],
-    "sources": {"Mela": 2000},
+    "sources": {"Mela": [Drawn(2000, 60), Drawn(1000, 20)]},
 }
 
 
@@ -69,12 +69,27 @@ def test_the_main_number_is_the_first_that_was_measured_and_an_unknown_heads_its
 def test_the_sentence_says_what_was_trained_on_what_how_long_and_what_it_reached():
     assert sentence(RECORD, headlines(METRICS, HEADS)) == (
         "An encoder of 2.49 million parameters (NaFlexViT) learned image-text matching, DensePose and counting in 1 "
-        "step (2 h 5 min) on 2,000 samples of Mela; on held-out data it reached zero-shot accuracy at full length "
-        "(0.75) and mean error (1.25 things)."
+        "step (2 h 5 min) on 80 of 3,000 samples of Mela; on held-out data it reached zero-shot accuracy at full "
+        "length (0.75) and mean error (1.25 things)."
     )
     assert sentence({"step": 1200, "seconds": 59.7}, []) == (
         "The model was trained in 1,200 steps (1 min); nothing was held out, so there are no scores."
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "sources", "words"),
+    [
+        (20, [Drawn(200_000, 80)], "1,600 of 200,000 samples of Mela"),
+        (20, [Drawn(1600, 80)], "1,600 samples of Mela"),
+        (50, [Drawn(1600, 80)], "1,600 samples of Mela (2.5 epochs)"),
+        (50, [Drawn(1600, 80), Drawn(10_000, 20)], "2,600 of 11,600 samples of Mela"),  # one of them again and again
+        (50, [Drawn(1600, None)], "samples drawn from 1,600 of Mela"),
+    ],
+)
+def test_the_sentence_says_how_many_samples_were_seen(steps, sources, words):
+    record = {"step": steps, "seconds": 1, "sources": {"Mela": sources}}
+    assert f" in {steps} steps (1 s) on {words}; nothing" in sentence(record, [])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +201,7 @@ def test_the_page_and_the_terminal_say_the_same_in_words(tmp_path, capsys, monke
     record = RECORD | {"earlier": Earlier("demo", {"val/counting/mae": 1.5})}
     record["metrics"] = METRICS | {"val/contrastive/r5/hi": 0.5, "val/contrastive/r5/en": 0.25}
     page = write_report(tmp_path, "demo-2", record, {}).read_text()
-    _print_summary(tmp_path, record)
+    _print_scores(record)
     shown = capsys.readouterr().out
     opening, _, engineering = page.partition("For engineers")
     for words in ("mean error", "1.25 things", "1.5 things", "0.1 (guessing among 10 classes)", "Hindi", "lower"):

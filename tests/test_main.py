@@ -10,6 +10,7 @@ import pytest
 from test_shards import png, write_tar
 
 import indiclip
+import indiclip.cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +23,13 @@ def run(words, **options):
 def test_the_package_runs_as_a_module():
     done = run(["--version"], stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout.strip()) == (0, f"indiclip {indiclip.__version__}")
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_the_example_of_what_reads_a_run_names_the_run(command, capsys):
+    assert indiclip.cli.main([command, "--help"]) == 0
+    example = f"example: indiclip {command} --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt"
+    assert example + " --pictures 20" * (command == "predict") in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("words", ["--help", "shards --help"])

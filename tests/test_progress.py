@@ -4,6 +4,7 @@ import io
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 from experiments import config, fit
@@ -11,6 +12,7 @@ from processes import as_they_end
 from rich.console import Console
 from terminal import CTRL_C, on_terminal
 
+from indiclip.commands import parallel
 from indiclip.training.record import read_history
 from indiclip.training.run_bar import RunBar
 
@@ -113,3 +115,12 @@ def test_a_step_that_hangs_answers_ctrl_c_and_the_second_one_says_what_is_left(t
     where = f"{folder}, after step 2; last checkpoint: {folder / 'checkpoints' / '2.ckpt'}"
     words = f"indiclip: Ctrl-C: left at once (while training {where}, from which --ckpt_path last goes on)"
     assert without_spaces(lines).endswith(without_spaces([words]))
+
+
+def test_where_there_is_no_terminal_a_line_says_now_and_then_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 10))  # ten seconds between any two looks at it
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with parallel.progress_bar(1200, "images") as advance:
+        for _ in range(8):
+            advance(150)
+    assert capsys.readouterr() == ("", "images 450 of 1,200\nimages 900 of 1,200\n")

@@ -161,6 +161,8 @@ def test_a_sheet_goes_to_a_reviewer_and_back(small, monkeypatch, capsys):
     b = written(small / "b", ("idli", "இட்லி"), ("dosa", "தோசா"), ("vada", "வடை"), ("puri", "பூரி"))
     assert run(monkeypatch, "merge", a, b, "--suite", "india") == 0
     assert run(monkeypatch, "sheet", "ta", "--out", small / "ta.tsv") == 0
+    table = read_names("india")["food"]
+    before = {one: [row.name for row in of_class if row.language == "ta-Latn"] for one, of_class in table.items()}
     rows = list(csv.DictReader((small / "ta.tsv").open(encoding="utf-8"), delimiter="\t"))
     assert [(row["id"], row["english"], row["name"], row["votes"]) for row in rows] == [
         ("idli", "idli", "இட்லி", "3"), ("dosa", "dosa", "தோசா", "2"), ("vada", "vada", "வடை", "2"),
@@ -173,12 +175,60 @@ def test_a_sheet_goes_to_a_reviewer_and_back(small, monkeypatch, capsys):
         writer.writerows(rows)
     assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "A. N.") == 0
     assert "1 confirmed, 1 corrected, 1 removed" in capsys.readouterr().out
-    found = {one: [row for row in rows if row.language == "ta"] for one, rows in read_names("india")["food"].items()}
+    table = read_names("india")["food"]
+    found = {one: [row for row in of_class if row.language == "ta"] for one, of_class in table.items()}
     assert found["idli"] == [NameRow("food", "idli", "ta", "இட்லி", "name", "review: A. N.", 3)]
     assert [(row.name, row.kind) for row in found["dosa"]] == [("தோசை", "name"), ("தோசா", "alias")]
-    assert found["vada"] == []
+    assert found.get("vada", []) == []
     assert found["puri"][0].source == "written"
+    by_rule = {one: [row.name for row in of_class if row.language == "ta-Latn"] for one, of_class in table.items()}
+    assert by_rule.pop("vada", []) == []
+    assert before | by_rule == before | {"dosa": [romanise("தோசை", "ta")]}  # they follow the names
+    assert before["dosa"] == [romanise("தோசா", "ta")]
     rows[1]["correction"] = "दोसा"
     (small / "bad.tsv").write_text("\t".join(rows[1]) + "\n" + "\t".join(rows[1].values()) + "\n", "utf-8")
     assert run(monkeypatch, "read", small / "bad.tsv", "--reviewer", "A. N.") == 2
     assert "no letter of ta" in capsys.readouterr().err
+
+
+def test_names_that_two_classes_change_over_are_romanised_both(small, monkeypatch):
+    a = written(small / "a", ("dosa", "தோசை"), ("vada", "வடை"))
+    assert run(monkeypatch, "merge", a, a, "--suite", "india") == 0
+    rows = [f"food\t{one}\tta\t\t\t{name}\t" for one, name in (("dosa", "வடை"), ("vada", "தோசை"))]
+    (small / "ta.tsv").write_text("\n".join(["card\tid\tlanguage\tname\tok\tcorrection\twrong", *rows]), "utf-8")
+    assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "A. N.") == 0
+    latin = {row.id: row.name for rows in read_names("india")["food"].values() for row in rows if row.source == "rule"}
+    assert (latin["dosa"], latin["vada"]) == (romanise("வடை", "ta"), romanise("தோசை", "ta"))
+
+
+@pytest.mark.parametrize(
+    ("marks", "encoding", "said"),
+    [
+        ("x\t\tx", "utf-8", "ta.tsv: food: dosa: found both ok and wrong"),
+        ("x\t\t", "utf-16", "ta.tsv: is no text in UTF-8"),
+        ("x\t\t", "utf-16-le", "ta.tsv: "),
+        ("é\t\t", "latin-1", "ta.tsv: is no text in UTF-8"),
+    ],
+)
+def test_a_sheet_that_cannot_be_meant_is_one_line_and_changes_nothing(
+    marks, encoding, said, small, monkeypatch, capsys
+):
+    a = written(small / "a", ("dosa", "தோசை"))
+    assert run(monkeypatch, "merge", a, "--suite", "india") == 0
+    before = read_names("india")
+    sheet = f"card\tid\tlanguage\tname\tok\tcorrection\twrong\nfood\tdosa\tta\tdosa\t{marks}\n"
+    (small / "ta.tsv").write_bytes(sheet.encode(encoding))
+    capsys.readouterr()
+    assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "A. N.") == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert read_names("india") == before
+
+
+def test_a_sheet_without_a_mark_changes_nothing(small, monkeypatch, capsys):
+    a = written(small / "a", ("dosa", "தோசை"))
+    assert run(monkeypatch, "merge", a, "--suite", "india") == 0
+    assert run(monkeypatch, "sheet", "ta", "--out", small / "ta.tsv") == 0
+    assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "A. N.") == 0
+    assert "ta: nothing changed" in capsys.readouterr().out

@@ -7,7 +7,7 @@
 
 A sheet opens in any spreadsheet as tab-separated UTF-8. Its last columns are for the reviewer: `ok` (anything) confirms
 the name, `correction` replaces it (a name, and others after `|`), `wrong` (anything) takes it away. A reviewed name has
-the source `review` and one vote more than a machine can give.
+the source `review` and one vote more than a machine can give; what was romanised by rule follows a new name.
 
 `merge` takes folders of `<card>.tsv` with the columns `id` and languages (`a|b`: a name and another spelling). Each
 folder, the card's own page, and each `--source NAME=FILE.json` ({English name: {language: name}}) has a vote. A name on
@@ -112,15 +112,19 @@ def read_sheet(file: Path, reviewer: str) -> None:
     needed = {"card", "id", "language", "name", "ok", "correction", "wrong"}
     if not rows or not needed <= rows[0].keys():
         raise ValueError(f"{file}: expected the columns {', '.join(sorted(needed))}, as `sheet` writes them")
+    for row in rows:
+        if row["ok"] and row["wrong"]:
+            raise ValueError(f"{file}: {row['card']}: {row['id']}: found both ok and wrong; expected one of them")
     changed = Counter[str]()
     for suite in SUITES:
         tables = read_names(suite)
+        renamed = list[NameRow]()
         for row in rows:
             if row["card"] not in tables or not (row["ok"] or row["correction"] or row["wrong"]):
                 continue
             language = row["language"]
             check_choice(f"{file}: language", language, LETTERS)
-            kept = [one for one in tables[row["card"]].get(row["id"], []) if one.language != language]
+            before = tables[row["card"]].get(row["id"], [])
             names = [_clean(name) for name in (row["correction"] or row["name"]).split("|") if name.strip()]
             what = "corrected" if row["correction"] else "confirmed"
             if row["wrong"] and not row["correction"]:
@@ -129,18 +133,38 @@ def read_sheet(file: Path, reviewer: str) -> None:
                 _check_script(name, language, f"{file}: {row['card']}: {row['id']}")
             kinds = ["name", *["alias"] * (len(names) - 1)]
             source = f"review: {reviewer}"
-            kept += [
+            reviewed = [
                 NameRow(row["card"], row["id"], language, name, kind, source, REVIEWED)
                 for name, kind in zip(names, kinds, strict=False)
             ]
-            tables[row["card"]][row["id"]] = kept
+            kept = [one for one in before if one.language != language]
+            main = next((one.name for one in before if one.language == language and one.kind == "name"), None)
+            if names[:1] != [main]:  # what was made from the old name goes with it
+                kept = [one for one in kept if (one.language, one.source) != (f"{language}-Latn", "rule")]
+                renamed += reviewed[:1]
+            tables[row["card"]][row["id"]] = kept + reviewed
             changed[what] += 1
+        for one in renamed:
+            _romanise_again(tables[one.card], one)
         if tables:
             _write_table(
                 suite, [one for of_card in tables.values() for of_class in of_card.values() for one in of_class]
             )
     counts = ", ".join(f"{count} {what}" for what, count in changed.items()) or "nothing changed"
-    print(f"{language}: {counts}")
+    print(f"{rows[0]['language']}: {counts}")
+
+
+def _romanise_again(table: dict[str, list[NameRow]], of: NameRow) -> None:
+    """A class's romanised name by rule, from its new name."""
+    taken: dict[str, set[str]] = defaultdict(set)
+    for one in load_page(of.card).classes:
+        for code in one.names.keys() - {*one.derived}:
+            taken[code].add(bare(one.names[code]))
+    for row in (row for rows in table.values() for row in rows):
+        taken[row.language].add(bare(row.name))
+    own = {row.language: row.name for row in table[of.id] if row.kind == "name"}
+    named = {of.language: of.name} | {code: name for code, name in own.items() if code.endswith("-Latn")}
+    table[of.id] += _by_rule(of.card, of.id, named, taken)
 
 
 def merge(suite: str, writers: list[Path], sources: dict[str, Path]) -> None:
@@ -314,9 +338,12 @@ def print_coverage() -> None:
 
 
 def _read_tsv(file: Path) -> Iterator[dict[str, str]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
-            yield {key: (value or "").strip() for key, value in row.items() if key}
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
+                yield {key: (value or "").strip() for key, value in row.items() if key}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: is no text in UTF-8 ({error}); save it as tab-separated UTF-8") from error
 
 
 def _write_tsv(file: Path, rows: Iterable[Iterable[str]]) -> None:

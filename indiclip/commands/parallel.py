@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from indiclip.loading.workers import StepLoader
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_PAUSE = 30  # seconds between lines in a log
 
 
 class _Results(Dataset[Any]):
@@ -41,7 +43,7 @@ def results(work: Callable[[Job], Result], tasks: Sequence[Job], workers: int | 
     Args:
         work: A function of a module.
         workers: Processes; 0 works in this one, None takes one per processor.
-        what: What is done, for the progress bar, which shows on a terminal.
+        what: What is done, for the progress bar, or the lines in a log.
 
     Raises:
         OSError, ValueError: As `work` does.
@@ -61,12 +63,31 @@ def results(work: Callable[[Job], Result], tasks: Sequence[Job], workers: int | 
 
 @contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, where that is a terminal; what it gives is called with how many more are done."""
+    """A bar on stderr, or a line now and then where that is no terminal.
+
+    What it gives is called with how many more are done.
+    """
+    if not sys.stderr.isatty():
+        yield _lines(total, what)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda number: bar.advance(task, number)
+
+
+def _lines(total: int, what: str) -> Callable[[int], None]:
+    done, said = 0, time.monotonic()
+
+    def advance(number: int) -> None:
+        nonlocal done, said
+        done += number
+        if time.monotonic() - said >= _PAUSE:
+            said = time.monotonic()
+            print(f"{what} {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return advance
 
 
 class _Rate(ProgressColumn):

@@ -126,6 +126,8 @@ class IndiCLI(LightningCLI):
         self._tree = tree
         if self.subcommand == "predict":
             config["return_predictions"] = False  # PredictionWriter has them
+        elif self.subcommand != "fit":
+            config["verbose"] = self.trial  # else RunRecord prints the scores
         if self.subcommand != "fit":
             self.save_config_callback = None  # the folder keeps the configuration that it was trained with
             if not config.get("ckpt_path"):

@@ -5,7 +5,6 @@ import json
 import math
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from indiclip.datasets.inventory import Inventory
 from indiclip.head import Measure, Picture
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.plan import apportion
 from indiclip.loading.steps import source_keys
 from indiclip.masking import mask
 from indiclip.module import MultiTask
 from indiclip.sharding import gathered_weights
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
-from indiclip.training.report.headline import earlier_run, headlines
+from indiclip.training.report.headline import Drawn, earlier_run, headlines
 from indiclip.training.report.report import held_out, held_out_pictures, language_tables, write_report
 from indiclip.training.report.run_names import HeadNames
 
@@ -145,7 +145,10 @@ class RunRecord(Callback):
         about |= {"weights": weights} | _about(pl_module, data)
         record = _record(self._folder, about, trainer, data.inventories())
         _write_files(self._folder, self._folder.name, record, pictures)
-        _print_summary(self._folder, record)
+        _print_scores(record)
+        print_listed("unreadable samples", self._folder / "quarantine.jsonl")
+        print_listed("steps that were not finite and were skipped", self._folder / "nonfinite.jsonl")
+        Console().print(f"report [bold]{escape(str(self._folder / 'report.html'))}[/]", soft_wrap=True)
 
     def _write_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What `validate` and `test` leave."""
@@ -161,6 +164,7 @@ class RunRecord(Callback):
         about |= {"checkpoint": str(checkpoint) if checkpoint else None}
         held_out = {key: of for key, of in data.inventories().items() if key.startswith("data.val")}
         record = _record(folder, about | _about(pl_module, data), trainer, held_out)
+        _print_scores(record)
         try:
             _write_files(folder, f"{self._folder.name}: {command}", record, pictures)
         except OSError as error:
@@ -168,8 +172,8 @@ class RunRecord(Callback):
                 raise
             warnings.warn(f"{folder}: {error.strerror}; the scores are not written", stacklevel=1)
         else:
-            Console().print(f"scores and report [bold]{folder}[/]", soft_wrap=True)
             print_listed("unreadable samples", folder / "quarantine.jsonl")
+            Console().print(f"scores and report [bold]{escape(str(folder))}[/]", soft_wrap=True)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, dict[str, list[Picture]]]:
         """Which weights are scored, in words, and on the first rank the pictures of each head."""
@@ -256,10 +260,15 @@ def _about(module: LightningModule, data: MultiTaskData) -> dict[str, Any]:
     assert isinstance(module, MultiTask)
     parameters = sum(parameter.numel() for parameter in module.encoder.parameters())
     backbone = type(module.encoder.backbone).__name__
-    sources: Counter[str] = Counter()
+    sources: dict[str, list[Drawn]] = {}
     for source in data.train:
         dataset = getattr(source.dataset, "dataset", source.dataset)  # what a `Split` takes a part of
-        sources[type(dataset).__name__] += len(source.dataset)
+        per_step = None
+        if source.batch_size is not None and source.clusters is None:
+            group = [other for other in data.train if other.task == source.task]  # which share the batch
+            shares = apportion(source.batch_size, [other.weight for other in group])
+            per_step = next(share for other, share in zip(group, shares, strict=True) if other is source)
+        sources.setdefault(type(dataset).__name__, []).append(Drawn(len(source.dataset), per_step))
     return {
         "heads": head_names(module, data),
         "model": f"An encoder of {_short(parameters)} parameters ({backbone})",
@@ -282,7 +291,7 @@ def print_listed(what: str, file: Path) -> None:
         Console().print(f"{what}: {len(rows):,}, listed in [bold]{file}[/]", soft_wrap=True)
 
 
-def _print_summary(folder: Path, record: dict[str, Any]) -> None:
+def _print_scores(record: dict[str, Any]) -> None:
     heads, earlier = record["heads"], record["earlier"]
     rows = headlines(record["metrics"], heads, earlier)
     last = [escape(f"{earlier.name} had")] if earlier.metrics else []
@@ -302,6 +311,3 @@ def _print_summary(folder: Path, record: dict[str, Any]) -> None:
         for language, values in languages:
             table.add_row(language, *values)
         console.print(table)
-    print_listed("unreadable samples", folder / "quarantine.jsonl")
-    print_listed("steps that were not finite and were skipped", folder / "nonfinite.jsonl")
-    console.print(f"report [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)

@@ -31,10 +31,22 @@ def run_folder(config: Any, subcommand: str, trial: bool = False) -> Path:
     """The folder of this run: that of the checkpoint it goes on from or scores, or a new `runs/<name>`.
 
     Args:
-        config: Of the subcommand; a `ckpt_path` of `last`, or that is a run's folder, is replaced by the file.
+        config: Of the subcommand; a `ckpt_path` of `last`, or that is a run's folder, is replaced by the file. Without
+            one, what only reads a run takes the newest of the run whose folder the first config lies in, if any.
         subcommand: `fit` makes another run of a checkpoint where `name` is another.
         trial: A `fast_dev_run`, which leaves nothing: its folder is a temporary one.
+
+    Raises:
+        ValueError: There is nothing that `predict` could read, or the checkpoint is not whole.
     """
+    if subcommand != "fit" and not config.get("ckpt_path"):
+        own = _run_of_config()
+        if own is None and subcommand == "predict" and not trial:
+            raise ValueError(
+                "--ckpt_path: found none, and the config is not that of a run; expected a checkpoint or a run's "
+                "folder, such as --ckpt_path RUN/checkpoints/last.ckpt"
+            )
+        config["ckpt_path"] = own and str(own)
     starts_or_goes_on = config.get("ckpt_path") == "last"
     folder = _newest_run(config, subcommand) if starts_or_goes_on else _folder_of_checkpoint(config, subcommand)
     if trial:
@@ -45,6 +57,13 @@ def run_folder(config: Any, subcommand: str, trial: bool = False) -> Path:
     if starts_or_goes_on:
         return _begin(root, name)
     return _new_folder(root, name)
+
+
+def _run_of_config() -> Path | None:
+    """The folder of the run whose own config the first one is, if it is one."""
+    files = [Path(file) for file in config_files(sys.argv[1:])]
+    is_of_run = files and _SAVED.fullmatch(files[0].name) and (files[0].parent / "checkpoints").is_dir()
+    return files[0].parent if is_of_run else None
 
 
 def is_first_process() -> bool:
@@ -106,11 +125,11 @@ def _root_and_name(config: Any, subcommand: str) -> tuple[Path, str]:
     """The folder of all runs, and the run's name: those of the run whose folder the first config lies in, if any."""
     files = [Path(file).resolve() for file in config_files(sys.argv[1:])]
     root, name = Path(config["runs"]), str(config.get("name") or (files[0].stem if files else subcommand))
-    is_of_run = files and _SAVED.fullmatch(files[0].name) and (files[0].parent / "checkpoints").is_dir()
-    if is_of_run and not config.get("name"):
-        name = files[0].parent.name
+    own = _run_of_config()
+    if own is not None and not config.get("name"):
+        name = own.resolve().name
         if config.get("ckpt_path") == "last" and config["runs"] == "runs":
-            root = files[0].parent.parent
+            root = own.resolve().parent
     if "/" in name or name in ("", ".", ".."):
         raise ValueError(f"--name: {name!r} must be a plain folder name")
     return root, name
@@ -124,6 +143,8 @@ def _folder_of_checkpoint(config: Any, subcommand: str) -> Path | None:
     if (file / "checkpoints").is_dir():
         file = newest_good(file / "checkpoints")[0] or file / "checkpoints" / "*.ckpt"
         config["ckpt_path"] = checkpoint = str(file)
+        if subcommand != "fit" and file.exists() and is_first_process():
+            print(f"checkpoint {file}")
     if not file.exists():
         raise FileNotFoundError(f"--ckpt_path: no checkpoint {checkpoint}{nearest_beside(file, '*.ckpt')}")
     if reason := what_is_wrong(file):

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -58,6 +58,18 @@ class Row(NamedTuple):
 def _digits(value: float | None) -> str:
     """Three of them, of which a summary has room for no more."""
     return "not finite" if value is None else f"{value:.3g}"
+
+
+class Drawn(NamedTuple):
+    """A training source.
+
+    Attributes:
+        size: Its samples.
+        per_step: How many of them a step has; None where that is no one number, or an epoch is not all of them.
+    """
+
+    size: int
+    per_step: int | None
 
 
 class Earlier(NamedTuple):
@@ -180,7 +192,7 @@ def sentence(record: Mapping[str, Any], rows: list[Row]) -> str:
     said = said if subjects else f"{record.get('model') or 'The model'} was trained"
     said += f" in {step:,} step{'' if step == 1 else 's'} ({duration(record['seconds'])})"
     if sources := record.get("sources"):
-        said += " on " + _listed([f"{size:,} samples of {name}" for name, size in sources.items()])
+        said += " on " + _listed([_samples(name, of, step) for name, of in sources.items()])
     if not rows:
         return f"{said}; nothing was held out, so there are no scores."
     times = Counter(row.words for row in rows)
@@ -189,6 +201,19 @@ def sentence(record: Mapping[str, Any], rows: list[Row]) -> str:
         for row in rows
     ]
     return f"{said}; on held-out data it reached {_listed(reached)}."
+
+
+def _samples(name: str, parts: Sequence[Drawn], steps: int) -> str:
+    """How many of a dataset's samples the steps have drawn, or how often all of them."""
+    size = sum(part.size for part in parts)
+    if any(part.per_step is None for part in parts):
+        return f"samples drawn from {size:,} of {name}"
+    drawn = [steps * (part.per_step or 0) for part in parts]
+    distinct = sum(min(number, part.size) for number, part in zip(drawn, parts, strict=True))
+    if distinct < size:
+        return f"{distinct:,} of {size:,} samples of {name}"
+    epochs = f"{sum(drawn) / size:,.1f}"
+    return f"{size:,} samples of {name}" + (f" ({epochs} epochs)" if epochs != "1.0" else "")
 
 
 def _within(title: str) -> str:
