@@ -270,7 +270,6 @@ def _score_into(
     result.answers += scorer.answers
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
-    tested = items.labels[items.tested_N]
     name = name_of(items.card.id, scorer.part)
     result.about.setdefault("data", {})[name] = _digest(items)
     prompts = {of.code: _digest_of([*of.prompts, *of.class_D.tolist()]) for of in scorer.languages}
@@ -279,7 +278,7 @@ def _score_into(
     if scorer.scores:
         found.names = items.card.shown_names(options.languages or [])
         result.samples += sample_of(items, next(iter(images.values())))
-    result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
+    result.cards.append(replace(found, num_images=int(items.tested_N.sum()), num_classes=len(items.shown_classes)))
 
 
 def _unreadable(reasons: list[str]) -> list[str]:
@@ -292,6 +291,8 @@ def _why_no_score(items: Items, texts: dict[str, Tensor]) -> str:
         return "none of the images to score can be read"
     if not texts:
         return "the model embeds no texts, and no probe was asked for or has enough to learn from"
+    if items.card.classes and not items.shown_classes:
+        return "no image to score shows a class of the card"
     if items.captions is None:
         return "no protocol of the card has enough images to score"
     return "no image has a caption in the languages that were asked for"

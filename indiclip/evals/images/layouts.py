@@ -74,7 +74,7 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     gallery = None if items.is_train is None else items.labels[items.is_train]
     if gallery is not None and not any(protocol.uses_gallery for protocol in card.protocols):
         notes.append(f"{source}: left out: {len(gallery):,} images for training, of which the card learns nothing")
-    notes += [*items.notes, *missing_classes(items.card, items.labels[items.tested_N], gallery)]
+    notes += [*items.notes, *missing_classes(items)]
     notes += [*duplicates(items), *shared_captions(items)]
     for protocol in items.card.protocols:
         protocol.check(items)

@@ -31,6 +31,9 @@ class MultiLabel(Protocol):
     def check(self, items: "Items") -> None:
         _truth(items)
 
+    def shown_classes(self, items: "Items") -> set[int]:
+        return set(np.flatnonzero(_truth(items)[items.tested_N].any(0)).tolist())
+
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         truth_NC = _truth(scorer.items)
         for language in scorer.languages:
