@@ -144,6 +144,22 @@ def test_a_folder_that_is_no_class_is_named(tmp_path, card_file):
         find_bench(tmp_path, [card_file()])
 
 
+def test_unknown_folders_are_counted_and_the_flag_leaves_a_card_without_others(tmp_path, card_file):
+    write(tmp_path / "shades", {"bleu/1.png": b"x", "rouge/1.png": b"x", "empty/notes.txt": b"x"})
+    write(tmp_path / "indian_gods", {f"ganesha/{i}.png": png for i, png in enumerate(folders(["red"]).values())})
+    asked = (tmp_path, [card_file(), "indian_gods"])
+    named = "shades/bleu: the folder is no class of the card shades; nearest is 'blue'"
+    with pytest.raises(ValueError, match=f"{named}; 2 folders of .*shades are none; --skip-unknown leaves out"):
+        find_bench(*asked)
+    bench = find_bench(*asked, skip_unknown=True)
+    assert [items.card.id for items in bench.items] == ["indian_gods"]
+    (skipped,) = bench.skipped
+    assert "no images (jpg, jpeg, png, webp, jfif, jpe) of the card shades" in skipped.notes[0]
+    assert "2 images of 2 classes that are not on the card shades: bleu (1), rouge (1)" in skipped.notes[0]
+    with pytest.raises(FileNotFoundError, match="nothing to score: .*bleu"):
+        find_bench(*asked[:1], asked[1][:1], skip_unknown=True)
+
+
 def test_a_class_without_images_is_noted_and_stays_a_candidate(tmp_path, card_file):
     """The files of five classes; the oracle still answers the sixth."""
     tested = folders([name for name in PURE if name != "cyan"])

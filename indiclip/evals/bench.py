@@ -24,7 +24,7 @@ from indiclip.evals.cards.card import Card, load_cards
 from indiclip.evals.cards.protocols import with_protocols
 from indiclip.evals.encode import ALONE, Encoded, Ranks, cut_texts, encode_images, encode_texts
 from indiclip.evals.images.items import Items
-from indiclip.evals.images.layouts import find_items
+from indiclip.evals.images.layouts import NoImages, find_items
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.protocol import Options
@@ -91,11 +91,16 @@ def find_bench(
     # What somebody may have meant for a card's folder.
     others = sorted({*subfolders(root)} - {card.folder for card in asked}) if root else []
     for card in asked:
-        photographs = find_items(card, root, skip_unknown) if root is not None else None
+        photographs, where = None, "no folder of images was given"
+        if root is not None:
+            where = f"{storable(root)} has no folder of it{did_you_mean(card.folder, others)}"
+            try:
+                photographs = find_items(card, root, skip_unknown)
+            except NoImages as error:
+                if not skip_unknown:
+                    raise
+                where = str(error)
         if photographs is None:
-            where = "no folder of images was given"
-            if root is not None:
-                where = f"{storable(root)} has no folder of it{did_you_mean(card.folder, others)}"
             bench.skipped.append(_card_result(card, PHOTOGRAPHS, "skipped", [where]))
         else:
             bench.items.append(photographs)

@@ -14,6 +14,7 @@ from indiclip.evals.images.items import Items
 from indiclip.images import storable
 
 CLASS_LISTS = ("classnames.txt", "classes.txt")
+SKIP = "--skip-unknown leaves out the images of classes that the card does not have"
 _SHOWN = 5  # classes in a line; the others are counted
 
 
@@ -35,9 +36,12 @@ class ClassNames:
         Raises:
             ValueError: There is none, and they are not; begins with `where` and names the nearest.
         """
-        if not self.skip_unknown:
-            return self.card.check_place(name, where)
         place = self.card.place(name)
+        if place is None and not self.skip_unknown:
+            try:
+                return self.card.check_place(name, where)
+            except ValueError as error:
+                raise ValueError(f"{error}; {SKIP}") from error
         if place is None:
             self.leave_out(name, 1)
         return -1 if place is None else place
