@@ -253,6 +253,8 @@ def test_bench_cards_prints_them(capsys, page):
     assert main(["bench", "cards"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"india/edibles +classification +40 +2.5% +en, hi, as, ", out)
+    assert re.search(r"multi_label +classes +Mean average precision of the cosines", out)
+    assert re.search(r"composed_retrieval +captions, target +Recall of the target image", out)
     assert main(["bench", "cards", "edibles"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"benne_dosa +benne dosa +बेन्ने डोसा .*kn-Latn: benne dose\*", out)

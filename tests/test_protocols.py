@@ -446,6 +446,13 @@ def test_a_protocol_and_a_generator_of_ones_own_need_no_other_file(tmp_path, mon
     assert result.logged() == {"eval/own/mine_procedural/en/brightest_acc1": pytest.approx(5 / 6)}
 
 
+def test_a_card_names_protocols_of_ours_shortly(make_card):
+    arguments = {"class_path": "group_gaps", "init_args": {"by": ["age"]}}
+    content = {"protocols": ["zero_shot", "few_shot", arguments], "classes": classes(2)}
+    card = make_card(**content)
+    assert [protocol.name for protocol in card.protocols] == ["zero_shot", "few_shot", "group_gaps"]
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [
@@ -453,10 +460,13 @@ def test_a_protocol_and_a_generator_of_ones_own_need_no_other_file(tmp_path, mon
             {"protocols": ["indiclip.evals.protocols.few_shot.FewShots"]},
             "few_shot has no 'FewShots'; nearest is 'FewShot'",
         ),
-        ({"protocols": ["few_shot"]}, "protocols: found 'few_shot'; expected a path such as package.module.Class"),
+        (
+            {"protocols": ["few_shots"]},
+            "protocols: found 'few_shots'; nearest is 'few_shot'; expected one of bitext",
+        ),
         ({"protocols": ["no_such.module.Class"]}, "No module named 'no_such'"),
         ({"protocols": ["pathlib.Path"]}, "protocols: PosixPath is no protocol"),
-        ({"protocols": []}, "protocols: found a list; expected a list of class paths"),
+        ({"protocols": []}, "protocols: found a list; expected a list of names or class paths"),
         (
             {"protocols": [{"class_path": f"{ROOM}.few_shot.FewShot", "init_args": {"shot": [1]}}]},
             "unexpected keyword argument 'shot'",

@@ -2,7 +2,8 @@
 
 Keys of a card: `title`, `task` or `protocols`, `classes` or `class_source`, `prompts`, and `metric`, `chance`,
 `num_candidates`, `generator`, `source`, `licence`, `notes`, `folder` where they differ from what is usual. `protocols`,
-`class_source` and `generator` name Python classes and functions by their paths, and so can run any code.
+`class_source` and `generator` name Python classes and functions by their paths, and so can run any code; protocols of
+ours may be named shortly, such as `few_shot`.
 
 A class has `id`, `names` (with `en`), and `aliases`, `confusable_with`, `facts` where there are any. `romanised` are
 names made by rule, see tools/romanise.py.
@@ -114,7 +115,7 @@ def _tasks() -> dict[str, list[Any]]:
 
 def _protocols(entries: Any, file: str) -> tuple[Protocol, ...]:
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{file}: protocols: found {_found(entries)}; expected a list of class paths")
+        raise ValueError(f"{file}: protocols: found {_found(entries)}; expected a list of names or class paths")
     protocols = [protocol_of(entry, f"{file}: protocols") for entry in entries]
     _check_unique((protocol.name for protocol in protocols), f"{file}: protocols: the name")
     return tuple(protocols)
