@@ -88,7 +88,10 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     notes += [*items.notes, *missing_classes(items)]
     notes += [*duplicates(items), *shared_captions(items)]
     for protocol in items.card.protocols:
-        protocol.check(items)
+        try:
+            protocol.check(items)
+        except ValueError as error:
+            raise ValueError(f"{next(iter(_tables(source)), source)}: {error} (card {card.id})") from error
     items.notes = list(map(storable, notes))
     return items
 
@@ -106,8 +109,7 @@ def _read(card: Card, source: Path, skip_unknown: bool) -> Items:
         return read_shards(card, source, shards, skip_unknown)
     if card.required_fields == {"captions"} and (file := find_caption_file(source)):
         return _of_captions(card, file)
-    files = (entry for entry in source.iterdir() if entry.suffix.lower() in KINDS and entry.name[0] != ".")
-    tables = sorted(file for file in files if file.is_file())
+    tables = _tables(source)
     if len(tables) > 1:
         names = ", ".join(table.name for table in tables)
         raise ValueError(f"{source}: several tables, {names}; expected one that lists the images")
@@ -120,6 +122,13 @@ def _read(card: Card, source: Path, skip_unknown: bool) -> Items:
     if others := sorted(card.required_fields - {"class", "text", "instance"}):
         raise FileNotFoundError(f"{source}: no table; expected one with the columns file and {', '.join(others)}")
     return _of_folders(card, source, skip_unknown)
+
+
+def _tables(source: Path) -> list[Path]:
+    """The tables of a folder."""
+    entries = source.iterdir() if source.is_dir() else iter(())
+    files = (entry for entry in entries if entry.suffix.lower() in KINDS and entry.name[0] != ".")
+    return sorted(file for file in files if file.is_file())
 
 
 def _of_captions(card: Card, file: Path) -> Items:
