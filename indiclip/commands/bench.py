@@ -43,6 +43,8 @@ def import_images(source: str, card: str, out: str, layout: str, split: str, lan
 
 def compare(run_a: Path, run_b: Path, out: Path) -> int:
     """Sets two runs side by side. Returns the exit status."""
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; expected a file such as compare.html")
     print(in_words(write_comparison(out, load_result(run_a), load_result(run_b))))
     print(f"wrote {out}")
     return 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from indiclip.datasets.folders import subfolders
+from indiclip.datasets.languages import language_tag
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
 from indiclip.evals.cards.card import Card, load_cards
@@ -25,6 +26,7 @@ from indiclip.evals.cards.protocols import with_protocols
 from indiclip.evals.encode import ALONE, Encoded, Ranks, cut_texts, encode_images, encode_texts
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import NoImages, find_items
+from indiclip.evals.images.splits import is_split
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.protocol import Options
@@ -113,17 +115,30 @@ def find_bench(
         reasons = list(dict.fromkeys(note for card in bench.skipped for note in card.notes))[:3]
         found = f"; found the folders {', '.join(others[:5])}" if others else ""
         expected = f"; expected {', '.join(card.folder for card in asked)}" if root is not None else ""
+        if root is not None and any(_is_of_a_card(name, asked) for name in others):
+            called = f", in which it is called {asked[0].folder}" if len(asked) == 1 else ""
+            expected += f"; {storable(root)} looks like the images of a card itself: name the folder above it{called}"
         raise FileNotFoundError(f"nothing to score: {'; '.join(reasons)}{found}{expected}")
     return bench
 
 
-def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
-    """Raise ValueError for one in which no card has a name, prompt or caption."""
+def _is_of_a_card(folder: str, cards: Sequence[Card]) -> bool:
+    """Whether a folder is called as those in a card's folder are: by a split or a class."""
+    return is_split(folder) or any(card.place(folder) is not None for card in cards)
+
+
+def check_languages(bench: Bench, languages: Sequence[str] | None, where: str = "languages") -> None:
+    """Raise ValueError for one in which no card has a name, prompt or caption; begins with `where`. The hint knows languages' names."""
     known = {"en"}
     for items in bench.items:
         known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
     for language in languages or []:
-        check_choice("languages", language, sorted(known))
+        tag = language_tag(language.capitalize())
+        if language not in known and tag in known:
+            raise ValueError(
+                f"{where}: found {language!r}; nearest is {tag!r}; expected one of {', '.join(sorted(known))}"
+            )
+        check_choice(where, language, sorted(known))
 
 
 def run_bench(

@@ -66,7 +66,8 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     try:
         tree = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: no YAML: {reason_of(error, None)}") from error
+        reason = reason_of(error, None).replace('in "<unicode string>", ', "in ")
+        raise ValueError(f"{file}: no YAML: {reason}") from error
     tree = _mapping(tree, file, _KEYS)
     task = _text(tree.get("task", ""), f"{file}: task", optional="protocols" in tree)
     if task:
