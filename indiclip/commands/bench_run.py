@@ -107,6 +107,9 @@ def _overlap(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         training = TrainingData(options.training)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"--training: {error}") from error
+    if training.generated:
+        left_out = f"{', '.join(training.generated)} is generated, so no photograph can be among it"
+        print(f"indiclip bench: --training: not looked at: {left_out}", file=sys.stderr)
     with progress_bar(len(training), "training data") as advance:
         return flag(bench, training, options.num_workers, advance)
 

@@ -128,7 +128,7 @@ def _is_of_a_card(folder: str, cards: Sequence[Card]) -> bool:
 
 
 def check_languages(bench: Bench, languages: Sequence[str] | None, where: str = "languages") -> None:
-    """Raise ValueError for one in which no card has a name, prompt or caption; begins with `where`. The hint knows languages' names."""
+    """Raise ValueError, which begins with `where`, for one in which no card has a name, prompt or caption."""
     known = {"en"}
     for items in bench.items:
         known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
