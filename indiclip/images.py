@@ -182,7 +182,7 @@ class EncodedImage:
             return "PNG"
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return "WEBP"
-        found = f"found {len(data)} beginning {data[:8]!r}"
+        found = f"found {len(data):,} bytes" + (f", first {data[:8]!r}" if data else "")
         raise UnreadableSample(self._key, f"expected the bytes of a JPEG, PNG or WebP, {found}", self._file)
 
     def _unreadable(self, error: Exception) -> UnreadableSample:

@@ -113,6 +113,10 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_nothing_to_score(tmp_path, card_file):
     with pytest.raises(FileNotFoundError, match=r"nothing to score: .* has no folder of it; expected shades"):
         find_bench(tmp_path, [card_file()])
+    (tmp_path / "test").mkdir()
+    above = "looks like the images of a card itself: name the folder above it, in which it is called shades"
+    with pytest.raises(FileNotFoundError, match=above):
+        find_bench(tmp_path, [card_file()])
     with pytest.raises(FileNotFoundError, match="nothing to score: no folder of images was given"):
         find_bench(None, ["edibles"])
     with pytest.raises(FileNotFoundError, match="nothing to score: no folder"):
@@ -142,6 +146,22 @@ def test_a_folder_that_is_no_class_is_named(tmp_path, card_file):
     write(tmp_path / "shades", folders(["red"], prefix="") | {"bleu/1.png": b""})
     with pytest.raises(ValueError, match="shades/bleu: the folder is no class of the card shades; nearest is 'blue'"):
         find_bench(tmp_path, [card_file()])
+
+
+def test_unknown_folders_are_counted_and_the_flag_leaves_a_card_without_others(tmp_path, card_file):
+    write(tmp_path / "shades", {"bleu/1.png": b"x", "rouge/1.png": b"x", "empty/notes.txt": b"x"})
+    write(tmp_path / "indian_gods", {f"ganesha/{i}.png": png for i, png in enumerate(folders(["red"]).values())})
+    asked = (tmp_path, [card_file(), "indian_gods"])
+    named = "shades/bleu: the folder is no class of the card shades; nearest is 'blue'"
+    with pytest.raises(ValueError, match=f"{named}; 2 folders of .*shades are none; --skip-unknown leaves out"):
+        find_bench(*asked)
+    bench = find_bench(*asked, skip_unknown=True)
+    assert [items.card.id for items in bench.items] == ["indian_gods"]
+    (skipped,) = bench.skipped
+    assert "no images (jpg, jpeg, png, webp, jfif, jpe) of the card shades" in skipped.notes[0]
+    assert "2 images of 2 classes that are not on the card shades: bleu (1), rouge (1)" in skipped.notes[0]
+    with pytest.raises(FileNotFoundError, match="nothing to score: .*bleu"):
+        find_bench(*asked[:1], asked[1][:1], skip_unknown=True)
 
 
 def test_a_class_without_images_is_noted_and_stays_a_candidate(tmp_path, card_file):

@@ -94,6 +94,8 @@ def test_a_language_that_no_card_has_is_said(tmp_path):
     check_languages(bench, ["hi", "hi-Latn"])
     with pytest.raises(ValueError, match="languages: found 'hin'; nearest is 'hi'; expected one of as, .*en, "):
         check_languages(bench, ["hin"])
+    with pytest.raises(ValueError, match="languages: found 'tamil'; nearest is 'ta'; expected one of as, "):
+        check_languages(bench, ["tamil"])
 
 
 def test_a_card_that_is_named_twice_is_scored_once_and_two_of_one_name_are_refused(tmp_path):

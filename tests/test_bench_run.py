@@ -54,6 +54,22 @@ def test_a_run_says_its_metric_and_warnings_in_a_line_each(images, capsys):
     }
 
 
+def test_a_language_by_its_name(images, capsys):
+    assert bench("--languages", "tamil") == 2
+    assert "indiclip bench: --languages: found 'tamil'; nearest is 'ta'" in capsys.readouterr().err
+
+
+def test_training_data_that_are_not_there_are_named_by_the_option(images, capsys):
+    assert bench("--training", "nope.tar") == 2
+    assert "indiclip bench: --training: nope.tar" in capsys.readouterr().err
+
+
+def test_a_folder_where_the_comparison_is_to_be_written(images, capsys):
+    assert bench("--out", "own") == 0
+    assert main(["bench", "compare", "own", "own", "--out", "own"]) == 2
+    assert "--out own: is a folder; expected a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("out", ["file", "file/below"])
 def test_a_file_in_the_way(images, capsys, out):
     (images.parent / "file").write_text("mine")

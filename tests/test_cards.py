@@ -181,7 +181,7 @@ def test_an_id_counts_before_a_name_and_shared_names_for_none(page):
             "facts: sample_words: found a list; expected keys and values",
         ),
         ("{group: dish}", "{sample_words: {hi: x}}", "sample_words: hi: found 'x'; expected a list"),
-        ("classes:\n", "classes: [\n", "dishes.yaml: no YAML"),
+        ("classes:\n", "classes: [\n", r"dishes.yaml: no YAML: [^<]*\bin line \d+, column \d+[^<]*$"),
     ],
 )
 def test_a_slip_is_one_line(page, old, new, message):
@@ -253,6 +253,8 @@ def test_bench_cards_prints_them(capsys, page):
     assert main(["bench", "cards"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"india/edibles +classification +40 +2.5% +en, hi, as, ", out)
+    assert re.search(r"multi_label +classes +Mean average precision of the cosines", out)
+    assert re.search(r"composed_retrieval +captions, target +Recall of the target image", out)
     assert main(["bench", "cards", "edibles"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"benne_dosa +benne dosa +बेन्ने डोसा .*kn-Latn: benne dose\*", out)

@@ -70,7 +70,7 @@ def test_nothing_held_out_is_trained_on_under_another_key_or_in_another_language
             r"a\.tsv: no column of texts: found \['id', 'caption'\]; expected `lang` and `text`",
         ),
         ("a.tsv", b"lang\ttxt\nhi\tx\n", r"a\.tsv: no column 'text'; nearest is 'txt'"),
-        ("a.tsv", b"en\thi\nx\n", r"a\.tsv: line 2: found 1 columns; the header has 2"),
+        ("a.tsv", b"en\thi\nx\n", r"a\.tsv: line 2: found 1 column; the header has 2"),
         (
             "a.tsv",
             b"en\thi\nx\t\xed\xa0\x80\n",

@@ -147,7 +147,7 @@ def test_broken_images_are_found_when_they_are_read(card, folder):
         ),
         (
             {"images.csv": TABLE.replace("Idli", "idly"), **TABLE_IMAGES},
-            "images.csv: line 4: 'idly' is no class of the card food; nearest is 'idli'",
+            "images.csv: line 4: 'idly' is no class of the card food; nearest is 'idli'; --skip-unknown leaves out",
         ),
         (
             {"images.csv": TABLE.replace("class", "clas"), **TABLE_IMAGES},

@@ -218,7 +218,7 @@ def test_links(card, folder, tmp_path):
     items = find_items(card(), folder.parent)
     of_idli = ["idli/a.JPG", "idli/gone.jpg", "idli/out/x.jpg", "idli/out/y.jpg", "idli/same.jpg"]
     assert [key for key in items.keys if key.startswith("idli/")] == of_idli
-    same = "1 images are in two classes (files with the same bytes), first idli/same.jpg and laddu/a.jpeg"
+    same = "1 image is in two classes (files with the same bytes), first idli/same.jpg and laddu/a.jpeg"
     assert items.notes == [same]
 
 
@@ -232,12 +232,19 @@ def test_duplicates_are_counted(card, retrieval, folder, tmp_path):
     same = "(files with the same bytes), first"
     assert find_items(card(), folder.parent).notes == [
         "no images of 1 of 3 classes, which stay candidates: masala_dosa",
-        f"1 images are in two classes {same} test/idli/b.jpg and test/ladoo/b.jpg",
-        f"1 images are in the gallery and scored {same} test/idli/a.jpg and train/idli/a.jpg",
-        f"1 images are scored more than once {same} test/ladoo/c.jpg and test/ladoo/d.jpg",
+        f"1 image is in two classes {same} test/idli/b.jpg and test/ladoo/b.jpg",
+        f"1 image is in the gallery and scored {same} test/idli/a.jpg and train/idli/a.jpg",
+        f"1 image is scored more than once {same} test/ladoo/c.jpg and test/ladoo/d.jpg",
+    ]
+    copies = {f"test/idli/sub/{name}.jpg": jpeg(2) for name in "bc"}  # in two classes, and in one of them three times
+    write(folder, copies)
+    assert find_items(card(), folder.parent).notes[-3:] == [
+        f"1 image is in two classes {same} test/idli/b.jpg and test/ladoo/b.jpg",
+        f"1 image is in the gallery and scored {same} test/idli/a.jpg and train/idli/a.jpg",
+        f"2 images are scored more than once {same} test/idli/b.jpg and test/idli/sub/b.jpg",
     ]
     write(tmp_path / "c", {"c.csv": "file,en\na.jpg,x\nb.jpg,y\n", "a.jpg": jpeg(1), "b.jpg": jpeg(1)})
-    expected = "1 images are scored more than once (files with the same bytes), first a.jpg and b.jpg"
+    expected = "1 image is scored more than once (files with the same bytes), first a.jpg and b.jpg"
     assert read_items(retrieval, tmp_path / "c").notes == [expected]
     # Files of one size are compared by their bytes.
     one, other = jpeg(5), jpeg(5)[:-3] + b"x" + jpeg(5)[-2:]
@@ -250,6 +257,17 @@ def test_captions_of_several_images_are_counted(retrieval, tmp_path):
     write(tmp_path / "c", {"c.csv": f"file,en,hi,split\n{rows}", **IMAGES})
     expected = "captions that several images have, of which one counts as right: en 1, hi 1; first 'a dosa'"
     assert expected in read_items(retrieval, tmp_path / "c").notes
+
+
+def test_captions_of_several_images_are_counted_for_retrieval_alone(card, tmp_path):
+    composed = card({"protocols": ["composed_retrieval"]}, "change")
+    table = "file,en,target\na.jpg,in blue,b.jpg\nb.jpg,in blue,a.jpg\n"
+    write(tmp_path / "c", {"c.csv": table, "a.jpg": jpeg(1), "b.jpg": jpeg(2)})
+    assert read_items(composed, tmp_path / "c").notes == []
+    (tmp_path / "c" / "c.csv").write_text(table.replace("\nb.jpg,in blue,a.jpg", ""))
+    expected = r"c/c\.csv: a\.jpg: target: 'b\.jpg' is no image of the table; .* needs one of its own \(card change\)"
+    with pytest.raises(ValueError, match=expected):
+        read_items(composed, tmp_path / "c")
 
 
 def test_classes_without_a_gallery_are_named(card, folder):

@@ -158,6 +158,19 @@ def test_training_data_of_any_kind(make_bench, tmp_path, kind):
     assert bench.items[0].is_flagged.tolist() == [True, True, True, False, False, False]
 
 
+def test_what_is_generated_is_not_read(tmp_path):
+    """However long it is: the bar would never end."""
+    mela = {"class_path": "indiclip.generated.mela.Mela", "init_args": {"num_scenes": 10**12}}
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(config(data__train__0__dataset=mela)), "utf-8")
+    with pytest.raises(ValueError, match=r"train\.yaml: all of data\.train is generated, and is not looked at"):
+        TrainingData([str(file)])
+    (tmp_path / "texts.txt").write_text("tea\n")
+    training = TrainingData([str(file), str(tmp_path / "texts.txt")])
+    assert len(training) == 1
+    assert len(training.generated) == 1
+
+
 def test_texts_alone_are_looked_for_in_cards_of_texts_and_of_images(make_bench, tmp_path):
     content = {"protocols": ["indiclip.evals.protocols.bitext.Bitext"]}
     table = "en,hi\ntea,चाय\na street,सड़क\nbread,रोटी\n"

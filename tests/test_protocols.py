@@ -113,16 +113,32 @@ def test_mean_average_precision_is_that_of_scikit_learn_in_each_language(make_ca
 def test_a_name_that_is_no_class_is_named(make_card):
     card = make_card("multi_label.MultiLabel", classes=classes(2))
     items = items_of(card, 2, columns={"classes": [["name 1; nam 0"], [""]]})
-    with pytest.raises(ValueError, match=r"0\.jpg: classes: 'nam 0' is no class .*; nearest is 'name 0'"):
+    with pytest.raises(
+        ValueError, match=r"0\.jpg: classes: 'nam 0' is no class .*; nearest is 'name 0'; .* `;` between them"
+    ):
         card.protocols[0].check(items)
 
 
-def test_images_of_several_classes_are_not_said_to_be_of_none(tmp_path, make_card):
-    make_card("multi_label.MultiLabel", classes=classes(2))
-    write(tmp_path / "things", {f"{i}.png": next(shades_of("red", 1)) for i in range(2)})
-    (tmp_path / "things" / "table.csv").write_text("file,classes\n0.png,name 0; name 1\n1.png,name 1\n")
-    (items,) = find_bench(tmp_path, [str(tmp_path / "things.yaml")]).items
-    assert not [note for note in items.notes if "no images of" in note]
+@pytest.mark.parametrize(
+    ("cells", "missing"),
+    [
+        (("name 0; name 1", "name 2", "name 1"), ""),
+        (("name 0; name 1", "", "name 1"), "1 of 3 classes, which stay candidates: class_2"),
+        (("", "", ""), "3 of 3 classes, which stay candidates: class_0, class_1, class_2"),
+    ],
+)
+def test_classes_are_counted_by_the_truth_of_the_protocol(tmp_path, make_card, cells, missing):
+    make_card("multi_label.MultiLabel", classes=classes(3))
+    write(tmp_path / "things", {f"{i}.png": image for i, image in enumerate(shades_of("red", 3))})
+    rows = "".join(f"{i}.png,{cell}\n" for i, cell in enumerate(cells))
+    (tmp_path / "things" / "table.csv").write_text(f"file,classes\n{rows}")
+    bench = find_bench(tmp_path, [str(tmp_path / "things.yaml")])
+    (card,) = run_bench(Shades(), bench, Options(resamples=5)).cards
+    assert card.num_classes == 3 - int(missing[:1] or 0)
+    found = [note for note in card.notes if "no images of" in note]
+    assert found == ([f"no images of {missing}"] if missing else [])
+    if not any(cells):
+        assert card.notes[0] == "no image to score shows a class of the card"
 
 
 def test_resamples_of_few_images_that_show_no_class_are_left_out(make_card):
@@ -432,6 +448,13 @@ def test_a_protocol_and_a_generator_of_ones_own_need_no_other_file(tmp_path, mon
     assert result.logged() == {"eval/own/mine_procedural/en/brightest_acc1": pytest.approx(5 / 6)}
 
 
+def test_a_card_names_protocols_of_ours_shortly(make_card):
+    arguments = {"class_path": "group_gaps", "init_args": {"by": ["age"]}}
+    content = {"protocols": ["zero_shot", "few_shot", arguments], "classes": classes(2)}
+    card = make_card(**content)
+    assert [protocol.name for protocol in card.protocols] == ["zero_shot", "few_shot", "group_gaps"]
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [
@@ -439,10 +462,13 @@ def test_a_protocol_and_a_generator_of_ones_own_need_no_other_file(tmp_path, mon
             {"protocols": ["indiclip.evals.protocols.few_shot.FewShots"]},
             "few_shot has no 'FewShots'; nearest is 'FewShot'",
         ),
-        ({"protocols": ["few_shot"]}, "protocols: found 'few_shot'; expected a path such as package.module.Class"),
+        (
+            {"protocols": ["few_shots"]},
+            "protocols: found 'few_shots'; nearest is 'few_shot'; expected one of bitext",
+        ),
         ({"protocols": ["no_such.module.Class"]}, "No module named 'no_such'"),
         ({"protocols": ["pathlib.Path"]}, "protocols: PosixPath is no protocol"),
-        ({"protocols": []}, "protocols: found a list; expected a list of class paths"),
+        ({"protocols": []}, "protocols: found a list; expected a list of names or class paths"),
         (
             {"protocols": [{"class_path": f"{ROOM}.few_shot.FewShot", "init_args": {"shot": [1]}}]},
             "unexpected keyword argument 'shot'",

@@ -121,6 +121,12 @@ def test_a_file_of_another_program_is_named(tmp_path, content):
         load_result(tmp_path)
 
 
+def test_the_missing_key_is_named(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the metrics of `indiclip bench`: the key 'model' is missing"):
+        load_result(tmp_path)
+
+
 def test_predictions_keep_their_order_within_a_card():
     rows = [answer("b", "x", "x"), answer("a", "x", "x", language="hi"), answer("a", "x", "x")]
     groups = {(of.card, of.part, of.protocol, of.language): list(of.rows()) for of in answers_of(rows)}

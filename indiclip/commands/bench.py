@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from indiclip.evals.cards.card import SUITES, load_card
-from indiclip.evals.cards.table import list_cards, show_card
+from indiclip.evals.cards.table import list_cards, list_protocols, show_card
 from indiclip.evals.comparison import in_words
 from indiclip.evals.images.convert import convert
 from indiclip.evals.leaderboard_pages import add
@@ -16,9 +16,12 @@ _SHOWN = 10  # images that were left out
 
 
 def cards(card: str | None) -> int:
-    """Prints the cards that come with IndiCLIP, those of a suite, or one card. Returns the exit status."""
-    suites = (card,) if card in SUITES else SUITES
-    print("\n".join(list_cards(suites) if card in (None, *SUITES) else show_card(load_card(card))))
+    """Prints the cards and protocols that come with IndiCLIP, a suite's cards, or one card. Returns the exit status."""
+    if card is None:
+        lines = [*list_cards(), "", *list_protocols()]
+    else:
+        lines = list_cards((card,)) if card in SUITES else show_card(load_card(card))
+    print("\n".join(lines))
     return 0
 
 
@@ -40,6 +43,8 @@ def import_images(source: str, card: str, out: str, layout: str, split: str, lan
 
 def compare(run_a: Path, run_b: Path, out: Path) -> int:
     """Sets two runs side by side. Returns the exit status."""
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; expected a file such as compare.html")
     print(in_words(write_comparison(out, load_result(run_a), load_result(run_b))))
     print(f"wrote {out}")
     return 0

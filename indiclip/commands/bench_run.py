@@ -14,7 +14,7 @@ import torch
 from indiclip import __version__
 from indiclip.commands.bench_training import TrainingData
 from indiclip.commands.parallel import progress_bar
-from indiclip.evals.bench import check_languages, find_bench, run_bench
+from indiclip.evals.bench import Bench, check_languages, find_bench, run_bench
 from indiclip.evals.encode import ALONE
 from indiclip.evals.models import embedder
 from indiclip.evals.overlap import flag
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
         options.skip_unknown,
         options.protocols,
     )
-    check_languages(bench, options.languages)
+    check_languages(bench, options.languages, "--languages")
     model = embedder.load_embedder(
         options.model,
         device,
@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     model.views(views)  # what it cannot do shows before the shards are read
     folder = _folder(options)
     lock(folder)
-    overlap = flag(bench, TrainingData(options.training), options.num_workers) if options.training else None
+    overlap = _overlap(bench, options) if options.training else None
     with progress_bar(sum(items.num_images for items in bench.items), "images") as advance:
         result = run_bench(model, bench, wanted, ALONE, options.batch_size, options.num_workers, advance)
     assert result is not None
@@ -99,6 +99,19 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print_result(result, folder)
     return 0
+
+
+def _overlap(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """What of the images and captions is among those of --training, see `flag`."""
+    try:
+        training = TrainingData(options.training)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--training: {error}") from error
+    if training.generated:
+        left_out = f"{', '.join(training.generated)} is generated, so no photograph can be among it"
+        print(f"indiclip bench: --training: not looked at: {left_out}", file=sys.stderr)
+    with progress_bar(len(training), "training data") as advance:
+        return flag(bench, training, options.num_workers, advance)
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -16,6 +16,9 @@ class TrainingData:
         words: Shards, folders, tables, COCO files, texts (.txt, or a table without a column `file`), and configs, whose
             `data.train` is meant.
 
+    Attributes:
+        generated: The sources of configs that are left out: of what is drawn, however long, nothing is photographed.
+
     Raises:
         FileNotFoundError: One is missing.
         ValueError: Another kind of file, or one without samples.
@@ -23,17 +26,15 @@ class TrainingData:
 
     def __init__(self, words: list[str]) -> None:
         files = [word for word in words if Path(word).suffix not in _CONFIGS]
-        self._sources = Sources(
-            [
-                *(open_sources(_words(files)).sources if files else []),
-                *(
-                    source
-                    for word in words
-                    if word not in files
-                    for source in open_sources(_words(["data.train"], [word])).sources
-                ),
-            ]
-        )
+        sources = list(open_sources(_words(files)).sources if files else [])
+        for word in words:
+            if word not in files:
+                sources += open_sources(_words(["data.train"], [word])).sources
+        self.generated = [source.name for source in sources if source.is_generated]
+        if len(self.generated) == len(sources):
+            found = f"{', '.join(words)}: all of data.train is generated"
+            raise ValueError(f"{found}, and is not looked at: no photograph can be among it; expected files")
+        self._sources = Sources([source for source in sources if not source.is_generated])
 
     def __len__(self) -> int:
         return len(self._sources)

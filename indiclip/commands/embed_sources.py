@@ -45,9 +45,11 @@ class Source(Protocol):
         inventory: What its files hold.
         damaged: What of its files is lost to all samples.
         has_images: False where it holds texts alone.
+        is_generated: Whether its samples are drawn.
     """
 
     has_images: bool
+    is_generated: bool
     name: str
     inventory: Inventory
     damaged: list[Quarantined]
@@ -165,6 +167,7 @@ def _is_of(key: str, words: list[str]) -> bool:
 
 class _ShardSource:
     has_images = True
+    is_generated = False
 
     def __init__(self, urls: list[str]) -> None:
         self._shards = Shards(urls)
@@ -201,6 +204,7 @@ class _ItemSource:
 
     damaged: list[Quarantined]
     has_images = True
+    is_generated = False
 
     def __init__(self, name: str, items: Items) -> None:
         self.name, self._items, self.damaged = name, items, []
@@ -248,6 +252,7 @@ class _DatasetSource:
     def __init__(self, name: str, dataset: SampleDataset) -> None:
         self.name, self._dataset = name, dataset
         self.inventory, self.damaged = dataset.inventory, list(dataset.damaged)
+        self.is_generated = dataset.is_generated
         self._knows_captions = type(dataset).captions is not SampleDataset.captions
 
     def __len__(self) -> int:
@@ -275,6 +280,7 @@ class _TextSource:
 
     damaged: list[Quarantined]
     has_images = False
+    is_generated = False
 
     def __init__(self, name: str, file: Path) -> None:
         self.name, self.damaged, self.inventory = name, [], Inventory()

@@ -28,6 +28,7 @@ class SampleDataset(Dataset[Sample], ABC):
         inventory: What its files hold, used and left out by reason.
         captioned: False where images without a caption may be among them that have no class to name either.
         damaged: What of its files is lost to all samples, such as the rest of a truncated shard.
+        is_generated: Whether its samples are drawn, so that no photograph is among them.
     """
 
     classes: Sequence[str] = ()
@@ -38,6 +39,7 @@ class SampleDataset(Dataset[Sample], ABC):
     starts: np.ndarray | None = None
     damaged: Sequence[Quarantined] = ()
     captioned = True
+    is_generated = False
     _inventory: Inventory | None = None  # of a reader of files
 
     @abstractmethod

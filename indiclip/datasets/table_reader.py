@@ -77,7 +77,8 @@ class Table:
             reason = "with a stray quote"
             if not problem and len(row) != len(self.header):
                 reason = "with more or fewer columns than the header"
-                problem = f"found {len(row)} columns; the header has {len(self.header)}"
+                columns = "1 column" if len(row) == 1 else f"{len(row)} columns"
+                problem = f"found {columns}; the header has {len(self.header)}"
             elif not problem and "\0" in "".join(row):
                 reason, problem = "with a NUL", "found a NUL; expected text"
             if problem:

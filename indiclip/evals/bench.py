@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from indiclip.datasets.folders import subfolders
+from indiclip.datasets.languages import language_tag
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
 from indiclip.evals.cards.card import Card, load_cards
 from indiclip.evals.cards.protocols import with_protocols
 from indiclip.evals.encode import ALONE, Encoded, Ranks, cut_texts, encode_images, encode_texts
 from indiclip.evals.images.items import Items
-from indiclip.evals.images.layouts import find_items
+from indiclip.evals.images.layouts import NoImages, find_items
+from indiclip.evals.images.splits import is_split
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.protocol import Options
@@ -91,11 +93,16 @@ def find_bench(
     # What somebody may have meant for a card's folder.
     others = sorted({*subfolders(root)} - {card.folder for card in asked}) if root else []
     for card in asked:
-        photographs = find_items(card, root, skip_unknown) if root is not None else None
+        photographs, where = None, "no folder of images was given"
+        if root is not None:
+            where = f"{storable(root)} has no folder of it{did_you_mean(card.folder, others)}"
+            try:
+                photographs = find_items(card, root, skip_unknown)
+            except NoImages as error:
+                if not skip_unknown:
+                    raise
+                where = str(error)
         if photographs is None:
-            where = "no folder of images was given"
-            if root is not None:
-                where = f"{storable(root)} has no folder of it{did_you_mean(card.folder, others)}"
             bench.skipped.append(_card_result(card, PHOTOGRAPHS, "skipped", [where]))
         else:
             bench.items.append(photographs)
@@ -108,17 +115,30 @@ def find_bench(
         reasons = list(dict.fromkeys(note for card in bench.skipped for note in card.notes))[:3]
         found = f"; found the folders {', '.join(others[:5])}" if others else ""
         expected = f"; expected {', '.join(card.folder for card in asked)}" if root is not None else ""
+        if root is not None and any(_is_of_a_card(name, asked) for name in others):
+            called = f", in which it is called {asked[0].folder}" if len(asked) == 1 else ""
+            expected += f"; {storable(root)} looks like the images of a card itself: name the folder above it{called}"
         raise FileNotFoundError(f"nothing to score: {'; '.join(reasons)}{found}{expected}")
     return bench
 
 
-def check_languages(bench: Bench, languages: Sequence[str] | None) -> None:
-    """Raise ValueError for one in which no card has a name, prompt or caption."""
+def _is_of_a_card(folder: str, cards: Sequence[Card]) -> bool:
+    """Whether a folder is called as those in a card's folder are: by a split or a class."""
+    return is_split(folder) or any(card.place(folder) is not None for card in cards)
+
+
+def check_languages(bench: Bench, languages: Sequence[str] | None, where: str = "languages") -> None:
+    """Raise ValueError, which begins with `where`, for one in which no card has a name, prompt or caption."""
     known = {"en"}
     for items in bench.items:
         known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
     for language in languages or []:
-        check_choice("languages", language, sorted(known))
+        tag = language_tag(language.capitalize())
+        if language not in known and tag in known:
+            raise ValueError(
+                f"{where}: found {language!r}; nearest is {tag!r}; expected one of {', '.join(sorted(known))}"
+            )
+        check_choice(where, language, sorted(known))
 
 
 def run_bench(
@@ -270,7 +290,6 @@ def _score_into(
     result.answers += scorer.answers
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
-    tested = items.labels[items.tested_N]
     name = name_of(items.card.id, scorer.part)
     result.about.setdefault("data", {})[name] = _digest(items)
     prompts = {of.code: _digest_of([*of.prompts, *of.class_D.tolist()]) for of in scorer.languages}
@@ -279,7 +298,7 @@ def _score_into(
     if scorer.scores:
         found.names = items.card.shown_names(options.languages or [])
         result.samples += sample_of(items, next(iter(images.values())))
-    result.cards.append(replace(found, num_images=len(tested), num_classes=len(np.unique(tested[tested >= 0]))))
+    result.cards.append(replace(found, num_images=int(items.tested_N.sum()), num_classes=len(items.shown_classes)))
 
 
 def _unreadable(reasons: list[str]) -> list[str]:
@@ -292,6 +311,8 @@ def _why_no_score(items: Items, texts: dict[str, Tensor]) -> str:
         return "none of the images to score can be read"
     if not texts:
         return "the model embeds no texts, and no probe was asked for or has enough to learn from"
+    if items.card.classes and not items.shown_classes:
+        return "no image to score shows a class of the card"
     if items.captions is None:
         return "no protocol of the card has enough images to score"
     return "no image has a caption in the languages that were asked for"

@@ -77,7 +77,9 @@ class _Hasher(Dataset[_Hashes]):
         return _Hashes(looks, contents, np.array(captions, np.uint64), unreadable, alone)
 
 
-def flag(bench: Bench, training: Training, num_workers: int = 0) -> dict[str, Any]:
+def flag(
+    bench: Bench, training: Training, num_workers: int = 0, progress: Callable[[int], None] | None = None
+) -> dict[str, Any]:
     """Marks in `Items.is_flagged` what is among the images or captions of training data.
 
     Args:
@@ -85,12 +87,13 @@ def flag(bench: Bench, training: Training, num_workers: int = 0) -> dict[str, An
             training data.
         training: What the model was trained on.
         num_workers: Processes that read.
+        progress: Is told how many more training samples were read.
 
     Returns:
         What was found, for `Result.about`. `looked_for` are the ways of a card: those that its images and captions, and
         the training data's, allow.
     """
-    known = _hashes(len(training), training.__getitem__, num_workers, _AS_IT_IS)
+    known = _hashes(len(training), training.__getitem__, num_workers, _AS_IT_IS, progress)
     found: dict[str, Any] = {
         "training_images": len(training) - known.texts,
         "training_texts": known.texts,
@@ -145,7 +148,11 @@ def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
 
 
 def _hashes(
-    size: int, read: Callable[[int], Example], num_workers: int, views: tuple[tuple[float, bool], ...]
+    size: int,
+    read: Callable[[int], Example],
+    num_workers: int,
+    views: tuple[tuple[float, bool], ...],
+    progress: Callable[[int], None] | None = None,
 ) -> _Hashes:
     loader: StepLoader[_Hashes] = StepLoader(
         _Hasher(size, read, views),
@@ -155,7 +162,12 @@ def _hashes(
     )
     none = np.zeros(0, np.uint64)
     nothing = _Hashes(np.zeros((0, len(views), 2), np.uint64), none, none, 0, 0)
-    looks, contents, captions, unreadable, texts = zip(nothing, *loader, strict=True)
+    parts = [nothing]
+    for part in loader:
+        parts.append(part)
+        if progress:
+            progress(len(part.looks))
+    looks, contents, captions, unreadable, texts = zip(*parts, strict=True)
     joined = np.concatenate(looks), np.concatenate(contents), np.concatenate(captions)
     return _Hashes(*joined, sum(unreadable), sum(texts))
 

@@ -300,7 +300,9 @@ def load_result(folder: Path, predictions: bool = True) -> Result:
         result.cards = [CardResult(**_of_before(card) | card) for card in content["cards"]]
         numbers = (row | {"value": math.nan if row["value"] is None else row["value"]} for row in content["scores"])
         result.scores = [Score(**row) for row in numbers]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{file}: not the metrics of `indiclip bench`: the key {error} is missing") from error
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not the metrics of `indiclip bench` ({type(error).__name__}: {error})") from error
     if predictions and (folder / "predictions.parquet").is_file():
         result.answers = answers_of(_read_predictions(folder / "predictions.parquet"))

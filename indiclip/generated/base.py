@@ -57,6 +57,8 @@ class Generated(SampleDataset):
         ValueError: An argument is out of its range; names it.
     """
 
+    is_generated = True
+
     def __init__(self, name: str, size: int | list[int], least_side: int, seed: int, **length: int) -> None:
         must_be_at_least(1, **length)
         must_be_at_least(0, seed=seed)

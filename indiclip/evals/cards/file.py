@@ -2,7 +2,8 @@
 
 Keys of a card: `title`, `task` or `protocols`, `classes` or `class_source`, `prompts`, and `metric`, `chance`,
 `num_candidates`, `generator`, `source`, `licence`, `notes`, `folder` where they differ from what is usual. `protocols`,
-`class_source` and `generator` name Python classes and functions by their paths, and so can run any code.
+`class_source` and `generator` name Python classes and functions by their paths, and so can run any code; protocols of
+ours may be named shortly, such as `few_shot`.
 
 A class has `id`, `names` (with `en`), and `aliases`, `confusable_with`, `facts` where there are any. `romanised` are
 names made by rule, see tools/romanise.py.
@@ -65,7 +66,8 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
     try:
         tree = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: no YAML: {reason_of(error, None)}") from error
+        reason = reason_of(error, None).replace('in "<unicode string>", ', "in ")
+        raise ValueError(f"{file}: no YAML: {reason}") from error
     tree = _mapping(tree, file, _KEYS)
     task = _text(tree.get("task", ""), f"{file}: task", optional="protocols" in tree)
     if task:
@@ -114,7 +116,7 @@ def _tasks() -> dict[str, list[Any]]:
 
 def _protocols(entries: Any, file: str) -> tuple[Protocol, ...]:
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{file}: protocols: found {_found(entries)}; expected a list of class paths")
+        raise ValueError(f"{file}: protocols: found {_found(entries)}; expected a list of names or class paths")
     protocols = [protocol_of(entry, f"{file}: protocols") for entry in entries]
     _check_unique((protocol.name for protocol in protocols), f"{file}: protocols: the name")
     return tuple(protocols)

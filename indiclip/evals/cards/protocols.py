@@ -16,11 +16,18 @@ from indiclip.names import check_choice
 
 
 def protocol_of(entry: Any, where: str) -> Protocol:
-    """The protocol that a class path, with its arguments if any, stands for.
+    """The protocol that a class path or the name of one of ours stands for, with its arguments if any.
 
     Raises:
         ValueError: It is none; begins with `where`.
     """
+    is_mapping = isinstance(entry, dict) and "class_path" in entry
+    name = entry["class_path"] if is_mapping else entry
+    if isinstance(name, str) and "." not in name:
+        ours = protocol_classes()
+        check_choice(where, name, ours)
+        path = f"{ours[name].__module__}.{ours[name].__qualname__}"
+        entry = {**entry, "class_path": path} if is_mapping else path
     protocol = object_of(entry, where)
     if not isinstance(protocol, Protocol):
         expected = "expected a class of indiclip.evals.protocols.protocol.Protocol"
@@ -40,8 +47,10 @@ def with_protocols(cards: Sequence[Card], names: Sequence[str]) -> list[Card]:
     """
     for name in dict.fromkeys(names):
         if "." not in name:
-            check_choice("--protocols", name, _short_names())
-        protocol = protocol_of(_short_names().get(name, name), "--protocols")
+            # A command's words have no place for arguments.
+            free = [own for own, one in protocol_classes().items() if not required_arguments(one)]
+            check_choice("--protocols", name, free)
+        protocol = protocol_of(name, "--protocols")
         fits = [protocol.required_fields <= card.required_fields for card in cards]
         if not any(fits):
             lacking = ", ".join(sorted(protocol.required_fields - {"class"})) or "class"
@@ -56,17 +65,18 @@ def _added(card: Card, protocol: Protocol) -> Card:
 
 
 @cache
-def _short_names() -> dict[str, str]:
-    """Name of each protocol of ours that needs no arguments -> its class path."""
+def protocol_classes() -> dict[str, type[Protocol]]:
+    """Name of each protocol that comes with IndiCLIP -> its class."""
     modules = [
         importlib.import_module(f"{room.__name__}.{found.name}") for found in pkgutil.iter_modules(room.__path__)
     ]
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    ours = {one for one in classes if issubclass(one, Protocol) and not isabstract(one) and not _needs_arguments(one)}
-    return dict(sorted((one().name, f"{one.__module__}.{one.__qualname__}") for one in ours))
+    ours = {one for one in classes if issubclass(one, Protocol) and not isabstract(one)}
+    return dict(sorted((one.name if required_arguments(one) else one().name, one) for one in ours))
 
 
-def _needs_arguments(protocol: type[Protocol]) -> bool:
+def required_arguments(protocol: type[Protocol]) -> list[str]:
+    """The names of those that it cannot be made without, as `--protocols` would."""
     arguments = signature(protocol).parameters.values()
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    return any(one.default is Parameter.empty and one.kind in named for one in arguments)
+    return [one.name for one in arguments if one.default is Parameter.empty and one.kind in named]

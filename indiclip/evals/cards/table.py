@@ -2,12 +2,15 @@
 
 import unicodedata
 from collections.abc import Sequence
+from textwrap import shorten
 
 from indiclip.evals.cards.card import Card, CardClass, load_card
+from indiclip.evals.cards.protocols import protocol_classes, required_arguments
 from indiclip.evals.suites import SUITES, packaged
 from indiclip.names import plain
 
 _SHOWN = 5  # languages in the list of cards
+_SENTENCE = 100  # letters of what a protocol gives
 
 
 def list_cards(suites: Sequence[str] = SUITES) -> list[str]:
@@ -18,6 +21,18 @@ def list_cards(suites: Sequence[str] = SUITES) -> list[str]:
             chance = f"{card.chance:.1%}" if card.chance else "-"
             task = card.task or card.protocols[0].name
             rows.append([f"{suite}/{card.id}", task, str(len(card.classes) or "-"), chance, _languages(card)])
+    return _aligned(rows)
+
+
+def list_protocols() -> list[str]:
+    """A table of the protocols that come with IndiCLIP."""
+    rows = [["protocol", "needs of an image", "gives"]]
+    for name, one in protocol_classes().items():
+        arguments = [f"init_args: {argument}" for argument in required_arguments(one)]
+        gives = " ".join((one.__doc__ or "").split()).partition(". ")[0].rstrip(".")
+        rows.append(
+            [name, ", ".join([*sorted(one.required_fields), *arguments]), shorten(gives, _SENTENCE, placeholder=" ...")]
+        )
     return _aligned(rows)
 
 

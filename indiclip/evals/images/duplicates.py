@@ -25,19 +25,23 @@ def duplicates(items: Items) -> list[str]:
     other_class, in_gallery, repeated = [], [], []
     for group in groups:
         scored = [place for place in group if tested[place]]
-        if len({label[place] for place in group}) > 1:
-            other_class.append(group)
+        by_class: dict[int, list[int]] = defaultdict(list)
+        for place in group:
+            by_class[label[place]].append(place)
+        if len(by_class) > 1:
+            other_class.append([places[0] for places in by_class.values()])
         elif scored and len(scored) < len(group):
             in_gallery.append(group)
-        elif len(scored) > 1:
-            repeated.append(group)
+        of_classes = [[place for place in places if tested[place]] for places in by_class.values()]
+        repeated += [places for places in of_classes if len(places) > 1]
     found = {"in two classes": other_class, "in the gallery and scored": in_gallery, "scored more than once": repeated}
     return [_line(items, what, of_kind) for what, of_kind in found.items() if of_kind]
 
 
 def shared_captions(items: Items) -> list[str]:
-    """A line that counts the captions that several of the scored images have, by language."""
-    if not items.num_images:
+    """A line that counts the captions that several scored images have, by language, where these are retrieved."""
+    of_retrieval = [one for one in items.card.protocols if one.candidates == "images"]
+    if not (items.num_images and any(one.required_fields == {"captions"} for one in of_retrieval)):
         return []
     tested, counts, first = items.tested_N.tolist(), dict[str, int](), ""
     for language, of_images in (items.captions or {}).items():
@@ -55,7 +59,8 @@ def shared_captions(items: Items) -> list[str]:
 def _line(items: Items, what: str, groups: list[list[int]]) -> str:
     first, second, *_ = groups[0]
     names = f"{items.keys[first]} and {items.keys[second]}"
-    return f"{len(groups):,} images are {what} (files with the same bytes), first {names}"
+    count = "1 image is" if len(groups) == 1 else f"{len(groups):,} images are"
+    return f"{count} {what} (files with the same bytes), first {names}"
 
 
 def _same_bytes(files: list[Path]) -> list[list[int]]:

@@ -70,6 +70,11 @@ class Items:
         """bool, which images are scored: all but the gallery."""
         return np.ones(len(self), bool) if self.is_train is None else ~self.is_train
 
+    @property
+    def shown_classes(self) -> set[int]:
+        """The classes, by their places on the card, that the images to score show, as any of its protocols has it."""
+        return set().union(*(protocol.shown_classes(self) for protocol in self.card.protocols))
+
     def select(self, places: Iterable[int]) -> "Items":
         """The items at these places, in this order."""
         kept = list(places)

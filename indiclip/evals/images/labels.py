@@ -10,9 +10,11 @@ import numpy as np
 
 from indiclip.datasets.tables import decode_text, stable_hash
 from indiclip.evals.cards.card import Card
+from indiclip.evals.images.items import Items
 from indiclip.images import storable
 
 CLASS_LISTS = ("classnames.txt", "classes.txt")
+SKIP = "--skip-unknown leaves out the images of classes that the card does not have"
 _SHOWN = 5  # classes in a line; the others are counted
 
 
@@ -34,9 +36,12 @@ class ClassNames:
         Raises:
             ValueError: There is none, and they are not; begins with `where` and names the nearest.
         """
-        if not self.skip_unknown:
-            return self.card.check_place(name, where)
         place = self.card.place(name)
+        if place is None and not self.skip_unknown:
+            try:
+                return self.card.check_place(name, where)
+            except ValueError as error:
+                raise ValueError(f"{error}; {SKIP}") from error
         if place is None:
             self.leave_out(name, 1)
         return -1 if place is None else place
@@ -127,24 +132,20 @@ def map_labels(numbers: np.ndarray, found: ClassList | None, where: str, classes
     return places
 
 
-def missing_classes(card: Card, tested: np.ndarray, gallery: np.ndarray | None) -> list[str]:
-    """Lines that name the classes without an image to score, and those that have one and none in the gallery.
-
-    Args:
-        card: The card.
-        tested: Labels of the images that are scored.
-        gallery: Labels of those that probes learn from; None where there is no such split.
-    """
-    if "class" not in card.required_fields:  # images have no class, or several
+def missing_classes(items: Items) -> list[str]:
+    """Lines that name the classes without an image to score, and those that have one and none in the gallery."""
+    card = items.card
+    if not card.required_fields & {"class", "classes"}:
         return []
-    tested_classes, lines = set(tested.tolist()), []
-    missing = [one.id for place, one in enumerate(card.classes) if place not in tested_classes]
+    shown, lines = items.shown_classes, []
+    missing = [one.id for place, one in enumerate(card.classes) if place not in shown]
     if missing:
         lines = [
             f"no images of {len(missing)} of {len(card.classes)} classes, which stay candidates: {_first(missing)}"
         ]
-    if gallery is not None:
-        without = [card.classes[place].id for place in sorted(tested_classes - set(gallery.tolist()))]
+    if items.is_train is not None and "class" in card.required_fields:
+        gallery = items.labels[items.is_train].tolist()
+        without = [card.classes[place].id for place in sorted(shown.difference(gallery))]
         if without:
             lines.append(f"no gallery images of {len(without)} classes, which probes cannot answer: {_first(without)}")
     return lines

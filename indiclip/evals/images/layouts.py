@@ -28,13 +28,24 @@ from indiclip.evals.cards.card import Card
 from indiclip.evals.images.caption_files import find_caption_file, read_caption_file
 from indiclip.evals.images.duplicates import duplicates, shared_captions
 from indiclip.evals.images.items import FileImages, Images, Items, TableImages
-from indiclip.evals.images.labels import ClassNames, class_groups, draw_candidates, missing_classes, read_class_list
+from indiclip.evals.images.labels import (
+    SKIP,
+    ClassNames,
+    class_groups,
+    draw_candidates,
+    missing_classes,
+    read_class_list,
+)
 from indiclip.evals.images.shard_layout import by_language, find_shards, read_shards
 from indiclip.evals.images.splits import choose, is_split
 from indiclip.images import EXTENSIONS, is_image_name, storable
 from indiclip.names import did_you_mean
 
 _CAPTION_FILES = (".json", ".jsonl")
+
+
+class NoImages(FileNotFoundError):
+    """There is no image of any class of the card."""
 
 
 def find_items(card: Card, root: Path, skip_unknown: bool = False) -> Items | None:
@@ -67,17 +78,20 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     items = _read(card, source, skip_unknown)
     found = "".join(f"; {note}" for note in items.notes)
     if not len(items):
-        raise FileNotFoundError(f"{source}: no images ({', '.join(EXTENSIONS)}) of the card {card.id}{found}")
+        raise NoImages(f"{source}: no images ({', '.join(EXTENSIONS)}) of the card {card.id}{found}")
     if not items.tested_N.any():
         raise FileNotFoundError(f"{source}: images of the split `train` only; there is nothing to score{found}")
     items.groups = class_groups(items.card, items.labels)
     gallery = None if items.is_train is None else items.labels[items.is_train]
     if gallery is not None and not any(protocol.uses_gallery for protocol in card.protocols):
         notes.append(f"{source}: left out: {len(gallery):,} images for training, of which the card learns nothing")
-    notes += [*items.notes, *missing_classes(items.card, items.labels[items.tested_N], gallery)]
+    notes += [*items.notes, *missing_classes(items)]
     notes += [*duplicates(items), *shared_captions(items)]
     for protocol in items.card.protocols:
-        protocol.check(items)
+        try:
+            protocol.check(items)
+        except ValueError as error:
+            raise ValueError(f"{next(iter(_tables(source)), source)}: {error} (card {card.id})") from error
     items.notes = list(map(storable, notes))
     return items
 
@@ -95,8 +109,7 @@ def _read(card: Card, source: Path, skip_unknown: bool) -> Items:
         return read_shards(card, source, shards, skip_unknown)
     if card.required_fields == {"captions"} and (file := find_caption_file(source)):
         return _of_captions(card, file)
-    files = (entry for entry in source.iterdir() if entry.suffix.lower() in KINDS and entry.name[0] != ".")
-    tables = sorted(file for file in files if file.is_file())
+    tables = _tables(source)
     if len(tables) > 1:
         names = ", ".join(table.name for table in tables)
         raise ValueError(f"{source}: several tables, {names}; expected one that lists the images")
@@ -109,6 +122,13 @@ def _read(card: Card, source: Path, skip_unknown: bool) -> Items:
     if others := sorted(card.required_fields - {"class", "text", "instance"}):
         raise FileNotFoundError(f"{source}: no table; expected one with the columns file and {', '.join(others)}")
     return _of_folders(card, source, skip_unknown)
+
+
+def _tables(source: Path) -> list[Path]:
+    """The tables of a folder."""
+    entries = source.iterdir() if source.is_dir() else iter(())
+    files = (entry for entry in entries if entry.suffix.lower() in KINDS and entry.name[0] != ".")
+    return sorted(file for file in files if file.is_file())
 
 
 def _of_captions(card: Card, file: Path) -> Items:
@@ -183,7 +203,10 @@ def _folder_class(classes: ClassNames, folder: Path, num_images: int) -> int:
         inner = next((name for name in subfolders(folder) if classes.card.place(name) is not None), "")
         found = f"; found the folder of a class in it, {inner!r}" if inner else ""
         hint = did_you_mean(folder.name, classes.card.ids)
-        why = f"{folder}: the folder is no class of the card {classes.card.id}{hint}{found}"
+        beside = [name for name in subfolders(folder.parent) if classes.card.place(name) is None]
+        unknown = [name for name in beside if list_images(folder.parent, name).images]
+        count = f"; {len(unknown):,} folders of {folder.parent} are none" if len(unknown) > 1 else ""
+        why = f"{folder}: the folder is no class of the card {classes.card.id}{hint}{found}{count}; {SKIP}"
         classes.leave_out(folder.name, num_images, why)
     return -1 if place is None else place
 

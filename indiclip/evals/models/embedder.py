@@ -245,4 +245,6 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.zeros(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
+        if reason.startswith("Expected one of"):  # twenty kinds of device
+            reason = "expected cpu, cuda, or one GPU such as cuda:1"
         raise ValueError(f"device: {str(device)!r} is not available here ({reason})") from error

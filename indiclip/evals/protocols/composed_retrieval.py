@@ -15,6 +15,7 @@ from indiclip.evals.protocols.cosines import ROUNDING, chunks, truncate_normaliz
 from indiclip.evals.protocols.metrics import hit_rate
 from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.results import Score
+from indiclip.names import did_you_mean
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
@@ -50,7 +51,9 @@ class ComposedRetrieval(Protocol):
         for code in items.captions or {}:
             for key, texts, targets in _queries(items, code):
                 if missing := [target for target in targets if target not in places]:
-                    raise ValueError(f"{key}: target: {missing[0]!r} is no image of the table")
+                    hint = did_you_mean(missing[0], places)
+                    expected = "expected the `file` of a row: a target needs one of its own"
+                    raise ValueError(f"{key}: target: {missing[0]!r} is no image of the table{hint}; {expected}")
                 if len(texts) != len(targets):
                     found = f"{len(texts)} texts in {code} and {len(targets)} targets"
                     raise ValueError(f"{key}: {found}; expected one for each row")

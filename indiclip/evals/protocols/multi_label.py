@@ -31,6 +31,9 @@ class MultiLabel(Protocol):
     def check(self, items: "Items") -> None:
         _truth(items)
 
+    def shown_classes(self, items: "Items") -> set[int]:
+        return set(np.flatnonzero(_truth(items)[items.tested_N].any(0)).tolist())
+
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         truth_NC = _truth(scorer.items)
         for language in scorer.languages:
@@ -89,5 +92,8 @@ def _truth(items: "Items") -> np.ndarray:
     for image, (key, cells) in enumerate(zip(items.keys, items.columns["classes"], strict=True)):
         for name in ";".join(cells).split(";"):
             if name.strip():
-                truth_NC[image, items.card.check_place(name.strip(), f"{key}: classes")] = True
+                try:
+                    truth_NC[image, items.card.check_place(name.strip(), f"{key}: classes")] = True
+                except ValueError as error:
+                    raise ValueError(f"{error}; expected names with `;` between them") from error
     return truth_NC

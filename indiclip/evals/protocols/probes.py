@@ -248,7 +248,7 @@ class Probe(Protocol):
 
 
 class KNN(Probe):
-    """See `knn`."""
+    """Accuracy of the class that most of the nearest images are of, without any text, see `knn`."""
 
     name = "knn"
 
@@ -257,7 +257,7 @@ class KNN(Probe):
 
 
 class LinearProbe(Probe):
-    """See `linear_probe`."""
+    """Accuracy of a logistic regression on the images alone, see `linear_probe`."""
 
     name = "linear_probe"
 

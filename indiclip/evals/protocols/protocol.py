@@ -97,6 +97,10 @@ class Protocol(ABC):
     def check(self, items: "Items") -> None:  # noqa: B027  # most have nothing to check
         """Raise ValueError, naming the image, for what is known of the images but cannot be meant."""
 
+    def shown_classes(self, items: "Items") -> set[int]:
+        """The classes, by their places on the card, that the images to score show."""
+        return set(items.labels[items.tested_N].tolist()) - {-1}
+
     def texts(self, items: "Items", options: Options) -> Iterable[str]:
         """Every text whose embedding `run` asks for, besides the prompts of the classes.
 
