@@ -222,3 +222,11 @@ def test_another_precision_is_said(folder):
         "8, native",
     ]
     assert "| 8, native, bf16 |" in page("leaderboard.md")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints"])
+def test_no_leaderboard_is_written_into_a_training_run(folder, name, capsys):
+    (folder / "run" / name).mkdir(parents=True)
+    assert site(save("a"), out="run") == 2
+    assert f"--out run: holds {name}, of a training run or another program; expected a new" in capsys.readouterr().err
+    assert [file.name for file in (folder / "run").iterdir()] == [name]

@@ -9,7 +9,7 @@ from indiclip.evals.comparison import in_words
 from indiclip.evals.images.convert import convert
 from indiclip.evals.leaderboard_pages import add
 from indiclip.evals.reports.comparison_page import write_comparison
-from indiclip.evals.results import load_result
+from indiclip.evals.results import check_is_no_training, load_result
 from indiclip.names import plain
 
 _SHOWN = 10  # images that were left out
@@ -58,6 +58,8 @@ def site(runs: list[Path], out: Path) -> int:
     """Adds runs to a leaderboard that is a folder of pages. Returns the exit status."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way; expected a folder")
+    if not (out / "leaderboard.jsonl").exists():
+        check_is_no_training(out, "a new folder, or one of an earlier leaderboard")
     _add(out / "leaderboard.jsonl", runs, site=True)
     print(f"wrote {out / 'index.html'}, leaderboard.md and leaderboard.jsonl beside it")
     return 0

@@ -118,7 +118,7 @@ class CardResult:
     title: str
     part: str
     metric: str  # the main one
-    status: str  # `scored` or `skipped`
+    status: str  # `scored`, `skipped`, or `absent`: no photographs of a card whose generated part is scored
     num_images: int = 0
     num_classes: int = 0  # with images
     of_classes: int = 0  # on the card
@@ -134,6 +134,7 @@ class CardResult:
         default_factory=dict
     )  # class -> latitude, longitude, state; where they have any
     names: dict[str, dict[str, str]] = field(default_factory=dict)  # class id -> language -> name, two at most
+    is_texts: bool = False  # `num_images` counts texts: no image is looked at
 
     @property
     def key(self) -> tuple[str, str]:
@@ -332,16 +333,25 @@ def column_of(values: Sequence[Any]) -> np.ndarray:
 
 def check_out(folder: Path) -> None:
     """Raise ValueError for a folder whose files are not a benchmark's, which its own would replace."""
-    found = next((name for name in ("config.yaml", "checkpoints") if (folder / name).exists()), "")
-    if not found and (folder / "metrics.json").exists():
-        with suppress(ValueError, OSError):
-            content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            if isinstance(content, dict) and {"model", "cards", "scores"} <= content.keys():
-                return
-        found = "a metrics.json of another kind"
-    if found:
-        expected = "expected a new folder, or one of an earlier `indiclip bench`"
-        raise ValueError(f"--out {folder}: holds {found}, of a training run or another program; {expected}")
+    expected = "a new folder, or one of an earlier `indiclip bench`"
+    check_is_no_training(folder, expected)
+    if not (folder / "metrics.json").exists():
+        return
+    with suppress(ValueError, OSError):
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        if isinstance(content, dict) and {"model", "cards", "scores"} <= content.keys():
+            return
+    raise ValueError(_taken(folder, "a metrics.json of another kind", expected))
+
+
+def check_is_no_training(folder: Path, expected: str) -> None:
+    """Raise ValueError for the folder of a training run, which others' files would be lost in."""
+    if found := next((name for name in ("config.yaml", "checkpoints") if (folder / name).exists()), ""):
+        raise ValueError(_taken(folder, found, expected))
+
+
+def _taken(folder: Path, found: str, expected: str) -> str:
+    return f"--out {folder}: holds {found}, of a training run or another program; expected {expected}"
 
 
 def check_parquet() -> None:
