@@ -8,8 +8,10 @@ import pytest
 from bench_fakes import answer, card, score, small_run
 
 from indiclip.evals.formatting import Bar, heat, in_reading_order, interval, language_name, metric_name, number, signed
+from indiclip.evals.reports.bench_pictures import _languages
 from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
+from indiclip.evals.reports.console import print_result
 from indiclip.evals.reports.embedding_map import SIDE, closest, embedding_map
 from indiclip.evals.reports.page import TEMPLATES
 from indiclip.evals.results import IMAGES, PHOTOGRAPHS, load_result
@@ -188,6 +190,36 @@ def test_without_india_the_headline_says_so(tmp_path):
     result = small_run()
     result.cards, result.scores, result.predictions = [card("mine", suite="own")], [], []
     assert "No card of the India suite was in this run." in page_of(tmp_path, result)
+
+
+def test_own_cards_have_no_mean_and_texts_are_no_photographs(tmp_path):
+    result = small_run()
+    result.cards = [card("mine", suite="own"), card("pairs", suite="own", is_texts=True, num_images=100)]
+    result.scores = [score("mine", 0.25, suite="own"), score("pairs", 0.75, suite="own")]
+    page = page_of(tmp_path, result)
+    words = words_of(page)
+    assert "mean, corrected" not in words
+    assert "India benchmark" not in words
+    assert "Pairs texts 100 texts" in words_of(section(page, "pairs-photographs"))
+    result.cards = [card(one.card, is_texts=one.is_texts) for one in result.cards]
+    result.scores = [score("mine", 0.25), score("pairs", 0.75)]
+    assert "mean, corrected for chance 0.500" in words_of(page_of(tmp_path, result))
+
+
+def test_a_card_whose_generated_part_is_scored_is_not_skipped_for_lack_of_photographs(tmp_path, capsys):
+    result = small_run()
+    result.cards[1].status, result.cards[1].notes = "absent", ["photos has no folder of it"]
+    print_result(result, tmp_path)
+    said = capsys.readouterr().out
+    assert "\nno photographs of: script\n" in said
+    assert "skipped: gods" in said
+    assert "has no folder" not in said
+    assert "1 skipped , so in no mean: Gods." in words_of(page_of(tmp_path, result))
+
+
+def test_a_picture_says_in_which_languages_it_was_right():
+    said = [_languages(dict(zip("abc", hits, strict=False))) for hits in ([1], [0, 0], [1, 1], [0, 0, 0], [1, 0, 1])]
+    assert said == ["", "wrong in both languages", "right in both languages", "wrong in all 3 languages", "wrong in b"]
 
 
 def test_counts_of_confusions():

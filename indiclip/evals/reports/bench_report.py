@@ -75,10 +75,12 @@ def _blocks(result: Result, cards: list[CardResult], flagged: dict[tuple[str, st
             rows.append((card, cells, chance_of(cells), flagged.get(card.key, 0)))
         name = suite_name(suite)
         if part == PHOTOGRAPHS:
-            name += f", photographs: {sum(card.status == 'scored' for card in of_block)} of {len(of_block)} scored"
+            kind = "texts" if all(card.is_texts for card in of_block) else "photographs"
+            name += f", {kind}: {sum(card.status == 'scored' for card in of_block)} of {len(of_block)} scored"
         else:
             name += ", generated pictures: in no mean"
-        has_mean = part == PHOTOGRAPHS and len(of_block) > 1
+        # Own cards are no suite: a mean over whatever somebody measured says nothing.
+        has_mean = part == PHOTOGRAPHS and len(of_block) > 1 and suite != "own"
         blocks.append({"name": name, "rows": rows, "mean": result.headline(suite)["mean"] if has_mean else None})
     return blocks
 

@@ -89,8 +89,11 @@ def print_notes(console: Console, cards: Sequence[CardResult]) -> None:
             skipped.setdefault("; ".join(card.notes), []).append(name)
     for reason, names in skipped.items():
         console.print(plain(f"skipped: {', '.join(names)}: {reason}"), style="yellow", markup=False, soft_wrap=True)
+    if absent := [card.card for card in cards if card.status == "absent"]:
+        line = f"no photographs of: {', '.join(absent)}"
+        console.print(plain(line), style="dim", markup=False, highlight=False, soft_wrap=True)
     for card in cards:
-        for note in card.notes if card.status != "skipped" else []:
+        for note in card.notes if card.status == "scored" else []:
             console.print(plain(f"{card.card}: {note}"), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
