@@ -206,6 +206,40 @@ def test_own_cards_have_no_mean_and_texts_are_no_photographs(tmp_path):
     assert "mean, corrected for chance 0.500" in words_of(page_of(tmp_path, result))
 
 
+def of_images():
+    """A model without texts: probes of one card, and the main number of another, in which no text is involved."""
+    result = small_run()
+    result.cards = [card("food"), card("shots", metric="acc1_1_shot", protocol="few_shot")]
+    result.scores = [score("food", 0.5, IMAGES, protocol="knn"), score("food", 0.75, IMAGES, protocol="linear_probe")]
+    result.scores.append(score("shots", 0.25, IMAGES, "acc1_1_shot", protocol="few_shot", chance=0.2))
+    result.answers = []
+    return result
+
+
+def test_a_model_without_texts_has_its_numbers_on_top(tmp_path, capsys):
+    result = of_images()
+    words = words_of(page_of(tmp_path, result))
+    head = "card main metric chance images only kNN, top-1 probe, top-1 India, photographs: 2 of 2 scored"
+    assert f"{head} Food top-1 – 0.500 0.750 Shots top-1 after 1 shot 0.200 0.250" in words
+    print_result(result, tmp_path)
+    assert re.search(r"shots +top-1 after 1 shot .* 0\.250", capsys.readouterr().out)
+    result.cards, result.scores = result.cards[:1], result.scores[:2]
+    words = words_of(page_of(tmp_path, result))
+    assert "chance kNN, top-1 probe, top-1 India, photographs: 1 of 1 scored Food top-1 – 0.500 0.750" in words
+    assert "Languages side by side" not in words
+
+
+def test_what_takes_no_text_has_a_column_beside_any_language(tmp_path, capsys):
+    result = small_run()
+    result.scores += [score("script", 0.5, language) for language in ("as", "bn", "gu", "kn")]
+    result.cards.append(card("shots", metric="acc1_1_shot", protocol="few_shot"))
+    result.scores.append(score("shots", 0.25, IMAGES, "acc1_1_shot", protocol="few_shot"))
+    print_result(result, tmp_path)
+    said = capsys.readouterr().out
+    assert re.search(r"chance +en +hi +\w+ +images only", said)
+    assert "in the report: 3 more languages" in said
+
+
 def test_a_card_whose_generated_part_is_scored_is_not_skipped_for_lack_of_photographs(tmp_path, capsys):
     result = small_run()
     result.cards[1].status, result.cards[1].notes = "absent", ["photos has no folder of it"]

@@ -9,7 +9,7 @@ from bench_fakes import answer, score, small_run
 from indiclip.commands import bench
 from indiclip.evals.comparison import compare, in_words
 from indiclip.evals.reports.comparison_page import write_comparison
-from indiclip.evals.results import PROCEDURAL
+from indiclip.evals.results import IMAGES, PROCEDURAL
 
 TRUTHS = ["dosa"] * 6 + ["roti"] * 2
 
@@ -216,3 +216,13 @@ def test_page_calls_classes_by_their_names(tmp_path):
     page = (tmp_path / "c.html").read_text(encoding="utf-8")
     assert '<tr><td>0.jpg</td><td>masala dosa <bdi lang="hi">डोसा</bdi></td></tr>' in page
     assert "Newcombe" in page
+
+
+def test_a_card_that_only_probes_have_scored_is_named(tmp_path):
+    a, b = run([0] * 8), run([0] * 8)
+    a.scores = [score("food", 0.5, IMAGES, protocol="knn")]
+    b.cards, b.scores = [], []
+    assert [row.why_not for row in compare(a, a)] == ["only probes in both"]
+    assert [row.why_not for row in compare(b, a)] == ["only in B, by probes"]
+    write_comparison(tmp_path / "c.html", a, b)
+    assert "only in A, by probes" in (tmp_path / "c.html").read_text(encoding="utf-8")

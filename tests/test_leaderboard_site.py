@@ -15,6 +15,7 @@ from test_leaderboard import DATA, run
 from indiclip.cli import main
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.leaderboard_file import read
+from indiclip.evals.results import IMAGES
 
 ASKED = {name: {"en": "1", "hi": "2"} for name in DATA}
 
@@ -98,9 +99,24 @@ def test_a_run_without_photographs_is_said(folder, capsys):
         result.cards, result.scores = result.cards[3:], result.scores[4:]
 
     assert site(save("generated", change=procedural)) == 0
-    assert capsys.readouterr().err == "indiclip: generated: scored no photographs, so it is in no table\n"
+    assert capsys.readouterr().err == "indiclip: generated: no main number on photographs, so it is in no table\n"
     assert "No run has scored photographs yet." in page()
     assert "<table" not in page()
+
+
+def test_a_card_that_takes_no_text_has_its_number(folder, capsys):
+    def few_shot(result):
+        result.cards = [card("mine", suite="own", metric="acc1_1_shot", protocol="few_shot")]
+        result.scores = [score("mine", 0.75, IMAGES, "acc1_1_shot", suite="own", protocol="few_shot", chance=0.5)]
+
+    def probes(result):
+        result.cards, result.scores = result.cards[:1], [score("food", 0.5, IMAGES, protocol="knn")]
+
+    assert site(save("a", change=few_shot), save("b", change=probes)) == 0
+    assert "b: no main number on photographs, so it is in no table" in capsys.readouterr().err
+    assert "images only, chance 0.500" in page()
+    assert "| Mine images only |" in page("leaderboard.md")
+    assert re.search(r"\| 1 \| a \|.*\| 0.750 \|$", page("leaderboard.md"), re.M)
 
 
 def test_only_runs_asked_alike_stand_together():

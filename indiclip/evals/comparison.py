@@ -7,7 +7,7 @@ import numpy as np
 
 from indiclip.evals.formatting import interval, language_name, metric_name, number, signed, title
 from indiclip.evals.protocols.metrics import Interval, parity_gap
-from indiclip.evals.results import CardResult, Prediction, Result, Score, name_of
+from indiclip.evals.results import IMAGES, CardResult, Prediction, Result, Score, name_of
 from indiclip.names import plain
 
 _PER_CLASS = "mean_per_class_recall"
@@ -38,7 +38,13 @@ def compare(a: Result, b: Result) -> list[Compared]:
     languages = list(dict.fromkeys((*a.languages(), *b.languages())))
     mains = {language: (a.main(language), b.main(language)) for language in languages}
     rows = []
+    in_a, in_b = ({card.key for card in run.cards if card.status == "scored"} for run in (a, b))
     for key, card in cards.items():
+        if not any(key in main for pair in mains.values() for main in pair):
+            why_not = (
+                "only probes in both" if key in in_a & in_b else f"only in {'A' if key in in_a else 'B'}, by probes"
+            )
+            rows.append(Compared(card, IMAGES, None, None, why_not=why_not))
         for language in languages:
             score_a, score_b = (main.get(key) for main in mains[language])
             row = Compared(card, language, score_a, score_b)

@@ -13,7 +13,7 @@ from indiclip.evals.formatting import language_name, suite_name
 from indiclip.evals.leaderboard import Group, groups_of, rows_of
 from indiclip.evals.leaderboard_file import INDIA, Row, read
 from indiclip.evals.reports.page import write_page
-from indiclip.evals.results import Result
+from indiclip.evals.results import IMAGES, Result
 
 _RUNS = "runs"  # folder of the runs' pages
 
@@ -57,7 +57,7 @@ class Added(NamedTuple):
     Attributes:
         groups: What the tables show now.
         skipped: Why lines of the file are in none.
-        without_row: Names of runs that scored no photographs.
+        without_row: Names of runs of whose photographs no card has its main number.
     """
 
     groups: list[Group]
@@ -125,11 +125,14 @@ def _table(group: Group) -> Table:
     chance = {card: value for row in group.rows for card, value in row["chance"].items()}
     titles = {card: name for row in group.rows for card, name in row["titles"].items()}
     columns = [Column(language_name(language), _of_mean(group.rows, language)) for language in languages]
-    columns += [Column(titles.get(card, card), "in English", chance.get(card)) for card in cards]
+    without_text = {card for row in group.rows for card, found in row["cards"].items() if IMAGES in found}
+    asked = {card: IMAGES if card in without_text else "en" for card in cards}
+    said = {"en": "in English", IMAGES: language_name(IMAGES)}
+    columns += [Column(titles.get(card, card), said[asked[card]], chance.get(card)) for card in cards]
     rows = []
     for row in group.rows:
         cells = [_mean_cell(row, language) for language in languages]
-        rows.append((row, cells + [_cell(row, card, "en") for card in cards]))
+        rows.append((row, cells + [_cell(row, card, asked[card]) for card in cards]))
     covers = f"Covers {group.covered} of {group.of} categories"
     if group.suite != INDIA:
         covers = f"{suite_name(group.suite)}: {group.covered} of {group.of}"

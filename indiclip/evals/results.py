@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
+PROBES = {"knn": "kNN", "linear_probe": "probe"}  # protocol -> what it is called at the head of a column
 CLEAN = "clean"  # the subset of the images that are not among the training data
 _SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
 
@@ -178,6 +179,14 @@ class Result:
             and (score.protocol, score.metric) == mains.get(score.key)
             and self.is_main_setting(score)
             and not score.subset
+        }
+
+    def probes(self, protocol: str) -> dict[tuple[str, str], Score]:
+        """(card, part) -> accuracy of kNN or the linear probe at the full length and the first view."""
+        return {
+            score.key: score
+            for score in self.scores
+            if (score.protocol, score.metric, score.subset) == (protocol, "acc1", "") and self.is_main_setting(score)
         }
 
     def logged(self) -> dict[str, float]:
