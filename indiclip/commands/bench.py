@@ -40,9 +40,20 @@ def import_images(source: str, card: str, out: str, layout: str, split: str, lan
 
 def compare(run_a: Path, run_b: Path, out: Path) -> int:
     """Sets two runs side by side. Returns the exit status."""
-    print(in_words(write_comparison(out, load_result(run_a), load_result(run_b))))
+    folders = _folder_of(run_a), _folder_of(run_b)
+    a, b = map(load_result, folders)
+    print(in_words(write_comparison(out, a, b, tuple(folder.resolve().name for folder in folders))))
+    views = [view for view in a.views if view in b.views and view not in (a.views[0], b.views[0])]
+    if a.views[0] != b.views[0] or views:
+        line = f"compared: A at the view {a.views[0]}, B at {b.views[0]}"
+        print(plain(f"{line}; both also have {', '.join(views)}, see their reports" if views else line))
     print(f"wrote {out}")
     return 0
+
+
+def _folder_of(run: Path) -> Path:
+    """A run's folder, also by the file in it."""
+    return run.parent if run.name == "metrics.json" and run.is_file() else run
 
 
 def leaderboard(runs: list[Path], file: Path) -> int:
@@ -66,7 +77,7 @@ def site(runs: list[Path], out: Path) -> int:
 
 
 def _add(file: Path, runs: list[Path], site: bool = False) -> None:
-    added = add(file, [(load_result(run, predictions=False), run) for run in runs], site)
+    added = add(file, [(load_result(run, predictions=False), run) for run in map(_folder_of, runs)], site)
     for line in added.skipped:
         print(plain(f"indiclip: {line}"), file=sys.stderr)
     for model in added.without_row:

@@ -23,6 +23,7 @@ class Compared(NamedTuple):
     shared: int = 0  # images that both runs answered for
     of: tuple[int, int] = (0, 0)  # images of each run
     gap: Interval | None = None  # b less a, on these
+    on_shared: tuple[float, float] = (0.0, 0.0)  # both runs' numbers on these
     why_not: str = ""  # where there is none
     gained: tuple[tuple[str, str], ...] = ()  # (key, truth) of images wrong in a and right in b
     lost: tuple[tuple[str, str], ...] = ()
@@ -125,14 +126,18 @@ def _compared(
         tuple((name[1], of_a[name].truth) for name, changed in zip(shared, changed_N, strict=True) if changed)
         for changed_N in (hits_b_N & ~hits_a_N, hits_a_N & ~hits_b_N)
     )
-    return row._replace(gap=gap, gained=gained, lost=lost)
+    # Each image, or each class, weighs the same.
+    weight_N = 1 / np.bincount(labels_N)[labels_N] if row.a.metric == _PER_CLASS else np.ones(len(shared))
+    on_shared = (float(np.average(hits_a_N, weights=weight_N)), float(np.average(hits_b_N, weights=weight_N)))
+    return row._replace(gap=gap, on_shared=on_shared, gained=gained, lost=lost)
 
 
 def common(row: Compared) -> str:
-    """How many images a difference is over, and of how many."""
+    """How many images a difference is over, of how many, and the numbers on them where these are not all."""
     if row.of == (row.shared, row.shared):
         return f"{row.shared:,} images"
-    return f"the common {row.shared:,} images of A's {row.of[0]:,} and B's {row.of[1]:,}"
+    said = f"the common {row.shared:,} images of A's {row.of[0]:,} and B's {row.of[1]:,}"
+    return f"{said}, where A has {number(row.on_shared[0])} and B {number(row.on_shared[1])}"
 
 
 def in_words(rows: list[Compared]) -> str:
