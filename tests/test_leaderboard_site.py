@@ -90,6 +90,7 @@ def test_means_have_intervals_made_of_those_of_their_cards():
 def test_own_cards_have_a_table_of_their_own(folder):
     assert site(save("a"), save("b", change=own)) == 0
     assert re.findall("<h2>(.*?) ·", page()) == ["Covers 2 of 11 categories", "Own cards: 1 of 1"]
+    assert "apart" not in page()
     assert main(["bench", "leaderboard", "bench/b", "--file", "own.jsonl"]) == 0
     assert "My photographs" in page("own.md", ".")
 
@@ -246,3 +247,42 @@ def test_no_leaderboard_is_written_into_a_training_run(folder, name, capsys):
     assert site(save("a"), out="run") == 2
     assert f"--out run: holds {name}, of a training run or another program; expected a new" in capsys.readouterr().err
     assert [file.name for file in (folder / "run").iterdir()] == [name]
+
+
+def test_tables_of_own_cards_say_why_they_are_apart(folder):
+    def mine(result, images="9f", asked="1", name="mine"):
+        own(result)
+        result.cards[0].card, result.scores[0] = name, result.scores[0]._replace(card=name)
+        result.about |= {"data": {name: images}, "asked": {name: {"en": asked}}}
+
+    others = [{}, {"images": "8e"}, {"asked": "2"}, {"name": "other"}]
+    runs = [save(f"r{place}", change=partial(mine, **other)) for place, other in enumerate(others)]
+    assert site(*runs) == 0
+    why = [
+        "",
+        " · apart: other images or labels",
+        " · apart: other names or prompts in English",
+        " · apart: other cards",
+    ]
+    assert sorted(re.findall("<h2>Own cards: 1 of 1 · images [0-9a-f]+(.*?)</h2>", page())) == sorted(why)
+
+
+def test_runs_of_one_model_are_told_apart_by_folder_and_time(folder, capsys):
+    date = "2026-01-02T03:04:05+00:00"
+    save("a", date=date)
+    Path("bench/a").rename("bench/first")
+    assert site("bench/first") == 0
+    assert "| a | 2026-01-02 03:04:05 UTC | 8, native | first |" in capsys.readouterr().out
+    assert "<small>first · 2026-01-02 03:04:05 UTC</small>" in page()
+    assert "+00:00" not in page()
+
+
+def test_both_commands_take_the_same_options(folder, capsys):
+    save("a")
+    assert main(["bench", "leaderboard", "bench/a", "--out", "one"]) == 0
+    assert main(["leaderboard", "bench/a", "--file", "two.jsonl"]) == 0
+    assert Path("one/index.html").is_file()
+    assert Path("two.html").is_file()
+    for words in (["bench", "leaderboard"], ["leaderboard"]):
+        assert main([*words, "--out", "one", "--file", "two.jsonl"]) == 2
+        assert "--file two.jsonl, --out one: expected one of them" in capsys.readouterr().err

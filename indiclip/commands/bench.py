@@ -56,8 +56,11 @@ def _folder_of(run: Path) -> Path:
     return run.parent if run.name == "metrics.json" and run.is_file() else run
 
 
-def leaderboard(runs: list[Path], file: Path) -> int:
-    """Adds runs to a leaderboard. Returns the exit status."""
+def leaderboard(runs: list[Path], file: Path | None = None, out: Path | None = None) -> int:
+    """Adds runs to a leaderboard: one file with its tables beside it, or a folder of pages. Returns the exit status."""
+    if out is not None:
+        return site(runs, out, file)
+    file = file or Path("leaderboard.jsonl")
     if file.suffix != ".jsonl":
         raise ValueError(f"--file {file}: expected a name that ends in .jsonl; the tables stand beside it")
     _add(file, runs)
@@ -65,8 +68,13 @@ def leaderboard(runs: list[Path], file: Path) -> int:
     return 0
 
 
-def site(runs: list[Path], out: Path) -> int:
-    """Adds runs to a leaderboard that is a folder of pages. Returns the exit status."""
+def site(runs: list[Path], out: Path | None = None, file: Path | None = None) -> int:
+    """Adds runs to a leaderboard that is a folder of pages, or to one that is a file. Returns the exit status."""
+    if file is not None and out is not None:
+        raise ValueError(f"--file {file}, --out {out}: expected one of them")
+    if file is not None:
+        return leaderboard(runs, file)
+    out = out or Path("leaderboard")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way; expected a folder")
     if not (out / "leaderboard.jsonl").exists():
