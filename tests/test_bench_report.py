@@ -109,7 +109,9 @@ def test_every_length_and_view_has_its_number(tmp_path):
 def test_groups_of_images_have_a_row_each(tmp_path):
     result = small_run()
     result.scores += [score("script", 0.9, subset="tamil", num_items=3), score("script", 0.7, subset="old_bengali")]
-    part = words_of(section(page_of(tmp_path, result), "script-photographs"))
+    page = section(page_of(tmp_path, result), "script-photographs")
+    assert page.count('<table class="groups">') == 1  # whose first column, of whole prompts too, is wide
+    part = words_of(page)
     assert "tamil 3 0.900" in part
     assert "old bengali 0 0.700" in part
 
