@@ -283,7 +283,7 @@ def test_two_cards_of_one_id_are_an_error(tmp_path, card_file):
 @pytest.mark.usefixtures("few_generated")
 def test_generated_images_are_scored_and_in_no_mean():
     result = run(find_bench(None, ["indian_colours"]))
-    assert [(card.part, card.status) for card in result.cards] == [(PHOTOGRAPHS, "skipped"), (PROCEDURAL, "scored")]
+    assert [(card.part, card.status) for card in result.cards] == [(PHOTOGRAPHS, "absent"), (PROCEDURAL, "scored")]
     assert {row.part for row in (*result.scores, *result.predictions)} == {PROCEDURAL}
     assert ("indian_colours", PROCEDURAL) in result.main()
     assert result.headline() == {"suite": "india", "covered": 0, "of": 11, "mean": {}}

@@ -8,8 +8,10 @@ import pytest
 from bench_fakes import answer, card, score, small_run
 
 from indiclip.evals.formatting import Bar, heat, in_reading_order, interval, language_name, metric_name, number, signed
+from indiclip.evals.reports.bench_pictures import _languages
 from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.confusion import MOST_CLASSES, Mistake, confusion, mistakes, most_confused, pairs
+from indiclip.evals.reports.console import print_result
 from indiclip.evals.reports.embedding_map import SIDE, closest, embedding_map
 from indiclip.evals.reports.page import TEMPLATES
 from indiclip.evals.results import IMAGES, PHOTOGRAPHS, load_result
@@ -107,7 +109,9 @@ def test_every_length_and_view_has_its_number(tmp_path):
 def test_groups_of_images_have_a_row_each(tmp_path):
     result = small_run()
     result.scores += [score("script", 0.9, subset="tamil", num_items=3), score("script", 0.7, subset="old_bengali")]
-    part = words_of(section(page_of(tmp_path, result), "script-photographs"))
+    page = section(page_of(tmp_path, result), "script-photographs")
+    assert page.count('<table class="groups">') == 1  # whose first column, of whole prompts too, is wide
+    part = words_of(page)
     assert "tamil 3 0.900" in part
     assert "old bengali 0 0.700" in part
 
@@ -188,6 +192,70 @@ def test_without_india_the_headline_says_so(tmp_path):
     result = small_run()
     result.cards, result.scores, result.predictions = [card("mine", suite="own")], [], []
     assert "No card of the India suite was in this run." in page_of(tmp_path, result)
+
+
+def test_own_cards_have_no_mean_and_texts_are_no_photographs(tmp_path):
+    result = small_run()
+    result.cards = [card("mine", suite="own"), card("pairs", suite="own", is_texts=True, num_images=100)]
+    result.scores = [score("mine", 0.25, suite="own"), score("pairs", 0.75, suite="own")]
+    page = page_of(tmp_path, result)
+    words = words_of(page)
+    assert "mean, corrected" not in words
+    assert "India benchmark" not in words
+    assert "Pairs texts 100 texts" in words_of(section(page, "pairs-photographs"))
+    result.cards = [card(one.card, is_texts=one.is_texts) for one in result.cards]
+    result.scores = [score("mine", 0.25), score("pairs", 0.75)]
+    assert "mean, corrected for chance 0.500" in words_of(page_of(tmp_path, result))
+
+
+def of_images():
+    """A model without texts: probes of one card, and the main number of another, in which no text is involved."""
+    result = small_run()
+    result.cards = [card("food"), card("shots", metric="acc1_1_shot", protocol="few_shot")]
+    result.scores = [score("food", 0.5, IMAGES, protocol="knn"), score("food", 0.75, IMAGES, protocol="linear_probe")]
+    result.scores.append(score("shots", 0.25, IMAGES, "acc1_1_shot", protocol="few_shot", chance=0.2))
+    result.answers = []
+    return result
+
+
+def test_a_model_without_texts_has_its_numbers_on_top(tmp_path, capsys):
+    result = of_images()
+    words = words_of(page_of(tmp_path, result))
+    head = "card main metric chance images only kNN, top-1 probe, top-1 India, photographs: 2 of 2 scored"
+    assert f"{head} Food top-1 – 0.500 0.750 Shots top-1 after 1 shot 0.200 0.250" in words
+    print_result(result, tmp_path)
+    assert re.search(r"shots +top-1 after 1 shot .* 0\.250", capsys.readouterr().out)
+    result.cards, result.scores = result.cards[:1], result.scores[:2]
+    words = words_of(page_of(tmp_path, result))
+    assert "chance kNN, top-1 probe, top-1 India, photographs: 1 of 1 scored Food top-1 – 0.500 0.750" in words
+    assert "Languages side by side" not in words
+
+
+def test_what_takes_no_text_has_a_column_beside_any_language(tmp_path, capsys):
+    result = small_run()
+    result.scores += [score("script", 0.5, language) for language in ("as", "bn", "gu", "kn")]
+    result.cards.append(card("shots", metric="acc1_1_shot", protocol="few_shot"))
+    result.scores.append(score("shots", 0.25, IMAGES, "acc1_1_shot", protocol="few_shot"))
+    print_result(result, tmp_path)
+    said = capsys.readouterr().out
+    assert re.search(r"chance +en +hi +\w+ +images only", said)
+    assert "in the report: 3 more languages" in said
+
+
+def test_a_card_whose_generated_part_is_scored_is_not_skipped_for_lack_of_photographs(tmp_path, capsys):
+    result = small_run()
+    result.cards[1].status, result.cards[1].notes = "absent", ["photos has no folder of it"]
+    print_result(result, tmp_path)
+    said = capsys.readouterr().out
+    assert "\nno photographs of: script\n" in said
+    assert "skipped: gods" in said
+    assert "has no folder" not in said
+    assert "1 skipped , so in no mean: Gods." in words_of(page_of(tmp_path, result))
+
+
+def test_a_picture_says_in_which_languages_it_was_right():
+    said = [_languages(dict(zip("abc", hits, strict=False))) for hits in ([1], [0, 0], [1, 1], [0, 0, 0], [1, 0, 1])]
+    assert said == ["", "wrong in both languages", "right in both languages", "wrong in all 3 languages", "wrong in b"]
 
 
 def test_counts_of_confusions():

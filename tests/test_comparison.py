@@ -9,7 +9,7 @@ from bench_fakes import answer, score, small_run
 from indiclip.commands import bench
 from indiclip.evals.comparison import compare, in_words
 from indiclip.evals.reports.comparison_page import write_comparison
-from indiclip.evals.results import PROCEDURAL
+from indiclip.evals.results import IMAGES, PROCEDURAL
 
 TRUTHS = ["dosa"] * 6 + ["roti"] * 2
 
@@ -66,7 +66,7 @@ def test_of_images_that_one_run_lacks_or_has_other_bytes_of_only_the_common_ones
     assert row.why_not == ""
     assert row.gap.value == pytest.approx((2 - 1) / 6)
     assert [key for key, _ in row.gained] == ["2.jpg", "3.jpg"]
-    said = "on the common 6 images of A's 8 and B's 7"
+    said = "on the common 6 images of A's 8 and B's 7, where A has 0.667 and B 0.833"
     assert in_words([row]).endswith(said)
     write_comparison(tmp_path / "c.html", a, b)
     assert said[3:] in (tmp_path / "c.html").read_text(encoding="utf-8").replace("&#39;", "'")
@@ -173,12 +173,16 @@ def test_page_escapes_and_lists_what_changed(tmp_path):
 
 
 def test_command_writes_the_page(tmp_path, capsys):
-    run([1] + [0] * 7).save(tmp_path / "a")
-    run([0] * 8).save(tmp_path / "b")
+    runs = run([1] + [0] * 7), run([0] * 8)
+    for folder, one in zip("ab", runs, strict=True):
+        one.views.append("64-square")
+        one.save(tmp_path / folder)
     out = tmp_path / "c.html"
-    assert bench.compare(tmp_path / "a", tmp_path / "b", out) == 0
-    assert out.is_file()
-    assert "Food, English, top-1: 0.500 | 0.500 | +0.125" in capsys.readouterr().out
+    assert bench.compare(tmp_path / "a" / "metrics.json", tmp_path / "b", out) == 0
+    assert "<h1>a: m and b: m</h1>" in out.read_text("utf-8")
+    said = capsys.readouterr().out
+    assert "Food, English, top-1: 0.500 | 0.500 | +0.125" in said
+    assert "compared: A at the view native, B at native; both also have 64-square, see their reports" in said
 
 
 def test_command_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -224,3 +228,13 @@ def test_page_calls_classes_by_their_names(tmp_path):
     page = (tmp_path / "c.html").read_text(encoding="utf-8")
     assert '<tr><td>0.jpg</td><td>masala dosa <bdi lang="hi">डोसा</bdi></td></tr>' in page
     assert "Newcombe" in page
+
+
+def test_a_card_that_only_probes_have_scored_is_named(tmp_path):
+    a, b = run([0] * 8), run([0] * 8)
+    a.scores = [score("food", 0.5, IMAGES, protocol="knn")]
+    b.cards, b.scores = [], []
+    assert [row.why_not for row in compare(a, a)] == ["only probes in both"]
+    assert [row.why_not for row in compare(b, a)] == ["only in B, by probes"]
+    write_comparison(tmp_path / "c.html", a, b)
+    assert "only in A, by probes" in (tmp_path / "c.html").read_text(encoding="utf-8")

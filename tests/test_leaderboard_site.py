@@ -15,6 +15,7 @@ from test_leaderboard import DATA, run
 from indiclip.cli import main
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.leaderboard_file import read
+from indiclip.evals.results import IMAGES
 
 ASKED = {name: {"en": "1", "hi": "2"} for name in DATA}
 
@@ -89,6 +90,7 @@ def test_means_have_intervals_made_of_those_of_their_cards():
 def test_own_cards_have_a_table_of_their_own(folder):
     assert site(save("a"), save("b", change=own)) == 0
     assert re.findall("<h2>(.*?) ·", page()) == ["Covers 2 of 11 categories", "Own cards: 1 of 1"]
+    assert "apart" not in page()
     assert main(["bench", "leaderboard", "bench/b", "--file", "own.jsonl"]) == 0
     assert "My photographs" in page("own.md", ".")
 
@@ -98,9 +100,24 @@ def test_a_run_without_photographs_is_said(folder, capsys):
         result.cards, result.scores = result.cards[3:], result.scores[4:]
 
     assert site(save("generated", change=procedural)) == 0
-    assert capsys.readouterr().err == "indiclip: generated: scored no photographs, so it is in no table\n"
+    assert capsys.readouterr().err == "indiclip: generated: no main number on photographs, so it is in no table\n"
     assert "No run has scored photographs yet." in page()
     assert "<table" not in page()
+
+
+def test_a_card_that_takes_no_text_has_its_number(folder, capsys):
+    def few_shot(result):
+        result.cards = [card("mine", suite="own", metric="acc1_1_shot", protocol="few_shot")]
+        result.scores = [score("mine", 0.75, IMAGES, "acc1_1_shot", suite="own", protocol="few_shot", chance=0.5)]
+
+    def probes(result):
+        result.cards, result.scores = result.cards[:1], [score("food", 0.5, IMAGES, protocol="knn")]
+
+    assert site(save("a", change=few_shot), save("b", change=probes)) == 0
+    assert "b: no main number on photographs, so it is in no table" in capsys.readouterr().err
+    assert "images only, chance 0.500" in page()
+    assert "| Mine images only |" in page("leaderboard.md")
+    assert re.search(r"\| 1 \| a \|.*\| 0.750 \|$", page("leaderboard.md"), re.M)
 
 
 def test_only_runs_asked_alike_stand_together():
@@ -222,3 +239,50 @@ def test_another_precision_is_said(folder):
         "8, native",
     ]
     assert "| 8, native, bf16 |" in page("leaderboard.md")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints"])
+def test_no_leaderboard_is_written_into_a_training_run(folder, name, capsys):
+    (folder / "run" / name).mkdir(parents=True)
+    assert site(save("a"), out="run") == 2
+    assert f"--out run: holds {name}, of a training run or another program; expected a new" in capsys.readouterr().err
+    assert [file.name for file in (folder / "run").iterdir()] == [name]
+
+
+def test_tables_of_own_cards_say_why_they_are_apart(folder):
+    def mine(result, images="9f", asked="1", name="mine"):
+        own(result)
+        result.cards[0].card, result.scores[0] = name, result.scores[0]._replace(card=name)
+        result.about |= {"data": {name: images}, "asked": {name: {"en": asked}}}
+
+    others = [{}, {"images": "8e"}, {"asked": "2"}, {"name": "other"}]
+    runs = [save(f"r{place}", change=partial(mine, **other)) for place, other in enumerate(others)]
+    assert site(*runs) == 0
+    why = [
+        "",
+        " · apart: other images or labels",
+        " · apart: other names or prompts in English",
+        " · apart: other cards",
+    ]
+    assert sorted(re.findall("<h2>Own cards: 1 of 1 · images [0-9a-f]+(.*?)</h2>", page())) == sorted(why)
+
+
+def test_runs_of_one_model_are_told_apart_by_folder_and_time(folder, capsys):
+    date = "2026-01-02T03:04:05+00:00"
+    save("a", date=date)
+    Path("bench/a").rename("bench/first")
+    assert site("bench/first") == 0
+    assert "| a | 2026-01-02 03:04:05 UTC | 8, native | first |" in capsys.readouterr().out
+    assert "<small>first · 2026-01-02 03:04:05 UTC</small>" in page()
+    assert "+00:00" not in page()
+
+
+def test_both_commands_take_the_same_options(folder, capsys):
+    save("a")
+    assert main(["bench", "leaderboard", "bench/a", "--out", "one"]) == 0
+    assert main(["leaderboard", "bench/a", "--file", "two.jsonl"]) == 0
+    assert Path("one/index.html").is_file()
+    assert Path("two.html").is_file()
+    for words in (["bench", "leaderboard"], ["leaderboard"]):
+        assert main([*words, "--out", "one", "--file", "two.jsonl"]) == 2
+        assert "--file two.jsonl, --out one: expected one of them" in capsys.readouterr().err

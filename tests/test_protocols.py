@@ -267,7 +267,9 @@ def test_a_main_number_that_no_text_is_in_stands_in_the_tables(tmp_path, make_ca
     (row,) = compare(result, result)
     assert (row.language, row.a.value, row.why_not) == (IMAGES, 1, "no predictions")
     print_result(result, tmp_path)
-    assert re.search(r"things +mP@5 of 64 numbers .* 1\.000", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "images only" in said
+    assert re.search(r"things +mP@5 of 64 numbers .* 1\.000", said)
     assert "<td" in write_bench_report(tmp_path, result, lambda *_: None).read_text("utf-8")
 
 

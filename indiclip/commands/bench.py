@@ -9,7 +9,7 @@ from indiclip.evals.comparison import in_words
 from indiclip.evals.images.convert import convert
 from indiclip.evals.leaderboard_pages import add
 from indiclip.evals.reports.comparison_page import write_comparison
-from indiclip.evals.results import load_result
+from indiclip.evals.results import check_is_no_training, load_result
 from indiclip.names import plain
 
 _SHOWN = 10  # images that were left out
@@ -45,13 +45,27 @@ def compare(run_a: Path, run_b: Path, out: Path) -> int:
     """Sets two runs side by side. Returns the exit status."""
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder; expected a file such as compare.html")
-    print(in_words(write_comparison(out, load_result(run_a), load_result(run_b))))
+    folders = _folder_of(run_a), _folder_of(run_b)
+    a, b = map(load_result, folders)
+    print(in_words(write_comparison(out, a, b, tuple(folder.resolve().name for folder in folders))))
+    views = [view for view in a.views if view in b.views and view not in (a.views[0], b.views[0])]
+    if a.views[0] != b.views[0] or views:
+        line = f"compared: A at the view {a.views[0]}, B at {b.views[0]}"
+        print(plain(f"{line}; both also have {', '.join(views)}, see their reports" if views else line))
     print(f"wrote {out}")
     return 0
 
 
-def leaderboard(runs: list[Path], file: Path) -> int:
-    """Adds runs to a leaderboard. Returns the exit status."""
+def _folder_of(run: Path) -> Path:
+    """A run's folder, also by the file in it."""
+    return run.parent if run.name == "metrics.json" and run.is_file() else run
+
+
+def leaderboard(runs: list[Path], file: Path | None = None, out: Path | None = None) -> int:
+    """Adds runs to a leaderboard: one file with its tables beside it, or a folder of pages. Returns the exit status."""
+    if out is not None:
+        return site(runs, out, file)
+    file = file or Path("leaderboard.jsonl")
     if file.suffix != ".jsonl":
         raise ValueError(f"--file {file}: expected a name that ends in .jsonl; the tables stand beside it")
     _add(file, runs)
@@ -59,19 +73,26 @@ def leaderboard(runs: list[Path], file: Path) -> int:
     return 0
 
 
-def site(runs: list[Path], out: Path) -> int:
-    """Adds runs to a leaderboard that is a folder of pages. Returns the exit status."""
+def site(runs: list[Path], out: Path | None = None, file: Path | None = None) -> int:
+    """Adds runs to a leaderboard that is a folder of pages, or to one that is a file. Returns the exit status."""
+    if file is not None and out is not None:
+        raise ValueError(f"--file {file}, --out {out}: expected one of them")
+    if file is not None:
+        return leaderboard(runs, file)
+    out = out or Path("leaderboard")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file is in the way; expected a folder")
+    if not (out / "leaderboard.jsonl").exists():
+        check_is_no_training(out, "a new folder, or one of an earlier leaderboard")
     _add(out / "leaderboard.jsonl", runs, site=True)
     print(f"wrote {out / 'index.html'}, leaderboard.md and leaderboard.jsonl beside it")
     return 0
 
 
 def _add(file: Path, runs: list[Path], site: bool = False) -> None:
-    added = add(file, [(load_result(run, predictions=False), run) for run in runs], site)
+    added = add(file, [(load_result(run, predictions=False), run) for run in map(_folder_of, runs)], site)
     for line in added.skipped:
         print(plain(f"indiclip: {line}"), file=sys.stderr)
     for model in added.without_row:
-        print(plain(f"indiclip: {model}: scored no photographs, so it is in no table"), file=sys.stderr)
+        print(plain(f"indiclip: {model}: no main number on photographs, so it is in no table"), file=sys.stderr)
     print(file.with_suffix(".md").read_text("utf-8"))

@@ -109,6 +109,8 @@ def find_bench(
         if procedural and card.generator is not None:
             try:
                 bench.items.append(card.generator(card, seed))
+                if photographs is None:
+                    bench.skipped[-1].status = "absent"  # the card is scored
             except MissingFonts as error:
                 bench.skipped.append(_card_result(card, PROCEDURAL, "skipped", [str(error)]))
     if not bench.items:
@@ -333,6 +335,7 @@ def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardRe
         protocol=card.protocols[0].name,
         plain=[protocol.name for protocol in card.protocols if protocol.is_plain],
         candidates=card.protocols[0].candidates,
+        is_texts=not any(protocol.embeds_images for protocol in card.protocols),
         places={
             one.id: [one.facts["lat"], one.facts["lon"], str(one.facts.get("state", ""))]
             for one in card.classes

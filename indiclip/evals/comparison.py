@@ -7,7 +7,7 @@ import numpy as np
 
 from indiclip.evals.formatting import interval, language_name, metric_name, number, signed, title
 from indiclip.evals.protocols.metrics import Interval, parity_gap
-from indiclip.evals.results import CardResult, Prediction, Result, Score, name_of
+from indiclip.evals.results import IMAGES, CardResult, Prediction, Result, Score, name_of
 from indiclip.names import plain
 
 _PER_CLASS = "mean_per_class_recall"
@@ -23,6 +23,7 @@ class Compared(NamedTuple):
     shared: int = 0  # images that both runs answered for
     of: tuple[int, int] = (0, 0)  # images of each run
     gap: Interval | None = None  # b less a, on these
+    on_shared: tuple[float, float] = (0.0, 0.0)  # both runs' numbers on these
     why_not: str = ""  # where there is none
     gained: tuple[tuple[str, str], ...] = ()  # (key, truth) of images wrong in a and right in b
     lost: tuple[tuple[str, str], ...] = ()
@@ -38,7 +39,13 @@ def compare(a: Result, b: Result) -> list[Compared]:
     languages = list(dict.fromkeys((*a.languages(), *b.languages())))
     mains = {language: (a.main(language), b.main(language)) for language in languages}
     rows = []
+    in_a, in_b = ({card.key for card in run.cards if card.status == "scored"} for run in (a, b))
     for key, card in cards.items():
+        if not any(key in main for pair in mains.values() for main in pair):
+            why_not = (
+                "only probes in both" if key in in_a & in_b else f"only in {'A' if key in in_a else 'B'}, by probes"
+            )
+            rows.append(Compared(card, IMAGES, None, None, why_not=why_not))
         for language in languages:
             score_a, score_b = (main.get(key) for main in mains[language])
             row = Compared(card, language, score_a, score_b)
@@ -122,14 +129,18 @@ def _compared(
         tuple((name[1], of_a[name].truth) for name, changed in zip(shared, changed_N, strict=True) if changed)
         for changed_N in (hits_b_N & ~hits_a_N, hits_a_N & ~hits_b_N)
     )
-    return row._replace(gap=gap, gained=gained, lost=lost)
+    # Each image, or each class, weighs the same.
+    weight_N = 1 / np.bincount(labels_N)[labels_N] if row.a.metric == _PER_CLASS else np.ones(len(shared))
+    on_shared = (float(np.average(hits_a_N, weights=weight_N)), float(np.average(hits_b_N, weights=weight_N)))
+    return row._replace(gap=gap, on_shared=on_shared, gained=gained, lost=lost)
 
 
 def common(row: Compared) -> str:
-    """How many images a difference is over, and of how many."""
+    """How many images a difference is over, of how many, and the numbers on them where these are not all."""
     if row.of == (row.shared, row.shared):
         return f"{row.shared:,} images"
-    return f"the common {row.shared:,} images of A's {row.of[0]:,} and B's {row.of[1]:,}"
+    said = f"the common {row.shared:,} images of A's {row.of[0]:,} and B's {row.of[1]:,}"
+    return f"{said}, where A has {number(row.on_shared[0])} and B {number(row.on_shared[1])}"
 
 
 def in_words(rows: list[Compared]) -> str:

@@ -95,6 +95,11 @@ def found_by(found: dict[str, Any]) -> str:
     return "; ".join(parts) or "not said how"
 
 
+def when(date: str) -> str:
+    """`2026-01-02 03:04:05 UTC` of an ISO date and time; other words as they are."""
+    return f"{date[:10]} {date[11:-6]} UTC" if date.endswith("+00:00") else date
+
+
 def words(name: str, most: int | None = None) -> str:
     """An id for people, cut to `most` characters."""
     name = name.replace("_", " ")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from indiclip.evals.leaderboard_file import INDIA, Row
-from indiclip.evals.results import PHOTOGRAPHS, Result, Score, corrected, finite, less_english
+from indiclip.evals.results import IMAGES, PHOTOGRAPHS, Result, Score, corrected, finite, less_english
 
 Ends = tuple[float | None, float | None]
 
@@ -23,8 +23,9 @@ class Group(NamedTuple):
 
 
 def rows_of(result: Result) -> list[Row]:
-    """A row for each suite of which photographs were scored; the user's own cards are a suite too."""
-    return [row_of(result, suite) for suite in dict.fromkeys((INDIA, *_suites(result))) if result.photographs(suite)]
+    """A row for each suite of which photographs have a main number; the user's own cards are a suite too."""
+    rows = (row_of(result, suite) for suite in dict.fromkeys((INDIA, *_suites(result))))
+    return [row for row in rows if any(row["cards"].values())]
 
 
 def _suites(result: Result) -> list[str]:
@@ -69,7 +70,7 @@ def row_of(result: Result, suite: str = INDIA) -> Row:
         "gaps": by_card(gaps, tuple),
         "titles": {card.card: card.title for card in scored},
         "metrics": {card.card: card.metric for card in scored},
-        "chance": {card: score.chance for card, score in mains.get("en", {}).items()},
+        "chance": {card: score.chance for of in (IMAGES, "en") for card, score in mains.get(of, {}).items()},
         "chances": by_card(mains, lambda score: score.chance),
         "precision": str(result.about.get("options", {}).get("precision", "fp32")),
         "lengths": result.lengths,

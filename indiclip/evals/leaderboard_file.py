@@ -95,7 +95,14 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "asked": (_by_name(_is_text), "text for each language"),
     "precision": (_is_text, "text"),
     "report": (_is_text, "text"),
+    "folder": (_is_text, "text"),
 }
 # What rows of before do not have.
 _TABLES = ("mean_interval", "mean_gap", "intervals", "gaps", "titles", "metrics", "chance", "chances", "asked")
-_ADDED: dict[str, Any] = {"suite": INDIA, "report": "", "precision": "fp32", **{key: {} for key in _TABLES}}
+_ADDED: dict[str, Any] = {
+    "suite": INDIA,
+    "report": "",
+    "folder": "",
+    "precision": "fp32",
+    **{key: {} for key in _TABLES},
+}

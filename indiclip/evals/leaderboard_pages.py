@@ -13,7 +13,7 @@ from indiclip.evals.formatting import language_name, suite_name
 from indiclip.evals.leaderboard import Group, groups_of, rows_of
 from indiclip.evals.leaderboard_file import INDIA, Row, read
 from indiclip.evals.reports.page import write_page
-from indiclip.evals.results import Result
+from indiclip.evals.results import IMAGES, Result
 
 _RUNS = "runs"  # folder of the runs' pages
 
@@ -57,7 +57,7 @@ class Added(NamedTuple):
     Attributes:
         groups: What the tables show now.
         skipped: Why lines of the file are in none.
-        without_row: Names of runs that scored no photographs.
+        without_row: Names of runs of whose photographs no card has its main number.
     """
 
     groups: list[Group]
@@ -79,12 +79,12 @@ def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = Fal
         OSError: The disk is full, or the folder cannot be written to.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = [(result, rows_of(result), _report(folder, file.parent)) for result, folder in runs]
+    new = [(result, rows_of(result), _places(folder, file.parent)) for result, folder in runs]
     with FileLock(file.with_name(f".{file.name}.lock")):
-        json_lines.append(file, (row | {"report": report} for _, rows, report in new for row in rows))
+        json_lines.append(file, (row | places for _, rows, places in new for row in rows))
         rows, skipped = read(file)
         groups = groups_of(rows)
-        tables = list(map(_table, groups))
+        tables = [_table(group, groups[:place]) for place, group in enumerate(groups)]
         if site:
             for row in rows:
                 _write_run(file.parent / _RUNS / f"{row['run']}.html", row)
@@ -94,9 +94,16 @@ def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = Fal
     return Added(groups, skipped, [result.model for result, rows, _ in new if not rows])
 
 
-def _report(folder: Path | None, beside: Path) -> str:
+def _places(folder: Path | None, beside: Path) -> Row:
+    """The name of a run's folder, and the way to its report."""
+    if folder is None:
+        return {"folder": "", "report": ""}
+    return {"folder": folder.resolve().name, "report": _report(folder, beside)}
+
+
+def _report(folder: Path, beside: Path) -> str:
     """The way to a run's report from the leaderboard's folder, where that is or lies beside one that holds it."""
-    if folder is None or not (folder / "report.html").is_file():
+    if not (folder / "report.html").is_file():
         return ""
     way = Path(os.path.relpath((folder / "report.html").resolve(), beside.resolve()))
     return way.as_posix() if way.parts.count("..") <= 1 else ""
@@ -118,23 +125,38 @@ def _write_run(page: Path, row: Row) -> None:
     )
 
 
-def _table(group: Group) -> Table:
-    """The means of the languages, and the cards' main metrics in English."""
+def _table(group: Group, before: Sequence[Group]) -> Table:
+    """The means of the languages, and the cards' main metrics in English; below the groups `before`."""
     languages = _languages(group.rows)
     cards = list(dict.fromkeys(card for row in group.rows for card in row["cards"]))
     chance = {card: value for row in group.rows for card, value in row["chance"].items()}
     titles = {card: name for row in group.rows for card, name in row["titles"].items()}
     columns = [Column(language_name(language), _of_mean(group.rows, language)) for language in languages]
-    columns += [Column(titles.get(card, card), "in English", chance.get(card)) for card in cards]
+    without_text = {card for row in group.rows for card, found in row["cards"].items() if IMAGES in found}
+    asked = {card: IMAGES if card in without_text else "en" for card in cards}
+    said = {"en": "in English", IMAGES: language_name(IMAGES)}
+    columns += [Column(titles.get(card, card), said[asked[card]], chance.get(card)) for card in cards]
     rows = []
     for row in group.rows:
         cells = [_mean_cell(row, language) for language in languages]
-        rows.append((row, cells + [_cell(row, card, "en") for card in cards]))
+        rows.append((row, cells + [_cell(row, card, asked[card]) for card in cards]))
     covers = f"Covers {group.covered} of {group.of} categories"
     if group.suite != INDIA:
         covers = f"{suite_name(group.suite)}: {group.covered} of {group.of}"
     images = f"images {group.data}" if group.data else "images not known, so compared with none"
-    return Table(f"{covers} · {images}", columns, rows)
+    return Table(" · ".join([covers, images, *_apart(group, before)]), columns, rows)
+
+
+def _apart(group: Group, before: Sequence[Group]) -> list[str]:
+    """Why it is not in one of the tables of its suite that stand above it."""
+    above = [other for other in before if other.suite == group.suite]
+    same_cards = [other for other in above if other.rows[0]["cards"].keys() == group.rows[0]["cards"].keys()]
+    if not above or not group.data:
+        return []
+    if not same_cards:
+        return ["apart: other cards"]
+    same_images = any(other.data == group.data for other in same_cards)
+    return [f"apart: {'other names or prompts in English' if same_images else 'other images or labels'}"]
 
 
 def _of_mean(rows: Sequence[Row], language: str) -> str:

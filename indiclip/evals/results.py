@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
+PROBES = {"knn": "kNN", "linear_probe": "probe"}  # protocol -> what it is called at the head of a column
 CLEAN = "clean"  # the subset of the images that are not among the training data
 _SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
 
@@ -118,7 +119,7 @@ class CardResult:
     title: str
     part: str
     metric: str  # the main one
-    status: str  # `scored` or `skipped`
+    status: str  # `scored`, `skipped`, or `absent`: no photographs of a card whose generated part is scored
     num_images: int = 0
     num_classes: int = 0  # with images
     of_classes: int = 0  # on the card
@@ -134,6 +135,7 @@ class CardResult:
         default_factory=dict
     )  # class -> latitude, longitude, state; where they have any
     names: dict[str, dict[str, str]] = field(default_factory=dict)  # class id -> language -> name, two at most
+    is_texts: bool = False  # `num_images` counts texts: no image is looked at
 
     @property
     def key(self) -> tuple[str, str]:
@@ -177,6 +179,14 @@ class Result:
             and (score.protocol, score.metric) == mains.get(score.key)
             and self.is_main_setting(score)
             and not score.subset
+        }
+
+    def probes(self, protocol: str) -> dict[tuple[str, str], Score]:
+        """(card, part) -> accuracy of kNN or the linear probe at the full length and the first view."""
+        return {
+            score.key: score
+            for score in self.scores
+            if (score.protocol, score.metric, score.subset) == (protocol, "acc1", "") and self.is_main_setting(score)
         }
 
     def logged(self) -> dict[str, float]:
@@ -334,16 +344,25 @@ def column_of(values: Sequence[Any]) -> np.ndarray:
 
 def check_out(folder: Path) -> None:
     """Raise ValueError for a folder whose files are not a benchmark's, which its own would replace."""
-    found = next((name for name in ("config.yaml", "checkpoints") if (folder / name).exists()), "")
-    if not found and (folder / "metrics.json").exists():
-        with suppress(ValueError, OSError):
-            content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            if isinstance(content, dict) and {"model", "cards", "scores"} <= content.keys():
-                return
-        found = "a metrics.json of another kind"
-    if found:
-        expected = "expected a new folder, or one of an earlier `indiclip bench`"
-        raise ValueError(f"--out {folder}: holds {found}, of a training run or another program; {expected}")
+    expected = "a new folder, or one of an earlier `indiclip bench`"
+    check_is_no_training(folder, expected)
+    if not (folder / "metrics.json").exists():
+        return
+    with suppress(ValueError, OSError):
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        if isinstance(content, dict) and {"model", "cards", "scores"} <= content.keys():
+            return
+    raise ValueError(_taken(folder, "a metrics.json of another kind", expected))
+
+
+def check_is_no_training(folder: Path, expected: str) -> None:
+    """Raise ValueError for the folder of a training run, which others' files would be lost in."""
+    if found := next((name for name in ("config.yaml", "checkpoints") if (folder / name).exists()), ""):
+        raise ValueError(_taken(folder, found, expected))
+
+
+def _taken(folder: Path, found: str, expected: str) -> str:
+    return f"--out {folder}: holds {found}, of a training run or another program; expected {expected}"
 
 
 def check_parquet() -> None:

@@ -118,7 +118,9 @@ def _languages(right_in: dict[str, bool]) -> str:
     if len(right_in) < 2:
         return ""
     if not right or not wrong:
-        return f"{'right' if right else 'wrong'} in all {len(right_in)} languages"
+        return (
+            f"{'right' if right else 'wrong'} in {'both' if len(right_in) == 2 else f'all {len(right_in)}'} languages"
+        )
     if min(len(right), len(wrong)) > 3:
         return f"right in {len(right)} of {len(right_in)} languages"
     return f"wrong in {', '.join(wrong)}" if len(wrong) <= len(right) else f"right in {', '.join(right)}"

@@ -10,7 +10,7 @@ from indiclip.evals.formatting import NAMES, Bar, Gap, chance_of, language_name,
 from indiclip.evals.reports.bench_card import Most, card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
 from indiclip.evals.reports.page import write_page
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, Score, less_english, name_of
+from indiclip.evals.results import PHOTOGRAPHS, PROBES, PROCEDURAL, CardResult, Result, Score, less_english, name_of
 
 _OF_PAGE, _OF_CARD = Most(pictures=170, thumbnails=600), Most(pictures=18, thumbnails=60)  # about 7 kB and 1 kB each
 
@@ -55,6 +55,7 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
         has_generated=any(card.part == PROCEDURAL for card in scored),
         num_flagged=sum(num_flagged.values()) if flagged or "contamination" in result.about else None,
         training=result.about.get("contamination"),
+        columns=[name for name, _ in _columns(result)],
         blocks=_blocks(result, cards, num_flagged),
         panels=[_panel(result, card) for card in scored],
         sections=[card_section(result, card, picture, most) for card in scored],
@@ -64,23 +65,33 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
 
 def _blocks(result: Result, cards: list[CardResult], flagged: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
     """Cards by languages, a block per suite and part; the mean of a block of photographs below it."""
-    languages = result.languages()
-    mains = [result.main(language) for language in languages]
+    columns = [found for _, found in _columns(result)]
     blocks = []
     for suite, part in dict.fromkeys((card.suite, card.part) for card in cards):
         of_block = [card for card in cards if (card.suite, card.part) == (suite, part)]
         rows = []
         for card in of_block:
-            cells = [main.get(card.key) for main in mains]
+            cells = [found.get(card.key) for found in columns]
             rows.append((card, cells, chance_of(cells), flagged.get(card.key, 0)))
         name = suite_name(suite)
         if part == PHOTOGRAPHS:
-            name += f", photographs: {sum(card.status == 'scored' for card in of_block)} of {len(of_block)} scored"
+            kind = "texts" if all(card.is_texts for card in of_block) else "photographs"
+            name += f", {kind}: {sum(card.status == 'scored' for card in of_block)} of {len(of_block)} scored"
         else:
             name += ", generated pictures: in no mean"
-        has_mean = part == PHOTOGRAPHS and len(of_block) > 1
+        # Own cards are no suite: a mean over whatever somebody measured says nothing.
+        has_mean = part == PHOTOGRAPHS and len(of_block) > 1 and suite != "own"
         blocks.append({"name": name, "rows": rows, "mean": result.headline(suite)["mean"] if has_mean else None})
     return blocks
+
+
+def _columns(result: Result) -> list[tuple[str, dict[tuple[str, str], Score]]]:
+    """Main numbers by language; and the probes, where there is a card that these alone have scored."""
+    languages = [(language_name(language), result.main(language)) for language in result.languages()]
+    with_main = {key for _, main in languages for key in main}
+    if all(card.key in with_main for card in result.cards if card.status == "scored"):
+        return languages
+    return languages + [(f"{name}, top-1", found) for one, name in PROBES.items() if (found := result.probes(one))]
 
 
 def _panel(result: Result, card: CardResult) -> tuple[CardResult, list[Bar], float | None]:

@@ -1,5 +1,6 @@
 """Two runs of the benchmark side by side, as one self-contained page."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -9,8 +10,14 @@ from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import CardResult, Result
 
 
-def write_comparison(file: Path, a: Result, b: Result) -> list[Compared]:
+def write_comparison(file: Path, a: Result, b: Result, names: Sequence[str] = ("", "")) -> list[Compared]:
     """Write a page that sets two runs side by side.
+
+    Args:
+        file: Where.
+        a: One run.
+        b: The other.
+        names: What they are called beside their models, such as their folders.
 
     Returns:
         What it shows.
@@ -24,6 +31,8 @@ def write_comparison(file: Path, a: Result, b: Result) -> list[Compared]:
         file,
         "comparison.html",
         runs={"A": a, "B": b},
+        names=dict(zip("AB", names, strict=True)),
+        has_other_images=any(row.gap and row.of != (row.shared, row.shared) for row in rows),
         run_languages=list(dict.fromkeys((*a.languages(), *b.languages()))),
         are_comparable=_counted(a) == _counted(b),
         rows=rows,

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from indiclip.evals.formatting import NAMES, chance_of, found_by, metric_name
-from indiclip.evals.results import IMAGES, PROCEDURAL, CardResult, Result, Score
+from indiclip.evals.formatting import NAMES, chance_of, found_by, language_name, metric_name
+from indiclip.evals.results import IMAGES, PROBES, PROCEDURAL, CardResult, Result, Score
 from indiclip.names import plain
 
 _LANGUAGES = 3  # beside each other
@@ -24,14 +24,15 @@ def print_result(result: Result, folder: Path) -> None:
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH  # rich would take 80 columns
     counts = Counter(language for language in result.languages() for _ in result.main(language))
+    without_text = [IMAGES] if counts.pop(IMAGES, 0) else []  # stands beside any language
     # Of as many cards Hindi is the first, which most people of India read.
     by_cards = sorted(counts, key=lambda language: (-counts[language], language not in ("en", "hi"), language))
     languages = by_cards[:_LANGUAGES]
-    table = _table(result, languages)
+    table = _table(result, languages + without_text)
     # A number that is cut at the edge of a terminal says nothing; a language more or less does.
     while len(languages) > 1 and _width(console, table) > console.width:
         languages.pop()
-        table = _table(result, languages)
+        table = _table(result, languages + without_text)
     console.print(table)
     if any(card.part == PROCEDURAL for card in result.cards):
         console.print("* generated images: in no mean", style="dim")
@@ -52,7 +53,8 @@ def print_result(result: Result, folder: Path) -> None:
 
 def _table(result: Result, languages: Sequence[str]) -> Table:
     """The main number of each card in these languages."""
-    numbers = [Column(name, justify="right", no_wrap=True) for name in ("images", "chance", *languages, "kNN", "probe")]
+    names = [language_name(language) if language == IMAGES else language for language in languages]
+    numbers = [Column(name, justify="right", no_wrap=True) for name in ("images", "chance", *names, "kNN", "probe")]
     table = Table(
         Column("card", overflow="fold"),
         Column("metric", no_wrap=True),
@@ -63,7 +65,7 @@ def _table(result: Result, languages: Sequence[str]) -> Table:
         collapse_padding=True,
     )
     mains = [result.main(language) for language in languages]
-    probes = [_probes(result, protocol) for protocol in ("knn", "linear_probe")]
+    probes = [result.probes(protocol) for protocol in PROBES]
     for card in result.cards:
         if card.status == "scored":
             scores = [main.get(card.key) for main in mains]
@@ -89,8 +91,11 @@ def print_notes(console: Console, cards: Sequence[CardResult]) -> None:
             skipped.setdefault("; ".join(card.notes), []).append(name)
     for reason, names in skipped.items():
         console.print(plain(f"skipped: {', '.join(names)}: {reason}"), style="yellow", markup=False, soft_wrap=True)
+    if absent := [card.card for card in cards if card.status == "absent"]:
+        line = f"no photographs of: {', '.join(absent)}"
+        console.print(plain(line), style="dim", markup=False, highlight=False, soft_wrap=True)
     for card in cards:
-        for note in card.notes if card.status != "skipped" else []:
+        for note in card.notes if card.status == "scored" else []:
             console.print(plain(f"{card.card}: {note}"), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -102,15 +107,6 @@ def _print_contamination(console: Console, found: dict[str, Any] | None) -> None
         console.print(
             plain(said), style="red" if card["flagged"] else "dim", markup=False, highlight=False, soft_wrap=True
         )
-
-
-def _probes(result: Result, protocol: str) -> dict[tuple[str, str], Score]:
-    """(card, part) -> accuracy in the main setting."""
-    return {
-        score.key: score
-        for score in result.scores
-        if (score.protocol, score.metric, score.subset) == (protocol, "acc1", "") and result.is_main_setting(score)
-    }
 
 
 def _cell(score: Score | None) -> str:
