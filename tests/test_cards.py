@@ -257,6 +257,10 @@ def test_bench_cards_prints_them(capsys, page):
     assert re.search(r"composed_retrieval +captions, target +Recall of the target image", out)
     assert main(["bench", "cards", "edibles"]) == 0
     out = capsys.readouterr().out
+    assert re.search(r"\nclass +en +hi +looks like +languages\n", out)
+    assert re.search(r"\nbenne_dosa +benne dosa +बेन्ने डोसा +\S.* \d+\n", out)
+    assert main(["bench", "cards", "edibles", "--all"]) == 0
+    out = capsys.readouterr().out
     assert re.search(r"benne_dosa +benne dosa +बेन्ने डोसा .*kn-Latn: benne dose\*", out)
     assert main(["bench", "cards", "edible"]) == 2
     assert "no card 'edible'; nearest is 'edibles'" in capsys.readouterr().err

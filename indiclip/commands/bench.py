@@ -15,12 +15,12 @@ from indiclip.names import plain
 _SHOWN = 10  # images that were left out
 
 
-def cards(card: str | None) -> int:
+def cards(card: str | None, all_names: bool = False) -> int:
     """Prints the cards and protocols that come with IndiCLIP, a suite's cards, or one card. Returns the exit status."""
     if card is None:
         lines = [*list_cards(), "", *list_protocols()]
     else:
-        lines = list_cards((card,)) if card in SUITES else show_card(load_card(card))
+        lines = list_cards((card,)) if card in SUITES else show_card(load_card(card), all_names)
     print("\n".join(lines))
     return 0
 

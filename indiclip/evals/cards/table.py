@@ -10,6 +10,7 @@ from indiclip.evals.suites import SUITES, packaged
 from indiclip.names import plain
 
 _SHOWN = 5  # languages in the list of cards
+_FIRST = ("en", "hi")  # languages of the names in the short table
 _SENTENCE = 100  # letters of what a protocol gives
 
 
@@ -36,8 +37,8 @@ def list_protocols() -> list[str]:
     return _aligned(rows)
 
 
-def show_card(card: Card) -> list[str]:
-    """What a card says of itself, and its classes as a table.
+def show_card(card: Card, all_names: bool = False) -> list[str]:
+    """What a card says of itself, and its classes as a table: with their English and Hindi names, or with all.
 
     `*` marks names that were romanised by rule, `?` those that only one writer has, which no score is by.
     """
@@ -55,6 +56,12 @@ def show_card(card: Card) -> list[str]:
     lines += [f"  prompts in {language}: {templates[0]}" for language, templates in card.prompts.items()]
     if not card.classes:
         return lines
+    if not all_names:
+        rows = [["class", *_FIRST, "looks like", "languages"]]
+        for one in card.classes:
+            columns = [f"{one.names[code]}{_mark(one, code)}" if code in one.names else "-" for code in _FIRST]
+            rows.append([one.id, *columns, ", ".join(one.confusable_with) or "-", str(len(one.names))])
+        return [*lines, "", *_aligned(rows), "", "all names: --all"]
     # A language that few classes have a name in is left to the last column.
     wide = [language for language, count in card.languages.items() if 2 * count > len(card.classes)][:_SHOWN]
     rows = [["class", *wide, "looks like", "other names"]]
