@@ -35,6 +35,7 @@ from indiclip.evals.bench import find_bench
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.metrics import Interval, bootstrap_weights, hit_rate, resampled
 from indiclip.evals.results import part_of
+from indiclip.generated.lettering_words import edit_distance
 from indiclip.images import UnreadableSample
 from indiclip.preprocessing import read_upright, upright_hw
 
@@ -54,16 +55,6 @@ class Read(NamedTuple):
     script: str
     text: str
     candidates: list[str]  # the right one first
-
-
-def edit_distance(one: str, other: str) -> int:
-    """Levenshtein's, of code points."""
-    row = list(range(len(other) + 1))
-    for i, left in enumerate(one, 1):
-        corner, row[0] = row[0], i
-        for j, right in enumerate(other, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (left != right))
-    return row[-1]
 
 
 def normal(text: str) -> str:
