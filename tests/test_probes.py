@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.protocols import cosines
@@ -25,15 +24,14 @@ def _unit(x):
 def test_knn_leaving_one_out_is_that_of_a_loop(monkeypatch, chunk, k):
     monkeypatch.setattr(cosines, "_CHUNK", chunk)
     image_NE, label_N = _images()
-    answer = knn(image_NE, label_N, lengths=[4, 16], k=k)
+    answer = knn(image_NE, label_N, k=k)
     assert answer.image_M.tolist() == list(range(240))
-    for length, class_M in zip([4, 16], answer.class_LM, strict=True):
-        cosine_NN = _unit(image_NE[:, :length]) @ _unit(image_NE[:, :length]).T
-        np.fill_diagonal(cosine_NN, -np.inf)
-        for i in range(240):
-            near = np.argsort(-cosine_NN[i])[: min(k, 239)]
-            votes = np.bincount(label_N[near], np.exp(cosine_NN[i, near] / 0.07), minlength=6)
-            assert class_M[i] == votes.argmax()
+    cosine_NN = _unit(image_NE) @ _unit(image_NE).T
+    np.fill_diagonal(cosine_NN, -np.inf)
+    for i in range(240):
+        near = np.argsort(-cosine_NN[i])[: min(k, 239)]
+        votes = np.bincount(label_N[near], np.exp(cosine_NN[i, near] / 0.07), minlength=6)
+        assert answer.class_M[i] == votes.argmax()
 
 
 def test_knn_with_a_gallery_is_scikit_learns():
@@ -41,13 +39,13 @@ def test_knn_with_a_gallery_is_scikit_learns():
     image_NE, label_N = _images(seed=1)
     label_N[:20] = -1
     is_train_N = np.arange(240) % 2 == 0
-    answer = knn(image_NE, label_N, is_train_N, lengths=[8], k=7)
+    answer = knn(image_NE, label_N, is_train_N, k=7)
     gallery, asked = (label_N >= 0) & is_train_N, (label_N >= 0) & ~is_train_N
     oracle = neighbors.KNeighborsClassifier(
         7, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
-    ).fit(image_NE[gallery, :8], label_N[gallery])
+    ).fit(image_NE[gallery], label_N[gallery])
     assert answer.image_M.tolist() == np.flatnonzero(asked).tolist()
-    assert answer.class_LM[0].tolist() == oracle.predict(image_NE[asked, :8]).tolist()
+    assert answer.class_M.tolist() == oracle.predict(image_NE[asked]).tolist()
 
 
 def test_linear_probe_with_a_split_is_scikit_learns():
@@ -55,11 +53,10 @@ def test_linear_probe_with_a_split_is_scikit_learns():
     image_NE, label_N = _images(num=600, seed=2)
     label_N = np.where(label_N == 3, 17, label_N)  # classes need not be numbered without gaps
     is_train_N = np.arange(600) < 400
-    answer = linear_probe(image_NE, label_N, is_train_N, lengths=[8, 16], inverse_penalty=10.0)
-    for length, class_M in zip([8, 16], answer.class_LM, strict=True):
-        x_NE = _unit(image_NE[:, :length].astype(np.float64))
-        oracle = linear_model.LogisticRegression(C=10.0, tol=1e-8, max_iter=10_000).fit(x_NE[:400], label_N[:400])
-        assert (class_M == oracle.predict(x_NE[400:])).mean() >= 0.995  # near ties may fall either way
+    answer = linear_probe(image_NE, label_N, is_train_N, inverse_penalty=10.0)
+    x_NE = _unit(image_NE.astype(np.float64))
+    oracle = linear_model.LogisticRegression(C=10.0, tol=1e-8, max_iter=10_000).fit(x_NE[:400], label_N[:400])
+    assert (answer.class_M == oracle.predict(x_NE[400:])).mean() >= 0.995  # near ties may fall either way
 
 
 def test_linear_probe_without_a_split_is_scikit_learns_on_the_same_folds():
@@ -74,7 +71,7 @@ def test_linear_probe_without_a_split_is_scikit_learns_on_the_same_folds():
         oracle = linear_model.LogisticRegression(C=31.6, tol=1e-8, max_iter=10_000).fit(x_NE[train], label_N[train])
         expected[~train] = oracle.predict(x_NE[~train])
     assert answer.image_M.tolist() == list(range(240))
-    assert (answer.class_LM[0] == expected).mean() >= 0.99  # near ties may fall either way
+    assert (answer.class_M == expected).mean() >= 0.99  # near ties may fall either way
 
 
 def test_folds_are_stratified_even_and_follow_the_key():
@@ -98,7 +95,7 @@ def test_a_class_of_one_image_takes_no_part(probe):
     keys = {"keys": [str(i) for i in range(41)]} if probe is linear_probe else {}
     answer = probe(*one_more, **keys)
     assert answer.image_M.tolist() == list(range(40))
-    assert answer.class_LM.tolist() == probe(image_NE, label_N).class_LM.tolist()
+    assert answer.class_M.tolist() == probe(image_NE, label_N).class_M.tolist()
 
 
 @pytest.mark.parametrize("probe", [knn, linear_probe])
@@ -107,13 +104,13 @@ def test_broken_embeddings_are_never_right_and_disturb_nobody(probe, is_train_N)
     image_NE, label_N = _images(num=60, classes=3)
     image_NE[5], image_NE[40] = np.nan, np.inf
     answer = probe(image_NE, label_N, is_train_N)
-    class_of = dict(zip(answer.image_M.tolist(), answer.class_LM[0].tolist(), strict=True))
+    class_of = dict(zip(answer.image_M.tolist(), answer.class_M.tolist(), strict=True))
     assert class_of[5] == -1
     assert all(c >= 0 for i, c in class_of.items() if i not in (5, 40))
     good = np.delete(np.arange(60), [5, 40])
     if probe is knn:
         without = probe(image_NE[good], label_N[good], None if is_train_N is None else is_train_N[good])
-        assert without.class_LM[0].tolist() == [c for i, c in class_of.items() if i not in (5, 40)]
+        assert without.class_M.tolist() == [c for i, c in class_of.items() if i not in (5, 40)]
 
 
 @pytest.mark.parametrize("probe", [knn, linear_probe])
@@ -127,18 +124,11 @@ def test_broken_embeddings_are_never_right_and_disturb_nobody(probe, is_train_N)
     ],
 )
 def test_without_a_gallery_nothing_is_predicted(probe, labels, is_train_N, asked):
-    answer = probe(np.eye(3), labels, is_train_N if is_train_N is None else np.array(is_train_N), lengths=[2, 3])
+    answer = probe(np.eye(3), labels, is_train_N if is_train_N is None else np.array(is_train_N))
     assert answer.image_M.tolist() == asked
-    assert answer.class_LM.tolist() == [[-1] * len(asked)] * 2
+    assert answer.class_M.tolist() == [-1] * len(asked)
 
 
 @pytest.mark.parametrize("probe", [knn, linear_probe])
 def test_one_class_only_is_always_predicted(probe):
-    assert probe(np.eye(4), [7, 7, 7, 7]).class_LM.tolist() == [[7] * 4]
-
-
-@pytest.mark.parametrize("probe", [knn, linear_probe])
-def test_same_answer_alone_as_among_other_lengths(probe):
-    image_NE, label_N = _images(seed=4)
-    together = probe(image_NE, label_N, lengths=[4, 8, 16]).class_LM
-    assert torch.equal(torch.tensor(together[1]), torch.tensor(probe(image_NE[:, :8], label_N).class_LM[0]))
+    assert probe(np.eye(4), [7, 7, 7, 7]).class_M.tolist() == [7] * 4

@@ -50,7 +50,24 @@ def scores_of(items, images, texts=None, **options):
     texts = {text: torch.tensor(vector, dtype=torch.float32) for text, vector in (texts or {}).items()}
     images = {"native": torch.tensor(unit(images), dtype=torch.float32)}
     scorer = CardScorer(items, images, texts, LENGTHS, Options(resamples=50, **options)).run()
-    return {(row.metric, row.language, row.length, row.subset): row for row in scorer.scores}
+    found = {(row.metric, row.language, row.length, row.subset): row for row in scorer.scores}
+    for of in scorer.answers:
+        assert_answers_give(of, found)
+    return found
+
+
+HITS = {"composed_retrieval": "r1", "bitext": "to_english_r1", "minimal_pairs": "group_score", "in_scene": "acc1"}
+
+
+def assert_answers_give(of, found):
+    """What is kept of each question says the same as the number over all of them."""
+    rows = list(of.rows())
+    assert len({(row.key, row.question) for row in rows}) == len(rows)
+    assert all((row.predicted == row.truth) == (row.rank == 0) for row in rows)
+    assert all(row.predicted in row.top for row in rows if row.top)
+    if of.protocol in HITS:
+        rate = np.mean([row.rank == 0 for row in rows])
+        assert rate == pytest.approx(found[HITS[of.protocol], of.language, LENGTHS[-1], ""].value)
 
 
 def classes(count, **names):

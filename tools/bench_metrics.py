@@ -69,7 +69,7 @@ def parts(drawn: Draw, classes: int, languages: int) -> dict[str, Callable[[], o
             metrics.hit_rate(hit_N)
             metrics.hit_rate(hit_N)
             metrics.mean_per_class_recall(hit_N, label_N)
-            metrics.parity_gap(hits[-1], hit_N, label_N)
+            metrics.parity_gap(hits[-1], hit_N)
 
     def product() -> None:
         for length, text_CE in each:
@@ -90,8 +90,8 @@ def parts(drawn: Draw, classes: int, languages: int) -> dict[str, Callable[[], o
         "captions, 1,000 images of 5": lambda: [
             caption_ranks(image_NE[:1000], image_NE[:5000], np.arange(5000) // 5, length) for length in LENGTHS
         ],
-        "kNN, leave one out": lambda: probes.knn(image_NE, label_N, lengths=LENGTHS),
-        "linear probe, 5 folds": lambda: probes.linear_probe(image_NE, label_N, lengths=LENGTHS),
+        "kNN, leave one out": lambda: [probes.knn(unit_LNE[length], label_N) for length in LENGTHS],
+        "linear probe, 5 folds": lambda: [probes.linear_probe(unit_LNE[length], label_N) for length in LENGTHS],
         f"intervals, {languages} languages": intervals,
     }
 

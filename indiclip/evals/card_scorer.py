@@ -1,6 +1,6 @@
 """What the protocols of a card share: its embeddings, languages and subsets, what is asked once, and its numbers.
 
-Shape letters: N images, M of those that are scored, D candidate classes, E embedding length.
+Shape letters: N images, M of those that are scored, Q questions about them, D candidate classes, E embedding length.
 """
 
 import math
@@ -14,10 +14,11 @@ from torch import Tensor
 from indiclip.evals.cards.classes import Card
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols import metrics
+from indiclip.evals.protocols.answers import TOP, Answered
 from indiclip.evals.protocols.cosines import truncate_normalize
 from indiclip.evals.protocols.languages import Language, fewest, languages_of
 from indiclip.evals.protocols.metrics import Interval
-from indiclip.evals.protocols.protocol import TOP, Options, Setting
+from indiclip.evals.protocols.protocol import Options, Setting
 from indiclip.evals.protocols.zero_shot import Ranking, class_embeddings, rank_classes
 from indiclip.evals.results import CLEAN, Answers, Score, part_of
 
@@ -82,13 +83,12 @@ class CardScorer:
         return [[place[other] for other in one.confusable_with] for one in self.card.classes]
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """(len(texts), E)."""
-        return torch.stack([self.texts[text] for text in texts])
+        """At the setting's length, of unit length, (len(texts), length)."""
+        return truncate_normalize(torch.stack([self.texts[text] for text in texts]), self.setting.length)
 
     def class_embeddings(self, language: Language) -> Tensor:
         """A row for each class of a language, (D, length)."""
-        texts = self.embed(language.prompts)
-        return class_embeddings(texts, language.row_P, len(language.class_D), self.setting.length)
+        return class_embeddings(self.embed(language.prompts), language.row_P, len(language.class_D))
 
     def rankings(self) -> Iterator[tuple[Language, Ranking]]:
         """The classes of every language that has an image to score: what all protocols of classes ask for, computed
@@ -169,12 +169,8 @@ class CardScorer:
         num_classes: int = 0,
         chance: float | dict[str, float] | None = None,
         subset: str = "",
-        length: int | None = None,
     ) -> Iterator[Score]:
-        """Numbers of a protocol in the setting; `chance` is that of the first guess, or one for each metric.
-
-        `length` is another than the setting's, where a protocol scores all of them at once.
-        """
+        """Numbers of a protocol in the setting; `chance` is that of the first guess, or one for each metric."""
         if isinstance(chance, float):
             chance = {metric: min(times * chance, 1.0) for metric, times in _CHANCES.items()}
         for metric, (value, *ends) in values.items():
@@ -186,7 +182,7 @@ class CardScorer:
                 protocol,
                 language,
                 metric,
-                length or self.setting.length,
+                self.setting.length,
                 self.setting.view,
                 value,
                 low,
@@ -201,24 +197,25 @@ class CardScorer:
         self,
         protocol: str,
         language: str,
-        image_M: np.ndarray,
-        truth_M: np.ndarray,
-        predicted_M: np.ndarray,
-        rank_M: np.ndarray,
-        top_MK: np.ndarray,
-        cosine_MK: np.ndarray,
-        hard_hit_M: np.ndarray | None = None,
+        image_Q: np.ndarray,
+        answered: Answered,
+        hard_hit_Q: np.ndarray | None = None,
+        questions: Sequence[str] = (),
     ) -> None:
-        """The answers for some images, if this is the main setting; see `Answers`."""
+        """The answers for some images, if this is the main setting, see `Answers`.
+
+        `questions` tell the answers for an image apart, where there are several.
+        """
         if not self.setting.main:
             return
-        items, nothing_N = self.items, np.full(len(self.items), None)
+        items = self.items
         flagged_N = np.zeros(len(items), bool) if items.is_flagged is None else items.is_flagged
-        hard_hit_M = nothing_N[image_M] if hard_hit_M is None else hard_hit_M
+        hard_hit_Q = np.full(len(image_Q), None) if hard_hit_Q is None else hard_hit_Q
+        keys_Q, content_Q = (np.array(column, dtype=object)[image_Q] for column in (items.keys, items.contents))
+        question_Q = np.array(questions or [""] * len(image_Q), dtype=object)
         where = (self.card.id, self.part, protocol, language)
-        keys_M, content_M = (np.array(column, dtype=object)[image_M] for column in (items.keys, items.contents))
-        found = (truth_M, predicted_M, rank_M, top_MK, cosine_MK, hard_hit_M, flagged_N[image_M])
-        self.answers.append(Answers(*where, keys_M, *found, content_M))
+        rest = (hard_hit_Q, flagged_N[image_Q], content_Q, question_Q)
+        self.answers.append(Answers(*where, keys_Q, *answered, *rest))
 
 
 def texts_of(items: Items, options: Options) -> Iterator[str]:

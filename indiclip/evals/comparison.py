@@ -124,7 +124,7 @@ def _compared(
     nearest = _nearest(row.a.metric) or 1
     hits_a_N, hits_b_N = (np.array([of[name].rank < nearest for name in shared]) for of in (of_a, of_b))
     labels_N = np.unique([of_a[name].truth for name in shared], return_inverse=True)[1]
-    gap = parity_gap(hits_b_N, hits_a_N, labels_N, "classes" if row.a.metric == _PER_CLASS else "images")
+    gap = parity_gap(hits_b_N, hits_a_N, labels_N if row.a.metric == _PER_CLASS else None)
     gained, lost = (
         tuple((name[1], of_a[name].truth) for name, changed in zip(shared, changed_N, strict=True) if changed)
         for changed_N in (hits_b_N & ~hits_a_N, hits_a_N & ~hits_b_N)

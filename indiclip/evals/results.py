@@ -66,6 +66,7 @@ class Prediction(NamedTuple):
     hard_hit: bool | None  # right among the confusable classes only; None where the class has none
     flagged: bool  # found among the training images
     content: str = ""  # a digest of the image's bytes
+    question: str = ""  # what was asked of the image, where there are several questions
 
 
 @dataclass(eq=False)
@@ -79,6 +80,7 @@ class Answers:
         hard_hit_M: bool or None.
         flagged_M: bool.
         content_M: str.
+        question_M: str.
     """
 
     card: str
@@ -94,6 +96,7 @@ class Answers:
     hard_hit_M: np.ndarray
     flagged_M: np.ndarray
     content_M: np.ndarray
+    question_M: np.ndarray
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Answers) and list(self.rows()) == list(other.rows())
@@ -385,7 +388,7 @@ def _write_answers(file: Path, answers: list[Answers]) -> None:
     pyarrow = _pyarrow()
     text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
     kinds = [text] * 7 + [pyarrow.int32(), texts, pyarrow.list_(pyarrow.float32()), pyarrow.bool_(), pyarrow.bool_()]
-    kinds += [text]
+    kinds += [text, text]
     schema = pyarrow.schema(zip(Prediction._fields, kinds, strict=True))
     tables = [pyarrow.Table.from_pylist([_well_formed(row) for row in of.rows()], schema) for of in answers]
     table = pyarrow.concat_tables([schema.empty_table(), *tables])
@@ -406,7 +409,7 @@ def _well_formed(row: Prediction) -> dict[str, Any]:
 
 
 def _read_predictions(file: Path) -> list[Prediction]:
-    there = set(_pyarrow().parquet.read_schema(file).names)  # earlier runs have no `content`
+    there = set(_pyarrow().parquet.read_schema(file).names)  # earlier runs have no `content`, or no `question`
     table = _pyarrow().parquet.read_table(file, columns=[name for name in Prediction._fields if name in there])
     return [Prediction(**row) for row in table.to_pylist()]
 

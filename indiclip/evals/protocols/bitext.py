@@ -4,12 +4,14 @@ Shape letters: N texts, T distinct texts of a language, S pairs of translations,
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from indiclip.evals.protocols.cosines import pair_ranks, truncate_normalize
+from indiclip.evals.protocols.answers import among_all
+from indiclip.evals.protocols.cosines import pair_ranks
 from indiclip.evals.protocols.metrics import Interval, hit_rate, mean
 from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.protocols.retrieval import chance_recall
@@ -35,31 +37,21 @@ class Bitext(Protocol):
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         captions = scorer.items.captions or {}
-        for code, texts_N, _ in scorer.captions():
+        for code, texts_N, image_M in scorer.captions():
             if code == "en" or "en" not in captions:
                 continue
-            pairs = {
-                (one, other)
-                for ones, others in zip(texts_N, captions["en"], strict=True)
-                for one in ones
-                for other in others
-            }
+            pairs, row_of = set[tuple[str, str]](), dict[str, int]()  # the first row that has a text
+            for row in image_M.tolist():
+                pairs.update(product(texts_N[row], captions["en"][row]))
+                for text in texts_N[row]:
+                    row_of.setdefault(text, row)
             if len(pairs) < 2:
                 continue
-            ones, others = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
-            place_one, place_other = ({text: i for i, text in enumerate(texts)} for texts in (ones, others))
-            one_S, other_S = (
-                torch.tensor([place[pair[side]] for pair in sorted(pairs)])
-                for side, place in enumerate((place_one, place_other))
-            )
-            one_TE, other_TE = (
-                truncate_normalize(scorer.embed(texts), scorer.setting.length) for texts in (ones, others)
-            )
-            rank_one, rank_other = pair_ranks(one_TE, other_TE, one_S, other_S)
-            values = {
-                "to_english_r1": hit_rate(rank_one.numpy() < 1),
-                "from_english_r1": hit_rate(rank_other.numpy() < 1),
-            }
+            pair_S2 = np.array(sorted(pairs), dtype=object)
+            (ones, one_S), (others, other_S) = (_distinct(text_S) for text_S in pair_S2.T)
+            one_TE, other_TE = scorer.embed(ones), scorer.embed(others)
+            rank_one, rank_other = (rank.numpy() for rank in pair_ranks(one_TE, other_TE, one_S, other_S))
+            values = {"to_english_r1": hit_rate(rank_one < 1), "from_english_r1": hit_rate(rank_other < 1)}
             chances = {
                 "to_english_r1": chance_recall(np.bincount(one_S), len(others), 1),
                 "from_english_r1": chance_recall(np.bincount(other_S), len(ones), 1),
@@ -69,6 +61,14 @@ class Bitext(Protocol):
             unrelated = _mean_cosine_of_others(one_TE, other_TE, cosine_S)
             values["similarity_gap"] = Interval(*(end - unrelated for end in values["similarity"]))
             yield from scorer.rows(self.name, code, values, len(ones), len(others), chances)
+            answered = among_all(one_TE, other_TE, others, (one_S, other_S), rank_one)
+            scorer.keep(self.name, code, np.array([row_of[text] for text in ones]), answered, questions=ones)
+
+
+def _distinct(text_S: np.ndarray) -> tuple[list[str], torch.Tensor]:
+    """The different texts, and which of them each is."""
+    texts, place_S = np.unique(text_S, return_inverse=True)
+    return texts.tolist(), torch.from_numpy(place_S)
 
 
 def _mean_cosine_of_others(one_TE: torch.Tensor, other_TE: torch.Tensor, cosine_S: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Choices: which of a few captions is the true one, in every language.
 
-Shape letters: M images that are scored.
+Shape letters: M images that are scored, T texts of all of them, E embedding length.
 """
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from indiclip.evals.protocols.matching import match
+from indiclip.evals.protocols.answers import among_own
 from indiclip.evals.protocols.metrics import parity_gap
 from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.results import Score
@@ -44,14 +44,15 @@ class Choices(Protocol):
         hit_N: dict[str, dict[int, bool]] = {}
         for code, texts_N, image_M in scorer.captions():
             texts_M = [texts_N[i] for i in image_M.tolist()]
-            found = match(scorer, image_M, texts_M, texts_M)
-            hit_M, chance_M = found.rank_M == 0, np.array([1 / len(texts) for texts in texts_M])
+            text_TE = scorer.embed([text for texts in texts_M for text in texts])
+            answered = among_own(scorer.image_NE[image_M], text_TE, texts_M)
+            hit_M, chance_M = answered.rank_Q == 0, np.array([1 / len(texts) for texts in texts_M])
             kinds = {str(kind): kind_N[image_M] == kind for kind in sorted(set(kind_N[image_M]) - {""})}
             yield from scorer.among_texts(self.name, code, hit_M, chance_M, scorer.subsets(image_M) | kinds)
             hit_N[code] = dict(zip(image_M.tolist(), hit_M.tolist(), strict=True))
             both = [i for i in hit_N[code] if i in hit_N.get("en", {})]
             if code != "en" and both:
                 english, other = (np.array([hit_N[language][i] for i in both]) for language in ("en", code))
-                gap = parity_gap(english, other, np.zeros(len(both), np.int64))
+                gap = parity_gap(english, other)
                 yield from scorer.rows(self.name, code, {"parity_acc1": gap}, len(both))
-            scorer.keep(self.name, code, image_M, *found)
+            scorer.keep(self.name, code, image_M, answered)

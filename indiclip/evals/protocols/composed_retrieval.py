@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from indiclip.evals.protocols.cosines import ROUNDING, chunks, truncate_normalize
+from indiclip.evals.protocols.answers import among_all
+from indiclip.evals.protocols.cosines import as_near, chunks
 from indiclip.evals.protocols.metrics import hit_rate
 from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.results import Score
@@ -72,7 +73,7 @@ class ComposedRetrieval(Protocol):
             pictures, texts, targets = zip(*rows, strict=True)
             picture_Q, target_Q = np.array(pictures), np.array(targets)
             picture_QE = scorer.image_NE[picture_Q]
-            text_QE = truncate_normalize(scorer.embed(texts), scorer.setting.length)
+            text_QE = scorer.embed(texts)
             weights = {"": self.text_weight, "image_only_": 0.0, "text_only_": 1.0}
             for way, weight in weights.items():
                 query_QE = F.normalize((1 - weight) * picture_QE + weight * text_QE, dim=1)
@@ -81,6 +82,11 @@ class ComposedRetrieval(Protocol):
                 values = {f"{way}r{k}": hit_rate(rank_Q < k) for k in RECALL_AT}
                 chances = {f"{way}r{k}": min(k / max(num_candidates, 1), 1.0) for k in RECALL_AT}
                 yield from scorer.rows(self.name, code, values, len(rank_Q), num_candidates, chances)
+                if not way and scorer.setting.main:
+                    targets = (torch.arange(len(target_Q)), torch.from_numpy(target_Q))
+                    hidden_Q = torch.from_numpy(picture_Q)
+                    found = among_all(query_QE, scorer.image_NE, scorer.items.keys, targets, rank_Q, hidden_Q)
+                    scorer.keep(self.name, code, picture_Q, found, questions=texts)
 
 
 def _queries(items: "Items", code: str) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -97,7 +103,7 @@ def _ranks(query_QE: torch.Tensor, image_NE: torch.Tensor, picture_Q: np.ndarray
     for part in chunks(len(query_QE), len(image_NE)):
         cosine_BN = query_QE[part] @ image_NE.T
         target_B1 = torch.from_numpy(target_Q[part])[:, None]
-        near_BN = ~(cosine_BN < cosine_BN.gather(1, target_B1) - ROUNDING)
+        near_BN = as_near(cosine_BN, cosine_BN.gather(1, target_B1))
         near_BN.scatter_(1, target_B1, False)
         near_BN.scatter_(1, torch.from_numpy(picture_Q[part])[:, None], False)
         rank_Q[part] = near_BN.sum(1).numpy()

@@ -1,6 +1,6 @@
 """In-scene retrieval: which of a few words stands somewhere in a photo.
 
-Shape letters: W words of all photos that are scored, T texts of a question, E embedding length.
+Shape letters: W words of all photos that are scored, T texts of all questions, E embedding length.
 """
 
 import random
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from indiclip.datasets.tables import stable_hash
-from indiclip.evals.protocols.cosines import as_near, truncate_normalize
+from indiclip.evals.protocols.answers import among_own
 from indiclip.evals.protocols.protocol import Options, Protocol
 from indiclip.evals.results import Score
 
@@ -80,16 +80,15 @@ class InScene(Protocol):
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         questions = list(self.questions(scorer.items))
-        hit_W = np.zeros(len(questions), bool)
-        for place, question in enumerate(questions):
-            embedding_TE = scorer.embed(scorer.card.asked(question.texts))
-            cosine_T = truncate_normalize(embedding_TE, scorer.setting.length) @ scorer.image_NE[question.image]
-            hit_W[place] = not as_near(cosine_T[1:], cosine_T[0]).any()  # ties count against the right one
-
         image_W = np.array([question.image for question in questions])
-        chance_W = np.array([1 / len(question.texts) for question in questions])
+        texts_W = [question.texts for question in questions]
+        text_TE = scorer.embed([text for texts in texts_W for text in scorer.card.asked(texts)])
+        answered = among_own(scorer.image_NE[image_W], text_TE, texts_W)
+
+        chance_W = np.array([1 / len(texts) for texts in texts_W])
         subsets = scorer.subsets(image_W, [question.script for question in questions])
-        yield from scorer.among_texts(self.name, "en", hit_W, chance_W, subsets, image_W)
+        yield from scorer.among_texts(self.name, "en", answered.rank_Q == 0, chance_W, subsets, image_W)
+        scorer.keep(self.name, "en", image_W, answered, questions=[texts[0] for texts in texts_W])
 
 
 def _words(items: "Items") -> list[list[str]]:

@@ -14,7 +14,7 @@ Shape letters: N images, T captions, C classes, R resamples.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
@@ -22,8 +22,6 @@ from scipy.special import stdtrit
 RESAMPLES, SEED = 1000, 0
 _PERCENTILES = (2.5, 97.5)
 _Z = 1.959964  # the normal distribution's 97.5th percentile
-
-Average = Literal["images", "classes"]
 
 
 class Interval(NamedTuple):
@@ -67,8 +65,8 @@ def clustered_rate(value_T: np.ndarray, cluster_T: np.ndarray) -> Interval:
     count = _effective(rate, variance * len(sizes) / others, len(sizes))
     if variance > 0:
         count *= (
-            _Z / float(stdtrit(others, _PERCENTILES[1] / 100))
-        ) ** 2  # Korn and Graubard: few clusters say little of it
+            _Z / float(stdtrit(others, 0.975))
+        ) ** 2  # few clusters say little of the variance (Korn and Graubard)
     return wilson(rate, min(count, len(value_T)))
 
 
@@ -83,7 +81,10 @@ def mean_per_class_recall(hit_N: np.ndarray, label_N: np.ndarray) -> Interval:
 
 
 def parity_gap(
-    reference_hit_N: np.ndarray, hit_N: np.ndarray, label_N: np.ndarray, average: Average = "images"
+    reference_hit_N: np.ndarray,
+    hit_N: np.ndarray,
+    label_N: np.ndarray | None = None,
+    cluster_N: np.ndarray | None = None,
 ) -> Interval:
     """By how much a reference (English) is better than another language on the same images.
 
@@ -92,22 +93,19 @@ def parity_gap(
     Args:
         reference_hit_N: bool, what English gets right.
         hit_N: bool, what the other language gets right, image by image, with the same candidate classes.
-        label_N: Class of each, >= 0.
-        average: Difference of the accuracies over all images, or of the mean per-class recalls.
-
-    Raises:
-        ValueError: The images are not the same.
+        label_N: Class of each, >= 0: the difference is that of the mean per-class recalls. None: of the accuracies.
+        cluster_N: The cluster of each, >= 0, see `clustered_rate`: such as the image that several questions are about.
+            None: each is drawn alone.
     """
-    if not len(reference_hit_N) == len(hit_N) == len(label_N):
-        found = f"{len(reference_hit_N)} hits, {len(hit_N)} hits, {len(label_N)} labels"
-        raise ValueError(f"{found}: expected the same images")
     if not len(hit_N):
         return _NOTHING
-    if average == "images":
-        reference, other, label_N = hit_rate(reference_hit_N), hit_rate(hit_N), np.zeros(len(hit_N), np.int64)
-    else:
+    if label_N is not None:
         reference, other = _recall(reference_hit_N, label_N), _recall(hit_N, label_N)
-    both = 2 * _correlation(reference_hit_N, hit_N, label_N)
+    elif cluster_N is not None:
+        reference, other = clustered_rate(reference_hit_N, cluster_N), clustered_rate(hit_N, cluster_N)
+    else:
+        reference, other = hit_rate(reference_hit_N), hit_rate(hit_N)
+    both = 2 * _correlation(reference_hit_N, hit_N, label_N, cluster_N)
     gap = reference.value - other.value
 
     def half(one: float, two: float) -> float:
@@ -197,15 +195,19 @@ def _recall(hit_N: np.ndarray, label_N: np.ndarray) -> Interval:
     return wilson(rate, _effective(rate, variance if 0 < rate < 1 else 0.0, len(classes) ** 2 / (1 / count_C).sum()))
 
 
-def _correlation(one_N: np.ndarray, other_N: np.ndarray, label_N: np.ndarray) -> float:
-    """Of the two mean recalls, over draws of the images of each class."""
+def _correlation(
+    one_N: np.ndarray, other_N: np.ndarray, label_N: np.ndarray | None, cluster_N: np.ndarray | None
+) -> float:
+    """Of the two mean recalls, over draws of the images of each class, or of the two accuracies."""
+    label_N = np.zeros(len(one_N), np.int64) if label_N is None else label_N
     _, class_N, count_C = np.unique(label_N, return_inverse=True, return_counts=True)
-    centred = [
-        hit_N - (np.bincount(class_N, weights=hit_N) / count_C)[class_N]
-        for hit_N in (np.asarray(one_N, np.float64), np.asarray(other_N, np.float64))
-    ]
-    weight_N = 1.0 / np.square(count_C[class_N])
-    (var_one, covariance), (_, var_other) = (
-        [float((weight_N * first * second).sum()) for second in centred] for first in centred
-    )
-    return covariance / math.sqrt(var_one * var_other) if var_one * var_other > 0 else 0.0
+
+    def deviations(hit_N: np.ndarray) -> np.ndarray:
+        """What each draw adds to the mean recall, less what it adds on average."""
+        recall_C = np.bincount(class_N, weights=hit_N) / count_C
+        deviation_N = (hit_N - recall_C[class_N]) / count_C[class_N]
+        return deviation_N if cluster_N is None else np.bincount(cluster_N, weights=deviation_N)
+
+    one, other = deviations(one_N), deviations(other_N)
+    variances = float(one @ one) * float(other @ other)
+    return float(one @ other) / math.sqrt(variances) if variances > 0 else 0.0

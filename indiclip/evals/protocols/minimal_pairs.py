@@ -10,10 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from indiclip.datasets.tables import stable_hash
-from indiclip.evals.protocols.cosines import as_near, truncate_normalize
+from indiclip.evals.protocols.answers import Answered
+from indiclip.evals.protocols.cosines import as_near
 from indiclip.evals.protocols.metrics import clustered_rate
 from indiclip.evals.protocols.protocol import Options, Protocol
-from indiclip.evals.results import Score
+from indiclip.evals.results import Score, column_of
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
@@ -97,10 +98,10 @@ class MinimalPairs(Protocol):
             if not named_P.any():
                 continue
             image_M2, class_M2 = pairs.image_P2[named_P], pairs.class_P2[named_P]
+            templates = captions_of(scorer.card, code)
             hits = []
-            for template in captions_of(scorer.card, code):
-                texts = [template.replace("{c}", name) for name in names.values()]
-                text_DE = truncate_normalize(scorer.embed(texts), scorer.setting.length)
+            for template in templates:
+                text_DE = scorer.embed([template.replace("{c}", name) for name in names.values()])
                 row_M2 = np.searchsorted(list(names), class_M2)
                 hits.append(winoground(scorer.image_NE[image_M2], text_DE[row_M2]))
             values = {
@@ -108,6 +109,19 @@ class MinimalPairs(Protocol):
                 for metric in self.metrics
             }
             yield from scorer.rows(self.name, code, values, len(image_M2), 2, CHANCES)
+            for template, hit in zip(templates, hits, strict=True):
+                _keep(scorer, code, template, image_M2, class_M2, hit["group_score"] == 1)
+
+
+def _keep(
+    scorer: "CardScorer", code: str, template: str, image_M2: np.ndarray, class_M2: np.ndarray, is_group_M: np.ndarray
+) -> None:
+    """Of each pair an answer for its first image, which is the other one's class where not all of the pair is right."""
+    id_M2 = np.array(scorer.card.ids, dtype=object)[class_M2]
+    predicted_M, nothing_M = np.where(is_group_M, id_M2[:, 0], id_M2[:, 1]), column_of([[]] * len(id_M2))
+    answered = Answered(id_M2[:, 0], predicted_M, (~is_group_M).astype(np.int64), nothing_M, nothing_M)
+    others = [scorer.items.contents[i] or scorer.items.keys[i] for i in image_M2[:, 1]]
+    scorer.keep("minimal_pairs", code, image_M2[:, 0], answered, questions=[f"{template} {other}" for other in others])
 
 
 def captions_of(card: "Card", code: str) -> tuple[str, ...]:

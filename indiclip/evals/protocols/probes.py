@@ -5,8 +5,8 @@ and the gallery is the training images. Without one every labelled image is pred
 (kNN), or by the classifier of the fold that it is held out of (linear probe). Then a class with a single image has
 nothing to be learned from and takes no part. An image whose embedding is not finite is predicted as -1, never right.
 
-Shape letters: N images, M of them predicted, G gallery, B rows at a time, E embedding length, L lengths, C classes of
-the gallery, K neighbours, F folds.
+Shape letters: N images, M of them predicted, A of these with a finite embedding, G gallery, B rows at a time, E
+embedding length, C classes of the gallery, K neighbours, F folds.
 """
 
 from abc import abstractmethod
@@ -37,39 +37,32 @@ class Predictions(NamedTuple):
 
     Attributes:
         image_M: int64, which images were predicted, ascending.
-        class_LM: int64, the predicted class at each length; -1 for none.
+        class_M: int64, the predicted class; -1 for none.
     """
 
     image_M: np.ndarray
-    class_LM: np.ndarray
+    class_M: np.ndarray
 
 
-def knn(
-    image_NE: Floats,
-    label_N: Integers,
-    is_train_N: np.ndarray | None = None,
-    lengths: Sequence[int] | None = None,
-    k: int = NEIGHBOURS,
-) -> Predictions:
+def knn(image_NE: Floats, label_N: Integers, is_train_N: np.ndarray | None = None, k: int = NEIGHBOURS) -> Predictions:
     """The class with most votes among the nearest neighbours, each weighing exp(cosine / `TEMPERATURE`).
 
     Args:
         image_NE: Images, of any norm.
         label_N: Class of each, -1 for none.
         is_train_N: bool, the gallery; None has each image ask all others.
-        lengths: Embedding lengths, ascending; None is the full one.
         k: Neighbours, or as many as the gallery has.
     """
-    task = _Task(image_NE, label_N, is_train_N, lengths)
+    task = _Task(image_NE, label_N, is_train_N)
     k = min(k, len(task.index_G) - task.leave_one_out)
-    if k > 0:
-        gallery = _Gallery(task.gallery_GE, task.ends)
-        for part in chunks(len(task.asked_A), len(task.index_G)):
-            own = part.start if task.leave_one_out else None
-            for place, (cosine_BK, near_BK) in enumerate(gallery.nearest(task.asked_AE[part], k, own)):
-                weight_BK = ((cosine_BK - cosine_BK[:, :1]) / TEMPERATURE).exp()  # of the nearest 1: no overflow
-                votes_BC = torch.zeros(len(weight_BK), len(task.class_C))
-                task.answer(place, part, votes_BC.scatter_add_(1, task.index_G[near_BK], weight_BK))
+    for part in chunks(len(task.asked_A), len(task.index_G)) if k > 0 else ():
+        cosine_BG = task.asked_AE[part] @ task.gallery_GE.T
+        if task.leave_one_out:
+            cosine_BG.diagonal(part.start).fill_(-torch.inf)  # the gallery are the images that ask
+        cosine_BK, near_BK = cosine_BG.topk(k, dim=1)
+        weight_BK = ((cosine_BK - cosine_BK[:, :1]) / TEMPERATURE).exp()  # of the nearest 1: no overflow
+        votes_BC = torch.zeros(len(weight_BK), len(task.class_C))
+        task.answer(part, votes_BC.scatter_add_(1, task.index_G[near_BK], weight_BK))
     return task.predictions()
 
 
@@ -78,7 +71,6 @@ def linear_probe(
     label_N: Integers,
     is_train_N: np.ndarray | None = None,
     keys: Sequence[str] | None = None,
-    lengths: Sequence[int] | None = None,
     inverse_penalty: float = INVERSE_PENALTY,
 ) -> Predictions:
     """The class that a logistic regression on the unit-length embeddings gives (see `logistic.fit`).
@@ -88,10 +80,9 @@ def linear_probe(
         label_N: Class of each, -1 for none.
         is_train_N: bool, the images to train on; None trains on all but a fold, for each of five stratified folds.
         keys: Name of each image. Its hash says which fold it is in; None takes the image's place.
-        lengths: Embedding lengths, ascending; None is the full one.
         inverse_penalty: scikit-learn's C.
     """
-    task = _Task(image_NE, label_N, is_train_N, lengths)
+    task = _Task(image_NE, label_N, is_train_N)
     if not len(task.index_G):
         return task.predictions()
     fold_A, train_FG = torch.zeros(len(task.asked_A), dtype=torch.int64), torch.ones(1, len(task.index_G)).bool()
@@ -99,12 +90,10 @@ def linear_probe(
         names = [str(i) if keys is None else keys[i] for i in task.gallery_G.tolist()]
         fold_A = folds(task.index_G.numpy(), names)
         train_FG = torch.arange(FOLDS)[:, None] != fold_A
-    for place, end in enumerate(task.ends):
-        gallery_GE, asked_AE = truncate_normalize(task.gallery_GE, end), truncate_normalize(task.asked_AE, end)
-        weight_FCE, bias_FC = logistic.fit(gallery_GE, task.index_G, train_FG, inverse_penalty)
-        for fold in range(len(train_FG)):
-            held_out = (fold_A == fold).nonzero()[:, 0]
-            task.answer(place, held_out, asked_AE[held_out] @ weight_FCE[fold].T + bias_FC[fold])
+    weight_FCE, bias_FC = logistic.fit(task.gallery_GE, task.index_G, train_FG, inverse_penalty)
+    for fold in range(len(train_FG)):
+        held_out = (fold_A == fold).nonzero()[:, 0]
+        task.answer(held_out, task.asked_AE[held_out] @ weight_FCE[fold].T + bias_FC[fold])
     return task.predictions()
 
 
@@ -127,16 +116,13 @@ class _Task:
     """Who asks whom, and what was answered.
 
     Attributes:
-        ends: Embedding lengths.
         leave_one_out: The images ask each other.
         gallery_G: Images that are asked; `gallery_GE` their embeddings, `index_G` their classes among `class_C`.
         image_M: Images that are predicted.
         asked_A: Places in `image_M` of those with a finite embedding, `asked_AE`.
     """
 
-    def __init__(
-        self, image_NE: Floats, label_N: Integers, is_train_N: np.ndarray | None, lengths: Sequence[int] | None
-    ) -> None:
+    def __init__(self, image_NE: Floats, label_N: Integers, is_train_N: np.ndarray | None) -> None:
         images, labels = truncate_normalize(image_NE), labels_of(label_N)
         finite_N = images.isfinite().all(1)
         self.leave_one_out = is_train_N is None
@@ -151,15 +137,14 @@ class _Task:
         self.asked_A = asked_N[self.image_M].nonzero()[:, 0]
         self.gallery_GE, self.asked_AE = images[gallery_N], images[asked_N]
         self.class_C, self.index_G = torch.unique(labels[gallery_N], return_inverse=True)
-        self.ends = list(lengths or [images.shape[1]])
-        self._class_LM = torch.full((len(self.ends), len(self.image_M)), -1)
+        self._class_M = torch.full((len(self.image_M),), -1)
 
-    def answer(self, place: int, part: slice | Tensor, scores_BC: Tensor) -> None:
-        """At a length, for a part of `asked_A`: the class with the highest score."""
-        self._class_LM[place, self.asked_A[part]] = self.class_C[scores_BC.argmax(1)]
+    def answer(self, part: slice | Tensor, scores_BC: Tensor) -> None:
+        """For a part of `asked_A`: the class with the highest score."""
+        self._class_M[self.asked_A[part]] = self.class_C[scores_BC.argmax(1)]
 
     def predictions(self) -> Predictions:
-        return Predictions(self.image_M.numpy(), self._class_LM.numpy())
+        return Predictions(self.image_M.numpy(), self._class_M.numpy())
 
 
 def _two_of_a_class(labels: Tensor, among_N: Tensor) -> Tensor:
@@ -168,46 +153,8 @@ def _two_of_a_class(labels: Tensor, among_N: Tensor) -> Tensor:
     return among_N & (count_C[labels.clamp(min=0)] > 1) if among_N.any() else among_N
 
 
-class _Gallery:
-    """Finds the nearest of a gallery at several lengths for little more than the price of the last.
-
-    The dot product of a prefix continues that of a shorter one; only the norms are each length's own.
-
-    Args:
-        gallery_GE: Finite embeddings.
-        ends: Embedding lengths, ascending.
-    """
-
-    def __init__(self, gallery_GE: Tensor, ends: list[int]) -> None:
-        self.gallery_GE, self.ends = gallery_GE, ends
-        self.scale_LG = [_inverse_norm(gallery_GE[:, :end]) for end in ends]
-
-    def nearest(self, asked_BE: Tensor, k: int, own: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cosines and places (B, K) of the nearest at each length, nearest first.
-
-        Args:
-            asked_BE: Finite embeddings.
-            k: K.
-            own: Place in the gallery of row 0, the next row's being the next; these do not find themselves.
-        """
-        dot_BG = torch.zeros(len(asked_BE), len(self.gallery_GE))
-        if own is not None:
-            dot_BG.diagonal(own).fill_(-torch.inf)
-        start = 0
-        for end, scale_G in zip(self.ends, self.scale_LG, strict=True):
-            dot_BG.addmm_(asked_BE[:, start:end], self.gallery_GE[:, start:end].T)
-            cosine_BK, near_BK = (dot_BG * scale_G).topk(k, dim=1)
-            yield cosine_BK * _inverse_norm(asked_BE[:, :end])[:, None], near_BK
-            start = end
-
-
-def _inverse_norm(vectors: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(vectors, dim=1)
-    return norm.clamp(min=1e-12).reciprocal()  # the bound of torch.nn.functional.normalize
-
-
 class Probe(Protocol):
-    """What a classifier on the images alone finds, at every length.
+    """What a classifier on the images alone finds.
 
     Args:
         without_gallery: What becomes of the images that are scored of a class of which none is in the gallery, so that
@@ -224,8 +171,6 @@ class Probe(Protocol):
         self.excludes = without_gallery == "exclude"
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
-        if scorer.setting.length != scorer.lengths[-1]:
-            return  # all of a view are found at once
         label_N, is_train_N = scorer.items.labels, scorer.items.is_train
         if is_train_N is not None and self.excludes:
             label_N = np.where(is_train_N | np.isin(label_N, label_N[is_train_N]), label_N, -1)
@@ -236,15 +181,13 @@ class Probe(Protocol):
         num_classes = len(np.unique(answers))
         if not len(label_M) or num_classes < 2:
             return
-        for class_M, length in zip(found.class_LM, scorer.lengths, strict=True):
-            values = scorer.accuracies((class_M != label_M).astype(np.int64), label_M, num_classes)
-            values.pop("acc5", None)
-            sizes = (len(label_M), num_classes)
-            yield from scorer.rows(self.name, IMAGES, values, *sizes, 1 / num_classes, length=length)
+        values = scorer.accuracies((found.class_M != label_M).astype(np.int64), label_M, num_classes)
+        values.pop("acc5", None)
+        yield from scorer.rows(self.name, IMAGES, values, len(label_M), num_classes, 1 / num_classes)
 
     @abstractmethod
     def predict(self, scorer: "CardScorer", label_N: np.ndarray) -> Predictions:
-        """The classes of the images that have a label and are not in the gallery, at every length."""
+        """The classes of the images that have a label and are not in the gallery."""
 
 
 class KNN(Probe):
@@ -253,7 +196,7 @@ class KNN(Probe):
     name = "knn"
 
     def predict(self, scorer: "CardScorer", label_N: np.ndarray) -> Predictions:
-        return knn(scorer.image_NE, label_N, scorer.items.is_train, scorer.lengths)
+        return knn(scorer.image_NE, label_N, scorer.items.is_train)
 
 
 class LinearProbe(Probe):
@@ -262,4 +205,4 @@ class LinearProbe(Probe):
     name = "linear_probe"
 
     def predict(self, scorer: "CardScorer", label_N: np.ndarray) -> Predictions:
-        return linear_probe(scorer.image_NE, label_N, scorer.items.is_train, scorer.items.keys, scorer.lengths)
+        return linear_probe(scorer.image_NE, label_N, scorer.items.is_train, scorer.items.keys)

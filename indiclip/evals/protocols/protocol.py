@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from indiclip.evals.cards.classes import Card
     from indiclip.evals.images.items import Items
 
-TOP = 5  # nearest answers that are kept of each image
-
 
 @dataclass
 class Options:

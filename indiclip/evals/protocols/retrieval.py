@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from indiclip.evals.protocols.cosines import Floats, Integers, chunks, labels_of, pair_ranks, truncate_normalize
+from indiclip.evals.protocols.answers import among_all
+from indiclip.evals.protocols.cosines import Floats, Integers, labels_of, pair_ranks, truncate_normalize
 from indiclip.evals.protocols.metrics import Interval, clustered_rate, hit_rate, parity_gap
-from indiclip.evals.protocols.protocol import TOP, Protocol
+from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.results import CLEAN, Score
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class _Found:
         self.texts = [text for texts in texts_M for text in texts]
         self.image_T = np.repeat(np.arange(len(texts_M)), list(map(len, texts_M)))
         self.image_ME = scorer.image_NE[image_M]
-        self.text_TE = truncate_normalize(scorer.embed(self.texts), scorer.setting.length)
+        self.text_TE = scorer.embed(self.texts)
         self.rank_M, self.rank_T = caption_ranks(self.image_ME, self.text_TE, self.image_T)
 
     def recalls(self, subset: str = "") -> Iterator[Score]:
@@ -139,26 +140,13 @@ class _Found:
 
     def keep(self) -> None:
         """For each image the nearest captions, and as its answer its first own or the nearest of the others'."""
-        texts, owner_T = np.array(self.texts, dtype=object), torch.from_numpy(self.image_T)
-        k = min(TOP, len(texts))
-        top_MK, cosine_MK = np.zeros((len(self.image_M), k), np.int64), np.zeros((len(self.image_M), k), np.float32)
-        own_M, wrong_M = (np.zeros(len(self.image_M), np.int64) for _ in range(2))
-        for part in chunks(len(self.image_M), len(texts)):
-            cosine_BT = self.image_ME[part] @ self.text_TE.T
-            near_BT = cosine_BT.nan_to_num(nan=-2)
-            top_BK = near_BT.topk(k, dim=1).indices
-            is_own_BT = owner_T == torch.arange(part.start, part.stop)[:, None]
-            top_MK[part], cosine_MK[part] = top_BK, cosine_BT.gather(1, top_BK)
-            own_M[part] = is_own_BT.int().argmax(1)  # the first of them
-            wrong_M[part] = near_BT.masked_fill(is_own_BT, -3).argmax(1)
-        predicted_M = np.where(self.rank_M == 0, own_M, wrong_M)
-        answers = (texts[own_M], texts[predicted_M], self.rank_M, texts[top_MK], cosine_MK)
-        self.scorer.keep(Retrieval.name, self.code, self.image_M, *answers)
+        own = (torch.from_numpy(self.image_T), torch.arange(len(self.texts)))
+        answered = among_all(self.image_ME, self.text_TE, self.texts, own, self.rank_M)
+        self.scorer.keep(Retrieval.name, self.code, self.image_M, answered)
 
 
 def _gaps(scorer: "CardScorer", code: str, image_M: np.ndarray) -> Iterator[Score]:
     """English less a language, over the images that have captions in both, as candidates too."""
     english_M, other_M = (_Found(scorer, language, image_M).rank_M for language in ("en", code))
-    label_M = np.zeros(len(image_M), np.int64)
-    gaps = {f"parity_image_to_text_r{k}": parity_gap(english_M < k, other_M < k, label_M, "images") for k in RECALL_AT}
+    gaps = {f"parity_image_to_text_r{k}": parity_gap(english_M < k, other_M < k) for k in RECALL_AT}
     yield from scorer.rows(Retrieval.name, code, gaps, len(image_M), len(image_M))

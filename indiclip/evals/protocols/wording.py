@@ -6,7 +6,6 @@ Shape letters: see `zero_shot`.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from indiclip.evals.protocols.cosines import truncate_normalize
 from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.metrics import Interval, hit_rate
 from indiclip.evals.protocols.protocol import Options, Protocol
@@ -42,7 +41,7 @@ class Wording(Protocol):
             found: dict[str, Interval] = {}
             for template in dict.fromkeys((BARE, *scorer.card.templates(language.code))):
                 prompts = [template.replace("{c}", names[i]) for i in language.class_D.tolist()]
-                class_DE = truncate_normalize(scorer.embed(prompts), scorer.setting.length)
+                class_DE = scorer.embed(prompts)
                 rank_M = rank_classes(image_ME, class_DE, label_M, language.class_D, 1).rank_M
                 found[template] = hit_rate(rank_M == 0)
             sizes, chance = (len(label_M), len(language.class_D)), 1 / len(language.class_D)

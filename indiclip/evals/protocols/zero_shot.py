@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from indiclip.evals.protocols.answers import TOP, Answered
 from indiclip.evals.protocols.cosines import Floats, Integers, as_near, chunks, labels_of, num_near, truncate_normalize
 from indiclip.evals.protocols.metrics import hit_rate, parity_gap
-from indiclip.evals.protocols.protocol import TOP, Protocol
+from indiclip.evals.protocols.protocol import Protocol
 from indiclip.evals.protocols.retrieval import chances_at, recalls_at
 from indiclip.evals.results import CLEAN, Score
 
@@ -213,16 +214,17 @@ class ZeroShot(Protocol):
                 english = rankings["en"]
                 rank_in_M = english.subset_rank_UM[place, np.isin(english.image_M, ranking.image_M)]
                 gaps = {
-                    "parity_acc1": parity_gap(rank_in_M == 0, rank_M == 0, label_M, "images"),
-                    "parity_mean_per_class_recall": parity_gap(rank_in_M == 0, rank_M == 0, label_M, "classes"),
+                    "parity_acc1": parity_gap(rank_in_M == 0, rank_M == 0),
+                    "parity_mean_per_class_recall": parity_gap(rank_in_M == 0, rank_M == 0, label_M),
                 }
                 yield from scorer.rows(self.name, code, gaps, len(rank_M), num_classes)
 
             ids = np.array(scorer.card.ids, dtype=object)
             hard_hit_M = ranking.hard_hit_M.astype(object)
             hard_hit_M[ranking.rivals_M == 0] = None
-            answers = (ids[label_M], ids[predicted(ranking, label_M)], rank_M, ids[ranking.nearest_MK])
-            scorer.keep(self.name, code, ranking.image_M, *answers, ranking.cosine_MK, hard_hit_M)
+            predicted_M = ids[predicted(ranking, label_M)]
+            answered = Answered(ids[label_M], predicted_M, rank_M, ids[ranking.nearest_MK], ranking.cosine_MK)
+            scorer.keep(self.name, code, ranking.image_M, answered, hard_hit_M)
 
 
 def predicted(ranking: Ranking, label_M: np.ndarray) -> np.ndarray:
