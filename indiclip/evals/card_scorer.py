@@ -213,6 +213,7 @@ class CardScorer:
         hard_hit_Q = np.full(len(image_Q), None) if hard_hit_Q is None else hard_hit_Q
         keys_Q, content_Q = (np.array(column, dtype=object)[image_Q] for column in (items.keys, items.contents))
         question_Q = np.array(questions or [""] * len(image_Q), dtype=object)
+        content_Q = content_Q if items.num_images else question_Q  # of texts alone
         where = (self.card.id, self.part, protocol, language)
         rest = (hard_hit_Q, flagged_N[image_Q], content_Q, question_Q)
         self.answers.append(Answers(*where, keys_Q, *answered, *rest))

@@ -65,7 +65,7 @@ class Prediction(NamedTuple):
     cosines: list[float]  # of these
     hard_hit: bool | None  # right among the confusable classes only; None where the class has none
     flagged: bool  # found among the training images
-    content: str = ""  # a digest of the image's bytes
+    content: str = ""  # a digest of the image's bytes; the text where there is no image
     question: str = ""  # what was asked of the image, where there are several questions
 
 
