@@ -163,7 +163,8 @@ def _rivals(class_D: Tensor, confusable: Sequence[Sequence[int]]) -> Tensor:
 def _right_cosines(image_ME: Tensor, text_DE: Tensor, column_M: Tensor) -> Tensor:
     """Of each image and its class; a part at a time that stays in the cache."""
     parts = [
-        torch.linalg.vecdot(image_ME[part], text_DE[column_M[part]]) for part in chunks(len(image_ME), text_DE.shape[1])
+        torch.linalg.vecdot(image_ME[part], text_DE.index_select(0, column_M[part]))
+        for part in chunks(len(image_ME), text_DE.shape[1])
     ]
     return torch.cat(parts) if parts else torch.zeros(0)
 
