@@ -194,6 +194,33 @@ def test_without_india_the_headline_says_so(tmp_path):
     assert "No card of the India suite was in this run." in page_of(tmp_path, result)
 
 
+@pytest.mark.parametrize(
+    ("suites", "name"),
+    [
+        (["india", "india"], "India benchmark"),
+        (["own", "world"], "World and Own cards benchmark"),
+        (["own"], "Own cards benchmark"),
+    ],
+)
+def test_the_page_is_called_by_what_was_scored(tmp_path, suites, name):
+    result = small_run()
+    result.cards = [card(f"card{i}", suite=suite) for i, suite in enumerate(suites)]
+    result.cards.append(card("gods", suite="culture", status="skipped"))
+    result.scores, result.predictions = [], []
+    page = page_of(tmp_path, result)
+    assert f"<title>{name}: m</title>" in page
+    assert f'<p class="eyebrow">{name}</p>' in page
+
+
+def test_what_was_scored_comes_before_what_was_skipped(tmp_path):
+    result = small_run()
+    result.cards.insert(0, card("dances", status="skipped", notes=["no folder dances/"]))
+    result.cards.insert(0, card("faces", status="skipped", suite="culture", notes=["no folder faces/"]))
+    table = page_of(tmp_path, result).split('<table class="overview">')[1].split("</table>")[0]
+    titles = re.findall(r"<tr><td>(?:<a [^>]*>)?(\w+)", table)
+    assert titles == ["Food", "Script", "Dances", "Gods", "Script", "Faces"]
+
+
 def test_own_cards_have_no_mean_and_texts_are_no_photographs(tmp_path):
     result = small_run()
     result.cards = [card("mine", suite="own"), card("pairs", suite="own", is_texts=True, num_images=100)]
@@ -370,7 +397,7 @@ def embeddings_of(groups, each=8, width=6):
 
 def test_a_map_of_embeddings_keeps_neighbours_and_is_the_same_again():
     sample = embeddings_of(5)
-    first, second = (embedding_map(sample, lambda key: np.zeros((20, 30, 3), np.uint8), 60) for _ in range(2))
+    first, second = (embedding_map(sample, {}, lambda key: np.zeros((20, 30, 3), np.uint8), 60) for _ in range(2))
     assert first == second
     places = np.array([(point.x, point.y) for point in first.points])
     distance = np.linalg.norm(places[:, None] - places[None], axis=2) + 1e9 * np.eye(len(places))
@@ -395,7 +422,7 @@ def test_the_closest_classes_are_those_of_the_nearest_means():
 def test_there_is_no_map_of_few_images_or_of_equal_ones(rows):
     keys = [f"{i}" for i in range(len(rows))]
     sample = Sample("food", PHOTOGRAPHS, keys, [""] * len(rows), rows.astype(np.float32))
-    assert embedding_map(sample, lambda key: None, 60) is None
+    assert embedding_map(sample, {}, lambda key: None, 60) is None
 
 
 def test_the_page_has_the_map_with_words_beside_it(tmp_path):

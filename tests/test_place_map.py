@@ -11,7 +11,7 @@ from test_protocols import items_of, make_card, scores_of, unit
 
 from indiclip.evals.bench import _card_result
 from indiclip.evals.cards.card import load_card
-from indiclip.evals.reports.place_map import _Frame, place_map
+from indiclip.evals.reports.place_map import PlaceMap, Spot, place_map
 from indiclip.evals.results import PHOTOGRAPHS, Result, load_result
 
 __all__ = ["make_card"]
@@ -46,49 +46,49 @@ ANSWERS = [
 
 
 def test_circles_are_where_the_places_are_and_places_of_a_city_are_one():
-    drawn = place_map(*run_of(*ANSWERS))
+    result, one = run_of(*ANSWERS)
+    drawn = place_map(one, result.predictions)
     # Lines of 5 degrees: latitude 5 to 30, longitude 75 to 85, true to scale at 17.5 degrees north.
     scale = min(460 / (10 * math.cos(math.radians(17.5))), 620 / 25)
     assert (drawn.width, drawn.height) == pytest.approx((10 * math.cos(math.radians(17.5)) * scale, 25 * scale))
-    found = {circle.words: circle for circle in drawn.circles}
-    assert list(found) == ["qutub, fort: 0.67 of 3 images", "rock: 0.00 of 1 images", "ghat: no images"]
-    delhi, rock, ghat = found.values()
-    assert (delhi.x, delhi.y) == pytest.approx((0.2 * drawn.width, 1.5 / 25 * drawn.height))
-    assert (rock.x, rock.y) == pytest.approx((0.25 * drawn.width, 22 / 25 * drawn.height))
-    assert (delhi.share, rock.share, ghat.share) == ("66.7%", "0.0%", "")
-    assert delhi.radius > rock.radius > ghat.radius
-    assert [(line.text, round(line.y)) for line in drawn.parallels] == [
+    delhi, rock, ghat = drawn.spots
+    assert [spot.class_ids for spot in drawn.spots] == [["qutub", "fort"], ["rock"], ["ghat"]]
+    assert [sorted(spot.hits) for spot in drawn.spots] == [[False, True, True], [False], []]
+    assert drawn.at(delhi.lat, delhi.lon) == pytest.approx((0.2 * drawn.width, 1.5 / 25 * drawn.height))
+    assert drawn.at(rock.lat, rock.lon) == pytest.approx((0.25 * drawn.width, 22 / 25 * drawn.height))
+    assert drawn.radius(delhi) > drawn.radius(rock) > drawn.radius(ghat)
+    assert [(name, round(y)) for y, name in drawn.parallels()] == [
         (f"{lat}°N", round((30 - lat) * scale)) for lat in (10, 15, 20, 25)
     ]
-    assert [line.text for line in drawn.meridians] == ["80°E"]
-    assert {label.text for label in drawn.states} == {"Delhi", "Uttar Pradesh", "Tamil <b>Nadu"}
+    assert [name for _, name in drawn.meridians()] == ["80°E"]
+    assert {label.text for label in drawn.states()} == {"Delhi", "Uttar Pradesh", "Tamil <b>Nadu"}
 
 
-def test_a_frame_holds_its_places_in_any_part_of_the_earth():
+def test_a_map_holds_its_places_in_any_part_of_the_earth():
     generator = np.random.default_rng(0)
     for _ in range(200):
         spread = generator.uniform(0, 80)
         lats = np.clip(generator.uniform(-60, 60) + generator.uniform(-spread, spread, 5) / 3, -80, 80)
         lons = np.clip(generator.uniform(-120, 120) + generator.uniform(-spread, spread, 5), -179, 179)
-        frame = _Frame(lats.tolist(), lons.tolist())
+        drawn = PlaceMap([Spot("", lat, lon) for lat, lon in zip(lats, lons, strict=True)])
         for lat, lon in zip(lats, lons, strict=True):
-            x, y = frame.at(lat, lon)
-            assert 0 < x < frame.width
-            assert 0 < y < frame.height
-        assert frame.width <= 460.001
-        assert frame.height <= 620.001
+            x, y = drawn.at(lat, lon)
+            assert 0 < x < drawn.width
+            assert 0 < y < drawn.height
+        assert drawn.width <= 460.001
+        assert drawn.height <= 620.001
 
 
 def test_states_of_our_card_hide_no_other_and_stay_on_the_map():
     ours = load_card("geoguess")
-    result = Result("m", [8], ["native"], cards=[_card_result(ours, PHOTOGRAPHS, "scored", [])])
-    result.predictions = [answer(f"{one}.jpg", one, one, card="geoguess") for one in ours.ids]
-    drawn = place_map(result, result.cards[0])
-    assert {label.text for label in drawn.states} == {one.facts["state"] for one in ours.classes}
-    for label in drawn.states:
+    answers = [answer(f"{one}.jpg", one, one, card="geoguess") for one in ours.ids]
+    drawn = place_map(_card_result(ours, PHOTOGRAPHS, "scored", []), answers)
+    labels = drawn.states()
+    assert {label.text for label in labels} == {one.facts["state"] for one in ours.classes}
+    for label in labels:
         assert 0 < label.x < drawn.width
         assert 0 < label.y < drawn.height
-        for other in drawn.states:
+        for other in labels:
             wide = 5.9 * (len(label.text) + len(other.text)) / 2
             assert other is label or abs(label.y - other.y) >= 12 or abs(label.x - other.x) >= wide
 
@@ -96,7 +96,12 @@ def test_states_of_our_card_hide_no_other_and_stay_on_the_map():
 def test_the_page_has_the_map_and_a_table_of_its_states(tmp_path):
     page = section(page_of(tmp_path, run_of(*ANSWERS)[0]), "geoguess-photographs")
     assert page.count("<svg role=") == 1
-    assert page.count("<title>qutub, fort: 0.67 of 3 images</title>") == 1
+    for drawn, title in (
+        (' 66.7%, var(--page))" stroke="var(--hit)"', "qutub, fort: 0.67 of 3 images"),
+        (' 0.0%, var(--page))" stroke="var(--hit)"', "rock: 0.00 of 1 image"),
+        ('stroke-dasharray="2 1.5"', "ghat: no images"),
+    ):
+        assert page.count(f"{drawn}><title>{title}</title>") == 1
     assert "Tamil &lt;b&gt;Nadu" in page
     assert "<b>Nadu" not in page
     words = words_of(page)
@@ -108,7 +113,8 @@ def test_the_page_has_the_map_and_a_table_of_its_states(tmp_path):
 
 def test_no_map_without_places_or_answers(tmp_path):
     assert "<svg role=" not in page_of(tmp_path, small_run())
-    assert place_map(*run_of()) is None
+    assert place_map(run_of()[1], []) is None
+    assert place_map(card("food"), ANSWERS) is None
     words = words_of(section(page_of(tmp_path, run_of()[0]), "geoguess-photographs"))
     assert "Delhi 3 0.667" in words  # the table stays with its protocol
 
@@ -119,7 +125,7 @@ def test_where_places_are_is_saved(tmp_path):
     result.save(tmp_path)
     again = load_result(tmp_path)
     assert again.cards == [one]
-    assert place_map(again, again.cards[0]) == place_map(result, one)
+    assert again.predictions == result.predictions
 
 
 def test_accuracy_by_state_is_that_of_a_loop(make_card):

@@ -1,22 +1,22 @@
 """The section of one card in the benchmark's report."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from indiclip.evals.formatting import (
-    class_name,
-    found_by,
+    Bar,
+    Gap,
+    chance_of,
     group_name,
     in_reading_order,
     language_name,
     metric_name,
-    protocol_name,
-    signed,
     words,
 )
 from indiclip.evals.reports.bench_pictures import PictureOf, gallery
-from indiclip.evals.reports.confusion import confusions_of
-from indiclip.evals.reports.embedding_map import HEIGHT, SIDE, WIDTH, embedding_map
+from indiclip.evals.reports.confusion import confusion, mistakes, readable
+from indiclip.evals.reports.embedding_map import embedding_map
 from indiclip.evals.reports.place_map import place_map
 from indiclip.evals.results import CLEAN, IMAGES, CardResult, Prediction, Result, Score, less_english, name_of
 
@@ -28,84 +28,96 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str | Score | None]]
 
 
-class Most(NamedTuple):
-    """How much of a card the page has room for."""
-
-    pictures: int  # in the gallery
-    thumbnails: int  # on the map
-
-
-def card_section(result: Result, card: CardResult, picture: PictureOf, most: Most) -> dict[str, Any]:
-    """Everything about a card that was scored, for `bench_card.html`."""
-    every = [score for score in result.scores if score.key == card.key]
-    scores = [less_english(score) for score in every]
-    scores.sort(key=lambda score: (score.metric != card.metric, score.metric.startswith("parity_")))
-    protocols = list(dict.fromkeys(score.protocol for score in every))  # in the card's order
-    scores.sort(key=lambda score: protocols.index(score.protocol))
-    mains = (score for score in scores if score.protocol == card.protocol and not score.subset)
-    numbers = {
-        name: _numbers([score for score in scores if score.protocol == name], result, card)
-        for name in dict.fromkeys(score.protocol for score in scores)
-    }
-    on_map = place_map(result, card)
-    by_state: list[Table] = []
-    if on_map and "places" in numbers:  # whose groups are states: their table stands beside the map
-        by_state, numbers["places"]["by_group"] = numbers["places"]["by_group"], []
+def card_section(result: Result, card: CardResult, picture: PictureOf, most: int) -> dict[str, Any]:
+    """Everything about a card that was scored, for `bench_card.html`; `most` is how many pictures it has room for."""
+    of_card = [score for score in result.scores if score.key == card.key]
+    protocols = list(dict.fromkeys(score.protocol for score in of_card))  # in the card's order
+    scores = [less_english(score) for score in of_card]
+    scores.sort(key=lambda s: (protocols.index(s.protocol), s.metric != card.metric, s.metric.startswith("parity_")))
+    main = [score for score in scores if result.is_main_setting(score)]
+    bars = _bars(main, card, result.languages())
+    answers = _answers(result, card)
+    language, rows = next(iter(answers.items()), ("", []))
+    found = confusion(rows) if rows and card.candidates == "classes" else None
+    is_right = {row.key: row.rank == 0 for row in rows}
+    sample = next((sample for sample in result.samples if sample.key == card.key), None)
+    show = partial(picture, *card.key)
     return {
         "card": card,
-        "map": on_map,
-        "by_state": by_state,
-        "every": _every(every, result),
-        "chance": next((score.chance for score in mains if score.metric == card.metric), None),
-        "numbers": numbers,
-        "contamination": _contamination(scores, result, card),
-        **_answers(result, card, picture, most),
+        "bars": bars,
+        "chance": chance_of(bar.score for bar in bars),
+        "every": _every(of_card),
+        "numbers": {name: _numbers([s for s in scores if s.protocol == name], result, card) for name in protocols},
+        "seen": seen_in_training(result, card),
+        "unseen": _unseen(main),
+        "language": language,
+        "confusion": found and readable(found),
+        "num_classes": len(found.classes) if found else 0,
+        "mistakes": mistakes(found) if found else [],
+        "gallery": gallery(answers, found, picture, most) if rows else None,
+        "embeddings": embedding_map(sample, is_right, show, 3 * most) if sample else None,
+        "map": place_map(card, rows),
     }
+
+
+def _bars(scores: list[Score], card: CardResult, languages: list[str]) -> list[Bar]:
+    """The main number in each language, with how far it is from English on the same images."""
+    found = {(score.protocol, score.metric, score.language): score for score in scores if not score.subset}
+    mains = [found.get((card.protocol, card.metric, language)) for language in languages]
+    english = found.get((card.protocol, card.metric, "en"))
+    bars = []
+    for score in filter(None, mains):
+        gap: Gap | None = None
+        if english and score is not english:
+            parity = found.get((card.protocol, f"parity_{card.metric}", score.language))
+            gap = (parity.value, parity.low, parity.high) if parity else (score.value - english.value, None, None)
+        bars.append(Bar(language_name(score.language), score, "en" if score is english else "", gap))
+    return bars
+
+
+def _every(scores: list[Score]) -> list[dict[int, Score]]:
+    """Scores that differ in the length alone, by that."""
+    found: dict[tuple[str, ...], dict[int, Score]] = {}
+    for score in scores:
+        name = (score.protocol, score.language, score.metric, score.view, score.subset)
+        found.setdefault(name, {})[score.length] = score
+    return list(found.values())
 
 
 def _numbers(scores: list[Score], result: Result, card: CardResult) -> dict[str, Any]:
     """Of one protocol: all languages with their chance, then all lengths and views, then the groups of images."""
-    full = [score for score in scores if result.is_main_setting(score)]
-    main = [score for score in full if not score.subset]
+    whole = [score for score in scores if not score.subset]
+    main = [score for score in whole if result.is_main_setting(score)]
+    groups = [score for score in scores if score.subset not in ("", CLEAN) and result.is_main_setting(score)]
     metrics = in_reading_order(score.metric for score in main)
     found = {(score.language, score.metric): score for score in main}
     rows = [
         [_asked_in(language, main, card), *(found.get((language, metric)) for metric in metrics)]
         for language in _languages(main, result)
     ]
-    whole = [score for score in scores if not score.subset]
     has_lengths = len({(score.length, score.view) for score in whole}) > 1
+    first = _languages(whole, result)[:1] if has_lengths else []
     return {
         "by_language": Table(["", *map(metric_name, metrics)], rows),
         # Of the first language: English names every class.
-        "chances": [next(score.chance for score in main if score.metric == metric) for metric in metrics],
+        "chances": [chance_of(score for score in main if score.metric == metric) for metric in metrics],
         "by_length": [
-            (language_name(language), _by_length([score for score in whole if score.language == language], result))
-            for language in (_languages(whole, result)[:1] if has_lengths else [])
+            (language, _by_length([score for score in whole if score.language == language], result))
+            for language in first
         ],
-        "by_group": _by_group([score for score in full if score.subset not in ("", CLEAN)], result, card),
+        "by_group": [
+            _by_group([score for score in groups if score.metric == metric], result, card)
+            for metric in dict.fromkeys(score.metric for score in groups)
+        ],
     }
 
 
 def _asked_in(language: str, scores: list[Score], card: CardResult) -> str:
     """A language, and of how many of the card's classes it has a name, where not of all."""
-    asked = {score.num_classes for score in scores if score.language == language and score.metric == "acc1"}
-    is_less = card.candidates == "classes" and asked and 0 < max(asked) < card.of_classes and language != IMAGES
-    return (
-        f"{language_name(language)}, {max(asked)} of {card.of_classes} classes" if is_less else language_name(language)
-    )
-
-
-def _every(scores: list[Score], result: Result) -> list[tuple[Score, list[float | None]]]:
-    """A score at the greatest length, and its values at all lengths."""
-    found: dict[tuple[str, ...], dict[int, Score]] = {}
-    for score in scores:
-        name = (score.protocol, score.language, score.metric, score.view, score.subset)
-        found.setdefault(name, {})[score.length] = score
-    return [
-        (of[max(of)], [of[length].value if length in of else None for length in result.lengths])
-        for of in found.values()
-    ]
+    asked = max((s.num_classes for s in scores if s.language == language and s.metric == "acc1"), default=0)
+    if card.candidates == "classes" and language != IMAGES and 0 < asked < card.of_classes:
+        return f"{language_name(language)}, {asked} of {card.of_classes} classes"
+    return language_name(language)
 
 
 def _languages(scores: list[Score], result: Result) -> list[str]:
@@ -117,10 +129,9 @@ def _languages(scores: list[Score], result: Result) -> list[str]:
 def _by_length(scores: list[Score], result: Result) -> Table:
     """Rows are lengths of the embedding, columns metrics and views."""
     found = {(score.metric, score.view, score.length): _without_interval(score) for score in scores}
-    every = in_reading_order(score.metric for score in scores)
-    metrics = [metric for metric in every if not metric.startswith("parity_")]
-    views = {(metric, view) for metric, view, _ in found}
-    columns = [(metric, view) for metric in metrics for view in result.views if (metric, view) in views]
+    shown = {(metric, view) for metric, view, _ in found}
+    metrics = in_reading_order(score.metric for score in scores)
+    columns = [(metric, view) for metric in metrics for view in result.views if (metric, view) in shown]
     rows = [[f"{length}", *(found.get((*column, length)) for column in columns)] for length in result.lengths]
     return Table(["length", *((metric_name(metric), view) for metric, view in columns)], rows)
 
@@ -129,91 +140,41 @@ def _without_interval(score: Score) -> Score:
     return score._replace(low=None, high=None)
 
 
-def _by_group(scores: list[Score], result: Result, card: CardResult) -> list[Table]:
-    """Rows are groups of images, such as their script, or ways to ask; a table per metric."""
-    tables = []
-    for metric in dict.fromkeys(score.metric for score in scores):
-        of_metric = [score for score in scores if score.metric == metric]
-        found = {(score.subset, score.language): score for score in of_metric}
-        languages = _languages(of_metric, result)
-        rows: list[list[str | Score | None]] = []
-        for group in dict.fromkeys(score.subset for score in of_metric):
-            cells = [found.get((group, language)) for language in languages]
-            images = max(score.num_items for score in cells if score is not None)
-            name = card.names.get(group, {}).get("en") or words(group)  # some groups are classes
-            rows.append([name, f"{images:,}", *cells])
-        said = f"{group_name(of_metric[0].protocol)} · {metric_name(metric)}"
-        head = [said, "images", *map(language_name, languages)]
-        tables.append(Table(head, rows))
-    return tables
+def _by_group(scores: list[Score], result: Result, card: CardResult) -> Table:
+    """Rows are groups of images, such as their script, or ways to ask; of one metric."""
+    found = {(score.subset, score.language): score for score in scores}
+    languages = _languages(scores, result)
+    rows: list[list[str | Score | None]] = []
+    for group in dict.fromkeys(score.subset for score in scores):
+        images = max(score.num_items for score in scores if score.subset == group)
+        name = card.names.get(group, {}).get("en") or words(group)  # some groups are classes
+        rows.append([name, f"{images:,}", *(found.get((group, language)) for language in languages)])
+    name = f"{group_name(scores[0].protocol)} · {metric_name(scores[0].metric)}"
+    return Table([name, "images", *map(language_name, languages)], rows)
 
 
-def _contamination(scores: list[Score], result: Result, card: CardResult) -> dict[str, Any] | None:
-    """How many images were found in the training data, and the scores without these."""
-    found = result.about.get("contamination", {}).get("cards", {}).get(name_of(*card.key))
-    clean = [score for score in scores if score.subset == CLEAN]
-    if found is None:  # the run of another program, or of before, which flags its answers alone
-        rows = [row for answers in result.answers if answers.key == card.key for row in answers.rows()]
-        found = {"flagged": len({row.key for row in rows if row.flagged}), "images": len({row.key for row in rows})}
-        if not found["flagged"] and not clean:
-            return None
+def seen_in_training(result: Result, card: CardResult) -> dict[str, Any] | None:
+    """How many of the card's images were found in the training data; None where nobody looked for them."""
+    found: dict[str, Any] | None = result.about.get("contamination", {}).get("cards", {}).get(name_of(*card.key))
+    if found:
+        return found
+    # The run of another program, or of before, which flags its answers alone.
+    rows = [row for answers in result.answers if answers.key == card.key for row in answers.rows()]
+    flagged = {row.key for row in rows if row.flagged}
+    return {"flagged": len(flagged), "images": len({row.key for row in rows})} if flagged else None
+
+
+def _unseen(scores: list[Score]) -> list[tuple[Score, Score]]:
+    """Scores of all images, each with that of the images which are not among the training data."""
     whole = {score[:8]: score for score in scores if not score.subset}
-    lines = []
-    for score in clean:
-        every = whole.get(score[:8])
-        if every is None or not result.is_main_setting(score):
-            continue
-        name = f"{protocol_name(score.protocol)}, {language_name(score.language)}: {metric_name(score.metric)}"
-        change = signed(score.value - every.value, score.metric)
-        lines.append((name, _without_interval(every), _without_interval(score), change, f"{score.num_items:,}"))
-    head = ["score", "all images", "without them", "difference", "images left"]
-    said = f"{found['flagged']:,} of {found['images']:,} are in the training data: {found_by(found)}."
-    return {"said": said, "table": Table(head, lines)}
+    clean = [score for score in scores if score.subset == CLEAN and score[:8] in whole]
+    return [(_without_interval(whole[score[:8]]), _without_interval(score)) for score in clean]
 
 
-def _answers(result: Result, card: CardResult, picture: PictureOf, most: Most) -> dict[str, Any]:
-    """Confusions and pictures, of the main protocol in the first language; and the map of the embeddings."""
+def _answers(result: Result, card: CardResult) -> dict[str, list[Prediction]]:
+    """Of the main protocol, or of another where that has none: by language, English first."""
     of_card = [answers for answers in result.answers if answers.key == card.key]
-    protocols = [card.protocol, *(answers.protocol for answers in of_card)]
-    protocol = next((name for name in protocols if any(answers.protocol == name for answers in of_card)), None)
-    found = {answers.language: list(answers.rows()) for answers in of_card if answers.protocol == protocol}
-    found = dict(sorted(found.items(), key=lambda item: item[0] != "en"))
-    language, rows = next(iter(found.items()), ("", []))
-    are_classes = card.candidates == "classes"
-    return {
-        "language": language,
-        "confusions": confusions_of(rows) if rows and are_classes else None,
-        "gallery": gallery(found, picture, most.pictures, are_classes) if rows else None,
-        "embeddings": _embeddings(result, card, picture, most.thumbnails, rows),
-    }
-
-
-def _embeddings(
-    result: Result, card: CardResult, picture: PictureOf, most: int, rows: list[Prediction]
-) -> dict[str, Any] | None:
-    """What `embedding_map.html` shows, where the run kept embeddings."""
-    sample = next((sample for sample in result.samples if sample.key == card.key), None)
-    found = sample and embedding_map(sample, lambda key: picture(*card.key, key), most)
-    if not found:
-        return None
-    is_right = {row.key: row.rank == 0 for row in rows}
-    kind = {True: "right", False: "wrong", None: "open"}
-    points = [(point, kind[is_right.get(point.key)]) for point in found.points]
-    return {
-        "width": WIDTH,
-        "height": HEIGHT,
-        "side": SIDE,
-        "num_images": len(points),
-        "dots": {
-            name: "".join(f"M{point.x} {point.y}h0" for point, of in points if of == name and not point.has_picture)
-            for name in kind.values()
-        },
-        "kinds": [name for name in kind.values() if any(of == name for _, of in points)],
-        "pictures": [
-            (point, of, str(class_name(card, point.class_id)) if point.class_id else point.key)
-            for point, of in points
-            if point.has_picture
-        ],
-        "thumbnails": found.thumbnails,
-        "closest": found.closest,
-    }
+    of_main = [answers for answers in of_card if answers.protocol == card.protocol]
+    chosen = of_main or [answers for answers in of_card if answers.protocol == of_card[0].protocol]
+    chosen.sort(key=lambda answers: answers.language != "en")
+    return {answers.language: list(answers.rows()) for answers in chosen}

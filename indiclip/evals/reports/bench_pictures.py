@@ -1,18 +1,18 @@
 """The errors of a card in pictures: classes that are taken for each other, other mistakes, and hits beside them."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from indiclip.evals.formatting import language_name
-from indiclip.evals.reports.confusion import Mistake, confusion, mistakes, pairs
-from indiclip.evals.reports.page import thumbnail
+from indiclip.evals.reports.confusion import Confusion, Mistake, mistakes, pairs
+from indiclip.evals.reports.page import webp
 from indiclip.evals.results import Prediction
 
 PictureOf = Callable[[str, str, str], np.ndarray | None]  # (card, part, key) -> uint8 (height, width, 3)
-_LONGEST = 160  # pixels of a picture on the page
 
 
 class Figure(NamedTuple):
@@ -39,14 +39,16 @@ class Gallery(NamedTuple):
     hits: list[Figure]
 
 
-def gallery(by_language: dict[str, list[Prediction]], picture: PictureOf, most: int, are_classes: bool) -> Gallery:
+def gallery(
+    by_language: dict[str, list[Prediction]], found: Confusion | None, picture: PictureOf, most: int
+) -> Gallery:
     """The errors of a card and protocol.
 
     Args:
         by_language: Predictions; the first language's are shown, the others named.
+        found: The confusions in the first language; None where answers are texts, not classes: there are no pairs.
         picture: Gives the pixels; None shows a blank.
         most: Pictures.
-        are_classes: Answers are classes, not texts: there are pairs of them.
     """
     rows = sorted(next(iter(by_language.values())), key=_margin, reverse=True)
     right_in: dict[str, dict[str, bool]] = defaultdict(dict)  # key -> language -> whether it was right
@@ -56,12 +58,13 @@ def gallery(by_language: dict[str, list[Prediction]], picture: PictureOf, most: 
 
     def figure(row: Prediction) -> Figure:
         pixels_HW3 = picture(row.card, row.part, row.key)
+        shown = None if pixels_HW3 is None else webp(Image.fromarray(pixels_HW3))
         nearest = list(zip(row.top, row.cosines, strict=False))
         nearest = nearest[:3] + [answer for answer in nearest[3:] if answer[0] == row.truth]
-        shown = None if pixels_HW3 is None else thumbnail(pixels_HW3, _LONGEST)
         return Figure(row, shown, nearest, _languages(right_in[row.key]))
 
-    worst = _pairs(rows, max(most // 3, 1)) if are_classes else []
+    third = max(most // 3, 1)
+    worst = _pairs(rows, found, third) if found else []
     used = {row.key for _, chosen in worst for row in chosen}
     left = max(most - len(used), 0)
     others = _varied([row for row in rows if row.rank > 0 and row.key not in used])[: -(-left // 2)]
@@ -69,34 +72,37 @@ def gallery(by_language: dict[str, list[Prediction]], picture: PictureOf, most: 
     return Gallery(
         [Pair(counts, list(map(figure, chosen))) for counts, chosen in worst],
         list(map(figure, others)),
-        list(map(figure, hits[: max(most // 3, 1)])),
+        list(map(figure, hits[:third])),
     )
 
 
 def _margin(row: Prediction) -> float:
-    """How much nearer the answer is than the next one; in a mistake, than the truth."""
+    """How much nearer the answer is than the next one; in a mistake, than the truth, or the last where that is not
+    among the nearest.
+    """
+    if len(row.cosines) < 2:
+        return 0.0
+    if row.rank == 0:
+        return row.cosines[0] - row.cosines[1]
     nearest = dict(zip(row.top, row.cosines, strict=False))
-    if row.rank == 0 or row.truth not in nearest:
-        return row.cosines[0] - row.cosines[1 if row.rank == 0 else -1] if len(row.cosines) > 1 else 0.0
-    return row.cosines[0] - nearest[row.truth]
+    return row.cosines[0] - nearest.get(row.truth, row.cosines[-1])
 
 
 def _varied(rows: list[Prediction]) -> list[Prediction]:
     """One of every class before the second of any, else in their order."""
-    seen: dict[str, int] = defaultdict(int)
+    seen = Counter[str]()
     turns = []
-    for i, row in enumerate(rows):
-        turns.append((seen[row.truth], i))
+    for row in rows:
+        turns.append(seen[row.truth])
         seen[row.truth] += 1
-    return [rows[i] for _, i in sorted(turns)]
+    return [rows[i] for i in np.argsort(turns, kind="stable")]
 
 
-def _pairs(rows: list[Prediction], most: int) -> list[tuple[list[Mistake], list[Prediction]]]:
+def _pairs(rows: list[Prediction], found: Confusion, most: int) -> list[tuple[list[Mistake], list[Prediction]]]:
     """The classes that are taken for each other most often, with an image that was mistaken and one of the class that
     it was taken for: one that was taken for the other in its turn, or else a hit.
     """
-    found = confusion(rows)
-    counted = {(one.truth, one.predicted): one for one in mistakes(found)}
+    counts = mistakes(found)
     used: set[str] = set()
     worst = []
     for pair in pairs(found)[:most]:
@@ -108,19 +114,19 @@ def _pairs(rows: list[Prediction], most: int) -> list[tuple[list[Mistake], list[
             of_class.sort(key=lambda row: (row.predicted != answer, row.rank > 0, row.hard_hit is not False))
             chosen += of_class[:1]
         used.update(row.key for row in chosen)
-        worst.append(([counted[way] for way in ways if way in counted], chosen))
+        worst.append(([one for one in counts if (one.truth, one.predicted) in ways], chosen))
     return worst
 
 
 def _languages(right_in: dict[str, bool]) -> str:
+    """In which languages an image was right, in few words."""
     right = [language_name(language) for language, hit in right_in.items() if hit]
     wrong = [language_name(language) for language, hit in right_in.items() if not hit]
     if len(right_in) < 2:
         return ""
     if not right or not wrong:
-        return (
-            f"{'right' if right else 'wrong'} in {'both' if len(right_in) == 2 else f'all {len(right_in)}'} languages"
-        )
+        every = "both" if len(right_in) == 2 else f"all {len(right_in)}"
+        return f"{'right' if right else 'wrong'} in {every} languages"
     if min(len(right), len(wrong)) > 3:
         return f"right in {len(right)} of {len(right_in)} languages"
     return f"wrong in {', '.join(wrong)}" if len(wrong) <= len(right) else f"right in {', '.join(right)}"

@@ -1,18 +1,17 @@
 """`report.html` of the benchmark: one self-contained page with every number, mistake and gap of a run."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from indiclip import __version__
-from indiclip.evals.formatting import NAMES, Bar, Gap, chance_of, language_name, suite_name
-from indiclip.evals.reports.bench_card import Most, card_section
+from indiclip.evals.formatting import NAMES, language_name, suite_name
+from indiclip.evals.reports.bench_card import card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
 from indiclip.evals.reports.page import write_page
-from indiclip.evals.results import PHOTOGRAPHS, PROBES, PROCEDURAL, CardResult, Result, Score, less_english, name_of
+from indiclip.evals.results import PHOTOGRAPHS, PROBES, CardResult, Result, Score
 
-_OF_PAGE, _OF_CARD = Most(pictures=170, thumbnails=600), Most(pictures=18, thumbnails=60)  # about 7 kB and 1 kB each
+_OF_PAGE, _OF_CARD, _FEWEST = 170, 18, 3  # pictures, of about 7 kB
 
 
 def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path:
@@ -21,7 +20,8 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
     Args:
         folder: The run's folder.
         result: What was found.
-        picture: (card, part, key) -> uint8 (height, width, 3), or None where there is nothing to show.
+        picture: (card, part, key) -> uint8 (height, width, 3), as large as it is to be shown, or None where there is
+            nothing to show.
 
     Returns:
         The file.
@@ -30,20 +30,13 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
         OSError: The disk is full, or the folder cannot be written to.
     """
     suites = [*NAMES["suite_names"], *(card.suite for card in result.cards)]
-    # India before its culture before the world before the user's own; photographs before what is generated.
-    cards = sorted(result.cards, key=lambda card: (suites.index(card.suite), card.part))
+    # What was scored comes first; then India before its culture before the world before the user's own, and photographs
+    # before what is generated.
+    cards = sorted(result.cards, key=lambda card: (card.status != "scored", suites.index(card.suite), card.part))
     scored = [card for card in cards if card.status == "scored"]
-    shares = (of_page // max(len(scored), 1) for of_page in _OF_PAGE)
-    most = Most(*(min(of_card, max(share, 3)) for of_card, share in zip(_OF_CARD, shares, strict=True)))
-    flagged = defaultdict(set)
-    for answers in result.answers:
-        if answers.flagged_M.any():
-            flagged[answers.key].update(answers.keys_M[answers.flagged_M.astype(bool)])
-    num_flagged = {key: len(keys) for key, keys in flagged.items()}
-    looked_for = result.about.get("contamination", {}).get("cards", {})
-    num_flagged |= {
-        card.key: looked_for[name_of(*card.key)]["flagged"] for card in scored if name_of(*card.key) in looked_for
-    }
+    most = min(_OF_CARD, max(_OF_PAGE // max(len(scored), 1), _FEWEST))
+    sections = [card_section(result, card, picture, most) for card in scored]
+    columns = _columns(result)
     about = {"model": result.model, "lengths": result.lengths, "views": result.views} | result.about
     return write_page(
         folder / "report.html",
@@ -51,28 +44,23 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
         result=result,
         version=__version__,
         headline=result.headline(),
-        skipped=[card for card in result.cards if card.status == "skipped"],
-        has_generated=any(card.part == PROCEDURAL for card in scored),
-        num_flagged=sum(num_flagged.values()) if flagged or "contamination" in result.about else None,
-        training=result.about.get("contamination"),
-        columns=[name for name, _ in _columns(result)],
-        blocks=_blocks(result, cards, num_flagged),
-        panels=[_panel(result, card) for card in scored],
-        sections=[card_section(result, card, picture, most) for card in scored],
+        scored=scored,
+        skipped=[card for card in cards if card.status == "skipped"],
+        seen={section["card"].key: section["seen"]["flagged"] for section in sections if section["seen"]},
+        columns=list(columns),
+        blocks=_blocks(result, cards, list(columns.values())),
+        sections=sections,
         about=json.dumps(about, indent=1, ensure_ascii=False, default=str),
     )
 
 
-def _blocks(result: Result, cards: list[CardResult], flagged: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
-    """Cards by languages, a block per suite and part; the mean of a block of photographs below it."""
-    columns = [found for _, found in _columns(result)]
+def _blocks(
+    result: Result, cards: list[CardResult], columns: list[dict[tuple[str, str], Score]]
+) -> list[dict[str, Any]]:
+    """Cards by columns, a block per suite and part; the mean of a block of photographs below it."""
     blocks = []
     for suite, part in dict.fromkeys((card.suite, card.part) for card in cards):
         of_block = [card for card in cards if (card.suite, card.part) == (suite, part)]
-        rows = []
-        for card in of_block:
-            cells = [found.get(card.key) for found in columns]
-            rows.append((card, cells, chance_of(cells), flagged.get(card.key, 0)))
         name = suite_name(suite)
         if part == PHOTOGRAPHS:
             kind = "texts" if all(card.is_texts for card in of_block) else "photographs"
@@ -81,35 +69,15 @@ def _blocks(result: Result, cards: list[CardResult], flagged: dict[tuple[str, st
             name += ", generated pictures: in no mean"
         # Own cards are no suite: a mean over whatever somebody measured says nothing.
         has_mean = part == PHOTOGRAPHS and len(of_block) > 1 and suite != "own"
-        blocks.append({"name": name, "rows": rows, "mean": result.headline(suite)["mean"] if has_mean else None})
+        rows = [(card, [found.get(card.key) for found in columns]) for card in of_block]
+        blocks.append({"name": name, "rows": rows, "mean": result.headline(suite)["mean"] if has_mean else {}})
     return blocks
 
 
-def _columns(result: Result) -> list[tuple[str, dict[tuple[str, str], Score]]]:
+def _columns(result: Result) -> dict[str, dict[tuple[str, str], Score]]:
     """Main numbers by language; and the probes, where there is a card that these alone have scored."""
-    languages = [(language_name(language), result.main(language)) for language in result.languages()]
-    with_main = {key for _, main in languages for key in main}
-    if all(card.key in with_main for card in result.cards if card.status == "scored"):
-        return languages
-    return languages + [(f"{name}, top-1", found) for one, name in PROBES.items() if (found := result.probes(one))]
-
-
-def _panel(result: Result, card: CardResult) -> tuple[CardResult, list[Bar], float | None]:
-    """A card's chart: a bar per language, with how far it is from English; and chance."""
-    found = [result.main(language).get(card.key) for language in result.languages()]
-    scores = [score for score in found if score is not None]
-    english = next((score for score in scores if score.language == "en"), None)
-    bars = []
-    for score in scores:
-        kind = "en" if score is english else ""
-        bars.append(Bar(language_name(score.language), score, kind, _gap(result, score, english)))
-    return card, bars, chance_of(scores)
-
-
-def _gap(result: Result, score: Score, english: Score | None) -> Gap | None:
-    """A language less English, on the same images, with the interval where there is one."""
-    if english is None or score is english:
-        return None
-    wanted = score._replace(metric=f"parity_{score.metric}")[:8]
-    gap = next((less_english(row) for row in result.scores if row[:8] == wanted and not row.subset), None)
-    return (gap.value, gap.low, gap.high) if gap else (score.value - english.value, None, None)
+    columns = {language_name(language): result.main(language) for language in result.languages()}
+    with_main = {key for main in columns.values() for key in main}
+    if any(card.key not in with_main for card in result.cards if card.status == "scored"):
+        columns |= {f"{name}, top-1": found for one, name in PROBES.items() if (found := result.probes(one))}
+    return columns

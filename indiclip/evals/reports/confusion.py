@@ -1,6 +1,6 @@
 """Which class was taken for which: counts and the worst pairs."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,10 +10,15 @@ MOST_CLASSES = 60  # of a heat map in which names can be read
 
 
 class Confusion(NamedTuple):
-    """`count_CC[i, j]` images of class i were taken for class j."""
+    """`count_CC[i, j]` images of class i, which has `of_C[i]`, were taken for class j."""
 
     classes: list[str]
     count_CC: np.ndarray
+    of_C: np.ndarray
+
+    def at(self, places: list[int]) -> "Confusion":
+        """Of the classes at these places, in this order."""
+        return Confusion([self.classes[i] for i in places], self.count_CC[np.ix_(places, places)], self.of_C[places])
 
 
 class Mistake(NamedTuple):
@@ -30,33 +35,32 @@ def confusion(predictions: list[Prediction]) -> Confusion:
     side.
     """
     names, places = np.unique([(row.truth, row.predicted) for row in predictions], return_inverse=True)
-    classes, count_CC = names.tolist(), np.zeros((len(names), len(names)), np.int64)
+    count_CC = np.zeros((len(names), len(names)), np.int64)
     np.add.at(count_CC, tuple(places.reshape(-1, 2).T), 1)
-    order = _order(count_CC)
-    return Confusion([classes[i] for i in order], count_CC[np.ix_(order, order)])
+    return Confusion(names.tolist(), count_CC, count_CC.sum(1)).at(_order(count_CC))
 
 
 def _order(count_CC: np.ndarray) -> list[int]:
     """By the Fiedler vector of the graph of confusions, which puts heavy edges close to the diagonal (Atkins et al.
     1998, A Spectral Algorithm for Seriation).
     """
+    if len(count_CC) < 3:
+        return list(range(len(count_CC)))
     share_CC = count_CC / np.maximum(count_CC.sum(1, keepdims=True), 1)
     weight_CC = share_CC + share_CC.T + 1e-3  # connected, or the vector would be of one part only
     np.fill_diagonal(weight_CC, 0)
-    if len(weight_CC) < 3:
-        return list(range(len(weight_CC)))
     _, vectors_CC = np.linalg.eigh(np.diag(weight_CC.sum(1)) - weight_CC)
     fiedler_C = vectors_CC[:, 1]
     sign = np.sign(fiedler_C[np.abs(fiedler_C).argmax()])  # which is up to the machine
-    return [int(i) for i in np.argsort(sign * fiedler_C, kind="stable")]
+    order: list[int] = np.argsort(sign * fiedler_C, kind="stable").tolist()
+    return order
 
 
 def mistakes(found: Confusion) -> list[Mistake]:
     """Most images first, among these the larger share of the class."""
-    of_C = found.count_CC.sum(1)
     rows = [
-        Mistake(found.classes[i], found.classes[j], int(found.count_CC[i, j]), int(of_C[i]))
-        for i, j in zip(*np.nonzero(found.count_CC), strict=True)
+        Mistake(found.classes[i], found.classes[j], int(found.count_CC[i, j]), int(found.of_C[i]))
+        for i, j in np.argwhere(found.count_CC)
         if i != j
     ]
     return sorted(rows, key=lambda row: (-row.images, row.of, row.truth, row.predicted))
@@ -78,24 +82,9 @@ def most_confused(found: Confusion, most: int) -> Confusion:
         if len(kept.union(pair)) > most:
             break
         kept.update(pair)
-    chosen = [i for i, name in enumerate(found.classes) if name in kept]
-    return Confusion([found.classes[i] for i in chosen], found.count_CC[np.ix_(chosen, chosen)])
+    return found.at([i for i, name in enumerate(found.classes) if name in kept])
 
 
-def confusions_of(predictions: list[Prediction]) -> dict[str, Any]:
-    """What `confusion.html` shows of the answers: a heat map, in which rows are the truth, of as many classes as can be
-    read, and the worst mistakes.
-    """
-    found = confusion(predictions)
-    shown = found if len(found.classes) <= MOST_CLASSES else most_confused(found, MOST_CLASSES // 2)
-    of_class = dict(zip(found.classes, found.count_CC.sum(1).tolist(), strict=True))
-    return {
-        "classes": shown.classes,
-        "num_classes": len(found.classes),
-        # (row, column, images, of how many)
-        "cells": [
-            (i, j, int(shown.count_CC[i, j]), of_class[shown.classes[i]])
-            for i, j in np.argwhere(shown.count_CC).tolist()
-        ],
-        "mistakes": mistakes(found),
-    }
+def readable(found: Confusion) -> Confusion:
+    """The part that a heat map has room for."""
+    return found if len(found.classes) <= MOST_CLASSES else most_confused(found, MOST_CLASSES // 2)

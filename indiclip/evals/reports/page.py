@@ -54,25 +54,18 @@ def large(image_HW3: np.ndarray, quality: int = 85) -> str:
     picture = Image.fromarray(image_HW3)
     factor = max(1, -(-240 // picture.width))
     enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    return encoded(enlarged, "WebP", quality=quality)
+    return webp(enlarged, quality)
 
 
-def thumbnail(image_HW3: np.ndarray, longest: int = 240) -> str:
-    """A small WebP as a data URI."""
-    picture = Image.fromarray(image_HW3)
-    picture.thumbnail((longest, longest))
-    return encoded(picture, "WebP", quality=70)
-
-
-def encoded(picture: Image.Image, kind: str, **options: int | bool) -> str:
+def webp(picture: Image.Image, quality: int = 70) -> str:
     """A picture as a data URI."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return data_uri(buffer.getvalue(), kind.lower())
+    picture.save(buffer, "WebP", quality=quality)
+    return data_uri(buffer.getvalue(), "webp")
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """What an `img` loads without a file, of a `webp`, a `jpeg` or an `svg+xml`."""
+    """What an `img` loads without a file, of a `webp` or an `svg+xml`."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -85,4 +78,5 @@ TEMPLATES = Environment(
 )
 # Templates may call every function of `formatting`.
 TEMPLATES.globals |= vars(formatting) | {"readable": readable, "isfinite": math.isfinite}
-TEMPLATES.filters |= {name: getattr(formatting, name) for name in ("language_name", "markdown_cell", "number")}
+_FILTERS = ("language_name", "markdown_cell", "number", "suite_name", "words")
+TEMPLATES.filters |= {name: getattr(formatting, name) for name in _FILTERS}

@@ -31,7 +31,7 @@ class Pictures:
         max_side: Larger ones are scaled down to this many pixels.
     """
 
-    def __init__(self, every: Sequence[Items], max_side: int = 240) -> None:
+    def __init__(self, every: Sequence[Items], max_side: int = 160) -> None:
         self.max_side = max_side
         self._places = {
             (items.card.id, part_of(items.procedural), key): (items.images, place)

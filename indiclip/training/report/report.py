@@ -11,6 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from indiclip import __version__
 from indiclip.evals.formatting import language_name
 from indiclip.evals.reports.page import large, readable, write_page
+from indiclip.evals.reports.place_map import overlap
 from indiclip.evals.results import is_summary
 from indiclip.patches import unpatchify
 from indiclip.training.report.curves import curves
@@ -139,14 +140,10 @@ def _placed(labels: Sequence[tuple[float, float, str]], image_HW3: np.ndarray) -
         tops = {"above": y * panel_height - _LINE, "below": y * panel_height}
         boxes = {side: (left, top, left + length, top + _LINE) for side, top in tops.items()}
         inside = [side for side, top in tops.items() if -1 < top < panel_height - _LINE + 1]
-        side = next((side for side in inside if not any(_overlap(boxes[side], other) for other in taken)), "")
+        side = next((side for side in inside if not any(overlap(boxes[side], other) for other in taken)), "")
         taken += [boxes[side]] if side else []
         placed.append(Label(x, y, said, side))
     return placed
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 @torch.no_grad()
