@@ -51,8 +51,9 @@ def read_names(suite: str) -> Table:
     if names_file(suite).is_file():
         with names_file(suite).open(encoding="utf-8") as file:
             for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-                one = NameRow(**row | {"votes": int(row["votes"])})
-                found.setdefault(one.card, {}).setdefault(one.id, []).append(one)
+                one = NameRow._make(row[field] for field in NameRow._fields)
+                of_class = found.setdefault(one.card, {}).setdefault(one.id, [])
+                of_class.append(one._replace(votes=int(one.votes)))
     return found
 
 
