@@ -479,8 +479,8 @@ def test_a_card_names_protocols_of_ours_shortly(make_card):
             "protocols: found 'few_shots'; nearest is 'few_shot'; expected one of bitext",
         ),
         ({"protocols": ["no_such.module.Class"]}, "No module named 'no_such'"),
-        ({"protocols": ["pathlib.Path"]}, "protocols: PosixPath is no protocol"),
-        ({"protocols": []}, "protocols: found a list; expected a list of names or class paths"),
+        ({"protocols": ["pathlib.Path"]}, "protocols: PosixPath is no Protocol"),
+        ({"protocols": []}, r"protocols: found \[\]; expected a list of names or class paths"),
         (
             {"protocols": [{"class_path": f"{ROOM}.few_shot.FewShot", "init_args": {"shot": [1]}}]},
             "unexpected keyword argument 'shot'",
