@@ -162,7 +162,7 @@ def test_protocols_are_added_to_the_cards_that_know_what_they_need(photos, capsy
         ("few_shots", "--protocols: found 'few_shots'; nearest is 'few_shot'; expected one of bitext, "),
         ("indiclip.evals.protocols.few_shot.FewShots", "--protocols: indiclip.evals.protocols.few_shot has no 'Few"),
         ("indiclip.evals.nothing.Here", "--protocols: indiclip.evals.nothing.Here: No module named"),
-        ("pathlib.Path", "--protocols: PosixPath is no protocol; expected a class of indiclip.evals.protocols"),
+        ("pathlib.Path", "--protocols: PosixPath is no Protocol; expected a class of indiclip.evals.protocols"),
         ("group_gaps", "--protocols: found 'group_gaps'; expected one of bitext, "),  # which needs arguments
         ("multi_label", "--protocols: multi_label needs classes of each image, which none of the cards has"),
     ],

@@ -104,7 +104,7 @@ def test_a_card_of_a_broken_run_is_one_line(tmp_path, capsys):
     whole = json.dumps({"data": {"train": train}})
     metrics = (run / "metrics.json").read_text()
     for config, scores, words in (
-        ("{a: [", metrics, "config.yaml: is no readable YAML"),
+        ("{a: [", metrics, f'in "{run / "config.yaml"}", line 1, column 6)'),
         (json.dumps({"data": {"train": ["fair.csv"]}}), metrics, "config.yaml: found a str, expected an object"),
         (json.dumps({"data": [1]}), metrics, "config.yaml: found a list, expected an object"),
         (json.dumps({"data": {"train": [{"dataset": "fair"}]}}), metrics, "config.yaml: found a str, expected"),

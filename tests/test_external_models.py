@@ -194,7 +194,7 @@ def of_type(model_type):
         ),
         (remove("processor_config.json"), FileNotFoundError, "found no image processor; expected preprocessor_config"),
         (remove("model.safetensors"), FileNotFoundError, "found no weights; expected model.safetensors"),
-        (pickled, FileNotFoundError, r"found \['pytorch_model.bin'\]; expected model.safetensors"),
+        (pickled, FileNotFoundError, "found pytorch_model.bin; expected model.safetensors"),
         (without_a_tensor, ValueError, "the weights lack 1 of the model's tensors, such as visual_projection.weight"),
         (of_type("bert"), ValueError, "config.json: model_type: found 'bert'.*; expected one of clip, siglip, siglip2"),
         (of_type("siglib"), ValueError, "model_type: found 'siglib'; nearest is 'siglip'"),

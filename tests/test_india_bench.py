@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 import yaml
 from experiments import ENCODER, config, fit
+from helpers import tiny_encoder
 from PIL import Image
 from processes import two_ranks
 
+from indiclip.evals.bench import find_bench, logged_names, run_bench
 from indiclip.evals.models.embedder import EncoderEmbedder
+from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import CardResult, Result, Score, load_result
 from indiclip.training import india_bench as callback
 from indiclip.training.cli import run
@@ -248,6 +252,28 @@ def test_a_mistake_is_one_line_before_training(tmp_path, cards, capsys, options,
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indiclip: ")]
     assert message in line
     assert not list(tmp_path.rglob("history.jsonl"))
+
+
+def test_images_of_no_class_are_an_error_that_names_the_key_or_left_out(tmp_path, cards, capsys):
+    shutil.copytree(cards, tmp_path / "photos")
+    shutil.copytree(cards / "things" / "test" / "kite", tmp_path / "photos" / "things" / "test" / "kyte")
+    asked = {"images": str(tmp_path / "photos"), "every_n_steps": 2, "probes": False}
+    assert fit(tmp_path, experiment(india_bench(cards, **asked))) == 2
+    said = capsys.readouterr().err
+    assert "the folder is no class of the card things; nearest is 'kite'" in said
+    assert "IndiaBench.skip_unknown: true leaves out the images of classes that the card does not have" in said
+    assert fit(tmp_path, experiment(india_bench(cards, **asked, skip_unknown=True))) == 0
+    assert "left out: 4 images of 1 classes that are not on the card things: kyte (4)" in capsys.readouterr().out
+
+
+def test_the_names_that_will_be_logged_are_those_that_are(cards):
+    """Each length, view, language and protocol, with the probes."""
+    files = [str(cards / f"{name}.yaml") for name in ("things", "stories")]
+    bench, options = find_bench(cards, files, procedural=False), Options(views=("native", "16"), resamples=9)
+    embedder = EncoderEmbedder(tiny_encoder(), "x")
+    found = run_bench(embedder, bench, options).logged()
+    assert logged_names(embedder.lengths, bench, options) == list(found)
+    assert "eval/own/things/images/knn_acc1_16@16" in found
 
 
 def test_after_validations_where_there_are_none_is_said(tmp_path, cards, capsys):

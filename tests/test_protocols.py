@@ -184,7 +184,7 @@ def test_few_shot_probes_are_scikit_learns_on_the_images_with_the_lowest_hashes(
     for length in LENGTHS:
         x_NE = unit(image_NE, length)
         for count, name in ((1, "acc1_1_shot"), (4, "acc1_4_shots")):
-            hits = []
+            hits, scored = [], set()
             for draw in range(2):
                 pools = [
                     [i for i in range(80) if label_N[i] == c and (is_train_N[i] or not has_gallery)] for c in range(4)
@@ -196,11 +196,21 @@ def test_few_shot_probes_are_scikit_learns_on_the_images_with_the_lowest_hashes(
                     x_NE[learned], label_N[learned]
                 )
                 hits += (model.predict(x_NE[asked]) == label_N[asked]).tolist()
+                scored |= {*asked}
             row = found[name, IMAGES, length, ""]
             assert row.value == pytest.approx(np.mean(hits), abs=1e-9)
+            assert row.num_items == len(scored)
             assert row.low < row.value < row.high
             assert row.chance == 0.25
     assert not scores_of(items, image_NE, probes=False)
+
+
+def test_few_shot_counts_the_images_that_a_draw_leaves_to_score(make_card):
+    shots = {"class_path": f"{ROOM}.few_shot.FewShot", "init_args": {"shots": [1, 3], "draws": 1}}
+    items = items_of(make_card(shots, classes=classes(4)), 13, np.arange(13) % 4)  # four of one class, else three
+    found = scores_of(items, np.random.default_rng(0).normal(size=(13, 12)))
+    for name, scored in (("acc1_1_shot", 13 - 4), ("acc1_3_shots", 1)):
+        assert found[name, IMAGES, LENGTHS[0], ""].num_items == scored
 
 
 def test_a_gallery_of_other_classes_than_the_images_that_are_scored_teaches_nothing(make_card):
@@ -486,8 +496,8 @@ def test_a_card_names_protocols_of_ours_shortly(make_card):
             "protocols: found 'few_shots'; nearest is 'few_shot'; expected one of bitext",
         ),
         ({"protocols": ["no_such.module.Class"]}, "No module named 'no_such'"),
-        ({"protocols": ["pathlib.Path"]}, "protocols: PosixPath is no protocol"),
-        ({"protocols": []}, "protocols: found a list; expected a list of names or class paths"),
+        ({"protocols": ["pathlib.Path"]}, "protocols: PosixPath is no Protocol"),
+        ({"protocols": []}, r"protocols: found \[\]; expected a list of names or class paths"),
         (
             {"protocols": [{"class_path": f"{ROOM}.few_shot.FewShot", "init_args": {"shot": [1]}}]},
             "unexpected keyword argument 'shot'",

@@ -10,7 +10,8 @@ import pytest
 
 from indiclip.evals.cards import names as names_module
 from indiclip.evals.cards.card import load_card, load_page
-from indiclip.evals.cards.names import NameRow, read_names
+from indiclip.evals.cards.file import parse_card
+from indiclip.evals.cards.names import NameRow, read_names, with_rows
 from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.suites import SUITES
@@ -112,8 +113,6 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.resources.files", files)
     for module in (review_names, names_module):
         monkeypatch.setattr(module, "SUITES", ("india",), raising=False)
-    from indiclip.evals.cards.file import parse_card
-
     page = parse_card((folder / "food.yaml").read_text("utf-8"), "india/food.yaml", "food", "india")
     monkeypatch.setattr(review_names, "load_page", lambda name: page)
     monkeypatch.setattr(review_names, "packaged", lambda suite: ["food"])
@@ -199,6 +198,37 @@ def test_names_that_two_classes_change_over_are_romanised_both(small, monkeypatc
     assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "A. N.") == 0
     latin = {row.id: row.name for rows in read_names("india")["food"].values() for row in rows if row.source == "rule"}
     assert (latin["dosa"], latin["vada"]) == (romanise("வடை", "ta"), romanise("தோசை", "ta"))
+
+
+@pytest.mark.parametrize("in_table", [True, False])
+def test_a_name_of_the_page_that_is_marked_wrong_is_no_longer_used(in_table, small, monkeypatch):
+    """Nor what was romanised from it; another name that the page gets later is used."""
+    page = small / "india" / "food.yaml"
+    text = page.read_text("utf-8").replace("ta: இட்லி}", "ta: இட்லி}, romanised: {ta-Latn: itli}, aliases: [இட்லி, rice]")
+    own = parse_card(text, "india/food.yaml", "food", "india")
+    monkeypatch.setattr(review_names, "load_page", lambda name: own)
+    rows = [("idli", "இட்லி"), ("dosa", "தோசை")]
+    a = written(small / "a", *rows[0 if in_table else 1 :])
+    assert run(monkeypatch, "merge", a, "--suite", "india") == 0
+    if not in_table:
+        table = small / "india" / "names.tsv"
+        lines = table.read_text("utf-8").splitlines(keepends=True)
+        table.write_text("".join(line for line in lines if "இட்லி" not in line), "utf-8")
+    idli = lambda card: with_rows(card.classes[0], read_names("india")["food"].get("idli", []))  # noqa: E731
+    assert idli(own).names == {"en": "idli", "ta": "இட்லி", "ta-Latn": "itli"}
+    assert run(monkeypatch, "sheet", "ta", "--out", small / "ta.tsv") == 0
+    sheet = list(csv.DictReader((small / "ta.tsv").open(encoding="utf-8"), delimiter="\t"))
+    assert (sheet[0]["name"], sheet[0]["votes"]) == ("இட்லி", "2" if in_table else "1")
+    mark = "card\tid\tlanguage\tname\tok\tcorrection\twrong\nfood\tidli\tta\tஇட்லி\t\t\tx\n"
+    (small / "ta.tsv").write_text(mark, "utf-8")
+    assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "A. N.") == 0
+    found = idli(own)
+    assert (found.names, found.aliases, found.votes, found.derived) == ({"en": "idli"}, ("rice",), {}, ())
+    assert not any(row.source == "rule" for row in read_names("india")["food"]["idli"])
+    assert run(monkeypatch, "sheet", "ta", "--out", small / "ta.tsv") == 0
+    assert "food\tidli\tta\tidli\t\t\t\t" in (small / "ta.tsv").read_text("utf-8")
+    changed = parse_card(text.replace("ta: இட்லி", "ta: இட்டிலி"), "india/food.yaml", "food", "india")
+    assert (idli(changed).names["ta"], idli(changed).votes["ta"]) == ("இட்டிலி", 1)
 
 
 @pytest.mark.parametrize(

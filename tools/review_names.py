@@ -6,8 +6,9 @@
     python tools/review_names.py merge A/ B/ --suite india       # names that two writers wrote, see below
 
 A sheet opens in any spreadsheet as tab-separated UTF-8. Its last columns are for the reviewer: `ok` (anything) confirms
-the name, `correction` replaces it (a name, and others after `|`), `wrong` (anything) takes it away. A reviewed name has
-the source `review` and one vote more than a machine can give; what was romanised by rule follows a new name.
+the name, `correction` replaces it (a name, and others after `|`), `wrong` (anything) takes it away, one of
+the card's page too. A reviewed name has the source `review` and one vote more than a machine can give; what was
+romanised by rule follows a new name.
 
 `merge` takes folders of `<card>.tsv` with the columns `id` and languages (`a|b`: a name and another spelling). Each
 folder, the card's own page, and each `--source NAME=FILE.json` ({English name: {language: name}}) has a vote. A name on
@@ -37,7 +38,7 @@ from romanise import is_romanisable, romanise
 from indiclip.datasets.languages import OF_INDIA
 from indiclip.evals.cards.card import load_page
 from indiclip.evals.cards.classes import Card, bare
-from indiclip.evals.cards.names import FIELDS, NameRow, names_file, read_names
+from indiclip.evals.cards.names import NameRow, names_file, read_names, with_rows
 from indiclip.evals.suites import SUITES, packaged
 from indiclip.names import check_choice
 
@@ -96,12 +97,14 @@ def write_sheet(language: str, out: Path) -> None:
         found = read_names(suite)
         for name in found:
             for one in load_page(name).classes:
-                of_class = [row for row in found.get(name, {}).get(one.id, []) if row.language == language]
-                main = next((row for row in of_class if row.kind == "name"), None)
+                of_class = [row for row in found[name].get(one.id, []) if row.language == language]
                 aliases = "|".join(row.name for row in of_class if row.kind == "alias")
                 about = "; ".join(str(one.facts[key]) for key in _ABOUT if key in one.facts)
-                known = ["", aliases, "", ""] if main is None else [main.name, aliases, main.source, str(main.votes)]
-                rows.append([name, one.id, language, one.names["en"], about, *known, "", "", ""])
+                used = with_rows(one, of_class)
+                main, votes = used.names.get(language, ""), str(used.votes.get(language, ""))
+                sources = {row.name: row.source for row in of_class if row.kind == "name"}
+                source = sources.get(main, "page") if main else ""
+                rows.append([name, one.id, language, one.names["en"], about, main, aliases, source, votes, "", "", ""])
     _write_tsv(out, rows)
     print(f"{out}: {len(rows) - 1} classes; fill in ok, correction or wrong, then `review_names.py read {out}`")
 
@@ -118,13 +121,14 @@ def read_sheet(file: Path, reviewer: str) -> None:
     changed = Counter[str]()
     for suite in SUITES:
         tables = read_names(suite)
+        pages = {card: {one.id: one for one in load_page(card).classes} for card in tables}
         renamed = list[NameRow]()
         for row in rows:
             if row["card"] not in tables or not (row["ok"] or row["correction"] or row["wrong"]):
                 continue
             language = row["language"]
             check_choice(f"{file}: language", language, LETTERS)
-            before = tables[row["card"]].get(row["id"], [])
+            before, page = tables[row["card"]].get(row["id"], []), pages[row["card"]].get(row["id"])
             names = [_clean(name) for name in (row["correction"] or row["name"]).split("|") if name.strip()]
             what = "corrected" if row["correction"] else "confirmed"
             if row["wrong"] and not row["correction"]:
@@ -137,11 +141,15 @@ def read_sheet(file: Path, reviewer: str) -> None:
                 NameRow(row["card"], row["id"], language, name, kind, source, REVIEWED)
                 for name, kind in zip(names, kinds, strict=False)
             ]
+            if not names and page and language in page.names:  # the page itself stays as it is
+                reviewed.append(
+                    NameRow(row["card"], row["id"], language, page.names[language], "wrong", source, REVIEWED)
+                )
             kept = [one for one in before if one.language != language]
             main = next((one.name for one in before if one.language == language and one.kind == "name"), None)
             if names[:1] != [main]:  # what was made from the old name goes with it
                 kept = [one for one in kept if (one.language, one.source) != (f"{language}-Latn", "rule")]
-                renamed += reviewed[:1]
+                renamed += [one for one in reviewed[:1] if one.kind == "name"]
             tables[row["card"]][row["id"]] = kept + reviewed
             changed[what] += 1
         for one in renamed:
@@ -160,7 +168,7 @@ def _romanise_again(table: dict[str, list[NameRow]], of: NameRow) -> None:
     for one in load_page(of.card).classes:
         for code in one.names.keys() - {*one.derived}:
             taken[code].add(bare(one.names[code]))
-    for row in (row for rows in table.values() for row in rows):
+    for row in (row for rows in table.values() for row in rows if row.kind != "wrong"):
         taken[row.language].add(bare(row.name))
     own = {row.language: row.name for row in table[of.id] if row.kind == "name"}
     named = {of.language: of.name} | {code: name for code, name in own.items() if code.endswith("-Latn")}
@@ -352,7 +360,7 @@ def _write_tsv(file: Path, rows: Iterable[Iterable[str]]) -> None:
 
 
 def _write_table(suite: str, rows: list[NameRow]) -> None:
-    _write_tsv(names_file(suite), [FIELDS, *([str(value) for value in row] for row in rows)])
+    _write_tsv(names_file(suite), [NameRow._fields, *([str(value) for value in row] for row in rows)])
 
 
 if __name__ == "__main__":

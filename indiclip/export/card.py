@@ -15,6 +15,7 @@ from indiclip.datasets.tables import load_json
 from indiclip.export.source import Source
 from indiclip.export.target import Target
 from indiclip.masking import mask
+from indiclip.names import reason_of
 
 _UNKNOWN_LICENCE = "Not stated. It depends on the data above and on the weights that the run began with."
 _PLAIN_METRIC = re.compile(r"(val|eval)/[^/]+/[^/]+")  # without those by language
@@ -92,9 +93,10 @@ def _data(run: Path | None) -> Iterator[str]:
         return
     file = run / "config.yaml"
     try:
-        config = yaml.safe_load(file.read_text("utf-8")) or {}
+        with file.open(encoding="utf-8") as stream:  # whose name stands in the errors
+            config = yaml.safe_load(stream) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: is no readable YAML ({error})") from error
+        raise ValueError(f"{file}: is no readable YAML ({reason_of(error, None)})") from error
     train = _object(_object(config, file).get("data") or {}, file).get("train") or []
     for source in (_object(one, file) for one in train):
         dataset = _object(source.get("dataset") or {}, file)

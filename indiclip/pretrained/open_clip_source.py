@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from indiclip.names import did_you_mean, nearest_beside
 from indiclip.pretrained.hub import HUB, hub_folder
 from indiclip.pretrained.model_names import read_config
+from indiclip.tokenizer_sources import check_tokenizer
 
 LOCAL = "local-dir:"  # before a folder, in the names that OpenCLIP and timm take
 PIXELS = ("mean", "std", "interpolation", "resize_mode")
@@ -89,7 +90,7 @@ def check_open_clip_folder(folder: Path) -> dict[str, Any]:
     """What `open_clip_config.json` says.
 
     Raises:
-        FileNotFoundError: It or the weights are missing.
+        FileNotFoundError: It, the weights or the tokenizer that it names are missing.
         ValueError: It is no configuration of a dual encoder.
     """
     file = folder / "open_clip_config.json"
@@ -99,6 +100,8 @@ def check_open_clip_folder(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: expected `model_cfg` with `vision_cfg` and `text_cfg`")
     if not any(file.suffix in (".safetensors", ".bin", ".pth") for file in folder.iterdir()):
         raise FileNotFoundError(f"{folder}: found no weights; expected open_clip_model.safetensors")
+    if model["text_cfg"].get("hf_tokenizer_name"):
+        check_tokenizer(folder)
     return config
 
 

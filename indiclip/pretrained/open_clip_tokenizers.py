@@ -12,7 +12,6 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from indiclip.names import check_choice
 from indiclip.pretrained.open_clip_source import OpenClipSource
-from indiclip.tokenizer_sources import check_tokenizer
 from indiclip.tokenizers import FastTokenizer, SiglipTokenizer, Tokenizer
 
 _START, _END = "<start_of_text>", "<end_of_text>"
@@ -35,7 +34,8 @@ def open_clip_tokenizer(source: OpenClipSource, context_length: int) -> Tokenize
     if text.get("tokenizer_mode"):
         raise ValueError(f"{source.origin}: text_cfg.tokenizer_mode {text['tokenizer_mode']!r}: expected none")
     if name := text.get("hf_tokenizer_name"):
-        return _of_transformers(_folder_or_name(source, name), context_length, arguments, source.origin)
+        name = str(source.folder or name)  # of a folder always itself, as OpenCLIP does
+        return _of_transformers(name, context_length, arguments, source.origin)
     if source.folder is None and "siglip" in source.origin.lower():
         raise FileNotFoundError(
             f"{source.origin}: its vocabulary is on the web; expected a folder with open_clip_config.json and tokenizer"
@@ -81,14 +81,6 @@ def _byte_letters() -> list[str]:
     """The letter of each byte, in the order of GPT-2's vocabulary: printable bytes stand for themselves, first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
-def _folder_or_name(source: OpenClipSource, name: str) -> str:
-    """Of a folder always itself, as OpenCLIP does."""
-    if source.folder is None:
-        return name
-    check_tokenizer(source.folder)
-    return str(source.folder)
 
 
 def _of_transformers(name: str, context_length: int, arguments: dict[str, Any], origin: str) -> Tokenizer:

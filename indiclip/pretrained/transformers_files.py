@@ -23,12 +23,9 @@ def read_transformers_tensors(folder: Path) -> dict[str, Tensor]:
         FileNotFoundError: None of the two, or a listed file is missing.
         ValueError: A file is damaged, or holds other tensors than are listed.
     """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return read_tensors(whole)
-    if not index.is_file():
-        pickled = sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLES)
-        raise FileNotFoundError(f"{folder}: found {', '.join(pickled) or 'no weights'}; expected {whole.name}")
+    index = weights_file(folder)
+    if index.suffix == ".safetensors":
+        return read_tensors(index)
     try:
         files: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -41,6 +38,19 @@ def read_transformers_tensors(folder: Path) -> dict[str, Tensor]:
     if absent := sorted(files.keys() - tensors.keys()):
         raise ValueError(f"{index}: lists {absent[0]}, which is not in {files[absent[0]]}")
     return tensors
+
+
+def weights_file(folder: Path) -> Path:
+    """`model.safetensors`, or the `model.safetensors.index.json` of several files.
+
+    Raises:
+        FileNotFoundError: None of the two; names the pickles that are there instead.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not whole.is_file() and not index.is_file():
+        pickled = sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLES)
+        raise FileNotFoundError(f"{folder}: found {', '.join(pickled) or 'no weights'}; expected {whole.name}")
+    return whole if whole.is_file() else index
 
 
 def read_tokenizer(folder: Path, context_length: int, any_side: bool = False) -> Tokenizer:

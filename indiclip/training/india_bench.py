@@ -60,6 +60,7 @@ class IndiaBench(Callback):
         probes: Score kNN and linear probes too.
         batch_size: Images in a batch, on each rank.
         num_workers: Loader processes of each rank: reading and drawing take longer than encoding on a GPU.
+        skip_unknown: Leave out and count the images of classes that a card does not have; they are an error else.
 
     Raises:
         ValueError: A number that is below 1, or steps and epochs together.
@@ -78,6 +79,7 @@ class IndiaBench(Callback):
         probes: bool = True,
         batch_size: int = 64,
         num_workers: int = 0,
+        skip_unknown: bool = False,
     ) -> None:
         numbers = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs, "batch_size": batch_size}
         check_range({f"IndiaBench.{name}": number for name, number in numbers.items()}, 1)
@@ -85,7 +87,7 @@ class IndiaBench(Callback):
             raise ValueError(
                 f"IndiaBench: found every_n_steps {every_n_steps} and every_n_epochs {every_n_epochs}; expected one"
             )
-        self.images, self.cards, self.procedural = images, cards, procedural
+        self.images, self.cards, self.procedural, self.skip_unknown = images, cards, procedural, skip_unknown
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs or 1
         self.options = Options(languages, list(views), probes)
         self.lengths = lengths
@@ -106,7 +108,10 @@ class IndiaBench(Callback):
         check_parquet()
         self._folder = folder_of(trainer)
         with together(trainer, "IndiaBench") as exchange:
-            self.bench = find_bench(self.images, self.cards, self.procedural)
+            try:
+                self.bench = find_bench(self.images, self.cards, self.procedural, skip_unknown=self.skip_unknown)
+            except ValueError as error:  # which names the command's flag
+                raise ValueError(str(error).replace("--skip-unknown", "IndiaBench.skip_unknown: true")) from error
             check_languages(self.bench, self.options.languages)
             if any(data != self.bench.data for data in exchange(self.bench.data)):
                 raise ValueError(f"IndiaBench.images: {self.images} does not hold the same on all ranks")

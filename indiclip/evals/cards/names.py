@@ -7,6 +7,7 @@ native speakers. tools/review_names.py makes the table and takes corrections ove
 """
 
 import csv
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -15,15 +16,13 @@ from typing import NamedTuple
 
 from indiclip.evals.cards.classes import Card, CardClass
 
-FIELDS = ("card", "id", "language", "name", "kind", "source", "votes")
-
 
 class NameRow(NamedTuple):
     """A name of a class.
 
     Attributes:
         language: BCP 47.
-        kind: `name`, or `alias` for another spelling or word.
+        kind: `name`; `alias` for another spelling or word; `wrong` for a name of the page that is not to be used.
         source: `written` (from memory), `holidays` (the package's translations), `CLDR`, `rule` (romanised by
             tools/romanise.py), `review: ...`; with `+` between several.
         votes: How many of these have it.
@@ -46,21 +45,19 @@ def names_file(suite: str) -> Traversable:
     return resources.files("indiclip.evals") / suite / "names.tsv"
 
 
-@cache
-def _table(suite: str) -> Table:
-    return read_names(suite)
-
-
 def read_names(suite: str) -> Table:
     """The table of a suite; empty where it has none."""
     found: Table = {}
     if names_file(suite).is_file():
         with names_file(suite).open(encoding="utf-8") as file:
             for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-                card, class_id, language, name, kind, source, votes = (row[field] for field in FIELDS)
-                one = NameRow(card, class_id, language, name, kind, source, int(votes))
-                found.setdefault(one.card, {}).setdefault(one.id, []).append(one)
+                one = NameRow._make(row[field] for field in NameRow._fields)
+                of_class = found.setdefault(one.card, {}).setdefault(one.id, [])
+                of_class.append(one._replace(votes=int(one.votes)))
     return found
+
+
+_table = cache(read_names)
 
 
 def with_names(card: Card) -> Card:
@@ -68,23 +65,29 @@ def with_names(card: Card) -> Card:
     found = _table(card.suite).get(card.id)
     if found is None:
         return card
-    return replace(card, classes=tuple(_named(one, found.get(one.id, [])) for one in card.classes))
+    return replace(card, classes=tuple(with_rows(one, found.get(one.id, [])) for one in card.classes))
 
 
-def _named(one: CardClass, rows: list[NameRow]) -> CardClass:
-    names, votes, derived = dict(one.names), dict[str, int](), set(one.derived)
-    aliases = dict.fromkeys(one.aliases)
+def with_rows(one: CardClass, rows: Sequence[NameRow]) -> CardClass:
+    """A class of a page with the names and votes of its rows in the table."""
+    wrong = {row.language: row.name for row in rows if row.kind == "wrong"}
+    refused = {language for language, name in wrong.items() if one.names.get(language) == name}
+    refused |= {f"{language}-Latn" for language in refused} & {*one.derived}  # by rule, from the wrong name
+    names = {language: name for language, name in one.names.items() if language not in refused}
+    aliases = [alias for alias in one.aliases if alias not in wrong.values()]
+    aliases += [row.name for row in rows if row.kind == "alias"]
+    votes, derived = dict[str, int](), {*one.derived}
     for row in rows:
-        has_own = row.language in one.names and row.language not in one.derived
-        if row.kind == "alias":
-            aliases[row.name] = None
-        elif not has_own or row.name == one.names[row.language] or row.source.startswith("review"):
+        own = None if row.language in one.derived else names.get(row.language)
+        if row.kind == "name" and (own in (None, row.name) or row.source.startswith("review")):
             names[row.language], votes[row.language] = row.name, row.votes
-            derived.discard(row.language)
-            if row.source == "rule":
-                derived.add(row.language)
+            (derived.add if row.source == "rule" else derived.discard)(row.language)
     # A page's name that the table does not have is one writer's: it was changed since.
-    votes |= {code: 1 for code in one.names if code not in votes and code != "en"}
+    votes = {code: 1 for code in names if code != "en"} | votes
     return replace(
-        one, names=names, aliases=tuple(aliases), votes=votes, derived=tuple(c for c in names if c in derived)
+        one,
+        names=names,
+        aliases=tuple(dict.fromkeys(aliases)),
+        votes=votes,
+        derived=tuple(code for code in names if code in derived),
     )

@@ -24,17 +24,21 @@ def named(path: Any, where: str) -> Any:
     return found
 
 
-def object_of(entry: Any, where: str) -> Any:
+def object_of(entry: Any, where: str, kind: type) -> Any:
     """The object that a class path stands for, with the arguments that stand beside it.
 
     Raises:
-        ValueError: As `named` does, and for arguments that the class does not take.
+        ValueError: As `named` does, for arguments that the class does not take, and for an object of another kind.
     """
     arguments: Any = {}
     if isinstance(entry, dict) and "class_path" in entry and entry.keys() <= {"class_path", "init_args"}:
         entry, arguments = entry["class_path"], entry.get("init_args", {})
     made = named(entry, where)
     try:
-        return made(**arguments)
+        found = made(**arguments)
     except (TypeError, ValueError) as error:  # as Python says it: the argument's name, or what it is not
         raise ValueError(f"{where}: {entry}: {reason_of(error)}") from error
+    if not isinstance(found, kind):
+        expected = f"expected a class of {kind.__module__}.{kind.__qualname__}"
+        raise ValueError(f"{where}: {type(found).__name__} is no {kind.__name__}; {expected}")
+    return found

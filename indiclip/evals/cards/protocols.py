@@ -28,10 +28,7 @@ def protocol_of(entry: Any, where: str) -> Protocol:
         check_choice(where, name, ours)
         path = f"{ours[name].__module__}.{ours[name].__qualname__}"
         entry = {**entry, "class_path": path} if is_mapping else path
-    protocol = object_of(entry, where)
-    if not isinstance(protocol, Protocol):
-        expected = "expected a class of indiclip.evals.protocols.protocol.Protocol"
-        raise ValueError(f"{where}: {type(protocol).__name__} is no protocol; {expected}")
+    protocol: Protocol = object_of(entry, where, Protocol)
     return protocol
 
 

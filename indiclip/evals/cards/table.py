@@ -29,11 +29,9 @@ def list_protocols() -> list[str]:
     """A table of the protocols that come with IndiCLIP."""
     rows = [["protocol", "needs of an image", "gives"]]
     for name, one in protocol_classes().items():
-        arguments = [f"init_args: {argument}" for argument in required_arguments(one)]
+        needs = [*sorted(one.required_fields), *(f"init_args: {argument}" for argument in required_arguments(one))]
         gives = " ".join((one.__doc__ or "").split()).partition(". ")[0].rstrip(".")
-        rows.append(
-            [name, ", ".join([*sorted(one.required_fields), *arguments]), shorten(gives, _SENTENCE, placeholder=" ...")]
-        )
+        rows.append([name, ", ".join(needs), shorten(gives, _SENTENCE, placeholder=" ...")])
     return _aligned(rows)
 
 
@@ -56,21 +54,17 @@ def show_card(card: Card, all_names: bool = False) -> list[str]:
     lines += [f"  prompts in {language}: {templates[0]}" for language, templates in card.prompts.items()]
     if not card.classes:
         return lines
-    if not all_names:
-        rows = [["class", *_FIRST, "looks like", "languages"]]
-        for one in card.classes:
-            columns = [f"{one.names[code]}{_mark(one, code)}" if code in one.names else "-" for code in _FIRST]
-            rows.append([one.id, *columns, ", ".join(one.confusable_with) or "-", str(len(one.names))])
-        return [*lines, "", *_aligned(rows), "", "all names: --all"]
     # A language that few classes have a name in is left to the last column.
-    wide = [language for language, count in card.languages.items() if 2 * count > len(card.classes)][:_SHOWN]
-    rows = [["class", *wide, "looks like", "other names"]]
+    most = [language for language, count in card.languages.items() if 2 * count > len(card.classes)]
+    wide = most[:_SHOWN] if all_names else _FIRST
+    rows = [["class", *wide, "looks like", "other names" if all_names else "languages"]]
     for one in card.classes:
         names = {language: f"{name}{_mark(one, language)}" for language, name in one.names.items()}
-        others = [f"{language}: {name}" for language, name in names.items() if language not in wide]
         columns = [names.get(language, "-") for language in wide]
-        rows.append([one.id, *columns, ", ".join(one.confusable_with) or "-", ", ".join([*others, *one.aliases])])
-    return [*lines, "", *_aligned(rows)]
+        others = [f"{language}: {name}" for language, name in names.items() if language not in wide]
+        last = ", ".join([*others, *one.aliases]) if all_names else str(len(names))
+        rows.append([one.id, *columns, ", ".join(one.confusable_with) or "-", last])
+    return [*lines, "", *_aligned(rows), *([] if all_names else ["", "all names: --all"])]
 
 
 def _mark(one: CardClass, language: str) -> str:

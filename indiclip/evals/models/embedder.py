@@ -4,9 +4,10 @@ Shape letters: see `indiclip.types`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class View(NamedTuple):
     aspect: Literal["kept", "square"]
 
 
-class Embedder(Protocol):
+class Embedder(ABC):
     """A model that gives embeddings of images, and mostly of texts.
 
     `prepare` and `collate` run in loader processes: a copy that is pickled for one holds no weights.
@@ -54,31 +55,68 @@ class Embedder(Protocol):
     """
 
     name: str
-    weights: str
     preprocessing: dict[str, Any]
     lengths: list[int]
-    embeds_text: bool
+    embeds_text = True
+    weights = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("encoder", "model")}
 
     def views(self, names: Sequence[str]) -> list[View]:
         """The views of these names. Raises ValueError for one that this model does not have."""
+        return [self._view(name) for name in names]
 
+    @abstractmethod
     def prepare(self, image: Picture, view: View) -> Any:
         """One image as tensors. Raises UnreadableSample."""
 
+    @abstractmethod
     def collate(self, prepared: list[Any]) -> Any:
         """A batch of prepared images."""
 
     def embed_images(self, batch: Any) -> Tensor:
         """Unit-length embeddings (B, E) of full length, float32 on the CPU."""
+        with self._computing():
+            return self._embed_images(batch).float().cpu()
 
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """Unit-length embeddings (len(texts), E), float32 on the CPU. Raises ValueError where there are none."""
+        """Unit-length embeddings (len(texts), E), float32 on the CPU. Raises ValueError where there are none.
 
+        The model sees each distinct text once, `TEXT_CHUNK` at a time.
+        """
+        position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        distinct = list(position)
+        rows = [torch.zeros(0, self.lengths[-1])]
+        with self._computing():
+            for start in range(0, len(distinct), TEXT_CHUNK):
+                rows.append(self._embed_texts(distinct[start : start + TEXT_CHUNK]).float().cpu())
+        return torch.cat(rows)[[position[text] for text in texts]]
+
+    @abstractmethod
     def tokenize(self, texts: list[str]) -> Mapping[str, Tensor]:
         """What the text tower gets of these texts, integers (len(texts), T). Raises as `embed_texts` does."""
 
+    @abstractmethod
+    def _view(self, name: str) -> View: ...
 
-class EncoderEmbedder:
+    def _no_view(self, name: str, expected: str) -> ValueError:
+        return ValueError(f"{self.name}: has no view {name!r}; expected {expected}")
+
+    @abstractmethod
+    def _computing(self) -> AbstractContextManager[None]:
+        """While it embeds: without gradients, in its precision."""
+
+    @abstractmethod
+    def _embed_images(self, batch: Any) -> Tensor:
+        """Unit-length embeddings, on any device."""
+
+    @abstractmethod
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        """The same of a chunk of texts."""
+
+
+class EncoderEmbedder(Embedder):
     """Our encoder, loaded or in the middle of its training; it stays on its device.
 
     Views: `native` is the largest budget (256 patches or the backbone's, if less), a number such as `64` another.
@@ -96,8 +134,6 @@ class EncoderEmbedder:
         ValueError: Lengths that the embedding cannot be cut to, or an unknown precision.
     """
 
-    embeds_text = True
-
     def __init__(
         self, encoder: Encoder, name: str, precision: Precision = "fp32", lengths: Sequence[int] | None = None
     ) -> None:
@@ -111,12 +147,6 @@ class EncoderEmbedder:
         pixels = {"mean": list(backbone.mean), "std": list(backbone.std), "antialias": True, "canvas_hw": canvas_hw}
         self.preprocessing = {**self._preprocessing._asdict(), **pixels}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "encoder"}
-
-    def views(self, names: Sequence[str]) -> list[View]:
-        return [self._view(name) for name in names]
-
     def prepare(self, image: Picture, view: View) -> dict[str, Any]:
         assert view.tokens is not None
         pixels_CHW = read_upright(image)
@@ -128,13 +158,11 @@ class EncoderEmbedder:
     def collate(self, prepared: list[dict[str, Any]]) -> Images:
         return stack(prepared)
 
-    def embed_images(self, batch: Images) -> Tensor:
-        with self._evaluating():
-            return self.encoder.embed_image(batch).float().cpu()
+    def _embed_images(self, batch: Images) -> Tensor:
+        return self.encoder.embed_image(batch)
 
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        with self._evaluating():
-            return embed_distinct(texts, self.encoder.embed_text, self.encoder.embed_dim)
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        return self.encoder.embed_text(texts)
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         ids_BT, valid_BT = self.encoder.tokenize(texts)
@@ -143,8 +171,8 @@ class EncoderEmbedder:
     def _view(self, name: str) -> View:
         found = re.fullmatch(r"(native|[1-9][0-9]*)(-square)?", name)
         if found is None or (not self._any_size and found[1] != "native"):
-            expected = "native, native-square" + (", or a number of patches such as 64 or 64-square" * self._any_size)
-            raise ValueError(f"{self.name}: has no view {name!r}; expected {expected}")
+            numbers = ", or a number of patches such as 64 or 64-square" if self._any_size else ""
+            raise self._no_view(name, f"native, native-square{numbers}")
         most = min(NATIVE_TOKENS, self._max_tokens) if self._any_size else self._max_tokens
         tokens = most if found[1] == "native" else int(found[1])
         if tokens > self._max_tokens:
@@ -156,7 +184,7 @@ class EncoderEmbedder:
         return self._preprocessing.canvas_hw is None
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _computing(self) -> Iterator[None]:
         """Evaluation mode; afterwards each part is as it was, frozen ones too."""
         modes = [(module, module.training) for module in self.encoder.modules()]
         self.encoder.eval()
@@ -167,15 +195,6 @@ class EncoderEmbedder:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def embed_distinct(texts: list[str], embed: Callable[[list[str]], Tensor], length: int) -> Tensor:
-    """Rows (len(texts), length) of `embed`, which sees each distinct text once, `TEXT_CHUNK` at a time."""
-    position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    distinct = list(position)
-    chunks = [distinct[start : start + TEXT_CHUNK] for start in range(0, len(distinct), TEXT_CHUNK)]
-    rows = [torch.zeros(0, length), *(embed(chunk).float().cpu() for chunk in chunks)]
-    return torch.cat(rows)[torch.tensor([position[text] for text in texts], dtype=torch.long)]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:

@@ -17,12 +17,15 @@ from indiclip.names import check_choice, did_you_mean, reason_of
 from indiclip.pretrained.hub import HUB
 from indiclip.pretrained.model_names import check_sentence_transformers, read_config
 from indiclip.pretrained.open_clip_source import (
+    LOCAL,
     check_file,
     check_open_clip_folder,
+    import_open_clip,
     published_pixels,
     published_tag,
     vision_cfg_of,
 )
+from indiclip.pretrained.transformers_files import weights_file
 from indiclip.pretrained.transformers_models import MODEL_TYPES
 from indiclip.quiet import quiet_transformers
 from indiclip.tokenizer_sources import check_tokenizer
@@ -36,25 +39,18 @@ def load_open_clip(what: str, name: str, options: Options) -> ExternalModel:
         name: As the user wrote it, for messages and tables.
         options: Where and how it computes.
     """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ValueError(f"{name}: needs OpenCLIP: pip install open_clip_torch") from error
-    arguments: dict[str, Any] = {"require_pretrained": True}  # by itself it goes on with random weights
+    open_clip = import_open_clip(name)
+    source, weights = _source(what, name, "OpenCLIP", open_clip.list_models())
     title = name
-    if what.startswith(HUB):
-        source = what
-    elif _is_folder(what, name, what in open_clip.list_models()):
-        source = f"local-dir:{what}"
-        config = _check_open_clip_folder(Path(what))
-        arguments["vision_cfg"] = vision_cfg_of(Path(what), config)
-    else:
-        source, _, weights = what.partition(":")
-        if source not in open_clip.list_models():
-            raise ValueError(f"{name}: OpenCLIP has no {source!r}{did_you_mean(source, open_clip.list_models())}")
+    arguments: dict[str, Any] = {"require_pretrained": True}  # by itself it goes on with random weights
+    if source.startswith(LOCAL):
+        arguments["vision_cfg"] = vision_cfg_of(Path(what), check_open_clip_folder(Path(what)))
+    elif tag := published_tag(source, weights, name):
+        arguments["pretrained"] = tag
+    elif not source.startswith(HUB):
         arguments = _open_clip_weights(source, weights, name)
         title = name if weights else _random(name)
-    download = source.startswith(HUB) or arguments.pop("download", False)
+    download = HUB in what
     with _loading(name, "OpenCLIP", download, [] if download else _hub_parts(source)):
         model, _, transform = open_clip.create_model_and_transforms(source, pretrained_text=False, **arguments)
         tokenizer = open_clip.get_tokenizer(source)
@@ -63,36 +59,25 @@ def load_open_clip(what: str, name: str, options: Options) -> ExternalModel:
 
 def _hub_parts(source: str) -> list[str]:
     """Names of what OpenCLIP has transformers fetch: the text tower's configuration, and the tokenizer unless local."""
-    import open_clip
-
-    text = open_clip.get_model_config(source)["text_cfg"]
-    fields = ("hf_model_name",) if source.startswith("local-dir:") else ("hf_tokenizer_name", "hf_model_name")
+    text = import_open_clip(source).get_model_config(source)["text_cfg"]
+    fields = ("hf_model_name",) if source.startswith(LOCAL) else ("hf_tokenizer_name", "hf_model_name")
     return sorted({text[field] for field in fields if text.get(field)})
 
 
-def _check_open_clip_folder(folder: Path) -> dict[str, Any]:
-    config = check_open_clip_folder(folder)
-    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
-        check_tokenizer(folder)
-    return config
-
-
 def _open_clip_weights(architecture: str, weights: str, name: str) -> dict[str, Any]:
-    """Arguments of `create_model_and_transforms` for one of OpenCLIP's architectures."""
-    if tag := published_tag(architecture, weights, name):
-        return {"pretrained": tag, "download": True, "require_pretrained": True}
-    arguments: dict[str, Any] = {}
-    if weights:
-        check_file(Path(weights), name)
-        arguments = {"pretrained": str(Path(weights).resolve()), "require_pretrained": True}
+    """Arguments of `create_model_and_transforms` for an architecture, with a file of weights or none."""
     pixels = published_pixels(architecture)
-    if pixels is None and weights:
+    arguments = {f"image_{field}": value for field, value in (pixels or {}).items()}
+    if not weights:
+        return arguments
+    check_file(Path(weights), name)
+    if pixels is None:
         warnings.warn(
             f"{name}: published weights of {architecture} differ in their preprocessing, and this takes CLIP's; "
             "a folder with open_clip_config.json says which is right",
             stacklevel=4,
         )
-    return arguments | {f"image_{field}": value for field, value in (pixels or {}).items()}
+    return arguments | {"pretrained": str(Path(weights).resolve()), "require_pretrained": True}
 
 
 def load_transformers(what: str, name: str, options: Options) -> ExternalModel:
@@ -122,50 +107,37 @@ def _check_transformers_folder(folder: Path, name: str) -> None:
     check_sentence_transformers(folder)
     config = read_config(folder / "config.json")
     check_choice(f"{folder / 'config.json'}: model_type", config.get("model_type"), MODEL_TYPES)
-    names = {file.name for file in folder.iterdir()}
-    if not names & {"model.safetensors", "model.safetensors.index.json"}:
-        pickled = [name for name in names if name.endswith((".bin", ".pt", ".h5", ".msgpack"))]
-        raise FileNotFoundError(f"{folder}: found {pickled or 'no weights'}; expected model.safetensors")
-    if not names & {"preprocessor_config.json", "processor_config.json"}:
+    weights_file(folder)
+    if not any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
         raise FileNotFoundError(f"{folder}: found no image processor; expected preprocessor_config.json")
     check_tokenizer(folder)
 
 
 def load_timm(what: str, name: str, options: Options) -> ExternalModel:
     """`NAME`, `NAME:FILE`, a folder, or `hf-hub:NAME`; for the arguments see `load_open_clip`."""
-    architecture, _, weights = what.partition(":")
-    if what.startswith(HUB):
-        with _loading(name, "timm", download=True):
-            model: Any = timm.create_model(what, pretrained=True)
-    elif _is_folder(what, name, timm.is_model(what)):
-        with _loading(name, "timm"):
-            model = timm.create_model(f"local-dir:{what}", pretrained=True)
-    elif not timm.is_model(architecture):
-        raise ValueError(f"{name}: timm has no {architecture!r}{did_you_mean(architecture, timm.list_models())}")
-    elif weights:
+    architecture = what.partition(":")[0]  # with a tag or not
+    source, weights = _source(what, name, "timm", [architecture] if timm.is_model(architecture) else timm.list_models())
+    if weights:
         check_file(Path(weights), name)
-        with _loading(name, "timm"):
-            model = _timm_with_weights(architecture, weights)
-    else:
+    elif source == architecture:
         name = _random(name)
-        model = timm.create_model(architecture)
+    with _loading(name, "timm", download=what.startswith(HUB)):
+        arguments = _timm_weights(architecture, weights) if weights else {"pretrained": source != architecture}
+        model: Any = timm.create_model(source, **arguments)
+    model.pretrained_cfg.pop("state_dict", None)  # a second copy
     model.reset_classifier(0)
     return Timm(name, model, options)
 
 
-def _timm_with_weights(architecture: str, file: str) -> Any:
-    """The model with the file's own classifier, if any: only then does timm insist on every tensor."""
+def _timm_weights(architecture: str, file: str) -> dict[str, Any]:
+    """Arguments for a model with the file's own classifier, if any: only then does timm insist on every tensor."""
     tensors = timm.models.load_state_dict(file, weights_only=True)
     config = timm.get_pretrained_cfg(architecture)
     classifier = config.classifier if config else None
     first = classifier if isinstance(classifier, str) else (classifier or [""])[0]
     num_classes = len(tensors.get(f"{first}.weight", ()))
     overlay = {"state_dict": tensors, "num_classes": num_classes, "label_offset": 0}
-    model: Any = timm.create_model(
-        architecture, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay
-    )
-    model.pretrained_cfg.pop("state_dict", None)  # a second copy
-    return model
+    return {"pretrained": True, "num_classes": num_classes, "pretrained_cfg_overlay": overlay}
 
 
 def _random(name: str) -> str:
@@ -174,12 +146,19 @@ def _random(name: str) -> str:
     return f"{name} (random weights)"
 
 
-def _is_folder(what: str, name: str, is_architecture: bool) -> bool:
-    found = Path(what).is_dir()
-    if found and is_architecture:
-        prefix = name.removesuffix(what)
-        raise ValueError(f"{name}: is a folder here and an architecture; expected {prefix}./{what} or {name}:")
-    return found
+def _source(what: str, name: str, library: str, architectures: Sequence[str]) -> tuple[str, str]:
+    """By what name OpenCLIP and timm load it (`hf-hub:NAME`, `local-dir:FOLDER`, an architecture), and its weights."""
+    if what.startswith(HUB):
+        return what, ""
+    if Path(what).is_dir():
+        if what in architectures:
+            prefix = name.removesuffix(what)
+            raise ValueError(f"{name}: is a folder here and an architecture; expected {prefix}./{what} or {name}:")
+        return f"{LOCAL}{what}", ""
+    architecture, _, weights = what.partition(":")
+    if architecture not in architectures:
+        raise ValueError(f"{name}: {library} has no {architecture!r}{did_you_mean(architecture, architectures)}")
+    return architecture, weights
 
 
 @contextmanager

@@ -6,8 +6,8 @@ white.
 """
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +18,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from indiclip.evals.models.embedder import (
-    Precision,
-    View,
-    autocast,
-    embed_distinct,
-    with_full_length,
-)
+from indiclip.evals.models.embedder import Embedder, Precision, View, autocast, with_full_length
 from indiclip.names import reason_of
 from indiclip.preprocessing import Picture, read_upright
 
@@ -40,7 +34,7 @@ class Options(NamedTuple):
     lengths: Sequence[int] | None = None
 
 
-class ExternalModel(ABC):
+class ExternalModel(Embedder):
     """What all of them share. Its one view is `native`, the model's own preprocessing.
 
     Args:
@@ -50,9 +44,6 @@ class ExternalModel(ABC):
         options: Where and how it computes.
     """
 
-    embeds_text = True
-    weights = ""
-
     def __init__(self, name: str, model: Any, transform: Any, options: Options) -> None:
         self.name, self._transform = name, transform
         words = re.sub(r" at 0x\w+", "", str(transform))  # where a function lies in memory
@@ -60,8 +51,9 @@ class ExternalModel(ABC):
         self.model = model.to(options.device).eval().requires_grad_(False)
         self._device, self._precision = options.device, options.precision
         try:
-            blank = self.prepare(np.zeros((32, 48, 3), np.uint8), self.views(["native"])[0])
-            self._length = self.embed_images(self.collate([blank])).shape[1]
+            blank = self.prepare(np.zeros((32, 48, 3), np.uint8), self._view("native"))
+            length = self.embed_images(self.collate([blank])).shape[1]
+            self.lengths = with_full_length(options.lengths, length)
             if self.embeds_text:
                 self.embed_texts(["a"])
         except torch.OutOfMemoryError:
@@ -69,16 +61,6 @@ class ExternalModel(ABC):
         except (AssertionError, RuntimeError, IndexError) as error:  # as the libraries say that sizes differ
             fit = "its preprocessing or tokenizer does not fit its weights"
             raise ValueError(f"{name}: {fit} ({type(error).__name__}: {reason_of(error)})") from error
-        self.lengths = with_full_length(options.lengths, self._length)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "model"}
-
-    def views(self, names: Sequence[str]) -> list[View]:
-        for name in names:
-            if name != "native":
-                raise ValueError(f"{self.name}: has no view {name!r}; expected native, its own preprocessing")
-        return [View(name, None, "square") for name in names]
 
     def prepare(self, image: Picture, view: View) -> Any:
         pixels = Image.fromarray(read_upright(image).permute(1, 2, 0).numpy())
@@ -89,27 +71,18 @@ class ExternalModel(ABC):
     def collate(self, prepared: list[Any]) -> Any:
         return torch.stack(prepared)
 
-    def embed_images(self, batch: Any) -> Tensor:
-        with torch.inference_mode(), autocast(self._device, self._precision):
-            return F.normalize(self._encode_images(batch).float(), dim=-1).cpu()
+    def _view(self, name: str) -> View:
+        if name != "native":
+            raise self._no_view(name, "native, its own preprocessing")
+        return View(name, None, "square")
 
-    def embed_texts(self, texts: list[str]) -> Tensor:
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
         with torch.inference_mode(), autocast(self._device, self._precision):
-            return embed_distinct(
-                texts, lambda some: F.normalize(self._encode_texts(some).float(), dim=-1), self._length
-            )
-
-    @abstractmethod
-    def tokenize(self, texts: list[str]) -> Mapping[str, Tensor]: ...
+            yield
 
     def _prepare(self, image: Image.Image, view: View) -> Any:
         return self._transform(image)
-
-    @abstractmethod
-    def _encode_images(self, batch: Any) -> Tensor: ...
-
-    @abstractmethod
-    def _encode_texts(self, texts: list[str]) -> Tensor: ...
 
 
 class OpenClip(ExternalModel):
@@ -122,13 +95,11 @@ class OpenClip(ExternalModel):
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         return {"input_ids": self._tokenizer(texts)}
 
-    def _encode_images(self, batch: Any) -> Tensor:
-        image_BE: Tensor = self.model.encode_image(batch.to(self._device))
-        return image_BE
+    def _embed_images(self, batch: Any) -> Tensor:
+        return _unit(self.model.encode_image(batch.to(self._device)))
 
-    def _encode_texts(self, texts: list[str]) -> Tensor:
-        text_BE: Tensor = self.model.encode_text(self.tokenize(texts)["input_ids"].to(self._device))
-        return text_BE
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        return _unit(self.model.encode_text(self._tokenizer(texts).to(self._device)))
 
 
 class Transformers(ExternalModel):
@@ -148,15 +119,6 @@ class Transformers(ExternalModel):
         self._lowers = type(self._tokenizer).__name__.startswith("Gemma")
         super().__init__(name, model, processor.image_processor, options)
 
-    def views(self, names: Sequence[str]) -> list[View]:
-        if not self._any_size:
-            return super().views(names)
-        for name in names:
-            if name != "native" and not (name.isdecimal() and int(name)):
-                expected = "native, or a number of patches such as 64"
-                raise ValueError(f"{self.name}: has no view {name!r}; expected {expected}")
-        return [View(name, None if name == "native" else int(name), "kept") for name in names]
-
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         # SigLIP was trained on texts of one length. CLIP does not mind, and numbers no longer depend on the chunk.
         texts = [text.lower() for text in texts] if self._lowers else texts
@@ -169,22 +131,26 @@ class Transformers(ExternalModel):
     def collate(self, prepared: list[Any]) -> Any:
         return {field: torch.cat([one[field] for one in prepared]) for field in prepared[0]}
 
+    def _view(self, name: str) -> View:
+        if not self._any_size:
+            return super()._view(name)
+        if name != "native" and not (name.isdecimal() and int(name)):
+            raise self._no_view(name, "native, or a number of patches such as 64")
+        return View(name, None if name == "native" else int(name), "kept")
+
     def _prepare(self, image: Image.Image, view: View) -> Any:
         budget = {} if view.tokens is None else {"max_num_patches": view.tokens}
         return dict(self._transform(images=[image], return_tensors="pt", **budget))
 
-    def _encode_images(self, batch: Any) -> Tensor:
-        return self._pooled(self.model.get_image_features(**self._on_device(batch)))
+    def _embed_images(self, batch: Any) -> Tensor:
+        return self._pooled(self.model.get_image_features, batch)
 
-    def _encode_texts(self, texts: list[str]) -> Tensor:
-        return self._pooled(self.model.get_text_features(**self._on_device(self.tokenize(texts))))
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        return self._pooled(self.model.get_text_features, self.tokenize(texts))
 
-    def _on_device(self, tensors: Any) -> dict[str, Tensor]:
-        return {field: tensor.to(self._device) for field, tensor in tensors.items()}
-
-    @staticmethod
-    def _pooled(output: Any) -> Tensor:
-        return output if isinstance(output, Tensor) else output.pooler_output
+    def _pooled(self, tower: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+        output = tower(**{field: tensor.to(self._device) for field, tensor in tensors.items()})
+        return _unit(output if isinstance(output, Tensor) else output.pooler_output)
 
 
 class Timm(ExternalModel):
@@ -196,20 +162,19 @@ class Timm(ExternalModel):
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         super().__init__(name, model, create_transform(**config, is_training=False), options)
 
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        raise self._no_text()
-
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        raise self._no_text()
-
-    def _no_text(self) -> ValueError:
         words = "an image model of timm embeds no text; it can be scored by kNN and linear probe"
-        return ValueError(f"{self.name}: {words}")
+        raise ValueError(f"{self.name}: {words}")
 
-    def _encode_images(self, batch: Any) -> Tensor:
+    def _embed_images(self, batch: Any) -> Tensor:
         output = self.model(batch.to(self._device))
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise ValueError(f"{self.name}: gives {getattr(output, 'shape', type(output))}, not one vector per image")
-        return output
+        return _unit(output)
 
-    _encode_texts = embed_texts
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        return self.tokenize(texts)["input_ids"]
+
+
+def _unit(vector_BE: Tensor) -> Tensor:
+    return F.normalize(vector_BE.float(), dim=-1)

@@ -43,7 +43,7 @@ class FewShot(Protocol):
         if draws < 1 or not shots or min(shots) < 1:
             raise ValueError(f"shots={list(shots)}, draws={draws}: expected 1 or more of each")
         self.shots, self.draws, self.inverse_penalty = tuple(shots), draws, inverse_penalty
-        self.metrics = tuple(map(_metric, self.shots))
+        self.metrics = tuple(f"acc1_{count}_shot{'s' * (count > 1)}" for count in self.shots)
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         items, image_NE = scorer.items, scorer.image_NE
@@ -63,16 +63,11 @@ class FewShot(Protocol):
         hit_ASD = class_C[answers.view(len(asked), *drawn_SDN.shape[:2], -1).argmax(-1).numpy()]
         hit_ASD = (hit_ASD == items.labels[asked, None, None]) & finite_N[asked, None, None]
         is_asked_ASD = ~np.moveaxis(drawn_SDN[..., asked], -1, 0)
-        values = {
-            _metric(shots): mean_rate(hit_ASD[:, place], is_asked_ASD[:, place])
-            for place, shots in enumerate(self.shots)
-        }
-        chances = dict.fromkeys(values, 1 / len(class_C))
-        yield from scorer.rows(self.name, IMAGES, values, len(asked), len(class_C), chances)
-
-
-def _metric(shots: int) -> str:
-    return f"acc1_{shots}_shot{'s' * (shots > 1)}"
+        for place, metric in enumerate(self.metrics):
+            is_asked_AD = is_asked_ASD[:, place]
+            values = {metric: mean_rate(hit_ASD[:, place], is_asked_AD)}
+            num_scored = int(is_asked_AD.any(1).sum())  # without those that every draw learns from
+            yield from scorer.rows(self.name, IMAGES, values, num_scored, len(class_C), {metric: 1 / len(class_C)})
 
 
 def _order(keys: Sequence[str], label_N: np.ndarray, among_N: np.ndarray, draw: int) -> np.ndarray:
