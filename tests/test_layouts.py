@@ -9,10 +9,8 @@ import tarfile
 
 import numpy as np
 import pytest
-import yaml
 from layout_files import (
     CAPTIONS,
-    CARD,
     COCO,
     EXPECTED,
     FOLDERS,
@@ -36,15 +34,6 @@ from layout_files import (
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.layouts import find_items, read_items
 from indiclip.images import UnreadableSample
-
-
-@pytest.fixture
-def card(tmp_path):
-    def make(content=CARD, name="food"):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
-        return load_card(str(tmp_path / f"{name}.yaml"))
-
-    return make
 
 
 @pytest.fixture

@@ -7,12 +7,10 @@ import tarfile
 
 import numpy as np
 import pytest
-import yaml
-from layout_files import CARD, FOLDERS, IMAGES, LIST, MATCHING, SHARD, TABLE, TABLE_IMAGES, WORDS, jpeg, tar, write
+from layout_files import FOLDERS, IMAGES, LIST, MATCHING, SHARD, TABLE, TABLE_IMAGES, WORDS, jpeg, tar, write
 from test_bench_photographs import MeanColour, photographs
 
 from indiclip.cli import main
-from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.layouts import find_items, read_items
 from indiclip.evals.models import embedder
 
@@ -20,15 +18,6 @@ SCENES = [  # one line is not one image: Indonesian and Norwegian are languages 
     {"image/key": "a", "image/locale": "hi", "url": "http://x", "id": {"caption": ["satu dosa"]}, "number": 7},
     {"image/key": "b", "no": {"caption": ["en idli"]}, "ta_IN": {"caption": ["ஒரு இட்லி"]}, "zz zz": {"caption": ["?"]}},
 ]
-
-
-@pytest.fixture
-def card(tmp_path):
-    def make(content=CARD, name="food"):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
-        return load_card(str(tmp_path / f"{name}.yaml"))
-
-    return make
 
 
 @pytest.fixture
