@@ -132,7 +132,7 @@ def test_broken_images_are_found_when_they_are_read(card, folder):
     [
         (
             {**FOLDERS, "masala_dosaa/x.jpg": jpeg(1)},
-            "food/masala_dosaa: the folder is no class of the card food; nearest is 'masala_dosa'",
+            "food/masala_dosaa: 'masala_dosaa' is no class of the card food; nearest is 'masala_dosa'",
         ),
         (
             {"images.csv": TABLE.replace("Idli", "idly"), **TABLE_IMAGES},
@@ -376,5 +376,7 @@ def test_imagenet_by_synset_and_babel_beside_it(tmp_path):
     assert items.card.names("hi") == {1: "सुनहरी मछली"}
     assert items.labels.tolist() == [0, 1]
     write(tmp_path / "imagenet1k", {"val/n01440765/b.jpg": jpeg(2)})
-    with pytest.raises(ValueError, match="n01440765: the folder is no class of the card imagenet1k; nearest is 'n0144"):
+    with pytest.raises(
+        ValueError, match="n01440765: 'n01440765' is no class of the card imagenet1k; nearest is 'n0144"
+    ):
         find_items(load_card("imagenet1k"), tmp_path)

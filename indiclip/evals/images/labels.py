@@ -30,26 +30,25 @@ class ClassNames:
         self.card, self.skip_unknown = card, skip_unknown
         self._left_out: Counter[str] = Counter()  # name -> images
 
-    def place(self, name: str, where: str) -> int:
+    def place(self, name: str, where: str, images: int = 1) -> int:
         """Where a class is on the card; -1 where there is none of the name, and its images are left out.
 
         Raises:
             ValueError: There is none, and they are not; begins with `where` and names the nearest.
         """
         place = self.card.place(name)
-        if place is None and not self.skip_unknown:
-            try:
-                return self.card.check_place(name, where)
-            except ValueError as error:
-                raise ValueError(f"{error}; {SKIP}") from error
-        if place is None:
-            self.leave_out(name, 1)
-        return -1 if place is None else place
+        if place is not None:
+            return place
+        if self.skip_unknown:
+            self.leave_out(name, images)
+            return -1
+        try:
+            return self.card.check_place(name, where)
+        except ValueError as error:
+            raise ValueError(f"{error}; {SKIP}") from error
 
-    def leave_out(self, name: str, images: int, why: str = "") -> None:
-        """Count the images of a class that the card does not have, or raise a `ValueError` that says why."""
-        if not self.skip_unknown:
-            raise ValueError(storable(why))
+    def leave_out(self, name: str, images: int) -> None:
+        """Count images of a class that the card does not have."""
         self._left_out[storable(name)] += images
 
     def notes(self, where: str) -> list[str]:
@@ -104,34 +103,6 @@ def read_class_list(card: Card, folder: Path, skip_unknown: bool = False) -> Cla
     return ClassList(card, file, names, np.array(places, dtype=np.int64), [note] if moved else [])
 
 
-def map_labels(numbers: np.ndarray, found: ClassList | None, where: str, classes: ClassNames) -> np.ndarray:
-    """Numbers that count a list's lines from 0 -> indices into the card's classes; -1 of those that it does not have.
-
-    Args:
-        numbers: Whole numbers (N,).
-        found: The list.
-        where: Names the images' file or folder in errors.
-        classes: Is told what is left out.
-
-    Returns:
-        int64 (N,).
-
-    Raises:
-        ValueError: There is no list, or a number is over its end.
-    """
-    if found is None:
-        raise ValueError(
-            f"{where}: labels are numbers and there is no {' or '.join(CLASS_LISTS)} beside the shards; "
-            "expected one, with a class per line in the order of the numbers"
-        )
-    if numbers.max() >= len(found.places):
-        raise ValueError(f"{where}: the label {numbers.max()}; {found.file} has {len(found.places)} lines")
-    places = np.asarray(found.places[numbers], dtype=np.int64)
-    for number, count in Counter(numbers[places < 0].tolist()).items():
-        classes.leave_out(found.names[number], count)
-    return places
-
-
 def missing_classes(items: Items) -> list[str]:
     """Lines that name the classes without an image to score, and those that have one and none in the gallery."""
     card = items.card
@@ -164,36 +135,37 @@ def class_groups(card: Card, labels: np.ndarray) -> list[str] | None:
     return [str(card.classes[label].facts["group"]) for label in labels]
 
 
-def draw_candidates(
-    card: Card, texts: list[str], keys: list[str], labels: np.ndarray
-) -> tuple[list[list[str]], list[str]]:
-    """The texts that each image is matched with: its own first, then others of the same class.
+def draw_candidates(items: Items) -> list[str]:
+    """Sets the texts that each image is matched with: its own, from the column `text`, then others of the same class.
 
     The others are drawn from the texts of the class's images and its fact `sample_words`, and are a function of the
-    image's key and of these texts alone.
+    image's key and of these texts alone. There are `card.num_candidates` or, where a class has too few, all of them.
 
     Returns:
-        For each image `card.num_candidates` texts or, where a class has too few, all of them; and a line per such
-        class.
+        A line for each class that has too few.
+
+    Raises:
+        ValueError: An image without a text.
     """
-    texts = [unicodedata.normalize("NFC", text.strip()) for text in texts]
+    card, labels = items.card, items.labels.tolist()
+    texts = [unicodedata.normalize("NFC", cells[0].strip()) for cells in items.columns.pop("text")]
     pools: dict[int, set[str]] = defaultdict(set)
-    for label, text in zip(labels.tolist(), texts, strict=True):
+    for key, label, text in zip(items.keys, labels, texts, strict=True):
+        if not text:
+            raise ValueError(f"{card.id}: {key}: no text; expected what is written on the image")
         pools[label].add(text)
-    for label in pools:
+    for label, pool in pools.items():
         words = card.classes[label].facts.get("sample_words", {})
-        pools[label] |= {unicodedata.normalize("NFC", word) for of_language in words.values() for word in of_language}
-    ordered = {label: sorted(pool) for label, pool in pools.items()}
-    candidates = []
-    for key, label, text in zip(keys, labels.tolist(), texts, strict=True):
-        pool, own = ordered[label], ordered[label].index(text)
-        others = pool[:own] + pool[own + 1 :]
+        pool |= {unicodedata.normalize("NFC", word) for of_language in words.values() for word in of_language}
+
+    items.candidates = []
+    for key, label, text in zip(items.keys, labels, texts, strict=True):
+        others = sorted(pools[label] - {text})
         drawn = random.Random(stable_hash(key)).sample(others, min(len(others), card.num_candidates - 1))
-        candidates.append([text, *drawn])
-    notes = [
+        items.candidates.append([text, *drawn])
+    return [
         f"{card.classes[label].id}: {len(pool)} different texts; its images have fewer than {card.num_candidates} "
         "candidates, so chance is higher"
-        for label, pool in sorted(ordered.items())
+        for label, pool in sorted(pools.items())
         if len(pool) < card.num_candidates
     ]
-    return candidates, notes

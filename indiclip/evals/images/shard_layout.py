@@ -1,6 +1,7 @@
 """Items in shards of the WebDataset format, clip-benchmark's folders among them."""
 
 import os
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from indiclip.datasets.folders import subfolders
 from indiclip.datasets.languages import declared_language
 from indiclip.datasets.tables import decode_text, text_lines
 from indiclip.evals.cards.card import Card
-from indiclip.evals.images.items import Items, ShardImages
-from indiclip.evals.images.labels import ClassList, ClassNames, draw_candidates, map_labels, read_class_list
+from indiclip.evals.images.items import Items, ShardImages, by_language
+from indiclip.evals.images.labels import CLASS_LISTS, ClassList, ClassNames, read_class_list
 from indiclip.evals.images.splits import choose, is_split, split_of
 from indiclip.webdataset import cache
 from indiclip.webdataset.shards import Shards, read_captions, read_entry
@@ -51,85 +52,60 @@ def read_shards(card: Card, folder: Path, splits: Splits, skip_unknown: bool = F
     Raises:
         ValueError: Labels or texts that do not fit the card; names the shard and the sample.
     """
-    listed = read_class_list(card, folder, skip_unknown) if card.classes else None
+    fields = card.required_fields
+    listed = read_class_list(card, folder, skip_unknown) if "class" in fields else None
     card = listed.card if listed else card
-    notes = [*(listed.notes if listed else []), *_not_read(card, folder, splits)]
-    named = [name for name in splits if name]
-    chosen, split_notes = choose(named, str(folder)) if named else ({}, [])
+    chosen, notes = choose(filter(None, splits), str(folder))
     if "" in splits:  # shards that name no split, beside others that do or not
         chosen[""] = False
-    classes = ClassNames(card, skip_unknown)
-    parts = [_Part(classes, split, splits[split], listed, train) for split, train in chosen.items()]
-    notes += [*split_notes, *(f"lost: {loss}" for part in parts for loss in part.losses), *classes.notes(str(folder))]
-    items = Items(
-        card,
-        ConcatDataset([part.images for part in parts]),
-        [key for part in parts for key in part.keys],
-        np.concatenate([part.labels for part in parts]),
-        is_train=np.concatenate([part.is_train for part in parts]) if any(chosen.values()) else None,
-        notes=notes,
-    )
-    texts = [text for part in parts for text in part.texts]
-    if "captions" in card.required_fields:
-        items.captions = by_language([captions for part in parts for captions in part.captions])
-    if card.classes and (items.labels < 0).any():
-        known = np.flatnonzero(items.labels >= 0).tolist()
-        items, texts = items.select(known), [texts[place] for place in known if texts]
-    if "text" in card.required_fields:
-        items.candidates, few = draw_candidates(card, texts, items.keys, items.labels)
-        items.notes += few
-    return items
-
-
-def by_language(of_images: list[dict[str, list[str]]]) -> dict[str, list[list[str]]]:
-    """Language -> the captions of each image, in one line each."""
-    languages = dict.fromkeys(chain.from_iterable(of_images))
-    return {
-        language: [[" ".join(text.split()) for text in found.get(language, [])] for found in of_images]
-        for language in languages
-    }
-
-
-class _Part:
-    """The samples of one split."""
-
-    def __init__(self, classes: ClassNames, split: str, urls: list[str], listed: ClassList | None, train: bool) -> None:
-        shards, fields = Shards(urls), classes.card.required_fields
-        self.images = ShardImages(shards)
+    notes = [*(listed.notes if listed else []), *_not_read(card, folder, splits), *notes]
+    classes, images, keys, is_train = ClassNames(card, skip_unknown), list[ShardImages](), list[str](), list[bool]()
+    labels, texts, captions = list[np.ndarray](), list[list[str]](), list[dict[str, list[str]]]()
+    for split, train in chosen.items():
+        shards = Shards(splits[split])
+        images.append(ShardImages(shards))
         before = "" if all(split_of(name) == split for name in shards.names) else f"{split}/"  # clip-benchmark's 0.tar
-        self.keys = [before + shards.key(place) for place in range(len(shards))]
-        self.is_train = np.full(len(shards), train)
-        self.losses = [f"{one.key}: {one.reason}" for one in shards.damaged]
-        self.labels = _labels(classes, shards, listed)
-        self.texts = _texts(shards) if "text" in fields else []
-        self.captions = _captions(shards) if "captions" in fields else []
+        keys += [before + shards.key(place) for place in range(len(shards))]
+        is_train += [train] * len(shards)
+        labels.append(_labels(classes, shards, listed) if "class" in fields else np.full(len(shards), -1))
+        if "text" in fields:
+            text_of = _members(shards, "txt")
+            texts += [[text_of.get(shards.key(place), "")] for place in range(len(shards))]
+        captions += _captions(shards) if "captions" in fields else []
+        notes += [f"lost: {one.key}: {one.reason}" for one in shards.damaged]
+
+    items = Items(card, ConcatDataset(images), keys, np.concatenate(labels), is_train=np.array(is_train))
+    items.notes = [*notes, *classes.notes(str(folder))]
+    if "text" in fields:
+        items.columns["text"] = texts
+    if "captions" in fields:
+        items.captions = by_language(captions)
+    return items.select(np.flatnonzero(items.labels >= 0).tolist()) if "class" in fields else items
 
 
 def _labels(classes: ClassNames, shards: Shards, listed: ClassList | None) -> np.ndarray:
-    found = shards.labels.astype(np.int64)
+    """The class of each sample, int64: its number counts the lines of the list, or its `.cls` is a name."""
     labels = np.full(len(shards), -1, dtype=np.int64)
-    if not classes.card.classes:
-        return labels
-    numbered = found >= 0
+    numbered = shards.labels >= 0
     if numbered.any():
-        where = shards.shard(int(numbered.argmax()))
-        labels[numbered] = map_labels(found[numbered], listed, where, classes)
-    if not numbered.all():
-        names = _members(shards, "cls")
-        for place in np.flatnonzero(~numbered).tolist():
-            where = f"{shards.shard(place)}: {shards.key(place)}"
-            if shards.key(place) not in names:
-                raise ValueError(f"{where}: no label (.cls)")
-            labels[place] = classes.place(names[shards.key(place)].strip(), where)
+        numbers, where = shards.labels[numbered], shards.shard(int(numbered.argmax()))
+        if listed is None:
+            raise ValueError(
+                f"{where}: labels are numbers and there is no {' or '.join(CLASS_LISTS)} beside the shards; "
+                "expected one, with a class per line in the order of the numbers"
+            )
+        if numbers.max() >= len(listed.places):
+            raise ValueError(f"{where}: the label {numbers.max()}; {listed.file} has {len(listed.places)} lines")
+        labels[numbered] = listed.places[numbers]
+        for number, count in Counter(numbers[labels[numbered] < 0].tolist()).items():
+            classes.leave_out(listed.names[number], count)
+    names = {} if numbered.all() else _members(shards, "cls")
+    for place in np.flatnonzero(~numbered).tolist():
+        key = shards.key(place)
+        if key not in names:
+            raise ValueError(f"{shards.shard(place)}: {key}: no label (.cls)")
+        labels[place] = classes.place(names[key].strip(), f"{shards.shard(place)}: {key}")
     return labels
-
-
-def _texts(shards: Shards) -> list[str]:
-    texts = _members(shards, "txt")
-    for place in range(len(shards)):
-        if not texts.get(shards.key(place), "").strip():
-            raise ValueError(f"{shards.shard(place)}: {shards.key(place)}: no text (.txt) beside the image")
-    return [texts[shards.key(place)] for place in range(len(shards))]
 
 
 def _captions(shards: Shards) -> list[dict[str, list[str]]]:

@@ -1,0 +1,101 @@
+"""Items in a table: a row for each image, or several rows with more of one image's cells."""
+
+from pathlib import Path
+
+import numpy as np
+
+from indiclip.datasets.captions import CaptionColumns
+from indiclip.datasets.table_reader import Table
+from indiclip.evals.cards.card import Card
+from indiclip.evals.images.items import FileImages, Images, Items, TableImages, by_language
+from indiclip.evals.images.labels import ClassNames
+from indiclip.evals.images.splits import choose, is_split
+
+
+def read_table(card: Card, file: Path, skip_unknown: bool = False) -> Items:
+    """The items of a table.
+
+    Args:
+        card: What they are of.
+        file: The table.
+        skip_unknown: Leave out and count the images of other classes than the card's.
+
+    Raises:
+        FileNotFoundError: Images are missing.
+        ValueError: A column is missing, or a row does not fit the card; names the line.
+    """
+    if not any(protocol.embeds_images for protocol in card.protocols):
+        return _read_texts(card, file)
+    table = Table(file, image_column="file")
+    names, embedded = table.images("file", file.parent)
+    required = sorted(card.required_fields - {"captions"})
+    columns = {name: table.names(table.place(name)) for name in required}
+    used = {table.place(name) for name in ("file", "split", *required) if name in table.header}
+    captions = None
+    if "captions" in card.required_fields:
+        captions = CaptionColumns(table, table.caption_columns(), "en")
+        used |= captions.places
+
+    is_train, notes = np.zeros(len(names), bool), list[str]()
+    if "split" in table.header:
+        is_train, notes = _read_splits(table)
+    labels, classes = np.full(len(names), -1, dtype=np.int64), ClassNames(card, skip_unknown)
+    for row in table.kept:
+        if not names[row]:
+            table.leave_out(row, "without an image", "no image in 'file'")
+        elif captions and not required and captions.is_empty(row):
+            table.leave_out(row, "without a caption", f"{names[row]!r} has no caption", always=True)
+        elif "class" in required:
+            labels[row] = classes.place(columns["class"][row], table.where(row))
+            if labels[row] < 0:
+                table.leave_out(row, "of a class that is not on the card", columns["class"][row], always=True)
+
+    rows_of = table.rows_by_image(names)
+    _check_rows(table, rows_of, is_train, "class" in required)
+    first_of = {name: rows[0] for name, rows in rows_of.items()}
+    firsts = list(first_of.values())
+    images: Images = TableImages(embedded, first_of) if embedded else FileImages.named_in(file, list(first_of))
+    items = Items(card, images, list(first_of), labels[firsts], is_train=is_train[firsts])
+    for name in card.required_fields - {"captions", "class"}:
+        items.columns[name] = [[columns[name][row] for row in rows] for rows in rows_of.values()]
+    items.notes = [*notes, *classes.notes(str(file))]
+    if captions:
+        items.captions = by_language([captions.of_rows(rows) for rows in rows_of.values()])
+        items.notes += table.inventory.left_out_lines(str(file))
+    items.notes += table.count_columns(used).left_out_lines(str(file))
+    return items
+
+
+def _read_texts(card: Card, file: Path) -> Items:
+    """A table without images: a text per row and language."""
+    table = Table(file)
+    captions = CaptionColumns(table, table.caption_columns(), "en")
+    rows = [row for row in table.kept if not captions.is_empty(row)]
+    keys = [f"{file.name}:{row + 1}" for row in rows]
+    texts = by_language([captions.of_rows([row]) for row in rows])
+    notes = table.count_columns(captions.places).left_out_lines(str(file))
+    return Items(card, FileImages(file.parent, []), keys, np.full(len(rows), -1), captions=texts, notes=notes)
+
+
+def _read_splits(table: Table) -> tuple[np.ndarray, list[str]]:
+    """Whether each row is for training, and notes. Rows of splits that are not used are left out."""
+    column = table.names(table.place("split"))
+    for row, split in enumerate(column):
+        if not is_split(split):
+            raise ValueError(f"{table.where(row)}: the split {split!r}; expected train, val or test")
+    splits, notes = choose(sorted(set(column)), str(table.file))
+    for row, split in enumerate(column):
+        if split not in splits:
+            table.leave_out(row, f"of the split {split}", "it is not scored", always=True)
+    return np.array([splits.get(split, False) for split in column]), notes
+
+
+def _check_rows(table: Table, rows_of: dict[str, list[int]], is_train: np.ndarray, once: bool) -> None:
+    """Raise a `ValueError` for an image of several rows where each has `once`, or where they are of several splits."""
+    for name, (first, *others) in rows_of.items():
+        if others and once:
+            found = f"{name!r} is duplicated, as {table.where(first)} has it"
+            raise ValueError(f"{table.where(others[0])}: {found}; expected one class for each image")
+        for row in others:
+            if is_train[row] != is_train[first]:
+                raise ValueError(f"{table.where(row)}: {name!r} is of another split in an earlier row; expected one")
