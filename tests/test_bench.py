@@ -153,7 +153,9 @@ def test_unknown_folders_are_counted_and_the_flag_leaves_a_card_without_others(t
     write(tmp_path / "indian_gods", {f"ganesha/{i}.png": png for i, png in enumerate(folders(["red"]).values())})
     asked = (tmp_path, [card_file(), "indian_gods"])
     named = "shades/bleu: 'bleu' is no class of the card shades; nearest is 'blue'"
-    with pytest.raises(ValueError, match=f"{named}; --skip-unknown leaves out .*; 2 folders of .*shades are no classes"):
+    with pytest.raises(
+        ValueError, match=f"{named}; --skip-unknown leaves out .*; 2 folders of .*shades are no classes"
+    ):
         find_bench(*asked)
     bench = find_bench(*asked, skip_unknown=True)
     assert [items.card.id for items in bench.items] == ["indian_gods"]
