@@ -1,5 +1,5 @@
-"""What is there twice. Of files with the same bytes in two classes one counts as missed; of one in the gallery the
-answer is known; images with the same caption are taken for each other.
+"""Lines about images and captions that occur more than once. An image that lies in two classes counts as missed in one
+of them; the label of one that is also in the gallery is known; captions of several images are taken for each other's.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ _MIDDLE = 1024  # bytes from a file's middle, which differ where files do; heads
 
 
 def duplicates(items: Items) -> list[str]:
-    """Lines that count the image files that are there more than once.
+    """Lines that count the image files of which there are copies.
 
     Nothing is said of images in shards and in tables themselves, all of which would have to be read for it.
     """
