@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from layout_files import (
     CAPTIONS,
+    CARD,
     COCO,
     EXPECTED,
     FOLDERS,
@@ -271,6 +272,27 @@ def test_real_words(data_root, card, tmp_path):
     assert len(items) == 60
     assert all(len(texts) == 10 for texts in items.candidates)
     assert {items.images[i].kind for i in range(0, len(items), 7)} == {"JPEG"}
+
+
+def test_no_group_of_images_is_called_as_another_subset_of_the_scores(card, folder):
+    """A group `clean` would stand for the images that are not in the training data, and "" for all."""
+    write(folder, {**FOLDERS, **MATCHING["folders"]})
+    for name, meaning in (("clean", "the images that are not in the training data"), ("", "all images")):
+        content = {**CARD, "classes": [*CARD["classes"][:2], {**CARD["classes"][2], "facts": {"group": name}}]}
+        expected = f"food.yaml: classes: a group of images is called '{name}', by which scores mean {meaning}"
+        with pytest.raises(ValueError, match=expected):
+            read_items(card(content), folder, skip_unknown=True)
+    words = {**WORDS, "classes": [*WORDS["classes"], {"id": "clean", "names": {"en": "clean"}}]}
+    with pytest.raises(ValueError, match="a group of images is called 'clean'"):
+        read_items(card(words), folder, skip_unknown=True)
+    for protocol, table in (
+        ("in_scene", "file,word,script\na.jpg,tea,latin\na.jpg,shop,clean\n"),
+        ("choices", "file,kind,en\na.jpg,object,a cup\na.jpg,object,a pot\nb.jpg,clean,a cup\nb.jpg,clean,a pot\n"),
+    ):
+        file = folder.parent / f"{protocol}.csv"
+        write(folder.parent, {file.name: table, **IMAGES})
+        with pytest.raises(ValueError, match=r"[ab].jpg: (script|kind): a group of images is called 'clean'"):
+            read_items(card({"protocols": [protocol]}, protocol), file)
 
 
 @pytest.mark.parametrize("layout", RETRIEVAL)

@@ -11,6 +11,7 @@ import numpy as np
 from indiclip.datasets.tables import decode_text, stable_hash
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items
+from indiclip.evals.results import check_group
 from indiclip.images import storable
 
 CLASS_LISTS = ("classnames.txt", "classes.txt")
@@ -90,15 +91,15 @@ def read_class_list(card: Card, folder: Path, skip_unknown: bool = False) -> Cla
     if card.class_source is not None and (named := card.class_source.with_list(card, names, str(file))):
         card, notes = named
         return ClassList(card, file, names, np.arange(len(names)), notes)
-    classes = ClassNames(card, skip_unknown)
-    places = [classes.place(name, f"{file}: line {number}") for number, name in enumerate(names, 1)]
-    known = [place for place in places if place >= 0]
-    for number, place in enumerate(places):
-        if place >= 0 and place in places[:number]:
-            raise ValueError(
-                f"{file}: line {number + 1}: {card.classes[place].id} is in line {places.index(place) + 1}"
-            )
-    moved = known != sorted(known)
+    classes, places, line_of = ClassNames(card, skip_unknown), list[int](), dict[int, int]()
+    for line, name in enumerate(names, 1):
+        place = classes.place(name, f"{file}: line {line}")
+        if place in line_of:
+            raise ValueError(f"{file}: line {line}: {card.classes[place].id} is in line {line_of[place]}")
+        if place >= 0:
+            line_of[place] = line
+        places.append(place)
+    moved = list(line_of) != sorted(line_of)
     note = f"{file}: the classes are in another order than on the card; labels are mapped by name"
     return ClassList(card, file, names, np.array(places, dtype=np.int64), [note] if moved else [])
 
@@ -108,12 +109,11 @@ def missing_classes(items: Items) -> list[str]:
     card = items.card
     if not card.required_fields & {"class", "classes"}:
         return []
-    shown, lines = items.shown_classes, []
+    shown, lines = items.shown_classes, list[str]()
     missing = [one.id for place, one in enumerate(card.classes) if place not in shown]
     if missing:
-        lines = [
-            f"no images of {len(missing)} of {len(card.classes)} classes, which stay candidates: {_first(missing)}"
-        ]
+        count = f"{len(missing)} of {len(card.classes)} classes"
+        lines.append(f"no images of {count}, which stay candidates: {_first(missing)}")
     if items.is_train is not None and "class" in card.required_fields:
         gallery = items.labels[items.is_train].tolist()
         without = [card.classes[place].id for place in sorted(shown.difference(gallery))]
@@ -127,12 +127,20 @@ def _first(names: list[str]) -> str:
 
 
 def class_groups(card: Card, labels: np.ndarray) -> list[str] | None:
-    """The group of each image: its class in matching, else the fact `group` where every class has one."""
+    """The group of each image: its class in matching, else the fact `group` where every class has one.
+
+    Raises:
+        ValueError: A group has a name that scores have for others.
+    """
     if "text" in card.required_fields:
-        return [card.classes[label].id for label in labels]
-    if "class" not in card.required_fields or not all("group" in one.facts for one in card.classes):
+        group_of = card.ids
+    elif "class" in card.required_fields and all("group" in one.facts for one in card.classes):
+        group_of = [str(one.facts["group"]) for one in card.classes]
+    else:
         return None
-    return [str(card.classes[label].facts["group"]) for label in labels]
+    for group in group_of:
+        check_group(group, f"{card.file}: classes")
+    return [group_of[label] for label in labels]
 
 
 def draw_candidates(items: Items) -> list[str]:
@@ -158,9 +166,10 @@ def draw_candidates(items: Items) -> list[str]:
         words = card.classes[label].facts.get("sample_words", {})
         pool |= {unicodedata.normalize("NFC", word) for of_language in words.values() for word in of_language}
 
+    ordered = {label: sorted(pool) for label, pool in pools.items()}
     items.candidates = []
     for key, label, text in zip(items.keys, labels, texts, strict=True):
-        others = sorted(pools[label] - {text})
+        others = [other for other in ordered[label] if other != text]
         drawn = random.Random(stable_hash(key)).sample(others, min(len(others), card.num_candidates - 1))
         items.candidates.append([text, *drawn])
     return [
