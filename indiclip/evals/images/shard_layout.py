@@ -1,7 +1,8 @@
 """Items in shards of the WebDataset format, clip-benchmark's folders among them."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -58,34 +59,37 @@ def read_shards(card: Card, folder: Path, splits: Splits, skip_unknown: bool = F
     chosen, notes = choose(filter(None, splits), str(folder))
     if "" in splits:  # shards that name no split, beside others that do or not
         chosen[""] = False
-    notes = [*(listed.notes if listed else []), *_not_read(card, folder, splits), *notes]
-    classes, images, keys, is_train = ClassNames(card, skip_unknown), list[ShardImages](), list[str](), list[bool]()
-    labels, texts, captions = list[np.ndarray](), list[list[str]](), list[dict[str, list[str]]]()
-    for split, train in chosen.items():
-        shards = Shards(splits[split])
-        images.append(ShardImages(shards))
-        before = "" if all(split_of(name) == split for name in shards.names) else f"{split}/"  # clip-benchmark's 0.tar
-        keys += [before + shards.key(place) for place in range(len(shards))]
-        is_train += [train] * len(shards)
-        labels.append(_labels(classes, shards, listed) if "class" in fields else np.full(len(shards), -1))
-        if "text" in fields:
-            text_of = _members(shards, "txt")
-            texts += [[text_of.get(shards.key(place), "")] for place in range(len(shards))]
-        captions += _captions(shards) if "captions" in fields else []
-        notes += [f"lost: {one.key}: {one.reason}" for one in shards.damaged]
-
-    items = Items(card, ConcatDataset(images), keys, np.concatenate(labels), is_train=np.array(is_train))
-    items.notes = [*notes, *classes.notes(str(folder))]
+    opened = {split: Shards(splits[split]) for split in chosen}
+    classes = ClassNames(card, skip_unknown)
+    items = Items(
+        card,
+        ConcatDataset([ShardImages(shards) for shards in opened.values()]),
+        [key for split, shards in opened.items() for key in _keys(split, shards)],
+        np.concatenate([_labels(classes, shards, listed) for shards in opened.values()]),
+        is_train=np.repeat(list(chosen.values()), [len(shards) for shards in opened.values()]),
+    )
     if "text" in fields:
-        items.columns["text"] = texts
+        beside = (parts for shards in opened.values() for _, parts in _members(shards, "txt"))
+        items.columns["text"] = [[decode_text(parts.get("txt", b""), "the .txt")] for parts in beside]
     if "captions" in fields:
-        items.captions = by_language(captions)
+        items.captions = by_language([captions for shards in opened.values() for captions in _captions(shards)])
+    lost = [f"lost: {one.key}: {one.reason}" for shards in opened.values() for one in shards.damaged]
+    of_list = listed.notes if listed else []
+    items.notes = [*of_list, *_not_read(card, folder, splits), *notes, *lost, *classes.notes(str(folder))]
     return items.select(np.flatnonzero(items.labels >= 0).tolist()) if "class" in fields else items
 
 
+def _keys(split: str, shards: Shards) -> list[str]:
+    """The samples' keys; clip-benchmark has a 0.tar in every split."""
+    before = "" if all(split_of(name) == split for name in shards.names) else f"{split}/"
+    return [before + shards.key(place) for place in range(len(shards))]
+
+
 def _labels(classes: ClassNames, shards: Shards, listed: ClassList | None) -> np.ndarray:
-    """The class of each sample, int64: its number counts the lines of the list, or its `.cls` is a name."""
+    """The class of each sample, int64: its number counts the lines of the list, or its `.cls` is a name. -1: none."""
     labels = np.full(len(shards), -1, dtype=np.int64)
+    if "class" not in classes.card.required_fields:
+        return labels
     numbered = shards.labels >= 0
     if numbered.any():
         numbers, where = shards.labels[numbered], shards.shard(int(numbered.argmax()))
@@ -99,52 +103,52 @@ def _labels(classes: ClassNames, shards: Shards, listed: ClassList | None) -> np
         labels[numbered] = listed.places[numbers]
         for number, count in Counter(numbers[labels[numbered] < 0].tolist()).items():
             classes.leave_out(listed.names[number], count)
-    names = {} if numbered.all() else _members(shards, "cls")
-    for place in np.flatnonzero(~numbered).tolist():
-        key = shards.key(place)
-        if key not in names:
-            raise ValueError(f"{shards.shard(place)}: {key}: no label (.cls)")
-        labels[place] = classes.place(names[key].strip(), f"{shards.shard(place)}: {key}")
+    if numbered.all():
+        return labels
+    for place, (where, parts) in enumerate(_members(shards, "cls")):
+        if "cls" not in parts:
+            raise ValueError(f"{where}: no label (.cls)")
+        if not numbered[place]:
+            labels[place] = classes.place(decode_text(parts["cls"], where).strip(), where)
     return labels
 
 
-def _captions(shards: Shards) -> list[dict[str, list[str]]]:
+def _captions(shards: Shards) -> Iterator[dict[str, list[str]]]:
     """Of each sample, as training takes them, but for a `.txt` of several lines: a caption in each."""
-    texts, entries = _members(shards, "txt"), _members(shards, "json")
-    of_samples = []
-    for place in range(len(shards)):
-        key = shards.key(place)
-        where = f"{shards.shard(place)}: {key}"
-        lines = [line.strip() for line in text_lines(texts.get(key, "")) if line.strip()]
+    for where, parts in _members(shards, "txt", "json"):
         try:
-            entry = read_entry({"json": entries[key].encode()} if key in entries else {})
-            captions = read_captions({}, entry | {"text": None} if lines else entry)
+            entry = read_entry(parts)
+            lines = [line.strip() for line in text_lines(decode_text(parts.get("txt", b""), "the .txt"))]
+            captions = read_captions({}, entry | {"text": None} if any(lines) else entry)
             own = declared_language(entry.get("language") or entry.get("lang"))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        known = set() if own else set(chain.from_iterable(captions.values()))
+        known = {""} if own else {"", *chain.from_iterable(captions.values())}
         if lines := [line for line in lines if line not in known]:
             captions[own] = list(dict.fromkeys([*lines, *captions.get(own, [])]))
         if not captions:
             raise ValueError(f"{where}: no text (.txt, .json) beside the image")
         if unknown := captions.pop("", []):
             captions["en"] = list(dict.fromkeys([*unknown, *captions.get("en", [])]))
-        of_samples.append(captions)
-    return of_samples
+        yield captions
 
 
-def _members(shards: Shards, extension: str) -> dict[str, str]:
-    """A sample's key -> the text of its member with this extension. One pass over the headers; no image is read."""
-    found: dict[str, str] = {}
+def _members(shards: Shards, *extensions: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Of each sample its shard and key, and its members with these extensions. One pass over the headers; no image is
+    read.
+    """
+    found: dict[str, dict[str, bytes]] = defaultdict(dict)
     for url, name in zip(shards.urls, shards.names, strict=True):
         tar = cache.local_tar(url, cache.stat(url))
         with tar.open("rb") as file:
             for member_name, member in members(tar, []):
                 key, kind = key_and_extension(member_name, member)
-                if kind == extension and f"{name}/{key}" not in found:
-                    data = os.pread(file.fileno(), member.size, member.offset_data)
-                    found[f"{name}/{key}"] = decode_text(data, f"{url}: {member_name}")
-    return found
+                of_sample = found[f"{name}/{key}"]
+                if kind in extensions and kind not in of_sample:
+                    of_sample[kind] = os.pread(file.fileno(), member.size, member.offset_data)
+    for place in range(len(shards)):
+        key = shards.key(place)
+        yield f"{shards.shard(place)}: {key}", found[key]
 
 
 def _not_read(card: Card, folder: Path, splits: Splits) -> list[str]:
