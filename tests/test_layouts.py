@@ -352,7 +352,7 @@ def test_columns_and_lines_of_captions(card, folder, tmp_path):
             {"dataset.json": json.dumps(KARPATHY).replace("test", "val")},
             r"no images of the split 'test'; found \['train', 'val'\]",
         ),
-        ({"captions.jsonl": '{"image/key": "a", "hi": ["x"]}'}, r"a: hi: found \['x'\]; expected {\"caption\": "),
+        ({"captions.jsonl": '{"image/key": "a", "hi": ["x"]}'}, r"line 1: hi: found \['x'\]; expected {\"caption\": "),
         ({"captions.jsonl": '{"image/key": '}, "captions.jsonl: line 1: broken JSON"),
         ({"a.tar": tar({"a.jpg": jpeg(1)})}, r"a.tar: a/a: no text \(.txt, .json\) beside the image"),
     ],

@@ -418,7 +418,7 @@ def test_a_table_or_captions_by_the_cards_name(card, retrieval, tmp_path):
     ("name", "content", "message"),
     [
         ("captions.jsonl", {"image/key": "x/../../a", "hi": {"caption": ["x"]}}, "'../a.jpg' lies outside the folder"),
-        ("captions.jsonl", {"image/key": None, "hi": {"caption": ["x"]}}, "image 1: image/key is None; expected text"),
+        ("captions.jsonl", {"image/key": None, "hi": {"caption": ["x"]}}, "line 1: image/key is None; expected text"),
         (
             "dataset.json",
             {"images": [{"filename": "x/../../a.jpg", "split": "test", "sentences": [{"raw": "x"}]}]},

@@ -47,15 +47,15 @@ def find_caption_file(folder: Path, any_json: bool = False) -> Path | None:
     Raises:
         ValueError: Several that could be meant.
     """
+    places = (folder, folder / "annotations")
+    files = sorted(file for place in places for file in place.glob("*") if file.name[0] != "." and file.is_file())
     for pattern in (*_SURE, *_ANY) if any_json else _SURE:
-        for place in (folder, folder / "annotations"):
-            files = sorted(file for file in place.glob("*") if file.name[0] != "." and file.is_file())
-            found = [file for file in files if fnmatchcase(file.name.lower(), pattern)]
-            if len(found) > 1:
-                names = ", ".join(file.name for file in found)
-                raise ValueError(f"{place}: which file has the captions? Found {names}; expected one")
-            if found:
-                return found[0]
+        found = [file for file in files if fnmatchcase(file.name.lower(), pattern)]
+        if len(found) > 1:
+            names = ", ".join(str(file.relative_to(folder)) for file in found)
+            raise ValueError(f"{folder}: which file has the captions? Found {names}; expected one")
+        if found:
+            return found[0]
     return None
 
 
@@ -126,32 +126,29 @@ def _karpathy(images: list[Any], file: Path) -> Iterator[tuple[str, Captions]]:
 
 
 def _crossmodal(file: Path, inventory: Inventory) -> Iterator[tuple[str, Captions]]:
-    entries = []
+    used, unused = dict[str, None](), dict[str, None]()
     # Not splitlines: a caption may hold the line ends of Unicode as they are.
     for number, line in enumerate(decode_text(file.read_bytes(), str(file)).split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{file}: line {number}"
         try:
-            entries.append(parse_json(line))
+            entry = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{file}: line {number}: {error}") from error
-    keys = column(entries, "image/key", f"{file}: line")
-    check_all(keys, is_text, [f"{file}: image {number}" for number in range(1, len(keys) + 1)], "image/key", "text")
-    languages, others = dict[str, None](), dict[str, None]()
-    for key, entry in zip(keys, entries, strict=True):
+            raise ValueError(f"{where}: {error}") from error
+        key = entry.get("image/key") if isinstance(entry, dict) else None
+        check_all([key], is_text, [where], "image/key", "text")
         captions: Captions = {}
         for name, found in entry.items():
-            where = f"{file}: {key}: {name}"
             texts = found.get("caption") if isinstance(found, dict) else None
             if not isinstance(texts, list) and caption_language(name):
-                raise ValueError(f'{where}: found {shorten(found)}; expected {{"caption": [...]}}')
-            if not isinstance(texts, list) or not (language := language_tag(name)):
-                others[name] = None
-                continue
-            check_all(texts, is_text, [where] * len(texts), "the caption", "text")
-            captions.setdefault(language, []).extend(texts)
-        languages |= dict.fromkeys(captions)
+                raise ValueError(f'{where}: {name}: found {shorten(found)}; expected {{"caption": [...]}}')
+            if isinstance(texts, list) and (language := language_tag(name)):
+                check_all(texts, is_text, [f"{where}: {name}"] * len(texts), "the caption", "text")
+                captions.setdefault(language, []).extend(texts)
+                used[name] = None
+            elif not name.startswith("image/"):  # which are of the format
+                unused[name] = None
         yield name_in(file.parent, key if is_image_name(key) else f"{key}.jpg"), captions
-    unused = [name for name in others if not name.startswith("image/")]  # those are of the format
-    inventory.present["keys"], inventory.used["keys"] = len(languages) + len(unused), len(languages)
+    inventory.present["keys"], inventory.used["keys"] = len(used) + len(unused), len(used)
     inventory.leave_out("keys", "not used", ", ".join(unused), len(unused))

@@ -41,16 +41,12 @@ class ClassNames:
         if place is not None:
             return place
         if self.skip_unknown:
-            self.leave_out(name, images)
+            self._left_out[storable(name)] += images
             return -1
         try:
             return self.card.check_place(name, where)
         except ValueError as error:
             raise ValueError(f"{error}; {SKIP}") from error
-
-    def leave_out(self, name: str, images: int) -> None:
-        """Count images of a class that the card does not have."""
-        self._left_out[storable(name)] += images
 
     def notes(self, where: str) -> list[str]:
         """A line that says what was left out."""

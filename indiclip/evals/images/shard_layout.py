@@ -69,10 +69,10 @@ def read_shards(card: Card, folder: Path, splits: Splits, skip_unknown: bool = F
         is_train=np.repeat(list(chosen.values()), [len(shards) for shards in opened.values()]),
     )
     if "text" in fields:
-        beside = (parts for shards in opened.values() for _, parts in _members(shards, "txt"))
-        items.columns["text"] = [[decode_text(parts.get("txt", b""), "the .txt")] for parts in beside]
+        beside = chain.from_iterable(_members(shards, "txt") for shards in opened.values())
+        items.columns["text"] = [[decode_text(parts.get("txt", b""), where)] for where, parts in beside]
     if "captions" in fields:
-        items.captions = by_language([captions for shards in opened.values() for captions in _captions(shards)])
+        items.captions = by_language(list(chain.from_iterable(map(_captions, opened.values()))))
     lost = [f"lost: {one.key}: {one.reason}" for shards in opened.values() for one in shards.damaged]
     of_list = listed.notes if listed else []
     items.notes = [*of_list, *_not_read(card, folder, splits), *notes, *lost, *classes.notes(str(folder))]
@@ -102,13 +102,13 @@ def _labels(classes: ClassNames, shards: Shards, listed: ClassList | None) -> np
             raise ValueError(f"{where}: the label {numbers.max()}; {listed.file} has {len(listed.places)} lines")
         labels[numbered] = listed.places[numbers]
         for number, count in Counter(numbers[labels[numbered] < 0].tolist()).items():
-            classes.leave_out(listed.names[number], count)
+            classes.place(listed.names[number], where, count)
     if numbered.all():
         return labels
     for place, (where, parts) in enumerate(_members(shards, "cls")):
-        if "cls" not in parts:
-            raise ValueError(f"{where}: no label (.cls)")
         if not numbered[place]:
+            if "cls" not in parts:
+                raise ValueError(f"{where}: no label (.cls)")
             labels[place] = classes.place(decode_text(parts["cls"], where).strip(), where)
     return labels
 
@@ -143,9 +143,9 @@ def _members(shards: Shards, *extensions: str) -> Iterator[tuple[str, dict[str, 
         with tar.open("rb") as file:
             for member_name, member in members(tar, []):
                 key, kind = key_and_extension(member_name, member)
-                of_sample = found[f"{name}/{key}"]
-                if kind in extensions and kind not in of_sample:
-                    of_sample[kind] = os.pread(file.fileno(), member.size, member.offset_data)
+                if kind in extensions:
+                    data = os.pread(file.fileno(), member.size, member.offset_data)
+                    found[f"{name}/{key}"].setdefault(kind, data)  # the first counts, as in training
     for place in range(len(shards)):
         key = shards.key(place)
         yield f"{shards.shard(place)}: {key}", found[key]

@@ -24,10 +24,12 @@ def read_table(card: Card, file: Path, skip_unknown: bool = False) -> Items:
         FileNotFoundError: Images are missing.
         ValueError: A column is missing, or a row does not fit the card; names the line.
     """
-    if not any(protocol.embeds_images for protocol in card.protocols):
-        return _read_texts(card, file)
     table = Table(file, image_column="file")
-    names, embedded = table.images("file", file.parent)
+    has_images = any(protocol.embeds_images for protocol in card.protocols)
+    if has_images:
+        names, embedded = table.images("file", file.parent)
+    else:
+        names, embedded = [f"{file.name}:{row + 1}" for row in table.kept], None
     required = sorted(card.required_fields - {"captions"})
     columns = {name: table.names(table.place(name)) for name in required}
     used = {table.place(name) for name in ("file", "split", *required) if name in table.header}
@@ -54,7 +56,11 @@ def read_table(card: Card, file: Path, skip_unknown: bool = False) -> Items:
     _check_rows(table, rows_of, is_train, "class" in required)
     first_of = {name: rows[0] for name, rows in rows_of.items()}
     firsts = list(first_of.values())
-    images: Images = TableImages(embedded, first_of) if embedded else FileImages.named_in(file, list(first_of))
+    images: Images
+    if embedded:
+        images = TableImages(embedded, first_of)
+    else:
+        images = FileImages.named_in(file, list(first_of) if has_images else [])
     items = Items(card, images, list(first_of), labels[firsts], is_train=is_train[firsts])
     for name in card.required_fields - {"captions", "class"}:
         items.columns[name] = [[columns[name][row] for row in rows] for rows in rows_of.values()]
@@ -64,17 +70,6 @@ def read_table(card: Card, file: Path, skip_unknown: bool = False) -> Items:
         items.notes += table.inventory.left_out_lines(str(file))
     items.notes += table.count_columns(used).left_out_lines(str(file))
     return items
-
-
-def _read_texts(card: Card, file: Path) -> Items:
-    """A table without images: a text per row and language."""
-    table = Table(file)
-    captions = CaptionColumns(table, table.caption_columns(), "en")
-    rows = [row for row in table.kept if not captions.is_empty(row)]
-    keys = [f"{file.name}:{row + 1}" for row in rows]
-    texts = by_language([captions.of_rows([row]) for row in rows])
-    notes = table.count_columns(captions.places).left_out_lines(str(file))
-    return Items(card, FileImages(file.parent, []), keys, np.full(len(rows), -1), captions=texts, notes=notes)
 
 
 def _read_splits(table: Table) -> tuple[np.ndarray, list[str]]:
