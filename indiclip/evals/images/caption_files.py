@@ -136,7 +136,7 @@ def _crossmodal(file: Path, inventory: Inventory) -> Iterator[tuple[str, Caption
             entry = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        key = entry.get("image/key") if isinstance(entry, dict) else None
+        key: Any = entry.get("image/key") if isinstance(entry, dict) else None
         check_all([key], is_text, [where], "image/key", "text")
         captions: Captions = {}
         for name, found in entry.items():

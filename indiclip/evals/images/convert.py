@@ -155,7 +155,7 @@ def _write_captions(items: Items, folder: Path, images: Iterable[_Readable]) -> 
 
     Where columns are not called by a language, as `id` is not taken for Indonesian, `language` says it of `caption`.
     """
-    captions, taken = items.captions or {}, set[str]()
+    captions, taken = items.captions, set[str]()
     languages = [language for language in captions if caption_language(language) == language]
     others = [language for language in captions if language not in languages]
     columns = ["file", *["split"] * (items.is_train is not None), *languages, *["caption", "language"] * bool(others)]
@@ -198,7 +198,7 @@ def _class_names(card: Card, language: str) -> list[str]:
 
 
 def _captions(items: Items, language: str) -> list[list[str]]:
-    captions = items.captions or {}
+    captions = items.captions
     if language not in captions:
         hint = did_you_mean(language, captions)
         raise ValueError(f"--language: no captions in {language!r}{hint}; found {', '.join(captions)}")

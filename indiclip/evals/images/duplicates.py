@@ -50,7 +50,7 @@ def shared_captions(items: Items) -> list[str]:
     if not (items.num_images and any(one.required_fields == {"captions"} for one in of_retrieval)):
         return []
     shared: dict[str, list[str]] = {}
-    for language, of_images in (items.captions or {}).items():
+    for language, of_images in items.captions.items():
         counts = Counter(text for texts in compress(of_images, items.tested_N) for text in set(texts))
         if several := sorted(text for text, count in counts.items() if count > 1):
             shared[language] = several

@@ -48,7 +48,7 @@ class Items:
     images: Images
     keys: list[str]
     labels: np.ndarray
-    captions: dict[str, list[list[str]]] | None = None
+    captions: dict[str, list[list[str]]] = field(default_factory=dict)
     candidates: list[list[str]] | None = None
     columns: dict[str, list[list[str]]] = field(default_factory=dict)
     is_train: np.ndarray | None = None

@@ -36,7 +36,7 @@ class Choices(Protocol):
         for key, cells in zip(items.keys, items.columns["kind"], strict=True):
             if cells[0]:  # an image need not have a kind
                 check_group(cells[0], f"{key}: kind")
-        for code, texts_N in (items.captions or {}).items():
+        for code, texts_N in items.captions.items():
             for key, texts in zip(items.keys, texts_N, strict=True):
                 if texts and len(set(texts)) < max(len(texts), 2):
                     found = f"found {len(texts)}, {len(set(texts))} of them different"

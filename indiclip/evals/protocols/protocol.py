@@ -106,7 +106,7 @@ class Protocol(ABC):
 
         These are the captions of the images that are scored, where it asks for captions.
         """
-        for code, texts_N in (items.captions or {}).items():
+        for code, texts_N in items.captions.items():
             if "captions" in self.required_fields and options.wants(code):
                 yield from chain.from_iterable(compress(texts_N, items.tested_N))
 
