@@ -10,6 +10,7 @@ from itertools import compress
 from pathlib import Path
 
 from indiclip.evals.images.items import FileImages, Items
+from indiclip.images import read_file
 
 _MIDDLE = 1024  # bytes from a file's middle, which differ where files do; heads of JPEGs are often alike
 
@@ -91,5 +92,4 @@ def _middle(file: Path) -> bytes:
 
 
 def _digest(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").digest()
+    return hashlib.sha256(read_file(file)).digest()

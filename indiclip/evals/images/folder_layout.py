@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from indiclip.datasets.folders import list_images, subfolders
+from indiclip.datasets.folders import list_images, stem, subfolders
 from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import decode_text
 from indiclip.evals.cards.card import Card
@@ -31,12 +31,13 @@ def read_folders(card: Card, source: Path, skip_unknown: bool = False) -> Items:
         card, notes = listed.card, list(listed.notes)
     classes, inventory, fields = ClassNames(card, skip_unknown), Inventory(), card.required_fields
     splits, split_notes = _read_splits(classes, source, inventory)
-    names, labels, is_train, things, nested = list[str](), list[int](), list[bool](), list[str](), list[str]()
+    names, labels, is_train = list[str](), list[int](), list[bool]()
+    things, texts, nested = list[str](), list[str](), list[str]()
     for split, train in splits.items():
         _count_strays(source, split, inventory)
         for folder in subfolders(source / split):
             below = f"{split}/{folder}".removeprefix("/")
-            found, _, of_folder = list_images(source, below)
+            found, beside, of_folder = list_images(source, below)
             label = _label(classes, source / below, len(found)) if "class" in fields else -1
             if label < 0 and "class" in fields:
                 continue
@@ -45,6 +46,7 @@ def read_folders(card: Card, source: Path, skip_unknown: bool = False) -> Items:
             labels += [label] * len(found)
             is_train += [train] * len(found)
             things += [folder] * len(found)
+            texts += [beside[stem(name)].get("txt", "") for name in found]
             nested += [name for name in found if _means_other(card, name[len(below) + 1 :].split("/")[:-1], label)]
 
     notes += [*split_notes, *classes.notes(str(source)), *inventory.left_out_lines(str(source))]
@@ -56,7 +58,7 @@ def read_folders(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     if "instance" in fields:
         items.columns["instance"] = [[thing] for thing in things]
     if "text" in fields:
-        items.columns["text"] = [[_text_beside(source / name)] for name in names]
+        items.columns["text"] = [[decode_text((source / file).read_bytes(), file) if file else ""] for file in texts]
     return items
 
 
@@ -106,10 +108,3 @@ def _label(classes: ClassNames, folder: Path, num_images: int) -> int:
 def _means_other(card: Card, folders: list[str], label: int) -> bool:
     """Whether a folder in a class's is called by another class or by a split."""
     return any(is_split(folder) or card.place(folder) not in (None, label) for folder in folders)
-
-
-def _text_beside(image: Path) -> str:
-    file = image.with_suffix(".txt")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected what is written on {image.name}")
-    return decode_text(file.read_bytes(), str(file))

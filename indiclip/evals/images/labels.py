@@ -156,7 +156,9 @@ def draw_candidates(items: Items) -> list[str]:
     pools: dict[int, set[str]] = defaultdict(set)
     for key, label, text in zip(items.keys, labels, texts, strict=True):
         if not text:
-            raise ValueError(f"{card.id}: {key}: no text; expected what is written on the image")
+            raise ValueError(
+                f"{card.id}: {key}: no text; expected what is written on it, from a table or a .txt beside it"
+            )
         pools[label].add(text)
     for label, pool in pools.items():
         words = card.classes[label].facts.get("sample_words", {})
