@@ -9,28 +9,21 @@ from indiclip.datasets.inventory import Inventory
 from indiclip.datasets.tables import decode_text
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import FileImages, Items
-from indiclip.evals.images.labels import ClassNames, read_class_list
-from indiclip.evals.images.splits import choose, is_split
+from indiclip.evals.images.reading import Reading
+from indiclip.evals.images.splits import is_split
 from indiclip.images import is_image_name, storable
 
 
-def read_folders(card: Card, source: Path, skip_unknown: bool = False) -> Items:
-    """The items of class folders.
-
-    Args:
-        card: What they are of. Folders are classes, or where the card asks for none the things of `instance`.
-        source: With the folders.
-        skip_unknown: Leave out and count the images of other classes than the card's.
+def read_folders(reading: Reading, source: Path) -> Items:
+    """The items of class folders, or where the card asks for no class of folders of things, which are `instance`.
 
     Raises:
-        FileNotFoundError: A text beside an image is missing.
         ValueError: A folder that is no class; names the nearest.
     """
-    notes: list[str] = []
-    if card.class_source and (listed := read_class_list(card, source)):
-        card, notes = listed.card, list(listed.notes)
-    classes, inventory, fields = ClassNames(card, skip_unknown), Inventory(), card.required_fields
-    splits, split_notes = _read_splits(classes, source, inventory)
+    if reading.card.class_source:
+        reading.class_list(source)
+    card, inventory, fields = reading.card, Inventory(), reading.card.required_fields
+    splits = _read_splits(reading, source, inventory)
     names, labels, is_train = list[str](), list[int](), list[bool]()
     things, texts, nested = list[str](), list[str](), list[str]()
     for split, train in splits.items():
@@ -38,7 +31,7 @@ def read_folders(card: Card, source: Path, skip_unknown: bool = False) -> Items:
         for folder in subfolders(source / split):
             below = f"{split}/{folder}".removeprefix("/")
             found, beside, of_folder = list_images(source, below)
-            label = _label(classes, source / below, len(found)) if "class" in fields else -1
+            label = _label(reading, source / below, len(found)) if "class" in fields else -1
             if label < 0 and "class" in fields:
                 continue
             inventory += of_folder
@@ -49,11 +42,11 @@ def read_folders(card: Card, source: Path, skip_unknown: bool = False) -> Items:
             texts += [beside[stem(name)].get("txt", "") for name in found]
             nested += [name for name in found if _means_other(card, name[len(below) + 1 :].split("/")[:-1], label)]
 
-    notes += [*split_notes, *classes.notes(str(source)), *inventory.left_out_lines(str(source))]
+    reading.notes += inventory.left_out_lines(str(source))
     if nested:
         where = "in folders of a class that are called by another class or a split, which counts for nothing"
-        notes.append(f"{source}: {len(nested):,} images lie {where}, first {nested[0]}")
-    items = Items(card, FileImages(source, names), names, np.array(labels, np.int64), notes=notes)
+        reading.notes.append(f"{source}: {len(nested):,} images lie {where}, first {nested[0]}")
+    items = Items(card, FileImages(source, names), names, np.array(labels, np.int64))
     items.is_train = np.array(is_train, bool)
     if "instance" in fields:
         items.columns["instance"] = [[thing] for thing in things]
@@ -62,23 +55,23 @@ def read_folders(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     return items
 
 
-def _read_splits(classes: ClassNames, source: Path, inventory: Inventory) -> tuple[dict[str, bool], list[str]]:
-    """The folders of splits, as `choose` gives them, and notes; "" alone where there are none."""
+def _read_splits(reading: Reading, source: Path, inventory: Inventory) -> dict[str, bool]:
+    """The folders of splits, as `Reading.splits` gives them; "" alone where there are none."""
     folders = subfolders(source)
     splits = list(filter(is_split, folders))
-    are_classes = splits != folders and all(classes.card.place(name) is not None for name in splits)
+    are_classes = splits != folders and all(reading.card.place(name) is not None for name in splits)
     if not splits or are_classes:
-        return {"": False}, []
+        return {"": False}
     _count_strays(source, "", inventory)
     for folder in folders:
         if folder in splits or not (found := list_images(source, folder).images):
             continue
-        if not classes.skip_unknown:
+        if not reading.skip_unknown:
             where = f"{storable(source / folder)}: the folder lies beside {', '.join(splits)}, of splits"
             raise ValueError(f"{where}; expected folders of splits alone or classes alone")
         inventory.present["files"] += len(found)
         inventory.leave_out("files", "beside the folders of splits", storable(found[0]), len(found))
-    return choose(splits, str(source))
+    return reading.splits(splits, str(source))
 
 
 def _count_strays(source: Path, below: str, inventory: Inventory) -> None:
@@ -90,16 +83,16 @@ def _count_strays(source: Path, below: str, inventory: Inventory) -> None:
         inventory.leave_out("files", "in no folder of a class", storable(Path(below, strays[0])), len(strays))
 
 
-def _label(classes: ClassNames, folder: Path, num_images: int) -> int:
+def _label(reading: Reading, folder: Path, num_images: int) -> int:
     """The class of a folder; -1 where it is left out, as is one that has neither a class nor images."""
-    if not num_images and classes.card.place(folder.name) is None:
+    if not num_images and reading.card.place(folder.name) is None:
         return -1
     try:
-        return classes.place(folder.name, storable(folder), num_images)
+        return reading.label(folder.name, storable(folder), num_images)
     except ValueError as error:
-        inner = next((name for name in subfolders(folder) if classes.card.place(name) is not None), "")
+        inner = next((name for name in subfolders(folder) if reading.card.place(name) is not None), "")
         found = f"; found the folder of a class in it, {inner!r}" if inner else ""
-        beside = [name for name in subfolders(folder.parent) if classes.card.place(name) is None]
+        beside = [name for name in subfolders(folder.parent) if reading.card.place(name) is None]
         unknown = [name for name in beside if list_images(folder.parent, name).images]
         count = f"; {len(unknown):,} folders of {folder.parent} are no classes" if len(unknown) > 1 else ""
         raise ValueError(storable(f"{error}{found}{count}")) from error

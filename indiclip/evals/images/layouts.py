@@ -24,6 +24,7 @@ from indiclip.evals.images.duplicates import duplicates, shared_captions
 from indiclip.evals.images.folder_layout import read_folders
 from indiclip.evals.images.items import FileImages, Items, by_language
 from indiclip.evals.images.labels import class_groups, draw_candidates, missing_classes
+from indiclip.evals.images.reading import Reading
 from indiclip.evals.images.shard_layout import find_shards, read_shards
 from indiclip.evals.images.table_layout import read_table
 from indiclip.images import EXTENSIONS, storable
@@ -47,22 +48,21 @@ def find_items(card: Card, root: Path, skip_unknown: bool = False) -> Items | No
         FileNotFoundError: The folder is there and has no images.
         ValueError: What is in it does not fit the card; names the file and the class, and the nearest class.
     """
-    folder = root / card.folder
-    if card.class_source and card.class_source.names_file and not (folder / card.class_source.names_file).is_file():
+    names = [f"{card.folder}{kind}" for kind in ("", *KINDS, *_CAPTION_FILES)]
+    source = next((root / name for name in names if (root / name).exists()), None)
+    needed = card.class_source.names_file if card.class_source else ""
+    if source is None or not (source / needed).exists():
         return None
-    if folder.is_dir():
-        return read_items(card, folder, skip_unknown)
-    files = (root / f"{card.folder}{kind}" for kind in (*KINDS, *_CAPTION_FILES))
-    file = next((file for file in files if file.is_file()), None)
-    return None if file is None else read_items(card, file, skip_unknown)
+    return read_items(card, source, skip_unknown)
 
 
 def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     """The images of a card in a folder, a table or a file of captions; see the module and `find_items`."""
-    notes: list[str] = []
-    if card.class_source and card.class_source.names_file:
-        card, notes = card.class_source.with_file(card, source / card.class_source.names_file)
-    items = _read(card, source, skip_unknown)
+    reading = Reading(card, skip_unknown)
+    if card.class_source:
+        reading.card, reading.notes = card.class_source.with_file(card, source / card.class_source.names_file)
+    items = _read(reading, source)
+    items.notes = [*reading.notes, *reading.left_out(str(source))]
     found = "".join(f"; {note}" for note in items.notes)
     if not len(items):
         raise NoImages(f"{source}: no images ({', '.join(EXTENSIONS)}) of the card {card.id}{found}")
@@ -73,44 +73,44 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
         items.is_train = None
     elif not any(protocol.uses_gallery for protocol in card.protocols):
         count = len(items) - items.tested_N.sum()
-        notes.append(f"{source}: left out: {count:,} images for training, of which the card learns nothing")
+        items.notes.append(f"{source}: left out: {count:,} images for training, of which the card learns nothing")
     if "text" in card.required_fields:
         items.notes += draw_candidates(items)
     items.groups = class_groups(items.card, items.labels)
-    notes += [*items.notes, *missing_classes(items), *duplicates(items), *shared_captions(items)]
+    items.notes += [*missing_classes(items), *duplicates(items), *shared_captions(items)]
     for protocol in items.card.protocols:
         try:
             protocol.check(items)
         except ValueError as error:
             raise ValueError(f"{next(iter(_tables(source)), source)}: {error} (card {card.id})") from error
-    items.notes = list(map(storable, notes))
+    items.notes = list(map(storable, items.notes))
     return items
 
 
-def _read(card: Card, source: Path, skip_unknown: bool) -> Items:
-    fields = card.required_fields
+def _read(reading: Reading, source: Path) -> Items:
+    card, fields = reading.card, reading.card.required_fields
     if source.is_file():
-        is_captions = source.suffix.lower() in _CAPTION_FILES
-        return _read_captions(card, source) if is_captions else read_table(card, source, skip_unknown)
+        read = _read_captions if source.suffix.lower() in _CAPTION_FILES else read_table
+        return read(reading, source)
     if shards := find_shards(source):
         if others := sorted(fields - {"class", "text", "captions"}):
             raise ValueError(
                 f"{source}: shards, which have no columns; expected a table with {', '.join(others)} in it"
             )
-        return read_shards(card, source, shards, skip_unknown)
+        return read_shards(reading, source, shards)
     tables = _tables(source)
     if fields == {"captions"} and (file := find_caption_file(source, any_json=not tables)):
-        return _read_captions(card, file)
+        return _read_captions(reading, file)
     if len(tables) > 1:
         names = ", ".join(table.name for table in tables)
         raise ValueError(f"{source}: several tables, {names}; expected one that lists the images")
     if tables:
-        return read_table(card, tables[0], skip_unknown)
+        return read_table(reading, tables[0])
     if fields == {"captions"}:
         raise FileNotFoundError(f"{source}: no captions: no shards, no table, no file of captions (see {card.file})")
     if others := sorted(fields - {"class", "text", "instance"}):
         raise FileNotFoundError(f"{source}: no table; expected one with the columns file and {', '.join(others)}")
-    return read_folders(card, source, skip_unknown)
+    return read_folders(reading, source)
 
 
 def _tables(source: Path) -> list[Path]:
@@ -119,9 +119,11 @@ def _tables(source: Path) -> list[Path]:
     return sorted(file for file in files if file.suffix.lower() in KINDS and file.name[0] != "." and file.is_file())
 
 
-def _read_captions(card: Card, file: Path) -> Items:
+def _read_captions(reading: Reading, file: Path) -> Items:
+    card = reading.card
     if card.required_fields != {"captions"}:
         raise ValueError(f"{file}: captions, and the card {card.id} asks for {', '.join(sorted(card.required_fields))}")
     names, captions, notes = read_caption_file(file)
+    reading.notes += notes
     images, labels = FileImages.named_in(file, names), np.full(len(names), -1, dtype=np.int64)
-    return Items(card, images, names, labels, captions=by_language(captions), notes=notes)
+    return Items(card, images, names, labels, captions=by_language(captions))

@@ -14,8 +14,8 @@ from indiclip.datasets.languages import declared_language
 from indiclip.datasets.tables import decode_text, text_lines
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items, ShardImages, by_language
-from indiclip.evals.images.labels import CLASS_LISTS, ClassList, ClassNames, read_class_list
-from indiclip.evals.images.splits import choose, is_split, split_of
+from indiclip.evals.images.reading import CLASS_LISTS, ClassList, Reading
+from indiclip.evals.images.splits import is_split, split_of
 from indiclip.webdataset import cache
 from indiclip.webdataset.shards import Shards, read_captions, read_entry
 from indiclip.webdataset.tar_members import key_and_extension, members
@@ -41,31 +41,25 @@ def find_shards(folder: Path) -> Splits:
     return found
 
 
-def read_shards(card: Card, folder: Path, splits: Splits, skip_unknown: bool = False) -> Items:
-    """The items of shards.
-
-    Args:
-        card: What they are of.
-        folder: With the class list.
-        splits: As `find_shards` gives them.
-        skip_unknown: Leave out and count the images of other classes than the card's.
+def read_shards(reading: Reading, folder: Path, splits: Splits) -> Items:
+    """The items of the shards that `find_shards` found, with the class list in their folder.
 
     Raises:
         ValueError: Labels or texts that do not fit the card; names the shard and the sample.
     """
-    fields = card.required_fields
-    listed = read_class_list(card, folder, skip_unknown) if "class" in fields else None
-    card = listed.card if listed else card
-    chosen, notes = choose(filter(None, splits), str(folder))
+    listed = reading.class_list(folder) if "class" in reading.card.required_fields else None
+    card, fields = reading.card, reading.card.required_fields
+    reading.notes += _not_read(card, folder, splits)
+    chosen = reading.splits(filter(None, splits), str(folder))
     if "" in splits:  # shards that name no split, beside others that do or not
         chosen[""] = False
     opened = {split: Shards(splits[split]) for split in chosen}
-    classes = ClassNames(card, skip_unknown)
+    reading.notes += [f"lost: {one.key}: {one.reason}" for shards in opened.values() for one in shards.damaged]
     items = Items(
         card,
         ConcatDataset([ShardImages(shards) for shards in opened.values()]),
         [key for split, shards in opened.items() for key in _keys(split, shards)],
-        np.concatenate([_labels(classes, shards, listed) for shards in opened.values()]),
+        np.concatenate([_labels(reading, shards, listed) for shards in opened.values()]),
         is_train=np.repeat(list(chosen.values()), [len(shards) for shards in opened.values()]),
     )
     if "text" in fields:
@@ -73,9 +67,6 @@ def read_shards(card: Card, folder: Path, splits: Splits, skip_unknown: bool = F
         items.columns["text"] = [[decode_text(parts.get("txt", b""), where)] for where, parts in beside]
     if "captions" in fields:
         items.captions = by_language(list(chain.from_iterable(map(_captions, opened.values()))))
-    lost = [f"lost: {one.key}: {one.reason}" for shards in opened.values() for one in shards.damaged]
-    of_list = listed.notes if listed else []
-    items.notes = [*of_list, *_not_read(card, folder, splits), *notes, *lost, *classes.notes(str(folder))]
     return items.select(np.flatnonzero(items.labels >= 0).tolist()) if "class" in fields else items
 
 
@@ -85,10 +76,10 @@ def _keys(split: str, shards: Shards) -> list[str]:
     return [before + shards.key(place) for place in range(len(shards))]
 
 
-def _labels(classes: ClassNames, shards: Shards, listed: ClassList | None) -> np.ndarray:
+def _labels(reading: Reading, shards: Shards, listed: ClassList | None) -> np.ndarray:
     """The class of each sample, int64: its number counts the lines of the list, or its `.cls` is a name. -1: none."""
     labels = np.full(len(shards), -1, dtype=np.int64)
-    if "class" not in classes.card.required_fields:
+    if "class" not in reading.card.required_fields:
         return labels
     numbered = shards.labels >= 0
     if numbered.any():
@@ -102,14 +93,14 @@ def _labels(classes: ClassNames, shards: Shards, listed: ClassList | None) -> np
             raise ValueError(f"{where}: the label {numbers.max()}; {listed.file} has {len(listed.places)} lines")
         labels[numbered] = listed.places[numbers]
         for number, count in Counter(numbers[labels[numbered] < 0].tolist()).items():
-            classes.place(listed.names[number], where, count)
+            reading.label(listed.names[number], where, count)
     if numbered.all():
         return labels
     for place, (where, parts) in enumerate(_members(shards, "cls")):
         if not numbered[place]:
             if "cls" not in parts:
                 raise ValueError(f"{where}: no label (.cls)")
-            labels[place] = classes.place(decode_text(parts["cls"], where).strip(), where)
+            labels[place] = reading.label(decode_text(parts["cls"], where).strip(), where)
     return labels
 
 

@@ -6,24 +6,19 @@ import numpy as np
 
 from indiclip.datasets.captions import CaptionColumns
 from indiclip.datasets.table_reader import Table
-from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import FileImages, Images, Items, TableImages, by_language
-from indiclip.evals.images.labels import ClassNames
-from indiclip.evals.images.splits import choose, is_split
+from indiclip.evals.images.reading import Reading
+from indiclip.evals.images.splits import is_split
 
 
-def read_table(card: Card, file: Path, skip_unknown: bool = False) -> Items:
+def read_table(reading: Reading, file: Path) -> Items:
     """The items of a table.
-
-    Args:
-        card: What they are of.
-        file: The table.
-        skip_unknown: Leave out and count the images of other classes than the card's.
 
     Raises:
         FileNotFoundError: Images are missing.
         ValueError: A column is missing, or a row does not fit the card; names the line.
     """
+    card = reading.card
     table = Table(file, image_column="file")
     has_images = any(protocol.embeds_images for protocol in card.protocols)
     if has_images:
@@ -38,17 +33,16 @@ def read_table(card: Card, file: Path, skip_unknown: bool = False) -> Items:
         captions = CaptionColumns(table, table.caption_columns(), "en")
         used |= captions.places
 
-    is_train, notes = np.zeros(len(names), bool), list[str]()
+    is_train, labels = np.zeros(len(names), bool), np.full(len(names), -1, dtype=np.int64)
     if "split" in table.header:
-        is_train, notes = _read_splits(table)
-    labels, classes = np.full(len(names), -1, dtype=np.int64), ClassNames(card, skip_unknown)
+        is_train = _read_splits(reading, table)
     for row in table.kept:
         if not names[row]:
             table.leave_out(row, "without an image", "no image in 'file'")
         elif captions and not required and captions.is_empty(row):
             table.leave_out(row, "without a caption", f"{names[row]!r} has no caption", always=True)
         elif "class" in required:
-            labels[row] = classes.place(columns["class"][row], table.where(row))
+            labels[row] = reading.label(columns["class"][row], table.where(row))
             if labels[row] < 0:
                 table.leave_out(row, "of a class that is not on the card", columns["class"][row], always=True)
 
@@ -64,25 +58,24 @@ def read_table(card: Card, file: Path, skip_unknown: bool = False) -> Items:
     items = Items(card, images, list(first_of), labels[firsts], is_train=is_train[firsts])
     for name in card.required_fields - {"captions", "class"}:
         items.columns[name] = [[columns[name][row] for row in rows] for rows in rows_of.values()]
-    items.notes = [*notes, *classes.notes(str(file))]
     if captions:
         items.captions = by_language([captions.of_rows(rows) for rows in rows_of.values()])
-        items.notes += table.inventory.left_out_lines(str(file))
-    items.notes += table.count_columns(used).left_out_lines(str(file))
+        reading.notes += table.inventory.left_out_lines(str(file))
+    reading.notes += table.count_columns(used).left_out_lines(str(file))
     return items
 
 
-def _read_splits(table: Table) -> tuple[np.ndarray, list[str]]:
-    """Whether each row is for training, and notes. Rows of splits that are not used are left out."""
+def _read_splits(reading: Reading, table: Table) -> np.ndarray:
+    """Whether each row is for training, bool. Rows of splits that are not used are left out."""
     column = table.names(table.place("split"))
     for row, split in enumerate(column):
         if not is_split(split):
             raise ValueError(f"{table.where(row)}: the split {split!r}; expected train, val or test")
-    splits, notes = choose(sorted(set(column)), str(table.file))
+    splits = reading.splits(sorted(set(column)), str(table.file))
     for row, split in enumerate(column):
         if split not in splits:
             table.leave_out(row, f"of the split {split}", "it is not scored", always=True)
-    return np.array([splits.get(split, False) for split in column]), notes
+    return np.array([splits.get(split, False) for split in column])
 
 
 def _check_rows(table: Table, rows_of: dict[str, list[int]], is_train: np.ndarray, once: bool) -> None:
