@@ -276,14 +276,16 @@ def test_real_words(data_root, card, tmp_path):
 
 def test_no_group_of_images_is_called_as_another_subset_of_the_scores(card, folder):
     """A group `clean` would stand for the images that are not in the training data, and "" for all."""
-    write(folder, {**FOLDERS, **MATCHING["folders"]})
+    write(folder, {**FOLDERS, "clean/a.jpg": jpeg(5), "clean/a.txt": "x"})
     for name, meaning in (("clean", "the images that are not in the training data"), ("", "all images")):
         content = {**CARD, "classes": [*CARD["classes"][:2], {**CARD["classes"][2], "facts": {"group": name}}]}
-        expected = f"food.yaml: classes: a group of images is called '{name}', by which scores mean {meaning}"
+        expected = (
+            f"food: laddu/a.jpeg: its group: found '{name}', which is what scores call {meaning}; expected another"
+        )
         with pytest.raises(ValueError, match=expected):
             read_items(card(content), folder, skip_unknown=True)
-    words = {**WORDS, "classes": [*WORDS["classes"], {"id": "clean", "names": {"en": "clean"}}]}
-    with pytest.raises(ValueError, match="a group of images is called 'clean'"):
+    words = {**WORDS, "classes": [{"id": "clean", "names": {"en": "clean"}}]}
+    with pytest.raises(ValueError, match="clean/a.jpg: its group: found 'clean'"):
         read_items(card(words), folder, skip_unknown=True)
     for protocol, table in (
         ("in_scene", "file,word,script\na.jpg,tea,latin\na.jpg,shop,clean\n"),
@@ -291,7 +293,7 @@ def test_no_group_of_images_is_called_as_another_subset_of_the_scores(card, fold
     ):
         file = folder.parent / f"{protocol}.csv"
         write(folder.parent, {file.name: table, **IMAGES})
-        with pytest.raises(ValueError, match=r"[ab].jpg: (script|kind): a group of images is called 'clean'"):
+        with pytest.raises(ValueError, match=r"[ab].jpg: (script|kind): found 'clean', which is what scores call"):
             read_items(card({"protocols": [protocol]}, protocol), file)
 
 

@@ -267,9 +267,7 @@ class Result:
 def check_group(name: str, where: str) -> None:
     """Raise ValueError, which begins with `where`, for a group of images that is called as another subset of scores."""
     if name in _SUBSETS:
-        raise ValueError(
-            f"{where}: a group of images is called {name!r}, by which scores mean {_SUBSETS[name]}; rename it"
-        )
+        raise ValueError(f"{where}: found {name!r}, which is what scores call {_SUBSETS[name]}; expected another name")
 
 
 def part_of(is_procedural: bool) -> str:

@@ -10,7 +10,6 @@ from indiclip.datasets.tables import stable_hash
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.reading import listed
-from indiclip.evals.results import check_group
 
 
 def missing_classes(items: Items) -> list[str]:
@@ -32,20 +31,12 @@ def missing_classes(items: Items) -> list[str]:
 
 
 def class_groups(card: Card, labels: np.ndarray) -> list[str] | None:
-    """The group of each image: its class in matching, else the fact `group` where every class has one.
-
-    Raises:
-        ValueError: A group has a name that scores have for others.
-    """
+    """The group of each image: its class in matching, else the fact `group` where every class has one."""
     if "text" in card.required_fields:
-        group_of = card.ids
-    elif "class" in card.required_fields and all("group" in one.facts for one in card.classes):
-        group_of = [str(one.facts["group"]) for one in card.classes]
-    else:
+        return [card.classes[label].id for label in labels]
+    if "class" not in card.required_fields or not all("group" in one.facts for one in card.classes):
         return None
-    for group in group_of:
-        check_group(group, f"{card.file}: classes")
-    return [group_of[label] for label in labels]
+    return [str(card.classes[label].facts["group"]) for label in labels]
 
 
 def draw_candidates(items: Items) -> list[str]:
