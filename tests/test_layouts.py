@@ -284,7 +284,7 @@ def test_no_group_of_images_is_called_as_another_subset_of_the_scores(card, fold
         )
         with pytest.raises(ValueError, match=expected):
             read_items(card(content), folder, skip_unknown=True)
-    words = {**WORDS, "classes": [{"id": "clean", "names": {"en": "clean"}}]}
+    words = {**WORDS, "classes": [{"id": "clean", "names": {"en": "clean"}}, WORDS["classes"][1]]}
     with pytest.raises(ValueError, match="clean/a.jpg: its group: found 'clean'"):
         read_items(card(words), folder, skip_unknown=True)
     for protocol, table in (
