@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_models import folders, spiece  # noqa: F401
+from layout_files import card  # noqa: F401
 from PIL import Image
 
 # Autograd starts its threads with the first backward pass: now none, but one where it comes after tensors on fake

@@ -5,7 +5,11 @@ import io
 import json
 import tarfile
 
+import pytest
+import yaml
 from PIL import Image
+
+from indiclip.evals.cards.card import load_card
 
 CARD = {
     "task": "classification",
@@ -23,6 +27,17 @@ WORDS = {
         {"id": "tamil", "names": {"en": "Tamil"}},
     ],
 }
+
+
+@pytest.fixture
+def card(tmp_path):
+    """Makes a card of the user's: (its content, its name) -> the card."""
+
+    def make(content=CARD, name="food"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
+        return load_card(str(tmp_path / f"{name}.yaml"))
+
+    return make
 
 
 def jpeg(shade, size=(9, 6)):

@@ -144,7 +144,7 @@ def test_skipped_cards_are_in_no_number_and_no_mean(tmp_path):
 
 def test_a_folder_that_is_no_class_is_named(tmp_path, card_file):
     write(tmp_path / "shades", folders(["red"], prefix="") | {"bleu/1.png": b""})
-    with pytest.raises(ValueError, match="shades/bleu: the folder is no class of the card shades; nearest is 'blue'"):
+    with pytest.raises(ValueError, match="shades/bleu: 'bleu' is no class of the card shades; nearest is 'blue'"):
         find_bench(tmp_path, [card_file()])
 
 
@@ -152,8 +152,10 @@ def test_unknown_folders_are_counted_and_the_flag_leaves_a_card_without_others(t
     write(tmp_path / "shades", {"bleu/1.png": b"x", "rouge/1.png": b"x", "empty/notes.txt": b"x"})
     write(tmp_path / "indian_gods", {f"ganesha/{i}.png": png for i, png in enumerate(folders(["red"]).values())})
     asked = (tmp_path, [card_file(), "indian_gods"])
-    named = "shades/bleu: the folder is no class of the card shades; nearest is 'blue'"
-    with pytest.raises(ValueError, match=f"{named}; 2 folders of .*shades are none; --skip-unknown leaves out"):
+    named = "shades/bleu: 'bleu' is no class of the card shades; nearest is 'blue'"
+    with pytest.raises(
+        ValueError, match=f"{named}; --skip-unknown leaves out .*; 2 folders of .*shades are no classes"
+    ):
         find_bench(*asked)
     bench = find_bench(*asked, skip_unknown=True)
     assert [items.card.id for items in bench.items] == ["indian_gods"]

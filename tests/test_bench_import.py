@@ -25,7 +25,7 @@ def content(items):
     """All that is right about each image, in no order."""
     is_train = [False] * len(items) if items.is_train is None else items.is_train.tolist()
     classes = [items.card.classes[label].id if label >= 0 else "" for label in items.labels]
-    captions = [{code: texts[i] for code, texts in (items.captions or {}).items()} for i in range(len(items))]
+    captions = [{code: texts[i] for code, texts in items.captions.items()} for i in range(len(items))]
     texts = [texts[0] for texts in items.candidates or [[""]] * len(items)]
     rows = zip([items.images[i].data for i in range(len(items))], is_train, classes, captions, texts, strict=True)
     return sorted(rows, key=repr)

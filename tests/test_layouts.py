@@ -9,7 +9,6 @@ import tarfile
 
 import numpy as np
 import pytest
-import yaml
 from layout_files import (
     CAPTIONS,
     CARD,
@@ -36,15 +35,6 @@ from layout_files import (
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.layouts import find_items, read_items
 from indiclip.images import UnreadableSample
-
-
-@pytest.fixture
-def card(tmp_path):
-    def make(content=CARD, name="food"):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
-        return load_card(str(tmp_path / f"{name}.yaml"))
-
-    return make
 
 
 @pytest.fixture
@@ -143,7 +133,7 @@ def test_broken_images_are_found_when_they_are_read(card, folder):
     [
         (
             {**FOLDERS, "masala_dosaa/x.jpg": jpeg(1)},
-            "food/masala_dosaa: the folder is no class of the card food; nearest is 'masala_dosa'",
+            "food/masala_dosaa: 'masala_dosaa' is no class of the card food; nearest is 'masala_dosa'",
         ),
         (
             {"images.csv": TABLE.replace("Idli", "idly"), **TABLE_IMAGES},
@@ -260,7 +250,7 @@ def test_words_are_matched_with_others_of_their_script(layout, card, folder):
 
 def test_words_without_a_text_are_named(card, folder):
     write(folder, {"devanagari/a.jpg": jpeg(1)})
-    with pytest.raises(FileNotFoundError, match=r"a.txt: no such file; expected what is written on a.jpg"):
+    with pytest.raises(ValueError, match="food: devanagari/a.jpg: no text; expected .* in a table or a .txt beside it"):
         find_items(card(WORDS), folder.parent)
     write(folder, {"w.csv": "file,class,text\ndevanagari/a.jpg,devanagari, \n"})
     with pytest.raises(ValueError, match="food: devanagari/a.jpg: no text"):
@@ -282,6 +272,29 @@ def test_real_words(data_root, card, tmp_path):
     assert len(items) == 60
     assert all(len(texts) == 10 for texts in items.candidates)
     assert {items.images[i].kind for i in range(0, len(items), 7)} == {"JPEG"}
+
+
+def test_no_group_of_images_is_called_as_another_subset_of_the_scores(card, folder):
+    """A group `clean` would stand for the images that are not in the training data, and "" for all."""
+    write(folder, {**FOLDERS, "clean/a.jpg": jpeg(5), "clean/a.txt": "x"})
+    for name, meaning in (("clean", "the images that are not in the training data"), ("", "all images")):
+        content = {**CARD, "classes": [*CARD["classes"][:2], {**CARD["classes"][2], "facts": {"group": name}}]}
+        expected = (
+            f"food: laddu/a.jpeg: its group: found '{name}', which is what scores call {meaning}; expected another"
+        )
+        with pytest.raises(ValueError, match=expected):
+            read_items(card(content), folder, skip_unknown=True)
+    words = {**WORDS, "classes": [{"id": "clean", "names": {"en": "clean"}}, WORDS["classes"][1]]}
+    with pytest.raises(ValueError, match="clean/a.jpg: its group: found 'clean'"):
+        read_items(card(words), folder, skip_unknown=True)
+    for protocol, table in (
+        ("in_scene", "file,word,script\na.jpg,tea,latin\na.jpg,shop,clean\n"),
+        ("choices", "file,kind,en\na.jpg,object,a cup\na.jpg,object,a pot\nb.jpg,clean,a cup\nb.jpg,clean,a pot\n"),
+    ):
+        file = folder.parent / f"{protocol}.csv"
+        write(folder.parent, {file.name: table, **IMAGES})
+        with pytest.raises(ValueError, match=r"[ab].jpg: (script|kind): found 'clean', which is what scores call"):
+            read_items(card({"protocols": [protocol]}, protocol), file)
 
 
 @pytest.mark.parametrize("layout", RETRIEVAL)
@@ -341,7 +354,7 @@ def test_columns_and_lines_of_captions(card, folder, tmp_path):
             {"dataset.json": json.dumps(KARPATHY).replace("test", "val")},
             r"no images of the split 'test'; found \['train', 'val'\]",
         ),
-        ({"captions.jsonl": '{"image/key": "a", "hi": ["x"]}'}, r"a: hi: found \['x'\]; expected {\"caption\": "),
+        ({"captions.jsonl": '{"image/key": "a", "hi": ["x"]}'}, r"line 1: hi: found \['x'\]; expected {\"caption\": "),
         ({"captions.jsonl": '{"image/key": '}, "captions.jsonl: line 1: broken JSON"),
         ({"a.tar": tar({"a.jpg": jpeg(1)})}, r"a.tar: a/a: no text \(.txt, .json\) beside the image"),
     ],
@@ -387,5 +400,7 @@ def test_imagenet_by_synset_and_babel_beside_it(tmp_path):
     assert items.card.names("hi") == {1: "सुनहरी मछली"}
     assert items.labels.tolist() == [0, 1]
     write(tmp_path / "imagenet1k", {"val/n01440765/b.jpg": jpeg(2)})
-    with pytest.raises(ValueError, match="n01440765: the folder is no class of the card imagenet1k; nearest is 'n0144"):
+    with pytest.raises(
+        ValueError, match="n01440765: 'n01440765' is no class of the card imagenet1k; nearest is 'n0144"
+    ):
         find_items(load_card("imagenet1k"), tmp_path)

@@ -7,12 +7,10 @@ import tarfile
 
 import numpy as np
 import pytest
-import yaml
-from layout_files import CARD, FOLDERS, IMAGES, LIST, MATCHING, SHARD, TABLE, TABLE_IMAGES, WORDS, jpeg, tar, write
+from layout_files import FOLDERS, IMAGES, LIST, MATCHING, SHARD, TABLE, TABLE_IMAGES, WORDS, jpeg, tar, write
 from test_bench_photographs import MeanColour, photographs
 
 from indiclip.cli import main
-from indiclip.evals.cards.card import load_card
 from indiclip.evals.images.layouts import find_items, read_items
 from indiclip.evals.models import embedder
 
@@ -20,15 +18,6 @@ SCENES = [  # one line is not one image: Indonesian and Norwegian are languages 
     {"image/key": "a", "image/locale": "hi", "url": "http://x", "id": {"caption": ["satu dosa"]}, "number": 7},
     {"image/key": "b", "no": {"caption": ["en idli"]}, "ta_IN": {"caption": ["ஒரு இட்லி"]}, "zz zz": {"caption": ["?"]}},
 ]
-
-
-@pytest.fixture
-def card(tmp_path):
-    def make(content=CARD, name="food"):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), "utf-8")
-        return load_card(str(tmp_path / f"{name}.yaml"))
-
-    return make
 
 
 @pytest.fixture
@@ -77,7 +66,7 @@ def test_a_flat_folder_of_a_split_says_what_it_holds(card, folder):
 
 def test_a_folder_in_between_is_named_with_what_it_holds(card, folder):
     write(folder, {f"images/{name}": data for name, data in FOLDERS.items()})
-    expected = "food/images: the folder is no class of the card food; found the folder of a class in it, 'idli'"
+    expected = "food/images: 'images' is no class of the card food; .*; found the folder of a class in it, 'idli'"
     with pytest.raises(ValueError, match=expected):
         find_items(card(), folder.parent)
 
@@ -151,7 +140,7 @@ def test_images_of_other_classes_stop_a_run_or_are_counted(layout, card, folder)
     items = find_items(card(), folder.parent, skip_unknown=True)
     assert sorted(ids(items).values()) == ["idli", "ladoo", "masala_dosa", "masala_dosa"]
     expected = "left out: 3 images of 2 classes that are not on the card food: vada (2), idly (1)"
-    assert items.notes == [f"{folder / 't.csv' if layout == 'table' else folder}: {expected}"]
+    assert items.notes == [f"{folder}: {expected}"]
     assert len([items.images[i].decode() for i in range(len(items))]) == 4
 
 
@@ -170,7 +159,7 @@ def test_the_flag_through_the_command(tmp_path, monkeypatch, capsys):
     photographs(tmp_path / "photos", ("idli", "samosa", "spaceship"))
     words = ["bench", "--model", "m", "--images", "photos", "--cards", "edibles", "--resamples", "9"]
     assert main(words) == 2
-    assert "spaceship: the folder is no class of the card edibles" in capsys.readouterr().err
+    assert "spaceship: 'spaceship' is no class of the card edibles" in capsys.readouterr().err
     assert main([*words, "--skip-unknown"]) == 0
     (found,) = json.loads((tmp_path / "runs/bench/m/metrics.json").read_text("utf-8"))["cards"]
     assert found["num_images"] == 6
@@ -429,7 +418,7 @@ def test_a_table_or_captions_by_the_cards_name(card, retrieval, tmp_path):
     ("name", "content", "message"),
     [
         ("captions.jsonl", {"image/key": "x/../../a", "hi": {"caption": ["x"]}}, "'../a.jpg' lies outside the folder"),
-        ("captions.jsonl", {"image/key": None, "hi": {"caption": ["x"]}}, "image 1: image/key is None; expected text"),
+        ("captions.jsonl", {"image/key": None, "hi": {"caption": ["x"]}}, "line 1: image/key is None; expected text"),
         (
             "dataset.json",
             {"images": [{"filename": "x/../../a.jpg", "split": "test", "sentences": [{"raw": "x"}]}]},

@@ -116,3 +116,7 @@ class Inventory:
             said = f"{said}; left out: {left_out}" if left_out else said
             lines.append("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in said))
         return lines
+
+    def left_out_lines(self, where: str) -> list[str]:
+        """The lines of the units of which something is left out; each begins with `where`."""
+        return [f"{where}: {line}" for line in self.lines() if "left out" in line]

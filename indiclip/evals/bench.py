@@ -132,7 +132,7 @@ def check_languages(bench: Bench, languages: Sequence[str] | None, where: str = 
     """Raise ValueError, which begins with `where`, for one in which no card has a name, prompt or caption."""
     known = {"en"}
     for items in bench.items:
-        known |= {*items.card.languages, *items.card.prompts, *(items.captions or {})}
+        known |= {*items.card.languages, *items.card.prompts, *items.captions}
     for language in languages or []:
         tag = language_tag(language.capitalize())
         if language not in known and tag in known:
@@ -247,7 +247,7 @@ def _score_all(
 def _count_cut(items: Items, options: Options, cut: Set[str]) -> dict[str, tuple[int, int]]:
     """Language -> how many of its prompts and captions were cut, and of how many."""
     asked = {language.code: list(language.prompts) for language in languages_of(items.card, options)}
-    for code, of_images in (items.captions or {}).items():
+    for code, of_images in items.captions.items():
         if options.wants(code):
             tested = itertools.compress(of_images, items.tested_N)
             asked.setdefault(code, []).extend(text for texts in tested for text in texts)
@@ -314,7 +314,7 @@ def _why_no_score(items: Items, texts: dict[str, Tensor]) -> str:
         return "the model embeds no texts, and no probe was asked for or has enough to learn from"
     if items.card.classes and not items.shown_classes:
         return "no image to score shows a class of the card"
-    if items.captions is None:
+    if not items.captions:
         return "no protocol of the card has enough images to score"
     return "no image has a caption in the languages that were asked for"
 
@@ -346,7 +346,7 @@ def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardRe
 def _digest(items: Items) -> str:
     """Of what is scored, in any order: the images' keys and bytes (where they were read), and what is right of each."""
     items = items.select(np.flatnonzero(items.tested_N).tolist())
-    ids, captions, nothing = [*items.card.ids, ""], items.captions or {}, [None] * len(items)
+    ids, captions, nothing = [*items.card.ids, ""], items.captions, [None] * len(items)
     columns = (
         items.keys,
         items.contents,

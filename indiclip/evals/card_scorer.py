@@ -119,7 +119,7 @@ class CardScorer:
         """Languages that are scored, English first, each with the captions of all images, and with those of the images
         to score that have any, int64 (M,).
         """
-        captions = self.items.captions or {}
+        captions = self.items.captions
         for code in sorted(filter(self.options.wants, captions), key=lambda code: code != "en"):
             image_M = np.array([i for i in self.tested.tolist() if captions[code][i]], dtype=np.int64)
             if len(image_M):
@@ -232,7 +232,7 @@ def languages_left_out(items: Items, options: Options, scored: Container[str] = 
     """Lines about the languages of the card, or asked for, in which it has no score, or not by all of its names."""
     card, lines = items.card, list[str]()
     if not card.classes:
-        captions = items.captions or {}
+        captions = items.captions
         left_out = [code for code in options.languages or [] if not any(captions.get(code, []))]
         return [f"not scored in {', '.join(left_out)}: no captions"] if left_out else []
     wanted = dict.fromkeys([*card.languages, *(options.languages or [])])

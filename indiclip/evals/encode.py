@@ -9,7 +9,8 @@ Shape letters: N images, T texts, E embedding length.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from indiclip.images import EncodedImage, UnreadableSample
 from indiclip.loading.workers import StepLoader, Workers
 
 _TEXTS = 256  # in a batch
+_Batch = TypeVar("_Batch")
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,21 @@ class Ranks:
         """The batches of this rank."""
         return range(self.rank, count, self.size)
 
-    def together(self, rows: list[Tensor], width: int) -> Tensor:
-        """The batches of all ranks, in their order, as one tensor."""
-        shares = self.gather(rows)
-        batches = [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
-        return torch.cat(batches) if batches else torch.zeros(0, width)
+    def all_batches(self, batches: list[_Batch]) -> list[_Batch]:
+        """What every rank made of its share -> of all batches, in their order."""
+        shares = self.gather(batches)
+        return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
 
 
 ALONE = Ranks()
 
 
-class _Batches(Dataset[tuple[dict[str, Any], dict[int, str], dict[int, str]]]):
-    """Number of a batch -> `{view: batch}` of what can be read, a digest of each of these, and why others cannot."""
+# Of a batch: `{view: ...}` of its images, a digest of each, "" of what cannot be read, and why, by the image's place.
+_Prepared = tuple[dict[str, Any], list[str], dict[int, str]]
+
+
+class _Batches(Dataset[_Prepared]):
+    """Number of a batch -> what the model takes of the images that can be read."""
 
     def __init__(self, images: Images, embedder: Embedder, views: Sequence[View], batch_size: int) -> None:
         self.images, self.embedder, self.views, self.batch_size = images, embedder, views, batch_size
@@ -62,21 +67,19 @@ class _Batches(Dataset[tuple[dict[str, Any], dict[int, str], dict[int, str]]]):
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
-    def __getitem__(self, number: int) -> tuple[dict[str, Any], dict[int, str], dict[int, str]]:
-        prepared: dict[int, list[Any]] = {}
-        contents: dict[int, str] = {}
-        unreadable: dict[int, str] = {}
+    def __getitem__(self, number: int) -> _Prepared:
+        prepared, contents, unreadable = list[list[Any]](), list[str](), dict[int, str]()
         first = number * self.batch_size
         for index in range(first, min(first + self.batch_size, self.num_images)):
             try:
                 image = self.images[index]
-                prepared[index] = [self.embedder.prepare(image, view) for view in self.views]
-                contents[index] = content_digest(image)
+                prepared.append([self.embedder.prepare(image, view) for view in self.views])
+                contents.append(content_digest(image))
             except UnreadableSample as error:
                 unreadable[index] = str(error)
-        of_views = zip(*prepared.values(), strict=True)
-        batch = {view.name: self.embedder.collate(list(rows)) for view, rows in zip(self.views, of_views, strict=False)}
-        return batch, contents, unreadable
+                contents.append("")
+        of_views = zip(self.views, zip(*prepared, strict=True), strict=False)  # nothing of a batch that cannot be read
+        return {view.name: self.embedder.collate(list(rows)) for view, rows in of_views}, contents, unreadable
 
 
 class Encoded(NamedTuple):
@@ -125,25 +128,22 @@ def encode_images(
         worker_init_fn=Workers("bench", num_workers) if num_workers else None,
     )
     width = embedder.lengths[-1]
-    rows: dict[str, list[Tensor]] = {view.name: [] for view in views}
-    contents, unreadable = dict[int, str](), dict[int, str]()
-    for number, (batch, digests, failed) in zip(ranks.share(len(batches)), loader, strict=True):
-        unreadable |= failed
-        contents |= digests
-        first = number * batch_size
-        for name, found in rows.items():
-            all_BE = torch.full((len(digests) + len(failed), width), torch.nan)
-            if digests:
-                all_BE[[index - first for index in digests]] = embedder.embed_images(batch[name])
-            found.append(all_BE)
+    done = list[_Prepared]()  # of this rank, with embeddings
+    for batch, contents, unreadable in loader:
+        is_readable_B = torch.tensor([digest != "" for digest in contents])
+        of_views = {view.name: torch.full((len(contents), width), torch.nan) for view in views}
+        for name, inputs in batch.items():
+            of_views[name][is_readable_B] = embedder.embed_images(inputs)
+        done.append((of_views, contents, unreadable))
         if progress is not None:
-            progress(len(digests) + len(failed))
-    for digests, failed in ranks.gather((contents, unreadable)):
-        contents |= digests
-        unreadable |= failed
-    embeddings = {name: ranks.together(found, width) for name, found in rows.items()}
-    every = [contents.get(index, "") for index in range(batches.num_images)]
-    return Encoded(embeddings, dict(sorted(unreadable.items())), every)
+            progress(len(contents))
+
+    every, empty = ranks.all_batches(done), torch.zeros(0, width)
+    return Encoded(
+        {view.name: torch.cat([empty, *(of_views[view.name] for of_views, _, _ in every)]) for view in views},
+        {place: why for _, _, unreadable in every for place, why in unreadable.items()},
+        [digest for _, contents, _ in every for digest in contents],
+    )
 
 
 def content_digest(image: Any) -> str:
@@ -156,8 +156,8 @@ def encode_texts(embedder: Embedder, texts: Sequence[str], ranks: Ranks = ALONE)
     """Every distinct text once: text -> unit-length float32 (E,)."""
     distinct = sorted(set(texts), key=lambda text: (len(text), text))  # so that little is padded
     batches = [distinct[first : first + _TEXTS] for first in range(0, len(distinct), _TEXTS)]
-    rows = [embedder.embed_texts(batches[number]) for number in ranks.share(len(batches))]
-    return dict(zip(distinct, ranks.together(rows, embedder.lengths[-1]), strict=True))
+    rows = ranks.all_batches([embedder.embed_texts(batches[number]) for number in ranks.share(len(batches))])
+    return dict(zip(distinct, chain.from_iterable(rows), strict=True))
 
 
 def cut_texts(embedder: Embedder, texts: Sequence[str]) -> set[str]:

@@ -140,7 +140,7 @@ def _found_by(items: Items, known: _Hashes, num_workers: int) -> dict[str, np.nd
 def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
     """Images of which any caption is a training caption, bool (N,)."""
     flagged_N = np.zeros(len(items), bool)
-    for texts_N in (items.captions or {}).values():
+    for texts_N in items.captions.values():
         owner_T = np.repeat(np.arange(len(items)), [len(texts) for texts in texts_N])
         hashes_T = np.array([caption_hash(text) for texts in texts_N for text in texts], dtype=np.uint64)
         flagged_N[owner_T[near_duplicates(hashes_T, known_M, 0).near_N]] = True

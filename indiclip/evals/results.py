@@ -22,6 +22,7 @@ PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
 PROBES = {"knn": "kNN", "linear_probe": "probe"}  # protocol -> what it is called at the head of a column
 CLEAN = "clean"  # the subset of the images that are not among the training data
+_SUBSETS = {"": "all images", CLEAN: "the images that are not in the training data"}  # names that no group may have
 _SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
 
 
@@ -264,6 +265,12 @@ class Result:
         }
         text = well_formed(mask(json.dumps(content, indent=1, ensure_ascii=False))) + "\n"
         json_lines.write_whole(folder / "metrics.json", text.encode())
+
+
+def check_group(name: str, where: str) -> None:
+    """Raise ValueError, which begins with `where`, for a group of images that is called as another subset of scores."""
+    if name in _SUBSETS:
+        raise ValueError(f"{where}: found {name!r}, which is what scores call {_SUBSETS[name]}; expected another name")
 
 
 def part_of(is_procedural: bool) -> str:

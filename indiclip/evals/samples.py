@@ -3,6 +3,7 @@
 Shape letters: N images, S of the sample, E embedding length.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -43,15 +44,14 @@ def sample_of(items: Items, image_NE: Tensor, most: int = MOST) -> list[Sample]:
     """
     if not items.num_images:
         return []
-    usable = np.flatnonzero(items.tested_N & image_NE.isfinite().all(1).numpy())
-    hashes = np.array([stable_hash(items.keys[i]) for i in usable.tolist()], dtype=np.uint64)
-    usable = usable[np.argsort(hashes, kind="stable")]
-    label_N = items.labels[usable]
-    turn_N = np.zeros(len(usable), np.int64)
-    for label in np.unique(label_N):
-        turn_N[label_N == label] = np.arange((label_N == label).sum())
-    chosen = np.sort(usable[np.argsort(turn_N, kind="stable")[:most]])
+    usable = np.flatnonzero(items.tested_N & image_NE.isfinite().all(1).numpy()).tolist()
+    usable.sort(key=lambda place: stable_hash(items.keys[place]))
+    labels, taken, turns = items.labels.tolist(), Counter[int](), dict[int, int]()
+    for place in usable:
+        turns[place] = taken[labels[place]]
+        taken[labels[place]] += 1
+    chosen = sorted(sorted(usable, key=turns.__getitem__)[:most])
     ids = [*items.card.ids, ""]
-    classes = [ids[label] for label in items.labels[chosen].tolist()]  # "" where it is -1
-    keys = [items.keys[i] for i in chosen.tolist()]
+    classes = [ids[labels[place]] for place in chosen]  # "" where it is -1
+    keys = [items.keys[place] for place in chosen]
     return [Sample(items.card.id, part_of(items.procedural), keys, classes, image_NE[chosen].numpy())]

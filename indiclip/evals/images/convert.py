@@ -7,11 +7,9 @@ retrieval dataset_type.txt and captions in `.txt`, a line each.
 
 import csv
 import re
-import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import groupby, zip_longest
 from operator import attrgetter
 from pathlib import Path
@@ -101,26 +99,17 @@ def convert(
             yield _Readable(place, split_here, image)
             done[split_here] += 1
 
-    with _whole_folder(folder) as part:
-        layouts[layout](items, part, language, readable())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent) as part:
+        whole = Path(part, folder.name)
+        whole.mkdir()
+        layouts[layout](items, whole, language, readable())
         if not done:
             raise ValueError(f"{source}: none of {len(items)} images can be read, first {left_out[0]}")
-    return Converted(folder, done, left_out, items.notes)
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder that has another name until it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
-        part.chmod(0o755)
-        yield part
         if folder.exists():
             folder.rmdir()  # it is empty
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        whole.rename(folder)
+    return Converted(folder, done, left_out, items.notes)
 
 
 def _write_clip_benchmark(items: Items, folder: Path, language: str, images: Iterable[_Readable]) -> None:
@@ -128,10 +117,11 @@ def _write_clip_benchmark(items: Items, folder: Path, language: str, images: Ite
     card = items.card
     if "text" in card.required_fields:
         raise ValueError(f"clip-benchmark has no task like {card.task}; --layout folder can hold {card.id}")
-    captions = _captions(items, language) if "captions" in card.required_fields else None
-    if captions is not None:
+    if "captions" in card.required_fields:
+        kind, texts = "txt", ["\n".join(of_image) for of_image in _captions(items, language)]
         _write_lines(folder / "dataset_type.txt", ["retrieval"])
     else:
+        kind, texts = "cls", [str(label) for label in items.labels.tolist()]
         _write_lines(folder / "classnames.txt", _class_names(card, language))
         _write_lines(folder / "zeroshot_classification_templates.txt", list(card.templates(language)))
     for split, of_split in groupby(images, key=attrgetter("split")):
@@ -140,9 +130,7 @@ def _write_clip_benchmark(items: Items, folder: Path, language: str, images: Ite
         pattern = f"{folder / split}/".replace("%", "%%") + "%d.tar"
         with ShardWriter(pattern, **limits, mode=0o644, mtime=0) as writer:
             for number, (place, _, image) in enumerate(of_split):
-                text = str(int(items.labels[place])) if captions is None else "\n".join(captions[place])
-                kind = "cls" if captions is None else "txt"
-                members = {EXTENSION_OF[image.kind]: image.data, kind: text.encode()}
+                members = {EXTENSION_OF[image.kind]: image.data, kind: texts[place].encode()}
                 writer.write({"__key__": f"s{number:07}"} | members)
             shards = writer.shard
         _write_lines(folder / split / "nshards.txt", [str(shards)])
@@ -152,11 +140,11 @@ def _write_folder(items: Items, folder: Path, language: str, images: Iterable[_R
     """`<split>/<class>/*.jpg`, and `.txt` beside it for what is written on an image; of retrieval the captions."""
     if "captions" in items.card.required_fields:
         return _write_captions(items, folder, images)
-    names = _Names()
+    taken: dict[Path, set[str]] = defaultdict(set)
     for place, split, image in images:
         below = folder / split / items.card.classes[int(items.labels[place])].id
         below.mkdir(parents=True, exist_ok=True)
-        stem = names.free(items.keys[place], str(below))
+        stem = _free_stem(items.keys[place], taken[below])
         (below / f"{stem}.{EXTENSION_OF[image.kind]}").write_bytes(image.data)
         if items.candidates is not None:
             _write_lines(below / f"{stem}.txt", items.candidates[place][:1])
@@ -167,43 +155,34 @@ def _write_captions(items: Items, folder: Path, images: Iterable[_Readable]) -> 
 
     Where columns are not called by a language, as `id` is not taken for Indonesian, `language` says it of `caption`.
     """
-    captions, names = items.captions or {}, _Names()
+    captions, taken = items.captions, set[str]()
+    languages = [language for language in captions if caption_language(language) == language]
+    others = [language for language in captions if language not in languages]
+    columns = ["file", *["split"] * (items.is_train is not None), *languages, *["caption", "language"] * bool(others)]
     (folder / "images").mkdir()
-    columns = [language for language in captions if caption_language(language) == language]
-    others = [language for language in captions if language not in columns]
-    more = ["caption", "language"] if others else []
-    rows = [["file", "split", *columns, *more]]
-    for place, split, image in images:
-        name = f"{names.free(items.keys[place], '')}.{EXTENSION_OF[image.kind]}"
-        (folder / "images" / name).write_bytes(image.data)
-        of_columns = zip_longest(*(captions[language][place] for language in columns), fillvalue="")
-        rows += [[name, split, *texts, *[""] * len(more)] for texts in of_columns]
-        rows += [
-            [name, split, *[""] * len(columns), text, language]
-            for language in others
-            for text in captions[language][place]
-        ]
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows(rows if items.is_train is not None else ([row[0], *row[2:]] for row in rows))
+        table = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        for place, split, image in images:
+            name = f"{_free_stem(items.keys[place], taken)}.{EXTENSION_OF[image.kind]}"
+            (folder / "images" / name).write_bytes(image.data)
+            row = {"file": name, "split": split}
+            for texts in zip_longest(*(captions[language][place] for language in languages), fillvalue=""):
+                table.writerow(row | dict(zip(languages, texts, strict=True)))
+            for language in others:
+                table.writerows(row | {"caption": text, "language": language} for text in captions[language][place])
 
 
-class _Names:
-    """File names without ending, from keys, each once in a folder."""
-
-    def __init__(self) -> None:
-        self._taken: set[tuple[str, str]] = set()
-
-    def free(self, key: str, folder: str) -> str:
-        """The last part of a key, with a number behind it where it is taken."""
-        stem = re.sub(r"\.[^.]*$", "", key.rpartition("/")[2])
-        stem = re.sub(r"[^\w-]+", "_", stem) or "image"
-        name, number = stem, 1
-        while (folder, name.casefold()) in self._taken:
-            number += 1
-            name = f"{stem}_{number}"
-        self._taken.add((folder, name.casefold()))
-        return name
+def _free_stem(key: str, taken: set[str]) -> str:
+    """A file name without its ending, from the last part of a key: each once in a folder, whatever its case."""
+    stem = re.sub(r"\.[^.]*$", "", key.rpartition("/")[2])
+    name = stem = re.sub(r"[^\w-]+", "_", stem) or "image"
+    number = 1
+    while name.casefold() in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    taken.add(name.casefold())
+    return name
 
 
 def _class_names(card: Card, language: str) -> list[str]:
@@ -219,7 +198,7 @@ def _class_names(card: Card, language: str) -> list[str]:
 
 
 def _captions(items: Items, language: str) -> list[list[str]]:
-    captions = items.captions or {}
+    captions = items.captions
     if language not in captions:
         hint = did_you_mean(language, captions)
         raise ValueError(f"--language: no captions in {language!r}{hint}; found {', '.join(captions)}")

@@ -1,41 +1,48 @@
-"""What is there twice. Of files with the same bytes in two classes one counts as missed; of one in the gallery the
-answer is known; images with the same caption are taken for each other.
+"""Lines about images and captions that occur more than once. An image that lies in two classes counts as missed in one
+of them; the label of one that is also in the gallery is known; captions of several images are taken for each other's.
 """
 
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 
 from indiclip.evals.images.items import FileImages, Items
+from indiclip.images import read_file
 
 _MIDDLE = 1024  # bytes from a file's middle, which differ where files do; heads of JPEGs are often alike
 
 
 def duplicates(items: Items) -> list[str]:
-    """Lines that count the image files that are there more than once.
+    """Lines that count the image files of which there are copies.
 
     Nothing is said of images in shards and in tables themselves, all of which would have to be read for it.
     """
     if not (isinstance(items.images, FileImages) and items.num_images):
         return []
-    groups = _same_bytes([items.images.path(place) for place in range(len(items))])
     tested, label = items.tested_N.tolist(), items.labels.tolist()
-    other_class, in_gallery, repeated = [], [], []
-    for group in groups:
-        scored = [place for place in group if tested[place]]
-        by_class: dict[int, list[int]] = defaultdict(list)
+    other_class, in_gallery, repeated = list[list[int]](), list[list[int]](), list[list[int]]()
+    for group in _same_bytes([items.images.path(place) for place in range(len(items))]):
+        in_class: dict[int, list[int]] = defaultdict(list)
         for place in group:
-            by_class[label[place]].append(place)
-        if len(by_class) > 1:
-            other_class.append([places[0] for places in by_class.values()])
-        elif scored and len(scored) < len(group):
+            in_class[label[place]].append(place)
+        scored = [[place for place in places if tested[place]] for places in in_class.values()]
+        if len(in_class) > 1:
+            other_class.append([places[0] for places in in_class.values()])
+        elif 0 < len(scored[0]) < len(group):
             in_gallery.append(group)
-        of_classes = [[place for place in places if tested[place]] for places in by_class.values()]
-        repeated += [places for places in of_classes if len(places) > 1]
+        repeated += [places for places in scored if len(places) > 1]
+
+    lines = []
     found = {"in two classes": other_class, "in the gallery and scored": in_gallery, "scored more than once": repeated}
-    return [_line(items, what, of_kind) for what, of_kind in found.items() if of_kind]
+    for what, groups in found.items():
+        if groups:
+            first, second, *_ = (items.keys[place] for place in groups[0])
+            count = "1 image is" if len(groups) == 1 else f"{len(groups):,} images are"
+            lines.append(f"{count} {what} (files with the same bytes), first {first} and {second}")
+    return lines
 
 
 def shared_captions(items: Items) -> list[str]:
@@ -43,43 +50,35 @@ def shared_captions(items: Items) -> list[str]:
     of_retrieval = [one for one in items.card.protocols if one.candidates == "images"]
     if not (items.num_images and any(one.required_fields == {"captions"} for one in of_retrieval)):
         return []
-    tested, counts, first = items.tested_N.tolist(), dict[str, int](), ""
-    for language, of_images in (items.captions or {}).items():
-        images = Counter(text for texts, scored in zip(of_images, tested, strict=True) if scored for text in set(texts))
-        shared = [text for text, count in images.items() if count > 1]
-        if shared:
-            counts[language] = len(shared)
-            first = first or min(shared)
-    if not counts:
+    shared: dict[str, list[str]] = {}
+    for language, of_images in items.captions.items():
+        counts = Counter(text for texts in compress(of_images, items.tested_N) for text in set(texts))
+        if several := sorted(text for text, count in counts.items() if count > 1):
+            shared[language] = several
+    if not shared:
         return []
-    found = ", ".join(f"{language} {count:,}" for language, count in counts.items())
+    found = ", ".join(f"{language} {len(texts):,}" for language, texts in shared.items())
+    first = next(iter(shared.values()))[0]
     return [f"captions that several images have, of which one counts as right: {found}; first {first!r}"]
 
 
-def _line(items: Items, what: str, groups: list[list[int]]) -> str:
-    first, second, *_ = groups[0]
-    names = f"{items.keys[first]} and {items.keys[second]}"
-    count = "1 image is" if len(groups) == 1 else f"{len(groups):,} images are"
-    return f"{count} {what} (files with the same bytes), first {names}"
-
-
 def _same_bytes(files: list[Path]) -> list[list[int]]:
-    """Places of files with the same content, for each that several have. Few are read: those of one size first."""
+    """Places of files with the same content, for each that several have, but not of empty or unreadable ones.
+
+    Few are read as a whole: those of one size and with the same bytes in the middle.
+    """
     groups = [list(range(len(files)))]
     tests: list[Callable[[Path], object]] = [_size, _middle, _digest]
     for of_file in tests:
-        groups = [same for group in groups for same in _split(files, group, of_file)]
+        found = []
+        for group in groups:
+            same: dict[object, list[int]] = defaultdict(list)
+            for place in group:
+                with suppress(OSError):  # said when it is scored
+                    same[of_file(files[place])].append(place)
+            found += [places for value, places in same.items() if value and len(places) > 1]
+        groups = found
     return groups
-
-
-def _split(files: list[Path], group: list[int], of_file: Callable[[Path], object]) -> list[list[int]]:
-    """Those of a group that have something in common; not those that are empty or cannot be read."""
-    same: dict[object, list[int]] = defaultdict(list)
-    for place in group:
-        with suppress(OSError):  # said when it is scored
-            if value := of_file(files[place]):
-                same[value].append(place)
-    return [places for places in same.values() if len(places) > 1]
 
 
 def _size(file: Path) -> int:
@@ -93,5 +92,4 @@ def _middle(file: Path) -> bytes:
 
 
 def _digest(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").digest()
+    return hashlib.sha256(read_file(file)).digest()

@@ -1,7 +1,8 @@
 """The images of a card, read lazily, and what is right about each."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from indiclip.datasets.table_reader import EmbeddedImages
-from indiclip.datasets.tables import Strings
+from indiclip.datasets.tables import Strings, check_files
 from indiclip.evals.cards.card import Card
 from indiclip.images import EncodedImage, UnreadableSample, read_image, storable
 from indiclip.webdataset.shards import Shards, unreadable
@@ -17,6 +18,9 @@ from indiclip.webdataset.shards import Shards, unreadable
 # What can be pickled to a loader process, has a length, and gives an `EncodedImage` or uint8 RGB pixels (height, width,
 # 3), or raises `UnreadableSample`.
 Images = Dataset[Any]
+
+# Where the images lie, below the folder of the file that names them.
+_FOLDERS = ("", "images", "val2017", "val2014", "train2017", "flickr30k-images", "flickr30k_images")
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Items:
     images: Images
     keys: list[str]
     labels: np.ndarray
-    captions: dict[str, list[list[str]]] | None = None
+    captions: dict[str, list[list[str]]] = field(default_factory=dict)
     candidates: list[list[str]] | None = None
     columns: dict[str, list[list[str]]] = field(default_factory=dict)
     is_train: np.ndarray | None = None
@@ -78,20 +82,30 @@ class Items:
     def select(self, places: Iterable[int]) -> "Items":
         """The items at these places, in this order."""
         kept = list(places)
-        return replace(
-            self,
-            images=Subset(self.images, kept) if self.num_images else self.images,
-            keys=_at(self.keys, kept),
-            labels=self.labels[kept],
-            captions=self.captions and {language: _at(texts, kept) for language, texts in self.captions.items()},
-            candidates=self.candidates and _at(self.candidates, kept),
-            columns={name: _at(cells, kept) for name, cells in self.columns.items()},
-            is_train=None if self.is_train is None else self.is_train[kept],
-            is_flagged=None if self.is_flagged is None else self.is_flagged[kept],
-            contents=_at(self.contents, kept),
-            groups=self.groups and _at(self.groups, kept),
-            notes=list(self.notes),
-        )
+        images = Subset(self.images, kept) if self.num_images else self.images
+        columns = {name: _at(getattr(self, name), kept) for name in _OF_EACH_IMAGE}
+        return replace(self, images=images, notes=list(self.notes), **columns)
+
+
+_OF_EACH_IMAGE = ["keys", "labels", "captions", "candidates", "columns", "is_train", "is_flagged", "contents", "groups"]
+
+
+def _at(values: Any, places: list[int]) -> Any:
+    """What stands at some places of an array or list, or of each one in a dict; None where there are no values."""
+    if values is None:
+        return None
+    if isinstance(values, dict):
+        return {name: _at(of_name, places) for name, of_name in values.items()}
+    return values[places] if isinstance(values, np.ndarray) else [values[place] for place in places]
+
+
+def by_language(of_images: list[dict[str, list[str]]]) -> dict[str, list[list[str]]]:
+    """The captions of each image by language -> language -> the captions of each image, in one line each."""
+    languages = dict.fromkeys(chain.from_iterable(of_images))
+    return {
+        language: [[" ".join(text.split()) for text in found.get(language, [])] for found in of_images]
+        for language in languages
+    }
 
 
 class FileImages(Dataset[EncodedImage]):
@@ -107,6 +121,20 @@ class FileImages(Dataset[EncodedImage]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @classmethod
+    def named_in(cls, file: Path, names: list[str]) -> "FileImages":
+        """The images that a table or a file of captions names: beside it, or in a folder where they often lie.
+
+        Raises:
+            FileNotFoundError: Images are missing; says how many and names the first.
+            ValueError: A name that leads out of the folder.
+        """
+        bases = [file.parent, file.parent.parent] if file.parent.name == "annotations" else [file.parent]
+        folders = (base / below for base in bases for below in _FOLDERS)
+        folder = next((found for found in folders if names and (found / names[0]).is_file()), file.parent)
+        check_files(folder, names, str(file))
+        return cls(folder, names)
 
     def path(self, index: int) -> Path:
         """Where an image lies."""
@@ -152,7 +180,3 @@ class ShardImages(Dataset[EncodedImage]):
         key, shard = self.shards.key(index), self.shards.shard(index)
         with unreadable(key, shard):
             return EncodedImage(self.shards.parts(index)["image"], key, shard)
-
-
-def _at(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
-    return [values[place] for place in places]

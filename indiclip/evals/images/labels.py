@@ -1,135 +1,15 @@
-"""Labels, by name and never by number: a list of classes in another order must not count wrong."""
+"""What follows from the labels of a card's images: groups, texts to match, and lines about classes without images."""
 
 import random
 import unicodedata
-from collections import Counter, defaultdict
-from pathlib import Path
-from typing import NamedTuple
+from collections import defaultdict
 
 import numpy as np
 
-from indiclip.datasets.tables import decode_text, stable_hash
+from indiclip.datasets.tables import stable_hash
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items
-from indiclip.images import storable
-
-CLASS_LISTS = ("classnames.txt", "classes.txt")
-SKIP = "--skip-unknown leaves out the images of classes that the card does not have"
-_SHOWN = 5  # classes in a line; the others are counted
-
-
-class ClassNames:
-    """The classes of a card, as the names in a user's data mean them.
-
-    Args:
-        card: The card.
-        skip_unknown: Images of other classes are left out and counted; they are an error else.
-    """
-
-    def __init__(self, card: Card, skip_unknown: bool) -> None:
-        self.card, self.skip_unknown = card, skip_unknown
-        self._left_out: Counter[str] = Counter()  # name -> images
-
-    def place(self, name: str, where: str) -> int:
-        """Where a class is on the card; -1 where there is none of the name, and its images are left out.
-
-        Raises:
-            ValueError: There is none, and they are not; begins with `where` and names the nearest.
-        """
-        place = self.card.place(name)
-        if place is None and not self.skip_unknown:
-            try:
-                return self.card.check_place(name, where)
-            except ValueError as error:
-                raise ValueError(f"{error}; {SKIP}") from error
-        if place is None:
-            self.leave_out(name, 1)
-        return -1 if place is None else place
-
-    def leave_out(self, name: str, images: int, why: str = "") -> None:
-        """Count the images of a class that the card does not have, or raise a `ValueError` that says why."""
-        if not self.skip_unknown:
-            raise ValueError(storable(why))
-        self._left_out[storable(name)] += images
-
-    def notes(self, where: str) -> list[str]:
-        """A line that says what was left out."""
-        if not self._left_out:
-            return []
-        names = [f"{name or 'without a name'} ({count:,})" for name, count in self._left_out.most_common()]
-        images = f"{self._left_out.total():,} images of {len(names)} classes"
-        return [f"{where}: left out: {images} that are not on the card {self.card.id}: {_first(names)}"]
-
-
-class ClassList(NamedTuple):
-    """A file with a class per line, beside images whose labels are numbers."""
-
-    card: Card  # with the list's names, where those are better than its own
-    file: Path
-    names: list[str]
-    places: np.ndarray  # int64 (lines,): where each line's class is on the card; -1: it is not there
-    notes: list[str]
-
-
-def read_class_list(card: Card, folder: Path, skip_unknown: bool = False) -> ClassList | None:
-    """The class list of a folder, `classnames.txt` or `classes.txt`; None where there is none.
-
-    Args:
-        card: The card.
-        folder: With the list.
-        skip_unknown: Lines may be of no class of the card.
-
-    Raises:
-        ValueError: A line that is empty or no class of the card, or a duplicated one. Names the file and the line.
-    """
-    file = next((folder / name for name in CLASS_LISTS if (folder / name).is_file()), None)
-    if file is None:
-        return None
-    names = [line.strip() for line in decode_text(file.read_bytes(), str(file)).rstrip().splitlines()]
-    if "" in names:
-        raise ValueError(f"{file}: line {names.index('') + 1} is empty; expected a class, since labels count the lines")
-    if card.class_source is not None and (named := card.class_source.with_list(card, names, str(file))):
-        card, notes = named
-        return ClassList(card, file, names, np.arange(len(names)), notes)
-    classes = ClassNames(card, skip_unknown)
-    places = [classes.place(name, f"{file}: line {number}") for number, name in enumerate(names, 1)]
-    known = [place for place in places if place >= 0]
-    for number, place in enumerate(places):
-        if place >= 0 and place in places[:number]:
-            raise ValueError(
-                f"{file}: line {number + 1}: {card.classes[place].id} is in line {places.index(place) + 1}"
-            )
-    moved = known != sorted(known)
-    note = f"{file}: the classes are in another order than on the card; labels are mapped by name"
-    return ClassList(card, file, names, np.array(places, dtype=np.int64), [note] if moved else [])
-
-
-def map_labels(numbers: np.ndarray, found: ClassList | None, where: str, classes: ClassNames) -> np.ndarray:
-    """Numbers that count a list's lines from 0 -> indices into the card's classes; -1 of those that it does not have.
-
-    Args:
-        numbers: Whole numbers (N,).
-        found: The list.
-        where: Names the images' file or folder in errors.
-        classes: Is told what is left out.
-
-    Returns:
-        int64 (N,).
-
-    Raises:
-        ValueError: There is no list, or a number is over its end.
-    """
-    if found is None:
-        raise ValueError(
-            f"{where}: labels are numbers and there is no {' or '.join(CLASS_LISTS)} beside the shards; "
-            "expected one, with a class per line in the order of the numbers"
-        )
-    if numbers.max() >= len(found.places):
-        raise ValueError(f"{where}: the label {numbers.max()}; {found.file} has {len(found.places)} lines")
-    places = np.asarray(found.places[numbers], dtype=np.int64)
-    for number, count in Counter(numbers[places < 0].tolist()).items():
-        classes.leave_out(found.names[number], count)
-    return places
+from indiclip.evals.images.reading import listed
 
 
 def missing_classes(items: Items) -> list[str]:
@@ -137,22 +17,17 @@ def missing_classes(items: Items) -> list[str]:
     card = items.card
     if not card.required_fields & {"class", "classes"}:
         return []
-    shown, lines = items.shown_classes, []
+    shown, lines = items.shown_classes, list[str]()
     missing = [one.id for place, one in enumerate(card.classes) if place not in shown]
     if missing:
-        lines = [
-            f"no images of {len(missing)} of {len(card.classes)} classes, which stay candidates: {_first(missing)}"
-        ]
+        count = f"{len(missing)} of {len(card.classes)} classes"
+        lines.append(f"no images of {count}, which stay candidates: {listed(missing)}")
     if items.is_train is not None and "class" in card.required_fields:
         gallery = items.labels[items.is_train].tolist()
         without = [card.classes[place].id for place in sorted(shown.difference(gallery))]
         if without:
-            lines.append(f"no gallery images of {len(without)} classes, which probes cannot answer: {_first(without)}")
+            lines.append(f"no gallery images of {len(without)} classes, which probes cannot answer: {listed(without)}")
     return lines
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def class_groups(card: Card, labels: np.ndarray) -> list[str] | None:
@@ -164,36 +39,40 @@ def class_groups(card: Card, labels: np.ndarray) -> list[str] | None:
     return [str(card.classes[label].facts["group"]) for label in labels]
 
 
-def draw_candidates(
-    card: Card, texts: list[str], keys: list[str], labels: np.ndarray
-) -> tuple[list[list[str]], list[str]]:
-    """The texts that each image is matched with: its own first, then others of the same class.
+def draw_candidates(items: Items) -> list[str]:
+    """Sets the texts that each image is matched with: its own, from the column `text`, then others of the same class.
 
     The others are drawn from the texts of the class's images and its fact `sample_words`, and are a function of the
-    image's key and of these texts alone.
+    image's key and of these texts alone. There are `card.num_candidates` or, where a class has too few, all of them.
 
     Returns:
-        For each image `card.num_candidates` texts or, where a class has too few, all of them; and a line per such
-        class.
+        A line for each class that has too few.
+
+    Raises:
+        ValueError: An image without a text.
     """
-    texts = [unicodedata.normalize("NFC", text.strip()) for text in texts]
+    card, labels = items.card, items.labels.tolist()
+    texts = [unicodedata.normalize("NFC", cells[0].strip()) for cells in items.columns.pop("text")]
     pools: dict[int, set[str]] = defaultdict(set)
-    for label, text in zip(labels.tolist(), texts, strict=True):
+    for key, label, text in zip(items.keys, labels, texts, strict=True):
+        if not text:
+            raise ValueError(
+                f"{card.id}: {key}: no text; expected what is written on it, in a table or a .txt beside it"
+            )
         pools[label].add(text)
-    for label in pools:
+    for label, pool in pools.items():
         words = card.classes[label].facts.get("sample_words", {})
-        pools[label] |= {unicodedata.normalize("NFC", word) for of_language in words.values() for word in of_language}
+        pool |= {unicodedata.normalize("NFC", word) for of_language in words.values() for word in of_language}
+
     ordered = {label: sorted(pool) for label, pool in pools.items()}
-    candidates = []
-    for key, label, text in zip(keys, labels.tolist(), texts, strict=True):
-        pool, own = ordered[label], ordered[label].index(text)
-        others = pool[:own] + pool[own + 1 :]
+    items.candidates = []
+    for key, label, text in zip(items.keys, labels, texts, strict=True):
+        others = [other for other in ordered[label] if other != text]
         drawn = random.Random(stable_hash(key)).sample(others, min(len(others), card.num_candidates - 1))
-        candidates.append([text, *drawn])
-    notes = [
+        items.candidates.append([text, *drawn])
+    return [
         f"{card.classes[label].id}: {len(pool)} different texts; its images have fewer than {card.num_candidates} "
         "candidates, so chance is higher"
-        for label, pool in sorted(ordered.items())
+        for label, pool in sorted(pools.items())
         if len(pool) < card.num_candidates
     ]
-    return candidates, notes

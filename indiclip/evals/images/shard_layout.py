@@ -1,6 +1,8 @@
 """Items in shards of the WebDataset format, clip-benchmark's folders among them."""
 
 import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -11,9 +13,9 @@ from indiclip.datasets.folders import subfolders
 from indiclip.datasets.languages import declared_language
 from indiclip.datasets.tables import decode_text, text_lines
 from indiclip.evals.cards.card import Card
-from indiclip.evals.images.items import Items, ShardImages
-from indiclip.evals.images.labels import ClassList, ClassNames, draw_candidates, map_labels, read_class_list
-from indiclip.evals.images.splits import choose, is_split, split_of
+from indiclip.evals.images.items import Items, ShardImages, by_language
+from indiclip.evals.images.reading import CLASS_LISTS, ClassList, Reading
+from indiclip.evals.images.splits import is_split, split_of
 from indiclip.webdataset import cache
 from indiclip.webdataset.shards import Shards, read_captions, read_entry
 from indiclip.webdataset.tar_members import key_and_extension, members
@@ -39,136 +41,105 @@ def find_shards(folder: Path) -> Splits:
     return found
 
 
-def read_shards(card: Card, folder: Path, splits: Splits, skip_unknown: bool = False) -> Items:
-    """The items of shards.
-
-    Args:
-        card: What they are of.
-        folder: With the class list.
-        splits: As `find_shards` gives them.
-        skip_unknown: Leave out and count the images of other classes than the card's.
+def read_shards(reading: Reading, folder: Path, splits: Splits) -> Items:
+    """The items of the shards that `find_shards` found, with the class list in their folder.
 
     Raises:
         ValueError: Labels or texts that do not fit the card; names the shard and the sample.
     """
-    listed = read_class_list(card, folder, skip_unknown) if card.classes else None
-    card = listed.card if listed else card
-    notes = [*(listed.notes if listed else []), *_not_read(card, folder, splits)]
-    named = [name for name in splits if name]
-    chosen, split_notes = choose(named, str(folder)) if named else ({}, [])
+    listed = reading.class_list(folder) if "class" in reading.card.required_fields else None
+    card, fields = reading.card, reading.card.required_fields
+    reading.notes += _not_read(card, folder, splits)
+    chosen = reading.splits(filter(None, splits), str(folder))
     if "" in splits:  # shards that name no split, beside others that do or not
         chosen[""] = False
-    classes = ClassNames(card, skip_unknown)
-    parts = [_Part(classes, split, splits[split], listed, train) for split, train in chosen.items()]
-    notes += [*split_notes, *(f"lost: {loss}" for part in parts for loss in part.losses), *classes.notes(str(folder))]
+    opened = {split: Shards(splits[split]) for split in chosen}
+    reading.notes += [f"lost: {one.key}: {one.reason}" for shards in opened.values() for one in shards.damaged]
     items = Items(
         card,
-        ConcatDataset([part.images for part in parts]),
-        [key for part in parts for key in part.keys],
-        np.concatenate([part.labels for part in parts]),
-        is_train=np.concatenate([part.is_train for part in parts]) if any(chosen.values()) else None,
-        notes=notes,
+        ConcatDataset([ShardImages(shards) for shards in opened.values()]),
+        [key for split, shards in opened.items() for key in _keys(split, shards)],
+        np.concatenate([_labels(reading, shards, listed) for shards in opened.values()]),
+        is_train=np.repeat(list(chosen.values()), [len(shards) for shards in opened.values()]),
     )
-    texts = [text for part in parts for text in part.texts]
-    if "captions" in card.required_fields:
-        items.captions = by_language([captions for part in parts for captions in part.captions])
-    if card.classes and (items.labels < 0).any():
-        known = np.flatnonzero(items.labels >= 0).tolist()
-        items, texts = items.select(known), [texts[place] for place in known if texts]
-    if "text" in card.required_fields:
-        items.candidates, few = draw_candidates(card, texts, items.keys, items.labels)
-        items.notes += few
-    return items
+    if "text" in fields:
+        beside = chain.from_iterable(_members(shards, "txt") for shards in opened.values())
+        items.columns["text"] = [[decode_text(parts.get("txt", b""), where)] for where, parts in beside]
+    if "captions" in fields:
+        items.captions = by_language(list(chain.from_iterable(map(_captions, opened.values()))))
+    return items.select(np.flatnonzero(items.labels >= 0).tolist()) if "class" in fields else items
 
 
-def by_language(of_images: list[dict[str, list[str]]]) -> dict[str, list[list[str]]]:
-    """Language -> the captions of each image, in one line each."""
-    languages = dict.fromkeys(chain.from_iterable(of_images))
-    return {
-        language: [[" ".join(text.split()) for text in found.get(language, [])] for found in of_images]
-        for language in languages
-    }
+def _keys(split: str, shards: Shards) -> list[str]:
+    """The samples' keys; clip-benchmark has a 0.tar in every split."""
+    before = "" if all(split_of(name) == split for name in shards.names) else f"{split}/"
+    return [before + shards.key(place) for place in range(len(shards))]
 
 
-class _Part:
-    """The samples of one split."""
-
-    def __init__(self, classes: ClassNames, split: str, urls: list[str], listed: ClassList | None, train: bool) -> None:
-        shards, fields = Shards(urls), classes.card.required_fields
-        self.images = ShardImages(shards)
-        before = "" if all(split_of(name) == split for name in shards.names) else f"{split}/"  # clip-benchmark's 0.tar
-        self.keys = [before + shards.key(place) for place in range(len(shards))]
-        self.is_train = np.full(len(shards), train)
-        self.losses = [f"{one.key}: {one.reason}" for one in shards.damaged]
-        self.labels = _labels(classes, shards, listed)
-        self.texts = _texts(shards) if "text" in fields else []
-        self.captions = _captions(shards) if "captions" in fields else []
-
-
-def _labels(classes: ClassNames, shards: Shards, listed: ClassList | None) -> np.ndarray:
-    found = shards.labels.astype(np.int64)
+def _labels(reading: Reading, shards: Shards, listed: ClassList | None) -> np.ndarray:
+    """The class of each sample, int64: its number counts the lines of the list, or its `.cls` is a name. -1: none."""
     labels = np.full(len(shards), -1, dtype=np.int64)
-    if not classes.card.classes:
+    if "class" not in reading.card.required_fields:
         return labels
-    numbered = found >= 0
+    numbered = shards.labels >= 0
     if numbered.any():
-        where = shards.shard(int(numbered.argmax()))
-        labels[numbered] = map_labels(found[numbered], listed, where, classes)
-    if not numbered.all():
-        names = _members(shards, "cls")
-        for place in np.flatnonzero(~numbered).tolist():
-            where = f"{shards.shard(place)}: {shards.key(place)}"
-            if shards.key(place) not in names:
+        numbers, where = shards.labels[numbered], shards.shard(int(numbered.argmax()))
+        if listed is None:
+            raise ValueError(
+                f"{where}: labels are numbers and there is no {' or '.join(CLASS_LISTS)} beside the shards; "
+                "expected one, with a class per line in the order of the numbers"
+            )
+        if numbers.max() >= len(listed.places):
+            raise ValueError(f"{where}: the label {numbers.max()}; {listed.file} has {len(listed.places)} lines")
+        labels[numbered] = listed.places[numbers]
+        for number, count in Counter(numbers[labels[numbered] < 0].tolist()).items():
+            reading.label(listed.names[number], where, count)
+    if numbered.all():
+        return labels
+    for place, (where, parts) in enumerate(_members(shards, "cls")):
+        if not numbered[place]:
+            if "cls" not in parts:
                 raise ValueError(f"{where}: no label (.cls)")
-            labels[place] = classes.place(names[shards.key(place)].strip(), where)
+            labels[place] = reading.label(decode_text(parts["cls"], where).strip(), where)
     return labels
 
 
-def _texts(shards: Shards) -> list[str]:
-    texts = _members(shards, "txt")
-    for place in range(len(shards)):
-        if not texts.get(shards.key(place), "").strip():
-            raise ValueError(f"{shards.shard(place)}: {shards.key(place)}: no text (.txt) beside the image")
-    return [texts[shards.key(place)] for place in range(len(shards))]
-
-
-def _captions(shards: Shards) -> list[dict[str, list[str]]]:
+def _captions(shards: Shards) -> Iterator[dict[str, list[str]]]:
     """Of each sample, as training takes them, but for a `.txt` of several lines: a caption in each."""
-    texts, entries = _members(shards, "txt"), _members(shards, "json")
-    of_samples = []
-    for place in range(len(shards)):
-        key = shards.key(place)
-        where = f"{shards.shard(place)}: {key}"
-        lines = [line.strip() for line in text_lines(texts.get(key, "")) if line.strip()]
+    for where, parts in _members(shards, "txt", "json"):
         try:
-            entry = read_entry({"json": entries[key].encode()} if key in entries else {})
-            captions = read_captions({}, entry | {"text": None} if lines else entry)
+            entry = read_entry(parts)
+            lines = [line.strip() for line in text_lines(decode_text(parts.get("txt", b""), "the .txt"))]
+            captions = read_captions({}, entry | {"text": None} if any(lines) else entry)
             own = declared_language(entry.get("language") or entry.get("lang"))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        known = set() if own else set(chain.from_iterable(captions.values()))
+        known = {""} if own else {"", *chain.from_iterable(captions.values())}
         if lines := [line for line in lines if line not in known]:
             captions[own] = list(dict.fromkeys([*lines, *captions.get(own, [])]))
         if not captions:
             raise ValueError(f"{where}: no text (.txt, .json) beside the image")
         if unknown := captions.pop("", []):
             captions["en"] = list(dict.fromkeys([*unknown, *captions.get("en", [])]))
-        of_samples.append(captions)
-    return of_samples
+        yield captions
 
 
-def _members(shards: Shards, extension: str) -> dict[str, str]:
-    """A sample's key -> the text of its member with this extension. One pass over the headers; no image is read."""
-    found: dict[str, str] = {}
+def _members(shards: Shards, *extensions: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Of each sample its shard and key, and its members with these extensions. One pass over the headers; no image is
+    read.
+    """
+    found: dict[str, dict[str, bytes]] = defaultdict(dict)
     for url, name in zip(shards.urls, shards.names, strict=True):
         tar = cache.local_tar(url, cache.stat(url))
         with tar.open("rb") as file:
             for member_name, member in members(tar, []):
                 key, kind = key_and_extension(member_name, member)
-                if kind == extension and f"{name}/{key}" not in found:
+                if kind in extensions:
                     data = os.pread(file.fileno(), member.size, member.offset_data)
-                    found[f"{name}/{key}"] = decode_text(data, f"{url}: {member_name}")
-    return found
+                    found[f"{name}/{key}"].setdefault(kind, data)  # the first counts, as in training
+    for place in range(len(shards)):
+        key = shards.key(place)
+        yield f"{shards.shard(place)}: {key}", found[key]
 
 
 def _not_read(card: Card, folder: Path, splits: Splits) -> list[str]:

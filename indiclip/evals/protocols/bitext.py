@@ -36,7 +36,7 @@ class Bitext(Protocol):
     candidates = "images"
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
-        captions = scorer.items.captions or {}
+        captions = scorer.items.captions
         for code, texts_N, image_M in scorer.captions():
             if code == "en" or "en" not in captions:
                 continue

@@ -11,7 +11,7 @@ import numpy as np
 from indiclip.evals.protocols.answers import among_own
 from indiclip.evals.protocols.metrics import parity_gap
 from indiclip.evals.protocols.protocol import Protocol
-from indiclip.evals.results import Score
+from indiclip.evals.results import Score, check_group
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
@@ -33,7 +33,10 @@ class Choices(Protocol):
     is_plain = True
 
     def check(self, items: "Items") -> None:
-        for code, texts_N in (items.captions or {}).items():
+        for key, cells in zip(items.keys, items.columns["kind"], strict=True):
+            if cells[0]:  # an image need not have a kind
+                check_group(cells[0], f"{key}: kind")
+        for code, texts_N in items.captions.items():
             for key, texts in zip(items.keys, texts_N, strict=True):
                 if texts and len(set(texts)) < max(len(texts), 2):
                     found = f"found {len(texts)}, {len(set(texts))} of them different"

@@ -49,7 +49,7 @@ class ComposedRetrieval(Protocol):
 
     def check(self, items: "Items") -> None:
         places = set(items.keys)
-        for code in items.captions or {}:
+        for code in items.captions:
             for key, texts, targets in _queries(items, code):
                 if missing := [target for target in targets if target not in places]:
                     hint = did_you_mean(missing[0], places)
@@ -91,7 +91,7 @@ class ComposedRetrieval(Protocol):
 
 def _queries(items: "Items", code: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """The key of each picture to score that has a target, its texts in a language and its targets."""
-    rows = zip(items.keys, (items.captions or {})[code], items.columns["target"], strict=True)
+    rows = zip(items.keys, items.captions[code], items.columns["target"], strict=True)
     for key, texts, targets in compress(rows, items.tested_N):
         if texts and any(targets):
             yield key, texts, [target for target in targets if target]

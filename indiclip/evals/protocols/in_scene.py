@@ -14,7 +14,7 @@ import numpy as np
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.protocols.answers import among_own
 from indiclip.evals.protocols.protocol import Options, Protocol
-from indiclip.evals.results import Score
+from indiclip.evals.results import Score, check_group
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
@@ -56,6 +56,9 @@ class InScene(Protocol):
             for key, cells in zip(items.keys, items.columns[name], strict=True):
                 if not all(map(str.strip, cells)):
                     raise ValueError(f"{key}: {name}: found an empty cell; expected a {name} in each row of a photo")
+        for key, scripts in zip(items.keys, items.columns["script"], strict=True):
+            for script in scripts:
+                check_group(script, f"{key}: script")
 
     def texts(self, items: "Items", options: Options) -> Iterator[str]:
         # Every word: of fewer photos, where some cannot be read, others are drawn.

@@ -93,7 +93,7 @@ class Retrieval(Protocol):
     candidates = "images"
 
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
-        captions = scorer.items.captions or {}
+        captions = scorer.items.captions
         for code, texts_N, image_M in scorer.captions():
             whole = _Found(scorer, code, image_M)
             yield from whole.recalls()
@@ -120,7 +120,6 @@ class _Found:
     """
 
     def __init__(self, scorer: "CardScorer", code: str, image_M: np.ndarray) -> None:
-        assert scorer.items.captions is not None
         self.scorer, self.code, self.image_M = scorer, code, image_M
         texts_M = [scorer.items.captions[code][i] for i in image_M.tolist()]
         self.texts = [text for texts in texts_M for text in texts]
