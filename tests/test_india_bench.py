@@ -16,7 +16,8 @@ from PIL import Image
 from processes import two_ranks
 
 from indiclip.evals.models.embedder import EncoderEmbedder
-from indiclip.evals.results import CardResult, Result, Score, load_result
+from indiclip.evals.result_files import load_result
+from indiclip.evals.results import CardResult, Result, Score
 from indiclip.training import india_bench as callback
 from indiclip.training.cli import run
 from indiclip.training.record import read_history

@@ -10,6 +10,7 @@ from indiclip.commands.bench import leaderboard
 from indiclip.evals import leaderboard_pages
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.leaderboard_file import read
+from indiclip.evals.result_files import save_result
 
 DATA = {"food": "1f", "script": "2f", "gods": "3f"}
 
@@ -111,8 +112,8 @@ def test_groups_that_cover_more_come_first():
 
 
 def test_command_adds_folders_and_prints_the_table(tmp_path, capsys):
-    run("a").save(tmp_path / "a")
-    run("b", 0.9).save(tmp_path / "b")
+    save_result(run("a"), tmp_path / "a")
+    save_result(run("b", 0.9), tmp_path / "b")
     file = tmp_path / "l.jsonl"
     assert leaderboard([tmp_path / "a", tmp_path / "b"], file) == 0
     assert "| 1 | b | 2026-01-02 |" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from test_leaderboard import DATA, run
 from indiclip.cli import main
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.leaderboard_file import read
+from indiclip.evals.result_files import save_result
 from indiclip.evals.results import IMAGES
 
 ASKED = {name: {"en": "1", "hi": "2"} for name in DATA}
@@ -32,7 +33,7 @@ def save(name, value=0.6, report=False, change=None, **about):
     result.scores.append(score("food", 0.15, "hi", "parity_acc1", low=0.05, high=0.25))
     if change is not None:
         change(result)
-    result.save(folder := Path("bench", name))
+    save_result(result, folder := Path("bench", name))
     if report:
         (folder / "report.html").write_text("a report")
     return str(folder)

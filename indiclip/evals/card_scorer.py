@@ -19,7 +19,7 @@ from indiclip.evals.protocols.languages import Language, fewest, languages_of
 from indiclip.evals.protocols.metrics import Interval
 from indiclip.evals.protocols.protocol import TOP, Options, Setting
 from indiclip.evals.protocols.zero_shot import Ranking, class_embeddings, rank_classes
-from indiclip.evals.results import CLEAN, Answers, Score, part_of
+from indiclip.evals.results import CLEAN, Prediction, Score, Where, part_of
 
 _CHANCES = {"acc1": 1, "acc5": TOP, "mean_per_class_recall": 1}  # guesses of which one has to be right
 
@@ -47,7 +47,7 @@ class CardScorer:
         self.lengths, self.options = lengths, options
         self.part = part_of(items.procedural)
         self.scores: list[Score] = []
-        self.answers: list[Answers] = []
+        self.answers: dict[Where, list[Prediction]] = {}
         self.tested = np.flatnonzero(items.tested_N)
         self.label_N = np.where(items.tested_N, items.labels, -1)
         self.setting = Setting(next(iter(images)), lengths[-1], True)
@@ -209,7 +209,7 @@ class CardScorer:
         cosine_MK: np.ndarray,
         hard_hit_M: np.ndarray | None = None,
     ) -> None:
-        """The answers for some images, if this is the main setting; see `Answers`."""
+        """The answers for some images, if this is the main setting; see `Prediction`."""
         if not self.setting.main:
             return
         items, nothing_N = self.items, np.full(len(self.items), None)
@@ -217,8 +217,9 @@ class CardScorer:
         hard_hit_M = nothing_N[image_M] if hard_hit_M is None else hard_hit_M
         where = (self.card.id, self.part, protocol, language)
         keys_M, content_M = (np.array(column, dtype=object)[image_M] for column in (items.keys, items.contents))
-        found = (truth_M, predicted_M, rank_M, top_MK, cosine_MK, hard_hit_M, flagged_N[image_M])
-        self.answers.append(Answers(*where, keys_M, *found, content_M))
+        columns = (keys_M, truth_M, predicted_M, rank_M, top_MK, cosine_MK, hard_hit_M, flagged_N[image_M], content_M)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        self.answers[where] = [Prediction(*where, *row) for row in rows]
 
 
 def texts_of(items: Items, options: Options) -> Iterator[str]:

@@ -1,16 +1,18 @@
 """Two runs of the benchmark: what differs by more than chance, and which images changed."""
 
 import re
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
-from indiclip.evals.formatting import interval, language_name, metric_name, number, signed, title
+from indiclip.evals.formatting import interval, language_name, metric_name, number, protocol_name, signed, title
 from indiclip.evals.protocols.metrics import Interval, parity_gap
 from indiclip.evals.results import IMAGES, CardResult, Prediction, Result, Score, name_of
 from indiclip.names import plain
 
 _PER_CLASS = "mean_per_class_recall"
+_Answers = dict[tuple[str, str], Prediction]  # by the image's content and, as there may be copies, its key
 
 
 class Compared(NamedTuple):
@@ -35,104 +37,97 @@ def compare(a: Result, b: Result) -> list[Compared]:
     Images are the same where their keys and bytes are. The difference is that of the main metric, with the interval of
     a paired difference: what one run makes of an image stands beside what the other does.
     """
-    cards = {card.key: card for card in (*a.cards, *b.cards) if card.status == "scored"}
-    languages = list(dict.fromkeys((*a.languages(), *b.languages())))
+    in_a, in_b = ({card.key: card for card in run.cards if card.status == "scored"} for run in (a, b))
+    languages = dict.fromkeys((*a.languages(), *b.languages()))
     mains = {language: (a.main(language), b.main(language)) for language in languages}
     rows = []
-    in_a, in_b = ({card.key for card in run.cards if card.status == "scored"} for run in (a, b))
-    for key, card in cards.items():
-        if not any(key in main for pair in mains.values() for main in pair):
-            why_not = (
-                "only probes in both" if key in in_a & in_b else f"only in {'A' if key in in_a else 'B'}, by probes"
-            )
-            rows.append(Compared(card, IMAGES, None, None, why_not=why_not))
-        for language in languages:
-            score_a, score_b = (main.get(key) for main in mains[language])
-            row = Compared(card, language, score_a, score_b)
+    for key, card in (in_a | in_b).items():
+        pairs = [(language, of_a.get(key), of_b.get(key)) for language, (of_a, of_b) in mains.items()]
+        pairs = [pair for pair in pairs if pair[1:] != (None, None)]
+        for language, score_a, score_b in pairs:
             if score_a is None or score_b is None:
-                if score_a is not None or score_b is not None:
-                    rows.append(row._replace(why_not=f"only in {'B' if score_a is None else 'A'}"))
-                continue
-            of_a, of_b = (_answers(run, score) for run, score in ((a, score_a), (b, score_b)))
-            shared = [name for name in of_a if name in of_b]
-            row = row._replace(shared=len(shared), of=(len(of_a), len(of_b)))
-            why_not = _why_not(row, of_a, of_b) or _asked_otherwise(a, b, row)
-            if not why_not and not all(content for content, _ in shared):
-                why_not = _other_data(a, b, card)
-            rows.append(row._replace(why_not=why_not) if why_not else _compared(row, shared, of_a, of_b))
+                why_not = f"only in {'B' if score_a is None else 'A'}"
+                rows.append(Compared(card, language, score_a, score_b, why_not=why_not))
+            else:
+                rows.append(_compared(card, (a, b), (score_a, score_b)))
+        if not pairs:
+            only = f"only in {'B' if key not in in_a else 'A'}, by probes"
+            why_not = "only probes in both" if key in in_a and key in in_b else only
+            rows.append(Compared(card, IMAGES, None, None, why_not=why_not))
     return rows
 
 
-def _answers(run: Result, score: Score) -> dict[tuple[str, str], Prediction]:
-    """The answers behind a score by the image's content and, as there may be copies, its key."""
-    where = (score.card, score.part, score.protocol, score.language)
-    rows = [row for of in run.answers if (of.card, of.part, of.protocol, of.language) == where for row in of.rows()]
+def _compared(card: CardResult, runs: tuple[Result, Result], scores: tuple[Score, Score]) -> Compared:
+    """A card and language that both runs scored."""
+    of_a, of_b = (_answers(run, score) for run, score in zip(runs, scores, strict=True))
+    shared = [image for image in of_a if image in of_b]
+    metric, language = scores[0].metric, scores[0].language
+    row = Compared(card, language, *scores, shared=len(shared), of=(len(of_a), len(of_b)))
+    if why_not := _why_not(card, runs, scores, of_a, of_b):
+        return row._replace(why_not=why_not)
+    hits_a_N, hits_b_N = (np.array([of[image].rank < _nearest(metric) for image in shared]) for of in (of_a, of_b))
+    images = [(key, of_a[content, key].truth) for content, key in shared]
+    gained, lost = tuple(compress(images, hits_b_N & ~hits_a_N)), tuple(compress(images, hits_a_N & ~hits_b_N))
+
+    # Each image, or each class, weighs the same.
+    labels_N = np.unique([truth for _, truth in images], return_inverse=True)[1]
+    weight_N = 1 / np.bincount(labels_N)[labels_N] if metric == _PER_CLASS else np.ones(len(shared))
+    on_a, on_b = (float(np.average(hits_N, weights=weight_N)) for hits_N in (hits_a_N, hits_b_N))
+    gap = parity_gap(hits_b_N, hits_a_N, labels_N, "classes" if metric == _PER_CLASS else "images")
+    return row._replace(gap=gap, on_shared=(on_a, on_b), gained=gained, lost=lost)
+
+
+def _answers(run: Result, score: Score) -> _Answers:
+    """The answers behind a score."""
+    rows = run.answers.get((score.card, score.part, score.protocol, score.language), [])
     return {(row.content, row.key): row for row in rows}
 
 
-def _why_not(row: Compared, of_a: dict[tuple[str, str], Prediction], of_b: dict[tuple[str, str], Prediction]) -> str:
+def _why_not(
+    card: CardResult, runs: tuple[Result, Result], scores: tuple[Score, Score], of_a: _Answers, of_b: _Answers
+) -> str:
     """What stands against a comparison."""
-    a, b = row.a, row.b
-    assert a is not None
-    assert b is not None
-    if a.metric != b.metric or a.protocol != b.protocol:
+    a, b = scores
+    if (a.metric, a.protocol) != (b.metric, b.protocol):
         return f"different metrics: {metric_name(a.metric)} and {metric_name(b.metric)}"
+    protocol = protocol_name(a.protocol)
+    if not of_a and not of_b:
+        return f"the protocol {protocol} keeps no answers per image"
     if not of_a or not of_b:
-        return "no predictions"
-    without = [name for name, of in (("A", of_a), ("B", of_b)) if not all(content for content, _ in of)]
-    if len(without) == 1:
-        return f"{without[0]} is of an earlier version, which kept nothing of its images' bytes; score it again"
-    if not row.shared:
+        return f"{'B' if of_a else 'A'} has no answers per image of the protocol {protocol}"
+    knows_content = [all(content for content, _ in of) for of in (of_a, of_b)]
+    if any(knows_content) and not all(knows_content):
+        earlier = "B" if knows_content[0] else "A"
+        return f"{earlier} is of an earlier version, which kept nothing of its images' bytes; score it again"
+    shared = of_a.keys() & of_b.keys()
+    if not shared:
         same_names = len({key for _, key in of_a} & {key for _, key in of_b})
         return "different images" + (f", {same_names:,} of them under the same names" if same_names else "")
     if a.num_classes != b.num_classes:
         return f"different classes: {a.num_classes} and {b.num_classes}"
-    if row.card.candidates == "images" and of_a.keys() != of_b.keys():
-        return f"different images, which are each other's candidates: {row.shared:,} of {len(of_a):,} are shared"
-    if other := sum(of_a[name].truth != of_b[name].truth for name in of_a.keys() & of_b.keys()):
-        return f"different classes: {other} of {row.shared} images have another truth"
-    if a.metric != _PER_CLASS and not _nearest(a.metric):
+    if card.candidates == "images" and of_a.keys() != of_b.keys():
+        return f"different images, which are each other's candidates: {len(shared):,} of {len(of_a):,} are shared"
+    if other := sum(of_a[image].truth != of_b[image].truth for image in shared):
+        return f"different classes: {other} of {len(shared)} images have another truth"
+    if not _nearest(a.metric):
         return f"{metric_name(a.metric)} has no hits to compare"
+    if _differ(*(run.about.get("asked", {}).get(name_of(*card.key), {}).get(a.language) for run in runs)):
+        return "different classes, names or prompts"
+    # Runs of before, which know the content of no image, have a digest of the keys and labels.
+    if not any(knows_content) and _differ(*(run.about.get("data", {}).get(name_of(*card.key)) for run in runs)):
+        return "different images, or labels, under the same names"
     return ""
 
 
-def _other_data(a: Result, b: Result, card: CardResult) -> str:
-    """Runs of before, which know the content of no image, have a digest of the keys and labels."""
-    of_a, of_b = (run.about.get("data", {}).get(name_of(*card.key)) for run in (a, b))
-    return "different images, or labels, under the same names" if of_a and of_b and of_a != of_b else ""
-
-
-def _asked_otherwise(a: Result, b: Result, row: Compared) -> str:
-    """Runs that know a digest of the texts they asked with."""
-    of_a, of_b = (run.about.get("asked", {}).get(name_of(*row.card.key), {}).get(row.language) for run in (a, b))
-    return "different classes, names or prompts" if of_a and of_b and of_a != of_b else ""
+def _differ(a: str | None, b: str | None) -> bool:
+    """Whether digests that both runs know differ."""
+    return bool(a and b and a != b)
 
 
 def _nearest(metric: str) -> int:
     """Among how many of the nearest the right one is a hit: 5 of `acc5`, `image_to_text_r5`; 0 where none are."""
-    found = re.fullmatch(r"(?:acc|(?:image_to_text_)?r|recall)(\d*)", metric)
+    found = re.fullmatch(rf"(?:acc|(?:image_to_text_)?r|recall)(\d*)|{_PER_CLASS}", metric)
     return int(found[1] or 1) if found else 0
-
-
-def _compared(
-    row: Compared,
-    shared: list[tuple[str, str]],
-    of_a: dict[tuple[str, str], Prediction],
-    of_b: dict[tuple[str, str], Prediction],
-) -> Compared:
-    assert row.a is not None
-    nearest = _nearest(row.a.metric) or 1
-    hits_a_N, hits_b_N = (np.array([of[name].rank < nearest for name in shared]) for of in (of_a, of_b))
-    labels_N = np.unique([of_a[name].truth for name in shared], return_inverse=True)[1]
-    gap = parity_gap(hits_b_N, hits_a_N, labels_N, "classes" if row.a.metric == _PER_CLASS else "images")
-    gained, lost = (
-        tuple((name[1], of_a[name].truth) for name, changed in zip(shared, changed_N, strict=True) if changed)
-        for changed_N in (hits_b_N & ~hits_a_N, hits_a_N & ~hits_b_N)
-    )
-    # Each image, or each class, weighs the same.
-    weight_N = 1 / np.bincount(labels_N)[labels_N] if row.a.metric == _PER_CLASS else np.ones(len(shared))
-    on_shared = (float(np.average(hits_a_N, weights=weight_N)), float(np.average(hits_b_N, weights=weight_N)))
-    return row._replace(gap=gap, on_shared=on_shared, gained=gained, lost=lost)
 
 
 def common(row: Compared) -> str:

@@ -42,7 +42,7 @@ class Matching(Protocol):
 
 
 class Matched(NamedTuple):
-    """The columns of `Answers` from the right text on, see there."""
+    """Columns of `Prediction` from the right text on, see there."""
 
     truth_M: np.ndarray
     predicted_M: np.ndarray

@@ -153,7 +153,7 @@ def _contamination(scores: list[Score], result: Result, card: CardResult) -> dic
     found = result.about.get("contamination", {}).get("cards", {}).get(name_of(*card.key))
     clean = [score for score in scores if score.subset == CLEAN]
     if found is None:  # the run of another program, or of before, which flags its answers alone
-        rows = [row for answers in result.answers if answers.key == card.key for row in answers.rows()]
+        rows = [row for rows in result.answers_of(card).values() for row in rows]
         found = {"flagged": len({row.key for row in rows if row.flagged}), "images": len({row.key for row in rows})}
         if not found["flagged"] and not clean:
             return None
@@ -173,10 +173,10 @@ def _contamination(scores: list[Score], result: Result, card: CardResult) -> dic
 
 def _answers(result: Result, card: CardResult, picture: PictureOf, most: Most) -> dict[str, Any]:
     """Confusions and pictures, of the main protocol in the first language; and the map of the embeddings."""
-    of_card = [answers for answers in result.answers if answers.key == card.key]
-    protocols = [card.protocol, *(answers.protocol for answers in of_card)]
-    protocol = next((name for name in protocols if any(answers.protocol == name for answers in of_card)), None)
-    found = {answers.language: list(answers.rows()) for answers in of_card if answers.protocol == protocol}
+    of_card = result.answers_of(card)
+    with_answers = [protocol for protocol, _ in of_card]
+    protocol = card.protocol if card.protocol in with_answers else next(iter(with_answers), None)
+    found = {language: rows for (name, language), rows in of_card.items() if name == protocol}
     found = dict(sorted(found.items(), key=lambda item: item[0] != "en"))
     language, rows = next(iter(found.items()), ("", []))
     are_classes = card.candidates == "classes"

@@ -10,7 +10,7 @@ from indiclip.evals.formatting import NAMES, Bar, Gap, chance_of, language_name,
 from indiclip.evals.reports.bench_card import Most, card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
 from indiclip.evals.reports.page import write_page
-from indiclip.evals.results import PHOTOGRAPHS, PROBES, PROCEDURAL, CardResult, Result, Score, less_english, name_of
+from indiclip.evals.results import PHOTOGRAPHS, PROBES, PROCEDURAL, CardResult, Result, Score, name_of
 
 _OF_PAGE, _OF_CARD = Most(pictures=170, thumbnails=600), Most(pictures=18, thumbnails=60)  # about 7 kB and 1 kB each
 
@@ -36,9 +36,9 @@ def write_bench_report(folder: Path, result: Result, picture: PictureOf) -> Path
     shares = (of_page // max(len(scored), 1) for of_page in _OF_PAGE)
     most = Most(*(min(of_card, max(share, 3)) for of_card, share in zip(_OF_CARD, shares, strict=True)))
     flagged = defaultdict(set)
-    for answers in result.answers:
-        if answers.flagged_M.any():
-            flagged[answers.key].update(answers.keys_M[answers.flagged_M.astype(bool)])
+    for row in result.predictions:
+        if row.flagged:
+            flagged[row.card, row.part].add(row.key)
     num_flagged = {key: len(keys) for key, keys in flagged.items()}
     looked_for = result.about.get("contamination", {}).get("cards", {})
     num_flagged |= {
@@ -99,17 +99,13 @@ def _panel(result: Result, card: CardResult) -> tuple[CardResult, list[Bar], flo
     found = [result.main(language).get(card.key) for language in result.languages()]
     scores = [score for score in found if score is not None]
     english = next((score for score in scores if score.language == "en"), None)
+    gaps = result.gaps()
     bars = []
     for score in scores:
-        kind = "en" if score is english else ""
-        bars.append(Bar(language_name(score.language), score, kind, _gap(result, score, english)))
+        difference: Gap | None = None
+        if gap := gaps.get(score.measured):
+            difference = gap.value, gap.low, gap.high
+        elif english is not None and score is not english:
+            difference = score.value - english.value, None, None
+        bars.append(Bar(language_name(score.language), score, "en" if score is english else "", difference))
     return card, bars, chance_of(scores)
-
-
-def _gap(result: Result, score: Score, english: Score | None) -> Gap | None:
-    """A language less English, on the same images, with the interval where there is one."""
-    if english is None or score is english:
-        return None
-    wanted = score._replace(metric=f"parity_{score.metric}")[:8]
-    gap = next((less_english(row) for row in result.scores if row[:8] == wanted and not row.subset), None)
-    return (gap.value, gap.low, gap.high) if gap else (score.value - english.value, None, None)

@@ -62,11 +62,12 @@ def place_map(result: Result, card: CardResult) -> PlaceMap | None:
     """The places of a card that says where its classes are, by the answers of its main protocol in its first language,
     English where it has any. None where there are no places or no answers.
     """
-    found = [one for one in result.answers if (one.key, one.protocol) == (card.key, card.protocol)]
+    of_card = result.answers_of(card)
+    found = {language: rows for (protocol, language), rows in of_card.items() if protocol == card.protocol}
     if not card.places or not found:
         return None
-    answers = min(found, key=lambda one: one.language != "en")
-    spots = _spots(card, list(answers.rows()))
+    language = min(found, key=lambda code: code != "en")
+    spots = _spots(card, found[language])
     frame = _Frame([spot.lat for spot in spots], [spot.lon for spot in spots])
     most = max(spot.images for spot in spots)
     circles = []
@@ -77,7 +78,7 @@ def place_map(result: Result, card: CardResult) -> PlaceMap | None:
         said = f"{', '.join(map(words, spot.names))}: {told}"
         circles.append(Circle(*frame.at(spot.lat, spot.lon), radius, share(rate) if spot.images else "", said))
     return PlaceMap(
-        language_name(answers.language),
+        language_name(language),
         frame.width,
         frame.height,
         circles,
