@@ -58,9 +58,9 @@ def test_two_models_on_the_same_photographs_stand_in_one_table_of_the_leaderboar
     results = [run(photographs(tmp_path)), run(tmp_path)]
     results[1].model = "another"
     (group,) = groups_of([row_of(result) for result in results])
-    assert [row["model"] for row in group.rows] == ["colour", "another"]
-    assert group.data
-    assert (group.covered, group.of) == (1, 11)
+    assert [row["model"] for row in group] == ["colour", "another"]
+    assert group[0]["data"]
+    assert (group[0]["covered"], group[0]["of"]) == (1, 11)
 
 
 def test_top_1_is_what_the_predictions_say(tmp_path):

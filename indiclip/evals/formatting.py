@@ -137,9 +137,9 @@ def interval(low: float | None, high: float | None, metric: str = "") -> str:
     return f"{number(low, metric)} to {number(high, metric)}"
 
 
-def chance_of(scores: Iterable[Score | None]) -> float | None:
-    """Of the first of a card's scores: English, which comes first, names every class."""
-    return next((score.chance for score in scores if score is not None), None)
+def chance_of(scores: Iterable[Any]) -> float | None:
+    """Of the first of a card's scores that has one: English, which comes first, names every class."""
+    return next((score.chance for score in scores if score is not None and score.chance is not None), None)
 
 
 def share(value: float, of: float = 1.0) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from indiclip.evals.suites import INDIA
 from indiclip.names import is_whole, reason_of, shorten
 
 Row = dict[str, Any]
-INDIA = "india"
 
 
 def read(file: Path) -> tuple[list[Row], list[str]]:
@@ -29,14 +29,13 @@ def read(file: Path) -> tuple[list[Row], list[str]]:
     return list(newest.values()), skipped
 
 
-def _checked(row: Any) -> Row:
+def _checked(found: Any) -> Row:
     """A row with all keys. Raises ValueError for a foreign one, naming the key and what was found."""
-    if not isinstance(row, dict):
-        raise ValueError(f"found {shorten(row)}; expected an object")
+    if not isinstance(found, dict):
+        raise ValueError(f"found {shorten(found)}; expected an object")
+    row: Row = _ADDED | found
     for key, (is_right, expected) in _KEYS.items():
-        if key not in row and key in _ADDED:
-            row[key] = _ADDED[key]
-        elif key not in row:
+        if key not in row:
             raise ValueError(f"has no {key!r}, so it is of no benchmark run")
         if not is_right(row[key]):
             raise ValueError(f"{key}: found {shorten(row[key])}; expected {expected}")
@@ -88,7 +87,6 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gaps": (_by_name(_by_name(_numbers(3))), "three numbers for each card and language"),
     "titles": (_by_name(_is_text), "text for each card"),
     "metrics": (_by_name(_is_text), "text for each card"),
-    "chance": (_by_name(_is_number), "a number for each card"),
     "chances": (_by_name(_by_name(_is_number)), "a number for each card and language"),
     "lengths": (_some(is_whole), "whole numbers"),
     "views": (_some(_is_text), "texts"),
@@ -98,11 +96,5 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "folder": (_is_text, "text"),
 }
 # What rows of before do not have.
-_TABLES = ("mean_interval", "mean_gap", "intervals", "gaps", "titles", "metrics", "chance", "chances", "asked")
-_ADDED: dict[str, Any] = {
-    "suite": INDIA,
-    "report": "",
-    "folder": "",
-    "precision": "fp32",
-    **{key: {} for key in _TABLES},
-}
+_TABLES = ("mean_interval", "mean_gap", "intervals", "gaps", "titles", "metrics", "chances", "asked")
+_ADDED: Row = {"suite": INDIA, "report": "", "folder": "", "precision": "fp32"} | {key: {} for key in _TABLES}

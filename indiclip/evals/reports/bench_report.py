@@ -11,6 +11,7 @@ from indiclip.evals.reports.bench_card import Most, card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, PROBES, PROCEDURAL, CardResult, Result, Score, name_of
+from indiclip.evals.suites import has_mean
 
 _OF_PAGE, _OF_CARD = Most(pictures=170, thumbnails=600), Most(pictures=18, thumbnails=60)  # about 7 kB and 1 kB each
 
@@ -79,9 +80,8 @@ def _blocks(result: Result, cards: list[CardResult], flagged: dict[tuple[str, st
             name += f", {kind}: {sum(card.status == 'scored' for card in of_block)} of {len(of_block)} scored"
         else:
             name += ", generated pictures: in no mean"
-        # Own cards are no suite: a mean over whatever somebody measured says nothing.
-        has_mean = part == PHOTOGRAPHS and len(of_block) > 1 and suite != "own"
-        blocks.append({"name": name, "rows": rows, "mean": result.headline(suite)["mean"] if has_mean else None})
+        means = part == PHOTOGRAPHS and len(of_block) > 1 and has_mean(suite)
+        blocks.append({"name": name, "rows": rows, "mean": result.headline(suite)["mean"] if means else None})
     return blocks
 
 
