@@ -30,6 +30,18 @@ class Compared(NamedTuple):
     gained: tuple[tuple[str, str], ...] = ()  # (key, truth) of images wrong in a and right in b
     lost: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def is_on_all(self) -> bool:
+        """Whether no image of either run was left out."""
+        return self.of == (self.shared, self.shared)
+
+    @property
+    def verdict(self) -> str:
+        """What the interval of the paired difference shows of b: `better`, `worse` or nothing."""
+        if self.gap is None:
+            return ""
+        return "better" if self.gap.low > 0 else "worse" if self.gap.high < 0 else ""
+
 
 def compare(a: Result, b: Result) -> list[Compared]:
     """Every card and language that either run scored; a difference on the images that both answered for.
@@ -132,7 +144,7 @@ def _nearest(metric: str) -> int:
 
 def common(row: Compared) -> str:
     """How many images a difference is over, of how many, and the numbers on them where these are not all."""
-    if row.of == (row.shared, row.shared):
+    if row.is_on_all:
         return f"{row.shared:,} images"
     said = f"the common {row.shared:,} images of A's {row.of[0]:,} and B's {row.of[1]:,}"
     return f"{said}, where A has {number(row.on_shared[0])} and B {number(row.on_shared[1])}"

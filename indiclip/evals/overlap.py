@@ -108,33 +108,29 @@ def flag(
         scored = items.select(np.flatnonzero(items.tested_N).tolist())
         by = _found_by(scored, known, num_workers)
         items.is_flagged[items.tested_N] = np.logical_or.reduce([by["bytes"], by["image"], by["caption"]])
-        kinds = {"bytes": items.num_images, "image": items.num_images, "caption": bool(items.captions)}
-        has = {"bytes": found["training_images"], "image": found["training_images"], "caption": len(known.captions)}
+        have_images = items.num_images and found["training_images"]
+        can_be_found = {"bytes": have_images, "image": have_images, "caption": items.captions and len(known.captions)}
         found["cards"][name_of(items.card.id, part_of(items.procedural))] = {
             "images": len(scored),
             "flagged": int(items.is_flagged.sum()),
-            **{f"by_{kind}": int(by[kind].sum()) for kind in kinds},
+            **{f"by_{way}": int(by[way].sum()) for way in can_be_found},
             "not_comparable": int(by["nothing"].sum()),
-            "looked_for": [kind for kind in kinds if kinds[kind] and has[kind]],
+            "looked_for": [way for way, can_be in can_be_found.items() if can_be],
         }
     return found
 
 
 def _found_by(items: Items, known: _Hashes, num_workers: int) -> dict[str, np.ndarray]:
     """Which images are found, bool (N,), by each way, and which have no looks to compare."""
-    own = _hashes(items.num_images, partial(_of_items, items), num_workers, VIEWS)
-    by_image = np.zeros(len(own.looks), bool)
-    for kind, max_distance in enumerate(MAX_DISTANCES):
-        found = near_duplicates(own.looks[:, :, kind].ravel(), known.looks[:, 0, kind], max_distance)
-        by_image |= found.near_N.reshape(own.looks.shape[:2]).any(1)
-    nothing = np.zeros(len(items), bool)
-    has_images = bool(items.num_images)
-    return {
-        "bytes": near_duplicates(own.contents, known.contents, 0).near_N if has_images else nothing,
-        "image": by_image if has_images else nothing,
-        "caption": _by_caption(items, known.captions),
-        "nothing": (own.looks[:, 0, 0] == UNHASHABLE) if has_images else nothing,
-    }
+    found = dict.fromkeys(("bytes", "image", "nothing"), np.zeros(len(items), bool))
+    if items.num_images:
+        own = _hashes(items.num_images, partial(_of_items, items), num_workers, VIEWS)
+        for kind, max_distance in enumerate(MAX_DISTANCES):
+            near_NV = near_duplicates(own.looks[:, :, kind].ravel(), known.looks[:, 0, kind], max_distance)
+            found["image"] = found["image"] | near_NV.reshape(len(items), -1).any(1)
+        found["bytes"] = near_duplicates(own.contents, known.contents, 0)
+        found["nothing"] = own.looks[:, 0, 0] == UNHASHABLE
+    return found | {"caption": _by_caption(items, known.captions)}
 
 
 def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
@@ -143,7 +139,7 @@ def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
     for texts_N in (items.captions or {}).values():
         owner_T = np.repeat(np.arange(len(items)), [len(texts) for texts in texts_N])
         hashes_T = np.array([caption_hash(text) for texts in texts_N for text in texts], dtype=np.uint64)
-        flagged_N[owner_T[near_duplicates(hashes_T, known_M, 0).near_N]] = True
+        flagged_N[owner_T[near_duplicates(hashes_T, known_M, 0)]] = True
     return flagged_N
 
 
