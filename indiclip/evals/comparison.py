@@ -7,12 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from indiclip.evals.formatting import interval, language_name, metric_name, number, protocol_name, signed, title
-from indiclip.evals.protocols.metrics import Interval, parity_gap
+from indiclip.evals.protocols.metrics import Average, Interval, mean_per_class_recall, parity_gap
 from indiclip.evals.results import IMAGES, CardResult, Prediction, Result, Score, name_of
 from indiclip.names import plain
 
 _PER_CLASS = "mean_per_class_recall"
-_Answers = dict[tuple[str, str], Prediction]  # by the image's content and, as there may be copies, its key
 
 
 class Compared(NamedTuple):
@@ -43,6 +42,14 @@ class Compared(NamedTuple):
         return "better" if self.gap.low > 0 else "worse" if self.gap.high < 0 else ""
 
 
+class _Side(NamedTuple):
+    """A card in a language, as one run scored it."""
+
+    run: Result
+    score: Score
+    answers: dict[tuple[str, str], Prediction]  # by the image's content and, as there may be copies, its key
+
+
 def compare(a: Result, b: Result) -> list[Compared]:
     """Every card and language that either run scored; a difference on the images that both answered for.
 
@@ -54,79 +61,80 @@ def compare(a: Result, b: Result) -> list[Compared]:
     mains = {language: (a.main(language), b.main(language)) for language in languages}
     rows = []
     for key, card in (in_a | in_b).items():
-        pairs = [(language, of_a.get(key), of_b.get(key)) for language, (of_a, of_b) in mains.items()]
-        pairs = [pair for pair in pairs if pair[1:] != (None, None)]
-        for language, score_a, score_b in pairs:
-            if score_a is None or score_b is None:
-                why_not = f"only in {'B' if score_a is None else 'A'}"
-                rows.append(Compared(card, language, score_a, score_b, why_not=why_not))
+        of_card = {language: (main_a.get(key), main_b.get(key)) for language, (main_a, main_b) in mains.items()}
+        of_card = {language: scores for language, scores in of_card.items() if any(scores)}
+        for language, (score_a, score_b) in of_card.items():
+            if score_a and score_b:
+                rows.append(_compared(card, _side(a, score_a), _side(b, score_b)))
             else:
-                rows.append(_compared(card, (a, b), (score_a, score_b)))
-        if not pairs:
-            only = f"only in {'B' if key not in in_a else 'A'}, by probes"
+                rows.append(Compared(card, language, score_a, score_b, why_not=f"only in {'A' if score_a else 'B'}"))
+        if not of_card:
+            only = f"only in {'A' if key in in_a else 'B'}, by probes"
             why_not = "only probes in both" if key in in_a and key in in_b else only
             rows.append(Compared(card, IMAGES, None, None, why_not=why_not))
     return rows
 
 
-def _compared(card: CardResult, runs: tuple[Result, Result], scores: tuple[Score, Score]) -> Compared:
-    """A card and language that both runs scored."""
-    of_a, of_b = (_answers(run, score) for run, score in zip(runs, scores, strict=True))
-    shared = [image for image in of_a if image in of_b]
-    metric, language = scores[0].metric, scores[0].language
-    row = Compared(card, language, *scores, shared=len(shared), of=(len(of_a), len(of_b)))
-    if why_not := _why_not(card, runs, scores, of_a, of_b):
-        return row._replace(why_not=why_not)
-    hits_a_N, hits_b_N = (np.array([of[image].rank < _nearest(metric) for image in shared]) for of in (of_a, of_b))
-    images = [(key, of_a[content, key].truth) for content, key in shared]
-    gained, lost = tuple(compress(images, hits_b_N & ~hits_a_N)), tuple(compress(images, hits_a_N & ~hits_b_N))
-
-    # Each image, or each class, weighs the same.
-    labels_N = np.unique([truth for _, truth in images], return_inverse=True)[1]
-    weight_N = 1 / np.bincount(labels_N)[labels_N] if metric == _PER_CLASS else np.ones(len(shared))
-    on_a, on_b = (float(np.average(hits_N, weights=weight_N)) for hits_N in (hits_a_N, hits_b_N))
-    gap = parity_gap(hits_b_N, hits_a_N, labels_N, "classes" if metric == _PER_CLASS else "images")
-    return row._replace(gap=gap, on_shared=(on_a, on_b), gained=gained, lost=lost)
-
-
-def _answers(run: Result, score: Score) -> _Answers:
-    """The answers behind a score."""
+def _side(run: Result, score: Score) -> _Side:
     rows = run.answers.get((score.card, score.part, score.protocol, score.language), [])
-    return {(row.content, row.key): row for row in rows}
+    return _Side(run, score, {(row.content, row.key): row for row in rows})
 
 
-def _why_not(
-    card: CardResult, runs: tuple[Result, Result], scores: tuple[Score, Score], of_a: _Answers, of_b: _Answers
-) -> str:
+def _compared(card: CardResult, a: _Side, b: _Side) -> Compared:
+    shared = [image for image in a.answers if image in b.answers]
+    of = len(a.answers), len(b.answers)
+    row = Compared(card, a.score.language, a.score, b.score, len(shared), of, why_not=_why_not(card, a, b))
+    if row.why_not:
+        return row
+    metric = a.score.metric
+    hits_a_N, hits_b_N = (
+        np.array([side.answers[image].rank < _nearest(metric) for image in shared]) for side in (a, b)
+    )
+    images = [(key, a.answers[content, key].truth) for content, key in shared]
+    average: Average = "classes" if metric == _PER_CLASS else "images"
+    # Each class weighs the same, or all images are of one.
+    labels_N = np.unique([truth if metric == _PER_CLASS else "" for _, truth in images], return_inverse=True)[1]
+    return row._replace(
+        gap=parity_gap(hits_b_N, hits_a_N, labels_N, average),
+        on_shared=(mean_per_class_recall(hits_a_N, labels_N).value, mean_per_class_recall(hits_b_N, labels_N).value),
+        gained=tuple(compress(images, hits_b_N & ~hits_a_N)),
+        lost=tuple(compress(images, hits_a_N & ~hits_b_N)),
+    )
+
+
+def _why_not(card: CardResult, a: _Side, b: _Side) -> str:
     """What stands against a comparison."""
-    a, b = scores
-    if (a.metric, a.protocol) != (b.metric, b.protocol):
-        return f"different metrics: {metric_name(a.metric)} and {metric_name(b.metric)}"
-    protocol = protocol_name(a.protocol)
-    if not of_a and not of_b:
+    name, language, metric = name_of(*card.key), a.score.language, a.score.metric
+    if (metric, a.score.protocol) != (b.score.metric, b.score.protocol):
+        return f"different metrics: {metric_name(metric)} and {metric_name(b.score.metric)}"
+
+    protocol = protocol_name(a.score.protocol)
+    if not a.answers and not b.answers:
         return f"the protocol {protocol} keeps no answers per image"
-    if not of_a or not of_b:
-        return f"{'B' if of_a else 'A'} has no answers per image of the protocol {protocol}"
-    knows_content = [all(content for content, _ in of) for of in (of_a, of_b)]
-    if any(knows_content) and not all(knows_content):
-        earlier = "B" if knows_content[0] else "A"
+    if not a.answers or not b.answers:
+        return f"{'B' if a.answers else 'A'} has no answers per image of the protocol {protocol}"
+
+    a_knows, b_knows = (all(content for content, _ in side.answers) for side in (a, b))
+    if a_knows != b_knows:
+        earlier = "B" if a_knows else "A"
         return f"{earlier} is of an earlier version, which kept nothing of its images' bytes; score it again"
-    shared = of_a.keys() & of_b.keys()
+    shared = a.answers.keys() & b.answers.keys()
     if not shared:
-        same_names = len({key for _, key in of_a} & {key for _, key in of_b})
+        same_names = len({key for _, key in a.answers} & {key for _, key in b.answers})
         return "different images" + (f", {same_names:,} of them under the same names" if same_names else "")
-    if a.num_classes != b.num_classes:
-        return f"different classes: {a.num_classes} and {b.num_classes}"
-    if card.candidates == "images" and of_a.keys() != of_b.keys():
-        return f"different images, which are each other's candidates: {len(shared):,} of {len(of_a):,} are shared"
-    if other := sum(of_a[image].truth != of_b[image].truth for image in shared):
+
+    if a.score.num_classes != b.score.num_classes:
+        return f"different classes: {a.score.num_classes} and {b.score.num_classes}"
+    if card.candidates == "images" and a.answers.keys() != b.answers.keys():
+        return f"different images, which are each other's candidates: {len(shared):,} of {len(a.answers):,} are shared"
+    if other := sum(a.answers[image].truth != b.answers[image].truth for image in shared):
         return f"different classes: {other} of {len(shared)} images have another truth"
-    if not _nearest(a.metric):
-        return f"{metric_name(a.metric)} has no hits to compare"
-    if _differ(*(run.about.get("asked", {}).get(name_of(*card.key), {}).get(a.language) for run in runs)):
+    if not _nearest(metric):
+        return f"{metric_name(metric)} has no hits to compare"
+    if _differ(*(side.run.about.get("asked", {}).get(name, {}).get(language) for side in (a, b))):
         return "different classes, names or prompts"
     # Runs of before, which know the content of no image, have a digest of the keys and labels.
-    if not any(knows_content) and _differ(*(run.about.get("data", {}).get(name_of(*card.key)) for run in runs)):
+    if not a_knows and _differ(*(side.run.about.get("data", {}).get(name) for side in (a, b))):
         return "different images, or labels, under the same names"
     return ""
 
