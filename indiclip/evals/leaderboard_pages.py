@@ -173,8 +173,8 @@ def _cell(row: Row, card: str, language: str) -> Cell:
 
 def setting(row: Row) -> str:
     """In which embeddings were compared: length and view, and the precision where it is not full."""
-    words = [f"{row['lengths'][-1]}", row["views"][0], row["precision"]]
-    return ", ".join(words[: 3 - (row["precision"] == "fp32")])
+    precision = "" if row["precision"] == "fp32" else f", {row['precision']}"
+    return f"{row['lengths'][-1]}, {row['views'][0]}{precision}"
 
 
 def _languages(rows: Sequence[Row]) -> list[str]:
