@@ -57,18 +57,16 @@ def compare(a: Result, b: Result) -> list[Compared]:
     a paired difference: what one run makes of an image stands beside what the other does.
     """
     in_a, in_b = ({card.key: card for card in run.cards if card.status == "scored"} for run in (a, b))
-    languages = dict.fromkeys((*a.languages(), *b.languages()))
-    mains = {language: (a.main(language), b.main(language)) for language in languages}
+    mains_a, mains_b = a.mains(), b.mains()
     rows = []
     for key, card in (in_a | in_b).items():
-        of_card = {language: (main_a.get(key), main_b.get(key)) for language, (main_a, main_b) in mains.items()}
-        of_card = {language: scores for language, scores in of_card.items() if any(scores)}
-        for language, (score_a, score_b) in of_card.items():
+        for language in mains_a | mains_b:
+            score_a, score_b = mains_a.get(language, {}).get(key), mains_b.get(language, {}).get(key)
             if score_a and score_b:
                 rows.append(_compared(card, _side(a, score_a), _side(b, score_b)))
-            else:
+            elif score_a or score_b:
                 rows.append(Compared(card, language, score_a, score_b, why_not=f"only in {'A' if score_a else 'B'}"))
-        if not of_card:
+        if not any(row.card is card for row in rows):
             only = f"only in {'A' if key in in_a else 'B'}, by probes"
             why_not = "only probes in both" if key in in_a and key in in_b else only
             rows.append(Compared(card, IMAGES, None, None, why_not=why_not))

@@ -67,8 +67,8 @@ def _main_scores(result: Result, cards: Container[str]) -> dict[Where, Score]:
     """The main numbers of the photographs of these cards."""
     return {
         (card, language): score
-        for language in result.languages()
-        for (card, part), score in result.main(language).items()
+        for language, main in result.mains().items()
+        for (card, part), score in main.items()
         if part == PHOTOGRAPHS and card in cards
     }
 

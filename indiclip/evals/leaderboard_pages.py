@@ -80,10 +80,14 @@ def add(file: Path, runs: Sequence[tuple[Result, Path]], site: bool = False) -> 
         OSError: The disk is full, or the folder cannot be written to.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = [(rows_of(result), _places(folder, file.parent)) for result, folder in runs]
-    without_row = [result.model for (result, _), (rows, _) in zip(runs, new, strict=True) if not rows]
+    new, without_row = [], []
+    for result, folder in runs:
+        of_run = rows_of(result)
+        new += [row | _places(folder, file.parent) for row in of_run]
+        if not of_run:
+            without_row.append(result.model)
     with FileLock(file.with_name(f".{file.name}.lock")):
-        json_lines.append(file, (row | places for rows, places in new for row in rows))
+        json_lines.append(file, new)
         rows, skipped = read(file)
         groups = groups_of(rows)
         tables = [_table(group, groups[:place]) for place, group in enumerate(groups)]

@@ -140,6 +140,10 @@ class Result:
             if score.language == language and (score.protocol, score.metric) == mains.get(score.key)
         }
 
+    def mains(self) -> dict[str, dict[tuple[str, str], Score]]:
+        """Language -> its `main`, in the order of `languages`."""
+        return {language: self.main(language) for language in self.languages()}
+
     def probes(self, protocol: str) -> dict[tuple[str, str], Score]:
         """(card, part) -> accuracy of kNN or the linear probe at the full length and the first view."""
         return {
@@ -202,9 +206,8 @@ class Result:
         photographs = [card for card in self.cards if (card.suite, card.part) == (suite, PHOTOGRAPHS)]
         scored = {card.key for card in self.photographs(suite)}
         means: dict[str, dict[str, Any]] = {}
-        for language in self.languages():
-            scores = [score for key, score in self.main(language).items() if key in scored]
-            values = [corrected(score.value, score.chance) for score in scores]
+        for language, main in self.mains().items():
+            values = [corrected(score.value, score.chance) for key, score in main.items() if key in scored]
             values = [value for value in values if math.isfinite(value)]
             if values:
                 means[language] = {"value": sum(values) / len(values), "cards": len(values)}

@@ -47,7 +47,7 @@ def write_comparison(file: Path, a: Result, b: Result, names: Sequence[str] = ("
 def _counted(run: Result) -> set[tuple[str, str]]:
     """Cards and languages that make up its means."""
     cards = {card.key for card in run.photographs()}
-    return {(key[0], language) for language in run.languages() for key in run.main(language) if key in cards}
+    return {(card, language) for language, main in run.mains().items() for card, part in main if (card, part) in cards}
 
 
 def _panel(rows: list[Compared]) -> tuple[CardResult, list[Bar], float | None]:

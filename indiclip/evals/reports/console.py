@@ -1,6 +1,5 @@
 """A benchmark run as a table for the terminal."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def print_result(result: Result, folder: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH  # rich would take 80 columns
-    counts = Counter(language for language in result.languages() for _ in result.main(language))
+    counts = {language: len(main) for language, main in result.mains().items() if main}
     without_text = [IMAGES] if counts.pop(IMAGES, 0) else []  # stands beside any language
     # Of as many cards Hindi is the first, which most people of India read.
     by_cards = sorted(counts, key=lambda language: (-counts[language], language not in ("en", "hi"), language))
