@@ -24,29 +24,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pycocotools import mask as rle
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from indiclip.head import Frame, Head, Line, ListMetric, Losses, Measure, Panel, Picture, Prediction, Ratio, plain
+from indiclip.head import Frame, Head, Line, Losses, Measure, Panel, Picture, Prediction, Ratio, plain
 from indiclip.surface_charts import (
     NUM_PARTS,
-    PART_NAMES,
     Charts,
     People,
     chart_losses,
-    coarse_targets,
+    part_masks,
+    paste,
     points_of,
-    to_window,
+    read_cells,
 )
+from indiclip.surface_metric import SurfaceMetric
 from indiclip.types import Batch, Features, Rows, in_float32, on_device, random_seeds, targets_of
 
 if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
-KAPPA = 0.255  # of the geodesic point similarity, in the paper's section 3
 MAX_JITTER = 0.08  # all sides moved inwards leave (1 - 2 * 0.08) ** 2 = 0.706 of the box: IoU > 0.7, as in detectron2
 _DRAWN_SIDE = 320  # pixels that a picture's longer side has at least
 
@@ -76,7 +75,7 @@ class DensePose(Head):
     """
 
     title = "DensePose"
-    metric: "SurfaceMetric"
+    metric: SurfaceMetric
 
     required_fields = predict_fields = ("dp_boxes_xyxy",)
     no_flip = "a mirrored body needs the symmetry table, which is not part of IndiCLIP"
@@ -242,7 +241,7 @@ class DensePose(Head):
             for (x, y), colour in zip((xy_S2 * zoom).long().tolist(), colours, strict=True):
                 right[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3] = colour
             panels.append(Panel(right, "truth: annotated points"))
-            found_S, _ = _read(prediction, xy_S2, person_S)
+            found_S, _ = read_cells(prediction, xy_S2, person_S)
             text += f"; part right at {float((found_S == part_S).float().mean()):.0%} of {len(part_S)} points"
         return panels, [Line(text)]
 
@@ -265,133 +264,6 @@ def jitter(boxes_R4: Tensor, size_R2: Tensor, amount: float, number_R: Tensor) -
     move_R4 = ((number_R[:, None] * powers_4 % 2**24).to(boxes_R4) / 2**23 - 1) * amount
     sides_R2 = boxes_R4[:, 2:] - boxes_R4[:, :2]
     return _inside(boxes_R4 + move_R4 * sides_R2.repeat(1, 2), size_R2)
-
-
-def paste(prediction: Prediction, size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Lay the windows of an image into it; where people overlap, the higher score lies on top.
-
-    Returns:
-        part uint8 (H, W), 0 off people, and uv (H, W, 2). A pixel takes the cell under its centre.
-    """
-    height, width = size_hw
-    parts_Qhw, uv_Qhw2 = prediction["part"], prediction["uv"].permute(0, 2, 3, 1)
-    part_HW, uv_HW2 = parts_Qhw.new_zeros(height, width), uv_Qhw2.new_zeros(height, width, 2)
-    for q in prediction["scores"].argsort().tolist():
-        x1, y1, x2, y2 = prediction["boxes_xyxy"][q].tolist()
-        rows, y_H = _pixels(y1, y2, height, parts_Qhw.shape[1])
-        columns, x_W = _pixels(x1, x2, width, parts_Qhw.shape[2])
-        cells = (q, y_H[:, None], x_W)
-        on_HW = parts_Qhw[cells] > 0
-        part_HW[rows, columns][on_HW] = parts_Qhw[cells][on_HW]
-        uv_HW2[rows, columns][on_HW] = uv_Qhw2[cells][on_HW]
-    return part_HW, uv_HW2
-
-
-def part_masks(
-    part_hw: Tensor, box_xyxy: tuple[float, float, float, float], size_hw: tuple[int, int]
-) -> list[dict[str, Any]]:
-    """The parts of one person in an image of this size, see `DensePose.to_json`; pixels as of `paste`."""
-    x1, y1, x2, y2 = box_xyxy
-    rows, y_H = _pixels(y1, y2, size_hw[0], part_hw.shape[0])
-    columns, x_W = _pixels(x1, x2, size_hw[1], part_hw.shape[1])
-    part_HW, found = part_hw[y_H[:, None], x_W].numpy(), []
-    for number in np.unique(part_HW[part_HW > 0]).tolist():
-        mask_HW = np.zeros(size_hw, np.uint8, order="F")
-        mask_HW[rows, columns] = part_HW == number
-        code = rle.encode(mask_HW)
-        segmentation = {"size": code["size"], "counts": code["counts"].decode()}
-        found.append({"number": number, "name": PART_NAMES[number - 1], "segmentation": segmentation})
-    return found
-
-
-def _pixels(low: float, high: float, size: int, num_cells: int) -> tuple[slice, Tensor]:
-    """The pixels between two sides of a window along one axis of an image, and the cell of the window under each."""
-    pixels = slice(max(0, round(low)), min(size, round(high)))
-    centres = torch.arange(size)[pixels] + 0.5
-    return pixels, ((centres - low) / (high - low) * num_cells).long().clamp(0, num_cells - 1)
-
-
-class SurfaceMetric(ListMetric):
-    """How well surfaces fit the annotated points, with the ground-truth boxes: one prediction per annotated person.
-
-    The predicted part, U and V at a point are those of the window's cell that it lies in: what is scored is what
-    `predict` hands out. `compute` gives
-        part_accuracy: share of the points whose part is right; a point off the predicted person is wrong.
-        uv_error: mean distance in (U, V) over the points whose part is right; 1 where there is none.
-        mask_iou: mean over people of the overlap of predicted and annotated mask, cell by cell of the window.
-        uv_gps: average precision over the thresholds 0.50, 0.55, ... 0.95, and uv_gps_50, uv_gps_75 at one, of the
-            similarity mean_points exp(-d^2 / (2 kappa^2)) of a person; d is the distance in (U, V), and infinite where
-            the part is wrong. GPS proper takes the distance along the body's surface, from tables that the user would
-            have to download, so that numbers here are not comparable to published ones. People without points are
-            left out. Precision is interpolated at 101 recalls, as COCO's evaluation does.
-    """
-
-    def update(self, prediction: Prediction, target: Prediction) -> None:
-        """Add an image: one dict of `DensePose.predict` and the image's targets, the same people in both."""
-        boxes_Q4 = prediction["boxes_xyxy"]
-        xy_S2, person_S, part_S, uv_S2 = points_of(target, boxes_Q4.device)
-        found_S, found_uv_S2 = _read(prediction, xy_S2, person_S)
-        right_S = found_S == part_S
-        distance_S = (found_uv_S2 - uv_S2).norm(dim=1)
-        similarity_S = right_S * torch.exp(-(distance_S**2) / (2 * KAPPA**2))
-        points_Q = torch.bincount(person_S, minlength=len(boxes_Q4))
-        gps_Q = torch.zeros_like(boxes_Q4[:, 0]).index_add(0, person_S, similarity_S.to(boxes_Q4)) / points_Q.clamp(
-            min=1
-        )
-        iou_Q = _mask_iou(prediction["part"], target.get("dp_masks"), boxes_Q4)
-        scored_Q = points_Q > 0
-        self.add(right_S, distance_S, iou_Q, gps_Q[scored_Q], prediction["scores"][scored_Q])
-
-    def compute(self) -> dict[str, Tensor]:
-        columns = zip(*self.rows_of_all_ranks(), strict=True)
-        right_S, distance_S, iou_Q, gps_Q, scores_Q = map(torch.cat, columns)
-        precision_L = average_precision(gps_Q, scores_Q, torch.arange(50, 100, 5) / 100)
-        return {
-            "part_accuracy": right_S.sum() / max(len(right_S), 1),
-            "uv_error": distance_S[right_S].mean() if right_S.any() else torch.tensor(1.0),
-            "mask_iou": iou_Q.sum() / max(len(iou_Q), 1),
-            "uv_gps": precision_L.mean(),
-            "uv_gps_50": precision_L[0],
-            "uv_gps_75": precision_L[5],
-        }
-
-
-def average_precision(similarity_Q: Tensor, scores_Q: Tensor, thresholds_L: Tensor) -> Tensor:
-    """AP of Q predictions for Q people at each threshold, (L,) on the CPU, as COCO computes it.
-
-    Ranked by score, a prediction is right where its similarity reaches the threshold. The precision at a recall is the
-    best at that recall or any higher one; their mean is over the recalls 0, 0.01, ... 1.
-    """
-    Q = len(similarity_Q)
-    if Q == 0:
-        return torch.zeros(len(thresholds_L))
-    ranked_Q = similarity_Q[scores_Q.argsort(descending=True, stable=True)].cpu().double()
-    # A hair below, so that a similarity of 0.55 in float32 reaches 0.55.
-    right_LQ = (ranked_Q >= thresholds_L.double()[:, None] - 1e-6).double().cumsum(1)
-    precision_LQ = right_LQ / torch.arange(1, Q + 1)
-    best_LQ = precision_LQ.flip(1).cummax(1).values.flip(1)
-    recalls_LN = (torch.arange(101).double() / 100 - 1e-9).repeat(len(thresholds_L), 1)
-    place_LN = torch.searchsorted(right_LQ / Q, recalls_LN)
-    return F.pad(best_LQ, (0, 1)).gather(1, place_LN).mean(1).float()  # a recall never reached has precision 0
-
-
-def _mask_iou(part_Qhw: Tensor, masks_QHW: Tensor | None, boxes_Q4: Tensor) -> Tensor:
-    """Overlap of each person's predicted and annotated mask, (Q,), or (0,) without masks."""
-    if masks_QHW is None or not len(boxes_Q4):
-        return boxes_Q4.new_zeros(0)
-    size_Q2 = torch.tensor([masks_QHW.shape[1:]] * len(boxes_Q4), device=boxes_Q4.device)
-    truth_Qhw = coarse_targets(masks_QHW, boxes_Q4, part_Qhw.shape[-1], size_Q2) > 0
-    both, either = truth_Qhw & (part_Qhw > 0), truth_Qhw | (part_Qhw > 0)
-    return both.sum((1, 2)) / either.sum((1, 2)).clamp(min=1)
-
-
-def _read(prediction: Prediction, xy_S2: Tensor, person_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Predicted part (S,) and (U, V) (S, 2) of the cell that each point of an image lies in."""
-    part_Qhw = prediction["part"]
-    h, w = part_Qhw.shape[-2:]
-    place_S2 = to_window(xy_S2, prediction["boxes_xyxy"][person_S])
-    x_S, y_S = (place_S2[:, 0] * w).long().clamp(0, w - 1), (place_S2[:, 1] * h).long().clamp(0, h - 1)
-    return part_Qhw[person_S, y_S, x_S].long(), prediction["uv"][person_S, :, y_S, x_S]
 
 
 def _inside(boxes_R4: Tensor, size_R2: Tensor) -> Tensor:

@@ -103,9 +103,11 @@ def translate_checkpoint(checkpoint: dict[str, Any]) -> None:
     short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in _TABLES["classes"].items()}
     callbacks = checkpoint.get("callbacks", {})
     checkpoint["callbacks"] = {short.get(key, key): state for key, state in callbacks.items()}
-    if "owed" in (validation := checkpoint["callbacks"].get("ResumeValidation", {})):
+    # Whether the resumed run still has to validate.
+    validation = checkpoint["callbacks"].get("ResumeValidation", {})
+    if "owed" in validation:
         validation["due"] = validation.pop("owed")
-    # DensePose counted steps, for its jitter.
+    # The DensePose head drew its box jitter from a step counter, which was saved among the weights.
     weights = {name: w for name, w in checkpoint.get("state_dict", {}).items() if not _STEP.fullmatch(name)}
     for old, new in _TABLES["weights"].items():
         weights = {re.sub(old, new, name): weight for name, weight in weights.items()}

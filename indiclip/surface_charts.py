@@ -1,17 +1,20 @@
-"""DensePose charts: what is said of the windows around people, what is true of them, and the losses between the two.
+"""DensePose charts: what is said of the windows around people, what is true of them, the losses between the two, and
+the windows laid into their image.
 
 Frames: image pixels, with (0, 0) the corner of the first pixel; and a window's own, (0, 0) its upper left corner and
 (1, 1) its lower right. Cell i of n is centred at (i + 0.5) / n of its window. (detectron2 puts point i / n there, which
 is half a cell off.)
 
 Shape letters: see `indiclip.types`; R windows of a batch, S points of a batch or an image, C channels, K = 25 parts (0
-is the background), h w cells of a window.
+is the background), h w cells of a window; Q people of an image.
 """
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as rle
 from torch import Tensor
 
 from indiclip.ratios import Ratio
@@ -170,3 +173,56 @@ def points_of(target: dict[str, Any], device: torch.device) -> tuple[Tensor, Ten
         values = [torch.zeros(0, *shape) for shape in ((2,), (), (), (2,))]
     xy_S2, person_S, part_S, uv_S2 = (value.to(device, non_blocking=True) for value in values if value is not None)
     return xy_S2.float(), person_S.long(), part_S.long(), uv_S2.float()
+
+
+def read_cells(prediction: dict[str, Any], xy_S2: Tensor, person_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted part (S,) and (U, V) (S, 2) of the cell that each point of an image lies in."""
+    part_Qhw = prediction["part"]
+    h, w = part_Qhw.shape[-2:]
+    place_S2 = to_window(xy_S2, prediction["boxes_xyxy"][person_S])
+    x_S, y_S = (place_S2[:, 0] * w).long().clamp(0, w - 1), (place_S2[:, 1] * h).long().clamp(0, h - 1)
+    return part_Qhw[person_S, y_S, x_S].long(), prediction["uv"][person_S, :, y_S, x_S]
+
+
+def paste(prediction: dict[str, Any], size_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Lay the windows of an image into it; where people overlap, the higher score lies on top.
+
+    Returns:
+        part uint8 (H, W), 0 off people, and uv (H, W, 2). A pixel takes the cell under its centre.
+    """
+    height, width = size_hw
+    parts_Qhw, uv_Qhw2 = prediction["part"], prediction["uv"].permute(0, 2, 3, 1)
+    part_HW, uv_HW2 = parts_Qhw.new_zeros(height, width), uv_Qhw2.new_zeros(height, width, 2)
+    for q in prediction["scores"].argsort().tolist():
+        x1, y1, x2, y2 = prediction["boxes_xyxy"][q].tolist()
+        rows, y_H = _pixels(y1, y2, height, parts_Qhw.shape[1])
+        columns, x_W = _pixels(x1, x2, width, parts_Qhw.shape[2])
+        cells = (q, y_H[:, None], x_W)
+        on_HW = parts_Qhw[cells] > 0
+        part_HW[rows, columns][on_HW] = parts_Qhw[cells][on_HW]
+        uv_HW2[rows, columns][on_HW] = uv_Qhw2[cells][on_HW]
+    return part_HW, uv_HW2
+
+
+def part_masks(
+    part_hw: Tensor, box_xyxy: tuple[float, float, float, float], size_hw: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """The parts of one person in an image of this size, see `DensePose.to_json`; pixels as of `paste`."""
+    x1, y1, x2, y2 = box_xyxy
+    rows, y_H = _pixels(y1, y2, size_hw[0], part_hw.shape[0])
+    columns, x_W = _pixels(x1, x2, size_hw[1], part_hw.shape[1])
+    part_HW, found = part_hw[y_H[:, None], x_W].numpy(), []
+    for number in np.unique(part_HW[part_HW > 0]).tolist():
+        mask_HW = np.zeros(size_hw, np.uint8, order="F")
+        mask_HW[rows, columns] = part_HW == number
+        code = rle.encode(mask_HW)
+        segmentation = {"size": code["size"], "counts": code["counts"].decode()}
+        found.append({"number": number, "name": PART_NAMES[number - 1], "segmentation": segmentation})
+    return found
+
+
+def _pixels(low: float, high: float, size: int, num_cells: int) -> tuple[slice, Tensor]:
+    """The pixels between two sides of a window along one axis of an image, and the cell of the window under each."""
+    pixels = slice(max(0, round(low)), min(size, round(high)))
+    centres = torch.arange(size)[pixels] + 0.5
+    return pixels, ((centres - low) / (high - low) * num_cells).long().clamp(0, num_cells - 1)

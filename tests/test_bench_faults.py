@@ -14,6 +14,7 @@ from test_bench_photographs import MeanColour, photographs
 from indiclip.cli import main
 from indiclip.commands import bench_run
 from indiclip.evals.models import embedder
+from indiclip.evals.result_files import save_result
 from indiclip.names import plain
 
 HOSTILE = "\x1b[31mred\x1b[0m\nline\u202eback\x9b2J\x1b]0;title\x07"
@@ -174,7 +175,7 @@ def test_other_protocols_are_a_line(photos, capsys, name, said):
 def test_a_strangers_metrics_are_printed_plainly(tmp_path, capsys):
     result = small_run(f"m{HOSTILE}", data={"food": "1", "script": "2"})
     result.cards[0].title = HOSTILE
-    result.save(tmp_path / "a")
+    save_result(result, tmp_path / "a")
     for words in (["compare", str(tmp_path / "a"), str(tmp_path / "a"), "--out", str(tmp_path / "c.html")],):
         assert main(["bench", *words]) == 0
     assert main(["bench", "leaderboard", str(tmp_path / "a"), "--file", str(tmp_path / "l.jsonl")]) == 0

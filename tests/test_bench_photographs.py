@@ -11,6 +11,7 @@ from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.models.embedder import View
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.reports.bench_report import write_bench_report
+from indiclip.evals.result_files import save_result
 from indiclip.evals.samples import sample_of
 
 
@@ -57,9 +58,9 @@ def test_two_models_on_the_same_photographs_stand_in_one_table_of_the_leaderboar
     results = [run(photographs(tmp_path)), run(tmp_path)]
     results[1].model = "another"
     (group,) = groups_of([row_of(result) for result in results])
-    assert [row["model"] for row in group.rows] == ["colour", "another"]
-    assert group.data
-    assert (group.covered, group.of) == (1, 11)
+    assert [row["model"] for row in group] == ["colour", "another"]
+    assert group[0]["data"]
+    assert (group[0]["covered"], group[0]["of"]) == (1, 11)
 
 
 def test_top_1_is_what_the_predictions_say(tmp_path):
@@ -131,7 +132,7 @@ def test_a_run_keeps_embeddings_for_the_report_and_the_names_of_its_classes(tmp_
     assert sample.classes == [key.split("/")[0] for key in sample.keys]
     assert np.linalg.norm(sample.image_SE, axis=1) == pytest.approx(1, abs=1e-6)
     assert result.cards[0].names["idli"] == {"en": "idli", "hi": "इडली"}
-    result.save(tmp_path / "run")
+    save_result(result, tmp_path / "run")
     saved = (tmp_path / "run" / "metrics.json").read_text("utf-8")
     assert "इडली" in saved
     assert "samples" not in saved

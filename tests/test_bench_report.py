@@ -14,7 +14,8 @@ from indiclip.evals.reports.confusion import MOST_CLASSES, Mistake, confusion, m
 from indiclip.evals.reports.console import print_result
 from indiclip.evals.reports.embedding_map import SIDE, closest, embedding_map
 from indiclip.evals.reports.page import TEMPLATES
-from indiclip.evals.results import IMAGES, PHOTOGRAPHS, load_result
+from indiclip.evals.result_files import load_result, save_result
+from indiclip.evals.results import IMAGES, PHOTOGRAPHS
 from indiclip.evals.samples import Sample
 
 
@@ -241,7 +242,7 @@ def of_images():
     result.cards = [card("food"), card("shots", metric="acc1_1_shot", protocol="few_shot")]
     result.scores = [score("food", 0.5, IMAGES, protocol="knn"), score("food", 0.75, IMAGES, protocol="linear_probe")]
     result.scores.append(score("shots", 0.25, IMAGES, "acc1_1_shot", protocol="few_shot", chance=0.2))
-    result.answers = []
+    result.answers = {}
     return result
 
 
@@ -363,7 +364,7 @@ def test_a_text_that_is_called_like_a_class_stays_as_it_is(tmp_path):
 def test_names_of_classes_outlive_saving(tmp_path):
     result = small_run()
     result.cards[0].names = NAMES
-    result.save(tmp_path)
+    save_result(result, tmp_path)
     assert load_result(tmp_path).cards[0].names == NAMES
 
 

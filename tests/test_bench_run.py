@@ -12,7 +12,7 @@ from test_bench_photographs import MeanColour, photographs
 from indiclip.cli import main
 from indiclip.evals import mela_questions
 from indiclip.evals.models import embedder
-from indiclip.evals.results import load_result
+from indiclip.evals.result_files import load_result
 from indiclip.training import run_folder
 
 

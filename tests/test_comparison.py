@@ -9,6 +9,7 @@ from bench_fakes import answer, score, small_run
 from indiclip.commands import bench
 from indiclip.evals.comparison import compare, in_words
 from indiclip.evals.reports.comparison_page import write_comparison
+from indiclip.evals.result_files import save_result
 from indiclip.evals.results import IMAGES, PROCEDURAL
 
 TRUTHS = ["dosa"] * 6 + ["roti"] * 2
@@ -135,7 +136,7 @@ def no_predictions(b):
         (other_classes, "different classes: 2 and 3"),
         (other_data, "different images, or labels, under the same names"),
         (other_metric, "different metrics: top-1 and top-5"),
-        (no_predictions, "no predictions"),
+        (no_predictions, "B has no answers per image of the protocol zero shot"),
     ],
 )
 def test_what_is_not_the_same_is_not_compared(tmp_path, change, why_not):
@@ -176,7 +177,7 @@ def test_command_writes_the_page(tmp_path, capsys):
     runs = run([1] + [0] * 7), run([0] * 8)
     for folder, one in zip("ab", runs, strict=True):
         one.views.append("64-square")
-        one.save(tmp_path / folder)
+        save_result(one, tmp_path / folder)
     out = tmp_path / "c.html"
     assert bench.compare(tmp_path / "a" / "metrics.json", tmp_path / "b", out) == 0
     assert "<h1>a: m and b: m</h1>" in out.read_text("utf-8")
@@ -186,7 +187,7 @@ def test_command_writes_the_page(tmp_path, capsys):
 
 
 def test_command_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    run([0] * 8).save(tmp_path / "a")
+    save_result(run([0] * 8), tmp_path / "a")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install"):
         bench.compare(tmp_path / "a", tmp_path / "a", tmp_path / "c.html")

@@ -20,7 +20,8 @@ from processes import two_ranks
 from indiclip.evals.bench import find_bench, logged_names, run_bench
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.protocols.protocol import Options
-from indiclip.evals.results import CardResult, Result, Score, load_result
+from indiclip.evals.result_files import load_result
+from indiclip.evals.results import CardResult, Result, Score
 from indiclip.training import india_bench as callback
 from indiclip.training.cli import run
 from indiclip.training.record import read_history

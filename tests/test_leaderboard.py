@@ -10,6 +10,7 @@ from indiclip.commands.bench import leaderboard
 from indiclip.evals import leaderboard_pages
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.leaderboard_file import read
+from indiclip.evals.result_files import save_result
 
 DATA = {"food": "1f", "script": "2f", "gods": "3f"}
 
@@ -21,18 +22,18 @@ def run(model, value=0.6, date="2026-01-02", **about):
 
 
 def add(file, results):
-    return leaderboard_pages.add(file, [(result, None) for result in results]).groups
+    return leaderboard_pages.add(file, [(result, file.parent / "run") for result in results]).groups
 
 
 def models(group):
-    return [row["model"] for row in group.rows]
+    return [row["model"] for row in group]
 
 
 def test_best_first(tmp_path):
     (group,) = add(tmp_path / "l.jsonl", [run("b", 0.5), run("a", 0.9), run("c", 0.7)])
     assert models(group) == ["a", "c", "b"]
-    assert group.rows[0]["mean"]["en"] == pytest.approx((0.875 + 0.8) / 2)
-    assert (group.covered, group.of) == (2, 11)
+    assert group[0]["mean"]["en"] == pytest.approx((0.875 + 0.8) / 2)
+    assert (group[0]["covered"], group[0]["of"]) == (2, 11)
 
 
 def test_a_run_that_is_added_again_replaces_its_row(tmp_path):
@@ -40,12 +41,12 @@ def test_a_run_that_is_added_again_replaces_its_row(tmp_path):
     add(file, [run("a", 0.5), run("b", 0.55)])
     (group,) = add(file, [run("a", 0.9)])
     assert models(group) == ["a", "b"]
-    assert group.rows[0]["cards"]["food"] == {"en": 0.9, "hi": 0.4}
+    assert group[0]["cards"]["food"] == {"en": 0.9, "hi": 0.4}
 
 
 def test_a_later_run_of_a_model_is_another_run(tmp_path):
     (group,) = add(tmp_path / "l.jsonl", [run("a", 0.5), run("a", 0.9, date="2026-01-03")])
-    assert len(group.rows) == 2
+    assert len(group) == 2
 
 
 def test_only_runs_on_the_same_images_stand_together(tmp_path):
@@ -107,12 +108,12 @@ def test_groups_that_cover_more_come_first():
     small, large = row_of(run("a")), row_of(run("b"))
     small |= {"data": "1", "covered": 1}
     large |= {"data": "2", "covered": 2}
-    assert [group.covered for group in groups_of([small, large])] == [2, 1]
+    assert [group[0]["covered"] for group in groups_of([small, large])] == [2, 1]
 
 
 def test_command_adds_folders_and_prints_the_table(tmp_path, capsys):
-    run("a").save(tmp_path / "a")
-    run("b", 0.9).save(tmp_path / "b")
+    save_result(run("a"), tmp_path / "a")
+    save_result(run("b", 0.9), tmp_path / "b")
     file = tmp_path / "l.jsonl"
     assert leaderboard([tmp_path / "a", tmp_path / "b"], file) == 0
     assert "| 1 | b | 2026-01-02 |" in capsys.readouterr().out

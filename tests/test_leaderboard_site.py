@@ -15,6 +15,7 @@ from test_leaderboard import DATA, run
 from indiclip.cli import main
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.leaderboard_file import read
+from indiclip.evals.result_files import save_result
 from indiclip.evals.results import IMAGES
 
 ASKED = {name: {"en": "1", "hi": "2"} for name in DATA}
@@ -32,7 +33,7 @@ def save(name, value=0.6, report=False, change=None, **about):
     result.scores.append(score("food", 0.15, "hi", "parity_acc1", low=0.05, high=0.25))
     if change is not None:
         change(result)
-    result.save(folder := Path("bench", name))
+    save_result(result, folder := Path("bench", name))
     if report:
         (folder / "report.html").write_text("a report")
     return str(folder)
@@ -92,7 +93,8 @@ def test_own_cards_have_a_table_of_their_own(folder):
     assert re.findall("<h2>(.*?) ·", page()) == ["Covers 2 of 11 categories", "Own cards: 1 of 1"]
     assert "apart" not in page()
     assert main(["bench", "leaderboard", "bench/b", "--file", "own.jsonl"]) == 0
-    assert "My photographs" in page("own.md", ".")
+    (head,) = [line for line in page("own.md", ".").splitlines() if "My photographs" in line]
+    assert head == "|  | model | date | length, view | run | My photographs in English |"  # no mean
 
 
 def test_a_run_without_photographs_is_said(folder, capsys):
@@ -124,7 +126,7 @@ def test_only_runs_asked_alike_stand_together():
     other = {name: {"en": "other", "hi": "2"} for name in DATA}
     rows = [row_of(run(name, asked=asked)) for name, asked in {"a": ASKED, "b": other, "c": ASKED, "d": {}}.items()]
     groups = groups_of(rows)  # `d` does not say how it asked, as runs of before do not
-    assert [[row["model"] for row in group.rows] for group in groups] == [["a", "c", "d"], ["b"]]
+    assert [[row["model"] for row in group] for group in groups] == [["a", "c", "d"], ["b"]]
 
 
 def test_a_language_asked_otherwise_is_marked(folder):
@@ -230,6 +232,16 @@ def test_a_model_without_a_number_has_no_mean_over_fewer_cards():
     assert row["mean"]["en"] is None
     assert row["cards"]["food"]["en"] is None
     assert row["mean"]["hi"] == pytest.approx(0.25)
+
+
+def test_a_gap_that_is_no_number_leaves_no_mean_of_the_others_gaps():
+    result = run("a")
+    result.scores += [score("script", 0.4, "hi")]
+    gaps = {"food": 0.25, "script": 0.15}
+    result.scores += [score(name, gap, "hi", "parity_acc1", low=gap, high=gap) for name, gap in gaps.items()]
+    assert row_of(result)["mean_gap"]["hi"] == pytest.approx((-0.2, -0.2, -0.2))
+    result.scores[-1] = result.scores[-1]._replace(value=float("nan"))
+    assert row_of(result)["mean_gap"]["hi"] == (None, None, None)
 
 
 def test_another_precision_is_said(folder):

@@ -12,7 +12,8 @@ from test_protocols import items_of, make_card, scores_of, unit
 from indiclip.evals.bench import _card_result
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.reports.place_map import PlaceMap, Spot, place_map
-from indiclip.evals.results import PHOTOGRAPHS, Result, load_result
+from indiclip.evals.result_files import load_result, save_result
+from indiclip.evals.results import PHOTOGRAPHS, Result
 
 __all__ = ["make_card"]
 
@@ -122,7 +123,7 @@ def test_no_map_without_places_or_answers(tmp_path):
 def test_where_places_are_is_saved(tmp_path):
     pytest.importorskip("pyarrow")
     result, one = run_of(*ANSWERS)
-    result.save(tmp_path)
+    save_result(result, tmp_path)
     again = load_result(tmp_path)
     assert again.cards == [one]
     assert again.predictions == result.predictions

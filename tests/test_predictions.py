@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from heads.counting import peaks
-from heads.densepose import DensePose, paste
+from heads.densepose import DensePose
 from indiclip import json_lines
 from indiclip.datasets.base import SampleDataset
 from indiclip.head import Frame, Head
@@ -27,7 +27,7 @@ from indiclip.images import EncodedImage
 from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
 from indiclip.preprocessing import Preprocessing
-from indiclip.surface_charts import PART_NAMES
+from indiclip.surface_charts import PART_NAMES, paste
 from indiclip.training.cli import run
 from indiclip.training.predictions import safe_name
 

@@ -7,19 +7,20 @@ import sys
 import pytest
 from bench_fakes import answer, card, score, small_run
 
-from indiclip.evals.results import IMAGES, PROCEDURAL, Result, answers_of, load_result
+from indiclip.evals.result_files import load_result, save_result
+from indiclip.evals.results import IMAGES, PROCEDURAL, Result, grouped
 
 
 def test_a_saved_run_comes_back_as_it_was(tmp_path):
     result = small_run(data={"food": "1f"})
     other = answer("π.jpg", "रोटी", "dosa", hard_hit=False, flagged=True, content="1f")
     result.predictions = [*result.predictions, other]
-    result.save(tmp_path)
+    save_result(result, tmp_path)
     assert load_result(tmp_path) == result
 
 
 def test_predictions_can_be_left_alone(tmp_path):
-    small_run().save(tmp_path)
+    save_result(small_run(), tmp_path)
     assert load_result(tmp_path, predictions=False).predictions == []
 
 
@@ -91,7 +92,7 @@ def test_a_value_that_is_no_number_stays_out_of_the_mean_and_the_file_valid_json
     result = small_run()
     result.scores.append(score("script", math.nan, "hi", chance=0.1, low=math.nan))
     assert result.headline()["mean"]["hi"] == {"value": pytest.approx(0.25), "cards": 1}
-    result.save(tmp_path)
+    save_result(result, tmp_path)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -105,7 +106,7 @@ def test_a_value_that_is_no_number_stays_out_of_the_mean_and_the_file_valid_json
 def test_without_pyarrow_one_learns_what_to_install_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install 'indiclip\[parquet\]'"):
-        small_run().save(tmp_path / "run")
+        save_result(small_run(), tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -129,7 +130,7 @@ def test_the_missing_key_is_named(tmp_path):
 
 def test_predictions_keep_their_order_within_a_card():
     rows = [answer("b", "x", "x"), answer("a", "x", "x", language="hi"), answer("a", "x", "x")]
-    groups = {(of.card, of.part, of.protocol, of.language): list(of.rows()) for of in answers_of(rows)}
+    groups = grouped(rows)
     assert [row.key for row in groups["food", "photographs", "zero_shot", "en"]] == ["b", "a"]
     assert len(groups) == 2
 

@@ -36,7 +36,8 @@ def test_indiclip_never_imports_heads():
 def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
     ranks = "indiclip.evals.protocols.cosines"  # a function of numbers, so that training and benchmark rank alike
-    parts = {"indiclip.losses", "indiclip.fcos", "indiclip.surface_charts", "indiclip.detection_metric"}
+    parts = {"indiclip.losses", "indiclip.fcos", "indiclip.detection_metric"}
+    parts |= {"indiclip.surface_charts", "indiclip.surface_metric"}
     parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
     assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
 
@@ -83,6 +84,7 @@ ARROWS = {
     "fcos.py": "types ratios",
     "surface_charts.py": "types ratios",
     "head.py": "types names distributed ratios",
+    "surface_metric.py": "head surface_charts",
     "detection_metric.py": "head",
     "pretrained": (
         "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
@@ -143,6 +145,7 @@ def test_every_file_has_its_arrows_named():
 EVALS_ARROWS = {
     "suites": set(),
     "results": {"suites"},
+    "result_files": {"results"},
     "protocols": {"results"},
     "cards": {"suites", "protocols"},
     "images": {"cards"},
@@ -150,7 +153,7 @@ EVALS_ARROWS = {
     "samples": {"results", "images"},
     "formatting": {"results"},
     "comparison": {"results", "protocols", "formatting"},
-    "reports": {"results", "comparison", "formatting", "images", "samples"},
+    "reports": {"suites", "results", "comparison", "formatting", "images", "samples"},
 }
 
 

@@ -9,7 +9,7 @@ from indiclip.evals.comparison import in_words
 from indiclip.evals.images.convert import convert
 from indiclip.evals.leaderboard_pages import add
 from indiclip.evals.reports.comparison_page import write_comparison
-from indiclip.evals.results import check_is_no_training, load_result
+from indiclip.evals.result_files import check_is_no_training, load_result
 from indiclip.names import plain
 
 _SHOWN = 10  # images that were left out

@@ -22,7 +22,7 @@ from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.console import print_result
 from indiclip.evals.reports.pictures import Pictures
-from indiclip.evals.results import check_out, check_parquet
+from indiclip.evals.result_files import check_out, load_pyarrow, save_result
 from indiclip.images import storable
 from indiclip.masking import mask
 from indiclip.names import plain, reason_of
@@ -42,7 +42,7 @@ def run(**options: Any) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    check_parquet()
+    load_pyarrow()
     if options.out:
         check_out(Path(options.out))
     torch.set_flush_denormal(True)
@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     result.about |= _about(options, device) | {"weights": model.weights}
     if overlap is not None:
         result.about["contamination"] = overlap
-    result.save(folder)
+    save_result(result, folder)
     try:
         write_bench_report(folder, result, Pictures(bench.items))
     except Exception as error:  # whatever a page stumbles over; the scores are there, and took the time

@@ -288,7 +288,7 @@ def _score_into(
     if texts and len(items):
         notes += languages_left_out(items, options, {score.language for score in scorer.scores})
     result.scores += scorer.scores
-    result.answers += scorer.answers
+    result.answers |= scorer.answers
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
     name = name_of(items.card.id, scorer.part)

@@ -20,7 +20,7 @@ from indiclip.evals.protocols.languages import Language, fewest, languages_of
 from indiclip.evals.protocols.metrics import Interval
 from indiclip.evals.protocols.protocol import Options, Setting
 from indiclip.evals.protocols.zero_shot import Ranking, class_embeddings, rank_classes
-from indiclip.evals.results import CLEAN, Answers, Score, part_of
+from indiclip.evals.results import CLEAN, Prediction, Score, Where, part_of
 
 _CHANCES = {"acc1": 1, "acc5": TOP, "mean_per_class_recall": 1}  # guesses of which one has to be right
 
@@ -48,7 +48,7 @@ class CardScorer:
         self.lengths, self.options = lengths, options
         self.part = part_of(items.procedural)
         self.scores: list[Score] = []
-        self.answers: list[Answers] = []
+        self.answers: dict[Where, list[Prediction]] = {}
         self.tested = np.flatnonzero(items.tested_N)
         self.label_N = np.where(items.tested_N, items.labels, -1)
         self.setting = Setting(next(iter(images)), lengths[-1], True)
@@ -202,7 +202,7 @@ class CardScorer:
         hard_hit_Q: np.ndarray | None = None,
         questions: Sequence[str] = (),
     ) -> None:
-        """The answers for some images, if this is the main setting, see `Answers`.
+        """The answers for some images, if this is the main setting, see `Prediction`.
 
         `questions` tell the answers for an image apart, where there are several.
         """
@@ -215,8 +215,9 @@ class CardScorer:
         question_Q = np.array(questions or [""] * len(image_Q), dtype=object)
         content_Q = content_Q if items.num_images else question_Q  # of texts alone
         where = (self.card.id, self.part, protocol, language)
-        rest = (hard_hit_Q, flagged_N[image_Q], content_Q, question_Q)
-        self.answers.append(Answers(*where, keys_Q, *answered, *rest))
+        columns = (keys_Q, *answered, hard_hit_Q, flagged_N[image_Q], content_Q, question_Q)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        self.answers[where] = [Prediction(*where, *row) for row in rows]
 
 
 def texts_of(items: Items, options: Options) -> Iterator[str]:

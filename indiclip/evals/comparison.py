@@ -1,12 +1,13 @@
 """Two runs of the benchmark: what differs by more than chance, and which images changed."""
 
 import re
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
-from indiclip.evals.formatting import interval, language_name, metric_name, number, signed, title
-from indiclip.evals.protocols.metrics import Interval, parity_gap
+from indiclip.evals.formatting import interval, language_name, metric_name, number, protocol_name, signed, title
+from indiclip.evals.protocols.metrics import Interval, mean_per_class_recall, parity_gap
 from indiclip.evals.results import IMAGES, CardResult, Prediction, Result, Score, name_of
 from indiclip.names import plain
 
@@ -28,6 +29,26 @@ class Compared(NamedTuple):
     gained: tuple[tuple[str, str], ...] = ()  # (key, truth) of images wrong in a and right in b
     lost: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def is_on_all(self) -> bool:
+        """Whether no image of either run was left out."""
+        return self.of == (self.shared, self.shared)
+
+    @property
+    def verdict(self) -> str:
+        """What the interval of the paired difference shows of b: `better`, `worse` or nothing."""
+        if self.gap is None:
+            return ""
+        return "better" if self.gap.low > 0 else "worse" if self.gap.high < 0 else ""
+
+
+class _Side(NamedTuple):
+    """A card in a language, as one run scored it."""
+
+    run: Result
+    score: Score
+    answers: dict[tuple[str, str], Prediction]  # by the image's content and, as there may be copies, its key
+
 
 def compare(a: Result, b: Result) -> list[Compared]:
     """Every card and language that either run scored; a difference on the images that both answered for.
@@ -35,109 +56,100 @@ def compare(a: Result, b: Result) -> list[Compared]:
     Images are the same where their keys and bytes are. The difference is that of the main metric, with the interval of
     a paired difference: what one run makes of an image stands beside what the other does.
     """
-    cards = {card.key: card for card in (*a.cards, *b.cards) if card.status == "scored"}
-    languages = list(dict.fromkeys((*a.languages(), *b.languages())))
-    mains = {language: (a.main(language), b.main(language)) for language in languages}
+    in_a, in_b = ({card.key: card for card in run.cards if card.status == "scored"} for run in (a, b))
+    mains_a, mains_b = a.mains(), b.mains()
     rows = []
-    in_a, in_b = ({card.key for card in run.cards if card.status == "scored"} for run in (a, b))
-    for key, card in cards.items():
-        if not any(key in main for pair in mains.values() for main in pair):
-            why_not = (
-                "only probes in both" if key in in_a & in_b else f"only in {'A' if key in in_a else 'B'}, by probes"
-            )
+    for key, card in (in_a | in_b).items():
+        for language in mains_a | mains_b:
+            score_a, score_b = mains_a.get(language, {}).get(key), mains_b.get(language, {}).get(key)
+            if score_a and score_b:
+                rows.append(_compared(card, _side(a, score_a), _side(b, score_b)))
+            elif score_a or score_b:
+                rows.append(Compared(card, language, score_a, score_b, why_not=f"only in {'A' if score_a else 'B'}"))
+        if not any(row.card is card for row in rows):
+            only = f"only in {'A' if key in in_a else 'B'}, by probes"
+            why_not = "only probes in both" if key in in_a and key in in_b else only
             rows.append(Compared(card, IMAGES, None, None, why_not=why_not))
-        for language in languages:
-            score_a, score_b = (main.get(key) for main in mains[language])
-            row = Compared(card, language, score_a, score_b)
-            if score_a is None or score_b is None:
-                if score_a is not None or score_b is not None:
-                    rows.append(row._replace(why_not=f"only in {'B' if score_a is None else 'A'}"))
-                continue
-            of_a, of_b = (_answers(run, score) for run, score in ((a, score_a), (b, score_b)))
-            shared = [name for name in of_a if name in of_b]
-            row = row._replace(shared=len(shared), of=(len(of_a), len(of_b)))
-            why_not = _why_not(row, of_a, of_b) or _asked_otherwise(a, b, row)
-            if not why_not and not all(content for content, _ in shared):
-                why_not = _other_data(a, b, card)
-            rows.append(row._replace(why_not=why_not) if why_not else _compared(row, shared, of_a, of_b))
     return rows
 
 
-def _answers(run: Result, score: Score) -> dict[tuple[str, str], Prediction]:
-    """The answers behind a score by the image's content and, as there may be copies, its key."""
-    where = (score.card, score.part, score.protocol, score.language)
-    rows = [row for of in run.answers if (of.card, of.part, of.protocol, of.language) == where for row in of.rows()]
-    return {(row.content, row.key): row for row in rows}
+def _side(run: Result, score: Score) -> _Side:
+    rows = run.answers.get((score.card, score.part, score.protocol, score.language), [])
+    return _Side(run, score, {(row.content, row.key): row for row in rows})
 
 
-def _why_not(row: Compared, of_a: dict[tuple[str, str], Prediction], of_b: dict[tuple[str, str], Prediction]) -> str:
+def _compared(card: CardResult, a: _Side, b: _Side) -> Compared:
+    shared = [image for image in a.answers if image in b.answers]
+    of = len(a.answers), len(b.answers)
+    row = Compared(card, a.score.language, a.score, b.score, len(shared), of, why_not=_why_not(card, a, b))
+    if row.why_not:
+        return row
+    metric = a.score.metric
+    hits_a_N, hits_b_N = (
+        np.array([side.answers[image].rank < _nearest(metric) for image in shared]) for side in (a, b)
+    )
+    images = [(key, a.answers[content, key].truth) for content, key in shared]
+    # Each class weighs the same, or all images are of one.
+    labels_N = np.unique([truth if metric == _PER_CLASS else "" for _, truth in images], return_inverse=True)[1]
+    return row._replace(
+        gap=parity_gap(hits_b_N, hits_a_N, labels_N if metric == _PER_CLASS else None),
+        on_shared=(mean_per_class_recall(hits_a_N, labels_N).value, mean_per_class_recall(hits_b_N, labels_N).value),
+        gained=tuple(compress(images, hits_b_N & ~hits_a_N)),
+        lost=tuple(compress(images, hits_a_N & ~hits_b_N)),
+    )
+
+
+def _why_not(card: CardResult, a: _Side, b: _Side) -> str:
     """What stands against a comparison."""
-    a, b = row.a, row.b
-    assert a is not None
-    assert b is not None
-    if a.metric != b.metric or a.protocol != b.protocol:
-        return f"different metrics: {metric_name(a.metric)} and {metric_name(b.metric)}"
-    if not of_a or not of_b:
-        return "no predictions"
-    without = [name for name, of in (("A", of_a), ("B", of_b)) if not all(content for content, _ in of)]
-    if len(without) == 1:
-        return f"{without[0]} is of an earlier version, which kept nothing of its images' bytes; score it again"
-    if not row.shared:
-        same_names = len({key for _, key in of_a} & {key for _, key in of_b})
+    name, language, metric = name_of(*card.key), a.score.language, a.score.metric
+    if (metric, a.score.protocol) != (b.score.metric, b.score.protocol):
+        return f"different metrics: {metric_name(metric)} and {metric_name(b.score.metric)}"
+
+    protocol = protocol_name(a.score.protocol)
+    if not a.answers and not b.answers:
+        return f"the protocol {protocol} keeps no answers per image"
+    if not a.answers or not b.answers:
+        return f"{'B' if a.answers else 'A'} has no answers per image of the protocol {protocol}"
+
+    a_knows, b_knows = (all(content for content, _ in side.answers) for side in (a, b))
+    if a_knows != b_knows:
+        earlier = "B" if a_knows else "A"
+        return f"{earlier} is of an earlier version, which kept nothing of its images' bytes; score it again"
+    shared = a.answers.keys() & b.answers.keys()
+    if not shared:
+        same_names = len({key for _, key in a.answers} & {key for _, key in b.answers})
         return "different images" + (f", {same_names:,} of them under the same names" if same_names else "")
-    if a.num_classes != b.num_classes:
-        return f"different classes: {a.num_classes} and {b.num_classes}"
-    if row.card.candidates == "images" and of_a.keys() != of_b.keys():
-        return f"different images, which are each other's candidates: {row.shared:,} of {len(of_a):,} are shared"
-    if other := sum(of_a[name].truth != of_b[name].truth for name in of_a.keys() & of_b.keys()):
-        return f"different classes: {other} of {row.shared} images have another truth"
-    if a.metric != _PER_CLASS and not _nearest(a.metric):
-        return f"{metric_name(a.metric)} has no hits to compare"
+
+    if a.score.num_classes != b.score.num_classes:
+        return f"different classes: {a.score.num_classes} and {b.score.num_classes}"
+    if card.candidates == "images" and a.answers.keys() != b.answers.keys():
+        return f"different images, which are each other's candidates: {len(shared):,} of {len(a.answers):,} are shared"
+    if other := sum(a.answers[image].truth != b.answers[image].truth for image in shared):
+        return f"different classes: {other} of {len(shared)} images have another truth"
+    if not _nearest(metric):
+        return f"{metric_name(metric)} has no hits to compare"
+    if _differ(*(side.run.about.get("asked", {}).get(name, {}).get(language) for side in (a, b))):
+        return "different classes, names or prompts"
+    # Runs of before, which know the content of no image, have a digest of the keys and labels.
+    if not a_knows and _differ(*(side.run.about.get("data", {}).get(name) for side in (a, b))):
+        return "different images, or labels, under the same names"
     return ""
 
 
-def _other_data(a: Result, b: Result, card: CardResult) -> str:
-    """Runs of before, which know the content of no image, have a digest of the keys and labels."""
-    of_a, of_b = (run.about.get("data", {}).get(name_of(*card.key)) for run in (a, b))
-    return "different images, or labels, under the same names" if of_a and of_b and of_a != of_b else ""
-
-
-def _asked_otherwise(a: Result, b: Result, row: Compared) -> str:
-    """Runs that know a digest of the texts they asked with."""
-    of_a, of_b = (run.about.get("asked", {}).get(name_of(*row.card.key), {}).get(row.language) for run in (a, b))
-    return "different classes, names or prompts" if of_a and of_b and of_a != of_b else ""
+def _differ(a: str | None, b: str | None) -> bool:
+    """Whether digests that both runs know differ."""
+    return bool(a and b and a != b)
 
 
 def _nearest(metric: str) -> int:
     """Among how many of the nearest the right one is a hit: 5 of `acc5`, `image_to_text_r5`; 0 where none are."""
-    found = re.fullmatch(r"(?:acc|(?:image_to_text_)?r|recall)(\d*)", metric)
+    found = re.fullmatch(rf"(?:acc|(?:image_to_text_)?r|recall)(\d*)|{_PER_CLASS}", metric)
     return int(found[1] or 1) if found else 0
-
-
-def _compared(
-    row: Compared,
-    shared: list[tuple[str, str]],
-    of_a: dict[tuple[str, str], Prediction],
-    of_b: dict[tuple[str, str], Prediction],
-) -> Compared:
-    assert row.a is not None
-    nearest = _nearest(row.a.metric) or 1
-    hits_a_N, hits_b_N = (np.array([of[name].rank < nearest for name in shared]) for of in (of_a, of_b))
-    labels_N = np.unique([of_a[name].truth for name in shared], return_inverse=True)[1]
-    gap = parity_gap(hits_b_N, hits_a_N, labels_N if row.a.metric == _PER_CLASS else None)
-    gained, lost = (
-        tuple((name[1], of_a[name].truth) for name, changed in zip(shared, changed_N, strict=True) if changed)
-        for changed_N in (hits_b_N & ~hits_a_N, hits_a_N & ~hits_b_N)
-    )
-    # Each image, or each class, weighs the same.
-    weight_N = 1 / np.bincount(labels_N)[labels_N] if row.a.metric == _PER_CLASS else np.ones(len(shared))
-    on_shared = (float(np.average(hits_a_N, weights=weight_N)), float(np.average(hits_b_N, weights=weight_N)))
-    return row._replace(gap=gap, on_shared=on_shared, gained=gained, lost=lost)
 
 
 def common(row: Compared) -> str:
     """How many images a difference is over, of how many, and the numbers on them where these are not all."""
-    if row.of == (row.shared, row.shared):
+    if row.is_on_all:
         return f"{row.shared:,} images"
     said = f"the common {row.shared:,} images of A's {row.of[0]:,} and B's {row.of[1]:,}"
     return f"{said}, where A has {number(row.on_shared[0])} and B {number(row.on_shared[1])}"

@@ -35,10 +35,12 @@ def metric_name(metric: str) -> str:
 
 def in_reading_order(metrics: Iterable[str]) -> list[str]:
     """Those that differ in numbers only stand together, where the first of them is, in the order of these numbers."""
-    found = list(dict.fromkeys(metrics))
-    families = [re.sub(r"\d+", "#", metric) for metric in found]
-    numbers = {metric: [int(part) for part in re.findall(r"\d+", metric)] for metric in found}
-    return sorted(found, key=lambda metric: (families.index(re.sub(r"\d+", "#", metric)), numbers[metric]))
+    families: dict[str, list[str]] = {}
+    for metric in dict.fromkeys(metrics):
+        families.setdefault(re.sub(r"\d+", "#", metric), []).append(metric)
+    for family in families.values():
+        family.sort(key=lambda metric: [int(part) for part in re.findall(r"\d+", metric)])
+    return [metric for family in families.values() for metric in family]
 
 
 def protocol_name(protocol: str) -> str:
@@ -137,9 +139,9 @@ def interval(low: float | None, high: float | None, metric: str = "") -> str:
     return f"{number(low, metric)} to {number(high, metric)}"
 
 
-def chance_of(scores: Iterable[Score | None]) -> float | None:
-    """Of the first of a card's scores: English, which comes first, names every class."""
-    return next((score.chance for score in scores if score is not None), None)
+def chance_of(scores: Iterable[Any]) -> float | None:
+    """Of the first of a card's scores that has one: English, which comes first, names every class."""
+    return next((score.chance for score in scores if score is not None and score.chance is not None), None)
 
 
 def share(value: float, of: float = 1.0) -> str:

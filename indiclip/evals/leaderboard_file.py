@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from indiclip.evals.suites import INDIA
 from indiclip.names import is_whole, reason_of, shorten
 
 Row = dict[str, Any]
-INDIA = "india"
 
 
 def read(file: Path) -> tuple[list[Row], list[str]]:
@@ -29,17 +29,17 @@ def read(file: Path) -> tuple[list[Row], list[str]]:
     return list(newest.values()), skipped
 
 
-def _checked(row: Any) -> Row:
+def _checked(found: Any) -> Row:
     """A row with all keys. Raises ValueError for a foreign one, naming the key and what was found."""
-    if not isinstance(row, dict):
-        raise ValueError(f"found {shorten(row)}; expected an object")
-    for key, (is_right, expected) in _KEYS.items():
-        if key not in row and key in _ADDED:
-            row[key] = _ADDED[key]
-        elif key not in row:
-            raise ValueError(f"has no {key!r}, so it is of no benchmark run")
-        if not is_right(row[key]):
-            raise ValueError(f"{key}: found {shorten(row[key])}; expected {expected}")
+    if not isinstance(found, dict):
+        raise ValueError(f"found {shorten(found)}; expected an object")
+    row: Row = _ADDED | found
+    for is_right, expected, keys in _KINDS:
+        for key in keys:
+            if key not in row:
+                raise ValueError(f"has no {key!r}, so it is of no benchmark run")
+            if not is_right(row[key]):
+                raise ValueError(f"{key}: found {shorten(row[key])}; expected {expected}")
     return row
 
 
@@ -72,37 +72,22 @@ def _is_count(value: Any) -> bool:
     return is_whole(value) and value >= 0
 
 
-_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "run": (_is_name, "letters and digits"),
-    "suite": (_is_name, "letters and digits"),
-    "model": (_is_text, "text"),
-    "date": (_is_text, "text"),
-    "data": (_is_text, "text"),
-    "covered": (_is_count, "a whole number"),
-    "of": (_is_count, "a whole number"),
-    "mean": (_by_name(_is_number), "a number for each language"),
-    "mean_interval": (_by_name(_numbers(2)), "two numbers for each language"),
-    "mean_gap": (_by_name(_numbers(3)), "three numbers for each language"),
-    "cards": (_by_name(_by_name(_is_number)), "a number for each card and language"),
-    "intervals": (_by_name(_by_name(_numbers(2))), "two numbers for each card and language"),
-    "gaps": (_by_name(_by_name(_numbers(3))), "three numbers for each card and language"),
-    "titles": (_by_name(_is_text), "text for each card"),
-    "metrics": (_by_name(_is_text), "text for each card"),
-    "chance": (_by_name(_is_number), "a number for each card"),
-    "chances": (_by_name(_by_name(_is_number)), "a number for each card and language"),
-    "lengths": (_some(is_whole), "whole numbers"),
-    "views": (_some(_is_text), "texts"),
-    "asked": (_by_name(_is_text), "text for each language"),
-    "precision": (_is_text, "text"),
-    "report": (_is_text, "text"),
-    "folder": (_is_text, "text"),
-}
+# What the values of some keys must be.
+_KINDS: list[tuple[Callable[[Any], bool], str, tuple[str, ...]]] = [
+    (_is_name, "letters and digits", ("run", "suite")),
+    (_is_text, "text", ("model", "date", "data", "precision", "report", "folder")),
+    (_is_count, "a whole number", ("covered", "of")),
+    (_some(is_whole), "whole numbers", ("lengths",)),
+    (_some(_is_text), "texts", ("views",)),
+    (_by_name(_is_number), "a number for each language", ("mean",)),
+    (_by_name(_numbers(2)), "two numbers for each language", ("mean_interval",)),
+    (_by_name(_numbers(3)), "three numbers for each language", ("mean_gap",)),
+    (_by_name(_is_text), "text for each language", ("asked",)),
+    (_by_name(_is_text), "text for each card", ("titles", "metrics")),
+    (_by_name(_by_name(_is_number)), "a number for each card and language", ("cards", "chances")),
+    (_by_name(_by_name(_numbers(2))), "two numbers for each card and language", ("intervals",)),
+    (_by_name(_by_name(_numbers(3))), "three numbers for each card and language", ("gaps",)),
+]
 # What rows of before do not have.
-_TABLES = ("mean_interval", "mean_gap", "intervals", "gaps", "titles", "metrics", "chance", "chances", "asked")
-_ADDED: dict[str, Any] = {
-    "suite": INDIA,
-    "report": "",
-    "folder": "",
-    "precision": "fp32",
-    **{key: {} for key in _TABLES},
-}
+_TABLES = ("mean_interval", "mean_gap", "intervals", "gaps", "titles", "metrics", "chances", "asked")
+_ADDED: Row = {"suite": INDIA, "report": "", "folder": "", "precision": "fp32"} | {key: {} for key in _TABLES}

@@ -10,10 +10,11 @@ from filelock import FileLock
 
 from indiclip import json_lines
 from indiclip.evals.formatting import language_name, suite_name
-from indiclip.evals.leaderboard import Group, groups_of, rows_of
-from indiclip.evals.leaderboard_file import INDIA, Row, read
+from indiclip.evals.leaderboard import groups_of, rows_of
+from indiclip.evals.leaderboard_file import Row, read
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import IMAGES, Result
+from indiclip.evals.suites import INDIA, has_mean
 
 _RUNS = "runs"  # folder of the runs' pages
 
@@ -36,19 +37,19 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """The name of a column of numbers, and what stands below it."""
+    """The numbers of a table's rows below each other, and what stands above them."""
 
     name: str
     of: str
-    chance: float | None = None
+    cells: list[Cell]
 
 
 class Table(NamedTuple):
-    """A group's rows, best first, each with its numbers."""
+    """A group's rows, best first, and its columns of numbers."""
 
     name: str
+    rows: list[Row]
     columns: list[Column]
-    rows: list[tuple[Row, list[Cell]]]
 
 
 class Added(NamedTuple):
@@ -60,12 +61,12 @@ class Added(NamedTuple):
         without_row: Names of runs of whose photographs no card has its main number.
     """
 
-    groups: list[Group]
+    groups: list[list[Row]]
     skipped: list[str]
     without_row: list[str]
 
 
-def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = False) -> Added:
+def add(file: Path, runs: Sequence[tuple[Result, Path]], site: bool = False) -> Added:
     """Add runs to the file, each instead of its earlier row, and write the tables beside it.
 
     Processes that add at once wait for each other: no row is lost, and the tables are of all of them.
@@ -79,9 +80,14 @@ def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = Fal
         OSError: The disk is full, or the folder cannot be written to.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = [(result, rows_of(result), _places(folder, file.parent)) for result, folder in runs]
+    new, without_row = [], []
+    for result, folder in runs:
+        of_run = rows_of(result)
+        new += [row | _places(folder, file.parent) for row in of_run]
+        if not of_run:
+            without_row.append(result.model)
     with FileLock(file.with_name(f".{file.name}.lock")):
-        json_lines.append(file, (row | places for _, rows, places in new for row in rows))
+        json_lines.append(file, new)
         rows, skipped = read(file)
         groups = groups_of(rows)
         tables = [_table(group, groups[:place]) for place, group in enumerate(groups)]
@@ -91,27 +97,22 @@ def add(file: Path, runs: Sequence[tuple[Result, Path | None]], site: bool = Fal
         page = file.with_name("index.html") if site else file.with_suffix(".html")
         write_page(page, "leaderboard.html", tables=tables, runs=_RUNS if site else "", setting=setting)
         write_page(file.with_suffix(".md"), "leaderboard.md", tables=tables, setting=setting)
-    return Added(groups, skipped, [result.model for result, rows, _ in new if not rows])
+    return Added(groups, skipped, without_row)
 
 
-def _places(folder: Path | None, beside: Path) -> Row:
-    """The name of a run's folder, and the way to its report."""
-    if folder is None:
-        return {"folder": "", "report": ""}
-    return {"folder": folder.resolve().name, "report": _report(folder, beside)}
-
-
-def _report(folder: Path, beside: Path) -> str:
-    """The way to a run's report from the leaderboard's folder, where that is or lies beside one that holds it."""
-    if not (folder / "report.html").is_file():
-        return ""
-    way = Path(os.path.relpath((folder / "report.html").resolve(), beside.resolve()))
-    return way.as_posix() if way.parts.count("..") <= 1 else ""
+def _places(folder: Path, beside: Path) -> Row:
+    """The name of a run's folder, and the way to its report from the leaderboard's folder, where that is or lies beside
+    one that holds it.
+    """
+    folder = folder.resolve()
+    way = Path(os.path.relpath(folder / "report.html", beside.resolve()))
+    is_near = way.parts.count("..") <= 1 and (folder / "report.html").is_file()
+    return {"folder": folder.name, "report": way.as_posix() if is_near else ""}
 
 
 def _write_run(page: Path, row: Row) -> None:
+    """A run's page: its categories below each other, its languages beside each other."""
     languages = _languages([row])
-    cards = {card: [_cell(row, card, language) for language in languages] for card in row["cards"]}
     is_there = row["report"] and (page.parent.parent / row["report"]).is_file()
     write_page(
         page,
@@ -119,43 +120,40 @@ def _write_run(page: Path, row: Row) -> None:
         row=row,
         setting=setting(row),
         languages=languages,
-        means=[_mean_cell(row, language) for language in languages],
-        cards=cards,
+        means=[_mean_cell(row, language) for language in languages] if has_mean(row["suite"]) else [],
+        cards={card: [_cell(row, card, language) for language in languages] for card in row["cards"]},
         report=quote(f"../{row['report']}") if is_there else "",
     )
 
 
-def _table(group: Group, before: Sequence[Group]) -> Table:
+def _table(group: list[Row], before: Sequence[list[Row]]) -> Table:
     """The means of the languages, and the cards' main metrics in English; below the groups `before`."""
-    languages = _languages(group.rows)
-    cards = list(dict.fromkeys(card for row in group.rows for card in row["cards"]))
-    chance = {card: value for row in group.rows for card, value in row["chance"].items()}
-    titles = {card: name for row in group.rows for card, name in row["titles"].items()}
-    columns = [Column(language_name(language), _of_mean(group.rows, language)) for language in languages]
-    without_text = {card for row in group.rows for card, found in row["cards"].items() if IMAGES in found}
-    asked = {card: IMAGES if card in without_text else "en" for card in cards}
-    said = {"en": "in English", IMAGES: language_name(IMAGES)}
-    columns += [Column(titles.get(card, card), said[asked[card]], chance.get(card)) for card in cards]
-    rows = []
-    for row in group.rows:
-        cells = [_mean_cell(row, language) for language in languages]
-        rows.append((row, cells + [_cell(row, card, asked[card]) for card in cards]))
-    covers = f"Covers {group.covered} of {group.of} categories"
-    if group.suite != INDIA:
-        covers = f"{suite_name(group.suite)}: {group.covered} of {group.of}"
-    images = f"images {group.data}" if group.data else "images not known, so compared with none"
-    return Table(" · ".join([covers, images, *_apart(group, before)]), columns, rows)
+    first = group[0]
+    columns = []
+    for language in _languages(group) if has_mean(first["suite"]) else ():
+        cells = [_mean_cell(row, language) for row in group]
+        columns.append(Column(language_name(language), _of_mean(group, language), cells))
+    titles = {card: name for row in group for card, name in row["titles"].items()}
+    for card in dict.fromkeys(card for row in group for card in row["cards"]):
+        takes_no_text = any(IMAGES in row["cards"].get(card, ()) for row in group)
+        language, said = (IMAGES, language_name(IMAGES)) if takes_no_text else ("en", "in English")
+        columns.append(Column(titles.get(card, card), said, [_cell(row, card, language) for row in group]))
+    covers = f"Covers {first['covered']} of {first['of']} categories"
+    if first["suite"] != INDIA:
+        covers = f"{suite_name(first['suite'])}: {first['covered']} of {first['of']}"
+    images = f"images {first['data']}" if first["data"] else "images not known, so compared with none"
+    return Table(" · ".join([covers, images, *_apart(first, before)]), group, columns)
 
 
-def _apart(group: Group, before: Sequence[Group]) -> list[str]:
-    """Why it is not in one of the tables of its suite that stand above it."""
-    above = [other for other in before if other.suite == group.suite]
-    same_cards = [other for other in above if other.rows[0]["cards"].keys() == group.rows[0]["cards"].keys()]
-    if not above or not group.data:
+def _apart(row: Row, before: Sequence[list[Row]]) -> list[str]:
+    """Why a group's rows are not in one of the tables of their suite that stand above."""
+    above = [group[0] for group in before if group[0]["suite"] == row["suite"]]
+    if not above or not row["data"]:
         return []
+    same_cards = [other for other in above if other["cards"].keys() == row["cards"].keys()]
     if not same_cards:
         return ["apart: other cards"]
-    same_images = any(other.data == group.data for other in same_cards)
+    same_images = any(other["data"] == row["data"] for other in same_cards)
     return [f"apart: {'other names or prompts in English' if same_images else 'other images or labels'}"]
 
 
@@ -171,16 +169,16 @@ def _mean_cell(row: Row, language: str) -> Cell:
 
 
 def _cell(row: Row, card: str, language: str) -> Cell:
-    found = {key: row[key].get(card, {}) for key in ("cards", "intervals", "gaps", "chances")}
-    low, high = found["intervals"].get(language, (None, None))
-    gap, chance = (found[key].get(language) for key in ("gaps", "chances"))
-    return Cell(found["cards"].get(language), low, high, gap, chance, row["metrics"].get(card, ""))
+    keys = ("cards", "intervals", "gaps", "chances")
+    value, ends, gap, chance = (row[key].get(card, {}).get(language) for key in keys)
+    low, high = ends or (None, None)
+    return Cell(value, low, high, gap, chance, row["metrics"].get(card, ""))
 
 
 def setting(row: Row) -> str:
     """In which embeddings were compared: length and view, and the precision where it is not full."""
-    words = [f"{row['lengths'][-1]}", row["views"][0], row["precision"]]
-    return ", ".join(words[: 3 - (row["precision"] == "fp32")])
+    precision = "" if row["precision"] == "fp32" else f", {row['precision']}"
+    return f"{row['lengths'][-1]}, {row['views'][0]}{precision}"
 
 
 def _languages(rows: Sequence[Row]) -> list[str]:

@@ -19,13 +19,11 @@ from indiclip.evals.protocols.contamination import (
     near_duplicates,
 )
 from indiclip.evals.reports.pictures import thumbnail
-from indiclip.evals.results import name_of, part_of
 from indiclip.images import UnreadableSample
 from indiclip.loading.workers import StepLoader, Workers
 
 _SIDE = 64  # pixels of the longer side from which a picture is hashed
 _HASHED = 256  # pictures that a loader process gives back at a time
-_AS_IT_IS = VIEWS[:1]
 
 Example = tuple[Any, list[str]]  # an image as `Items.images` gives it, None for a text without one; its captions
 
@@ -93,7 +91,7 @@ def flag(
         What was found, for `Result.about`. `looked_for` are the ways of a card: those that its images and captions, and
         the training data's, allow.
     """
-    known = _hashes(len(training), training.__getitem__, num_workers, _AS_IT_IS, progress)
+    known = _hashes(_Hasher(len(training), training.__getitem__, VIEWS[:1]), num_workers, progress)
     found: dict[str, Any] = {
         "training_images": len(training) - known.texts,
         "training_texts": known.texts,
@@ -108,33 +106,29 @@ def flag(
         scored = items.select(np.flatnonzero(items.tested_N).tolist())
         by = _found_by(scored, known, num_workers)
         items.is_flagged[items.tested_N] = np.logical_or.reduce([by["bytes"], by["image"], by["caption"]])
-        kinds = {"bytes": items.num_images, "image": items.num_images, "caption": bool(items.captions)}
-        has = {"bytes": found["training_images"], "image": found["training_images"], "caption": len(known.captions)}
-        found["cards"][name_of(items.card.id, part_of(items.procedural))] = {
+        have_images = items.num_images and found["training_images"]
+        can_be_found = {"bytes": have_images, "image": have_images, "caption": items.captions and len(known.captions)}
+        found["cards"][items.card.id] = {
             "images": len(scored),
             "flagged": int(items.is_flagged.sum()),
-            **{f"by_{kind}": int(by[kind].sum()) for kind in kinds},
+            **{f"by_{way}": int(by[way].sum()) for way in can_be_found},
             "not_comparable": int(by["nothing"].sum()),
-            "looked_for": [kind for kind in kinds if kinds[kind] and has[kind]],
+            "looked_for": [way for way, can_be in can_be_found.items() if can_be],
         }
     return found
 
 
 def _found_by(items: Items, known: _Hashes, num_workers: int) -> dict[str, np.ndarray]:
     """Which images are found, bool (N,), by each way, and which have no looks to compare."""
-    own = _hashes(items.num_images, partial(_of_items, items), num_workers, VIEWS)
-    by_image = np.zeros(len(own.looks), bool)
-    for kind, max_distance in enumerate(MAX_DISTANCES):
-        found = near_duplicates(own.looks[:, :, kind].ravel(), known.looks[:, 0, kind], max_distance)
-        by_image |= found.near_N.reshape(own.looks.shape[:2]).any(1)
-    nothing = np.zeros(len(items), bool)
-    has_images = bool(items.num_images)
-    return {
-        "bytes": near_duplicates(own.contents, known.contents, 0).near_N if has_images else nothing,
-        "image": by_image if has_images else nothing,
-        "caption": _by_caption(items, known.captions),
-        "nothing": (own.looks[:, 0, 0] == UNHASHABLE) if has_images else nothing,
-    }
+    found = dict.fromkeys(("bytes", "image", "nothing"), np.zeros(len(items), bool))
+    if items.num_images:
+        own = _hashes(_Hasher(items.num_images, partial(_of_items, items), VIEWS), num_workers)
+        for kind, max_distance in enumerate(MAX_DISTANCES):
+            near_NV = near_duplicates(own.looks[:, :, kind].ravel(), known.looks[:, 0, kind], max_distance)
+            found["image"] = found["image"] | near_NV.reshape(len(items), -1).any(1)
+        found["bytes"] = near_duplicates(own.contents, known.contents, 0)
+        found["nothing"] = own.looks[:, 0, 0] == UNHASHABLE
+    return found | {"caption": _by_caption(items, known.captions)}
 
 
 def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
@@ -143,26 +137,18 @@ def _by_caption(items: Items, known_M: np.ndarray) -> np.ndarray:
     for texts_N in items.captions.values():
         owner_T = np.repeat(np.arange(len(items)), [len(texts) for texts in texts_N])
         hashes_T = np.array([caption_hash(text) for texts in texts_N for text in texts], dtype=np.uint64)
-        flagged_N[owner_T[near_duplicates(hashes_T, known_M, 0).near_N]] = True
+        flagged_N[owner_T[near_duplicates(hashes_T, known_M, 0)]] = True
     return flagged_N
 
 
-def _hashes(
-    size: int,
-    read: Callable[[int], Example],
-    num_workers: int,
-    views: tuple[tuple[float, bool], ...],
-    progress: Callable[[int], None] | None = None,
-) -> _Hashes:
+def _hashes(hasher: _Hasher, num_workers: int, progress: Callable[[int], None] | None = None) -> _Hashes:
     loader: StepLoader[_Hashes] = StepLoader(
-        _Hasher(size, read, views),
+        hasher,
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=Workers("hashing", num_workers) if num_workers else None,
     )
-    none = np.zeros(0, np.uint64)
-    nothing = _Hashes(np.zeros((0, len(views), 2), np.uint64), none, none, 0, 0)
-    parts = [nothing]
+    parts = [hasher[len(hasher)]]  # which is empty
     for part in loader:
         parts.append(part)
         if progress:

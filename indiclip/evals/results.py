@@ -1,19 +1,14 @@
-"""What a benchmark run found: scores, predictions, what was skipped, and the files that keep them."""
+"""What a benchmark run found: scores, predictions and what was skipped. `result_files` keeps them."""
 
-import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from indiclip import json_lines
 from indiclip.evals.suites import SUITES, packaged
-from indiclip.masking import mask
-from indiclip.names import well_formed
 
 if TYPE_CHECKING:
     from indiclip.evals.samples import Sample
@@ -50,6 +45,11 @@ class Score(NamedTuple):
         """The part of a card that it is of."""
         return self.card, self.part
 
+    @property
+    def measured(self) -> tuple[str | int, ...]:
+        """What it is a number of, over whichever images: the fields from `suite` to `view`."""
+        return self[:8]
+
 
 class Prediction(NamedTuple):
     """What a protocol answered for one image, at the full length and the first view."""
@@ -70,48 +70,7 @@ class Prediction(NamedTuple):
     question: str = ""  # what was asked of the image, where there are several questions
 
 
-@dataclass(eq=False)
-class Answers:
-    """The predictions of a card, a protocol and a language, in columns: see `Prediction`.
-
-    Attributes:
-        keys_M: str, as are `truth_M`, `predicted_M` and `top_MK`: NumPy arrays of objects.
-        rank_M: int64.
-        cosine_MK: float32.
-        hard_hit_M: bool or None.
-        flagged_M: bool.
-        content_M: str.
-        question_M: str.
-    """
-
-    card: str
-    part: str
-    protocol: str
-    language: str
-    keys_M: np.ndarray
-    truth_M: np.ndarray
-    predicted_M: np.ndarray
-    rank_M: np.ndarray
-    top_MK: np.ndarray
-    cosine_MK: np.ndarray
-    hard_hit_M: np.ndarray
-    flagged_M: np.ndarray
-    content_M: np.ndarray
-    question_M: np.ndarray
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Answers) and list(self.rows()) == list(other.rows())
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """The part of a card that they are of."""
-        return self.card, self.part
-
-    def rows(self) -> Iterator[Prediction]:
-        """Image by image."""
-        where = (self.card, self.part, self.protocol, self.language)
-        columns = (getattr(self, one.name).tolist() for one in fields(self)[len(where) :])
-        return (Prediction(*where, *row) for row in zip(*columns, strict=True))
+Where = tuple[str, str, str, str]  # card, part, protocol and language
 
 
 @dataclass
@@ -131,13 +90,10 @@ class CardResult:
     licence: str = ""
     notes: list[str] = field(default_factory=list)  # why it was skipped; what is not as the card says
     protocol: str = "zero_shot"  # the main one
-    plain: list[str] = field(
-        default_factory=lambda: ["zero_shot"]
-    )  # protocols whose metrics are logged without their name
+    # Protocols whose metrics are logged without their name.
+    plain: list[str] = field(default_factory=lambda: ["zero_shot"])
     candidates: str = "classes"  # what the main protocol ranks: classes, an image's own texts, or all images
-    places: dict[str, list[Any]] = field(
-        default_factory=dict
-    )  # class -> latitude, longitude, state; where they have any
+    places: dict[str, list[Any]] = field(default_factory=dict)  # class -> latitude, longitude, state, where it has any
     names: dict[str, dict[str, str]] = field(default_factory=dict)  # class id -> language -> name, two at most
     is_texts: bool = False  # `num_images` counts texts: no image is looked at
 
@@ -156,18 +112,22 @@ class Result:
     views: list[str]
     cards: list[CardResult] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
-    answers: list[Answers] = field(default_factory=list)
+    answers: dict[Where, list[Prediction]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # options, versions, seconds, contamination
     samples: list["Sample"] = field(default_factory=list, repr=False, compare=False)  # for the report, saved nowhere
 
     @property
     def predictions(self) -> list[Prediction]:
         """All answers, image by image."""
-        return [row for answers in self.answers for row in answers.rows()]
+        return [row for rows in self.answers.values() for row in rows]
 
     @predictions.setter
     def predictions(self, rows: Iterable[Prediction]) -> None:
-        self.answers = answers_of(rows)
+        self.answers = grouped(rows)
+
+    def answers_of(self, card: CardResult) -> dict[tuple[str, str], list[Prediction]]:
+        """(protocol, language) -> what was answered for the images of a card."""
+        return {where[2:]: rows for where, rows in self.answers.items() if where[:2] == card.key}
 
     def is_main_setting(self, score: Score) -> bool:
         """Whether a score is of the full length and the first view."""
@@ -178,20 +138,33 @@ class Result:
         mains = {card.key: (card.protocol, card.metric) for card in self.cards}
         return {
             score.key: score
-            for score in self.scores
-            if score.language == language
-            and (score.protocol, score.metric) == mains.get(score.key)
-            and self.is_main_setting(score)
-            and not score.subset
+            for score in self._over_all_images()
+            if score.language == language and (score.protocol, score.metric) == mains.get(score.key)
         }
+
+    def mains(self) -> dict[str, dict[tuple[str, str], Score]]:
+        """Language -> its `main`, in the order of `languages`."""
+        return {language: self.main(language) for language in self.languages()}
 
     def probes(self, protocol: str) -> dict[tuple[str, str], Score]:
         """(card, part) -> accuracy of kNN or the linear probe at the full length and the first view."""
         return {
             score.key: score
-            for score in self.scores
-            if (score.protocol, score.metric, score.subset) == (protocol, "acc1", "") and self.is_main_setting(score)
+            for score in self._over_all_images()
+            if (score.protocol, score.metric) == (protocol, "acc1")
         }
+
+    def gaps(self) -> dict[tuple[str | int, ...], Score]:
+        """`Score.measured` of a language's metric -> how far it is from English on the same images and classes."""
+        parity = [score for score in self._over_all_images() if score.metric.startswith("parity_")]
+        return {
+            score._replace(metric=score.metric.removeprefix("parity_")).measured: less_english(score)
+            for score in parity
+        }
+
+    def _over_all_images(self) -> Iterator[Score]:
+        """Scores at the full length and the first view that are of no subset."""
+        return (score for score in self.scores if self.is_main_setting(score) and not score.subset)
 
     def logged(self) -> dict[str, float]:
         """`eval/<suite>/<card>/<language>/<metric>` -> value: all metrics in the main setting, the main ones in others.
@@ -232,39 +205,16 @@ class Result:
         A card counts in the mean of each language in which it has a score that is a number; generated parts count in
         none.
         """
-        photographs = [card for card in self.cards if card.suite == suite and card.part == PHOTOGRAPHS]
-        scored = {card.key for card in photographs if card.status == "scored"}
+        photographs = [card for card in self.cards if (card.suite, card.part) == (suite, PHOTOGRAPHS)]
+        scored = {card.key for card in self.photographs(suite)}
         means: dict[str, dict[str, Any]] = {}
-        for language in self.languages():
-            every = [
-                corrected(score.value, score.chance) for key, score in self.main(language).items() if key in scored
-            ]
-            values = [value for value in every if math.isfinite(value)]
+        for language, main in self.mains().items():
+            values = [corrected(score.value, score.chance) for key, score in main.items() if key in scored]
+            values = [value for value in values if math.isfinite(value)]
             if values:
                 means[language] = {"value": sum(values) / len(values), "cards": len(values)}
         of = len(packaged(suite)) if photographs and suite in SUITES else len(photographs)
         return {"suite": suite, "covered": len(scored), "of": of, "mean": means}
-
-    def save(self, folder: Path) -> None:
-        """Write `metrics.json` and `predictions.parquet`, each as a whole.
-
-        Raises:
-            ImportError: pyarrow is not installed.
-            OSError: The disk is full, or the folder cannot be written to.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_answers(folder / "predictions.parquet", self.answers)
-        content = {
-            "model": self.model,
-            "headline": self.headline(),
-            "lengths": self.lengths,
-            "views": self.views,
-            "cards": [asdict(card) for card in self.cards],
-            "scores": [{name: finite(value) for name, value in score._asdict().items()} for score in self.scores],
-            "about": self.about,
-        }
-        text = well_formed(mask(json.dumps(content, indent=1, ensure_ascii=False))) + "\n"
-        json_lines.write_whole(folder / "metrics.json", text.encode())
 
 
 def check_group(name: str, where: str) -> None:
@@ -304,45 +254,17 @@ def less_english(score: Score) -> Score:
     return score._replace(value=-score.value, low=low, high=high)
 
 
-def load_result(folder: Path, predictions: bool = True) -> Result:
-    """A saved run.
-
-    Raises:
-        FileNotFoundError: No `metrics.json` there.
-        ValueError: It is not one of our files.
-    """
-    file = folder / "metrics.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected the folder of a finished `indiclip bench`")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        result = Result(content["model"], content["lengths"], content["views"], about=content["about"])
-        result.cards = [CardResult(**_of_before(card) | card) for card in content["cards"]]
-        numbers = (row | {"value": math.nan if row["value"] is None else row["value"]} for row in content["scores"])
-        result.scores = [Score(**row) for row in numbers]
-    except KeyError as error:
-        raise ValueError(f"{file}: not the metrics of `indiclip bench`: the key {error} is missing") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not the metrics of `indiclip bench` ({type(error).__name__}: {error})") from error
-    if predictions and (folder / "predictions.parquet").is_file():
-        result.answers = answers_of(_read_predictions(folder / "predictions.parquet"))
-    return result
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no number for NaN: None instead."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _of_before(card: dict[str, Any]) -> dict[str, Any]:
-    """What runs did not say of a card when all cards had one of three main protocols."""
-    protocol = {"image": "retrieval", "text": "retrieval"}.get(card["metric"].partition("_")[0], "zero_shot")
-    protocol = "matching" if card["card"] == "ocr_indic" else protocol
-    candidates = {"retrieval": "images", "matching": "texts"}.get(protocol, "classes")
-    return {"protocol": protocol, "plain": ["zero_shot", "matching", "retrieval", "places"], "candidates": candidates}
-
-
-def answers_of(predictions: Iterable[Prediction]) -> list[Answers]:
-    """Predictions in columns, an `Answers` for each card, part, protocol and language."""
-    groups: dict[tuple[str, str, str, str], list[Prediction]] = {}
+def grouped(predictions: Iterable[Prediction]) -> dict[Where, list[Prediction]]:
+    """Predictions by card, part, protocol and language."""
+    groups = defaultdict(list)
     for row in predictions:
-        groups.setdefault(row[:4], []).append(row)
-    return [Answers(*where, *map(column_of, list(zip(*rows, strict=True))[4:])) for where, rows in groups.items()]
+        groups[row.card, row.part, row.protocol, row.language].append(row)
+    return dict(groups)
 
 
 def column_of(values: Sequence[Any]) -> np.ndarray:
@@ -350,77 +272,3 @@ def column_of(values: Sequence[Any]) -> np.ndarray:
     column = np.empty(len(values), dtype=object)
     column[:] = values
     return column
-
-
-def check_out(folder: Path) -> None:
-    """Raise ValueError for a folder whose files are not a benchmark's, which its own would replace."""
-    expected = "a new folder, or one of an earlier `indiclip bench`"
-    check_is_no_training(folder, expected)
-    if not (folder / "metrics.json").exists():
-        return
-    with suppress(ValueError, OSError):
-        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        if isinstance(content, dict) and {"model", "cards", "scores"} <= content.keys():
-            return
-    raise ValueError(_taken(folder, "a metrics.json of another kind", expected))
-
-
-def check_is_no_training(folder: Path, expected: str) -> None:
-    """Raise ValueError for the folder of a training run, which others' files would be lost in."""
-    if found := next((name for name in ("config.yaml", "checkpoints") if (folder / name).exists()), ""):
-        raise ValueError(_taken(folder, found, expected))
-
-
-def _taken(folder: Path, found: str, expected: str) -> str:
-    return f"--out {folder}: holds {found}, of a training run or another program; expected {expected}"
-
-
-def check_parquet() -> None:
-    """Raise ImportError, saying what to do, unless predictions can be written."""
-    _pyarrow()
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            "predictions.parquet needs pyarrow, which is not installed: pip install 'indiclip[parquet]'"
-        ) from error
-    return pyarrow
-
-
-def _write_answers(file: Path, answers: list[Answers]) -> None:
-    pyarrow = _pyarrow()
-    text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
-    kinds = [text] * 7 + [pyarrow.int32(), texts, pyarrow.list_(pyarrow.float32()), pyarrow.bool_(), pyarrow.bool_()]
-    kinds += [text, text]
-    schema = pyarrow.schema(zip(Prediction._fields, kinds, strict=True))
-    tables = [pyarrow.Table.from_pylist([_well_formed(row) for row in of.rows()], schema) for of in answers]
-    table = pyarrow.concat_tables([schema.empty_table(), *tables])
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
-    json_lines.write_whole(file, sink.getvalue().to_pybytes())
-
-
-def _well_formed(row: Prediction) -> dict[str, Any]:
-    """With text that Parquet can hold: a card's captions and a class's name may come from anywhere."""
-    columns = row._asdict()
-    try:
-        "".join((*row[:7], *row.top)).encode()
-    except UnicodeEncodeError:
-        columns |= {name: well_formed(value) for name, value in columns.items() if isinstance(value, str)}
-        columns["top"] = list(map(well_formed, row.top))
-    return columns
-
-
-def _read_predictions(file: Path) -> list[Prediction]:
-    there = set(_pyarrow().parquet.read_schema(file).names)  # earlier runs have no `content`, or no `question`
-    table = _pyarrow().parquet.read_table(file, columns=[name for name in Prediction._fields if name in there])
-    return [Prediction(**row) for row in table.to_pylist()]
-
-
-def finite(value: Any) -> Any:
-    """A value for JSON, which has no number for NaN: None instead."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

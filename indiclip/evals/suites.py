@@ -4,7 +4,14 @@ from importlib import resources
 
 from indiclip.names import check_choice
 
-SUITES = ("india", "culture", "world")
+INDIA = "india"
+SUITES = (INDIA, "culture", "world")
+OWN = "own"  # the cards that a user wrote
+
+
+def has_mean(suite: str) -> bool:
+    """Whether reports show a mean over the cards of a suite: one over whatever somebody measured says nothing."""
+    return suite != OWN
 
 
 def packaged(suite: str) -> list[str]:

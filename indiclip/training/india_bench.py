@@ -23,7 +23,8 @@ from indiclip.evals.bench import check_languages, find_bench, logged_names, run_
 from indiclip.evals.encode import Ranks
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.protocols.protocol import Options
-from indiclip.evals.results import PROCEDURAL, Result, check_parquet
+from indiclip.evals.result_files import load_pyarrow, save_result
+from indiclip.evals.results import PROCEDURAL, Result
 from indiclip.module import MultiTask
 from indiclip.names import check_range, plain
 from indiclip.pretrained.weights import Weights
@@ -105,7 +106,7 @@ class IndiaBench(Callback):
                 "trainer.strategy: IndiaBench needs all weights on each rank, which FSDPStrategy shares out; expected "
                 "ddp or indiclip.training.sharding.ShardedStrategy"
             )
-        check_parquet()
+        load_pyarrow()
         self._folder = folder_of(trainer)
         with together(trainer, "IndiaBench") as exchange:
             try:
@@ -214,7 +215,7 @@ class IndiaBench(Callback):
 
     def _save(self, result: Result, trainer: Trainer, step: int, weights: str) -> None:
         result.about |= {"step": step, "weights": weights}
-        result.save(self._folder / "bench")
+        save_result(result, self._folder / "bench")
         for record in callbacks_of(trainer, RunRecord):
             record.add(trainer, result.logged())
         numbers = [f"{card} {score.value:.3f}" for (card, _), score in result.main().items()]

@@ -18,7 +18,6 @@ import itertools
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,18 +33,6 @@ VIEWS = tuple((margin, mirrored) for margin in (0.0, 0.05, 0.1) for mirrored in 
 _GREY = 32  # rows and columns of which the low frequencies are taken
 _LOW = 8  # of these in either direction, the mean among them
 _PAIRS = 4_000_000  # compared at a time: 100 MB
-
-
-class Found(NamedTuple):
-    """Which benchmark items are in the training data.
-
-    Attributes:
-        near_N: bool.
-        unhashable: How many of the benchmark items had nothing to compare; never near.
-    """
-
-    near_N: np.ndarray
-    unhashable: int
 
 
 def image_hashes(pixels_HW3: np.ndarray, margin: float = 0.0, mirrored: bool = False) -> tuple[int, int]:
@@ -102,8 +89,8 @@ def caption_hash(caption: str) -> int:
     return stable_hash(words) if words else UNHASHABLE
 
 
-def near_duplicates(bench_N: np.ndarray, training_M: np.ndarray, max_distance: int = 4) -> Found:
-    """Which hashes differ from one of the training data's in few bits.
+def near_duplicates(bench_N: np.ndarray, training_M: np.ndarray, max_distance: int) -> np.ndarray:
+    """Which hashes differ from one of the training data's in few bits, bool (N,). `UNHASHABLE` is near nothing.
 
     Exact, and without comparing all pairs: bits are parted into `max_distance` + 1 bands, and hashes that differ in at
     most `max_distance` bits agree in one of them whole.
@@ -125,7 +112,7 @@ def near_duplicates(bench_N: np.ndarray, training_M: np.ndarray, max_distance: i
         for places, candidates in _agreeing(bench[asked] & mask, (training & mask)[order]):
             differing = bench[asked[places]] ^ training[order[candidates]]
             near_N[asked[places[np.bitwise_count(differing) <= max_distance]]] = True
-    return Found(near_N, int((bench == UNHASHABLE).sum()))
+    return near_N
 
 
 def _agreeing(asked_N: np.ndarray, sorted_M: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -159,7 +159,7 @@ def seen_in_training(result: Result, card: CardResult) -> dict[str, Any] | None:
     if found:
         return found
     # The run of another program, or of before, which flags its answers alone.
-    rows = [row for answers in result.answers if answers.key == card.key for row in answers.rows()]
+    rows = [row for rows in result.answers_of(card).values() for row in rows]
     flagged = {row.key for row in rows if row.flagged}
     return {"flagged": len(flagged), "images": len({row.key for row in rows})} if flagged else None
 
@@ -173,8 +173,8 @@ def _unseen(scores: list[Score]) -> list[tuple[Score, Score]]:
 
 def _answers(result: Result, card: CardResult) -> dict[str, list[Prediction]]:
     """Of the main protocol, or of another where that has none: by language, English first."""
-    of_card = [answers for answers in result.answers if answers.key == card.key]
-    of_main = [answers for answers in of_card if answers.protocol == card.protocol]
-    chosen = of_main or [answers for answers in of_card if answers.protocol == of_card[0].protocol]
-    chosen.sort(key=lambda answers: answers.language != "en")
-    return {answers.language: list(answers.rows()) for answers in chosen}
+    of_card = result.answers_of(card)
+    with_answers = [protocol for protocol, _ in of_card]
+    protocol = card.protocol if card.protocol in with_answers else next(iter(with_answers), None)
+    chosen = {language: rows for (name, language), rows in of_card.items() if name == protocol}
+    return dict(sorted(chosen.items(), key=lambda item: item[0] != "en"))

@@ -10,6 +10,7 @@ from indiclip.evals.reports.bench_card import card_section
 from indiclip.evals.reports.bench_pictures import PictureOf
 from indiclip.evals.reports.page import write_page
 from indiclip.evals.results import PHOTOGRAPHS, PROBES, CardResult, Result, Score
+from indiclip.evals.suites import has_mean
 
 _OF_PAGE, _OF_CARD, _FEWEST = 170, 18, 3  # pictures, of about 7 kB
 
@@ -67,16 +68,15 @@ def _blocks(
             name += f", {kind}: {sum(card.status == 'scored' for card in of_block)} of {len(of_block)} scored"
         else:
             name += ", generated pictures: in no mean"
-        # Own cards are no suite: a mean over whatever somebody measured says nothing.
-        has_mean = part == PHOTOGRAPHS and len(of_block) > 1 and suite != "own"
+        means = part == PHOTOGRAPHS and len(of_block) > 1 and has_mean(suite)
         rows = [(card, [found.get(card.key) for found in columns]) for card in of_block]
-        blocks.append({"name": name, "rows": rows, "mean": result.headline(suite)["mean"] if has_mean else {}})
+        blocks.append({"name": name, "rows": rows, "mean": result.headline(suite)["mean"] if means else {}})
     return blocks
 
 
 def _columns(result: Result) -> dict[str, dict[tuple[str, str], Score]]:
     """Main numbers by language; and the probes, where there is a card that these alone have scored."""
-    columns = {language_name(language): result.main(language) for language in result.languages()}
+    columns = {language_name(language): main for language, main in result.mains().items()}
     with_main = {key for main in columns.values() for key in main}
     if any(card.key not in with_main for card in result.cards if card.status == "scored"):
         columns |= {f"{name}, top-1": found for one, name in PROBES.items() if (found := result.probes(one))}

@@ -32,7 +32,7 @@ def write_comparison(file: Path, a: Result, b: Result, names: Sequence[str] = ("
         "comparison.html",
         runs={"A": a, "B": b},
         names=dict(zip("AB", names, strict=True)),
-        has_other_images=any(row.gap and row.of != (row.shared, row.shared) for row in rows),
+        has_other_images=any(row.gap and not row.is_on_all for row in rows),
         run_languages=list(dict.fromkeys((*a.languages(), *b.languages()))),
         are_comparable=_counted(a) == _counted(b),
         rows=rows,
@@ -47,14 +47,7 @@ def write_comparison(file: Path, a: Result, b: Result, names: Sequence[str] = ("
 def _counted(run: Result) -> set[tuple[str, str]]:
     """Cards and languages that make up its means."""
     cards = {card.key for card in run.photographs()}
-    return {(key[0], language) for language in run.languages() for key in run.main(language) if key in cards}
-
-
-def _verdict(row: Compared) -> str:
-    """What the interval of the paired difference shows, which is all that is coloured."""
-    if row.gap is None:
-        return ""
-    return "better" if row.gap.low > 0 else "worse" if row.gap.high < 0 else ""
+    return {(card, language) for language, main in run.mains().items() for card, part in main if (card, part) in cards}
 
 
 def _panel(rows: list[Compared]) -> tuple[CardResult, list[Bar], float | None]:
@@ -65,5 +58,5 @@ def _panel(rows: list[Compared]) -> tuple[CardResult, list[Bar], float | None]:
         if row.a is not None:
             bars.append(Bar(name, row.a, "a"))
         if row.b is not None:
-            bars.append(Bar("", row.b, f"b {_verdict(row)}".rstrip(), row.gap))
+            bars.append(Bar("", row.b, f"b {row.verdict}".rstrip(), row.gap))
     return rows[0].card, bars, chance_of(score for row in rows for score in (row.a, row.b))

@@ -1,6 +1,5 @@
 """A benchmark run as a table for the terminal."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def print_result(result: Result, folder: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH  # rich would take 80 columns
-    counts = Counter(language for language in result.languages() for _ in result.main(language))
+    counts = {language: len(main) for language, main in result.mains().items() if main}
     without_text = [IMAGES] if counts.pop(IMAGES, 0) else []  # stands beside any language
     # Of as many cards Hindi is the first, which most people of India read.
     by_cards = sorted(counts, key=lambda language: (-counts[language], language not in ("en", "hi"), language))
@@ -40,7 +39,7 @@ def print_result(result: Result, folder: Path) -> None:
         console.print("kNN, probe: top-1 among so many classes with images", style="dim")
     if more := len(counts) - len(languages):
         console.print(f"in the report: {more} more language{'s' * (more > 1)}", style="dim")
-    print_notes(console, result.cards)
+    _print_notes(console, result.cards)
     _print_contamination(console, result.about.get("contamination"))
     headline = result.headline()
     means = ", ".join(f"{language} {mean['value']:.3f}" for language, mean in headline["mean"].items())
@@ -82,7 +81,7 @@ def _width(console: Console, table: Table) -> int:
     return console.measure(table, options=console.options.update(max_width=1000)).maximum
 
 
-def print_notes(console: Console, cards: Sequence[CardResult]) -> None:
+def _print_notes(console: Console, cards: Sequence[CardResult]) -> None:
     """What is skipped, and what is not as a card says."""
     skipped: dict[str, list[str]] = {}
     for card in cards:
@@ -90,23 +89,27 @@ def print_notes(console: Console, cards: Sequence[CardResult]) -> None:
             name = f"{card.card} *" if card.part == PROCEDURAL else card.card
             skipped.setdefault("; ".join(card.notes), []).append(name)
     for reason, names in skipped.items():
-        console.print(plain(f"skipped: {', '.join(names)}: {reason}"), style="yellow", markup=False, soft_wrap=True)
+        _print_line(console, f"skipped: {', '.join(names)}: {reason}", "yellow")
     if absent := [card.card for card in cards if card.status == "absent"]:
-        line = f"no photographs of: {', '.join(absent)}"
-        console.print(plain(line), style="dim", markup=False, highlight=False, soft_wrap=True)
+        _print_line(console, f"no photographs of: {', '.join(absent)}")
     for card in cards:
         for note in card.notes if card.status == "scored" else []:
-            console.print(plain(f"{card.card}: {note}"), style="dim", markup=False, highlight=False, soft_wrap=True)
+            _print_line(console, f"{card.card}: {note}")
 
 
 def _print_contamination(console: Console, found: dict[str, Any] | None) -> None:
     """How many images are among the training data, where that was looked for."""
     for name, card in (found or {}).get("cards", {}).items():
         said = f"{name}: {card['flagged']:,} of {card['images']:,} are in the training data ({found_by(card)})"
-        said += "; the report has the scores without them" if card["flagged"] else ""
-        console.print(
-            plain(said), style="red" if card["flagged"] else "dim", markup=False, highlight=False, soft_wrap=True
-        )
+        if card["flagged"]:
+            _print_line(console, f"{said}; the report has the scores without them", "red")
+        else:
+            _print_line(console, said)
+
+
+def _print_line(console: Console, text: str, style: str = "dim") -> None:
+    """Words that may be anyone's, as they are."""
+    console.print(plain(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cell(score: Score | None) -> str:
