@@ -261,7 +261,7 @@ def test_images_of_no_class_are_an_error_that_names_the_key_or_left_out(tmp_path
     asked = {"images": str(tmp_path / "photos"), "every_n_steps": 2, "probes": False}
     assert fit(tmp_path, experiment(india_bench(cards, **asked))) == 2
     said = capsys.readouterr().err
-    assert "the folder is no class of the card things; nearest is 'kite'" in said
+    assert "'kyte' is no class of the card things; nearest is 'kite'" in said
     assert "IndiaBench.skip_unknown: true leaves out the images of classes that the card does not have" in said
     assert fit(tmp_path, experiment(india_bench(cards, **asked, skip_unknown=True))) == 0
     assert "left out: 4 images of 1 classes that are not on the card things: kyte (4)" in capsys.readouterr().out
