@@ -10,7 +10,6 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 
 from indiclip.datasets.folders import subfolders
-from indiclip.datasets.languages import declared_language
 from indiclip.datasets.tables import decode_text, text_lines
 from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items, ShardImages, by_language
@@ -107,21 +106,19 @@ def _labels(reading: Reading, shards: Shards, listed: ClassList | None) -> np.nd
 def _captions(shards: Shards) -> Iterator[dict[str, list[str]]]:
     """Of each sample, as training takes them, but for a `.txt` of several lines: a caption in each."""
     for where, parts in _members(shards, "txt", "json"):
+        found: dict[str, dict[str, None]] = {}  # language -> its different captions
         try:
             entry = read_entry(parts)
-            lines = [line.strip() for line in text_lines(decode_text(parts.get("txt", b""), "the .txt"))]
-            captions = read_captions({}, entry | {"text": None} if any(lines) else entry)
-            own = declared_language(entry.get("language") or entry.get("lang"))
+            lines = text_lines(decode_text(parts.get("txt", b""), "the .txt"))
+            texts = [{"txt": line.encode()} for line in lines if line.strip()]
+            for beside in texts or [{}]:
+                for language, captions in read_captions(beside, entry).items():
+                    found.setdefault(language or "en", {}).update(dict.fromkeys(captions))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        known = {""} if own else {"", *chain.from_iterable(captions.values())}
-        if lines := [line for line in lines if line not in known]:
-            captions[own] = list(dict.fromkeys([*lines, *captions.get(own, [])]))
-        if not captions:
+        if not found:
             raise ValueError(f"{where}: no text (.txt, .json) beside the image")
-        if unknown := captions.pop("", []):
-            captions["en"] = list(dict.fromkeys([*unknown, *captions.get("en", [])]))
-        yield captions
+        yield {language: list(captions) for language, captions in found.items()}
 
 
 def _members(shards: Shards, *extensions: str) -> Iterator[tuple[str, dict[str, bytes]]]:

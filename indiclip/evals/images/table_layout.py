@@ -33,28 +33,20 @@ def read_table(reading: Reading, file: Path) -> Items:
         captions = CaptionColumns(table, table.caption_columns(), "en")
         used |= captions.places
 
-    is_train, labels = np.zeros(len(names), bool), np.full(len(names), -1, dtype=np.int64)
-    if "split" in table.header:
-        is_train = _read_splits(reading, table)
+    is_train = _read_splits(reading, table) if "split" in table.header else np.zeros(len(names), bool)
     for row in table.kept:
         if not names[row]:
             table.leave_out(row, "without an image", "no image in 'file'")
         elif captions and not required and captions.is_empty(row):
             table.leave_out(row, "without a caption", f"{names[row]!r} has no caption", always=True)
-        elif "class" in required:
-            labels[row] = reading.label(columns["class"][row], table.where(row))
-            if labels[row] < 0:
-                table.leave_out(row, "of a class that is not on the card", columns["class"][row], always=True)
+    labels = _read_labels(reading, table, columns["class"]) if "class" in required else np.full(len(names), -1)
 
     rows_of = table.rows_by_image(names)
     _check_rows(table, rows_of, is_train, "class" in required)
     first_of = {name: rows[0] for name, rows in rows_of.items()}
     firsts = list(first_of.values())
-    images: Images
-    if embedded:
-        images = TableImages(embedded, first_of)
-    else:
-        images = FileImages.named_in(file, list(first_of) if has_images else [])
+    files = list(first_of) if has_images else []
+    images: Images = TableImages(embedded, first_of) if embedded else FileImages.named_in(file, files)
     items = Items(card, images, list(first_of), labels[firsts], is_train=is_train[firsts])
     for name in card.required_fields - {"captions", "class"}:
         items.columns[name] = [[columns[name][row] for row in rows] for rows in rows_of.values()]
@@ -76,6 +68,16 @@ def _read_splits(reading: Reading, table: Table) -> np.ndarray:
         if split not in splits:
             table.leave_out(row, f"of the split {split}", "it is not scored", always=True)
     return np.array([splits.get(split, False) for split in column])
+
+
+def _read_labels(reading: Reading, table: Table, names: list[str]) -> np.ndarray:
+    """The class of each row, int64. Rows of other classes than the card's are left out."""
+    labels = np.full(len(names), -1, dtype=np.int64)
+    for row in table.kept:
+        labels[row] = reading.label(names[row], table.where(row))
+        if labels[row] < 0:
+            table.leave_out(row, "of a class that is not on the card", names[row], always=True)
+    return labels
 
 
 def _check_rows(table: Table, rows_of: dict[str, list[int]], is_train: np.ndarray, once: bool) -> None:
