@@ -52,6 +52,18 @@ def test_a_narrow_terminal_gets_fewer_languages_and_whole_numbers(monkeypatch, c
     assert ("in the report: " in out, f"in the report: {more} more language" in out) == (more > 0, more > 0)
 
 
+def test_a_number_that_is_none_and_a_distance_are_said_as_in_the_report(capsys):
+    result = run()
+    result.cards[0].metric = "median_km"
+    result.scores[:2] = [
+        score("food", 412.3, metric="median_km", low=400, high=420),
+        score("food", float("nan"), "hi", "median_km"),
+    ]
+    print_result(result, Path("runs/m"))
+    assert "412 km ±10 km" in (out := capsys.readouterr().out)
+    assert "nan" not in out
+
+
 def test_what_is_skipped_is_said_once_for_each_reason(capsys):
     console.print_result(run(), Path("runs/m"))
     out = capsys.readouterr().out

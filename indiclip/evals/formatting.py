@@ -19,7 +19,9 @@ def language_name(code: str) -> str:
     """`Hindi` of `hi`, `Hindi, romanised` of `hi-Latn`."""
     language, _, script = code.partition("-")
     name = NAMES["languages"].get(language, language)
-    return name if not script else f"{name}, romanised" if script == "Latn" else f"{name}, {script}"
+    if not script:
+        return name
+    return f"{name}, {'romanised' if script == 'Latn' else script}"
 
 
 def metric_name(metric: str) -> str:
@@ -175,5 +177,7 @@ class Bar(NamedTuple):
 
 def longest(bars: Iterable[Bar], metric: str) -> float:
     """Where the axis of a chart ends: at 1, or at the longest distance."""
+    if not is_distance(metric):
+        return 1.0
     ends = [end for bar in bars for end in (bar.score.value, bar.score.high) if end is not None and math.isfinite(end)]
-    return (is_distance(metric) and max(ends, default=1.0)) or 1.0
+    return max(ends, default=0.0) or 1.0

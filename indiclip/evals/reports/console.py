@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from indiclip.evals.formatting import NAMES, chance_of, found_by, language_name, metric_name
+from indiclip.evals.formatting import NAMES, chance_of, found_by, language_name, metric_name, number
 from indiclip.evals.results import IMAGES, PROBES, PROCEDURAL, CardResult, Result, Score
 from indiclip.names import plain
 
@@ -40,7 +40,7 @@ def print_result(result: Result, folder: Path) -> None:
     if more := len(counts) - len(languages):
         console.print(f"in the report: {more} more language{'s' * (more > 1)}", style="dim")
     _print_notes(console, result.cards)
-    _print_contamination(console, result.about.get("contamination"))
+    _print_contamination(console, result.about.get("contamination", {}).get("cards", {}))
     headline = result.headline()
     means = ", ".join(f"{language} {mean['value']:.3f}" for language, mean in headline["mean"].items())
     if headline["of"]:
@@ -97,9 +97,9 @@ def _print_notes(console: Console, cards: Sequence[CardResult]) -> None:
             _print_line(console, f"{card.card}: {note}")
 
 
-def _print_contamination(console: Console, found: dict[str, Any] | None) -> None:
+def _print_contamination(console: Console, cards: dict[str, Any]) -> None:
     """How many images are among the training data, where that was looked for."""
-    for name, card in (found or {}).get("cards", {}).items():
+    for name, card in cards.items():
         said = f"{name}: {card['flagged']:,} of {card['images']:,} are in the training data ({found_by(card)})"
         if card["flagged"]:
             _print_line(console, f"{said}; the report has the scores without them", "red")
@@ -115,11 +115,12 @@ def _print_line(console: Console, text: str, style: str = "dim") -> None:
 def _cell(score: Score | None) -> str:
     if score is None:
         return ""
+    said = number(score.value, score.metric)
     # All resamples of no hit are without a hit: that is no interval of width 0.
     if score.low is None or score.high is None or score.low == score.high:
-        return f"{score.value:.3f}"
-    return f"{score.value:.3f} [dim]±{(score.high - score.low) / 2:.2f}[/]"
+        return said
+    return f"{said} [dim]±{number((score.high - score.low) / 2, score.metric, digits=2)}[/]"
 
 
 def _probe_cell(score: Score | None) -> str:
-    return "" if score is None else f"{score.value:.3f} [dim]of {score.num_classes}[/]"
+    return "" if score is None else f"{number(score.value)} [dim]of {score.num_classes}[/]"
