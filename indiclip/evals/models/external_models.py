@@ -6,8 +6,7 @@ white.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from indiclip.evals.models.embedder import Embedder, Precision, View, autocast, with_full_length
+from indiclip.evals.models.embedder import Embedder, Precision, View, with_full_length
 from indiclip.names import reason_of
 from indiclip.preprocessing import Picture, read_upright
 
@@ -49,7 +48,7 @@ class ExternalModel(Embedder):
         words = re.sub(r" at 0x\w+", "", str(transform))  # where a function lies in memory
         self.preprocessing = {"transform": " ".join(words.split())}
         self.model = model.to(options.device).eval().requires_grad_(False)
-        self._device, self._precision = options.device, options.precision
+        self.device, self.precision = options.device, options.precision
         try:
             blank = self.prepare(np.zeros((32, 48, 3), np.uint8), self._view("native"))
             length = self.embed_images(self.collate([blank])).shape[1]
@@ -76,11 +75,6 @@ class ExternalModel(Embedder):
             raise self._no_view(name, "native, its own preprocessing")
         return View(name, None, "square")
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        with torch.inference_mode(), autocast(self._device, self._precision):
-            yield
-
     def _prepare(self, image: Image.Image, view: View) -> Any:
         return self._transform(image)
 
@@ -96,10 +90,10 @@ class OpenClip(ExternalModel):
         return {"input_ids": self._tokenizer(texts)}
 
     def _embed_images(self, batch: Any) -> Tensor:
-        return _unit(self.model.encode_image(batch.to(self._device)))
+        return _unit(self.model.encode_image(batch.to(self.device)))
 
     def _embed_texts(self, texts: list[str]) -> Tensor:
-        return _unit(self.model.encode_text(self._tokenizer(texts).to(self._device)))
+        return _unit(self.model.encode_text(self._tokenizer(texts).to(self.device)))
 
 
 class Transformers(ExternalModel):
@@ -149,7 +143,7 @@ class Transformers(ExternalModel):
         return self._pooled(self.model.get_text_features, self.tokenize(texts))
 
     def _pooled(self, tower: Any, tensors: Mapping[str, Tensor]) -> Tensor:
-        output = tower(**{field: tensor.to(self._device) for field, tensor in tensors.items()})
+        output = tower(**{field: tensor.to(self.device) for field, tensor in tensors.items()})
         return _unit(output if isinstance(output, Tensor) else output.pooler_output)
 
 
@@ -167,7 +161,7 @@ class Timm(ExternalModel):
         raise ValueError(f"{self.name}: {words}")
 
     def _embed_images(self, batch: Any) -> Tensor:
-        output = self.model(batch.to(self._device))
+        output = self.model(batch.to(self.device))
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise ValueError(f"{self.name}: gives {getattr(output, 'shape', type(output))}, not one vector per image")
         return _unit(output)
