@@ -16,7 +16,7 @@ from test_external_models import OPEN_CLIP, architecture  # noqa: F401
 
 from indiclip.cli import main
 from indiclip.commands import bench_run
-from indiclip.evals.models import external_models
+from indiclip.evals.models import external_loading
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -142,9 +142,9 @@ def test_a_tokenizer_of_another_length_is_warned_of(photos, folders, capsys):
 
 
 def test_preprocessing_that_does_not_fit_is_a_line_of_every_library(photos, capsys, monkeypatch):
-    create = external_models.create_transform
+    create = external_loading.create_transform
     monkeypatch.setattr(
-        external_models, "create_transform", lambda **config: create(**config | {"input_size": (3, 96, 96)})
+        external_loading, "create_transform", lambda **config: create(**config | {"input_size": (3, 96, 96)})
     )
     assert bench("timm:vit_tiny_patch16_224") == 2
     line = capsys.readouterr().err.splitlines()[-1]

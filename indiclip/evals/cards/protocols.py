@@ -74,6 +74,4 @@ def protocol_classes() -> dict[str, type[Protocol]]:
 
 def required_arguments(protocol: type[Protocol]) -> list[str]:
     """The names of those that it cannot be made without, as `--protocols` would."""
-    arguments = signature(protocol).parameters.values()
-    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    return [one.name for one in arguments if one.default is Parameter.empty and one.kind in named]
+    return [name for name, one in signature(protocol).parameters.items() if one.default is Parameter.empty]

@@ -6,7 +6,7 @@ Shape letters: see `indiclip.types`.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -49,6 +49,8 @@ class Embedder(ABC):
     Attributes:
         name: For tables.
         lengths: Embedding lengths to score, ascending; the last is the full one.
+        device: Where it computes.
+        precision: `bf16` or `fp16` compute under autocast.
         embeds_text: Whether `embed_texts` works.
         weights: Which weights of a run they are, in words; empty where there is nothing to choose.
         preprocessing: How it reads images, of plain types: for the record.
@@ -57,6 +59,8 @@ class Embedder(ABC):
     name: str
     preprocessing: dict[str, Any]
     lengths: list[int]
+    device: torch.device
+    precision: Precision
     embeds_text = True
     weights = ""
 
@@ -103,9 +107,13 @@ class Embedder(ABC):
     def _no_view(self, name: str, expected: str) -> ValueError:
         return ValueError(f"{self.name}: has no view {name!r}; expected {expected}")
 
-    @abstractmethod
-    def _computing(self) -> AbstractContextManager[None]:
-        """While it embeds: without gradients, in its precision."""
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """While it embeds: in its precision, or in float32 whatever is around it."""
+        dtype = _AUTOCAST[self.precision]
+        # Not inference mode: what a module keeps from there could not be trained with.
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
 
     @abstractmethod
     def _embed_images(self, batch: Any) -> Tensor:
@@ -139,7 +147,7 @@ class EncoderEmbedder(Embedder):
     ) -> None:
         check_choice("precision", precision, _AUTOCAST)
         self.weights = next(iter(encoder.initialised), "")
-        self.encoder, self.name, self.precision = encoder, name, precision
+        self.encoder, self.name, self.device, self.precision = encoder, name, encoder.device, precision
         self.lengths = encoder.lengths if lengths is None else with_full_length(lengths, encoder.embed_dim)
         backbone = encoder.backbone
         self._preprocessing, self._max_tokens = backbone.preprocessing, backbone.max_tokens
@@ -189,17 +197,11 @@ class EncoderEmbedder(Embedder):
         modes = [(module, module.training) for module in self.encoder.modules()]
         self.encoder.eval()
         try:
-            # Not inference mode: what a module keeps from there could not be trained with.
-            with torch.no_grad(), autocast(self.encoder.device, self.precision):
+            with super()._computing():
                 yield
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Reduced precision, or float32 whatever is around it."""
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32")
 
 
 def with_full_length(lengths: Sequence[int] | None, full: int) -> list[int]:

@@ -10,6 +10,8 @@ from typing import Any
 import timm
 import timm.models
 import torch
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 
 from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
 from indiclip.evals.models.processors import check_processor
@@ -98,7 +100,7 @@ def load_transformers(what: str, name: str, options: Options) -> ExternalModel:
     if absent:
         raise ValueError(f"{name}: the weights lack {len(absent)} of the model's tensors, such as {absent[0]}")
     check_processor(name, model.config, processor)
-    return Transformers(name, model, processor, options)
+    return Transformers(name, model, processor.image_processor, processor.tokenizer, options)
 
 
 def _check_transformers_folder(folder: Path, name: str) -> None:
@@ -126,7 +128,8 @@ def load_timm(what: str, name: str, options: Options) -> ExternalModel:
         model: Any = timm.create_model(source, **arguments)
     model.pretrained_cfg.pop("state_dict", None)  # a second copy
     model.reset_classifier(0)
-    return Timm(name, model, options)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)  # type: ignore[no-untyped-call]
+    return Timm(name, model, transform, None, options)
 
 
 def _timm_weights(architecture: str, file: str) -> dict[str, Any]:

@@ -6,19 +6,16 @@ white.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data.config import resolve_model_data_config
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from indiclip.evals.models.embedder import Embedder, Precision, View, autocast, with_full_length
+from indiclip.evals.models.embedder import Embedder, Precision, View, with_full_length
 from indiclip.names import reason_of
 from indiclip.preprocessing import Picture, read_upright
 
@@ -41,15 +38,16 @@ class ExternalModel(Embedder):
         name: For tables.
         model: The library's.
         transform: A PIL image as the model sees it.
+        tokenizer: The library's; None where it embeds no text.
         options: Where and how it computes.
     """
 
-    def __init__(self, name: str, model: Any, transform: Any, options: Options) -> None:
-        self.name, self._transform = name, transform
+    def __init__(self, name: str, model: Any, transform: Any, tokenizer: Any, options: Options) -> None:
+        self.name, self._transform, self._tokenizer = name, transform, tokenizer
         words = re.sub(r" at 0x\w+", "", str(transform))  # where a function lies in memory
         self.preprocessing = {"transform": " ".join(words.split())}
         self.model = model.to(options.device).eval().requires_grad_(False)
-        self._device, self._precision = options.device, options.precision
+        self.device, self.precision = options.device, options.precision
         try:
             blank = self.prepare(np.zeros((32, 48, 3), np.uint8), self._view("native"))
             length = self.embed_images(self.collate([blank])).shape[1]
@@ -76,11 +74,6 @@ class ExternalModel(Embedder):
             raise self._no_view(name, "native, its own preprocessing")
         return View(name, None, "square")
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        with torch.inference_mode(), autocast(self._device, self._precision):
-            yield
-
     def _prepare(self, image: Image.Image, view: View) -> Any:
         return self._transform(image)
 
@@ -88,36 +81,33 @@ class ExternalModel(Embedder):
 class OpenClip(ExternalModel):
     """An OpenCLIP model with its transform and tokenizer."""
 
-    def __init__(self, name: str, model: Any, transform: Any, tokenizer: Any, options: Options) -> None:
-        self._tokenizer = tokenizer
-        super().__init__(name, model, transform, options)
-
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         return {"input_ids": self._tokenizer(texts)}
 
     def _embed_images(self, batch: Any) -> Tensor:
-        return _unit(self.model.encode_image(batch.to(self._device)))
+        return _unit(self.model.encode_image(batch.to(self.device)))
 
     def _embed_texts(self, texts: list[str]) -> Tensor:
-        return _unit(self.model.encode_text(self._tokenizer(texts).to(self._device)))
+        return _unit(self.model.encode_text(self._tokenizer(texts).to(self.device)))
 
 
 class Transformers(ExternalModel):
-    """A dual encoder of transformers with its processor.
+    """A dual encoder of transformers.
+
+    It gets the parts of its processor and not that itself: SigLIP 2's has a patch size of its own, whatever the folder
+    says.
 
     SigLIP 2 of any size ("NaFlex") also has views of a number of patches, such as `64`; its `native` is what the
     folder says, mostly 256.
     """
 
-    def __init__(self, name: str, model: Any, processor: Any, options: Options) -> None:
-        # Not the processor itself: SigLIP 2's has a patch size of its own, whatever the folder says.
-        self._tokenizer = processor.tokenizer
+    def __init__(self, name: str, model: Any, transform: Any, tokenizer: Any, options: Options) -> None:
         self._context_length = int(model.config.text_config.max_position_embeddings)
         self._any_size = model.config.model_type == "siglip2"
         # SigLIP 2 was trained on lower-case text. Its folders of one size call themselves SigLIP and name Gemma's
         # tokenizer, which keeps capitals; transformers leaves this to the user.
-        self._lowers = type(self._tokenizer).__name__.startswith("Gemma")
-        super().__init__(name, model, processor.image_processor, options)
+        self._lowers = type(tokenizer).__name__.startswith("Gemma")
+        super().__init__(name, model, transform, tokenizer, options)
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         # SigLIP was trained on texts of one length. CLIP does not mind, and numbers no longer depend on the chunk.
@@ -149,7 +139,7 @@ class Transformers(ExternalModel):
         return self._pooled(self.model.get_text_features, self.tokenize(texts))
 
     def _pooled(self, tower: Any, tensors: Mapping[str, Tensor]) -> Tensor:
-        output = tower(**{field: tensor.to(self._device) for field, tensor in tensors.items()})
+        output = tower(**{field: tensor.to(self.device) for field, tensor in tensors.items()})
         return _unit(output if isinstance(output, Tensor) else output.pooler_output)
 
 
@@ -158,16 +148,12 @@ class Timm(ExternalModel):
 
     embeds_text = False
 
-    def __init__(self, name: str, model: Any, options: Options) -> None:
-        config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-        super().__init__(name, model, create_transform(**config, is_training=False), options)
-
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         words = "an image model of timm embeds no text; it can be scored by kNN and linear probe"
         raise ValueError(f"{self.name}: {words}")
 
     def _embed_images(self, batch: Any) -> Tensor:
-        output = self.model(batch.to(self._device))
+        output = self.model(batch.to(self.device))
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise ValueError(f"{self.name}: gives {getattr(output, 'shape', type(output))}, not one vector per image")
         return _unit(output)
