@@ -3,11 +3,13 @@
 import sys
 from copy import deepcopy
 
+import numpy as np
 import pytest
 from bench_fakes import answer, score, small_run
 
 from indiclip.commands import bench
 from indiclip.evals.comparison import compare, in_words
+from indiclip.evals.protocols.metrics import parity_gap
 from indiclip.evals.reports.comparison_page import write_comparison
 from indiclip.evals.result_files import save_result
 from indiclip.evals.results import IMAGES, PROCEDURAL
@@ -71,6 +73,24 @@ def test_of_images_that_one_run_lacks_or_has_other_bytes_of_only_the_common_ones
     assert in_words([row]).endswith(said)
     write_comparison(tmp_path / "c.html", a, b)
     assert said[3:] in (tmp_path / "c.html").read_text(encoding="utf-8").replace("&#39;", "'")
+
+
+def test_of_several_questions_about_an_image_the_images_are_drawn():
+    a, b = run([0] * 8), run([0] * 8)
+    hits = {"a": [1, 1, 1, 1, 0, 0, 0, 0], "b": [1, 1, 1, 1, 1, 1, 0, 0]}  # all four of an image are right or wrong
+    for one, name in ((a, "a"), (b, "b")):
+        one.predictions = [
+            answer(f"{i}.jpg", f"w{q}", "x" if not hit else f"w{q}", content=f"{i}", question=f"w{q}")
+            for i, hit in enumerate(hits[name])
+            for q in range(4)
+        ]
+    (row,) = compare(a, b)
+    assert (row.shared, row.items, row.gap.value) == (32, "questions", 0.25)
+    assert in_words([row]).endswith("on 32 questions")
+    alone = parity_gap(np.array(hits["b"], bool), np.array(hits["a"], bool))
+    assert row.gap.high - row.gap.low >= alone.high - alone.low  # 32 questions say no more than eight images
+    b.predictions = [row._replace(question=f"{row.question}?") for row in b.predictions]
+    assert compare(a, b)[0].why_not == "different questions, 8 of them under the same names"
 
 
 def test_images_of_other_bytes_are_not_compared():
@@ -153,7 +173,7 @@ def test_what_is_not_the_same_is_not_compared(tmp_path, change, why_not):
 @pytest.mark.parametrize("metric", ["median_km", "text_to_image_r5"])
 def test_a_metric_without_hits_of_images_is_not_compared(metric):
     (row,) = compare(run([0] * 8, metric), run([1] * 8, metric))
-    assert row.why_not.endswith("has no hits to compare")
+    assert row.why_not.startswith("no answers are kept for ")
 
 
 def test_a_language_of_one_run_only_is_named():

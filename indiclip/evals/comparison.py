@@ -21,8 +21,9 @@ class Compared(NamedTuple):
     language: str
     a: Score | None
     b: Score | None
-    shared: int = 0  # images that both runs answered for
-    of: tuple[int, int] = (0, 0)  # images of each run
+    items: str = "images"  # what was answered for: `images`, `questions` about them, or `texts`
+    shared: int = 0  # those that both runs answered for
+    of: tuple[int, int] = (0, 0)  # those of each run
     gap: Interval | None = None  # b less a, on these
     on_shared: tuple[float, float] = (0.0, 0.0)  # both runs' numbers on these
     why_not: str = ""  # where there is none
@@ -47,14 +48,15 @@ class _Side(NamedTuple):
 
     run: Result
     score: Score
-    answers: dict[tuple[str, str], Prediction]  # by the image's content and, as there may be copies, its key
+    answers: dict[tuple[str, str, str], Prediction]  # by the image's content, its key (of copies), and the question
 
 
 def compare(a: Result, b: Result) -> list[Compared]:
     """Every card and language that either run scored; a difference on the images that both answered for.
 
     Images are the same where their keys and bytes are. The difference is that of the main metric, with the interval of
-    a paired difference: what one run makes of an image stands beside what the other does.
+    a paired difference: what one run makes of an image stands beside what the other does. Of several questions about an
+    image it is over the questions, and the images are drawn.
     """
     in_a, in_b = ({card.key: card for card in run.cards if card.status == "scored"} for run in (a, b))
     mains_a, mains_b = a.mains(), b.mains()
@@ -75,64 +77,69 @@ def compare(a: Result, b: Result) -> list[Compared]:
 
 def _side(run: Result, score: Score) -> _Side:
     rows = run.answers.get((score.card, score.part, score.protocol, score.language), [])
-    return _Side(run, score, {(row.content, row.key): row for row in rows})
+    return _Side(run, score, {(row.content, row.key, row.question): row for row in rows})
 
 
 def _compared(card: CardResult, a: _Side, b: _Side) -> Compared:
     shared = [image for image in a.answers if image in b.answers]
     of = len(a.answers), len(b.answers)
-    row = Compared(card, a.score.language, a.score, b.score, len(shared), of, why_not=_why_not(card, a, b))
+    are_questions = any(row.question for row in a.answers.values())
+    items = "texts" if card.is_texts else "questions" if are_questions else "images"
+    row = Compared(card, a.score.language, a.score, b.score, items, len(shared), of)
+    row = row._replace(why_not=_why_not(card, items, a, b))
     if row.why_not:
         return row
     metric = a.score.metric
     hits_a_N, hits_b_N = (
         np.array([side.answers[image].rank < _nearest(metric) for image in shared]) for side in (a, b)
     )
-    images = [(key, a.answers[content, key].truth) for content, key in shared]
+    images = [(row.key, row.truth) for row in map(a.answers.__getitem__, shared)]
     # Each class weighs the same, or all images are of one.
     labels_N = np.unique([truth if metric == _PER_CLASS else "" for _, truth in images], return_inverse=True)[1]
+    _, image_N, count_N = np.unique([key for key, _ in images], return_inverse=True, return_counts=True)
+    clusters = image_N if (count_N > 1).any() else None
     return row._replace(
-        gap=parity_gap(hits_b_N, hits_a_N, labels_N if metric == _PER_CLASS else None),
+        gap=parity_gap(hits_b_N, hits_a_N, labels_N if metric == _PER_CLASS else None, clusters),
         on_shared=(mean_per_class_recall(hits_a_N, labels_N).value, mean_per_class_recall(hits_b_N, labels_N).value),
         gained=tuple(compress(images, hits_b_N & ~hits_a_N)),
         lost=tuple(compress(images, hits_a_N & ~hits_b_N)),
     )
 
 
-def _why_not(card: CardResult, a: _Side, b: _Side) -> str:
+def _why_not(card: CardResult, items: str, a: _Side, b: _Side) -> str:
     """What stands against a comparison."""
     name, language, metric = name_of(*card.key), a.score.language, a.score.metric
     if (metric, a.score.protocol) != (b.score.metric, b.score.protocol):
         return f"different metrics: {metric_name(metric)} and {metric_name(b.score.metric)}"
 
+    if not _nearest(metric):
+        return f"no answers are kept for {metric_name(metric)}"
     protocol = protocol_name(a.score.protocol)
     if not a.answers and not b.answers:
         return f"the protocol {protocol} keeps no answers per image"
     if not a.answers or not b.answers:
         return f"{'B' if a.answers else 'A'} has no answers per image of the protocol {protocol}"
 
-    a_knows, b_knows = (all(content for content, _ in side.answers) for side in (a, b))
+    a_knows, b_knows = (all(content for content, *_ in side.answers) for side in (a, b))
     if a_knows != b_knows:
         earlier = "B" if a_knows else "A"
         return f"{earlier} is of an earlier version, which kept nothing of its images' bytes; score it again"
     shared = a.answers.keys() & b.answers.keys()
     if not shared:
-        same_names = len({key for _, key in a.answers} & {key for _, key in b.answers})
-        return "different images" + (f", {same_names:,} of them under the same names" if same_names else "")
+        same_names = len({key for _, key, _ in a.answers} & {key for _, key, _ in b.answers})
+        return f"different {items}" + (f", {same_names:,} of them under the same names" if same_names else "")
 
     if a.score.num_classes != b.score.num_classes:
         return f"different classes: {a.score.num_classes} and {b.score.num_classes}"
     if card.candidates == "images" and a.answers.keys() != b.answers.keys():
-        return f"different images, which are each other's candidates: {len(shared):,} of {len(a.answers):,} are shared"
+        return f"different {items}, which are each other's candidates: {len(shared):,} of {len(a.answers):,} are shared"
     if other := sum(a.answers[image].truth != b.answers[image].truth for image in shared):
-        return f"different classes: {other} of {len(shared)} images have another truth"
-    if not _nearest(metric):
-        return f"{metric_name(metric)} has no hits to compare"
+        return f"different classes: {other} of {len(shared)} {items} have another truth"
     if _differ(*(side.run.about.get("asked", {}).get(name, {}).get(language) for side in (a, b))):
         return "different classes, names or prompts"
     # Runs of before, which know the content of no image, have a digest of the keys and labels.
     if not a_knows and _differ(*(side.run.about.get("data", {}).get(name) for side in (a, b))):
-        return "different images, or labels, under the same names"
+        return f"different {items}, or labels, under the same names"
     return ""
 
 
@@ -143,15 +150,15 @@ def _differ(a: str | None, b: str | None) -> bool:
 
 def _nearest(metric: str) -> int:
     """Among how many of the nearest the right one is a hit: 5 of `acc5`, `image_to_text_r5`; 0 where none are."""
-    found = re.fullmatch(rf"(?:acc|(?:image_to_text_)?r|recall)(\d*)|{_PER_CLASS}", metric)
+    found = re.fullmatch(rf"(?:acc|(?:image_to_text_|to_english_)?r|recall)(\d*)|{_PER_CLASS}|group_score", metric)
     return int(found[1] or 1) if found else 0
 
 
 def common(row: Compared) -> str:
     """How many images a difference is over, of how many, and the numbers on them where these are not all."""
     if row.is_on_all:
-        return f"{row.shared:,} images"
-    said = f"the common {row.shared:,} images of A's {row.of[0]:,} and B's {row.of[1]:,}"
+        return f"{row.shared:,} {row.items}"
+    said = f"the common {row.shared:,} {row.items} of A's {row.of[0]:,} and B's {row.of[1]:,}"
     return f"{said}, where A has {number(row.on_shared[0])} and B {number(row.on_shared[1])}"
 
 
