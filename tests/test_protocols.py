@@ -51,23 +51,22 @@ def scores_of(items, images, texts=None, **options):
     images = {"native": torch.tensor(unit(images), dtype=torch.float32)}
     scorer = CardScorer(items, images, texts, LENGTHS, Options(resamples=50, **options)).run()
     found = {(row.metric, row.language, row.length, row.subset): row for row in scorer.scores}
-    for of in scorer.answers:
-        assert_answers_give(of, found)
+    for (_, _, protocol, language), rows in scorer.answers.items():
+        assert_answers_give(protocol, language, rows, found)
     return found
 
 
 HITS = {"composed_retrieval": "r1", "bitext": "to_english_r1", "minimal_pairs": "group_score", "in_scene": "acc1"}
 
 
-def assert_answers_give(of, found):
+def assert_answers_give(protocol, language, rows, found):
     """What is kept of each question says the same as the number over all of them."""
-    rows = list(of.rows())
     assert len({(row.key, row.question) for row in rows}) == len(rows)
     assert all((row.predicted == row.truth) == (row.rank == 0) for row in rows)
     assert all(row.predicted in row.top for row in rows if row.top)
-    if of.protocol in HITS:
+    if protocol in HITS:
         rate = np.mean([row.rank == 0 for row in rows])
-        assert rate == pytest.approx(found[HITS[of.protocol], of.language, LENGTHS[-1], ""].value)
+        assert rate == pytest.approx(found[HITS[protocol], language, LENGTHS[-1], ""].value)
 
 
 def classes(count, **names):

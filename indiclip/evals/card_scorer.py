@@ -48,7 +48,7 @@ class CardScorer:
         self.lengths, self.options = lengths, options
         self.part = part_of(items.procedural)
         self.scores: list[Score] = []
-        self.answers: dict[Where, list[Prediction]] = {}
+        self._answers: dict[Where, tuple[np.ndarray, ...]] = {}  # columns: 100,000 rows take as long as the scores
         self.tested = np.flatnonzero(items.tested_N)
         self.label_N = np.where(items.tested_N, items.labels, -1)
         self.setting = Setting(next(iter(images)), lengths[-1], True)
@@ -215,9 +215,15 @@ class CardScorer:
         question_Q = np.array(questions or [""] * len(image_Q), dtype=object)
         content_Q = content_Q if items.num_images else question_Q  # of texts alone
         where = (self.card.id, self.part, protocol, language)
-        columns = (keys_Q, *answered, hard_hit_Q, flagged_N[image_Q], content_Q, question_Q)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        self.answers[where] = [Prediction(*where, *row) for row in rows]
+        self._answers[where] = (keys_Q, *answered, hard_hit_Q, flagged_N[image_Q], content_Q, question_Q)
+
+    @property
+    def answers(self) -> dict[Where, list[Prediction]]:
+        """What was kept."""
+        return {
+            where: [Prediction(*where, *row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+            for where, columns in self._answers.items()
+        }
 
 
 def texts_of(items: Items, options: Options) -> Iterator[str]:
