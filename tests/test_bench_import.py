@@ -110,7 +110,7 @@ def test_captions_there_and_back(tmp_path):
     assert content(first) == content(second)
     assert third.captions == {"en": [["एक"], ["तीन"]]}  # the layout does not say the language
     assert (tmp_path / "c" / "dataset_type.txt").read_text() == "retrieval\n"
-    with pytest.raises(ValueError, match="--language: no captions in 'hid'; nearest is 'hi'; found en, hi"):
+    with pytest.raises(ValueError, match="--language: found 'hid'; nearest is 'hi'; expected one of en, hi"):
         convert(str(tmp_path / "a"), str(card), str(tmp_path / "d"), language="hid")
 
 

@@ -23,7 +23,7 @@ from indiclip.evals.cards.card import Card, load_card
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.layouts import read_items
 from indiclip.images import EXTENSION_OF, EncodedImage, UnreadableSample
-from indiclip.names import check_choice, did_you_mean
+from indiclip.names import check_choice
 
 _SHARD_SAMPLES, _SHARD_BYTES = 10_000, 10**9  # clip-benchmark's own
 
@@ -187,8 +187,7 @@ def _free_stem(key: str, taken: set[str]) -> str:
 
 def _class_names(card: Card, language: str) -> list[str]:
     names = card.names(language)
-    missing = [one.id for place, one in enumerate(card.classes) if place not in names]
-    if missing:
+    if missing := [one.id for one in card.classes if language not in one.names]:
         known = ", ".join(code for code, count in card.languages.items() if count == len(card.classes))
         raise ValueError(
             f"--language: {len(missing)} classes of {card.id} have no name in {language!r}, first {missing[0]}; "
@@ -198,14 +197,11 @@ def _class_names(card: Card, language: str) -> list[str]:
 
 
 def _captions(items: Items, language: str) -> list[list[str]]:
-    captions = items.captions
-    if language not in captions:
-        hint = did_you_mean(language, captions)
-        raise ValueError(f"--language: no captions in {language!r}{hint}; found {', '.join(captions)}")
-    for key, texts in zip(items.keys, captions[language], strict=True):
+    check_choice("--language", language, items.captions)
+    for key, texts in zip(items.keys, items.captions[language], strict=True):
         if not texts:
             raise ValueError(f"--language: {key} has no caption in {language!r}")
-    return captions[language]
+    return items.captions[language]
 
 
 def _write_lines(file: Path, lines: list[str]) -> None:

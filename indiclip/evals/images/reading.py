@@ -9,7 +9,7 @@ import numpy as np
 
 from indiclip.datasets.tables import decode_text
 from indiclip.evals.cards.card import Card
-from indiclip.evals.images.splits import kind_of
+from indiclip.evals.images.splits import KINDS
 from indiclip.images import storable
 
 CLASS_LISTS = ("classnames.txt", "classes.txt")
@@ -74,7 +74,7 @@ class Reading:
         """Name of each split to read, of all that there are -> whether it is for training: `test` is scored, or `val`
         where there is none.
         """
-        kinds = {name: kind_of(name) for name in names}
+        kinds = {name: KINDS[name.lower()] for name in names}
         scored = "test" if "test" in kinds.values() else "val"
         chosen = {name: kind == "train" for name, kind in kinds.items() if kind in ("train", scored)}
         if left := ", ".join(f"`{name}`" for name in kinds if name not in chosen):
