@@ -12,7 +12,7 @@ from layout_files import tar, write
 from PIL import Image
 from test_encode import in_threads
 
-from indiclip.evals import procedural
+from indiclip.evals import mela_questions, procedural
 from indiclip.evals.bench import find_bench, run_bench
 from indiclip.evals.comparison import compare
 from indiclip.evals.leaderboard import row_of
@@ -292,6 +292,15 @@ def test_generated_images_are_scored_and_in_no_mean():
     names = [name for name in result.logged() if name.startswith("eval/india/")]
     assert names
     assert all(name.startswith("eval/india/indian_colours_procedural/") for name in names)
+
+
+def test_a_generated_card_needs_no_photographs_unless_it_is_a_category_of_india(monkeypatch):
+    monkeypatch.setattr(mela_questions, "PER_KIND", 5)
+    bench = find_bench(None, ["mela_questions"])
+    assert [items.procedural for items in bench.items] == [True]
+    assert bench.skipped == []
+    with pytest.raises(FileNotFoundError, match="nothing to score: no folder of images was given"):
+        find_bench(None, ["mela_questions"], procedural=False)
 
 
 @pytest.mark.usefixtures("few_generated")

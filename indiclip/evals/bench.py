@@ -108,8 +108,10 @@ def find_bench(
         if procedural and card.generator is not None:
             try:
                 bench.items.append(card.generator(card, seed))
-                if photographs is None:
-                    bench.skipped[-1].status = "absent"  # the card is scored
+                if photographs is None and card.suite == "india":
+                    bench.skipped[-1].status = "absent"  # the categories of India count by their photographs
+                elif photographs is None:
+                    bench.skipped.pop()  # what is drawn needs no photographs
             except MissingFonts as error:
                 bench.skipped.append(_card_result(card, PROCEDURAL, "skipped", [str(error)]))
     if not bench.items:

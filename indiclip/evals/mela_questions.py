@@ -50,31 +50,37 @@ def questions(card: Card, seed: int = 0, size: int = 224) -> Items:
     if card.num_candidates > MOST_CANDIDATES:
         raise ValueError(f"{card.file}: num_candidates: found {card.num_candidates}; expected 2 to {MOST_CANDIDATES}")
     mela = Mela(size=size, layout="single", people=0.0, seed=_FAIR + seed)
-    scenes, kinds = list[int](), list[str]()
+    scenes, kinds = list[int](), list[list[str]]()
     captions: dict[str, list[list[str]]] = {language: [] for language in LANGUAGES}
     answers = Counter[str | tuple[str, str | int]]()
     for index in count():
+        if len(scenes) == PER_KIND * len(TOLD):
+            break
         rng = default_rng([mela.seed, index, 2])  # a stream of its own, so that a question never changes the scene
         scene = mela.scene(index)
         for kind in sorted((kind for kind in TOLD if answers[kind] < PER_KIND), key=answers.__getitem__):
             statements = ask(kind, scene, rng)[: card.num_candidates]
             if len(statements) < card.num_candidates:
                 continue
-            (group, place), *_ = statements
+            group, place = statements[0]
             answer = (kind, group.count if kind == "count" else place)
             if kind in ("count", "place") and answers[answer] == PER_KIND // 5:
                 continue
             answers.update((kind, answer))
             scenes.append(index)
-            kinds.append(kind)
+            kinds.append([kind])
             for language, of_scenes in captions.items():
                 of_scenes.append([caption(language, [group], place, TOLD[kind]) for group, place in statements])
             break
-        if len(scenes) == PER_KIND * len(TOLD):
-            break
-    keys, labels = [mela.key(index) for index in scenes], np.full(len(scenes), -1)
-    pictures, columns = Subset(Pictures(mela), scenes), {"kind": [[kind] for kind in kinds]}
-    return Items(card, pictures, keys, labels, captions=captions, columns=columns, procedural=True)
+    return Items(
+        card,
+        Subset(Pictures(mela), scenes),
+        [mela.key(index) for index in scenes],
+        np.full(len(scenes), -1),
+        captions=captions,
+        columns={"kind": kinds},
+        procedural=True,
+    )
 
 
 def ask(kind: str, scene: Scene, rng: Generator) -> list[Statement]:
@@ -99,11 +105,11 @@ def ask(kind: str, scene: Scene, rng: Generator) -> list[Statement]:
 
 def _places(scene: Scene) -> tuple[str, list[str]]:
     """Where the things are and where they are not; "" where somebody might doubt it."""
-    size_hw = scene.image_HW3.shape[:2]
-    relative_M2 = scene.points_xy / size_hw[::-1] - 0.5
+    height, width = scene.image_HW3.shape[:2]
+    relative_M2 = scene.points_xy / (width, height) - 0.5
     if (np.abs(relative_M2) < _MIDDLE).all():
         return "centre", list(_SIDES)
-    place = place_of(scene.points_xy, (size_hw[0], size_hw[1]))
+    place = place_of(scene.points_xy, (height, width))
     if place not in _SIDES:
         return "", []
     axis, sign = _SIDES[place]

@@ -82,7 +82,7 @@ class CardResult:
     title: str
     part: str
     metric: str  # the main one
-    status: str  # `scored`, `skipped`, or `absent`: no photographs of a card whose generated part is scored
+    status: str  # `scored`, `skipped`, or `absent`: no photographs of a category of India whose generated part is
     num_images: int = 0
     num_classes: int = 0  # with images
     of_classes: int = 0  # on the card

@@ -31,6 +31,7 @@ _FAMILIES = (
 _NEARER = {"Noto Naskh Arabic": "Noto Nastaliq Urdu"}
 _LATIN = 0x250  # below, a page's text is Latin, which every machine has
 _JOINERS = frozenset("\u200c\u200d")
+_DOTTED_CIRCLE = "◌"
 _PRIVATE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zs", "Zl", "Zp")  # categories without a picture of their own
 _NAMED = 12  # missing characters that a page names
 TEXT, SIGNS = "page text", "page signs"  # what a style sheet calls them
@@ -52,28 +53,29 @@ def page_fonts(page: str) -> Fonts:
     """Of a page of HTML."""
     shown = set(html.unescape(re.sub(r"<style.*?</style>|data:[^\"]*", "", page, flags=re.DOTALL)))
     wanted = {c for c in shown if ord(c) >= _LATIN and category(c) not in _PRIVATE}
-    signs = {c for c in wanted if not _is_of_script(c)}
-    rules, lacking = _rules(TEXT, wanted - signs, shown & _JOINERS, _faces(wanted - signs))
+    signs = {c for c in wanted if _is_sign(c)}
+    texts = wanted - signs
+    rules, lacking = _rules(TEXT, texts, shown & _JOINERS, _faces(texts))
     sign_rules, _ = _rules(SIGNS, signs, set(), [_dejavu()])
     return Fonts("\n".join((*rules, *sign_rules)), _missing(lacking))
 
 
-def _is_of_script(character: str) -> bool:
-    """Letters, their signs and digits; and punctuation that is written in certain scripts, such as the danda."""
-    is_general = 0x2000 <= ord(character) < 0x2C00 or 0xFE00 <= ord(character) < 0xFE30 or ord(character) >= 0x1F000
-    return not is_general
+def _is_sign(character: str) -> bool:
+    """Of no script: no letter, digit or punctuation that is written in certain scripts, such as the danda."""
+    code = ord(character)
+    return 0x2000 <= code < 0x2C00 or 0xFE00 <= code < 0xFE30 or code >= 0x1F000
 
 
 def _rules(family: str, wanted: set[str], joiners: set[str], faces: Iterable[Face]) -> tuple[list[str], set[str]]:
     """The rules, and the characters that none of the fonts has."""
     rules = []
     for face in faces:
-        own = wanted - set(face.missing("".join(wanted)))
-        if own:
+        lacking = set(face.missing("".join(wanted)))
+        if own := wanted - lacking:
             # Shaping takes a vowel sign of two parts apart, and shows one without a letter on a dotted circle.
             parts = set("".join(normalize("NFD", character) for character in own))
-            rules.append(_rule(family, face, own | parts | joiners, "◌" if family == TEXT else ""))
-            wanted = wanted - own
+            rules.append(_rule(family, face, own | parts | joiners))
+        wanted = lacking
     return rules, wanted
 
 
@@ -99,8 +101,9 @@ def _dejavu() -> Face:
     return Face("DejaVu Sans", str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"))
 
 
-def _rule(family: str, face: Face, characters: set[str], more: str) -> str:
-    content = base64.b64encode(cut(face, frozenset({*characters, *more}))).decode()
+def _rule(family: str, face: Face, characters: set[str]) -> str:
+    drawn = characters | {_DOTTED_CIRCLE} if family == TEXT else characters
+    content = base64.b64encode(cut(face, frozenset(drawn))).decode()
     places = ", ".join(f"U+{ord(character):X}" for character in sorted(characters))
     local = f'local("{_NEARER[face.family]}"), ' if face.family in _NEARER else ""
     source = f'{local}url(data:font/woff;base64,{content}) format("woff")'
