@@ -132,14 +132,13 @@ class Card:
         counts = Counter(language for one in self.classes for language in one.names)
         return dict(sorted(counts.items(), key=lambda item: (item[0] != "en", item[0] != "hi", -item[1], item[0])))
 
-    def names(self, language: str) -> dict[int, str]:
-        """Index of a class -> its name, of the classes that have one in this language."""
-        return {place: one.names[language] for place, one in enumerate(self.classes) if language in one.names}
+    def names(self, language: str, sure: bool = False) -> dict[int, str]:
+        """Index of a class -> its name, of the classes that have one in this language.
 
-    def sure_names(self, language: str) -> dict[int, str]:
-        """As `names`, of those that two writers have: what scores are by."""
-        names = self.names(language)
-        return {place: name for place, name in names.items() if self.classes[place].is_sure(language)}
+        `sure` leaves out those that only one writer has: the others are what scores are by.
+        """
+        named = [(place, one) for place, one in enumerate(self.classes) if language in one.names]
+        return {place: one.names[language] for place, one in named if one.is_sure(language) or not sure}
 
     def shown_names(self, languages: Sequence[str] = ()) -> dict[str, dict[str, str]]:
         """Id of a class -> its names for people: the English one, and one in another language and its own script. That
@@ -180,16 +179,16 @@ class Card:
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        others = [(place, name) for place, one in enumerate(self.classes) for name in _other_names(one)]
+        others = [
+            (place, name)
+            for place, one in enumerate(self.classes)
+            for name in {*map(bare, (*one.names.values(), *one.aliases))}
+        ]
         owners = Counter(name for _, name in others)
         found = {name: place for place, name in others if owners[name] == 1}
         # An id counts before an English name, and that before any other.
         found |= {bare(one.names["en"]): place for place, one in enumerate(self.classes)}
         return found | {bare(one.id): place for place, one in enumerate(self.classes)}
-
-
-def _other_names(one: CardClass) -> set[str]:
-    return {bare(name) for name in (*one.names.values(), *one.aliases)}
 
 
 def bare(name: str) -> str:

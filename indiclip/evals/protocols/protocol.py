@@ -47,7 +47,7 @@ class Options:
 
     def names(self, card: "Card", language: str) -> dict[int, str]:
         """Index of a class -> the name that it is asked for by."""
-        return card.names(language) if self.all_names else card.sure_names(language)
+        return card.names(language, sure=not self.all_names)
 
     def wants(self, language: str) -> bool:
         """Whether a language is scored."""
