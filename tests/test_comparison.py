@@ -156,7 +156,7 @@ def no_predictions(b):
         (other_classes, "different classes: 2 and 3"),
         (other_data, "different images, or labels, under the same names"),
         (other_metric, "different metrics: top-1 and top-5"),
-        (no_predictions, "B has no answers per image of the protocol zero shot"),
+        (no_predictions, "no answers of the protocol zero shot in B"),
     ],
 )
 def test_what_is_not_the_same_is_not_compared(tmp_path, change, why_not):

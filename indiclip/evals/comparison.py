@@ -114,11 +114,8 @@ def _why_not(card: CardResult, items: str, a: _Side, b: _Side) -> str:
 
     if not _nearest(metric):
         return f"no answers are kept for {metric_name(metric)}"
-    protocol = protocol_name(a.score.protocol)
-    if not a.answers and not b.answers:
-        return f"the protocol {protocol} keeps no answers per image"
-    if not a.answers or not b.answers:
-        return f"{'B' if a.answers else 'A'} has no answers per image of the protocol {protocol}"
+    if without := [name for name, side in (("A", a), ("B", b)) if not side.answers]:
+        return f"no answers of the protocol {protocol_name(a.score.protocol)} in {' and '.join(without)}"
 
     a_knows, b_knows = (all(content for content, *_ in side.answers) for side in (a, b))
     if a_knows != b_knows:
