@@ -46,7 +46,7 @@ class Planted(NamedTuple):
         planted = self._replace(**other)
         items = replace(planted.items, is_flagged=planted.flagged_N if flagged else None)
         scorer = CardScorer(items, planted.images, planted.texts, LENGTHS, options).run()
-        return scorer.scores, [row for answers in scorer.answers for row in answers.rows()]
+        return scorer.scores, [row for rows in scorer.answers.values() for row in rows]
 
 
 def unit(x, length=None):
