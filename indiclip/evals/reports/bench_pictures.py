@@ -20,22 +20,21 @@ class Figure(NamedTuple):
 
     row: Prediction
     picture: str | None  # a data URI
-    nearest: list[tuple[str, float]]  # answers and their cosines
     languages: str  # in which it was right, where there are several
 
 
-class Pair(NamedTuple):
-    """Two classes that are taken for each other: how often, and an image of each."""
-
-    counts: list[Mistake]  # one way or both ways
-    figures: list[Figure]  # one that was mistaken, and one of the class that it was taken for
-
-
 class Gallery(NamedTuple):
-    """No image is in it twice."""
+    """No image is in it twice.
 
-    pairs: list[Pair]  # the worst first
-    mistakes: list[Figure]  # others, the surest first
+    Attributes:
+        pairs: Classes that are taken for each other, the worst first: how often, one way or both ways; then an image
+            that was mistaken, and one of the class that it was taken for.
+        mistakes: Others, the surest first.
+        hits: The surest first.
+    """
+
+    pairs: list[tuple[list[Mistake], list[Figure]]]
+    mistakes: list[Figure]
     hits: list[Figure]
 
 
@@ -59,9 +58,7 @@ def gallery(
     def figure(row: Prediction) -> Figure:
         pixels_HW3 = picture(row.card, row.part, row.key)
         shown = None if pixels_HW3 is None else webp(Image.fromarray(pixels_HW3))
-        nearest = list(zip(row.top, row.cosines, strict=False))
-        nearest = nearest[:3] + [answer for answer in nearest[3:] if answer[0] == row.truth]
-        return Figure(row, shown, nearest, _languages(right_in[row.key]))
+        return Figure(row, shown, _languages(right_in[row.key]))
 
     third = max(most // 3, 1)
     worst = _pairs(rows, found, third) if found else []
@@ -70,7 +67,7 @@ def gallery(
     others = _varied([row for row in rows if row.rank > 0 and row.key not in used])[: -(-left // 2)]
     hits = _varied([row for row in rows if row.rank == 0 and row.key not in used])[: left - len(others)]
     return Gallery(
-        [Pair(counts, list(map(figure, chosen))) for counts, chosen in worst],
+        [(counts, list(map(figure, chosen))) for counts, chosen in worst],
         list(map(figure, others)),
         list(map(figure, hits[:third])),
     )

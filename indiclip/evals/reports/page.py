@@ -77,6 +77,6 @@ TEMPLATES = Environment(
     undefined=StrictUndefined,
 )
 # Templates may call every function of `formatting`.
-TEMPLATES.globals |= vars(formatting) | {"readable": readable, "isfinite": math.isfinite}
+TEMPLATES.globals |= vars(formatting) | {"readable": readable, "isfinite": math.isfinite, "zip": zip}
 _FILTERS = ("language_name", "markdown_cell", "number", "suite_name", "words")
 TEMPLATES.filters |= {name: getattr(formatting, name) for name in _FILTERS}

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
 
 from indiclip.evals.results import CardResult, Prediction
 
@@ -25,14 +24,6 @@ class Spot:
     lon: float
     class_ids: list[str] = field(default_factory=list)
     hits: list[bool] = field(default_factory=list)
-
-
-class Label(NamedTuple):
-    """Where the middle of a text is."""
-
-    x: float
-    y: float
-    text: str
 
 
 class PlaceMap:
@@ -80,9 +71,9 @@ class PlaceMap:
         lons = range(self._west + self._step, self._east, self._step)
         return [(self.at(0, lon)[0], _degrees(lon, "EW")) for lon in lons]
 
-    def states(self) -> list[Label]:
-        """The states' names beside their largest circles, where they hide neither another name nor a circle if that
-        can be.
+    def states(self) -> list[tuple[float, float, str]]:
+        """x and y of the middle of the states' names, and these: beside their largest circles, where they hide neither
+        another name nor a circle if that can be.
         """
         circles = [(*self.at(spot.lat, spot.lon), self.radius(spot)) for spot in self.spots]
         taken = [(x - radius, y - radius, x + radius, y + radius) for x, y, radius in circles]
@@ -94,7 +85,7 @@ class PlaceMap:
         for state, spot in largest.items():
             box = min(self._boxes(state, spot), key=lambda box: sum(overlap(box, other) for other in taken))
             taken.append(box)
-            labels.append(Label((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, state))
+            labels.append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, state))
         return labels
 
     def _boxes(self, text: str, spot: Spot) -> list[Box]:
@@ -102,7 +93,7 @@ class PlaceMap:
         x, y = self.at(spot.lat, spot.lon)
         half, tall = len(text) * _LETTER[0] / 2, _LETTER[1]
         away = _MOST + tall / 2
-        beside = [*product((0, half, -half), (away, -away, 2 * away, -2 * away)), (half + away, 0), (-half - away, 0)]
+        beside = product((0, half + away, -half - away), (away, -away, 0, 2 * away, -2 * away))
         boxes = [(x + dx - half, y + dy - tall / 2, x + dx + half, y + dy + tall / 2) for dx, dy in beside]
         inside = [
             (left, top, right, bottom)
