@@ -170,14 +170,8 @@ def test_parts_of_the_benchmark_are_joined_above_them(place):
 def test_no_file_names_the_protocols_but_the_table_of_tasks():
     """They are found by their class paths: another one is one file."""
     room = ROOT / "indiclip" / "evals" / "protocols"
-    known = {
-        "protocol",
-        "languages",
-        "cosines",
-        "metrics",
-        "zero_shot",
-        "retrieval",
-    }  # the contract, and functions that others use
+    # The contract, and functions that others use.
+    known = {"protocol", "answers", "languages", "cosines", "metrics", "zero_shot", "retrieval"}
     for file in (ROOT / "indiclip").rglob("*.py"):
         named = {name.rpartition(".")[2] for name in of(file, "indiclip.evals.protocols")}
         beside = file.parent == room or file.stem == "overlap"
