@@ -51,7 +51,7 @@ def build(config: Mapping[str, Any], origin: str, trust_code: bool = False) -> d
     Raises:
         ValueError: It names foreign classes, weights or files.
     """
-    with naming(origin, NOT_BUILT), _offline(not trust_code):
+    with naming(origin, NOT_BUILT), offline(not trust_code):
         arguments = {name: _build(value, origin, trust_code) for name, value in config.items()}
         for name, made in _OF_ENCODER.items():
             value = arguments.get(name)
@@ -155,7 +155,7 @@ def _is_plain(value: Any) -> bool:
 
 
 @contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
+def offline(wanted: bool) -> Iterator[None]:
     """Keep the hub out of it."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or wanted

@@ -16,6 +16,7 @@ from timm.data.transforms_factory import create_transform
 from indiclip.evals.models.external_models import ExternalModel, OpenClip, Options, Timm, Transformers
 from indiclip.evals.models.processors import check_processor
 from indiclip.names import check_choice, did_you_mean, reason_of
+from indiclip.pretrained.build import offline
 from indiclip.pretrained.hub import HUB
 from indiclip.pretrained.model_names import check_sentence_transformers, read_config
 from indiclip.pretrained.open_clip_source import (
@@ -171,23 +172,20 @@ def _loading(name: str, library: str, download: bool = False, hub_parts: Sequenc
     OpenCLIP lets transformers ask the user whether to run code that comes with a model; without the seconds to answer
     in, transformers refuses.
     """
-    from huggingface_hub import constants
     from transformers import dynamic_module_utils
 
-    offline, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
-    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    disabled, seconds = logging.root.manager.disable, dynamic_module_utils.TIME_OUT_REMOTE_CODE
     logging.disable(logging.WARNING)
-    constants.HF_HUB_OFFLINE = offline or not download
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
-        yield
+        with offline(not download):
+            yield
     except Exception as error:  # they raise anything: RuntimeError, OSError, UnpicklingError, KeyError
         reason = f"{type(error).__name__}: {reason_of(error)}"
         if hub_parts and isinstance(error, OSError):
             reason = f"it needs {' and '.join(hub_parts)} of the hub, not in the local cache; only hf-hub: downloads"
         raise ValueError(f"{name}: {library} cannot load it ({reason})") from error
     finally:
-        constants.HF_HUB_OFFLINE = offline
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
         logging.disable(disabled)
 
