@@ -14,6 +14,7 @@ romanised by rule follows a new name.
 folder, the card's own page, and each `--source NAME=FILE.json` ({English name: {language: name}}) has a vote. A name on
 which two agree gets two; where nobody agrees, names that are near each other stay with one, the first as the name and
 the others as aliases, and contradictions are dropped. Names in another script than their language's are refused.
+What was reviewed stays as it is.
 
 The tables are `indiclip/evals/<suite>/names.tsv`. A page's own `names` stay as they are; the table says what they are
 worth, and adds the other languages.
@@ -121,14 +122,13 @@ def read_sheet(file: Path, reviewer: str) -> None:
     changed = Counter[str]()
     for suite in SUITES:
         tables = read_names(suite)
-        pages = {card: {one.id: one for one in load_page(card).classes} for card in tables}
         renamed = list[NameRow]()
         for row in rows:
             if row["card"] not in tables or not (row["ok"] or row["correction"] or row["wrong"]):
                 continue
             language = row["language"]
             check_choice(f"{file}: language", language, LETTERS)
-            before, page = tables[row["card"]].get(row["id"], []), pages[row["card"]].get(row["id"])
+            before = tables[row["card"]].get(row["id"], [])
             names = [_clean(name) for name in (row["correction"] or row["name"]).split("|") if name.strip()]
             what = "corrected" if row["correction"] else "confirmed"
             if row["wrong"] and not row["correction"]:
@@ -141,10 +141,8 @@ def read_sheet(file: Path, reviewer: str) -> None:
                 NameRow(row["card"], row["id"], language, name, kind, source, REVIEWED)
                 for name, kind in zip(names, kinds, strict=False)
             ]
-            if not names and page and language in page.names:  # the page itself stays as it is
-                reviewed.append(
-                    NameRow(row["card"], row["id"], language, page.names[language], "wrong", source, REVIEWED)
-                )
+            if wrong := row["name"] if not names else "":  # so that neither the page nor writers bring it back
+                reviewed.append(NameRow(row["card"], row["id"], language, _clean(wrong), "wrong", source, REVIEWED))
             kept = [one for one in before if one.language != language]
             main = next((one.name for one in before if one.language == language and one.kind == "name"), None)
             if names[:1] != [main]:  # what was made from the old name goes with it
@@ -177,7 +175,7 @@ def _romanise_again(table: dict[str, list[NameRow]], of: NameRow) -> None:
 
 def merge(suite: str, writers: list[Path], sources: dict[str, Path]) -> None:
     """The table of a suite, from its pages, the writers and the sources."""
-    rows, dropped = list[NameRow](), Counter[str]()
+    rows, dropped, before = list[NameRow](), Counter[str](), read_names(suite)
     others = {name: json.loads(file.read_text("utf-8")) for name, file in sources.items()}
     for name in packaged(suite):
         if not any(any(folder.rglob(f"{name}.tsv")) for folder in writers):
@@ -196,21 +194,33 @@ def merge(suite: str, writers: list[Path], sources: dict[str, Path]) -> None:
                 for one in card.classes
                 for code, text in of_english.get(one.names["en"], {}).items()
             }
-        rows += _voted(card, voices, dropped)
+        reviewed: dict[tuple[str, str], list[NameRow]] = defaultdict(list)
+        for row in (row for of_class in before.get(name, {}).values() for row in of_class):
+            if row.source.startswith("review"):
+                reviewed[row.id, row.language].append(row)
+        rows += _voted(card, voices, reviewed, dropped)
     _write_table(suite, rows)
     print(f"{names_file(suite)}: {len(rows):,} rows")
     for reason, count in dropped.items():
         print(f"  {count:,} {reason}")
 
 
-def _voted(card: Card, voices: dict[str, Names], dropped: Counter[str]) -> Iterator[NameRow]:
+def _voted(
+    card: Card, voices: dict[str, Names], reviewed: dict[tuple[str, str], list[NameRow]], dropped: Counter[str]
+) -> Iterator[NameRow]:
     taken: dict[str, set[str]] = defaultdict(set)  # language -> names of other classes
     for one in card.classes:
         for code in one.names.keys() - {*one.derived}:
             taken[code].add(bare(one.names[code]))
+    for row in (row for rows in reviewed.values() for row in rows if row.kind != "wrong"):
+        taken[row.language].add(bare(row.name))
     for one in card.classes:
         named: dict[str, str] = {}
         for language in LETTERS:
+            if rows := reviewed.get((one.id, language)):  # no vote is against people
+                yield from rows
+                named.update((language, row.name) for row in rows if row.kind == "name")
+                continue
             own = None if language in one.derived else one.names.get(language)
             said = {voice: names[one.id, language] for voice, names in voices.items() if (one.id, language) in names}
             if not said:
