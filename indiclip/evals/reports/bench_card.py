@@ -93,10 +93,10 @@ def _numbers(scores: list[Score], result: Result, card: CardResult) -> dict[str,
     found = {(score.language, score.metric): score for score in main}
     rows = [
         [_asked_in(language, main, card), *(found.get((language, metric)) for metric in metrics)]
-        for language in _languages(main, result)
+        for language in _languages(main)
     ]
     has_lengths = len({(score.length, score.view) for score in whole}) > 1
-    first = _languages(whole, result)[:1] if has_lengths else []
+    first = _languages(whole)[:1] if has_lengths else []
     return {
         "by_language": Table(["", *map(metric_name, metrics)], rows),
         # Of the first language: English names every class.
@@ -106,7 +106,7 @@ def _numbers(scores: list[Score], result: Result, card: CardResult) -> dict[str,
             for language in first
         ],
         "by_group": [
-            _by_group([score for score in groups if score.metric == metric], result, card)
+            _by_group([score for score in groups if score.metric == metric], card)
             for metric in dict.fromkeys(score.metric for score in groups)
         ],
     }
@@ -120,10 +120,10 @@ def _asked_in(language: str, scores: list[Score], card: CardResult) -> str:
     return language_name(language)
 
 
-def _languages(scores: list[Score], result: Result) -> list[str]:
-    """Those that have a score."""
+def _languages(scores: list[Score]) -> list[str]:
+    """Those that have a score; what takes no text comes first, then English."""
     found = {score.language for score in scores}
-    return [language for language in dict.fromkeys((IMAGES, *result.languages())) if language in found]
+    return sorted(found, key=lambda language: (language != IMAGES, language != "en", language))
 
 
 def _by_length(scores: list[Score], result: Result) -> Table:
@@ -140,10 +140,10 @@ def _without_interval(score: Score) -> Score:
     return score._replace(low=None, high=None)
 
 
-def _by_group(scores: list[Score], result: Result, card: CardResult) -> Table:
+def _by_group(scores: list[Score], card: CardResult) -> Table:
     """Rows are groups of images, such as their script, or ways to ask; of one metric."""
     found = {(score.subset, score.language): score for score in scores}
-    languages = _languages(scores, result)
+    languages = _languages(scores)
     rows: list[list[str | Score | None]] = []
     for group in dict.fromkeys(score.subset for score in scores):
         images = max(score.num_items for score in scores if score.subset == group)

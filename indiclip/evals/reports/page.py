@@ -13,6 +13,7 @@ from PIL import Image
 from indiclip import json_lines
 from indiclip.evals import formatting
 from indiclip.evals.reports.fonts import page_fonts
+from indiclip.evals.suites import has_mean
 from indiclip.masking import mask
 from indiclip.names import plain
 
@@ -77,6 +78,11 @@ TEMPLATES = Environment(
     undefined=StrictUndefined,
 )
 # Templates may call every function of `formatting`.
-TEMPLATES.globals |= vars(formatting) | {"readable": readable, "isfinite": math.isfinite, "zip": zip}
+TEMPLATES.globals |= vars(formatting) | {
+    "readable": readable,
+    "isfinite": math.isfinite,
+    "zip": zip,
+    "has_mean": has_mean,
+}
 _FILTERS = ("language_name", "markdown_cell", "number", "suite_name", "words")
 TEMPLATES.filters |= {name: getattr(formatting, name) for name in _FILTERS}

@@ -11,7 +11,7 @@ _WIDEST, _TALLEST = 460.0, 620.0  # pixels
 _STEPS = (1, 5, 15, 30, 60)  # degrees between the lines
 _SPACES = 6  # between lines that go through the places, at most, along a side
 _NO_IMAGE, _FEW, _MOST = 3.5, 4.0, 13.0  # pixels, radius of a circle
-_LETTER = (5.9, 12.0)  # pixels, the width and height of a letter of a label
+_LETTER = (5.9, 12.0)  # pixels, the width and height of a letter of a name
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -41,8 +41,9 @@ class PlaceMap:
         self._west, self._east = self._whole(lons)
         stretch = math.cos(math.radians((self._south + self._north) / 2))
         wide, tall = (self._east - self._west) * stretch, self._north - self._south
-        scale = min(_WIDEST / wide, _TALLEST / tall)
-        self.width, self.height = wide * scale, tall * scale
+        self._per_lat = min(_WIDEST / wide, _TALLEST / tall)  # pixels of a degree
+        self._per_lon = self._per_lat * stretch
+        self.width, self.height = self.at(self._south, self._east)
 
     def _whole(self, degrees: list[float]) -> tuple[int, int]:
         """The lines around all places, with room beside these."""
@@ -52,8 +53,7 @@ class PlaceMap:
 
     def at(self, lat: float, lon: float) -> tuple[float, float]:
         """x and y of a place."""
-        x = (lon - self._west) / (self._east - self._west) * self.width
-        return x, (self._north - lat) / (self._north - self._south) * self.height
+        return (lon - self._west) * self._per_lon, (self._north - lat) * self._per_lat
 
     def radius(self, spot: Spot) -> float:
         """Of its circle, whose area grows with its images."""
@@ -72,35 +72,30 @@ class PlaceMap:
         return [(self.at(0, lon)[0], _degrees(lon, "EW")) for lon in lons]
 
     def states(self) -> list[tuple[float, float, str]]:
-        """x and y of the middle of the states' names, and these: beside their largest circles, where they hide neither
-        another name nor a circle if that can be.
+        """x and y of the middle of the states' names, and these: beside their largest circles, on the map, where they
+        hide neither another name nor a circle if that can be.
         """
-        circles = [(*self.at(spot.lat, spot.lon), self.radius(spot)) for spot in self.spots]
-        taken = [(x - radius, y - radius, x + radius, y + radius) for x, y, radius in circles]
-        largest: dict[str, Spot] = {}
+        largest: dict[str, tuple[float, float]] = {}
+        taken = []
         for spot in self.spots:
-            largest.setdefault(spot.state, spot)
-        largest.pop("", None)
+            x, y = self.at(spot.lat, spot.lon)
+            taken.append(_box(x, y, self.radius(spot), self.radius(spot)))
+            if spot.state:
+                largest.setdefault(spot.state, (x, y))
+
+        def cost(box: Box) -> tuple[float, float]:
+            """How much of a name is off the map, which weighs more, and how much it hides."""
+            return -round(overlap(box, (0, 0, self.width, self.height))), sum(overlap(box, other) for other in taken)
+
         labels = []
-        for state, spot in largest.items():
-            box = min(self._boxes(state, spot), key=lambda box: sum(overlap(box, other) for other in taken))
+        for state, (x, y) in largest.items():
+            half, tall = len(state) * _LETTER[0] / 2, _LETTER[1]
+            down, right = _MOST + tall / 2, _MOST + tall / 2 + half
+            beside = product((x, x + right, x - right), (y + down, y - down, y, y + 2 * down, y - 2 * down))
+            box = min((_box(*middle, half, tall / 2) for middle in beside), key=cost)
             taken.append(box)
             labels.append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, state))
         return labels
-
-    def _boxes(self, text: str, spot: Spot) -> list[Box]:
-        """Where a text may stand beside a circle; on the map, if it can."""
-        x, y = self.at(spot.lat, spot.lon)
-        half, tall = len(text) * _LETTER[0] / 2, _LETTER[1]
-        away = _MOST + tall / 2
-        beside = product((0, half + away, -half - away), (away, -away, 0, 2 * away, -2 * away))
-        boxes = [(x + dx - half, y + dy - tall / 2, x + dx + half, y + dy + tall / 2) for dx, dy in beside]
-        inside = [
-            (left, top, right, bottom)
-            for left, top, right, bottom in boxes
-            if min(left, top) >= 0 and right <= self.width and bottom <= self.height
-        ]
-        return inside or boxes
 
 
 def place_map(card: CardResult, rows: list[Prediction]) -> PlaceMap | None:
@@ -123,6 +118,10 @@ def place_map(card: CardResult, rows: list[Prediction]) -> PlaceMap | None:
 
 def _degrees(value: int, signs: str) -> str:
     return f"{abs(value)}°{signs[value < 0] if value else ''}"
+
+
+def _box(x: float, y: float, half_width: float, half_height: float) -> Box:
+    return x - half_width, y - half_height, x + half_width, y + half_height
 
 
 def overlap(one: Box, other: Box) -> float:
