@@ -13,8 +13,9 @@ from PIL import Image
 from test_encode import in_threads
 
 from indiclip.evals import mela_questions, procedural
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import run_bench
 from indiclip.evals.comparison import compare
+from indiclip.evals.find import find_bench
 from indiclip.evals.leaderboard import row_of
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL

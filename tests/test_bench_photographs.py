@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from indiclip.evals.bench import check_languages, find_bench, run_bench
+from indiclip.evals.bench import run_bench
+from indiclip.evals.find import check_languages, find_bench
 from indiclip.evals.leaderboard import groups_of, row_of
 from indiclip.evals.models.embedder import View
 from indiclip.evals.protocols.protocol import Options

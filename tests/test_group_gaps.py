@@ -6,7 +6,8 @@ from bench_fakes import Shades, score, shades_of
 from layout_files import tar, write
 from test_protocols import LENGTHS, classes, items_of, make_card, scores_of, unit
 
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import run_bench
+from indiclip.evals.find import find_bench
 from indiclip.evals.formatting import is_share
 from indiclip.evals.protocols.group_gaps import UNKNOWN, GroupGaps, largest_gap
 from indiclip.evals.protocols.protocol import Options

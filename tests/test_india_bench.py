@@ -17,7 +17,8 @@ from helpers import tiny_encoder
 from PIL import Image
 from processes import two_ranks
 
-from indiclip.evals.bench import find_bench, logged_names, run_bench
+from indiclip.evals.bench import logged_names, run_bench
+from indiclip.evals.find import find_bench
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.result_files import load_result

@@ -9,8 +9,9 @@ from layout_files import write
 from test_protocols import LENGTHS, items_of, make_card, scores_of, unit
 
 from indiclip.evals import mela_questions
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import run_bench
 from indiclip.evals.cards.card import load_card
+from indiclip.evals.find import find_bench
 from indiclip.evals.mela_questions import questions
 from indiclip.evals.protocols.protocol import Options
 from indiclip.generated.mela import Mela

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import bench_tesseract
 import prepare_ocr_scenes
 
-from indiclip.evals.bench import find_bench
 from indiclip.evals.card_scorer import CardScorer, texts_of
 from indiclip.evals.cards.card import load_card
+from indiclip.evals.find import find_bench
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.in_scene import InScene
 from indiclip.evals.protocols.protocol import Options

@@ -13,7 +13,8 @@ from PIL import Image
 
 from indiclip.commands.bench_training import TrainingData
 from indiclip.evals import overlap, procedural
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import run_bench
+from indiclip.evals.find import find_bench
 from indiclip.evals.protocols.protocol import Options
 
 

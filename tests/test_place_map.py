@@ -9,8 +9,8 @@ from bench_fakes import answer, card, score, small_run
 from test_bench_report import page_of, section, words_of
 from test_protocols import items_of, make_card, scores_of, unit
 
-from indiclip.evals.bench import _card_result
 from indiclip.evals.cards.card import load_card
+from indiclip.evals.find import card_result
 from indiclip.evals.reports.place_map import PlaceMap, Spot, place_map
 from indiclip.evals.result_files import load_result, save_result
 from indiclip.evals.results import PHOTOGRAPHS, Result
@@ -83,7 +83,7 @@ def test_a_map_holds_its_places_in_any_part_of_the_earth():
 def test_states_of_our_card_hide_no_other_and_stay_on_the_map():
     ours = load_card("geoguess")
     answers = [answer(f"{one}.jpg", one, one, card="geoguess") for one in ours.ids]
-    drawn = place_map(_card_result(ours, PHOTOGRAPHS, "scored", []), answers)
+    drawn = place_map(card_result(ours, PHOTOGRAPHS, "scored", []), answers)
     labels = drawn.states()
     assert {name for _, _, name in labels} == {one.facts["state"] for one in ours.classes}
     for x, y, name in labels:
@@ -146,4 +146,4 @@ def test_accuracy_by_state_is_that_of_a_loop(make_card):
         assert (row.value, row.num_items) == (pytest.approx(hit_N[of_N].mean()), of_N.sum())
         assert row.chance == pytest.approx(1 / 6)
     assert {subset for metric, *_, subset in found if metric == "acc1"} == {"Goa", "Assam"}
-    assert _card_result(one, PHOTOGRAPHS, "scored", []).places["class_4"] == [14, 75, ""]
+    assert card_result(one, PHOTOGRAPHS, "scored", []).places["class_4"] == [14, 75, ""]

@@ -13,10 +13,11 @@ from bench_fakes import PURE, Shades, shades_of
 from layout_files import write
 
 from indiclip.datasets.tables import stable_hash
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import run_bench
 from indiclip.evals.card_scorer import CardScorer, texts_of
 from indiclip.evals.cards.card import load_card
 from indiclip.evals.comparison import compare
+from indiclip.evals.find import find_bench
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.multi_label import average_precision
 from indiclip.evals.protocols.protocol import Options

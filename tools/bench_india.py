@@ -19,8 +19,9 @@ import torch
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import run_bench
 from indiclip.evals.card_scorer import CardScorer
+from indiclip.evals.find import find_bench
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.protocols.protocol import Options, Protocol
 from indiclip.evals.results import Score

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from indiclip.datasets.captions import CaptionTable
 from indiclip.datasets.split import Split
-from indiclip.evals.bench import find_bench, run_bench
+from indiclip.evals.bench import run_bench
+from indiclip.evals.find import find_bench
 from indiclip.evals.models.embedder import load_embedder
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.results import Score

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from indiclip.evals.bench import find_bench
+from indiclip.evals.find import find_bench
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.metrics import Interval, bootstrap_weights, hit_rate, resampled
 from indiclip.evals.results import part_of

@@ -14,8 +14,9 @@ import torch
 from indiclip import __version__
 from indiclip.commands.bench_training import TrainingData
 from indiclip.commands.parallel import progress_bar
-from indiclip.evals.bench import Bench, check_languages, find_bench, run_bench
+from indiclip.evals.bench import run_bench
 from indiclip.evals.encode import ALONE
+from indiclip.evals.find import Bench, check_languages, find_bench
 from indiclip.evals.models import embedder
 from indiclip.evals.overlap import flag
 from indiclip.evals.protocols.protocol import Options

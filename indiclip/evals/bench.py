@@ -7,8 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,132 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from indiclip.datasets.folders import subfolders
-from indiclip.datasets.languages import language_tag
-from indiclip.datasets.tables import stable_hash
 from indiclip.evals.card_scorer import CardScorer, languages_left_out, texts_of
-from indiclip.evals.cards.card import Card, load_cards
-from indiclip.evals.cards.protocols import with_protocols
 from indiclip.evals.encode import ALONE, Encoded, Ranks, cut_texts, encode_images, encode_texts
-from indiclip.evals.images.items import Items
-from indiclip.evals.images.layouts import NoImages, find_items
-from indiclip.evals.images.splits import is_split
+from indiclip.evals.find import Bench, card_result
+from indiclip.evals.images.items import Items, digest_of
 from indiclip.evals.models.embedder import Embedder
 from indiclip.evals.protocols.languages import languages_of
 from indiclip.evals.protocols.protocol import Options
-from indiclip.evals.results import PHOTOGRAPHS, PROCEDURAL, CardResult, Result, name_of, part_of
+from indiclip.evals.results import Result, name_of
 from indiclip.evals.samples import sample_of
-from indiclip.generated.fonts import MissingFonts
-from indiclip.images import storable
-from indiclip.names import check_choice, did_you_mean, plain
 
 _NAMED = 10  # unreadable images of a card; the others are counted
 _FEW = 5_000  # images that are scored by one thread
-
-
-@dataclass
-class Bench:
-    """The cards of a run and their images.
-
-    Attributes:
-        items: What is scored: a card's photographs, its generated part, or both.
-        skipped: Cards without images, and why.
-    """
-
-    items: list[Items] = field(default_factory=list)
-    skipped: list[CardResult] = field(default_factory=list)
-
-    @property
-    def data(self) -> dict[str, str]:
-        """`name_of` a card's part -> a digest of its images' keys and what is right about them, in any order."""
-        return {name_of(items.card.id, part_of(items.procedural)): _digest(items) for items in self.items}
-
-
-def find_bench(
-    images: str | Path | None,
-    cards: Sequence[str] | None = None,
-    procedural: bool = True,
-    seed: int = 0,
-    skip_unknown: bool = False,
-    protocols: Sequence[str] = (),
-) -> Bench:
-    """Look for the images of cards.
-
-    Args:
-        images: Folder with a folder, table or shards for each card, by its id. None: only what is generated.
-        cards: Ids of packaged cards, files, or names of suites; None takes the eleven categories of India.
-        procedural: Score the generated parts of cards that have one.
-        seed: Of what is generated.
-        skip_unknown: Leave out and count the images of other classes than a card's; they are an error else.
-        protocols: Score by these too, see `with_protocols`.
-
-    Raises:
-        FileNotFoundError: No such folder or card.
-        ValueError: A card or its images are not as expected; names the file.
-    """
-    bench = Bench()
-    asked = load_cards(cards or ["india"])
-    for number, card in enumerate(asked):
-        if other := next((other for other in asked[:number] if other.id == card.id), None):
-            raise ValueError(f"cards: {other.file} and {card.file} are both called {card.id!r}; rename a file")
-    asked = with_protocols(asked, protocols)
-    root = Path(images).expanduser() if images else None
-    if root is not None and not root.is_dir():
-        found = "is a file" if root.exists() else "no such folder"
-        raise FileNotFoundError(f"{root}: {found}; expected a folder with the images of each card in it")
-    # What somebody may have meant for a card's folder.
-    others = sorted({*subfolders(root)} - {card.folder for card in asked}) if root else []
-    for card in asked:
-        photographs, where = None, "no folder of images was given"
-        if root is not None:
-            where = f"{storable(root)} has no folder of it{did_you_mean(card.folder, others)}"
-            try:
-                photographs = find_items(card, root, skip_unknown)
-            except NoImages as error:
-                if not skip_unknown:
-                    raise
-                where = str(error)
-        if photographs is None:
-            bench.skipped.append(_card_result(card, PHOTOGRAPHS, "skipped", [where]))
-        else:
-            bench.items.append(photographs)
-        if procedural and card.generator is not None:
-            try:
-                bench.items.append(card.generator(card, seed))
-                if photographs is None and card.suite == "india":
-                    bench.skipped[-1].status = "absent"  # the categories of India count by their photographs
-                elif photographs is None:
-                    bench.skipped.pop()  # what is drawn needs no photographs
-            except MissingFonts as error:
-                bench.skipped.append(_card_result(card, PROCEDURAL, "skipped", [str(error)]))
-    if not bench.items:
-        reasons = list(dict.fromkeys(note for card in bench.skipped for note in card.notes))[:3]
-        found = f"; found the folders {', '.join(others[:5])}" if others else ""
-        expected = f"; expected {', '.join(card.folder for card in asked)}" if root is not None else ""
-        if root is not None and any(_is_of_a_card(name, asked) for name in others):
-            called = f", in which it is called {asked[0].folder}" if len(asked) == 1 else ""
-            expected += f"; {storable(root)} looks like the images of a card itself: name the folder above it{called}"
-        raise FileNotFoundError(f"nothing to score: {'; '.join(reasons)}{found}{expected}")
-    return bench
-
-
-def _is_of_a_card(folder: str, cards: Sequence[Card]) -> bool:
-    """Whether a folder is called as those in a card's folder are: by a split or a class."""
-    return is_split(folder) or any(card.place(folder) is not None for card in cards)
-
-
-def check_languages(bench: Bench, languages: Sequence[str] | None, where: str = "languages") -> None:
-    """Raise ValueError, which begins with `where`, for one in which no card has a name, prompt or caption."""
-    known = {"en"}
-    for items in bench.items:
-        known |= {*items.card.languages, *items.card.prompts, *items.captions}
-    for language in languages or []:
-        tag = language_tag(language.capitalize())
-        if language not in known and tag in known:
-            raise ValueError(
-                f"{where}: found {language!r}; nearest is {tag!r}; expected one of {', '.join(sorted(known))}"
-            )
-        check_choice(where, language, sorted(known))
 
 
 def run_bench(
@@ -294,10 +179,10 @@ def _score_into(
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
     name = name_of(items.card.id, scorer.part)
-    result.about.setdefault("data", {})[name] = _digest(items)
-    prompts = {of.code: _digest_of([*of.prompts, *of.class_D.tolist()]) for of in scorer.languages}
+    result.about.setdefault("data", {})[name] = items.digest
+    prompts = {of.code: digest_of([*of.prompts, *of.class_D.tolist()]) for of in scorer.languages}
     result.about.setdefault("asked", {})[name] = prompts
-    found = _card_result(items.card, scorer.part, "scored" if scorer.scores else "skipped", notes)
+    found = card_result(items.card, scorer.part, "scored" if scorer.scores else "skipped", notes)
     if scorer.scores:
         found.names = items.card.shown_names(options.languages or [])
         result.samples += sample_of(items, next(iter(images.values())))
@@ -319,45 +204,3 @@ def _why_no_score(items: Items, texts: dict[str, Tensor]) -> str:
     if not items.captions:
         return "no protocol of the card has enough images to score"
     return "no image has a caption in the languages that were asked for"
-
-
-def _card_result(card: Card, part: str, status: str, notes: list[str]) -> CardResult:
-    return CardResult(
-        card.suite,
-        card.id,
-        card.title,
-        part,
-        card.metric,
-        status,
-        of_classes=len(card.classes),
-        source=card.source,
-        licence=card.licence,
-        notes=list(map(plain, notes)),
-        protocol=card.protocols[0].name,
-        plain=[protocol.name for protocol in card.protocols if protocol.is_plain],
-        candidates=card.protocols[0].candidates,
-        is_texts=not any(protocol.embeds_images for protocol in card.protocols),
-        places={
-            one.id: [one.facts["lat"], one.facts["lon"], str(one.facts.get("state", ""))]
-            for one in card.classes
-            if {"lat", "lon"} <= one.facts.keys()
-        },
-    )
-
-
-def _digest(items: Items) -> str:
-    """Of what is scored, in any order: the images' keys and bytes (where they were read), and what is right of each."""
-    items = items.select(np.flatnonzero(items.tested_N).tolist())
-    ids, captions, nothing = [*items.card.ids, ""], items.captions, [None] * len(items)
-    columns = (
-        items.keys,
-        items.contents,
-        [ids[label] for label in items.labels.tolist()],  # "" where it is -1
-        items.candidates or nothing,
-        *(captions[language] for language in sorted(captions)),
-    )
-    return _digest_of([*sorted(captions), *sorted(repr(row) for row in zip(*columns, strict=True))])
-
-
-def _digest_of(values: Sequence[object]) -> str:
-    return f"{stable_hash(chr(10).join(map(str, values))):016x}"

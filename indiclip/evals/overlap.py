@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
-from indiclip.evals.bench import Bench
 from indiclip.evals.encode import content_digest
+from indiclip.evals.find import Bench
 from indiclip.evals.images.items import Items
 from indiclip.evals.protocols.contamination import (
     MAX_DISTANCES,

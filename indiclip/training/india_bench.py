@@ -19,8 +19,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from indiclip.checkpoint import encoder_of
 from indiclip.encoder import Encoder
-from indiclip.evals.bench import check_languages, find_bench, logged_names, run_bench
+from indiclip.evals.bench import logged_names, run_bench
 from indiclip.evals.encode import Ranks
+from indiclip.evals.find import check_languages, find_bench
 from indiclip.evals.models.embedder import EncoderEmbedder
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.result_files import load_pyarrow, save_result

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from indiclip.datasets.table_reader import EmbeddedImages
-from indiclip.datasets.tables import Strings, check_files
+from indiclip.datasets.tables import Strings, check_files, stable_hash
 from indiclip.evals.cards.card import Card
 from indiclip.images import EncodedImage, UnreadableSample, read_image, storable
 from indiclip.webdataset.shards import Shards, unreadable
@@ -79,6 +79,19 @@ class Items:
         """The classes, by their places on the card, that the images to score show, as any of its protocols has it."""
         return set().union(*(protocol.shown_classes(self) for protocol in self.card.protocols))
 
+    @property
+    def digest(self) -> str:
+        """Of what is scored, in any order: the images' keys and bytes (where they were read), and what is right of
+        each.
+        """
+        ids, rows = [*self.card.ids, ""], []
+        for i in np.flatnonzero(self.tested_N).tolist():
+            captions = [texts_N[i] for _, texts_N in sorted(self.captions.items())]
+            candidates = self.candidates[i] if self.candidates else None
+            label = ids[self.labels[i]]  # "" where it is -1
+            rows.append(repr((self.keys[i], self.contents[i], label, candidates, *captions)))
+        return digest_of([*sorted(self.captions), *sorted(rows)])
+
     def select(self, places: Iterable[int]) -> "Items":
         """The items at these places, in this order."""
         kept = list(places)
@@ -88,6 +101,11 @@ class Items:
 
 
 _OF_EACH_IMAGE = ["keys", "labels", "captions", "candidates", "columns", "is_train", "is_flagged", "contents", "groups"]
+
+
+def digest_of(values: Iterable[object]) -> str:
+    """Of the values' texts, in their order."""
+    return f"{stable_hash(chr(10).join(map(str, values))):016x}"
 
 
 def _at(values: Any, places: list[int]) -> Any:
