@@ -23,6 +23,7 @@ from indiclip.evals.protocols.multi_label import average_precision
 from indiclip.evals.protocols.protocol import Options
 from indiclip.evals.reports.bench_report import write_bench_report
 from indiclip.evals.reports.console import print_result
+from indiclip.evals.reports.pictures import Pictures
 from indiclip.evals.results import IMAGES
 
 ROOM = "indiclip.evals.protocols"
@@ -388,6 +389,22 @@ def test_translations_find_each_other_as_a_loop_says(make_card):
         gap = cosine[right].mean() - cosine[~right].mean()
         assert found["similarity_gap", "hi", length, ""].value == pytest.approx(gap, abs=1e-6)
     assert {language for _, language, _, _ in found} == {"hi"}
+
+
+def test_texts_without_images_have_a_page_that_shows_their_mistakes(tmp_path, make_card):
+    make_card("bitext.Bitext")
+    (tmp_path / "things").mkdir()
+    rows = "".join(f"word {i}\tशब्द {i}\n" for i in range(6))
+    (tmp_path / "things" / "texts.tsv").write_text(f"en\thi\n{rows}", "utf-8")
+    bench = find_bench(tmp_path, [str(tmp_path / "things.yaml")])
+    result = run_bench(Shades(), bench, Options())
+    assert {row.truth: (row.question, row.content) for row in result.predictions} == {
+        f"word {i}": (f"शब्द {i}", f"शब्द {i}") for i in range(6)
+    }
+    page = write_bench_report(tmp_path, result, Pictures(bench.items)).read_text("utf-8")
+    assert "Errors in texts, Hindi" in page
+    assert "शब्द 3" in page
+    assert "no picture" not in page
 
 
 # Wording

@@ -127,7 +127,8 @@ def _why_not(card: CardResult, items: str, a: _Side, b: _Side) -> str:
         return f"different {items}" + (f", {same_names:,} of them under the same names" if same_names else "")
 
     if a.score.num_classes != b.score.num_classes:
-        return f"different classes: {a.score.num_classes} and {b.score.num_classes}"
+        candidates = "classes" if card.candidates == "classes" else "candidates"
+        return f"different {candidates}: {a.score.num_classes} and {b.score.num_classes}"
     if card.candidates == "images" and a.answers.keys() != b.answers.keys():
         return f"different {items}, which are each other's candidates: {len(shared):,} of {len(a.answers):,} are shared"
     if other := sum(a.answers[image].truth != b.answers[image].truth for image in shared):

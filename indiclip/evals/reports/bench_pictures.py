@@ -24,7 +24,7 @@ class Figure(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """No image is in it twice.
+    """No image is in it twice, but for other questions about it.
 
     Attributes:
         pairs: Classes that are taken for each other, the worst first: how often, one way or both ways; then an image
@@ -50,15 +50,15 @@ def gallery(
         most: Pictures.
     """
     rows = sorted(next(iter(by_language.values())), key=_margin, reverse=True)
-    right_in: dict[str, dict[str, bool]] = defaultdict(dict)  # key -> language -> whether it was right
+    right_in: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)  # by language: whether it was right
     for language, of_language in by_language.items():
         for row in of_language:
-            right_in[row.key][language] = row.rank == 0
+            right_in[row.key, row.question][language] = row.rank == 0
 
     def figure(row: Prediction) -> Figure:
         pixels_HW3 = picture(row.card, row.part, row.key)
         shown = None if pixels_HW3 is None else webp(Image.fromarray(pixels_HW3))
-        return Figure(row, shown, _languages(right_in[row.key]))
+        return Figure(row, shown, _languages(right_in[row.key, row.question]))
 
     third = max(most // 3, 1)
     worst = _pairs(rows, found, third) if found else []

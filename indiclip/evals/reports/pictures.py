@@ -36,7 +36,7 @@ class Pictures:
         self._places = {
             (items.card.id, part_of(items.procedural), key): (items.images, place)
             for items in every
-            for place, key in enumerate(items.keys)
+            for place, key in zip(range(items.num_images), items.keys, strict=False)  # texts have none
         }
 
     def __call__(self, card: str, part: str, key: str) -> np.ndarray | None:
