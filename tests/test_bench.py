@@ -284,8 +284,11 @@ def test_two_cards_of_one_id_are_an_error(tmp_path, card_file):
 
 
 @pytest.mark.usefixtures("few_generated")
-def test_generated_images_are_scored_and_in_no_mean():
-    result = run(find_bench(None, ["indian_colours"]))
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_generated_images_are_scored_and_in_no_mean(has_folder, tmp_path):
+    if has_folder:
+        (tmp_path / "indian_colours" / "no_colour").mkdir(parents=True)
+    result = run(find_bench(tmp_path if has_folder else None, ["indian_colours"], skip_unknown=True))
     assert [(card.part, card.status) for card in result.cards] == [(PHOTOGRAPHS, "absent"), (PROCEDURAL, "scored")]
     assert {row.part for row in (*result.scores, *result.predictions)} == {PROCEDURAL}
     assert ("indian_colours", PROCEDURAL) in result.main()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_protocols import LENGTHS, items_of, make_card, scores_of, unit
 
+from indiclip.evals.card_scorer import CardScorer
 from indiclip.evals.protocols.metrics import clustered_rate, wilson
 from indiclip.evals.protocols.minimal_pairs import CAPTIONS, CHANCES, draw_pairs, winoground
 from indiclip.evals.protocols.protocol import Options
@@ -76,6 +77,10 @@ def test_scores_are_those_of_a_loop_in_every_language(make_card):
     told = {template.format(c) for template in asked["en"] for c in range(5)}
     assert set(card.protocols[0].texts(items, Options())) == told | {"ছবি: bn 0", "ছবি: bn 1", "ଛବି: or 2"}
     found = scores_of(items, image_NE, texts)
+    unit_NE = torch.tensor(unit(image_NE), dtype=torch.float32)
+    vectors = {text: torch.tensor(vector, dtype=torch.float32) for text, vector in texts.items()}
+    answers = CardScorer(items, {"native": unit_NE}, vectors, LENGTHS, Options()).run().answers
+    assert {where[3]: len(rows) for where, rows in answers.items()} == {"en": 6 * 2, "bn": 3}  # of every prompt
     confusable = [[1], [0, 3], [], [1], []]
     pairs = draw_pairs(items, confusable, 4)
     assert pairs.class_P2.tolist() == label_N[pairs.image_P2].tolist() == [[0, 1]] * 3 + [[1, 3]] * 3

@@ -320,7 +320,7 @@ def test_an_image_is_of_one_split(retrieval, tmp_path):
     with pytest.raises(ValueError, match="line 3: 'a.jpg' is of another split in an earlier row"):
         read_items(retrieval, tmp_path / "c")
     write(tmp_path / "c", {"c.csv": "file,en,split\na.jpg,x,train\nb.jpg,y,test\n"})
-    expected = f"{tmp_path}/c: left out: 1 images for training, of which the card learns nothing"
+    expected = f"{tmp_path}/c: left out: 1 training images, which no protocol of the card uses"
     assert read_items(retrieval, tmp_path / "c").notes == [expected]
 
 
@@ -391,6 +391,10 @@ def test_one_coco_file_with_objects_and_captions(where, retrieval, tmp_path):
         f"{file}: 1 images without a caption",
     ]
     assert [items.images[i].data for i in range(2)] == [IMAGES["a.jpg"], IMAGES["c.jpg"]]
+    # A file beside the images is nearer than one of the same kind in `annotations`.
+    if where.startswith("instances"):
+        write(tmp_path / "c", {f"annotations/{where}": "{}"})
+        assert read_items(retrieval, tmp_path / "c").keys == ["a.jpg", "c.jpg"]
     # What is neither is a mistake.
     content["annotations"][1] = {"id": 2, "image_id": 0, "captoin": "one dosa"}
     file.write_text(json.dumps(content))

@@ -395,7 +395,8 @@ def test_texts_without_images_have_a_page_that_shows_their_mistakes(tmp_path, ma
     make_card("bitext.Bitext")
     (tmp_path / "things").mkdir()
     rows = "".join(f"word {i}\tशब्द {i}\n" for i in range(6))
-    (tmp_path / "things" / "texts.tsv").write_text(f"en\thi\n{rows}", "utf-8")
+    rows = rows.replace("\n", "\tdevtest\n")  # texts have no splits, whatever a column is called
+    (tmp_path / "things" / "texts.tsv").write_text(f"en\thi\tsplit\n{rows}", "utf-8")
     bench = find_bench(tmp_path, [str(tmp_path / "things.yaml")])
     result = run_bench(Shades(), bench, Options())
     assert {row.truth: (row.question, row.content) for row in result.predictions} == {

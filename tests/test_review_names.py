@@ -231,6 +231,15 @@ def test_a_name_of_the_page_that_is_marked_wrong_is_no_longer_used(in_table, sma
     assert not any(row.source == "rule" for row in read_names("india")["food"]["idli"])
     assert run(monkeypatch, "sheet", "ta", "--out", small / "ta.tsv") == 0
     assert "food\tidli\tta\tidli\t\t\t\t" in (small / "ta.tsv").read_text("utf-8")
+    again = "card\tid\tlanguage\tname\tok\tcorrection\twrong\nfood\tidli\tta\t\t\t\tx\n"  # of the sheet without a name
+    (small / "ta.tsv").write_text(again, "utf-8")
+    assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "B. C.") == 0
+    assert idli(own).names == {"en": "idli"}
+    monkeypatch.setattr(review_names, "packaged", lambda suite: ["food", "sweets"])
+    before = read_names("india")
+    (small / "none").mkdir()
+    assert run(monkeypatch, "merge", small / "none", "--suite", "india") == 0  # no writer has the card
+    assert read_names("india") == before
     changed = parse_card(text.replace("ta: இட்லி", "ta: இட்டிலி"), "india/food.yaml", "food", "india")
     assert (idli(changed).names["ta"], idli(changed).votes["ta"]) == ("இட்டிலி", 1)
 

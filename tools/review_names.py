@@ -14,7 +14,7 @@ romanised by rule follows a new name.
 folder, the card's own page, and each `--source NAME=FILE.json` ({English name: {language: name}}) has a vote. A name on
 which two agree gets two; where nobody agrees, names that are near each other stay with one, the first as the name and
 the others as aliases, and contradictions are dropped. Names in another script than their language's are refused.
-What was reviewed stays as it is.
+What was reviewed stays as it is, and so does a card that no writer has.
 
 The tables are `indiclip/evals/<suite>/names.tsv`. A page's own `names` stay as they are; the table says what they are
 worth, and adds the other languages.
@@ -141,8 +141,11 @@ def read_sheet(file: Path, reviewer: str) -> None:
                 NameRow(row["card"], row["id"], language, name, kind, source, REVIEWED)
                 for name, kind in zip(names, kinds, strict=False)
             ]
-            if wrong := row["name"] if not names else "":  # so that neither the page nor writers bring it back
-                reviewed.append(NameRow(row["card"], row["id"], language, _clean(wrong), "wrong", source, REVIEWED))
+            if not names:  # neither the page nor writers bring back what was wrong, now or in an earlier review
+                reviewed += [one for one in before if (one.language, one.kind) == (language, "wrong")]
+                if row["name"]:
+                    wrong = _clean(row["name"])
+                    reviewed.append(NameRow(row["card"], row["id"], language, wrong, "wrong", source, REVIEWED))
             kept = [one for one in before if one.language != language]
             main = next((one.name for one in before if one.language == language and one.kind == "name"), None)
             if names[:1] != [main]:  # what was made from the old name goes with it
@@ -179,6 +182,7 @@ def merge(suite: str, writers: list[Path], sources: dict[str, Path]) -> None:
     others = {name: json.loads(file.read_text("utf-8")) for name, file in sources.items()}
     for name in packaged(suite):
         if not any(any(folder.rglob(f"{name}.tsv")) for folder in writers):
+            rows += [row for of_class in before.get(name, {}).values() for row in of_class]  # stay as they are
             continue
         card = load_page(name)
         voices: dict[str, Names] = {f"written {n}": _written(folder, name) for n, folder in enumerate(writers)}

@@ -215,6 +215,7 @@ class CardScorer:
         question_Q = np.array(questions or [""] * len(image_Q), dtype=object)
         content_Q = content_Q if items.num_images else question_Q  # of texts alone
         where = (self.card.id, self.part, protocol, language)
+        assert where not in self._answers, where
         self._answers[where] = (keys_Q, *answered, hard_hit_Q, flagged_N[image_Q], content_Q, question_Q)
 
     @property

@@ -97,9 +97,10 @@ def _compared(card: CardResult, a: _Side, b: _Side) -> Compared:
     # Each class weighs the same, or all images are of one.
     labels_N = np.unique([truth if metric == _PER_CLASS else "" for _, truth in images], return_inverse=True)[1]
     _, image_N, count_N = np.unique([key for key, _ in images], return_inverse=True, return_counts=True)
-    clusters = image_N if (count_N > 1).any() else None
+    by_image = {"cluster_N": image_N} if (count_N > 1).any() else {}
+    drawn = {"label_N": labels_N} if metric == _PER_CLASS else by_image
     return row._replace(
-        gap=parity_gap(hits_b_N, hits_a_N, labels_N if metric == _PER_CLASS else None, clusters),
+        gap=parity_gap(hits_b_N, hits_a_N, **drawn),
         on_shared=(mean_per_class_recall(hits_a_N, labels_N).value, mean_per_class_recall(hits_b_N, labels_N).value),
         gained=tuple(compress(images, hits_b_N & ~hits_a_N)),
         lost=tuple(compress(images, hits_a_N & ~hits_b_N)),
@@ -135,7 +136,7 @@ def _why_not(card: CardResult, items: str, a: _Side, b: _Side) -> str:
         return f"different classes: {other} of {len(shared)} {items} have another truth"
     if _differ(*(side.run.about.get("asked", {}).get(name, {}).get(language) for side in (a, b))):
         return "different classes, names or prompts"
-    # Runs of before, which know the content of no image, have a digest of the keys and labels.
+    # Earlier runs, which know the content of no image, have a digest of the keys and labels.
     if not a_knows and _differ(*(side.run.about.get("data", {}).get(name) for side in (a, b))):
         return f"different {items}, or labels, under the same names"
     return ""

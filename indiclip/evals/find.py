@@ -73,17 +73,17 @@ def find_bench(
     for card in asked:
         photographs = _photographs(card, root, skip_unknown)
         generated = _generated(card, seed) if procedural else None
-        if photographs is None and (card.suite == INDIA or not isinstance(generated, Items)):
+        is_generated = isinstance(generated, Items)
+        # Of the categories of India the photographs count, whatever is generated.
+        if photographs is None and (card.suite == INDIA or not is_generated):
             hint = did_you_mean(card.folder, others)
-            why = f"{storable(root)} has no folder of it{hint}" if root else "no folder of images was given"
-            # Of the categories of India the photographs count, whatever is generated.
-            status = "absent" if isinstance(generated, Items) else "skipped"
-            bench.skipped.append(card_result(card, PHOTOGRAPHS, status, [why]))
+            photographs = f"{storable(root)} has no folder of it{hint}" if root else "no folder of images was given"
         for part, found in ((PHOTOGRAPHS, photographs), (PROCEDURAL, generated)):
             if isinstance(found, Items):
                 bench.items.append(found)
             elif found is not None:
-                bench.skipped.append(card_result(card, part, "skipped", [found]))
+                status = "absent" if is_generated and card.suite == INDIA else "skipped"
+                bench.skipped.append(card_result(card, part, status, [found]))
     if not bench.items:
         raise FileNotFoundError(_nothing_to_score(bench, asked, root, others))
     return bench

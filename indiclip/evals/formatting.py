@@ -87,14 +87,14 @@ def found_by(found: dict[str, Any]) -> str:
     """How images of a card were looked for in training data, and how many were found by each way.
 
     Args:
-        found: Of the card, as `indiclip.evals.overlap.flag` gives it; of runs of before some counts are missing.
+        found: Of the card, as `indiclip.evals.overlap.flag` gives it; of earlier runs some counts are missing.
     """
-    ways = {"bytes": "the same bytes", "image": "the same looks", "caption": "a caption"}
-    looked_for = found.get("looked_for", [kind for kind in ways if f"by_{kind}" in found])
-    parts = [f"{ways[kind]} {found[f'by_{kind}']:,}" for kind in looked_for]
+    kinds = {"bytes": "the same bytes", "image": "the same looks", "caption": "a caption"}
+    looked_for = found.get("looked_for", [kind for kind in kinds if f"by_{kind}" in found])
+    parts = [f"{kinds[kind]} {found[f'by_{kind}']:,}" for kind in looked_for]
     if few := found.get("not_comparable"):
         parts.append(f"with too little structure to be known by its looks {few:,}")
-    if nowhere := [name for kind, name in ways.items() if kind not in looked_for and "looked_for" in found]:
+    if nowhere := [name for kind, name in kinds.items() if kind not in looked_for and "looked_for" in found]:
         parts.append(f"not looked for: {', '.join(nowhere)}")
     return "; ".join(parts) or "not said how"
 

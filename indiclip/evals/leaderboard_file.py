@@ -88,6 +88,6 @@ _KINDS: list[tuple[Callable[[Any], bool], str, tuple[str, ...]]] = [
     (_by_name(_by_name(_numbers(2))), "two numbers for each card and language", ("intervals",)),
     (_by_name(_by_name(_numbers(3))), "three numbers for each card and language", ("gaps",)),
 ]
-# What rows of before do not have.
+# What rows of earlier versions do not have.
 _TABLES = ("mean_interval", "mean_gap", "intervals", "gaps", "titles", "metrics", "chances", "asked")
 _ADDED: Row = {"suite": INDIA, "report": "", "folder": "", "precision": "fp32"} | {key: {} for key in _TABLES}

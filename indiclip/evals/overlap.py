@@ -88,8 +88,8 @@ def flag(
         progress: Is told how many more training samples were read.
 
     Returns:
-        What was found, for `Result.about`. `looked_for` are the ways of a card: those that its images and captions, and
-        the training data's, allow.
+        What was found, for `Result.about`. `looked_for` are the kinds of match that were looked for: those that its
+        images and captions, and the training data's, allow.
     """
     known = _hashes(_Hasher(len(training), training.__getitem__, VIEWS[:1]), num_workers, progress)
     found: dict[str, Any] = {

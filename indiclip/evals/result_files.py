@@ -49,7 +49,7 @@ def load_result(folder: Path, predictions: bool = True) -> Result:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         result = Result(content["model"], content["lengths"], content["views"], about=content["about"])
-        result.cards = [CardResult(**_of_before(card) | card) for card in content["cards"]]
+        result.cards = [CardResult(**_defaults_of_earlier_runs(card) | card) for card in content["cards"]]
         result.scores = [Score(**row) for row in content["scores"]]
         result.scores = [row._replace(value=math.nan) if row.value is None else row for row in result.scores]
     except KeyError as error:
@@ -61,8 +61,8 @@ def load_result(folder: Path, predictions: bool = True) -> Result:
     return result
 
 
-def _of_before(card: dict[str, Any]) -> dict[str, Any]:
-    """What runs did not say of a card when all cards had one of three main protocols."""
+def _defaults_of_earlier_runs(card: dict[str, Any]) -> dict[str, Any]:
+    """What a card of an earlier run does not say: then all had one of three main protocols."""
     if card["card"] == "ocr_indic":
         return {"protocol": "matching", "candidates": "texts"}
     if card["metric"].startswith(("image_", "text_")):
@@ -78,8 +78,8 @@ def check_out(folder: Path) -> None:
         load_result(folder, predictions=False)
     except FileNotFoundError:
         return
-    except (ValueError, OSError):
-        raise ValueError(_taken(folder, "a metrics.json of another kind", expected)) from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--out {folder}: {error}; expected {expected}") from error
 
 
 def check_is_no_training(folder: Path, expected: str) -> None:

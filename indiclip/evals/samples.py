@@ -46,11 +46,11 @@ def sample_of(items: Items, image_NE: Tensor, most: int = MOST) -> list[Sample]:
         return []
     usable = np.flatnonzero(items.tested_N & image_NE.isfinite().all(1).numpy()).tolist()
     usable.sort(key=lambda place: stable_hash(items.keys[place]))
-    labels, taken, turns = items.labels.tolist(), Counter[int](), dict[int, int]()
+    labels, count_of_class, place_in_class = items.labels.tolist(), Counter[int](), dict[int, int]()
     for place in usable:
-        turns[place] = taken[labels[place]]
-        taken[labels[place]] += 1
-    chosen = sorted(sorted(usable, key=turns.__getitem__)[:most])
+        place_in_class[place] = count_of_class[labels[place]]
+        count_of_class[labels[place]] += 1
+    chosen = sorted(sorted(usable, key=place_in_class.__getitem__)[:most])
     ids = [*items.card.ids, ""]
     classes = [ids[labels[place]] for place in chosen]  # "" where it is -1
     keys = [items.keys[place] for place in chosen]

@@ -110,7 +110,8 @@ class _Entry:
 
 def _text(value: Any, where: str, optional: bool = False) -> str:
     if not isinstance(value, str) or not (value.strip() or optional):
-        raise ValueError(f"{where}: found {shorten(value)}; expected text (quote what YAML takes for a number)")
+        found = "nothing" if value is None else shorten(value)
+        raise ValueError(f"{where}: found {found}; expected text (quote what YAML takes for a number)")
     return plain(value).strip()
 
 
@@ -165,6 +166,7 @@ def _protocols(entries: Any, file: str) -> tuple[Protocol, ...]:
 def _classes(page: _Entry, protocols: Sequence[Protocol]) -> tuple[ClassSource | None, tuple[CardClass, ...]]:
     """What gives the classes, if they do not stand on the page, and the classes."""
     where, entries = f"{page.where}: classes", page.value.get("classes", [])
+    found = len(entries) if isinstance(entries, list) else shorten(entries)
     if "class_source" in page.value:
         if "classes" in page.value:
             raise ValueError(f"{page.where}: class_source: there are `classes` too; expected one of both")
@@ -172,10 +174,10 @@ def _classes(page: _Entry, protocols: Sequence[Protocol]) -> tuple[ClassSource |
         return source, source.classes()
     if not any(protocol.required_fields & _CLASS_FIELDS for protocol in protocols):
         if entries:
-            raise ValueError(f"{where}: found {shorten(entries)}; no protocol of the card tells classes apart")
+            raise ValueError(f"{where}: found {found}; no protocol of the card tells classes apart")
         return None, ()
     if not isinstance(entries, list) or len(entries) < 2:
-        raise ValueError(f"{where}: found {shorten(entries)}; expected a list of at least two classes")
+        raise ValueError(f"{where}: found {found}; expected a list of at least two classes")
     classes = [_class(entry, page.where, number) for number, entry in enumerate(entries, 1)]
     _check_together(classes, page.where)
     return None, tuple(classes)

@@ -11,6 +11,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +48,9 @@ def find_caption_file(folder: Path, any_json: bool = False) -> Path | None:
     Raises:
         ValueError: Several that could be meant.
     """
-    places = (folder, folder / "annotations")
-    files = sorted(file for place in places for file in place.glob("*") if file.name[0] != "." and file.is_file())
-    for pattern in (*_SURE, *_ANY) if any_json else _SURE:
+    patterns = (*_SURE, *_ANY) if any_json else _SURE
+    for pattern, place in product(patterns, (folder, folder / "annotations")):
+        files = sorted(file for file in place.glob("*") if file.name[0] != "." and file.is_file())
         found = [file for file in files if fnmatchcase(file.name.lower(), pattern)]
         if len(found) > 1:
             names = ", ".join(str(file.relative_to(folder)) for file in found)
@@ -114,9 +115,7 @@ def _karpathy(images: list[Any], file: Path) -> Iterator[tuple[str, Captions]]:
         if image["split"] != _SPLIT:
             continue
         where = f"{file}: image {number}"
-        for key in ("filename", "sentences"):
-            column([image], key, f"{file}: image")
-        name, sentences = image["filename"], image["sentences"]
+        name, sentences = image.get("filename"), image.get("sentences")
         check_all([name], is_text, [where], "filename", "text")
         check_all([sentences], lambda found: isinstance(found, list), [where], "sentences", "a list")
         path = f"{image['filepath']}/{name}" if image.get("filepath") else name

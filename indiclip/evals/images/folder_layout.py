@@ -51,8 +51,12 @@ def read_folders(reading: Reading, source: Path) -> Items:
     if "instance" in fields:
         items.columns["instance"] = [[thing] for thing in things]
     if "text" in fields:
-        items.columns["text"] = [[decode_text((source / file).read_bytes(), file) if file else ""] for file in texts]
+        items.columns["text"] = [[_text(source / file) if file else ""] for file in texts]
     return items
+
+
+def _text(file: Path) -> str:
+    return decode_text(file.read_bytes(), str(file))
 
 
 def _read_splits(reading: Reading, source: Path, inventory: Inventory) -> dict[str, bool]:

@@ -27,6 +27,7 @@ from indiclip.evals.images.labels import class_groups, draw_candidates, missing_
 from indiclip.evals.images.reading import Reading
 from indiclip.evals.images.shard_layout import find_shards, read_shards
 from indiclip.evals.images.table_layout import read_table
+from indiclip.evals.results import check_group
 from indiclip.images import EXTENSIONS, storable
 
 _CAPTION_FILES = (".json", ".jsonl")
@@ -48,8 +49,9 @@ def find_items(card: Card, root: Path, skip_unknown: bool = False) -> Items | No
         FileNotFoundError: The folder is there and has no images.
         ValueError: What is in it does not fit the card; names the file and the class, and the nearest class.
     """
-    names = [f"{card.folder}{kind}" for kind in ("", *KINDS, *_CAPTION_FILES)]
-    source = next((root / name for name in names if (root / name).exists()), None)
+    files = [root / f"{card.folder}{kind}" for kind in (*KINDS, *_CAPTION_FILES)]
+    found = [root / card.folder] if (root / card.folder).is_dir() else list(filter(Path.is_file, files))
+    source = next(iter(found), None)
     needed = card.class_source.names_file if card.class_source else ""
     if source is None or not (source / needed).exists():
         return None
@@ -73,10 +75,12 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
         items.is_train = None
     elif not any(protocol.uses_gallery for protocol in card.protocols):
         count = len(items) - items.tested_N.sum()
-        items.notes.append(f"{source}: left out: {count:,} images for training, of which the card learns nothing")
+        items.notes.append(f"{source}: left out: {count:,} training images, which no protocol of the card uses")
     if "text" in card.required_fields:
         items.notes += draw_candidates(items)
     items.groups = class_groups(items.card, items.labels)
+    for group in set(items.groups or ()):
+        check_group(group, f"{card.file}: a group")
     items.notes += [*missing_classes(items), *duplicates(items), *shared_captions(items)]
     for protocol in items.card.protocols:
         try:

@@ -110,15 +110,16 @@ def _captions(shards: Shards) -> Iterator[dict[str, list[str]]]:
         try:
             entry = read_entry(parts)
             lines = text_lines(decode_text(parts.get("txt", b""), "the .txt"))
-            texts = [{"txt": line.encode()} for line in lines if line.strip()]
-            for beside in texts or [{}]:
+            texts = [line.strip() for line in lines if line.strip()]
+            for beside in [{"txt": text.encode()} for text in texts] or [{}]:
                 for language, captions in read_captions(beside, entry).items():
                     found.setdefault(language or "en", {}).update(dict.fromkeys(captions))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if not found:
             raise ValueError(f"{where}: no text (.txt, .json) beside the image")
-        yield {language: list(captions) for language, captions in found.items()}
+        # The lines come first.
+        yield {language: sorted(captions, key=lambda text: text not in texts) for language, captions in found.items()}
 
 
 def _members(shards: Shards, *extensions: str) -> Iterator[tuple[str, dict[str, bytes]]]:

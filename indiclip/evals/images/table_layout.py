@@ -27,13 +27,15 @@ def read_table(reading: Reading, file: Path) -> Items:
         names, embedded = [f"{file.name}:{row + 1}" for row in table.kept], None
     required = sorted(card.required_fields - {"captions"})
     columns = {name: table.names(table.place(name)) for name in required}
-    used = {table.place(name) for name in ("file", "split", *required) if name in table.header}
+    of_images = ("file", "split") if has_images else ()
+    used = {table.place(name) for name in (*of_images, *required) if name in table.header}
     captions = None
     if "captions" in card.required_fields:
         captions = CaptionColumns(table, table.caption_columns(), "en")
         used |= captions.places
 
-    is_train = _read_splits(reading, table) if "split" in table.header else np.zeros(len(names), bool)
+    has_splits = has_images and "split" in table.header
+    is_train = _read_splits(reading, table) if has_splits else np.zeros(len(names), bool)
     for row in table.kept:
         if not names[row]:
             table.leave_out(row, "without an image", "no image in 'file'")

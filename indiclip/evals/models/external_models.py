@@ -7,7 +7,7 @@ white.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ class Timm(ExternalModel):
 
     embeds_text = False
 
-    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+    def tokenize(self, texts: list[str]) -> NoReturn:
         words = "an image model of timm embeds no text; it can be scored by kNN and linear probe"
         raise ValueError(f"{self.name}: {words}")
 
@@ -158,8 +158,8 @@ class Timm(ExternalModel):
             raise ValueError(f"{self.name}: gives {getattr(output, 'shape', type(output))}, not one vector per image")
         return _unit(output)
 
-    def _embed_texts(self, texts: list[str]) -> Tensor:
-        return self.tokenize(texts)["input_ids"]
+    def _embed_texts(self, texts: list[str]) -> NoReturn:
+        self.tokenize(texts)
 
 
 def _unit(vector_BE: Tensor) -> Tensor:

@@ -18,7 +18,13 @@ TOP = 5  # nearest candidates that are kept
 
 
 class Answered(NamedTuple):
-    """Columns of `results.Answers`, see there."""
+    """Columns of `results.Prediction`, see there.
+
+    Attributes:
+        truth_Q: str, as are `predicted_Q` and `top_QK`: NumPy arrays of objects.
+        rank_Q: int64.
+        cosine_QK: float32, or a list of numbers for each question where they are of several lengths, as `top_QK` then.
+    """
 
     truth_Q: np.ndarray
     predicted_Q: np.ndarray
@@ -73,15 +79,17 @@ def among_all(
     top_QK, cosine_QK = torch.zeros(len(rank_Q), k, dtype=torch.int64), torch.zeros(len(rank_Q), k)
     right_Q, wrong_Q = torch.zeros(2, len(rank_Q), dtype=torch.int64)
     for part in chunks(len(rank_Q), len(names)):
-        cosine_BX = (question_QE[part] @ candidate_XE.T).nan_to_num(nan=-2)
+        cosine_BX = question_QE[part] @ candidate_XE.T
+        near_BX = cosine_BX.nan_to_num(nan=-2)
         if hidden_Q is not None:
-            cosine_BX.scatter_(1, hidden_Q[part, None], -3)
-        cosine_QK[part], top_QK[part] = cosine_BX.topk(k, dim=1)
+            near_BX.scatter_(1, hidden_Q[part, None], -3)
+        top_QK[part] = near_BX.topk(k, dim=1).indices
+        cosine_QK[part] = cosine_BX.gather(1, top_QK[part])
         here_S = (question_S >= part.start) & (question_S < part.stop)
-        is_right_BX = torch.zeros_like(cosine_BX)
+        is_right_BX = torch.zeros_like(near_BX)
         is_right_BX[question_S[here_S] - part.start, right_S[here_S]] = 1
         right_Q[part] = is_right_BX.argmax(1)  # the first of them
-        wrong_Q[part] = (cosine_BX - 4 * is_right_BX).argmax(1)
+        wrong_Q[part] = (near_BX - 4 * is_right_BX).argmax(1)
     predicted_Q = torch.where(torch.from_numpy(rank_Q) == 0, right_Q, wrong_Q)
     truths, predicted, tops = (names_X[places.numpy()] for places in (right_Q, predicted_Q, top_QK))
     return Answered(truths, predicted, rank_Q, tops, cosine_QK.numpy())

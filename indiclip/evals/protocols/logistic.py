@@ -37,6 +37,7 @@ def fit(x_NE: Tensor, label_N: Tensor, train_FN: Tensor, inverse_penalty: float,
     Returns:
         float32 weights and intercepts.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # a second
 
     x, labels, num_classes = x_NE.numpy(), label_N.numpy(), int(label_N.max()) + 1
@@ -52,7 +53,8 @@ def fit(x_NE: Tensor, label_N: Tensor, train_FN: Tensor, inverse_penalty: float,
             options = {"solver": "newton-cg", "tol": tolerance, "max_iter": _MAX_STEPS, "warm_start": True}
             model, known = LogisticRegression(C=inverse_penalty, **options), classes
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # many lines of too few steps, and of steps that rounding ends
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of many lines
+            warnings.filterwarnings("ignore", "(?i).*line search")  # rounding ends it, near the minimum
             model.fit(x[train_N], labels[train_N])
         if model.n_iter_.max() >= _MAX_STEPS:
             warnings.warn(f"the linear probe stopped after {_MAX_STEPS} steps, before its minimum", stacklevel=2)

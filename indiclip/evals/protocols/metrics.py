@@ -64,9 +64,8 @@ def clustered_rate(value_T: np.ndarray, cluster_T: np.ndarray) -> Interval:
     others = max(len(sizes) - 1, 1)
     count = _effective(rate, variance * len(sizes) / others, len(sizes))
     if variance > 0:
-        count *= (
-            _Z / float(stdtrit(others, 0.975))
-        ) ** 2  # few clusters say little of the variance (Korn and Graubard)
+        # Few clusters say little of the variance (Korn and Graubard).
+        count *= (_Z / float(stdtrit(others, 0.975))) ** 2
     return wilson(rate, min(count, len(value_T)))
 
 
@@ -95,8 +94,9 @@ def parity_gap(
         hit_N: bool, what the other language gets right, image by image, with the same candidate classes.
         label_N: Class of each, >= 0: the difference is that of the mean per-class recalls. None: of the accuracies.
         cluster_N: The cluster of each, >= 0, see `clustered_rate`: such as the image that several questions are about.
-            None: each is drawn alone.
+            None: each is drawn alone, as it is of classes.
     """
+    assert label_N is None or cluster_N is None
     if not len(hit_N):
         return _NOTHING
     if label_N is not None:

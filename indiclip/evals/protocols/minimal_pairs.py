@@ -1,9 +1,10 @@
 """Minimal pairs: two captions that differ in one name only, and two images, each of which goes with one of them.
 
-Shape letters: P pairs of images, M those of them whose classes have a name in a language, N images, E embedding length.
+Shape letters: P pairs of images, M those of them whose classes have a name in a language, T templates, Q questions, N
+images, E embedding length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -109,19 +110,27 @@ class MinimalPairs(Protocol):
                 for metric in self.metrics
             }
             yield from scorer.rows(self.name, code, values, len(image_M2), 2, CHANCES)
-            for template, hit in zip(templates, hits, strict=True):
-                _keep(scorer, code, template, image_M2, class_M2, hit["group_score"] == 1)
+            is_group_TM = np.array([hit["group_score"] == 1 for hit in hits])
+            _keep(scorer, code, templates, image_M2, class_M2, is_group_TM)
 
 
 def _keep(
-    scorer: "CardScorer", code: str, template: str, image_M2: np.ndarray, class_M2: np.ndarray, is_group_M: np.ndarray
+    scorer: "CardScorer",
+    code: str,
+    templates: Sequence[str],
+    image_M2: np.ndarray,
+    class_M2: np.ndarray,
+    is_group_TM: np.ndarray,
 ) -> None:
-    """Of each pair an answer for its first image, which is the other one's class where not all of the pair is right."""
-    id_M2 = np.array(scorer.card.ids, dtype=object)[class_M2]
-    predicted_M, nothing_M = np.where(is_group_M, id_M2[:, 0], id_M2[:, 1]), column_of([[]] * len(id_M2))
-    answered = Answered(id_M2[:, 0], predicted_M, (~is_group_M).astype(np.int64), nothing_M, nothing_M)
+    """Of each pair and template an answer for the pair's first image: the other one's class, where not all is right."""
+    num_templates = len(templates)
+    id_Q2 = np.tile(np.array(scorer.card.ids, dtype=object)[class_M2], (num_templates, 1))
+    is_group_Q = is_group_TM.reshape(-1)
+    predicted_Q, nothing_Q = np.where(is_group_Q, id_Q2[:, 0], id_Q2[:, 1]), column_of([[]] * len(id_Q2))
+    answered = Answered(id_Q2[:, 0], predicted_Q, (~is_group_Q).astype(np.int64), nothing_Q, nothing_Q)
     others = [scorer.items.contents[i] or scorer.items.keys[i] for i in image_M2[:, 1]]
-    scorer.keep("minimal_pairs", code, image_M2[:, 0], answered, questions=[f"{template} {other}" for other in others])
+    questions = [f"{template} {other}" for template in templates for other in others]
+    scorer.keep("minimal_pairs", code, np.tile(image_M2[:, 0], num_templates), answered, questions=questions)
 
 
 def captions_of(card: "Card", code: str) -> tuple[str, ...]:

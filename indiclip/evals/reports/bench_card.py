@@ -39,7 +39,8 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, most: int
     answers = _answers(result, card)
     language, rows = next(iter(answers.items()), ("", []))
     found = confusion(rows) if rows and card.candidates == "classes" else None
-    is_right = {row.key: row.rank == 0 for row in rows}
+    is_right = dict.fromkeys((row.key for row in rows), True)
+    is_right |= {row.key: False for row in rows if row.rank > 0}  # any of the questions about it
     sample = next((sample for sample in result.samples if sample.key == card.key), None)
     show = partial(picture, *card.key)
     return {
@@ -158,7 +159,7 @@ def seen_in_training(result: Result, card: CardResult) -> dict[str, Any] | None:
     found: dict[str, Any] | None = result.about.get("contamination", {}).get("cards", {}).get(name_of(*card.key))
     if found:
         return found
-    # The run of another program, or of before, which flags its answers alone.
+    # The run of another program, or an earlier one, which flags its answers alone.
     rows = [row for rows in result.answers_of(card).values() for row in rows]
     flagged = {row.key for row in rows if row.flagged}
     return {"flagged": len(flagged), "images": len({row.key for row in rows})} if flagged else None
@@ -166,9 +167,9 @@ def seen_in_training(result: Result, card: CardResult) -> dict[str, Any] | None:
 
 def _unseen(scores: list[Score]) -> list[tuple[Score, Score]]:
     """Scores of all images, each with that of the images which are not among the training data."""
-    whole = {score[:8]: score for score in scores if not score.subset}
-    clean = [score for score in scores if score.subset == CLEAN and score[:8] in whole]
-    return [(_without_interval(whole[score[:8]]), _without_interval(score)) for score in clean]
+    whole = {score.measured: score for score in scores if not score.subset}
+    clean = [score for score in scores if score.subset == CLEAN and score.measured in whole]
+    return [(_without_interval(whole[score.measured]), _without_interval(score)) for score in clean]
 
 
 def _answers(result: Result, card: CardResult) -> dict[str, list[Prediction]]:
