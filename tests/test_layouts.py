@@ -279,11 +279,11 @@ def test_no_group_of_images_is_called_as_another_subset_of_the_scores(card, fold
     write(folder, {**FOLDERS, "clean/a.jpg": jpeg(5), "clean/a.txt": "x"})
     for name, meaning in (("clean", "the images that are not in the training data"), ("", "all images")):
         content = {**CARD, "classes": [*CARD["classes"][:2], {**CARD["classes"][2], "facts": {"group": name}}]}
-        expected = f"food.yaml: a group: found '{name}', which is what scores call {meaning}; expected another"
+        expected = f"food.yaml: ladoo: the group: found '{name}', which is what scores call {meaning}; expected another"
         with pytest.raises(ValueError, match=expected):
             read_items(card(content), folder, skip_unknown=True)
     words = {**WORDS, "classes": [{"id": "clean", "names": {"en": "clean"}}, WORDS["classes"][1]]}
-    with pytest.raises(ValueError, match="a group: found 'clean', which is what scores call"):
+    with pytest.raises(ValueError, match="clean: the group: found 'clean', which is what scores call"):
         read_items(card(words), folder, skip_unknown=True)
     for protocol, table in (
         ("in_scene", "file,word,script\na.jpg,tea,latin\na.jpg,shop,clean\n"),

@@ -17,7 +17,6 @@ PHOTOGRAPHS, PROCEDURAL = "photographs", "procedural"
 IMAGES = "images"  # stands for a language where no text is involved
 PROBES = {"knn": "kNN", "linear_probe": "probe"}  # protocol -> what it is called at the head of a column
 CLEAN = "clean"  # the subset of the images that are not among the training data
-_SUBSETS = {"": "all images", CLEAN: "the images that are not in the training data"}  # names that no group may have
 _SUMMARY = ("corrected", "acc1", "mean_per_class_recall", "image_to_text_r5")
 
 
@@ -215,12 +214,6 @@ class Result:
                 means[language] = {"value": sum(values) / len(values), "cards": len(values)}
         of = len(packaged(suite)) if photographs and suite in SUITES else len(photographs)
         return {"suite": suite, "covered": len(scored), "of": of, "mean": means}
-
-
-def check_group(name: str, where: str) -> None:
-    """Raise ValueError, which begins with `where`, for a group of images that is called as another subset of scores."""
-    if name in _SUBSETS:
-        raise ValueError(f"{where}: found {name!r}, which is what scores call {_SUBSETS[name]}; expected another name")
 
 
 def part_of(is_procedural: bool) -> str:

@@ -24,7 +24,7 @@ from indiclip.datasets.tables import is_number
 from indiclip.evals.cards.classes import Card, CardClass, ClassSource, bare
 from indiclip.evals.cards.objects import named, object_of
 from indiclip.evals.cards.protocols import protocol_of
-from indiclip.evals.protocols.protocol import Protocol
+from indiclip.evals.protocols.protocol import Protocol, check_group
 from indiclip.names import check_choice, check_whole, did_you_mean, plain, reason_of, shorten
 from indiclip.strict_yaml import UniqueKeys
 
@@ -180,6 +180,10 @@ def _classes(page: _Entry, protocols: Sequence[Protocol]) -> tuple[ClassSource |
         raise ValueError(f"{where}: found {found}; expected a list of at least two classes")
     classes = [_class(entry, page.where, number) for number, entry in enumerate(entries, 1)]
     _check_together(classes, page.where)
+    has_texts = any("text" in protocol.required_fields for protocol in protocols)
+    for one in classes:  # which scores are by
+        group = one.id if has_texts else one.facts.get("group", one.id)
+        check_group(str(group), f"{page.where}: {one.id}: the group")
     return None, tuple(classes)
 
 

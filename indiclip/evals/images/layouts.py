@@ -27,7 +27,6 @@ from indiclip.evals.images.labels import class_groups, draw_candidates, missing_
 from indiclip.evals.images.reading import Reading
 from indiclip.evals.images.shard_layout import find_shards, read_shards
 from indiclip.evals.images.table_layout import read_table
-from indiclip.evals.results import check_group
 from indiclip.images import EXTENSIONS, storable
 
 _CAPTION_FILES = (".json", ".jsonl")
@@ -79,8 +78,6 @@ def read_items(card: Card, source: Path, skip_unknown: bool = False) -> Items:
     if "text" in card.required_fields:
         items.notes += draw_candidates(items)
     items.groups = class_groups(items.card, items.labels)
-    for group in set(items.groups or ()):
-        check_group(group, f"{card.file}: a group")
     items.notes += [*missing_classes(items), *duplicates(items), *shared_captions(items)]
     for protocol in items.card.protocols:
         try:

@@ -10,8 +10,8 @@ import numpy as np
 
 from indiclip.evals.protocols.answers import among_own
 from indiclip.evals.protocols.metrics import parity_gap
-from indiclip.evals.protocols.protocol import Protocol
-from indiclip.evals.results import Score, check_group
+from indiclip.evals.protocols.protocol import Protocol, check_group
+from indiclip.evals.results import Score
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer

@@ -13,8 +13,8 @@ import numpy as np
 
 from indiclip.datasets.tables import stable_hash
 from indiclip.evals.protocols.answers import among_own
-from indiclip.evals.protocols.protocol import Options, Protocol
-from indiclip.evals.results import Score, check_group
+from indiclip.evals.protocols.protocol import Options, Protocol, check_group
+from indiclip.evals.results import Score
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer

@@ -13,12 +13,14 @@ from itertools import chain, compress
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from indiclip.evals.protocols import metrics
-from indiclip.evals.results import Score
+from indiclip.evals.results import CLEAN, Score
 
 if TYPE_CHECKING:
     from indiclip.evals.card_scorer import CardScorer
     from indiclip.evals.cards.classes import Card
     from indiclip.evals.images.items import Items
+
+_SUBSETS = {"": "all images", CLEAN: "the images that are not in the training data"}  # names that no group may have
 
 
 @dataclass
@@ -111,3 +113,9 @@ class Protocol(ABC):
     @abstractmethod
     def run(self, scorer: "CardScorer") -> Iterator[Score]:
         """The numbers in `scorer.setting`. What was answered for an image is given to `scorer.keep`."""
+
+
+def check_group(name: str, where: str) -> None:
+    """Raise ValueError, which begins with `where`, for a group of images that is called as another subset of scores."""
+    if name in _SUBSETS:
+        raise ValueError(f"{where}: found {name!r}, which is what scores call {_SUBSETS[name]}; expected another name")
