@@ -285,6 +285,8 @@ def test_no_group_of_images_is_called_as_another_subset_of_the_scores(card, fold
     words = {**WORDS, "classes": [{"id": "clean", "names": {"en": "clean"}}, WORDS["classes"][1]]}
     with pytest.raises(ValueError, match="clean: the group: found 'clean', which is what scores call"):
         read_items(card(words), folder, skip_unknown=True)
+    water = [{"id": name, "names": {"en": name}} for name in ("clean", "dirty")]
+    assert card({**CARD, "classes": water}).ids == ["clean", "dirty"]  # classes are no subsets
     for protocol, table in (
         ("in_scene", "file,word,script\na.jpg,tea,latin\na.jpg,shop,clean\n"),
         ("choices", "file,kind,en\na.jpg,object,a cup\na.jpg,object,a pot\nb.jpg,clean,a cup\nb.jpg,clean,a pot\n"),

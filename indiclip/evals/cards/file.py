@@ -182,8 +182,9 @@ def _classes(page: _Entry, protocols: Sequence[Protocol]) -> tuple[ClassSource |
     _check_together(classes, page.where)
     has_texts = any("text" in protocol.required_fields for protocol in protocols)
     for one in classes:  # which scores are by
-        group = one.id if has_texts else one.facts.get("group", one.id)
-        check_group(str(group), f"{page.where}: {one.id}: the group")
+        group = one.id if has_texts else one.facts.get("group")
+        if group is not None:
+            check_group(str(group), f"{page.where}: {one.id}: the group")
     return None, tuple(classes)
 
 
