@@ -9,6 +9,7 @@ Four things differ, all because one map of patches feeds it instead of a pyramid
     - the losses read the maps before the last, bilinear, doubling (an eighth of the time); the doubling has no
       parameters, and to a point between cells it gives the same value up to the kinks at cell centres;
     - U and V losses are means over points, not sums (see `chart_losses`).
+The metric is `indiclip.surface_metric`; windows are laid into images by `indiclip.surface_charts`.
 
 Shape letters: see `indiclip.types`; R windows of a batch, Q people of an image, S points of either, C channels,
 K = 25 parts (0 is the background), h w cells of a window, k x k cells of a token on the fine map.

@@ -1,4 +1,5 @@
-"""The contract of a task head. A head is one file in `heads/`: module, loss, decoding, metric and picture.
+"""The contract of a task head. A head is one file in `heads/`: module, loss, decoding, metric and
+picture. What of them is long, or shared, lies in `indiclip`.
 
 A head borrows the encoder and reads precomputed features; it never runs the backbone. Nothing registers a head: the
 YAML names its class.

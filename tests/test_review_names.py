@@ -44,10 +44,10 @@ def test_rows_are_of_classes_and_written_in_their_script():
     assert len(kinds) == sum(row.kind == "name" for row in ROWS), "two names of a class in a language"
     for row in ROWS:
         assert (row.card, row.id) in classes
-        assert row.kind in ("name", "alias")
+        assert row.kind in ("name", "alias", "wrong")
         assert row.votes >= 1
         assert row.name == unicodedata.normalize("NFC", " ".join(row.name.split()))
-        if row.source != "rule":
+        if row.source != "rule" and row.kind != "wrong":
             review_names._check_script(row.name, row.language, f"{row.card}: {row.id}")
 
 
@@ -235,13 +235,20 @@ def test_a_name_of_the_page_that_is_marked_wrong_is_no_longer_used(in_table, sma
     (small / "ta.tsv").write_text(again, "utf-8")
     assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "B. C.") == 0
     assert idli(own).names == {"en": "idli"}
+    for name, mark in (("", "\tஇட்டிலி\t"), ("இட்டிலி", "\t\tx"), ("இட்டிலி", "\t\tx")):  # corrected, and wrong again
+        row = f"food\tidli\tta\t{name}\t{mark}\n"
+        (small / "ta.tsv").write_text("card\tid\tlanguage\tname\tok\tcorrection\twrong\n" + row, "utf-8")
+        assert run(monkeypatch, "read", small / "ta.tsv", "--reviewer", "B. C.") == 0
+    assert idli(own).names == {"en": "idli"}
+    marked = [row.name for row in read_names("india")["food"]["idli"] if row.kind == "wrong"]
+    assert marked == ["இட்லி", "இட்டிலி"]
     monkeypatch.setattr(review_names, "packaged", lambda suite: ["food", "sweets"])
     before = read_names("india")
     (small / "none").mkdir()
     assert run(monkeypatch, "merge", small / "none", "--suite", "india") == 0  # no writer has the card
     assert read_names("india") == before
-    changed = parse_card(text.replace("ta: இட்லி", "ta: இட்டிலி"), "india/food.yaml", "food", "india")
-    assert (idli(changed).names["ta"], idli(changed).votes["ta"]) == ("இட்டிலி", 1)
+    changed = parse_card(text.replace("ta: இட்லி", "ta: இட்டலி"), "india/food.yaml", "food", "india")
+    assert (idli(changed).names["ta"], idli(changed).votes["ta"]) == ("இட்டலி", 1)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def parts(drawn: Draw, classes: int, languages: int) -> dict[str, Callable[[], o
             metrics.hit_rate(hit_N)
             metrics.mean_per_class_recall(hit_N, label_N)
             metrics.parity_gap(hits[-1], hit_N)
+            metrics.parity_gap(hits[-1], hit_N, label_N)
 
     def product() -> None:
         for length, text_CE in each:

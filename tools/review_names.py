@@ -141,11 +141,12 @@ def read_sheet(file: Path, reviewer: str) -> None:
                 NameRow(row["card"], row["id"], language, name, kind, source, REVIEWED)
                 for name, kind in zip(names, kinds, strict=False)
             ]
-            if not names:  # neither the page nor writers bring back what was wrong, now or in an earlier review
-                reviewed += [one for one in before if (one.language, one.kind) == (language, "wrong")]
-                if row["name"]:
-                    wrong = _clean(row["name"])
-                    reviewed.append(NameRow(row["card"], row["id"], language, wrong, "wrong", source, REVIEWED))
+            # Neither the page nor writers bring back what was wrong, now or in an earlier review.
+            wrong = {one.name: one for one in before if (one.language, one.kind) == (language, "wrong")}
+            if not names and row["name"]:
+                name = _clean(row["name"])
+                wrong[name] = NameRow(row["card"], row["id"], language, name, "wrong", source, REVIEWED)
+            reviewed += [one for name, one in wrong.items() if name not in names]
             kept = [one for one in before if one.language != language]
             main = next((one.name for one in before if one.language == language and one.kind == "name"), None)
             if names[:1] != [main]:  # what was made from the old name goes with it

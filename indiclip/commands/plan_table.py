@@ -14,7 +14,7 @@ _WIDTH = 100  # columns, where the output is no terminal
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
-    """Print what `indiclip.commands.plan.describe` says."""
+    """Print what `indiclip.commands.plan_config.describe` says."""
     console = _console()
     console.print(
         f"{plan['nodes']} x {plan['gpus_per_node']} {plan['device']}, {plan['strategy']}, {plan['precision']}: "

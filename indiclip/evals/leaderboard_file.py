@@ -34,6 +34,8 @@ def _checked(found: Any) -> Row:
     if not isinstance(found, dict):
         raise ValueError(f"found {shorten(found)}; expected an object")
     row: Row = _ADDED | found
+    if "chances" not in found and isinstance(found.get("chance"), dict):  # of an earlier version, for all languages
+        row["chances"] = {card: {"en": value} for card, value in found["chance"].items()}
     for is_right, expected, keys in _KINDS:
         for key in keys:
             if key not in row:

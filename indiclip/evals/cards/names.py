@@ -70,11 +70,11 @@ def with_names(card: Card) -> Card:
 
 def with_rows(one: CardClass, rows: Sequence[NameRow]) -> CardClass:
     """A class of a page with the names and votes of its rows in the table."""
-    wrong = {row.language: row.name for row in rows if row.kind == "wrong"}
-    refused = {language for language, name in wrong.items() if one.names.get(language) == name}
+    wrong = {(row.language, row.name) for row in rows if row.kind == "wrong"}
+    refused = {language for language, name in one.names.items() if (language, name) in wrong}
     refused |= {f"{language}-Latn" for language in refused} & {*one.derived}  # by rule, from the wrong name
     names = {language: name for language, name in one.names.items() if language not in refused}
-    aliases = [alias for alias in one.aliases if alias not in wrong.values()]
+    aliases = [alias for alias in one.aliases if alias not in {name for _, name in wrong}]
     aliases += [row.name for row in rows if row.kind == "alias"]
     votes, derived = dict[str, int](), {*one.derived}
     for row in rows:

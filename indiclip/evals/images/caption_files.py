@@ -49,9 +49,9 @@ def find_caption_file(folder: Path, any_json: bool = False) -> Path | None:
         ValueError: Several that could be meant.
     """
     patterns = (*_SURE, *_ANY) if any_json else _SURE
-    for pattern, place in product(patterns, (folder, folder / "annotations")):
-        files = sorted(file for file in place.glob("*") if file.name[0] != "." and file.is_file())
-        found = [file for file in files if fnmatchcase(file.name.lower(), pattern)]
+    listed = [sorted(place.glob("[!.]*")) for place in (folder, folder / "annotations")]
+    for pattern, files in product(patterns, listed):
+        found = [file for file in files if fnmatchcase(file.name.lower(), pattern) and file.is_file()]
         if len(found) > 1:
             names = ", ".join(str(file.relative_to(folder)) for file in found)
             raise ValueError(f"{folder}: which file has the captions? Found {names}; expected one")

@@ -73,7 +73,7 @@ def convert(
             language.
     """
     language = language_tag(language) or language
-    folder = Path(out).expanduser()
+    folder = Path(out).expanduser().absolute()
     layouts: dict[str, _Write] = {"folder": _write_folder, "clip-benchmark": _write_clip_benchmark}
     check_choice("--layout", layout, layouts)
     if not re.fullmatch(r"[\w-]+", split) or split == "train":

@@ -61,8 +61,9 @@ class Bitext(Protocol):
             unrelated = _mean_cosine_of_others(one_TE, other_TE, cosine_S)
             values["similarity_gap"] = Interval(*(end - unrelated for end in values["similarity"]))
             yield from scorer.rows(self.name, code, values, len(ones), len(others), chances)
-            answered = among_all(one_TE, other_TE, others, (one_S, other_S), rank_one)
-            scorer.keep(self.name, code, np.array([row_of[text] for text in ones]), answered, questions=ones)
+            if scorer.setting.main:
+                answered = among_all(one_TE, other_TE, others, (one_S, other_S), rank_one)
+                scorer.keep(self.name, code, np.array([row_of[text] for text in ones]), answered, questions=ones)
 
 
 def _distinct(text_S: np.ndarray) -> tuple[list[str], torch.Tensor]:

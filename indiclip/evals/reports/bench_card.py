@@ -38,7 +38,8 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, most: int
     bars = _bars(main, card, result.languages())
     answers = _answers(result, card)
     language, rows = next(iter(answers.items()), ("", []))
-    found = confusion(rows) if rows and card.candidates == "classes" else None
+    of_images = [] if any(row.question for row in rows) else rows  # one answer for each
+    found = confusion(of_images) if of_images and card.candidates == "classes" else None
     is_right = dict.fromkeys((row.key for row in rows), True)
     is_right |= {row.key: False for row in rows if row.rank > 0}  # any of the questions about it
     sample = next((sample for sample in result.samples if sample.key == card.key), None)
@@ -57,7 +58,7 @@ def card_section(result: Result, card: CardResult, picture: PictureOf, most: int
         "mistakes": mistakes(found) if found else [],
         "gallery": gallery(answers, found, picture, most) if rows else None,
         "embeddings": embedding_map(sample, is_right, show, 3 * most) if sample else None,
-        "map": place_map(card, rows),
+        "map": place_map(card, of_images),
     }
 
 
