@@ -112,7 +112,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_nothing_to_score(tmp_path, card_file):
-    with pytest.raises(FileNotFoundError, match=r"nothing to score: .* has no folder of it; expected shades"):
+    with pytest.raises(FileNotFoundError, match=r"nothing to score: .* has no folder shades; expected shades"):
         find_bench(tmp_path, [card_file()])
     (tmp_path / "test").mkdir()
     above = "looks like the images of a card itself: name the folder above it, in which it is called shades"

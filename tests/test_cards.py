@@ -146,7 +146,11 @@ def test_an_id_counts_before_a_name_and_shared_names_for_none(page):
         ("title: Dishes", "titel: Dishes", "dishes.yaml: no such key 'titel'; nearest is 'title'"),
         ("title: Dishes", "title: 1975", "title: found 1975; expected text"),
         ("task: classification", "task: clasification", "task: found 'clasification'; nearest is 'classification'"),
-        ("task: classification", "metric: acc1", "task: found ''; expected text"),
+        (
+            "task: classification",
+            "metric: acc1",
+            "task: found nothing; expected classification, matching, retrieval, or",
+        ),
         ("title: Dishes", "metric: acc", "metric: found 'acc'; nearest is 'acc5'"),
         ("title: Dishes", "chance: 0.5", "chance: found 0.5; of this card it is 0.3333"),
         ("title: Dishes", "folder: ../x", "folder: found '../x'; expected a folder's name"),

@@ -93,6 +93,18 @@ def test_of_several_questions_about_an_image_the_images_are_drawn():
     assert compare(a, b)[0].why_not == "different questions, 8 of them under the same names"
 
 
+def test_images_of_other_names_and_the_same_bytes_are_compared_copies_too():
+    a, b = run([1, 1, 1, 0, 0, 0, 0, 0]), run([0, 0, 0, 0, 0, 0, 1, 0])
+    a.predictions = [row._replace(content=f"{i // 2}") for i, row in enumerate(a.predictions)]  # pairs of copies
+    b.predictions = [row._replace(content=f"{i // 2}", key=f"x/{row.key}") for i, row in enumerate(b.predictions)]
+    (row,) = compare(a, b)
+    assert (row.shared, row.why_not) == (8, "")
+    assert row.gap.value == pytest.approx(0.25)
+    for one in (a, b):
+        one.cards[0].candidates = "texts"  # which texts are asked for follows from the name
+    assert compare(a, b)[0].why_not == "different images"
+
+
 def test_images_of_other_bytes_are_not_compared():
     a, b = run([0] * 8), run([1] * 8)
     a.predictions = [row._replace(content="1f") for row in a.predictions]

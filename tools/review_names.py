@@ -107,7 +107,8 @@ def write_sheet(language: str, out: Path) -> None:
                 source = sources.get(main, "page") if main else ""
                 rows.append([name, one.id, language, one.names["en"], about, main, aliases, source, votes, "", "", ""])
     _write_tsv(out, rows)
-    print(f"{out}: {len(rows) - 1} classes; fill in ok, correction or wrong, then `review_names.py read {out}`")
+    then = f"`review_names.py read {out} --reviewer NAME`"
+    print(f"{out}: {len(rows) - 1} classes; fill in ok, correction or wrong, then {then}")
 
 
 def read_sheet(file: Path, reviewer: str) -> None:

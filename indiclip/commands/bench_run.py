@@ -80,7 +80,12 @@ def _run(options: argparse.Namespace) -> int:
     folder = _folder(options)
     lock(folder)
     overlap = _overlap(bench, options) if options.training else None
-    with progress_bar(sum(items.num_images for items in bench.items), "images") as advance:
+    num_images = sum(items.num_images for items in bench.items)
+    generated = sum(items.num_images for items in bench.items if items.procedural)
+    if 0 < generated < num_images:
+        left_out = "(--no_procedural leaves these out)"
+        print(f"{num_images - generated:,} photographs, {generated:,} generated images {left_out}", file=sys.stderr)
+    with progress_bar(num_images, "images") as advance:
         result = run_bench(model, bench, wanted, ALONE, options.batch_size, options.num_workers, advance)
     assert result is not None
     if not result.scores:

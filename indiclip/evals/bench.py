@@ -176,8 +176,11 @@ def _score_into(
         notes += languages_left_out(items, options, {score.language for score in scorer.scores})
     result.scores += scorer.scores
     result.answers |= scorer.answers
+    main = items.card.protocols[0]
     if not scorer.scores:
         notes.insert(0, _why_no_score(items, texts))
+    elif (texts or not main.embeds_text) and not any(score.protocol == main.name for score in scorer.scores):
+        notes.insert(0, f"the images have nothing that {main.name} asks about, so there is no main number")
     name = name_of(items.card.id, scorer.part)
     result.about.setdefault("data", {})[name] = items.digest
     prompts = {of.code: digest_of([*of.prompts, *of.class_D.tolist()]) for of in scorer.languages}

@@ -1,6 +1,7 @@
 """Two runs of the benchmark: what differs by more than chance, and which images changed."""
 
 import re
+from collections import Counter
 from itertools import compress
 from typing import NamedTuple
 
@@ -48,15 +49,15 @@ class _Side(NamedTuple):
 
     run: Result
     score: Score
-    answers: dict[tuple[str, str, str], Prediction]  # by the image's content, its key (of copies), and the question
+    answers: dict[tuple[str, str, int], Prediction]  # by image, question, and number of a copy
 
 
 def compare(a: Result, b: Result) -> list[Compared]:
     """Every card and language that either run scored; a difference on the images that both answered for.
 
-    Images are the same where their keys and bytes are. The difference is that of the main metric, with the interval of
-    a paired difference: what one run makes of an image stands beside what the other does. Of several questions about an
-    image it is over the questions, and the images are drawn.
+    Images are the same where their bytes are, whatever their names. The difference is that of the main metric, with the
+    interval of a paired difference: what one run makes of an image stands beside what the other does. Of several
+    questions about an image it is over the questions, and the images are drawn.
     """
     in_a, in_b = ({card.key: card for card in run.cards if card.status == "scored"} for run in (a, b))
     mains_a, mains_b = a.mains(), b.mains()
@@ -65,7 +66,7 @@ def compare(a: Result, b: Result) -> list[Compared]:
         for language in mains_a | mains_b:
             score_a, score_b = mains_a.get(language, {}).get(key), mains_b.get(language, {}).get(key)
             if score_a and score_b:
-                rows.append(_compared(card, _side(a, score_a), _side(b, score_b)))
+                rows.append(_compared(card, _side(a, score_a, card), _side(b, score_b, card)))
             elif score_a or score_b:
                 rows.append(Compared(card, language, score_a, score_b, why_not=f"only in {'A' if score_a else 'B'}"))
         if not any(row.card is card for row in rows):
@@ -75,9 +76,15 @@ def compare(a: Result, b: Result) -> list[Compared]:
     return rows
 
 
-def _side(run: Result, score: Score) -> _Side:
+def _side(run: Result, score: Score, card: CardResult) -> _Side:
     rows = run.answers.get((score.card, score.part, score.protocol, score.language), [])
-    return _Side(run, score, {(row.content, row.key, row.question): row for row in rows})
+    copies, answers = Counter[tuple[str, str]](), dict[tuple[str, str, int], Prediction]()
+    for row in sorted(rows, key=lambda row: row.key):
+        # The name says which texts an image of a card of texts is asked about; earlier runs know nothing but names.
+        image = f"{row.content} {row.key}" if card.candidates == "texts" else row.content or row.key
+        answers[image, row.question, copies[image, row.question]] = row
+        copies[image, row.question] += 1
+    return _Side(run, score, answers)
 
 
 def _compared(card: CardResult, a: _Side, b: _Side) -> Compared:
@@ -118,13 +125,14 @@ def _why_not(card: CardResult, items: str, a: _Side, b: _Side) -> str:
     if without := [name for name, side in (("A", a), ("B", b)) if not side.answers]:
         return f"no answers of the protocol {protocol_name(a.score.protocol)} in {' and '.join(without)}"
 
-    a_knows, b_knows = (all(content for content, *_ in side.answers) for side in (a, b))
+    a_knows, b_knows = (all(row.content for row in side.answers.values()) for side in (a, b))
     if a_knows != b_knows:
         earlier = "B" if a_knows else "A"
         return f"{earlier} is of an earlier version, which kept nothing of its images' bytes; score it again"
     shared = a.answers.keys() & b.answers.keys()
     if not shared:
-        same_names = len({key for _, key, _ in a.answers} & {key for _, key, _ in b.answers})
+        names_a, names_b = ({row.key for row in side.answers.values()} for side in (a, b))
+        same_names = len(names_a & names_b)
         return f"different {items}" + (f", {same_names:,} of them under the same names" if same_names else "")
 
     if a.score.num_classes != b.score.num_classes:

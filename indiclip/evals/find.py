@@ -32,7 +32,7 @@ class Bench:
 
     @property
     def data(self) -> dict[str, str]:
-        """`name_of` a card's part -> a digest of its images' keys and what is right about them, in any order."""
+        """`name_of` a card's part -> a digest of its images and what is right about them, in any order."""
         return {name_of(items.card.id, part_of(items.procedural)): items.digest for items in self.items}
 
 
@@ -77,7 +77,9 @@ def find_bench(
         # Of the categories of India the photographs count, whatever is generated.
         if photographs is None and (card.suite == INDIA or not is_generated):
             hint = did_you_mean(card.folder, others)
-            photographs = f"{storable(root)} has no folder of it{hint}" if root else "no folder of images was given"
+            photographs = (
+                f"{storable(root)} has no folder {card.folder}{hint}" if root else "no folder of images was given"
+            )
         for part, found in ((PHOTOGRAPHS, photographs), (PROCEDURAL, generated)):
             if isinstance(found, Items):
                 bench.items.append(found)

@@ -79,7 +79,7 @@ def check_out(folder: Path) -> None:
     except FileNotFoundError:
         return
     except (ValueError, OSError) as error:
-        raise ValueError(f"--out {folder}: {error}; expected {expected}") from error
+        raise ValueError(f"{_taken(folder, 'a metrics.json of another kind', expected)} ({error})") from error
 
 
 def check_is_no_training(folder: Path, expected: str) -> None:

@@ -160,6 +160,8 @@ class RunRecord(Callback):
         command, checkpoint = trainer.state.fn.value, trainer.ckpt_path
         folder = self._folder / command
         about: dict[str, Any] = {"step": self._loaded_step, "seconds": round(time.monotonic() - self._scoring_since, 1)}
+        times = [row.get("seconds", 0.0) for row in read_history(self._folder) if row["step"] <= self._loaded_step]
+        about |= {"trained_seconds": max(times, default=0.0)}
         about |= {"weights": weights if checkpoint else "the initial weights"}
         about |= {"checkpoint": str(checkpoint) if checkpoint else None}
         held_out = {key: of for key, of in data.inventories().items() if key.startswith("data.val")}

@@ -123,6 +123,8 @@ def parse_card(text: str, file: str, card_id: str, suite: str) -> Card:
         reason = reason_of(error, None).replace('in "<unicode string>", ', "in ")
         raise ValueError(f"{file}: no YAML: {reason}") from error
     page = _Entry(tree, file, _KEYS)
+    if not {"task", "protocols"} & tree.keys():
+        raise ValueError(f"{file}: task: found nothing; expected {', '.join(_tasks())}, or `protocols`")
     task = page.text("task", "", optional="protocols" in tree)
     if task:
         check_choice(f"{file}: task", task, _tasks())

@@ -81,15 +81,16 @@ class Items:
 
     @property
     def digest(self) -> str:
-        """Of what is scored, in any order: the images' keys and bytes (where they were read), and what is right of
-        each.
+        """Of what is scored, in any order: the images' bytes, or their keys where they were not read, and what is right
+        of each.
         """
         ids, rows = [*self.card.ids, ""], []
         for i in np.flatnonzero(self.tested_N).tolist():
             captions = [texts_N[i] for _, texts_N in sorted(self.captions.items())]
             candidates = self.candidates[i] if self.candidates else None
             label = ids[self.labels[i]]  # "" where it is -1
-            rows.append(repr((self.keys[i], self.contents[i], label, candidates, *captions)))
+            image = self.contents[i] or (self.keys[i] if self.num_images else "")
+            rows.append(repr((image, label, candidates, *captions)))
         return digest_of([*sorted(self.captions), *sorted(rows)])
 
     def select(self, places: Iterable[int]) -> "Items":

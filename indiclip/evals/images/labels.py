@@ -11,6 +11,8 @@ from indiclip.evals.cards.card import Card
 from indiclip.evals.images.items import Items
 from indiclip.evals.images.reading import listed
 
+_FEW = 5  # classes with images, of many: a score can be high by accident
+
 
 def missing_classes(items: Items) -> list[str]:
     """Lines that name the classes without an image to score, and those that have one and none in the gallery."""
@@ -22,6 +24,11 @@ def missing_classes(items: Items) -> list[str]:
     if missing:
         count = f"{len(missing)} of {len(card.classes)} classes"
         lines.append(f"no images of {count}, which stay candidates: {listed(missing)}")
+    if 0 < len(shown) < _FEW < len(missing):
+        lines.append(
+            f"images of {len(shown)} classes alone say little: one answer for all of them has a recall of "
+            f"{1 / len(shown):.2f} in the mean over these classes, far above chance"
+        )
     if items.is_train is not None and "class" in card.required_fields:
         gallery = items.labels[items.is_train].tolist()
         without = [card.classes[place].id for place in sorted(shown.difference(gallery))]

@@ -55,6 +55,7 @@ def fit(x_NE: Tensor, label_N: Tensor, train_FN: Tensor, inverse_penalty: float,
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of many lines
             warnings.filterwarnings("ignore", "(?i).*line search")  # rounding ends it, near the minimum
+            warnings.filterwarnings("ignore", "The number of unique classes")  # of few shots
             model.fit(x[train_N], labels[train_N])
         if model.n_iter_.max() >= _MAX_STEPS:
             warnings.warn(f"the linear probe stopped after {_MAX_STEPS} steps, before its minimum", stacklevel=2)

@@ -34,7 +34,7 @@ def write_comparison(file: Path, a: Result, b: Result, names: Sequence[str] = ("
         names=dict(zip("AB", names, strict=True)),
         has_other_images=any(row.gap and not row.is_on_all for row in rows),
         run_languages=list(dict.fromkeys((*a.languages(), *b.languages()))),
-        are_comparable=_counted(a) == _counted(b),
+        are_comparable=_counted(a, b) == _counted(b, a),
         rows=rows,
         common=common,
         languages=list(dict.fromkeys(row.language for row in rows)),
@@ -44,10 +44,11 @@ def write_comparison(file: Path, a: Result, b: Result, names: Sequence[str] = ("
     return rows
 
 
-def _counted(run: Result) -> set[tuple[str, str]]:
-    """Cards and languages that make up its means."""
+def _counted(run: Result, other: Result) -> set[tuple[str, str]]:
+    """Cards and languages that make up its means, in the languages of both."""
     cards = {card.key for card in run.photographs()}
-    return {(card, language) for language, main in run.mains().items() for card, part in main if (card, part) in cards}
+    mains = {language: main for language, main in run.mains().items() if language in other.languages()}
+    return {(card, language) for language, main in mains.items() for card, part in main if (card, part) in cards}
 
 
 def _panel(rows: list[Compared]) -> tuple[CardResult, list[Bar], float | None]:

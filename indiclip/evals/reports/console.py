@@ -102,7 +102,9 @@ def _print_contamination(console: Console, cards: dict[str, Any]) -> None:
     for name, card in cards.items():
         said = f"{name}: {card['flagged']:,} of {card['images']:,} are in the training data ({found_by(card)})"
         if card["flagged"]:
-            _print_line(console, f"{said}; the report has the scores without them", "red")
+            are_left = card["flagged"] < card["images"]
+            rest = "the report has the scores without them" if are_left else "no other is left to score"
+            _print_line(console, f"{said}; {rest}", "red")
         else:
             _print_line(console, said)
 

@@ -190,7 +190,9 @@ def sentence(record: Mapping[str, Any], rows: list[Row]) -> str:
     step, subjects = record["step"], record.get("learned") or [row.subject for row in rows]
     said = f"{record.get('model') or 'The model'} learned {_listed([_within(subject) for subject in subjects])}"
     said = said if subjects else f"{record.get('model') or 'The model'} was trained"
-    said += f" in {step:,} step{'' if step == 1 else 's'} ({duration(record['seconds'])})"
+    said += f" in {step:,} step{'' if step == 1 else 's'}"
+    if seconds := record.get("trained_seconds", record["seconds"]):
+        said += f" ({duration(seconds)})"
     if sources := record.get("sources"):
         said += " on " + _listed([_samples(name, of, step) for name, of in sources.items()])
     if not rows:

@@ -60,8 +60,9 @@ def write_report(folder: Path, title: str, record: dict[str, Any], sections: dic
         title: Heading.
         record: `step`, `seconds`, `metrics` (name -> number, None if not finite), `history` (rows with `step`),
             `quarantined` (rows of task, key, shard, reason), `data` (YAML key of each source -> `Inventory`); and, if
-            known, `weights` (what was scored, in words), `heads` (see `run_names`), `earlier` (see `earlier_run`),
-            and for the opening sentence `model`, `learned` (what the heads are called) and `sources` (data -> `Drawn`).
+            known, `trained_seconds` (where `seconds` are those of scoring), `weights` (what was scored, in words),
+            `heads` (see `run_names`), `earlier` (see `earlier_run`), and for the opening sentence `model`, `learned`
+            (what the heads are called) and `sources` (data -> `Drawn`).
         sections: Head name -> pictures.
 
     Returns:
