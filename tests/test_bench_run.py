@@ -109,7 +109,9 @@ def test_images_seen_in_training_are_said(images, capsys):
         Image.fromarray(pixels).resize((200, 200)).save(file)
     assert main(["shards", "pack", "photos/edibles", "--out", "shards2", "--name", "train"]) == 0
     assert bench("--training", "shards2/*.tar") == 0
-    said = "9 of 9 are in the training data (the same bytes 9; the same looks 9; not looked for: a caption); no other is left"
+    said = (
+        "9 of 9 are in the training data (the same bytes 9; the same looks 9; not looked for: a caption); no other is"
+    )
     assert said in capsys.readouterr().out
 
 

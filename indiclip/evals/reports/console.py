@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from indiclip.evals.formatting import NAMES, chance_of, found_by, language_name, metric_name, number
+from indiclip.evals.formatting import NAMES, chance_of, found_by, language_name, metric_name, number, protocol_name
 from indiclip.evals.results import IMAGES, PROBES, PROCEDURAL, CardResult, Result, Score
 from indiclip.names import plain
 
@@ -37,8 +37,8 @@ def print_result(result: Result, folder: Path) -> None:
         console.print("* generated images: in no mean", style="dim")
     if any(score.language == IMAGES for score in result.scores):
         console.print("kNN, probe: top-1 among so many classes with images", style="dim")
-    if more := len(counts) - len(languages):
-        console.print(f"in the report: {more} more language{'s' * (more > 1)}", style="dim")
+    if others := _others(result, len(counts) - len(languages)):
+        console.print(f"in the report: {', '.join(others)}", style="dim")
     _print_notes(console, result.cards)
     _print_contamination(console, result.about.get("contamination", {}).get("cards", {}))
     headline = result.headline()
@@ -48,6 +48,14 @@ def print_result(result: Result, folder: Path) -> None:
         line += f"; mean corrected for chance: {means}" if means else ""
         console.print(line, style="bold", soft_wrap=True)
     console.print(f"report [bold]{escape(plain(str(folder / 'report.html')))}[/]", soft_wrap=True)
+
+
+def _others(result: Result, num_languages: int) -> list[str]:
+    """What the table does not show."""
+    counts = {"language": num_languages, "length": len(result.lengths) - 1, "view": len(result.views) - 1}
+    more = [f"{count} more {name}{'s' * (count > 1)}" for name, count in counts.items() if count]
+    shown = {*PROBES, *(card.protocol for card in result.cards)}
+    return more + [protocol_name(name) for name in sorted({score.protocol for score in result.scores} - shown)]
 
 
 def _table(result: Result, languages: Sequence[str]) -> Table:
