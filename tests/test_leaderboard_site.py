@@ -102,7 +102,7 @@ def test_a_run_without_photographs_is_said(folder, capsys):
         result.cards, result.scores = result.cards[3:], result.scores[4:]
 
     assert site(save("generated", change=procedural)) == 0
-    assert capsys.readouterr().err == "indiclip: generated: no main number on photographs, so it is in no table\n"
+    assert capsys.readouterr().err == "indiclip: generated: no number on photographs, so it is in no table\n"
     assert "No run has scored photographs yet." in page()
     assert "<table" not in page()
 
@@ -116,10 +116,29 @@ def test_a_card_that_takes_no_text_has_its_number(folder, capsys):
         result.cards, result.scores = result.cards[:1], [score("food", 0.5, IMAGES, protocol="knn")]
 
     assert site(save("a", change=few_shot), save("b", change=probes)) == 0
-    assert "b: no main number on photographs, so it is in no table" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
     assert "images only, chance 0.500" in page()
     assert "| Mine images only |" in page("leaderboard.md")
     assert re.search(r"\| 1 \| a \|.*\| 0.750 \|$", page("leaderboard.md"), re.M)
+
+
+def test_a_model_without_text_stands_with_its_probes_beside_the_others(folder):
+    def with_probes(result):
+        of_food = {"protocol": "knn", "chance": 0.2}
+        result.scores += [score("food", 0.7, IMAGES, low=0.6, high=0.8, **of_food)]
+
+    def without_text(result):
+        with_probes(result)
+        result.scores, result.about["asked"] = result.scores[-1:], {}
+
+    data = {"data": {"food": "1f", "script": "2e", "gods": "3d"}}
+    assert site(save("a", change=with_probes, **data), save("b", change=without_text, **data)) == 0
+    lines = [line for line in page("leaderboard.md").splitlines() if line.startswith("|")]
+    assert "kNN mean" in lines[0]
+    rows = {line.split("|")[2].strip(): line for line in lines if "2026" in line}
+    assert len(rows) == 2  # in one table
+    assert "0.625" in rows["a"]  # (0.7 - 0.2) / 0.8
+    assert "0.625" in rows["b"]
 
 
 def test_only_runs_asked_alike_stand_together():

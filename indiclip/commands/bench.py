@@ -94,5 +94,5 @@ def _add(file: Path, runs: list[Path], site: bool = False) -> None:
     for line in added.skipped:
         print(plain(f"indiclip: {line}"), file=sys.stderr)
     for model in added.without_row:
-        print(plain(f"indiclip: {model}: no main number on photographs, so it is in no table"), file=sys.stderr)
+        print(plain(f"indiclip: {model}: no number on photographs, so it is in no table"), file=sys.stderr)
     print(file.with_suffix(".md").read_text("utf-8"))

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from indiclip.evals.leaderboard_file import Row
-from indiclip.evals.results import PHOTOGRAPHS, Result, Score, corrected, finite
+from indiclip.evals.results import PHOTOGRAPHS, PROBES, Result, Score, corrected, finite
 from indiclip.evals.suites import INDIA, OWN
 
 Estimate = tuple[float | None, ...]  # a number and both ends of its interval
@@ -17,7 +17,7 @@ Where = tuple[str, str]  # card and language
 
 
 def rows_of(result: Result) -> list[Row]:
-    """A row for each suite of which photographs have a main number; the user's own cards are a suite too."""
+    """A row for each suite of which photographs have a main number or a probe's; own cards are a suite too."""
     rows = (row_of(result, suite) for suite in sorted({card.suite for card in result.cards}))
     return [row for row in rows if any(row["cards"].values())]
 
@@ -64,11 +64,12 @@ def row_of(result: Result, suite: str = INDIA) -> Row:
 
 
 def _main_scores(result: Result, cards: Container[str]) -> dict[Where, Score]:
-    """The main numbers of the photographs of these cards."""
+    """The main numbers of the photographs of these cards by language, and the probes beside these."""
+    columns = result.mains() | {protocol: result.probes(protocol) for protocol in PROBES}
     return {
-        (card, language): score
-        for language, main in result.mains().items()
-        for (card, part), score in main.items()
+        (card, column): score
+        for column, found in columns.items()
+        for (card, part), score in found.items()
         if part == PHOTOGRAPHS and card in cards
     }
 

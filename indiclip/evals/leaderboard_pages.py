@@ -13,7 +13,7 @@ from indiclip.evals.formatting import language_name, suite_name
 from indiclip.evals.leaderboard import groups_of, rows_of
 from indiclip.evals.leaderboard_file import Row, read
 from indiclip.evals.reports.page import write_page
-from indiclip.evals.results import IMAGES, Result
+from indiclip.evals.results import IMAGES, PROBES, Result
 from indiclip.evals.suites import INDIA, has_mean
 
 _RUNS = "runs"  # folder of the runs' pages
@@ -58,7 +58,7 @@ class Added(NamedTuple):
     Attributes:
         groups: What the tables show now.
         skipped: Why lines of the file are in none.
-        without_row: Names of runs of whose photographs no card has its main number.
+        without_row: Names of runs of whose photographs no card has a number.
     """
 
     groups: list[list[Row]]
@@ -127,7 +127,7 @@ def _write_run(page: Path, row: Row) -> None:
 
 
 def _table(group: list[Row], before: Sequence[list[Row]]) -> Table:
-    """The means of the languages, and the cards' main metrics in English; below the groups `before`."""
+    """The means of the languages and probes, and the cards' main metrics in English; below the groups `before`."""
     first = group[0]
     columns = []
     for language in _languages(group) if has_mean(first["suite"]) else ():
@@ -135,9 +135,12 @@ def _table(group: list[Row], before: Sequence[list[Row]]) -> Table:
         columns.append(Column(language_name(language), _of_mean(group, language), cells))
     titles = {card: name for row in group for card, name in row["titles"].items()}
     for card in dict.fromkeys(card for row in group for card in row["cards"]):
-        takes_no_text = any(IMAGES in row["cards"].get(card, ()) for row in group)
-        language, said = (IMAGES, language_name(IMAGES)) if takes_no_text else ("en", "in English")
-        columns.append(Column(titles.get(card, card), said, [_cell(row, card, language) for row in group]))
+        known = {language for row in group for language in row["cards"].get(card, ())}
+        shown = {IMAGES: language_name(IMAGES)} if IMAGES in known else {"en": "in English"}
+        if not has_mean(first["suite"]):  # else their means stand before
+            shown |= {probe: language_name(probe) for probe in PROBES if probe in known}
+        for language, said in shown.items():
+            columns.append(Column(titles.get(card, card), said, [_cell(row, card, language) for row in group]))
     covers = f"Covers {first['covered']} of {first['of']} categories"
     if first["suite"] != INDIA:
         covers = f"{suite_name(first['suite'])}: {first['covered']} of {first['of']}"
@@ -183,4 +186,4 @@ def setting(row: Row) -> str:
 
 def _languages(rows: Sequence[Row]) -> list[str]:
     found = {language for row in rows for language in row["mean"]}
-    return sorted(found, key=lambda language: (language != "en", language))
+    return sorted(found, key=lambda language: (language != "en", language in PROBES, language))
