@@ -186,4 +186,4 @@ def setting(row: Row) -> str:
 
 def _languages(rows: Sequence[Row]) -> list[str]:
     found = {language for row in rows for language in row["mean"]}
-    return sorted(found, key=lambda language: (language != "en", language in PROBES, language))
+    return sorted(found, key=lambda language: (language != "en", language not in PROBES, language))
