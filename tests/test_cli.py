@@ -174,7 +174,8 @@ def test_validate_and_test_score_a_run_and_leave_its_own_files_as_they_are(tmp_p
         assert str(folder / command) in shown.replace("\n", "")
         found = json.loads((folder / command / "metrics.json").read_text())
         assert found["metrics"] == {name: value for name, value in scores.items() if name.startswith("val/")}
-        assert found.keys() == trained.keys() | {"checkpoint"}
+        assert found.keys() == trained.keys() | {"checkpoint", "trained_seconds"}
+        assert 0 < found["trained_seconds"] <= trained["seconds"]
         assert (found["step"], found["weights"]) == (2, "the trained weights")
         assert found["checkpoint"].endswith("last.ckpt")
         assert list(found["data"]) == ["data.val[0]"]
