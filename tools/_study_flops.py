@@ -1,6 +1,6 @@
 """How many FLOPs a run has, by the planner: forward, backward and the optimizer's products, of every head and stage.
 
-A head with a `start` takes part from there on, and a source's `stages` have other images: the step is counted for each
+A head takes part from its `start` on, and a source's `stages` have other images: the step is counted for each
 combination that occurs, and a run is the sum over its steps.
 """
 
@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
+
+from indiclip.steps import first_step
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class RunCounter:
         from indiclip.planning.memory import weigh
 
         self.model, self.data = model, data
-        self.heads = {name: float(getattr(head, "start", 0) or 0) for name, head in model.heads.items()}
+        self.heads = {name: head.start for name, head in model.heads.items()}
         self.update = weigh(model).update.flops
         self._known: dict[tuple[Any, ...], float] = {}
 
     def stages(self, steps: int) -> tuple[tuple[int, float], ...]:
         """(first step, FLOPs of a step from there on) of a run of so many steps."""
         ends = [stage.until for source in self.data.train for stage in source.stages]
-        begins = sorted({0, *(_step(place, steps) for place in (*self.heads.values(), *ends))})
+        begins = sorted({0, *(first_step(place, steps) for place in (*self.heads.values(), *ends))})
         return tuple((begin, self._flops(begin, steps)) for begin in begins if begin < steps)
 
     def total(self, steps: int) -> float:
@@ -75,7 +77,7 @@ class RunCounter:
 
         from indiclip.planning.step_model import step_model
 
-        names = tuple(name for name, start in self.heads.items() if _step(start, steps) <= step)
+        names = tuple(name for name, start in self.heads.items() if first_step(start, steps) <= step)
         sources = [_at(source, step, steps) for source in self.data.train]
         tasks = {self.model.heads[name].task for name in names}
         sources = [source for source in sources if source.task in tasks]
@@ -119,14 +121,9 @@ def count_arm(words: list[str], steps: int | None, flops: float | None) -> Count
     return counter.counted(steps)
 
 
-def _step(place: float, steps: int) -> int:
-    """The step that a share of the run, or a number of a step, stands for."""
-    return int(place * steps) if place < 1 else int(place)
-
-
 def _at(source: Any, step: int, steps: int) -> Any:
     """A source as it is in a step, without stages."""
-    ends = [_step(stage.until, steps) for stage in source.stages]
+    ends = [first_step(stage.until, steps) for stage in source.stages]
     number = next((number for number, end in enumerate(ends) if step < end), None)
     if not source.stages:
         return source

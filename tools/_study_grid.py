@@ -178,15 +178,17 @@ def _check(grid: Grid) -> None:
             check_choice(key, name, grid.arms)
     if len(grid.budget) != 1 or not grid.budget.keys() <= {"steps", "flops"}:
         raise ValueError(f"budget: found {grid.budget}; expected {{steps: N}} of the control, or {{flops: N}}")
-    for kind, number in grid.budget.items():
+    rates = {f"learning_rates[{place}]": rate for place, rate in enumerate(grid.learning_rates)}
+    budget = {f"budget.{kind}": number for kind, number in grid.budget.items()}
+    for key, number in {**rates, **budget}.items():
         if isinstance(number, str):  # YAML 1.1 reads 1e14 as text
-            raise ValueError(f"budget.{kind}: found the text {number!r}; expected a number such as 1.5e+14")
-        check_range({f"budget.{kind}": number}, 1)
+            raise ValueError(f"{key}: found the text {number!r}; expected a number such as 1.5e+14")
+    check_range(budget, 1)
+    check_range(rates, without=0)
     for place, seed in enumerate(grid.seeds):
         check_whole({f"seeds[{place}]": seed}, 0)
     if len({*grid.seeds}) < len(grid.seeds) or not grid.seeds:
         raise ValueError(f"seeds: found {list(grid.seeds)}; expected one or more, each once")
-    check_range({f"learning_rates[{place}]": rate for place, rate in enumerate(grid.learning_rates)}, without=0)
     check_range({"screening.share": grid.share}, 0, 1, without=0)
     if grid.screening_seed in grid.seeds:
         raise ValueError(f"screening.seed: found {grid.screening_seed}; expected one that is none of seeds")
@@ -219,13 +221,18 @@ def words_of(file: Path, key: str, items: Any) -> tuple[str, ...]:
     return tuple(words)
 
 
+def arm_content(grid: Grid, arm: str, folder: Path) -> list[Any]:
+    """All that says what an arm computes: its words, and what its config files say."""
+    words = grid.words(arm, folder)
+    files = [Path(word) for word in words if not word.startswith("--")]
+    flags = [word.replace("{folder}", "") for word in (*grid.base, *grid.arms[arm]) if word.startswith("--")]
+    return [flags, [file.read_text(encoding="utf-8") for file in files]]
+
+
 def digest(grid: Grid, run: Run, folder: Path) -> str:
-    """Of all that decides what a run computes: its words, and what its config files say."""
-    words = grid.words(run.arm, Path("{folder}"))
-    files = [Path(word.replace("{folder}", str(folder))) for word in words if Path(word).suffix in (".yaml", ".yml")]
-    content = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-    flags = [word for word in words if word.startswith("--") and word != "--config"]
-    return digest_of([content, flags, run.flags(grid.points), list(run.marks), grid.environment(run.seed)])
+    """Of all that decides what a run computes."""
+    content = arm_content(grid, run.arm, folder)
+    return digest_of([content, run.flags(grid.points), run.marks, grid.environment(run.seed)])
 
 
 def digest_of(value: Any) -> str:

@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import lightning as L
@@ -196,7 +196,7 @@ class Costs:
         if whole:
             return mean(whole)
         rows = _clock(folder / TIMING)[TIMED_STEPS // 3 :]  # the first ones find caches empty
-        return median(row["cpu_seconds"] / row["steps"] for row in rows) if rows else 0.0
+        return mean(row["cpu_seconds"] / row["steps"] for row in rows) if rows else 0.0
 
     def overhead(self, arm: str) -> float:
         """Seconds of a run beside its steps: start, validations, report."""

@@ -63,19 +63,19 @@ def directions(grid: Grid) -> dict[str, str]:
 def check_scores(grid: Grid) -> None:
     """Raise ValueError for a specification that does not fit, naming its key."""
     for name, spec in grid.scores.items():
+        key = f"{grid.file}: scores.{name}"
         kind = "head" if "head" in spec else "protocols"
-        for key in spec:
-            check_choice(f"scores.{name}", key, _KEYS[kind])
-        needed = ("dataset", "protocols") if kind == "protocols" else ("dataset", "train", "metrics")
-        for key in needed:
-            if key not in spec:
-                raise ValueError(f"scores.{name}.{key}: found nothing; expected it beside {kind}")
+        for option in spec:
+            check_choice(key, option, _KEYS[kind])
+        for option in ("dataset", "protocols") if kind == "protocols" else ("dataset", "train", "metrics"):
+            if option not in spec:
+                raise ValueError(f"{key}.{option}: found nothing; expected it beside {kind}")
         for protocol in spec.get("protocols", []):
-            check_choice(f"scores.{name}.protocols", protocol, PROTOCOLS)
+            check_choice(f"{key}.protocols", protocol, PROTOCOLS)
             if protocol in ("knn", "linear_probe", "shots") and "gallery" not in spec:
-                raise ValueError(f"scores.{name}.gallery: found nothing; expected what {protocol} learns from")
+                raise ValueError(f"{key}.gallery: found nothing; expected what {protocol} learns from")
         for metric, better in spec.get("metrics", {}).items():
-            check_choice(f"scores.{name}.metrics.{metric}", better, ("higher", "lower"))
+            check_choice(f"{key}.metrics.{metric}", better, ("higher", "lower"))
 
 
 def scored(place: Place, grid: Grid) -> dict[int, Scores]:

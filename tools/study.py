@@ -17,6 +17,7 @@ runs, and the same command goes on. Whenever it ends it writes `study.html` and 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -24,17 +25,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from _study_flops import Counted, count_arm
-from _study_grid import Grid, Run, read_grid
+from _study_grid import Grid, Run, arm_content, digest_of, read_grid
 from _study_page import write_study
 from _study_runs import Costs, Place, metrics, planned_runs, train
 from _study_scores import check_scores, score, scored
 from _study_slice import FORK, Slice, Task
+
+from indiclip import json_lines
+from indiclip.quiet import quiet_torchao
 
 
 class Study:
@@ -47,7 +51,6 @@ class Study:
 
     def __init__(self, grid: Grid, root: Path) -> None:
         self.grid, self.root = grid, root
-        check_scores(grid)
         self.counted = count(grid, root)
         self.runs = planned_runs(grid, self.counted)
 
@@ -113,21 +116,28 @@ def _scoring_ended(place: Place, status: int) -> str:
 
 
 def count(grid: Grid, root: Path) -> dict[str, Counted]:
-    """Steps and FLOPs of each arm, counted in another process."""
-    prepared = root / "prepared"
+    """Steps and FLOPs of each arm, counted in another process; what was counted before is read."""
+    prepared, file = root / "prepared", root / "counted.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
     with ProcessPoolExecutor(1, mp_context=FORK) as pool:
 
         def counted(arm: str, steps: int | None, flops: float | None) -> Counted:
-            words = [*grid.words(arm, prepared), "--data.num_workers=0"]
+            key = digest_of([arm_content(grid, arm, prepared), steps, flops])
             try:
-                return pool.submit(count_arm, words, steps, flops).result()
+                if key not in known:
+                    words = [*grid.words(arm, prepared), "--data.num_workers=0"]
+                    known[key] = asdict(pool.submit(count_arm, words, steps, flops).result())
             except (ValueError, FileNotFoundError) as error:
                 raise ValueError(f"{grid.file}: arms.{arm}: {error}") from error
+            stages = tuple((int(begin), float(flops)) for begin, flops in known[key]["stages"])
+            return Counted(known[key]["steps"], known[key]["flops"], stages)
 
         given = grid.budget.get("steps")
         control = counted(grid.control, given and int(given), grid.budget.get("flops"))
         flops = grid.budget.get("flops", control.flops)
         others = {arm: counted(arm, None, flops) for arm in grid.arms if arm != grid.control}
+    root.mkdir(parents=True, exist_ok=True)
+    json_lines.write_whole(file, json.dumps(known).encode())
     return {arm: others.get(arm, control) for arm in grid.arms}
 
 
@@ -187,8 +197,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="time the arms and print the plan")
     given = parser.parse_args(words)
     torch.set_num_threads(1)
+    quiet_torchao()
+    import indiclip.training.cli  # noqa: F401  # for all processes, which are forked
+
     try:
         grid = read_grid(given.grid)
+        check_scores(grid)
         root = given.runs.resolve() / grid.name
         prepare(grid, root)
         study = Study(grid, root)
