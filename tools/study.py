@@ -118,7 +118,8 @@ def _scoring_ended(place: Place, status: int) -> str:
 def count(grid: Grid, root: Path) -> dict[str, Counted]:
     """Steps and FLOPs of each arm, counted in another process; what was counted before is read."""
     prepared, file = root / "prepared", root / "counted.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    known = dict(before)
     with ProcessPoolExecutor(1, mp_context=FORK) as pool:
 
         def counted(arm: str, steps: int | None, flops: float | None) -> Counted:
@@ -136,8 +137,9 @@ def count(grid: Grid, root: Path) -> dict[str, Counted]:
         control = counted(grid.control, given and int(given), grid.budget.get("flops"))
         flops = grid.budget.get("flops", control.flops)
         others = {arm: counted(arm, None, flops) for arm in grid.arms if arm != grid.control}
-    root.mkdir(parents=True, exist_ok=True)
-    json_lines.write_whole(file, json.dumps(known).encode())
+    if known != before:
+        root.mkdir(parents=True, exist_ok=True)
+        json_lines.write_whole(file, json.dumps(known).encode())
     return {arm: others.get(arm, control) for arm in grid.arms}
 
 
