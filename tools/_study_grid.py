@@ -18,8 +18,7 @@ A grid is a YAML file:
     scores: {...}                        # see `_study_scores`
     main: [cifar10/zero_shot@64]         # those whose intervals are drawn
     not_at_equal_steps: [cosine]         # arms whose schedule ends with the run: their curves are no ends of runs
-    prepare:                             # commands that run once before, such as a teacher's
-      teacher: {command: indiclip fit --config ... --runs {folder} --name teacher, cpu_seconds: 600}
+    prepare: {...}                       # commands that run once before, see `_study_prepare`
     reversed: {without_ema: ema}         # arms that leave something out: the verdict on what they leave out
 
 In arms and commands `{folder}` is the folder of what was prepared.
@@ -192,6 +191,11 @@ def _check(grid: Grid) -> None:
     check_range({"screening.share": grid.share}, 0, 1, without=0)
     if grid.screening_seed in grid.seeds:
         raise ValueError(f"screening.seed: found {grid.screening_seed}; expected one that is none of seeds")
+    for name, item in (grid.prepare or {}).items():
+        for key in item:
+            check_choice(f"prepare.{name}", key, ("command", "cpu_seconds", "scored"))
+        if not item.get("command"):
+            raise ValueError(f"prepare.{name}.command: found nothing; expected what is to be run")
     check_choice("select.better", grid.better, ("higher", "lower"))
     check_whole({"points": grid.points}, 1)
     check_whole({"folds": grid.folds}, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import platform
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from _study_figures import curves, forest
 from _study_grid import command
 from _study_runs import Costs, common_step, curve
 from _study_scores import Scores, directions, scored
@@ -20,9 +20,10 @@ from _study_statistics import NO_DIFFERENCE, Difference, holm, paired, pooled
 
 from indiclip import json_lines
 from indiclip.evals.protocols.metrics import Interval, parity_gap
-from indiclip.evals.reports.page import data_uri, write_page
+from indiclip.evals.reports.page import write_page
 
 if TYPE_CHECKING:
+    from _study_prepare import Prepared
     from study import Study
 
 
@@ -107,6 +108,19 @@ class Results:
             return difference
         return Difference(-difference.value, -difference.high, -difference.low, difference.p, difference.num)
 
+    def reached(self, arm: str) -> float:
+        """At which share of the budget an arm's validations are where the control's end, a mean over seeds; NaN where
+        they never are.
+        """
+        sign = 1.0 if self.grid.better == "higher" else -1.0
+        validations = {
+            name: [curve(place, self.grid.metric) for place in self.places if place.run.arm == name]
+            for name in (arm, self.grid.control)
+        }
+        ends = [points[-1][1] for points in validations[self.grid.control] if points]
+        shares = [_crossing(points, float(np.mean(ends)), sign) for points in validations[arm] if points and ends]
+        return float(np.mean(shares)) / self.study.counted[arm].steps if shares else math.nan
+
     def _over_images(self, arm: str, name: str) -> Interval | None:
         """Newcombe's paired interval over the images, which all seeds share."""
         hits: dict[str, list[np.ndarray]] = {arm: [], self.grid.control: []}
@@ -123,7 +137,18 @@ class Results:
         return parity_gap(np.concatenate(own[:count]), np.concatenate(control[:count]), cluster_N=image_N)
 
 
-def write_study(study: Study) -> Path:
+def _crossing(points: list[tuple[int, float]], goal: float, sign: float) -> float:
+    """The step at which a curve reaches a goal, between two points in proportion; NaN where it never does."""
+    before = (0, math.nan)
+    for step, value in points:
+        if sign * value >= sign * goal:
+            share = (goal - before[1]) / (value - before[1]) if value != before[1] else 1.0
+            return before[0] + (step - before[0]) * (share if math.isfinite(share) else 1.0)
+        before = (step, value)
+    return math.nan
+
+
+def write_study(study: Study, prepared: Prepared) -> Path:
     """Write `study.html` and `study.md`; the page's path."""
     results = Results(study)
     grid, costs = study.grid, Costs(study.root)
@@ -135,15 +160,16 @@ def write_study(study: Study) -> Path:
         "results": results,
         "main": main,
         "tables": tables,
-        "forests": {name: _forest(results, name, tables["FLOPs"][name]) for name in main},
-        "curves": {arm: _curves(results, arm) for arm in grid.arms},
-        "costs": _costs(study, costs),
+        "forests": {name: forest(results, name, tables["FLOPs"][name]) for name in main},
+        "curves": {arm: curves(results, arm) for arm in grid.arms},
+        "costs": _costs(study, results, costs),
         "rates": {arm: study.rates(arm) for arm in grid.arms},
         "spent": costs.total(),
         "commands": _commands(study),
         "diverged": {
             f"{p.run.arm}, {p.run.name}": p.state()["diverged"] for p in _places(study) if "diverged" in p.state()
         },
+        "references": {name: found for name in prepared.items if (found := prepared.scores(name))},
         "left": study.left(),
         "machine": f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
@@ -189,7 +215,7 @@ def _places(study: Study) -> list[Any]:
     return [study.place(run) for kind in study.runs.values() for run in kind]
 
 
-def _costs(study: Study, costs: Costs) -> list[dict[str, Any]]:
+def _costs(study: Study, results: Results, costs: Costs) -> list[dict[str, Any]]:
     control = study.counted[study.grid.control]
     rows = []
     for arm, counted in study.counted.items():
@@ -204,6 +230,7 @@ def _costs(study: Study, costs: Costs) -> list[dict[str, Any]]:
                 "step_seconds": costs.step(arm),
                 "seconds": sum(runs),
                 "lr": study.rate(arm),
+                "reached": results.reached(arm),
             }
         )
     return rows
@@ -217,64 +244,3 @@ def _commands(study: Study) -> dict[str, str]:
         for arm in study.grid.arms
         if (run := first.get(arm))
     }
-
-
-def _forest(results: Results, name: str, compared: dict[str, Compared]) -> str:
-    """Differences to the control at equal FLOPs: dots, the pooled interval thick and the own one thin."""
-    from matplotlib.figure import Figure
-
-    arms = [arm for arm, of in compared.items() if math.isfinite(of.own.value)][::-1]
-    height = 0.9 + 0.26 * max(len(arms), 1)
-    figure = Figure(figsize=(5.6, height))
-    axes = figure.add_axes((0.36, 0.55 / height, 0.6, 1 - 0.9 / height))
-    shown = {arm: f"{(results.grid.reversed or {}).get(arm, arm)}" for arm in arms}
-    for y, arm in enumerate(arms):
-        of = compared[arm]
-        colour = {"better": "#12787a", "worse": "#b3403a"}.get(of.pooled_verdict.split()[-1], "#777777")
-        for interval, width in ((of.pooled, 4.0), (of.own, 1.0)):
-            if math.isfinite(interval.low):
-                axes.plot([interval.low, interval.high], [y, y], color=colour, linewidth=width, solid_capstyle="butt")
-        axes.plot([of.own.value], [y], "o", color=colour, markersize=5)
-    reach = [
-        abs(end) for arm in arms for end in (compared[arm].pooled.low, compared[arm].pooled.high) if math.isfinite(end)
-    ]
-    reach += [abs(compared[arm].own.value) for arm in arms]
-    axes.set_xlim(-1.6 * max(reach, default=1.0) or -1.0, 1.6 * max(reach, default=1.0) or 1.0)
-    axes.axvline(0, color="#999999", linewidth=0.8)
-    axes.set_yticks(range(len(arms)), [shown[arm] for arm in arms], fontsize=8)
-    axes.set_ylim(-0.7, max(len(arms), 1) - 0.3)
-    axes.tick_params(labelsize=8)
-    axes.set_title(name, fontsize=9)
-    axes.set_xlabel(f"difference to {results.grid.control} ({results.direction(name)} is better)", fontsize=8)
-    return _svg(figure)
-
-
-def _curves(results: Results, arm: str) -> str:
-    """The validations of an arm and of the control over FLOPs and over steps; a line per seed."""
-    from matplotlib.figure import Figure
-
-    grid = results.grid
-    figure = Figure(figsize=(4.6, 1.9))
-    for place, axis in enumerate(("FLOPs", "steps")):
-        axes = figure.add_axes((0.11 + 0.47 * place, 0.24, 0.39, 0.6))
-        for name, colour in ((grid.control, "#999999"), (arm, "#12787a")):
-            counted = results.study.counted[name]
-            for run in (of for of in results.places if of.run.arm == name):
-                points = curve(run, grid.metric)
-                scale = counted.flops / counted.steps if axis == "FLOPs" else 1.0  # of stages the mean
-                axes.plot([step * scale for step, _ in points], [v for _, v in points], color=colour, linewidth=1.0)
-        axes.set_xlabel(axis, fontsize=7)
-        axes.tick_params(labelsize=6.5)
-        axes.xaxis.get_offset_text().set_fontsize(6.5)
-        axes.grid(alpha=0.25)
-    figure.suptitle(arm, fontsize=8.5)
-    return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg")
-    return data_uri(buffer.getvalue(), "svg+xml")

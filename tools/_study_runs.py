@@ -135,7 +135,7 @@ def train(place: Place, grid: Grid) -> None:
     from indiclip.training.cli import run
 
     status = run(words)
-    spent(place, "train")
+    spent(place.root, place.run.arm, place.run.name, "train")
     sys.exit(status)
 
 
@@ -154,12 +154,12 @@ def begin_process(log: Path, environment: dict[str, str]) -> None:
         os.dup2(file, stream.fileno())
 
 
-def spent(place: Place, kind: str, states: int = 0) -> None:
-    """Note what this process has cost, and the weights of how many steps it has scored."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    row: dict[str, Any] = {"arm": place.run.arm, "run": place.run.name, "kind": kind, "states": states}
-    row |= {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2), "date": time.strftime("%Y-%m-%d %H:%M")}
-    json_lines.append(place.root / "spent.jsonl", [row])
+def spent(root: Path, arm: str, run: str, kind: str, states: int = 0) -> None:
+    """Note what this process and its children have cost, and the weights of how many steps it has scored."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    row = {"arm": arm, "run": run, "kind": kind, "states": states, "cpu_seconds": round(seconds, 2)}
+    json_lines.append(root / "spent.jsonl", [row | {"date": time.strftime("%Y-%m-%d %H:%M")}])
 
 
 def metrics(place: Place) -> dict[str, float]:

@@ -101,7 +101,7 @@ def score(place: Place, grid: Grid) -> None:
         content = {"digest": digest_of(grid.scores), "steps": found}
         json_lines.write_whole(place.folder / "scores.json", json.dumps(content).encode())
         done += 1
-    spent(place, "score", done)
+    spent(place.root, place.run.arm, place.run.name, "score", done)
 
 
 def score_encoder(

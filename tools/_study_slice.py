@@ -50,6 +50,13 @@ class Slice:
         self._running: dict[Any, tuple[Task, float]] = {}
         self._begun, self._slowdown = 0, 1.0  # wall seconds of a CPU-second, of what has ended here
 
+    def status(self, left: int) -> int:
+        """Of the command, where so many runs are left."""
+        if self.signal:
+            print(f"ended by {signal.Signals(self.signal).name}")
+            return 128 + self.signal
+        return 1 if self.failed else 3 if left else 0
+
     def work(self, todo: Callable[[], Iterator[Task]]) -> None:
         """Start what is to be done, and wait for it."""
         before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -18,10 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +29,7 @@ import torch
 from _study_flops import Counted, count_arm
 from _study_grid import Grid, Run, arm_content, digest_of, read_grid
 from _study_page import write_study
+from _study_prepare import Prepared
 from _study_runs import Costs, Place, metrics, planned_runs, train
 from _study_scores import check_scores, score, scored
 from _study_slice import FORK, Slice, Task
@@ -143,29 +140,6 @@ def count(grid: Grid, root: Path) -> dict[str, Counted]:
     return {arm: others.get(arm, control) for arm in grid.arms}
 
 
-def prepare(grid: Grid, root: Path) -> None:
-    """Run what arms need, such as a teacher, once.
-
-    Raises:
-        ValueError: A command fails.
-    """
-    folder = (root / "prepared").resolve()
-    for name, item in (grid.prepare or {}).items():
-        done = folder / f"{name}.done"
-        if done.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        words = shlex.split(item["command"].replace("{folder}", str(folder)))
-        words[:1] = [sys.executable, "-m", "indiclip"] if words[0] == "indiclip" else words[:1]
-        print(f"prepare {name}: {item['command']}", flush=True)
-        with (folder / f"{name}.log").open("ab") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            status = subprocess.run(words, stdout=log, stderr=log, env=environment, check=False).returncode
-        if status:
-            raise ValueError(f"{grid.file}: prepare.{name}: ended with {status}, see {folder / f'{name}.log'}")
-        done.touch()
-
-
 def show_plan(study: Study) -> None:
     """Print runs, FLOPs and CPU-hours."""
     grid, costs = study.grid, Costs(study.root)
@@ -206,23 +180,29 @@ def main(words: list[str] | None = None) -> int:
         grid = read_grid(given.grid)
         check_scores(grid)
         root = given.runs.resolve() / grid.name
-        prepare(grid, root)
+        part, prepared = Slice(given.jobs, given.minutes), Prepared(grid, root)
+        if seconds := prepared.cpu_seconds():
+            print(f"to prepare: {', '.join(prepared.items)}, about {seconds / 3600:.2f} CPU-hours", flush=True)
+        if not given.dry_run:
+            part.work(prepared.todo)
+        if not given.dry_run and [*prepared.todo()]:
+            print("what is prepared is not done; the same command goes on")
+            return part.status(left=1)
         study = Study(grid, root)
-        part = Slice(given.jobs, given.minutes)
         part.work(lambda: (task for task in study.todo() if task.key[1] == "timing"))
         show_plan(study)
-        if not given.dry_run and not part.signal and not part.failed:
+        if given.dry_run:
+            return part.status(left=0)
+        if not part.signal and not part.failed:
             part.work(study.todo)
-            print(write_study(study))
+            print(write_study(study, prepared))
     except (ValueError, FileNotFoundError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
     runs, seconds = study.left()
-    if part.signal:
-        print(f"ended by {signal.Signals(part.signal).name}")
-    if runs and not given.dry_run:
+    if runs:
         print(f"{runs} runs are left, about {seconds / 3600:.2f} CPU-hours; the same command goes on")
-    return 128 + part.signal if part.signal else 1 if part.failed else 3 if runs and not given.dry_run else 0
+    return part.status(runs)
 
 
 if __name__ == "__main__":
