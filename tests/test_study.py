@@ -27,8 +27,10 @@ from _study_grid import read_grid
 from _study_page import Results
 from _study_protocols import PROTOCOLS, Embedded
 from _study_runs import common_step
+from _study_scores import check_scores
 from _study_statistics import Difference, holm, paired, pooled
 
+ROOT = Path(__file__).parents[1]
 CONTRASTIVE = {"class_path": "heads.contrastive.Contrastive"}
 DETECTION = {
     "class_path": "heads.detection.Detection",
@@ -199,6 +201,14 @@ def test_wrong_grids_are_told_in_one_line(tmp_path, capsys):
         assert study.main([str(grid(tmp_path, **changes)), "--runs", str(tmp_path / "runs")]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"study: {tmp_path}/tiny.yaml: {said}"), line
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "study").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_grid_can_be_read_and_says_its_command(file):
+    of = read_grid(file)
+    check_scores(of)
+    assert len(of.arms) > 1
+    assert f"python tools/study.py conf/study/{file.name}" in file.read_text().partition("\ntitle:")[0]
 
 
 def test_runs_of_nearly_as_many_steps_are_compared_at_their_ends():

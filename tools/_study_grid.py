@@ -42,6 +42,7 @@ from indiclip.names import check_choice, check_range, check_whole, did_you_mean
 from indiclip.strict_yaml import UniqueKeys
 
 FOLD = "INDICLIP_STUDY_FOLD"
+TIMING, TIMED_STEPS = "timing", 12  # the run in which an arm's step is timed
 _REQUIRED = ("title", "base", "arms", "control", "budget", "scores")
 
 
@@ -126,6 +127,7 @@ class Run:
         """What it adds to its arm's words."""
         flags = [f"--seed_everything={self.seed}", f"--trainer.max_steps={self.steps}"]
         flags += [] if self.lr is None else [f"--model.lr={self.lr:g}"]
+        flags += ["--model.warmup_steps=0"] if self.name == TIMING else []  # a schedule may need the steps for itself
         return [*flags, f"--data.steps_per_epoch={-(-self.steps // points)}", "--data.num_workers=0"]
 
 

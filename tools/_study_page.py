@@ -122,7 +122,9 @@ class Results:
         return float(np.mean(shares)) / self.study.counted[arm].steps if shares else math.nan
 
     def _over_images(self, arm: str, name: str) -> Interval | None:
-        """Newcombe's paired interval over the images, which all seeds share."""
+        """Newcombe's paired interval over the images, which all seeds share; None of folds, where they do not."""
+        if self.grid.folds or arm in (self.grid.reversed or {}):
+            return None
         hits: dict[str, list[np.ndarray]] = {arm: [], self.grid.control: []}
         for place in self.places:
             file = place.folder / f"hits-{place.run.steps}.npz"
@@ -131,7 +133,7 @@ class Results:
                     hits[place.run.arm] += [content[name]] if name in content else []
         own, control = hits[arm], hits[self.grid.control]
         count = min(len(own), len(control))
-        if not count or len({len(hit_N) for hit_N in (*own, *control)}) > 1 or arm in (self.grid.reversed or {}):
+        if not count or len({len(hit_N) for hit_N in (*own, *control)}) > 1:
             return None
         image_N = np.tile(np.arange(len(own[0])), count)
         return parity_gap(np.concatenate(own[:count]), np.concatenate(control[:count]), cluster_N=image_N)
@@ -148,8 +150,8 @@ def _crossing(points: list[tuple[int, float]], goal: float, sign: float) -> floa
     return math.nan
 
 
-def write_study(study: Study, prepared: Prepared) -> Path:
-    """Write `study.html` and `study.md`; the page's path."""
+def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
+    """Write `study.html` and `study.md`, with what went wrong meanwhile; the page's path."""
     results = Results(study)
     grid, costs = study.grid, Costs(study.root)
     main = [name for name in grid.main if name in results.names] or results.names[:4]
@@ -170,6 +172,7 @@ def write_study(study: Study, prepared: Prepared) -> Path:
             f"{p.run.arm}, {p.run.name}": p.state()["diverged"] for p in _places(study) if "diverged" in p.state()
         },
         "references": {name: found for name in prepared.items if (found := prepared.scores(name))},
+        "failed": failed,
         "left": study.left(),
         "machine": f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),

@@ -26,14 +26,13 @@ import lightning as L
 import torch
 import yaml
 from _study_flops import Counted
-from _study_grid import Grid, Run, digest
+from _study_grid import TIMED_STEPS, TIMING, Grid, Run, digest
 from bench_transfer import cpu_seconds
 
 from indiclip import json_lines
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
 
-TIMING, TIMED_STEPS = "timing", 12
 NEARLY = 0.02  # two numbers of steps that differ by less are taken for equal
 _DIVERGED = "was not finite in"
 

@@ -39,7 +39,7 @@ class Slice:
         minutes: From now on.
 
     Attributes:
-        failed: What went wrong in this slice; it is tried again in the next one.
+        failed: What went wrong in this slice: no more of that arm is done in it, and all again in the next one.
         signal: That ended it, else 0.
     """
 
@@ -64,7 +64,8 @@ class Slice:
             while not self.signal and time.monotonic() < self.end:
                 self._reap()
                 busy = {task.key for task, _ in self._running.values()}
-                open_tasks = [task for task in todo() if task.key not in busy | self.failed.keys()]
+                without = {arm for arm, _, _ in self.failed}
+                open_tasks = [task for task in todo() if task.key not in busy and task.key[0] not in without]
                 while len(self._running) < self.jobs and (task := self._next(open_tasks)) is not None:
                     open_tasks.remove(task)
                     self._start(task)

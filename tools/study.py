@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from _study_flops import Counted, count_arm
@@ -36,6 +37,8 @@ from _study_slice import FORK, Slice, Task
 
 from indiclip import json_lines
 from indiclip.quiet import quiet_torchao
+
+_FLOPS = 4e10  # of a core in a second, where nothing was timed yet
 
 
 class Study:
@@ -92,9 +95,20 @@ class Study:
                 yield Task(key, seconds, partial(score, place, self.grid), partial(_scoring_ended, place))
         for place in map(self.place, [*self.runs["timing"], *self.runs["rates"], *known]):
             if not place.is_done(self.grid):
-                seconds = costs.overhead(place.run.arm) + place.run.steps * costs.step(place.run.arm)
                 key = (place.run.arm, place.run.name, "train")
-                yield Task(key, seconds, partial(train, place, self.grid), place.end)
+                yield Task(key, self.run_seconds(place.run, costs), partial(train, place, self.grid), place.end)
+
+    def step_seconds(self, arm: str, costs: Costs) -> float:
+        """CPU-seconds of a step; of an arm that was not timed by its FLOPs, as fast as those that were."""
+        if own := costs.step(arm):
+            return own
+        flops = {name: counted.flops / counted.steps for name, counted in self.counted.items()}
+        rates = [flops[name] / seconds for name in flops if (seconds := costs.step(name))]
+        return flops[arm] / (median(rates) if rates else _FLOPS)
+
+    def run_seconds(self, run: Run, costs: Costs) -> float:
+        """CPU-seconds of a training."""
+        return costs.overhead(run.arm) + run.steps * self.step_seconds(run.arm, costs)
 
     def left(self) -> tuple[int, float]:
         """How many runs are not done and scored, and about how many CPU-seconds they take."""
@@ -104,7 +118,7 @@ class Study:
             trains = not place.state().get("done") and not place.state().get("diverged")
             missing = 0 if place.state().get("diverged") else len({*run.marks} - scored(place, self.grid).keys())
             runs += bool(trains or missing)
-            seconds += trains * (costs.overhead(run.arm) + run.steps * costs.step(run.arm)) + missing * costs.scoring()
+            seconds += trains * self.run_seconds(run, costs) + missing * costs.scoring()
         return runs, seconds
 
 
@@ -148,17 +162,16 @@ def show_plan(study: Study) -> None:
         f"{'arm':24} {'FLOPs a step':>13} {'steps':>7} {'FLOPs':>10} {'s a step':>9} {'s a run':>8} scored after steps"
     )
     for arm, counted in study.counted.items():
-        step = costs.step(arm)
-        seconds = f"{step:9.3f} {costs.overhead(arm) + step * counted.steps:8.0f}" if step else f"{'not timed':>18}"
-        marks = next(run.marks for run in study.runs["seeds"] if run.arm == arm)
+        run = next(run for run in study.runs["seeds"] if run.arm == arm)
+        estimated = " " if costs.step(arm) else "~"
+        seconds = f"{estimated}{study.step_seconds(arm, costs):8.3f} {study.run_seconds(run, costs):8.0f}"
         stages = " then ".join(f"{flops:.2e}" for _, flops in counted.stages)
-        print(f"{arm:24} {stages:>13} {counted.steps:7} {counted.flops:10.3e} {seconds} {', '.join(map(str, marks))}")
-    declared = sum(item.get("cpu_seconds", 0) for item in (grid.prepare or {}).values())
+        print(
+            f"{arm:24} {stages:>13} {counted.steps:7} {counted.flops:10.3e} {seconds} {', '.join(map(str, run.marks))}"
+        )
     runs, seconds = study.left()
     done = sum(costs.total().values())
-    print(
-        f"{runs} runs are left: about {(seconds + declared) / 3600:.2f} CPU-hours; spent {done / 3600:.2f}", flush=True
-    )
+    print(f"{runs} runs are left: about {seconds / 3600:.2f} CPU-hours; spent {done / 3600:.2f}", flush=True)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -193,9 +206,8 @@ def main(words: list[str] | None = None) -> int:
         show_plan(study)
         if given.dry_run:
             return part.status(left=0)
-        if not part.signal and not part.failed:
-            part.work(study.todo)
-            print(write_study(study, prepared))
+        part.work(study.todo)
+        print(write_study(study, prepared, [*part.failed.values()]))
     except (ValueError, FileNotFoundError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
