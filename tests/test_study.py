@@ -25,9 +25,11 @@ import study
 from _study_flops import count_arm
 from _study_grid import read_grid
 from _study_page import Results
+from _study_prepare import Prepared
 from _study_protocols import PROTOCOLS, Embedded
 from _study_runs import common_step
 from _study_scores import check_scores
+from _study_slice import Slice
 from _study_statistics import Difference, holm, paired, pooled
 
 ROOT = Path(__file__).parents[1]
@@ -209,6 +211,24 @@ def test_every_shipped_grid_can_be_read_and_says_its_command(file):
     check_scores(of)
     assert len(of.arms) > 1
     assert f"python tools/study.py conf/study/{file.name}" in file.read_text().partition("\ntitle:")[0]
+
+
+def test_what_is_prepared_is_made_once_and_by_one_command(tmp_path):
+    code = "import sys; open(sys.argv[1], 'a').write('x'); sys.exit(int(sys.argv[2]))"
+    commands = {
+        "first": f'{sys.executable} -c "{code}" {{folder}}/made 0',
+        "second": f'{sys.executable} -c "{code}" {tmp_path}/x 3',
+    }
+    items = {name: {"command": command} for name, command in commands.items()}
+    of, root = read_grid(grid(tmp_path, prepare=items)), tmp_path / "runs" / "tiny"
+    for _ in range(2):
+        part = Slice(1, 5.0)
+        part.work(Prepared(of, root).todo)
+        assert [*part.failed.values()] == [f"prepare.second: ended with 3, see {root}/prepared/second.log"]
+    assert (root / "prepared" / "made").read_text() == "x"
+    items["first"]["command"] += " 1"
+    with pytest.raises(ValueError, match="prepare.first: was made by another command"):
+        [*Prepared(read_grid(grid(tmp_path, prepare=items)), root).todo()]
 
 
 def test_runs_of_nearly_as_many_steps_are_compared_at_their_ends():

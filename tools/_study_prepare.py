@@ -73,7 +73,7 @@ class Prepared:
         return json.loads(file.read_text()) if file.exists() else {}
 
     def _run(self, name: str) -> None:
-        """In a process of its own; the command becomes a child, so that what it costs can be told."""
+        """In a process of its own, which another program than ours takes over; what that costs is not told."""
         begin_process(self._log(name), self.grid.environment(self.grid.screening_seed))
         words = shlex.split(self.items[name]["command"].replace("{folder}", str(self.folder)))
         if words[0] != "indiclip":

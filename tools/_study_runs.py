@@ -150,7 +150,8 @@ def begin_process(log: Path, environment: dict[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-        os.dup2(file, stream.fileno())
+    for number in {1, 2, sys.stdout.fileno(), sys.stderr.fileno()}:
+        os.dup2(file, number)
 
 
 def spent(root: Path, arm: str, run: str, kind: str, states: int = 0) -> None:
