@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import Prepared
-from indiclip.loading.geometry import Region, drop_outside, move, plain, turn, unwrap, wrap
+from indiclip.loading.geometry import Region, drop_outside, move, turn, unwrap, wrap
+from indiclip.loading.kernels import plain
 from indiclip.names import shorten
 from indiclip.preprocessing import Preprocessing, Size, read_upright, resize, upright_hw
 from indiclip.types import Sample
