@@ -87,8 +87,8 @@ def _rotate(value: Any, angle: float, expand: bool = False, center: Any = None, 
     boxes = as_boxes(plain(value), size, None, tv_tensors.BoundingBoxes)
     turned = plain(TF.rotate(boxes, angle, center=None if expand else center))
     if expand:
-        one = as_boxes(turned.new_zeros(1, 4), size, None, tv_tensors.BoundingBoxes)  # of none the size stays as it was
-        size = TF.rotate(one, angle, expand=True).canvas_size
+        # As the image's own; what torchvision says for boxes is a pixel off, and wrong where there is none.
+        size = tuple(TF.rotate(torch.empty(1, *size, device="meta"), angle, expand=True).shape[1:])
         height, width = ((new - old) / 2 for new, old in zip(size, value.canvas_size, strict=True))
         turned = turned + turned.new_tensor([width, height, width, height])
     return _clamped(turned, value, size)
