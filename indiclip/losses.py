@@ -12,9 +12,9 @@ logits again. The price is that the losses cannot be differentiated twice.
 
 Of mixed images (mixup, CutMix), image i is the share a_i of its own and the rest of its partner's, p(i). With P[i, j]
 1 where pairs i and j are positives of each other, else 0, it shows S[i, j] = a_i P[i, j] + (1 - a_i) P[p(i), j] of
-text j. Sigmoid has S as targets. Softmax finds image i's texts with a_i P[i] / n_i + (1 - a_i) P[p(i)] / n_p(i), n being
-the numbers of positives, and text j's images with S[:, j] / n_j, whose sum is how much this text counts: 1 where both
-images of each pair have the same share. All this is linear in the shares: the losses of hard targets, averaged.
+text j. Sigmoid has S as targets. Softmax finds image i's texts with a_i P[i] / n_i + (1 - a_i) P[p(i)] / n_p(i), n
+being the numbers of positives, and text j's images with S[:, j] / n_j, whose sum is how much this text counts: 1 where
+both images of each pair have the same share. All this is linear in the shares: losses of hard targets, averaged.
 
 Shape letters: B pairs on this rank, W ranks, G = W * B pairs on all ranks, E embedding length, K kinds of
 keys (labels, caption ids).
@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.autograd import with_gradients
-from indiclip.logit_chunks import Chunk, LogitChunks, Mixture
+from indiclip.logit_chunks import Chunk, LogitChunks
+from indiclip.logit_chunks import Mixture as Mixture
 from indiclip.softmax_sums import softmax_sums, softmax_targets
 
 # Logits are at most 100 times the cosines (CLIP, arXiv 2103.00020, section 2.5).

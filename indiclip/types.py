@@ -72,6 +72,10 @@ class Sample(TypedDict, total=False):
     key: Text  # unique in its dataset, stable between runs
     file_name: Text  # of the image, where an annotation file says it and the key is another
     random_seed: Text  # int, of this sample in this step, whatever rank it is on; `loading` gives it in training
+    # Of an image that is mixed with another: int, its partner among the samples of this rank's batch; and float, how
+    # much of the image, 0 to 1, is its own. `loading` gives them where a source has `mix`.
+    mix_partner: Text
+    mix_share: Text
     caption: Annotated[str, Field("text", embedded=True)]
     language: Text  # of `caption`: a BCP-47 code such as hi or hi-Latn
     # language ("" where it is unknown) -> texts; `indiclip.datasets.languages` draws one of them for `caption`

@@ -1,0 +1,181 @@
+"""Mixup and CutMix of images of any size. Oracles: timm's mixer of images of different sizes; hand-made grids; the same
+batches on one rank and on two.
+"""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from timm.data.naflex_mixup import mix_batch_variable_size
+
+from indiclip.datasets.base import SampleDataset
+from indiclip.loading.mixing import Mix, blend, mix_pairs, mix_two
+from indiclip.loading.source import Source
+from indiclip.loading.steps import Steps
+from indiclip.patches import drop_patches, patchify
+from indiclip.preprocessing import Preprocessing
+
+PATCH = 4
+
+
+def prepared(rows, columns, seed, grey=None):
+    """An image of so many patches, of noise or of one grey."""
+    size_hw = (rows * PATCH, columns * PATCH)
+    noise = torch.randint(0, 256, (3, *size_hw), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    pixels = noise if grey is None else torch.full_like(noise, grey)
+    return {"patches": patchify(pixels, PATCH), "size_hw": size_hw, "random_seed": seed, "pixels": pixels}
+
+
+@pytest.mark.parametrize("sizes", [((4, 6), (4, 6)), ((4, 6), (8, 2)), ((5, 5), (1, 9)), ((3, 3), (7, 5))])
+def test_mixup_is_timms(sizes, monkeypatch):
+    # Sides that differ by an odd number have their middles between patches; these differ by an even one.
+    first, second = (prepared(*size, seed) for seed, size in enumerate(sizes))
+    noted = Noted()
+    monkeypatch.setattr("indiclip.loading.mixing.np.random.default_rng", lambda seed: noted)
+    mixed = mix_two(first, second, Mix(mixup=0.7))
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor(noted.share))
+    images = [sample["pixels"].float() for sample in (first, second)]
+    expected, kept, _ = mix_batch_variable_size(images, mixup_alpha=0.7, cutmix_alpha=0.0, local_shuffle=1)
+    for found, image, share in zip(mixed, expected, kept, strict=True):
+        assert found["mix_share"] == pytest.approx(share)
+        patches = patchify(image, PATCH)[0]
+        assert (found["patches"][0] - patches).abs().max() <= 0.5 + 1e-3  # rounded to bytes
+
+
+class Noted:
+    """A generator that keeps what it draws from Beta."""
+
+    def __init__(self):
+        self.generator = np.random.Generator(np.random.PCG64(0))
+
+    def random(self):
+        return self.generator.random()
+
+    def beta(self, *args):
+        self.share = self.generator.beta(*args)
+        return self.share
+
+
+@pytest.mark.parametrize("sizes", [((6, 6), (6, 6)), ((4, 9), (8, 3)), ((2, 2), (9, 9))])
+def test_cutmix_swaps_a_rectangle_and_says_how_much_is_left(sizes):
+    cut = 0
+    for seed in range(20):
+        white, black = prepared(*sizes[0], seed, 255), prepared(*sizes[1], seed + 100, 0)
+        for own, other, found in zip(
+            (white, black), (black, white), mix_two(white, black, Mix(cutmix=1.0)), strict=True
+        ):
+            patches, coords = found["patches"]
+            assert torch.equal(coords, own["patches"][1])
+            foreign = (patches == other["patches"][0][0]).all(1)
+            assert (patches[~foreign] == own["patches"][0][0]).all()  # whole patches, of one or the other
+            assert found["mix_share"] == pytest.approx(1 - foreign.float().mean().item())
+            if foreign.any():
+                where = coords[foreign]
+                assert len(where) == (where.amax(0) - where.amin(0) + 1).prod()  # all of a rectangle
+                cut += 1
+    assert cut > 10
+
+
+def test_dropped_patches_are_mixed_where_both_images_have_them():
+    first, second = prepared(6, 6, 1, 200), prepared(6, 6, 2, 100)
+    few = [s | {"patches": drop_patches(s["patches"], 18, seed)} for seed, s in enumerate((first, second))]
+    common = {tuple(row) for row in few[0]["patches"][1].tolist()} & {
+        tuple(row) for row in few[1]["patches"][1].tolist()
+    }
+    found, _ = mix_two(*few, Mix(mixup=1.0))
+    changed = (found["patches"][0] != 200).all(1)
+    assert {tuple(row) for row in found["patches"][1][changed].tolist()} == common
+    share = (found["patches"][0][changed].float().mean() - 100) / 100
+    assert found["mix_share"] == pytest.approx(1 - (1 - share.item()) * len(common) / 18, abs=0.01)
+
+
+def test_partners_and_probability():
+    samples = [prepared(2, 2, seed) for seed in range(400)]
+    mixed = mix_pairs(samples, Mix(mixup=1.0, prob=0.5))
+    assert [sample["mix_partner"] for sample in mixed] == [*range(200, 400), *range(200)]
+    alone = [sample["mix_share"] == 1 for sample in mixed]
+    assert alone[:200] == alone[200:]
+    assert 0.4 < sum(alone) / 400 < 0.6
+    for before, after, unmixed in zip(samples, mixed, alone, strict=True):
+        assert torch.equal(before["patches"][0], after["patches"][0]) == unmixed
+    assert "mix_share" not in samples[0]
+    assert mix_pairs(samples, Mix(mixup=1.0, prob=0.5))[7]["mix_share"] == mixed[7]["mix_share"]
+
+
+def test_both_kinds_come():
+    pairs = [mix_two(prepared(4, 4, i, 255), prepared(4, 4, i + 99, 0), Mix(1.0, 1.0))[0] for i in range(40)]
+    blended = [bool(((p["patches"][0] > 0) & (p["patches"][0] < 255)).any()) for p in pairs]
+    assert 10 < sum(blended) < 30
+
+
+def test_bytes_are_rounded_to_the_nearest():
+    own, other = torch.tensor([10, 255, 0], dtype=torch.uint8), torch.tensor([11, 0, 255], dtype=torch.uint8)
+    assert blend(own, other, 0.75).tolist() == [10, 191, 64]
+
+
+class Greys(SampleDataset):
+    """Images of three sizes, each of its own grey."""
+
+    def __len__(self):
+        return 40
+
+    def key(self, index):
+        return str(index)
+
+    def __getitem__(self, index):
+        return {"image": np.full((8, 8 + 4 * (index % 3), 3), 6 * index, np.uint8), "caption": str(index)}
+
+
+def source(**options):
+    return Source("t", Greys(), **({"batch_size": 8, "mix": Mix(0.5, 1.0), "max_tokens": 16} | options))
+
+
+def parts(world, **options):
+    """Key -> the image's patches, its share and the key of its partner, of three steps."""
+    found = {}
+    for step, rank in product(range(3), range(world)):
+        batch = Steps([source(**options)], 3, Preprocessing(PATCH), True, rank, world)[step]["t"]
+        targets, keys = batch["targets"], batch["keys"]
+        for i, key in enumerate(keys):
+            count = batch["images"]["num_patches"][i]
+            partner = keys[targets["mix_partner"][i]]
+            found[step, key] = batch["images"]["patches_BNP"][i, :count], targets["mix_share"][i], partner
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"drop": 0.5}, {"batch_size": None, "batch_tokens": 128}])
+def test_batches_are_the_same_on_any_number_of_ranks(options):
+    expected = parts(1, **options)
+    assert any(share < 1 for _, share, _ in expected.values())
+    for world in (2, 4):
+        found = parts(world, **options)
+        assert found.keys() == expected.keys()
+        for place, (patches, *others) in expected.items():
+            assert torch.equal(found[place][0], patches)
+            assert list(found[place][1:]) == others
+
+
+def test_held_out_images_and_zero_are_not_mixed():
+    steps = Steps([source()], 3, Preprocessing(PATCH), False)
+    assert "mix_share" not in steps[0]["t"]["targets"]
+    assert "mix_share" not in Steps([source(mix=Mix())], 3, Preprocessing(PATCH), True)[0]["t"]["targets"]
+    assert not Mix(1.0, prob=0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Steps([source(batch_size=6)], 0, Preprocessing(4), True, 0, 2),
+            "batch_size 6 must be a multiple of twice",
+        ),
+        (lambda: Steps([source(), source(mix=None)], 0, Preprocessing(4), True), "differ in mix"),
+        (lambda: source(shard_groups=2), "shard_groups is 2.*mix"),
+        (lambda: Mix(mixup=-1), r"data: mix\.mixup"),
+        (lambda: Mix(prob=2), r"data: mix\.prob"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
