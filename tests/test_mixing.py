@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from experiments import config, fit
 from timm.data.naflex_mixup import mix_batch_variable_size
 
 from indiclip.datasets.base import SampleDataset
@@ -17,6 +18,7 @@ from indiclip.patches import drop_patches, patchify
 from indiclip.preprocessing import Preprocessing
 
 PATCH = 4
+DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")  # which each part draws anew
 
 
 def prepared(rows, columns, seed, grey=None):
@@ -179,3 +181,38 @@ def test_held_out_images_and_zero_are_not_mixed():
 def test_what_cannot_be_mixed_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_micro_batches_of_mixed_images_together_are_the_batch(tmp_path):
+    weights = []
+    for number in (1, 3):  # three parts of 8, which no pair is in whole
+        tree = config(data__train__0__batch_size=8, data__val=[], model__micro_batches=number, seed_everything=1)
+        tree["data"]["overrides"] = [{"task": "contrastive", "mix": {"mixup": 1.0, "cutmix": 1.0}}]
+        tree["model"]["heads"][0]["init_args"] = {"loss": "softmax"}
+        tree["model"]["encoder"]["text"]["architecture"] |= dict.fromkeys(DROPOUT, 0.0)
+        tree["model"]["warmup_steps"] = 0
+        tree["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert fit(folder, tree) == 0
+        last = folder / "runs" / "experiment" / "checkpoints" / "last.ckpt"
+        weights.append(torch.load(last, weights_only=True)["state_dict"])
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["overrides", "train", "val"])
+def test_mixing_with_boxes_is_one_line_before_training(key, tmp_path, capsys):
+    tree = config()
+    detection = {"num_classes": 17, "out_channels": 8, "num_convs": 1, "scales": [1.0]}
+    tree["model"]["heads"].append({"class_path": "heads.detection.Detection", "init_args": detection})
+    for part in ("train", "val"):
+        tree["data"][part].append(tree["data"][part][0] | {"task": "detection"})
+    mix, words = {"mix": {"mixup": 0.2}}, "data.train[1].mix: detection reads the task 'detection' and cannot learn"
+    if key == "overrides":
+        tree["data"]["overrides"] = [{"task": "detection"} | mix]
+    else:
+        tree["data"][key][1] |= mix
+        words = words if key == "train" else "data.val[1].mix: held-out images are read as they are"
+    assert fit(tmp_path, tree) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indiclip:")]
+    assert words in line
