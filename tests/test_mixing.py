@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 from experiments import config, fit
+from fake_gpu import NoWaits, moved, on_fake_gpu
+from helpers import caption_batch, step_losses, tiny_encoder
 from timm.data.naflex_mixup import mix_batch_variable_size
+from torch._subclasses import FakeTensorMode
 
+from heads.contrastive import Contrastive
 from indiclip.datasets.base import SampleDataset
 from indiclip.loading.mixing import Mix, blend, mix_pairs, mix_two
 from indiclip.loading.source import Source
@@ -216,3 +220,42 @@ def test_mixing_with_boxes_is_one_line_before_training(key, tmp_path, capsys):
     assert fit(tmp_path, tree) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indiclip:")]
     assert words in line
+
+
+def mixed_batch(share):
+    batch = caption_batch(["a kite", "a drum", "two kites", "a diya"], [1, 2, 1, -1])
+    batch["targets"] |= {"mix_partner": [2, 3, 0, 1], "mix_share": [share] * 4}
+    return batch
+
+
+def head_loss(batch, encoder, loss):
+    torch.manual_seed(0)
+    head = Contrastive(loss=loss)
+    head.bind(encoder)
+    return step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).terms["loss"]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_an_image_that_is_all_its_partners_belongs_to_the_partners_caption(loss):
+    encoder = tiny_encoder().eval()
+    swapped = caption_batch(["two kites", "a diya", "a kite", "a drum"], [1, -1, 1, 2])
+    for share, expected in (
+        (0.0, swapped),
+        (1.0, caption_batch(["a kite", "a drum", "two kites", "a diya"], [1, 2, 1, -1])),
+    ):
+        found = head_loss(mixed_batch(share), encoder, loss)
+        torch.testing.assert_close(found, head_loss(expected, encoder, loss), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_loss_of_mixed_images_never_waits_for_the_device(loss):
+    encoder, batch = tiny_encoder(), mixed_batch(0.5)
+    head = Contrastive(loss=loss)
+    head.bind(encoder)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in (encoder, head):
+            on_fake_gpu(mode, module)
+        with NoWaits():
+            on_device = moved(batch, "cuda")
+            terms, _ = step_losses(head.loss(encoder.features(on_device["images"]), on_device, encoder))
+    assert terms["loss"].device.type == "cuda"
