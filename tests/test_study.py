@@ -147,6 +147,8 @@ def test_the_page_has_every_number_and_the_commands(done):
     for name, value in of_wide.items():
         section = page[page.index(f"<summary>{name} (") :].partition("</details>")[0]
         assert f"{value:.3f} " in section.partition(">wide<")[2]
+    untrained = json.loads((folder / "plain" / "untrained" / "scores.json").read_text())["steps"]["1"]
+    assert f'<td>untrained</td><td class="number">{untrained["scenes/zero_shot@32"]:.3f}<' in page
     assert "indiclip fit --config" in page
     assert "--model.encoder.backbone.init_args.width=64 --seed_everything=0" in page
     assert "http" not in page.replace("http://www.w3.org", "")

@@ -171,7 +171,7 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
         "diverged": {
             f"{p.run.arm}, {p.run.name}": p.state()["diverged"] for p in _places(study) if "diverged" in p.state()
         },
-        "references": {name: found for name in prepared.items if (found := prepared.scores(name))},
+        "references": _references(study, prepared),
         "failed": failed,
         "left": study.left(),
         "machine": f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__}",
@@ -212,6 +212,14 @@ def ends(difference: Difference | Interval | None) -> str:
     if difference is None or not math.isfinite(difference.low + difference.high):
         return "–"
     return f"{difference.low:+.3f} to {difference.high:+.3f}"
+
+
+def _references(study: Study, prepared: Prepared) -> dict[str, Scores]:
+    """What is no arm: weights that learned nothing, and runs that were prepared."""
+    (untrained,) = study.runs["reference"]
+    found = {f"{name} (prepared)": prepared.scores(name) for name in prepared.items}
+    found[untrained.name] = scored(study.place(untrained), study.grid).get(untrained.steps, {})
+    return {name: scores for name, scores in found.items() if scores}
 
 
 def _places(study: Study) -> list[Any]:

@@ -33,6 +33,7 @@ from indiclip import json_lines
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
 
+UNTRAINED = "untrained"
 NEARLY = 0.02  # two numbers of steps that differ by less are taken for equal
 _DIVERGED = "was not finite in"
 
@@ -219,12 +220,15 @@ def _clock(run: Path) -> list[dict[str, Any]]:
 
 
 def planned_runs(grid: Grid, counted: dict[str, Counted]) -> dict[str, list[Run]]:
-    """Of each kind: `timing`, `rates` (short ones, for each arm and learning rate) and `seeds`; these without a rate.
+    """Of each kind: `timing`, `reference`, `rates` (short ones, for each arm and learning rate) and `seeds`, without one.
+
+    The reference is the control after a step of no size: what the scores are of weights that have learned nothing.
 
     The weights of a run are kept at its last step, and at the last step of a shorter run with which it is compared.
     """
     longest = {arm: of.steps for arm, of in counted.items()}
-    runs: dict[str, list[Run]] = {"timing": [], "rates": [], "seeds": []}
+    untrained = Run(grid.control, UNTRAINED, grid.seeds[0], 1e-12, 1, (1,))
+    runs: dict[str, list[Run]] = {"timing": [], "reference": [untrained], "rates": [], "seeds": []}
     for arm, steps in longest.items():
         rate = grid.learning_rates[0] if grid.learning_rates else None
         runs["timing"].append(Run(arm, TIMING, grid.screening_seed, rate, TIMED_STEPS))

@@ -86,7 +86,7 @@ class Study:
 
     def todo(self) -> Iterator[Task]:
         """What is left and can be begun now, in the order in which it is to be."""
-        costs, known = Costs(self.root), self.seeds()
+        costs, known = Costs(self.root), [*self.runs["reference"], *self.seeds()]
         for place in map(self.place, known):
             missing = {*place.run.marks} - scored(place, self.grid).keys()
             if missing and place.is_done(self.grid) and metrics(place):
