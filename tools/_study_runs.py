@@ -220,7 +220,7 @@ def _clock(run: Path) -> list[dict[str, Any]]:
 
 
 def planned_runs(grid: Grid, counted: dict[str, Counted]) -> dict[str, list[Run]]:
-    """Of each kind: `timing`, `reference`, `rates` (short ones, for each arm and learning rate) and `seeds`, without one.
+    """Of each kind: `timing`, `reference`, `rates` (a short one for each arm and learning rate), `seeds` without one.
 
     The reference is the control after a step of no size: what the scores are of weights that have learned nothing.
 
