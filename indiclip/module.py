@@ -37,6 +37,8 @@ class MultiTask(L.LightningModule):
     Args:
         encoder: What is trained and kept.
         heads: The tasks.
+        head_overrides: In a config, arguments in place of those that `heads` has, for a page that stacks on another:
+            `head_overrides+: [{head: contrastive, loss: sigmoid}]`. They are applied when the config is read.
         lr: Peak learning rate; None is the optimizer's own.
         weight_decay: Of matrices and kernels, see `indiclip.optim.parameter_groups`; None is the optimizer's own.
         warmup_steps: Linear warm-up, then what `lr_schedule` says.
@@ -71,6 +73,7 @@ class MultiTask(L.LightningModule):
         self,
         encoder: Encoder,
         heads: list[Head],
+        head_overrides: list[dict[str, Any]] | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
         warmup_steps: int = 100,
@@ -87,6 +90,8 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_heads(heads)
+        if head_overrides:
+            raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
         check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
         check_range({"model.layer_decay": layer_decay}, 0, 1, without=0)

@@ -70,7 +70,7 @@ class WarmupStableDecay(Schedule):
     A run that goes on from before its decay may be given more steps without a trace of the first plan.
 
     Args:
-        decay_steps: Steps of the decay.
+        decay_steps: Steps of the decay, or below 1 their share of the run's.
         decay: Its form.
         min_lr_ratio: Of the last step's rate to the peak.
     """
@@ -78,19 +78,23 @@ class WarmupStableDecay(Schedule):
     kind = "warmup_stable_decay"
 
     def __init__(
-        self, decay_steps: int, decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt", min_lr_ratio: float = 0.0
+        self, decay_steps: float, decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt", min_lr_ratio: float = 0.0
     ) -> None:
         check_range({"model.lr_schedule.decay_steps": decay_steps})
         check_range({"model.lr_schedule.min_lr_ratio": min_lr_ratio}, 0, 1)
+        if decay_steps > 1 and decay_steps != int(decay_steps):
+            raise ValueError(f"model.lr_schedule.decay_steps: found {decay_steps}; expected a share below 1, or steps")
         self.decay_steps = decay_steps
-        self.options = {"num_decay_steps": decay_steps, "decay_type": decay, "min_lr_ratio": min_lr_ratio}
+        self.options = {"decay_type": decay, "min_lr_ratio": min_lr_ratio}
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
-        if warmup_steps + self.decay_steps > num_steps:
+        decay_steps = round(self.decay_steps * num_steps if self.decay_steps < 1 else self.decay_steps)
+        if decay_steps and warmup_steps + decay_steps > num_steps:
             raise ValueError(
-                f"model.lr_schedule.decay_steps: {self.decay_steps} and model.warmup_steps {warmup_steps} are more "
+                f"model.lr_schedule.decay_steps: {decay_steps} and model.warmup_steps {warmup_steps} are more "
                 f"than the run's {num_steps} steps"
             )
+        self.options = {**self.options, "num_decay_steps": decay_steps}
         return super().scheduler(optimizer, warmup_steps, num_steps)
 
 
