@@ -77,8 +77,8 @@ class ContrastiveLoss(nn.Module, ABC):
         scale = self.paper_logit_scale if init_logit_scale is None else init_logit_scale
         if not 0 < scale <= max_logit_scale < math.inf:
             raise ValueError(
-                f"init_logit_scale: found {scale:g} with max_logit_scale {max_logit_scale:g}; expected more than 0, and "
-                "no more than the latter"
+                f"init_logit_scale: found {scale:g} with max_logit_scale {max_logit_scale:g}; expected more than 0 "
+                "and no more than the latter"
             )
         self.max_log_scale = math.log(max_logit_scale)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale)))

@@ -1,4 +1,4 @@
-"""A page that stacks on another one changes arguments of its heads; the config that is run has them as if written so."""
+"""A page that stacks on another one changes arguments of its heads, as if they had been written so."""
 
 import math
 
