@@ -79,7 +79,8 @@ class Contrastive(Head):
         if init_logit_bias is not None and loss != "sigmoid":
             raise ValueError(f"heads.{self.name}.init_logit_bias: the loss {loss} has none; expected the loss sigmoid")
         self.check_range(1e-3, 1e6, max_logit_scale=max_logit_scale)
-        self.check_range(1e-3, max_logit_scale, init_logit_scale=init_logit_scale)
+        if init_logit_scale is not None:
+            self.check_range(1e-3, max_logit_scale, init_logit_scale=init_logit_scale)
         self.loss_name, self.length_weights = loss, length_weights
         self._logits = {"init_logit_scale": init_logit_scale, "max_logit_scale": max_logit_scale}
         self._logits |= {} if init_logit_bias is None else {"init_logit_bias": init_logit_bias}

@@ -178,8 +178,8 @@ class MultiTask(L.LightningModule):
             )
         if trainer.precision == "16-mixed":
             raise ValueError(
-                f"{name} takes gradients before they are scaled, of which float16 loses many; expected trainer.precision "
-                "bf16-mixed or 32-true"
+                f"{name} takes gradients before they are scaled, of which float16 loses many; expected "
+                "trainer.precision bf16-mixed or 32-true"
             )
         if self.compiles:
             raise ValueError(

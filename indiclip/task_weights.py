@@ -75,7 +75,7 @@ class Uncertainty(TaskWeights):
         self.log_variances = nn.ParameterDict({head: nn.Parameter(torch.zeros(1)) for head in weights})
 
     def part(self, head: str, loss: Tensor) -> Tensor:
-        s = self.log_variances[head]
+        s: Tensor = self.log_variances[head]
         self.logged[f"{head}/log_variance"] = s.detach().squeeze()
         return self.weights[head] * (torch.exp(-s) * loss + s).squeeze()
 
@@ -168,7 +168,7 @@ class PCGrad(TaskWeights):
         if shared:
             parameters = [watched[number] for number in shared]
             rows = [mean_over_ranks(flat([of[n] for n in shared], parameters)) for of in gradients.values()]
-            pieces = project(rows, seed).split([parameter.numel() for parameter in parameters])
+            pieces = torch.split(project(rows, seed), [parameter.numel() for parameter in parameters])
             found |= {n: piece.view_as(watched[n]) for n, piece in zip(shared, pieces, strict=True)}
         numbers = sorted(found)
         return with_gradients(loss.detach(), [found[n] for n in numbers], [watched[n] for n in numbers])
@@ -187,10 +187,10 @@ def project(rows: Sequence[Tensor], seed: int) -> Tensor:
     return total
 
 
-def gradients_of(parts: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, tuple[Tensor | None, ...]]:
+def gradients_of(parts: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, list[Tensor | None]]:
     """The gradient of each loss on each parameter; without a loss of a head that is frozen, on what is frozen."""
     return {
-        name: torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
+        name: list(torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True))
         for name, part in parts.items()
         if part.requires_grad
     }
