@@ -47,8 +47,8 @@ class MultiTask(L.LightningModule):
         warmup_steps: Linear warm-up, then what `lr_schedule` says.
         optimizer: Any of torch's and timm's, e.g. `{class_path: timm.optim.Muon, init_args: {momentum: 0.95}}`. None is
             fused AdamW with lr 1e-3, betas (0.9, 0.98) and weight_decay 0.05.
-        lr_schedule: One of `indiclip.optim`: Cosine, Linear, WarmupStableDecay, Constant. None is Cosine, to zero at
-            the run's last step.
+        lr_schedule: One of `indiclip.optim`: Cosine, Linear, WarmupStableDecay, Constant, Staged. None is Cosine, to
+            zero at the run's last step.
         lr_scale: Factor of the learning rate by module path, e.g. `{encoder.backbone: 0.1}`.
         layer_decay: Factor of the learning rate from each block of a tower to the block below.
         task_weights: How the heads' losses become one, see `indiclip.task_weights`: `Uncertainty`, `GradNorm`,

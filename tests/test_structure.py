@@ -56,7 +56,7 @@ ARROWS = {
     "json_lines.py": "masking",
     "old_names.py": "",
     "config_files.py": "names old_names",
-    "optim.py": "names",
+    "optim.py": "names steps",
     "freezing.py": "names",
     "lora.py": "names",
     "images.py": "",

@@ -18,7 +18,7 @@ from torch import Tensor
 from indiclip.distributed import mean_over_ranks
 from indiclip.float8 import float8_layers
 from indiclip.loading.data_module import MultiTaskData
-from indiclip.loading.source import keyed
+from indiclip.loading.source import Source, keyed
 from indiclip.module import Batches, MultiTask
 from indiclip.task_weights import flat, gradients_of
 from indiclip.training.fault_tolerance.later import Later
@@ -81,10 +81,14 @@ def _sources_table(data: MultiTaskData) -> Table:
             source.task,
             f"{key} {type(source.dataset).__name__}",
             f"{len(source.dataset):,}",
-            f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
+            f"{source.batch_tokens:,} tokens" if source.batch_tokens else _batch_sizes(source),
             ", then ".join(f"<= {budget.most_kept}" for budget in source.budgets),
         )
     return table
+
+
+def _batch_sizes(source: Source) -> str:
+    return ", then ".join(str(spec.samples) for _, spec in source.specs)
 
 
 def _parts_table(module: MultiTask) -> Table:
