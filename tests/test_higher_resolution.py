@@ -22,7 +22,7 @@ def pictures(count, seed):
 
 
 def losses(grid, sides):
-    """Those of held-out pictures, enlarged to other sizes, of a model trained with 6 x 6 patches and a table of `grid`."""
+    """Of held-out pictures, enlarged to other sizes; the model has a table of `grid` and is trained with 6 x 6 patches."""
     torch.manual_seed(0)
     options = {"pos_embed_grid_size": [grid, grid]}
     backbone = NaFlexViT(width=32, depth=2, num_heads=2, patch_size=PATCH, max_tokens=256, options=options)
@@ -45,8 +45,8 @@ def losses(grid, sides):
 
 
 def test_the_loss_of_the_same_images_does_not_jump():
-    """Where a thing is can be told from positions alone. With a table as fine as the first stage's grid, every cell of it
-    is trained, and what is read between them serves larger grids: from 0.09 to at most 0.31.
+    """Where a thing is can be told from positions alone. With a table as fine as the first stage's grid, every cell is
+    trained, and what is read between them serves larger grids: from 0.09 to at most 0.31.
 
     With a table of 16 x 16, which is read at 6 x 6 places in the first stage, larger grids read cells that nothing has
     trained: the loss is that of guessing among four, ln 4, or worse.

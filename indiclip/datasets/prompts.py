@@ -65,8 +65,10 @@ class Prompted(Subset):
         label = sample.get("label", -1)
         if label < 0 or not (self.replace or _is_bare(sample)):
             return sample
-        kept = {name: value for name, value in sample.items() if name not in ("caption", "captions", "language")}
-        return Sample(**kept, captions=self._of_class(label))  # type: ignore[typeddict-item]
+        prompted: Sample = {**sample, "captions": self._of_class(label)}
+        for name in ("caption", "language"):
+            prompted.pop(name, None)  # type: ignore[misc]
+        return prompted
 
     def captions(self, index: int) -> dict[str, list[str]]:
         """See `SampleDataset`. Those of prompts where the labels are known without reading."""
