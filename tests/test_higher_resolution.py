@@ -22,7 +22,7 @@ def pictures(count, seed):
 
 
 def losses(grid, sides):
-    """Of held-out pictures, enlarged to other sizes; the model has a table of `grid` and is trained with 6 x 6 patches."""
+    """Of held-out pictures, enlarged to other sizes, of a model with a table of `grid` trained with 6 x 6 patches."""
     torch.manual_seed(0)
     options = {"pos_embed_grid_size": [grid, grid]}
     backbone = NaFlexViT(width=32, depth=2, num_heads=2, patch_size=PATCH, max_tokens=256, options=options)
