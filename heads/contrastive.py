@@ -30,7 +30,7 @@ from indiclip.head import (
     plain,
     same_classes,
 )
-from indiclip.losses import ContrastiveLoss, Mixture, SigmoidLoss, SoftmaxLoss, caption_ids
+from indiclip.losses import MAX_LOGIT_SCALE, ContrastiveLoss, Mixture, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.types import Batch, Features, class_names, on_device
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class Contrastive(Head):
     Args:
         loss: `sigmoid` (SigLIP) or `softmax` (CLIP), over the encoder's trained lengths.
         length_weights: Weight of each of the encoder's lengths, ascending; None is equal.
+        init_logit_scale: Factor on the cosines at the start, one over the temperature; None is the paper's, 10 or
+            1 / 0.07. Logits that `model.encoder.init_from` gives win over this one and the next.
+        init_logit_bias: Added to the logits at the start, with `sigmoid` alone; None is the paper's, -10.
+        max_logit_scale: Most that the factor may become.
         templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
         retrieval_at: The k of retrieval recall@k.
         **common: Of every `Head`.
@@ -65,12 +69,22 @@ class Contrastive(Head):
         self,
         loss: Literal["sigmoid", "softmax"] = "sigmoid",
         length_weights: list[float] | None = None,
+        init_logit_scale: float | None = None,
+        init_logit_bias: float | None = None,
+        max_logit_scale: float = MAX_LOGIT_SCALE,
         templates: list[str] | None = None,
         retrieval_at: list[int] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        if init_logit_bias is not None and loss != "sigmoid":
+            raise ValueError(f"heads.{self.name}.init_logit_bias: the loss {loss} has none; expected the loss sigmoid")
+        self.check_range(1e-3, 1e6, max_logit_scale=max_logit_scale)
+        if init_logit_scale is not None:
+            self.check_range(1e-3, max_logit_scale, init_logit_scale=init_logit_scale)
         self.loss_name, self.length_weights = loss, length_weights
+        self._logits = {"init_logit_scale": init_logit_scale, "max_logit_scale": max_logit_scale}
+        self._logits |= {} if init_logit_bias is None else {"init_logit_bias": init_logit_bias}
         self.templates = templates or ["{}"]
         if any("{}" not in template for template in self.templates):
             raise ValueError(f"heads.contrastive.templates: {self.templates} must each contain {{}} for the class name")
@@ -81,7 +95,7 @@ class Contrastive(Head):
 
     def bind(self, encoder: "Encoder") -> None:
         make = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}[self.loss_name]
-        self.criterion: ContrastiveLoss = make(lengths=encoder.lengths, length_weights=self.length_weights)
+        self.criterion: ContrastiveLoss = make(encoder.lengths, self.length_weights, **self._logits)
         self.criterion.begin_with(encoder.initial_logits)
         self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
 

@@ -23,6 +23,7 @@ from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.preprocessing import Preprocessing
+from indiclip.task_weights import Fixed, GradNorm, PCGrad, Uncertainty
 from indiclip.training.record import read_history
 
 EXACT = {"rtol": 1e-6, "atol": 1e-9}
@@ -42,12 +43,14 @@ def heads(loss="sigmoid"):
 class OneStep(MultiTask):
     """A module outside of a Trainer: `step` gives what is logged of a step, and its gradients."""
 
-    def __init__(self, seed=0, loss="sigmoid", lengths=(16, 32), batch_norm=True, dropout=0.0, **options):
+    def __init__(
+        self, seed=0, loss="sigmoid", lengths=(16, 32), batch_norm=True, dropout=0.0, task_weights=Fixed, **options
+    ):
         encoder = tiny_encoder(seed, 64, lengths, batch_norm=batch_norm)
         for part in encoder.text.modules():
             if isinstance(part, nn.Dropout):
                 part.p = dropout
-        super().__init__(encoder, heads(loss), **options)
+        super().__init__(encoder, heads(loss), task_weights=task_weights(), **options)
         progress = SimpleNamespace(total=SimpleNamespace(processed=7))
         self._trainer = SimpleNamespace(
             global_rank=0, global_step=0, max_steps=1, precision_plugin=None,
@@ -77,7 +80,8 @@ class OneStep(MultiTask):
             for gradient in gradients.values():
                 torch.distributed.all_reduce(gradient)
                 gradient /= torch.distributed.get_world_size()
-        return self.logged, gradients, {name: b for name, b in self.named_buffers() if "running" in name}
+        buffers = {name: b for name, b in self.named_buffers() if "running" in name or "task_weights" in name}
+        return self.logged, gradients, buffers
 
 
 class Emptied(Mela):
@@ -116,7 +120,9 @@ WHOLE = {
     "sigmoid": {},
     "softmax": {"loss": "softmax"},
     "one length": {"lengths": (), "batch_norm": False},
-    "weights": {"uncertainty_weighting": True},
+    "weights": {"task_weights": Uncertainty},
+    "norms": {"task_weights": GradNorm},
+    "projections": {"task_weights": PCGrad},
 }
 
 

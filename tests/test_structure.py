@@ -56,7 +56,7 @@ ARROWS = {
     "json_lines.py": "masking",
     "old_names.py": "",
     "config_files.py": "names old_names",
-    "optim.py": "names",
+    "optim.py": "names steps",
     "freezing.py": "names",
     "lora.py": "names",
     "images.py": "",
@@ -98,12 +98,13 @@ ARROWS = {
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8"
+    "task_weights.py": "names types distributed autograd sharding",
+    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
     " micro_batches ratios steps",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
-    "planning": "types names images head losses optim loading ratios distributed",
+    "planning": "task_weights types names images head losses optim loading ratios distributed",
     "loading": "types names steps images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
@@ -111,8 +112,8 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding moving_average float8 pooling lightning_internals backbone encoder head module datasets loading"
-        " evals planning"
+        " sharding moving_average float8 pooling lightning_internals backbone encoder head module task_weights"
+        " datasets loading evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"
