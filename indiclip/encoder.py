@@ -4,7 +4,8 @@ It knows no head, no Lightning and no config. Shape letters: see `indiclip.types
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast, get_args
@@ -90,6 +91,7 @@ class Encoder(nn.Module):
         self._build(**chosen)
         self.initial_logits = initial.logits()
         self.initialised = initial.fill(self) if init_from else []
+        self._remembered: dict[tuple[str, int], tuple[Any, Tensor]] | None = None
         self.lora = lora
         if lora is not None:  # last: the towers' weights must be there under their own names before
             add_lora({"image": self.backbone, "text": self.text}, lora)
@@ -153,6 +155,24 @@ class Encoder(nn.Module):
         """By which `zero_shot` multiplies cosines before the softmax."""
         return math.exp(self.initial_logits.get("logit_scale", _CLIP_LOGIT_SCALE))
 
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While it lasts, the same features or texts are pooled once, whoever asks: the heads of a task share them."""
+        self._remembered = {}
+        try:
+            yield
+        finally:
+            self._remembered = None
+
+    def _once(self, what: str, of: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """What was computed of an object while `remembering`, else what is computed now."""
+        if self._remembered is None:
+            return compute()
+        key = (what, id(of))
+        if key not in self._remembered:
+            self._remembered[key] = (of, compute())  # kept with it, so that no other object gets its id
+        return self._remembered[key][1]
+
     def features(self, images: Images) -> Features:
         """Backbone features of a batch of images."""
         return cast(Features, self.backbone(images))
@@ -163,6 +183,9 @@ class Encoder(nn.Module):
 
     def pool_features(self, features: Features) -> Tensor:
         """One vector per image (B, D), each for itself: before batch norm, where there is one, and the projection."""
+        return self._once("image", features, lambda: self._pool_features(features))
+
+    def _pool_features(self, features: Features) -> Tensor:
         if self.image_pool.kind == "tower":
             return self.backbone.pool(features)
         return cast(Tensor, self.image_pool(features.tokens_BND, features.valid_BN))
@@ -224,6 +247,9 @@ class Encoder(nn.Module):
 
     def pool_text(self, texts: str | list[str] | Texts) -> Tensor:
         """One vector per text (B, D), as `pool_features`; equal strings are encoded once. At least one text."""
+        return self._once("text", texts, lambda: self._pool_text(texts))
+
+    def _pool_text(self, texts: str | list[str] | Texts) -> Tensor:
         many = [texts] if isinstance(texts, str) else list(texts)
         if not all(isinstance(text, str) for text in many):
             raise ValueError(f"embed_text: found {shorten(texts)}; expected a string, or a list of them")

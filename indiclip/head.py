@@ -170,12 +170,15 @@ class Head(nn.Module, ABC):
             features. None is the file's name in `heads/`, also of a head that is made from it in another file.
         weight: Factor of this head's losses in the step's total.
         name: Log prefix, `train/<name>/<loss>`; None is the file's name. Two heads of one class need it.
+        start: Where the run begins to train the head: a share of its steps below 1, or the number of a step. Before,
+            the head costs nothing and its weights stay as they are.
 
     Attributes:
         title: What people call the task; empty is the head's name, as is that of a head with a name of its own.
         metric: Its `compute()` gives a dict of numbers. Where a task has several held-out sources, each has a copy of
             it, which stands here while `update_metric` gets a batch of that source.
         required_fields: Fields of `Sample` that training and scoring need in every sample.
+        required_views: Names of the views that `loss` reads, see `indiclip.loading.views.View`.
         predict_fields: Those that `predict` needs.
         needs_all_patches: Whether dropped patches would spoil what it learns, as they do where it needs a map.
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
@@ -190,24 +193,27 @@ class Head(nn.Module, ABC):
     title = ""
     metric: Metrics
     required_fields: tuple[str, ...] = ()
+    required_views: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
     needs_all_patches = True
     no_flip = ""
     embeds_images = True
     embeds_text = True
 
-    def __init__(self, task: str | None = None, weight: float = 1.0, name: str | None = None) -> None:
+    def __init__(
+        self, task: str | None = None, weight: float = 1.0, name: str | None = None, start: float = 0.0
+    ) -> None:
         super().__init__()
         own, direct = type(self), next(kind for kind in type(self).__mro__ if Head in kind.__bases__)
         self.task = direct.__module__.rpartition(".")[2] if task is None else task
-        self.weight = weight
+        self.weight, self.start = weight, start
         self.name = own.__module__.rpartition(".")[2] if name is None else name
         if name is not None or not self.title:
             self.title = f"{self.name[:1].upper()}{self.name[1:]}".replace("_", " ")
         if not re.fullmatch(r"[\w-]+", self.name) or hasattr(nn.ModuleDict(), self.name):
             expected = "letters, digits, _ and -, and no name of torch's ModuleDict"
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected {expected}")
-        self.check_range(weight=weight)
+        self.check_range(weight=weight, start=start)
 
     def check_range(self, *limits: float, **arguments: float) -> None:
         """Raise ValueError for the first that does not lie within the limits, naming it; see `names.check_range`."""
@@ -222,6 +228,18 @@ class Head(nn.Module, ABC):
 
         Raises:
             ValueError: What does not fit, naming the YAML key.
+        """
+
+    def begin(self, encoder: "Encoder") -> None:
+        """Called once, before the head's first step: `start`, or the run's first. What it changes must be in the
+        head's state, as a resumed run does not call it again.
+        """
+
+    def after_step(self, encoder: "Encoder", progress: float) -> None:
+        """Called after each optimizer step that the head took part in, as for an average of weights.
+
+        Args:
+            progress: The share of the run's steps that are done, above 0 and at most 1.
         """
 
     @abstractmethod

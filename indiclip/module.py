@@ -25,6 +25,7 @@ from indiclip.lightning_internals import batches_done, estimated_steps, gradient
 from indiclip.micro_batches import Outputs, cached_gradients, split
 from indiclip.names import check_range
 from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
+from indiclip.steps import first_step
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
@@ -108,6 +109,7 @@ class MultiTask(L.LightningModule):
         # Of this step, for callbacks: each head's part of the total, and its losses as they are logged.
         self.head_losses: dict[str, Tensor] = {}
         self.head_terms: dict[str, list[Tensor]] = {}
+        self._starts: dict[str, int] = {}  # head -> the step in which it begins, once the run's length is known
         self.unused = _unused_parts(heads)
         self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
         freeze_paths(self, self.frozen)
@@ -182,11 +184,29 @@ class MultiTask(L.LightningModule):
         """The heads, typed."""
         return cast(list[Head], list(self.heads.values()))
 
+    def active_heads(self) -> list[Head]:
+        """Those that take part in this step, see `Head.start`."""
+        if not any(self._starts.values()):
+            return self.each_head()
+        step = batches_done(self.trainer)
+        return [head for head in self.each_head() if step >= self._starts.get(head.name, 0)]
+
     def on_train_batch_start(self, *_: Any) -> None:
         self._seed()
+        for head in self.each_head():
+            if batches_done(self.trainer) == self._starts[head.name]:
+                head.begin(self.encoder)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for head in self._idle_heads():  # else weights would decay that nothing trains yet
+            for parameter in head.parameters():
+                parameter.grad = None
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
+        progress = (batches_done(self.trainer) + 1) / self._num_steps
+        for head in self.active_heads():
+            head.after_step(self.encoder, progress)
         if self.float8 == "tensorwise" and sharding.is_sharded(self):  # also for a validation before the next step
             share_scales(self)
 
@@ -198,9 +218,13 @@ class MultiTask(L.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
 
+    def _idle_heads(self) -> list[Head]:
+        active = self.active_heads()
+        return [head for head in self.each_head() if head not in active]
+
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         _count_in_float32()
-        for head in self.each_head():
+        for head in self.active_heads():
             if head.task not in batches:
                 raise ValueError(f"model.heads: {head.name} reads the task {head.task!r}; the step has no batch of it")
         if self.micro_batches == 1:
@@ -217,12 +241,13 @@ class MultiTask(L.LightningModule):
         """What each head makes of its batch."""
         features: dict[str, Features] = {}
         outputs: Outputs = {}
-        for head in self.each_head():
-            if (batch := batches.get(head.task)) is None:
-                continue
-            if head.task not in features:  # heads of one task share its features
-                features[head.task] = self.encoder.features(batch["images"])
-            outputs[head.name] = head.loss(features[head.task], batch, self.encoder)
+        with self.encoder.remembering():
+            for head in self.active_heads():
+                if (batch := batches.get(head.task)) is None:
+                    continue
+                if head.task not in features:  # heads of one task share its features
+                    features[head.task] = self.encoder.features(batch["images"])
+                outputs[head.name] = head.loss(features[head.task], batch, self.encoder)
         return outputs
 
     def _outputs_of_part(self, number: int, batches: Batches) -> Outputs:
@@ -241,16 +266,22 @@ class MultiTask(L.LightningModule):
         terms = over_all_ranks({f"{name}/{term}": v for name, of in losses.items() for term, v in of.terms.items()})
         zero = torch.zeros((), device=self.device)
         self.head_losses = {}
-        for head in self.each_head():
+        for head in self.active_heads():
             loss = sum((terms[f"{head.name}/{term}"] for term in losses[head.name].terms), zero)
             self.head_losses[head.name] = self._weighted(head, loss)
-        total = sum(self.head_losses.values(), zero)
+        total = sum(self.head_losses.values(), zero) + self._nothing_of_idle_heads()
         means = self._log_means(
             {name: term.detach() for name, term in terms.items()} | {"loss": total.detach()},
             {f"{name}/{number}": value for name, of in losses.items() for number, value in of.logged.items()},
         )
         self.head_terms = {name: [means[f"{name}/{term}"] for term in of.terms] for name, of in losses.items()}
         return total
+
+    def _nothing_of_idle_heads(self) -> Tensor | int:
+        """Zero, with a gradient for each of their weights, for which DDP waits."""
+        if rank_and_world()[1] == 1 or sharding.is_sharded(self):
+            return 0
+        return sum(p.sum() * 0 for head in self._idle_heads() for p in head.parameters() if p.requires_grad)
 
     def _weighted(self, head: Head, loss: Tensor) -> Tensor:
         if head.name not in self.log_variances:
@@ -321,6 +352,8 @@ class MultiTask(L.LightningModule):
         steps = estimated_steps(self.trainer)
         if steps == float("inf"):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
+        self._num_steps = int(steps)
+        self._starts = {head.name: _start_step(head, self._num_steps) for head in self.each_head()}
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
         groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
@@ -373,6 +406,17 @@ def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         f"--ckpt_path: {len(apart)} tensors are not those of the config's model, such as {apart[0]}: "
         f"found shape {shapes.get(apart[0], 'missing')}, expected {own_shapes.get(apart[0], 'missing')}"
     )
+
+
+def _start_step(head: Head, num_steps: int) -> int:
+    """The step in which a head begins."""
+    start = first_step(head.start, num_steps)
+    if start >= num_steps:
+        raise ValueError(
+            f"heads.{head.name}.start: {head.start:g} is beyond the last of the run's {num_steps} steps; expected "
+            "less, or a share of them below 1"
+        )
+    return start
 
 
 def _unused_parts(heads: list[Head]) -> list[str]:

@@ -242,6 +242,8 @@ class Batch(TypedDict):
     """
 
     images: NotRequired[Images]
+    # name of a `View` -> its images, as many of each sample, sample after sample
+    views: NotRequired[dict[str, Images]]
     targets: NotRequired[dict[str, Any]]  # the fields of Sample in resized pixels, see `Field`
     keys: list[str]
     origin: NotRequired[Origin]
@@ -301,13 +303,11 @@ def targets_of(batch: Batch, image: int) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def part_of(batch: Batch, first: int, last: int) -> Batch:
-    """The images from `first` to before `last`, patches padded to the longest of these."""
-    images = batch["images"]
+def images_of(images: Images, first: int, last: int) -> Images:
+    """Those from `first` to before `last`, padded to the longest of these."""
     num_patches = images["num_patches"][first:last]
     longest = max(num_patches)
-    part: dict[str, Any] = {**batch, "keys": batch["keys"][first:last]}
-    part["images"] = Images(
+    return Images(
         patches_BNP=images["patches_BNP"][first:last, :longest],
         coords_BN2=images["coords_BN2"][first:last, :longest],
         valid_BN=images["valid_BN"][first:last, :longest],
@@ -315,6 +315,18 @@ def part_of(batch: Batch, first: int, last: int) -> Batch:
         scale=images["scale"][first:last],
         num_patches=num_patches,
     )
+
+
+def part_of(batch: Batch, first: int, last: int) -> Batch:
+    """The images from `first` to before `last`, patches padded to the longest of these."""
+    part: dict[str, Any] = {**batch, "keys": batch["keys"][first:last]}
+    part["images"] = images_of(batch["images"], first, last)
+    if "views" in batch:
+        counts = {name: len(images["num_patches"]) // len(batch["keys"]) for name, images in batch["views"].items()}
+        part["views"] = {
+            name: images_of(images, first * counts[name], last * counts[name])
+            for name, images in batch["views"].items()
+        }
     targets = batch["targets"]
     part["targets"] = {
         name: value.part(first, last) if isinstance(value, Rows) else value[first:last]

@@ -37,6 +37,7 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
     ranks = "indiclip.evals.protocols.cosines"  # a function of numbers, so that training and benchmark rank alike
     parts = {"indiclip.losses", "indiclip.fcos", "indiclip.detection_metric"}
+    parts |= {"indiclip.moving_average", "indiclip.masked_images", "indiclip.ratios", "indiclip.distributed"}
     parts |= {"indiclip.surface_charts", "indiclip.surface_metric"}
     parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
     assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
@@ -47,6 +48,9 @@ ARROWS = {
     "__main__.py": "cli",
     "types.py": "",
     "names.py": "",
+    "steps.py": "",
+    "moving_average.py": "pooling",
+    "masked_images.py": "backbone types",
     "strict_yaml.py": "",
     "masking.py": "",
     "json_lines.py": "masking",
@@ -94,19 +98,20 @@ ARROWS = {
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
     "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8"
-    " micro_batches ratios",
+    " micro_batches ratios steps",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
     "planning": "types names images head losses optim loading ratios distributed",
-    "loading": "types names images patches preprocessing datasets lightning_internals",
+    "loading": "types names steps images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
         " pretrained tokenizer_sources datasets webdataset generated loading"
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding float8 pooling lightning_internals backbone encoder head module datasets loading evals planning"
+        " sharding moving_average float8 pooling lightning_internals backbone encoder head module datasets loading"
+        " evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"

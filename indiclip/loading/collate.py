@@ -14,7 +14,10 @@ Prepared = dict[str, Any]
 
 def collate(samples: list[Prepared]) -> Batch:
     """Prepared samples -> `Batch`: patches padded to the longest, targets packed."""
-    return Batch(images=stack(samples), targets=pack(samples), keys=[sample["key"] for sample in samples])
+    batch = Batch(images=stack(samples), targets=pack(samples), keys=[sample["key"] for sample in samples])
+    if views := samples[0].get("views"):
+        batch["views"] = {name: stack([view for sample in samples for view in sample["views"][name]]) for name in views}
+    return batch
 
 
 def pack(samples: list[Prepared]) -> dict[str, Any]:

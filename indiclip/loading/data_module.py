@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from indiclip.datasets.inventory import Inventory
 from indiclip.lightning_internals import batches_done, run_steps
+from indiclip.loading.overrides import SourceOverride, overridden
 from indiclip.loading.source import Source, keyed
 from indiclip.loading.steps import Steps
 from indiclip.loading.workers import StepLoader, Workers
@@ -30,6 +31,8 @@ class MultiTaskData(L.LightningDataModule):
         num_workers: Loader processes.
         quarantine: Share of a task's training samples that may be unreadable before the run stops; ten always may.
         steps_per_epoch: Steps between validations; None goes once through the source that takes longest.
+        overrides: Changes to the training sources of a task, by which one config is stacked on another, e.g.
+            `[{task: contrastive, drop: 0.5}]`; a further config appends its own to `overrides+`.
         patch_size: Linked to the backbone's by the command.
         canvas_hw: Linked to the backbone's by the command.
         interpolation: Linked to the backbone's by the command.
@@ -44,6 +47,7 @@ class MultiTaskData(L.LightningDataModule):
         num_workers: int = 0,
         steps_per_epoch: int | None = None,
         quarantine: float = 0.01,
+        overrides: list[SourceOverride] | None = None,
         patch_size: int = 16,
         canvas_hw: tuple[int, int] | None = None,
         interpolation: Interpolation = "bilinear",
@@ -54,7 +58,7 @@ class MultiTaskData(L.LightningDataModule):
         check_range({"data.num_workers": num_workers, "seed_everything (data.seed)": seed})
         check_range({"data.steps_per_epoch": steps_per_epoch}, 1)
         self.quarantine = quarantine
-        self.train, self.val = train, list(val or [])
+        self.train, self.val = overridden(train, overrides or []), list(val or [])
         self.seed, self.num_workers = seed, num_workers
         self.steps_per_epoch = steps_per_epoch
         self.preprocessing, self.encode = Preprocessing(patch_size, canvas_hw, interpolation), encode

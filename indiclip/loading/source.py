@@ -3,6 +3,7 @@
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.stages import Stage, TokenBudget, check_stages
 from indiclip.loading.transforms import Transform
+from indiclip.loading.views import View, check_views
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, count_tokens
 
@@ -32,6 +34,7 @@ class Source:
         max_tokens: Most patches per image; larger images are scaled down, aspect kept.
         augment: torchvision v2 transforms for training, which move the annotations too, e.g.
             `torchvision.transforms.v2.RandomHorizontalFlip`.
+        views: What is made of each image beside it, in training: see `View`.
         batch_tokens: Patches per step over all ranks, each image padded to the longest of its batch. The sources of
             the task then take turns, step by step.
         batch_multiple: With `batch_tokens`, the samples of a step are a multiple of this, and the number of ranks must
@@ -64,6 +67,7 @@ class Source:
     weight: float = 1.0
     max_tokens: int = 256
     augment: list[nn.Module] | None = None
+    views: list[View] = field(default_factory=list)
     batch_tokens: int | None = None
     batch_multiple: int = 8
     window: int = 16
@@ -89,6 +93,7 @@ class Source:
             raise ValueError(f"data: name of task {self.task!r} is {self.name!r}; expected letters, digits, _, . and -")
         check_range({f"data: task {self.task!r}: drop": self.drop}, 0, 1, without=1)
         check_stages(self.stages, f"data: task {self.task!r}: stages")
+        check_views(self.views, f"data: task {self.task!r}: views")
         if self.clusters is not None:
             self.clusters.check(f"data: task {self.task!r}: clusters")
             if self.group_by_length:
@@ -113,6 +118,16 @@ class Source:
             for stage in self.stages
         ]
         return [*stages, TokenBudget(self.max_tokens, self.drop)]
+
+    @property
+    def changes(self) -> list[float]:
+        """When the run does something else with its images, as shares of its steps (below 1) or steps."""
+        return [*(stage.until for stage in self.stages), *(view.start for view in self.views if view.start)]
+
+    @property
+    def changes_by_share(self) -> bool:
+        """Whether it has to be known how long the run is."""
+        return any(change < 1 for change in self.changes)
 
     @property
     def specs(self) -> list[tuple[float, BatchSpec]]:
@@ -159,6 +174,13 @@ class Source:
             shares = self.clusters.shares(cluster_sizes(numbers), key)
             self._draws = {seed: ClusterDraws(numbers, shares, (seed, zlib.crc32(self.task.encode())))}
         return self._draws[seed]
+
+
+def settled(sources: Sequence[Source]) -> tuple[int | None, int]:
+    """`(run_steps, step)` of a run, and of a step of it in which all stages are over and all views have begun."""
+    changes = [change for source in sources for change in source.changes]
+    # Shares of a run of one step end in it.
+    return 1 if changes else None, max((int(change) + 2 for change in changes), default=0)
 
 
 def keyed(key: str, sources: list[Source]) -> dict[str, Source]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from indiclip.names import check_range
+from indiclip.steps import first_step
 
 
 class TokenBudget(NamedTuple):
@@ -78,4 +79,4 @@ def stage_ends(stages: Sequence[Stage], run_steps: int | None) -> list[int]:
             "data: stages whose `until` is a share of the run's steps need trainer.max_steps (or max_epochs); found "
             "neither"
         )
-    return [round(stage.until * (run_steps or 1) if stage.until < 1 else stage.until) for stage in stages]
+    return [first_step(stage.until, run_steps) for stage in stages]

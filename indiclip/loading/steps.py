@@ -17,6 +17,7 @@ from indiclip.loading.plan import Plan, SampleRef
 from indiclip.loading.sampler import BatchSpec, SourceInfo
 from indiclip.loading.source import Source
 from indiclip.loading.stages import TokenBudget, stage_ends
+from indiclip.loading.views import make_views
 from indiclip.loading.workers import reading
 from indiclip.patches import drop_patches
 from indiclip.preprocessing import Preprocessing
@@ -60,8 +61,8 @@ class Steps(Dataset[Step]):
         self._stages = {key: self._plans_of(group) for key, group in self.sources.items()}
         self.plans = {key: plans[0] for key, plans in self._stages.items()}
         self._ends: dict[str, list[list[int]]] | None = None  # of the stages of each source
-        stages = [stage for source in sources for stage in source.stages if train]
-        if run_steps is not None or all(stage.until >= 1 for stage in stages):
+        self._run_steps: int | None = None
+        if run_steps is not None or not train or not any(source.changes_by_share for source in sources):
             self.begin(run_steps)
         self._fetched: dict[tuple[str, int], list[int]] = {}  # shards that were asked for last
         # Not yet handed over. Each worker has what the shards lack; who counts it counts it once.
@@ -75,6 +76,7 @@ class Steps(Dataset[Step]):
         Raises:
             ValueError: A stage is a share of the run, whose length is not known.
         """
+        self._run_steps = run_steps
         self._ends = {
             key: [stage_ends(source.stages, run_steps) if self.train else [] for source in group]
             for key, group in self.sources.items()
@@ -174,7 +176,10 @@ class Steps(Dataset[Step]):
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
                     prepared = source.transform(sample, self.preprocessing, random_seed, budget.max_tokens)
-                    return prepared if random_seed is None else _in_training(prepared, budget, random_seed)
+                    if random_seed is None:
+                        return prepared
+                    views = make_views(source.views, sample, self.preprocessing, random_seed, step, self._run_steps)
+                    return _in_training(prepared, budget, random_seed) | {"views": views}
             except UnreadableSample as error:
                 self._quarantined.append(Quarantined(source.task, error.key, error.file, error.reason))
         if self.train:

@@ -118,12 +118,13 @@ def count_step(
 
 def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "OperatorCounter") -> Tensor:
     """The step of a task, as in `MultiTask.training_step`."""
-    features: Features = encoder.features(batch["images"])
     total = torch.zeros(())
-    for head in heads:
-        with counter.part(head.name):
-            losses = computed(head.loss(features, batch, encoder))
-            total = total + sum(over_all_ranks(losses.terms).values(), torch.zeros(()))
+    with encoder.remembering():
+        features: Features = encoder.features(batch["images"])
+        for head in heads:
+            with counter.part(head.name):
+                losses = computed(head.loss(features, batch, encoder))
+                total = total + sum(over_all_ranks(losses.terms).values(), torch.zeros(()))
     return total
 
 

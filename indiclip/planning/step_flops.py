@@ -9,6 +9,7 @@ from torch import Tensor
 
 from indiclip.distributed import alone
 from indiclip.loading.collate import collate
+from indiclip.loading.source import settled
 from indiclip.loading.steps import Steps
 from indiclip.planning.counter import OperatorCounter, count_step
 from indiclip.planning.fake import HostValues, fake_batch, faked
@@ -99,10 +100,8 @@ def step_flops(module: Any, data: Any) -> StepFlops:
 
 def _batches(data: Any, tokenizer: Any) -> Iterator[tuple[str, Batch]]:
     """Some samples of each task, as at the end of the run."""
-    stages = [stage for source in data.train for stage in source.stages]
-    run_steps = 1 if stages else None
+    run_steps, step = settled(data.train)
     steps = Steps(data.train, data.seed, data.preprocessing, True, run_steps=run_steps, encode=tokenizer.encode)
-    step = max((int(stage.until) + 2 for stage in stages), default=0)
     for task, plan in steps.plans.items():
         read = (steps.read(task, ref, step) for ref in plan.batch(step)[:_SAMPLES])
         batch = collate([sample for sample in read if sample is not None])

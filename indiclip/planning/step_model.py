@@ -22,6 +22,7 @@ from indiclip.head import Head
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import SampleRef
+from indiclip.loading.source import settled
 from indiclip.loading.steps import Steps
 from indiclip.losses import ContrastiveLoss
 from indiclip.planning.counter import Count, Counts, OperatorCounter, count_step
@@ -118,10 +119,8 @@ def step_model(model: Any, data: Any, world: int, autocast: torch.dtype | None) 
     Raises:
         ValueError: A batch that does not divide over the ranks; names the key.
     """
-    # A step behind all stages of the sources, whose images are the largest; shares of a run of one step end in it.
-    stages = [stage for source in data.train for stage in source.stages]
-    steps = Steps(data.train, data.seed, data.preprocessing, True, 0, world, run_steps=1 if stages else None)
-    step = max((int(stage.until) + 2 for stage in stages), default=0)
+    run_steps, step = settled(data.train)  # of images that are the largest
+    steps = Steps(data.train, data.seed, data.preprocessing, True, 0, world, run_steps)
     model.train()
     return {task: _task_model(model, steps, task, step, autocast) for task in steps.plans}
 

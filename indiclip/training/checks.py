@@ -58,6 +58,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         for key, sample in _first_samples(data, sources):
             for head in heads_of[sources[key].task]:
                 _check_sample(key, sources[key], sample, head, head.required_fields if scores else head.predict_fields)
+                _check_views(key, sources[key], head, key in parts[0])
         for source in sources.values():
             names = [name for head in heads_of[source.task] if scores for name in head.required_fields]
             source.required_fields = tuple(dict.fromkeys(names))
@@ -109,6 +110,23 @@ def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[
                 raise ValueError(f"{key}: {found}") from error
             if sample:
                 yield key, sample
+
+
+def _check_views(key: str, source: Source, head: Head, trains: bool) -> None:
+    """Refuse a source without the views that a head reads, or with views that begin after the head."""
+    if not trains:
+        if source.views:
+            raise ValueError(f"{key}.views: held-out images are read as they are; expected views in data.train alone")
+        return
+    starts = {view.name: view.start for view in source.views}
+    for name in head.required_views:
+        if name not in starts:
+            raise ValueError(f"{key}.views: {head.name} reads {name!r}; found no such view{did_you_mean(name, starts)}")
+        if starts[name] not in (0, head.start):
+            raise ValueError(
+                f"{key}.views: {name!r} has start {starts[name]:g}; expected heads.{head.name}.start {head.start:g}, "
+                "whose head reads it, or 0"
+            )
 
 
 def _check_sample(key: str, source: Source, sample: dict[str, Any], head: Head, fields: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from indiclip.float8 import forget_scales
+from indiclip.moving_average import update_averages
 from indiclip.names import check_range
 from indiclip.pretrained.runs import AVERAGES
 from indiclip.sharding import like
@@ -84,8 +85,7 @@ class EMA(Callback):
             self._averages = {name: weight.clone() for name, weight in weights.items()}
             return
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        names = list(self._averages)
-        torch._foreach_lerp_([self._averages[name] for name in names], [weights[name] for name in names], 1 - decay)
+        update_averages(list(self._averages.values()), [weights[name] for name in self._averages], decay)
         self.num_updates += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
