@@ -1,5 +1,7 @@
 """The decoder: a transformers decoder with the same weights, padding, parallel prediction, writing with a cache."""
 
+from itertools import chain
+
 import pytest
 import torch
 from transformers import BlenderbotConfig
@@ -46,8 +48,8 @@ def blenderbot(own):
     """transformers' decoder of the same kind, with the same weights."""
     config = BlenderbotConfig(
         vocab_size=IDS, d_model=WIDTH, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=4 * WIDTH,
-        max_position_embeddings=POSITIONS, activation_function="gelu", pad_token_id=None, bos_token_id=0, eos_token_id=1,
-        forced_eos_token_id=None,
+        max_position_embeddings=POSITIONS, activation_function="gelu", pad_token_id=None,
+        bos_token_id=0, eos_token_id=1, forced_eos_token_id=None,
     )  # fmt: skip
     weights = {}
     for name, weight in own.state_dict().items():
@@ -91,7 +93,7 @@ def test_written_texts_are_those_of_whole_sequences_without_a_cache(images, text
     memory = own.read(tokens_BND, valid_BN)
     assert own.write(prompts, memory, choices, most) == expected
     end = expected[1][2]
-    assert len({*sum(expected, [])}) > 3  # not one and the same
+    assert len({*chain(*expected)}) > 3  # not one and the same
     ended = [text[: text.index(end)] if end in text else text for text in expected]
     assert own.write(prompts, memory, choices, most, end) == ended
     assert len({*map(len, ended)}) > 1
