@@ -43,7 +43,8 @@ class Attention(nn.Module):
         return cast(Tensor, self.out_proj(out_BHTC.transpose(1, 2).flatten(2)))
 
     def _of_heads(self, x_BTW: Tensor) -> Tensor:
-        return x_BTW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        B, T, _ = x_BTW.shape
+        return x_BTW.view(B, T, self.num_heads, -1).transpose(1, 2)
 
 
 class DecoderLayer(nn.Module):

@@ -5,7 +5,7 @@ Shape letters: see `indiclip.types`; L predicted tokens of all images.
 
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ class Sequences(NamedTuple):
 
     def to(self, device: torch.device) -> "Sequences":
         """On the device, without waiting for it."""
-        moved = [part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self]
-        return Sequences(*moved)
+        parts: list[Any] = [part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self]
+        return Sequences(*parts)
 
 
 def sequences_of(texts: Sequence[Prompted | None], vocabulary: CaptionVocabulary) -> Sequences:

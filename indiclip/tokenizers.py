@@ -165,7 +165,13 @@ class FastTokenizer(Tokenizer):
     def decode(self, rows: list[list[int]]) -> list[str]:
         frame = self.frame_ids  # not every file calls these special
         plain = [[id for id in row if id not in frame] for row in rows]
-        return [text.strip() for text in self._tokenizer.decode_batch(plain, skip_special_tokens=True)]
+        if not (word_end := getattr(self._tokenizer.model, "end_of_word_suffix", None)):
+            return [text.strip() for text in self._tokenizer.decode_batch(plain, skip_special_tokens=True)]
+        from tokenizers.decoders import ByteLevel
+
+        # As CLIP's, whose bytes are letters, and whose files do not say what a word's end is to become.
+        letters = ["".join(filter(None, map(self._tokenizer.id_to_token, row))) for row in plain]
+        return [ByteLevel().decode([text]).replace(word_end, " ").strip() for text in letters]
 
     @property
     def frame_ids(self) -> frozenset[int]:

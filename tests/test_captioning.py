@@ -190,7 +190,7 @@ def test_what_it_names_first_is_in_its_place(trained, encoder):
 
 def test_a_plan_counts_the_decoder(encoder):
     """Oracle: torch's counter on a real step of the head, the products of the chunked loss with it."""
-    head, batch = Captioning(task="t", depth=1, text_layers=0, regions=True), make_batch(2)
+    head, batch = Captioning(task="t", depth=1), make_batch(2)
     module = MultiTask(encoder, [head])
     counted = count_step(module, {"t": batch})["t"]["captioning"]
     features = encoder.features(batch["images"])

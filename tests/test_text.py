@@ -11,6 +11,8 @@ from tokenizers import models, pre_tokenizers, processors
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.pretrained.open_clip_source import OpenClipSource
+from indiclip.pretrained.open_clip_tokenizers import open_clip_tokenizer
 from indiclip.text import TextTower, describe
 from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer
 
@@ -141,13 +143,18 @@ def test_half_of_a_surrogate_pair_is_refused_in_the_same_words_by_all(spiece, ki
 CAPTIONS = ["a red kite", "लाल पतंग", "एक ज्ञानी क्षत्रिय", "a  kite\tflies, high!", ""]
 
 
-@pytest.mark.parametrize("kind", ["bytes", "mela", "pictograms", "portable", "framed", "sentencepiece", "siglip"])
+@pytest.mark.parametrize(
+    "kind", ["bytes", "mela", "pictograms", "portable", "framed", "clip", "sentencepiece", "siglip"]
+)
 def test_what_is_encoded_comes_back_as_text(spiece, kind):
     """Without its frame. Of what a tokenizer changes first, what is left of it: encoding that gives the same ids."""
     if kind in ("mela", "pictograms", "portable"):
         tokenizer = FastTokenizer(str(ROOT / "conf" / "tokenizers" / f"{kind}.json"))
     elif kind in ("bytes", "framed"):
         tokenizer = ByteTokenizer() if kind == "bytes" else FastTokenizer(serialized=FRAMED)
+    elif kind == "clip":
+        pytest.importorskip("open_clip")
+        tokenizer = open_clip_tokenizer(OpenClipSource("", {"text_cfg": {}}, {}, Path()), 77)
     else:
         tokenizer = (SentencePieceTokenizer if kind == "sentencepiece" else SiglipTokenizer)(spiece)
     texts = {"framed": ["red kite", "kite", ""], "sentencepiece": CAPTIONS[:2], "siglip": CAPTIONS[:2]}.get(
