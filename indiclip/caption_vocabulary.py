@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 _CODE_LETTERS = string.ascii_lowercase + string.digits + "-"
 _LONGEST_CODE = 35  # letters of a language code (RFC 5646, section 4.4.1)
-_BOX = 4  # its numbers
 
 
 class CaptionVocabulary:
@@ -64,7 +63,7 @@ class CaptionVocabulary:
         return [self._first_bin + min(max(int(share * self.num_bins), 0), self.num_bins - 1) for share in shares]
 
     def box_xyxy(self, ids: Sequence[int], size_hw: tuple[int, int]) -> list[float]:
-        """The box of four such ids: the middles of their bins."""
+        """The box of four such ids: the middles of their bins, whichever corner is written first."""
         height, width = size_hw
-        shares = [(id - self._first_bin + 0.5) / self.num_bins for id in ids[:_BOX]]
-        return [share * side for share, side in zip(shares, (width, height) * 2, strict=True)]
+        x1, y1, x2, y2 = ((id - self._first_bin + 0.5) / self.num_bins for id in ids)
+        return [min(x1, x2) * width, min(y1, y2) * height, max(x1, x2) * width, max(y1, y2) * height]

@@ -146,6 +146,7 @@ def test_a_box_comes_back_within_half_a_bin():
         assert all(vocabulary.places.start <= id < vocabulary.places.stop == vocabulary.size for id in ids)
         clipped = [min(max(place, 0), side) for place, side in zip(box, (200, 300) * 2, strict=True)]
         assert vocabulary.box_xyxy(ids, size_hw) == pytest.approx(clipped, abs=300 / 500 / 2 + 1e-6)
+        assert vocabulary.box_xyxy([*ids[2:], *ids[:2]], size_hw) == vocabulary.box_xyxy(ids, size_hw)
 
 
 def test_ids_of_any_language_code_are_apart():
