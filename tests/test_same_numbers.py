@@ -13,6 +13,7 @@ from processes import on_ranks, two_ranks
 from torch import nn
 from torch.testing import assert_close
 
+from heads.captioning import Captioning
 from heads.contrastive import Contrastive
 from heads.counting import Counting
 from heads.densepose import DensePose
@@ -37,6 +38,7 @@ def heads(loss="sigmoid"):
         DensePose(task="scenes", roi_size=7, channels=16, num_convs=1, box_jitter=0.08),
         Counting(task="scenes", channels=16, ask_boxes=True),
         Depth(task="scenes", channels=16),
+        Captioning(task="scenes", depth=1, regions=True, max_tokens=20),
     ]
 
 
@@ -58,7 +60,8 @@ class OneStep(MultiTask):
             _logger_connector=SimpleNamespace(should_update_logs=True),
         )  # fmt: skip
         self.logged = {}
-        self.heads["contrastive"]._languages.update(LANGUAGES)  # no rank of so small a batch has all of them
+        for name in ("contrastive", "captioning"):
+            self.heads[name]._languages.update(LANGUAGES)  # no rank of so small a batch has all of them
         self.double()
 
     @property
@@ -99,7 +102,7 @@ class Emptied(Mela):
 
 def batches_of(rank=0, world=1, empty=()):
     """A step with images of several sizes. Of every two scenes those numbered in `empty` show nothing."""
-    scenes = Emptied(30, [32, 48], people=1.0, depth=True, seed=2)
+    scenes = Emptied(30, [32, 48], people=1.0, depth=True, languages=LANGUAGES, seed=2)
     sources = [
         Source("contrastive", Mela(50, 32, "single", languages=LANGUAGES, seed=1), 8, max_tokens=16),
         Source("scenes", scenes, 8, max_tokens=24),

@@ -37,6 +37,8 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
     ranks = "indiclip.evals.protocols.cosines"  # a function of numbers, so that training and benchmark rank alike
     parts = {"indiclip.losses", "indiclip.fcos", "indiclip.detection_metric"}
+    parts |= {f"indiclip.caption_{part}" for part in ("decoder", "metric", "sequences", "vocabulary")}
+    parts |= {"indiclip.chunked_cross_entropy"}
     parts |= {"indiclip.moving_average", "indiclip.masked_images", "indiclip.ratios", "indiclip.distributed"}
     parts |= {"indiclip.surface_charts", "indiclip.surface_metric"}
     parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
@@ -91,6 +93,11 @@ ARROWS = {
     "head.py": "types names distributed ratios",
     "surface_metric.py": "head surface_charts",
     "detection_metric.py": "head",
+    "caption_vocabulary.py": "",
+    "caption_sequences.py": "types caption_vocabulary",
+    "caption_decoder.py": "types",
+    "caption_metric.py": "head",
+    "chunked_cross_entropy.py": "types autograd",
     "pretrained": (
         "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
         " preprocessing tokenizer_sources datasets.tables"
