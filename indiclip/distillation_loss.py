@@ -113,7 +113,9 @@ class DistillationLoss(PairLoss):
                     of_scale += gradient_RG.mul_(logits_RG).sum()
         share = 0.5 / num_pairs  # of a row in the mean
         pulled = [
-            _through_normalising(student[side], [(p[side], g[side]) for p, g in zip(prefixes, of_prefixes, strict=True)])
+            _through_normalising(
+                student[side], [(p[side], g[side]) for p, g in zip(prefixes, of_prefixes, strict=True)]
+            )
             for side in (0, 1)
         ]
         return loss * share, [*(x_GE * (scale * share) for x_GE in pulled), of_scale * (share / scale)]

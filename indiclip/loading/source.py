@@ -10,9 +10,11 @@ import numpy as np
 from torch import nn
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.subset import Subset
 from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.stages import Stage, TokenBudget, check_stages
+from indiclip.loading.teacher_cache import CachedViews, TeacherCache
 from indiclip.loading.transforms import Transform
 from indiclip.loading.views import View, check_views
 from indiclip.names import check_range
@@ -35,6 +37,8 @@ class Source:
         augment: torchvision v2 transforms for training, which move the annotations too, e.g.
             `torchvision.transforms.v2.RandomHorizontalFlip`.
         views: What is made of each image beside it, in training: see `View`.
+        teachers: Embeddings of its images and captions that teachers gave, for distillation: see `TeacherCache`.
+        samples: Only so many of the dataset's samples, the first; None is all.
         batch_tokens: Patches per step over all ranks, each image padded to the longest of its batch. The sources of
             the task then take turns, step by step.
         batch_multiple: With `batch_tokens`, the samples of a step are a multiple of this, and the number of ranks must
@@ -68,6 +72,8 @@ class Source:
     max_tokens: int = 256
     augment: list[nn.Module] | None = None
     views: list[View] = field(default_factory=list)
+    teachers: TeacherCache | None = None
+    samples: int | None = None
     batch_tokens: int | None = None
     batch_multiple: int = 8
     window: int = 16
@@ -106,9 +112,25 @@ class Source:
             raise ValueError(
                 f"data: task {self.task!r}: shard_groups is {self.shard_groups}; leave out either it or {other}"
             )
+        if self.samples is not None:
+            check_range({f"data: samples of task {self.task!r}": self.samples}, 1)
+            if self.samples < len(self.dataset):
+                self.dataset = Subset(self.dataset, np.arange(self.samples))
         self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
-        self.transform = Transform(self.max_tokens, self.augment)
+        self.transform = Transform(self.max_tokens, self.augment, at_full_size=self.teachers is not None)
+        self._cached: CachedViews | None = None
         self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds
+
+    def open_teachers(self, key: str) -> CachedViews:
+        """The cache of its teachers, which is opened and checked once.
+
+        Args:
+            key: Of the source in the YAML, for messages.
+        """
+        assert self.teachers is not None
+        if self._cached is None:
+            self._cached = CachedViews(self.teachers, self.dataset, self.transform, key)
+        return self._cached
 
     @property
     def budgets(self) -> list[TokenBudget]:
