@@ -40,7 +40,7 @@ class Distillation(Head):
 
     title = "Distillation"
     metric: MetricCollection
-    loss_fields = ("caption", "teacher_image", "teacher_text", "teacher_scale")
+    loss_fields: tuple[str, ...] = ("caption", "teacher_image", "teacher_text", "teacher_scale")
     needs_all_patches = False
 
     def __init__(

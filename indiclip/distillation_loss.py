@@ -30,7 +30,7 @@ class DistillationLoss(PairLoss):
     """See above. The student's factor on the cosines is learned, and starts at CLIP's 1 / 0.07."""
 
     paper_logit_scale = 1 / 0.07
-    _teachers = (1, 1)  # how many, and the longest length; of the newest batch
+    _teachers: tuple[int, ...] = (1, 1)  # how many, and the longest length; of the newest batch
 
     def forward(
         self,

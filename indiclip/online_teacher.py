@@ -85,7 +85,7 @@ class FrozenTeacher(nn.Module):
         device = images["patches_BNP"].device
         if self._apart and self._apart[0].device != device:
             self._apart[0].to(device)
-        encoder: Encoder = self._apart[0] if self._apart else self.encoder
+        encoder: Any = self._apart[0] if self._apart else self.encoder
         image_BE = encoder.embed_features(encoder.features(images))
         text_BE = encoder.embed_text(captions)
         return image_BE[:, None], text_BE[:, None], image_BE.new_full((len(captions), 1), self.logit_scale_)

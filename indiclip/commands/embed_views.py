@@ -12,7 +12,8 @@ from indiclip.commands.embed_ranks import all_or_none, local_device
 from indiclip.commands.findings import json_line
 from indiclip.commands.parallel import progress_bar
 from indiclip.distributed import gathered, rank_and_world
-from indiclip.evals.models.view_embedder import ViewEmbedder, load_teachers
+from indiclip.evals.models.view_batches import load_teachers
+from indiclip.evals.models.view_embedder import ViewEmbedder
 from indiclip.loading.source import Source, keyed
 from indiclip.names import did_you_mean
 from indiclip.training.run_folder import lock
@@ -97,8 +98,8 @@ def _show(words: argparse.Namespace, record: dict[str, Any], done: int, seconds:
     print(f"{words.out}: {record['views']} views of {summary['samples']:,} images and their captions by {names}")
     of_images = summary["of_them_for_images"]
     print(
-        f"  {record['dtype']}, {summary['bytes_per_sample']:,} bytes a sample: {of_images:,} for its images, the rest for "
-        "captions, seeds and keys"
+        f"  {record['dtype']}, {summary['bytes_per_sample']:,} bytes a sample: {of_images:,} for its images, the rest "
+        "for captions, seeds and keys"
     )
     print(f"  lost by {record['dtype']}: 1 - cosine is {summary['largest_cosine_loss']:.1e} at most")
     print(f"  quarantined: {summary['quarantined']:,}; digest {record['digest']}")

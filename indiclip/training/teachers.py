@@ -11,20 +11,30 @@ import torch
 
 from indiclip.datasets.tables import load_json
 from indiclip.encoder import Encoder
-from indiclip.evals.models.view_embedder import ViewEmbedder, load_teachers
+from indiclip.evals.models.view_batches import load_teachers
+from indiclip.evals.models.view_embedder import ViewEmbedder
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source, keyed
-from indiclip.loading.teacher_cache import RECORD, MakeTeachers, TeacherCache
+from indiclip.loading.teacher_cache import MakeTeachers, TeacherCache
+from indiclip.loading.teacher_parts import RECORD
 from indiclip.training.run_folder import is_first_process
 
 _SECONDS_TO_SAY = 60.0  # after which a process says that it waits for the first one
 
 
-def place_caches(data: MultiTaskData, folder: Path) -> None:
-    """Caches without a folder are in that of the run."""
-    for source in data.train:
-        if source.teachers is not None and source.teachers.folder is None:
-            source.teachers.folder = str(folder / "teachers")
+def place_caches(data: MultiTaskData, folder: Path, goes_on: bool) -> None:
+    """Caches without a folder are in that of the run.
+
+    Args:
+        data: Of the run, changed in place.
+        folder: Of the run.
+        goes_on: From a checkpoint. It has the cache that it was begun with, and its initial encoder is no more.
+    """
+    for cache in (source.teachers for source in data.train):
+        if cache is not None and cache.folder is None:
+            cache.folder = str(folder / "teachers")
+        if cache is not None and goes_on and _is_done(Path(str(cache.folder))):
+            cache.make = None
 
 
 def prepare_teachers(encoder: Encoder, data: MultiTaskData) -> None:
@@ -85,20 +95,24 @@ def _embed(make: MakeTeachers, folder: Path, sources: dict[str, Source], encoder
         device = "cuda" if torch.cuda.is_available() else "cpu"
     state = torch.get_rng_state()
     teachers = load_teachers(make.models, device, encoder)
-    torch.set_rng_state(state)  # the run's own numbers are those of a run whose cache is there already
     job = ViewEmbedder(folder, sources, teachers, make.views, make.dtype)
     job.begin()
     if missing := job.missing():
         print(f"teachers: {', '.join(make.models)} embed {make.views} views of {len(job):,} samples into {folder}")
         job.write(missing)
         job.finish({})
+    torch.set_rng_state(state)  # random numbers are those of a run whose cache was there
 
 
 def _wait_for(folder: Path) -> None:
     """Until the first process has made the cache; whatever ends that one ends this one too."""
     said = time.monotonic()
-    while not ((folder / RECORD).is_file() and load_json(folder / RECORD)["done"]):
+    while not _is_done(folder):
         time.sleep(0.2)
         if time.monotonic() - said > _SECONDS_TO_SAY:
             said = time.monotonic()
             print(f"teachers: waiting for the first process, which makes {folder}", flush=True)
+
+
+def _is_done(folder: Path) -> bool:
+    return (folder / RECORD).is_file() and bool(load_json(folder / RECORD)["done"])

@@ -7,82 +7,32 @@ Shape letters: see `indiclip.loading.teacher_cache`.
 """
 
 import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from safetensors.numpy import save
-from torch.utils.data import Dataset
 
 from indiclip import json_lines
 from indiclip.datasets.base import fingerprint
 from indiclip.datasets.tables import load_json
-from indiclip.encoder import Encoder
-from indiclip.evals.models.digests import crc32_of_prepared, crc32_of_token_ids, crc32_of_weights
-from indiclip.evals.models.embedder import Embedder, EncoderEmbedder, View, load_embedder
 from indiclip.evals.models.stored import stored
-from indiclip.images import UnreadableSample
+from indiclip.evals.models.view_batches import ViewBatch, ViewBatches, ViewTeacher, as_it_is
 from indiclip.loading.source import Source
-from indiclip.loading.teacher_cache import RECORD, DType, Teacher, crc32_of_pixels, digest_of, part_file, text_hash
+from indiclip.loading.teacher_cache import DType
+from indiclip.loading.teacher_parts import RECORD, digest_of, part_file, text_hash
 from indiclip.loading.workers import StepLoader, Workers
 from indiclip.names import differences
-from indiclip.types import Sample
 
-INITIAL = "initial"  # as a model: the run's own encoder before its first step
 _BYTES = {"fp16": 2, "int8": 1}
 _MAY_CHANGE = ("done", "digest", "summary", "versions")  # between two starts, beside a teacher's name
 
 
-class ViewTeacher(NamedTuple):
-    """A teacher, ready to embed.
-
-    Attributes:
-        model: The embedder.
-        view: Its own preprocessing.
-        about: What the record says of it.
-    """
-
-    model: Embedder
-    view: View
-    about: Teacher
-
-
-def load_teachers(
-    names: Sequence[str], device: str, initial: Encoder | None = None, **options: Any
-) -> list[ViewTeacher]:
-    """The teachers of these names.
-
-    Args:
-        names: As of `load_embedder`, or `initial`.
-        device: Where they compute.
-        initial: The encoder that `initial` stands for.
-        options: Of `load_embedder`.
-
-    Raises:
-        ValueError: One that embeds no text, or `initial` where there is no run.
-    """
-    found = []
-    for name in names:
-        if name == INITIAL and initial is None:
-            raise ValueError(
-                f"--model {INITIAL}: stands for a run's own encoder, in teachers.make.models of its config"
-            )
-        if name == INITIAL and initial is not None:
-            model: Embedder = EncoderEmbedder(initial, INITIAL)
-        else:
-            model = load_embedder(name, device, **options)
-        if not model.embeds_text:
-            raise ValueError(f"--model {name}: embeds no text; a teacher has to embed images and their captions")
-        (view,) = model.views(["native"])
-        read_as = {**view._asdict(), **model.preprocessing, "crc32_of_a_plain_picture": crc32_of_prepared(model, view)}
-        sums = crc32_of_weights(model), crc32_of_token_ids(model)
-        about = Teacher(name, model.weights, *sums, model.logit_factor, model.lengths[-1], read_as)
-        found.append(ViewTeacher(model, view, about))
-    return found
+class _Embedded(NamedTuple):
+    batch: ViewBatch
+    images: list[np.ndarray]  # (M, K, E) of each teacher; M of the images can be read
 
 
 @dataclass
@@ -195,17 +145,17 @@ class ViewEmbedder:
             for first in self.samples(number)[::step]
         ]
         loader: StepLoader[Any] = StepLoader(
-            _Batches(self, spans),
+            ViewBatches(list(self.sources.values()), self.teachers, self.views, spans),
             batch_size=None,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             worker_init_fn=Workers("embed", self.num_workers) if self.num_workers else None,
         )
         batches = iter(loader) if spans else iter(())
         for number in numbers:
             of_part: list[_Embedded] = []
             for _ in range(-(-len(self.samples(number)) // step)):
-                batch = next(batches)
+                batch: ViewBatch | Exception = next(batches)
                 if isinstance(batch, Exception):
                     raise batch
                 of_part.append(self._embed(batch))
@@ -241,12 +191,7 @@ class ViewEmbedder:
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         json_lines.write_whole(self.folder / RECORD, text.encode(errors="backslashreplace"))
 
-    def at(self, index: int) -> tuple[Source, int]:
-        """The source of a sample, and the sample's number in it."""
-        number = int(self._starts.searchsorted(index, side="right")) - 1
-        return list(self.sources.values())[number], index - int(self._starts[number])
-
-    def _embed(self, batch: "_Batch") -> "_Embedded":
+    def _embed(self, batch: ViewBatch) -> _Embedded:
         images = [
             teacher.model.embed_images(prepared).numpy() if batch.readable else np.zeros((0, teacher.about.length))
             for teacher, prepared in zip(self.teachers, batch.inputs, strict=True)
@@ -256,7 +201,7 @@ class ViewEmbedder:
                 raise ValueError(f"--model {teacher.about.name}: gives numbers that are not finite")
         return _Embedded(batch, [image_NE.reshape(len(batch.readable), self.views, -1) for image_NE in images])
 
-    def _write_part(self, number: int, parts: "list[_Embedded]") -> None:
+    def _write_part(self, number: int, parts: list[_Embedded]) -> None:
         span, batches = self.samples(number), [part.batch for part in parts]
         rows = np.array([index - span.start for batch in batches for index in batch.readable], np.int64)
         hashes_N, seeds_NK = np.zeros(len(span), np.uint64), np.zeros((len(span), self.views), np.uint32)
@@ -267,7 +212,7 @@ class ViewEmbedder:
         crcs_NK[rows] = np.array([crcs for batch in batches for crcs in batch.crcs]).reshape(-1, self.views)
         of_hash = {text_hash(text): text for batch in batches for text in batch.texts}
         texts = [of_hash[hashed] for hashed in sorted(of_hash)]
-        arrays = {
+        arrays: dict[str, Any] = {
             "keys": np.frombuffer(json.dumps(keys, ensure_ascii=False).encode(errors="backslashreplace"), np.uint8),
             "key_hashes": hashes_N,
             "seeds": seeds_NK,
@@ -286,79 +231,3 @@ class ViewEmbedder:
         quarantined = [row for batch in batches for row in batch.quarantined]
         about = {"quarantined": json.dumps(quarantined), "cosine_loss": str(lost)}
         json_lines.write_whole(part_file(self.folder, number), save(arrays, about))
-
-
-class _Batch(NamedTuple):
-    """The samples `first` to `last - 1`, those that can be read augmented and prepared."""
-
-    first: int
-    last: int
-    inputs: list[Any]  # of each teacher, the views of one image after those of another
-    readable: list[int]
-    keys: list[str]  # of all
-    seeds: list[list[int]]  # as all that follows, of the readable ones
-    crcs: list[list[int]]
-    texts: list[str]
-    quarantined: list[dict[str, Any]]
-
-
-class _Embedded(NamedTuple):
-    batch: _Batch
-    images: list[np.ndarray]  # (M, K, E) of each teacher
-
-
-class _Batches(Dataset[_Batch | Exception]):
-    """Batches by number; an error of the machine is given, not raised, so that it stays one line."""
-
-    def __init__(self, of: ViewEmbedder, spans: list[tuple[int, int]]) -> None:
-        self.of, self.spans = of, spans
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def __getitem__(self, number: int) -> _Batch | Exception:
-        torch.set_flush_denormal(True)
-        try:
-            return self._read(*self.spans[number])
-        except (OSError, ValueError) as error:
-            return error
-
-    def _read(self, first: int, last: int) -> _Batch:
-        batch = _Batch(first, last, [[] for _ in self.of.teachers], [], [], [], [], [], [])
-        for index in range(first, last):
-            source, place = self.of.at(index)
-            key = source.dataset.key(place)
-            batch.keys.append(key)
-            try:
-                sample = Sample(key=key) | source.dataset[place]
-                seeds = [view_seed(key, view) for view in range(self.of.views)]
-                pictures = [source.transform.picture(sample, seed) for seed in seeds]
-            except UnreadableSample as error:
-                batch.quarantined.append({"key": key, "row": place, "reason": error.reason})
-                continue
-            batch.readable.append(index)
-            batch.seeds.append(seeds)
-            batch.crcs.append([crc32_of_pixels(picture) for picture in pictures])
-            batch.texts.extend(texts_of(sample))
-            for teacher, inputs in zip(self.of.teachers, batch.inputs, strict=True):
-                inputs += [
-                    teacher.model.prepare(picture.permute(1, 2, 0).contiguous().numpy(), teacher.view)
-                    for picture in pictures
-                ]
-        pairs = zip(self.of.teachers, batch.inputs, strict=True)
-        return batch._replace(inputs=[teacher.model.collate(inputs) if inputs else [] for teacher, inputs in pairs])
-
-
-def view_seed(key: str, view: int) -> int:
-    """Of the augmentation of a view of a sample."""
-    return zlib.crc32(f"augmentation:{key}:{view}".encode(errors="surrogatepass"))
-
-
-def texts_of(sample: Sample) -> list[str]:
-    """All captions of a sample, in all languages."""
-    found = [text for texts in (sample.get("captions") or {}).values() for text in texts]
-    return [*found, sample["caption"]] if "caption" in sample else found
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
