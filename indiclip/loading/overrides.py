@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
+from indiclip.loading.mixing import Mix
 from indiclip.loading.source import Source
 from indiclip.loading.stages import Stage
 from indiclip.loading.teacher_cache import TeacherCache
@@ -24,6 +25,7 @@ class SourceOverride:
         views: As of `Source`, beside the source's own.
         teachers: As of `Source`.
         samples: As of `Source`.
+        mix: As of `Source`.
         batch_size: As of `Source`.
         max_tokens: As of `Source`.
         drop: As of `Source`.
@@ -35,6 +37,7 @@ class SourceOverride:
     views: list[View] | None = None
     teachers: TeacherCache | None = None
     samples: int | None = None
+    mix: Mix | None = None
     batch_size: int | None = None
     max_tokens: int | None = None
     drop: float | None = None
