@@ -15,11 +15,12 @@ from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
 from indiclip.loading.mixing import Mix
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.stages import Stage, TokenBudget, check_stages
-from indiclip.loading.teacher_cache import CachedViews, TeacherCache
+from indiclip.loading.teacher_cache import CachedViews, Captions, TeacherCache
 from indiclip.loading.transforms import Transform
 from indiclip.loading.views import View, check_views
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, count_tokens
+from indiclip.types import Sample
 
 
 @dataclass
@@ -140,6 +141,23 @@ class Source:
         if self._cached is None:
             self._cached = CachedViews(self.teachers, self.dataset, self.transform, key)
         return self._cached
+
+    def taught(
+        self, index: int, sample: Sample, captions: Captions | None, random_seed: int | None
+    ) -> tuple[Sample, int | None]:
+        """A training sample with what its teachers say of it, and the seed of the augmentation that they saw.
+
+        Args:
+            index: Of the sample.
+            sample: With its caption.
+            captions: All of them by language.
+            random_seed: Of the sample in its step, which is given back where there are no teachers.
+        """
+        if self.teachers is None or random_seed is None:
+            return sample, random_seed
+        cached = self.open_teachers(f"data: a source of task {self.task!r}")
+        view, image_seed = cached.draw(index, self.dataset.key(index), random_seed)
+        return sample | cached.fields(index, view, sample, captions or {}, random_seed), image_seed
 
     @property
     def budgets(self) -> list[TokenBudget]:

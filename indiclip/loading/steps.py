@@ -184,11 +184,8 @@ class Steps(Dataset[Step]):
                 index = (ref.index + attempt) % size
                 with reading(source.task, source.dataset, index) as key:
                     whole = Sample(key=key) | source.dataset[index]
-                    sample, image_seed = self._draw_caption(task, ref, whole), random_seed
-                    if source.teachers is not None and random_seed is not None:
-                        cached = source.open_teachers(f"data: a source of task {source.task!r}")
-                        view, image_seed = cached.draw(index, key, random_seed)
-                        sample |= cached.fields(index, view, sample, whole.get("captions") or {}, random_seed)
+                    sample = self._draw_caption(task, ref, whole)
+                    sample, image_seed = source.taught(index, sample, whole.get("captions"), random_seed)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
                     prepared = source.transform(sample, self.preprocessing, image_seed, budget.max_tokens)
