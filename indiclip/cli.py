@@ -63,7 +63,7 @@ example: indiclip {command} {example}
   --seed_everything N             order of the samples, augmentation, initial weights
   --pictures N                    predict: pictures of so many images beside the predictions, for each head
   --override true                 go on with other data, seed or heads than the checkpoint's run
-  --model.lr X  --model.warmup_steps N  --model.weight_decay X  --model.uncertainty_weighting true
+  --model.lr X  --model.warmup_steps N  --model.weight_decay X  --model.task_weights indiclip.task_weights.Uncertainty
   --model.optimizer timm.optim.Lion  --model.lr_schedule indiclip.optim.Linear
   --data.num_workers N            loader processes
   --data.steps_per_epoch N        steps between validations

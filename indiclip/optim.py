@@ -1,17 +1,21 @@
 """What the optimizer steps with: parameter groups, schedules, and what a resumed run takes from its checkpoint."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, cast
 
+import torch
 from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from indiclip.names import check_range
+from indiclip.steps import first_step
 
 _TABLES = re.compile(r"(^|\.)(\w*pos_embed|\w*position_\w+|cls_token|reg_token|latent)(\.|$)")
 _OLD_TABLES = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
@@ -96,6 +100,69 @@ class WarmupStableDecay(Schedule):
             )
         self.options = {**self.options, "num_decay_steps": decay_steps}
         return super().scheduler(optimizer, warmup_steps, num_steps)
+
+
+@dataclass
+class RateStage:
+    """The beginning of a run, up to a step, with rates of its own.
+
+    Args:
+        until: As of `indiclip.loading.stages.Stage`: a share of the run's steps, or the first step behind it.
+        factor: Of the schedule's rates.
+    """
+
+    until: float
+    factor: float = 1.0
+
+
+class Staged(Schedule):
+    """Another schedule, with a factor for each stage of the run, as for those of images with fewer tokens.
+
+    From one factor to the next the rates go in a straight line, over `warmup_steps` from where a stage begins; the
+    run's own warm-up comes before all of them.
+
+    Args:
+        stages: Those that end before the run does.
+        factor: Of the rates after the last of them.
+        warmup_steps: See above; 0 jumps.
+        schedule: Whose rates these are; None is Cosine.
+    """
+
+    def __init__(
+        self, stages: list[RateStage], factor: float = 1.0, warmup_steps: int = 0, schedule: Schedule | None = None
+    ) -> None:
+        key = "model.lr_schedule"
+        check_range({f"{key}.factor": factor, f"{key}.warmup_steps": warmup_steps})
+        check_range({f"{key}.stages[{i}].factor": stage.factor for i, stage in enumerate(stages)})
+        for i, stage in enumerate(stages):
+            before = stages[i - 1].until if i else 0
+            if stage.until <= before or (before and (stage.until < 1) != (before < 1)):
+                raise ValueError(
+                    f"{key}.stages[{i}].until: found {stage.until:g} after {before:g}; expected stages that "
+                    "ascend, all by shares of the run or all by steps"
+                )
+        self.ends, self.factors = [stage.until for stage in stages], [*(stage.factor for stage in stages), factor]
+        self.warmup_steps, self.schedule = warmup_steps, schedule or Cosine()
+
+    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
+        ends = [first_step(end, num_steps) for end in self.ends]
+        # A scheduler by itself sets rates; this one is asked for its factors alone.
+        inner = self.schedule.scheduler(SGD([torch.zeros(1)], 1.0), warmup_steps, num_steps)
+        (of_schedule,) = inner.lr_lambdas
+
+        def factor(step: int) -> float:
+            return float(of_schedule(step)) * self._factor(step, ends)
+
+        return LambdaLR(optimizer, factor)
+
+    def _factor(self, step: int, ends: list[int]) -> float:
+        stage = bisect_right(ends, step)
+        own = self.factors[stage]
+        done = step - ends[stage - 1] + 1 if stage else self.warmup_steps
+        if done >= self.warmup_steps:
+            return own
+        before = self._factor(ends[stage - 1] - 1, ends)
+        return before + (own - before) * done / self.warmup_steps
 
 
 def parameter_groups(

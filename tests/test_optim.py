@@ -2,11 +2,12 @@
 
 import lightning as L
 import pytest
+import torch
 from test_resume import EVERY_STEP, Killed, same, tiny_module
 
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData, Source
-from indiclip.optim import WarmupStableDecay
+from indiclip.optim import Constant, Linear, RateStage, Staged, WarmupStableDecay
 from indiclip.training.fault_tolerance.checkpoints import Checkpoints, DurableCheckpointIO
 
 
@@ -56,3 +57,50 @@ def test_a_decay_branches_off_any_checkpoint_of_the_stable_phase(tmp_path):
     whole, expected = train(tmp_path / "whole", schedule, 7)
     assert whole == pytest.approx([0, 0.5, 1, 1, *down])
     assert same(weights, expected)
+
+
+STAGED = Staged([RateStage(0.5, 0.5), RateStage(0.8, 2.0)], 0.25, schedule=Constant())
+
+
+def test_a_stage_has_rates_of_its_own(tmp_path):
+    """By hand: half, twice and a quarter of the rate in steps 0 to 3, 4 to 5 and 6 to 7, after two of warm-up; and a
+    run that is killed on either side of the borders has the weights of one that was not.
+    """
+    rates, weights = train(tmp_path / "whole", STAGED, 8)
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.5, 2, 2, 0.25, 0.25])
+    for step in (4, 5, 6):
+        found, resumed = train(
+            tmp_path / f"{step}", STAGED, 8, goes_on_from=tmp_path / f"whole/checkpoints/{step}.ckpt"
+        )
+        assert found == pytest.approx(rates[step:])
+        assert same(resumed, weights)
+
+
+def test_rates_go_from_one_stage_to_the_next_in_a_line():
+    """By hand, on a line from 1 to 0 over ten steps: factor 1 up to step 4, then up to 3 over three steps, so 5/3, 7/3
+    and 3; from step 7 on half of the rates, on the way to which 2.1667, 1.3333 and 0.5 stand.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = Staged([RateStage(4), RateStage(7, 3.0)], 0.5, warmup_steps=3, schedule=Linear())
+    scheduler = schedule.scheduler(optimizer, 0, 10)
+    found = []
+    for _ in range(10):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    factors = [1, 1, 1, 1, 5 / 3, 7 / 3, 3, 3 - 2.5 / 3, 3 - 5 / 3, 0.5]
+    assert found == pytest.approx([factor * (1 - step / 10) for step, factor in enumerate(factors)])
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([RateStage(0.5), RateStage(0.5)], r"stages\[1\].until: found 0.5 after 0.5; expected stages that ascend"),
+        ([RateStage(0.5), RateStage(30)], r"stages\[1\].until: found 30 after 0.5"),
+        ([RateStage(0.5, -1.0)], r"model.lr_schedule.stages\[0\].factor: found -1.0; expected 0 or more"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(stages, message):
+    with pytest.raises(ValueError, match=message):
+        Staged(stages)

@@ -43,7 +43,7 @@ def _apply(key: str, override: Any, heads: dict[str, Namespace]) -> None:
         )
     if not changes:
         raise ValueError(f"{key}: changes nothing; expected arguments of the head beside `head`")
-    arguments = heads[name].get("init_args") or Namespace()
+    arguments = heads[name].get("init_args") or Namespace()  # type: ignore[no-untyped-call]
     for argument, value in changes.items():
         arguments[argument] = value
     heads[name]["init_args"] = arguments
