@@ -178,6 +178,7 @@ class Head(nn.Module, ABC):
         metric: Its `compute()` gives a dict of numbers. Where a task has several held-out sources, each has a copy of
             it, which stands here while `update_metric` gets a batch of that source.
         required_fields: Fields of `Sample` that training and scoring need in every sample.
+        loss_fields: Those that `loss` needs beside.
         required_views: Names of the views that `loss` reads, see `indiclip.loading.views.View`.
         predict_fields: Those that `predict` needs.
         needs_all_patches: Whether dropped patches would spoil what it learns, as they do where it needs a map.
@@ -194,6 +195,7 @@ class Head(nn.Module, ABC):
     title = ""
     metric: Metrics
     required_fields: tuple[str, ...] = ()
+    loss_fields: tuple[str, ...] = ()
     required_views: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
     needs_all_patches = True

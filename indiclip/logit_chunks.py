@@ -268,6 +268,11 @@ def all_gather(x: Tensor) -> Tensor:
     return _arrived(_gather(x[None]))
 
 
+def reduce_scatter(gathered: Tensor) -> Tensor:
+    """The rows of this rank, among the rows of all ranks (W * B, ...), summed up over the ranks."""
+    return _arrived(_sum_home(gathered))
+
+
 def all_reduce(x: Tensor, operation: str = "sum") -> Tensor:
     """The sum (or `max`) of `x` over all ranks; `x` itself if there is one."""
     return x if rank_and_world()[1] == 1 else _arrived(_collective("all_reduce", x, operation, _group()))

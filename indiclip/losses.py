@@ -56,8 +56,8 @@ def caption_ids(captions: Sequence[str]) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests], dtype=torch.int64)
 
 
-class ContrastiveLoss(nn.Module, ABC):
-    """What both losses share: the interface, the temperature and the Matryoshka lengths.
+class PairLoss(nn.Module, ABC):
+    """What losses that compare all images with all texts share: the temperature and the Matryoshka lengths.
 
     Args:
         lengths: prefixes of the embedding, ascending, each of which must work as an embedding by itself; the
@@ -69,11 +69,9 @@ class ContrastiveLoss(nn.Module, ABC):
     Attributes:
         logit_scale: (1,), logarithm of the factor on the cosines, at most that of `max_logit_scale`. Not a
             0-dimensional tensor because FSDP2 refuses to shard those.
-        pair_losses_B: what each of this rank's pairs has in the newest loss, which is their mean; no gradient.
     """
 
     paper_logit_scale: float
-    pair_losses_B: Tensor | None = None
 
     def __init__(
         self,
@@ -115,6 +113,37 @@ class ContrastiveLoss(nn.Module, ABC):
                     "logit_scale, or another loss"
                 )
             nn.init.constant_(getattr(self, name), value)
+
+    @abstractmethod
+    def example(self, num_pairs: int, embed_dim: int) -> dict[str, Tensor]:
+        """Arguments of `forward` for so many pairs of a rank, all zeros, by which it is counted what that does."""
+
+    def _scale(self, dtype: torch.dtype) -> Tensor:
+        """Returns the factor on the cosines (1,), at most `max_logit_scale` unless it is frozen.
+
+        The parameter itself is clamped, outside of autograd: a clamp in the graph would zero the gradient
+        above the bound, and one on the value alone would let the parameter run far above it.
+        """
+        if self.logit_scale.requires_grad:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=self.max_log_scale)
+        return self.logit_scale.to(dtype).exp()
+
+    def _weighted_lengths(self, full_length: int) -> list[tuple[int, float]]:
+        lengths = self.lengths or [full_length]
+        if lengths[-1] > full_length:
+            raise ValueError(f"lengths={lengths}: the embeddings allow 1 to {full_length}")
+        return list(zip(lengths, self.length_weights, strict=True))
+
+
+class ContrastiveLoss(PairLoss):
+    """What both contrastive losses share: the interface, and chunks of logits.
+
+    Attributes:
+        pair_losses_B: what each of this rank's pairs has in the newest loss, which is their mean; no gradient.
+    """
+
+    pair_losses_B: Tensor | None = None
 
     def forward(
         self,
@@ -158,25 +187,14 @@ class ContrastiveLoss(nn.Module, ABC):
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
         """Computes `pair_losses_B` and, if wanted, gives every chunk the gradient of their sum."""
 
-    def _scale(self, dtype: torch.dtype) -> Tensor:
-        """Returns the factor on the cosines (1,), at most `max_logit_scale` unless it is frozen.
-
-        The parameter itself is clamped, outside of autograd: a clamp in the graph would zero the gradient
-        above the bound, and one on the value alone would let the parameter run far above it.
-        """
-        if self.logit_scale.requires_grad:
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=self.max_log_scale)
-        return self.logit_scale.to(dtype).exp()
+    def example(self, num_pairs: int, embed_dim: int) -> dict[str, Tensor]:
+        """Embeddings and caption ids, without labels."""
+        image_BE, text_BE = (torch.zeros(num_pairs, embed_dim, requires_grad=True) for _ in range(2))
+        ids_B = torch.zeros(num_pairs, dtype=torch.int64)
+        return {"image_BE": image_BE, "text_BE": text_BE, "caption_ids_B": ids_B}
 
     def _bias(self, dtype: torch.dtype) -> list[Tensor]:
         return []
-
-    def _weighted_lengths(self, full_length: int) -> list[tuple[int, float]]:
-        lengths = self.lengths or [full_length]
-        if lengths[-1] > full_length:
-            raise ValueError(f"lengths={lengths}: the embeddings allow 1 to {full_length}")
-        return list(zip(lengths, self.length_weights, strict=True))
 
 
 class SoftmaxLoss(ContrastiveLoss):

@@ -101,6 +101,10 @@ class Sample(TypedDict, total=False):
     dp_person: Annotated[Any, Field("rows", of="dp_points_xy", into="dp_boxes_xyxy")]  # int64 (S,): which person
     dp_part: OfSurfacePoint  # int64 (S,): 1..24
     dp_uv: OfSurfacePoint  # float32 (S, 2) in [0, 1]
+    # Distillation: embeddings, of any norm, of T teachers, those that are shorter than the longest with zeros behind.
+    teacher_image: Annotated[Any, Field("rows")]  # float16 (T, E): of this augmentation of the image
+    teacher_text: Annotated[Any, Field("rows")]  # float16 (T, E): of `caption`, or of the caption in a given language
+    teacher_scale: Annotated[Any, Field("rows")]  # float32 (T,): the factor on the cosines that each was trained with
 
 
 FIELDS: dict[str, Field] = {

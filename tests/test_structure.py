@@ -41,6 +41,7 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
     parts |= {"indiclip.chunked_cross_entropy"}
     parts |= {"indiclip.moving_average", "indiclip.masked_images", "indiclip.ratios", "indiclip.distributed"}
     parts |= {"indiclip.surface_charts", "indiclip.surface_metric"}
+    parts |= {"indiclip.distillation_loss", "indiclip.online_teacher"}
     parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
     assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
 
@@ -88,6 +89,8 @@ ARROWS = {
     "losses.py": "logit_chunks softmax_sums autograd",
     "softmax_sums.py": "logit_chunks",
     "logit_chunks.py": "distributed",
+    "distillation_loss.py": "losses logit_chunks autograd distributed",
+    "online_teacher.py": "types encoder checkpoint",
     "fcos.py": "types ratios",
     "surface_charts.py": "types ratios",
     "head.py": "types names distributed ratios",

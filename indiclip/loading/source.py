@@ -10,14 +10,17 @@ import numpy as np
 from torch import nn
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.subset import Subset
 from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
 from indiclip.loading.mixing import Mix
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.stages import Stage, TokenBudget, check_stages
+from indiclip.loading.teacher_cache import CachedViews, Captions, TeacherCache
 from indiclip.loading.transforms import Transform
 from indiclip.loading.views import View, check_views
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, count_tokens
+from indiclip.types import Sample
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Source:
         augment: torchvision v2 transforms for training, which move the annotations too, e.g.
             `torchvision.transforms.v2.RandomHorizontalFlip`.
         views: What is made of each image beside it, in training: see `View`.
+        teachers: Embeddings of its images and captions that teachers gave, for distillation: see `TeacherCache`.
+        samples: Only so many of the dataset's samples, the first; None is all.
         mix: Mixup and CutMix, in training: see `Mix`. Of all sources of the task, whose heads all have to know how to
             learn from two images in one. Views are not mixed.
         batch_tokens: Patches per step over all ranks, each image padded to the longest of its batch. The sources of
@@ -72,6 +77,8 @@ class Source:
     max_tokens: int = 256
     augment: list[nn.Module] | None = None
     views: list[View] = field(default_factory=list)
+    teachers: TeacherCache | None = None
+    samples: int | None = None
     mix: Mix | None = None
     batch_tokens: int | None = None
     batch_multiple: int = 8
@@ -123,9 +130,42 @@ class Source:
             raise ValueError(
                 f"data: task {self.task!r}: shard_groups is {self.shard_groups}; leave out either it or {other}"
             )
+        if self.samples is not None:
+            check_range({f"data: samples of task {self.task!r}": self.samples}, 1)
+            if self.samples < len(self.dataset):
+                self.dataset = Subset(self.dataset, np.arange(self.samples))
         self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
-        self.transform = Transform(self.max_tokens, self.augment)
+        self.transform = Transform(self.max_tokens, self.augment, at_full_size=self.teachers is not None)
+        self._cached: CachedViews | None = None
         self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds
+
+    def open_teachers(self, key: str) -> CachedViews:
+        """The cache of its teachers, which is opened and checked once.
+
+        Args:
+            key: Of the source in the YAML, for messages.
+        """
+        assert self.teachers is not None
+        if self._cached is None:
+            self._cached = CachedViews(self.teachers, self.dataset, self.transform, key)
+        return self._cached
+
+    def taught(
+        self, index: int, sample: Sample, captions: Captions | None, random_seed: int | None
+    ) -> tuple[Sample, int | None]:
+        """A training sample with what its teachers say of it, and the seed of the augmentation that they saw.
+
+        Args:
+            index: Of the sample.
+            sample: With its caption.
+            captions: All of them by language.
+            random_seed: Of the sample in its step, which is given back where there are no teachers.
+        """
+        if self.teachers is None or random_seed is None:
+            return sample, random_seed
+        cached = self.open_teachers(f"data: a source of task {self.task!r}")
+        view, image_seed = cached.draw(index, self.dataset.key(index), random_seed)
+        return sample | cached.fields(index, view, sample, captions or {}, random_seed), image_seed
 
     @property
     def budgets(self) -> list[TokenBudget]:

@@ -183,11 +183,12 @@ class Steps(Dataset[Step]):
             try:
                 index = (ref.index + attempt) % size
                 with reading(source.task, source.dataset, index) as key:
-                    sample = Sample(key=key) | source.dataset[index]
-                    sample = self._draw_caption(task, ref, sample)
+                    whole = Sample(key=key) | source.dataset[index]
+                    sample = self._draw_caption(task, ref, whole)
+                    sample, image_seed = source.taught(index, sample, whole.get("captions"), random_seed)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
-                    prepared = source.transform(sample, self.preprocessing, random_seed, budget.max_tokens)
+                    prepared = source.transform(sample, self.preprocessing, image_seed, budget.max_tokens)
                     if random_seed is None:
                         return prepared
                     views = make_views(source.views, sample, self.preprocessing, random_seed, step, self._run_steps)

@@ -5,6 +5,7 @@ Shape letters: see `indiclip.types`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -53,15 +54,19 @@ class Transform:
         augment: torchvision v2 transforms on the uint8 image and its annotations, e.g. a
             `torchvision.transforms.v2.RandomHorizontalFlip`. Their random numbers are a function of (seed, sample
             position).
+        at_full_size: Augment the image before it is resized into the budget, always: slower, but the augmented picture
+            is the same whatever the budget and the backbone.
 
     Raises:
         ValueError: A transform that cannot be used, such as one that cannot move several lists of boxes.
     """
 
-    def __init__(self, max_tokens: int = 256, augment: list[torch.nn.Module] | None = None) -> None:
-        self.max_tokens = max_tokens
+    def __init__(
+        self, max_tokens: int = 256, augment: list[torch.nn.Module] | None = None, at_full_size: bool = False
+    ) -> None:
+        self.max_tokens, self.at_full_size = max_tokens, at_full_size
         self.augment = list(augment or [])
-        for step in _each(self.augment):
+        for step in each_step(self.augment):
             name = type(step).__name__
             if name in _REFUSED:
                 raise ValueError(f"augment: {name} {_REFUSED[name]}")
@@ -71,10 +76,17 @@ class Transform:
                     "pixels; expected 0 to 255, or one for each colour"
                 )
 
+    def describe(self) -> list[dict[str, str]]:
+        """The augmentation in words that differ where it does: each step's class and its plain settings."""
+        return [
+            {"class_path": f"{type(step).__module__}.{type(step).__qualname__}", **_settings(step)}
+            for step in each_step(self.augment)
+        ]
+
     @property
     def flips(self) -> bool:
         """Whether any step may mirror the image."""
-        return any("Flip" in type(step).__name__ for step in _each(self.augment))
+        return any("Flip" in type(step).__name__ for step in each_step(self.augment))
 
     @property
     def keeps_size(self) -> bool:
@@ -107,6 +119,29 @@ class Transform:
         def fit(size: Size) -> Size:
             return preprocessing.fit_hw(*size, max_tokens or self.max_tokens)
 
+        fields, scale = self._augmented(sample, preprocessing, random_seed, _as_it_is if self.at_full_size else fit)
+        height, width = fields["image"].shape[-2:]
+        size = fit((height, width))
+        cut = preprocessing.cut(plain(fields.pop("image")), size)
+        if size != (height, width):
+            fields = {name: move(value, (0, 0, height, width), size) for name, value in fields.items()}
+        cut["scale"] = (scale[0] * cut["scale"][0], scale[1] * cut["scale"][1])
+        return unwrap(fields, size) | cut
+
+    def picture(self, sample: Sample, random_seed: int) -> Tensor:
+        """The augmented picture that `__call__` resizes and cuts, where it augments `at_full_size`.
+
+        Returns:
+            uint8 (3, height, width).
+        """
+        assert self.at_full_size
+        image: Tensor = plain(self._augmented(sample, Preprocessing(), random_seed, _as_it_is)[0]["image"])
+        return image
+
+    def _augmented(
+        self, sample: Sample, preprocessing: Preprocessing, random_seed: int | None, fit: Callable[[Size], Size]
+    ) -> tuple[Fields, tuple[float, float]]:
+        """The fields of a sample after its augmentation, the image among them, and their scale to the original."""
         image: Any = sample.get("image")
         if not isinstance(image, EncodedImage) and (getattr(image, "dtype", "") != np.uint8 or image.shape[2:] != (3,)):
             found = f"{image.dtype} {image.shape}" if hasattr(image, "dtype") else shorten(image)
@@ -133,27 +168,39 @@ class Transform:
             pixels_CHW = resize(pixels_CHW, size, "bilinear" if cropped else preprocessing.interpolation)
             fields["image"] = tv_tensors.Image(pixels_CHW)
             for step in left:
-                fields = _augmented(fields, step)
+                fields = _after(fields, step)
         if fields["image"].dtype != torch.uint8:
             raise ValueError(f"augment: gives an image of {fields['image'].dtype}; expected torch.uint8")
-        height, width = fields["image"].shape[-2:]
-        scale = (size[0] / region[2], size[1] / region[3])
-        size = fit((height, width))
-        cut = preprocessing.cut(plain(fields.pop("image")), size)
-        if size != (height, width):
-            fields = {name: move(value, (0, 0, height, width), size) for name, value in fields.items()}
-        cut["scale"] = (scale[0] * cut["scale"][0], scale[1] * cut["scale"][1])
-        return unwrap(fields, size) | cut
+        return fields, (size[0] / region[2], size[1] / region[3])
 
 
-def _each(steps: Iterable[Any]) -> Iterator[Any]:
+def _as_it_is(size: Size) -> Size:
+    return size
+
+
+def each_step(steps: Iterable[Any]) -> Iterator[Any]:
     """The transforms, and those inside of `Compose`, `RandomApply` and the like, which keep them in a plain list."""
     for step in steps:
         yield step
-        yield from _each(getattr(step, "transforms", ()))
+        yield from each_step(getattr(step, "transforms", ()))
 
 
-def _augmented(fields: Fields, step: torch.nn.Module) -> Fields:
+def _settings(step: Any) -> dict[str, str]:
+    """What of a step is numbers, words, or lists of them, by name; not what torch keeps in every module."""
+    hidden = vars(torch.nn.Module()).keys() | {"transforms"}
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return all(map(is_plain, value))
+        if isinstance(value, dict):
+            return all(map(is_plain, [*value, *value.values()]))
+        return value is None or isinstance(value, bool | int | float | str | Enum)
+
+    own = {name: value for name, value in vars(step).items() if name not in hidden and is_plain(value)}
+    return {name: str(own[name]) for name in sorted(own)}
+
+
+def _after(fields: Fields, step: torch.nn.Module) -> Fields:
     """The fields after a transform, without what it moved out of the image.
 
     Raises:
@@ -165,7 +212,7 @@ def _augmented(fields: Fields, step: torch.nn.Module) -> Fields:
         fields = step(fields)
     except TypeError as error:
         name = type(step).__name__
-        if not any(isinstance(one, _OF_IMAGES_ALONE) for one in _each([step])):
+        if not any(isinstance(one, _OF_IMAGES_ALONE) for one in each_step([step])):
             raise
         raise ValueError(
             f"augment: {name} moves the image without its boxes, points, masks and maps; expected "

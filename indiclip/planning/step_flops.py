@@ -115,7 +115,7 @@ def _task_flops(module: Any, batches: dict[str, Batch]) -> TaskFlops:
     losses = {part for part in counts if part.endswith(" loss")}
     beside = sum(count.flops for part, count in counts.items() if part not in {IMAGE_TOWER, TEXT_TOWER, *losses})
     embedding = [head for head in module.each_head() if head.task == task and head.embeds_text]
-    captioned = any("caption" in head.required_fields for head in embedding)
+    captioned = any("caption" in (*head.required_fields, *head.loss_fields) for head in embedding)
     return TaskFlops(
         per_patch=beside / sum(batch["images"]["num_patches"]),
         per_comparison=sum(counts[part].flops for part in losses) / len(batch["keys"]) ** 2,

@@ -118,8 +118,12 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def _logits(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Temperature and bias of the run's contrastive loss; none where it has several such heads or none."""
+    """Temperature and bias of the run's contrastive loss; none where it has several such heads or none.
+
+    The distance to a teacher, of `heads.distillation`, has a temperature too, which counts where there is no other.
+    """
     losses = [key.removesuffix(_LOGITS[0]) for key in weights if re.fullmatch(rf"heads\..*\.{_LOGITS[0]}", key)]
+    losses = [loss for loss in losses if not loss.endswith(".distance.")] or losses
     if len(losses) != 1:
         return {}
     return {name: weights[losses[0] + name] for name in _LOGITS if losses[0] + name in weights}

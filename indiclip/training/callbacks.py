@@ -27,6 +27,7 @@ from indiclip.training.fault_tolerance.ranks import callbacks_of, folder_of
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.record import append_history
 from indiclip.training.run_bar import RunBar, time_left
+from indiclip.training.teachers import said_of
 from indiclip.training.throughput import Throughput
 
 
@@ -61,6 +62,8 @@ class StartupTable(Callback):
             f"run folder [bold]{shown}[/]   {trainer.world_size} x {device.type}{threads}   precision "
             f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
         )
+        for line in said_of(data):
+            console.print(line, markup=False, soft_wrap=True)
         damaged = [found for source in (*data.train, *data.val) for found in source.dataset.damaged]
         if damaged:  # it is not known how many samples these places held
             found = damaged[0]
