@@ -38,6 +38,7 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
     ranks = "indiclip.evals.protocols.cosines"  # a function of numbers, so that training and benchmark rank alike
     parts = {"indiclip.losses", "indiclip.fcos", "indiclip.detection_metric"}
     parts |= {"indiclip.moving_average", "indiclip.masked_images", "indiclip.ratios", "indiclip.distributed"}
+    parts |= {"indiclip.self_distillation_losses", "indiclip.block_masks", "indiclip.teacher"}
     parts |= {"indiclip.surface_charts", "indiclip.surface_metric"}
     parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
     assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
@@ -85,6 +86,9 @@ ARROWS = {
     "micro_batches.py": "types head pooling ratios autograd",
     "losses.py": "logit_chunks autograd",
     "logit_chunks.py": "distributed",
+    "self_distillation_losses.py": "distributed logit_chunks",
+    "block_masks.py": "",
+    "teacher.py": "types moving_average",
     "fcos.py": "types ratios",
     "surface_charts.py": "types ratios",
     "head.py": "types names distributed ratios",
