@@ -80,7 +80,8 @@ def random_mask(rng: np.random.Generator, grid_hw: Grid, number: int) -> np.ndar
 
 def _with_random(rng: np.random.Generator, mask_HW: np.ndarray, number: int) -> np.ndarray:
     """The mask with so many hidden tokens, the missing ones anywhere."""
-    visible = rng.permutation(np.flatnonzero(~mask_HW))
+    visible = np.flatnonzero(~mask_HW)
+    rng.shuffle(visible)
     mask_HW.flat[visible[: number - int(mask_HW.sum())]] = True
     return mask_HW
 
