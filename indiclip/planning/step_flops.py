@@ -152,7 +152,7 @@ def _task_flops(encoder: Any, heads: Sequence[Head], batch: Batch) -> TaskFlops:
     counts = count_step(_Part(encoder, heads), {task: batch})[task]
     losses = {part for part in counts if part.endswith(" loss")}
     beside = sum(count.flops for part, count in counts.items() if part not in {IMAGE_TOWER, TEXT_TOWER, *losses})
-    captioned = any("caption" in head.required_fields for head in heads)
+    captioned = any("caption" in head.required_fields for head in heads if head.embeds_text)
     once = _flops(encoder.backbone, images, lambda of: encoder.backbone(of).tokens)
     return TaskFlops(
         per_patch=beside / sum(images["num_patches"]),
