@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -45,6 +46,17 @@ def sum_over_ranks(numbers: Tensor) -> Tensor:
     total = numbers.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """Those of one rank after the other's, as many of each; gradients of every rank's loss reach the rank whose row it
+    is. A collective, in the backward pass too.
+    """
+    if rank_and_world()[1] == 1:
+        return rows
+    from torch.distributed.nn.functional import all_gather  # see `mean_over_ranks`
+
+    return torch.cat(all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
 
 
 def mean_over_ranks(numbers: Tensor) -> Tensor:

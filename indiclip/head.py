@@ -185,6 +185,7 @@ class Head(nn.Module, ABC):
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
         mixes: Whether `loss` learns from images that are mixed of two, see `mix_share` in `Sample`.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
+        pools_images: Whether it calls `encoder.pool_features`, if not that.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
 
@@ -202,6 +203,7 @@ class Head(nn.Module, ABC):
     no_flip = ""
     mixes = False
     embeds_images = True
+    pools_images = False
     embeds_text = True
 
     def __init__(
@@ -233,6 +235,17 @@ class Head(nn.Module, ABC):
         Raises:
             ValueError: What does not fit, naming the YAML key.
         """
+
+    def check_views(self, counts: Mapping[str, int]) -> None:
+        """Compare the head with a training source's views: name -> number of them for each image.
+
+        Raises:
+            ValueError: What does not fit, naming the YAML key.
+        """
+
+    def tower_copies(self) -> list[nn.Module]:
+        """Copies of the encoder's towers among the head's modules, which are compiled and sharded as those are."""
+        return []
 
     def begin(self, encoder: "Encoder") -> None:
         """Called once, before the head's first step: `start`, or the run's first. What it changes must be in the
