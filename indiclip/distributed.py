@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -55,3 +56,18 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_reduce  # takes a second to import, which only many ranks need
 
     return cast(Tensor, all_reduce(numbers)) / world  # type: ignore[no-untyped-call]
+
+
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows (B, ...) of all ranks, in the order in which samples are dealt to them: (B * ranks, ...).
+
+    As many on every rank, of the same shape. The gradients of every rank's loss reach every rank. A collective, in the
+    backward pass too.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return rows
+    placed = torch.stack([rows if other == rank else torch.zeros_like(rows) for other in range(world)], 1)
+    if placed.requires_grad:
+        return (mean_over_ranks(placed) * world).flatten(0, 1)
+    return sum_over_ranks(placed).flatten(0, 1)

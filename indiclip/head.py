@@ -150,7 +150,8 @@ class WholeBatch(NamedTuple):
 
     Attributes:
         function: Gives the losses of all rows. It may have parameters of its own.
-        rows: Its arguments: tensors and lists with a row per sample. Gradients go through those of floating point.
+        rows: Its arguments: tensors and lists with a row per sample, or with one for each micro-batch. Gradients go
+            through those of floating point. Rows that are longer in another micro-batch are filled with zeros.
     """
 
     function: Callable[..., Losses]
@@ -185,6 +186,7 @@ class Head(nn.Module, ABC):
         embeds_images: Whether `loss` calls `encoder.embed_features`.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
+        reads_text: Whether `loss` runs the text tower, if only for its tokens.
 
     Raises:
         ValueError: A name that cannot be part of a log's.
@@ -199,6 +201,7 @@ class Head(nn.Module, ABC):
     no_flip = ""
     embeds_images = True
     embeds_text = True
+    reads_text = False
 
     def __init__(
         self, task: str | None = None, weight: float = 1.0, name: str | None = None, start: float = 0.0

@@ -425,7 +425,8 @@ def _unused_parts(heads: list[Head]) -> list[str]:
     if not any(head.embeds_images for head in heads):
         paths += ["encoder.image_pool", "encoder.image_projection"]
     if not any(head.embeds_text for head in heads):
-        paths += ["encoder.text", "encoder.text_pool", "encoder.text_projection"]
+        read = any(head.reads_text for head in heads)
+        paths += ["encoder.text"] * (not read) + ["encoder.text_pool", "encoder.text_projection"]
     return paths
 
 
