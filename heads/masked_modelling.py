@@ -161,6 +161,9 @@ class MaskedModelling(Head):
                     "without a caption; `captioned: true` leaves them out, and losses: {mim: 1.0} reads none"
                 )
 
+    def tower_copies(self) -> list[nn.Module]:
+        return [self.images.teacher] if self.images is not None and self.images.teacher is not None else []
+
     def begin(self, encoder: "Encoder") -> None:
         parts = (encoder.image_pool, encoder.image_projection, encoder.text_pool, encoder.text_projection)
         weights = [weight for part in parts for weight in part.parameters()]

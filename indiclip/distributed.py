@@ -48,6 +48,17 @@ def sum_over_ranks(numbers: Tensor) -> Tensor:
     return total
 
 
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """Those of one rank after the other's, as many of each; gradients of every rank's loss reach the rank whose row it
+    is. A collective, in the backward pass too.
+    """
+    if rank_and_world()[1] == 1:
+        return rows
+    from torch.distributed.nn.functional import all_gather  # see `mean_over_ranks`
+
+    return torch.cat(all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+
+
 def mean_over_ranks(numbers: Tensor) -> Tensor:
     """Their mean; the gradients of every rank's loss reach every rank. A collective, in the backward pass too."""
     world = rank_and_world()[1]
@@ -58,16 +69,7 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
     return cast(Tensor, all_reduce(numbers)) / world  # type: ignore[no-untyped-call]
 
 
-def rows_of_all_ranks(rows: Tensor) -> Tensor:
-    """The rows (B, ...) of all ranks, in the order in which samples are dealt to them: (B * ranks, ...).
-
-    As many on every rank, of the same shape. The gradients of every rank's loss reach every rank. A collective, in the
-    backward pass too.
-    """
-    rank, world = rank_and_world()
-    if world == 1:
-        return rows
-    placed = torch.stack([rows if other == rank else torch.zeros_like(rows) for other in range(world)], 1)
-    if placed.requires_grad:
-        return (mean_over_ranks(placed) * world).flatten(0, 1)
-    return sum_over_ranks(placed).flatten(0, 1)
+def dealt_rows(rows: Tensor) -> Tensor:
+    """As `rows_of_all_ranks`, in the order in which a step's samples are dealt to the ranks."""
+    world = rank_and_world()[1]
+    return rows_of_all_ranks(rows).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)

@@ -184,6 +184,7 @@ class Head(nn.Module, ABC):
         needs_all_patches: Whether dropped patches would spoil what it learns, as they do where it needs a map.
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
+        pools_images: Whether it calls `encoder.pool_features`, if not that.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
         reads_text: Whether `loss` runs the text tower, if only for its tokens.
@@ -200,6 +201,7 @@ class Head(nn.Module, ABC):
     needs_all_patches = True
     no_flip = ""
     embeds_images = True
+    pools_images = False
     embeds_text = True
     reads_text = False
 
@@ -232,6 +234,17 @@ class Head(nn.Module, ABC):
         Raises:
             ValueError: What does not fit, naming the YAML key.
         """
+
+    def check_views(self, counts: Mapping[str, int]) -> None:
+        """Compare the head with a training source's views: name -> number of them for each image.
+
+        Raises:
+            ValueError: What does not fit, naming the YAML key.
+        """
+
+    def tower_copies(self) -> list[nn.Module]:
+        """Copies of the encoder's towers among the head's modules, which are compiled and sharded as those are."""
+        return []
 
     def begin(self, encoder: "Encoder") -> None:
         """Called once, before the head's first step: `start`, or the run's first. What it changes must be in the

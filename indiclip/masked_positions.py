@@ -3,20 +3,16 @@
 Shape letters: see `indiclip.types`.
 """
 
-import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from indiclip.block_masks import block_mask
 from indiclip.types import Images
-
-# BEiT (arXiv:2106.08254, section 2.3 and its code): blocks of at least 16 of 196 patches, of these aspects.
-_LEAST_SHARE = 16 / 196
-_ASPECTS = (0.3, 1 / 0.3)
 
 
 def hidden_patches(images: Images, patch_size: int, ratio: float, seeds: Sequence[int]) -> np.ndarray:
-    """Which patches of each image are hidden, bool (B, N): a share of them, in blocks.
+    """Which patches of each image are hidden, bool (B, N): a share of them, in blocks as BEiT's (arXiv:2106.08254).
 
     Of an image some of whose patches were dropped they are any, as the host does not know where the others lie.
 
@@ -32,30 +28,10 @@ def hidden_patches(images: Images, patch_size: int, ratio: float, seeds: Sequenc
         number = min(max(round(ratio * count), 1), count - 1)
         rng = np.random.default_rng([seed, 1])
         if rows * columns == count:
-            hidden_N[:count] = blocks(rows, columns, number, rng).ravel()
+            hidden_N[:count] = block_mask(rng, (rows, columns), number).ravel()
         else:
             hidden_N[rng.permutation(count)[:number]] = True
     return hidden_BN
-
-
-def blocks(rows: int, columns: int, number: int, rng: np.random.Generator) -> np.ndarray:
-    """A mask (rows, columns) of exactly so many cells, the union of random rectangles (BEiT, algorithm 1).
-
-    Where the last rectangle would hide too many, some of its cells stay.
-    """
-    hidden = np.zeros((rows, columns), bool)
-    least = max(1.0, _LEAST_SHARE * rows * columns)
-    while (missing := number - int(hidden.sum())) > 0:
-        area = rng.uniform(min(least, missing), missing)
-        aspect = math.exp(rng.uniform(*np.log(_ASPECTS)))
-        height = min(max(round(math.sqrt(area * aspect)), 1), rows)
-        width = min(max(round(math.sqrt(area / aspect)), 1), columns)
-        top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-        block = np.zeros_like(hidden)
-        block[top : top + height, left : left + width] = True
-        new = np.flatnonzero(block & ~hidden)
-        hidden.flat[rng.permutation(new)[:missing] if len(new) > missing else new] = True
-    return hidden
 
 
 def hidden_tokens(

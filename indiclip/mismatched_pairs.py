@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indiclip.distributed import rank_and_world, rows_of_all_ranks
+from indiclip.distributed import dealt_rows, rank_and_world
 from indiclip.multimodal_encoder import Tokens
 
 _TEMPERATURE = 0.07  # of similarities, with which ALBEF (arXiv:2107.07651) begins
@@ -54,8 +54,8 @@ def hard_texts(image_BE: Tensor, text_BE: Tensor, keys: Keys, draws_B: Tensor) -
     Returns:
         `(index_B, found_B)`: among the texts of all ranks, and whether there is any that is not its own. A collective.
     """
-    text_GE = rows_of_all_ranks(text_BE)
-    others = Keys(*(rows_of_all_ranks(key)[None] for key in keys))
+    text_GE = dealt_rows(text_BE)
+    others = Keys(*(dealt_rows(key)[None] for key in keys))
     apart_BG = Keys(*(key[:, None] for key in keys)).apart(others)
     with torch.autocast(image_BE.device.type, enabled=False):
         logits_BG = (image_BE.double() @ text_GE.double().T / _TEMPERATURE).masked_fill(~apart_BG, -torch.inf)
@@ -77,5 +77,5 @@ def tokens_of_all_ranks(tokens: Tokens, longest: int) -> Tokens:
     if rank_and_world()[1] == 1:
         return tokens
     missing = longest - tokens.valid_BN.shape[1]
-    tokens_BNW = rows_of_all_ranks(F.pad(tokens.tokens_BNW, (0, 0, 0, missing)))
-    return Tokens(tokens_BNW, rows_of_all_ranks(F.pad(tokens.valid_BN.to(torch.uint8), (0, missing))).bool())
+    tokens_BNW = dealt_rows(F.pad(tokens.tokens_BNW, (0, 0, 0, missing)))
+    return Tokens(tokens_BNW, dealt_rows(F.pad(tokens.valid_BN.to(torch.uint8), (0, missing))).bool())

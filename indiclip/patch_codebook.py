@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from indiclip.distributed import rows_of_all_ranks, sum_over_ranks
+from indiclip.distributed import dealt_rows, sum_over_ranks
 from indiclip.names import check_range, check_whole
 from indiclip.types import in_float32
 
@@ -127,7 +127,7 @@ class PatchCodebook(nn.Module):
         self.sums_CP.lerp_(sums_CQ[:, :-1], 1 - self.options.decay)
         self.counts_C.lerp_(sums_CQ[:, -1], 1 - self.options.decay)
         # The same on any number of ranks: the first patch of each image of the step, then the second, ...
-        drawn_MP = rows_of_all_ranks(candidates_BJP.transpose(0, 1).flatten(0, 1)[: self.options.size])
+        drawn_MP = dealt_rows(candidates_BJP.transpose(0, 1).flatten(0, 1)[: self.options.size])
         mean = self.counts_C.mean().clamp(min=1e-12)
         dead_C = (self.counts_C < _DEAD * mean) | ~self.is_learned
         drawn_CP = drawn_MP[(dead_C.cumsum(0) - 1).clamp(min=0) % len(drawn_MP)].to(self.sums_CP.dtype)

@@ -40,6 +40,7 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
     parts |= {"indiclip.moving_average", "indiclip.masked_images", "indiclip.ratios", "indiclip.distributed"}
     parts |= {"indiclip.masked_metric", "indiclip.masked_towers", "indiclip.mismatched_pairs", "indiclip.names"}
     parts |= {"indiclip.multimodal_encoder", "indiclip.patch_codebook"}
+    parts |= {"indiclip.self_distillation_losses", "indiclip.block_masks", "indiclip.teacher"}
     parts |= {"indiclip.surface_charts", "indiclip.surface_metric"}
     parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
     assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
@@ -53,7 +54,7 @@ ARROWS = {
     "steps.py": "",
     "moving_average.py": "pooling",
     "masked_images.py": "backbone types",
-    "masked_positions.py": "types",
+    "masked_positions.py": "types block_masks",
     "masked_texts.py": "text",
     "masked_towers.py": (
         "types backbone text masked_images masked_positions masked_texts moving_average multimodal_encoder"
@@ -97,6 +98,9 @@ ARROWS = {
     "micro_batches.py": "types head pooling ratios autograd",
     "losses.py": "logit_chunks autograd",
     "logit_chunks.py": "distributed",
+    "self_distillation_losses.py": "distributed logit_chunks",
+    "block_masks.py": "",
+    "teacher.py": "types moving_average",
     "fcos.py": "types ratios",
     "surface_charts.py": "types ratios",
     "head.py": "types names distributed ratios",

@@ -6,12 +6,11 @@ from typing import Literal
 import numpy as np
 
 from indiclip.datasets.base import SampleDataset
-from indiclip.datasets.inventory import Inventory
+from indiclip.datasets.subset import Subset
 from indiclip.datasets.tables import stable_hash
-from indiclip.types import Sample
 
 
-class Split(SampleDataset):
+class Split(Subset):
     """The training or the held-out part, by a hash of each sample's group: of its picture, unless `group_by` is given.
 
     A group never changes sides: not when the data grows, is reordered or moves to another machine.
@@ -50,49 +49,15 @@ class Split(SampleDataset):
             raise ValueError(
                 f"dataset: found {type(dataset).__name__}; expected a SampleDataset (indiclip.datasets.base)"
             )
-        self.dataset = dataset
         groups = map(dataset.group, range(len(dataset))) if group_by is None else _matches(dataset, group_by)
         places = np.array([stable_hash(f"{seed}:{group}") for group in groups], dtype=np.uint64) / 2.0**64
         held_out = (low <= places) & (places < high)
-        self._indices = np.flatnonzero(held_out == (part == "val"))
-        if len(self._indices) == 0:
+        indices = np.flatnonzero(held_out == (part == "val"))
+        if len(indices) == 0:
             raise ValueError(
                 f"{part}: no sample of {len(dataset)} falls here with fraction {fraction}, seed {seed}, fold {fold}"
             )
-        self.classes, self.category_ids = dataset.classes, dataset.category_ids
-        self.captioned, self.damaged = dataset.captioned, dataset.damaged
-        columns = (dataset.labels, dataset.clusters, dataset.sizes_hw)
-        self.labels, self.clusters, self.sizes_hw = (
-            None if column is None else column[self._indices] for column in columns
-        )
-        self.starts = None if dataset.starts is None else np.searchsorted(self._indices, dataset.starts)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[int(self._indices[index])]
-
-    def key(self, index: int) -> str:
-        """The key in the whole dataset. Reads and decodes nothing."""
-        return self.dataset.key(int(self._indices[index]))
-
-    @property
-    def inventory(self) -> Inventory:
-        """That of the whole dataset."""
-        return self.dataset.inventory
-
-    def group(self, index: int) -> str:
-        """The group in the whole dataset."""
-        return self.dataset.group(int(self._indices[index]))
-
-    def captions(self, index: int) -> dict[str, list[str]]:
-        """See `SampleDataset`."""
-        return self.dataset.captions(int(self._indices[index]))
-
-    def prefetch(self, shards: list[int]) -> None:
-        """Of the whole dataset, whose shards these are."""
-        self.dataset.prefetch(shards)
+        super().__init__(dataset, indices)
 
 
 def _matches(dataset: SampleDataset, pattern: str) -> list[str]:

@@ -49,7 +49,7 @@ class Table:
         self.file, self._on_bad_row, self._left_out = file, on_bad_row, Inventory()
         self.is_parquet = kind == ".parquet"
         if self.is_parquet:
-            self._parquet = _open_parquet(file)
+            self._parquet = open_parquet(file)
             self.header: list[str] = list(self._parquet.schema_arrow.names)
             self._lines: np.ndarray = np.arange(1, self._parquet.metadata.num_rows + 1)
             self._is_kept = np.ones(len(self._lines), bool)
@@ -219,7 +219,7 @@ class Table:
             return kind
         if types.is_nested(kind) or "binary" not in str(kind):
             return None
-        with _readable(self.file):
+        with readable_parquet(self.file):
             cells = (cell.as_py() for batch in self._parquet.iter_batches(64, columns=[name]) for cell in batch[name])
             first = next(filter(None, cells), b"")
         return None if is_text(first.decode(errors="surrogateescape")) else kind
@@ -228,7 +228,7 @@ class Table:
         if not self.is_parquet:
             return [row[place] if len(row) == len(self.header) else None for row in self._cells]
         name = self.header[place]
-        with _readable(self.file):
+        with readable_parquet(self.file):
             table = self._parquet.read(columns=[f"{name}.{child}" if child else name])
         # Of a name with a dot there may be a column and a struct with such a field.
         nth = self.header[:place].count(name)
@@ -246,7 +246,7 @@ class EmbeddedImages:
 
     def __init__(self, file: Path, column: str) -> None:
         self.file, self.column = file, column
-        metadata = _open_parquet(file).metadata
+        metadata = open_parquet(file).metadata
         sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
         self._starts = np.cumsum([0, *sizes])
 
@@ -270,21 +270,26 @@ class EmbeddedImages:
 @lru_cache(maxsize=_ROW_GROUPS)
 def _row_group(file: Path, group: int, column: str) -> Any:
     # Without threads, which a forked worker would not have.
-    with _readable(file):
-        return _open_parquet(file).read_row_group(group, columns=[column], use_threads=False)[column]
+    with readable_parquet(file):
+        return open_parquet(file).read_row_group(group, columns=[column], use_threads=False)[column]
 
 
-def _open_parquet(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
+    """pyarrow's `ParquetFile`.
+
+    Raises:
+        ValueError: pyarrow is not installed, or the file is damaged.
+    """
     try:
         from pyarrow import parquet
     except ImportError:
         raise ValueError(f"{file}: Parquet needs the package pyarrow: pip install pyarrow") from None
-    with _readable(file):
+    with readable_parquet(file):
         return parquet.ParquetFile(file, memory_map=True)
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def readable_parquet(file: Path) -> Iterator[None]:
     """What pyarrow raises over a damaged file as one line."""
     from pyarrow import ArrowException
 
