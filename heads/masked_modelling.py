@@ -339,6 +339,7 @@ class MaskedModelling(Head):
         if "itm" in self.losses:
             pair = "image and text told to be a pair or not"
             found["itm_accuracy"] = Measure(pair, "higher", trivial=0.5, answer="always a pair", main=True)
+            found["itm_most_frequent"] = Measure(f"{pair}: always the more frequent answer")
         for name in self.predictors:
             words = _WORDS[name]
             found[f"{name}_accuracy"] = Measure(f"{words} guessed", "higher", main=True)
