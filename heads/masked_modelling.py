@@ -79,7 +79,7 @@ class MaskedModelling(Head):
     texts: MaskedTextTower | None
     multimodal: MultimodalEncoder | None
     matching: nn.Module | None
-    embeds_images = embeds_text = False
+    needs_all_patches = embeds_images = embeds_text = False
 
     def __init__(
         self,
@@ -116,6 +116,7 @@ class MaskedModelling(Head):
         self.of_two = not _OF_TWO.isdisjoint(self.losses)
         self.reads_images, self.reads_text = self.of_two or "mim" in self.losses, self.of_two or "mlm" in self.losses
         self.required_fields = ("caption",) if self.reads_text else ()
+        self.reads_embeddings = "hard_negatives" if hard_negatives else ""
 
     def bind(self, encoder: "Encoder") -> None:
         backbone, text = encoder.backbone, encoder.text
@@ -165,13 +166,6 @@ class MaskedModelling(Head):
         return [self.images.teacher] if self.images is not None and self.images.teacher is not None else []
 
     def begin(self, encoder: "Encoder") -> None:
-        parts = (encoder.image_pool, encoder.image_projection, encoder.text_pool, encoder.text_projection)
-        weights = [weight for part in parts for weight in part.parameters()]
-        if self.hard_negatives and weights and not any(weight.requires_grad for weight in weights):
-            raise ValueError(
-                f"heads.{self.name}.hard_negatives: found true, but nothing trains the embeddings whose similarity it "
-                "reads; expected heads.contrastive.Contrastive beside"
-            )
         if self.images is not None:
             self.images.follow(encoder.backbone, 0.0)
 

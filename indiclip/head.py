@@ -188,6 +188,8 @@ class Head(nn.Module, ABC):
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
         reads_text: Whether `loss` runs the text tower, if only for its tokens.
+        reads_embeddings: The argument for which it reads embeddings of images and texts that another head trains; empty
+            where it reads none.
 
     Raises:
         ValueError: A name that cannot be part of a log's.
@@ -204,6 +206,7 @@ class Head(nn.Module, ABC):
     pools_images = False
     embeds_text = True
     reads_text = False
+    reads_embeddings = ""
 
     def __init__(
         self, task: str | None = None, weight: float = 1.0, name: str | None = None, start: float = 0.0

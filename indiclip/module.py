@@ -445,3 +445,9 @@ def _check_heads(heads: list[Head]) -> None:
             f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?); two heads of one "
             "class need a `name`"
         )
+    for head in heads:
+        if head.reads_embeddings and not any(other.embeds_images and other.embeds_text for other in heads):
+            raise ValueError(
+                f"heads.{head.name}.{head.reads_embeddings}: reads embeddings of images and texts, which no head "
+                "trains; expected heads.contrastive.Contrastive beside"
+            )

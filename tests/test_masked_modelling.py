@@ -289,7 +289,7 @@ def test_hard_negatives_without_trained_embeddings_are_refused(tmp_path, capsys)
     tree = experiment(2)
     tree["model"]["heads"] = [part("codes", hard_negatives=True)]
     assert fit(tmp_path, tree) == 2
-    assert "heads.codes.hard_negatives: found true, but nothing trains the embeddings" in capsys.readouterr().err
+    assert "heads.codes.hard_negatives: reads embeddings of images and texts, which no head trains" in capsys.readouterr().err
 
 
 def test_captions_are_the_same_on_the_way_to_a_mismatch():
