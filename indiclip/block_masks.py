@@ -80,9 +80,8 @@ def random_mask(rng: np.random.Generator, grid_hw: Grid, number: int) -> np.ndar
 
 def _with_random(rng: np.random.Generator, mask_HW: np.ndarray, number: int) -> np.ndarray:
     """The mask with so many hidden tokens, the missing ones anywhere."""
-    visible = np.flatnonzero(~mask_HW)
-    chosen = rng.choice(visible, number - int(mask_HW.sum()), replace=False)
-    mask_HW.reshape(-1)[chosen] = True
+    visible = rng.permutation(np.flatnonzero(~mask_HW))
+    mask_HW.flat[visible[: number - int(mask_HW.sum())]] = True
     return mask_HW
 
 
