@@ -30,8 +30,8 @@ from indiclip.head import (
     plain,
     same_classes,
 )
-from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
-from indiclip.types import Batch, Features, class_names
+from indiclip.losses import ContrastiveLoss, Mixture, SigmoidLoss, SoftmaxLoss, caption_ids
+from indiclip.types import Batch, Features, class_names, on_device
 
 if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
@@ -59,6 +59,7 @@ class Contrastive(Head):
     metric: "EmbeddingMetric"
     required_fields = ("caption",)
     needs_all_patches = False
+    mixes = True
 
     def __init__(
         self,
@@ -100,14 +101,23 @@ class Contrastive(Head):
         # Not blocking: else the CPU would wait here until the GPU has embedded everything.
         ids_B = caption_ids(captions).to(image_BD.device, non_blocking=True)
         rows = (image_BD, text_BD, _labels(batch, image_BD), ids_B, _drawn_languages(batch))
-        return WholeBatch(partial(self.pair_losses, encoder), rows)
+        mixed = [batch["targets"][name] for name in ("mix_partner", "mix_share") if name in batch["targets"]]
+        return WholeBatch(partial(self.pair_losses, encoder), (*rows, *mixed))
 
     def pair_losses(
-        self, encoder: "Encoder", image_BD: Tensor, text_BD: Tensor, labels_B: Tensor, ids_B: Tensor, codes: list[str]
+        self,
+        encoder: "Encoder",
+        image_BD: Tensor,
+        text_BD: Tensor,
+        labels_B: Tensor,
+        ids_B: Tensor,
+        codes: list[str],
+        *mixed: list[Any],
     ) -> Losses:
-        """The losses of the pooled vectors of all pairs of this rank."""
+        """The losses of the pooled vectors of all pairs of this rank; `mixed` are the images' partners and shares."""
         image_BE, text_BE = encoder.project_image(image_BD), encoder.project_text(text_BD)
-        loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)
+        mixture = Mixture(*(on_device(numbers, image_BE.device) for numbers in mixed)) if mixed else None
+        loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B, mixture=mixture)
         return Losses({"loss": loss}, self._loss_by_language(codes))
 
     def _loss_by_language(self, codes: list[str]) -> dict[str, Ratio]:

@@ -183,6 +183,7 @@ class Head(nn.Module, ABC):
         predict_fields: Those that `predict` needs.
         needs_all_patches: Whether dropped patches would spoil what it learns, as they do where it needs a map.
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
+        mixes: Whether `loss` learns from images that are mixed of two, see `mix_share` in `Sample`.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
         pools_images: Whether it calls `encoder.pool_features`, if not that.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
@@ -202,6 +203,7 @@ class Head(nn.Module, ABC):
     predict_fields: tuple[str, ...] = ()
     needs_all_patches = True
     no_flip = ""
+    mixes = False
     embeds_images = True
     pools_images = False
     embeds_text = True

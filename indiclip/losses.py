@@ -10,6 +10,12 @@ gradients along with the loss, so that no logits wait for the backward pass. Sig
 Softmax needs the sums of whole rows and columns before any gradient: one walk finds these, and another computes the
 logits again. The price is that the losses cannot be differentiated twice.
 
+Of mixed images (mixup, CutMix), image i is the share a_i of its own and the rest of its partner's, p(i). With P[i, j]
+1 where pairs i and j are positives of each other, else 0, it shows S[i, j] = a_i P[i, j] + (1 - a_i) P[p(i), j] of
+text j. Sigmoid has S as targets. Softmax finds image i's texts with a_i P[i] / n_i + (1 - a_i) P[p(i)] / n_p(i), n
+being the numbers of positives, and text j's images with S[:, j] / n_j, whose sum is how much this text counts: 1 where
+both images of each pair have the same share. All this is linear in the shares: losses of hard targets, averaged.
+
 Shape letters: B pairs on this rank, W ranks, G = W * B pairs on all ranks, E embedding length, K kinds of
 keys (labels, caption ids).
 """
@@ -21,10 +27,13 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.autograd import with_gradients
-from indiclip.logit_chunks import LogitChunks, Where, all_gather, all_reduce
+from indiclip.logit_chunks import Chunk, LogitChunks
+from indiclip.logit_chunks import Mixture as Mixture
+from indiclip.softmax_sums import softmax_sums, softmax_targets
 
 # Logits are at most 100 times the cosines (CLIP, arXiv 2103.00020, section 2.5).
 MAX_LOGIT_SCALE = math.log(100)
@@ -97,6 +106,7 @@ class ContrastiveLoss(nn.Module, ABC):
         text_BE: Tensor,
         labels_B: Tensor | None = None,
         caption_ids_B: Tensor | None = None,
+        mixture: Mixture | None = None,
     ) -> Tensor:
         """Compares this rank's pairs with those of all ranks.
 
@@ -106,6 +116,7 @@ class ContrastiveLoss(nn.Module, ABC):
             labels_B: int class of each pair, negative for none; pairs of one class are positives of each
                 other.
             caption_ids_B: from `caption_ids`; pairs with equal captions are positives of each other.
+            mixture: of which two images each image is made; on all ranks or on none.
 
         Returns:
             Scalar >= 0, float64 if an embedding is, else float32 (also under autocast).
@@ -122,7 +133,7 @@ class ContrastiveLoss(nn.Module, ABC):
         lengths = self._weighted_lengths(image_BE.shape[1])
         with torch.autocast(image_BE.device.type, enabled=False):
             inputs = [image_BE, text_BE, self._scale(dtype), *self._bias(dtype)]
-            chunks = LogitChunks(inputs, keys_KB, lengths)
+            chunks = LogitChunks(inputs, keys_KB, lengths, mixture)
             self.pair_losses_B = self._pair_losses(chunks)
             loss = self.pair_losses_B.mean()
             return with_gradients(loss, chunks.gradients(), inputs) if chunks.wanted else loss
@@ -164,16 +175,18 @@ class SoftmaxLoss(ContrastiveLoss):
         super().__init__(math.log(1 / 0.07), lengths, length_weights)
 
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
-        image, text = _sums(chunks)
+        image, text = softmax_sums(chunks)
         entropy_LB = image.cross_entropy() + text.cross_entropy()[:, chunks.rank]
         for chunk in chunks.walk(gradients=True) if chunks.wanted else ():
-            log_sum_LR, count_R = image.part(chunk.image_part)
-            log_sum_LC, count_C = text.part(chunk.text_part)
-            target_RC = chunk.positive().mul_(1 / count_R[:, None] + 1 / count_C)
+            log_sum_LR, log_sum_LC = image.part(chunk.image_part), text.part(chunk.text_part)
+            target_RC = softmax_targets(chunk, image, text)
             for index in range(len(log_sum_LR)):
                 logits_RC = chunk.logits(index)
                 gradient_RC = (logits_RC - log_sum_LR[index, :, None]).exp_().sub_(target_RC)
-                gradient_RC += logits_RC.sub_(log_sum_LC[index]).exp_()
+                shares_RC = logits_RC.sub_(log_sum_LC[index]).exp_()
+                gradient_RC += (
+                    shares_RC if text.weight is None else shares_RC.mul_(text.weight[chunk.text_part].flatten())
+                )
                 chunk.add_gradient(index, gradient_RC, 0.5)
         return chunks.over_lengths(entropy_LB / 2)
 
@@ -198,6 +211,9 @@ class SigmoidLoss(ContrastiveLoss):
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
         loss_B = chunks.scale.new_zeros(chunks.num_pairs)
         for chunk in chunks.walk(gradients=chunks.wanted):
+            if chunks.mixture is not None:
+                self._add_mixed(chunk, chunks, loss_B)
+                continue
             sign_RC = torch.threshold_(chunk.positive(), 0.5, -1)  # 1 of positives, -1 of others
             for index, weight in enumerate(chunks.weights):
                 logits_RC = chunk.logits(index).mul_(sign_RC)
@@ -210,55 +226,15 @@ class SigmoidLoss(ContrastiveLoss):
                     chunk.add_gradient(index, gradient_RC, -1)
         return loss_B
 
-
-class _Sums:
-    """What the cross entropies of rows (or columns) of logits, and their gradients, are made of.
-
-    Attributes:
-        log_sum_exp: (L, *shape), of all logits of a row, at each of the L lengths.
-        positive_logits: (L, *shape), the sum of its positives.
-        num_positives: (*shape).
-    """
-
-    def __init__(self, chunks: LogitChunks, *shape: int) -> None:
-        self.log_sum_exp = chunks.zeros(*shape).fill_(-torch.inf)
-        self.positive_logits = chunks.zeros(*shape)
-        self.num_positives = chunks.zeros(*shape)[0]
-
-    def cross_entropy(self) -> Tensor:
-        return self.log_sum_exp - self.positive_logits / self.num_positives
-
-    def part(self, where: Where) -> tuple[Tensor, Tensor]:
-        """`log_sum_exp` and `num_positives` of a chunk's rows or columns."""
-        return self.log_sum_exp[:, *where].flatten(1), self.num_positives[where].flatten()
-
-
-def _sums(chunks: LogitChunks) -> tuple[_Sums, _Sums]:
-    """Those of this rank's images, over all texts, and those of all texts (W, B), over all images."""
-    image, text = _Sums(chunks, chunks.num_pairs), _Sums(chunks, chunks.world, chunks.num_pairs)
-    for chunk in chunks.walk(gradients=False):
-        positive_RC = chunk.positive()
-        image.num_positives[chunk.image_part].add_(positive_RC.sum(1))
-        for index in range(len(image.log_sum_exp)):
+    def _add_mixed(self, chunk: Chunk, chunks: LogitChunks, loss_B: Tensor) -> None:
+        """Of targets between 0 and 1: log(1 + exp(logit)) - target * logit, and the gradient of it."""
+        target_RC = chunk.shown()
+        for index, weight in enumerate(chunks.weights):
             logits_RC = chunk.logits(index)
-            positive_logits_RC = logits_RC * positive_RC
-            for sums, where, dim in ((image, chunk.image_part, 1), (text, chunk.text_part, 0)):
-                so_far = sums.positive_logits[index][where]
-                so_far += positive_logits_RC.sum(dim).view_as(so_far)
-                so_far = sums.log_sum_exp[index][where]
-                so_far.copy_(torch.logaddexp(so_far, _log_sum_exp(logits_RC, dim).view_as(so_far)))
-    # So far each rank has its own images' share of a text's sums.
-    highest = all_reduce(text.log_sum_exp, "max")
-    exp_sum, text.positive_logits = all_reduce(torch.stack([(text.log_sum_exp - highest).exp_(), text.positive_logits]))
-    text.log_sum_exp = exp_sum.log_().add_(highest)
-    text.num_positives = all_gather(image.num_positives)  # a text has as many as the image of its pair
-    return image, text
-
-
-def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
-    """As torch's, in two thirds of the time on a CPU, for finite numbers."""
-    highest = x.amax(dim, keepdim=True)
-    return (x - highest).exp_().sum(dim).log_().add_(highest.squeeze(dim))
+            loss_RC = F.softplus(logits_RC, threshold=40).addcmul_(target_RC, logits_RC, value=-1)
+            loss_B[chunk.image_part].add_(loss_RC.sum(1), alpha=weight)
+            if chunks.wanted:
+                chunk.add_gradient(index, logits_RC.sigmoid_().sub_(target_RC), 1)
 
 
 def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor:

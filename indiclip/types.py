@@ -22,11 +22,13 @@ class Field(NamedTuple):
 
     Kinds, what they hold, and what resizing, cropping, mirroring and turning upright do to them:
         image: The picture, or what is said of its frame; `Transform` reads it.
-        boxes: float (M, 4), pixels. Move along; clipped by a crop, and removed by one that shows nothing of them.
+        boxes: float (M, 4), pixels. Move along; clipped by a crop, and removed by one that shows nothing of them. Those
+            that are turned become the upright boxes around them.
         points: float (M, 2), pixels. Move along; removed by a crop that does not show them.
-        areas: float (M,), square pixels. Grow and shrink with the image; a crop takes nothing from them.
+        areas: float (M,), square pixels. Grow and shrink with the image; a turn or a crop changes nothing.
         masks: (M, height, width). Move along; nearest neighbour.
-        map: (height, width), a number per pixel. Moves along; nearest neighbour or `bilinear`.
+        map: (height, width), a number per pixel. Moves along; nearest neighbour or `bilinear`, which has NaN where an
+            augmentation shows what was not in the image.
         rows: (M, ...), numbers that stay as they are, such as the class of each box.
         scalar: A whole number of the whole image.
         text: Words, or anything else that stays on the host.
@@ -70,6 +72,10 @@ class Sample(TypedDict, total=False):
     key: Text  # unique in its dataset, stable between runs
     file_name: Text  # of the image, where an annotation file says it and the key is another
     random_seed: Text  # int, of this sample in this step, whatever rank it is on; `loading` gives it in training
+    # Of an image that is mixed with another: int, its partner among the samples of this rank's batch; and float, how
+    # much of the image, 0 to 1, is its own. `loading` gives them where a source has `mix`.
+    mix_partner: Text
+    mix_share: Text
     caption: Annotated[str, Field("text", embedded=True)]
     language: Text  # of `caption`: a BCP-47 code such as hi or hi-Latn
     # language ("" where it is unknown) -> texts; `indiclip.datasets.languages` draws one of them for `caption`

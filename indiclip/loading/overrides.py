@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
+from indiclip.loading.mixing import Mix
 from indiclip.loading.source import Source
 from indiclip.loading.stages import Stage
 from indiclip.loading.views import View
@@ -21,6 +22,7 @@ class SourceOverride:
         task: Whose sources.
         augment: As of `Source`, behind the source's own.
         views: As of `Source`, beside the source's own.
+        mix: As of `Source`.
         batch_size: As of `Source`.
         max_tokens: As of `Source`.
         drop: As of `Source`.
@@ -30,6 +32,7 @@ class SourceOverride:
     task: str
     augment: list[nn.Module] | None = None
     views: list[View] | None = None
+    mix: Mix | None = None
     batch_size: int | None = None
     max_tokens: int | None = None
     drop: float | None = None

@@ -11,6 +11,7 @@ from torch import nn
 
 from indiclip.datasets.base import SampleDataset
 from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
+from indiclip.loading.mixing import Mix
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.stages import Stage, TokenBudget, check_stages
 from indiclip.loading.transforms import Transform
@@ -35,6 +36,8 @@ class Source:
         augment: torchvision v2 transforms for training, which move the annotations too, e.g.
             `torchvision.transforms.v2.RandomHorizontalFlip`.
         views: What is made of each image beside it, in training: see `View`.
+        mix: Mixup and CutMix, in training: see `Mix`. Of all sources of the task, whose heads all have to know how to
+            learn from two images in one. Views are not mixed.
         batch_tokens: Patches per step over all ranks, each image padded to the longest of its batch. The sources of
             the task then take turns, step by step.
         batch_multiple: With `batch_tokens`, the samples of a step are a multiple of this, and the number of ranks must
@@ -68,6 +71,7 @@ class Source:
     max_tokens: int = 256
     augment: list[nn.Module] | None = None
     views: list[View] = field(default_factory=list)
+    mix: Mix | None = None
     batch_tokens: int | None = None
     batch_multiple: int = 8
     window: int = 16
@@ -94,6 +98,11 @@ class Source:
         check_range({f"data: task {self.task!r}: drop": self.drop}, 0, 1, without=1)
         check_stages(self.stages, f"data: task {self.task!r}: stages")
         check_views(self.views, f"data: task {self.task!r}: views")
+        if self.mix and self.shard_groups > 1:
+            raise ValueError(
+                f"data: task {self.task!r}: shard_groups is {self.shard_groups}, and ranks take blocks of a batch; mix "
+                "needs batches that are dealt to the ranks in turn, with shard_groups 1"
+            )
         if self.clusters is not None:
             self.clusters.check(f"data: task {self.task!r}: clusters")
             if self.group_by_length:

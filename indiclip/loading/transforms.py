@@ -15,19 +15,30 @@ from torchvision.transforms import v2
 
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import Prepared
-from indiclip.loading.geometry import Region, drop_outside, move, plain, turn, unwrap, wrap
+from indiclip.loading.geometry import Fields, Region, drop_outside, move, turn, unwrap, wrap
+from indiclip.loading.kernels import plain
+from indiclip.loading.rand_augment import RandAugment
 from indiclip.names import shorten
 from indiclip.preprocessing import Preprocessing, Size, read_upright, resize, upright_hw
 from indiclip.types import Sample
 
-# These take the first boxes of a sample for all that it has, but points and people are boxes too (see `geometry`).
-_FOR_ONE_LIST_OF_BOXES = (v2.RandomIoUCrop, v2.SanitizeBoundingBoxes)
+# Transforms that cannot be used, and why. Points and people are boxes too (see `geometry`).
+_LOSES = "loses points and bodies; what leaves the image is removed anyway, and RandomResizedCrop crops"
+_BATCHES = "mixes the images of a batch, which is what `mix` of the source does"
+_REFUSED = {
+    **dict.fromkeys(("RandomIoUCrop", "SanitizeBoundingBoxes", "ClampBoundingBoxes", "SetClampingMode"), _LOSES),
+    **dict.fromkeys(("FiveCrop", "TenCrop"), "makes several images of one; RandomCrop draws one of them"),
+    **dict.fromkeys(("MixUp", "CutMix"), _BATCHES),
+    **dict.fromkeys(("ConvertBoundingBoxFormat", "ToPureTensor", "ToPILImage"), "gives fields of another kind"),
+}
+# These move the image and refuse all that belongs to it.
+_OF_IMAGES_ALONE = (v2.AutoAugment, v2.AugMix, v2.TrivialAugmentWide, v2.RandAugment)
 
 # Transforms that do the same to an image of any size, so that they can come after the resizing.
 _OF_ANY_SIZE = (
     *(v2.RandomHorizontalFlip, v2.RandomVerticalFlip, v2.ColorJitter, v2.RandomGrayscale, v2.RandomPhotometricDistort),
     *(v2.RandomAutocontrast, v2.RandomEqualize, v2.RandomInvert, v2.RandomPosterize, v2.RandomSolarize),
-    v2.RandomChannelPermutation,
+    *(v2.RandomChannelPermutation, v2.RandomErasing, RandAugment),
 )
 
 
@@ -44,17 +55,20 @@ class Transform:
             position).
 
     Raises:
-        ValueError: A transform that cannot move several lists of boxes.
+        ValueError: A transform that cannot be used, such as one that cannot move several lists of boxes.
     """
 
     def __init__(self, max_tokens: int = 256, augment: list[torch.nn.Module] | None = None) -> None:
         self.max_tokens = max_tokens
         self.augment = list(augment or [])
         for step in _each(self.augment):
-            if isinstance(step, _FOR_ONE_LIST_OF_BOXES):
+            name = type(step).__name__
+            if name in _REFUSED:
+                raise ValueError(f"augment: {name} {_REFUSED[name]}")
+            if isinstance(step, v2.RandomErasing) and step.value is None:
                 raise ValueError(
-                    f"augment: {type(step).__name__} loses points and bodies; what leaves the image is removed anyway, "
-                    "and RandomResizedCrop crops"
+                    "augment: RandomErasing.value: found random, whose numbers are those of normalised "
+                    "pixels; expected 0 to 255, or one for each colour"
                 )
 
     @property
@@ -115,15 +129,16 @@ class Transform:
             needed = (-(-full[0] * size[0] // region[2]), -(-full[1] * size[1] // region[3]))
             pixels_CHW = _crop(read_upright(image, (0, 0) if random_seed is None else needed), full, region)
             cropped = len(left) < len(steps)  # by the first step, which is bilinear
+            fields = drop_outside(fields, size) if cropped else fields
             pixels_CHW = resize(pixels_CHW, size, "bilinear" if cropped else preprocessing.interpolation)
             fields["image"] = tv_tensors.Image(pixels_CHW)
-            fields = v2.Compose(left)(fields) if left else fields
+            for step in left:
+                fields = _augmented(fields, step)
         if fields["image"].dtype != torch.uint8:
             raise ValueError(f"augment: gives an image of {fields['image'].dtype}; expected torch.uint8")
         height, width = fields["image"].shape[-2:]
         scale = (size[0] / region[2], size[1] / region[3])
         size = fit((height, width))
-        fields = drop_outside(fields, (height, width)) if steps else fields
         cut = preprocessing.cut(plain(fields.pop("image")), size)
         if size != (height, width):
             fields = {name: move(value, (0, 0, height, width), size) for name, value in fields.items()}
@@ -136,6 +151,27 @@ def _each(steps: Iterable[Any]) -> Iterator[Any]:
     for step in steps:
         yield step
         yield from _each(getattr(step, "transforms", ()))
+
+
+def _augmented(fields: Fields, step: torch.nn.Module) -> Fields:
+    """The fields after a transform, without what it moved out of the image.
+
+    Raises:
+        ValueError: A transform of images alone, for a sample whose boxes, points, masks or maps would have to move.
+    """
+    if isinstance(step, v2.RandomErasing):  # which warns that it leaves boxes as they are
+        return fields | {"image": step(fields["image"])}
+    try:
+        fields = step(fields)
+    except TypeError as error:
+        name = type(step).__name__
+        if not any(isinstance(one, _OF_IMAGES_ALONE) for one in _each([step])):
+            raise
+        raise ValueError(
+            f"augment: {name} moves the image without its boxes, points, masks and maps; expected "
+            "indiclip.loading.rand_augment.RandAugment"
+        ) from error
+    return drop_outside(fields, tuple(fields["image"].shape[-2:]))
 
 
 def _plan_reading(full: Size, steps: list[Any], fit: Callable[[Size], Size]) -> tuple[Region, Size, list[Any]]:

@@ -59,6 +59,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
             for head in heads_of[sources[key].task]:
                 _check_sample(key, sources[key], sample, head, head.required_fields if scores else head.predict_fields)
                 _check_views(key, sources[key], head, key in parts[0])
+                _check_mix(key, sources[key], head, key in parts[0])
         for source in sources.values():
             names = [name for head in heads_of[source.task] if scores for name in head.required_fields]
             source.required_fields = tuple(dict.fromkeys(names))
@@ -128,6 +129,17 @@ def _check_views(key: str, source: Source, head: Head, trains: bool) -> None:
                 "whose head reads it, or 0"
             )
     head.check_views({view.name: view.count for view in source.views})
+
+
+def _check_mix(key: str, source: Source, head: Head, trains: bool) -> None:
+    """Refuse mixed images where they are scored, or read by a head that takes them for one image."""
+    if source.mix and not trains:
+        raise ValueError(f"{key}.mix: held-out images are read as they are; expected mix in data.train alone")
+    if source.mix and not head.mixes:
+        raise ValueError(
+            f"{key}.mix: {head.name} reads the task {source.task!r} and cannot learn from two images in one, as their "
+            "boxes, points and maps cannot be mixed; expected no mix, in data.overrides neither"
+        )
 
 
 def _check_sample(key: str, source: Source, sample: dict[str, Any], head: Head, fields: Sequence[str]) -> None:
