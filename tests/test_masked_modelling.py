@@ -9,19 +9,24 @@ from experiments import config, fit
 from fake_gpu import NoWaits, moved, on_fake_gpu, step_batch
 from helpers import batch_images, caption_batch, noise, packed, step_losses, tiny_encoder
 from test_sharding import fitted, largest_difference, sharded, weights
+from test_throughput import steps as flops_steps
 from test_views import STOP
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import FlavaConfig, FlavaForPreTraining
 
 from heads.masked_modelling import LOSSES, MaskedModelling
 from indiclip.mismatched_pairs import half_a_batch_on
+from indiclip.module import MultiTask
 from indiclip.multimodal_encoder import Tokens
 from indiclip.patch_codebook import Codebook
+from indiclip.planning.step_flops import step_flops
 from indiclip.types import Batch
 
 CODES = 6
 SMALL = {"width": 32, "depth": 1, "num_heads": 2, "codebook": Codebook(CODES)}
+TASK = {"task": "contrastive"}
 CAPTIONS = ["a red kite", "two drums", "लाल पतंग", "a blue kite", "a matka", "three marigolds"]
 
 
@@ -203,6 +208,22 @@ def test_a_step_never_waits_for_the_device():
                 assert {term.device.type for term in terms.values()} == {"cuda"}
 
 
+def test_the_flops_of_a_step_are_counted_with_all_passes():
+    """The oracle is torch's FlopCounterMode around a step of another batch."""
+    module, data = flops_steps([32, 48])
+    heads = [MaskedModelling(**SMALL, **options) for options in (TASK, TASK | {"name": "other", "targets": "teacher"})]
+    module = MultiTask(module.encoder, [*module.each_head(), *heads])
+    module.log = module.log_dict = lambda *_, **__: None
+    rates = step_flops(module, data)
+    assert rates.tasks["contrastive"].image_passes == pytest.approx(3, rel=0.02)
+    assert rates.tasks["contrastive"].text_passes == pytest.approx(3, rel=0.02)
+    _, other = flops_steps([32, 48], 8)
+    step = other.steps(other.train, train=True)[0]
+    with FlopCounterMode(display=False) as counter:
+        module.training_step(step, 0).backward()
+    assert rates.of(step) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
 def part(name, **options):
     options = {"task": "contrastive", "name": name, "width": 16, "depth": 1, "num_heads": 2} | options
     return {"class_path": "heads.masked_modelling.MaskedModelling", "init_args": options}
@@ -289,7 +310,10 @@ def test_hard_negatives_without_trained_embeddings_are_refused(tmp_path, capsys)
     tree = experiment(2)
     tree["model"]["heads"] = [part("codes", hard_negatives=True)]
     assert fit(tmp_path, tree) == 2
-    assert "heads.codes.hard_negatives: reads embeddings of images and texts, which no head trains" in capsys.readouterr().err
+    assert (
+        "heads.codes.hard_negatives: reads embeddings of images and texts, which no head trains"
+        in capsys.readouterr().err
+    )
 
 
 def test_captions_are_the_same_on_the_way_to_a_mismatch():
