@@ -26,7 +26,6 @@ from indiclip.types import Batch
 
 CODES = 6
 SMALL = {"width": 32, "depth": 1, "num_heads": 2, "codebook": Codebook(CODES)}
-TASK = {"task": "contrastive"}
 CAPTIONS = ["a red kite", "two drums", "लाल पतंग", "a blue kite", "a matka", "three marigolds"]
 
 
@@ -211,13 +210,16 @@ def test_a_step_never_waits_for_the_device():
 def test_the_flops_of_a_step_are_counted_with_all_passes():
     """The oracle is torch's FlopCounterMode around a step of another batch."""
     module, data = flops_steps([32, 48])
-    heads = [MaskedModelling(**SMALL, **options) for options in (TASK, TASK | {"name": "other", "targets": "teacher"})]
-    module = MultiTask(module.encoder, [*module.each_head(), *heads])
+    contrastive, _ = module.each_head()
+    module = MultiTask(module.encoder, [contrastive, MaskedModelling(**SMALL, task="contrastive", targets="teacher")])
     module.log = module.log_dict = lambda *_, **__: None
+    data.train = data.train[:1]
+    module.encoder.text.tokenizer.encode = data.encode  # captions of one length
     rates = step_flops(module, data)
-    assert rates.tasks["contrastive"].image_passes == pytest.approx(3, rel=0.02)
-    assert rates.tasks["contrastive"].text_passes == pytest.approx(3, rel=0.02)
+    assert 2 < rates.tasks["contrastive"].image_passes < 2.3  # with the gradient of the learned patch
+    assert rates.tasks["contrastive"].text_passes == pytest.approx(2, rel=0.02)
     _, other = flops_steps([32, 48], 8)
+    other.train = other.train[:1]
     step = other.steps(other.train, train=True)[0]
     with FlopCounterMode(display=False) as counter:
         module.training_step(step, 0).backward()
@@ -257,28 +259,28 @@ def exact(steps, micro_batches=1, **trainer):
 
 
 def test_ranks_shards_and_micro_batches_are_one_batch(tmp_path):
-    runs = {"whole": (exact(4), 1), "parts": (exact(4, micro_batches=3), 1)}
-    runs["ddp"] = exact(4, strategy="ddp"), 2
-    runs["shards"] = exact(4, micro_batches=2, strategy=sharded(1, 2)), 2
+    runs = {"whole": (exact(3), 1), "parts": (exact(3, micro_batches=3), 1)}
+    runs["ddp"] = exact(3, strategy="ddp"), 2
+    runs["shards"] = exact(3, micro_batches=2, strategy=sharded(1, 2)), 2
     ends = {}
     for name, (tree, world) in runs.items():
         done, folder = fitted(tmp_path / name, tree, world)
         assert done.returncode == 0, done.stderr[-3000:]
         ends[name] = weights(folder)
-    assert ends["whole"]["heads.codes.images.codebook.steps"] == 4
+    assert ends["whole"]["heads.codes.images.codebook.steps"] == 3
     for name in ("parts", "ddp", "shards"):
         assert largest_difference(ends["whole"], ends[name]) < 1e-9, name
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    """Stopped before a head begins, when it is about to, and after."""
+    """Stopped when a head is about to begin, and after."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "experiments_stop.py").write_text(STOP)
     whole = tmp_path / "whole"
     whole.mkdir()
     assert fit(whole, experiment(4)) == 0
     expected = weights(whole / "runs" / "experiment")
-    for number in (1, 2, 3):
+    for number in (2, 3):
         folder = tmp_path / str(number)
         folder.mkdir()
         stop = {"class_path": "experiments_stop.Stop", "init_args": {"step": number}}
