@@ -294,7 +294,7 @@ class MaskedModelling(Head):
         for name, (guess, of) in found.items():
             vectors = of.targets.is_floating_point()
             both = torch.stack([in_float32(guess) if vectors else guess.argmax(1), of.targets])
-            for prediction, own, hidden in zip(predictions, both.split(of.counts, 1), of.hidden, strict=True):
+            for prediction, own, hidden in zip(predictions, torch.split(both, of.counts, 1), of.hidden, strict=True):
                 prediction[name] = own
                 if name in _OF_PATCHES:
                     prediction["hidden"] = hidden.tolist()

@@ -72,4 +72,4 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 def dealt_rows(rows: Tensor) -> Tensor:
     """As `rows_of_all_ranks`, in the order in which a step's samples are dealt to the ranks."""
     world = rank_and_world()[1]
-    return rows_of_all_ranks(rows).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)
+    return rows_of_all_ranks(rows).reshape(world, *rows.shape).transpose(0, 1).flatten(0, 1)

@@ -94,7 +94,7 @@ class MaskedImageTower(nn.Module):
             )
             targets = self.codebook(hidden_KP)
             statistics["sums_RCQ"] = self.codebook.sums(hidden_KP, targets)[None]
-            statistics["candidates_BJP"] = drawn_KP.unflatten(0, (-1, CANDIDATES))
+            statistics["candidates_BJP"] = drawn_KP.reshape(-1, CANDIDATES, drawn_KP.shape[1])
         hidden = [np.flatnonzero(hidden_N) for hidden_N in hidden_BN]
         return Masked(tokens_of(features), places_K, targets, hidden, statistics)
 
@@ -146,7 +146,7 @@ def _token_places(hidden_BN: np.ndarray, images: Images, backbone: Backbone) -> 
     """Which of the backbone's tokens, in all B * N places, are of hidden patches."""
     image_K, patch_K = np.nonzero(hidden_BN)
     if backbone.canvas_hw is None:  # a token for each patch
-        return image_K * hidden_BN.shape[1] + patch_K
+        return np.flatnonzero(hidden_BN)
     rows, columns = (side // backbone.patch_size for side in backbone.canvas_hw)
     columns_B = np.array([width // backbone.patch_size for _, width in images["sizes_hw"]])
     row_K, column_K = np.divmod(patch_K, columns_B[image_K])
