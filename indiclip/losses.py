@@ -25,6 +25,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from indiclip.logit_chunks import Mixture as Mixture
 from indiclip.softmax_sums import softmax_sums, softmax_targets
 
 # Logits are at most 100 times the cosines (CLIP, arXiv 2103.00020, section 2.5).
-MAX_LOGIT_SCALE = math.log(100)
+MAX_LOGIT_SCALE = 100.0
 
 
 def caption_ids(captions: Sequence[str]) -> Tensor:
@@ -59,22 +60,37 @@ class ContrastiveLoss(nn.Module, ABC):
     """What both losses share: the interface, the temperature and the Matryoshka lengths.
 
     Args:
-        init_logit_scale: logarithm of the factor on the cosines at the start.
         lengths: prefixes of the embedding, ascending, each of which must work as an embedding by itself; the
             loss is their mean (Matryoshka, arXiv 2205.13147). None is the full length alone.
         length_weights: share of each length, >= 0 and of any sum; None weighs all the same.
+        init_logit_scale: factor on the cosines at the start, one over the temperature; None is the paper's.
+        max_logit_scale: most that it may become.
 
     Attributes:
-        logit_scale: (1,), logarithm of the factor on the cosines, <= log(100). Not a 0-dimensional tensor
-            because FSDP2 refuses to shard those.
+        logit_scale: (1,), logarithm of the factor on the cosines, at most that of `max_logit_scale`. Not a
+            0-dimensional tensor because FSDP2 refuses to shard those.
         pair_losses_B: what each of this rank's pairs has in the newest loss, which is their mean; no gradient.
     """
 
+    paper_logit_scale: float
     pair_losses_B: Tensor | None = None
 
-    def __init__(self, init_logit_scale: float, lengths: list[int] | None, length_weights: list[float] | None) -> None:
+    def __init__(
+        self,
+        lengths: list[int] | None = None,
+        length_weights: list[float] | None = None,
+        init_logit_scale: float | None = None,
+        max_logit_scale: float = MAX_LOGIT_SCALE,
+    ) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.full((1,), init_logit_scale))
+        scale = self.paper_logit_scale if init_logit_scale is None else init_logit_scale
+        if not 0 < scale <= max_logit_scale < math.inf:
+            raise ValueError(
+                f"init_logit_scale: found {scale:g} with max_logit_scale {max_logit_scale:g}; expected more than 0 "
+                "and no more than the latter"
+            )
+        self.max_log_scale = math.log(max_logit_scale)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale)))
         if lengths is not None and (not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths))):
             valid = sorted({max(length, 1) for length in lengths}) or [64, 128, 256]
             raise ValueError(f"lengths={lengths}: expected them >= 1, ascending and different, such as {valid}")
@@ -143,14 +159,14 @@ class ContrastiveLoss(nn.Module, ABC):
         """Computes `pair_losses_B` and, if wanted, gives every chunk the gradient of their sum."""
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
-        """Returns the factor on the cosines (1,), at most 100 unless it is frozen.
+        """Returns the factor on the cosines (1,), at most `max_logit_scale` unless it is frozen.
 
         The parameter itself is clamped, outside of autograd: a clamp in the graph would zero the gradient
         above the bound, and one on the value alone would let the parameter run far above it.
         """
         if self.logit_scale.requires_grad:
             with torch.no_grad():
-                self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+                self.logit_scale.clamp_(max=self.max_log_scale)
         return self.logit_scale.to(dtype).exp()
 
     def _bias(self, dtype: torch.dtype) -> list[Tensor]:
@@ -168,11 +184,10 @@ class SoftmaxLoss(ContrastiveLoss):
 
     The target of a row is uniform over its positives; the loss is the mean of both directions' cross
     entropies (CLIP, arXiv 2103.00020, figure 3; UniCL, arXiv 2204.03610, whose sum is halved here).
-    `logit_scale` starts at log(1 / 0.07). A pair's part is the mean of its image's row and its text's.
+    The factor on the cosines starts at 1 / 0.07. A pair's part is the mean of its image's row and its text's.
     """
 
-    def __init__(self, lengths: list[int] | None = None, length_weights: list[float] | None = None) -> None:
-        super().__init__(math.log(1 / 0.07), lengths, length_weights)
+    paper_logit_scale = 1 / 0.07
 
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
         image, text = softmax_sums(chunks)
@@ -194,16 +209,22 @@ class SoftmaxLoss(ContrastiveLoss):
 class SigmoidLoss(ContrastiveLoss):
     """Each image and text are classified as belonging together or not: SigLIP (arXiv 2303.15343, alg. 1).
 
-    The loss is summed over an image's pairs and averaged over the images. `logit_scale` starts at log(10). A pair's
-    part is the sum of its image.
+    The loss is summed over an image's pairs and averaged over the images. The factor on the cosines starts at 10. A
+    pair's part is the sum of its image.
+
+    Args:
+        init_logit_bias: added to the logits at the start; -10, the paper's, has the many negatives begin as such.
+        **common: of every `ContrastiveLoss`.
 
     Attributes:
-        logit_bias: (1,), added to the logits; starts at -10 so that the many negatives begin as such.
+        logit_bias: (1,), added to the logits.
     """
 
-    def __init__(self, lengths: list[int] | None = None, length_weights: list[float] | None = None) -> None:
-        super().__init__(math.log(10), lengths, length_weights)
-        self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
+    paper_logit_scale = 10.0
+
+    def __init__(self, *args: Any, init_logit_bias: float = -10.0, **common: Any) -> None:
+        super().__init__(*args, **common)
+        self.logit_bias = nn.Parameter(torch.full((1,), init_logit_bias))
 
     def _bias(self, dtype: torch.dtype) -> list[Tensor]:
         return [self.logit_bias.to(dtype)]

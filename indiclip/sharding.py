@@ -57,8 +57,7 @@ def shard(
         raise ValueError(f"trainer.precision: found {precision}; expected {' or '.join(_PRECISIONS)} with sharding")
     single = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
     if single:
-        learned = "model.uncertainty_weighting" if single[0].startswith("log_variances.") else single[0]
-        raise ValueError(f"trainer.strategy: {learned} is a single number, which cannot be shared out; expected ddp")
+        raise ValueError(f"trainer.strategy: {single[0]} is a single number, which cannot be shared out; expected ddp")
     if mesh.size(0) == 1:
         assert mesh.mesh_dim_names is not None
         mesh = mesh[mesh.mesh_dim_names[1]]  # no reduction over groups of one

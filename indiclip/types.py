@@ -6,6 +6,7 @@ Shape letters used in the whole project:
     tokens of all images or texts without padding.
 """
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+_LANGUAGE_CODE = re.compile(r"[A-Za-z0-9-]{1,35}")  # any in use (BCP-47: RFC 5646, section 4.4.1)
 
 
 class Field(NamedTuple):
@@ -256,6 +259,16 @@ class Batch(TypedDict):
 def class_names(batch: Batch) -> Sequence[str]:
     """Of the batch's source; empty where they are unknown."""
     return batch["origin"].classes if "origin" in batch else ()
+
+
+def language_code(language: str | None) -> str:
+    """A language's code; "" where it is unknown or is no code."""
+    return language if language and _LANGUAGE_CODE.fullmatch(language) else ""
+
+
+def caption_languages(batch: Batch) -> list[str]:
+    """The code of the language of each image's `caption`."""
+    return [language_code(language) for language in batch["targets"].get("language", [None] * len(batch["keys"]))]
 
 
 def random_seeds(batch: Batch) -> list[int]:

@@ -37,6 +37,8 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
     ranks = "indiclip.evals.protocols.cosines"  # a function of numbers, so that training and benchmark rank alike
     parts = {"indiclip.losses", "indiclip.fcos", "indiclip.detection_metric"}
+    parts |= {f"indiclip.caption_{part}" for part in ("decoder", "metric", "sequences", "vocabulary")}
+    parts |= {"indiclip.chunked_cross_entropy"}
     parts |= {"indiclip.moving_average", "indiclip.masked_images", "indiclip.ratios", "indiclip.distributed"}
     parts |= {"indiclip.masked_metric", "indiclip.masked_towers", "indiclip.mismatched_pairs", "indiclip.names"}
     parts |= {"indiclip.multimodal_encoder", "indiclip.patch_codebook"}
@@ -69,7 +71,7 @@ ARROWS = {
     "json_lines.py": "masking",
     "old_names.py": "",
     "config_files.py": "names old_names",
-    "optim.py": "names",
+    "optim.py": "names steps",
     "freezing.py": "names",
     "lora.py": "names",
     "images.py": "",
@@ -107,6 +109,11 @@ ARROWS = {
     "head.py": "types names distributed ratios",
     "surface_metric.py": "head surface_charts",
     "detection_metric.py": "head",
+    "caption_vocabulary.py": "",
+    "caption_sequences.py": "types caption_vocabulary",
+    "caption_decoder.py": "types",
+    "caption_metric.py": "head",
+    "chunked_cross_entropy.py": "types autograd",
     "pretrained": (
         "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
         " preprocessing tokenizer_sources datasets.tables"
@@ -114,12 +121,13 @@ ARROWS = {
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8"
+    "task_weights.py": "names types distributed autograd sharding",
+    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
     " micro_batches ratios steps",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
-    "planning": "types names images head losses optim loading ratios distributed",
+    "planning": "task_weights types names images head losses optim loading ratios distributed",
     "loading": "types names steps images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
@@ -127,8 +135,8 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding moving_average float8 pooling lightning_internals backbone encoder head module datasets loading"
-        " evals planning"
+        " sharding moving_average float8 pooling lightning_internals backbone encoder head module task_weights"
+        " datasets loading evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"

@@ -51,8 +51,9 @@ class Source:
             With `batch_tokens`, all sizes are looked at when the run starts, a second for a million.
         drop: Share of an image's patches, drawn anew in each step, that training leaves out (FLIP, arXiv 2212.00794).
             They are not sent to the device either. `batch_tokens` counts those that stay.
-        stages: What the first steps of the run have in place of `max_tokens` and `drop`, e.g. smaller images:
-            `{until: 0.9, max_tokens: 49}`. With `batch_tokens` their batches have more images.
+        stages: What the first steps of the run have in place of `max_tokens`, `drop` and `batch_size`, e.g. smaller
+            images: `{until: 0.9, max_tokens: 49}`. With `batch_tokens` their batches have more images. Rates of their
+            own are `model.lr_schedule`'s, see `indiclip.optim.Staged`.
         clusters: Which samples an epoch has, by their clusters; None takes all, once.
         shard_groups: Groups that the shards are dealt to. Each step has samples of all groups, in equal parts, and the
             ranks take them in blocks, so that each of N nodes reads about 1/N of the shards, of remote ones copies that
@@ -97,6 +98,12 @@ class Source:
             raise ValueError(f"data: name of task {self.task!r} is {self.name!r}; expected letters, digits, _, . and -")
         check_range({f"data: task {self.task!r}: drop": self.drop}, 0, 1, without=1)
         check_stages(self.stages, f"data: task {self.task!r}: stages")
+        own_batches = [i for i, stage in enumerate(self.stages) if stage.batch_size is not None]
+        if own_batches and self.batch_tokens:
+            raise ValueError(
+                f"data: task {self.task!r}: stages[{own_batches[0]}].batch_size: found one beside batch_tokens, with "
+                "which a stage's batch is as large as the budget holds; expected batch_size in place of batch_tokens"
+            )
         check_views(self.views, f"data: task {self.task!r}: views")
         if self.mix and self.shard_groups > 1:
             raise ValueError(
@@ -110,8 +117,9 @@ class Source:
                     f"data: task {self.task!r}: clusters: they draw other samples in each epoch; leave out either them "
                     "or group_by_length"
                 )
-        if self.shard_groups > 1 and (self.clusters is not None or (self.stages and self.batch_tokens)):
-            other = "clusters" if self.clusters is not None else "stages with batch_tokens"
+        if self.shard_groups > 1 and (self.clusters is not None or own_batches or (self.stages and self.batch_tokens)):
+            batches = "stages with batch_tokens" if self.batch_tokens else "stages with a batch_size"
+            other = "clusters" if self.clusters is not None else batches
             raise ValueError(
                 f"data: task {self.task!r}: shard_groups is {self.shard_groups}; leave out either it or {other}"
             )
@@ -141,9 +149,12 @@ class Source:
     @property
     def specs(self) -> list[tuple[float, BatchSpec]]:
         """How many samples make a batch of the task, and until when: see `Stage`."""
-        if self.batch_size is not None:
-            return [(math.inf, BatchSpec(self.batch_size))]
         ends = [*(stage.until for stage in self.stages), math.inf]
+        if self.batch_size is not None:
+            sizes = [*(stage.batch_size or self.batch_size for stage in self.stages), self.batch_size]
+            if len({*sizes}) == 1:
+                return [(math.inf, BatchSpec(self.batch_size))]
+            return [(end, BatchSpec(size)) for end, size in zip(ends, sizes, strict=True)]
         return [
             (end, BatchSpec(self.batch_multiple, self.batch_tokens, budget.most_kept))
             for end, budget in zip(ends, self.budgets, strict=True)

@@ -155,7 +155,8 @@ def _task_flops(encoder: Any, heads: Sequence[Head], batch: Batch) -> TaskFlops:
     counts = count_step(_Part(encoder, heads), {task: batch})[task]
     losses = {part for part in counts if part.endswith(" loss")}
     beside = sum(count.flops for part, count in counts.items() if part not in {IMAGE_TOWER, TEXT_TOWER, *losses})
-    captioned = any("caption" in head.required_fields for head in heads)
+    reading = [head for head in heads if head.embeds_text or head.reads_text]
+    captioned = any("caption" in head.required_fields for head in reading)
     once = _flops(encoder.backbone, images, lambda of: encoder.backbone(of).tokens)
     text_passes = 0.0
     if captioned and TEXT_TOWER in counts:

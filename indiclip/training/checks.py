@@ -45,8 +45,9 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     if stage == "fit":
         given = data.train_sizes
         for key, source in parts[0].items():
-            if (source.batch_size or 0) > given[source.task]:
-                found = f"{source.batch_size} is more than the {given[source.task]} samples of task {source.task!r}"
+            sizes = [spec.samples for _, spec in source.specs] if source.batch_size else []
+            if max(sizes, default=0) > given[source.task]:
+                found = f"{max(sizes)} is more than the {given[source.task]} samples of task {source.task!r}"
                 warnings.warn(f"{key}.batch_size: {found}: a batch has some of them more than once", stacklevel=2)
         for head in heads:
             if head.task not in given:
