@@ -294,8 +294,8 @@ class MaskedModelling(Head):
         for name, (guess, of) in found.items():
             vectors = of.targets.is_floating_point()
             both = torch.stack([in_float32(guess) if vectors else guess.argmax(1), of.targets])
-            for prediction, own, hidden in zip(predictions, torch.split(both, of.counts, 1), of.hidden, strict=True):
-                prediction[name] = own
+            for prediction, part, hidden in zip(predictions, torch.split(both, of.counts, 1), of.hidden, strict=True):
+                prediction[name] = part
                 if name in _OF_PATCHES:
                     prediction["hidden"] = hidden.tolist()
         if self.matching is not None and known is not None:

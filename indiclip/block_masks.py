@@ -80,7 +80,8 @@ def random_mask(rng: np.random.Generator, grid_hw: Grid, number: int) -> np.ndar
 
 def _with_random(rng: np.random.Generator, mask_HW: np.ndarray, number: int) -> np.ndarray:
     """The mask with so many hidden tokens, the missing ones anywhere."""
-    visible = rng.permutation(np.flatnonzero(~mask_HW))
+    visible = np.flatnonzero(~mask_HW)
+    rng.shuffle(visible)
     mask_HW.flat[visible[: number - int(mask_HW.sum())]] = True
     return mask_HW
 
@@ -119,8 +120,8 @@ def predicted_tokens(
     rows: list[np.ndarray] = [np.zeros(0, np.int64)]
     weights: list[np.ndarray] = [np.zeros(0, np.float32)]
     for image, mask_HW in enumerate(masks):
-        row_HW, column_HW = np.indices(mask_HW.shape)
-        place_HW = row_HW * (canvas_columns or mask_HW.shape[1]) + column_HW
+        H, W = mask_HW.shape
+        place_HW: np.ndarray = np.arange(H)[:, None] * (canvas_columns or W) + np.arange(W)
         for tokens_HW, weight in ((mask_HW, 1.0), (~mask_HW, visible_weight)):
             if weight and (number := int(tokens_HW.sum())):
                 rows.append(image * longest + place_HW[tokens_HW])

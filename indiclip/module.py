@@ -390,6 +390,9 @@ class MultiTask(L.LightningModule):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         self._num_steps = int(steps)
         self._starts = {head.name: _start_step(head, self._num_steps) for head in self.each_head()}
+        if first := min(self._starts.values()):
+            name = min(self._starts, key=lambda name: self._starts[name])
+            raise ValueError(f"heads.{name}.start: no head begins before step {first}; expected one with start 0")
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
         groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)

@@ -1,4 +1,4 @@
-"""The head against its formulas on one image at a time, on ranks, in micro-batches, sharded, and killed at its borders."""
+"""The head against its formulas on one image at a time; on ranks, in micro-batches, sharded, killed at its borders."""
 
 import copy
 
@@ -7,7 +7,7 @@ import test_same_numbers
 import torch
 from experiments import config, fit
 from fake_gpu import NoWaits, moved, on_fake_gpu
-from helpers import step_losses, tiny_encoder
+from helpers import ARCHITECTURE, step_losses, tiny_encoder
 from processes import on_ranks
 from test_same_numbers import OneStep, heads, same
 from test_sharding import fitted, largest_difference, sharded
@@ -19,7 +19,9 @@ from torch.testing import assert_close
 from torchvision.transforms import v2
 
 from heads.self_distillation import SelfDistillation
+from indiclip.backbone import NaFlexViT
 from indiclip.block_masks import masks_of
+from indiclip.encoder import Encoder
 from indiclip.generated.mela import Mela
 from indiclip.head import computed
 from indiclip.loading.source import Source
@@ -29,6 +31,8 @@ from indiclip.masked_images import masked
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
 from indiclip.preprocessing import Preprocessing
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.training.ema import EMA
 from indiclip.types import images_of, random_seeds
 
@@ -190,20 +194,30 @@ def test_a_step_on_a_gpu_waits_for_nothing():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         on_fake_gpu(mode, module)
         on_device = moved(batch, "cuda")
-        with NoWaits(), torch.autocast("cuda", torch.bfloat16):
+        with NoWaits():
             losses = computed(head.loss(encoder.features(on_device["images"]), on_device, encoder))
-    assert {name: (of.dtype, of.device.type) for name, of in losses.terms.items()} == dict.fromkeys(
-        ("dino", "ibot", "koleo"), (torch.float32, "cuda")
+    assert {name: of.device.type for name, of in losses.terms.items()} == dict.fromkeys(
+        ("dino", "ibot", "koleo"), "cuda"
     )
 
 
-def experiment(start=0.5, momentum=0.8, view_start=None, **options):
+def test_losses_are_in_float32_beside_autocast():
+    encoder = tiny_encoder()
+    head, batch = SelfDistillation(**DINOV2), batches_of("dinov2")["contrastive"]
+    head.bind(encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = head.loss(encoder.features(batch["images"]), batch, encoder)
+        terms = computed(output).terms
+    assert {row.dtype for row in output.rows} == {torch.float32}
+    for name, value in computed(output).terms.items():  # of the same rows, without autocast
+        assert torch.equal(terms[name], value)
+
+
+def experiment(start=0.5, momentum=0.8, **options):
     tree = config(trainer__max_steps=4, data__steps_per_epoch=2)
     crop = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": [16, 16]}}
-    views = [
-        {"name": name, "count": 2, "max_tokens": 4, "augment": [crop], "start": start if view_start is None else view_start}
-        for name in ("global", "local")
-    ]  # fmt: skip
+    view = {"count": 2, "max_tokens": 4, "augment": [crop], "start": start}
+    views = [view | {"name": name} for name in ("global", "local")]
     init_args = SMALL | {"start": start, "momentum": momentum, "centring": "mean"} | options
     head = {"class_path": "heads.self_distillation.SelfDistillation", "init_args": init_args}
     tree["model"]["heads"].append(head)
@@ -219,7 +233,13 @@ def test_a_run_that_was_killed_goes_on_as_if_it_were_not(tmp_path, monkeypatch):
     folders = [tmp_path / name for name in ("whole", "border", "behind")]
     for folder in folders:
         folder.mkdir()
-    assert fit(folders[0], experiment()) == 0
+
+    def tree_of(start):
+        tree = experiment(start)
+        tree["data"]["val"] = []
+        return tree
+
+    assert fit(folders[0], tree_of(0.5)) == 0
     state = weights(folders[0])["state_dict"]
     assert state["heads.self_distillation.begun"]
     apart = {
@@ -229,7 +249,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_were_not(tmp_path, monkeypatch):
     }
     assert 0 < max(apart.values()) < 0.1  # it began as the student was, which then went on
     for step, folder in zip((2, 3), folders[1:], strict=True):
-        tree = experiment(start=2)
+        tree = tree_of(2)
         stop = {"class_path": "experiments_stop.Stop", "init_args": {"step": step}}
         assert fit(folder, tree | {"trainer": tree["trainer"] | {"callbacks": [stop]}}) == 0
         ended = weights(folder)
@@ -240,12 +260,13 @@ def test_a_run_that_was_killed_goes_on_as_if_it_were_not(tmp_path, monkeypatch):
         assert all(torch.equal(resumed[name], value) for name, value in state.items())
 
 
-@pytest.mark.parametrize("head_only", [False, True])
-def test_shards_end_at_the_weights_of_ddp(tmp_path, head_only):
-    """Towers in float64; a validation comes before the step in which the teacher begins, and after it."""
+def test_shards_end_at_the_weights_of_ddp(tmp_path):
+    """Towers in float64; one teacher with a backbone and one without; a validation comes before they begin."""
     found = {}
     for name, strategy in {"ddp": "ddp", "sharded": sharded(1, 2)}.items():
-        tree = experiment(head_only=head_only)
+        tree = experiment()
+        options = tree["model"]["heads"][1]["init_args"] | {"name": "without", "head_only": True}
+        tree["model"]["heads"].append({"class_path": "heads.self_distillation.SelfDistillation", "init_args": options})
         tree["trainer"] |= {"strategy": strategy, "callbacks": [{"class_path": "trouble.Double"}]}
         done, found[name] = fitted(tmp_path / name, tree, 2)
         assert done.statuses == [0, 0], done.stderr
@@ -267,6 +288,29 @@ def test_wrong_use_is_one_line(tmp_path, capsys, options, words):
     assert fit(tmp_path, experiment(**options)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indiclip:")]
     assert words in line
+
+
+def test_a_run_cannot_begin_without_a_head(tmp_path, capsys):
+    tree = experiment()
+    del tree["model"]["heads"][0]
+    assert fit(tmp_path, tree) == 2
+    assert "heads.self_distillation.start: no head begins before step 2" in capsys.readouterr().err
+
+
+def test_pooling_of_the_tower_itself_has_an_average_too():
+    options = {"global_pool": "token", "class_token": True}
+    backbone = NaFlexViT(width=32, depth=1, num_heads=2, patch_size=8, options=options)
+    encoder = Encoder(backbone, TextTower(ByteTokenizer(), ARCHITECTURE), 64, [16], pool="tower")
+    head = SelfDistillation(**DINOV2, momentum=0.9)
+    head.bind(encoder)
+    for parameter in encoder.backbone.parameters():
+        parameter.data += 1
+    head.after_step(encoder, 0.0)
+    token = encoder.backbone.vit.embeds.cls_token, head.teacher.backbone.vit.embeds.cls_token
+    assert_close(token[0] - token[1], torch.full_like(token[0], 0.9))
+    batch = batches_of("dinov2")["contrastive"]
+    losses = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).terms
+    assert all(value.isfinite() for value in losses.values())
 
 
 def test_one_view_has_nothing_to_be_compared_with():
