@@ -7,11 +7,8 @@ combination that occurs, and a run is the sum over its steps.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
-
-from indiclip.steps import first_step
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Counted:
 
 
 class RunCounter:
-    """Counts steps of a model on its data; what was counted once is not counted again.
+    """FLOPs of the steps of a model on its data.
 
     Args:
         model: A `MultiTask`.
@@ -39,17 +36,17 @@ class RunCounter:
 
     def __init__(self, model: Any, data: Any) -> None:
         from indiclip.planning.memory import weigh
+        from indiclip.planning.run_phases import RunPhases
 
-        self.model, self.data = model, data
-        self.heads = {name: head.start for name, head in model.heads.items()}
-        self.update = weigh(model).update.flops
-        self._known: dict[tuple[Any, ...], float] = {}
+        self.phases, self.update = RunPhases(model, data), weigh(model).update.flops
 
     def stages(self, steps: int) -> tuple[tuple[int, float], ...]:
         """(first step, FLOPs of a step from there on) of a run of so many steps."""
-        ends = [stage.until for source in self.data.train for stage in source.stages]
-        begins = sorted({0, *(first_step(place, steps) for place in (*self.heads.values(), *ends))})
-        return tuple((begin, self._flops(begin, steps)) for begin in begins if begin < steps)
+        return tuple((begin, self._flops(begin, steps)) for begin in self.phases.borders(steps))
+
+    def _flops(self, step: int, steps: int) -> float:
+        tasks = self.phases.tasks(step, steps).values()
+        return self.update + sum(count.flops for of in tasks for count in of.counts(1).values())
 
     def total(self, steps: int) -> float:
         """FLOPs of a run of so many steps."""
@@ -71,27 +68,6 @@ class RunCounter:
             middle = (low + high) // 2
             low, high = (middle, high) if self.total(middle) <= flops else (low, middle)
         return low
-
-    def _flops(self, step: int, steps: int) -> float:
-        from torch import nn
-
-        from indiclip.planning.step_model import step_model
-
-        names = tuple(name for name, start in self.heads.items() if first_step(start, steps) <= step)
-        sources = [_at(source, step, steps) for source in self.data.train]
-        tasks = {self.model.heads[name].task for name in names}
-        sources = [source for source in sources if source.task in tasks]
-        key = (names, *((source.task, source.max_tokens, source.drop) for source in sources))
-        if key not in self._known:
-            every = self.model.heads
-            self.model.heads = nn.ModuleDict({name: every[name] for name in names})
-            try:
-                data = SimpleNamespace(train=sources, seed=self.data.seed, preprocessing=self.data.preprocessing)
-                counted = step_model(self.model, data, 1, None).values()
-                self._known[key] = sum(count.flops for of in counted for count in of.counts(1).values())
-            finally:
-                self.model.heads = every
-        return self._known[key] + self.update
 
 
 def count_arm(words: list[str], steps: int | None, flops: float | None) -> Counted:
@@ -119,15 +95,3 @@ def count_arm(words: list[str], steps: int | None, flops: float | None) -> Count
     if steps < 1:
         raise ValueError(f"budget: {flops:.3g} FLOPs; one step takes {counter.total(1):.3g}")
     return counter.counted(steps)
-
-
-def _at(source: Any, step: int, steps: int) -> Any:
-    """A source as it is in a step, without stages."""
-    ends = [first_step(stage.until, steps) for stage in source.stages]
-    number = next((number for number, end in enumerate(ends) if step < end), None)
-    if not source.stages:
-        return source
-    budget = source.budgets[len(ends) if number is None else number]
-    plain = replace(source, stages=[], max_tokens=budget.max_tokens, drop=budget.drop)
-    plain.required_fields = source.required_fields
-    return plain

@@ -104,7 +104,9 @@ class LossCount:
     peak: float
 
 
-def step_model(model: Any, data: Any, world: int, autocast: torch.dtype | None) -> dict[str, TaskModel]:
+def step_model(
+    model: Any, data: Any, world: int, autocast: torch.dtype | None, at: tuple[int, int] | None = None
+) -> dict[str, TaskModel]:
     """Count the tasks of a run.
 
     Args:
@@ -112,17 +114,19 @@ def step_model(model: Any, data: Any, world: int, autocast: torch.dtype | None) 
         data: A `MultiTaskData`.
         world: Ranks that share each batch.
         autocast: Data type of mixed precision.
+        at: The steps of the run, and which of them; None is one in which all stages are over and all views have begun.
 
     Returns:
-        Task -> its part of a rank's step; where sources have stages, of the last one.
+        Task that a head reads -> its part of a rank's step.
 
     Raises:
         ValueError: A batch that does not divide over the ranks; names the key.
     """
-    run_steps, step = settled(data.train)  # of images that are the largest
+    run_steps, step = at or settled(data.train)
     steps = Steps(data.train, data.seed, data.preprocessing, True, 0, world, run_steps)
     model.train()
-    return {task: _task_model(model, steps, task, step, autocast) for task in steps.plans}
+    read = {head.task for head in model.each_head()}
+    return {task: _task_model(model, steps, task, step, autocast) for task in steps.plans if task in read}
 
 
 def _task_model(model: Any, steps: Steps, task: str, step: int, autocast: torch.dtype | None) -> TaskModel:
