@@ -67,3 +67,9 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_reduce  # takes a second to import, which only many ranks need
 
     return cast(Tensor, all_reduce(numbers)) / world  # type: ignore[no-untyped-call]
+
+
+def dealt_rows(rows: Tensor) -> Tensor:
+    """As `rows_of_all_ranks`, in the order in which a step's samples are dealt to the ranks."""
+    world = rank_and_world()[1]
+    return rows_of_all_ranks(rows).reshape(world, *rows.shape).transpose(0, 1).flatten(0, 1)

@@ -150,7 +150,8 @@ class WholeBatch(NamedTuple):
 
     Attributes:
         function: Gives the losses of all rows. It may have parameters of its own.
-        rows: Its arguments: tensors and lists with a row per sample. Gradients go through those of floating point.
+        rows: Its arguments: tensors and lists with a row per sample, or with one for each micro-batch. Gradients go
+            through those of floating point. Rows that are longer in another micro-batch are filled with zeros.
     """
 
     function: Callable[..., Losses]
@@ -188,6 +189,9 @@ class Head(nn.Module, ABC):
         pools_images: Whether it calls `encoder.pool_features`, if not that.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
+        reads_text: Whether `loss` runs the text tower, if only for its tokens.
+        reads_embeddings: The argument for which it reads embeddings of images and texts that another head trains; empty
+            where it reads none.
 
     Raises:
         ValueError: A name that cannot be part of a log's.
@@ -205,6 +209,8 @@ class Head(nn.Module, ABC):
     embeds_images = True
     pools_images = False
     embeds_text = True
+    reads_text = False
+    reads_embeddings = ""
 
     def __init__(
         self, task: str | None = None, weight: float = 1.0, name: str | None = None, start: float = 0.0

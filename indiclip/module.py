@@ -466,7 +466,8 @@ def _unused_parts(heads: list[Head]) -> list[str]:
     if not any(head.embeds_images for head in heads):
         paths += ["encoder.image_projection"]
     if not any(head.embeds_text for head in heads):
-        paths += ["encoder.text", "encoder.text_pool", "encoder.text_projection"]
+        read = any(head.reads_text for head in heads)
+        paths += ["encoder.text"] * (not read) + ["encoder.text_pool", "encoder.text_projection"]
     return paths
 
 
@@ -480,3 +481,9 @@ def _check_heads(heads: list[Head]) -> None:
             f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?); two heads of one "
             "class need a `name`"
         )
+    for head in heads:
+        if head.reads_embeddings and not any(other.embeds_images and other.embeds_text for other in heads):
+            raise ValueError(
+                f"heads.{head.name}.{head.reads_embeddings}: reads embeddings of images and texts, which no head "
+                "trains; expected heads.contrastive.Contrastive beside"
+            )

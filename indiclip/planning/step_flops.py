@@ -47,6 +47,7 @@ class TaskFlops:
         prompts: Of what else the text tower reads in a step.
         image_passes: What the image tower does in a step over one pass over the batch's images: more than 1 where heads
             run it on views, or on images with hidden patches. Other copies of it, such as a teacher's, are of heads.
+        text_passes: Likewise what the text tower does, over one pass over the batch's different captions.
     """
 
     per_patch: float
@@ -54,6 +55,7 @@ class TaskFlops:
     reads_captions: bool
     prompts: float
     image_passes: float = 1.0
+    text_passes: float = 1.0
 
 
 _NOTHING = TaskFlops(0.0, 0.0, False, 0.0, 0.0)
@@ -94,7 +96,8 @@ class StepFlops:
         patches, pairs = batch["images"]["num_patches"], len(batch["keys"])
         beside = of_task.per_patch * sum(patches) + of_task.per_comparison * pairs**2 * world + of_task.prompts
         image = of_task.image_passes * self.image.of(patches)
-        return beside + image + self.text.of(text_lengths(batch) if of_task.reads_captions else [])
+        text = of_task.text_passes * self.text.of(text_lengths(batch) if of_task.reads_captions else [])
+        return beside + image + text
 
 
 def text_lengths(batch: Batch) -> list[int]:
@@ -152,15 +155,21 @@ def _task_flops(encoder: Any, heads: Sequence[Head], batch: Batch) -> TaskFlops:
     counts = count_step(_Part(encoder, heads), {task: batch})[task]
     losses = {part for part in counts if part.endswith(" loss")}
     beside = sum(count.flops for part, count in counts.items() if part not in {IMAGE_TOWER, TEXT_TOWER, *losses})
-    embedding = [head for head in heads if head.embeds_text]
-    captioned = any("caption" in (*head.required_fields, *head.loss_fields) for head in embedding)
+    reading = [head for head in heads if head.embeds_text or head.reads_text]
+    captioned = any("caption" in (*head.required_fields, *head.loss_fields) for head in reading)
     once = _flops(encoder.backbone, images, lambda of: encoder.backbone(of).tokens)
+    text_passes = 0.0
+    if captioned and TEXT_TOWER in counts:
+        captions = [*dict.fromkeys(batch["targets"]["caption"])]
+        of_texts = _text_inputs(encoder.text, encoder.text.tokenizer.encode(captions))
+        text_passes = counts[TEXT_TOWER].flops / _flops(encoder.text, of_texts, lambda of: encoder.text(**of))
     return TaskFlops(
         per_patch=beside / sum(images["num_patches"]),
         per_comparison=sum(counts[part].flops for part in losses) / len(batch["keys"]) ** 2,
         reads_captions=captioned,
         prompts=0.0 if captioned or TEXT_TOWER not in counts else counts[TEXT_TOWER].flops,
         image_passes=counts[IMAGE_TOWER].flops / once,
+        text_passes=text_passes,
     )
 
 
@@ -179,12 +188,14 @@ def _text_tower(encoder: Any) -> TowerFlops:
     text = encoder.text
     longest = text.tokenizer.context_length
     lengths = [longest] if text.pad == "context" else sorted({1, min(2, longest), longest})
-    rows = {length: [[text.tokenizer.pad_id + 1] * length] for length in lengths}
-    inputs = {
-        length: dict(zip(("ids_BT", "valid_BT"), text.padded(row), strict=True)) | {"lengths": [length]}
-        for length, row in rows.items()
-    }
+    inputs = {length: _text_inputs(text, [[text.tokenizer.pad_id + 1] * length]) for length in lengths}
     return _tower(text, inputs, lambda of: text(**of))
+
+
+def _text_inputs(text: Any, rows: list[list[int]]) -> dict[str, Any]:
+    """What the tower takes of texts of these ids."""
+    ids_BT, valid_BT = text.padded(rows)
+    return {"ids_BT": ids_BT, "valid_BT": valid_BT, "lengths": [max(len(row), 1) for row in rows]}
 
 
 def _tower(tower: Any, inputs: Mapping[int, Any], run: Callable[[Any], Tensor]) -> TowerFlops:
