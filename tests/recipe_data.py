@@ -1,6 +1,5 @@
 """Small data in the layout that the pages of conf/ for clusters read, of generated scenes, by the commands they name."""
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -96,8 +95,3 @@ def write_coco(file, images, annotations, names):
     numbered = [one | {"id": number} for number, one in enumerate(annotations, 1)]
     file.write_text(json.dumps({"images": images, "annotations": numbered, "categories": categories}))
 
-
-def jpeg(pixels_HW3):
-    file = io.BytesIO()
-    Image.fromarray(pixels_HW3).save(file, "JPEG")
-    return file.getvalue()
