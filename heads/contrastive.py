@@ -3,7 +3,6 @@
 Shape letters: see `indiclip.types`; C classes, L trained embedding lengths, S texts: every caption of every image.
 """
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -30,14 +29,12 @@ from indiclip.head import (
     plain,
     same_classes,
 )
-from indiclip.losses import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, caption_ids
-from indiclip.types import Batch, Features, class_names
+from indiclip.losses import MAX_LOGIT_SCALE, ContrastiveLoss, Mixture, SigmoidLoss, SoftmaxLoss, caption_ids
+from indiclip.types import Batch, Features, caption_languages, class_names, language_code, on_device
 
 if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
-
-_CODE = re.compile(r"[A-Za-z0-9-]{1,35}")  # any language code in use (BCP-47: RFC 5646, section 4.4.1)
 
 
 class Contrastive(Head):
@@ -50,6 +47,10 @@ class Contrastive(Head):
     Args:
         loss: `sigmoid` (SigLIP) or `softmax` (CLIP), over the encoder's trained lengths.
         length_weights: Weight of each of the encoder's lengths, ascending; None is equal.
+        init_logit_scale: Factor on the cosines at the start, one over the temperature; None is the paper's, 10 or
+            1 / 0.07. Logits that `model.encoder.init_from` gives win over this one and the next.
+        init_logit_bias: Added to the logits at the start, with `sigmoid` alone; None is the paper's, -10.
+        max_logit_scale: Most that the factor may become.
         templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
         retrieval_at: The k of retrieval recall@k.
         **common: Of every `Head`.
@@ -59,17 +60,28 @@ class Contrastive(Head):
     metric: "EmbeddingMetric"
     required_fields = ("caption",)
     needs_all_patches = False
+    mixes = True
 
     def __init__(
         self,
         loss: Literal["sigmoid", "softmax"] = "sigmoid",
         length_weights: list[float] | None = None,
+        init_logit_scale: float | None = None,
+        init_logit_bias: float | None = None,
+        max_logit_scale: float = MAX_LOGIT_SCALE,
         templates: list[str] | None = None,
         retrieval_at: list[int] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        if init_logit_bias is not None and loss != "sigmoid":
+            raise ValueError(f"heads.{self.name}.init_logit_bias: the loss {loss} has none; expected the loss sigmoid")
+        self.check_range(1e-3, 1e6, max_logit_scale=max_logit_scale)
+        if init_logit_scale is not None:
+            self.check_range(1e-3, max_logit_scale, init_logit_scale=init_logit_scale)
         self.loss_name, self.length_weights = loss, length_weights
+        self._logits = {"init_logit_scale": init_logit_scale, "max_logit_scale": max_logit_scale}
+        self._logits |= {} if init_logit_bias is None else {"init_logit_bias": init_logit_bias}
         self.templates = templates or ["{}"]
         if any("{}" not in template for template in self.templates):
             raise ValueError(f"heads.contrastive.templates: {self.templates} must each contain {{}} for the class name")
@@ -80,7 +92,7 @@ class Contrastive(Head):
 
     def bind(self, encoder: "Encoder") -> None:
         make = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}[self.loss_name]
-        self.criterion: ContrastiveLoss = make(lengths=encoder.lengths, length_weights=self.length_weights)
+        self.criterion: ContrastiveLoss = make(encoder.lengths, self.length_weights, **self._logits)
         self.criterion.begin_with(encoder.initial_logits)
         self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
 
@@ -99,15 +111,24 @@ class Contrastive(Head):
         image_BD, text_BD = encoder.pool_features(features), encoder.pool_text(captions)
         # Not blocking: else the CPU would wait here until the GPU has embedded everything.
         ids_B = caption_ids(captions).to(image_BD.device, non_blocking=True)
-        rows = (image_BD, text_BD, _labels(batch, image_BD), ids_B, _drawn_languages(batch))
-        return WholeBatch(partial(self.pair_losses, encoder), rows)
+        rows = (image_BD, text_BD, _labels(batch, image_BD), ids_B, caption_languages(batch))
+        mixed = [batch["targets"][name] for name in ("mix_partner", "mix_share") if name in batch["targets"]]
+        return WholeBatch(partial(self.pair_losses, encoder), (*rows, *mixed))
 
     def pair_losses(
-        self, encoder: "Encoder", image_BD: Tensor, text_BD: Tensor, labels_B: Tensor, ids_B: Tensor, codes: list[str]
+        self,
+        encoder: "Encoder",
+        image_BD: Tensor,
+        text_BD: Tensor,
+        labels_B: Tensor,
+        ids_B: Tensor,
+        codes: list[str],
+        *mixed: list[Any],
     ) -> Losses:
-        """The losses of the pooled vectors of all pairs of this rank."""
+        """The losses of the pooled vectors of all pairs of this rank; `mixed` are the images' partners and shares."""
         image_BE, text_BE = encoder.project_image(image_BD), encoder.project_text(text_BD)
-        loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B)
+        mixture = Mixture(*(on_device(numbers, image_BE.device) for numbers in mixed)) if mixed else None
+        loss = self.criterion(image_BE, text_BE, labels_B=labels_B, caption_ids_B=ids_B, mixture=mixture)
         return Losses({"loss": loss}, self._loss_by_language(codes))
 
     def _loss_by_language(self, codes: list[str]) -> dict[str, Ratio]:
@@ -134,7 +155,7 @@ class Contrastive(Head):
         image_BE, text_of = encoder.embed_features(features), _embed_by_language(captions, encoder)
         distinct = list(dict.fromkeys(caption for caption in drawn if caption is not None))
         nearest: list[list[int]] = [[] for _ in drawn]
-        language_of = dict(zip(drawn, _drawn_languages(batch), strict=True))
+        language_of = dict(zip(drawn, caption_languages(batch), strict=True))
         hits = self._zero_shot(image_BE, batch, encoder)
         with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 has 8 bits: many cosines would be equal
             if distinct:
@@ -163,7 +184,7 @@ class Contrastive(Head):
         image_BE = torch.stack([prediction["image_E"] for prediction in predictions])
         hits = [prediction["hits_L"] for prediction in predictions if prediction["hits_L"] is not None]
         texts_TE = [prediction["texts_TE"] for prediction in predictions]
-        self.metric.update(image_BE, _captions(batch), texts_TE, _drawn_languages(batch), hits)
+        self.metric.update(image_BE, _captions(batch), texts_TE, caption_languages(batch), hits)
 
     def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
         chance: dict[str, Any] = {}
@@ -189,7 +210,11 @@ class Contrastive(Head):
             Line(caption, language, "✓" if caption == target.get("caption") else "·")
             for caption, language in zip(prediction["nearest"], prediction["nearest_languages"], strict=True)
         ]
-        own = Line(target["caption"], _code(target.get("language"))) if "caption" in target else Line("no caption")
+        own = (
+            Line(target["caption"], language_code(target.get("language")))
+            if "caption" in target
+            else Line("no caption")
+        )
         own_lines = [Line("its caption:"), own] if "caption" in target else [own]
         return image_HW3, [*own_lines, *[Line("nearest captions, best first:"), *nearest] * bool(nearest)]
 
@@ -328,25 +353,15 @@ def _forget_class_text(head: Contrastive, incompatible_keys: Any) -> None:
     head._class_text.clear()
 
 
-def _code(language: str | None) -> str:
-    """A language's code; "" where it is unknown or is no code."""
-    return language if language and _CODE.fullmatch(language) else ""
-
-
-def _drawn_languages(batch: Batch) -> list[str]:
-    """The language of each image's `caption`."""
-    return [_code(language) for language in batch["targets"].get("language", [None] * len(batch["keys"]))]
-
-
 def _captions(batch: Batch) -> list[dict[str, list[str]]]:
     """All captions of each image by language; `caption` is one of them."""
     nothing: list[Any] = [None] * len(batch["keys"])
     all_captions, drawn = (batch["targets"].get(name, nothing) for name in ("captions", "caption"))
     found: list[dict[str, list[str]]] = []
-    for by, caption, own in zip(all_captions, drawn, _drawn_languages(batch), strict=True):
+    for by, caption, own in zip(all_captions, drawn, caption_languages(batch), strict=True):
         of_image: dict[str, list[str]] = {}
         for language, texts in (by or {}).items():
-            of_image.setdefault(_code(language), []).extend(texts)
+            of_image.setdefault(language_code(language), []).extend(texts)
         if caption is not None and caption not in of_image.get(own, []):
             of_image.setdefault(own, []).append(caption)
         found.append({language: texts for language, texts in of_image.items() if texts})

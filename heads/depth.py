@@ -127,4 +127,5 @@ class Depth(Head):
         height, width = truth.values.shape[1:]
         cells_RHW = truth.values[:, rows.clamp(max=height - 1)][:, :, columns.clamp(max=width - 1)]
         truth_BHW = cells_RHW.new_zeros(len(sizes_hw), len(rows), len(columns)).index_copy(0, truth.image_R, cells_RHW)
-        return truth_BHW, known_BHW
+        known_BHW &= truth_BHW.isfinite()  # else an augmentation shows there what was not in the image
+        return truth_BHW.nan_to_num(), known_BHW

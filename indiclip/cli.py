@@ -13,7 +13,7 @@ from pathlib import Path
 from indiclip.quiet import quiet_torchao
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = ("check", "plan", "shards", "tokenizer", "embed", "bench", "leaderboard", "export")
+_COMMANDS = ("check", "plan", "shards", "tokenizer", "embed", "bench", "leaderboard", "soup", "export")
 
 _OF_RUN = "--config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt"
 _EXAMPLES = {"fit": "--config conf/quickstart.yaml --trainer.max_steps 100", "predict": f"{_OF_RUN} --pictures 20"}
@@ -34,6 +34,7 @@ usage: indiclip <command> [--config FILE]... [options]
   embed      any data to embeddings and their keys    indiclip embed --help
   bench      score an encoder on India's benchmark    indiclip bench --help
   leaderboard  runs of the benchmark as a site        indiclip leaderboard --help
+  soup       average the weights of several runs      indiclip soup --help
   export     write an encoder for another library     indiclip export --help
 
   --config FILE            an experiment, a file or a shipped one (quickstart); several are stacked, later ones win
@@ -62,7 +63,7 @@ example: indiclip {command} {example}
   --seed_everything N             order of the samples, augmentation, initial weights
   --pictures N                    predict: pictures of so many images beside the predictions, for each head
   --override true                 go on with other data, seed or heads than the checkpoint's run
-  --model.lr X  --model.warmup_steps N  --model.weight_decay X  --model.uncertainty_weighting true
+  --model.lr X  --model.warmup_steps N  --model.weight_decay X  --model.task_weights indiclip.task_weights.Uncertainty
   --model.optimizer timm.optim.Lion  --model.lr_schedule indiclip.optim.Linear
   --data.num_workers N            loader processes
   --data.steps_per_epoch N        steps between validations

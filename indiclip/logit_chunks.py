@@ -13,7 +13,7 @@ Shape letters: as in `indiclip.losses`, and R images and C texts of a chunk.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,18 @@ _MIN_ELEMENTS_ELSEWHERE = 2**22
 
 
 Where = tuple[slice, ...]  # part of a tensor (B,) of images or (W, B) of texts
+
+
+class Mixture(NamedTuple):
+    """Of which two images each image of this rank is made.
+
+    Attributes:
+        partner_B: int64, the other one, among this rank's pairs.
+        share_B: Float, 0 to 1: how much of the image is its own.
+    """
+
+    partner_B: Tensor
+    share_B: Tensor
 
 
 class _ScaledPrefixes:
@@ -98,13 +110,26 @@ class Chunk:
 
     def positive(self) -> Tensor:
         """1 where image and text share a key, else 0: (R, C), of the logits' type. Overwrites the logits."""
-        positive_RC = self._buffer(0)
-        for kind, (image_keys_B, text_keys_WB) in enumerate(
-            zip(self._whole.image_keys, self._whole.text_keys, strict=True)
-        ):
+        return self._sharing(self._whole.image_keys, 0)
+
+    def shown(self) -> Tensor:
+        """How much of each image shares a key with each text, 0 to 1: (R, C). Overwrites the logits.
+
+        Without a mixture it is `positive`, and with one it is another tensor, which leaves that one as it is.
+        """
+        positive_RC, mixture = self.positive(), self._whole.mixture
+        if mixture is None:
+            return positive_RC
+        of_partner_RC = self._sharing(self._whole.partner_keys, 2)
+        return of_partner_RC.lerp_(positive_RC, mixture.share_B[self.image_part][:, None].to(positive_RC.dtype))
+
+    def _sharing(self, image_keys: Sequence[Tensor], number: int) -> Tensor:
+        """1 where an image of these keys and a text share one, in the buffer of this number."""
+        positive_RC = self._buffer(number)
+        for kind, (image_keys_B, text_keys_WB) in enumerate(zip(image_keys, self._whole.text_keys, strict=True)):
             pair = image_keys_B[self.image_part][:, None], text_keys_WB[self.text_part].flatten()
             # Floats, whose comparison gives floats: three times as fast as that of integers on a CPU.
-            shared_RC = torch.eq(*pair, out=self._buffer(min(kind, 1)))
+            shared_RC = torch.eq(*pair, out=self._buffer(1 if kind else number))
             if kind > 0:
                 torch.maximum(positive_RC, shared_RC, out=positive_RC)
         return positive_RC
@@ -123,9 +148,16 @@ class LogitChunks:
             logits have; where there is one, the bias (1,).
         keys_KB: int64, of this rank's pairs; negative for none. A pair has also one that no other pair has.
         lengths: the prefixes to compare, and the weight of each.
+        mixture: of the images, where they are mixed.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], keys_KB: Tensor, lengths: list[tuple[int, float]]) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        keys_KB: Tensor,
+        lengths: list[tuple[int, float]],
+        mixture: Mixture | None = None,
+    ) -> None:
         self.rank, self.world = rank_and_world()
         self.wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         image_BE, self.text_BE, self.scale, *bias = (x.detach() for x in inputs)
@@ -137,6 +169,8 @@ class LogitChunks:
         self.bias_gradient = torch.zeros_like(self.scale)
         text_keys_KWB = self._numbers(keys_KB)
         self.text_keys, self.image_keys = text_keys_KWB.unbind(), text_keys_KWB[:, self.rank].unbind()
+        self.mixture = mixture
+        self.partner_keys = [keys_B[mixture.partner_B] for keys_B in self.image_keys] if mixture else []
         self._divide()
 
     def _numbers(self, keys_KB: Tensor) -> Tensor:
@@ -157,7 +191,8 @@ class LogitChunks:
         # Of as many rows as the embeddings have numbers, a chunk is as large as its block of texts.
         step = max(self.text_BE.shape[1], elements // (step * self.world))
         self.rows = [slice(i, min(i + step, self.num_pairs)) for i in range(0, self.num_pairs, step)]
-        self.buffers = self.scale.new_empty(2, self.rows[0].stop * self.columns[0].stop * self.world)
+        num_buffers = 2 if self.mixture is None else 3
+        self.buffers = self.scale.new_empty(num_buffers, self.rows[0].stop * self.columns[0].stop * self.world)
 
     def zeros(self, *shape: int) -> Tensor:
         """One tensor per length: (L, *shape)."""
@@ -231,6 +266,11 @@ def _arrived(x: Tensor) -> Tensor:
 def all_gather(x: Tensor) -> Tensor:
     """`x` of every rank, stacked: (W, *x.shape)."""
     return _arrived(_gather(x[None]))
+
+
+def reduce_scatter(gathered: Tensor) -> Tensor:
+    """The rows of this rank, among the rows of all ranks (W * B, ...), summed up over the ranks."""
+    return _arrived(_sum_home(gathered))
 
 
 def all_reduce(x: Tensor, operation: str = "sum") -> Tensor:

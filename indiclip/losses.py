@@ -10,6 +10,12 @@ gradients along with the loss, so that no logits wait for the backward pass. Sig
 Softmax needs the sums of whole rows and columns before any gradient: one walk finds these, and another computes the
 logits again. The price is that the losses cannot be differentiated twice.
 
+Of mixed images (mixup, CutMix), image i is the share a_i of its own and the rest of its partner's, p(i). With P[i, j]
+1 where pairs i and j are positives of each other, else 0, it shows S[i, j] = a_i P[i, j] + (1 - a_i) P[p(i), j] of
+text j. Sigmoid has S as targets. Softmax finds image i's texts with a_i P[i] / n_i + (1 - a_i) P[p(i)] / n_p(i), n
+being the numbers of positives, and text j's images with S[:, j] / n_j, whose sum is how much this text counts: 1 where
+both images of each pair have the same share. All this is linear in the shares: losses of hard targets, averaged.
+
 Shape letters: B pairs on this rank, W ranks, G = W * B pairs on all ranks, E embedding length, K kinds of
 keys (labels, caption ids).
 """
@@ -19,15 +25,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.autograd import with_gradients
-from indiclip.logit_chunks import LogitChunks, Where, all_gather, all_reduce
+from indiclip.logit_chunks import Chunk, LogitChunks
+from indiclip.logit_chunks import Mixture as Mixture
+from indiclip.softmax_sums import softmax_sums, softmax_targets
 
 # Logits are at most 100 times the cosines (CLIP, arXiv 2103.00020, section 2.5).
-MAX_LOGIT_SCALE = math.log(100)
+MAX_LOGIT_SCALE = 100.0
 
 
 def caption_ids(captions: Sequence[str]) -> Tensor:
@@ -46,26 +56,39 @@ def caption_ids(captions: Sequence[str]) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests], dtype=torch.int64)
 
 
-class ContrastiveLoss(nn.Module, ABC):
-    """What both losses share: the interface, the temperature and the Matryoshka lengths.
+class PairLoss(nn.Module, ABC):
+    """What losses that compare all images with all texts share: the temperature and the Matryoshka lengths.
 
     Args:
-        init_logit_scale: logarithm of the factor on the cosines at the start.
         lengths: prefixes of the embedding, ascending, each of which must work as an embedding by itself; the
             loss is their mean (Matryoshka, arXiv 2205.13147). None is the full length alone.
         length_weights: share of each length, >= 0 and of any sum; None weighs all the same.
+        init_logit_scale: factor on the cosines at the start, one over the temperature; None is the paper's.
+        max_logit_scale: most that it may become.
 
     Attributes:
-        logit_scale: (1,), logarithm of the factor on the cosines, <= log(100). Not a 0-dimensional tensor
-            because FSDP2 refuses to shard those.
-        pair_losses_B: what each of this rank's pairs has in the newest loss, which is their mean; no gradient.
+        logit_scale: (1,), logarithm of the factor on the cosines, at most that of `max_logit_scale`. Not a
+            0-dimensional tensor because FSDP2 refuses to shard those.
     """
 
-    pair_losses_B: Tensor | None = None
+    paper_logit_scale: float
 
-    def __init__(self, init_logit_scale: float, lengths: list[int] | None, length_weights: list[float] | None) -> None:
+    def __init__(
+        self,
+        lengths: list[int] | None = None,
+        length_weights: list[float] | None = None,
+        init_logit_scale: float | None = None,
+        max_logit_scale: float = MAX_LOGIT_SCALE,
+    ) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.full((1,), init_logit_scale))
+        scale = self.paper_logit_scale if init_logit_scale is None else init_logit_scale
+        if not 0 < scale <= max_logit_scale < math.inf:
+            raise ValueError(
+                f"init_logit_scale: found {scale:g} with max_logit_scale {max_logit_scale:g}; expected more than 0 "
+                "and no more than the latter"
+            )
+        self.max_log_scale = math.log(max_logit_scale)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale)))
         if lengths is not None and (not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths))):
             valid = sorted({max(length, 1) for length in lengths}) or [64, 128, 256]
             raise ValueError(f"lengths={lengths}: expected them >= 1, ascending and different, such as {valid}")
@@ -91,12 +114,44 @@ class ContrastiveLoss(nn.Module, ABC):
                 )
             nn.init.constant_(getattr(self, name), value)
 
+    @abstractmethod
+    def example(self, num_pairs: int, embed_dim: int) -> dict[str, Tensor]:
+        """Arguments of `forward` for so many pairs of a rank, all zeros, by which it is counted what that does."""
+
+    def _scale(self, dtype: torch.dtype) -> Tensor:
+        """Returns the factor on the cosines (1,), at most `max_logit_scale` unless it is frozen.
+
+        The parameter itself is clamped, outside of autograd: a clamp in the graph would zero the gradient
+        above the bound, and one on the value alone would let the parameter run far above it.
+        """
+        if self.logit_scale.requires_grad:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=self.max_log_scale)
+        return self.logit_scale.to(dtype).exp()
+
+    def _weighted_lengths(self, full_length: int) -> list[tuple[int, float]]:
+        lengths = self.lengths or [full_length]
+        if lengths[-1] > full_length:
+            raise ValueError(f"lengths={lengths}: the embeddings allow 1 to {full_length}")
+        return list(zip(lengths, self.length_weights, strict=True))
+
+
+class ContrastiveLoss(PairLoss):
+    """What both contrastive losses share: the interface, and chunks of logits.
+
+    Attributes:
+        pair_losses_B: what each of this rank's pairs has in the newest loss, which is their mean; no gradient.
+    """
+
+    pair_losses_B: Tensor | None = None
+
     def forward(
         self,
         image_BE: Tensor,
         text_BE: Tensor,
         labels_B: Tensor | None = None,
         caption_ids_B: Tensor | None = None,
+        mixture: Mixture | None = None,
     ) -> Tensor:
         """Compares this rank's pairs with those of all ranks.
 
@@ -106,6 +161,7 @@ class ContrastiveLoss(nn.Module, ABC):
             labels_B: int class of each pair, negative for none; pairs of one class are positives of each
                 other.
             caption_ids_B: from `caption_ids`; pairs with equal captions are positives of each other.
+            mixture: of which two images each image is made; on all ranks or on none.
 
         Returns:
             Scalar >= 0, float64 if an embedding is, else float32 (also under autocast).
@@ -122,7 +178,7 @@ class ContrastiveLoss(nn.Module, ABC):
         lengths = self._weighted_lengths(image_BE.shape[1])
         with torch.autocast(image_BE.device.type, enabled=False):
             inputs = [image_BE, text_BE, self._scale(dtype), *self._bias(dtype)]
-            chunks = LogitChunks(inputs, keys_KB, lengths)
+            chunks = LogitChunks(inputs, keys_KB, lengths, mixture)
             self.pair_losses_B = self._pair_losses(chunks)
             loss = self.pair_losses_B.mean()
             return with_gradients(loss, chunks.gradients(), inputs) if chunks.wanted else loss
@@ -131,25 +187,14 @@ class ContrastiveLoss(nn.Module, ABC):
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
         """Computes `pair_losses_B` and, if wanted, gives every chunk the gradient of their sum."""
 
-    def _scale(self, dtype: torch.dtype) -> Tensor:
-        """Returns the factor on the cosines (1,), at most 100 unless it is frozen.
-
-        The parameter itself is clamped, outside of autograd: a clamp in the graph would zero the gradient
-        above the bound, and one on the value alone would let the parameter run far above it.
-        """
-        if self.logit_scale.requires_grad:
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        return self.logit_scale.to(dtype).exp()
+    def example(self, num_pairs: int, embed_dim: int) -> dict[str, Tensor]:
+        """Embeddings and caption ids, without labels."""
+        image_BE, text_BE = (torch.zeros(num_pairs, embed_dim, requires_grad=True) for _ in range(2))
+        ids_B = torch.zeros(num_pairs, dtype=torch.int64)
+        return {"image_BE": image_BE, "text_BE": text_BE, "caption_ids_B": ids_B}
 
     def _bias(self, dtype: torch.dtype) -> list[Tensor]:
         return []
-
-    def _weighted_lengths(self, full_length: int) -> list[tuple[int, float]]:
-        lengths = self.lengths or [full_length]
-        if lengths[-1] > full_length:
-            raise ValueError(f"lengths={lengths}: the embeddings allow 1 to {full_length}")
-        return list(zip(lengths, self.length_weights, strict=True))
 
 
 class SoftmaxLoss(ContrastiveLoss):
@@ -157,23 +202,24 @@ class SoftmaxLoss(ContrastiveLoss):
 
     The target of a row is uniform over its positives; the loss is the mean of both directions' cross
     entropies (CLIP, arXiv 2103.00020, figure 3; UniCL, arXiv 2204.03610, whose sum is halved here).
-    `logit_scale` starts at log(1 / 0.07). A pair's part is the mean of its image's row and its text's.
+    The factor on the cosines starts at 1 / 0.07. A pair's part is the mean of its image's row and its text's.
     """
 
-    def __init__(self, lengths: list[int] | None = None, length_weights: list[float] | None = None) -> None:
-        super().__init__(math.log(1 / 0.07), lengths, length_weights)
+    paper_logit_scale = 1 / 0.07
 
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
-        image, text = _sums(chunks)
+        image, text = softmax_sums(chunks)
         entropy_LB = image.cross_entropy() + text.cross_entropy()[:, chunks.rank]
         for chunk in chunks.walk(gradients=True) if chunks.wanted else ():
-            log_sum_LR, count_R = image.part(chunk.image_part)
-            log_sum_LC, count_C = text.part(chunk.text_part)
-            target_RC = chunk.positive().mul_(1 / count_R[:, None] + 1 / count_C)
+            log_sum_LR, log_sum_LC = image.part(chunk.image_part), text.part(chunk.text_part)
+            target_RC = softmax_targets(chunk, image, text)
             for index in range(len(log_sum_LR)):
                 logits_RC = chunk.logits(index)
                 gradient_RC = (logits_RC - log_sum_LR[index, :, None]).exp_().sub_(target_RC)
-                gradient_RC += logits_RC.sub_(log_sum_LC[index]).exp_()
+                shares_RC = logits_RC.sub_(log_sum_LC[index]).exp_()
+                gradient_RC += (
+                    shares_RC if text.weight is None else shares_RC.mul_(text.weight[chunk.text_part].flatten())
+                )
                 chunk.add_gradient(index, gradient_RC, 0.5)
         return chunks.over_lengths(entropy_LB / 2)
 
@@ -181,16 +227,22 @@ class SoftmaxLoss(ContrastiveLoss):
 class SigmoidLoss(ContrastiveLoss):
     """Each image and text are classified as belonging together or not: SigLIP (arXiv 2303.15343, alg. 1).
 
-    The loss is summed over an image's pairs and averaged over the images. `logit_scale` starts at log(10). A pair's
-    part is the sum of its image.
+    The loss is summed over an image's pairs and averaged over the images. The factor on the cosines starts at 10. A
+    pair's part is the sum of its image.
+
+    Args:
+        init_logit_bias: added to the logits at the start; -10, the paper's, has the many negatives begin as such.
+        **common: of every `ContrastiveLoss`.
 
     Attributes:
-        logit_bias: (1,), added to the logits; starts at -10 so that the many negatives begin as such.
+        logit_bias: (1,), added to the logits.
     """
 
-    def __init__(self, lengths: list[int] | None = None, length_weights: list[float] | None = None) -> None:
-        super().__init__(math.log(10), lengths, length_weights)
-        self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
+    paper_logit_scale = 10.0
+
+    def __init__(self, *args: Any, init_logit_bias: float = -10.0, **common: Any) -> None:
+        super().__init__(*args, **common)
+        self.logit_bias = nn.Parameter(torch.full((1,), init_logit_bias))
 
     def _bias(self, dtype: torch.dtype) -> list[Tensor]:
         return [self.logit_bias.to(dtype)]
@@ -198,6 +250,9 @@ class SigmoidLoss(ContrastiveLoss):
     def _pair_losses(self, chunks: LogitChunks) -> Tensor:
         loss_B = chunks.scale.new_zeros(chunks.num_pairs)
         for chunk in chunks.walk(gradients=chunks.wanted):
+            if chunks.mixture is not None:
+                self._add_mixed(chunk, chunks, loss_B)
+                continue
             sign_RC = torch.threshold_(chunk.positive(), 0.5, -1)  # 1 of positives, -1 of others
             for index, weight in enumerate(chunks.weights):
                 logits_RC = chunk.logits(index).mul_(sign_RC)
@@ -210,55 +265,15 @@ class SigmoidLoss(ContrastiveLoss):
                     chunk.add_gradient(index, gradient_RC, -1)
         return loss_B
 
-
-class _Sums:
-    """What the cross entropies of rows (or columns) of logits, and their gradients, are made of.
-
-    Attributes:
-        log_sum_exp: (L, *shape), of all logits of a row, at each of the L lengths.
-        positive_logits: (L, *shape), the sum of its positives.
-        num_positives: (*shape).
-    """
-
-    def __init__(self, chunks: LogitChunks, *shape: int) -> None:
-        self.log_sum_exp = chunks.zeros(*shape).fill_(-torch.inf)
-        self.positive_logits = chunks.zeros(*shape)
-        self.num_positives = chunks.zeros(*shape)[0]
-
-    def cross_entropy(self) -> Tensor:
-        return self.log_sum_exp - self.positive_logits / self.num_positives
-
-    def part(self, where: Where) -> tuple[Tensor, Tensor]:
-        """`log_sum_exp` and `num_positives` of a chunk's rows or columns."""
-        return self.log_sum_exp[:, *where].flatten(1), self.num_positives[where].flatten()
-
-
-def _sums(chunks: LogitChunks) -> tuple[_Sums, _Sums]:
-    """Those of this rank's images, over all texts, and those of all texts (W, B), over all images."""
-    image, text = _Sums(chunks, chunks.num_pairs), _Sums(chunks, chunks.world, chunks.num_pairs)
-    for chunk in chunks.walk(gradients=False):
-        positive_RC = chunk.positive()
-        image.num_positives[chunk.image_part].add_(positive_RC.sum(1))
-        for index in range(len(image.log_sum_exp)):
+    def _add_mixed(self, chunk: Chunk, chunks: LogitChunks, loss_B: Tensor) -> None:
+        """Of targets between 0 and 1: log(1 + exp(logit)) - target * logit, and the gradient of it."""
+        target_RC = chunk.shown()
+        for index, weight in enumerate(chunks.weights):
             logits_RC = chunk.logits(index)
-            positive_logits_RC = logits_RC * positive_RC
-            for sums, where, dim in ((image, chunk.image_part, 1), (text, chunk.text_part, 0)):
-                so_far = sums.positive_logits[index][where]
-                so_far += positive_logits_RC.sum(dim).view_as(so_far)
-                so_far = sums.log_sum_exp[index][where]
-                so_far.copy_(torch.logaddexp(so_far, _log_sum_exp(logits_RC, dim).view_as(so_far)))
-    # So far each rank has its own images' share of a text's sums.
-    highest = all_reduce(text.log_sum_exp, "max")
-    exp_sum, text.positive_logits = all_reduce(torch.stack([(text.log_sum_exp - highest).exp_(), text.positive_logits]))
-    text.log_sum_exp = exp_sum.log_().add_(highest)
-    text.num_positives = all_gather(image.num_positives)  # a text has as many as the image of its pair
-    return image, text
-
-
-def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
-    """As torch's, in two thirds of the time on a CPU, for finite numbers."""
-    highest = x.amax(dim, keepdim=True)
-    return (x - highest).exp_().sum(dim).log_().add_(highest.squeeze(dim))
+            loss_RC = F.softplus(logits_RC, threshold=40).addcmul_(target_RC, logits_RC, value=-1)
+            loss_B[chunk.image_part].add_(loss_RC.sum(1), alpha=weight)
+            if chunks.wanted:
+                chunk.add_gradient(index, logits_RC.sigmoid_().sub_(target_RC), 1)
 
 
 def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor:

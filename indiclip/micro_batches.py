@@ -7,10 +7,11 @@ gradients on these, once more, and the gradients go on into the weights. Memory 
 more forward pass. Plain accumulation of gradients would compare each sample with those of its own part alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -35,14 +36,8 @@ def split(batches: dict[str, Batch], number: int) -> list[dict[str, Batch]]:
     return [part for part in parts if part]
 
 
-def cached_gradients(
-    parts: list[dict[str, Batch]],
-    outputs: Callable[[int, dict[str, Batch]], Outputs],
-    total: Callable[[Outputs], Tensor],
-    module: nn.Module,
-    scale: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The loss of a step, with the gradients of all parts but the last already in the parameters.
+class CachedGradients:
+    """The gradients of a step by its parts.
 
     Args:
         parts: Of the step.
@@ -50,33 +45,98 @@ def cached_gradients(
         total: The loss of the outputs of all parts.
         module: Its parameters and buffers are all that `outputs` and `total` use.
         scale: Of gradients, where the caller will scale those of the loss.
-
-    Returns:
-        A scalar whose backward pass adds the gradients of the last part, and those of what `total` used itself. So a
-        wrapper that waits for every parameter's gradient once, as DDP, finds them all there.
     """
-    with torch.no_grad():
-        cached = [apply_to_collection(outputs(i, part), Tensor, _leaf) for i, part in enumerate(parts)]
-    statistics = running_statistics(module)  # which the second pass must find as the first did
-    before = [buffer.clone() for buffer in statistics]
-    loss = total(merge(cached))
-    after = [buffer.clone() for buffer in statistics]
-    _set(statistics, before)
-    own = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    leaves = [_values(of_part) for of_part in cached]
-    gradients = torch.autograd.grad(loss, [*own, *(leaf for of_part in leaves for leaf in of_part)], allow_unused=True)
 
-    reached: list[tuple[Tensor, Tensor]] = []
-    own_gradients, remaining = gradients[: len(own)], iter(gradients[len(own) :])
-    for number, part in enumerate(parts):
-        pairs = zip(_values(outputs(number, part)), remaining, strict=False)
+    def __init__(
+        self,
+        parts: list[dict[str, Batch]],
+        outputs: Callable[[int, dict[str, Batch]], Outputs],
+        total: Callable[[Outputs], Tensor],
+        module: nn.Module,
+        scale: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._parts, self._outputs, self._total, self._scale = parts, outputs, total, scale
+        self._module = module
+
+    def run(
+        self, losses: Callable[[], Mapping[str, Tensor]], watched: Sequence[Tensor] = (), accumulate: bool = True
+    ) -> tuple[Tensor, dict[str, list[Tensor | None]]]:
+        """The loss of the step, with the gradients of all parts but the last already in the parameters.
+
+        Args:
+            losses: Gives each head's part of the total, once that is made.
+            watched: Parameters on which each head's own gradient is wanted too.
+            accumulate: False makes no others.
+
+        Returns:
+            A scalar whose backward pass adds the gradients of the last part, and those of what `total` used itself. So
+            a wrapper that waits for every parameter's gradient once, as DDP, finds them all there. And each head's
+            gradients on `watched`.
+        """
+        with torch.no_grad():
+            cached = [apply_to_collection(self._outputs(i, part), Tensor, _leaf) for i, part in enumerate(self._parts)]
+        statistics = running_statistics(self._module)  # which the second pass must find as the first did
+        before = [buffer.clone() for buffer in statistics]
+        loss = self._total(merge(cached))
+        after = [buffer.clone() for buffer in statistics]
+        _set(statistics, before)
+        own = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        leaves = [_values(of_part) for of_part in cached]
+        inputs = [*own, *(leaf for of_part in leaves for leaf in of_part)]
+        of_heads = {name: _Replayed(part, watched, cached, name) for name, part in losses().items() if watched}
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+
+        reached: list[tuple[Tensor, Tensor]] = []
+        own_gradients, remaining = gradients[: len(own)], iter(gradients[len(own) :])
+        for number, part in enumerate(self._parts):
+            outputs = self._outputs(number, part)
+            for name in of_heads.keys() & outputs.keys():
+                of_heads[name].add(number, outputs)
+            pairs = zip(_values(outputs), remaining, strict=False)
+            reached = [(value, gradient) for value, gradient in pairs if value.requires_grad and gradient is not None]
+            if accumulate and number < len(self._parts) - 1:
+                values, of_values = zip(*reached, strict=True)
+                torch.autograd.backward(values, [self._scale(gradient) for gradient in of_values])
+        reached += [(p, gradient) for p, gradient in zip(own, own_gradients, strict=True) if gradient is not None]
+        _set(statistics, after)
+        found = {name: replayed.gradients for name, replayed in of_heads.items()}
+        if not accumulate:
+            return loss.detach(), found
+        reached_inputs, of_inputs = zip(*reached, strict=True)
+        return with_gradients(loss.detach(), of_inputs, reached_inputs), found
+
+
+class _Replayed:
+    """The gradient of one head's loss on some parameters, of which each part adds its share when it is computed again.
+
+    Args:
+        loss: Of the head, made of the cached outputs.
+        parameters: See above.
+        cached: The outputs of all parts.
+        name: Of the head.
+    """
+
+    def __init__(self, loss: Tensor, parameters: Sequence[Tensor], cached: list[Outputs], name: str) -> None:
+        self._name, self._parameters = name, parameters
+        leaves = [_values({name: outputs[name]}) if name in outputs else [] for outputs in cached]
+        inputs = [*parameters, *(leaf for of_part in leaves for leaf in of_part)]
+        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        self.gradients: list[Tensor | None] = list(found[: len(parameters)])
+        of_leaves = iter(found[len(parameters) :])
+        self._of_leaves = [[next(of_leaves) for _ in of_part] for of_part in leaves]
+
+    def add(self, number: int, outputs: Outputs) -> None:
+        """The share of a part, whose outputs now have a graph."""
+        pairs = zip(_values({self._name: outputs[self._name]}), self._of_leaves[number], strict=True)
         reached = [(value, gradient) for value, gradient in pairs if value.requires_grad and gradient is not None]
-        if number < len(parts) - 1:
-            torch.autograd.backward([value for value, _ in reached], [scale(gradient) for _, gradient in reached])
-    reached += [(p, gradient) for p, gradient in zip(own, own_gradients, strict=True) if gradient is not None]
-    _set(statistics, after)
-    inputs, of_inputs = zip(*reached, strict=True)
-    return with_gradients(loss.detach(), of_inputs, inputs)
+        if not reached:
+            return
+        values, gradients = zip(*reached, strict=True)
+        more = torch.autograd.grad(values, self._parameters, gradients, retain_graph=True, allow_unused=True)
+        self.gradients = [
+            one if other is None else other if one is None else one + other
+            for one, other in zip(self.gradients, more, strict=True)
+        ]
 
 
 def merge(parts: list[Outputs]) -> Outputs:
@@ -93,7 +153,16 @@ def _merge(parts: list[Any]) -> Losses | WholeBatch:
 
 
 def _concatenated(pieces: tuple[Any, ...]) -> Any:
-    return torch.cat(pieces) if isinstance(pieces[0], Tensor) else [row for piece in pieces for row in piece]
+    """All rows; those of tensors are filled with zeros up to the longest, as patches and tokens are in a batch."""
+    if not isinstance(pieces[0], Tensor):
+        return [row for piece in pieces for row in piece]
+    longest = [max(sides) for sides in zip(*(piece.shape[1:] for piece in pieces), strict=True)]
+    return torch.cat([_filled(piece, longest) for piece in pieces])
+
+
+def _filled(piece: Tensor, shape: list[int]) -> Tensor:
+    missing = [side - own for side, own in zip(shape, piece.shape[1:], strict=True)]
+    return F.pad(piece, [n for side in reversed(missing) for n in (0, side)]) if any(missing) else piece
 
 
 def _set(buffers: list[Tensor], values: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
@@ -22,10 +23,11 @@ from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
 from indiclip.head import Head, Losses, Metrics, Prediction, computed
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
-from indiclip.micro_batches import Outputs, cached_gradients, split
+from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
 from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
-from indiclip.steps import first_step
+from indiclip.steps import start_step
+from indiclip.task_weights import Fixed, TaskWeights, gradients_of
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
@@ -38,17 +40,19 @@ class MultiTask(L.LightningModule):
     Args:
         encoder: What is trained and kept.
         heads: The tasks.
+        head_overrides: In a config, arguments in place of those that `heads` has, for a page that stacks on another:
+            `head_overrides+: [{head: contrastive, loss: sigmoid}]`. They are applied when the config is read.
         lr: Peak learning rate; None is the optimizer's own.
         weight_decay: Of matrices and kernels, see `indiclip.optim.parameter_groups`; None is the optimizer's own.
         warmup_steps: Linear warm-up, then what `lr_schedule` says.
         optimizer: Any of torch's and timm's, e.g. `{class_path: timm.optim.Muon, init_args: {momentum: 0.95}}`. None is
             fused AdamW with lr 1e-3, betas (0.9, 0.98) and weight_decay 0.05.
-        lr_schedule: One of `indiclip.optim`: Cosine, Linear, WarmupStableDecay, Constant. None is Cosine, to zero at
-            the run's last step.
+        lr_schedule: One of `indiclip.optim`: Cosine, Linear, WarmupStableDecay, Constant, Staged. None is Cosine, to
+            zero at the run's last step.
         lr_scale: Factor of the learning rate by module path, e.g. `{encoder.backbone: 0.1}`.
         layer_decay: Factor of the learning rate from each block of a tower to the block below.
-        uncertainty_weighting: Learn each head's weight (Kendall, Gal, Cipolla, CVPR 2018, arXiv:1705.07115, eq. 10
-            with s = log sigma^2): exp(-s) * loss + s instead of the loss. The head's `weight` stays a factor.
+        task_weights: How the heads' losses become one, see `indiclip.task_weights`: `Uncertainty`, `GradNorm`,
+            `PCGrad`; None is `Fixed`. A head's `weight` stays a factor.
         micro_batches: Parts of a rank's batch that go through the model one after the other, where memory does not hold
             all of it; gradients are those of the whole batch, see `indiclip.micro_batches`.
         freeze: What is not trained: `image` or `text` (a tower and its pooling; LiT is `[image]`), `projections`,
@@ -72,6 +76,7 @@ class MultiTask(L.LightningModule):
         self,
         encoder: Encoder,
         heads: list[Head],
+        head_overrides: list[dict[str, Any]] | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
         warmup_steps: int = 100,
@@ -79,7 +84,7 @@ class MultiTask(L.LightningModule):
         lr_schedule: optim.Schedule | None = None,
         lr_scale: dict[str, float] | None = None,
         layer_decay: float = 1.0,
-        uncertainty_weighting: bool = False,
+        task_weights: TaskWeights | None = None,
         micro_batches: int = 1,
         freeze: list[str] | None = None,
         activation_checkpointing: bool = False,
@@ -88,6 +93,8 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_heads(heads)
+        if head_overrides:
+            raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
         check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
         check_range({"model.layer_decay": layer_decay}, 0, 1, without=0)
@@ -103,9 +110,8 @@ class MultiTask(L.LightningModule):
         self.optimizer, self.lr_schedule = optimizer or _DEFAULT_OPTIMIZER, lr_schedule or optim.Cosine()
         self.lr_scale, self.layer_decay, self.micro_batches = lr_scale, layer_decay, micro_batches
         self.activation_checkpointing, self.float8, self.compiles = activation_checkpointing, float8, compile
-        self.log_variances = nn.ParameterDict(
-            {head.name: nn.Parameter(torch.zeros(())) for head in heads} if uncertainty_weighting else {}
-        )
+        self.task_weights = task_weights or Fixed()
+        self.task_weights.bind({head.name: head.weight for head in heads})
         # Of this step, for callbacks: each head's part of the total, and its losses as they are logged.
         self.head_losses: dict[str, Tensor] = {}
         self.head_terms: dict[str, list[Tensor]] = {}
@@ -152,12 +158,33 @@ class MultiTask(L.LightningModule):
                 f"trainer.precision: found {trainer.precision}, in which a step below 1/256 of a weight is lost; "
                 "expected bf16-mixed, or 32-true"
             )
+        self._check_task_weights(trainer)
         norms = [path for path, part in self.encoder.named_modules() if isinstance(part, _BatchNorm)]
         norms = [path for path in norms if path not in ("image_pool.norm", "text_pool.norm")]
         if self.micro_batches > 1 and norms:
             raise ValueError(
                 f"model.micro_batches: encoder.{norms[0]} normalises over the batch, and would over each part alone; "
                 "expected 1, or a tower without batch norm"
+            )
+
+    def _check_task_weights(self, trainer: L.Trainer) -> None:
+        if not self.task_weights.watched(self):
+            return
+        name = f"model.task_weights: {type(self.task_weights).__name__}"
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"{name} needs each head's whole gradients on each rank, and this trainer.strategy shares them out; "
+                "expected ddp, or indiclip.task_weights.Uncertainty"
+            )
+        if trainer.precision == "16-mixed":
+            raise ValueError(
+                f"{name} takes gradients before they are scaled, of which float16 loses many; expected "
+                "trainer.precision bf16-mixed or 32-true"
+            )
+        if self.compiles:
+            raise ValueError(
+                f"{name} goes back through a block once for each head, which compiled blocks allow but once; expected "
+                "model.compile false"
             )
 
     def train(self, mode: bool = True) -> Self:
@@ -169,16 +196,17 @@ class MultiTask(L.LightningModule):
 
     def configure_model(self) -> None:
         towers = [self.encoder.backbone, self.encoder.text]
+        copies = [tower for head in self.each_head() for tower in head.tower_copies()]
         if self.float8 and self.trainer.state.fn == "fit":  # else as it will be used
             device, gather_in_float8 = self.trainer.strategy.root_device, self.device_mesh is not None
             convert_to_float8(towers, self.float8, self.trainer.precision, device, gather_in_float8)
         if self.compiles:
-            sharding.compile_blocks(towers)
+            sharding.compile_blocks([*towers, *copies])
         if self.activation_checkpointing:
             sharding.checkpoint_activations(towers)
         if self.device_mesh is not None and not sharding.is_sharded(self):
             parts = [self.encoder, *self.heads.values()]
-            sharding.shard(self, towers, parts, self.device_mesh, self.trainer.precision)
+            sharding.shard(self, [*towers, *copies], parts, self.device_mesh, self.trainer.precision)
 
     def each_head(self) -> list[Head]:
         """The heads, typed."""
@@ -195,6 +223,7 @@ class MultiTask(L.LightningModule):
         self._seed()
         for head in self.each_head():
             if batches_done(self.trainer) == self._starts[head.name]:
+                sharding.reshard(self)
                 head.begin(self.encoder)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -205,6 +234,7 @@ class MultiTask(L.LightningModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
         progress = (batches_done(self.trainer) + 1) / self._num_steps
+        sharding.reshard(self)
         for head in self.active_heads():
             head.after_step(self.encoder, progress)
         if self.float8 == "tensorwise" and sharding.is_sharded(self):  # also for a validation before the next step
@@ -227,11 +257,23 @@ class MultiTask(L.LightningModule):
         for head in self.active_heads():
             if head.task not in batches:
                 raise ValueError(f"model.heads: {head.name} reads the task {head.task!r}; the step has no batch of it")
+        watched = self.task_weights.watched(self)
         if self.micro_batches == 1:
-            return self._total(self._outputs(batches))
-        self.zero_grad()
-        parts, scale = split(batches, self.micro_batches), gradient_scale(self.trainer)
-        return cached_gradients(parts, self._outputs_of_part, self._total, self, scale)
+            loss = self._total(self._outputs(batches))
+            gradients = gradients_of(self.head_losses, watched) if watched else {}
+        else:
+            self.zero_grad()
+            parts, scale = split(batches, self.micro_batches), gradient_scale(self.trainer)
+            cached = CachedGradients(parts, self._outputs_of_part, self._total, self, scale)
+            loss, gradients = cached.run(lambda: self.head_losses, watched, not self.task_weights.makes_gradients)
+        if watched:
+            # Of the step alone: ranks draw alike.
+            place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), "task weights")
+            loss = self.task_weights.total(loss, gradients, watched, zlib.crc32(repr(place).encode()))
+        return loss + self._nothing_of_idle_heads()
+
+    def on_after_backward(self) -> None:
+        self.head_losses = {name: loss.detach() for name, loss in self.head_losses.items()}  # frees what made them
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         if self.micro_batches == 1:  # else `training_step` has left gradients, which are not to be lost
@@ -268,12 +310,13 @@ class MultiTask(L.LightningModule):
         self.head_losses = {}
         for head in self.active_heads():
             loss = sum((terms[f"{head.name}/{term}"] for term in losses[head.name].terms), zero)
-            self.head_losses[head.name] = self._weighted(head, loss)
-        total = sum(self.head_losses.values(), zero) + self._nothing_of_idle_heads()
+            self.head_losses[head.name] = self.task_weights.part(head.name, loss)
+        total = sum(self.head_losses.values(), zero)
         means = self._log_means(
             {name: term.detach() for name, term in terms.items()} | {"loss": total.detach()},
             {f"{name}/{number}": value for name, of in losses.items() for number, value in of.logged.items()},
         )
+        self.log_dict({f"train/{name}": value for name, value in self.task_weights.logged.items()}, batch_size=1)
         self.head_terms = {name: [means[f"{name}/{term}"] for term in of.terms] for name, of in losses.items()}
         return total
 
@@ -282,13 +325,6 @@ class MultiTask(L.LightningModule):
         if rank_and_world()[1] == 1 or sharding.is_sharded(self):
             return 0
         return sum(p.sum() * 0 for head in self._idle_heads() for p in head.parameters() if p.requires_grad)
-
-    def _weighted(self, head: Head, loss: Tensor) -> Tensor:
-        if head.name not in self.log_variances:
-            return head.weight * loss
-        s = self.log_variances[head.name]
-        self.log(f"train/{head.name}/log_variance", s.detach(), batch_size=1)
-        return cast(Tensor, head.weight * (torch.exp(-s) * loss + s))
 
     def _log_means(self, terms: dict[str, Tensor], logged: Values) -> dict[str, Tensor]:
         """Log `train/...`, means over the ranks: of the terms, which all have, and of what only some may have.
@@ -354,6 +390,9 @@ class MultiTask(L.LightningModule):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         self._num_steps = int(steps)
         self._starts = {head.name: _start_step(head, self._num_steps) for head in self.each_head()}
+        if first := min(self._starts.values()):
+            name = min(self._starts, key=lambda name: self._starts[name])
+            raise ValueError(f"heads.{name}.start: no head begins before step {first}; expected one with start 0")
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
         groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
@@ -410,7 +449,7 @@ def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
 
 def _start_step(head: Head, num_steps: int) -> int:
     """The step in which a head begins."""
-    start = first_step(head.start, num_steps)
+    start = start_step(head.start, num_steps)
     if start >= num_steps:
         raise ValueError(
             f"heads.{head.name}.start: {head.start:g} is beyond the last of the run's {num_steps} steps; expected "
@@ -422,10 +461,13 @@ def _start_step(head: Head, num_steps: int) -> int:
 def _unused_parts(heads: list[Head]) -> list[str]:
     """What no head's loss uses: distributed training waits for a gradient of everything that is not frozen."""
     paths: list[str] = []
+    if not any(head.embeds_images or head.pools_images for head in heads):
+        paths += ["encoder.image_pool"]
     if not any(head.embeds_images for head in heads):
-        paths += ["encoder.image_pool", "encoder.image_projection"]
+        paths += ["encoder.image_projection"]
     if not any(head.embeds_text for head in heads):
-        paths += ["encoder.text", "encoder.text_pool", "encoder.text_projection"]
+        read = any(head.reads_text for head in heads)
+        paths += ["encoder.text"] * (not read) + ["encoder.text_pool", "encoder.text_projection"]
     return paths
 
 
@@ -439,3 +481,9 @@ def _check_heads(heads: list[Head]) -> None:
             f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?); two heads of one "
             "class need a `name`"
         )
+    for head in heads:
+        if head.reads_embeddings and not any(other.embeds_images and other.embeds_text for other in heads):
+            raise ValueError(
+                f"heads.{head.name}.{head.reads_embeddings}: reads embeddings of images and texts, which no head "
+                "trains; expected heads.contrastive.Contrastive beside"
+            )

@@ -20,6 +20,7 @@ class _Tables(TypedDict):
 _TABLES: _Tables = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 MODULES = _TABLES["modules"]
 _MOVED = _TABLES["moved"]
+_LOG_VARIANCE = re.compile(r"^task_weights\.log_variances\.")
 _STEP = re.compile(r"heads\.[\w-]+\.step")
 _NAMES = _MOVED | _TABLES["classes"] | MODULES
 _OLD_BETAS = [0.9, 0.98]  # AdamW's, when `betas` was a key of the model
@@ -50,6 +51,8 @@ def translate_config(value: Any) -> Any:
         arguments = {"lr": 1e-3, "betas": betas, "weight_decay": 0.05, "fused": True}
         model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": arguments}
     is_old = found != today
+    if isinstance(model, dict) and model.pop("uncertainty_weighting", False):
+        model["task_weights"] = {"class_path": "indiclip.task_weights.Uncertainty"}
     for backbone in _named_backbones(found):
         # All arguments of that time are there: a run wrote it. In what a user writes, none is the model's own.
         if backbone["init_args"].keys() >= _OLD_BACKBONES[backbone["class_path"]]:
@@ -112,3 +115,22 @@ def translate_checkpoint(checkpoint: dict[str, Any]) -> None:
     for old, new in _TABLES["weights"].items():
         weights = {re.sub(old, new, name): weight for name, weight in weights.items()}
     checkpoint["state_dict"] = weights
+    _reshape_log_variances(checkpoint)
+
+
+def _reshape_log_variances(checkpoint: dict[str, Any]) -> None:
+    """Single numbers when `model.uncertainty_weighting` was a switch, in the optimizer too; today of shape (1,)."""
+    new = {name: weight.reshape(1) for name, weight in checkpoint["state_dict"].items() if _LOG_VARIANCE.search(name)}
+    checkpoint["state_dict"] |= new
+    averages = checkpoint.get("averages", {}).get("state_dict", {})
+    for name in [name for name in averages if name.startswith("log_variances.")]:
+        averages[f"task_weights.{name}"] = averages.pop(name).reshape(1)
+    for optimizer in checkpoint.get("optimizer_states", []) if new else []:
+        for group in optimizer["param_groups"]:
+            if "param_names" in group:
+                group["param_names"] = [re.sub("^log_var", "task_weights.log_var", n) for n in group["param_names"]]
+        for state in optimizer["state"].values():
+            numbers = {
+                name: value for name, value in state.items() if name != "step" and getattr(value, "ndim", 1) == 0
+            }
+            state |= {name: value.reshape(1) for name, value in numbers.items()}

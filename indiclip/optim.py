@@ -1,17 +1,21 @@
 """What the optimizer steps with: parameter groups, schedules, and what a resumed run takes from its checkpoint."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, cast
 
+import torch
 from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from indiclip.names import check_range
+from indiclip.steps import first_step
 
 _TABLES = re.compile(r"(^|\.)(\w*pos_embed|\w*position_\w+|cls_token|reg_token|latent)(\.|$)")
 _OLD_TABLES = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
@@ -70,7 +74,7 @@ class WarmupStableDecay(Schedule):
     A run that goes on from before its decay may be given more steps without a trace of the first plan.
 
     Args:
-        decay_steps: Steps of the decay.
+        decay_steps: Steps of the decay, or below 1 their share of the run's.
         decay: Its form.
         min_lr_ratio: Of the last step's rate to the peak.
     """
@@ -78,20 +82,87 @@ class WarmupStableDecay(Schedule):
     kind = "warmup_stable_decay"
 
     def __init__(
-        self, decay_steps: int, decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt", min_lr_ratio: float = 0.0
+        self, decay_steps: float, decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt", min_lr_ratio: float = 0.0
     ) -> None:
         check_range({"model.lr_schedule.decay_steps": decay_steps})
         check_range({"model.lr_schedule.min_lr_ratio": min_lr_ratio}, 0, 1)
+        if decay_steps > 1 and decay_steps != int(decay_steps):
+            raise ValueError(f"model.lr_schedule.decay_steps: found {decay_steps}; expected a share below 1, or steps")
         self.decay_steps = decay_steps
-        self.options = {"num_decay_steps": decay_steps, "decay_type": decay, "min_lr_ratio": min_lr_ratio}
+        self.options = {"decay_type": decay, "min_lr_ratio": min_lr_ratio}
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
-        if warmup_steps + self.decay_steps > num_steps:
+        decay_steps = round(self.decay_steps * num_steps if self.decay_steps < 1 else self.decay_steps)
+        if decay_steps and warmup_steps + decay_steps > num_steps:
             raise ValueError(
-                f"model.lr_schedule.decay_steps: {self.decay_steps} and model.warmup_steps {warmup_steps} are more "
+                f"model.lr_schedule.decay_steps: {decay_steps} and model.warmup_steps {warmup_steps} are more "
                 f"than the run's {num_steps} steps"
             )
+        self.options = {**self.options, "num_decay_steps": decay_steps}
         return super().scheduler(optimizer, warmup_steps, num_steps)
+
+
+@dataclass
+class RateStage:
+    """The beginning of a run, up to a step, with rates of its own.
+
+    Args:
+        until: As of `indiclip.loading.stages.Stage`: a share of the run's steps, or the first step behind it.
+        factor: Of the schedule's rates.
+    """
+
+    until: float
+    factor: float = 1.0
+
+
+class Staged(Schedule):
+    """Another schedule, with a factor for each stage of the run, as for those of images with fewer tokens.
+
+    From one factor to the next the rates go in a straight line, over `warmup_steps` from where a stage begins; the
+    run's own warm-up comes before all of them.
+
+    Args:
+        stages: Those that end before the run does.
+        factor: Of the rates after the last of them.
+        warmup_steps: See above; 0 jumps.
+        schedule: Whose rates these are; None is Cosine.
+    """
+
+    def __init__(
+        self, stages: list[RateStage], factor: float = 1.0, warmup_steps: int = 0, schedule: Schedule | None = None
+    ) -> None:
+        key = "model.lr_schedule"
+        check_range({f"{key}.factor": factor, f"{key}.warmup_steps": warmup_steps})
+        check_range({f"{key}.stages[{i}].factor": stage.factor for i, stage in enumerate(stages)})
+        for i, stage in enumerate(stages):
+            before = stages[i - 1].until if i else 0
+            if stage.until <= before or (before and (stage.until < 1) != (before < 1)):
+                raise ValueError(
+                    f"{key}.stages[{i}].until: found {stage.until:g} after {before:g}; expected stages that "
+                    "ascend, all by shares of the run or all by steps"
+                )
+        self.ends, self.factors = [stage.until for stage in stages], [*(stage.factor for stage in stages), factor]
+        self.warmup_steps, self.schedule = warmup_steps, schedule or Cosine()
+
+    def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
+        ends = [first_step(end, num_steps) for end in self.ends]
+        # A scheduler by itself sets rates; this one is asked for its factors alone.
+        inner = self.schedule.scheduler(SGD([torch.zeros(1)], 1.0), warmup_steps, num_steps)
+        (of_schedule,) = inner.lr_lambdas
+
+        def factor(step: int) -> float:
+            return float(of_schedule(step)) * self._factor(step, ends)
+
+        return LambdaLR(optimizer, factor)
+
+    def _factor(self, step: int, ends: list[int]) -> float:
+        stage = bisect_right(ends, step)
+        own = self.factors[stage]
+        done = step - ends[stage - 1] + 1 if stage else self.warmup_steps
+        if done >= self.warmup_steps:
+            return own
+        before = self._factor(ends[stage - 1] - 1, ends)
+        return before + (own - before) * done / self.warmup_steps
 
 
 def parameter_groups(

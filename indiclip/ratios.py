@@ -53,6 +53,7 @@ def over_all_ranks(values: Values) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()  # with micro-batches the numbers are leaves, though nothing goes back through them
 def means_over_ranks(values: Values, device: torch.device) -> dict[str, Tensor]:
     """Of numbers of which each rank may have different ones. A collective, for which the host waits."""
     ratios = as_ratios(values, 1)

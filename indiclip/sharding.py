@@ -57,8 +57,7 @@ def shard(
         raise ValueError(f"trainer.precision: found {precision}; expected {' or '.join(_PRECISIONS)} with sharding")
     single = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
     if single:
-        learned = "model.uncertainty_weighting" if single[0].startswith("log_variances.") else single[0]
-        raise ValueError(f"trainer.strategy: {learned} is a single number, which cannot be shared out; expected ddp")
+        raise ValueError(f"trainer.strategy: {single[0]} is a single number, which cannot be shared out; expected ddp")
     if mesh.size(0) == 1:
         assert mesh.mesh_dim_names is not None
         mesh = mesh[mesh.mesh_dim_names[1]]  # no reduction over groups of one
@@ -174,6 +173,12 @@ def release(module: nn.Module) -> None:
     """Leave `gathered_weights`."""
     for part in _units(module):
         part.set_reshard_after_forward(not vars(part).get(_KEEPS, False), recurse=False)
+        part.reshard()
+
+
+def reshard(module: nn.Module) -> None:
+    """Leave each rank its own shards alone, to read and write them. Without effect on a module that is not sharded."""
+    for part in _units(module) if is_sharded(module) else ():
         part.reshard()
 
 

@@ -42,8 +42,21 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        """The text of each row of ids, without what frames it; what is no Unicode becomes U+FFFD.
+
+        Of what `encode` gives, it is the text itself, apart from what the tokenizer does to a text first, and from
+        words that it does not know.
+        """
+
+    @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this tokenizer without a network or its original file."""
+
+    @property
+    def frame_ids(self) -> frozenset[int]:
+        """The ids that begin and end a text, whatever it says."""
+        return frozenset(self.encode([""])[0])
 
     def count_unknown(self, texts: list[str]) -> int:
         """How many unknown tokens stand in these texts, and letters that are dropped without one."""
@@ -101,6 +114,10 @@ class ByteTokenizer(Tokenizer):
         rows = [unicodedata.normalize("NFC", text).encode()[:keep] for text in texts]
         return [[self.start_id, *(byte + self.num_special for byte in row), self.end_id] for row in rows]
 
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        first = self.num_special
+        return [bytes(id - first for id in row if id >= first).decode(errors="replace") for row in rows]
+
     def to_config(self) -> dict[str, Any]:
         return {"context_length": self.context_length}
 
@@ -144,6 +161,23 @@ class FastTokenizer(Tokenizer):
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._encodings(texts)]
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        frame = self.frame_ids  # not every file calls these special
+        plain = [[id for id in row if id not in frame] for row in rows]
+        if not (word_end := getattr(self._tokenizer.model, "end_of_word_suffix", None)):
+            return [text.strip() for text in self._tokenizer.decode_batch(plain, skip_special_tokens=True)]
+        from tokenizers.decoders import ByteLevel
+
+        # As CLIP's, whose bytes are letters, and whose files do not say what a word's end is to become.
+        letters = ["".join(filter(None, map(self._tokenizer.id_to_token, row))) for row in plain]
+        return [ByteLevel().decode([text]).replace(word_end, " ").strip() for text in letters]
+
+    @property
+    def frame_ids(self) -> frozenset[int]:
+        # An empty text may have a token of its own, such as the space that some put before every text.
+        encoding = self._tokenizer.encode("")
+        return frozenset(id for id, frames in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if frames)
 
     def count_unknown(self, texts: list[str]) -> int:
         model = json.loads(self._tokenizer.to_str())["model"]
@@ -207,6 +241,9 @@ class SentencePieceTokenizer(Tokenizer):
         keep = self.context_length - len(prefix) - len(suffix)
         rows = self._processor.encode([unicodedata.normalize("NFC", text) for text in texts])
         return [[*prefix, *row[:keep], *suffix] for row in rows]
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return [text.strip() for text in self._processor.decode(rows)]
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """The ids before and behind every text."""

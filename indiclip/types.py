@@ -6,6 +6,7 @@ Shape letters used in the whole project:
     tokens of all images or texts without padding.
 """
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+_LANGUAGE_CODE = re.compile(r"[A-Za-z0-9-]{1,35}")  # any in use (BCP-47: RFC 5646, section 4.4.1)
+
 
 class Field(NamedTuple):
     """How a field of a sample moves with its image, and how it is packed into a batch.
 
     Kinds, what they hold, and what resizing, cropping, mirroring and turning upright do to them:
         image: The picture, or what is said of its frame; `Transform` reads it.
-        boxes: float (M, 4), pixels. Move along; clipped by a crop, and removed by one that shows nothing of them.
+        boxes: float (M, 4), pixels. Move along; clipped by a crop, and removed by one that shows nothing of them. Those
+            that are turned become the upright boxes around them.
         points: float (M, 2), pixels. Move along; removed by a crop that does not show them.
-        areas: float (M,), square pixels. Grow and shrink with the image; a crop takes nothing from them.
+        areas: float (M,), square pixels. Grow and shrink with the image; a turn or a crop changes nothing.
         masks: (M, height, width). Move along; nearest neighbour.
-        map: (height, width), a number per pixel. Moves along; nearest neighbour or `bilinear`.
+        map: (height, width), a number per pixel. Moves along; nearest neighbour or `bilinear`, which has NaN where an
+            augmentation shows what was not in the image.
         rows: (M, ...), numbers that stay as they are, such as the class of each box.
         scalar: A whole number of the whole image.
         text: Words, or anything else that stays on the host.
@@ -70,6 +75,10 @@ class Sample(TypedDict, total=False):
     key: Text  # unique in its dataset, stable between runs
     file_name: Text  # of the image, where an annotation file says it and the key is another
     random_seed: Text  # int, of this sample in this step, whatever rank it is on; `loading` gives it in training
+    # Of an image that is mixed with another: int, its partner among the samples of this rank's batch; and float, how
+    # much of the image, 0 to 1, is its own. `loading` gives them where a source has `mix`.
+    mix_partner: Text
+    mix_share: Text
     caption: Annotated[str, Field("text", embedded=True)]
     language: Text  # of `caption`: a BCP-47 code such as hi or hi-Latn
     # language ("" where it is unknown) -> texts; `indiclip.datasets.languages` draws one of them for `caption`
@@ -92,6 +101,10 @@ class Sample(TypedDict, total=False):
     dp_person: Annotated[Any, Field("rows", of="dp_points_xy", into="dp_boxes_xyxy")]  # int64 (S,): which person
     dp_part: OfSurfacePoint  # int64 (S,): 1..24
     dp_uv: OfSurfacePoint  # float32 (S, 2) in [0, 1]
+    # Distillation: embeddings, of any norm, of T teachers, those that are shorter than the longest with zeros behind.
+    teacher_image: Annotated[Any, Field("rows")]  # float16 (T, E): of this augmentation of the image
+    teacher_text: Annotated[Any, Field("rows")]  # float16 (T, E): of `caption`, or of the caption in a given language
+    teacher_scale: Annotated[Any, Field("rows")]  # float32 (T,): the factor on the cosines that each was trained with
 
 
 FIELDS: dict[str, Field] = {
@@ -250,6 +263,16 @@ class Batch(TypedDict):
 def class_names(batch: Batch) -> Sequence[str]:
     """Of the batch's source; empty where they are unknown."""
     return batch["origin"].classes if "origin" in batch else ()
+
+
+def language_code(language: str | None) -> str:
+    """A language's code; "" where it is unknown or is no code."""
+    return language if language and _LANGUAGE_CODE.fullmatch(language) else ""
+
+
+def caption_languages(batch: Batch) -> list[str]:
+    """The code of the language of each image's `caption`."""
+    return [language_code(language) for language in batch["targets"].get("language", [None] * len(batch["keys"]))]
 
 
 def random_seeds(batch: Batch) -> list[int]:

@@ -107,6 +107,22 @@ def test_samples_without_depth_are_named():
         Depth(upsample=0)
 
 
+def test_what_an_augmentation_did_not_know_counts_as_nothing():
+    encoder, truth = tiny_encoder(), depths()
+    head = depth_head(encoder, upsample=1)
+    for values_HW in truth:
+        values_HW[:, 8:] = np.nan  # all cells but the first column's
+    batch = batch_of(truth)
+    features = encoder.features(batch["images"])
+    term = head.loss(features, batch, encoder).terms["l1"]
+    cells = [(i, row) for i, (height, _) in enumerate(SIZES) for row in range(height // 8)]
+    found = head(features)
+    errors = [abs(found[i, row, 0].item() - truth[i][8 * row + 4, 4]) for i, row in cells]
+    assert term.total.item() / term.number.item() == pytest.approx(np.mean(errors), rel=1e-5)
+    term.total.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
 def test_a_step_never_waits_for_the_device():
     encoder, batch = tiny_encoder(), batch_of(depths())
     head = depth_head(encoder)

@@ -28,7 +28,7 @@ from indiclip import json_lines
 from indiclip.cli import main
 from indiclip.commands import embed as embed_command
 from indiclip.commands import embed_ranks
-from indiclip.commands.embed_batches import stored
+from indiclip.evals.models.stored import stored
 from indiclip.generated.mela import Mela
 
 SIZES = [(24, 16), (16, 40), (32, 32), (8, 24)]

@@ -18,7 +18,7 @@ from helpers import noise
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from indiclip.commands.embed import _crc32_of_token_ids
+from indiclip.evals.models.digests import crc32_of_token_ids
 from indiclip.evals.models.embedder import TEXT_CHUNK, load_embedder
 from indiclip.images import EncodedImage, to_rgb
 from indiclip.pretrained.model_names import library_of
@@ -109,11 +109,11 @@ def test_an_edited_tokenizer_is_told_from_the_original(library, folders, archite
     """By what `embed` records of a model: the ids of a text in many scripts."""
     name = f"open_clip:{architecture}" if library == "open_clip" else folders[library]
     model, again = load_embedder(name), load_embedder(name)
-    assert _crc32_of_token_ids(model) == _crc32_of_token_ids(again)
+    assert crc32_of_token_ids(model) == crc32_of_token_ids(again)
     where = (again._tokenizer, "context_length") if library == "open_clip" else (again, "_context_length")
     monkeypatch.setattr(*where, 6)
     assert again.tokenize(["kite"])["input_ids"].shape == (1, 6)
-    assert _crc32_of_token_ids(model) != _crc32_of_token_ids(again)
+    assert crc32_of_token_ids(model) != crc32_of_token_ids(again)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import masking_utils
 
+from heads.captioning import Captioning
 from heads.contrastive import Contrastive
 from heads.counting import Counting
 from heads.densepose import DensePose
@@ -24,6 +25,8 @@ HEADS = {
     "detection": lambda: Detection(num_classes=17, **DETECTION),
     "detection of some": lambda: Detection(classes=["person", "kite"], **DETECTION),
     "densepose": lambda: DensePose(roi_size=7, channels=16, num_convs=1, box_jitter=0.05),
+    "captioning": lambda: Captioning(depth=1, max_tokens=8),
+    "captioning, regions": lambda: Captioning(depth=1, max_tokens=8, regions=True),
     "counting": lambda: Counting(channels=16),
     "counting, boxes": lambda: Counting(channels=16, upsample=2, ask_boxes=True),
 }

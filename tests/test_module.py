@@ -23,6 +23,7 @@ from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.optim import parameter_groups
 from indiclip.preprocessing import Preprocessing
+from indiclip.task_weights import PCGrad, Uncertainty
 from indiclip.text import TextTower
 from indiclip.timm_backbone import TimmBackbone
 from indiclip.tokenizers import ByteTokenizer
@@ -57,7 +58,8 @@ def trainer(folder, **options):
     )  # fmt: skip
 
 
-def test_every_parameter_gets_a_gradient_in_every_step(tmp_path):
+@pytest.mark.parametrize("strategy", [Uncertainty, PCGrad])
+def test_every_parameter_gets_a_gradient_in_every_step(tmp_path, strategy):
     class Watch(L.Callback):
         steps = 0
 
@@ -66,7 +68,7 @@ def test_every_parameter_gets_a_gradient_in_every_step(tmp_path):
             assert [name for name, p in module.named_parameters() if p.grad is None] == []
 
     watch = Watch()
-    module = four_tasks(uncertainty_weighting=True)
+    module = four_tasks(task_weights=strategy())
     trainer(tmp_path, max_steps=5, callbacks=[watch], enable_checkpointing=False).fit(module, datamodule=mela_data())
     assert watch.steps == 5
 
@@ -95,15 +97,6 @@ def test_what_a_head_logs_beside_its_losses_is_not_trained_on():
     }  # fmt: skip
     torch.testing.assert_close(total, written["train/contrastive/loss"].squeeze(), atol=0, rtol=0)
     assert not written["train/contrastive/loss/hi"].requires_grad
-
-
-def test_uncertainty_weighting_by_hand():
-    module = MultiTask(tiny_encoder(), [Contrastive(weight=2.0)], uncertainty_weighting=True)
-    module.log = lambda *a, **k: None
-    with torch.no_grad():
-        module.log_variances["contrastive"].fill_(0.5)
-    weighted = module._weighted(module.each_head()[0], torch.tensor(3.0))
-    assert weighted.item() == pytest.approx(2 * (3 * 2.718281828**-0.5 + 0.5), rel=1e-6)
 
 
 def group_of(groups, name):

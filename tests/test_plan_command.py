@@ -146,3 +146,42 @@ def test_what_is_not_planned_is_said(tmp_path, capsys):
     for flags, expected in (([], 0), (faster, 2)):
         assert plan(tmp_path, *words, *flags) == 0
         assert capsys.readouterr().out.count("Left out, though it is faster with it: model.") == expected
+
+
+def test_phases_of_a_run_are_counted_one_by_one(tmp_path, capsys):
+    """Of a source with a stage and a head that begins later: each phase is a run that has nothing else, by hand."""
+    short = {"class_path": "indiclip.tokenizers.ByteTokenizer", "init_args": {"context_length": 8}}  # of all captions
+    changes = {"model__encoder__text__tokenizer": short, "trainer__max_steps": 10}
+    tree = config(**changes)
+    tree["data"]["train"][0] |= {"stages": [{"until": 0.4, "max_tokens": 4}]}
+    late = {"class_path": "heads.contrastive.Contrastive", "init_args": {"name": "late", "start": 0.7}}
+    late["init_args"]["task"] = "contrastive"
+    both = json.loads(json.dumps(tree))
+    both["model"]["heads"].append(late)
+
+    def planned(name, tree):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(tree))
+        assert (
+            main(["plan", "--config", str(file), "--gpu", "h100", "--nodes", "1", "--gpus-per-node", "1", "--json"])
+            == 0
+        )
+        return json.loads(capsys.readouterr().out)
+
+    plan = planned("both", both)
+    assert [(of["first_step"], of["steps"], of["heads"]) for of in plan["phases"]] == [
+        (0, 4, ["contrastive"]),
+        (4, 3, ["contrastive"]),
+        (7, 3, ["contrastive", "late"]),
+    ]
+    small, large, alone = config(**changes), config(**changes), json.loads(json.dumps(both))
+    small["data"]["train"][0]["max_tokens"] = 4
+    del alone["data"]["train"][0]["stages"]
+    alone["model"]["heads"][1]["init_args"]["start"] = 0
+    expected = [planned(str(i), tree)["flops_per_step"] for i, tree in enumerate((small, large, alone))]
+    assert [of["flops_per_step"] for of in plan["phases"]] == pytest.approx(expected)
+    hours = [of["gpu_hours"] for of in plan["phases"]]
+    assert plan["cost"]["gpu_hours"] == pytest.approx(sum(hours))
+    words = ["--gpu", "h100", "--nodes", "1", "--gpus-per-node", "1"]
+    assert main(["plan", "--config", str(tmp_path / "both.yaml"), *words]) == 0
+    assert "Phases of the run" in capsys.readouterr().out

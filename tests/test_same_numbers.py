@@ -13,6 +13,7 @@ from processes import on_ranks, two_ranks
 from torch import nn
 from torch.testing import assert_close
 
+from heads.captioning import Captioning
 from heads.contrastive import Contrastive
 from heads.counting import Counting
 from heads.densepose import DensePose
@@ -23,6 +24,7 @@ from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.preprocessing import Preprocessing
+from indiclip.task_weights import Fixed, GradNorm, PCGrad, Uncertainty
 from indiclip.training.record import read_history
 
 EXACT = {"rtol": 1e-6, "atol": 1e-9}
@@ -36,18 +38,21 @@ def heads(loss="sigmoid"):
         DensePose(task="scenes", roi_size=7, channels=16, num_convs=1, box_jitter=0.08),
         Counting(task="scenes", channels=16, ask_boxes=True),
         Depth(task="scenes", channels=16),
+        Captioning(task="scenes", depth=1, regions=True, max_tokens=20),
     ]
 
 
 class OneStep(MultiTask):
     """A module outside of a Trainer: `step` gives what is logged of a step, and its gradients."""
 
-    def __init__(self, seed=0, loss="sigmoid", lengths=(16, 32), batch_norm=True, dropout=0.0, **options):
+    def __init__(
+        self, seed=0, loss="sigmoid", lengths=(16, 32), batch_norm=True, dropout=0.0, task_weights=Fixed, **options
+    ):
         encoder = tiny_encoder(seed, 64, lengths, batch_norm=batch_norm)
         for part in encoder.text.modules():
             if isinstance(part, nn.Dropout):
                 part.p = dropout
-        super().__init__(encoder, heads(loss), **options)
+        super().__init__(encoder, heads(loss), task_weights=task_weights(), **options)
         progress = SimpleNamespace(total=SimpleNamespace(processed=7))
         self._trainer = SimpleNamespace(
             global_rank=0, global_step=0, max_steps=1, precision_plugin=None,
@@ -55,7 +60,8 @@ class OneStep(MultiTask):
             _logger_connector=SimpleNamespace(should_update_logs=True),
         )  # fmt: skip
         self.logged = {}
-        self.heads["contrastive"]._languages.update(LANGUAGES)  # no rank of so small a batch has all of them
+        for name in ("contrastive", "captioning"):
+            self.heads[name]._languages.update(LANGUAGES)  # no rank of so small a batch has all of them
         self.double()
 
     @property
@@ -77,7 +83,8 @@ class OneStep(MultiTask):
             for gradient in gradients.values():
                 torch.distributed.all_reduce(gradient)
                 gradient /= torch.distributed.get_world_size()
-        return self.logged, gradients, {name: b for name, b in self.named_buffers() if "running" in name}
+        buffers = {name: b for name, b in self.named_buffers() if "running" in name or "task_weights" in name}
+        return self.logged, gradients, buffers
 
 
 class Emptied(Mela):
@@ -95,7 +102,7 @@ class Emptied(Mela):
 
 def batches_of(rank=0, world=1, empty=()):
     """A step with images of several sizes. Of every two scenes those numbered in `empty` show nothing."""
-    scenes = Emptied(30, [32, 48], people=1.0, depth=True, seed=2)
+    scenes = Emptied(30, [32, 48], people=1.0, depth=True, languages=LANGUAGES, seed=2)
     sources = [
         Source("contrastive", Mela(50, 32, "single", languages=LANGUAGES, seed=1), 8, max_tokens=16),
         Source("scenes", scenes, 8, max_tokens=24),
@@ -116,7 +123,9 @@ WHOLE = {
     "sigmoid": {},
     "softmax": {"loss": "softmax"},
     "one length": {"lengths": (), "batch_norm": False},
-    "weights": {"uncertainty_weighting": True},
+    "weights": {"task_weights": Uncertainty},
+    "norms": {"task_weights": GradNorm},
+    "projections": {"task_weights": PCGrad},
 }
 
 

@@ -55,6 +55,20 @@ def test_a_token_budget_holds_more_images_in_early_stages():
     assert len(steps) == 4  # an epoch of the trainer: 50 samples in the first stage's batches
 
 
+def test_a_stage_has_a_batch_of_its_own():
+    """6, then 2, then 4 images; none twice in a stage, each of which begins an epoch of data without shards."""
+    stages = [Stage(0.3, max_tokens=4, batch_size=6), Stage(0.6, drop=0.5, batch_size=2)]
+    steps = steps_of(stages=stages)
+    batches = [steps[step]["t"] for step in range(10)]
+    assert [batch["images"]["num_patches"] for batch in batches] == [[4] * 6] * 3 + [[8] * 2] * 3 + [[16] * 4] * 4
+    for first, last in ((0, 3), (3, 6), (6, 10)):
+        keys = [key for batch in batches[first:last] for key in batch["keys"]]
+        assert len({*keys}) == len(keys)
+    halves = [steps_of(rank, 2, stages=stages) for rank in range(2)]
+    for step, batch in enumerate(batches):
+        assert sorted(key for half in halves for key in half[step]["t"]["keys"]) == sorted(batch["keys"])
+
+
 @pytest.mark.parametrize("budget", [{"batch_size": 4}, {"batch_size": None, "batch_tokens": 70, "batch_multiple": 2}])
 def test_a_step_is_the_same_on_any_ranks_and_in_any_worker(budget):
     one, four = steps_of(**budget), [steps_of(rank, 2, **budget) for rank in range(2)]
@@ -159,18 +173,21 @@ def test_a_dropped_image_is_what_the_tower_makes_of_its_patches_alone():
     assert_close(in_parts, embedded, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [{}, {"batch_size": None, "batch_tokens": 64, "batch_multiple": 2}])
+OWN_BATCHES = {"stages": [Stage(0.5, max_tokens=4, batch_size=6), Stage(0.7, drop=0.25, batch_size=2)]}
+
+
+@pytest.mark.parametrize("budget", [{}, {"batch_size": None, "batch_tokens": 64, "batch_multiple": 2}, OWN_BATCHES])
 def test_a_run_killed_on_either_side_of_a_stage_goes_on_as_if_it_had_not_been(tmp_path, budget):
     """Equal weights after six steps, of which the first half has a quarter of the tokens, then three quarters."""
     stages = [Stage(0.5, max_tokens=4), Stage(0.7, drop=0.25)]
-    options = {"steps": 6, "held_out": False, "checkpoints": EVERY_STEP, "source": budget | {"stages": stages}}
+    options = {"steps": 6, "held_out": False, "checkpoints": EVERY_STEP, "source": {"stages": stages} | budget}
     whole, _ = train(tmp_path / "whole", **options)
     for batch in (2, 3, 5):
         folder = tmp_path / str(batch)
         assert train(folder, kill=batch, **options)[0] is None
         resumed, _ = train(folder, going_on=True, num_workers=2 * (batch == 3), **options)
         assert same(whole, resumed)
-    unlike, _ = train(tmp_path / "unlike", **options | {"source": budget})
+    unlike, _ = train(tmp_path / "unlike", **options | {"source": budget | {"stages": []}})
     assert not same(whole, unlike)
 
 
@@ -239,7 +256,7 @@ def test_a_run_without_an_end_has_no_length():
 
 
 def bad(**options):
-    return Source("t", Numbers("a", 8), 4, **options)
+    return Source("t", Numbers("a", 8), **{"batch_size": 4} | options)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +266,16 @@ def bad(**options):
         ({"drop": -0.1}, "task 't': drop: found -0.1; expected 0 to below 1"),
         ({"stages": [Stage(0.5, drop=1.0)]}, r"stages\[0\].drop: found 1.0; expected 0 to below 1"),
         ({"stages": [Stage(0.5, max_tokens=0)]}, r"stages\[0\].max_tokens: found 0; expected 1 or more"),
-        ({"stages": [Stage(0.5)]}, r"stages\[0\]: changes nothing; expected max_tokens, drop or both beside until"),
+        ({"stages": [Stage(0.5)]}, r"stages\[0\]: changes nothing; expected max_tokens, drop or batch_size"),
+        ({"stages": [Stage(0.5, batch_size=0)]}, r"stages\[0\].batch_size: found 0; expected 1 or more"),
+        (
+            {"batch_size": None, "batch_tokens": 9000, "stages": [Stage(0.5, batch_size=2)]},
+            r"stages\[0\].batch_size: found one beside batch_tokens",
+        ),
+        (
+            {"shard_groups": 2, "stages": [Stage(0.5, batch_size=2)]},
+            "shard_groups is 2; leave out either it or stages w",
+        ),
         ({"stages": [Stage(0.9, 4), Stage(0.5, 9)]}, r"stages\[1\].until: found 0.5 after 0.9; expected more"),
         (
             {"stages": [Stage(0.9, 4), Stage(500, 9)]},

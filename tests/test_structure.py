@@ -37,8 +37,14 @@ def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
     ranks = "indiclip.evals.protocols.cosines"  # a function of numbers, so that training and benchmark rank alike
     parts = {"indiclip.losses", "indiclip.fcos", "indiclip.detection_metric"}
+    parts |= {f"indiclip.caption_{part}" for part in ("decoder", "metric", "sequences", "vocabulary")}
+    parts |= {"indiclip.chunked_cross_entropy"}
     parts |= {"indiclip.moving_average", "indiclip.masked_images", "indiclip.ratios", "indiclip.distributed"}
+    parts |= {"indiclip.masked_metric", "indiclip.masked_towers", "indiclip.mismatched_pairs", "indiclip.names"}
+    parts |= {"indiclip.multimodal_encoder", "indiclip.patch_codebook"}
+    parts |= {"indiclip.self_distillation_losses", "indiclip.block_masks", "indiclip.teacher"}
     parts |= {"indiclip.surface_charts", "indiclip.surface_metric"}
+    parts |= {"indiclip.distillation_loss", "indiclip.online_teacher"}
     parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
     assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
 
@@ -51,12 +57,22 @@ ARROWS = {
     "steps.py": "",
     "moving_average.py": "pooling",
     "masked_images.py": "backbone types",
+    "masked_positions.py": "types block_masks",
+    "masked_texts.py": "text",
+    "masked_towers.py": (
+        "types backbone text masked_images masked_positions masked_texts moving_average multimodal_encoder"
+        " patch_codebook"
+    ),
+    "masked_metric.py": "head",
+    "mismatched_pairs.py": "distributed multimodal_encoder",
+    "multimodal_encoder.py": "",
+    "patch_codebook.py": "types names distributed",
     "strict_yaml.py": "",
     "masking.py": "",
     "json_lines.py": "masking",
     "old_names.py": "",
     "config_files.py": "names old_names",
-    "optim.py": "names",
+    "optim.py": "names steps",
     "freezing.py": "names",
     "lora.py": "names",
     "images.py": "",
@@ -83,13 +99,24 @@ ARROWS = {
     "ratios.py": "distributed",
     "autograd.py": "",
     "micro_batches.py": "types head pooling ratios autograd",
-    "losses.py": "logit_chunks autograd",
+    "losses.py": "logit_chunks softmax_sums autograd",
+    "softmax_sums.py": "logit_chunks",
     "logit_chunks.py": "distributed",
+    "distillation_loss.py": "losses logit_chunks autograd distributed",
+    "online_teacher.py": "types encoder checkpoint",
+    "self_distillation_losses.py": "distributed logit_chunks",
+    "block_masks.py": "",
+    "teacher.py": "types moving_average",
     "fcos.py": "types ratios",
     "surface_charts.py": "types ratios",
     "head.py": "types names distributed ratios",
     "surface_metric.py": "head surface_charts",
     "detection_metric.py": "head",
+    "caption_vocabulary.py": "",
+    "caption_sequences.py": "types caption_vocabulary",
+    "caption_decoder.py": "types",
+    "caption_metric.py": "head",
+    "chunked_cross_entropy.py": "types autograd",
     "pretrained": (
         "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
         " preprocessing tokenizer_sources datasets.tables"
@@ -97,12 +124,13 @@ ARROWS = {
     "encoder.py": "lora types names backbone text preprocessing pooling pretrained",
     "checkpoint.py": "encoder pretrained",
     "lightning_internals.py": "",
-    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8"
+    "task_weights.py": "names types distributed autograd sharding",
+    "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
     " micro_batches ratios steps",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
-    "planning": "types names images head losses optim loading ratios distributed",
+    "planning": "task_weights types names steps images head losses optim loading ratios distributed",
     "loading": "types names steps images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
@@ -110,8 +138,8 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding moving_average float8 pooling lightning_internals backbone encoder head module datasets loading"
-        " evals planning"
+        " sharding moving_average float8 pooling lightning_internals backbone encoder head module task_weights"
+        " datasets loading evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"

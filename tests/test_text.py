@@ -11,6 +11,8 @@ from tokenizers import models, pre_tokenizers, processors
 
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
+from indiclip.pretrained.open_clip_source import OpenClipSource
+from indiclip.pretrained.open_clip_tokenizers import open_clip_tokenizer
 from indiclip.text import TextTower, describe
 from indiclip.tokenizers import ByteTokenizer, FastTokenizer, SentencePieceTokenizer, SiglipTokenizer
 
@@ -38,6 +40,21 @@ def test_padding_does_not_change_a_text():
         alone = tower(*tower.tokenizer(["kite"]))
         beside = tower(*tower.tokenizer(["kite", "a much longer caption"]))
     torch.testing.assert_close(beside[0, :6], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("texts", [["a", "a" * 30], ["ab", "ba"]], ids=["packed", "padded"])
+def test_states_are_no_tensor_of_the_last_layer(texts):
+    """Shards gather a tower's weights before those of its layer as gradients reach it, whatever texts a rank has."""
+    tower, given = TextTower(ByteTokenizer(), ARCHITECTURE), []
+    tower.model.encoder.layer[-1].register_forward_hook(lambda _, __, output: given.append(output))
+    rows = tower.tokenizer.encode(texts)
+    states = tower(*tower.padded(rows), [len(row) for row in rows])
+    order = []
+    states.register_hook(lambda _: order.append("tower"))
+    output = given[0] if isinstance(given[0], torch.Tensor) else given[0][0]
+    output.register_hook(lambda _: order.append("layer"))
+    states.sum().backward()
+    assert order == ["tower", "layer"]
 
 
 @pytest.fixture
@@ -136,6 +153,44 @@ def test_half_of_a_surrogate_pair_is_refused_in_the_same_words_by_all(spiece, ki
         with pytest.raises(ValueError, match=message):
             tokenizer.count_unknown(["kite", "a\ud83d"])
     assert tokenizer(["kite", "👩🏽‍🚀"])[0].shape[0] == 2
+
+
+CAPTIONS = ["a red kite", "लाल पतंग", "एक ज्ञानी क्षत्रिय", "a  kite\tflies, high!", ""]
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "mela", "pictograms", "portable", "framed", "clip", "sentencepiece", "siglip"]
+)
+def test_what_is_encoded_comes_back_as_text(spiece, kind):
+    """Without its frame. Of what a tokenizer changes first, what is left of it: encoding that gives the same ids."""
+    if kind in ("mela", "pictograms", "portable"):
+        tokenizer = FastTokenizer(str(ROOT / "conf" / "tokenizers" / f"{kind}.json"))
+    elif kind in ("bytes", "framed"):
+        tokenizer = ByteTokenizer() if kind == "bytes" else FastTokenizer(serialized=FRAMED)
+    elif kind == "clip":
+        pytest.importorskip("open_clip")
+        tokenizer = open_clip_tokenizer(OpenClipSource("", {"text_cfg": {}}, {}, Path()), 77)
+    else:
+        tokenizer = (SentencePieceTokenizer if kind == "sentencepiece" else SiglipTokenizer)(spiece)
+    texts = {"framed": ["red kite", "kite", ""], "sentencepiece": CAPTIONS[:2], "siglip": CAPTIONS[:2]}.get(
+        kind, CAPTIONS
+    )
+    rows = tokenizer.encode(texts)
+    decoded = tokenizer.decode(rows)
+    if kind in ("bytes", "mela", "pictograms", "framed"):
+        assert decoded == texts
+    assert tokenizer.encode(decoded) == rows
+    plain = [[id for id in row if id not in tokenizer.frame_ids] for row in rows]
+    assert tokenizer.decode(plain) == decoded
+    frames = {"bytes": {1, 2}, "mela": {1, 2}, "pictograms": {1, 2}, "portable": {1}, "framed": {2, 3}}
+    expected = frames.get(kind, {*tokenizer.encode([""])[0]})
+    assert tokenizer.frame_ids == expected
+    assert all(len(row) - len(bare) == len(expected) for row, bare in zip(rows, plain, strict=True))
+
+
+def test_a_cut_character_is_no_error():
+    row = ByteTokenizer(context_length=6).encode(["पतंग"])[0]
+    assert ByteTokenizer().decode([row]) == ["प\ufffd"]
 
 
 def test_a_text_without_tokens_is_one_padding_token():

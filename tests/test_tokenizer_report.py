@@ -101,6 +101,7 @@ def test_clip_counts_as_openclip_does():
         assert row == expected[: len(row)]
         assert not any(expected[len(row) :])
     assert ClipTokenizer().encode(["a diagram"]) == [[49406, 320, 22697, 49407]]  # of the CLIP paper's repository
+    assert ClipTokenizer().decode([[49406, 320, 22697, 49407]]) == ["a diagram"]
 
 
 def test_clip_without_openclip_says_what_to_install(monkeypatch, capsys, texts):

@@ -38,6 +38,7 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.corpora import read_texts
 from indiclip.images import UnreadableSample
 from indiclip.loading.data_module import MultiTaskData
+from indiclip.training.config_errors import one_line
 
 HOLDOUT = 0.1  # share of the text files' rows that nothing is trained on
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -185,7 +186,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--text: no text to train on in {', '.join(arguments.text)} (--holdout {arguments.holdout})")
     captions = captions_of(arguments.config, arguments.samples) if arguments.config else ()
     make = train_siglip2 if arguments.siglip2 else train
-    tokenizer = make(chain(captions, balanced(texts, arguments.exponent)), arguments.vocab_size)
+    try:
+        tokenizer = make(chain(captions, balanced(texts, arguments.exponent)), arguments.vocab_size)
+    except (ValueError, FileNotFoundError) as error:  # of the config's sources, which are read here
+        parser.error(f"--config: {one_line(error)}")
     save(tokenizer, arguments.out)
     print(f"{arguments.out}: {tokenizer.get_vocab_size()} tokens")
 

@@ -4,6 +4,7 @@ import re
 import sys
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from indiclip.loading.steps import Steps
 from indiclip.training.checks import check
 from indiclip.training.cli import IndiCLI
 from indiclip.training.config_errors import one_line
+from indiclip.training.initial_weights import leave_out_initial_weights
 
 _ENDS = "ends the run: "
 _READ = "samples read"  # a unit of the inventory
@@ -51,15 +53,22 @@ def build_config(words: list[str]) -> tuple[Any, Any]:
     return build_run(words)[:2]
 
 
-def build_run(words: list[str]) -> tuple[Any, Any, Any]:
-    """The model and the data of a config, as `indiclip fit` builds them, and the Trainer's arguments."""
+def build_run(words: list[str], checkpoint: Path | None = None) -> tuple[Any, Any, Any]:
+    """The model and the data of a config, as `indiclip fit` builds them, and the Trainer's arguments.
+
+    Args:
+        words: Of `fit`.
+        checkpoint: Whose weights will be loaded, so that those to begin with are not read.
+    """
 
     class Built(Exception):
         """Ends the command where training would begin."""
 
     class Builder(IndiCLI):
         def before_instantiate_classes(self) -> None:
-            """Nothing: a check has no run folder."""
+            """Without a run folder."""
+            if checkpoint is not None:
+                leave_out_initial_weights(self.config["fit"].model, checkpoint)
 
         def instantiate_trainer(self, **_: Any) -> Any:
             raise Built(self.model, self.datamodule, self.config["fit"]["trainer"])

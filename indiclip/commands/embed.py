@@ -5,7 +5,6 @@ import os
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from indiclip import __version__
-from indiclip.commands.embed_batches import Batch, Batches, embed, stored
+from indiclip.commands import embed_views
+from indiclip.commands.embed_batches import Batch, Batches, embed
 from indiclip.commands.embed_files import EmbeddingFolder, Part
 from indiclip.commands.embed_ranks import all_or_none, launch, local_device, ranks
 from indiclip.commands.embed_sources import Sources, open_sources
@@ -27,7 +26,9 @@ from indiclip.commands.parallel import progress_bar
 from indiclip.datasets.base import fingerprint
 from indiclip.distributed import gathered, rank_and_world
 from indiclip.evals.models import embedder
+from indiclip.evals.models.digests import crc32_of_prepared, crc32_of_token_ids, crc32_of_weights
 from indiclip.evals.models.embedder import Embedder, View
+from indiclip.evals.models.stored import stored
 from indiclip.loading.workers import StepLoader, Workers
 from indiclip.names import check_range
 from indiclip.training.run_folder import lock, unlock
@@ -35,11 +36,6 @@ from indiclip.training.run_folder import lock, unlock
 _MOST_WORKERS = 8  # of a process that feeds a GPU, where nothing else is said
 _LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch", "numpy", "simplejpeg", "pillow", "pyarrow")
 _DECODE = "float32(row) / norm(float32(row))"
-# What tokenizers differ in: scripts, capitals, digits, punctuation, composed letters, joiners, an emoji.
-_PLAIN_TEXT = (
-    "Three Kites, 25 lamps & a cafe\u0301! तीन पतंग और २५ दीये। ক্ষুদ্র প্রদীপ ૨૫ દીવા ਪਤੰਗ ପତଙ୍ଗ பட்டம் గాలిపటం ಗಾಳಿಪಟ "
-    "പട്ടം\u200d සරුංගලය پتنگ، چراغ ꯃꯩꯔꯥ ᱫᱤᱭᱟ \U0001fa81"
-)
 
 
 def run(**options: Any) -> int:
@@ -50,6 +46,11 @@ def run(**options: Any) -> int:
     with warnings.catch_warnings(), ranks():
         warnings.showwarning = lambda message, *_: _say(str(message))
         try:
+            if words.views:
+                return embed_views.run(words, _num_workers(words), _versions())
+            if len(words.model) > 1:
+                raise ValueError("--model: found several; expected one, or --views for the teachers of a distillation")
+            (words.model,) = words.model
             return _run(words)
         finally:
             unlock()
@@ -139,9 +140,9 @@ def _make(folder: Path) -> None:
 
 def _record(words: argparse.Namespace, sources: Sources, model: Embedder, view: View, length: int) -> dict[str, Any]:
     """Everything that makes up the rows, of plain types."""
-    known = {"name": words.model, "weights": model.weights, "crc32_of_weights": _crc32_of_weights(model)}
+    known = {"name": words.model, "weights": model.weights, "crc32_of_weights": crc32_of_weights(model)}
     if words.what == "captions":
-        known["crc32_of_token_ids"] = _crc32_of_token_ids(model)
+        known["crc32_of_token_ids"] = crc32_of_token_ids(model)
     return {
         "what": words.what,
         "model": known,
@@ -149,7 +150,7 @@ def _record(words: argparse.Namespace, sources: Sources, model: Embedder, view: 
         "preprocessing": {
             **view._asdict(),
             **model.preprocessing,
-            "crc32_of_a_plain_picture": _crc32_of_prepared(model, view),
+            "crc32_of_a_plain_picture": crc32_of_prepared(model, view),
         },
         "length": length,
         "full_length": model.lengths[-1],
@@ -219,35 +220,6 @@ def _damaged(sources: Sources) -> list[dict[str, Any]]:
     """What is lost of the files as a whole, for the quarantine."""
     lost = [one for source in sources.sources for one in source.damaged]
     return [{"key": one.key, "source": one.shard, "row": None, "reason": one.reason} for one in lost]
-
-
-def _crc32_of_weights(model: Embedder) -> str:
-    crc = 0
-    for module in vars(model).values():
-        for name, tensor in module.state_dict().items() if isinstance(module, nn.Module) else ():
-            crc = zlib.crc32(name.encode(), crc)
-            crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
-
-
-def _crc32_of_prepared(model: Embedder, view: View) -> str:
-    """Of a picture of one colour, which every machine resizes alike: size, place and range of what the model gets."""
-    picture = np.full((61, 97, 3), (20, 110, 230), np.uint8)
-    batch, crc = model.collate([model.prepare(picture, view)]), 0
-    for tensor in batch.values() if isinstance(batch, dict) else [batch]:
-        if isinstance(tensor, Tensor):
-            rounded = np.round(tensor.double().numpy(), 3) + 0.0  # no -0
-            crc = zlib.crc32(rounded.tobytes(), zlib.crc32(str(rounded.shape).encode(), crc))
-    return f"{crc:08x}"
-
-
-def _crc32_of_token_ids(model: Embedder) -> str:
-    """Of a text in many scripts, and of one that is cut: a tokenizer may be edited while the weights stay."""
-    crc = 0
-    for name, tensor in sorted(model.tokenize([_PLAIN_TEXT, 100 * _PLAIN_TEXT]).items()):
-        ids = tensor.cpu().long().numpy()
-        crc = zlib.crc32(ids.tobytes(), zlib.crc32(f"{name} {ids.shape}".encode(), crc))
-    return f"{crc:08x}"
 
 
 def _versions() -> dict[str, str]:

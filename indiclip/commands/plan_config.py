@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from indiclip.planning.counter import Count
 from indiclip.planning.estimate import Estimate, ways_to_fit
 from indiclip.planning.hardware import STRATEGIES, Strategy, default, device
 from indiclip.planning.memory import weigh
+from indiclip.planning.run_phases import RunPhases
 from indiclip.planning.step_model import step_model
 from indiclip.training.checks import check
 
@@ -49,6 +51,8 @@ def plan_on_gpus(
     nodes = nodes or _number(trainer.get("num_nodes"), 1)
     gpus_per_node = gpus_per_node or _number(trainer.get("devices"), 8)
     cluster = Cluster(device(gpu), nodes, gpus_per_node, default("link_share")[0])
+    steps = _num_steps(trainer, data)
+    phases = RunPhases(model, data, cluster.world, autocast)
     estimate = Estimate(
         cluster,
         step_model(model, data, cluster.world, autocast),
@@ -59,7 +63,9 @@ def plan_on_gpus(
         int(getattr(model, "micro_batches", None) or 1),
         bool(getattr(model, "activation_checkpointing", False)),
     )
-    plan = describe(estimate, data, _num_steps(trainer, data), price) | {"precision": precision}
+    plan = describe(estimate, data, steps, price) | {"precision": precision}
+    if steps is not None and len(borders := phases.borders(steps)) > 1:
+        plan |= _by_phase(estimate, phases, borders, steps, price)
     left_out = {"model.float8": getattr(model, "float8", None), "model.compile": getattr(model, "compiles", False)}
     plan["left_out"] = [key for key, value in left_out.items() if value]
     if as_json:
@@ -67,6 +73,34 @@ def plan_on_gpus(
     else:
         show_plan(plan)
     return 0 if plan["fits"] else 1
+
+
+def _by_phase(
+    estimate: Estimate, phases: RunPhases, borders: list[int], num_steps: int, price: float | None
+) -> dict[str, Any]:
+    """What of a plan is another where a run has several phases: its cost, and whether the largest of them fits."""
+    rows, estimates, costs = [], [], []
+    for first, end in pairwise([*borders, num_steps]):
+        of = replace(estimate, tasks=phases.tasks(first, num_steps))
+        estimates.append(of)
+        costs.append(of.cost(end - first, price))
+        rows.append(
+            {
+                "first_step": first,
+                "steps": end - first,
+                "heads": phases.heads(first, num_steps),
+                "batches": {name: [task.batch_size * of.cluster.world, task.tokens] for name, task in of.tasks.items()},
+                "flops_per_step": of.model_flops * of.cluster.world,
+                "memory": of.memory()["total"],
+                "step": of.step()["step"],
+                "gpu_hours": costs[-1]["gpu_hours"],
+            }
+        )
+    total = {
+        name: None if any(cost[name] is None for cost in costs) else sum(cost[name] or 0 for cost in costs)
+        for name in costs[0]
+    }
+    return {"phases": rows, "cost": total | {"usd_per_gpu_hour": price}, "fits": all(of.fits for of in estimates)}
 
 
 def describe(estimate: Estimate, data: MultiTaskData, steps: int | None, price: float | None) -> dict[str, Any]:

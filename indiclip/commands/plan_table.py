@@ -27,6 +27,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     if plan["gpus"] > 1:
         console.print(_communication(plan))
     console.print(_scaling(plan))
+    if "phases" in plan:
+        console.print(_phases(plan))
     for line in (*_cost(plan), *_assumed(plan)):
         console.print(line, highlight=False)
 
@@ -102,6 +104,24 @@ def _memory(plan: Mapping[str, Any]) -> Table:
     for part in plan["memory"][strategies[0]]:
         row = (f"{plan['memory'][name][part] / 1e9:.2f}" for name in strategies)
         table.add_row(part, *row, style="bold" if part == "total" else "")
+    return table
+
+
+def _phases(plan: Mapping[str, Any]) -> Table:
+    table = _table("Phases of the run; the tables above are of the last", "heads", "steps", "samples x tokens")
+    for name in ("FLOPs", "GB", "ms", "GPU-hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for phase in plan["phases"]:
+        batches = "\n".join(f"{task} {size:,} x {tokens:,}" for task, (size, tokens) in phase["batches"].items())
+        table.add_row(
+            ", ".join(phase["heads"]),
+            f"{phase['first_step']:,} to {phase['first_step'] + phase['steps']:,}",
+            batches,
+            with_prefix(phase["flops_per_step"]),
+            f"{phase['memory'] / 1e9:.1f}",
+            f"{phase['step'] * 1e3:.1f}",
+            f"{phase['gpu_hours']:,.2f}",
+        )
     return table
 
 

@@ -54,6 +54,10 @@ class ClipTokenizer(Tokenizer):
         rows = (self._tokenizer.encode(text)[: self.context_length - 2] for text in texts)
         return [[start, *row, end] for row in rows]
 
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        frame = self.frame_ids
+        return [self._tokenizer.decode([id for id in row if id not in frame]).strip() for row in rows]
+
     def to_config(self) -> dict[str, Any]:
         return {"context_length": self.context_length}
 

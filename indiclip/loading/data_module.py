@@ -88,6 +88,21 @@ class MultiTaskData(L.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return Steps(sources, self.seed, self.preprocessing, train, rank, world, encode=self.encode if train else None)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of which teachers' embeddings the run learns; the position is the step's number."""
+        sources = keyed("data.train", self.train).items()
+        digests = {key: source.open_teachers(key).digest for key, source in sources if source.teachers is not None}
+        return {"teachers": digests} if digests else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare; a run that went on with other embeddings would not be the one that was begun."""
+        own = self.state_dict().get("teachers", {})
+        for key, digest in state_dict.get("teachers", {}).items():
+            if key in own and own[key] != digest:
+                raise ValueError(
+                    f"{key}.teachers.folder: holds the cache {own[key]}; the run was begun with the cache {digest}"
+                )
+
     def setup(self, stage: str) -> None:
         """Tell Lightning that nothing is held out; it would wait for the end of a validation that never begins."""
         if not self.val and self.trainer is not None:

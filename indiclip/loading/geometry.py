@@ -1,6 +1,7 @@
 """How the fields of a sample move with its image, by their kind in `indiclip.types.Sample`: no field is known by name.
 
-The geometry is torchvision's (transforms v2 on tv_tensors): what moves is wrapped in the tv_tensor of its kind.
+The geometry is torchvision's (transforms v2 on tv_tensors): what moves is wrapped in the tv_tensor of its kind. A box
+that is rotated, sheared or bent becomes the upright box around it, which is larger than the object.
 """
 
 from numbers import Integral
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from indiclip.images import TURNS
+from indiclip.loading.kernels import ExactMask, SmoothMask, as_boxes, plain
 from indiclip.names import did_you_mean, shorten
 from indiclip.preprocessing import Size
 from indiclip.types import FIELDS, Sample
@@ -28,31 +29,8 @@ _TYPES: dict[str, Any] = {
 }
 
 
-class ExactMask(tv_tensors.Mask):  # type: ignore[misc]
-    """(..., height, width), resized to the nearest pixel; torchvision's own takes one up to half a pixel off."""
-
-
-class SmoothMask(tv_tensors.Mask):  # type: ignore[misc]
-    """(..., height, width), resized bilinearly."""
-
-
-def _register(kind: type, interpolation: InterpolationMode) -> None:
-    """Tell torchvision how a kind of mask is resized; all else is as for its own."""
-
-    @TF.register_kernel(TF.resize, kind)  # type: ignore[untyped-decorator]
-    def resize(value: Tensor, size: list[int], **options: Any) -> Any:
-        resized = TF.resize(plain(value), size, interpolation=interpolation, antialias=True)
-        return tv_tensors.wrap(resized, like=value)
-
-    @TF.register_kernel(TF.resized_crop, kind)  # type: ignore[untyped-decorator]
-    def resized_crop(
-        value: Tensor, top: int, left: int, height: int, width: int, size: list[int], **options: Any
-    ) -> Any:
-        return resize(tv_tensors.wrap(TF.crop(plain(value), top, left, height, width), like=value), size)
-
-
-_register(ExactMask, InterpolationMode.NEAREST_EXACT)
-_register(SmoothMask, InterpolationMode.BILINEAR)
+# Of the square that an area is: in its sides, from its middle.
+_CORNERS = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5]])
 
 
 def wrap(sample: Sample, canvas: Size) -> Fields:
@@ -78,7 +56,19 @@ def wrap(sample: Sample, canvas: Size) -> Fields:
         if owner and (owner not in fields or fields[owner].shape[0] != value.shape[0]):
             found = f"has {len(fields[owner])}" if owner in fields else "is missing"
             raise ValueError(f"{name} of sample {key!r} has {len(value)} rows, but {owner} {found}")
+        if FIELDS[name].kind == "areas":
+            fields[name] = _squares(value, fields[owner])
     return fields
+
+
+def _squares(area_M: Tensor, boxes: Tensor) -> Any:
+    """Areas as three corners, one row after the other, of squares in the middle of their boxes.
+
+    What makes of them is exact where lines stay straight and parallel; a perspective one is taken at the box.
+    """
+    middle_M2 = (plain(boxes)[:, :2].double() + plain(boxes)[:, 2:]) / 2
+    corners_M32 = middle_M2[:, None] + area_M.double().sqrt()[:, None, None] * _CORNERS
+    return as_boxes(corners_M32.reshape(-1, 2).repeat(1, 2), boxes.canvas_size, None)  # type: ignore[attr-defined]
 
 
 def _wrap(name: str, value: Any, canvas: Size, key: str) -> Any:
@@ -93,12 +83,8 @@ def _wrap(name: str, value: Any, canvas: Size, key: str) -> Any:
         # its edge. They are not clamped, because a clamped point would lie on the border instead of outside.
         is_box = field.kind == "boxes"
         corners = tensor.reshape(-1, 4) if is_box else tensor.reshape(-1, 2).repeat(1, 2)
-        clamping = "soft" if is_box else None
-        return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas, clamping_mode=clamping)  # type: ignore[call-overload]
-    if field.kind == "areas":  # as squares of this area, wherever they lie
-        corners = tensor.double().sqrt()[:, None] * torch.tensor([0, 0, 1, 1])
-        return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas, clamping_mode=None)  # type: ignore[call-overload]
-    if field.kind == "rows":
+        return as_boxes(corners, canvas, "soft" if is_box else None)
+    if field.kind in ("rows", "areas"):
         return tensor
     expected = (*value.shape[:1], *canvas) if field.kind == "masks" else canvas
     if value.shape != expected:
@@ -148,6 +134,8 @@ def drop_outside(fields: Fields, size: Size) -> Fields:
     for name, value in fields.items():
         if (rows := kept.get(FIELDS[name].of or name)) is None:
             continue
+        if FIELDS[name].kind == "areas":
+            rows = rows.repeat_interleave(len(_CORNERS))
         fields[name] = value[rows]
         if isinstance(value, tv_tensors.TVTensor):  # indexing makes a plain tensor of it, which v2 leaves as it is
             fields[name] = tv_tensors.wrap(fields[name], like=value)
@@ -162,10 +150,7 @@ def unwrap(fields: Fields, size: Size) -> Fields:
             edge = torch.tensor([size[1], size[0]], dtype=value.dtype)
             found[name] = torch.minimum(value[:, :2].clamp(min=0), torch.nextafter(edge, torch.zeros_like(edge)))
         elif FIELDS[name].kind == "areas":
-            found[name] = (value[:, 2:] - value[:, :2]).prod(1).float()
+            corner_M2, *others = value[:, :2].reshape(-1, 3, 2).unbind(1)
+            (x1_M, y1_M), (x2_M, y2_M) = ((other_M2 - corner_M2).unbind(1) for other_M2 in others)
+            found[name] = (x1_M * y2_M - x2_M * y1_M).abs().float()
     return found
-
-
-def plain(value: Any) -> Any:
-    """A tv_tensor as a plain tensor; anything else as it is."""
-    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value

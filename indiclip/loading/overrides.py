@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
+from indiclip.loading.mixing import Mix
 from indiclip.loading.source import Source
 from indiclip.loading.stages import Stage
+from indiclip.loading.teacher_cache import TeacherCache
 from indiclip.loading.views import View
 from indiclip.names import did_you_mean
 
@@ -21,6 +23,9 @@ class SourceOverride:
         task: Whose sources.
         augment: As of `Source`, behind the source's own.
         views: As of `Source`, beside the source's own.
+        teachers: As of `Source`.
+        samples: As of `Source`.
+        mix: As of `Source`.
         batch_size: As of `Source`.
         max_tokens: As of `Source`.
         drop: As of `Source`.
@@ -30,6 +35,9 @@ class SourceOverride:
     task: str
     augment: list[nn.Module] | None = None
     views: list[View] | None = None
+    teachers: TeacherCache | None = None
+    samples: int | None = None
+    mix: Mix | None = None
     batch_size: int | None = None
     max_tokens: int | None = None
     drop: float | None = None

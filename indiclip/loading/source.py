@@ -10,13 +10,17 @@ import numpy as np
 from torch import nn
 
 from indiclip.datasets.base import SampleDataset
+from indiclip.datasets.subset import Subset
 from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
+from indiclip.loading.mixing import Mix
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.stages import Stage, TokenBudget, check_stages
+from indiclip.loading.teacher_cache import CachedViews, Captions, TeacherCache
 from indiclip.loading.transforms import Transform
 from indiclip.loading.views import View, check_views
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, count_tokens
+from indiclip.types import Sample
 
 
 @dataclass
@@ -35,6 +39,10 @@ class Source:
         augment: torchvision v2 transforms for training, which move the annotations too, e.g.
             `torchvision.transforms.v2.RandomHorizontalFlip`.
         views: What is made of each image beside it, in training: see `View`.
+        teachers: Embeddings of its images and captions that teachers gave, for distillation: see `TeacherCache`.
+        samples: Only so many of the dataset's samples, the first; None is all.
+        mix: Mixup and CutMix, in training: see `Mix`. Of all sources of the task, whose heads all have to know how to
+            learn from two images in one. Views are not mixed.
         batch_tokens: Patches per step over all ranks, each image padded to the longest of its batch. The sources of
             the task then take turns, step by step.
         batch_multiple: With `batch_tokens`, the samples of a step are a multiple of this, and the number of ranks must
@@ -48,8 +56,9 @@ class Source:
             With `batch_tokens`, all sizes are looked at when the run starts, a second for a million.
         drop: Share of an image's patches, drawn anew in each step, that training leaves out (FLIP, arXiv 2212.00794).
             They are not sent to the device either. `batch_tokens` counts those that stay.
-        stages: What the first steps of the run have in place of `max_tokens` and `drop`, e.g. smaller images:
-            `{until: 0.9, max_tokens: 49}`. With `batch_tokens` their batches have more images.
+        stages: What the first steps of the run have in place of `max_tokens`, `drop` and `batch_size`, e.g. smaller
+            images: `{until: 0.9, max_tokens: 49}`. With `batch_tokens` their batches have more images. Rates of their
+            own are `model.lr_schedule`'s, see `indiclip.optim.Staged`.
         clusters: Which samples an epoch has, by their clusters; None takes all, once.
         shard_groups: Groups that the shards are dealt to. Each step has samples of all groups, in equal parts, and the
             ranks take them in blocks, so that each of N nodes reads about 1/N of the shards, of remote ones copies that
@@ -68,6 +77,9 @@ class Source:
     max_tokens: int = 256
     augment: list[nn.Module] | None = None
     views: list[View] = field(default_factory=list)
+    teachers: TeacherCache | None = None
+    samples: int | None = None
+    mix: Mix | None = None
     batch_tokens: int | None = None
     batch_multiple: int = 8
     window: int = 16
@@ -93,7 +105,18 @@ class Source:
             raise ValueError(f"data: name of task {self.task!r} is {self.name!r}; expected letters, digits, _, . and -")
         check_range({f"data: task {self.task!r}: drop": self.drop}, 0, 1, without=1)
         check_stages(self.stages, f"data: task {self.task!r}: stages")
+        own_batches = [i for i, stage in enumerate(self.stages) if stage.batch_size is not None]
+        if own_batches and self.batch_tokens:
+            raise ValueError(
+                f"data: task {self.task!r}: stages[{own_batches[0]}].batch_size: found one beside batch_tokens, with "
+                "which a stage's batch is as large as the budget holds; expected batch_size in place of batch_tokens"
+            )
         check_views(self.views, f"data: task {self.task!r}: views")
+        if self.mix and self.shard_groups > 1:
+            raise ValueError(
+                f"data: task {self.task!r}: shard_groups is {self.shard_groups}, and ranks take blocks of a batch; mix "
+                "needs batches that are dealt to the ranks in turn, with shard_groups 1"
+            )
         if self.clusters is not None:
             self.clusters.check(f"data: task {self.task!r}: clusters")
             if self.group_by_length:
@@ -101,14 +124,48 @@ class Source:
                     f"data: task {self.task!r}: clusters: they draw other samples in each epoch; leave out either them "
                     "or group_by_length"
                 )
-        if self.shard_groups > 1 and (self.clusters is not None or (self.stages and self.batch_tokens)):
-            other = "clusters" if self.clusters is not None else "stages with batch_tokens"
+        if self.shard_groups > 1 and (self.clusters is not None or own_batches or (self.stages and self.batch_tokens)):
+            batches = "stages with batch_tokens" if self.batch_tokens else "stages with a batch_size"
+            other = "clusters" if self.clusters is not None else batches
             raise ValueError(
                 f"data: task {self.task!r}: shard_groups is {self.shard_groups}; leave out either it or {other}"
             )
+        if self.samples is not None:
+            check_range({f"data: samples of task {self.task!r}": self.samples}, 1)
+            if self.samples < len(self.dataset):
+                self.dataset = Subset(self.dataset, np.arange(self.samples))
         self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
-        self.transform = Transform(self.max_tokens, self.augment)
+        self.transform = Transform(self.max_tokens, self.augment, at_full_size=self.teachers is not None)
+        self._cached: CachedViews | None = None
         self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds
+
+    def open_teachers(self, key: str) -> CachedViews:
+        """The cache of its teachers, which is opened and checked once.
+
+        Args:
+            key: Of the source in the YAML, for messages.
+        """
+        assert self.teachers is not None
+        if self._cached is None:
+            self._cached = CachedViews(self.teachers, self.dataset, self.transform, key)
+        return self._cached
+
+    def taught(
+        self, index: int, sample: Sample, captions: Captions | None, random_seed: int | None
+    ) -> tuple[Sample, int | None]:
+        """A training sample with what its teachers say of it, and the seed of the augmentation that they saw.
+
+        Args:
+            index: Of the sample.
+            sample: With its caption.
+            captions: All of them by language.
+            random_seed: Of the sample in its step, which is given back where there are no teachers.
+        """
+        if self.teachers is None or random_seed is None:
+            return sample, random_seed
+        cached = self.open_teachers(f"data: a source of task {self.task!r}")
+        view, image_seed = cached.draw(index, self.dataset.key(index), random_seed)
+        return sample | cached.fields(index, view, sample, captions or {}, random_seed), image_seed
 
     @property
     def budgets(self) -> list[TokenBudget]:
@@ -132,9 +189,12 @@ class Source:
     @property
     def specs(self) -> list[tuple[float, BatchSpec]]:
         """How many samples make a batch of the task, and until when: see `Stage`."""
-        if self.batch_size is not None:
-            return [(math.inf, BatchSpec(self.batch_size))]
         ends = [*(stage.until for stage in self.stages), math.inf]
+        if self.batch_size is not None:
+            sizes = [*(stage.batch_size or self.batch_size for stage in self.stages), self.batch_size]
+            if len({*sizes}) == 1:
+                return [(math.inf, BatchSpec(self.batch_size))]
+            return [(end, BatchSpec(size)) for end, size in zip(ends, sizes, strict=True)]
         return [
             (end, BatchSpec(self.batch_multiple, self.batch_tokens, budget.most_kept))
             for end, budget in zip(ends, self.budgets, strict=True)

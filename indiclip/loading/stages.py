@@ -1,4 +1,4 @@
-"""Fewer tokens where they suffice: smaller images and dropped patches for the first part of a run.
+"""Fewer tokens where they suffice: smaller images, dropped patches and other batches for the first part of a run.
 
 What an image is given is a function of the step's number alone, so nothing has to be saved to resume.
 """
@@ -38,20 +38,22 @@ class Stage:
             is `trainer.max_steps` or `max_epochs`; a run that goes on with another one has other shares.
         max_tokens: In place of the source's.
         drop: In place of the source's.
+        batch_size: In place of the source's, where that has one; of all sources of the task alike.
     """
 
     until: float
     max_tokens: int | None = None
     drop: float | None = None
+    batch_size: int | None = None
 
 
 def check_stages(stages: Sequence[Stage], key: str) -> None:
     """Raise ValueError for an `until` that is neither a share nor a step, that does not ascend, or for bad tokens."""
     for i, stage in enumerate(stages):
         own = f"{key}[{i}]"
-        if stage.max_tokens is None and stage.drop is None:
-            raise ValueError(f"{own}: changes nothing; expected max_tokens, drop or both beside until")
-        check_range({f"{own}.max_tokens": stage.max_tokens}, 1)
+        if stage.max_tokens is None and stage.drop is None and stage.batch_size is None:
+            raise ValueError(f"{own}: changes nothing; expected max_tokens, drop or batch_size beside until")
+        check_range({f"{own}.max_tokens": stage.max_tokens, f"{own}.batch_size": stage.batch_size}, 1)
         check_range({f"{own}.drop": stage.drop}, 0, 1, without=1)
         if not (0 < stage.until < 1 or (stage.until >= 2 and stage.until == int(stage.until))):
             raise ValueError(

@@ -13,6 +13,7 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.languages import draw_caption
 from indiclip.images import UnreadableSample
 from indiclip.loading.collate import Prepared, collate
+from indiclip.loading.mixing import mix_pairs
 from indiclip.loading.plan import Plan, SampleRef
 from indiclip.loading.sampler import BatchSpec, SourceInfo
 from indiclip.loading.source import Source
@@ -94,6 +95,9 @@ class Steps(Dataset[Step]):
                 f"data: the sources of task {group[0].task!r} differ in batch_size, batch_tokens, batch_multiple, "
                 "max_tokens or stages; they share their batches"
             )
+        mixes = [source.mix or None for source in group if self.train]
+        if any(mix != mixes[0] for mix in mixes):
+            raise ValueError(f"data: the sources of task {group[0].task!r} differ in mix; they share their batches")
         return [self._plan(group, number, spec) for number, (_, spec) in enumerate(specs[0])]
 
     def _plan(self, group: list[Source], stage: int, spec: BatchSpec) -> Plan:
@@ -103,6 +107,12 @@ class Steps(Dataset[Step]):
             raise ValueError(
                 f"data: {name} {spec.samples} of task {task!r} is over all ranks and must be a multiple of the "
                 f"{self.world_size} ranks, such as {math.ceil(spec.samples / self.world_size) * self.world_size}"
+            )
+        if self.train and group[0].mix and spec.samples % (2 * self.world_size):
+            name = "batch_size" if spec.tokens is None else "batch_multiple"
+            raise ValueError(
+                f"data: task {task!r} has mix, which takes images two by two: {name} {spec.samples} must be a multiple "
+                f"of twice the {self.world_size} ranks"
             )
         if canvas := self.preprocessing.canvas_tokens:  # the backbone's one size, whatever max_tokens says
             spec = spec._replace(max_tokens=canvas, option="canvas_hw")
@@ -131,6 +141,8 @@ class Steps(Dataset[Step]):
             self._prefetch(task, number, shards)
         read = (self.read(task, ref, step) for ref in plan.batch(step, self.rank, self.world_size))
         samples = [sample for sample in read if sample is not None]
+        if self.train and (mix := self.sources[task][0].mix):
+            samples = mix_pairs(samples, mix)
         batch = collate(samples) if samples else Batch(keys=[])
         if self.encode is not None:
             for name, texts in batch.get("targets", {}).items():
@@ -171,11 +183,12 @@ class Steps(Dataset[Step]):
             try:
                 index = (ref.index + attempt) % size
                 with reading(source.task, source.dataset, index) as key:
-                    sample = Sample(key=key) | source.dataset[index]
-                    sample = self._draw_caption(task, ref, sample)
+                    whole = Sample(key=key) | source.dataset[index]
+                    sample = self._draw_caption(task, ref, whole)
+                    sample, image_seed = source.taught(index, sample, whole.get("captions"), random_seed)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
-                    prepared = source.transform(sample, self.preprocessing, random_seed, budget.max_tokens)
+                    prepared = source.transform(sample, self.preprocessing, image_seed, budget.max_tokens)
                     if random_seed is None:
                         return prepared
                     views = make_views(source.views, sample, self.preprocessing, random_seed, step, self._run_steps)

@@ -24,6 +24,7 @@ from indiclip.head import Head, computed
 from indiclip.planning.fake import HostValues, autocast_as_on_cuda, fake_batch, faked
 from indiclip.planning.parts import IMAGE_TOWER, blocks, parts_of
 from indiclip.ratios import over_all_ranks
+from indiclip.task_weights import Fixed, TaskWeights, gradients_of
 from indiclip.types import Batch, Features
 
 _aten = torch.ops.aten
@@ -123,23 +124,33 @@ def count_step(
                 parts_of(module, heads, counter),
                 _blocks_of(module.encoder, counter),
             ):
-                loss = _loss(module.encoder, heads, fake_of_task, counter)
-                if backward and loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                losses = _losses(module.encoder, heads, fake_of_task, counter)
+                if backward:
+                    _backward(module, losses)
             counts[task] = counter.counts()
     return counts
 
 
-def _loss(encoder: Any, heads: list[Head], batch: Batch, counter: "OperatorCounter") -> Tensor:
-    """The step of a task, as in `MultiTask.training_step`."""
-    total = torch.zeros(())
+def _losses(encoder: Any, heads: list[Head], batch: Batch, counter: "OperatorCounter") -> dict[str, Tensor]:
+    """Of each head, in the step of a task as in `MultiTask.training_step`."""
+    found: dict[str, Tensor] = {}
     with encoder.remembering():
         features: Features = encoder.features(batch["images"])
         for head in heads:
             with counter.part(head.name):
                 losses = computed(head.loss(features, batch, encoder))
-                total = total + sum(over_all_ranks(losses.terms).values(), torch.zeros(()))
-    return total
+                found[head.name] = sum(over_all_ranks(losses.terms).values(), torch.zeros(()))
+    return found
+
+
+def _backward(module: Any, losses: Mapping[str, Tensor]) -> None:
+    """As in `MultiTask.training_step`: of each head by itself where its strategy asks for that, and of their sum."""
+    strategy: TaskWeights = getattr(module, "task_weights", Fixed())
+    if watched := strategy.watched(module):
+        gradients_of(losses, watched)
+    total = sum(losses.values(), torch.zeros(()))
+    if total.requires_grad and not strategy.makes_gradients:
+        total.backward()  # type: ignore[no-untyped-call]
 
 
 class OperatorCounter(TorchDispatchMode):

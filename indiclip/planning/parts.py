@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from indiclip.head import Head
-from indiclip.losses import ContrastiveLoss
+from indiclip.losses import PairLoss
 
 IMAGE_TOWER, TEXT_TOWER, PROJECTIONS = "image tower", "text tower", "pools, projections"
 
@@ -27,7 +27,7 @@ def parts_of(module: Any, heads: list[Head], recorder: Recorder) -> Iterator[Non
     encoder = module.encoder
     modules = {encoder.backbone: IMAGE_TOWER, encoder.text: TEXT_TOWER}
     for head in heads:
-        modules |= {part: f"{head.name} loss" for part in head.modules() if isinstance(part, ContrastiveLoss)}
+        modules |= {part: f"{head.name} loss" for part in head.modules() if isinstance(part, PairLoss)}
     with ExitStack() as undo:
         for part, name in modules.items():
             undo.callback(part.register_forward_pre_hook(partial(recorder.enter, name)).remove)

@@ -24,7 +24,7 @@ from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.plan import SampleRef
 from indiclip.loading.source import settled
 from indiclip.loading.steps import Steps
-from indiclip.losses import ContrastiveLoss
+from indiclip.losses import PairLoss
 from indiclip.planning.counter import Count, Counts, OperatorCounter, count_step
 from indiclip.planning.fake import faked
 from indiclip.planning.parts import TEXT_TOWER
@@ -56,7 +56,7 @@ class TaskModel:
     once: Counts
     growth: Counts
     captions: list[str] = field(default_factory=list)
-    losses: dict[str, ContrastiveLoss] = field(default_factory=dict)
+    losses: dict[str, PairLoss] = field(default_factory=dict)
     embed_dim: int = 0
     tokens: int = 0
     text_tokens: int = 0
@@ -104,7 +104,9 @@ class LossCount:
     peak: float
 
 
-def step_model(model: Any, data: Any, world: int, autocast: torch.dtype | None) -> dict[str, TaskModel]:
+def step_model(
+    model: Any, data: Any, world: int, autocast: torch.dtype | None, at: tuple[int, int] | None = None
+) -> dict[str, TaskModel]:
     """Count the tasks of a run.
 
     Args:
@@ -112,17 +114,19 @@ def step_model(model: Any, data: Any, world: int, autocast: torch.dtype | None) 
         data: A `MultiTaskData`.
         world: Ranks that share each batch.
         autocast: Data type of mixed precision.
+        at: The steps of the run, and which of them; None is one in which all stages are over and all views have begun.
 
     Returns:
-        Task -> its part of a rank's step; where sources have stages, of the last one.
+        Task that a head reads -> its part of a rank's step.
 
     Raises:
         ValueError: A batch that does not divide over the ranks; names the key.
     """
-    run_steps, step = settled(data.train)  # of images that are the largest
+    run_steps, step = at or settled(data.train)
     steps = Steps(data.train, data.seed, data.preprocessing, True, 0, world, run_steps)
     model.train()
-    return {task: _task_model(model, steps, task, step, autocast) for task in steps.plans}
+    read = {head.task for head in model.each_head()}
+    return {task: _task_model(model, steps, task, step, autocast) for task in steps.plans if task in read}
 
 
 def _task_model(model: Any, steps: Steps, task: str, step: int, autocast: torch.dtype | None) -> TaskModel:
@@ -147,7 +151,7 @@ def _task_model(model: Any, steps: Steps, task: str, step: int, autocast: torch.
         once=once,
         growth=growth,
         captions=captions,
-        losses={f"{head.name} loss": loss for head in heads for loss in _contrastive(head)},
+        losses={f"{head.name} loss": loss for head in heads for loss in _pair_losses(head)},
         embed_dim=model.encoder.embed_dim,
         tokens=batch["images"]["patches_BNP"].shape[1],
         text_tokens=text_tokens,
@@ -159,8 +163,8 @@ def _images(steps: Steps, task: str, refs: list[Any]) -> list[Any]:
     return [steps.sources[task][ref.source].dataset[ref.index]["image"] for ref in refs]
 
 
-def _contrastive(head: Head) -> list[ContrastiveLoss]:
-    return [part for part in head.modules() if isinstance(part, ContrastiveLoss)]
+def _pair_losses(head: Head) -> list[PairLoss]:
+    return [part for part in head.modules() if isinstance(part, PairLoss)]
 
 
 def _tiled(prepared: list[Prepared], times: int, origin: Any) -> Batch:
@@ -223,7 +227,7 @@ def expected_distinct(texts: list[str], number: int) -> float:
     return different(low, number)
 
 
-def count_loss(loss: ContrastiveLoss, pairs: int, embed_dim: int, world: int) -> LossCount:
+def count_loss(loss: PairLoss, pairs: int, embed_dim: int, world: int) -> LossCount:
     """Count a contrastive loss, forward and backward, on one of `world` ranks.
 
     Args:
@@ -233,10 +237,9 @@ def count_loss(loss: ContrastiveLoss, pairs: int, embed_dim: int, world: int) ->
         world: Ranks, of which only this one is there.
     """
     with _fake_ranks(world), faked(loss):
-        image_BE, text_BE = (torch.zeros(pairs, embed_dim, requires_grad=True) for _ in range(2))
-        ids_B = torch.zeros(pairs, dtype=torch.int64)
+        example = loss.example(pairs, embed_dim)
         with OperatorCounter(loss, "loss") as counter:
-            loss(image_BE, text_BE, caption_ids_B=ids_B).backward()
+            loss(**example).backward()
     return LossCount(counter.counts()["loss"], counter.peak)
 
 

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +30,40 @@ def read_run(path: str, which: str = "auto") -> Weights:
         FileNotFoundError: No checkpoint there.
         ValueError: A file that is not a checkpoint of IndiCLIP, or it has no such weights.
     """
+    chosen = read_checkpoint(path, which)
+    checkpoint, weights = chosen.checkpoint, chosen.checkpoint["state_dict"]
+    tensors = {name.removeprefix(_ENCODER): weight for name, weight in weights.items() if name.startswith(_ENCODER)}
+    logits = _logits(weights)
+    heads = [name for name in weights if not name.startswith(_ENCODER) and name.rpartition(".")[2] not in logits]
+    return Weights(
+        str(chosen.file),
+        checkpoint["encoder"],
+        tensors | logits,
+        ignored=heads,
+        notes=[chosen.said],
+        step=checkpoint.get("global_step") or 0,
+        averaged=chosen.averaged,
+    )
+
+
+class Chosen(NamedTuple):
+    """A checkpoint of ours.
+
+    Attributes:
+        file: Where it lies; may be a folder.
+        checkpoint: Its entries, with the weights that were asked for in `state_dict`.
+        said: File, step and which weights, in words.
+        averaged: Whether they are the averages that the run kept; None where it kept none.
+    """
+
+    file: Path
+    checkpoint: dict[str, Any]
+    said: str
+    averaged: bool | None
+
+
+def read_checkpoint(path: str, which: str = "auto") -> Chosen:
+    """A checkpoint of a run, heads and all; see `read_run`."""
     check_choice("weights", which, CHOICES)
     file = checkpoint_file(Path(path))
     checkpoint = read_tensors(file)
@@ -42,12 +76,10 @@ def read_run(path: str, which: str = "auto") -> Weights:
     for name in checkpoint["encoder"]:
         if name not in (*PART_OF, "lora"):
             raise ValueError(f"{file}: its encoder has {name!r}, which ours has not; {NEWER}")
-    weights: dict[str, Tensor] = checkpoint["state_dict"]
-    step = checkpoint.get("global_step") or 0
-    said = f"{file}, step {step}"
+    said = f"{file}, step {checkpoint.get('global_step') or 0}"
     averaged = which != "last" if AVERAGES in checkpoint else None
     if averaged:
-        weights |= checkpoint[AVERAGES]["state_dict"]
+        checkpoint["state_dict"] |= checkpoint[AVERAGES]["state_dict"]
         said += f", averaged weights of {checkpoint[AVERAGES]['num_updates']:,} updates"
     elif averaged is not None:
         said += ", not averaged"
@@ -55,11 +87,7 @@ def read_run(path: str, which: str = "auto") -> Weights:
         raise ValueError(
             f"{file}: has no averaged weights (indiclip.training.ema.EMA keeps some); expected last or best"
         )
-    tensors = {name.removeprefix(_ENCODER): weight for name, weight in weights.items() if name.startswith(_ENCODER)}
-    logits = _logits(weights)
-    heads = [name for name in weights if not name.startswith(_ENCODER) and name.rpartition(".")[2] not in logits]
-    encoder = checkpoint["encoder"]
-    return Weights(str(file), encoder, tensors | logits, ignored=heads, notes=[said], step=step, averaged=averaged)
+    return Chosen(file, checkpoint, said, averaged)
 
 
 def _best(last: Path, checkpoint: dict[str, Any]) -> Path:
@@ -90,8 +118,12 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def _logits(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Temperature and bias of the run's contrastive loss; none where it has several such heads or none."""
+    """Temperature and bias of the run's contrastive loss; none where it has several such heads or none.
+
+    The distance to a teacher, of `heads.distillation`, has a temperature too, which counts where there is no other.
+    """
     losses = [key.removesuffix(_LOGITS[0]) for key in weights if re.fullmatch(rf"heads\..*\.{_LOGITS[0]}", key)]
+    losses = [loss for loss in losses if not loss.endswith(".distance.")] or losses
     if len(losses) != 1:
         return {}
     return {name: weights[losses[0] + name] for name in _LOGITS if losses[0] + name in weights}

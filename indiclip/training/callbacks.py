@@ -18,14 +18,16 @@ from torch import Tensor
 from indiclip.distributed import mean_over_ranks
 from indiclip.float8 import float8_layers
 from indiclip.loading.data_module import MultiTaskData
-from indiclip.loading.source import keyed
+from indiclip.loading.source import Source, keyed
 from indiclip.module import Batches, MultiTask
+from indiclip.task_weights import flat, gradients_of
 from indiclip.training.fault_tolerance.later import Later
 from indiclip.training.fault_tolerance.preemption import write_line
 from indiclip.training.fault_tolerance.ranks import callbacks_of, folder_of
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.record import append_history
 from indiclip.training.run_bar import RunBar, time_left
+from indiclip.training.teachers import said_of
 from indiclip.training.throughput import Throughput
 
 
@@ -60,6 +62,8 @@ class StartupTable(Callback):
             f"run folder [bold]{shown}[/]   {trainer.world_size} x {device.type}{threads}   precision "
             f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
         )
+        for line in said_of(data):
+            console.print(line, markup=False, soft_wrap=True)
         damaged = [found for source in (*data.train, *data.val) for found in source.dataset.damaged]
         if damaged:  # it is not known how many samples these places held
             found = damaged[0]
@@ -80,10 +84,14 @@ def _sources_table(data: MultiTaskData) -> Table:
             source.task,
             f"{key} {type(source.dataset).__name__}",
             f"{len(source.dataset):,}",
-            f"{source.batch_size}" if source.batch_size else f"{source.batch_tokens:,} tokens",
+            f"{source.batch_tokens:,} tokens" if source.batch_tokens else _batch_sizes(source),
             ", then ".join(f"<= {budget.most_kept}" for budget in source.budgets),
         )
     return table
+
+
+def _batch_sizes(source: Source) -> str:
+    return ", then ".join(str(spec.samples) for _, spec in source.specs)
 
 
 def _parts_table(module: MultiTask) -> Table:
@@ -268,12 +276,10 @@ class TaskGradients(Callback):
 def gradient_numbers(module: MultiTask) -> dict[str, float]:
     """Norm of each head's gradient on what is trained of the backbone, and cosines, from `module.head_losses`."""
     parameters = [p for p in module.encoder.backbone.parameters() if p.requires_grad]
-    gradients: dict[str, Tensor] = {}
-    for name, part in module.head_losses.items() if parameters else []:
-        if not part.requires_grad:  # of a head that is frozen, on what is frozen
-            continue
-        parts = torch.autograd.grad(part, parameters, retain_graph=True, materialize_grads=True)
-        gradients[name] = mean_over_ranks(torch.cat([gradient.float().flatten() for gradient in parts]))
+    if not parameters:
+        return {}
+    of_heads = gradients_of(module.head_losses, parameters)
+    gradients = {name: mean_over_ranks(flat(parts, parameters)) for name, parts in of_heads.items()}
     numbers = {f"train/{name}/backbone_grad_norm": float(gradient.norm()) for name, gradient in gradients.items()}
     for first, second in itertools.combinations(gradients, 2):
         cosine = torch.nn.functional.cosine_similarity(gradients[first], gradients[second], dim=0)

@@ -12,6 +12,7 @@ from indiclip.loading.source import Source, keyed
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
+from indiclip.training.teachers import prepare_teachers
 
 _ANY_LENGTH = 1000  # of a run, for stages that are a share of it
 
@@ -27,6 +28,8 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     """
     if stage != "fit" and not data.val:
         raise ValueError(f"data.val: found no source; {stage} reads it")
+    if stage == "fit":
+        prepare_teachers(model.encoder, data)
     heads, scores = model.each_head(), stage != "predict"
     heads_of = {head.task: [other for other in heads if other.task == head.task] for head in heads}
     parts = [keyed("data.train", data.train if stage == "fit" else []), keyed("data.val", data.val)]
@@ -45,8 +48,9 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     if stage == "fit":
         given = data.train_sizes
         for key, source in parts[0].items():
-            if (source.batch_size or 0) > given[source.task]:
-                found = f"{source.batch_size} is more than the {given[source.task]} samples of task {source.task!r}"
+            sizes = [spec.samples for _, spec in source.specs] if source.batch_size else []
+            if max(sizes, default=0) > given[source.task]:
+                found = f"{max(sizes)} is more than the {given[source.task]} samples of task {source.task!r}"
                 warnings.warn(f"{key}.batch_size: {found}: a batch has some of them more than once", stacklevel=2)
         for head in heads:
             if head.task not in given:
@@ -54,13 +58,14 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
                     f"model.heads: {head.name} reads the task {head.task!r}, for which data.train has no source"
                     f"{did_you_mean(head.task, given)}"
                 )
-    for sources in parts:
+    for trains, sources in zip((True, False), parts, strict=True):
         for key, sample in _first_samples(data, sources):
             for head in heads_of[sources[key].task]:
-                _check_sample(key, sources[key], sample, head, head.required_fields if scores else head.predict_fields)
+                _check_sample(key, sources[key], sample, head, _needed(head, scores, trains))
                 _check_views(key, sources[key], head, key in parts[0])
+                _check_mix(key, sources[key], head, key in parts[0])
         for source in sources.values():
-            names = [name for head in heads_of[source.task] if scores for name in head.required_fields]
+            names = [name for head in heads_of[source.task] if scores for name in _needed(head, scores, trains)]
             source.required_fields = tuple(dict.fromkeys(names))
     for head in heads if scores else ():
         of_task: list[dict[str, Any]] = [
@@ -69,10 +74,17 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         head.check(*of_task)
 
 
+def _needed(head: Head, scores: bool, trains: bool) -> tuple[str, ...]:
+    """Fields of a source's samples that a head needs."""
+    fields = head.required_fields if scores else head.predict_fields
+    return (*fields, *head.loss_fields) if trains else fields
+
+
 def _check_tokens(key: str, source: Source, heads: Sequence[Head], backbone: Backbone, trains: bool) -> None:
     """Refuse what gives images other tokens, or other samples, where that cannot be."""
     drops = any(budget.drop for budget in source.budgets)
     changes = {"drop": drops and not source.stages, "stages": source.stages, "clusters": source.clusters}
+    changes["teachers"] = source.teachers is not None
     names = [name for name, found in changes.items() if found]
     if names and not trains:
         raise ValueError(f"{key}.{names[0]}: held-out data are read whole; expected it in data.train alone")
@@ -127,6 +139,18 @@ def _check_views(key: str, source: Source, head: Head, trains: bool) -> None:
                 f"{key}.views: {name!r} has start {starts[name]:g}; expected heads.{head.name}.start {head.start:g}, "
                 "whose head reads it, or 0"
             )
+    head.check_views({view.name: view.count for view in source.views})
+
+
+def _check_mix(key: str, source: Source, head: Head, trains: bool) -> None:
+    """Refuse mixed images where they are scored, or read by a head that takes them for one image."""
+    if source.mix and not trains:
+        raise ValueError(f"{key}.mix: held-out images are read as they are; expected mix in data.train alone")
+    if source.mix and not head.mixes:
+        raise ValueError(
+            f"{key}.mix: {head.name} reads the task {source.task!r} and cannot learn from two images in one, as their "
+            "boxes, points and maps cannot be mixed; expected no mix, in data.overrides neither"
+        )
 
 
 def _check_sample(key: str, source: Source, sample: dict[str, Any], head: Head, fields: Sequence[str]) -> None:

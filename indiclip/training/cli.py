@@ -34,6 +34,7 @@ from indiclip.training.launch import SameOnAllRanks, check_launch, speaks
 from indiclip.training.portable_config import PortableConfig
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
+from indiclip.training.teachers import place_caches
 from indiclip.training.trainer_setup import check_trainer, place_outputs, trainer_options
 
 _TRAINER_DEFAULTS = {
@@ -175,9 +176,11 @@ class IndiCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.model.check_trainer(self.trainer)
-        check(self.model, self.datamodule, str(self.subcommand))
         assert self.folder is not None
         lock(self.folder)
+        goes_on = self._get(self.config_init, "ckpt_path") is not None
+        place_caches(self.datamodule, self.folder, goes_on)
+        check(self.model, self.datamodule, str(self.subcommand))
         self._before_meeting()
 
     def _before_meeting(self) -> None:

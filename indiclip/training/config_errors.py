@@ -19,6 +19,7 @@ from indiclip.masking import is_masked, mask
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean, reason_of
 from indiclip.strict_yaml import UniqueKeys
+from indiclip.training.head_overrides import apply_head_overrides
 
 _GROUPS: dict[str, Any] = {"trainer": Trainer, "model": MultiTask, "data": MultiTaskData}
 _TOP_LEVEL = (*_GROUPS, "seed_everything", "name", "runs", "ckpt_path", "override", "config")
@@ -51,8 +52,10 @@ class OneLineParser(LightningArgumentParser):
     def _parse_common(self, cfg: Namespace, *args: Any, **options: Any) -> Namespace:
         """As the base class, which replaces references by what they stand for and keeps nothing of them.
 
-        The only private part of jsonargparse that is touched; tried with 4.53.0.
+        Here alone all configs and flags are together, and not yet checked: `model.head_overrides` are applied. The only
+        private part of jsonargparse that is touched; tried with 4.53.0.
         """
+        apply_head_overrides(cfg)
         parsed: Namespace = super()._parse_common(cfg, *args, **options)
         self.written = cfg
         return parsed

@@ -266,7 +266,7 @@ def _about(module: LightningModule, data: MultiTaskData) -> dict[str, Any]:
     for source in data.train:
         dataset = getattr(source.dataset, "dataset", source.dataset)  # what a `Split` takes a part of
         per_step = None
-        if source.batch_size is not None and source.clusters is None:
+        if source.batch_size is not None and source.clusters is None and len(source.specs) == 1:
             group = [other for other in data.train if other.task == source.task]  # which share the batch
             shares = apportion(source.batch_size, [other.weight for other in group])
             per_step = next(share for other, share in zip(group, shares, strict=True) if other is source)

@@ -52,6 +52,7 @@ class Embedder(ABC):
         device: Where it computes.
         precision: `bf16` or `fp16` compute under autocast.
         embeds_text: Whether `embed_texts` works.
+        logit_factor: By which it multiplies cosines before a softmax; what trained CLIP models have where it has none.
         weights: Which weights of a run they are, in words; empty where there is nothing to choose.
         preprocessing: How it reads images, of plain types: for the record.
     """
@@ -62,6 +63,7 @@ class Embedder(ABC):
     device: torch.device
     precision: Precision
     embeds_text = True
+    logit_factor = 100.0
     weights = ""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,6 +150,7 @@ class EncoderEmbedder(Embedder):
         check_choice("precision", precision, _AUTOCAST)
         self.weights = next(iter(encoder.initialised), "")
         self.encoder, self.name, self.device, self.precision = encoder, name, encoder.device, precision
+        self.logit_factor = encoder.logit_factor
         self.lengths = encoder.lengths if lengths is None else with_full_length(lengths, encoder.embed_dim)
         backbone = encoder.backbone
         self._preprocessing, self._max_tokens = backbone.preprocessing, backbone.max_tokens

@@ -48,6 +48,8 @@ class ExternalModel(Embedder):
         self.preprocessing = {"transform": " ".join(words.split())}
         self.model = model.to(options.device).eval().requires_grad_(False)
         self.device, self.precision = options.device, options.precision
+        if isinstance(log_scale := getattr(model, "logit_scale", None), Tensor):
+            self.logit_factor = float(log_scale.detach().float().exp())
         try:
             blank = self.prepare(np.zeros((32, 48, 3), np.uint8), self._view("native"))
             length = self.embed_images(self.collate([blank])).shape[1]

@@ -162,6 +162,8 @@ def held_out_pictures(module: "MultiTask", batches: Sequence[Step], per_head: in
     for step in batches:
         step = module.transfer_batch_to_device(step, module.device, 0)
         for name, head, predictions, _, batch in module.predictions(step):
+            if not any(predictions):  # a head that only teaches
+                continue
             pictures = sections.setdefault(name, [])
             for i, prediction in enumerate(predictions[: per_head - len(pictures)]):
                 prediction, target = move_data_to_device((prediction, targets_of(batch, i)), "cpu")

@@ -1,0 +1,59 @@
+"""Cross entropy of tokens under a large vocabulary, a few rows of logits at a time.
+
+The gradients are made where the loss is, chunk by chunk, and kept instead of the logits: what is held beside the inputs
+and their gradients is one chunk. The method is that of Liger (Hsu et al., arXiv:2410.10989). From torch 2.15 on
+its own `linear_cross_entropy` with `options` does the same, as one operator whose FLOPs no plan can count.
+
+Shape letters: T tokens, D width, V vocabulary, R rows of a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from indiclip.autograd import with_gradients
+from indiclip.types import in_float32
+
+# Of a chunk: on a CPU 4 MiB in float32, near its caches; elsewhere 256 MiB, so that kernels are not too short.
+_ELEMENTS = {"cpu": 2**20}
+_ELEMENTS_ELSEWHERE = 2**26
+
+
+def chunked_cross_entropy(
+    hidden_TD: Tensor, table_VD: Tensor, targets_T: Tensor, weights_T: Tensor, elements: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the tokens' cross entropies, in float32 (or float64).
+
+    Args:
+        hidden_TD: What the logits are made of: `hidden_TD @ table_VD.T`, in autocast's type where that is on.
+        table_VD: A row per id.
+        targets_T: int64, the right ids.
+        weights_T: Of each token in the sum.
+        elements: Numbers in a chunk, which has a row at least; None is what suits the device.
+
+    Returns:
+        `(total, losses_T)`: the sum, and the cross entropy of each token without weight and gradient.
+    """
+    elements = elements or _ELEMENTS.get(hidden_TD.device.type, _ELEMENTS_ELSEWHERE)
+    step = max(1, elements // len(table_VD))
+    wanted = torch.is_grad_enabled() and (hidden_TD.requires_grad or table_VD.requires_grad)
+    with torch.no_grad():
+        hidden_gradient_TD, table_gradient_VD = torch.zeros_like(hidden_TD), torch.zeros_like(table_VD)
+        losses: list[Tensor] = []
+        for first in range(0, len(hidden_TD), step):
+            rows = slice(first, first + step)
+            logits_RV = in_float32(F.linear(hidden_TD[rows], table_VD))
+            target_R1, norm_R1 = targets_T[rows, None], logits_RV.logsumexp(1, keepdim=True)
+            losses.append((norm_R1 - logits_RV.gather(1, target_R1))[:, 0])
+            if wanted:
+                probs_RV = logits_RV.sub_(norm_R1).exp_()
+                ones_R1 = torch.ones_like(norm_R1)
+                gradient_RV = probs_RV.scatter_add_(1, target_R1, -ones_R1).mul_(weights_T[rows, None])
+                gradient_RV = gradient_RV.to(hidden_TD.dtype)
+                hidden_gradient_TD[rows] = (gradient_RV @ table_VD).to(hidden_TD.dtype)
+                table_gradient_VD += gradient_RV.T @ hidden_TD[rows]
+        losses_T = torch.cat(losses) if losses else weights_T[:0]
+        total = (losses_T * weights_T).sum()
+    if wanted:
+        total = with_gradients(total, [hidden_gradient_TD, table_gradient_VD], [hidden_TD, table_VD])
+    return total, losses_T

@@ -1,0 +1,232 @@
+"""Teachers' embeddings of augmented images, written once by `indiclip embed --views` and replayed in training.
+
+MobileCLIP's "reinforced" data set (Vasu, Pouransari, Faghri, Vemulapalli, Tuzel, CVPR 2024, arXiv:2311.17049, section
+4).
+
+Shape letters: see `indiclip.types`; K views, S texts, T teachers.
+"""
+
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from indiclip.datasets.base import SampleDataset, fingerprint
+from indiclip.datasets.tables import load_json
+from indiclip.images import UnreadableSample
+from indiclip.loading.teacher_parts import RECORD, Part, Teacher, crc32_of_pixels, part_file, text_hash
+from indiclip.loading.transforms import Transform
+from indiclip.names import check_choice, check_range, differences
+from indiclip.types import Sample
+
+_OPEN_PARTS = 256  # at a time, each of which takes a file descriptor
+_LOOKED_AT = 4  # samples whose pixels are compared before training
+
+DType = Literal["fp16", "int8"]
+Captions = Mapping[str, Sequence[str]]
+
+
+@dataclass
+class MakeTeachers:
+    """How a run makes its cache where there is none, as `indiclip embed --views` would.
+
+    Args:
+        models: As of `indiclip embed --model`: a run, a checkpoint, open_clip:..., each a teacher. `initial` is the
+            run's own encoder before its first step: of use where that is pretrained and is not to forget.
+        views: Augmentations of each image.
+        dtype: Of the embeddings: `fp16` or `int8`.
+        device: Where the teachers compute.
+    """
+
+    models: list[str]
+    views: int = 4
+    dtype: DType = "fp16"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_range({"data: teachers.make.views": self.views}, 1)
+        check_choice("data: teachers.make.dtype", self.dtype, ("fp16", "int8"))
+        if not self.models:
+            raise ValueError("data: teachers.make.models: the list is empty; expected a teacher")
+
+
+@dataclass
+class TeacherCache:
+    """Where a source's teachers are.
+
+    In each step a sample's image is augmented as one of its cached views was, drawn anew: the picture that is resized
+    for the student is, to the bit, the one that the teachers were given. The source's `augment` must be that of the
+    cache, and is done before the image is resized, see `Transform`.
+
+    Args:
+        folder: Of `indiclip embed --views`; None is `teachers` in the run's folder, with `make`.
+        texts: Which caption the teachers' text embedding is of: `own`, the one that the student gets, or a language's
+            code: then it is of the image's caption in that language, whatever language the student gets. A teacher that
+            knows English alone teaches all languages so.
+        make: How to make the folder where it is missing.
+        same_pixels: False warns, and goes on, where a replayed picture is not the one that the teachers were given,
+            as on a machine whose libraries round otherwise.
+    """
+
+    folder: str | None = None
+    texts: str = "own"
+    make: MakeTeachers | None = None
+    same_pixels: bool = True
+
+    def __post_init__(self) -> None:
+        if self.folder is None and self.make is None:
+            raise ValueError("data: teachers.folder: found none; expected that of `indiclip embed --views`, or make")
+
+
+class CachedViews:
+    """The cache of one source, checked against it.
+
+    Args:
+        cache: Which.
+        dataset: The source's.
+        transform: The source's.
+        key: Of the source in the YAML, for messages.
+
+    Attributes:
+        record: What `teachers.json` says.
+
+    Raises:
+        FileNotFoundError: No such cache.
+        ValueError: It is not whole, or of other samples, another augmentation or other pixels.
+    """
+
+    def __init__(self, cache: TeacherCache, dataset: SampleDataset, transform: Transform, key: str) -> None:
+        assert cache.folder is not None
+        self.folder, self.texts, self._key = Path(cache.folder).expanduser(), cache.texts, f"{key}.teachers"
+        if not (self.folder / RECORD).is_file():
+            raise FileNotFoundError(
+                f"{self._key}.folder: {self.folder} holds no {RECORD}; expected the folder of `indiclip embed --views`"
+            )
+        self.record = load_json(self.folder / RECORD)
+        if not self.record["done"]:
+            raise ValueError(f"{self._key}.folder: {self.folder} is not complete; the same `indiclip embed` goes on")
+        self._first = self._place_of(dataset)
+        if lines := [line for _, line in differences(self.record["augmentation"], transform.describe())]:
+            raise ValueError(
+                f"{self._key}.folder: {self.folder} is of another augmentation than the source's: {lines[0]}"
+            )
+        self.teachers = [Teacher(**one) for one in self.record["teachers"]]
+        self._longest = max(teacher.length for teacher in self.teachers)
+        self._scale_T = np.array([teacher.logit_scale for teacher in self.teachers], np.float32)
+        self._parts: OrderedDict[int, Part] = OrderedDict()
+        self._check_pixels(dataset, transform, cache.same_pixels)
+
+    @property
+    def digest(self) -> str:
+        """Of the content."""
+        return str(self.record["digest"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_parts": OrderedDict()}  # maps of files stay in their process
+
+    def seed(self, index: int, key: str, view: int) -> int:
+        """Of the augmentation of a view.
+
+        Raises:
+            UnreadableSample: It could not be read when the teachers were asked.
+            ValueError: Another sample has its place in the cache.
+        """
+        part, row = self._at(index)
+        found = int(part["key_hashes"][row])
+        if not found:
+            raise UnreadableSample(key, f"has no teachers' embeddings: {self.folder} could not read it")
+        if found != text_hash(key):
+            raise ValueError(
+                f"{self._key}.folder: {self.folder} is of other samples: {key!r} is not at its place there"
+            )
+        return int(part["seeds"][row, view])
+
+    def draw(self, index: int, key: str, random_seed: int) -> tuple[int, int]:
+        """`(view, seed of its augmentation)` for a sample in a step; see `seed`."""
+        view = zlib.crc32(f"teachers:{random_seed}".encode()) % int(self.record["views"])
+        return view, self.seed(index, key, view)
+
+    def fields(self, index: int, view: int, sample: Sample, captions: Captions, random_seed: int) -> Sample:
+        """`teacher_image`, `teacher_text` and `teacher_scale` of a sample.
+
+        Args:
+            index: Of the sample in its source.
+            view: As of `draw`.
+            sample: With its `caption`.
+            captions: All of them by language, of which one in the language of `texts` is taken.
+            random_seed: Decides which, where there are several.
+
+        Raises:
+            UnreadableSample: It has no such caption.
+        """
+        text = sample.get("caption")
+        if self.texts != "own":
+            of_language = captions.get(self.texts) or ()
+            text = of_language[random_seed % len(of_language)] if of_language else None
+        if text is None:
+            language = "" if self.texts == "own" else f" in {self.texts!r}, of data: teachers.texts"
+            raise UnreadableSample(sample["key"], f"has no caption{language}")
+        part, row = self._at(index)
+        text_row = part.text_row(text)
+        if text_row is None:
+            raise ValueError(f"{self._key}.folder: {self.folder} is of other captions: {sample['key']!r} has {text!r}")
+        return Sample(
+            teacher_image=self._stacked([part[f"images.{t}"][row, view] for t in range(len(self.teachers))]),
+            teacher_text=self._stacked([part[f"texts.{t}"][text_row] for t in range(len(self.teachers))]),
+            teacher_scale=self._scale_T,
+        )
+
+    def _stacked(self, rows: list[np.ndarray]) -> np.ndarray:
+        """float16 (T, E), which has the numbers of int8 exactly."""
+        found_TE = np.zeros((len(rows), self._longest), np.float16)
+        for teacher, row_E in enumerate(rows):
+            found_TE[teacher, : len(row_E)] = row_E
+        return found_TE
+
+    def _at(self, index: int) -> tuple[Part, int]:
+        number, row = divmod(self._first + index, int(self.record["part_size"]))
+        if number not in self._parts:
+            if len(self._parts) >= _OPEN_PARTS:
+                self._parts.popitem(last=False)
+            self._parts[number] = Part(part_file(self.folder, number))
+        self._parts.move_to_end(number)
+        return self._parts[number], row
+
+    def _place_of(self, dataset: SampleDataset) -> int:
+        """The number of the dataset's first sample among those of all sources of the cache."""
+        own, first = fingerprint(dataset), 0
+        for source in self.record["sources"]:
+            if own == {name: source[name] for name in own}:
+                return first
+            first += int(source["samples"])
+        held = "; ".join(
+            f"{s['source']}, {s['samples']:,} samples ({s['crc32_of_keys']:08x})" for s in self.record["sources"]
+        )
+        raise ValueError(
+            f"{self._key}.folder: {self.folder} is of other samples: {held}; the source has {own['samples']:,} "
+            f"({own['crc32_of_keys']:08x})"
+        )
+
+    def _check_pixels(self, dataset: SampleDataset, transform: Transform, same: bool) -> None:
+        """Replay some views and compare their pixels with those that the teachers were given."""
+        for index in np.linspace(0, len(dataset) - 1, min(_LOOKED_AT, len(dataset))).astype(int).tolist():
+            key = dataset.key(index)
+            try:
+                found = crc32_of_pixels(transform.picture(Sample(key=key) | dataset[index], self.seed(index, key, 0)))
+            except UnreadableSample:
+                continue
+            part, row = self._at(index)
+            if found != int(part["crc32_of_pixels"][row, 0]):
+                message = (
+                    f"{self._key}.folder: {self.folder}: the augmented picture of {key!r} is not the one that the "
+                    "teachers were given: another image, or libraries that round otherwise"
+                )
+                if same:
+                    raise ValueError(f"{message}; with same_pixels: false the run goes on")
+                warnings.warn(message, stacklevel=2)
+                return

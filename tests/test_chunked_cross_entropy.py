@@ -1,0 +1,93 @@
+"""Cross entropy in chunks: torch's own on whole logits, finite differences, and what is held at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from indiclip.chunked_cross_entropy import chunked_cross_entropy
+
+TOKENS, WIDTH, IDS = 37, 8, 50
+
+
+def inputs(dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden_TD, table_VD = torch.randn(TOKENS, WIDTH, dtype=dtype), torch.randn(IDS, WIDTH, dtype=dtype)
+    return hidden_TD.requires_grad_(), table_VD.requires_grad_(), torch.randint(IDS, (TOKENS,)), torch.rand(TOKENS)
+
+
+@pytest.mark.parametrize("elements", [1, 4 * IDS + 7, TOKENS * IDS, None])
+def test_loss_and_gradients_are_those_of_whole_logits(elements):
+    """Oracle: `F.cross_entropy` on all logits, in float64; chunks of one row, of four, and all at once."""
+    hidden_TD, table_VD, targets_T, weights_T = inputs()
+    expected_T = F.cross_entropy(hidden_TD @ table_VD.T, targets_T, reduction="none")
+    expected = torch.autograd.grad(3 * (expected_T * weights_T).sum(), (hidden_TD, table_VD))
+    total, losses_T = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, elements)
+    found = torch.autograd.grad(3 * total, (hidden_TD, table_VD))
+    torch.testing.assert_close(losses_T, expected_T.detach())
+    torch.testing.assert_close(total.detach(), (expected_T * weights_T).sum().detach())
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradients_are_the_differences_of_the_loss():
+    hidden_TD, table_VD, targets_T, weights_T = inputs()
+
+    def loss(hidden_TD, table_VD):
+        return chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, 5 * IDS)[0]
+
+    torch.autograd.gradcheck(loss, (hidden_TD, table_VD))
+
+
+def test_it_is_torchs_chunked_operator():
+    """Which torch has from 2.15 on."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    hidden_TD, table_VD, targets_T, _ = inputs(torch.float32)
+    options = torch.nn.LinearCrossEntropyOptions()
+    expected = F.linear_cross_entropy(hidden_TD, table_VD, targets_T, reduction="sum", options=options)
+    total, _ = chunked_cross_entropy(hidden_TD, table_VD, targets_T, torch.ones(TOKENS))
+    torch.testing.assert_close(total, expected)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor has which an operator makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_iter(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+def test_no_tensor_is_larger_than_a_chunk_and_the_inputs():
+    """Forward and backward: 37 x 50 logits would be the largest, and are where torch computes them."""
+    rows = 4
+    for chunked, largest in ((True, IDS * WIDTH), (False, TOKENS * IDS)):
+        hidden_TD, table_VD, targets_T, weights_T = inputs()
+        with Largest() as found:
+            if chunked:
+                total, _ = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, rows * IDS)
+            else:
+                total = F.cross_entropy(hidden_TD @ table_VD.T, targets_T, reduction="sum")
+            total.backward()
+        assert found.numbers == largest
+    assert rows * IDS < IDS * WIDTH < TOKENS * IDS
+
+
+def test_in_half_precision_the_loss_is_summed_in_float32():
+    """The product is rounded as autocast rounds any; the rest is that of float32."""
+    hidden_TD, table_VD, targets_T, weights_T = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, losses_T = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, 4 * IDS)
+        logits_TV = F.linear(hidden_TD, table_VD)
+    assert logits_TV.dtype == torch.bfloat16
+    assert total.dtype == losses_T.dtype == torch.float32
+    torch.testing.assert_close(losses_T, F.cross_entropy(logits_TV.float(), targets_T, reduction="none").detach())
+    total.backward()
+    expected_T = F.cross_entropy(hidden_TD.detach() @ table_VD.detach().T, targets_T, reduction="none")
+    assert (losses_T - expected_T).abs().max() < 0.05  # eight bits of logits up to 8
+    assert table_VD.grad.dtype == torch.float32

@@ -1,0 +1,190 @@
+"""The distillation head: with a cache, with a teacher beside, across ranks and shards, and when a run goes on."""
+
+import numpy as np
+import pytest
+import torch
+from experiments import config, fit
+from fake_gpu import NoWaits, attention_kernel, moved, on_fake_gpu, step_batch
+from helpers import caption_batch, packed, step_losses, tiny_encoder
+from test_sharding import fitted, largest_difference, sharded, weights
+from torch._subclasses import FakeTensorMode
+
+from heads.contrastive import Contrastive
+from heads.distillation import Distillation
+from indiclip import flex
+from indiclip.module import MultiTask
+from indiclip.online_teacher import OnlineTeacher
+from indiclip.planning.step_model import count_loss
+from indiclip.pretrained.read import read_weights
+
+CAPTIONS = ["a kite", "दीया", "a pot", "a kite", "a drum"]
+CROP = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": [16, 16]}}
+
+
+def embeddings(encoder, batch):
+    with torch.no_grad():
+        return encoder.embed_features(encoder.features(batch["images"])), encoder.embed_text(CAPTIONS)
+
+
+def taught_batch(teachers, scales):
+    """With the fields of a cache, as float16."""
+    batch = caption_batch(CAPTIONS)
+    sides = zip(*(embeddings(teacher, batch) for teacher in teachers), strict=True)
+    images, texts = (torch.stack(side, 1).half() for side in sides)
+    fields = {"teacher_image": [*images], "teacher_text": [*texts], "teacher_scale": [torch.tensor(scales)] * 5}
+    batch["targets"] |= packed(fields)
+    return batch
+
+
+def loss_of(head, batch, encoder):
+    head.bind(encoder)
+    return step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).terms["loss"]
+
+
+def save(encoder, file, log_scale=2.0):
+    state = {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+    state["heads.contrastive.criterion.logit_scale"] = torch.tensor([log_scale])
+    state["heads.distillation.distance.logit_scale"] = torch.tensor([5.0])
+    torch.save({"encoder": encoder.to_config(), "state_dict": state}, file)
+    return str(file)
+
+
+def test_a_teacher_beside_is_its_own_cache(tmp_path):
+    """A teacher of another seed and length, read from a checkpoint with its own scale."""
+    student, teacher = tiny_encoder(0), tiny_encoder(1, embed_dim=48).eval()
+    file = save(teacher, tmp_path / "teacher.ckpt")
+    online = Distillation(OnlineTeacher(file), task="t")
+    batch = taught_batch([teacher], [float(np.exp(2.0))])
+    first, second = (loss_of(head, batch, student) for head in (online, Distillation(task="t")))
+    assert first.item() == pytest.approx(second.item(), rel=2e-3)  # of float16
+    assert first.item() > 0.01
+    assert not any("teacher" in name for name in online.state_dict())
+    assert [name for name, _ in online.named_parameters()] == ["distance.logit_scale"]
+    other = Distillation(OnlineTeacher(file, logit_scale=50.0), task="t")
+    assert loss_of(other, batch, student).item() > 2 * first.item()
+
+
+def test_a_copy_of_the_student_stays_as_it_is_and_is_saved():
+    student = tiny_encoder(0, batch_norm=True)
+    head = Distillation(OnlineTeacher("initial"), task="contrastive")
+    module = MultiTask(student, [Contrastive(task="contrastive"), head])
+    module.train()
+    before = {name: value.clone() for name, value in head.teacher.state_dict().items()}
+    assert before
+    assert not any(part.training for part in head.teacher.modules())
+    assert not any(p.requires_grad for p in head.teacher.parameters())
+    batch = caption_batch(CAPTIONS)
+    step_losses(head.loss(student.features(batch["images"]), batch, student)).terms["loss"].backward()
+    assert student.backbone.vit.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+    assert all(torch.equal(value, before[name]) for name, value in head.teacher.state_dict().items())
+
+
+def test_other_patches_are_refused(tmp_path):
+    file = save(tiny_encoder(1), tmp_path / "teacher.ckpt")
+    student = tiny_encoder(0)
+    student.backbone.patch_size = 4
+    with pytest.raises(ValueError, match=r"heads.distillation.teacher.weights: .* has patch_size 8, the student 4"):
+        Distillation(OnlineTeacher(file)).bind(student)
+
+
+def test_a_run_that_distils_is_read_with_the_scale_of_its_contrastive_loss(tmp_path):
+    assert read_weights(save(tiny_encoder(), tmp_path / "x.ckpt")).logits() == {"logit_scale": 2.0}
+
+
+def test_the_planner_counts_what_is_compared():
+    """Products of all pairs of a rank with those of all: three of each length and one of each teacher, both ways."""
+    head, student = Distillation(task="t"), tiny_encoder(0)
+    teachers = [tiny_encoder(seed).eval() for seed in (1, 2)]
+    loss_of(head, taught_batch(teachers, [10.0, 20.0]), student)
+    pairs, lengths, teachers = 6, 16 + 32 + 64, 2 * 64
+    for world in (1, 4):
+        flops = count_loss(head.distance, pairs, 64, world).count.flops
+        assert flops == 2 * 2 * pairs * pairs * world * (3 * lengths + teachers)
+
+
+def test_a_step_on_a_gpu_waits_for_nothing(monkeypatch):
+    student, batch = tiny_encoder(batch_norm=True), step_batch()
+    count = len(batch["keys"])
+    rows = {"teacher_image": [torch.randn(2, 8).half()] * count, "teacher_text": [torch.randn(2, 8).half()] * count}
+    batch["targets"] |= packed(rows | {"teacher_scale": [torch.ones(2)] * count})
+    heads = [Distillation(task="t"), Distillation(OnlineTeacher("initial"), task="t", name="beside")]
+    module = MultiTask(student, heads)
+    monkeypatch.setattr(flex, "_compiled", lambda: attention_kernel)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        on_fake_gpu(mode, module)
+        on_device = {"t": moved(batch, "cuda")}
+        module._outputs(on_device)  # what is set up once may wait
+        with NoWaits():
+            outputs = module._outputs(on_device)
+            losses = [step_losses(outputs[name]).terms["loss"] for name in ("distillation", "beside")]
+    assert {loss.device.type for loss in losses} == {"cuda"}
+
+
+def tree(max_steps=3, **options):
+    """Contrastive alone for its scores; a cache that the run makes; and, beside it, a teacher that runs."""
+    found = config(trainer__max_steps=max_steps, data__steps_per_epoch=2)
+    teachers = {"make": {"models": ["initial"], "views": 2}}
+    found["data"]["overrides"] = [{"task": "contrastive", "samples": 8, "augment": [CROP], "teachers": teachers}]
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    found["model"]["encoder"]["text"]["architecture"] |= no_dropout
+    found["model"]["encoder"] |= {"batch_norm": True}
+    options = {"task": "contrastive"}
+    beside = options | {"name": "beside", "teacher": {"weights": "initial"}}
+    found["model"] |= {"warmup_steps": 0, "lr": 0.01}
+    found["model"]["heads"] = [
+        {"class_path": "heads.contrastive.Contrastive", "init_args": {"weight": 0.0}},
+        {"class_path": "heads.distillation.Distillation", "init_args": options},
+        {"class_path": "heads.distillation.Distillation", "init_args": beside},
+    ]
+    return found
+
+
+STOP = """
+from lightning import Callback
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 1:
+            trainer.should_stop = True
+"""
+
+
+def test_a_run_goes_on_bit_equal_in_mid_epoch(tmp_path, monkeypatch, capsys):
+    """Also the copy of the student, which the resumed run has from its checkpoint."""
+    (tmp_path / "distillation_stop.py").write_text(STOP)
+    monkeypatch.syspath_prepend(tmp_path)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    for folder in (whole, part):
+        folder.mkdir()
+    assert fit(whole, tree()) == 0
+    stopped = tree()
+    stopped["trainer"]["callbacks"] = [{"class_path": "distillation_stop.Stop"}]
+    assert fit(part, stopped) == 0
+    last = part / "runs" / "experiment" / "checkpoints" / "last.ckpt"
+    assert fit(part, tree(), "--ckpt_path", str(last)) == 0
+    ends = [weights(folder / "runs" / "experiment") for folder in (whole, part)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert "val/contrastive/zero_shot" in (whole / "runs" / "experiment" / "metrics.json").read_text()
+
+
+def test_shards_and_micro_batches_end_at_the_weights_of_ddp(tmp_path):
+    """Two ranks, of which the first makes the cache; towers in float64."""
+    found = {}
+    for name, strategy, parts in (("ddp", "ddp", 1), ("sharded", sharded(1, 2), 2)):
+        run = tree()
+        run["model"]["micro_batches"] = parts
+        run["trainer"] |= {"strategy": strategy, "callbacks": [{"class_path": "trouble.Double"}]}
+        done, folder = fitted(tmp_path / name, run, 2)
+        assert done.returncode == 0, done.stderr
+        found[name] = weights(folder)
+    assert largest_difference(found["ddp"], found["sharded"]) < 1e-6
+
+
+def test_a_head_without_its_data_is_one_line(tmp_path, capsys):
+    without = tree()
+    del without["data"]["overrides"]
+    assert fit(tmp_path, without) == 2
+    assert "data.train[0]: distillation needs teacher_image, which the samples of Mela do not have" in (
+        capsys.readouterr().err
+    )

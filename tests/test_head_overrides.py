@@ -1,0 +1,70 @@
+"""A page that stacks on another one changes arguments of its heads, as if they had been written so."""
+
+import math
+
+import pytest
+import yaml
+from experiments import config
+
+from indiclip.commands.config_samples import build_config
+from indiclip.module import MultiTask
+from indiclip.training.cli import run
+
+SIGMOID = {"head": "contrastive", "loss": "sigmoid", "init_logit_scale": 20, "init_logit_bias": -12.5}
+
+
+def files(folder, *pages):
+    """Words of a command with the small experiment and these pages on top of it."""
+    tree = config(model__heads=[{"class_path": "heads.contrastive.Contrastive", "init_args": {"loss": "softmax"}}])
+    words = []
+    for number, page in enumerate([tree, *pages]):
+        file = folder / f"{number}.yaml"
+        file.write_text(yaml.safe_dump(page))
+        words += ["--config", str(file)]
+    return words
+
+
+def page(*overrides):
+    return {"model": {"head_overrides+": list(overrides)}}
+
+
+def test_later_pages_win_and_the_other_arguments_stay(tmp_path):
+    """The second page changes one of the three that the first gives."""
+    pages = [page(SIGMOID), page({"head": "contrastive", "init_logit_bias": -7.0, "max_logit_scale": 50.0})]
+    model, _ = build_config(files(tmp_path, *pages))
+    criterion = model.heads["contrastive"].criterion
+    assert criterion.logit_scale.exp().item() == pytest.approx(20)
+    assert criterion.logit_bias.item() == -7
+    assert criterion.max_log_scale == pytest.approx(math.log(50))
+
+
+def test_they_are_part_of_the_heads_in_what_a_run_keeps(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(["fit", *files(tmp_path, page(SIGMOID)), "--print_config"])
+    tree = yaml.safe_load(capsys.readouterr().out)
+    (head,) = tree["model"]["heads"]
+    assert head["init_args"]["loss"] == "sigmoid"
+    assert not tree["model"].get("head_overrides")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"head": "contrastiv", "loss": "sigmoid"}, "overrides[0].head: found 'contrastiv'; nearest is 'contrastive'"),
+        ({"head": "contrastive"}, "head_overrides[0]: changes nothing"),
+        ({"head": "contrastive", "los": "sigmoid"}, "los: heads.contrastive.Contrastive has no such option"),
+        ({"head": "contrastive", "loss": "hinge"}, "hinge"),
+        ({"head": "contrastive", "init_logit_bias": -1}, "init_logit_bias: the loss softmax has none"),
+        ({"head": "contrastive", "init_logit_scale": 200.0}, "init_logit_scale: found 200.0; expected 0.001 to 100.0"),
+        ({"head": "contrastive", "max_logit_scale": 5.0}, "init_logit_scale: found 14.2857 with max_logit_scale 5"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, override, message, capsys):
+    assert run(["fit", *files(tmp_path, page(override)), "--runs", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_in_python_the_heads_have_their_own_arguments():
+    with pytest.raises(ValueError, match="head_overrides: is for configs"):
+        MultiTask(None, [type("H", (), {"name": "a"})()], head_overrides=[SIGMOID])

@@ -1,0 +1,204 @@
+"""Strategies that weigh the heads' losses: by hand, against the papers' algorithms written down plainly, and resumed.
+
+That ranks and micro-batches make no difference is in tests/test_same_numbers.py.
+"""
+
+import random
+
+import pytest
+import torch
+import yaml
+from experiments import config, fit
+from helpers import tiny_encoder
+
+from heads.contrastive import Contrastive
+from indiclip.module import MultiTask
+from indiclip.old_names import translate_checkpoint, translate_config
+from indiclip.task_weights import GradNorm, PCGrad, Uncertainty, project
+from indiclip.training.fault_tolerance.manifest import newest_good
+
+
+def test_uncertainty_by_hand():
+    strategy = Uncertainty()
+    strategy.bind({"a": 2.0})
+    with torch.no_grad():
+        strategy.log_variances["a"].fill_(0.5)
+    assert strategy.part("a", torch.tensor(3.0)).item() == pytest.approx(2 * (3 * 2.718281828**-0.5 + 0.5), rel=1e-6)
+    assert strategy.logged["a/log_variance"].item() == 0.5
+
+
+def test_two_conflicting_gradients_by_hand():
+    """(1, 0) and (-1, 1): each less its part against the other, (1/2, 1/2) and (0, 1)."""
+    rows = [torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])]
+    torch.testing.assert_close(project(rows, 0), torch.tensor([0.5, 1.5]))
+    agreeing = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])]
+    torch.testing.assert_close(project(agreeing, 0), torch.tensor([2.0, 1.0]))
+    nothing = [torch.zeros(2), torch.tensor([-1.0, 1.0])]  # a head whose loss is constant
+    torch.testing.assert_close(project(nothing, 0), torch.tensor([-1.0, 1.0]))
+
+
+def test_many_gradients_against_the_papers_algorithm():
+    """Each seed draws an order; the order matters, and what is subtracted are the others' own gradients."""
+    rows = list(torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    found = set()
+    for seed in range(5):
+        draw, expected = random.Random(seed), torch.zeros(3, dtype=torch.float64)
+        for i in range(6):
+            order = [j for j in range(6) if j != i]
+            draw.shuffle(order)
+            projected = rows[i].clone()
+            for j in order:
+                if projected @ rows[j] < 0:
+                    projected -= projected @ rows[j] / rows[j].norm() ** 2 * rows[j]
+            expected += projected
+        torch.testing.assert_close(project(rows, seed), expected)
+        found.add(round(project(rows, seed)[0].item(), 9))
+    assert len(found) > 1
+
+
+def test_only_what_several_heads_reach_is_projected():
+    """Losses s + a and -s + 2 s b of a shared s = 1 and own a, b: by hand; what no head reaches gets no gradient."""
+    s, a, b, other = (torch.nn.Parameter(torch.tensor([value])) for value in (1.0, 1.0, 0.25, 0.0))
+    parts = {"first": (s + a).sum(), "second": (-s + 2 * s * b).sum()}
+    watched = [s, a, b, other]
+    gradients = {n: torch.autograd.grad(p, watched, retain_graph=True, allow_unused=True) for n, p in parts.items()}
+    loss = PCGrad().total(sum(parts.values()), gradients, watched, 0)
+    (2 * loss).backward()  # as a loss scale would
+    assert loss.item() == pytest.approx(1.5)
+    # 1 and -0.5 on s point apart, and of each nothing is left.
+    assert [p.grad if p.grad is None else p.grad.item() for p in watched] == [0.0, 2.0, 4.0, None]
+
+
+def test_gradnorm_against_the_papers_algorithm():
+    """Two regressions whose targets differ in scale 1 : 10, through one shared matrix (the paper's toy, section 4).
+
+    The plain algorithm differentiates |norm - target| by autograd; ours has the slope by hand.
+    """
+    torch.manual_seed(0)
+    inputs, shared = torch.randn(32, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    targets = {"small": 1.0 * torch.tanh(inputs @ torch.randn(4, 4).double()), "large": None}
+    targets["large"] = 10 * torch.tanh(inputs @ torch.randn(4, 4).double())
+    ours, plain = (shared.clone().requires_grad_() for _ in range(2))
+    strategy = GradNorm(alpha=0.5, lr=0.05)
+    strategy.bind({"small": 1.0, "large": 1.0})
+    strategy.double()
+    weights = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    first = None
+    for step in range(40):
+        losses = {name: (torch.tanh(inputs @ ours) - target).square().mean() for name, target in targets.items()}
+        parts = {name: strategy.part(name, loss) for name, loss in losses.items()}
+        gradients = {name: torch.autograd.grad(part, [ours], retain_graph=True) for name, part in parts.items()}
+        total = strategy.total(sum(parts.values()), gradients, [ours], step)
+        (gradient,) = torch.autograd.grad(total, [ours])
+        ours.data -= 0.05 * gradient
+
+        losses = torch.stack([(torch.tanh(inputs @ plain) - target).square().mean() for target in targets.values()])
+        first = losses.detach() if first is None else first
+        norms = torch.stack([
+            torch.autograd.grad(weight * loss, plain, create_graph=True)[0].norm()
+            for weight, loss in zip(weights, losses, strict=True)
+        ])  # fmt: skip
+        rates = (losses / first).detach()
+        aims = (norms.mean() * (rates / rates.mean()) ** 0.5).detach()
+        distance = (norms - aims).abs().sum() / norms.mean().detach()
+        (slope,) = torch.autograd.grad(distance, weights, retain_graph=True)
+        (gradient,) = torch.autograd.grad((weights.detach() * losses).sum(), plain)
+        plain.data -= 0.05 * gradient
+        weights = (weights.detach() - 0.05 * slope).clamp(min=1e-3)
+        weights = (weights * 2 / weights.sum()).requires_grad_()
+        torch.testing.assert_close(strategy.learned_K, weights.detach())
+    torch.testing.assert_close(ours.detach(), plain.detach())
+    assert strategy.learned_K[0] > 1.5  # the task with the small gradients is helped
+    assert strategy.logged["small/task_weight"].item() > 1.5
+
+
+def test_a_head_that_begins_later_has_its_own_first_loss():
+    """Two take part, and later three: weights of those that do have a mean of 1, and the third begins with its loss."""
+    strategy = GradNorm()
+    strategy.bind(dict.fromkeys("abc", 1.0))
+    weight = torch.nn.Parameter(torch.ones(2))
+    for active in ("ab", "ab", "abc"):
+        parts = {n: strategy.part(n, weight.sum() * (2 + "abc".index(n))) for n in active}
+        gradients = {n: torch.autograd.grad(part, [weight], retain_graph=True) for n, part in parts.items()}
+        strategy.total(sum(parts.values()), gradients, [weight], 0)
+        rows = ["abc".index(n) for n in active]
+        assert strategy.learned_K[rows].mean().item() == pytest.approx(1)
+    assert strategy.first_losses_K.tolist() == [4, 6, 8]
+
+
+def test_gradnorm_watches_the_last_block():
+    module = MultiTask(tiny_encoder(), [Contrastive()], task_weights=GradNorm())
+    names = {id(p): name for name, p in module.named_parameters()}
+    watched = [names[id(p)] for p in module.task_weights.watched(module)]
+    assert watched
+    assert all(name.startswith("encoder.backbone.vit.blocks.0.") for name in watched)
+
+
+DETECTION = {
+    "class_path": "heads.detection.Detection",
+    "init_args": {"task": "contrastive", "num_classes": 17, "out_channels": 16, "num_convs": 1, "scales": [1.0]},
+}
+
+
+@pytest.mark.parametrize("name", ["GradNorm", "PCGrad"])
+def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted(tmp_path, name):
+    """Through the command, with what the strategy has learned; two heads on one batch."""
+    tree = config(trainer__max_steps=4, model__warmup_steps=0, model__lr=0.01)
+    tree["model"]["heads"].append(DETECTION)
+    tree["model"]["task_weights"] = {"class_path": f"indiclip.task_weights.{name}"}
+    tree["data"] |= {"val": [], "steps_per_epoch": 4}
+    tree["trainer"]["callbacks"] = [
+        {"class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints",
+         "init_args": {"every_n_train_steps": 2, "save_top_k": -1}},
+    ]  # fmt: skip
+    assert fit(tmp_path, tree) == 0
+    folder = tmp_path / "runs" / "experiment" / "checkpoints"
+    assert fit(tmp_path, tree, "--name", "b", "--ckpt_path", str(folder / "2.ckpt")) == 0
+    whole, resumed = (
+        torch.load(file, weights_only=True)["state_dict"]
+        for file in (folder / "4.ckpt", tmp_path / "runs" / "b" / "checkpoints" / "4.ckpt")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[n]) for n, value in whole.items())
+    if name == "GradNorm":
+        assert not torch.equal(whole["task_weights.learned_K"], torch.ones(2))
+
+
+def test_configs_and_checkpoints_with_the_old_switch_go_on(tmp_path):
+    """A checkpoint as it was written then: other names, and single numbers in weights and moments."""
+    old = {"model": {"uncertainty_weighting": True}}
+    assert translate_config(old) == {"model": {"task_weights": {"class_path": "indiclip.task_weights.Uncertainty"}}}
+    assert translate_config({"model": {"uncertainty_weighting": False}}) == {"model": {}}
+    tree = config(trainer__max_steps=2)
+    tree["model"]["uncertainty_weighting"] = True
+    assert fit(tmp_path, tree) == 0
+    folder = tmp_path / "runs" / "experiment"
+    file = newest_good(folder / "checkpoints")[0]
+    checkpoint = torch.load(file, weights_only=True)
+    new, name = "task_weights.log_variances.contrastive", "log_variances.contrastive"
+    expected = checkpoint["state_dict"][new].clone()
+    assert expected.shape == (1,)
+    checkpoint["state_dict"][name] = checkpoint["state_dict"].pop(new).squeeze()
+    (optimizer,) = checkpoint["optimizer_states"]
+    (group,) = [group for group in optimizer["param_groups"] if new in group["param_names"]]
+    place = group["param_names"].index(new)
+    group["param_names"][place] = name
+    state = optimizer["state"][group["params"][place]]
+    state |= {key: value.squeeze() for key, value in state.items() if key != "step"}
+    translate_checkpoint(checkpoint)
+    assert torch.equal(checkpoint["state_dict"][new], expected)
+    assert group["param_names"][place] == new
+    assert {value.shape for key, value in state.items() if key != "step"} == {(1,)}
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["model"]["task_weights"]["class_path"] == "indiclip.task_weights.Uncertainty"
+
+
+def test_what_cannot_be_is_one_line(tmp_path, capsys):
+    tree = config()
+    tree["model"]["task_weights"] = {"class_path": "indiclip.task_weights.GradNorm", "init_args": {"alpha": -1.0}}
+    assert fit(tmp_path, tree) == 2
+    assert "model.task_weights.alpha: found -1.0; expected 0 or more" in capsys.readouterr().err
+    tree["model"]["task_weights"] = {"class_path": "indiclip.task_weights.PCGrad"}
+    tree["model"]["compile"] = True
+    assert fit(tmp_path, tree) == 2
+    assert "model.task_weights: PCGrad goes back through a block once for each head" in capsys.readouterr().err

@@ -1,0 +1,311 @@
+"""Caches of teachers: what training replays is, to the bit, what the teachers were given, whatever happens."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from experiments import config, fit
+from helpers import ARCHITECTURE, tiny_encoder
+from processes import as_ranks, in_processes
+from torchvision.transforms import v2
+
+from indiclip import json_lines
+from indiclip.backbone import NaFlexViT
+from indiclip.cli import main
+from indiclip.datasets.split import Split
+from indiclip.encoder import Encoder
+from indiclip.evals.models.view_batches import load_teachers
+from indiclip.evals.models.view_embedder import ViewEmbedder
+from indiclip.generated.mela import Mela
+from indiclip.images import UnreadableSample
+from indiclip.loading.source import Source
+from indiclip.loading.steps import Steps
+from indiclip.loading.teacher_cache import CachedViews, TeacherCache
+from indiclip.loading.teacher_parts import Part, part_file
+from indiclip.preprocessing import Preprocessing
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
+from indiclip.types import part_of
+
+VIEWS = 3
+AUGMENT = [v2.RandomResizedCrop([24, 24], scale=(0.3, 0.8)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.5)]
+
+
+class Scenes(Mela):
+    """Twelve scenes with two captions each; the fifth cannot be read."""
+
+    def __init__(self, seed=0):
+        super().__init__(num_scenes=12, size=32, layout="single", languages=["en", "hi"], seed=seed)
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise UnreadableSample(self.key(index), "torn")
+        return super().__getitem__(index)
+
+
+def source(folder=None, dataset=None, augment=AUGMENT, **options):
+    teachers = folder and TeacherCache(str(folder), **options)
+    return Source("contrastive", dataset or Scenes(), 4, max_tokens=9, augment=augment, teachers=teachers)
+
+
+def save(encoder, file):
+    state = {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+    state["heads.contrastive.criterion.logit_scale"] = torch.tensor([3.0])
+    torch.save({"encoder": encoder.to_config(), "state_dict": state}, file)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """Of two patch sizes and lengths, and neither the student's."""
+    torch.manual_seed(1)
+    other = NaFlexViT(width=32, depth=1, num_heads=2, patch_size=4)
+    return [tiny_encoder(0).eval(), Encoder(other, TextTower(ByteTokenizer(), ARCHITECTURE), 48, (16,)).eval()]
+
+
+@pytest.fixture(scope="module")
+def files(encoders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    return [save(encoder, folder / f"{number}.ckpt") for number, encoder in enumerate(encoders)]
+
+
+def make(folder, files, of=None, part_size=5, **options):
+    """A cache in three parts."""
+    sources = {"data.train[0]": of or source()}
+    job = ViewEmbedder(folder, sources, load_teachers(files, "cpu"), VIEWS, part_size=part_size, **options)
+    job.begin()
+    job.write(job.missing())
+    return job.finish({})
+
+
+@pytest.fixture(scope="module")
+def cache(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "teachers"
+    make(folder, files)
+    return folder
+
+
+def steps(of, rank=0, world=1):
+    return Steps([of], 7, Preprocessing(8), True, rank, world)
+
+
+def augmented(dataset, index, seed):
+    """A picture through torchvision alone."""
+    torch.manual_seed(seed)
+    image = torch.from_numpy(Mela.__getitem__(dataset, index)["image"]).permute(2, 0, 1)
+    return v2.Compose(AUGMENT)(image)
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x.float(), dim=-1)
+
+
+def test_training_replays_the_pixels_that_the_teachers_were_given(cache, encoders):
+    """Against torchvision's transforms from the stored seeds, and each teacher's own `embed_image`, `embed_text`."""
+    dataset, seen = Scenes(), set()
+    parts = [Part(part_file(cache, number)) for number in range(3)]
+    places = {dataset.key(index): index for index in range(12)}
+    for step in range(4):
+        batch = steps(source(cache))[step]["contrastive"]
+        targets = batch["targets"]
+        taught = [targets[name].values.unflatten(0, (4, 2)) for name in ("teacher_image", "teacher_text")]
+        assert targets["teacher_scale"].values == pytest.approx(np.exp(3.0))
+        for row, key in enumerate(batch["keys"]):
+            index = places[key]
+            pictures = [augmented(dataset, index, int(seed)) for seed in parts[index // 5]["seeds"][index % 5]]
+            patches = batch["images"]["patches_BNP"][row]
+            own = [torch.equal(Preprocessing(8).cut(one, (24, 24))["patches"][0], patches) for one in pictures]
+            assert sum(own) == 1
+            view = own.index(True)
+            seen.add((index, view))
+            for number, encoder in enumerate(encoders):
+                length = encoder.embed_dim
+                with torch.no_grad():
+                    image_E = encoder.embed_image(pictures[view])[0]
+                    text_E = encoder.embed_text(targets["caption"][row])[0]
+                for found, expected in zip(taught, (image_E, text_E), strict=True):
+                    torch.testing.assert_close(unit(found[row, number, :length]), expected, atol=1e-3, rtol=0)
+                    assert not found[row, number, length:].any()
+    assert len({view for _, view in seen}) == VIEWS
+    assert len({index for index, _ in seen}) == 11
+
+
+def test_int8_takes_half_the_bytes_and_loses_little(cache, files, tmp_path):
+    record = make(tmp_path / "int8", files, dtype="int8")
+    wide = json.loads((cache / "teachers.json").read_text())
+    lengths = 64 + 48
+    assert [one["summary"]["of_them_for_images"] for one in (wide, record)] == [VIEWS * lengths * 2, VIEWS * lengths]
+    total = sum(file.stat().st_size for file in (tmp_path / "int8").glob("*.safetensors"))
+    assert record["summary"]["bytes_per_sample"] == pytest.approx(total / 12, abs=0.1)
+    batches = [steps(source(folder))[0]["contrastive"] for folder in (cache, tmp_path / "int8")]
+    first, second = (unit(batch["targets"]["teacher_image"].values) for batch in batches)
+    assert 1e-6 < 1 - (first * second).sum(-1).min() < 1e-3
+    assert record["summary"]["largest_cosine_loss"] < 1e-3
+
+
+def test_ranks_micro_batches_and_workers_see_the_same(cache):
+    whole = steps(source(cache))[1]["contrastive"]
+    names = ("teacher_image", "teacher_text", "teacher_scale")
+    for rank in range(2):
+        part = steps(source(cache), rank, 2)[1]["contrastive"]
+        own = part_of(whole, 2, 4)
+        for name in names:
+            rows = whole["targets"][name].values.unflatten(0, (4, 2))
+            assert torch.equal(part["targets"][name].values.unflatten(0, (2, 2)), rows[rank::2])
+            assert torch.equal(own["targets"][name].values.unflatten(0, (2, 2)), rows[2:])
+        assert torch.equal(part["images"]["patches_BNP"], whole["images"]["patches_BNP"][rank::2])
+    loader = torch.utils.data.DataLoader(steps(source(cache)), batch_size=None, num_workers=1)
+    again = [step["contrastive"] for _, step in zip(range(2), loader, strict=False)][1]
+    assert all(torch.equal(again["targets"][name].values, whole["targets"][name].values) for name in names)
+
+
+def test_another_sample_stands_in_with_its_own_teachers(cache, encoders):
+    """The fifth scene cannot be read: the sixth comes in its place, with the sixth's embeddings."""
+    (lost,) = [json.loads(line) for line in (cache / "quarantine.jsonl").read_text().splitlines()]
+    assert (lost["row"], lost["reason"]) == (4, "torn")
+    of = steps(source(cache))
+    plan = of.plans["contrastive"]
+    step, ref = next((s, ref) for s in range(9) for ref in plan.batch(s) if ref.index == 4)
+    sample = of.read("contrastive", ref, step)
+    assert sample["key"] == Scenes().key(5)
+    with torch.no_grad():
+        text_E = encoders[0].embed_text(sample["caption"])[0]
+    torch.testing.assert_close(unit(sample["teacher_text"][0, :64]), text_E, atol=1e-3, rtol=0)
+
+
+def test_a_teacher_of_english_teaches_every_language(cache, encoders):
+    batch = steps(source(cache, texts="en"))[0]["contrastive"]
+    places = {Scenes().key(index): index for index in range(12)}
+    assert {*batch["targets"]["language"]} == {"en", "hi"}
+    for row, key in enumerate(batch["keys"]):
+        (english,) = Mela.__getitem__(Scenes(), places[key])["captions"]["en"]
+        with torch.no_grad():
+            text_E = encoders[0].embed_text(english)[0]
+        found = batch["targets"]["teacher_text"].values[2 * row, :64]
+        torch.testing.assert_close(unit(found), text_E, atol=1e-3, rtol=0)
+
+
+def test_a_part_of_a_dataset_has_a_cache_of_its_own(files, tmp_path):
+    def half():
+        return Split(Scenes(), "train", fraction=0.5)
+
+    make(tmp_path / "half", files[:1], source(dataset=half()))
+    batch = steps(source(tmp_path / "half", half()))[0]["contrastive"]
+    assert {*batch["keys"]} <= {half().key(index) for index in range(len(half()))}
+    with pytest.raises(ValueError, match=r"is of other samples: data.train\[0\], \d+ samples"):
+        steps(source(tmp_path / "half"))[0]
+
+
+def changed(folder, cache, **entries):
+    """A cache with another record over the same parts."""
+    folder.mkdir()
+    for file in cache.iterdir():
+        (folder / file.name).symlink_to(file)
+    record = json.loads((cache / "teachers.json").read_text()) | entries
+    (folder / "teachers.json").unlink()
+    (folder / "teachers.json").write_text(json.dumps(record))
+    return folder
+
+
+class Repainted(Scenes):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample | {"image": sample["image"] ^ 1}
+
+
+class Renamed(Scenes):
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"captions": {"en": ["another"], "hi": ["दूसरा"]}}
+
+
+def test_what_does_not_fit_is_refused(cache, tmp_path):
+    """Each in one line that names the option."""
+
+    def refused(words, folder=cache, kind=ValueError, **options):
+        with pytest.raises(kind, match=words) as found:
+            steps(source(folder, **options))[0]
+        assert "teachers" in str(found.value)
+        assert "\n" not in str(found.value)
+
+    refused(r"is of other samples: data.train\[0\], 12 samples \(", dataset=Scenes(seed=3))
+    other = [v2.RandomResizedCrop([24, 24], scale=(0.4, 0.8)), *AUGMENT[1:]]
+    refused(r"another augmentation than the source's: \[0\].scale: '\(0.3, 0.8\)' -> '\(0.4, 0.8\)'", augment=other)
+    refused("is not the one that the teachers were given", dataset=Repainted())
+    refused("is of other captions: .* has '(another|दूसरा)'", dataset=Renamed())
+    refused("is not complete; the same `indiclip embed` goes on", changed(tmp_path / "part", cache, done=False))
+    refused("holds no teachers.json", tmp_path / "nothing", FileNotFoundError)
+    with pytest.warns(UserWarning, match="is not the one that the teachers were given"):
+        steps(source(cache, dataset=Repainted(), same_pixels=False))[0]
+    of = source(cache)
+    views = CachedViews(of.teachers, of.dataset, of.transform, "data.train[0]")
+    with pytest.raises(ValueError, match="is of other samples: 'x' is not at its place there"):
+        views.seed(3, "x", 0)
+    with pytest.raises(ValueError, match="so that 3 views would be the same picture"):
+        make(tmp_path / "plain", [], source(augment=[]))
+
+
+def test_a_killed_command_goes_on_and_other_words_are_refused(files, tmp_path, capsys):
+    """SIGKILL while the second part is written; the parts are those of a run that was not killed."""
+    tree = config()
+    tree["data"]["train"][0]["augment"] = [
+        {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": [16, 16]}}
+    ]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    words = ["embed", "data.train[0]", "--config", str(tmp_path / "x.yaml"), "--views", "2", "--dtype", "fp16"]
+    words += ["--part_size", "5", "--device", "cpu"]
+    models = [word for file in files for word in ("--model", file)]
+
+    def killed():
+        write = json_lines.write_whole
+
+        def torn(file, data):
+            if file.name == "teachers-00001.safetensors":
+                file.with_name(f".{file.name}.part").write_bytes(data[:100])
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(file, data)
+
+        json_lines.write_whole = torn
+        return main([*words, *models, "--out", str(tmp_path / "killed")])
+
+    assert in_processes([killed], tmp_path).statuses == [-signal.SIGKILL]
+    assert (tmp_path / "killed" / "teachers-00000.safetensors").is_file()
+    assert not (tmp_path / "killed" / "teachers-00001.safetensors").exists()
+    done = in_processes([lambda: main([*words, *models, "--out", str(tmp_path / "killed")])], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on: 1 of 3 parts are there" in done.stdout
+    assert "fp16, " in done.stdout
+    assert f"{2 * (64 + 48) * 2:,} for its images" in done.stdout
+    done = as_ranks(lambda: main([*words, *models, "--out", str(tmp_path / "whole")]), tmp_path)
+    assert done.returncode == 0, done.stderr
+    for file in sorted((tmp_path / "whole").glob("teachers*")):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes(), file.name
+    assert not list((tmp_path / "killed").glob(".*.part"))
+    assert main([*words, "--model", files[1], "--model", files[0], "--out", str(tmp_path / "whole")]) == 2
+    assert "holds embeddings of another teacher" in capsys.readouterr().err
+    assert main([*words, *models, "--views", "3", "--out", str(tmp_path / "whole")]) == 2
+    assert "was begun otherwise: views: 2 -> 3" in capsys.readouterr().err
+    assert main([*words, "--model", "timm:vit_tiny_patch16_224", "--out", str(tmp_path / "y")]) == 2
+    assert "embeds no text" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_another_cache(cache, tmp_path, capsys, monkeypatch):
+    """Its checkpoints know the digest of the cache."""
+    tree = config(trainer__max_steps=2)
+    del tree["data"]["val"]
+    crop = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": [16, 16]}}
+    teachers = {"make": {"models": ["initial"], "views": 2}}
+    tree["data"]["overrides"] = [{"task": "contrastive", "augment": [crop], "teachers": teachers}]
+    tree["model"]["heads"] += [{"class_path": "heads.distillation.Distillation", "init_args": {"task": "contrastive"}}]
+    assert fit(tmp_path, tree) == 0
+    out = capsys.readouterr().out
+    assert "data.train[0]: teachers initial: 2 views of 12 samples, fp16" in out
+    folder = tmp_path / "runs" / "experiment"
+    record = json.loads((folder / "teachers" / "teachers.json").read_text())
+    (folder / "teachers" / "teachers.json").write_text(json.dumps(record | {"digest": "0" * 16}))
+    tree["trainer"]["max_steps"] = 3
+    assert fit(tmp_path, tree, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")) == 2
+    assert f"the run was begun with the cache {record['digest']}" in capsys.readouterr().err
