@@ -29,6 +29,7 @@ import train_tokenizer  # noqa: E402
 EXPERIMENTS = sorted((ROOT / "conf").glob("*.yaml"))
 NEEDS_DATA = {
     "cifar10": ["cifar10"],
+    "cifar10_mobileclip": ["cifar10"],
     "pictograms": ["emoji_multilingual"],
     "real_small": ["coco", "counting", "emoji_multilingual"],
     "shards": ["coco", "emoji_multilingual"],
