@@ -1,4 +1,4 @@
-"""Small data in the layout that the pages of conf/ for clusters read, of generated scenes, by the commands they name."""
+"""Small data as the pages of conf/ for clusters read it, of generated scenes, by the commands they name."""
 
 import json
 import sys
@@ -47,9 +47,7 @@ def india(folder, scenes=12):
         people = [one for one in of_image if one["category_id"] == PERSON + 1]
         bodies += [one | {"category_id": 1} | body(sample, row, one["bbox"]) for row, one in enumerate(people)]
         points = sample["points_xy"].tolist()
-        counted.append(
-            {"file_name": name, "class_name": sample["count_class"], "count": len(points), "points": points}
-        )
+        counted.append({"file_name": name, "class_name": sample["count_class"], "count": len(points), "points": points})
     rows = [{"id": i, "file_name": f"fair-{i}.png", "width": 96, "height": 96} for i in range(scenes)]
     names = [*fair.classes, *(f"thing {i}" for i in range(80 - len(fair.classes)))]
     write_coco(folder / "instances.json", rows, boxes, names)
@@ -84,7 +82,7 @@ def body(sample, row, bbox):
     mask = rle.encode(np.asfortranarray(np.array(Image.fromarray(crop).resize((256, 256), Image.Resampling.NEAREST))))
     own = sample["dp_person"] == row
     places = (sample["dp_points_xy"][own] - [x, y]) / [width, height] * 255
-    columns = {"dp_x": places[:, 0], "dp_y": places[:, 1], "dp_U": sample["dp_uv"][own, 0], "dp_V": sample["dp_uv"][own, 1]}
+    columns = dict(zip(("dp_x", "dp_y", "dp_U", "dp_V"), (*places.T, *sample["dp_uv"][own].T), strict=True))
     masks = [{"size": mask["size"], "counts": mask["counts"].decode()}, *[[]] * (PARTS - 1)]
     points = {name: values.tolist() for name, values in columns.items()}
     return points | {"dp_I": sample["dp_part"][own].tolist(), "dp_masks": masks}
@@ -94,4 +92,3 @@ def write_coco(file, images, annotations, names):
     categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     numbered = [one | {"id": number} for number, one in enumerate(annotations, 1)]
     file.write_text(json.dumps({"images": images, "annotations": numbered, "categories": categories}))
-
