@@ -7,6 +7,10 @@ its own `linear_cross_entropy` with `options` does the same, as one operator who
 Shape letters: T tokens, D width, V vocabulary, R rows of a chunk.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +21,17 @@ from indiclip.types import in_float32
 # Of a chunk: on a CPU 4 MiB in float32, near its caches; elsewhere 256 MiB, so that kernels are not too short.
 _ELEMENTS = {"cpu": 2**20}
 _ELEMENTS_ELSEWHERE = 2**26
+_AS_ON: ContextVar[str | None] = ContextVar("chunks_as_on", default=None)
+
+
+@contextmanager
+def chunks_as_on(device_type: str) -> Iterator[None]:
+    """While it lasts, chunks are as large as on another kind of device: for what is counted on the CPU in its place."""
+    before = _AS_ON.set(device_type)
+    try:
+        yield
+    finally:
+        _AS_ON.reset(before)
 
 
 def chunked_cross_entropy(
@@ -34,7 +49,7 @@ def chunked_cross_entropy(
     Returns:
         `(total, losses_T)`: the sum, and the cross entropy of each token without weight and gradient.
     """
-    elements = elements or _ELEMENTS.get(hidden_TD.device.type, _ELEMENTS_ELSEWHERE)
+    elements = elements or _ELEMENTS.get(_AS_ON.get() or hidden_TD.device.type, _ELEMENTS_ELSEWHERE)
     step = max(1, elements // len(table_VD))
     wanted = torch.is_grad_enabled() and (hidden_TD.requires_grad or table_VD.requires_grad)
     with torch.no_grad():

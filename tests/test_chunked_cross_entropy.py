@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from indiclip.chunked_cross_entropy import chunked_cross_entropy
+from indiclip.chunked_cross_entropy import chunked_cross_entropy, chunks_as_on
 
 TOKENS, WIDTH, IDS = 37, 8, 50
 
@@ -76,6 +76,17 @@ def test_no_tensor_is_larger_than_a_chunk_and_the_inputs():
             total.backward()
         assert found.numbers == largest
     assert rows * IDS < IDS * WIDTH < TOKENS * IDS
+
+
+def test_what_stands_for_a_gpu_has_its_chunks():
+    """As a plan, which counts operators on the CPU: 400 x 50,000 logits come 20 rows at a time there, at once on a GPU."""
+    hidden_TD, table_VD = torch.zeros(400, 1, device="meta"), torch.zeros(50_000, 1, device="meta")
+    targets_T, weights_T = torch.zeros(400, dtype=torch.long, device="meta"), torch.zeros(400, device="meta")
+    with Largest() as on_cpu, chunks_as_on("cpu"):
+        chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T)
+    with Largest() as on_gpu, chunks_as_on("cuda"):
+        chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T)
+    assert (on_cpu.numbers, on_gpu.numbers) == (20 * 50_000, 400 * 50_000)
 
 
 def test_in_half_precision_the_loss_is_summed_in_float32():
