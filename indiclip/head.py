@@ -150,7 +150,8 @@ class WholeBatch(NamedTuple):
 
     Attributes:
         function: Gives the losses of all rows. It may have parameters of its own.
-        rows: Its arguments: tensors and lists with a row per sample. Gradients go through those of floating point.
+        rows: Its arguments: tensors and lists with a row per sample, or with one for each micro-batch. Gradients go
+            through those of floating point. Rows that are longer in another micro-batch are filled with zeros.
     """
 
     function: Callable[..., Losses]
@@ -185,8 +186,12 @@ class Head(nn.Module, ABC):
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
         mixes: Whether `loss` learns from images that are mixed of two, see `mix_share` in `Sample`.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
+        pools_images: Whether it calls `encoder.pool_features`, if not that.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
+        reads_text: Whether `loss` runs the text tower, if only for its tokens.
+        reads_embeddings: The argument for which it reads embeddings of images and texts that another head trains; empty
+            where it reads none.
 
     Raises:
         ValueError: A name that cannot be part of a log's.
@@ -202,7 +207,10 @@ class Head(nn.Module, ABC):
     no_flip = ""
     mixes = False
     embeds_images = True
+    pools_images = False
     embeds_text = True
+    reads_text = False
+    reads_embeddings = ""
 
     def __init__(
         self, task: str | None = None, weight: float = 1.0, name: str | None = None, start: float = 0.0
@@ -233,6 +241,17 @@ class Head(nn.Module, ABC):
         Raises:
             ValueError: What does not fit, naming the YAML key.
         """
+
+    def check_views(self, counts: Mapping[str, int]) -> None:
+        """Compare the head with a training source's views: name -> number of them for each image.
+
+        Raises:
+            ValueError: What does not fit, naming the YAML key.
+        """
+
+    def tower_copies(self) -> list[nn.Module]:
+        """Copies of the encoder's towers among the head's modules, which are compiled and sharded as those are."""
+        return []
 
     def begin(self, encoder: "Encoder") -> None:
         """Called once, before the head's first step: `start`, or the run's first. What it changes must be in the

@@ -26,7 +26,7 @@ from indiclip.lightning_internals import batches_done, estimated_steps, gradient
 from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
 from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
-from indiclip.steps import first_step
+from indiclip.steps import start_step
 from indiclip.task_weights import Fixed, TaskWeights, gradients_of
 from indiclip.types import Batch, Features, Origin
 
@@ -196,16 +196,17 @@ class MultiTask(L.LightningModule):
 
     def configure_model(self) -> None:
         towers = [self.encoder.backbone, self.encoder.text]
+        copies = [tower for head in self.each_head() for tower in head.tower_copies()]
         if self.float8 and self.trainer.state.fn == "fit":  # else as it will be used
             device, gather_in_float8 = self.trainer.strategy.root_device, self.device_mesh is not None
             convert_to_float8(towers, self.float8, self.trainer.precision, device, gather_in_float8)
         if self.compiles:
-            sharding.compile_blocks(towers)
+            sharding.compile_blocks([*towers, *copies])
         if self.activation_checkpointing:
             sharding.checkpoint_activations(towers)
         if self.device_mesh is not None and not sharding.is_sharded(self):
             parts = [self.encoder, *self.heads.values()]
-            sharding.shard(self, towers, parts, self.device_mesh, self.trainer.precision)
+            sharding.shard(self, [*towers, *copies], parts, self.device_mesh, self.trainer.precision)
 
     def each_head(self) -> list[Head]:
         """The heads, typed."""
@@ -222,6 +223,7 @@ class MultiTask(L.LightningModule):
         self._seed()
         for head in self.each_head():
             if batches_done(self.trainer) == self._starts[head.name]:
+                sharding.reshard(self)
                 head.begin(self.encoder)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -232,6 +234,7 @@ class MultiTask(L.LightningModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
         progress = (batches_done(self.trainer) + 1) / self._num_steps
+        sharding.reshard(self)
         for head in self.active_heads():
             head.after_step(self.encoder, progress)
         if self.float8 == "tensorwise" and sharding.is_sharded(self):  # also for a validation before the next step
@@ -387,6 +390,9 @@ class MultiTask(L.LightningModule):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         self._num_steps = int(steps)
         self._starts = {head.name: _start_step(head, self._num_steps) for head in self.each_head()}
+        if first := min(self._starts.values()):
+            name = min(self._starts, key=lambda name: self._starts[name])
+            raise ValueError(f"heads.{name}.start: no head begins before step {first}; expected one with start 0")
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
         groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
@@ -443,7 +449,7 @@ def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
 
 def _start_step(head: Head, num_steps: int) -> int:
     """The step in which a head begins."""
-    start = first_step(head.start, num_steps)
+    start = start_step(head.start, num_steps)
     if start >= num_steps:
         raise ValueError(
             f"heads.{head.name}.start: {head.start:g} is beyond the last of the run's {num_steps} steps; expected "
@@ -455,10 +461,13 @@ def _start_step(head: Head, num_steps: int) -> int:
 def _unused_parts(heads: list[Head]) -> list[str]:
     """What no head's loss uses: distributed training waits for a gradient of everything that is not frozen."""
     paths: list[str] = []
+    if not any(head.embeds_images or head.pools_images for head in heads):
+        paths += ["encoder.image_pool"]
     if not any(head.embeds_images for head in heads):
-        paths += ["encoder.image_pool", "encoder.image_projection"]
+        paths += ["encoder.image_projection"]
     if not any(head.embeds_text for head in heads):
-        paths += ["encoder.text", "encoder.text_pool", "encoder.text_projection"]
+        read = any(head.reads_text for head in heads)
+        paths += ["encoder.text"] * (not read) + ["encoder.text_pool", "encoder.text_projection"]
     return paths
 
 
@@ -472,3 +481,9 @@ def _check_heads(heads: list[Head]) -> None:
             f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?); two heads of one "
             "class need a `name`"
         )
+    for head in heads:
+        if head.reads_embeddings and not any(other.embeds_images and other.embeds_text for other in heads):
+            raise ValueError(
+                f"heads.{head.name}.{head.reads_embeddings}: reads embeddings of images and texts, which no head "
+                "trains; expected heads.contrastive.Contrastive beside"
+            )
