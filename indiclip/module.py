@@ -24,6 +24,7 @@ from indiclip.head_schedule import idle_parameters, start_steps, unused_parts
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
 from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
+from indiclip.parameter_groups import parameter_groups
 from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
 from indiclip.task_weights import Fixed, TaskWeights, gradients_of
 from indiclip.types import Batch, Features, Origin
@@ -41,7 +42,7 @@ class MultiTask(L.LightningModule):
         head_overrides: In a config, arguments in place of those that `heads` has, for a page that stacks on another:
             `head_overrides+: [{head: contrastive, loss: sigmoid}]`. They are applied when the config is read.
         lr: Peak learning rate; None is the optimizer's own.
-        weight_decay: Of matrices and kernels, see `indiclip.optim.parameter_groups`; None is the optimizer's own.
+        weight_decay: Of matrices and kernels, see `indiclip.parameter_groups`; None is the optimizer's own.
         warmup_steps: Linear warm-up, then what `lr_schedule` says.
         optimizer: Any of torch's and timm's, e.g. `{class_path: timm.optim.Muon, init_args: {momentum: 0.95}}`. None is
             fused AdamW with lr 1e-3, betas (0.9, 0.98) and weight_decay 0.05.
@@ -345,7 +346,7 @@ class MultiTask(L.LightningModule):
         self._starts = start_steps(self.each_head(), self._num_steps)
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
-        groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
+        groups = parameter_groups(self, self.lr_scale, self.layer_decay)
         try:
             optimizer = self.optimizer(groups)
         except Exception as error:  # whatever an optimizer says of its options

@@ -72,7 +72,8 @@ ARROWS = {
     "json_lines.py": "masking",
     "old_names.py": "",
     "config_files.py": "names old_names",
-    "optim.py": "names steps",
+    "optim.py": "names steps parameter_groups",
+    "parameter_groups.py": "",
     "freezing.py": "names",
     "lora.py": "names",
     "images.py": "",
@@ -126,13 +127,13 @@ ARROWS = {
     "lightning_internals.py": "",
     "task_weights.py": "names types distributed autograd sharding",
     "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
-    " micro_batches ratios head_schedule module_checks",
+    " micro_batches ratios head_schedule module_checks parameter_groups",
     "head_schedule.py": "head steps task_weights",
     "module_checks.py": "encoder head task_weights",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
-    "planning": "task_weights types names steps images head losses optim loading ratios distributed",
+    "planning": "task_weights types names steps images head losses optim parameter_groups loading ratios distributed",
     "loading": "types names steps images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
