@@ -79,9 +79,9 @@ def test_no_tensor_is_larger_than_a_chunk_and_the_inputs():
 
 
 def test_what_stands_for_a_gpu_has_its_chunks():
-    """As a plan, which counts operators on the CPU: 400 x 50,000 logits come 20 rows at a time there, at once on a GPU."""
-    hidden_TD, table_VD = torch.zeros(400, 1, device="meta"), torch.zeros(50_000, 1, device="meta")
-    targets_T, weights_T = torch.zeros(400, dtype=torch.long, device="meta"), torch.zeros(400, device="meta")
+    """As in a plan, which counts operators on the CPU: 20 rows of 50,000 logits at a time there, all on a GPU."""
+    hidden_TD, table_VD = torch.zeros(400, 1), torch.zeros(50_000, 1)
+    targets_T, weights_T = torch.zeros(400, dtype=torch.long), torch.zeros(400)
     with Largest() as on_cpu, chunks_as_on("cpu"):
         chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T)
     with Largest() as on_gpu, chunks_as_on("cuda"):
