@@ -23,7 +23,7 @@ TINY = [
     *("--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--data.num_workers", "0"),
     *("--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1"),
 ]
-BATCHES = {16384: 8, 4096: 4, 1024: 4, 512: 4, 128: 4, 64: 3, 32: 2}  # in place of the page's
+BATCHES = {16384: 8, 4096: 4, 2048: 3, 1024: 4, 512: 4, 128: 4, 64: 3, 32: 2}  # in place of the page's
 NUMBERS = {"depth": 1, "channels": 8, "num_convs": 1, "out_channels": 8, "num_prototypes": 16, "count": 2}
 SMALLER = {
     "weight: 0.995": "weight: 0.5", "weight: 0.005": "weight: 0.5", "weight: 0.125": "weight: 0.5",
@@ -51,8 +51,8 @@ def data(tmp_path_factory):
     return india(tmp_path_factory.mktemp("india") / "data")
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("india_b16", (49, 196, 36)), ("india_l14", (64, 256, 49))])
-def test_every_stage_of_a_recipe_trains(name, tokens, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "tokens", "last"), [("india_b16", (49, 196, 36), 4), ("india_l14", (64, 256, 49), 3)])
+def test_every_stage_of_a_recipe_trains(name, tokens, last, data, tmp_path, monkeypatch):
     """Ten steps: six on few tokens, two at the full size and with body surfaces, two of self-distillation too; the
     shares are the page's own."""
     monkeypatch.setenv("INDICLIP_DATA", str(data))
@@ -71,7 +71,8 @@ def test_every_stage_of_a_recipe_trains(name, tokens, data, tmp_path, monkeypatc
     small, large, local = tokens
     first = ({"contrastive": 8, "detection": 2, "densepose": 2, "counting": 2}, {"": small})
     sizes = {"contrastive": 4, "detection": 4, "densepose": 2, "counting": 3}
-    second, third = (sizes, {"": large}), (sizes, {"": large, "global": large, "local": local})
+    second = (sizes, {"": large})
+    third = (sizes | {"contrastive": last}, {"": large, "global": large, "local": local})
     assert seen == [first] * 6 + [second] * 2 + [third] * 2
     history = [row for row in read_history(tmp_path / name) if "train/loss" in row]
     of_heads = [{key.split("/")[1] for key in row if key.startswith("train/")} - {"loss"} for row in history]
