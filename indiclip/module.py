@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -116,6 +117,7 @@ class MultiTask(L.LightningModule):
         self.head_losses: dict[str, Tensor] = {}
         self.head_terms: dict[str, list[Tensor]] = {}
         self._starts: dict[str, int] = {}  # head -> the step in which it begins, once the run's length is known
+        self._idle_tasks: frozenset[str] = frozenset()  # which have no batch in this step
         self.unused = _unused_parts(heads)
         self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
         freeze_paths(self, self.frozen)
@@ -212,22 +214,23 @@ class MultiTask(L.LightningModule):
         return cast(list[Head], list(self.heads.values()))
 
     def active_heads(self) -> list[Head]:
-        """Those that take part in this step, see `Head.start`."""
+        """Those that take part in this step: which have begun, see `Head.start`, and whose task has a batch."""
+        heads = [head for head in self.each_head() if head.task not in self._idle_tasks]
         if not any(self._starts.values()):
-            return self.each_head()
+            return heads
         step = batches_done(self.trainer)
-        return [head for head in self.each_head() if step >= self._starts.get(head.name, 0)]
+        return [head for head in heads if step >= self._starts.get(head.name, 0)]
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, batches: Batches, *_: Any) -> None:
+        self._idle_tasks = getattr(batches, "idle_tasks", frozenset())  # here, as DDP makes a plain copy on its way
         self._seed()
         for head in self.each_head():
             if batches_done(self.trainer) == self._starts[head.name]:
                 head.begin(self.encoder)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        for head in self._idle_heads():  # else weights would decay that nothing trains yet
-            for parameter in head.parameters():
-                parameter.grad = None
+        for parameter in self._idle_parameters():  # else weights would decay that nothing trains in this step
+            parameter.grad = None
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
@@ -245,9 +248,15 @@ class MultiTask(L.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
 
-    def _idle_heads(self) -> list[Head]:
+    def _idle_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of heads that take no part in this step, and of what only such heads use."""
         active = self.active_heads()
-        return [head for head in self.each_head() if head not in active]
+        for head in self.each_head():
+            if head not in active:
+                yield from head.parameters()
+                yield from self.task_weights.parameters_of(head.name)
+        for path in _unused_parts(active) if len(active) < len(self.heads) else []:
+            yield from self.get_submodule(path).parameters()
 
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         _count_in_float32()
@@ -267,7 +276,7 @@ class MultiTask(L.LightningModule):
             # Of the step alone: ranks draw alike.
             place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), "task weights")
             loss = self.task_weights.total(loss, gradients, watched, zlib.crc32(repr(place).encode()))
-        return loss + self._nothing_of_idle_heads()
+        return loss + self._nothing_of_idle_parameters()
 
     def on_after_backward(self) -> None:
         self.head_losses = {name: loss.detach() for name, loss in self.head_losses.items()}  # frees what made them
@@ -317,11 +326,11 @@ class MultiTask(L.LightningModule):
         self.head_terms = {name: [means[f"{name}/{term}"] for term in of.terms] for name, of in losses.items()}
         return total
 
-    def _nothing_of_idle_heads(self) -> Tensor | int:
-        """Zero, with a gradient for each of their weights, for which DDP waits."""
-        if rank_and_world()[1] == 1 or sharding.is_sharded(self):
+    def _nothing_of_idle_parameters(self) -> Tensor | int:
+        """Zero, with a gradient for each of them, for which DDP waits."""
+        if not (dist.is_available() and dist.is_initialized()) or sharding.is_sharded(self):
             return 0
-        return sum(p.sum() * 0 for head in self._idle_heads() for p in head.parameters() if p.requires_grad)
+        return sum(parameter.sum() * 0 for parameter in self._idle_parameters() if parameter.requires_grad)
 
     def _log_means(self, terms: dict[str, Tensor], logged: Values) -> dict[str, Tensor]:
         """Log `train/...`, means over the ranks: of the terms, which all have, and of what only some may have.

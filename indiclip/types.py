@@ -207,7 +207,13 @@ class Texts:
 
 
 class Step(dict[str, "Batch"]):
-    """The batches of a step, by task. Moves itself: only what holds tensors is looked at, not the lists beside them."""
+    """The batches of a step, by task. Moves itself: only what holds tensors is looked at, not the lists beside them.
+
+    Attributes:
+        idle_tasks: Those that are to have no batch in this step, see `indiclip.loading.source.Source`.
+    """
+
+    idle_tasks: frozenset[str] = frozenset()
 
     def to(self, device: torch.device | str) -> "Step":
         """On the device; from pinned memory without waiting for it."""
@@ -224,7 +230,9 @@ class Step(dict[str, "Batch"]):
                 return {name: moved(part) for name, part in value.items()}
             return move(value) if isinstance(value, Tensor | Rows) else value
 
-        return Step({task: moved(batch) for task, batch in self.items()})
+        step = Step({task: moved(batch) for task, batch in self.items()})
+        step.idle_tasks = self.idle_tasks
+        return step
 
 
 class Origin:

@@ -103,7 +103,7 @@ def _batches(data: Any, tokenizer: Any) -> Iterator[tuple[str, Batch]]:
     run_steps, step = settled(data.train)
     steps = Steps(data.train, data.seed, data.preprocessing, True, run_steps=run_steps, encode=tokenizer.encode)
     for task, plan in steps.plans.items():
-        read = (steps.read(task, ref, step) for ref in plan.batch(step)[:_SAMPLES])
+        read = (steps.read(task, ref, step) for ref in plan.batch(steps.batches_before(task, step))[:_SAMPLES])
         batch = collate([sample for sample in read if sample is not None])
         batch["origin"] = steps.origins[task]
         yield task, batch
