@@ -3,7 +3,7 @@
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
 from indiclip import optim, sharding
+from indiclip.backbone import Backbone
 from indiclip.distributed import gathered, rank_and_world, sum_over_ranks
 from indiclip.encoder import Encoder
 from indiclip.float8 import Recipe, convert_to_float8, share_scales
@@ -94,6 +95,7 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_heads(heads)
+        _check_blocks(heads, encoder.backbone)
         if head_overrides:
             raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
@@ -255,8 +257,11 @@ class MultiTask(L.LightningModule):
             if head not in active:
                 yield from head.parameters()
                 yield from self.task_weights.parameters_of(head.name)
-        for path in _unused_parts(active) if len(active) < len(self.heads) else []:
-            yield from self.get_submodule(path).parameters()
+        if len(active) < len(self.heads):
+            for path in _unused_parts(active):
+                yield from self.get_submodule(path).parameters()
+            for block in _unused_blocks(self.encoder.backbone, active):
+                yield from block.parameters()
 
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         _count_in_float32()
@@ -289,13 +294,15 @@ class MultiTask(L.LightningModule):
         """What each head makes of its batch."""
         features: dict[str, Features] = {}
         outputs: Outputs = {}
+        active = self.active_heads()
         with self.encoder.remembering():
-            for head in self.active_heads():
+            for head in active:
                 if (batch := batches.get(head.task)) is None:
                     continue
-                if head.task not in features:  # heads of one task share its features
-                    features[head.task] = self.encoder.features(batch["images"])
-                outputs[head.name] = head.loss(features[head.task], batch, self.encoder)
+                if head.name not in features:  # heads of one task share its features
+                    blocks = {other.name: other.block for other in active if other.task == head.task}
+                    features |= self.encoder.features_behind(batch["images"], blocks)
+                outputs[head.name] = head.loss(features[head.name], batch, self.encoder)
         return outputs
 
     def _outputs_of_part(self, number: int, batches: Batches) -> Outputs:
@@ -356,11 +363,11 @@ class MultiTask(L.LightningModule):
             if not batch["keys"]:  # none of its samples is readable
                 continue
             origin = batch.get("origin", Origin(key))
-            features = self.encoder.features(batch["images"])
-            for head in self.each_head():
-                if head.task == origin.task:
-                    name = f"{head.name}/{origin.source}" if origin.source else head.name
-                    yield name, head, head.predict(features, batch, self.encoder), features, batch
+            heads = [head for head in self.each_head() if head.task == origin.task]
+            of_heads = self.encoder.features_behind(batch["images"], {head.name: head.block for head in heads})
+            for head in heads:
+                name, features = f"{head.name}/{origin.source}" if origin.source else head.name, of_heads[head.name]
+                yield name, head, head.predict(features, batch, self.encoder), features, batch
 
     def on_validation_epoch_start(self) -> None:
         self._scored: dict[str, Metrics] = {}
@@ -469,6 +476,27 @@ def _unused_parts(heads: list[Head]) -> list[str]:
     if not any(head.embeds_text for head in heads):
         paths += ["encoder.text", "encoder.text_pool", "encoder.text_projection"]
     return paths
+
+
+def _unused_blocks(backbone: Backbone, heads: list[Head]) -> Sequence[nn.Module]:
+    """The last blocks of a backbone, behind all that heads read."""
+    if not backbone.blocks:
+        return ()
+    return backbone.blocks[max((backbone.block_number(head.block) for head in heads), default=-1) + 1 :]
+
+
+def _check_blocks(heads: list[Head], backbone: Backbone) -> None:
+    number = len(backbone.blocks)
+    for head in heads:
+        if head.block is not None and not -number <= head.block < number:
+            expected = f"{-number} to {number - 1}, of its {number} blocks" if number else "null, or a NaFlexViT"
+            kind = type(backbone).__name__
+            raise ValueError(f"heads.{head.name}.block: found {head.block} with a {kind}; expected {expected}")
+    if _unused_blocks(backbone, heads):
+        raise ValueError(
+            "model.heads: every head reads tokens before the backbone's last block, which nothing would train; "
+            "expected a head without `block`, or a lower model.encoder.backbone.depth"
+        )
 
 
 def _check_heads(heads: list[Head]) -> None:

@@ -9,7 +9,7 @@ Shape letters used in the whole project:
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast, get_type_hints
 
 import numpy as np
@@ -368,6 +368,7 @@ class Features:
         stride: Image pixels between neighbouring tokens.
         prefix_BKD: Class and register tokens, in this order; None where the backbone has none.
         rows_T: int64, which of the B * N places each of `tokens` has that come without padding.
+        after: Those behind the blocks of the backbone that were asked for, by number.
     """
 
     tokens: Tensor
@@ -377,6 +378,7 @@ class Features:
     stride: int
     prefix_BKD: Tensor | None = None
     rows_T: Tensor | None = None
+    after: dict[int, "Features"] = field(default_factory=dict)
 
     @property
     def tokens_BND(self) -> Tensor:

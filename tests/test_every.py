@@ -104,31 +104,30 @@ def test_a_head_learns_in_its_steps_alone_and_a_resumed_run_too(tmp_path):
     losses = [row["train/detection/box"] for row in rows]
     assert len({*losses}) == 3  # between its batches the last one's is said
     assert losses == [losses[i // 3 * 3] for i in range(7)]
-    for step in (2, 3):
-        at = tmp_path / "runs" / "experiment" / "checkpoints" / f"{step}.ckpt"
-        assert fit(tmp_path, tree, "--name", f"from{step}", "--ckpt_path", str(at)) == 0
-        resumed = checkpoint(tmp_path, 7, f"from{step}")["state_dict"]
-        assert all(torch.equal(value, resumed[name]) for name, value in states[-1].items())
+    at = tmp_path / "runs" / "experiment" / "checkpoints" / "2.ckpt"  # the next step has no batch either
+    assert fit(tmp_path, tree, "--name", "resumed", "--ckpt_path", str(at)) == 0
+    resumed = checkpoint(tmp_path, 7, "resumed")["state_dict"]
+    assert all(torch.equal(value, resumed[name]) for name, value in states[-1].items())
 
 
-@pytest.mark.parametrize("strategy", ["Uncertainty", "PCGrad", "sharded"])
-def test_two_ranks_are_one(tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("weighed", "micro_batches", "strategy"),
+    [("Uncertainty", 2, "ddp"), ("PCGrad", 1, "ddp"), ("Fixed", 2, sharded(1, 2))],
+    ids=["parts", "projected", "sharded"],
+)
+def test_two_ranks_are_one(tmp_path, weighed, micro_batches, strategy):
     """Contrastive rests in two of three steps, and with it the text tower and what weighs it."""
-    found = {}
-    for world, micro_batches in ((1, 1), (2, 1), (2, 2)):
-        tree = tree_of(3, steps=5, model__micro_batches=micro_batches)
+    found = []
+    for world in (1, 2):
+        tree = tree_of(3, steps=5, model__micro_batches=micro_batches if world == 2 else 1)
         tree["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
-        tree["model"]["lr"] = None
-        weighed = "PCGrad" if strategy == "PCGrad" else "Uncertainty"
-        tree["model"]["task_weights"] = {"class_path": f"indiclip.task_weights.{weighed}"}
+        tree["model"] |= {"lr": None, "task_weights": {"class_path": f"indiclip.task_weights.{weighed}"}}
         tree["trainer"]["callbacks"].append({"class_path": "trouble.Double"})
-        tree["trainer"]["strategy"] = sharded(1, 2) if strategy == "sharded" and world == 2 else "ddp"
-        done, folder = fitted(tmp_path / f"{world}-{micro_batches}", tree, world)
+        tree["trainer"]["strategy"] = strategy if world == 2 else "ddp"
+        done, folder = fitted(tmp_path / str(world), tree, world)
         assert done.returncode == 0, done.stderr[-3000:]
-        found[world, micro_batches] = weights(folder)
-    first = found.pop((1, 1))
-    for other in found.values():
-        assert largest_difference(first, other) < 1e-6
+        found.append(weights(folder))
+    assert largest_difference(*found) < 1e-6
 
 
 def planned(folder, tree, capsys):
@@ -144,21 +143,13 @@ def planned(folder, tree, capsys):
 def test_a_step_is_planned_at_its_mean_and_a_run_at_the_sum_of_its_steps(tmp_path, capsys, monkeypatch):
     """Of 7 steps 3 have the dense task: 0, 3 and 6. Memory is that of a step with all tasks."""
     monkeypatch.syspath_prepend(ROOT / "tools")
-    trees = (without_dense(), tree_of(1, dense=True), tree_of(3, dense=True))
-    (alone, _), (each, run_each), (third, run_third) = (planned(tmp_path, tree, capsys) for tree in trees)
-    dense = each["flops_per_step"] - alone["flops_per_step"]
-    assert third["flops_per_step"] == pytest.approx(alone["flops_per_step"] + dense / 3)
+    (each, run_each), (third, run_third) = (planned(tmp_path, tree_of(k, dense=True), capsys) for k in (1, 3))
+    dense = sum(sum(of.values()) for of in each["flops_per_gpu"]["scenes"].values())
+    assert third["flops_per_step"] == pytest.approx(each["flops_per_step"] - dense * 2 / 3)
     assert third["memory"] == each["memory"]
     assert third["batches"]["scenes"] == each["batches"]["scenes"] | {"every": 3}
     assert run_each.flops - run_third.flops == pytest.approx(4 * dense)
     assert run_third.stages == ((0, pytest.approx(run_third.flops / 7)),)
-
-
-def without_dense():
-    tree = tree_of(1)
-    tree["model"]["heads"].pop()
-    tree["data"]["train"].pop()
-    return tree
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,14 @@ class TaskFlops:
         per_comparison: Of contrastive losses, for a pair compared with a pair.
         reads_captions: Whether its heads embed the samples' captions.
         prompts: Of what else the text tower reads in a step.
+        image: Of the image tower, where its heads need less than all of it, see `Head.block`.
     """
 
     per_patch: float
     per_comparison: float
     reads_captions: bool
     prompts: float
+    image: TowerFlops | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class StepFlops:
     def _of_task(self, task: str, batch: Batch, world: int) -> float:
         of_task, patches, pairs = self.tasks[task], batch["images"]["num_patches"], len(batch["keys"])
         beside = of_task.per_patch * sum(patches) + of_task.per_comparison * pairs**2 * world + of_task.prompts
-        return beside + self.image.of(patches) + self.text.of(text_lengths(batch) if of_task.reads_captions else [])
+        image = of_task.image or self.image
+        return beside + image.of(patches) + self.text.of(text_lengths(batch) if of_task.reads_captions else [])
 
 
 def text_lengths(batch: Batch) -> list[int]:
@@ -114,25 +117,29 @@ def _task_flops(module: Any, batches: dict[str, Batch]) -> TaskFlops:
     counts = count_step(module, batches)[task]
     losses = {part for part in counts if part.endswith(" loss")}
     beside = sum(count.flops for part, count in counts.items() if part not in {IMAGE_TOWER, TEXT_TOWER, *losses})
-    embedding = [head for head in module.each_head() if head.task == task and head.embeds_text]
+    heads, backbone = [head for head in module.each_head() if head.task == task], module.encoder.backbone
+    deepest = max(backbone.block_number(head.block) for head in heads)
+    embedding = [head for head in heads if head.embeds_text]
     captioned = any("caption" in (*head.required_fields, *head.loss_fields) for head in embedding)
     return TaskFlops(
         per_patch=beside / sum(batch["images"]["num_patches"]),
         per_comparison=sum(counts[part].flops for part in losses) / len(batch["keys"]) ** 2,
         reads_captions=captioned,
         prompts=0.0 if captioned or TEXT_TOWER not in counts else counts[TEXT_TOWER].flops,
+        image=_image_tower(module.encoder, [deepest]) if deepest < len(backbone.blocks) - 1 else None,
     )
 
 
-def _image_tower(encoder: Any) -> TowerFlops:
-    backbone = encoder.backbone
+def _image_tower(encoder: Any, blocks: Sequence[int] = ()) -> TowerFlops:
+    """Of all blocks, or up to the last of some."""
+    backbone, some = encoder.backbone, [blocks] if blocks else []
 
     def images(patches: int) -> Any:
         pixels = np.zeros((backbone.patch_size, backbone.patch_size * patches, 3), np.uint8)
         return backbone.preprocessing.batch([pixels], max(patches, backbone.max_tokens))
 
     lengths = [1] if backbone.canvas_hw is not None else [1, 2, 4]
-    return _tower(backbone, {length: images(length) for length in lengths}, lambda of: backbone(of).tokens)
+    return _tower(backbone, {length: images(length) for length in lengths}, lambda of: backbone(of, *some).tokens)
 
 
 def _text_tower(encoder: Any) -> TowerFlops:
