@@ -1,5 +1,6 @@
 # make demo   set up, train all four tasks on generated scenes, write runs/quickstart/report.html
 # make test   set up, run the tests
+# make slow   the tests that `make test` leaves out: every method on the quickstart, killed and resumed
 # make oldest the same with the oldest torch that pyproject.toml allows
 # make lint   what CI checks besides the tests
 # make lock   renew requirements.lock
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test oldest lint lock clean
+.PHONY: demo test slow oldest lint lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -17,8 +18,13 @@ demo: $(VENV)/.installed
 
 # As many processes as cores, of one thread each: more threads than cores make all of them many times slower. Each
 # begins with whole files, so that what a file's tests share is made once, and takes from the others when it is done.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+slow: $(VENV)/.installed
+	$(PYTEST) -m slow $(ARGS)
 
 oldest:
 	$(PYTHON) -m venv $(VENV)-oldest

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,6 +48,17 @@ def sum_over_ranks(numbers: Tensor) -> Tensor:
     return total
 
 
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """Those of one rank after the other's, as many of each; gradients of every rank's loss reach the rank whose row it
+    is. A collective, in the backward pass too.
+    """
+    if rank_and_world()[1] == 1:
+        return rows
+    from torch.distributed.nn.functional import all_gather  # see `mean_over_ranks`
+
+    return torch.cat(all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+
+
 def mean_over_ranks(numbers: Tensor) -> Tensor:
     """Their mean; the gradients of every rank's loss reach every rank. A collective, in the backward pass too."""
     world = rank_and_world()[1]
@@ -55,3 +67,9 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_reduce  # takes a second to import, which only many ranks need
 
     return cast(Tensor, all_reduce(numbers)) / world  # type: ignore[no-untyped-call]
+
+
+def dealt_rows(rows: Tensor) -> Tensor:
+    """As `rows_of_all_ranks`, in the order in which a step's samples are dealt to the ranks."""
+    world = rank_and_world()[1]
+    return rows_of_all_ranks(rows).reshape(world, *rows.shape).transpose(0, 1).flatten(0, 1)

@@ -198,9 +198,9 @@ class Encoder(nn.Module):
             return self.backbone.pool(features)
         return cast(Tensor, self.image_pool(features.tokens_BND, features.valid_BN))
 
-    def project_image(self, pooled_BD: Tensor, length: int | None = None) -> Tensor:
+    def project_image(self, pooled_BD: Tensor, length: int | None = None, batch_statistics: bool = True) -> Tensor:
         """Unit-length image embeddings (B, length) of what `pool_features` gives."""
-        return self._cut(self.image_projection(self.image_pool.normalise(pooled_BD)), length)
+        return self._cut(self.image_projection(self.image_pool.normalise(pooled_BD, batch_statistics)), length)
 
     def embed_image(
         self,

@@ -150,7 +150,8 @@ class WholeBatch(NamedTuple):
 
     Attributes:
         function: Gives the losses of all rows. It may have parameters of its own.
-        rows: Its arguments: tensors and lists with a row per sample. Gradients go through those of floating point.
+        rows: Its arguments: tensors and lists with a row per sample, or with one for each micro-batch. Gradients go
+            through those of floating point. Rows that are longer in another micro-batch are filled with zeros.
     """
 
     function: Callable[..., Losses]
@@ -175,7 +176,7 @@ class Head(nn.Module, ABC):
         block: Behind which block of the backbone the tokens are that the head reads, as its number from 0 on or, below
             0, from the end: -1 is the last. The blocks behind it get no gradient of the head, and do not run on a batch
             that no other head reads further. The tokens are normalised as the backbone's output is, by its last norm
-            (as of DINOv2's `get_intermediate_layers`). None is the output. For heads that embed no images.
+            (as of DINOv2's `get_intermediate_layers`). None is the output. For heads with `needs_all_patches`.
 
     Attributes:
         title: What people call the task; empty is the head's name, as is that of a head with a name of its own.
@@ -189,8 +190,12 @@ class Head(nn.Module, ABC):
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
         mixes: Whether `loss` learns from images that are mixed of two, see `mix_share` in `Sample`.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
+        pools_images: Whether it calls `encoder.pool_features`, if not that.
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
+        reads_text: Whether `loss` runs the text tower, if only for its tokens.
+        reads_embeddings: The argument for which it reads embeddings of images and texts that another head trains; empty
+            where it reads none.
 
     Raises:
         ValueError: A name that cannot be part of a log's.
@@ -206,7 +211,10 @@ class Head(nn.Module, ABC):
     no_flip = ""
     mixes = False
     embeds_images = True
+    pools_images = False
     embeds_text = True
+    reads_text = False
+    reads_embeddings = ""
 
     def __init__(
         self,
@@ -227,11 +235,6 @@ class Head(nn.Module, ABC):
             expected = "letters, digits, _ and -, and no name of torch's ModuleDict"
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected {expected}")
         self.check_range(weight=weight, start=start)
-        if block is not None and self.embeds_images:
-            raise ValueError(
-                f"heads.{self.name}.block: found {block}; the head embeds images, which the backbone's output is for: "
-                "expected null"
-            )
 
     def check_range(self, *limits: float, **arguments: float) -> None:
         """Raise ValueError for the first that does not lie within the limits, naming it; see `names.check_range`."""
@@ -247,6 +250,17 @@ class Head(nn.Module, ABC):
         Raises:
             ValueError: What does not fit, naming the YAML key.
         """
+
+    def check_views(self, counts: Mapping[str, int]) -> None:
+        """Compare the head with a training source's views: name -> number of them for each image.
+
+        Raises:
+            ValueError: What does not fit, naming the YAML key.
+        """
+
+    def tower_copies(self) -> list[nn.Module]:
+        """Copies of the encoder's towers among the head's modules, which are compiled and sharded as those are."""
+        return []
 
     def begin(self, encoder: "Encoder") -> None:
         """Called once, before the head's first step: `start`, or the run's first. What it changes must be in the

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -152,7 +153,16 @@ def _merge(parts: list[Any]) -> Losses | WholeBatch:
 
 
 def _concatenated(pieces: tuple[Any, ...]) -> Any:
-    return torch.cat(pieces) if isinstance(pieces[0], Tensor) else [row for piece in pieces for row in piece]
+    """All rows; those of tensors are filled with zeros up to the longest, as patches and tokens are in a batch."""
+    if not isinstance(pieces[0], Tensor):
+        return [row for piece in pieces for row in piece]
+    longest = [max(sides) for sides in zip(*(piece.shape[1:] for piece in pieces), strict=True)]
+    return torch.cat([_filled(piece, longest) for piece in pieces])
+
+
+def _filled(piece: Tensor, shape: list[int]) -> Tensor:
+    missing = [side - own for side, own in zip(shape, piece.shape[1:], strict=True)]
+    return F.pad(piece, [n for side in reversed(missing) for n in (0, side)]) if any(missing) else piece
 
 
 def _set(buffers: list[Tensor], values: list[Tensor]) -> None:

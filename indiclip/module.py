@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
 from indiclip import optim, sharding
-from indiclip.backbone import Backbone
 from indiclip.distributed import gathered, rank_and_world, sum_over_ranks
 from indiclip.encoder import Encoder
 from indiclip.float8 import Recipe, convert_to_float8, share_scales
@@ -28,7 +27,7 @@ from indiclip.lightning_internals import batches_done, estimated_steps, gradient
 from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
 from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
-from indiclip.steps import first_step
+from indiclip.steps import start_step
 from indiclip.task_weights import Fixed, TaskWeights, gradients_of
 from indiclip.types import Batch, Features, Origin
 
@@ -95,7 +94,7 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         _check_heads(heads)
-        _check_blocks(heads, encoder.backbone)
+        _check_blocks(heads, encoder)
         if head_overrides:
             raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
@@ -200,16 +199,17 @@ class MultiTask(L.LightningModule):
 
     def configure_model(self) -> None:
         towers = [self.encoder.backbone, self.encoder.text]
+        copies = [tower for head in self.each_head() for tower in head.tower_copies()]
         if self.float8 and self.trainer.state.fn == "fit":  # else as it will be used
             device, gather_in_float8 = self.trainer.strategy.root_device, self.device_mesh is not None
             convert_to_float8(towers, self.float8, self.trainer.precision, device, gather_in_float8)
         if self.compiles:
-            sharding.compile_blocks(towers)
+            sharding.compile_blocks([*towers, *copies])
         if self.activation_checkpointing:
             sharding.checkpoint_activations(towers)
         if self.device_mesh is not None and not sharding.is_sharded(self):
             parts = [self.encoder, *self.heads.values()]
-            sharding.shard(self, towers, parts, self.device_mesh, self.trainer.precision)
+            sharding.shard(self, [*towers, *copies], parts, self.device_mesh, self.trainer.precision)
 
     def each_head(self) -> list[Head]:
         """The heads, typed."""
@@ -228,6 +228,7 @@ class MultiTask(L.LightningModule):
         self._seed()
         for head in self.each_head():
             if batches_done(self.trainer) == self._starts[head.name]:
+                sharding.reshard(self)
                 head.begin(self.encoder)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -237,6 +238,7 @@ class MultiTask(L.LightningModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
         progress = (batches_done(self.trainer) + 1) / self._num_steps
+        sharding.reshard(self)
         for head in self.active_heads():
             head.after_step(self.encoder, progress)
         if self.float8 == "tensorwise" and sharding.is_sharded(self):  # also for a validation before the next step
@@ -260,7 +262,7 @@ class MultiTask(L.LightningModule):
         if len(active) < len(self.heads):
             for path in _unused_parts(active):
                 yield from self.get_submodule(path).parameters()
-            for block in _unused_blocks(self.encoder.backbone, active):
+            for block in _unused_blocks(self.encoder, active):
                 yield from block.parameters()
 
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
@@ -403,6 +405,9 @@ class MultiTask(L.LightningModule):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         self._num_steps = int(steps)
         self._starts = {head.name: _start_step(head, self._num_steps) for head in self.each_head()}
+        if first := min(self._starts.values()):
+            name = min(self._starts, key=lambda name: self._starts[name])
+            raise ValueError(f"heads.{name}.start: no head begins before step {first}; expected one with start 0")
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
         groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
@@ -459,7 +464,7 @@ def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
 
 def _start_step(head: Head, num_steps: int) -> int:
     """The step in which a head begins."""
-    start = first_step(head.start, num_steps)
+    start = start_step(head.start, num_steps)
     if start >= num_steps:
         raise ValueError(
             f"heads.{head.name}.start: {head.start:g} is beyond the last of the run's {num_steps} steps; expected "
@@ -471,28 +476,37 @@ def _start_step(head: Head, num_steps: int) -> int:
 def _unused_parts(heads: list[Head]) -> list[str]:
     """What no head's loss uses: distributed training waits for a gradient of everything that is not frozen."""
     paths: list[str] = []
+    if not any(head.embeds_images or head.pools_images for head in heads):
+        paths += ["encoder.image_pool"]
     if not any(head.embeds_images for head in heads):
-        paths += ["encoder.image_pool", "encoder.image_projection"]
+        paths += ["encoder.image_projection"]
     if not any(head.embeds_text for head in heads):
-        paths += ["encoder.text", "encoder.text_pool", "encoder.text_projection"]
+        read = any(head.reads_text for head in heads)
+        paths += ["encoder.text"] * (not read) + ["encoder.text_pool", "encoder.text_projection"]
     return paths
 
 
-def _unused_blocks(backbone: Backbone, heads: list[Head]) -> Sequence[nn.Module]:
-    """The last blocks of a backbone, behind all that heads read."""
+def _unused_blocks(encoder: Encoder, heads: list[Head]) -> Sequence[nn.Module]:
+    """The last blocks of the backbone, behind all that heads read."""
+    backbone = encoder.backbone
     if not backbone.blocks:
         return ()
     return backbone.blocks[max((backbone.block_number(head.block) for head in heads), default=-1) + 1 :]
 
 
-def _check_blocks(heads: list[Head], backbone: Backbone) -> None:
-    number = len(backbone.blocks)
+def _check_blocks(heads: list[Head], encoder: Encoder) -> None:
+    number = len(encoder.backbone.blocks)
     for head in heads:
+        if head.block is not None and not head.needs_all_patches:
+            raise ValueError(
+                f"heads.{head.name}.block: found {head.block}, for heads that need all patches of an image, as for "
+                "boxes; expected null"
+            )
         if head.block is not None and not -number <= head.block < number:
             expected = f"{-number} to {number - 1}, of its {number} blocks" if number else "null, or a NaFlexViT"
-            kind = type(backbone).__name__
+            kind = type(encoder.backbone).__name__
             raise ValueError(f"heads.{head.name}.block: found {head.block} with a {kind}; expected {expected}")
-    if _unused_blocks(backbone, heads):
+    if _unused_blocks(encoder, heads):
         raise ValueError(
             "model.heads: every head reads tokens before the backbone's last block, which nothing would train; "
             "expected a head without `block`, or a lower model.encoder.backbone.depth"
@@ -509,3 +523,9 @@ def _check_heads(heads: list[Head]) -> None:
             f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?); two heads of one "
             "class need a `name`"
         )
+    for head in heads:
+        if head.reads_embeddings and not any(other.embeds_images and other.embeds_text for other in heads):
+            raise ValueError(
+                f"heads.{head.name}.{head.reads_embeddings}: reads embeddings of images and texts, which no head "
+                "trains; expected heads.contrastive.Contrastive beside"
+            )

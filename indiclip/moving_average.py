@@ -18,7 +18,8 @@ def update_averages(averages: Sequence[Tensor], values: Sequence[Tensor], decay:
         values: Of the same shapes and types.
         decay: Share of the old average, 0 to 1.
     """
-    torch._foreach_lerp_(list(averages), list(values), 1 - decay)
+    if averages:
+        torch._foreach_lerp_(list(averages), list(values), 1 - decay)
 
 
 def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:

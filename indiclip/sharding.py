@@ -176,6 +176,12 @@ def release(module: nn.Module) -> None:
         part.reshard()
 
 
+def reshard(module: nn.Module) -> None:
+    """Leave each rank its own shards alone, to read and write them. Without effect on a module that is not sharded."""
+    for part in _units(module) if is_sharded(module) else ():
+        part.reshard()
+
+
 def _units(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 

@@ -89,7 +89,10 @@ class TextTower(nn.Module):
             return packed_states(self.model, ids_BT, packing, cast(int, self._first_position))
         with _mask_unread() if padded and not torch.compiler.is_compiling() else nullcontext():
             out = self.model(input_ids=ids_BT, attention_mask=None if padded is False else valid_BT.long())
-        return cast(Tensor, out.last_hidden_state)
+        # A tensor of its own, as where texts are packed: shards gather weights as gradients reach what a part has
+        # given, and in the order of this and of the last layer the ranks must not differ.
+        states: Tensor = out.last_hidden_state
+        return states.view_as(states)
 
     def padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """`(ids_BT, valid_BT)` of what the tokenizer's `encode` gives."""

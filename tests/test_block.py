@@ -129,8 +129,8 @@ def test_what_cannot_be_is_one_line():
         MultiTask(plain, [Contrastive(), Detection(block=3, **options)])
     with pytest.raises(ValueError, match="heads.detection.block: found -1 with a TimmBackbone; expected null, or a Na"):
         MultiTask(other, [Contrastive(), Detection(block=-1, **options)])
-    with pytest.raises(ValueError, match="heads.contrastive.block: found -1; the head embeds images"):
-        Contrastive(block=-1)
+    with pytest.raises(ValueError, match="heads.contrastive.block: found -1, for heads that need all patches of an i"):
+        MultiTask(plain, [Contrastive(block=-1)])
     deep = Encoder(naflex(), TextTower(ByteTokenizer(), ARCHITECTURE), 32, (16,))
     with pytest.raises(ValueError, match="model.heads: every head reads tokens before the backbone's last block"):
         MultiTask(deep, [Detection(block=1, **options)])

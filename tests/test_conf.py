@@ -29,6 +29,7 @@ import train_tokenizer  # noqa: E402
 EXPERIMENTS = sorted((ROOT / "conf").glob("*.yaml"))
 NEEDS_DATA = {
     "cifar10": ["cifar10"],
+    "cifar10_mobileclip": ["cifar10"],
     "pictograms": ["emoji_multilingual"],
     "real_small": ["coco", "counting", "emoji_multilingual"],
     "shards": ["coco", "emoji_multilingual"],
@@ -177,29 +178,6 @@ def test_a_benchmark_is_added_by_a_second_config(tmp_path, monkeypatch):
     metrics = json.loads((tmp_path / "base" / "metrics.json").read_text())["metrics"]
     assert "eval/india/indian_colours_procedural/hi/acc1" in metrics
     assert json.loads((tmp_path / "base" / "bench" / "metrics.json").read_text())["about"]["step"] == 2
-
-
-@pytest.mark.parametrize("methods", [["lit", "ema"], ["lora", "layer_decay"]], ids=str)
-def test_methods_stack_by_name(methods, tmp_path, capsys):
-    """On any experiment, here two steps of a small one; together they are all that is shipped."""
-    files = {file.stem: file.read_text() for file in (ROOT / "conf" / "methods").glob("*.yaml")}
-    assert files.keys() == {"lit", "ema", "lora", "layer_decay"}
-    assert all(f"--config conf/methods/{name}.yaml" in page for name, page in files.items())
-    base = tmp_path / "base.yaml"
-    base.write_text(yaml.safe_dump(config()))
-    parts = [word for name in methods for word in ("--config", f"methods/{name}")]
-    assert run(["fit", "--config", str(base), *parts, "--runs", str(tmp_path), *SHORT]) == 0
-    out = capsys.readouterr().out
-    saved = torch.load(tmp_path / "base" / "checkpoints" / "last.ckpt", weights_only=True)
-    rates = {group["lr_scale"] for group in saved["optimizer_states"][0]["param_groups"]}
-    if "lit" in methods:
-        assert "frozen: encoder.backbone, encoder.image_pool.pool; " in out
-        assert saved["averages"]["num_updates"] == 1
-        assert not any(name.startswith("encoder.backbone.") for name in saved["averages"]["state_dict"])
-        assert rates == {1.0}
-    else:
-        assert saved["encoder"]["lora"]["r"] == 8
-        assert rates == {1.0, 0.75}  # adapters of the only block
 
 
 CLUSTERS = sorted((ROOT / "conf" / "cluster").glob("*.yaml"))

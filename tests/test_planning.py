@@ -71,6 +71,18 @@ def test_parts_by_hand():
     assert counts[IMAGE_TOWER].flops > counts[TEXT_TOWER].flops
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_convolutions_in_groups_by_hand(groups):
+    """Each output reads 8 / groups channels of 3 x 3 pixels; the gradients are as many products each as forward."""
+    conv = nn.Conv2d(8, 16, 3, padding=1, groups=groups, bias=False)
+    image = torch.randn(2, 8, 5, 5, requires_grad=True)
+    with OperatorCounter(conv, "conv") as counter:
+        conv(image).sum().backward()
+    forward = 2 * 2 * 16 * 5 * 5 * (8 // groups) * 9
+    count = counter.counts()["conv"]
+    assert (count.forward, count.backward) == (forward, 2 * forward)
+
+
 def test_a_frozen_tower_has_no_backward_pass():
     batch = {"contrastive": caption_batch(["a", "b"])}
     frozen = count_step(tiny_model(freeze=["image"]), batch)["contrastive"][IMAGE_TOWER]

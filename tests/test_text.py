@@ -42,6 +42,21 @@ def test_padding_does_not_change_a_text():
     torch.testing.assert_close(beside[0, :6], alone[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("texts", [["a", "a" * 30], ["ab", "ba"]], ids=["packed", "padded"])
+def test_states_are_no_tensor_of_the_last_layer(texts):
+    """Shards gather a tower's weights before those of its layer as gradients reach it, whatever texts a rank has."""
+    tower, given = TextTower(ByteTokenizer(), ARCHITECTURE), []
+    tower.model.encoder.layer[-1].register_forward_hook(lambda _, __, output: given.append(output))
+    rows = tower.tokenizer.encode(texts)
+    states = tower(*tower.padded(rows), [len(row) for row in rows])
+    order = []
+    states.register_hook(lambda _: order.append("tower"))
+    output = given[0] if isinstance(given[0], torch.Tensor) else given[0][0]
+    output.register_hook(lambda _: order.append("layer"))
+    states.sum().backward()
+    assert order == ["tower", "layer"]
+
+
 @pytest.fixture
 def tokenizer_file(tmp_path):
     vocabulary = {"<pad>": 0, "<unk>": 1, "a": 2, "red": 3, "kite": 4}

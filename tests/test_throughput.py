@@ -9,12 +9,15 @@ from processes import two_ranks
 from test_watchdog import Then
 from test_watchdog import fit as fit_module
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 from heads.contrastive import Contrastive
 from heads.detection import Detection
+from heads.self_distillation import SelfDistillation
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
+from indiclip.loading.views import View
 from indiclip.module import MultiTask
 from indiclip.planning.hardware import installed
 from indiclip.planning.step_flops import StepFlops, TaskFlops, TowerFlops, step_flops, text_lengths
@@ -96,6 +99,25 @@ def test_flops_of_any_step_are_those_of_the_real_one(frozen):
         with FlopCounterMode(display=False) as counter:
             module.training_step(step, 0).backward()
         assert rates.of(step) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_views_and_teachers_cost_from_the_step_on_in_which_their_head_begins():
+    """The oracle is torch's FlopCounterMode, with the head and without it."""
+    module, data = steps([32, 48])
+    flip = v2.RandomHorizontalFlip()
+    data.train[0].views = [View("global", 2, [flip], max_tokens=64), View("local", 3, [flip], max_tokens=9)]
+    options = {"hidden_dim": 16, "bottleneck_dim": 8, "num_prototypes": 12, "mask_ratio": (0.25, 0.25)}
+    late = SelfDistillation(task="contrastive", start=0.5, **options)
+    module = MultiTask(module.encoder, [*module.each_head(), late])
+    module.log = module.log_dict = lambda *_, **__: None
+    rates = step_flops(module, data)
+    step = data.steps(data.train, train=True)[0]
+    for idle in ([], ["self_distillation"]):
+        if idle:
+            del module.heads["self_distillation"]
+        with FlopCounterMode(display=False) as counter:
+            module.training_step(step, 0).backward()
+        assert rates.of(step, idle=idle) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_a_tower_is_a_polynomial_of_its_tokens():

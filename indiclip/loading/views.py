@@ -11,7 +11,7 @@ from indiclip.loading.collate import Prepared
 from indiclip.loading.transforms import Transform
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, read_upright
-from indiclip.steps import first_step
+from indiclip.steps import start_step
 from indiclip.types import Sample
 
 
@@ -61,7 +61,7 @@ def make_views(
     Raises:
         UnreadableSample: The image cannot be decoded.
     """
-    begun = [view for view in views if step >= first_step(view.start, run_steps)]
+    begun = [view for view in views if step >= start_step(view.start, run_steps)]
     if not begun:
         return {}
     pixels_HW3 = read_upright(sample["image"]).permute(1, 2, 0).numpy()  # decoded once for all

@@ -39,6 +39,20 @@ flop_registry.setdefault(
 )
 
 
+def _convolution_backward(*args: Any, out_val: Any) -> float:
+    """FLOPs of a convolution's gradients: of the input and of the weight as many as forward.
+
+    torch's formula counts the weight's as if each group read all channels: in depthwise ones of C, C times.
+    """
+    formula = flop_registry[_aten.convolution_backward]
+    *others, groups, (of_input, of_weight, _) = args
+    flops_input, flops_weight = (
+        formula(*others, groups, mask, out_val=out_val)
+        for mask in ((of_input, False, False), (False, of_weight, False))
+    )
+    return float(flops_input + flops_weight / groups)
+
+
 @dataclass(frozen=True)
 class Count:
     """What is done for one part of a step.
@@ -260,7 +274,8 @@ class OperatorCounter(TorchDispatchMode):
         if name in _EXPONENTIAL:
             sums["exponentials"] += sum(value.numel() for value in tree_iter(out) if isinstance(value, Tensor))
         packet = _OUT_OF_PLACE.get(func._overloadpacket, func._overloadpacket)
-        if (formula := flop_registry.get(packet)) is not None:
+        formula = _convolution_backward if packet is _aten.convolution_backward else flop_registry.get(packet)
+        if formula is not None:
             flops = formula(*args, **kwargs, out_val=out)
             sums["forward" if node is None else "backward"] += flops
             sums["attention"] += flops if "attention" in name else 0

@@ -151,6 +151,7 @@ def _check_views(key: str, source: Source, head: Head, trains: bool) -> None:
                 f"{key}.views: {name!r} has start {starts[name]:g}; expected heads.{head.name}.start {head.start:g}, "
                 "whose head reads it, or 0"
             )
+    head.check_views({view.name: view.count for view in source.views})
 
 
 def _check_mix(key: str, source: Source, head: Head, trains: bool) -> None:

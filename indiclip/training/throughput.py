@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -150,18 +150,20 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batches, batch_idx: int
     ) -> None:
-        self.meter.step_ends(self._work(batch, trainer.world_size))
+        assert isinstance(pl_module, MultiTask)
+        idle = [head.name for head in pl_module.each_head() if head.name not in pl_module.head_losses]
+        self.meter.step_ends(self._work(batch, trainer.world_size, idle))
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0 and (rates := self.meter.rates()) is not None:
             ranks = gathered((rates, peak_memory(pl_module.device)))
             pl_module.log_dict(self._over_ranks(ranks), batch_size=1)
 
-    def _work(self, batches: Batches, world: int) -> Work:
-        """From what the loader gives on the host."""
+    def _work(self, batches: Batches, world: int, idle: Sequence[str]) -> Work:
+        """From what the loader gives on the host, and the heads that have not begun."""
         patches = sum(sum(batch["images"]["num_patches"]) for batch in batches.values())
         texts = sum(sum(text_lengths(batch)) for task, batch in batches.items() if task in self._captioned)
         samples = sum(len(batch["keys"]) for batch in batches.values())
-        return Work(samples, patches + texts, self._flops.of(batches, world) if self._flops else 0.0)
+        return Work(samples, patches + texts, self._flops.of(batches, world, idle) if self._flops else 0.0)
 
     def _over_ranks(self, ranks: list[tuple[Rates, float]]) -> dict[str, float]:
         rates = [rate for rate, _ in ranks]

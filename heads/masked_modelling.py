@@ -1,0 +1,361 @@
+"""Masked modelling and matching (FLAVA): hidden patches and tokens are guessed, and pairs told from what is no pair.
+
+Singh et al., "FLAVA: A Foundational Language And Vision Alignment Model", CVPR 2022, arXiv:2112.04482, section 3.2. Its
+sixth loss, global contrastive, is the head `heads.contrastive`, beside which this one stands.
+
+Shape letters: see `indiclip.types`; K hidden patches or tokens of all samples, W width of the multimodal encoder, L
+losses, R micro-batches.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from indiclip.head import Datasets, Frame, Head, Losses, Measure, Panel, Picture, Prediction, Ratio, WholeBatch, plain
+from indiclip.losses import caption_ids
+from indiclip.masked_metric import MaskedMetric
+from indiclip.masked_towers import Masked, MaskedImageTower, MaskedTextTower, tokens_of
+from indiclip.mismatched_pairs import Keys, half_a_batch_on, hard_texts, tokens_of_all_ranks
+from indiclip.multimodal_encoder import MultimodalEncoder, Tokens, matching_head, prediction_head
+from indiclip.names import check_choice
+from indiclip.patch_codebook import Codebook, PatchCodebook
+from indiclip.types import Batch, Features, Texts, in_float32, moved, on_device, random_seeds
+
+if TYPE_CHECKING:
+    from indiclip.datasets.base import SampleDataset
+    from indiclip.encoder import Encoder
+
+_WORDS = {
+    "mim": "hidden patches",
+    "mmm_image": "hidden patches, with the text",
+    "mlm": "hidden tokens",
+    "mmm_text": "hidden tokens, with the image",
+}
+LOSSES = (*_WORDS, "itm")
+_OF_TWO = {"mmm_image", "mmm_text", "itm"}  # which read image and text together
+_OF_PATCHES = {"mim", "mmm_image"}
+_BETA = 2.0  # of the smooth L1 loss on a teacher's vectors: data2vec (arXiv:2202.03555), section 4.1
+
+
+class MaskedModelling(Head):
+    """Losses of masked inputs, each a mean over the hidden patches or tokens, or pairs, of the whole step.
+
+    `mim`: hidden patches from the image tower; `mlm`: hidden tokens from the text tower; `mmm_image` and `mmm_text`:
+    both from a shallow encoder over both towers' tokens; `itm`: whether image and text are a pair, from its class
+    token, for each pair and as many others. An image's other text is that half a batch further on; it counts where it
+    has another caption and class.
+
+    Masked images and texts are one more pass through the towers. Without another head of the same task, that of the
+    whole images, which every step makes, is of no use.
+
+    Args:
+        losses: Their weights by name; None is all of them, each with weight 1 as FLAVA has it.
+        targets: What `mim` and `mmm_image` guess: `codebook`, which of a k-means codebook's patches is nearest; or
+            `teacher`, the vectors that an average of the image tower makes of the whole image.
+        codebook: Of `targets: codebook`. It begins with patches of the first step, whose image losses are 0.
+        teacher_decay: Of `targets: teacher`: share of the old average in a step.
+        image_ratio: Share of an image's patches that are hidden, in blocks. FLAVA hides 75 of 196.
+        text_ratio: Share of a text's tokens that are hidden: BERT's, without its random words.
+        width: Of the encoder over both towers.
+        depth: Its layers.
+        num_heads: Of its attention.
+        hard_negatives: Draw an image's other text from all of the step, the more often the more similar they are (Li et
+            al., ALBEF, NeurIPS 2021, arXiv:2107.07651, section 3.2, in this direction alone). Needs a head that trains
+            embeddings; ranks exchange the tokens of all texts.
+        **common: Of every `Head`.
+
+    Raises:
+        ValueError: An unknown loss, or a number out of its range.
+    """
+
+    title = "Masked modelling"
+    metric: MaskedMetric
+    images: MaskedImageTower | None
+    texts: MaskedTextTower | None
+    multimodal: MultimodalEncoder | None
+    matching: nn.Module | None
+    needs_all_patches = embeds_images = embeds_text = False
+
+    def __init__(
+        self,
+        losses: dict[str, float] | None = None,
+        targets: Literal["codebook", "teacher"] = "codebook",
+        codebook: Codebook | None = None,
+        teacher_decay: float = 0.996,
+        image_ratio: float = 0.4,
+        text_ratio: float = 0.15,
+        width: int = 256,
+        depth: int = 2,
+        num_heads: int = 4,
+        hard_negatives: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.losses = dict.fromkeys(LOSSES, 1.0) if losses is None else dict(losses)
+        for name, weight in self.losses.items():
+            check_choice(f"heads.{self.name}.losses", name, LOSSES)
+            self.check_range(0, 1e9, 0, **{f"losses.{name}": weight})
+        check_choice(f"heads.{self.name}.targets", targets, ("codebook", "teacher"))
+        self.check_range(0, 1, 0, image_ratio=image_ratio, text_ratio=text_ratio)
+        self.check_range(0, 1, teacher_decay=teacher_decay)
+        self.check_range(1, width=width, depth=depth, num_heads=num_heads)
+        if not self.losses:
+            raise ValueError(f"heads.{self.name}.losses: found none; expected some of {', '.join(LOSSES)}")
+        if width % num_heads:
+            raise ValueError(f"heads.{self.name}.num_heads: {num_heads} does not divide the width {width}")
+        if hard_negatives and "itm" not in self.losses:
+            raise ValueError(f"heads.{self.name}.hard_negatives: found true without itm among the losses")
+        self.targets, self.options, self.teacher_decay = targets, codebook or Codebook(), teacher_decay
+        self.image_ratio, self.text_ratio, self.hard_negatives = image_ratio, text_ratio, hard_negatives
+        self.width, self.depth, self.num_heads = width, depth, num_heads
+        self.of_two = not _OF_TWO.isdisjoint(self.losses)
+        self.reads_images, self.reads_text = self.of_two or "mim" in self.losses, self.of_two or "mlm" in self.losses
+        self.required_fields = ("caption",) if self.reads_text else ()
+        self.reads_embeddings = "hard_negatives" if hard_negatives else ""
+
+    def bind(self, encoder: "Encoder") -> None:
+        backbone, text = encoder.backbone, encoder.text
+        if backbone.stride != backbone.patch_size and self.reads_images:
+            raise ValueError(
+                f"heads.{self.name}: the backbone's tokens are {backbone.stride} pixels apart and its patches have "
+                f"{backbone.patch_size}; expected as many, so that each token is of one patch"
+            )
+        answers = self.options.size if self.targets == "codebook" else backbone.width
+        of_image = {"mim": backbone.width, "mmm_image": self.width}
+        of_text = {"mlm": text.width, "mmm_text": self.width}
+        sizes = {name: (width, answers) for name, width in of_image.items()}
+        sizes |= {name: (width, text.tokenizer.vocab_size) for name, width in of_text.items()}
+        self.predictors = nn.ModuleDict({name: prediction_head(*sizes[name]) for name in self.losses if name in sizes})
+        self.images = self.texts = self.multimodal = self.matching = None
+        if self.reads_images:
+            self.images = MaskedImageTower(backbone, self.image_ratio, self._image_targets(encoder))
+        if self.reads_text:
+            self.texts = MaskedTextTower(text, self.text_ratio)
+        if self.of_two:
+            self.multimodal = MultimodalEncoder(backbone.width, text.width, self.width, self.depth, self.num_heads)
+        if "itm" in self.losses:
+            self.matching = matching_head(self.width)
+        self.metric = MaskedMetric()
+
+    def _image_targets(self, encoder: "Encoder") -> PatchCodebook | str | None:
+        if _OF_PATCHES.isdisjoint(self.losses):
+            return None
+        if self.targets == "teacher":
+            return self.targets
+        backbone, key = encoder.backbone, f"heads.{self.name}.codebook"
+        return PatchCodebook(self.options, backbone.mean_P, backbone.std_P, key)
+
+    @property
+    def codebook(self) -> PatchCodebook | None:
+        return self.images.codebook if self.images is not None else None
+
+    def check(self, train: Datasets, held_out: Datasets) -> None:
+        for key, dataset in {**train, **held_out}.items():
+            if self.reads_text and not dataset.captioned:
+                raise ValueError(
+                    f"heads.{self.name}.task: {key}: {type(dataset).__name__} for task {self.task!r} has images "
+                    "without a caption; `captioned: true` leaves them out, and losses: {mim: 1.0} reads none"
+                )
+
+    def tower_copies(self) -> list[nn.Module]:
+        return [self.images.teacher] if self.images is not None and self.images.teacher is not None else []
+
+    def begin(self, encoder: "Encoder") -> None:
+        if self.images is not None:
+            self.images.follow(encoder.backbone, 0.0)
+
+    def after_step(self, encoder: "Encoder", progress: float) -> None:
+        if self.codebook is not None:
+            self.codebook.update(progress)
+        if self.images is not None:
+            self.images.follow(encoder.backbone, self.teacher_decay)
+
+    def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
+        captions = self.target(batch, "caption") if self.reads_text else None
+        found, pairs = self._read(batch, captions, encoder)
+        sums = {name: self._sum(name, guess, of) for name, (guess, of) in found.items()}
+        numbers = {name: float(sum(of.counts)) for name, (_, of) in found.items()}
+        rows: dict[str, Tensor] = {}
+        for _, of in found.values():
+            rows |= of.statistics
+        if pairs is not None and self.matching is not None:
+            class_BW, image, text = pairs
+            matching_B = torch.ones(len(class_BW), dtype=torch.long, device=class_BW.device)
+            sums["itm"] = _cross_entropies(self.matching(class_BW), matching_B).sum()
+            numbers["itm"] = float(len(class_BW))
+            names = ("image_BNW", "image_valid_BN", "text_BTW", "text_valid_BT")
+            rows |= zip(names, (*image, *text), strict=True)
+            rows |= self._keys(features, batch, captions, encoder)
+        rows["sums_RL"] = torch.stack([sums[name] for name in self.losses])[None]
+        rows["numbers_RL"] = on_device([[numbers[name] for name in self.losses]], features.tokens.device)
+        return WholeBatch(partial(self.losses_of_rows, encoder, tuple(rows)), tuple(rows.values()))
+
+    def losses_of_rows(self, encoder: "Encoder", names: Sequence[str], *values: Tensor) -> Losses:
+        """The losses of all of this rank's micro-batches; lets the codebook see its patches."""
+        rows = dict(zip(names, values, strict=True))
+        sums_L, numbers_L = rows["sums_RL"].sum(0), rows["numbers_RL"].sum(0)
+        sums = {name: Ratio(sums_L[i], numbers_L[i]) for i, name in enumerate(self.losses)}
+        logged: dict[str, Tensor] = {}
+        if self.codebook is not None:
+            self.codebook.see(rows["sums_RCQ"], rows["candidates_BJP"])
+            share_C = F.normalize(rows["sums_RCQ"].detach().sum(0)[:, -1], p=1, dim=0)
+            logged["code_perplexity"] = torch.special.entr(share_C).sum().exp()
+        if "itm" in sums:
+            wrong, number = self._mismatches(encoder, rows)
+            sums["itm"] = Ratio(sums["itm"].total + wrong, sums["itm"].number + number)
+        return Losses({name: Ratio(self.losses[name] * of.total, of.number) for name, of in sums.items()}, logged)
+
+    def _read(
+        self, batch: Batch, captions: Texts | Sequence[str] | None, encoder: "Encoder"
+    ) -> tuple[dict[str, tuple[Tensor, Masked]], tuple[Tensor, Tokens, Tokens] | None]:
+        """Read masked images, and texts where there are captions.
+
+        Returns:
+            The guesses of each masked loss, with what they are of; and of the pairs the class token's vector, and the
+            tokens as the multimodal encoder takes them.
+        """
+        seeds = random_seeds(batch)
+        vectors: dict[str, tuple[Tensor, Masked]] = {}
+        image = text = pairs = None
+        if self.images is not None:
+            image = self.images(batch["images"], seeds, encoder.backbone)
+            vectors["mim"] = image.tokens.tokens_BNW, image
+        if self.texts is not None and captions is not None:
+            text = self.texts(captions, seeds, encoder.text)
+            vectors["mlm"] = text.tokens.tokens_BNW, text
+        if image is not None and text is not None and self.multimodal is not None:
+            both = self.multimodal.projected(image.tokens, text.tokens)
+            class_BW, image_BNW, text_BTW = self.multimodal(*both)
+            vectors |= {"mmm_image": (image_BNW, image), "mmm_text": (text_BTW, text)}
+            pairs = (class_BW, *both)
+        found = {}
+        for name, predictor in self.predictors.items():
+            if name in vectors:
+                tokens_BND, of = vectors[name]
+                found[name] = predictor(tokens_BND.flatten(0, 1).index_select(0, of.places_K)), of
+        return found, pairs
+
+    def _sum(self, name: str, guess: Tensor, of: Masked) -> Tensor:
+        """The sum of the losses of all that was hidden."""
+        if of.targets.is_floating_point():
+            errors_KD = F.smooth_l1_loss(in_float32(guess), of.targets, reduction="none", beta=_BETA)
+            return errors_KD.mean(1).sum()
+        total = _cross_entropies(guess, of.targets).sum()
+        return total * self.codebook.is_learned if self.codebook is not None and name in _OF_PATCHES else total
+
+    def _keys(self, features: Features, batch: Batch, captions: Any, encoder: "Encoder") -> dict[str, Tensor]:
+        """What decides which texts an image is told apart from, a row for each pair."""
+        device = features.tokens.device
+        none_B = torch.full((len(batch["keys"]),), -1, device=device)
+        rows = {"ids_B": caption_ids([*captions]).to(device, non_blocking=True)}
+        rows["labels_B"] = batch["targets"].get("label", none_B)
+        if self.hard_negatives:
+            rows["image_BD"] = encoder.pool_features(features).detach()
+            rows["text_BD"] = encoder.pool_text(captions).detach()
+            draws = [np.random.default_rng([seed, 4]).random() for seed in random_seeds(batch)]
+            rows["draws_B"] = moved(np.array(draws), device)
+        return rows
+
+    def _mismatches(self, encoder: "Encoder", rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of images with texts that are not theirs, and their number."""
+        assert self.multimodal is not None
+        assert self.matching is not None
+        text, keys = Tokens(rows["text_BTW"], rows["text_valid_BT"]), Keys(rows["ids_B"], rows["labels_B"])
+        if self.hard_negatives:
+            # By running statistics: what is trained changes those of batch norm once in a step.
+            image_BE = encoder.project_image(rows["image_BD"], batch_statistics=False)
+            text_BE = encoder.project_text(rows["text_BD"], batch_statistics=False)
+            index_B, apart_B = hard_texts(image_BE, text_BE, keys, rows["draws_B"])
+            everyone = tokens_of_all_ranks(text, encoder.text.tokenizer.context_length)
+            other = Tokens(*(of.index_select(0, index_B) for of in everyone))
+        else:
+            other = Tokens(*map(half_a_batch_on, text))
+            apart_B = keys.apart(Keys(*map(half_a_batch_on, keys)))
+        class_BW, _, _ = self.multimodal(Tokens(rows["image_BNW"], rows["image_valid_BN"]), other)
+        losses_B = _cross_entropies(self.matching(class_BW), torch.zeros_like(keys.ids_B))
+        return torch.where(apart_B, losses_B, 0).sum(), apart_B.sum()
+
+    def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
+        """For each masked loss `<loss>`, what was guessed and what is true: (2, K), or (2, K, D). `hidden`: which
+        patches were.
+
+        With `itm`, `match` and `mismatch`: the probabilities that the image's caption, with nothing hidden, is its own,
+        and that the next image's is (None where the two are the same).
+        """
+        captions = batch["targets"].get("caption", [None] * len(batch["keys"]))
+        known = captions if all(caption is not None for caption in captions) else None
+        found, _ = self._read(batch, known, encoder)
+        predictions: list[Prediction] = [{} for _ in captions]
+        for name, (guess, of) in found.items():
+            vectors = of.targets.is_floating_point()
+            both = torch.stack([in_float32(guess) if vectors else guess.argmax(1), of.targets])
+            for prediction, part, hidden in zip(predictions, torch.split(both, of.counts, 1), of.hidden, strict=True):
+                prediction[name] = part
+                if name in _OF_PATCHES:
+                    prediction["hidden"] = hidden.tolist()
+        if self.matching is not None and known is not None:
+            own, following = self._match(features, known, encoder), self._match(features, known, encoder, 1)
+            nexts = [*known[1:], *known[:1]]
+            for i, prediction in enumerate(predictions):
+                prediction["match"] = own[i]
+                prediction["mismatch"] = following[i] if nexts[i] != known[i] else None
+        return predictions
+
+    def _match(self, features: Features, captions: list[str], encoder: "Encoder", shift: int = 0) -> list[float]:
+        """The probability that the caption of the image `shift` further on belongs to each image."""
+        assert self.multimodal is not None
+        assert self.matching is not None
+        ids_BT, valid_BT = encoder.tokenize([*captions[shift:], *captions[:shift]])
+        text = Tokens(encoder.text(ids_BT, valid_BT), valid_BT)
+        class_BW, _, _ = self.multimodal(*self.multimodal.projected(tokens_of(features), text))
+        return in_float32(self.matching(class_BW)).softmax(1)[:, 1].tolist()
+
+    def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
+        """`match`, see `predict`."""
+        return {name: plain(prediction[name]) for name in ("match",) if name in prediction}
+
+    def update_metric(self, predictions: list[Prediction], features: Features, batch: Batch) -> None:
+        for prediction in predictions:
+            for name in self.predictors.keys() & prediction.keys():
+                self.metric.update(name, *prediction[name])
+            for name, answer in (("match", 1), ("mismatch", 0)):
+                if prediction.get(name) is not None:
+                    told = torch.tensor([prediction[name] > 0.5])
+                    self.metric.update("itm", told, torch.tensor([answer]))
+
+    def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
+        found = {}
+        if "itm" in self.losses:
+            pair = "image and text told to be a pair or not"
+            found["itm_accuracy"] = Measure(pair, "higher", trivial=0.5, answer="always a pair", main=True)
+            found["itm_most_frequent"] = Measure(f"{pair}: always the more frequent answer")
+        for name in self.predictors:
+            words = _WORDS[name]
+            found[f"{name}_accuracy"] = Measure(f"{words} guessed", "higher", main=True)
+            found[f"{name}_most_frequent"] = Measure(f"{words}: always the most frequent answer")
+            found[f"{name}_explained"] = Measure(f"{words}: share of the teacher's vectors explained", "higher")
+        return found
+
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
+        """The image, what was hidden of it, and the codebook's patches that were guessed."""
+        text = f"its caption belongs to it: {prediction['match']:.0%}" if "match" in prediction else ""
+        name = next((name for name in ("mmm_image", "mim") if name in prediction), None)
+        if name is None or self.codebook is None:
+            return image_HW3, text
+        patches = self.codebook.pixels(prediction[name][0].to(self.codebook.sums_CP.device)).cpu().numpy()
+        side = round((patches.shape[1] / 3) ** 0.5)
+        hidden_HW3, guessed_HW3 = image_HW3.copy(), image_HW3.copy()
+        for place, patch_P in zip(prediction["hidden"], patches, strict=True):
+            row, column = divmod(place, image_HW3.shape[1] // side)
+            cell = np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            hidden_HW3[cell], guessed_HW3[cell] = 127, patch_P.reshape(side, side, 3)
+        return [Panel(image_HW3, "image"), Panel(hidden_HW3, "hidden"), Panel(guessed_HW3, "guessed")], text
+
+
+def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(in_float32(logits), targets, reduction="none")

@@ -1,0 +1,129 @@
+"""Which tokens of an image are hidden from a model that is to predict them; any grid, a function of a seed.
+
+Shape letters: H W rows and columns of tokens, R tokens that a loss is of; B N as in `indiclip.types`.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+MaskKind = Literal["block", "random"]
+Grid = tuple[int, int]
+
+_MIN_BLOCK = 4  # tokens of a rectangle, and its least aspect: of iBOT (arXiv:2111.07832), which takes BEiT's masks
+_MIN_ASPECT = 0.3
+_ATTEMPTS = 100
+
+
+def masks_of(
+    seeds: Sequence[int], grids: Sequence[Grid], share: float, ratio: tuple[float, float], kind: MaskKind
+) -> list[np.ndarray]:
+    """The masks of some images' crops.
+
+    Args:
+        seeds: Of each image; equal ones give equal masks, whatever other images there are.
+        grids: H and W of the crops, as many of each image, image by image.
+        share: Of an image's crops that get a mask; by chance one more or less, where that is no whole number.
+        ratio: Least and largest share of a crop's tokens that are hidden. At least one is, and one is not.
+        kind: `block`, see `block_mask`; `random`: each token for itself.
+
+    Returns:
+        bool (H, W) of each crop.
+    """
+    masks: list[np.ndarray] = []
+    per_image = len(grids) // len(seeds)
+    for image, seed in enumerate(seeds):
+        rng = np.random.default_rng(zlib.crc32(f"masks:{seed}".encode()))
+        chosen = rng.permutation(per_image)[: int(per_image * share + rng.random())]
+        for crop in range(per_image):
+            grid_hw = grids[image * per_image + crop]
+            most = math.prod(grid_hw) - 1
+            number = min(max(round(rng.uniform(*ratio) * (most + 1)), 1), most) if crop in chosen else 0
+            draw = block_mask if kind == "block" else random_mask
+            masks.append(draw(rng, grid_hw, number))
+    return masks
+
+
+def block_mask(rng: np.random.Generator, grid_hw: Grid, number: int) -> np.ndarray:
+    """Rectangles at random places, until no other fits; what they leave of the number is single tokens.
+
+    Args:
+        rng: What is drawn with.
+        grid_hw: H and W.
+        number: Of hidden tokens.
+
+    Returns:
+        bool (H, W).
+    """
+    mask_HW = np.zeros(grid_hw, bool)
+    for _ in range(_ATTEMPTS):
+        left = number - int(mask_HW.sum())
+        if left < _MIN_BLOCK:
+            break
+        area, log_aspect = rng.uniform(_MIN_BLOCK, left), rng.uniform(-1, 1) * math.log(_MIN_ASPECT)
+        sides = (math.sqrt(area) * math.exp(sign * log_aspect / 2) for sign in (1, -1))
+        height, width = (min(max(round(side), 1), most) for side, most in zip(sides, grid_hw, strict=True))
+        top, first = rng.integers(grid_hw[0] - height + 1), rng.integers(grid_hw[1] - width + 1)
+        block = mask_HW[top : top + height, first : first + width]
+        if 0 < block.size - int(block.sum()) <= left:
+            block[:] = True
+    return _with_random(rng, mask_HW, number)
+
+
+def random_mask(rng: np.random.Generator, grid_hw: Grid, number: int) -> np.ndarray:
+    """As `block_mask`, of single tokens."""
+    return _with_random(rng, np.zeros(grid_hw, bool), number)
+
+
+def _with_random(rng: np.random.Generator, mask_HW: np.ndarray, number: int) -> np.ndarray:
+    """The mask with so many hidden tokens, the missing ones anywhere."""
+    visible = np.flatnonzero(~mask_HW)
+    rng.shuffle(visible)
+    mask_HW.flat[visible[: number - int(mask_HW.sum())]] = True
+    return mask_HW
+
+
+def hidden_patches(masks: Sequence[np.ndarray], grids: Sequence[Grid], per_side: int, longest: int) -> np.ndarray:
+    """bool (B, N): the patches that lie in hidden tokens.
+
+    Args:
+        masks: Of each image's tokens.
+        grids: Rows and columns of its patches, which come row by row.
+        per_side: Patches along the side of a token.
+        longest: N.
+    """
+    hidden_BN = np.zeros((len(masks), longest), bool)
+    for hidden_N, mask_HW, (rows, columns) in zip(hidden_BN, masks, grids, strict=True):
+        of_patches = mask_HW.repeat(per_side, 0).repeat(per_side, 1)[:rows, :columns]
+        hidden_N[: rows * columns] = of_patches.reshape(-1)
+    return hidden_BN
+
+
+def predicted_tokens(
+    masks: Sequence[np.ndarray], longest: int, canvas_columns: int | None, visible_weight: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that a loss is of, and their weights in it.
+
+    Args:
+        masks: Of each image's tokens.
+        longest: N, tokens of an image in the batch.
+        canvas_columns: Columns of tokens where all images lie on one canvas; None where an image's tokens come row by
+            row of its own.
+        visible_weight: Of the tokens of an image that are not hidden, together; those that are have 1.
+
+    Returns:
+        `(rows_R, weights_R)`: int64 places among all B * N tokens, and float32.
+    """
+    rows: list[np.ndarray] = [np.zeros(0, np.int64)]
+    weights: list[np.ndarray] = [np.zeros(0, np.float32)]
+    for image, mask_HW in enumerate(masks):
+        H, W = mask_HW.shape
+        place_HW: np.ndarray = np.arange(H)[:, None] * (canvas_columns or W) + np.arange(W)
+        for tokens_HW, weight in ((mask_HW, 1.0), (~mask_HW, visible_weight)):
+            if weight and (number := int(tokens_HW.sum())):
+                rows.append(image * longest + place_HW[tokens_HW])
+                weights.append(np.full(number, weight / number, np.float32))
+    return np.concatenate(rows), np.concatenate(weights)

@@ -1,0 +1,47 @@
+"""Hidden tokens: against transformers' `inputs_embeds` with the vector put there by hand."""
+
+import numpy as np
+import pytest
+import torch
+from test_gradients import TEXTS
+
+from indiclip.masked_texts import embedding_of, hidden_behind, hide
+from indiclip.text import TextTower
+from indiclip.tokenizers import ByteTokenizer
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta", "clip_text_model", "t5", "gemma", "modernbert", "m2m_100"])
+def test_a_tower_reads_the_vector_at_hidden_places(family):
+    torch.manual_seed(0)
+    tower = TextTower(ByteTokenizer(), {"model_type": family} | TEXTS[family]).eval()
+    rows = tower.tokenizer.encode(["a kite", "two drums, one of them red"])  # so that they are packed, where they can
+    texts = hide(tower, rows, [np.array([3]), np.array([1, 20])])
+    width = texts.ids_BT.shape[1]
+    assert texts.places_K.tolist() == [3, width + 1, width + 20]
+    assert texts.tokens_K.tolist() == [rows[0][3], rows[1][1], rows[1][20]]
+    vector_D = torch.randn(embedding_of(tower).embedding_dim, requires_grad=True)
+    with torch.no_grad():
+        plain_BTD = tower(*tower.padded(rows))
+    with hidden_behind(tower, vector_D):
+        found_BTD = tower(texts.ids_BT, texts.valid_BT, texts.lengths)
+
+    # The table with one row more.
+    table = embedding_of(tower)
+    other = TextTower(
+        ByteTokenizer(), {"model_type": family} | TEXTS[family] | {"vocab_size": table.num_embeddings + 1}
+    )
+    state = tower.state_dict()
+    for name, value in other.state_dict().items():
+        if name in state and value.shape != state[name].shape:
+            scale = getattr(table, "embed_scale", getattr(table, "scalar_embed_scale", 1.0))
+            state[name] = torch.cat([state[name], vector_D.detach()[None] / scale])
+    other.load_state_dict(state)
+    with torch.no_grad():
+        expected_BTD = other.eval()(texts.ids_BT, texts.valid_BT, texts.lengths)
+    valid_BT = texts.valid_BT
+    torch.testing.assert_close(found_BTD[valid_BT], expected_BTD[valid_BT], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found_BTD[valid_BT], plain_BTD[valid_BT], atol=1e-3)
+    found_BTD[valid_BT].square().sum().backward()
+    assert vector_D.grad.abs().sum() > 0
+    with torch.no_grad():  # nothing is left behind
+        assert torch.equal(tower(*tower.padded(rows)), plain_BTD)
