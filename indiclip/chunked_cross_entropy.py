@@ -7,6 +7,10 @@ its own `linear_cross_entropy` with `options` does the same, as one operator who
 Shape letters: T tokens, D width, V vocabulary, R rows of a chunk.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +21,17 @@ from indiclip.types import in_float32
 # Of a chunk: on a CPU 4 MiB in float32, near its caches; elsewhere 256 MiB, so that kernels are not too short.
 _ELEMENTS = {"cpu": 2**20}
 _ELEMENTS_ELSEWHERE = 2**26
+_AS_ON: ContextVar[str | None] = ContextVar("chunks_as_on", default=None)
+
+
+@contextmanager
+def chunks_as_on(device_type: str) -> Iterator[None]:
+    """While it lasts, chunks are as large as on another kind of device: for what is counted on the CPU in its place."""
+    before = _AS_ON.set(device_type)
+    try:
+        yield
+    finally:
+        _AS_ON.reset(before)
 
 
 def chunked_cross_entropy(
@@ -34,9 +49,13 @@ def chunked_cross_entropy(
     Returns:
         `(total, losses_T)`: the sum, and the cross entropy of each token without weight and gradient.
     """
-    elements = elements or _ELEMENTS.get(hidden_TD.device.type, _ELEMENTS_ELSEWHERE)
+    device = hidden_TD.device.type
+    elements = elements or _ELEMENTS.get(_AS_ON.get() or device, _ELEMENTS_ELSEWHERE)
     step = max(1, elements // len(table_VD))
     wanted = torch.is_grad_enabled() and (hidden_TD.requires_grad or table_VD.requires_grad)
+    hidden_TD = in_float32(hidden_TD)
+    # Gradients of float16 are scaled later, and until then it would lose those of improbable ids.
+    lower = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.float16
     with torch.no_grad():
         hidden_gradient_TD, table_gradient_VD = torch.zeros_like(hidden_TD), torch.zeros_like(table_VD)
         losses: list[Tensor] = []
@@ -49,9 +68,9 @@ def chunked_cross_entropy(
                 probs_RV = logits_RV.sub_(norm_R1).exp_()
                 ones_R1 = torch.ones_like(norm_R1)
                 gradient_RV = probs_RV.scatter_add_(1, target_R1, -ones_R1).mul_(weights_T[rows, None])
-                gradient_RV = gradient_RV.to(hidden_TD.dtype)
-                hidden_gradient_TD[rows] = (gradient_RV @ table_VD).to(hidden_TD.dtype)
-                table_gradient_VD += gradient_RV.T @ hidden_TD[rows]
+                with torch.autocast(device, enabled=lower):
+                    hidden_gradient_TD[rows] = (gradient_RV @ table_VD).to(hidden_TD.dtype)
+                    table_gradient_VD += gradient_RV.T @ hidden_TD[rows]
         losses_T = torch.cat(losses) if losses else weights_T[:0]
         total = (losses_T * weights_T).sum()
     if wanted:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from indiclip.distributed import gathered
 from indiclip.names import check_range
 from indiclip.ratios import Ratio, Values
+from indiclip.steps import check_starts
 from indiclip.types import FIELDS, Batch, Features, Rows, class_names
 
 if TYPE_CHECKING:
@@ -234,7 +235,8 @@ class Head(nn.Module, ABC):
         if not re.fullmatch(r"[\w-]+", self.name) or hasattr(nn.ModuleDict(), self.name):
             expected = "letters, digits, _ and -, and no name of torch's ModuleDict"
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected {expected}")
-        self.check_range(weight=weight, start=start)
+        self.check_range(weight=weight)
+        check_starts({f"heads.{self.name}.start": start})
 
     def check_range(self, *limits: float, **arguments: float) -> None:
         """Raise ValueError for the first that does not lie within the limits, naming it; see `names.check_range`."""

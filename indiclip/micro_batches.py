@@ -175,7 +175,12 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _values(outputs: Outputs) -> list[Tensor]:
-    """The tensors through which gradients may flow, in an order of their own."""
+    """The tensors through which gradients may flow, in an order of their own.
+
+    What is logged is not among them: it may be more when a part comes again, after others had a new language.
+    """
     found: list[Tensor] = []
-    apply_to_collection(outputs, Tensor, found.append)
+    for output in outputs.values():
+        through = output.terms if isinstance(output, Losses) else output.rows
+        apply_to_collection(through, Tensor, found.append)
     return [tensor for tensor in found if tensor.is_floating_point()]

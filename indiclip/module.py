@@ -9,13 +9,10 @@ from typing import Any, Self, cast
 
 import lightning as L
 import torch
-import torch.distributed as dist
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
+from indiclip import module_checks as checks
 from indiclip import optim, sharding
 from indiclip.distributed import gathered, rank_and_world, sum_over_ranks
 from indiclip.encoder import Encoder
@@ -23,11 +20,12 @@ from indiclip.float8 import Recipe, convert_to_float8, share_scales
 from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
 from indiclip.head import Head, Losses, Metrics, Prediction, computed
+from indiclip.head_schedule import idle_parameters, start_steps, unused_parts
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
 from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
+from indiclip.parameter_groups import parameter_groups
 from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
-from indiclip.steps import start_step
 from indiclip.task_weights import Fixed, TaskWeights, gradients_of
 from indiclip.types import Batch, Features, Origin
 
@@ -44,7 +42,7 @@ class MultiTask(L.LightningModule):
         head_overrides: In a config, arguments in place of those that `heads` has, for a page that stacks on another:
             `head_overrides+: [{head: contrastive, loss: sigmoid}]`. They are applied when the config is read.
         lr: Peak learning rate; None is the optimizer's own.
-        weight_decay: Of matrices and kernels, see `indiclip.optim.parameter_groups`; None is the optimizer's own.
+        weight_decay: Of matrices and kernels, see `indiclip.parameter_groups`; None is the optimizer's own.
         warmup_steps: Linear warm-up, then what `lr_schedule` says.
         optimizer: Any of torch's and timm's, e.g. `{class_path: timm.optim.Muon, init_args: {momentum: 0.95}}`. None is
             fused AdamW with lr 1e-3, betas (0.9, 0.98) and weight_decay 0.05.
@@ -93,8 +91,7 @@ class MultiTask(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        _check_heads(heads)
-        _check_blocks(heads, encoder)
+        checks.check_heads(heads)
         if head_overrides:
             raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
@@ -118,8 +115,8 @@ class MultiTask(L.LightningModule):
         self.head_losses: dict[str, Tensor] = {}
         self.head_terms: dict[str, list[Tensor]] = {}
         self._starts: dict[str, int] = {}  # head -> the step in which it begins, once the run's length is known
-        self._idle_tasks: frozenset[str] = frozenset()  # which have no batch in this step
-        self.unused = _unused_parts(heads)
+        self._begun: set[str] = set()  # not by their steps alone, which are others in a longer or shorter run
+        self.unused = unused_parts(heads)
         self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
         freeze_paths(self, self.frozen)
         if not any(parameter.requires_grad for parameter in self.parameters()):
@@ -129,66 +126,21 @@ class MultiTask(L.LightningModule):
                 f"model.float8: found {float8}; expected null with model.encoder.lora, whose adapters are thin"
             )
         encoder.check_adapters()  # here, as a model that is only loaded need not run
-        self._check_adapters_train()
+        checks.check_adapters_train(encoder, self.unused)
         self.train(self.training)
-
-    def _check_adapters_train(self) -> None:
-        for tower in self.encoder.lora.towers if self.encoder.lora else ():
-            path = "encoder.backbone" if tower == "image" else "encoder.text"
-            trained = [name for name, p in self.get_submodule(path).named_parameters() if p.requires_grad]
-            if path not in self.unused and not trained:
-                raise ValueError(
-                    f"model.freeze: freezes all of LoRA's adapters in the {tower} tower, whose own weights are frozen "
-                    f"by model.encoder.lora already; expected either without {tower}"
-                )
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_trainer(self.trainer)
+            self._begun.clear()
 
     def check_trainer(self, trainer: L.Trainer) -> None:
         """Raise ValueError where a trainer would silently train for something else."""
-        schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-        if trainer.accumulate_grad_batches != 1 or schedulers:
-            parts = trainer.accumulate_grad_batches if not schedulers else "k"
-            raise ValueError(
-                "trainer.accumulate_grad_batches: accumulated gradients compare each image with the texts of its own "
-                f"part alone; expected model.micro_batches {parts}, whose gradients are the whole batch's, and "
-                "data.train[i].batch_size of all parts together"
-            )
-        if trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision: found {trainer.precision}, in which a step below 1/256 of a weight is lost; "
-                "expected bf16-mixed, or 32-true"
-            )
-        self._check_task_weights(trainer)
-        norms = [path for path, part in self.encoder.named_modules() if isinstance(part, _BatchNorm)]
-        norms = [path for path in norms if path not in ("image_pool.norm", "text_pool.norm")]
-        if self.micro_batches > 1 and norms:
-            raise ValueError(
-                f"model.micro_batches: encoder.{norms[0]} normalises over the batch, and would over each part alone; "
-                "expected 1, or a tower without batch norm"
-            )
-
-    def _check_task_weights(self, trainer: L.Trainer) -> None:
-        if not self.task_weights.watched(self):
-            return
-        name = f"model.task_weights: {type(self.task_weights).__name__}"
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-            raise ValueError(
-                f"{name} needs each head's whole gradients on each rank, and this trainer.strategy shares them out; "
-                "expected ddp, or indiclip.task_weights.Uncertainty"
-            )
-        if trainer.precision == "16-mixed":
-            raise ValueError(
-                f"{name} takes gradients before they are scaled, of which float16 loses many; expected "
-                "trainer.precision bf16-mixed or 32-true"
-            )
-        if self.compiles:
-            raise ValueError(
-                f"{name} goes back through a block once for each head, which compiled blocks allow but once; expected "
-                "model.compile false"
-            )
+        checks.check_accumulation(trainer)
+        checks.check_precision(trainer)
+        checks.check_task_weights(self.task_weights, self, trainer, self.compiles)
+        if self.micro_batches > 1:
+            checks.check_micro_batches(self.encoder)
 
     def train(self, mode: bool = True) -> Self:
         """As of every module, but what is frozen stays in evaluation mode."""
@@ -226,13 +178,14 @@ class MultiTask(L.LightningModule):
     def on_train_batch_start(self, batches: Batches, *_: Any) -> None:
         self._idle_tasks = getattr(batches, "idle_tasks", frozenset())  # here, as DDP makes a plain copy on its way
         self._seed()
-        for head in self.each_head():
-            if batches_done(self.trainer) == self._starts[head.name]:
+        for head in self.active_heads():
+            if head.name not in self._begun:
                 sharding.reshard(self)
                 head.begin(self.encoder)
+                self._begun.add(head.name)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        for parameter in self._idle_parameters():  # else weights would decay that nothing trains in this step
+        for parameter in self._idle_parameters():  # else weights would decay that nothing trains yet
             parameter.grad = None
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
@@ -252,18 +205,8 @@ class MultiTask(L.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
 
-    def _idle_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of heads that take no part in this step, and of what only such heads use."""
-        active = self.active_heads()
-        for head in self.each_head():
-            if head not in active:
-                yield from head.parameters()
-                yield from self.task_weights.parameters_of(head.name)
-        if len(active) < len(self.heads):
-            for path in _unused_parts(active):
-                yield from self.get_submodule(path).parameters()
-            for block in _unused_blocks(self.encoder, active):
-                yield from block.parameters()
+    def _idle_parameters(self) -> list[nn.Parameter]:
+        return idle_parameters(self, self.each_head(), self.active_heads(), self.task_weights)
 
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         _count_in_float32()
@@ -337,9 +280,9 @@ class MultiTask(L.LightningModule):
 
     def _nothing_of_idle_parameters(self) -> Tensor | int:
         """Zero, with a gradient for each of them, for which DDP waits."""
-        if not (dist.is_available() and dist.is_initialized()) or sharding.is_sharded(self):
+        if rank_and_world()[1] == 1 or sharding.is_sharded(self):
             return 0
-        return sum(parameter.sum() * 0 for parameter in self._idle_parameters() if parameter.requires_grad)
+        return sum(parameter.sum() * 0 for parameter in self._idle_parameters())
 
     def _log_means(self, terms: dict[str, Tensor], logged: Values) -> dict[str, Tensor]:
         """Log `train/...`, means over the ranks: of the terms, which all have, and of what only some may have.
@@ -404,13 +347,10 @@ class MultiTask(L.LightningModule):
         if steps == float("inf"):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         self._num_steps = int(steps)
-        self._starts = {head.name: _start_step(head, self._num_steps) for head in self.each_head()}
-        if first := min(self._starts.values()):
-            name = min(self._starts, key=lambda name: self._starts[name])
-            raise ValueError(f"heads.{name}.start: no head begins before step {first}; expected one with start 0")
+        self._starts = start_steps(self.each_head(), self._num_steps)
         if self.warmup_steps >= steps:
             warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
-        groups = optim.parameter_groups(self, self.lr_scale, self.layer_decay)
+        groups = parameter_groups(self, self.lr_scale, self.layer_decay)
         try:
             optimizer = self.optimizer(groups)
         except Exception as error:  # whatever an optimizer says of its options
@@ -429,16 +369,18 @@ class MultiTask(L.LightningModule):
                 optim.restart_schedule(cast(Any, config.scheduler))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
+        checks.check_weights(checkpoint.get("state_dict", {}), self.state_dict())
         if self.trainer.state.fn != "fit":
             return
         if "optimizer_states" not in checkpoint:
             raise ValueError("--ckpt_path: found weights only (save_weights_only), with which no training can go on")
+        self._begun = {*checkpoint.get("begun_heads", self.heads)}  # a run without the entry began all with itself
         for state in checkpoint["optimizer_states"]:
             optim.name_old_groups(self, state["param_groups"], self.lr_scale)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["encoder"] = self.encoder.to_config()  # plain types: enough for `indiclip.load`
+        checkpoint["begun_heads"] = sorted(self._begun)
 
 
 def _count_in_float32() -> None:
@@ -446,86 +388,3 @@ def _count_in_float32() -> None:
     and positions in bfloat16 are off by pixels.
     """
     torch.set_default_dtype(torch.float32)
-
-
-def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    shapes, own_shapes = ({name: tuple(weight.shape) for name, weight in weights.items()} for weights in (saved, own))
-    apart = sorted(name for name in shapes.keys() | own_shapes.keys() if shapes.get(name) != own_shapes.get(name))
-    if not saved or not apart:
-        return
-    heads, own_heads = (sorted({n.split(".")[1] for n in names if n.startswith("heads.")}) for names in (saved, own))
-    if heads != own_heads:
-        raise ValueError(f"--ckpt_path: found the heads {', '.join(heads)}; the config has {', '.join(own_heads)}")
-    raise ValueError(
-        f"--ckpt_path: {len(apart)} tensors are not those of the config's model, such as {apart[0]}: "
-        f"found shape {shapes.get(apart[0], 'missing')}, expected {own_shapes.get(apart[0], 'missing')}"
-    )
-
-
-def _start_step(head: Head, num_steps: int) -> int:
-    """The step in which a head begins."""
-    start = start_step(head.start, num_steps)
-    if start >= num_steps:
-        raise ValueError(
-            f"heads.{head.name}.start: {head.start:g} is beyond the last of the run's {num_steps} steps; expected "
-            "less, or a share of them below 1"
-        )
-    return start
-
-
-def _unused_parts(heads: list[Head]) -> list[str]:
-    """What no head's loss uses: distributed training waits for a gradient of everything that is not frozen."""
-    paths: list[str] = []
-    if not any(head.embeds_images or head.pools_images for head in heads):
-        paths += ["encoder.image_pool"]
-    if not any(head.embeds_images for head in heads):
-        paths += ["encoder.image_projection"]
-    if not any(head.embeds_text for head in heads):
-        read = any(head.reads_text for head in heads)
-        paths += ["encoder.text"] * (not read) + ["encoder.text_pool", "encoder.text_projection"]
-    return paths
-
-
-def _unused_blocks(encoder: Encoder, heads: list[Head]) -> Sequence[nn.Module]:
-    """The last blocks of the backbone, behind all that heads read."""
-    backbone = encoder.backbone
-    if not backbone.blocks:
-        return ()
-    return backbone.blocks[max((backbone.block_number(head.block) for head in heads), default=-1) + 1 :]
-
-
-def _check_blocks(heads: list[Head], encoder: Encoder) -> None:
-    number = len(encoder.backbone.blocks)
-    for head in heads:
-        if head.block is not None and not head.needs_all_patches:
-            raise ValueError(
-                f"heads.{head.name}.block: found {head.block}, for heads that need all patches of an image, as for "
-                "boxes; expected null"
-            )
-        if head.block is not None and not -number <= head.block < number:
-            expected = f"{-number} to {number - 1}, of its {number} blocks" if number else "null, or a NaFlexViT"
-            kind = type(encoder.backbone).__name__
-            raise ValueError(f"heads.{head.name}.block: found {head.block} with a {kind}; expected {expected}")
-    if _unused_blocks(encoder, heads):
-        raise ValueError(
-            "model.heads: every head reads tokens before the backbone's last block, which nothing would train; "
-            "expected a head without `block`, or a lower model.encoder.backbone.depth"
-        )
-
-
-def _check_heads(heads: list[Head]) -> None:
-    if not heads:
-        raise ValueError("model.heads: the list is empty; name at least one head")
-    names = [head.name for head in heads]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?); two heads of one "
-            "class need a `name`"
-        )
-    for head in heads:
-        if head.reads_embeddings and not any(other.embeds_images and other.embeds_text for other in heads):
-            raise ValueError(
-                f"heads.{head.name}.{head.reads_embeddings}: reads embeddings of images and texts, which no head "
-                "trains; expected heads.contrastive.Contrastive beside"
-            )

@@ -39,6 +39,10 @@ class TaskWeights(nn.Module):
         """Create what is learned, for heads of these names and weights. Called once, before there is an optimizer."""
         self.weights = dict(weights)
 
+    def learned_for(self, head: str) -> list[nn.Parameter]:
+        """The parameters that only this head's part uses."""
+        return []
+
     def part(self, head: str, loss: Tensor) -> Tensor:
         """A head's part of the total."""
         return self.weights[head] * loss
@@ -78,7 +82,7 @@ class Uncertainty(TaskWeights):
         # Not 0-dimensional: FSDP2 refuses to share those out.
         self.log_variances = nn.ParameterDict({head: nn.Parameter(torch.zeros(1)) for head in weights})
 
-    def parameters_of(self, head: str) -> list[nn.Parameter]:
+    def learned_for(self, head: str) -> list[nn.Parameter]:
         return [self.log_variances[head]]
 
     def part(self, head: str, loss: Tensor) -> Tensor:

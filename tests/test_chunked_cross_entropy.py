@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from indiclip.chunked_cross_entropy import chunked_cross_entropy
+from indiclip.chunked_cross_entropy import chunked_cross_entropy, chunks_as_on
 
 TOKENS, WIDTH, IDS = 37, 8, 50
 
@@ -78,6 +78,17 @@ def test_no_tensor_is_larger_than_a_chunk_and_the_inputs():
     assert rows * IDS < IDS * WIDTH < TOKENS * IDS
 
 
+def test_what_stands_for_a_gpu_has_its_chunks():
+    """As in a plan, which counts operators on the CPU: 20 rows of 50,000 logits at a time there, all on a GPU."""
+    hidden_TD, table_VD = torch.zeros(400, 1), torch.zeros(50_000, 1)
+    targets_T, weights_T = torch.zeros(400, dtype=torch.long), torch.zeros(400)
+    with Largest() as on_cpu, chunks_as_on("cpu"):
+        chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T)
+    with Largest() as on_gpu, chunks_as_on("cuda"):
+        chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T)
+    assert (on_cpu.numbers, on_gpu.numbers) == (20 * 50_000, 400 * 50_000)
+
+
 def test_in_half_precision_the_loss_is_summed_in_float32():
     """The product is rounded as autocast rounds any; the rest is that of float32."""
     hidden_TD, table_VD, targets_T, weights_T = inputs(torch.float32)
@@ -91,3 +102,18 @@ def test_in_half_precision_the_loss_is_summed_in_float32():
     expected_T = F.cross_entropy(hidden_TD.detach() @ table_VD.detach().T, targets_T, reduction="none")
     assert (losses_T - expected_T).abs().max() < 0.05  # eight bits of logits up to 8
     assert table_VD.grad.dtype == torch.float32
+
+
+def test_float16_keeps_the_gradients_of_improbable_ids():
+    """Which are below its smallest number before they are scaled; oracle: float64."""
+    hidden_TD, table_VD, targets_T, weights_T = inputs()
+    table_VD = (table_VD.detach().repeat(100, 1) / 4).requires_grad_()
+    weights_T = weights_T / 1000
+    expected_T = F.cross_entropy(hidden_TD @ table_VD.T, targets_T, reduction="none")
+    expected = torch.autograd.grad((expected_T * weights_T).sum(), (hidden_TD, table_VD))
+    inputs_32 = [x.detach().float().requires_grad_() for x in (hidden_TD, table_VD)]
+    with torch.autocast("cpu", torch.float16):
+        total, _ = chunked_cross_entropy(*inputs_32, targets_T, weights_T.float(), 4 * IDS)
+    found = torch.autograd.grad(2**16 * total, inputs_32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() / 2**16 - theirs).norm() < 1e-3 * theirs.norm()  # ten bits of logits up to 4

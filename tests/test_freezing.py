@@ -11,7 +11,7 @@ from heads.detection import Detection
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.module import MultiTask
-from indiclip.optim import parameter_groups
+from indiclip.parameter_groups import parameter_groups
 from indiclip.text import TextTower
 from indiclip.timm_backbone import TimmBackbone
 from indiclip.tokenizers import ByteTokenizer

@@ -24,7 +24,7 @@ def jpeg(seed):
     return file.getvalue()
 
 
-def write(folder, shard, rows, in_tar=lambda row: row["status"] == "success", hashes=True):
+def write(folder, shard, rows, in_tar=lambda row: row["status"] == "success", hashes=True, draw=jpeg):
     """Rows are (status, picture or error, caption); members and columns as img2dataset's WebDatasetSampleWriter."""
     metas = []
     with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
@@ -42,7 +42,7 @@ def write(folder, shard, rows, in_tar=lambda row: row["status"] == "success", ha
             if not in_tar(meta):
                 continue
             members = {
-                "jpg": jpeg(picture),
+                "jpg": draw(picture),
                 "txt": (caption or "").encode(),
                 "json": json.dumps(meta, indent=4).encode(),
             }

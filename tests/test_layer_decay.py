@@ -10,7 +10,7 @@ from heads.contrastive import Contrastive
 from indiclip.backbone import NaFlexViT
 from indiclip.encoder import Encoder
 from indiclip.module import MultiTask
-from indiclip.optim import parameter_groups
+from indiclip.parameter_groups import parameter_groups
 from indiclip.text import TextTower
 from indiclip.timm_backbone import TimmBackbone
 from indiclip.tokenizers import ByteTokenizer

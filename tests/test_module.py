@@ -21,7 +21,7 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
-from indiclip.optim import parameter_groups
+from indiclip.parameter_groups import parameter_groups
 from indiclip.preprocessing import Preprocessing
 from indiclip.task_weights import PCGrad, Uncertainty
 from indiclip.text import TextTower

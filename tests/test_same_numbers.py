@@ -150,6 +150,15 @@ def test_micro_batches_together_are_the_batch(number, options):
     same(OneStep(micro_batches=number, **options).step(batches_of(empty=(1,))), expected)
 
 
+def test_languages_that_a_run_sees_first_in_a_later_part_change_no_gradient():
+    """The first part logs more when it comes again; what is logged must not take the place of what is trained on."""
+    module, batches = OneStep(micro_batches=8), batches_of()
+    module.heads["captioning"]._languages.clear()
+    languages = batches["scenes"]["targets"]["language"]
+    assert languages[0] != languages[-1]
+    same(module.step(batches)[1:], OneStep().step(batches)[1:])
+
+
 def test_dropout_is_the_same_in_both_passes():
     """The gradient along a direction is that of finite differences; with other masks it would not be."""
     batches, module = batches_of(), OneStep(dropout=0.5, micro_batches=3)

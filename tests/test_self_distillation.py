@@ -29,7 +29,7 @@ from indiclip.loading.steps import Steps
 from indiclip.loading.views import View
 from indiclip.masked_images import masked
 from indiclip.module import MultiTask
-from indiclip.optim import parameter_groups
+from indiclip.parameter_groups import parameter_groups
 from indiclip.preprocessing import Preprocessing
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer

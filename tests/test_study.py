@@ -168,7 +168,8 @@ def test_other_configs_in_the_folder_of_a_study_are_refused(done, capsys):
 
 
 def test_a_head_that_begins_late_is_counted_from_there_on(tmp_path):
-    base = config()
+    short = {"class_path": "indiclip.tokenizers.ByteTokenizer", "init_args": {"context_length": 8}}  # of all captions
+    base = config(model__encoder__text__tokenizer=short)
     files = {}
     for name, heads in {
         "one": [CONTRASTIVE],

@@ -75,6 +75,9 @@ def test_a_stacked_config_adds_and_replaces():
     assert (found.augment, found.drop, found.batch_size) == ([flip, grey], 0.5, 4)
     assert [view.name for view in found.views] == ["local"]
     assert found.transform.augment == [flip, grey]
+    for of_source, of_override, left in ((3, 2, 2), (2, 5, 5), (5, None, 5)):
+        (found,) = overridden([source(samples=of_source)], [SourceOverride("contrastive", samples=of_override)])
+        assert len(found.dataset) == left
     with pytest.raises(ValueError, match=r"data.overrides\[0\].task: no source .* 'contrastve'; nearest .*contrastive"):
         overridden([base], [SourceOverride("contrastve")])
 
@@ -177,6 +180,14 @@ def test_starts_that_cannot_be_are_one_line_before_training(tmp_path, late_head,
     assert fit(tmp_path, late_head(start, view_start)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indiclip:")]
     assert words in line
+
+
+def test_what_is_wrong_with_a_view_that_begins_late_is_said_before_training(tmp_path, late_head, capsys):
+    tree = late_head(0.5)
+    floats = {"class_path": "torchvision.transforms.v2.Normalize", "init_args": {"mean": [0.0], "std": [1.0]}}
+    tree["data"]["overrides"][0]["views"][0]["augment"] = [floats]
+    assert fit(tmp_path, tree) == 2
+    assert "data.train[0]: TypeError: Input tensor should be a float tensor" in capsys.readouterr().err
 
 
 def test_a_head_without_its_views_is_one_line(tmp_path, late_head, capsys):

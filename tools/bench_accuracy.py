@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from indiclip.generated.mela import Mela
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
-from indiclip.optim import parameter_groups
+from indiclip.parameter_groups import parameter_groups
 from indiclip.patches import unpatchify
 from indiclip.planning.cpu import clock
 from indiclip.preprocessing import Preprocessing

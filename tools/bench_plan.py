@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from indiclip.commands.config_samples import build_run
-from indiclip.optim import parameter_groups
+from indiclip.parameter_groups import parameter_groups
 from indiclip.planning import cpu
 from indiclip.planning.counter import Count
 from indiclip.planning.memory import weigh

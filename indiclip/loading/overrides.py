@@ -50,6 +50,8 @@ class SourceOverride:
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "task"}
         given = {name: value for name, value in options.items() if value is not None}
         added = {name: [*(getattr(source, name) or []), *given[name]] for name in _ADDED if name in given}
+        if self.samples is not None:  # of all, though the source itself may have fewer
+            given["dataset"] = source.whole_dataset
         return replace(source, **(given | added))
 
 

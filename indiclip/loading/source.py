@@ -135,6 +135,7 @@ class Source:
             raise ValueError(
                 f"data: task {self.task!r}: shard_groups is {self.shard_groups}; leave out either it or {other}"
             )
+        self.whole_dataset = self.dataset
         if self.samples is not None:
             check_range({f"data: samples of task {self.task!r}": self.samples}, 1)
             if self.samples < len(self.dataset):

@@ -11,7 +11,7 @@ from indiclip.loading.collate import Prepared
 from indiclip.loading.transforms import Transform
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, read_upright
-from indiclip.steps import start_step
+from indiclip.steps import check_starts, start_step
 from indiclip.types import Sample
 
 
@@ -37,7 +37,7 @@ class View:
     def __post_init__(self) -> None:
         key = f"data: view {self.name!r}"
         check_range({f"{key}: count": self.count, f"{key}: max_tokens": self.max_tokens}, 1)
-        check_range({f"{key}: start": self.start})
+        check_starts({f"{key}: start": self.start})
         self.transform = Transform(self.max_tokens, self.augment)
 
 

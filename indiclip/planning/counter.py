@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from indiclip.chunked_cross_entropy import chunks_as_on
 from indiclip.head import Head, computed
 from indiclip.planning.fake import HostValues, autocast_as_on_cuda, fake_batch, faked
 from indiclip.planning.parts import IMAGE_TOWER, blocks, parts_of
@@ -114,7 +115,7 @@ def count_step(
         loss is `<head> loss`.
     """
     counts: dict[str, Counts] = {}
-    with faked(module) as fake, autocast_as_on_cuda(autocast):
+    with faked(module) as fake, autocast_as_on_cuda(autocast), chunks_as_on("cuda"):
         for task, batch in batches.items():
             heads = [head for head in module.each_head() if head.task == task]
             known = HostValues()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from indiclip.optim import parameter_groups
+from indiclip.parameter_groups import parameter_groups
 from indiclip.planning.counter import Count, Counts, OperatorCounter
 from indiclip.planning.fake import faked
 from indiclip.planning.hardware import Strategy

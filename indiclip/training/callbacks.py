@@ -149,9 +149,7 @@ class TaskProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._shown = time.monotonic()
-        self._losses: Later | None = None  # of the step before, on their way to the host
-        self._names: list[str] = []  # the heads that they are of
-        self._known: dict[str, float] = {}  # each head's last
+        self._losses: tuple[list[str], Later] | None = None  # by head, of the step before, on their way to the host
         console = Console()
         self._seconds = self.refresh_seconds if console.is_interactive else self.plain_seconds
         if console.is_interactive:  # on all ranks: a terminal sends Ctrl-C to each of them
@@ -173,14 +171,14 @@ class TaskProgress(ProgressBar):
         assert isinstance(pl_module, MultiTask)
         if self._losses is None:
             zero = torch.zeros((), device=pl_module.device)
-            self._names = list(pl_module.head_terms)
-            self._losses = Later(torch.stack([sum(terms, zero) for terms in pl_module.head_terms.values()]))
+            terms = pl_module.head_terms  # whose heads may be others in the next step
+            self._losses = [*terms], Later(torch.stack([sum(of_head, zero) for of_head in terms.values()]))
             return
-        if not self._losses.arrived:
+        names, losses_of_heads = self._losses
+        if not losses_of_heads.arrived:
             return
-        numbers, self._losses = self._losses.read(), None
-        self._known |= dict(zip(self._names, numbers, strict=True))
-        losses = [f"{name}\N{NO-BREAK SPACE}{loss:.3f}" for name, loss in self._known.items()]
+        named, self._losses = zip(names, losses_of_heads.read(), strict=True), None
+        losses = [f"{name}\N{NO-BREAK SPACE}{loss:.3f}" for name, loss in named]
         rates = [throughput.line(trainer) for throughput in callbacks_of(trainer, Throughput)]
         self._bar.numbers = "  ".join([*losses, *rates])
         self._show(self._training, trainer.global_step, f"  {self._bar.numbers}")

@@ -8,13 +8,11 @@ from indiclip.backbone import Backbone
 from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import SampleRef
-from indiclip.loading.source import Source, keyed
+from indiclip.loading.source import Source, keyed, settled
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
 from indiclip.training.teachers import prepare_teachers
-
-_ANY_LENGTH = 1000  # of a run, for stages that are a share of it
 
 
 def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
@@ -121,12 +119,13 @@ def _check_tokens(key: str, source: Source, heads: Sequence[Head], backbone: Bac
 def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
     # Of one rank, whatever the run has: of held-out sources too, whose batches need not be shared out evenly.
-    steps = Steps([*sources.values()], data.seed, data.preprocessing, train=True, run_steps=_ANY_LENGTH)
+    run_steps, step = settled([*sources.values()])  # so that views that begin late are made, too
+    steps = Steps([*sources.values()], data.seed, data.preprocessing, train=True, run_steps=run_steps)
     for task in steps.plans:
         of_task = [key for key, source in sources.items() if source.task == task]
         for number, key in enumerate(of_task):
             try:
-                sample = steps.read(task, SampleRef(number, 0, 0))
+                sample = steps.read(task, SampleRef(number, 0, 0), step)
             except Exception as error:
                 own = isinstance(error, ValueError | OSError)
                 where = [*getattr(error, "__notes__", []), "(INDICLIP_TRACEBACK=1 shows where)"]
@@ -160,8 +159,8 @@ def _check_mix(key: str, source: Source, head: Head, trains: bool) -> None:
         raise ValueError(f"{key}.mix: held-out images are read as they are; expected mix in data.train alone")
     if source.mix and not head.mixes:
         raise ValueError(
-            f"{key}.mix: {head.name} reads the task {source.task!r} and cannot learn from two images in one, as their "
-            "boxes, points and maps cannot be mixed; expected no mix, in data.overrides neither"
+            f"{key}.mix: {head.name} reads the task {source.task!r} and cannot learn from two images in one, as what "
+            "it learns of them (boxes, points, texts) cannot be mixed; expected no mix, in data.overrides neither"
         )
 
 

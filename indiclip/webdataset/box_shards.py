@@ -24,20 +24,25 @@ class BoxShards(Shards):
         classes: The `classes.txt` beside the shards, or the names.
         masks: Also give `masks`; all zeros where an annotation's `segmentation` is an empty list.
         densepose: Also give the `dp_*` fields, of the annotations that have them.
+        captioned: Whether every image has a caption, as image-text heads need it; one without is unreadable to them.
 
     Attributes:
         densepose: Whether body surfaces are given.
-        captioned: False: images without a caption may be among them.
+        captioned: As given.
     """
 
-    captioned = False
     _units = ("members", "samples", "boxes")
 
     def __init__(
-        self, urls: str | list[str], classes: str | list[str], masks: bool = False, densepose: bool = False
+        self,
+        urls: str | list[str],
+        classes: str | list[str],
+        masks: bool = False,
+        densepose: bool = False,
+        captioned: bool = False,
     ) -> None:
         super().__init__(urls, classes)
-        self._with_masks, self.densepose = masks, densepose
+        self._with_masks, self.densepose, self.captioned = masks, densepose, captioned
 
     def _fields(self, index: int, image: EncodedImage, parts: dict[str, bytes], entry: dict[str, Any]) -> Sample:
         fields = box_fields(entry, image, len(self.classes), self._with_masks, self.densepose)
