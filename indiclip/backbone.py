@@ -115,6 +115,12 @@ class Backbone(nn.Module, ABC):
         """From 0 on, of a block that may be counted from the end; None is the last."""
         return len(self.blocks) - 1 if block is None else block % len(self.blocks)
 
+    def blocks_behind(self, blocks: Sequence[int | None]) -> Sequence[nn.Module]:
+        """The last ones, behind all of some that are given as for `block_number`."""
+        if not self.blocks:
+            return ()
+        return self.blocks[max(map(self.block_number, blocks), default=-1) + 1 :]
+
     @abstractmethod
     def forward(self, images: Images) -> Features: ...
 

@@ -3,12 +3,13 @@
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Self, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -92,6 +93,7 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         checks.check_heads(heads)
+        checks.check_blocks(heads, encoder)
         if head_overrides:
             raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
@@ -115,6 +117,7 @@ class MultiTask(L.LightningModule):
         self.head_losses: dict[str, Tensor] = {}
         self.head_terms: dict[str, list[Tensor]] = {}
         self._starts: dict[str, int] = {}  # head -> the step in which it begins, once the run's length is known
+        self._idle_tasks: frozenset[str] = frozenset()  # which have no batch in this step
         self._begun: set[str] = set()  # not by their steps alone, which are others in a longer or shorter run
         self.unused = unused_parts(heads)
         self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
@@ -280,7 +283,7 @@ class MultiTask(L.LightningModule):
 
     def _nothing_of_idle_parameters(self) -> Tensor | int:
         """Zero, with a gradient for each of them, for which DDP waits."""
-        if rank_and_world()[1] == 1 or sharding.is_sharded(self):
+        if not (dist.is_available() and dist.is_initialized()) or sharding.is_sharded(self):
             return 0
         return sum(parameter.sum() * 0 for parameter in self._idle_parameters())
 

@@ -47,10 +47,6 @@ class TaskWeights(nn.Module):
         """A head's part of the total."""
         return self.weights[head] * loss
 
-    def parameters_of(self, head: str) -> list[nn.Parameter]:
-        """What is learned of a head alone, which rests where the head takes no part in a step."""
-        return []
-
     def watched(self, module: Any) -> list[nn.Parameter]:
         """The parameters of a `MultiTask` on which `total` wants the gradient of each head's part."""
         return []
