@@ -3,7 +3,7 @@
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -168,13 +168,15 @@ class MultiTask(L.LightningModule):
         return cast(list[Head], list(self.heads.values()))
 
     def active_heads(self) -> list[Head]:
-        """Those that take part in this step, see `Head.start`."""
+        """Those that take part in this step: which have begun, see `Head.start`, and whose task has a batch."""
+        heads = [head for head in self.each_head() if head.task not in self._idle_tasks]
         if not any(self._starts.values()):
-            return self.each_head()
+            return heads
         step = batches_done(self.trainer)
-        return [head for head in self.each_head() if step >= self._starts.get(head.name, 0)]
+        return [head for head in heads if step >= self._starts.get(head.name, 0)]
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, batches: Batches, *_: Any) -> None:
+        self._idle_tasks = getattr(batches, "idle_tasks", frozenset())  # here, as DDP makes a plain copy on its way
         self._seed()
         for head in self.active_heads():
             if head.name not in self._begun:
@@ -237,13 +239,15 @@ class MultiTask(L.LightningModule):
         """What each head makes of its batch."""
         features: dict[str, Features] = {}
         outputs: Outputs = {}
+        active = self.active_heads()
         with self.encoder.remembering():
-            for head in self.active_heads():
+            for head in active:
                 if (batch := batches.get(head.task)) is None:
                     continue
-                if head.task not in features:  # heads of one task share its features
-                    features[head.task] = self.encoder.features(batch["images"])
-                outputs[head.name] = head.loss(features[head.task], batch, self.encoder)
+                if head.name not in features:  # heads of one task share its features
+                    blocks = {other.name: other.block for other in active if other.task == head.task}
+                    features |= self.encoder.features_behind(batch["images"], blocks)
+                outputs[head.name] = head.loss(features[head.name], batch, self.encoder)
         return outputs
 
     def _outputs_of_part(self, number: int, batches: Batches) -> Outputs:
@@ -304,11 +308,11 @@ class MultiTask(L.LightningModule):
             if not batch["keys"]:  # none of its samples is readable
                 continue
             origin = batch.get("origin", Origin(key))
-            features = self.encoder.features(batch["images"])
-            for head in self.each_head():
-                if head.task == origin.task:
-                    name = f"{head.name}/{origin.source}" if origin.source else head.name
-                    yield name, head, head.predict(features, batch, self.encoder), features, batch
+            heads = [head for head in self.each_head() if head.task == origin.task]
+            of_heads = self.encoder.features_behind(batch["images"], {head.name: head.block for head in heads})
+            for head in heads:
+                name, features = f"{head.name}/{origin.source}" if origin.source else head.name, of_heads[head.name]
+                yield name, head, head.predict(features, batch, self.encoder), features, batch
 
     def on_validation_epoch_start(self) -> None:
         self._scored: dict[str, Metrics] = {}

@@ -91,7 +91,8 @@ def _sources_table(data: MultiTaskData) -> Table:
 
 
 def _batch_sizes(source: Source) -> str:
-    return ", then ".join(str(spec.samples) for _, spec in source.specs)
+    sizes = ", then ".join(str(spec.samples) for _, spec in source.specs)
+    return f"{sizes} in 1 of {source.every} steps" if source.every > 1 else sizes
 
 
 def _parts_table(module: MultiTask) -> Table:
@@ -126,7 +127,8 @@ def _frozen_line(module: MultiTask) -> str:
 class TaskProgress(ProgressBar):
     """The run's progress: steps, time left, each head's loss (of the step before), throughput; batches of a validation.
 
-    A head's loss is the sum of what is logged as `train/<head>/...` of its losses, without the head's `weight`.
+    A head's loss is the sum of what is logged as `train/<head>/...` of its losses, without the head's `weight`; of a
+    head that took no part in that step, the one before.
 
     Args:
         refresh_seconds: Time between updates.
