@@ -13,6 +13,7 @@ from indiclip.loading.source import Source
 from indiclip.loading.stages import Stage
 from indiclip.loading.steps import Steps
 from indiclip.preprocessing import Preprocessing
+from indiclip.task_weights import GradNorm
 from indiclip.training.record import read_history
 
 SCENES = {
@@ -179,3 +180,13 @@ def test_sources_of_a_task_agree():
     sources = [Source("t", Numbers("a", 8), 2, every=every) for every in (1, 2)]
     with pytest.raises(ValueError, match="data: the sources of task 't' differ in every; they share their batches"):
         Steps(sources, 0, Preprocessing(8), True)
+
+
+def test_gradnorms_weights_keep_their_sum_in_a_step_without_some_heads():
+    """One alone keeps its weight; of two with weights 0.5 and 0.9 the sum stays 1.4."""
+    strategy = GradNorm(alpha=0.0, lr=0.1)
+    alone = strategy.updated(torch.tensor([0.4]), torch.tensor([3.0]), torch.tensor([0.7]))
+    assert alone.item() == pytest.approx(0.4)
+    both = strategy.updated(torch.tensor([0.5, 0.9]), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+    # By slopes of -1 / 0.5 / 2 and 3 / 0.9 / 2 they move to 0.6 and 0.9 - 1 / 6 = 0.9 * 22 / 27, whose sum is 1.4 / 1.05.
+    assert both.tolist() == pytest.approx([0.6 * 1.05, 0.9 * 22 / 27 * 1.05], rel=1e-4)
