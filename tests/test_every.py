@@ -188,5 +188,5 @@ def test_gradnorms_weights_keep_their_sum_in_a_step_without_some_heads():
     alone = strategy.updated(torch.tensor([0.4]), torch.tensor([3.0]), torch.tensor([0.7]))
     assert alone.item() == pytest.approx(0.4)
     both = strategy.updated(torch.tensor([0.5, 0.9]), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
-    # By slopes of -1 / 0.5 / 2 and 3 / 0.9 / 2 they move to 0.6 and 0.9 - 1 / 6 = 0.9 * 22 / 27, whose sum is 1.4 / 1.05.
+    # By slopes of -1 / 0.5 / 2 and 3 / 0.9 / 2 they move to 0.6 and 0.9 * 22 / 27, whose sum is 1.4 / 1.05.
     assert both.tolist() == pytest.approx([0.6 * 1.05, 0.9 * 22 / 27 * 1.05], rel=1e-4)
