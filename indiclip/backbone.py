@@ -9,7 +9,7 @@ Shape letters: see `indiclip.types`.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, cast, get_args
 
@@ -55,6 +55,7 @@ class Backbone(nn.Module, ABC):
         std: As `mean`.
         interpolation: How its images are resized.
         compiled: Whether its blocks are, see `indiclip.sharding.compile_blocks`.
+        blocks: Those behind each of which it can give features, see `NaFlexViT.forward`; empty of most backbones.
     """
 
     width: int
@@ -105,6 +106,20 @@ class Backbone(nn.Module, ABC):
             found = round((patches_BNP.shape[-1] / 3) ** 0.5)
             raise ValueError(f"data.patch_size: found {found}; expected {self.patch_size}, the backbone's")
         return (patches_BNP.to(self.mean_P.dtype) - self.mean_P) / self.std_P
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return ()
+
+    def block_number(self, block: int | None) -> int:
+        """From 0 on, of a block that may be counted from the end; None is the last."""
+        return len(self.blocks) - 1 if block is None else block % len(self.blocks)
+
+    def blocks_behind(self, blocks: Sequence[int | None]) -> Sequence[nn.Module]:
+        """The last ones, behind all of some that are given as for `block_number`."""
+        if not self.blocks:
+            return ()
+        return self.blocks[max(map(self.block_number, blocks), default=-1) + 1 :]
 
     @abstractmethod
     def forward(self, images: Images) -> Features: ...
@@ -230,7 +245,17 @@ class NaFlexViT(Backbone):
         grey = (0.5, 0.5, 0.5)
         self._set_normalisation(mean or config.get("mean", grey), std or config.get("std", grey))
 
-    def forward(self, images: Images) -> Features:
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*cast(nn.ModuleList, self.vit.blocks)]
+
+    def forward(self, images: Images, blocks: Sequence[int] = ()) -> Features:
+        """As of every backbone.
+
+        Args:
+            blocks: Numbers of blocks, ascending. The pass ends with the last of them, and `after` has the features
+                behind each, through the model's last norm; none of them are the whole model.
+        """
         p = self.patch_size
         grids = [(height // p, width // p) for height, width in images["sizes_hw"]]
         lengths = images["num_patches"]
@@ -240,16 +265,34 @@ class NaFlexViT(Backbone):
         parts = any(rows * columns > length for (rows, columns), length in zip(grids, lengths, strict=True))
         if parts and not self.reads_parts:
             raise ValueError("backbone: found images with dropped patches; expected whole ones, see reads_parts")
-        num_prefix, rows_T = self.vit.num_prefix_tokens, None
+        numbers, num_prefix = blocks or [len(self.blocks) - 1], self.vit.num_prefix_tokens
+        parts_of: list[tuple[Tensor | None, Tensor, Tensor | None]]
         with whole_grids(grids, pixels_BNP.device) if parts else nullcontext():
             if worth_packing(lengths, self.compiled) and self._may_pack():
-                x_1TD, packing = self._packed(pixels_BNP, images["coords_BN2"], lengths)
-                prefix_BKD, tokens, rows_T = packing.split(x_1TD, num_prefix)
+                packed, packing = self._packed(pixels_BNP, images["coords_BN2"], lengths, numbers)
+                parts_of = [packing.split(x_1TD, num_prefix) for x_1TD in packed]
             else:
-                out = cast(Any, self.vit.forward_features(pixels_BNP, images["coords_BN2"], valid_BN))
-                prefix_BKD, tokens = split_prefix(out["patches"], num_prefix)
+                padded = self._padded(pixels_BNP, images["coords_BN2"], valid_BN, numbers)
+                parts_of = [(prefix_BKD, tokens_BND, None) for prefix_BKD, tokens_BND in padded]
         grid_hw = (max(rows for rows, _ in grids), max(columns for _, columns in grids))
-        return Features(tokens, images["coords_BN2"], valid_BN, grid_hw, self.stride, prefix_BKD, rows_T)
+        found = [
+            Features(tokens, images["coords_BN2"], valid_BN, grid_hw, self.stride, prefix_BKD, rows_T)
+            for prefix_BKD, tokens, rows_T in parts_of
+        ]
+        return replace(found[-1], after=dict(zip(blocks, found, strict=False)))
+
+    def _padded(
+        self, pixels_BNP: Tensor, coords_BN2: Tensor, valid_BN: Tensor | None, numbers: Sequence[int]
+    ) -> list[tuple[Tensor | None, Tensor]]:
+        """The prefix and the tokens behind each of the blocks with these numbers."""
+        vit, num_prefix = self.vit, self.vit.num_prefix_tokens
+        if [*numbers] == [len(self.blocks) - 1]:
+            out = cast(Any, vit.forward_features(pixels_BNP, coords_BN2, valid_BN))
+            return [split_prefix(out["patches"], num_prefix)]
+        options = {"output_fmt": "NLC", "norm": True, "stop_early": True, "intermediates_only": True}
+        inputs = {"patches": pixels_BNP, "patch_coord": coords_BN2, "patch_valid": valid_BN}
+        found = cast(Any, vit.forward_intermediates)(inputs, [*numbers], return_prefix_tokens=True, **options)
+        return [(of[1], of[0]) if num_prefix else (None, of) for of in found]
 
     def _may_pack(self) -> bool:
         """Whether the blocks may run on all images' tokens as one sequence, where each attends within its image."""
@@ -257,8 +300,10 @@ class NaFlexViT(Backbone):
         # A block that timm runs again in the backward pass is run alone.
         return self._packs and not drops and not self.vit.grad_checkpointing and not torch.compiler.is_compiling()
 
-    def _packed(self, pixels_BNP: Tensor, coords_BN2: Tensor, lengths: list[int]) -> tuple[Tensor, Packing]:
-        """As `forward_features`, without padding between the images.
+    def _packed(
+        self, pixels_BNP: Tensor, coords_BN2: Tensor, lengths: list[int], numbers: Sequence[int]
+    ) -> tuple[list[Tensor], Packing]:
+        """As `forward_features`, without padding between the images: (1, T, D) behind each of these blocks.
 
         Calls a private method of timm; tried with timm 1.0.31. `_check_options` finds where it gives another result.
         """
@@ -266,10 +311,13 @@ class NaFlexViT(Backbone):
         prefix = self.vit.num_prefix_tokens
         packing = Packing([prefix + length for length in lengths], x_BND.shape[1], x_BND.device)
         x_1TD = packing.pack(x_BND)
+        found: list[Tensor] = []
         with packed_attention(packing):
-            for block in self.vit.blocks:
+            for number, block in enumerate(self.blocks[: numbers[-1] + 1]):
                 x_1TD = block(x_1TD)
-        return self.vit.norm(x_1TD), packing
+                if number in numbers:
+                    found.append(self.vit.norm(x_1TD))
+        return found, packing
 
     def pool(self, features: Features) -> Tensor:
         if not self.vit.global_pool:
@@ -298,7 +346,7 @@ class NaFlexViT(Backbone):
             padded = cast(Any, self.vit.forward_features(pixels_22P, coords_222, valid_22))["patches"]
             if self._packs:  # an attention that is not torch's own does not know where an image ends
                 valid_2N = F.pad(valid_22, (self.vit.num_prefix_tokens, 0), value=True)
-                x_1TD, packing = self._packed(pixels_22P, coords_222, [2, 1])
+                (x_1TD,), packing = self._packed(pixels_22P, coords_222, [2, 1], [len(self.blocks) - 1])
                 apart = (packing.unpack(x_1TD) - padded)[valid_2N]
                 self._packs = bool(apart.abs().max() < 1e-3)
         self.train()

@@ -4,7 +4,7 @@ It knows no head, no Lightning and no config. Shape letters: see `indiclip.types
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -176,6 +176,14 @@ class Encoder(nn.Module):
     def features(self, images: Images) -> Features:
         """Backbone features of a batch of images."""
         return cast(Features, self.backbone(images))
+
+    def features_behind(self, images: Images, blocks: Mapping[str, int | None]) -> dict[str, Features]:
+        """As `features`, behind the block that each name stands for, of one pass; see `Head.block`."""
+        if not any(block is not None for block in blocks.values()):
+            return dict.fromkeys(blocks, self.features(images))
+        numbers = {name: self.backbone.block_number(block) for name, block in blocks.items()}
+        after = cast(Features, self.backbone(images, sorted({*numbers.values()}))).after
+        return {name: after[number] for name, number in numbers.items()}
 
     def embed_features(self, features: Features, length: int | None = None) -> Tensor:
         """Unit-length image embeddings (B, length) of features."""

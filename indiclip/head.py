@@ -174,6 +174,10 @@ class Head(nn.Module, ABC):
         name: Log prefix, `train/<name>/<loss>`; None is the file's name. Two heads of one class need it.
         start: Where the run begins to train the head: a share of its steps below 1, or the number of a step. Before,
             the head costs nothing and its weights stay as they are.
+        block: Behind which block of the backbone the tokens are that the head reads, as its number from 0 on or, below
+            0, from the end: -1 is the last. The blocks behind it get no gradient of the head, and do not run on a batch
+            that no other head reads further. The tokens are normalised as the backbone's output is, by its last norm
+            (as of DINOv2's `get_intermediate_layers`). None is the output. For heads with `needs_all_patches`.
 
     Attributes:
         title: What people call the task; empty is the head's name, as is that of a head with a name of its own.
@@ -214,12 +218,17 @@ class Head(nn.Module, ABC):
     reads_embeddings = ""
 
     def __init__(
-        self, task: str | None = None, weight: float = 1.0, name: str | None = None, start: float = 0.0
+        self,
+        task: str | None = None,
+        weight: float = 1.0,
+        name: str | None = None,
+        start: float = 0.0,
+        block: int | None = None,
     ) -> None:
         super().__init__()
         own, direct = type(self), next(kind for kind in type(self).__mro__ if Head in kind.__bases__)
         self.task = direct.__module__.rpartition(".")[2] if task is None else task
-        self.weight, self.start = weight, start
+        self.weight, self.start, self.block = weight, start, block
         self.name = own.__module__.rpartition(".")[2] if name is None else name
         if name is not None or not self.title:
             self.title = f"{self.name[:1].upper()}{self.name[1:]}".replace("_", " ")

@@ -1,6 +1,7 @@
 """Which heads take part in a step, and what nobody trains meanwhile."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -61,6 +62,8 @@ def idle_parameters(
     if not idle:
         return []
     parts = [*idle, *(module.get_submodule(path) for path in unused_parts(active))]
+    backbone: Any = module.get_submodule("encoder.backbone")
+    parts += backbone.blocks_behind([head.block for head in active])
     parameters = [parameter for part in parts for parameter in part.parameters()]
     parameters += [parameter for head in idle for parameter in task_weights.learned_for(head.name)]
     return [parameter for parameter in parameters if parameter.requires_grad]

@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -92,6 +93,7 @@ class MultiTask(L.LightningModule):
     ) -> None:
         super().__init__()
         checks.check_heads(heads)
+        checks.check_blocks(heads, encoder)
         if head_overrides:
             raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
@@ -115,6 +117,7 @@ class MultiTask(L.LightningModule):
         self.head_losses: dict[str, Tensor] = {}
         self.head_terms: dict[str, list[Tensor]] = {}
         self._starts: dict[str, int] = {}  # head -> the step in which it begins, once the run's length is known
+        self._idle_tasks: frozenset[str] = frozenset()  # which have no batch in this step
         self._begun: set[str] = set()  # not by their steps alone, which are others in a longer or shorter run
         self.unused = unused_parts(heads)
         self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
@@ -168,13 +171,15 @@ class MultiTask(L.LightningModule):
         return cast(list[Head], list(self.heads.values()))
 
     def active_heads(self) -> list[Head]:
-        """Those that take part in this step, see `Head.start`."""
+        """Those that take part in this step: which have begun, see `Head.start`, and whose task has a batch."""
+        heads = [head for head in self.each_head() if head.task not in self._idle_tasks]
         if not any(self._starts.values()):
-            return self.each_head()
+            return heads
         step = batches_done(self.trainer)
-        return [head for head in self.each_head() if step >= self._starts.get(head.name, 0)]
+        return [head for head in heads if step >= self._starts.get(head.name, 0)]
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, batches: Batches, *_: Any) -> None:
+        self._idle_tasks = getattr(batches, "idle_tasks", frozenset())  # here, as DDP makes a plain copy on its way
         self._seed()
         for head in self.active_heads():
             if head.name not in self._begun:
@@ -237,13 +242,15 @@ class MultiTask(L.LightningModule):
         """What each head makes of its batch."""
         features: dict[str, Features] = {}
         outputs: Outputs = {}
+        active = self.active_heads()
         with self.encoder.remembering():
-            for head in self.active_heads():
+            for head in active:
                 if (batch := batches.get(head.task)) is None:
                     continue
-                if head.task not in features:  # heads of one task share its features
-                    features[head.task] = self.encoder.features(batch["images"])
-                outputs[head.name] = head.loss(features[head.task], batch, self.encoder)
+                if head.name not in features:  # heads of one task share its features
+                    blocks = {other.name: other.block for other in active if other.task == head.task}
+                    features |= self.encoder.features_behind(batch["images"], blocks)
+                outputs[head.name] = head.loss(features[head.name], batch, self.encoder)
         return outputs
 
     def _outputs_of_part(self, number: int, batches: Batches) -> Outputs:
@@ -276,7 +283,7 @@ class MultiTask(L.LightningModule):
 
     def _nothing_of_idle_parameters(self) -> Tensor | int:
         """Zero, with a gradient for each of them, for which DDP waits."""
-        if rank_and_world()[1] == 1 or sharding.is_sharded(self):
+        if not (dist.is_available() and dist.is_initialized()) or sharding.is_sharded(self):
             return 0
         return sum(parameter.sum() * 0 for parameter in self._idle_parameters())
 
@@ -304,11 +311,11 @@ class MultiTask(L.LightningModule):
             if not batch["keys"]:  # none of its samples is readable
                 continue
             origin = batch.get("origin", Origin(key))
-            features = self.encoder.features(batch["images"])
-            for head in self.each_head():
-                if head.task == origin.task:
-                    name = f"{head.name}/{origin.source}" if origin.source else head.name
-                    yield name, head, head.predict(features, batch, self.encoder), features, batch
+            heads = [head for head in self.each_head() if head.task == origin.task]
+            of_heads = self.encoder.features_behind(batch["images"], {head.name: head.block for head in heads})
+            for head in heads:
+                name, features = f"{head.name}/{origin.source}" if origin.source else head.name, of_heads[head.name]
+                yield name, head, head.predict(features, batch, self.encoder), features, batch
 
     def on_validation_epoch_start(self) -> None:
         self._scored: dict[str, Metrics] = {}

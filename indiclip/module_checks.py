@@ -32,6 +32,26 @@ def check_heads(heads: Sequence[Head]) -> None:
             )
 
 
+def check_blocks(heads: Sequence[Head], encoder: Encoder) -> None:
+    """Raise ValueError for a head behind a block that is not there, or blocks that nothing would train."""
+    number = len(encoder.backbone.blocks)
+    for head in heads:
+        if head.block is not None and not head.needs_all_patches:
+            raise ValueError(
+                f"heads.{head.name}.block: found {head.block}, for heads that need all patches of an image, as for "
+                "boxes; expected null"
+            )
+        if head.block is not None and not -number <= head.block < number:
+            expected = f"{-number} to {number - 1}, of its {number} blocks" if number else "null, or a NaFlexViT"
+            kind = type(encoder.backbone).__name__
+            raise ValueError(f"heads.{head.name}.block: found {head.block} with a {kind}; expected {expected}")
+    if encoder.backbone.blocks_behind([head.block for head in heads]):
+        raise ValueError(
+            "model.heads: every head reads tokens before the backbone's last block, which nothing would train; "
+            "expected a head without `block`, or a lower model.encoder.backbone.depth"
+        )
+
+
 def check_adapters_train(encoder: Encoder, unused: Sequence[str]) -> None:
     """Raise ValueError where LoRA's adapters of a tower that is used are frozen as the tower itself is."""
     for tower in encoder.lora.towers if encoder.lora else ():

@@ -92,7 +92,8 @@ class GradNorm(TaskWeights):
 
     The norm of each head's weighted gradient on the last block of the backbone is led to their mean times r^alpha, r
     being the share of its first loss that a head has still to go, over the mean of these shares (its equations 1 and 2,
-    algorithm 1). After each step of gradient descent the weights are divided so that their mean is 1. Beyond the paper,
+    algorithm 1). After each step of gradient descent the weights are divided so that their mean is 1: those of a step
+    in which not all heads take part keep their sum. Beyond the paper,
     the distance is divided by the mean norm, so that `lr` has no unit. Costs a backward pass of each head alone.
 
     Args:
@@ -151,7 +152,7 @@ class GradNorm(TaskWeights):
         # Of the sum of |weight * norm without it - target|; targets are constants.
         slopes_K = torch.sign(norms_K - targets_K) * norms_K / weights_K / mean.clamp(min=1e-12)
         moved_K = (weights_K - self.lr * slopes_K).clamp(min=1e-3)
-        return moved_K * (len(moved_K) / moved_K.sum())
+        return moved_K * (weights_K.sum() / moved_K.sum())
 
 
 class PCGrad(TaskWeights):

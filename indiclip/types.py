@@ -9,7 +9,7 @@ Shape letters used in the whole project:
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, cast, get_type_hints
 
 import numpy as np
@@ -207,7 +207,13 @@ class Texts:
 
 
 class Step(dict[str, "Batch"]):
-    """The batches of a step, by task. Moves itself: only what holds tensors is looked at, not the lists beside them."""
+    """The batches of a step, by task. Moves itself: only what holds tensors is looked at, not the lists beside them.
+
+    Attributes:
+        idle_tasks: Those that are to have no batch in this step, see `indiclip.loading.source.Source`.
+    """
+
+    idle_tasks: frozenset[str] = frozenset()
 
     def to(self, device: torch.device | str) -> "Step":
         """On the device; from pinned memory without waiting for it."""
@@ -224,7 +230,9 @@ class Step(dict[str, "Batch"]):
                 return {name: moved(part) for name, part in value.items()}
             return move(value) if isinstance(value, Tensor | Rows) else value
 
-        return Step({task: moved(batch) for task, batch in self.items()})
+        step = Step({task: moved(batch) for task, batch in self.items()})
+        step.idle_tasks = self.idle_tasks
+        return step
 
 
 class Origin:
@@ -360,6 +368,7 @@ class Features:
         stride: Image pixels between neighbouring tokens.
         prefix_BKD: Class and register tokens, in this order; None where the backbone has none.
         rows_T: int64, which of the B * N places each of `tokens` has that come without padding.
+        after: Those behind the blocks of the backbone that were asked for, by number.
     """
 
     tokens: Tensor
@@ -369,6 +378,7 @@ class Features:
     stride: int
     prefix_BKD: Tensor | None = None
     rows_T: Tensor | None = None
+    after: dict[int, "Features"] = field(default_factory=dict)
 
     @property
     def tokens_BND(self) -> Tensor:

@@ -39,12 +39,16 @@ def config(**changes):
     }
     tree = json.loads(json.dumps(tree))
     for key, value in changes.items():
-        node = tree
-        *path, last = [int(part) if part.isdigit() else part for part in key.split("__")]
-        for part in path:
-            node = node[part]
-        node[last] = value
+        put(tree, key, value)
     return tree
+
+
+def put(tree, key, value):
+    """Set what stands at a dotted key with `__` for the dot."""
+    *path, last = [int(part) if part.isdigit() else part for part in key.split("__")]
+    for part in path:
+        tree = tree[part]
+    tree[last] = value
 
 
 def fit(folder, tree, *flags):

@@ -133,7 +133,10 @@ ARROWS = {
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
-    "planning": "chunked_cross_entropy task_weights types names steps images head losses optim parameter_groups loading ratios distributed",
+    "planning": (
+        "chunked_cross_entropy task_weights types names steps images head losses parameter_groups loading ratios"
+        " distributed"
+    ),
     "loading": "types names steps images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"

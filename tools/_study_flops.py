@@ -7,7 +7,9 @@ combination that occurs, and a run is the sum over its steps.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -18,7 +20,7 @@ class Counted:
     Attributes:
         steps: Of a run.
         flops: Of a run.
-        stages: (first step, FLOPs of a step from there on), ascending.
+        stages: (first step, FLOPs of a step from there on, the mean), ascending.
     """
 
     steps: int
@@ -41,18 +43,17 @@ class RunCounter:
         self.phases, self.update = RunPhases(model, data), weigh(model).update.flops
 
     def stages(self, steps: int) -> tuple[tuple[int, float], ...]:
-        """(first step, FLOPs of a step from there on) of a run of so many steps."""
-        return tuple((begin, self._flops(begin, steps)) for begin in self.phases.borders(steps))
+        """(first step, FLOPs of a step from there on, the mean) of a run of so many steps."""
+        return tuple((begin, flops / (end - begin)) for begin, end, flops in self._phases(steps))
 
-    def _flops(self, step: int, steps: int) -> float:
-        tasks = self.phases.tasks(step, steps).values()
-        return self.update + sum(count.flops for of in tasks for count in of.counts(1).values())
+    def _phases(self, steps: int) -> Iterator[tuple[int, int, float]]:
+        """(first step, the one behind the last, FLOPs) of each phase."""
+        for begin, end in pairwise([*self.phases.borders(steps), steps]):
+            yield begin, end, (end - begin) * self.update + self.phases.flops(begin, end, steps)
 
     def total(self, steps: int) -> float:
         """FLOPs of a run of so many steps."""
-        stages = self.stages(steps)
-        ends = [*(begin for begin, _ in stages[1:]), steps]
-        return sum((end - begin) * flops for (begin, flops), end in zip(stages, ends, strict=True))
+        return sum(flops for _, _, flops in self._phases(steps))
 
     def counted(self, steps: int) -> Counted:
         return Counted(steps, self.total(steps), self.stages(steps))

@@ -127,6 +127,7 @@ def describe(estimate: Estimate, data: MultiTaskData, steps: int | None, price: 
         "batches": {
             task: {
                 "samples": of.batch_size * cluster.world,
+                "every": of.every,
                 "per_gpu": of.batch_size,
                 "read": of.read,
                 "image_tokens": of.tokens,
@@ -215,11 +216,11 @@ def plan_on_cpu(words: list[str], rate: float | None, as_json: bool) -> int:
     model, data, _ = build_run(words)
     check(model, data, "fit")
     tasks, weights = step_model(model, data, 1, None), weigh(model)
-    counts = [count for of in tasks.values() for count in of.counts(1).values()]
+    counts = [(1 / of.every, count) for of in tasks.values() for count in of.counts(1).values()]
     largest = max(tasks.values(), key=lambda of: of.tokens * of.batch_size)
     rows = largest.tokens * min(largest.batch_size, 64)
     processor = cpu.measure(rows, largest.tokens, model.encoder.backbone.width, rate and rate * 1e9)
-    total = Count.combine([(1, count) for count in [*counts, weights.update]])
+    total = Count.combine([*counts, (1, weights.update)])
     plan = {
         "gflops": processor.flops / 1e9,
         "bandwidth_gbs": processor.bandwidth / 1e9,

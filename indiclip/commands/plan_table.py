@@ -78,7 +78,8 @@ def _batches(plan: Mapping[str, Any]) -> Table:
     table = _table("A step; tokens are those of the longest", "task", *columns)
     for task, of in plan["batches"].items():
         names = ("samples", "per_gpu", "image_tokens", "text_tokens", "distinct_captions", "read")
-        table.add_row(task, *(f"{of[name]:,}" for name in names))
+        when = f", 1 of {of['every']} steps" if of["every"] > 1 else ""
+        table.add_row(f"{task}{when}", *(f"{of[name]:,}" for name in names))
     return table
 
 

@@ -27,6 +27,7 @@ class SourceOverride:
         samples: As of `Source`.
         mix: As of `Source`.
         batch_size: As of `Source`.
+        every: As of `Source`.
         max_tokens: As of `Source`.
         drop: As of `Source`.
         stages: As of `Source`.
@@ -39,6 +40,7 @@ class SourceOverride:
     samples: int | None = None
     mix: Mix | None = None
     batch_size: int | None = None
+    every: int | None = None
     max_tokens: int | None = None
     drop: float | None = None
     stages: list[Stage] | None = None

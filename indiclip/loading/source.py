@@ -34,6 +34,10 @@ class Source:
         task: The task that reads them; heads name it too.
         dataset: Where the samples are.
         batch_size: Samples per step, over all ranks and all sources of the task.
+        every: The task has a batch in each step whose number is a multiple of this, from 0 on, and none in the others,
+            in which its heads rest as if they had not begun. Its batches are those that it would have step by step,
+            none left out. Of all sources of the task alike; some other task needs a batch in each step. A head's
+            `weight` stays what it is: nothing multiplies it by this. `train/<head>/...` is of the last batch.
         weight: Share among the sources of the same task.
         max_tokens: Most patches per image; larger images are scaled down, aspect kept.
         augment: torchvision v2 transforms for training, which move the annotations too, e.g.
@@ -89,6 +93,7 @@ class Source:
     clusters: Clusters | None = None
     shard_groups: int = 1
     name: str = ""
+    every: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.dataset, SampleDataset):
@@ -96,7 +101,7 @@ class Source:
                 f"data: dataset of task {self.task!r}: found {type(self.dataset).__name__}; expected a SampleDataset "
                 "(indiclip.datasets.base)"
             )
-        names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens", "shard_groups")
+        names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens", "shard_groups", "every")
         check_range({f"data: {name} of task {self.task!r}": getattr(self, name) for name in names}, 1)
         if (self.batch_size is None) == (self.batch_tokens is None):
             both = "; found both" if self.batch_size is not None else ""

@@ -83,7 +83,7 @@ class Steps(Dataset[Step]):
             for key, group in self.sources.items()
         }
         for key, plans in self._stages.items():
-            starts = [0, *self._ends[key][0]]
+            starts = [0, *(self.batches_before(key, end) for end in self._ends[key][0])]
             for number in range(1, len(plans)):
                 plans[number - 1].then(starts[number] - starts[number - 1], plans[number])
 
@@ -98,6 +98,8 @@ class Steps(Dataset[Step]):
         mixes = [source.mix or None for source in group if self.train]
         if any(mix != mixes[0] for mix in mixes):
             raise ValueError(f"data: the sources of task {group[0].task!r} differ in mix; they share their batches")
+        if self.train and len({source.every for source in group}) > 1:
+            raise ValueError(f"data: the sources of task {group[0].task!r} differ in every; they share their batches")
         return [self._plan(group, number, spec) for number, (_, spec) in enumerate(specs[0])]
 
     def _plan(self, group: list[Source], stage: int, spec: BatchSpec) -> Plan:
@@ -125,21 +127,31 @@ class Steps(Dataset[Step]):
 
     def __len__(self) -> int:
         """Steps until the source that takes longest has been gone through."""
-        return max(plan.steps_per_epoch for plan in self.plans.values())
+        return max(plan.steps_per_epoch * self._every(task) for task, plan in self.plans.items())
+
+    def batches_before(self, task: str, step: int) -> int:
+        """How many batches a task has in the steps before this one: the number, in its plan, of the next."""
+        return -(-step // self._every(task))
+
+    def _every(self, task: str) -> int:
+        return self.sources[task][0].every if self.train else 1
 
     def __getitem__(self, step: int) -> Step:
         batches = Step()
+        batches.idle_tasks = frozenset(task for task in self.plans if step % self._every(task))
         for task in self.plans:
+            if task in batches.idle_tasks:
+                continue
             batch = self._batch(task, step)
             if batch["keys"] or batch["quarantined"]:
                 batches[task] = batch
         return batches
 
     def _batch(self, task: str, step: int) -> Batch:
-        plan = self.plans[task]
-        for number, shards in plan.next_shards(step, self.rank, self.world_size) if self.train else []:
-            self._prefetch(task, number, shards)
-        read = (self.read(task, ref, step) for ref in plan.batch(step, self.rank, self.world_size))
+        plan, number = self.plans[task], self.batches_before(task, step)
+        for source, shards in plan.next_shards(number, self.rank, self.world_size) if self.train else []:
+            self._prefetch(task, source, shards)
+        read = (self.read(task, ref, step) for ref in plan.batch(number, self.rank, self.world_size))
         samples = [sample for sample in read if sample is not None]
         if self.train and (mix := self.sources[task][0].mix):
             samples = mix_pairs(samples, mix)

@@ -136,10 +136,11 @@ def _losses(encoder: Any, heads: list[Head], batch: Batch, counter: "OperatorCou
     """Of each head, in the step of a task as in `MultiTask.training_step`."""
     found: dict[str, Tensor] = {}
     with encoder.remembering():
-        features: Features = encoder.features(batch["images"])
+        features: Mapping[str, Features]
+        features = encoder.features_behind(batch["images"], {head.name: head.block for head in heads})
         for head in heads:
             with counter.part(head.name):
-                losses = computed(head.loss(features, batch, encoder))
+                losses = computed(head.loss(features[head.name], batch, encoder))
                 found[head.name] = sum(over_all_ranks(losses.terms).values(), torch.zeros(()))
     return found
 

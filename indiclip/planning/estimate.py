@@ -45,16 +45,20 @@ class Estimate:
 
     @cached_property
     def parts(self) -> dict[str, Counts]:
-        """Task -> part -> what a rank does in a step."""
+        """Task -> part -> what a rank does in a step: the mean over steps with and without a batch of the task."""
+        return {
+            task: {part: Count.combine([(1 / self.tasks[task].every, count)]) for part, count in counts.items()}
+            for task, counts in self._with_all_tasks.items()
+        }
+
+    @cached_property
+    def _with_all_tasks(self) -> dict[str, Counts]:
+        """As `parts`, of a step with a batch of each task."""
         return {task: of.counts(self.cluster.world) for task, of in self.tasks.items()}
 
     @cached_property
     def _by_part(self) -> Counts:
-        total: Counts = {}
-        for counts in self.parts.values():
-            for part, count in counts.items():
-                total[part] = total.get(part, Count()) + count
-        return total
+        return _summed(self.parts)
 
     @property
     def losses(self) -> list[tuple[TaskModel, str]]:
@@ -97,7 +101,7 @@ class Estimate:
 
     def traffic(self) -> Traffic:
         """What ranks exchange."""
-        embeddings = sum(2 * of.batch_size * self.cluster.world * of.embed_dim * 4 for of, _ in self.losses)
+        embeddings = sum(2 * of.mean_batch * self.cluster.world * of.embed_dim * 4 for of, _ in self.losses)
         return traffic(self.cluster, self.strategy, self.weights, embeddings, self.computes_in)
 
     def step(self) -> dict[str, float]:
@@ -108,7 +112,7 @@ class Estimate:
 
     def samples_per_second(self) -> float:
         """Of all tasks and ranks."""
-        return sum(of.batch_size for of in self.tasks.values()) * self.cluster.world / self.step()["step"]
+        return sum(of.mean_batch for of in self.tasks.values()) * self.cluster.world / self.step()["step"]
 
     def scaling(self) -> list[dict[str, float]]:
         """Weak scaling: each GPU keeps its batch, and the step of ever more GPUs is set beside that of one."""
@@ -125,12 +129,12 @@ class Estimate:
     # ---- memory
 
     def memory(self) -> dict[str, float]:
-        """Bytes of a GPU by what they are for; `total` with what is reserved."""
+        """Bytes of a GPU by what they are for, in a step with all tasks; `total` with what is reserved."""
         peak = sum(of.loss(part, self.cluster.world).peak for of, part in self.losses)
         shards = self.weights.shards(self.strategy, self.cluster.nodes, self.cluster.gpus_per_node)
         parts = per_gpu(
             self.weights,
-            self._by_part,
+            _summed(self._with_all_tasks),
             peak,
             self.strategy,
             shards,
@@ -159,9 +163,18 @@ class Estimate:
         """Task -> bytes of encoded images that are read in a second, by all ranks; None for generated ones."""
         per_second = 1 / self.step()["step"]
         return {
-            task: of.image_bytes and of.image_bytes * of.batch_size * self.cluster.world * per_second
+            task: of.image_bytes and of.image_bytes * of.mean_batch * self.cluster.world * per_second
             for task, of in self.tasks.items()
         }
+
+
+def _summed(tasks: Mapping[str, Counts]) -> Counts:
+    """Part -> what is done for all tasks."""
+    total: Counts = {}
+    for counts in tasks.values():
+        for part, count in counts.items():
+            total[part] = total.get(part, Count()) + count
+    return total
 
 
 def ways_to_fit(estimate: Estimate, keys: Mapping[str, str]) -> list[str]:

@@ -26,7 +26,7 @@ class RunPhases:
     """
 
     def __init__(self, model: Any, data: Any, world: int = 1, autocast: torch.dtype | None = None) -> None:
-        self.model, self.data, self._options = model, data, (world, autocast)
+        self.model, self.data, self.world, self._options = model, data, world, (world, autocast)
         self._known: dict[tuple[Any, ...], dict[str, TaskModel]] = {}
 
     def borders(self, num_steps: int) -> list[int]:
@@ -41,7 +41,7 @@ class RunPhases:
         return [head.name for head in self.model.each_head() if first_step(head.start, num_steps) <= step]
 
     def tasks(self, step: int, num_steps: int) -> dict[str, TaskModel]:
-        """Task -> its part of a rank's step."""
+        """Task -> its part of a rank's step, as it is where the task has a batch."""
         heads = self.heads(step, num_steps)
         passed = [
             (number, change)
@@ -54,6 +54,13 @@ class RunPhases:
             with self._with_heads(heads):
                 self._known[key] = step_model(self.model, self.data, *self._options, at=(num_steps, step))
         return self._known[key]
+
+    def flops(self, first: int, end: int, num_steps: int) -> float:
+        """Of a rank's steps from `first` to before `end`, all of one phase; the optimizer aside."""
+        return sum(
+            (-(-end // of.every) - -(-first // of.every)) * sum(count.flops for count in of.counts(self.world).values())
+            for of in self.tasks(first, num_steps).values()
+        )
 
     @contextmanager
     def _with_heads(self, names: list[str]) -> Iterator[None]:

@@ -46,7 +46,8 @@ class TaskFlops:
         reads_captions: Whether its heads embed the samples' captions.
         prompts: Of what else the text tower reads in a step.
         image_passes: What the image tower does in a step over one pass over the batch's images: more than 1 where heads
-            run it on views, or on images with hidden patches. Other copies of it, such as a teacher's, are of heads.
+            run it on views, or on images with hidden patches; less where they need not all of its blocks. Other copies
+            of it, such as a teacher's, are of heads.
         text_passes: Likewise what the text tower does, over one pass over the batch's different captions.
     """
 
@@ -83,10 +84,10 @@ class StepFlops:
         Args:
             batches: Of the step.
             world: Ranks.
-            idle: Heads that have not begun.
+            idle: Heads that take no part: not begun, or of a task without a batch.
         """
         total = sum(self._of_task(self.tasks[task], batch, world) for task, batch in batches.items())
-        for task, without in (self.without[name] for name in idle):
+        for task, without in (self.without[name] for name in idle if name in self.without):
             if task in batches:
                 both = (self._of_task(of_task, batches[task], world) for of_task in (self.tasks[task], without))
                 total -= next(both) - next(both)
@@ -133,7 +134,8 @@ def _batches(data: Any, tokenizer: Any) -> Iterator[tuple[str, Batch]]:
     run_steps, step = settled(data.train)
     steps = Steps(data.train, data.seed, data.preprocessing, True, run_steps=run_steps, encode=tokenizer.encode)
     for task, plan in steps.plans.items():
-        read = (steps.read(task, ref, step) for ref in plan.batch(step)[:_SAMPLES])
+        refs = plan.batch(steps.batches_before(task, step))
+        read = (steps.read(task, ref, step) for ref in refs[:_SAMPLES])
         batch = collate([sample for sample in read if sample is not None])
         batch["origin"] = steps.origins[task]
         yield task, batch

@@ -49,6 +49,7 @@ class TaskModel:
         tokens: Of an image, the longest.
         text_tokens: Of a caption, the longest.
         image_bytes: Of an encoded image, the mean; None for generated ones.
+        every: One of so many steps has a batch of the task: all of the above is of such a step.
     """
 
     batch_size: int
@@ -61,12 +62,18 @@ class TaskModel:
     tokens: int = 0
     text_tokens: int = 0
     image_bytes: float | None = None
+    every: int = 1
     _at_worlds: dict[tuple[str, int], "LossCount"] = field(default_factory=dict)
 
     @property
     def times(self) -> float:
         """The batch as a multiple of the samples that were read."""
         return self.batch_size / self.read
+
+    @property
+    def mean_batch(self) -> float:
+        """Samples of a rank's step, the mean over steps with and without a batch of the task."""
+        return self.batch_size / self.every
 
     @property
     def distinct(self) -> float:
@@ -76,7 +83,7 @@ class TaskModel:
         return expected_distinct(self.captions, self.batch_size)
 
     def counts(self, world: int) -> Counts:
-        """Part -> what a rank does in a step, where there are `world` of them with this batch each."""
+        """Part -> what one of `world` ranks, which all have such a batch, does in a step with a batch of the task."""
         counts: Counts = {}
         for part, once in self.once.items():
             times = self.distinct / len({*self.captions}) if part == TEXT_TOWER and self.captions else self.times
@@ -130,8 +137,9 @@ def step_model(
 
 
 def _task_model(model: Any, steps: Steps, task: str, step: int, autocast: torch.dtype | None) -> TaskModel:
-    batch_size = len(steps.plans[task].batch(step, 0, steps.world_size))
-    refs = steps.plans[task].batch(step)  # of all ranks: the few samples of one say less
+    number = steps.batches_before(task, step)
+    batch_size = len(steps.plans[task].batch(number, 0, steps.world_size))
+    refs = steps.plans[task].batch(number)  # of all ranks: the few samples of one say less
     prepared = [sample for ref in refs[:SAMPLES] if (sample := steps.read(task, ref, step)) is not None]
     origin, tokenizer = steps.origins[task], model.encoder.text.tokenizer
     captions = [sample["caption"] for sample in prepared if sample.get("caption")]
@@ -156,6 +164,7 @@ def _task_model(model: Any, steps: Steps, task: str, step: int, autocast: torch.
         tokens=batch["images"]["patches_BNP"].shape[1],
         text_tokens=text_tokens,
         image_bytes=sum(encoded) / len(encoded) if encoded else None,
+        every=steps.sources[task][0].every,
     )
 
 

@@ -91,7 +91,8 @@ def _sources_table(data: MultiTaskData) -> Table:
 
 
 def _batch_sizes(source: Source) -> str:
-    return ", then ".join(str(spec.samples) for _, spec in source.specs)
+    sizes = ", then ".join(str(spec.samples) for _, spec in source.specs)
+    return f"{sizes} in 1 of {source.every} steps" if source.every > 1 else sizes
 
 
 def _parts_table(module: MultiTask) -> Table:
@@ -126,7 +127,8 @@ def _frozen_line(module: MultiTask) -> str:
 class TaskProgress(ProgressBar):
     """The run's progress: steps, time left, each head's loss (of the step before), throughput; batches of a validation.
 
-    A head's loss is the sum of what is logged as `train/<head>/...` of its losses, without the head's `weight`.
+    A head's loss is the sum of what is logged as `train/<head>/...` of its losses, without the head's `weight`; of a
+    head that took no part in that step, the one before.
 
     Args:
         refresh_seconds: Time between updates.
@@ -148,6 +150,7 @@ class TaskProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._shown = time.monotonic()
         self._losses: tuple[list[str], Later] | None = None  # by head, of the step before, on their way to the host
+        self._known: dict[str, float] = {}  # each head's last
         console = Console()
         self._seconds = self.refresh_seconds if console.is_interactive else self.plain_seconds
         if console.is_interactive:  # on all ranks: a terminal sends Ctrl-C to each of them
@@ -175,8 +178,9 @@ class TaskProgress(ProgressBar):
         names, losses_of_heads = self._losses
         if not losses_of_heads.arrived:
             return
-        named, self._losses = zip(names, losses_of_heads.read(), strict=True), None
-        losses = [f"{name}\N{NO-BREAK SPACE}{loss:.3f}" for name, loss in named]
+        self._known |= zip(names, losses_of_heads.read(), strict=True)
+        self._losses = None
+        losses = [f"{name}\N{NO-BREAK SPACE}{loss:.3f}" for name, loss in self._known.items()]
         rates = [throughput.line(trainer) for throughput in callbacks_of(trainer, Throughput)]
         self._bar.numbers = "  ".join([*losses, *rates])
         self._show(self._training, trainer.global_step, f"  {self._bar.numbers}")

@@ -50,6 +50,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
             if max(sizes, default=0) > given[source.task]:
                 found = f"{max(sizes)} is more than the {given[source.task]} samples of task {source.task!r}"
                 warnings.warn(f"{key}.batch_size: {found}: a batch has some of them more than once", stacklevel=2)
+        _check_every(data.train, heads)
         for head in heads:
             if head.task not in given:
                 raise ValueError(
@@ -72,6 +73,17 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         head.check(*of_task)
 
 
+def _check_every(sources: Sequence[Source], heads: Sequence[Head]) -> None:
+    """Refuse a run some of whose steps would train nothing."""
+    rare = {source.task: source.every for source in sources if source.every > 1}
+    if rare and all(head.task in rare or head.start for head in heads):
+        task, every = next(iter(rare.items()))
+        raise ValueError(
+            f"data.train: task {task!r} has every {every}, and no head that begins with the run reads a task with "
+            "every 1; expected one, as a step without a batch would train nothing"
+        )
+
+
 def _needed(head: Head, scores: bool, trains: bool) -> tuple[str, ...]:
     """Fields of a source's samples that a head needs."""
     fields = head.required_fields if scores else head.predict_fields
@@ -82,7 +94,7 @@ def _check_tokens(key: str, source: Source, heads: Sequence[Head], backbone: Bac
     """Refuse what gives images other tokens, or other samples, where that cannot be."""
     drops = any(budget.drop for budget in source.budgets)
     changes = {"drop": drops and not source.stages, "stages": source.stages, "clusters": source.clusters}
-    changes["teachers"] = source.teachers is not None
+    changes |= {"teachers": source.teachers is not None, "every": source.every > 1}
     names = [name for name, found in changes.items() if found]
     if names and not trains:
         raise ValueError(f"{key}.{names[0]}: held-out data are read whole; expected it in data.train alone")

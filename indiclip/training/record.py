@@ -270,7 +270,7 @@ def _about(module: LightningModule, data: MultiTaskData) -> dict[str, Any]:
             group = [other for other in data.train if other.task == source.task]  # which share the batch
             shares = apportion(source.batch_size, [other.weight for other in group])
             per_step = next(share for other, share in zip(group, shares, strict=True) if other is source)
-        sources.setdefault(type(dataset).__name__, []).append(Drawn(len(source.dataset), per_step))
+        sources.setdefault(type(dataset).__name__, []).append(Drawn(len(source.dataset), per_step, source.every))
     return {
         "heads": head_names(module, data),
         "model": f"An encoder of {_short(parameters)} parameters ({backbone})",

@@ -66,10 +66,12 @@ class Drawn(NamedTuple):
     Attributes:
         size: Its samples.
         per_step: How many of them a step has; None where that is no one number, or an epoch is not all of them.
+        every: Of so many steps one has them.
     """
 
     size: int
     per_step: int | None
+    every: int = 1
 
 
 class Earlier(NamedTuple):
@@ -210,7 +212,7 @@ def _samples(name: str, parts: Sequence[Drawn], steps: int) -> str:
     size = sum(part.size for part in parts)
     if any(part.per_step is None for part in parts):
         return f"samples drawn from {size:,} of {name}"
-    drawn = [steps * (part.per_step or 0) for part in parts]
+    drawn = [-(-steps // part.every) * (part.per_step or 0) for part in parts]
     distinct = sum(min(number, part.size) for number, part in zip(drawn, parts, strict=True))
     if distinct < size:
         return f"{distinct:,} of {size:,} samples of {name}"
