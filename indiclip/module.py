@@ -92,10 +92,10 @@ class MultiTask(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        checks.check_heads(heads)
-        checks.check_blocks(heads, encoder)
         if head_overrides:
             raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
+        checks.check_heads(heads)
+        checks.check_blocks(heads, encoder)
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
         check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
         check_range({"model.layer_decay": layer_decay}, 0, 1, without=0)
