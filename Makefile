@@ -29,7 +29,7 @@ slow: $(VENV)/.installed
 oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet "torch==$$(sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.*/p' pyproject.toml)" -e '.[test]'
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(PYTEST:$(BIN)/%=$(VENV)-oldest/bin/%) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -33,9 +33,11 @@ from indiclip.head import (
     Picture,
     Prediction,
     Ratio,
+    all_captioned,
     plain,
     same_classes,
 )
+from indiclip.ratios import by_group
 from indiclip.types import (
     Batch,
     Features,
@@ -132,12 +134,7 @@ class Captioning(Head):
         self.metric = CaptionMetric()
 
     def check(self, train: Datasets, held_out: Datasets) -> None:
-        for key, dataset in {**train, **held_out}.items():
-            if not dataset.captioned:
-                raise ValueError(
-                    f"heads.{self.name}.task: {key}: {type(dataset).__name__} for task {self.task!r} has images "
-                    "without a caption; `captioned: true` leaves them out"
-                )
+        all_captioned(f"heads.{self.name}", self.task, {**train, **held_out})
         if self.regions and train:
             same_classes(self.task, train)
             if not any(dataset.classes for dataset in train.values()):
@@ -153,7 +150,7 @@ class Captioning(Head):
             refer, ground = self._region_texts(batch, drawn_regions(batch), encoder)
             terms |= {"refer": self._losses(refer, memory).mean, "ground": self._losses(ground, memory).mean}
         groups = {"causal": ~is_parallel, "parallel": is_parallel} if 0 < self.parallel < 1 else {}
-        return Losses(terms, _by_group(losses.loss_B, groups | self._by_language(batch)))
+        return Losses(terms, by_group(losses.loss_B, groups | self._by_language(batch)))
 
     def _losses(self, texts: Sequence[Prompted | None], memory: Memory) -> "TextLosses":
         sequences = sequences_of(texts, self.vocabulary).to(self.decoder.table.device)
@@ -289,14 +286,3 @@ class TextLosses(NamedTuple):
     mean: Ratio
     loss_B: Tensor
     num_tokens: list[int]
-
-
-def _by_group(loss_B: Tensor, groups: dict[str, np.ndarray]) -> dict[str, Ratio]:
-    """The mean over each group of images that has any."""
-    groups = {name: of_B for name, of_B in groups.items() if of_B.any()}
-    if not groups:
-        return {}
-    of_GB = torch.from_numpy(np.stack([*groups.values()])).to(loss_B.device, non_blocking=True)
-    # No product with 0 and 1: a text that is not finite would make all groups so.
-    ratios = zip(torch.where(of_GB, loss_B, 0).sum(1), of_GB.sum(1), strict=True)
-    return {name: Ratio(*ratio) for name, ratio in zip(groups, ratios, strict=True)}

@@ -26,10 +26,12 @@ from indiclip.head import (
     Prediction,
     Ratio,
     WholeBatch,
+    all_captioned,
     plain,
     same_classes,
 )
 from indiclip.losses import MAX_LOGIT_SCALE, ContrastiveLoss, Mixture, SigmoidLoss, SoftmaxLoss, caption_ids
+from indiclip.ratios import by_group
 from indiclip.types import Batch, Features, caption_languages, class_names, language_code, on_device
 
 if TYPE_CHECKING:
@@ -98,12 +100,7 @@ class Contrastive(Head):
 
     def check(self, train: Datasets, held_out: Datasets) -> None:
         same_classes(self.task, train)
-        for key, dataset in {**train, **held_out}.items():
-            if not dataset.captioned:
-                raise ValueError(
-                    f"heads.contrastive.task: {key}: {type(dataset).__name__} for task {self.task!r} has images "
-                    "without a caption; `captioned: true` leaves them out"
-                )
+        all_captioned("heads.contrastive", self.task, {**train, **held_out})
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption")
@@ -139,11 +136,7 @@ class Contrastive(Head):
             return {}
         pair_losses_B = self.criterion.pair_losses_B
         assert pair_losses_B is not None
-        of_KB = torch.from_numpy(np.array(names)[:, None] == np.array(codes))
-        of_KB = of_KB.to(pair_losses_B.device, non_blocking=True)
-        # No product with 0 and 1: a pair that is not finite would make all languages so.
-        ratios = zip(torch.where(of_KB, pair_losses_B, 0).sum(1), of_KB.sum(1), strict=True)
-        return {f"loss/{name}": Ratio(*ratio) for name, ratio in zip(names, ratios, strict=True)}
+        return by_group(pair_losses_B, {f"loss/{name}": np.array(codes) == name for name in names})
 
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """`image_E`, `text_E` (None without a caption), `hits_L` (zero-shot right at each length, where a class is

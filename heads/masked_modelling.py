@@ -16,7 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indiclip.head import Datasets, Frame, Head, Losses, Measure, Panel, Picture, Prediction, Ratio, WholeBatch, plain
+from indiclip.head import (
+    Datasets,
+    Frame,
+    Head,
+    Losses,
+    Measure,
+    Panel,
+    Picture,
+    Prediction,
+    Ratio,
+    WholeBatch,
+    all_captioned,
+    plain,
+)
 from indiclip.losses import caption_ids
 from indiclip.masked_metric import MaskedMetric
 from indiclip.masked_towers import Masked, MaskedImageTower, MaskedTextTower, tokens_of
@@ -155,12 +168,9 @@ class MaskedModelling(Head):
         return self.images.codebook if self.images is not None else None
 
     def check(self, train: Datasets, held_out: Datasets) -> None:
-        for key, dataset in {**train, **held_out}.items():
-            if self.reads_text and not dataset.captioned:
-                raise ValueError(
-                    f"heads.{self.name}.task: {key}: {type(dataset).__name__} for task {self.task!r} has images "
-                    "without a caption; `captioned: true` leaves them out, and losses: {mim: 1.0} reads none"
-                )
+        if self.reads_text:
+            otherwise = ", and losses: {mim: 1.0} reads none"
+            all_captioned(f"heads.{self.name}", self.task, {**train, **held_out}, otherwise)
 
     def tower_copies(self) -> list[nn.Module]:
         return [self.images.teacher] if self.images is not None and self.images.teacher is not None else []

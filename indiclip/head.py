@@ -40,6 +40,7 @@ __all__ = [
     "Picture",
     "Ratio",
     "WholeBatch",
+    "all_captioned",
     "computed",
     "plain",
     "same_classes",
@@ -379,6 +380,26 @@ class ListMetric(torchmetrics.Metric):
     def rows_of_all_ranks(self) -> list[tuple[Any, ...]]:
         """One rank's after the other's."""
         return [row for rows in gathered(self.rows) for row in rows]
+
+
+def all_captioned(key: str, task: str, datasets: Datasets, otherwise: str = "") -> None:
+    """Check that no source has images without a caption.
+
+    Args:
+        key: Of the head in the YAML, such as `heads.contrastive`.
+        task: Whose sources they are.
+        datasets: See `Head.check`.
+        otherwise: What may be done instead of leaving such images out.
+
+    Raises:
+        ValueError: One has.
+    """
+    for source, dataset in datasets.items():
+        if not dataset.captioned:
+            raise ValueError(
+                f"{key}.task: {source}: {type(dataset).__name__} for task {task!r} has images without a caption; "
+                f"`captioned: true` leaves them out{otherwise}"
+            )
 
 
 def same_classes(task: str, datasets: Datasets) -> None:

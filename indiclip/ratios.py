@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,22 @@ def as_ratios(values: Values, number: int) -> dict[str, Ratio]:
         name: value if isinstance(value, Ratio) else Ratio(value * number, torch.full_like(value.detach(), number))
         for name, value in values.items()
     }
+
+
+def by_group(values_B: Tensor, groups: Mapping[str, np.ndarray]) -> dict[str, Ratio]:
+    """The mean of values over each group that has any; without waiting for the device.
+
+    Args:
+        values_B: A number for each sample.
+        groups: Name -> bool (B,), which samples it has.
+    """
+    groups = {name: of_B for name, of_B in groups.items() if of_B.any()}
+    if not groups:
+        return {}
+    of_GB = torch.from_numpy(np.stack([*groups.values()])).to(values_B.device, non_blocking=True)
+    # No product with 0 and 1: a value that is not finite would make all groups so.
+    ratios = zip(torch.where(of_GB, values_B, 0).sum(1), of_GB.sum(1), strict=True)
+    return {name: Ratio(*ratio) for name, ratio in zip(groups, ratios, strict=True)}
 
 
 def added(parts: Sequence[Mapping[str, Ratio]]) -> dict[str, Ratio]:

@@ -14,12 +14,13 @@ from indiclip.datasets.subset import Subset
 from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
 from indiclip.loading.mixing import Mix
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
-from indiclip.loading.stages import Stage, TokenBudget, check_stages
+from indiclip.loading.stages import Stage, TokenBudget, check_stages, stage_ends
 from indiclip.loading.teacher_cache import CachedViews, Captions, TeacherCache
 from indiclip.loading.transforms import Transform
 from indiclip.loading.views import View, check_views
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, count_tokens
+from indiclip.steps import start_step
 from indiclip.types import Sample
 
 
@@ -186,6 +187,11 @@ class Source:
     def changes(self) -> list[float]:
         """When the run does something else with its images, as shares of its steps (below 1) or steps."""
         return [*(stage.until for stage in self.stages), *(view.start for view in self.views if view.start)]
+
+    def change_steps(self, run_steps: int) -> list[int]:
+        """As `changes`, as numbers of steps of a run."""
+        ends = stage_ends(self.stages, run_steps)
+        return [*ends, *(start_step(view.start, run_steps) for view in self.views if view.start)]
 
     @property
     def changes_by_share(self) -> bool:

@@ -219,7 +219,7 @@ class CachedViews:
             try:
                 found = crc32_of_pixels(transform.picture(Sample(key=key) | dataset[index], self.seed(index, key, 0)))
             except UnreadableSample:
-                continue
+                continue  # training reads it again, and counts it
             part, row = self._at(index)
             if found != int(part["crc32_of_pixels"][row, 0]):
                 message = (

@@ -1,16 +1,35 @@
 """The parts of a model that plans and profiles tell apart, and hooks that say which of them runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import nn
 
 from indiclip.head import Head
 from indiclip.losses import PairLoss
+from indiclip.task_weights import Fixed, TaskWeights
 
 IMAGE_TOWER, TEXT_TOWER, PROJECTIONS = "image tower", "text tower", "pools, projections"
+
+
+class SomeHeads(nn.Module):
+    """As much of a `MultiTask` as is read to count its steps, with some of its heads.
+
+    Args:
+        encoder: Of the model.
+        heads: Those that take part.
+        task_weights: Its strategy, whose passes count too; None leaves them out.
+    """
+
+    def __init__(self, encoder: nn.Module, heads: Sequence[Head], task_weights: TaskWeights | None = None) -> None:
+        super().__init__()
+        self.encoder, self.heads = encoder, nn.ModuleList(heads)
+        self.task_weights = task_weights or Fixed()
+
+    def each_head(self) -> list[Head]:
+        return cast(list[Head], list(self.heads))
 
 
 class Recorder(Protocol):

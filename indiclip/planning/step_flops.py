@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from indiclip.distributed import alone
 from indiclip.head import Head
@@ -14,7 +14,7 @@ from indiclip.loading.source import settled
 from indiclip.loading.steps import Steps
 from indiclip.planning.counter import OperatorCounter, count_step
 from indiclip.planning.fake import HostValues, fake_batch, faked
-from indiclip.planning.parts import IMAGE_TOWER, TEXT_TOWER
+from indiclip.planning.parts import IMAGE_TOWER, TEXT_TOWER, SomeHeads
 from indiclip.types import Batch, Texts
 
 _SAMPLES = 16  # of a task, by which its heads are counted
@@ -141,20 +141,9 @@ def _batches(data: Any, tokenizer: Any) -> Iterator[tuple[str, Batch]]:
         yield task, batch
 
 
-class _Part(nn.Module):
-    """As much of a `MultiTask` as `count_step` reads, with some of its heads."""
-
-    def __init__(self, encoder: Any, heads: Sequence[Head]) -> None:
-        super().__init__()
-        self.encoder, self.heads = encoder, nn.ModuleList(heads)
-
-    def each_head(self) -> list[Head]:
-        return [cast(Head, head) for head in self.heads]
-
-
 def _task_flops(encoder: Any, heads: Sequence[Head], batch: Batch) -> TaskFlops:
     task, images = heads[0].task, batch["images"]
-    counts = count_step(_Part(encoder, heads), {task: batch})[task]
+    counts = count_step(SomeHeads(encoder, heads), {task: batch})[task]
     losses = {part for part in counts if part.endswith(" loss")}
     beside = sum(count.flops for part, count in counts.items() if part not in {IMAGE_TOWER, TEXT_TOWER, *losses})
     reading = [head for head in heads if head.embeds_text or head.reads_text]

@@ -61,8 +61,8 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         for key, sample in _first_samples(data, sources):
             for head in heads_of[sources[key].task]:
                 _check_sample(key, sources[key], sample, head, _needed(head, scores, trains))
-                _check_views(key, sources[key], head, key in parts[0])
-                _check_mix(key, sources[key], head, key in parts[0])
+                _check_views(key, sources[key], head, trains)
+                _check_mix(key, sources[key], head, trains)
         for source in sources.values():
             names = [name for head in heads_of[source.task] if scores for name in _needed(head, scores, trains)]
             source.required_fields = tuple(dict.fromkeys(names))
