@@ -181,6 +181,8 @@ class MultiTask(L.LightningModule):
     def on_train_batch_start(self, batches: Batches, *_: Any) -> None:
         self._idle_tasks = getattr(batches, "idle_tasks", frozenset())  # here, as DDP makes a plain copy on its way
         self._seed()
+        if self.micro_batches > 1:  # here, as `training_step` sees gathered weights, whose gradients are others
+            self.zero_grad()
         for head in self.active_heads():
             if head.name not in self._begun:
                 sharding.reshard(self)
@@ -221,7 +223,6 @@ class MultiTask(L.LightningModule):
             loss = self._total(self._outputs(batches))
             gradients = gradients_of(self.head_losses, watched) if watched else {}
         else:
-            self.zero_grad()
             parts, scale = split(batches, self.micro_batches), gradient_scale(self.trainer)
             cached = CachedGradients(parts, self._outputs_of_part, self._total, self, scale)
             loss, gradients = cached.run(lambda: self.head_losses, watched, not self.task_weights.makes_gradients)
@@ -235,7 +236,7 @@ class MultiTask(L.LightningModule):
         self.head_losses = {name: loss.detach() for name, loss in self.head_losses.items()}  # frees what made them
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        if self.micro_batches == 1:  # else `training_step` has left gradients, which are not to be lost
+        if self.micro_batches == 1:  # else `training_step` has left gradients already, which are not to be lost
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _outputs(self, batches: Batches) -> Outputs:

@@ -78,10 +78,10 @@ def test_ten_steps_end_at_the_weights_of_ddp(copies, shards, tmp_path):
 
 
 def test_micro_batches_of_shards_are_the_batch_of_ddp(tmp_path):
-    """Without dropout, which is another one in each part."""
+    """Without dropout, which is another one in each part; with a weight that belongs to no part of the model."""
     found = {}
     for name, (strategy, number) in {"ddp": ("ddp", 1), "sharded": (sharded(1, 2), 2)}.items():
-        tree = ten_steps(strategy, micro_batches=number)
+        tree = ten_steps(strategy, micro_batches=number, task_weights="indiclip.task_weights.Uncertainty")
         no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         tree["model"]["encoder"]["text"]["architecture"] |= no_dropout
         tree["trainer"] |= {"max_steps": 3, "callbacks": [{"class_path": "trouble.Double"}]}
