@@ -77,8 +77,6 @@ def _scored_at(study: Study, arm: str, equal: str) -> str:
     steps = study.counted[arm].steps, study.counted[study.grid.control].steps
     if equal == "FLOPs":
         return f"{steps[0]} steps"
-    if arm in study.grid.not_at_equal_steps:
-        return "at equal FLOPs only"
     own, control = common_step(*steps)
     return f"both {own} steps" if own == control else f"{own} and {control} steps"
 

@@ -31,7 +31,8 @@ def markdown(
     for equal in ("FLOPs", "steps"):
         lines += [f"## At equal {equal}", "", f"| arm | FLOPs a step | steps | {' | '.join(main)} |"]
         lines += ["|---" * (3 + len(main)) + "|"]
-        lines += [_row(results, arm, main, {name: tables[equal][name] for name in main}) for arm in grid.arms]
+        arms = [arm for arm in grid.arms if equal == "FLOPs" or arm not in grid.not_at_equal_steps]
+        lines += [_row(results, arm, main, {name: tables[equal][name] for name in main}) for arm in arms]
         lines.append("")
     lower = [name for name in main if results.direction(name) == "lower"]
     seeds = sorted({len(grid.arm_seeds(arm)) for arm in grid.arms})
