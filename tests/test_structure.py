@@ -134,8 +134,8 @@ ARROWS = {
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
     "planning": (
-        "chunked_cross_entropy task_weights types names steps images head losses parameter_groups loading ratios"
-        " distributed"
+        "chunked_cross_entropy task_weights types names images head head_schedule losses parameter_groups loading"
+        " ratios distributed"
     ),
     "loading": "types names steps images patches preprocessing datasets lightning_internals",
     "evals": (

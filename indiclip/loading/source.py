@@ -20,7 +20,6 @@ from indiclip.loading.transforms import Transform
 from indiclip.loading.views import View, check_views
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, count_tokens
-from indiclip.steps import start_step
 from indiclip.types import Sample
 
 
@@ -188,10 +187,17 @@ class Source:
         """When the run does something else with its images, as shares of its steps (below 1) or steps."""
         return [*(stage.until for stage in self.stages), *(view.start for view in self.views if view.start)]
 
-    def change_steps(self, run_steps: int) -> list[int]:
-        """As `changes`, as numbers of steps of a run."""
-        ends = stage_ends(self.stages, run_steps)
-        return [*ends, *(start_step(view.start, run_steps) for view in self.views if view.start)]
+    def stage_ends(self, run_steps: int | None) -> list[int]:
+        """The first step behind each stage, see `indiclip.loading.stages.stage_ends`."""
+        return stage_ends(self.stages, run_steps, f"data: task {self.task!r}: stages")
+
+    def change_steps(self, run_steps: int | None) -> list[int]:
+        """As `changes`, as numbers of steps of a run.
+
+        Raises:
+            ValueError: One is beyond the run, or a share of one without an end.
+        """
+        return [*self.stage_ends(run_steps), *(view.start_step(run_steps) for view in self.views if view.start)]
 
     @property
     def changes_by_share(self) -> bool:
@@ -248,11 +254,11 @@ class Source:
         return self._draws[seed]
 
 
-def settled(sources: Sequence[Source]) -> tuple[int | None, int]:
-    """`(run_steps, step)` of a run, and of a step of it in which all stages are over and all views have begun."""
+def settled(sources: Sequence[Source]) -> tuple[int, int]:
+    """`(run_steps, step)` of a run, and of its last step, in which all stages are over and all views have begun."""
     changes = [change for source in sources for change in source.changes]
-    # Shares of a run of one step end in it.
-    return 1 if changes else None, max((int(change) + 2 for change in changes), default=0)
+    step = max((int(change) + 2 for change in changes), default=0)
+    return step + 1, step
 
 
 def keyed(key: str, sources: list[Source]) -> dict[str, Source]:

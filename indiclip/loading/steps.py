@@ -17,7 +17,7 @@ from indiclip.loading.mixing import mix_pairs
 from indiclip.loading.plan import Plan, SampleRef
 from indiclip.loading.sampler import BatchSpec, SourceInfo
 from indiclip.loading.source import Source
-from indiclip.loading.stages import TokenBudget, stage_ends
+from indiclip.loading.stages import TokenBudget
 from indiclip.loading.views import make_views
 from indiclip.loading.workers import reading
 from indiclip.patches import drop_patches
@@ -72,14 +72,16 @@ class Steps(Dataset[Step]):
         ]
 
     def begin(self, run_steps: int | None) -> None:
-        """Say how many steps the run has, and with that where its stages end.
+        """Say how many steps the run has, and with that where its stages end and its views begin.
 
         Raises:
-            ValueError: A stage is a share of the run, whose length is not known.
+            ValueError: One does so beyond the run, or is a share of one without an end.
         """
         self._run_steps = run_steps
+        for source in [source for group in self.sources.values() for source in group if self.train]:
+            source.change_steps(run_steps)
         self._ends = {
-            key: [stage_ends(source.stages, run_steps) if self.train else [] for source in group]
+            key: [source.stage_ends(run_steps) if self.train else [] for source in group]
             for key, group in self.sources.items()
         }
         for key, plans in self._stages.items():
