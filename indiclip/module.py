@@ -41,7 +41,8 @@ class MultiTask(L.LightningModule):
         encoder: What is trained and kept.
         heads: The tasks.
         head_overrides: In a config, arguments in place of those that `heads` has, for a page that stacks on another:
-            `head_overrides+: [{head: contrastive, loss: sigmoid}]`. They are applied when the config is read.
+            `head_overrides+: [{head: contrastive, loss: sigmoid}]`. They are applied when the config is read; two that
+            want an argument of a head differently are refused.
         lr: Peak learning rate; None is the optimizer's own.
         weight_decay: Of matrices and kernels, see `indiclip.parameter_groups`; None is the optimizer's own.
         warmup_steps: Linear warm-up, then what `lr_schedule` says.

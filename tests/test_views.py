@@ -1,4 +1,4 @@
-"""Views of images and what a stacked config changes: against what the same transforms make of the same pictures."""
+"""Views of images: against what the same transforms make of the same pictures."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from experiments import config, fit
 from torchvision.transforms import v2
 
 from indiclip.generated.mela import Mela
-from indiclip.loading.overrides import SourceOverride, overridden
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.views import View
@@ -65,21 +64,6 @@ def test_masked_patches_are_the_learned_one_in_the_pixels_of_the_backbone():
     assert hidden.tolist() == [[[1, 2], [102, 46]]]
     hidden.sum().backward()
     assert learned.grad.tolist() == [2, 4]
-
-
-def test_a_stacked_config_adds_and_replaces():
-    flip = v2.RandomHorizontalFlip()
-    base = source(augment=[flip])
-    grey = v2.RandomGrayscale()
-    (found,) = overridden([base], [SourceOverride("contrastive", augment=[grey], drop=0.5, views=[crops()])])
-    assert (found.augment, found.drop, found.batch_size) == ([flip, grey], 0.5, 4)
-    assert [view.name for view in found.views] == ["local"]
-    assert found.transform.augment == [flip, grey]
-    for of_source, of_override, left in ((3, 2, 2), (2, 5, 5), (5, None, 5)):
-        (found,) = overridden([source(samples=of_source)], [SourceOverride("contrastive", samples=of_override)])
-        assert len(found.dataset) == left
-    with pytest.raises(ValueError, match=r"data.overrides\[0\].task: no source .* 'contrastve'; nearest .*contrastive"):
-        overridden([base], [SourceOverride("contrastve")])
 
 
 HEADS = """

@@ -66,8 +66,8 @@ class EMA(Callback):
         first, steps = max(1, -(-self.start_step // self.every_n_steps)) * self.every_n_steps, estimated_steps(trainer)
         if first > steps:
             raise ValueError(
-                f"trainer.callbacks.EMA.start_step: {self.start_step}, with every_n_steps {self.every_n_steps}, has the "
-                f"averages begin after step {first} of {steps:.0f}; expected less"
+                f"trainer.callbacks.EMA.start_step: {self.start_step}, with every_n_steps {self.every_n_steps}, has "
+                f"the averages begin after step {first} of {steps:.0f}; expected less"
             )
         if trainer.is_global_zero:
             print(f"scored is an average of the weights: EMA, decay {self.decay:g}")
