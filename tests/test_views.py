@@ -54,6 +54,15 @@ def test_views_begin_at_their_step():
     assert ["views" in late[step]["contrastive"] for step in range(4)] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("others", [[], [crops(count=2)], [crops(start=0.5)], [crops("global")]])
+def test_sources_of_a_task_have_the_same_views(others):
+    """Else rows of a view would be of other images than they seem; how each augments its own is its affair."""
+    mirrored = View("local", 3, [v2.RandomHorizontalFlip()], max_tokens=9)
+    assert len(steps(source(views=[crops()]), source(views=[mirrored]))[0]["contrastive"]["keys"]) == 4
+    with pytest.raises(ValueError, match=r"the sources of task 'contrastive' differ in views \(name, count or start\)"):
+        steps(source(views=[crops()]), source(views=others), run_steps=4)
+
+
 def test_masked_patches_are_the_learned_one_in_the_pixels_of_the_backbone():
     class Grey:
         mean_P, std_P = torch.tensor([100.0, 50.0]), torch.tensor([2.0, 4.0])

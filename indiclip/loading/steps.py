@@ -6,6 +6,7 @@ import warnings
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
+from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
 
@@ -97,11 +98,8 @@ class Steps(Dataset[Step]):
                 f"data: the sources of task {group[0].task!r} differ in batch_size, batch_tokens, batch_multiple, "
                 "max_tokens or stages; they share their batches"
             )
-        mixes = [source.mix or None for source in group if self.train]
-        if any(mix != mixes[0] for mix in mixes):
-            raise ValueError(f"data: the sources of task {group[0].task!r} differ in mix; they share their batches")
-        if self.train and len({source.every for source in group}) > 1:
-            raise ValueError(f"data: the sources of task {group[0].task!r} differ in every; they share their batches")
+        if self.train:
+            _check_shared(group)
         return [self._plan(group, number, spec) for number, (_, spec) in enumerate(specs[0])]
 
     def _plan(self, group: list[Source], stage: int, spec: BatchSpec) -> Plan:
@@ -265,6 +263,22 @@ def _fetch(dataset: SampleDataset, shards: list[int]) -> None:
         dataset.prefetch(shards)
     except (OSError, ValueError) as error:  # who reads the shard meets it again; until then there is time to mend it
         warnings.warn(f"data: {error}", stacklevel=1)
+
+
+def _check_shared(group: list[Source]) -> None:
+    """Check that sources that share their batches want the same done with these.
+
+    Raises:
+        ValueError: Two do not.
+    """
+    of_batches: dict[str, list[Any]] = {
+        "mix": [source.mix or None for source in group],
+        "every": [source.every for source in group],
+        "views (name, count or start)": [{view.name: (view.count, view.start) for view in of.views} for of in group],
+    }
+    for name, values in of_batches.items():
+        if any(value != values[0] for value in values):
+            raise ValueError(f"data: the sources of task {group[0].task!r} differ in {name}; they share their batches")
 
 
 def _check_ranks(task: str, infos: list[SourceInfo], world_size: int) -> None:
