@@ -33,7 +33,8 @@ Captions = Mapping[str, Sequence[str]]
 
 @dataclass
 class MakeTeachers:
-    """How a run makes its cache where there is none, as `indiclip embed --views` would.
+    """How a run makes its cache where there is none, as `indiclip embed --views` would. For small ones: each process of
+    the run makes its own.
 
     Args:
         models: As of `indiclip embed --model`: a run, a checkpoint, open_clip:..., each a teacher. `initial` is the
