@@ -315,6 +315,12 @@ CANVAS = {
 }
 
 
+def test_a_backbone_of_one_size_may_have_stages_of_other_batches(tmp_path):
+    tree = config(model__encoder__backbone=CANVAS, data__val=[])
+    tree["data"]["train"][0]["stages"] = [{"until": 0.5, "batch_size": 2}]
+    assert fit(tmp_path, tree) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

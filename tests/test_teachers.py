@@ -3,6 +3,7 @@
 import json
 import os
 
+import experiments
 import pytest
 import yaml
 from experiments import config
@@ -58,6 +59,17 @@ def test_no_process_waits_for_a_cache_that_it_cannot_see(apart, tmp_path):
     second = made(runs / "experiment-2")
     assert first["digest"] != second["digest"]
     assert "teachers initial: 2 views of 12 samples" in done.stdout
+
+
+def test_what_is_soon_checked_comes_before_a_cache_is_made(tmp_path, capsys):
+    """A cache may take hours."""
+    wrong = tree(16)
+    wrong["trainer"]["devices"] = 1
+    wrong["data"]["val"] = [wrong["data"]["train"][0] | {"task": "contrastve"}]
+    assert experiments.fit(tmp_path, wrong) == 2
+    said = capsys.readouterr()
+    assert "data.val[0].task: no head reads 'contrastve'; nearest is 'contrastive'" in said.err
+    assert "teachers: initial embed" not in said.out
 
 
 def test_each_cache_of_a_run_has_a_folder_of_its_own(tmp_path):

@@ -48,7 +48,7 @@ class Mix:
         pairs = ((self.mixup, other.mixup), (self.cutmix, other.cutmix))
         if self.prob != other.prob or any(own and others and own != others for own, others in pairs):
             return None
-        return Mix(*(own or others for own, others in pairs), prob=self.prob)
+        return Mix(self.mixup or other.mixup, self.cutmix or other.cutmix, self.prob)
 
     def __bool__(self) -> bool:
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
