@@ -19,7 +19,7 @@ from indiclip.head import Measure, Picture
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import apportion
-from indiclip.loading.steps import source_keys
+from indiclip.loading.source_groups import source_keys
 from indiclip.masking import mask
 from indiclip.module import MultiTask
 from indiclip.sharding import gathered_weights
