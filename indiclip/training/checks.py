@@ -89,7 +89,7 @@ def _check_samples(
         key: [(head, _needed(head, scores, trains)) for head in heads if head.task == source.task]
         for key, source in sources.items()
     }
-    for key, sample in _first_samples(data, sources):
+    for key, sample in _first_samples(data, sources, trains):
         for head, fields in needed[key]:
             _check_sample(key, sources[key], sample, head, fields)
     for key, source in sources.items():
@@ -141,23 +141,31 @@ def _check_tokens(key: str, source: Source, heads: Sequence[Head], backbone: Bac
             )
 
 
-def _first_samples(data: MultiTaskData, sources: Mapping[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _first_samples(
+    data: MultiTaskData, sources: Mapping[str, Source], trains: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
-    # Of one rank, whatever the run has: of held-out sources too, whose batches need not be shared out evenly.
-    run_steps, step = settled([*sources.values()])  # so that views that begin late are made, too
-    steps = Steps([*sources.values()], data.seed, data.preprocessing, train=True, run_steps=run_steps)
-    for task in steps.plans:
-        of_task = [key for key, source in sources.items() if source.task == task]
-        for number, key in enumerate(of_task):
-            try:
-                sample = steps.read(task, SampleRef(number, 0, 0), step)
-            except Exception as error:
-                own = isinstance(error, ValueError | OSError)
-                where = [*getattr(error, "__notes__", []), "(INDICLIP_TRACEBACK=1 shows where)"]
-                found = str(error) if own else " ".join([f"{type(error).__name__}: {error}", *where])
-                raise ValueError(f"{key}: {found}") from error
-            if sample:
-                yield key, sample
+    # Held-out ones, each of which has batches of its own, are read as in training too: that finds a readable sample.
+    groups = [sources] if trains else [{key: source} for key, source in sources.items()]
+    for group in groups:
+        run_steps, step = settled([*group.values()])  # so that views that begin late are made, too
+        # Of one rank, whatever the run has: held-out batches need not be shared out evenly.
+        steps = Steps([*group.values()], data.seed, data.preprocessing, train=True, run_steps=run_steps)
+        for task in steps.plans:
+            of_task = [key for key, source in group.items() if source.task == task]
+            for number, key in enumerate(of_task):
+                if sample := _first_sample(key, steps, task, SampleRef(number, 0, 0), step):
+                    yield key, sample
+
+
+def _first_sample(key: str, steps: Steps, task: str, ref: SampleRef, step: int) -> dict[str, Any] | None:
+    try:
+        return steps.read(task, ref, step)
+    except Exception as error:
+        own = isinstance(error, ValueError | OSError)
+        where = [*getattr(error, "__notes__", []), "(INDICLIP_TRACEBACK=1 shows where)"]
+        found = str(error) if own else " ".join([f"{type(error).__name__}: {error}", *where])
+        raise ValueError(f"{key}: {found}") from error
 
 
 def _check_views(key: str, source: Source, head: Head, trains: bool) -> None:
