@@ -110,13 +110,14 @@ ARROWS = {
     "teacher.py": "types moving_average",
     "fcos.py": "types ratios",
     "surface_charts.py": "types ratios",
-    "head.py": "types names distributed ratios steps",
+    "head.py": "types names distributed ratios steps presentation",
+    "presentation.py": "types",
     "surface_metric.py": "head surface_charts",
-    "detection_metric.py": "head",
+    "detection_metric.py": "head presentation",
     "caption_vocabulary.py": "",
     "caption_sequences.py": "types caption_vocabulary",
     "caption_decoder.py": "types",
-    "caption_metric.py": "head",
+    "caption_metric.py": "head presentation",
     "chunked_cross_entropy.py": "types autograd",
     "pretrained": (
         "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
@@ -144,7 +145,8 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding moving_average float8 pooling lightning_internals backbone encoder head module task_weights"
+        " sharding moving_average float8 pooling lightning_internals backbone encoder head presentation module"
+        " task_weights"
         " datasets loading evals planning"
     ),
     "export": (
