@@ -86,13 +86,15 @@ ARROWS = {
     "packing.py": "types flex grouped_attention",
     "text_packing.py": "packing",
     "position_table.py": "types",
-    "backbone.py": "types names preprocessing timm_errors packing position_table",
-    "timm_backbone.py": "types names preprocessing timm_errors backbone",
+    "backbone.py": "types names preprocessing timm_errors packing position_table naflex_models",
+    "naflex_models.py": "names timm_errors",
+    "canvas_backbone.py": "types names backbone",
+    "timm_backbone.py": "types names preprocessing timm_errors backbone canvas_backbone",
     "tokenizers.py": "names text_cleaning tokenizer_sources",
     "tokenizer_sources.py": "names",
     "text.py": "names quiet tokenizers packing text_packing",
     "text_cleaning.py": "names",
-    "transformers_backbone.py": "types names preprocessing backbone text",
+    "transformers_backbone.py": "types names preprocessing canvas_backbone text",
     "pooling.py": "names distributed",
     "distributed.py": "",
     "sharding.py": "types packing",
@@ -150,8 +152,8 @@ ARROWS = {
         " datasets loading evals planning"
     ),
     "export": (
-        "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"
-        " encoder checkpoint pretrained"
+        "types names masking datasets.tables patches preprocessing backbone canvas_backbone timm_backbone tokenizers"
+        " text pooling encoder checkpoint pretrained"
     ),
     "commands": (
         "types names quiet masking config_files distributed json_lines images preprocessing tokenizers text datasets"
