@@ -130,7 +130,8 @@ ARROWS = {
     "lightning_internals.py": "",
     "task_weights.py": "names types distributed autograd sharding",
     "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
-    " micro_batches ratios head_schedule module_checks parameter_groups",
+    " micro_batches ratios head_schedule held_out_scores module_checks parameter_groups",
+    "held_out_scores.py": "head types distributed",
     "head_schedule.py": "head steps task_weights",
     "module_checks.py": "encoder head task_weights",
     "datasets": "types names images",
