@@ -1,4 +1,4 @@
-"""Config files that are stacked on an experiment, and say one thing differently: the last one counts, and it is said."""
+"""Config files that are stacked on an experiment and say one thing differently: the last counts, and it is said."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
