@@ -5,6 +5,7 @@ import warnings
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import chain
 
 from torch.utils.data import Dataset, get_worker_info
 
@@ -78,8 +79,8 @@ class Steps(Dataset[Step]):
             ValueError: One does so beyond the run, or is a share of one without an end.
         """
         self._run_steps = run_steps
-        for source in [source for group in self.sources.values() for source in group if self.train]:
-            source.change_steps(run_steps)
+        for source in chain(*self.sources.values()) if self.train else ():
+            source.change_steps(run_steps)  # says what cannot be
         self._ends = {
             key: [source.stage_ends(run_steps) if self.train else [] for source in group]
             for key, group in self.sources.items()
