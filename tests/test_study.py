@@ -217,12 +217,14 @@ def test_the_best_rate_is_chosen_for_each_arm_and_never_one_that_diverged(done, 
 
 
 def test_other_configs_in_the_folder_of_a_study_are_refused(done, capsys):
+    """What they say counts, not their comments: a page may be given its verdict."""
     file, folder, _ = done
     base = file.with_name("base.yaml")
     kept = base.read_text()
     try:
-        base.write_text(f"{kept}\nseed_everything: 7\n")
-        assert study.main([str(file), "--runs", str(folder.parent)]) == 2
+        for text, status in {f"# Verdict: better.\n{kept}": 0, f"{kept}\nseed_everything: 7\n": 2}.items():
+            base.write_text(text)
+            assert study.main([str(file), "--runs", str(folder.parent)]) == status
     finally:
         base.write_text(kept)
     assert "was trained by other configs" in capsys.readouterr().err

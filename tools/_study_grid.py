@@ -266,11 +266,11 @@ def words_of(file: Path, key: str, items: Any) -> tuple[str, ...]:
 
 
 def arm_content(grid: Grid, arm: str, folder: Path) -> list[Any]:
-    """All that says what an arm computes: its words, and what its config files say."""
+    """All that says what an arm computes: its words, and what its config files say, their comments aside."""
     words = grid.words(arm, folder)
     files = [Path(word) for word in words if not word.startswith("--")]
     flags = [word.replace("{folder}", "") for word in (*grid.base, *grid.arms[arm]) if word.startswith("--")]
-    return [flags, [file.read_text(encoding="utf-8") for file in files]]
+    return [flags, [yaml.load(file.read_text(encoding="utf-8"), UniqueKeys) for file in files]]
 
 
 def digest(grid: Grid, run: Run, folder: Path) -> str:
