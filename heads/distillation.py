@@ -60,7 +60,7 @@ class Distillation(Head):
             self.loss_fields = ("caption",)
 
     def bind(self, encoder: "Encoder") -> None:
-        self.distance = DistillationLoss(encoder.lengths, self.length_weights, *self._scales)
+        self.distance = DistillationLoss(encoder.lengths, self.length_weights, *self._scales, f"heads.{self.name}.")
         self.metric = MetricCollection({})  # what the student learns, the contrastive head's says
         self.teacher = None if self.online is None else self.online.beside(encoder, f"heads.{self.name}.teacher")
 
