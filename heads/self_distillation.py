@@ -163,13 +163,13 @@ class SelfDistillation(Head):
         return [] if self.teacher.backbone is None else [self.teacher.backbone]
 
     def begin(self, encoder: "Encoder") -> None:
-        self.teacher.follow(encoder, self.student, 0.0)
+        self.teacher.follow(encoder, 0.0, self.student)
         self.begun.fill_(True)
 
     def after_step(self, encoder: "Encoder", progress: float) -> None:
         left = (1 + math.cos(math.pi * progress)) / 2
         momentum = self.final_momentum - (self.final_momentum - self.momentum) * left
-        self.teacher.follow(encoder, self.student, momentum)
+        self.teacher.follow(encoder, momentum, self.student)
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         seen, B = batch["views"][self.global_view], len(batch["keys"])

@@ -164,7 +164,7 @@ def test_micro_batches_are_the_batch(preset, number):
 @pytest.mark.parametrize("head_only", [False, True])
 def test_the_teacher_is_an_average_that_nothing_else_touches(head_only):
     head = SelfDistillation(**SMALL, head_only=head_only, momentum=0.9, final_momentum=1.0)
-    module = MultiTask(tiny_encoder(), [*heads()[:1], head])
+    module = MultiTask(tiny_encoder(batch_norm=True), [*heads()[:1], head])
     module.train()
     assert not any(part.training for part in head.teacher.modules())
     assert head.student.training

@@ -60,8 +60,7 @@ ARROWS = {
     "masked_positions.py": "types block_masks",
     "masked_texts.py": "text",
     "masked_towers.py": (
-        "types backbone text masked_images masked_positions masked_texts moving_average multimodal_encoder"
-        " patch_codebook"
+        "types backbone text masked_images masked_positions masked_texts teacher multimodal_encoder patch_codebook"
     ),
     "masked_metric.py": "head",
     "mismatched_pairs.py": "distributed multimodal_encoder",
@@ -144,7 +143,7 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding moving_average float8 pooling lightning_internals backbone encoder head module task_weights"
+        " sharding moving_average teacher float8 pooling lightning_internals backbone encoder head module task_weights"
         " datasets loading evals planning"
     ),
     "export": (
