@@ -184,11 +184,11 @@ class MaskedModelling(Head):
         if self.teacher is not None:
             self.teacher.follow(encoder, 0.0)
 
-    def after_step(self, encoder: "Encoder", progress: float) -> None:
+    def after_step(self, encoder: "Encoder", progress: float, made: Tensor) -> None:
         if self.codebook is not None:
-            self.codebook.update(progress)
+            self.codebook.update(progress, made)
         if self.teacher is not None:
-            self.teacher.follow(encoder, self.teacher_decay)
+            self.teacher.follow(encoder, self.teacher_decay, made=made)
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption") if self.reads_text else None

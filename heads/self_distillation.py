@@ -166,10 +166,12 @@ class SelfDistillation(Head):
         self.teacher.follow(encoder, 0.0, self.student)
         self.begun.fill_(True)
 
-    def after_step(self, encoder: "Encoder", progress: float) -> None:
+    def after_step(self, encoder: "Encoder", progress: float, made: Tensor) -> None:
         left = (1 + math.cos(math.pi * progress)) / 2
         momentum = self.final_momentum - (self.final_momentum - self.momentum) * left
-        self.teacher.follow(encoder, momentum, self.student)
+        self.teacher.follow(encoder, momentum, self.student, made)
+        for targets in self.targets.values():
+            cast(Targets, targets).update(made)
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         seen, B = batch["views"][self.global_view], len(batch["keys"])

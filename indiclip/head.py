@@ -270,11 +270,13 @@ class Head(nn.Module, ABC):
         head's state, as a resumed run does not call it again.
         """
 
-    def after_step(self, encoder: "Encoder", progress: float) -> None:
+    def after_step(self, encoder: "Encoder", progress: float, made: Tensor) -> None:
         """Called after each optimizer step that the head took part in, as for an average of weights.
 
         Args:
             progress: The share of the run's steps that are done, above 0 and at most 1.
+            made: 1; or 0 after a step that changed no weight, as something in it was not finite: then nothing of the
+                head may change either. A scalar on the device, for which the host is not to wait.
         """
 
     @abstractmethod

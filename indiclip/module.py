@@ -119,6 +119,9 @@ class MultiTask(L.LightningModule):
         self._starts: dict[str, int] = {}  # head -> the step in which it begins, once the run's length is known
         self._idle_tasks: frozenset[str] = frozenset()  # which have no batch in this step
         self._begun: set[str] = set()  # not by their steps alone, which are others in a longer or shorter run
+        # Of this step, by callbacks: 1 where the optimizer is made to do nothing, else 0; a scalar on the device.
+        self.skipped: Tensor | None = None
+        self._stepped = False  # whether the optimizer was called, which a GradScaler does not do after an overflow
         self.unused = unused_parts(heads)
         self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
         freeze_paths(self, self.frozen)
@@ -194,11 +197,13 @@ class MultiTask(L.LightningModule):
             parameter.grad = None
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
+        self.skipped, self._stepped = None, False
         super().optimizer_step(*args, **options)
         progress = (batches_done(self.trainer) + 1) / self._num_steps
+        made = torch.ones((), device=self.device) if self.skipped is None else 1 - self.skipped
         sharding.reshard(self)
-        for head in self.active_heads():
-            head.after_step(self.encoder, progress)
+        for head in self.active_heads() if self._stepped else ():
+            head.after_step(self.encoder, progress, made)
         if self.float8 == "tensorwise" and sharding.is_sharded(self):  # also for a validation before the next step
             share_scales(self)
 
@@ -361,11 +366,15 @@ class MultiTask(L.LightningModule):
             raise ValueError(f"model.optimizer: {error}") from error
         optim.set_rates(optimizer, self.lr, self.weight_decay)
         optimizer.register_load_state_dict_pre_hook(optim.restore_by_name)
+        optimizer.register_step_post_hook(self._note_step)
         # Fused AdamW can undo the loss scale itself, and Lightning then refuses to clip gradients in mixed precision.
         # This makes the GradScaler, where there is one, undo it before the clipping.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         scheduler = self.lr_schedule.scheduler(optimizer, self.warmup_steps, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
 
     def on_train_start(self) -> None:
         if self.trainer.ckpt_path:

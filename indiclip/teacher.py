@@ -69,12 +69,21 @@ class Teacher(nn.Module):
         pooled_BD: Tensor = self.image_pool(features.tokens_BND, features.valid_BN)
         return pooled_BD
 
-    def follow(self, encoder: "Encoder", momentum: float, layers: nn.ModuleDict | None = None) -> None:
-        """Move towards what is trained; `momentum` is the share that stays, 0 copies."""
+    def follow(
+        self, encoder: "Encoder", momentum: float, layers: nn.ModuleDict | None = None, made: Tensor | None = None
+    ) -> None:
+        """Move towards what is trained.
+
+        Args:
+            encoder: As of the constructor.
+            momentum: The share that stays; 0 copies.
+            layers: As of the constructor.
+            made: As of `Head.after_step`; None is 1.
+        """
         pairs = ((self.backbone, encoder.backbone), (self.image_pool, encoder.image_pool), (self.layers, layers))
         for teacher, student in pairs:
             if teacher is not None and student is not None:
-                follow(teacher, student, momentum)
+                follow(teacher, student, momentum, made)
 
 
 @contextmanager

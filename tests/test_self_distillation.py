@@ -181,7 +181,7 @@ def test_the_teacher_is_an_average_that_nothing_else_touches(head_only):
     head.begin(module.encoder)
     for parameter in head.student.parameters():
         parameter.data += 1
-    head.after_step(module.encoder, 0.5)  # half of the way from 0.9 to 1
+    head.after_step(module.encoder, 0.5, torch.ones(()))  # half of the way from 0.9 to 1
     of_teacher = zip(head.teacher.layers.parameters(), before.parameters(), strict=True)
     for teacher, first in of_teacher:
         assert_close(teacher.data, first.data + 0.05)
@@ -305,7 +305,7 @@ def test_pooling_of_the_tower_itself_has_an_average_too():
     head.bind(encoder)
     for parameter in encoder.backbone.parameters():
         parameter.data += 1
-    head.after_step(encoder, 0.0)
+    head.after_step(encoder, 0.0, torch.ones(()))
     token = encoder.backbone.vit.embeds.cls_token, head.teacher.backbone.vit.embeds.cls_token
     assert_close(token[0] - token[1], torch.full_like(token[0], 0.9))
     batch = batches_of("dinov2")["contrastive"]

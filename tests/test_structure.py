@@ -65,7 +65,7 @@ ARROWS = {
     "masked_metric.py": "head",
     "mismatched_pairs.py": "distributed multimodal_encoder",
     "multimodal_encoder.py": "",
-    "patch_codebook.py": "types names distributed",
+    "patch_codebook.py": "types names distributed moving_average",
     "strict_yaml.py": "",
     "masking.py": "",
     "json_lines.py": "masking",
