@@ -271,7 +271,8 @@ class MultiTask(L.LightningModule):
 
     def _total(self, outputs: Outputs) -> Tensor:
         """The step's loss, and what is logged of it."""
-        losses = {name: computed(output) for name, output in outputs.items()}
+        with self.encoder.remembering():
+            losses = {name: computed(output) for name, output in outputs.items()}
         terms = over_all_ranks({f"{name}/{term}": v for name, of in losses.items() for term, v in of.terms.items()})
         zero = torch.zeros((), device=self.device)
         self.head_losses = {}
