@@ -61,7 +61,7 @@ class Contrastive(Head):
     title = "Image-text matching"
     metric: "EmbeddingMetric"
     required_fields = ("caption",)
-    needs_all_patches = False
+    needs_all_patches = reads_objects = False
     mixes = True
 
     def __init__(

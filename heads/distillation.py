@@ -41,7 +41,7 @@ class Distillation(Head):
     title = "Distillation"
     metric: MetricCollection
     loss_fields: tuple[str, ...] = ("caption", "teacher_image", "teacher_text", "teacher_scale")
-    needs_all_patches = False
+    needs_all_patches = reads_objects = False
 
     def __init__(
         self,

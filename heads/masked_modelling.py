@@ -93,7 +93,7 @@ class MaskedModelling(Head):
     texts: MaskedTextTower | None
     multimodal: MultimodalEncoder | None
     matching: nn.Module | None
-    needs_all_patches = embeds_images = embeds_text = False
+    needs_all_patches = reads_objects = embeds_images = embeds_text = False
 
     def __init__(
         self,

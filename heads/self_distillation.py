@@ -82,7 +82,7 @@ class SelfDistillation(Head):
     title = "Self-distillation"
     metric: "PrototypeMetric"
     embeds_images = embeds_text = False
-    needs_all_patches = False
+    needs_all_patches = reads_objects = False
     begun: Tensor
 
     def __init__(

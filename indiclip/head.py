@@ -189,6 +189,8 @@ class Head(nn.Module, ABC):
         required_views: Names of the views that `loss` reads, see `indiclip.loading.views.View`.
         predict_fields: Those that `predict` needs.
         needs_all_patches: Whether dropped patches would spoil what it learns, as they do where it needs a map.
+        reads_objects: Whether `loss` reads boxes, points, masks or maps, or what belongs to them. Where no head of a
+            task does, its training samples come without: to augment them takes longer than the image does.
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
         mixes: Whether `loss` learns from images that are mixed of two, see `mix_share` in `Sample`.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
@@ -210,6 +212,7 @@ class Head(nn.Module, ABC):
     required_views: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
     needs_all_patches = True
+    reads_objects = True
     no_flip = ""
     mixes = False
     embeds_images = True

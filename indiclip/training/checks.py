@@ -57,6 +57,8 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
                     f"model.heads: {head.name} reads the task {head.task!r}, for which data.train has no source"
                     f"{did_you_mean(head.task, given)}"
                 )
+    for source in parts[0].values():
+        source.keeps_objects = any(head.reads_objects for head in heads_of[source.task])
     for trains, sources in zip((True, False), parts, strict=True):
         for key, sample in _first_samples(data, sources):
             for head in heads_of[sources[key].task]:
