@@ -68,7 +68,7 @@ class Distillation(Head):
         captions = self.target(batch, "caption")
         image_BD, text_BD = encoder.pool_features(features), encoder.pool_text(captions)
         if self.teacher is not None:
-            taught = self.teacher.embed(batch["images"], list(captions))
+            taught = self.teacher.embed(batch["images"], captions)
         else:
             names = ("teacher_image", "teacher_text", "teacher_scale")
             taught = tuple(self.target(batch, name).values.unflatten(0, (len(captions), -1)) for name in names)

@@ -83,6 +83,7 @@ class SelfDistillation(Head):
     metric: "PrototypeMetric"
     embeds_images = embeds_text = False
     needs_all_patches = reads_objects = False
+    mixes = True  # it reads views alone, which are not mixed
     begun: Tensor
 
     def __init__(

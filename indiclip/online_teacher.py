@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from indiclip import checkpoint
 from indiclip.encoder import Encoder
-from indiclip.types import Images
+from indiclip.types import Images, Texts
 
 INITIAL = "initial"
 
@@ -80,12 +80,15 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def embed(self, images: Images, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings (B, T, E) of images and of captions, and the factor on their cosines (B, T)."""
+    def embed(self, images: Images, captions: list[str] | Texts) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (B, T, E) of images and of captions, and the factor on their cosines (B, T).
+
+        Token ids that come with the captions are the student's.
+        """
         device = images["patches_BNP"].device
         if self._apart and self._apart[0].device != device:
             self._apart[0].to(device)
         encoder: Any = self._apart[0] if self._apart else self.encoder
         image_BE = encoder.embed_features(encoder.features(images))
-        text_BE = encoder.embed_text(captions)
+        text_BE = encoder.project_text(encoder.pool_text(captions if self.encoder is not None else [*captions]))
         return image_BE[:, None], text_BE[:, None], image_BE.new_full((len(captions), 1), self.logit_scale_)

@@ -313,6 +313,15 @@ def test_pooling_of_the_tower_itself_has_an_average_too():
     assert all(value.isfinite() for value in losses.values())
 
 
+def test_it_reads_views_alone_so_that_the_images_beside_them_may_be_mixed():
+    encoder, batch = tiny_encoder(), batches_of("dinov2")["contrastive"]
+    head = SelfDistillation(**DINOV2)
+    head.bind(encoder)
+    del batch["images"]
+    assert head.mixes
+    assert computed(head.loss(None, batch, encoder)).terms["dino"].isfinite()
+
+
 def test_one_view_has_nothing_to_be_compared_with():
     head = SelfDistillation(**SMALL, local_view=None)
     head.check_views({"global": 2})
