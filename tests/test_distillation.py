@@ -184,6 +184,25 @@ def test_shards_and_micro_batches_end_at_the_weights_of_ddp(tmp_path):
     assert largest_difference(found["ddp"], found["sharded"]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": "runs/none"}, "weights: runs/none: no such run, checkpoint or folder"),
+        ({"weights": "initial", "logit_scale": 0.0}, "logit_scale: found 0.0; expected above 0"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_named_by_its_key(options, words):
+    with pytest.raises(ValueError, match=f"^heads.beside.teacher.{words}"):
+        Distillation(OnlineTeacher(**options), name="beside").bind(tiny_encoder())
+
+
+def test_a_teacher_of_a_cache_that_cannot_be_is_named_by_its_key(tmp_path, capsys):
+    missing = tree()
+    missing["data"]["overrides"][0]["teachers"]["make"]["models"] = ["runs/none"]
+    assert fit(tmp_path, missing) == 2
+    assert "data.train[0].teachers.make.models: runs/none: no such" in capsys.readouterr().err
+
+
 def test_a_head_without_its_data_is_one_line(tmp_path, capsys):
     without = tree()
     del without["data"]["overrides"]

@@ -103,7 +103,7 @@ ARROWS = {
     "softmax_sums.py": "logit_chunks",
     "logit_chunks.py": "distributed",
     "distillation_loss.py": "losses logit_chunks autograd distributed",
-    "online_teacher.py": "types encoder checkpoint",
+    "online_teacher.py": "types names encoder checkpoint",
     "self_distillation_losses.py": "distributed logit_chunks",
     "block_masks.py": "",
     "teacher.py": "types moving_average",

@@ -94,7 +94,10 @@ def _embed(make: MakeTeachers, folder: Path, sources: dict[str, Source], encoder
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     state = torch.get_rng_state()
-    teachers = load_teachers(make.models, device, encoder)
+    try:
+        teachers = load_teachers(make.models, device, encoder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{next(iter(sources))}.teachers.make.models: {error}") from error
     job = ViewEmbedder(folder, sources, teachers, make.views, make.dtype)
     job.begin()
     if missing := job.missing():
