@@ -8,7 +8,7 @@ Shape letters: see `indiclip.types`; T teachers.
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from indiclip.distillation_loss import DistillationLoss
@@ -63,6 +63,10 @@ class Distillation(Head):
         self.distance = DistillationLoss(encoder.lengths, self.length_weights, *self._scales, f"heads.{self.name}.")
         self.metric = MetricCollection({})  # what the student learns, the contrastive head's says
         self.teacher = None if self.online is None else self.online.beside(encoder, f"heads.{self.name}.teacher")
+
+    def tower_copies(self) -> list[nn.Module]:
+        copied = self.teacher.encoder if self.teacher is not None else None
+        return [] if copied is None else [copied.backbone, copied.text]
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption")

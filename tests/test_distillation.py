@@ -74,6 +74,7 @@ def test_a_copy_of_the_student_stays_as_it_is_and_is_saved():
     assert before
     assert not any(part.training for part in head.teacher.modules())
     assert not any(p.requires_grad for p in head.teacher.parameters())
+    assert head.tower_copies() == [head.teacher.encoder.backbone, head.teacher.encoder.text]
     batch = caption_batch(CAPTIONS)
     batch["targets"]["caption"] = Texts(CAPTIONS, student.text.tokenizer.encode(CAPTIONS))
     student.text.tokenizer.encode = head.teacher.encoder.text.tokenizer.encode = None  # the loader has done that
