@@ -108,7 +108,7 @@ class Captioning(Head):
         self.width, self.depth, self.num_heads, self.text_layers = width, depth, num_heads, text_layers
         self.parallel, self.regions, self.num_bins = parallel, regions, num_bins
         self.max_tokens, self.language = max_tokens, language
-        self.needs_all_patches = regions
+        self.needs_all_patches = self.reads_objects = regions
         self._languages: set[str] = set()  # of all captions that were trained on
         self._name_ids: dict[str, list[int]] = {}
 

@@ -61,7 +61,7 @@ class Contrastive(Head):
     title = "Image-text matching"
     metric: "EmbeddingMetric"
     required_fields = ("caption",)
-    needs_all_patches = False
+    needs_all_patches = reads_objects = False
     mixes = True
 
     def __init__(
@@ -86,7 +86,8 @@ class Contrastive(Head):
         self._logits |= {} if init_logit_bias is None else {"init_logit_bias": init_logit_bias}
         self.templates = templates or ["{}"]
         if any("{}" not in template for template in self.templates):
-            raise ValueError(f"heads.contrastive.templates: {self.templates} must each contain {{}} for the class name")
+            found = f"heads.{self.name}.templates: {self.templates}"
+            raise ValueError(f"{found} must each contain {{}} for the class name")
         self.retrieval_at = retrieval_at or [1, 5]
         self._class_text: dict[tuple[str, ...], list[Tensor]] = {}  # class names -> their embeddings, at each length
         self._languages: set[str] = set()  # of all captions that were trained on
@@ -94,13 +95,15 @@ class Contrastive(Head):
 
     def bind(self, encoder: "Encoder") -> None:
         make = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}[self.loss_name]
-        self.criterion: ContrastiveLoss = make(encoder.lengths, self.length_weights, **self._logits)
+        self.criterion: ContrastiveLoss = make(
+            encoder.lengths, self.length_weights, key=f"heads.{self.name}.", **self._logits
+        )
         self.criterion.begin_with(encoder.initial_logits)
         self.metric = EmbeddingMetric(encoder.lengths, self.retrieval_at)
 
     def check(self, train: Datasets, held_out: Datasets) -> None:
         same_classes(self.task, train)
-        all_captioned("heads.contrastive", self.task, {**train, **held_out})
+        all_captioned(f"heads.{self.name}", self.task, {**train, **held_out})
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption")

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _FIRST_DENSITY = 0.02  # things per cell before training: about the share of cells that hold one
 _SMALLEST = 1e-8  # keeps the logarithm of a density finite
 _DRAWN_SIDE = 320  # pixels that a picture's shorter side has at least
-_ASK_BOXES = "heads.counting.ask_boxes: needs the names of the classes of the source's boxes"
+_ASK_BOXES = "ask_boxes: needs the names of the classes of the source's boxes"
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Counting(Head):
     ) -> None:
         super().__init__(**common)
         if "{}" not in prompt:
-            raise ValueError(f"heads.counting.prompt: {prompt!r} must contain {{}} for the class name")
+            raise ValueError(f"heads.{self.name}.prompt: {prompt!r} must contain {{}} for the class name")
         self.check_range(1, channels=channels, upsample=upsample)
         self.channels, self.num_layers, self.upsample, self.prompt = channels, num_layers, upsample, prompt
         self.ask_boxes = ask_boxes
@@ -120,7 +120,7 @@ class Counting(Head):
         if self.ask_boxes and train:  # scoring asks for the source's own class
             same_classes(self.task, train)
             if not any(dataset.classes for dataset in train.values()):
-                raise ValueError(f"{_ASK_BOXES}, but {', '.join(train)} has none")
+                raise ValueError(f"heads.{self.name}.{_ASK_BOXES}, but {', '.join(train)} has none")
 
     def forward(self, features: Features, text_QE: Tensor, image_Q: Tensor | None = None) -> Tensor:
         """Expected things (Q, H, W) in every cell, float32; 0 where an image has no patch.
@@ -233,7 +233,8 @@ class Counting(Head):
         boxes, classes = (self.target(batch, name, every=False) for name in ("boxes_xyxy", "classes"))
         labels, names = classes.on_host.tolist(), class_names(batch)
         if labels and max(labels) >= len(names):
-            raise ValueError(f"{_ASK_BOXES}; found {len(names)} of them and a box of class {max(labels)}")
+            found = f"found {len(names)} of them and a box of class {max(labels)}"
+            raise ValueError(f"heads.{self.name}.{_ASK_BOXES}; {found}")
         images = [i for i, count in enumerate(classes.counts) for _ in range(count)]
         pairs = list(zip(images, labels, strict=True))  # image and class of each box
         in_crowd = batch["targets"]["crowd"].on_host.tolist() if "crowd" in batch["targets"] else []

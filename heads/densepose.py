@@ -99,7 +99,8 @@ class DensePose(Head):
         self.check_range(1, roi_size=roi_size, channels=channels, num_convs=num_convs, upscale=upscale)
         self.check_range(coarse_weight=coarse_weight, part_weight=part_weight, uv_weight=uv_weight)
         if coarse_classes not in (2, 15):
-            raise ValueError(f"heads.densepose.coarse_classes: {coarse_classes}; expected 2 (person or not) or 15")
+            found = f"heads.{self.name}.coarse_classes: {coarse_classes}"
+            raise ValueError(f"{found}; expected 2 (person or not) or 15")
         self.check_range(0, MAX_JITTER, box_jitter=box_jitter)
         self.roi_size, self.channels, self.num_convs, self.upscale = roi_size, channels, num_convs, upscale
         self.coarse_classes, self.box_jitter = coarse_classes, box_jitter

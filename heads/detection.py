@@ -79,7 +79,7 @@ class Detection(Head):
         halving = all(finer == 2 * coarser for finer, coarser in pairwise(self.scales))
         if not self.scales or not halving or not set(self.scales) <= set(_SCALES):
             raise ValueError(
-                f"heads.detection.scales: {scales}; expected some of {list(_SCALES)}, each half of the one before"
+                f"heads.{self.name}.scales: {scales}; expected some of {list(_SCALES)}, each half of the one before"
             )
         self.num_classes, self.out_channels, self.num_convs = num_classes or len(classes or ()), out_channels, num_convs
         self.reach, self.center_sampling_radius = reach, center_sampling_radius

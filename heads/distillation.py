@@ -8,7 +8,7 @@ Shape letters: see `indiclip.types`; T teachers.
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from indiclip.distillation_loss import DistillationLoss
@@ -41,7 +41,7 @@ class Distillation(Head):
     title = "Distillation"
     metric: MetricCollection
     loss_fields: tuple[str, ...] = ("caption", "teacher_image", "teacher_text", "teacher_scale")
-    needs_all_patches = False
+    needs_all_patches = reads_objects = False
 
     def __init__(
         self,
@@ -60,15 +60,19 @@ class Distillation(Head):
             self.loss_fields = ("caption",)
 
     def bind(self, encoder: "Encoder") -> None:
-        self.distance = DistillationLoss(encoder.lengths, self.length_weights, *self._scales)
+        self.distance = DistillationLoss(encoder.lengths, self.length_weights, *self._scales, f"heads.{self.name}.")
         self.metric = MetricCollection({})  # what the student learns, the contrastive head's says
         self.teacher = None if self.online is None else self.online.beside(encoder, f"heads.{self.name}.teacher")
+
+    def tower_copies(self) -> list[nn.Module]:
+        copied = self.teacher.encoder if self.teacher is not None else None
+        return [] if copied is None else [copied.backbone, copied.text]
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption")
         image_BD, text_BD = encoder.pool_features(features), encoder.pool_text(captions)
         if self.teacher is not None:
-            taught = self.teacher.embed(batch["images"], list(captions))
+            taught = self.teacher.embed(batch["images"], captions)
         else:
             names = ("teacher_image", "teacher_text", "teacher_scale")
             taught = tuple(self.target(batch, name).values.unflatten(0, (len(captions), -1)) for name in names)

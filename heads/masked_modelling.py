@@ -37,6 +37,7 @@ from indiclip.mismatched_pairs import Keys, half_a_batch_on, hard_texts, tokens_
 from indiclip.multimodal_encoder import MultimodalEncoder, Tokens, matching_head, prediction_head
 from indiclip.names import check_choice
 from indiclip.patch_codebook import Codebook, PatchCodebook
+from indiclip.teacher import Teacher
 from indiclip.types import Batch, Features, Texts, in_float32, moved, on_device, random_seeds
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class MaskedModelling(Head):
     texts: MaskedTextTower | None
     multimodal: MultimodalEncoder | None
     matching: nn.Module | None
-    needs_all_patches = embeds_images = embeds_text = False
+    needs_all_patches = reads_objects = embeds_images = embeds_text = False
 
     def __init__(
         self,
@@ -155,11 +156,11 @@ class MaskedModelling(Head):
             self.matching = matching_head(self.width)
         self.metric = MaskedMetric()
 
-    def _image_targets(self, encoder: "Encoder") -> PatchCodebook | str | None:
+    def _image_targets(self, encoder: "Encoder") -> PatchCodebook | Teacher | None:
         if _OF_PATCHES.isdisjoint(self.losses):
             return None
         if self.targets == "teacher":
-            return self.targets
+            return Teacher(encoder, has_pool=False)
         backbone, key = encoder.backbone, f"heads.{self.name}.codebook"
         return PatchCodebook(self.options, backbone.mean_P, backbone.std_P, key)
 
@@ -167,23 +168,27 @@ class MaskedModelling(Head):
     def codebook(self) -> PatchCodebook | None:
         return self.images.codebook if self.images is not None else None
 
+    @property
+    def teacher(self) -> Teacher | None:
+        return self.images.teacher if self.images is not None else None
+
     def check(self, train: Datasets, held_out: Datasets) -> None:
         if self.reads_text:
             otherwise = ", and losses: {mim: 1.0} reads none"
             all_captioned(f"heads.{self.name}", self.task, {**train, **held_out}, otherwise)
 
     def tower_copies(self) -> list[nn.Module]:
-        return [self.images.teacher] if self.images is not None and self.images.teacher is not None else []
+        return [] if self.teacher is None or self.teacher.backbone is None else [self.teacher.backbone]
 
     def begin(self, encoder: "Encoder") -> None:
-        if self.images is not None:
-            self.images.follow(encoder.backbone, 0.0)
+        if self.teacher is not None:
+            self.teacher.follow(encoder, 0.0)
 
-    def after_step(self, encoder: "Encoder", progress: float) -> None:
+    def after_step(self, encoder: "Encoder", progress: float, made: Tensor) -> None:
         if self.codebook is not None:
-            self.codebook.update(progress)
-        if self.images is not None:
-            self.images.follow(encoder.backbone, self.teacher_decay)
+            self.codebook.update(progress, made)
+        if self.teacher is not None:
+            self.teacher.follow(encoder, self.teacher_decay, made=made)
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption") if self.reads_text else None
@@ -233,7 +238,7 @@ class MaskedModelling(Head):
         vectors: dict[str, tuple[Tensor, Masked]] = {}
         image = text = pairs = None
         if self.images is not None:
-            image = self.images(batch["images"], seeds, encoder.backbone)
+            image = self.images(batch["images"], seeds, encoder)
             vectors["mim"] = image.tokens.tokens_BNW, image
         if self.texts is not None and captions is not None:
             text = self.texts(captions, seeds, encoder.text)

@@ -82,7 +82,8 @@ class SelfDistillation(Head):
     title = "Self-distillation"
     metric: "PrototypeMetric"
     embeds_images = embeds_text = False
-    needs_all_patches = False
+    needs_all_patches = reads_objects = False
+    mixes = True  # it reads views alone, which are not mixed
     begun: Tensor
 
     def __init__(
@@ -163,13 +164,15 @@ class SelfDistillation(Head):
         return [] if self.teacher.backbone is None else [self.teacher.backbone]
 
     def begin(self, encoder: "Encoder") -> None:
-        self.teacher.follow(encoder, self.student, 0.0)
+        self.teacher.follow(encoder, 0.0, self.student)
         self.begun.fill_(True)
 
-    def after_step(self, encoder: "Encoder", progress: float) -> None:
+    def after_step(self, encoder: "Encoder", progress: float, made: Tensor) -> None:
         left = (1 + math.cos(math.pi * progress)) / 2
         momentum = self.final_momentum - (self.final_momentum - self.momentum) * left
-        self.teacher.follow(encoder, self.student, momentum)
+        self.teacher.follow(encoder, momentum, self.student, made)
+        for targets in self.targets.values():
+            cast(Targets, targets).update(made)
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         seen, B = batch["views"][self.global_view], len(batch["keys"])

@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         self._build(**chosen)
         self.initial_logits = initial.logits()
         self.initialised = initial.fill(self) if init_from else []
-        self._remembered: dict[tuple[str, int], tuple[Any, Tensor]] | None = None
+        self._remembered: dict[tuple[Any, ...], tuple[Any, Tensor]] | None = None
         self.lora = lora
         if lora is not None:  # last: the towers' weights must be there under their own names before
             add_lora({"image": self.backbone, "text": self.text}, lora)
@@ -157,20 +157,22 @@ class Encoder(nn.Module):
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """While it lasts, the same features or texts are pooled once, whoever asks: the heads of a task share them."""
+        """While it lasts, what is made of the same features, texts or pooled vectors is made once, whoever asks: the
+        heads of a task share it, and batch norm sees it once.
+        """
         self._remembered = {}
         try:
             yield
         finally:
             self._remembered = None
 
-    def _once(self, what: str, of: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """What was computed of an object while `remembering`, else what is computed now."""
+    def _once(self, compute: Callable[[], Tensor], of: Any, *how: Any) -> Tensor:
+        """What was computed of an object, in this way, while `remembering`, else what is computed now."""
         if self._remembered is None:
             return compute()
-        key = (what, id(of))
+        key = (_identity(of), *how)
         if key not in self._remembered:
-            self._remembered[key] = (of, compute())  # kept with it, so that no other object gets its id
+            self._remembered[key] = (of, compute())  # kept with it, so that nothing else gets its place in memory
         return self._remembered[key][1]
 
     def features(self, images: Images) -> Features:
@@ -191,7 +193,7 @@ class Encoder(nn.Module):
 
     def pool_features(self, features: Features) -> Tensor:
         """One vector per image (B, D), each for itself: before batch norm, where there is one, and the projection."""
-        return self._once("image", features, lambda: self._pool_features(features))
+        return self._once(lambda: self._pool_features(features), features)
 
     def _pool_features(self, features: Features) -> Tensor:
         if self.image_pool.kind == "tower":
@@ -200,7 +202,7 @@ class Encoder(nn.Module):
 
     def project_image(self, pooled_BD: Tensor, length: int | None = None, batch_statistics: bool = True) -> Tensor:
         """Unit-length image embeddings (B, length) of what `pool_features` gives."""
-        return self._cut(self.image_projection(self.image_pool.normalise(pooled_BD, batch_statistics)), length)
+        return self._projected(pooled_BD, self.image_pool, self.image_projection, length, batch_statistics)
 
     def embed_image(
         self,
@@ -255,7 +257,7 @@ class Encoder(nn.Module):
 
     def pool_text(self, texts: str | list[str] | Texts) -> Tensor:
         """One vector per text (B, D), as `pool_features`; equal strings are encoded once. At least one text."""
-        return self._once("text", texts, lambda: self._pool_text(texts))
+        return self._once(lambda: self._pool_text(texts), texts)
 
     def _pool_text(self, texts: str | list[str] | Texts) -> Tensor:
         many = [texts] if isinstance(texts, str) else list(texts)
@@ -277,7 +279,16 @@ class Encoder(nn.Module):
 
     def project_text(self, pooled_BD: Tensor, length: int | None = None, batch_statistics: bool = True) -> Tensor:
         """Unit-length text embeddings (B, length) of what `pool_text` gives."""
-        return self._cut(self.text_projection(self.text_pool.normalise(pooled_BD, batch_statistics)), length)
+        return self._projected(pooled_BD, self.text_pool, self.text_projection, length, batch_statistics)
+
+    def _projected(
+        self, pooled_BD: Tensor, pool: Pool, projection: nn.Module, length: int | None, batch_statistics: bool
+    ) -> Tensor:
+        def whole() -> Tensor:
+            embedding_BE: Tensor = projection(pool.normalise(pooled_BD, batch_statistics))
+            return embedding_BE
+
+        return self._cut(self._once(whole, pooled_BD, projection, batch_statistics), length)
 
     def embed_classes(
         self, classes: Sequence[str], templates: Sequence[str] = ("{}",), length: int | None = None
@@ -337,3 +348,12 @@ class Encoder(nn.Module):
     @staticmethod
     def _cut(embedding_BE: Tensor, length: int | None) -> Tensor:
         return F.normalize(in_float32(embedding_BE[:, :length]), dim=-1)
+
+
+def _identity(of: Features | Tensor | str | Sequence[str] | Texts) -> tuple[Any, ...]:
+    """The same of what is the same. Not the object: FSDP hands on others with the same numbers, where it gathers."""
+    if isinstance(of, Features):
+        of = of.tokens
+    if isinstance(of, Tensor):
+        return (of.untyped_storage()._cdata, of.storage_offset(), of.shape, of.stride())
+    return (of,) if isinstance(of, str) else tuple(of)

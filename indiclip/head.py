@@ -106,6 +106,8 @@ class Head(nn.Module, ABC):
         required_views: Names of the views that `loss` reads, see `indiclip.loading.views.View`.
         predict_fields: Those that `predict` needs.
         needs_all_patches: Whether dropped patches would spoil what it learns, as they do where it needs a map.
+        reads_objects: Whether `loss` reads boxes, points, masks or maps, or what belongs to them. Where no head of a
+            task does, its training samples come without: to augment them takes longer than the image does.
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
         mixes: Whether `loss` learns from images that are mixed of two, see `mix_share` in `Sample`.
         embeds_images: Whether `loss` calls `encoder.embed_features`.
@@ -127,6 +129,7 @@ class Head(nn.Module, ABC):
     required_views: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
     needs_all_patches = True
+    reads_objects = True
     no_flip = ""
     mixes = False
     embeds_images = True
@@ -187,11 +190,13 @@ class Head(nn.Module, ABC):
         head's state, as a resumed run does not call it again.
         """
 
-    def after_step(self, encoder: "Encoder", progress: float) -> None:
+    def after_step(self, encoder: "Encoder", progress: float, made: Tensor) -> None:
         """Called after each optimizer step that the head took part in, as for an average of weights.
 
         Args:
             progress: The share of the run's steps that are done, above 0 and at most 1.
+            made: 1; or 0 after a step that changed no weight, as something in it was not finite: then nothing of the
+                head may change either. A scalar on the device, for which the host is not to wait.
         """
 
     @abstractmethod

@@ -65,6 +65,7 @@ class PairLoss(nn.Module, ABC):
         length_weights: share of each length, >= 0 and of any sum; None weighs all the same.
         init_logit_scale: factor on the cosines at the start, one over the temperature; None is the paper's.
         max_logit_scale: most that it may become.
+        key: what messages have before the names of these, such as `heads.contrastive.`.
 
     Attributes:
         logit_scale: (1,), logarithm of the factor on the cosines, at most that of `max_logit_scale`. Not a
@@ -79,13 +80,14 @@ class PairLoss(nn.Module, ABC):
         length_weights: list[float] | None = None,
         init_logit_scale: float | None = None,
         max_logit_scale: float = MAX_LOGIT_SCALE,
+        key: str = "",
     ) -> None:
         super().__init__()
         scale = self.paper_logit_scale if init_logit_scale is None else init_logit_scale
         if not 0 < scale <= max_logit_scale < math.inf:
             raise ValueError(
-                f"init_logit_scale: found {scale:g} with max_logit_scale {max_logit_scale:g}; expected more than 0 "
-                "and no more than the latter"
+                f"{key}init_logit_scale: found {scale:g} with max_logit_scale {max_logit_scale:g}; expected more than "
+                "0 and no more than the latter"
             )
         self.max_log_scale = math.log(max_logit_scale)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale)))
@@ -97,7 +99,7 @@ class PairLoss(nn.Module, ABC):
         weights = [1.0] * count if length_weights is None else length_weights
         if len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
             expected = f"{count} weight(s) >= 0, not all 0: one per length"
-            raise ValueError(f"length_weights={weights} for lengths={lengths}: expected {expected}")
+            raise ValueError(f"{key}length_weights: found {weights} for the lengths {lengths}; expected {expected}")
         self.length_weights = [weight / sum(weights) for weight in weights]
 
     def begin_with(self, logits: Mapping[str, float]) -> None:

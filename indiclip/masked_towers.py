@@ -4,9 +4,8 @@ Shape letters: see `indiclip.types`; K hidden patches or tokens of all samples; 
 `indiclip.patch_codebook`.
 """
 
-import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +16,14 @@ from indiclip.backbone import Backbone
 from indiclip.masked_images import masked
 from indiclip.masked_positions import hidden_patches, hidden_tokens
 from indiclip.masked_texts import embedding_of, hidden_behind, hide
-from indiclip.moving_average import follow
 from indiclip.multimodal_encoder import Tokens
 from indiclip.patch_codebook import CANDIDATES, PatchCodebook
+from indiclip.teacher import Teacher
 from indiclip.text import TextTower
 from indiclip.types import Features, Images, Texts, in_float32, moved
+
+if TYPE_CHECKING:
+    from indiclip.encoder import Encoder
 
 
 class Masked(NamedTuple):
@@ -53,39 +55,29 @@ class MaskedImageTower(nn.Module):
     Args:
         backbone: Which reads the images; not kept.
         ratio: Share of an image's patches that are hidden.
-        targets: A codebook, whose numbers of the hidden patches are the targets; or `teacher`, for the vectors that an
-            average of the backbone makes of them in the whole image, each with zero mean and unit variance (as Baevski
-            et al., "data2vec", ICML 2022, arXiv:2202.03555, of the last block alone); or None.
+        targets: A codebook, whose numbers of the hidden patches are the targets; or a teacher, for the vectors that it
+            makes of them in the whole image, each with zero mean and unit variance (as Baevski et al., "data2vec", ICML
+            2022, arXiv:2202.03555, of the last block alone); or None.
     """
 
-    def __init__(self, backbone: Backbone, ratio: float, targets: PatchCodebook | str | None) -> None:
+    def __init__(self, backbone: Backbone, ratio: float, targets: PatchCodebook | Teacher | None) -> None:
         super().__init__()
         self.ratio = ratio
         self.hidden_patch_P = nn.Parameter(torch.zeros(len(backbone.mean_P)))
         self.codebook = targets if isinstance(targets, PatchCodebook) else None
-        self.teacher = copy.deepcopy(backbone).requires_grad_(False) if targets == "teacher" else None
-        self.train()
+        self.teacher = targets if isinstance(targets, Teacher) else None
 
-    def train(self, mode: bool = True) -> "MaskedImageTower":
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
-    def follow(self, backbone: Backbone, decay: float) -> None:
-        """Move the teacher, where there is one, towards the backbone; a decay of 0 copies."""
-        if self.teacher is not None:
-            follow(self.teacher, backbone, decay)
-
-    def forward(self, images: Images, seeds: Sequence[int], backbone: Backbone) -> Masked:
+    def forward(self, images: Images, seeds: Sequence[int], encoder: "Encoder") -> Masked:
         """Of images of any size, with a random seed for each."""
-        device = images["patches_BNP"].device
+        backbone, device = encoder.backbone, images["patches_BNP"].device
         hidden_BN = hidden_patches(images, backbone.patch_size, self.ratio, seeds)
         features: Features = backbone(masked(images, moved(hidden_BN, device), self.hidden_patch_P, backbone))
         places_K = moved(_token_places(hidden_BN, images, backbone), device)
         targets, statistics = places_K, {}  # numbers that nobody reads, where there are no targets
         if self.teacher is not None:
-            targets = self._vectors(self.teacher, images, places_K)
+            tokens_BND = self.teacher.features(images, encoder).tokens_BND
+            tokens_KD = tokens_BND.flatten(0, 1).index_select(0, places_K)
+            targets = F.layer_norm(in_float32(tokens_KD), tokens_KD.shape[-1:])
         if self.codebook is not None:
             patches_MP = images["patches_BNP"].flatten(0, 1)
             hidden_KP, drawn_KP = (
@@ -97,11 +89,6 @@ class MaskedImageTower(nn.Module):
             statistics["candidates_BJP"] = drawn_KP.reshape(-1, CANDIDATES, drawn_KP.shape[1])
         hidden = [np.flatnonzero(hidden_N) for hidden_N in hidden_BN]
         return Masked(tokens_of(features), places_K, targets, hidden, statistics)
-
-    @torch.no_grad()
-    def _vectors(self, teacher: nn.Module, images: Images, places_K: Tensor) -> Tensor:
-        tokens_KD = teacher(images).tokens_BND.flatten(0, 1).index_select(0, places_K)
-        return F.layer_norm(in_float32(tokens_KD), tokens_KD.shape[-1:])
 
 
 class MaskedTextTower(nn.Module):

@@ -74,7 +74,7 @@ class CachedGradients:
             gradients on `watched`.
         """
         with torch.no_grad():
-            cached = [apply_to_collection(self._outputs(i, part), Tensor, _leaf) for i, part in enumerate(self._parts)]
+            cached = [_as_leaves(self._outputs(i, part)) for i, part in enumerate(self._parts)]
         statistics = running_statistics(self._module)  # which the second pass must find as the first did
         before = [buffer.clone() for buffer in statistics]
         loss = self._total(merge(cached))
@@ -88,11 +88,12 @@ class CachedGradients:
 
         reached: list[tuple[Tensor, Tensor]] = []
         own_gradients, remaining = gradients[: len(own)], iter(gradients[len(own) :])
+        of_leaves = [[next(remaining) for _ in of_part] for of_part in leaves]
         for number, part in enumerate(self._parts):
             outputs = self._outputs(number, part)
             for name in of_heads.keys() & outputs.keys():
                 of_heads[name].add(number, outputs)
-            pairs = zip(_values(outputs), remaining, strict=False)
+            pairs = zip(_values(outputs), of_leaves[number], strict=True)
             reached = [(value, gradient) for value, gradient in pairs if value.requires_grad and gradient is not None]
             if accumulate and number < len(self._parts) - 1:
                 values, of_values = zip(*reached, strict=True)
@@ -140,16 +141,21 @@ class _Replayed:
 
 
 def merge(parts: list[Outputs]) -> Outputs:
-    """The outputs of all parts as if they were of one."""
+    """The outputs of all parts as if they were of one; rows that heads share in each part are shared in the whole."""
     names = dict.fromkeys(name for outputs in parts for name in outputs)
-    return {name: _merge([outputs[name] for outputs in parts if name in outputs]) for name in names}
+    whole: dict[tuple[int, ...], Any] = {}
+    return {name: _merge([outputs[name] for outputs in parts if name in outputs], whole) for name in names}
 
 
-def _merge(parts: list[Any]) -> Losses | WholeBatch:
-    if isinstance(parts[0], WholeBatch):
-        rows = zip(*(part.rows for part in parts), strict=True)
-        return WholeBatch(parts[0].function, tuple(_concatenated(pieces) for pieces in rows))
-    return Losses(added([part.terms for part in parts]), added([part.logged for part in parts]))
+def _merge(parts: list[Any], whole: dict[tuple[int, ...], Any]) -> Losses | WholeBatch:
+    if not isinstance(parts[0], WholeBatch):
+        return Losses(added([part.terms for part in parts]), added([part.logged for part in parts]))
+    rows = [*zip(*(part.rows for part in parts), strict=True)]
+    keys = [tuple(map(id, pieces)) for pieces in rows]
+    for key, pieces in zip(keys, rows, strict=True):
+        if key not in whole:
+            whole[key] = _concatenated(pieces)
+    return WholeBatch(parts[0].function, tuple(whole[key] for key in keys))
 
 
 def _concatenated(pieces: tuple[Any, ...]) -> Any:
@@ -170,12 +176,21 @@ def _set(buffers: list[Tensor], values: list[Tensor]) -> None:
         buffer.copy_(value)
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.is_floating_point())
+def _as_leaves(outputs: Outputs) -> Outputs:
+    """The outputs with leaves as their tensors, one for each, however many heads have it."""
+    leaves: dict[int, Tensor] = {}
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if id(tensor) not in leaves:
+            leaves[id(tensor)] = tensor.detach().requires_grad_(tensor.is_floating_point())
+        return leaves[id(tensor)]
+
+    found: Outputs = apply_to_collection(outputs, Tensor, leaf)
+    return found
 
 
 def _values(outputs: Outputs) -> list[Tensor]:
-    """The tensors through which gradients may flow, in an order of their own.
+    """The tensors through which gradients may flow, each once, in an order of their own.
 
     What is logged is not among them: it may be more when a part comes again, after others had a new language.
     """
@@ -183,4 +198,4 @@ def _values(outputs: Outputs) -> list[Tensor]:
     for output in outputs.values():
         through = output.terms if isinstance(output, Losses) else output.rows
         apply_to_collection(through, Tensor, found.append)
-    return [tensor for tensor in found if tensor.is_floating_point()]
+    return [*{id(tensor): tensor for tensor in found if tensor.is_floating_point()}.values()]

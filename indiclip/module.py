@@ -124,6 +124,9 @@ class MultiTask(L.LightningModule):
         self._starts: dict[str, int] = {}  # head -> the step in which it begins, once the run's length is known
         self._idle_tasks: frozenset[str] = frozenset()  # which have no batch in this step
         self._begun: set[str] = set()  # not by their steps alone, which are others in a longer or shorter run
+        # Of this step, by callbacks: 1 where the optimizer is made to do nothing, else 0; a scalar on the device.
+        self.skipped: Tensor | None = None
+        self._stepped = False  # whether the optimizer was called, which a GradScaler does not do after an overflow
         self._freeze(freeze or [])
         encoder.check_adapters()  # here, as a model that is only loaded need not run
         checks.check_adapters_train(encoder, self.unused)
@@ -199,11 +202,13 @@ class MultiTask(L.LightningModule):
             parameter.grad = None
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
+        self.skipped, self._stepped = None, False
         super().optimizer_step(*args, **options)
         progress = (batches_done(self.trainer) + 1) / self._num_steps
+        made = torch.ones((), device=self.device) if self.skipped is None else 1 - self.skipped
         sharding.reshard(self)
-        for head in self.active_heads():
-            head.after_step(self.encoder, progress)
+        for head in self.active_heads() if self._stepped else ():
+            head.after_step(self.encoder, progress, made)
         if self.float8 == "tensorwise" and sharding.is_sharded(self):  # also for a validation before the next step
             share_scales(self)
 
@@ -271,7 +276,8 @@ class MultiTask(L.LightningModule):
 
     def _total(self, outputs: Outputs) -> Tensor:
         """The step's loss, and what is logged of it."""
-        losses = {name: computed(output) for name, output in outputs.items()}
+        with self.encoder.remembering():
+            losses = {name: computed(output) for name, output in outputs.items()}
         terms = over_all_ranks({f"{name}/{term}": v for name, of in losses.items() for term, v in of.terms.items()})
         zero = torch.zeros((), device=self.device)
         self.head_losses = {}
@@ -352,11 +358,15 @@ class MultiTask(L.LightningModule):
             raise ValueError(f"model.optimizer: {error}") from error
         optim.set_rates(optimizer, self.lr, self.weight_decay)
         optimizer.register_load_state_dict_pre_hook(optim.restore_by_name)
+        optimizer.register_step_post_hook(self._note_step)
         # Fused AdamW can undo the loss scale itself, and Lightning then refuses to clip gradients in mixed precision.
         # This makes the GradScaler, where there is one, undo it before the clipping.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         scheduler = self.lr_schedule.scheduler(optimizer, self.warmup_steps, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
 
     def on_train_start(self) -> None:
         if self.trainer.ckpt_path:

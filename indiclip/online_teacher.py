@@ -5,14 +5,15 @@ Shape letters: see `indiclip.types`; T teachers, one here.
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from indiclip import checkpoint
 from indiclip.encoder import Encoder
-from indiclip.types import Images
+from indiclip.names import check_range
+from indiclip.types import Images, Texts
 
 INITIAL = "initial"
 
@@ -30,7 +31,7 @@ class OnlineTeacher:
     """
 
     weights: str
-    which: str = "auto"
+    which: Literal["auto", "ema", "last", "best"] = "auto"
     logit_scale: float | None = None
 
     def beside(self, student: Encoder, key: str) -> "FrozenTeacher":
@@ -41,12 +42,16 @@ class OnlineTeacher:
             key: In the YAML, for messages.
 
         Raises:
-            ValueError: Its backbone reads other patches than the student's.
+            ValueError: No such teacher, or one whose backbone reads other patches than the student's.
         """
+        check_range({f"{key}.logit_scale": self.logit_scale}, without=0)
         if self.weights == INITIAL:
             encoder = copy.deepcopy(student).eval().requires_grad_(False)
         else:
-            encoder = checkpoint.load(self.weights, weights=self.which)
+            try:
+                encoder = checkpoint.load(self.weights, weights=self.which)
+            except (FileNotFoundError, ValueError) as error:
+                raise ValueError(f"{key}.weights: {error}") from error
         own, other = student.backbone, encoder.backbone
         for name in ("patch_size", "canvas_hw", "interpolation"):
             if getattr(own, name) != getattr(other, name):
@@ -80,12 +85,15 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def embed(self, images: Images, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings (B, T, E) of images and of captions, and the factor on their cosines (B, T)."""
+    def embed(self, images: Images, captions: list[str] | Texts) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings (B, T, E) of images and of captions, and the factor on their cosines (B, T).
+
+        Token ids that come with the captions are the student's.
+        """
         device = images["patches_BNP"].device
         if self._apart and self._apart[0].device != device:
             self._apart[0].to(device)
         encoder: Any = self._apart[0] if self._apart else self.encoder
         image_BE = encoder.embed_features(encoder.features(images))
-        text_BE = encoder.embed_text(captions)
+        text_BE = encoder.project_text(encoder.pool_text(captions if self.encoder is not None else [*captions]))
         return image_BE[:, None], text_BE[:, None], image_BE.new_full((len(captions), 1), self.logit_scale_)

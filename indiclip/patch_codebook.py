@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from indiclip.distributed import dealt_rows, sum_over_ranks
+from indiclip.moving_average import update_averages
 from indiclip.names import check_range, check_whole
 from indiclip.types import in_float32
 
@@ -113,25 +114,25 @@ class PatchCodebook(nn.Module):
         self._seen = sums_RCQ.sum(0).detach(), candidates_BJP.detach()
 
     @torch.no_grad()
-    def update(self, progress: float) -> None:
+    def update(self, progress: float, made: Tensor) -> None:
         """Move the codes, by what was seen last on all ranks. A collective.
 
         Args:
             progress: The share of the run's steps that are done.
+            made: As of `indiclip.head.Head.after_step`.
         """
         if self._seen is None or progress > self.options.until:
             return
         sums_CQ, candidates_BJP = self._seen
         self._seen = None
         sums_CQ = sum_over_ranks(sums_CQ).to(self.sums_CP.dtype)
-        self.sums_CP.lerp_(sums_CQ[:, :-1], 1 - self.options.decay)
-        self.counts_C.lerp_(sums_CQ[:, -1], 1 - self.options.decay)
+        update_averages([self.sums_CP, self.counts_C], [sums_CQ[:, :-1], sums_CQ[:, -1]], self.options.decay, made)
         # The same on any number of ranks: the first patch of each image of the step, then the second, ...
         drawn_MP = dealt_rows(candidates_BJP.transpose(0, 1).flatten(0, 1)[: self.options.size])
         mean = self.counts_C.mean().clamp(min=1e-12)
-        dead_C = (self.counts_C < _DEAD * mean) | ~self.is_learned
+        dead_C = ((self.counts_C < _DEAD * mean) | ~self.is_learned) & (made > 0)
         drawn_CP = drawn_MP[(dead_C.cumsum(0) - 1).clamp(min=0) % len(drawn_MP)].to(self.sums_CP.dtype)
         count = 2 * _DEAD * mean
         self.sums_CP.copy_(torch.where(dead_C[:, None], drawn_CP * count, self.sums_CP))
         self.counts_C.copy_(torch.where(dead_C, count, self.counts_C))
-        self.steps += 1
+        self.steps += made > 0

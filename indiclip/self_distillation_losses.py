@@ -109,17 +109,26 @@ class Targets(nn.Module):
         self.temperature, self.centring, self.momentum = temperature, centring, momentum
         if centring == "mean":
             self.register_buffer("centre_K", torch.zeros(num_prototypes))
+        self._mean_K: Tensor | None = None  # of the newest rows
 
     @torch.no_grad()
     def forward(self, logits_RK: Tensor) -> Tensor:
-        """(R, K), rows sum to 1. A running mean is moved, once a step therefore. A collective."""
+        """(R, K), rows sum to 1. A collective."""
         if self.centring == "sinkhorn":
             return sinkhorn(logits_RK, self.temperature)
-        targets_RK = ((logits_RK - self.centre_K) / self.temperature).softmax(-1)
         number = logits_RK.new_full((1,), len(logits_RK))
         sums = sum_over_ranks(torch.cat([logits_RK.sum(0), number]))
-        self.centre_K.lerp_((sums[:-1] / sums[-1:].clamp(min=1)).to(self.centre_K.dtype), 1 - self.momentum)
-        return targets_RK
+        self._mean_K = sums[:-1] / sums[-1:].clamp(min=1)
+        return ((logits_RK - self.centre_K) / self.temperature).softmax(-1)
+
+    @torch.no_grad()
+    def update(self, made: Tensor) -> None:
+        """Move the running mean, where there is one, by the newest rows; for `made` see `Head.after_step`."""
+        if self._mean_K is not None:
+            moved_K = self.centre_K.lerp(self._mean_K.to(self.centre_K.dtype), 1 - self.momentum)
+            # Not by a factor of 0: the rows may be what was not finite.
+            self.centre_K.copy_(torch.where(made > 0, moved_K, self.centre_K))
+            self._mean_K = None
 
 
 def dino_loss(targets_BGK: Tensor, logits_BSK: Tensor, temperature: float, same_crops: bool) -> Tensor:

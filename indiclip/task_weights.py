@@ -93,8 +93,8 @@ class GradNorm(TaskWeights):
     The norm of each head's weighted gradient on the last block of the backbone is led to their mean times r^alpha, r
     being the share of its first loss that a head has still to go, over the mean of these shares (its equations 1 and 2,
     algorithm 1). After each step of gradient descent the weights are divided so that their mean is 1: those of a step
-    in which not all heads take part keep their sum. Beyond the paper,
-    the distance is divided by the mean norm, so that `lr` has no unit. Costs a backward pass of each head alone.
+    in which not all heads take part keep their sum. Beyond the paper, the distance is divided by the mean norm, so that
+    `lr` has no unit. Costs a backward pass of each head alone.
 
     Args:
         alpha: How strongly a task that lags behind is helped; 0 makes all norms equal. The paper's range is 0 to 3.
@@ -133,10 +133,12 @@ class GradNorm(TaskWeights):
         rows = rows.to(loss.device, non_blocking=True)
         norms_K = torch.stack([mean_over_ranks(flat(gradients[head], watched)).norm() for head in heads])
         losses_K = mean_over_ranks(torch.stack([self._losses[head].float() for head in heads]))
-        first_K = self.first_losses_K[rows]
-        first_K = torch.where(first_K == 0, losses_K, first_K)
+        weights_K, first_K = self.learned_K[rows], self.first_losses_K[rows]
+        first_K = torch.where((first_K == 0) & losses_K.isfinite(), losses_K, first_K)
         self.first_losses_K[rows] = first_K
-        self.learned_K[rows] = self.updated(self.learned_K[rows], norms_K, losses_K / first_K)
+        updated_K = self.updated(weights_K, norms_K, losses_K / first_K)
+        # Not of a step that is not finite, nor of one in which a head's loss is still 0, as of masked patches at first.
+        self.learned_K[rows] = torch.where(updated_K.isfinite().all(), updated_K, weights_K)
         return loss
 
     def updated(self, weights_K: Tensor, norms_K: Tensor, shares_K: Tensor) -> Tensor:

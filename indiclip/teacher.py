@@ -6,7 +6,7 @@ Shape letters: see `indiclip.types`.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,27 @@ class Teacher(nn.Module):
 
     Args:
         encoder: Whose backbone and pooling are copied.
-        layers: Of the head, by name.
+        layers: Of the head, by name; None is none.
         has_backbone: False uses the encoder's own backbone and pooling, as they are in each step.
+        has_pool: False leaves out the copy of the pooling, for a head that reads tokens alone.
 
     Attributes:
         layers: The copies.
         backbone: None without one.
+        image_pool: None without one.
     """
 
-    def __init__(self, encoder: "Encoder", layers: nn.ModuleDict, has_backbone: bool = True) -> None:
+    def __init__(
+        self,
+        encoder: "Encoder",
+        layers: nn.ModuleDict | None = None,
+        has_backbone: bool = True,
+        has_pool: bool = True,
+    ) -> None:
         super().__init__()
-        self.layers = copy.deepcopy(layers)
+        self.layers = copy.deepcopy(nn.ModuleDict() if layers is None else layers)
         self.backbone = copy.deepcopy(encoder.backbone) if has_backbone else None
-        self.image_pool = copy.deepcopy(encoder.image_pool) if has_backbone else None
+        self.image_pool = copy.deepcopy(encoder.image_pool) if has_backbone and has_pool else None
         self.requires_grad_(False)
         self.eval()
 
@@ -61,13 +69,21 @@ class Teacher(nn.Module):
         pooled_BD: Tensor = self.image_pool(features.tokens_BND, features.valid_BN)
         return pooled_BD
 
-    def follow(self, encoder: "Encoder", layers: nn.ModuleDict, momentum: float) -> None:
-        """Move towards what is trained; `momentum` is the share that stays, 0 copies."""
-        pairs: list[tuple[Any, Any]] = [(self.layers, layers)]
-        if self.backbone is not None:
-            pairs += [(self.backbone, encoder.backbone), (self.image_pool, encoder.image_pool)]
+    def follow(
+        self, encoder: "Encoder", momentum: float, layers: nn.ModuleDict | None = None, made: Tensor | None = None
+    ) -> None:
+        """Move towards what is trained.
+
+        Args:
+            encoder: As of the constructor.
+            momentum: The share that stays; 0 copies.
+            layers: As of the constructor.
+            made: As of `Head.after_step`; None is 1.
+        """
+        pairs = ((self.backbone, encoder.backbone), (self.image_pool, encoder.image_pool), (self.layers, layers))
         for teacher, student in pairs:
-            follow(teacher, student, momentum)
+            if teacher is not None and student is not None:
+                follow(teacher, student, momentum, made)
 
 
 @contextmanager

@@ -3,10 +3,22 @@
 import json
 
 import pytest
+import torch
 from experiments import config, fit
+from helpers import tiny_encoder
 from PIL import Image
+from torchvision.transforms import v2
 
+from heads.captioning import Captioning
+from heads.contrastive import Contrastive
+from heads.counting import Counting
+from indiclip.generated.mela import Mela
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.source import Source
+from indiclip.module import MultiTask
+from indiclip.training.checks import check
 from indiclip.training.cli import run
+from indiclip.types import FIELDS
 
 COUNTING = {"class_path": "heads.counting.Counting", "init_args": {"channels": 8}}
 DETECTION = {"class_path": "heads.detection.Detection"}
@@ -53,6 +65,29 @@ def test_images_without_any_truth_can_be_predicted(tmp_path, capsys):
     for name, expected in (("contrastive", {"nearest", "embedding"}), ("detection", {"detections"})):
         files = sorted((tmp_path / "runs").rglob(f"predictions/images/{name}/*.json"))
         assert [json.loads(file.read_text())["heads"][name].keys() for file in files] == [expected] * 2
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_training_samples_have_boxes_and_the_like_where_a_head_of_their_task_reads_them(regions):
+    """The image is the same without; held-out samples stay whole, for who draws them."""
+    flip, rotate = v2.RandomHorizontalFlip(), v2.RandomRotation(30)
+    train, val = (
+        [Source(task, Mela(8, 32, people=1.0, depth=True, seed=seed), 2, max_tokens=16, augment=[flip, rotate])
+         for task in tasks]
+        for seed, tasks in ((0, ["contrastive", "scenes"]), (1, ["contrastive"]))
+    )  # fmt: skip
+    data = MultiTaskData(train, val, patch_size=8, steps_per_epoch=2)
+    heads = [Contrastive(), Captioning(task="contrastive", regions=regions), Counting(task="scenes", channels=8)]
+    whole = data.steps(data.train, train=True)[1]
+    check(MultiTask(tiny_encoder(), heads), data, "fit")
+    found = data.steps(data.train, train=True)[1]
+    objects = {name for name in FIELDS if name.startswith(("boxes", "classes", "crowd", "points", "depth", "dp_"))}
+    assert objects <= whole["contrastive"]["targets"].keys()
+    left_out = set() if regions else objects
+    assert whole["contrastive"]["targets"].keys() - found["contrastive"]["targets"].keys() == left_out
+    assert torch.equal(whole["contrastive"]["images"]["patches_BNP"], found["contrastive"]["images"]["patches_BNP"])
+    assert objects <= found["scenes"]["targets"].keys()
+    assert objects <= data.steps(data.val, train=False)[0]["contrastive"]["targets"].keys()
 
 
 @pytest.mark.parametrize(

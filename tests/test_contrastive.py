@@ -406,6 +406,8 @@ def test_mistakes_name_the_key():
     with pytest.raises(ValueError, match="heads.contrastive.templates"):
         Contrastive(templates=["a photo"])
     encoder, head = tiny_encoder(), Contrastive()
+    with pytest.raises(ValueError, match=r"heads.pairs.length_weights: found \[1.0\] for the lengths \[16, 32, 64\]"):
+        Contrastive(name="pairs", length_weights=[1.0]).bind(encoder)
     head.bind(encoder)
     batch = caption_batch(["a", "b"])
     batch["targets"] = {}

@@ -16,6 +16,7 @@ from indiclip.module import MultiTask
 from indiclip.online_teacher import OnlineTeacher
 from indiclip.planning.step_model import count_loss
 from indiclip.pretrained.read import read_weights
+from indiclip.types import Texts
 
 CAPTIONS = ["a kite", "दीया", "a pot", "a kite", "a drum"]
 CROP = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": [16, 16]}}
@@ -73,7 +74,10 @@ def test_a_copy_of_the_student_stays_as_it_is_and_is_saved():
     assert before
     assert not any(part.training for part in head.teacher.modules())
     assert not any(p.requires_grad for p in head.teacher.parameters())
+    assert head.tower_copies() == [head.teacher.encoder.backbone, head.teacher.encoder.text]
     batch = caption_batch(CAPTIONS)
+    batch["targets"]["caption"] = Texts(CAPTIONS, student.text.tokenizer.encode(CAPTIONS))
+    student.text.tokenizer.encode = head.teacher.encoder.text.tokenizer.encode = None  # the loader has done that
     step_losses(head.loss(student.features(batch["images"]), batch, student)).terms["loss"].backward()
     assert student.backbone.vit.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[name]) for name, value in head.teacher.state_dict().items())
@@ -179,6 +183,25 @@ def test_shards_and_micro_batches_end_at_the_weights_of_ddp(tmp_path):
         assert done.returncode == 0, done.stderr
         found[name] = weights(folder)
     assert largest_difference(found["ddp"], found["sharded"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": "runs/none"}, "weights: runs/none: no such run, checkpoint or folder"),
+        ({"weights": "initial", "logit_scale": 0.0}, "logit_scale: found 0.0; expected above 0"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_named_by_its_key(options, words):
+    with pytest.raises(ValueError, match=f"^heads.beside.teacher.{words}"):
+        Distillation(OnlineTeacher(**options), name="beside").bind(tiny_encoder())
+
+
+def test_a_teacher_of_a_cache_that_cannot_be_is_named_by_its_key(tmp_path, capsys):
+    missing = tree()
+    missing["data"]["overrides"][0]["teachers"]["make"]["models"] = ["runs/none"]
+    assert fit(tmp_path, missing) == 2
+    assert "data.train[0].teachers.make.models: runs/none: no such" in capsys.readouterr().err
 
 
 def test_a_head_without_its_data_is_one_line(tmp_path, capsys):

@@ -1,5 +1,8 @@
 """What every head keeps to: its name, its fields, and that its step never waits for the device."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from fake_gpu import NoWaits, moved, on_fake_gpu, step_batch
@@ -92,6 +95,16 @@ def test_a_name_of_its_own():
     for wrong in ("", "a/b", "a.b"):
         with pytest.raises(ValueError, match=f"heads.Counting.name: found '{wrong}', expected letters"):
             Counting(name=wrong)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "heads").glob("*.py")), ids=lambda f: f.stem)
+def test_no_message_calls_a_head_by_its_file(file):
+    """As it may have another name, by which alone two heads of one class are told apart."""
+    nodes = [*ast.walk(ast.parse(file.read_text()))]
+    # A docstring is a statement of its own.
+    said = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in said]
+    assert [text for text in texts if f"heads.{file.stem}" in text] == []
 
 
 @pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)

@@ -46,7 +46,7 @@ def mixed_batch():
 def learnt(head, encoder, batch):
     """The head, whose codebook has seen the batch."""
     step_losses(head.loss(encoder.features(batch["images"]), batch, encoder))
-    head.after_step(encoder, 0.1)
+    head.after_step(encoder, 0.1, torch.ones(()))
     return head
 
 
@@ -160,7 +160,7 @@ def test_the_teachers_vectors_are_those_of_whole_images():
     with torch.no_grad():
         for parameter in encoder.backbone.parameters():
             parameter += 1
-    head.after_step(encoder, 0.5)
+    head.after_step(encoder, 0.5, torch.ones(()))
     for old, new in zip(before, head.images.teacher.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.004)
     assert not head.images.teacher.training
@@ -203,7 +203,7 @@ def test_a_step_never_waits_for_the_device():
             features = encoder.features(batch["images"])
             for head in heads:
                 terms, _ = step_losses(head.loss(features, batch, encoder))
-                head.after_step(encoder, 0.1)
+                head.after_step(encoder, 0.1, torch.ones((), device="cuda"))
                 assert {term.device.type for term in terms.values()} == {"cuda"}
 
 

@@ -199,6 +199,15 @@ def test_sources_of_an_old_config_make_batches_of_similar_length(tree, grouped):
     assert [str(warning.message).count("group_by_length: true") for warning in said] == [1] * bool(grouped)
 
 
+def test_a_teacher_of_masked_images_has_its_backbone_under_a_name():
+    names = {f"heads.vectors.images.{of}": torch.zeros(1) for of in ("teacher.vit.norm.weight", "hidden_patch_P")}
+    checkpoint = {"state_dict": names}
+    for _ in range(2):  # today's stay
+        old_names.translate_checkpoint(checkpoint)
+        found = [name.removeprefix("heads.vectors.images.") for name in checkpoint["state_dict"]]
+        assert found == ["teacher.backbone.vit.norm.weight", "hidden_patch_P"]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

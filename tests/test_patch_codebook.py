@@ -11,10 +11,10 @@ def codebook(size=3, decay=0.0, width=2, **options):
     return PatchCodebook(Codebook(size, decay, **options), torch.full((width,), 100.0), torch.full((width,), 50.0))
 
 
-def learn(book, patches_KP, progress=0.1):
+def learn(book, patches_KP, progress=0.1, made=1.0):
     """A step on these patches, four of an image."""
     book.see(book.sums(patches_KP, book(patches_KP))[None], patches_KP.unflatten(0, (-1, CANDIDATES)))
-    book.update(progress)
+    book.update(progress, torch.tensor(made))
 
 
 def clusters(seed=0, number=40):

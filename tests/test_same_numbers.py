@@ -150,6 +150,24 @@ def test_micro_batches_together_are_the_batch(number, options):
     same(OneStep(micro_batches=number, **options).step(batches_of(empty=(1,))), expected)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_heads_of_one_task_share_their_embeddings(number, monkeypatch):
+    """They are projected once, so batch norm counts one batch; two equal heads are one that weighs twice."""
+    twins = {"one": [Contrastive(weight=2.0)], "two": [Contrastive(), Contrastive(name="b", task="contrastive")]}
+    found = {}
+    for name, pair in twins.items():
+        monkeypatch.setattr(__name__ + ".heads", lambda _, pair=pair: [*pair, Captioning(task="scenes", depth=1)])
+        module = OneStep(micro_batches=number)
+        calls = []
+        for projection in (module.encoder.image_projection, module.encoder.text_projection):
+            projection.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found[name] = module.step(batches_of())[1:]
+        assert len(calls) == 2
+        assert module.encoder.image_pool.norm.num_batches_tracked == 1
+    ours, theirs = ([{k: v for k, v in of.items() if k.startswith("encoder")} for of in found[n]] for n in twins)
+    same(ours, theirs)
+
+
 def test_languages_that_a_run_sees_first_in_a_later_part_change_no_gradient():
     """The first part logs more when it comes again; what is logged must not take the place of what is trained on."""
     module, batches = OneStep(micro_batches=8), batches_of()

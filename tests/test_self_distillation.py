@@ -164,7 +164,7 @@ def test_micro_batches_are_the_batch(preset, number):
 @pytest.mark.parametrize("head_only", [False, True])
 def test_the_teacher_is_an_average_that_nothing_else_touches(head_only):
     head = SelfDistillation(**SMALL, head_only=head_only, momentum=0.9, final_momentum=1.0)
-    module = MultiTask(tiny_encoder(), [*heads()[:1], head])
+    module = MultiTask(tiny_encoder(batch_norm=True), [*heads()[:1], head])
     module.train()
     assert not any(part.training for part in head.teacher.modules())
     assert head.student.training
@@ -181,7 +181,7 @@ def test_the_teacher_is_an_average_that_nothing_else_touches(head_only):
     head.begin(module.encoder)
     for parameter in head.student.parameters():
         parameter.data += 1
-    head.after_step(module.encoder, 0.5)  # half of the way from 0.9 to 1
+    head.after_step(module.encoder, 0.5, torch.ones(()))  # half of the way from 0.9 to 1
     of_teacher = zip(head.teacher.layers.parameters(), before.parameters(), strict=True)
     for teacher, first in of_teacher:
         assert_close(teacher.data, first.data + 0.05)
@@ -305,12 +305,21 @@ def test_pooling_of_the_tower_itself_has_an_average_too():
     head.bind(encoder)
     for parameter in encoder.backbone.parameters():
         parameter.data += 1
-    head.after_step(encoder, 0.0)
+    head.after_step(encoder, 0.0, torch.ones(()))
     token = encoder.backbone.vit.embeds.cls_token, head.teacher.backbone.vit.embeds.cls_token
     assert_close(token[0] - token[1], torch.full_like(token[0], 0.9))
     batch = batches_of("dinov2")["contrastive"]
     losses = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).terms
     assert all(value.isfinite() for value in losses.values())
+
+
+def test_it_reads_views_alone_so_that_the_images_beside_them_may_be_mixed():
+    encoder, batch = tiny_encoder(), batches_of("dinov2")["contrastive"]
+    head = SelfDistillation(**DINOV2)
+    head.bind(encoder)
+    del batch["images"]
+    assert head.mixes
+    assert computed(head.loss(None, batch, encoder)).terms["dino"].isfinite()
 
 
 def test_one_view_has_nothing_to_be_compared_with():

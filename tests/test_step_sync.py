@@ -1,19 +1,26 @@
 """Ranks agree in each step: a non-finite step changes nothing anywhere, and too many end the run with a report."""
 
 import json
+from functools import partial
+from itertools import pairwise
 
 import lightning as L
 import pytest
 import torch
 from experiments import config, fit
 from helpers import tiny_encoder
+from lightning.pytorch.plugins.precision import MixedPrecision
 from processes import two_ranks
 from trouble import BadLoss, Unreadable
 
+from heads.masked_modelling import MaskedModelling
+from heads.self_distillation import SelfDistillation
 from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
+from indiclip.loading.views import View
 from indiclip.module import MultiTask
+from indiclip.patch_codebook import Codebook
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.record import read_history
@@ -32,9 +39,10 @@ class Watch(L.Callback):
         self.after.append([*(value.clone() for value in module.state_dict().values()), *state])
 
 
-def train(folder, bad, steps=6, what="loss", vote=None, data=None, **options):
+def train(folder, bad, steps=6, what="loss", vote=None, data=None, beside=(), optimizer=None, **options):
     watch = Watch()
-    module = MultiTask(tiny_encoder(batch_norm=True), [BadLoss(bad, what=what)], warmup_steps=1)
+    heads = [BadLoss(bad, what=what), *beside]
+    module = MultiTask(tiny_encoder(batch_norm=True), heads, warmup_steps=1, optimizer=optimizer)
     logger = L.pytorch.loggers.TensorBoardLogger(str(folder), name="run", version="")
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, logger=logger, callbacks=[vote or StepSync(), watch], log_every_n_steps=1,
@@ -62,6 +70,33 @@ def test_a_bad_step_changes_nothing(tmp_path, what, clip):
     assert rows[0]["heads"] == (["trouble"] if what == "loss" else [])
     assert len(rows[0]["ranks"][0]["keys"]["contrastive"]) == 4
     assert trainer.callback_metrics["train/nonfinite_steps"] == 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_averages_of_heads_do_not_count_a_bad_step(tmp_path, fused):
+    """A teacher with the running mean of what it says, one of masked images, and a codebook of patches."""
+    small = {"hidden_dim": 16, "bottleneck_dim": 8, "num_prototypes": 12, "local_view": None}
+    masked = {"task": "contrastive", "losses": {"mim": 1.0}}
+    beside = [
+        SelfDistillation(**small, task="contrastive", centring="mean", dino_weight=0.0, koleo_weight=0.0),
+        MaskedModelling(**masked, name="vectors", targets="teacher"),
+        MaskedModelling(**masked, name="codes", codebook=Codebook(6, 0.9)),
+    ]
+    data = Source("contrastive", Mela(64, 32, "single"), 4, max_tokens=16, views=[View("global", max_tokens=16)])
+    optimizer = partial(torch.optim.AdamW, fused=fused)
+    _, after = train(tmp_path, [2], data=data, beside=beside, optimizer=optimizer, steps=4)
+    assert [same(after[step], after[step - 1]) for step in (1, 2, 3)] == [False, True, False]
+
+
+def test_averages_of_heads_do_not_count_a_step_that_a_scaler_skips(tmp_path):
+    """After an overflow a GradScaler does not call the optimizer. Here each third step has one."""
+    scaler = torch.amp.GradScaler("cpu", 1.0, growth_factor=2.0**120, backoff_factor=2.0**-120, growth_interval=2)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    head = MaskedModelling(task="contrastive", losses={"mim": 1.0}, targets="teacher", teacher_decay=0.5)
+    trainer, after = train(tmp_path, [], beside=[head], steps=5, vote=L.Callback(), plugins=[precision])
+    names = trainer.lightning_module.state_dict()
+    teachers = [[value for name, value in zip(names, row, strict=False) if ".teacher." in name] for row in after]
+    assert [same(*pair) for pair in pairwise(teachers)] == [False, True, False, False]
 
 
 def test_the_steps_after_a_bad_one_are_those_of_a_run_without_it(tmp_path):

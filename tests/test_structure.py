@@ -60,13 +60,12 @@ ARROWS = {
     "masked_positions.py": "types block_masks",
     "masked_texts.py": "text",
     "masked_towers.py": (
-        "types backbone text masked_images masked_positions masked_texts moving_average multimodal_encoder"
-        " patch_codebook"
+        "types backbone text masked_images masked_positions masked_texts teacher multimodal_encoder patch_codebook"
     ),
     "masked_metric.py": "head",
     "mismatched_pairs.py": "distributed multimodal_encoder",
     "multimodal_encoder.py": "",
-    "patch_codebook.py": "types names distributed",
+    "patch_codebook.py": "types names distributed moving_average",
     "strict_yaml.py": "",
     "masking.py": "",
     "json_lines.py": "masking",
@@ -106,7 +105,7 @@ ARROWS = {
     "softmax_sums.py": "logit_chunks",
     "logit_chunks.py": "distributed",
     "distillation_loss.py": "losses logit_chunks autograd distributed",
-    "online_teacher.py": "types encoder checkpoint",
+    "online_teacher.py": "types names encoder checkpoint",
     "self_distillation_losses.py": "distributed logit_chunks",
     "block_masks.py": "",
     "teacher.py": "types moving_average",
@@ -148,7 +147,7 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding moving_average float8 pooling lightning_internals backbone encoder head presentation module"
+        " sharding moving_average teacher float8 pooling lightning_internals backbone encoder head presentation module"
         " task_weights"
         " datasets loading evals planning"
     ),

@@ -126,6 +126,20 @@ def test_a_head_that_begins_later_has_its_own_first_loss():
     assert strategy.first_losses_K.tolist() == [4, 6, 8]
 
 
+@pytest.mark.parametrize("factors", [(0.0, 1.0), (float("nan"), 1.0, float("nan")), (float("inf"), 1.0, float("inf"))])
+def test_gradnorm_keeps_its_weights_in_a_step_that_says_nothing(factors):
+    """A step that is not finite is skipped; and a head's loss is 0 before it has targets."""
+    strategy, weight = GradNorm(), torch.nn.Parameter(torch.ones(2))
+    strategy.bind(dict.fromkeys("ab", 1.0))
+    for factor in factors:
+        before = strategy.learned_K.clone()
+        parts = {n: strategy.part(n, weight.sum() * of) for n, of in (("a", factor), ("b", 3.0))}
+        gradients = {n: torch.autograd.grad(part, [weight], retain_graph=True) for n, part in parts.items()}
+        strategy.total(sum(parts.values()), gradients, [weight], 0)
+        assert torch.equal(strategy.learned_K, before) == (factor != 1)
+    assert strategy.first_losses_K.tolist() == [2, 6]
+
+
 def test_gradnorm_watches_the_last_block():
     module = MultiTask(tiny_encoder(), [Contrastive()], task_weights=GradNorm())
     names = {id(p): name for name, p in module.named_parameters()}

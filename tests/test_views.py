@@ -91,7 +91,7 @@ class Late(Contrastive):
     def begin(self, encoder):
         self.calls[0] += 1
 
-    def after_step(self, encoder, progress):
+    def after_step(self, encoder, progress, made):
         self.calls[1] += 1
         self.calls[2] = progress
 

@@ -70,7 +70,7 @@ class Ingredients:
         repeated = [source for number, source in enumerate(sources) if source in sources[:number]]
         if repeated:
             raise ValueError(f"{repeated[0]}: stands there more than once")
-        self.sources, self.said = sources, dict[str, str]()
+        self.said: dict[str, str] = {}
         self._first, self._weights = first, weights
 
     def __getitem__(self, source: str) -> Tensors:

@@ -5,7 +5,7 @@ that is rotated, sheared or bent becomes the upright box around it, which is lar
 """
 
 from numbers import Integral
-from typing import Any, get_origin, get_type_hints
+from typing import Any, cast, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -29,8 +29,17 @@ _TYPES: dict[str, Any] = {
 }
 
 
+_OBJECTS = {
+    name for name, field in FIELDS.items() if field.of or field.kind in ("boxes", "points", "areas", "masks", "map")
+}
+
 # Of the square that an area is: in its sides, from its middle.
 _CORNERS = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5]])
+
+
+def without_objects(sample: Sample) -> Sample:
+    """The sample without what lies at places of its image, or belongs to that."""
+    return cast(Sample, {name: value for name, value in sample.items() if name not in _OBJECTS})
 
 
 def wrap(sample: Sample, canvas: Size) -> Fields:

@@ -102,6 +102,7 @@ class Source:
         if self.samples is not None and self.samples < len(self.dataset):
             self.dataset = Subset(self.dataset, np.arange(self.samples))
         self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
+        self.keeps_objects = True  # False where none of them reads boxes and the like in training
         self.transform = Transform(self.max_tokens, self.augment, at_full_size=self.teachers is not None)
         self._cached: CachedViews | None = None
         self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds

@@ -13,6 +13,7 @@ from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.languages import draw_caption
 from indiclip.images import UnreadableSample
 from indiclip.loading.collate import Prepared, collate
+from indiclip.loading.geometry import without_objects
 from indiclip.loading.mixing import mix_pairs
 from indiclip.loading.plan import Plan, SampleRef
 from indiclip.loading.sampler import BatchSpec
@@ -185,6 +186,8 @@ class Steps(Dataset[Step]):
                     sample, image_seed = source.taught(index, sample, whole.get("captions"), random_seed)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
+                    if self.train and not source.keeps_objects:
+                        sample = without_objects(sample)
                     prepared = source.transform(sample, self.preprocessing, image_seed, budget.max_tokens)
                     if random_seed is None:
                         return prepared

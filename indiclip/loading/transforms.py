@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import Prepared
-from indiclip.loading.geometry import Fields, Region, drop_outside, move, turn, unwrap, wrap
+from indiclip.loading.geometry import Fields, Region, drop_outside, move, turn, unwrap, without_objects, wrap
 from indiclip.loading.kernels import plain
 from indiclip.loading.rand_augment import RandAugment
 from indiclip.names import shorten
@@ -135,7 +135,8 @@ class Transform:
             uint8 (3, height, width).
         """
         assert self.at_full_size
-        image: Tensor = plain(self._augmented(sample, Preprocessing(), random_seed, _as_it_is)[0]["image"])
+        fields, _ = self._augmented(without_objects(sample), Preprocessing(), random_seed, _as_it_is)
+        image: Tensor = plain(fields["image"])
         return image
 
     def _augmented(

@@ -85,6 +85,9 @@ def _check_samples(
     data: MultiTaskData, sources: Mapping[str, Source], heads: Sequence[Head], scores: bool, trains: bool
 ) -> None:
     """Refuse a source whose first sample a head could not read, and tell each what its samples must have."""
+    if trains:
+        for source in sources.values():
+            source.keeps_objects = any(head.reads_objects for head in heads if head.task == source.task)
     needed = {
         key: [(head, _needed(head, scores, trains)) for head in heads if head.task == source.task]
         for key, source in sources.items()

@@ -21,6 +21,7 @@ from indiclip.moving_average import update_averages
 from indiclip.names import check_range
 from indiclip.pretrained.runs import AVERAGES
 from indiclip.sharding import like
+from indiclip.teacher import Teacher
 from indiclip.training.fault_tolerance.ranks import callbacks_of
 
 
@@ -185,14 +186,20 @@ def scored_weights(trainer: Trainer, module: LightningModule) -> Iterator[str]:
 
 
 def _shards(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of each trained weight and of batch norm's statistics; writing to it changes the module."""
+    """This rank's part of each trained weight and of batch norm's statistics; writing to it changes the module.
+
+    Not of the averages that a head keeps itself.
+    """
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # the outermost one has whole weights after an evaluation, until it is called again
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+    teachers = tuple(f"{path}." for path, part in module.named_modules() if isinstance(part, Teacher))
     for path, part in module.named_modules():
+        if path.startswith(teachers):
+            continue
         if isinstance(part, _BatchNorm) and part.track_running_stats and part.running_mean is not None:
             yield f"{path}.running_mean", part.running_mean
             assert part.running_var is not None

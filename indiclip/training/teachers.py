@@ -96,7 +96,10 @@ def _make(cache: TeacherCache, sources: dict[str, Source], encoder: Encoder) -> 
 
 def _embed(make: MakeTeachers, folder: Path, sources: dict[str, Source], encoder: Encoder) -> None:
     state = torch.get_rng_state()
-    teachers = load_teachers(make.models, local_device(make.device), encoder)
+    try:
+        teachers = load_teachers(make.models, local_device(make.device), encoder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{next(iter(sources))}.teachers.make.models: {error}") from error
     job = ViewEmbedder(folder, sources, teachers, make.views, make.dtype)
     job.begin()
     if not _is_done(folder):

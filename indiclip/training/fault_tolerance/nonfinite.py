@@ -63,9 +63,9 @@ class NonFinite:
             bad = bad | ~torch.isfinite(norm)
         return bad.float()
 
-    def undo(self, optimizer: Optimizer, found: Tensor) -> None:
+    def undo(self, module: MultiTask, optimizer: Optimizer, found: Tensor) -> None:
         """Make the coming optimizer step do nothing where any rank `found` something."""
-        skip = found.clamp(max=1)
+        module.skipped = skip = found.clamp(max=1)
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = skip  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler's is
         elif skip:

@@ -89,7 +89,7 @@ class StepSync(Callback):
             return
         found = self.nonfinite.found(pl_module, self._losses, scaled=trainer.precision == "16-mixed")
         ballots = self._reduced(found)
-        self.nonfinite.undo(optimizer, ballots[0])
+        self.nonfinite.undo(pl_module, optimizer, ballots[0])
         self._on_the_way.append(_Count(Later(ballots), trainer.global_step + 1, self._losses, self._keys))
         self._losses, self._voted = {}, True
 
